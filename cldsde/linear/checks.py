@@ -1,0 +1,111 @@
+"""Checks of arguments: errors name the argument, what it got and what it allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "as_matrix",
+    "as_times",
+    "check_at_least",
+    "check_between",
+    "check_positive",
+    "check_state",
+]
+
+TimeLike = float | Tensor
+MatrixLike = Tensor | Sequence[Sequence[float]]
+
+
+def as_times(value: TimeLike, name: str, end: float) -> Tensor:
+    """Turn a time or a tensor of times into float64 on the host; refuse what is outside [0, end].
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is neither a real number nor a real floating-point tensor.
+    ValueError
+        If a time is not finite or lies outside [0, end].
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            msg = (
+                f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
+            )
+            raise TypeError(msg)
+        times = value.to("cpu", torch.float64)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        times = torch.tensor(float(value), dtype=torch.float64)
+    else:
+        msg = f"{name} must be a floating-point tensor or a real number; got {type(value).__name__}"
+        raise TypeError(msg)
+    if times.numel():
+        # A NaN propagates into both extremes and fails the comparison.
+        low, high = (float(x) for x in times.detach().aminmax())
+        if not (low >= 0.0 and high <= end):
+            msg = f"{name} must lie in [0, {end:g}]; got values from {low:.17g} to {high:.17g}"
+            raise ValueError(msg)
+    return times
+
+
+def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]) -> Tensor:
+    """Turn nested numbers or a tensor into a finite float64 matrix on the host.
+
+    ``shape`` holds the rows and columns wanted; None allows any number.
+    """
+    matrix = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    fits = matrix.ndim == 2 and all(
+        want in (None, got) for got, want in zip(matrix.shape, shape, strict=True)
+    )
+    if not fits or matrix.numel() == 0:
+        want = " × ".join("any" if n is None else str(n) for n in shape)
+        msg = f"{name} must be a matrix of shape {want}; got shape {tuple(matrix.shape)}"
+        raise ValueError(msg)
+    if not bool(matrix.detach().isfinite().all()):
+        msg = f"{name} must be finite; got {matrix.detach().tolist()}"
+        raise ValueError(msg)
+    return matrix
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return ``value`` as a float if it is finite and above zero, raise ValueError otherwise."""
+    if not (math.isfinite(value) and value > 0):
+        msg = f"{name} must be finite and positive; got {value}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def check_at_least(value: float, bound: float, name: str) -> float:
+    """Return ``value`` as a float if it is finite and ≥ ``bound``, raise ValueError otherwise."""
+    if not (math.isfinite(value) and value >= bound):
+        msg = f"{name} must be finite and at least {bound:g}; got {value}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def check_between(value: float, low: float, high: float, name: str) -> float:
+    """Return ``value`` as a float if it lies in [low, high], raise ValueError otherwise."""
+    if not low <= value <= high:
+        msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
+        raise ValueError(msg)
+    return float(value)
+
+
+def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:
+    """Return ``z`` if it is a real floating-point state ``(B, components, *D)``."""
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        got = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        msg = f"{name} must be a floating-point tensor of shape (B, {components}, *D); got {got}"
+        raise TypeError(msg)
+    if z.ndim < 2 or z.shape[1] != components:
+        msg = (
+            f"{name} must have shape (B, {components}, *D), axis 1 holding the process's "
+            f"{components} component(s); got {tuple(z.shape)}"
+        )
+        raise ValueError(msg)
+    return z

@@ -1,0 +1,151 @@
+"""Gaussian laws of a state: transition kernels and priors, held by their factor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import check_state
+from cldsde.linear.random import standard_normal
+
+__all__ = ["Gaussian", "Kernel"]
+
+
+def _log_density(residual: Tensor, root: Tensor) -> Tensor:
+    """Log-density of N(0, L Lᵀ ⊗ I) at residuals ``(B, k, *D)``, shape ``(B,)``."""
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    if bool((diagonal <= 0).any()):
+        msg = "the law has no density: its root has a zero on the diagonal"
+        raise ValueError(msg)
+    flat = residual.flatten(2) if residual.ndim > 2 else residual.unsqueeze(-1)
+    factor = root.to(flat)
+    whitened = torch.linalg.solve_triangular(factor, flat, upper=False)
+    log_det = flat.shape[-1] * diagonal.log().sum(-1).to(flat)
+    dimension = flat.shape[-2] * flat.shape[-1]
+    constant = 0.5 * dimension * math.log(2 * math.pi)
+    log_density: Tensor = -0.5 * whitened.square().sum((1, 2)) - log_det - constant
+    return log_density
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The Gaussian law z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
+
+    Attributes
+    ----------
+    mean
+        Matrix that takes z_s to the conditional mean, ``(*, k, k)`` float64 on the host.
+    root
+        Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0 (> 0 wherever the
+        law has a density).
+    """
+
+    mean: Tensor
+    root: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """``root @ root.mT``, ``(*, k, k)``."""
+        return self.root @ self.root.mT
+
+    def sample(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw z_t given z_s; see `perturb`, which also returns the noise."""
+        return self.perturb(z, generator=generator)[0]
+
+    def perturb(
+        self, z: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw z_t = mean z_s + root ε.
+
+        Parameters
+        ----------
+        z
+            z_s, ``(B, k, *D)``. A kernel of batch shape ``()`` serves the whole batch, one of
+            shape ``(B,)`` gives each sample its own.
+        generator
+            Source of the normals.
+
+        Returns
+        -------
+        z_t, noise : tuple of Tensor
+            State and ε, both ``(B, k, *D)``, in the dtype and on the device of ``z``.
+
+        Raises
+        ------
+        ValueError
+            If the kernel's batch shape or the state's shape does not fit.
+        """
+        check_state(z, self.mean.shape[-1])
+        if self.mean.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
+            msg = (
+                f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
+                f"got {tuple(self.mean.shape[:-2])}"
+            )
+            raise ValueError(msg)
+        noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return apply_blocks(self.mean, z) + apply_blocks(self.root, noise), noise
+
+    def log_prob(self, z_t: Tensor, z_s: Tensor) -> Tensor:
+        """Log-density of z_t given z_s, ``(B,)`` nats.
+
+        Raises
+        ------
+        ValueError
+            If the law has no density.
+        """
+        check_state(z_t, self.root.shape[-1], "z_t")
+        check_state(z_s, self.mean.shape[-1], "z_s")
+        return _log_density(z_t - apply_blocks(self.mean, z_s), self.root)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The centred Gaussian law N(0, root rootᵀ) of a state, the same for every data dimension.
+
+    Attributes
+    ----------
+    root
+        Lower-triangular factor of the covariance, ``(k, k)`` float64 on the host.
+    """
+
+    root: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Zero matrix ``(k, k)``: the law depends on no earlier state."""
+        return torch.zeros_like(self.root)
+
+    @property
+    def covariance(self) -> Tensor:
+        """``root @ root.mT``, ``(k, k)``."""
+        return self.root @ self.root.mT
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Draw states for data of shape ``(B, *D)``.
+
+        Returns
+        -------
+        Tensor
+            ``(B, k, *D)``.
+        """
+        if len(shape) < 1:
+            msg = f"shape must be that of a batch of data, (B, *D); got {tuple(shape)}"
+            raise ValueError(msg)
+        full = (shape[0], len(self.root), *shape[1:])
+        noise = standard_normal(full, generator=generator, dtype=dtype, device=device)
+        return apply_blocks(self.root, noise)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density at states ``(B, k, *D)``, ``(B,)`` nats."""
+        return _log_density(check_state(z, len(self.root)), self.root)

@@ -1,0 +1,285 @@
+"""The processes of the field, each declared by its matrices, schedule and laws."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cldsde.linear.blocks import safe_sqrt
+from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.schedule import Schedule
+from cldsde.linear.sde import LinearSDE, time_changed
+
+__all__ = ["CLD", "HOLD", "PSLD", "VESDE", "VPSDE", "SubVPSDE"]
+
+
+class VPSDE(LinearSDE):
+    r"""Variance-preserving SDE (Song et al. 2021, eq. 11), the limit of DDPM.
+
+    .. math::
+        dx = -\tfrac12 β(t)\,x\,dt + \sqrt{β(t)}\,dw, \qquad β(t) = β_{min} + (β_{max}-β_{min})\,t
+
+    Parameters
+    ----------
+    beta_min, beta_max
+        β(0) and β(1), not negative, in units of 1/t.
+
+    Examples
+    --------
+    >>> VPSDE().marginal(1.0).mean.item()  # e^{-B/2}, B = 10.05
+    0.00657...
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        super().__init__(
+            time_changed([[-0.5]], [[1.0]], Schedule.linear(beta_min, beta_max)),
+            stationary_covariance=[[1.0]],
+        )
+
+
+class SubVPSDE(LinearSDE):
+    r"""Sub-variance-preserving SDE (Song et al. 2021, eq. 13).
+
+    .. math:: dx = -\tfrac12 β(t)\,x\,dt + \sqrt{β(t)(1 - e^{-2B(t)})}\,dw, \qquad B(t) = ∫_0^t β
+
+    Its variance given x_0, (1 − e^{−B})², stays below that of `VPSDE`. The prior is N(0, 1).
+
+    Parameters
+    ----------
+    beta_min, beta_max
+        β(0) and β(1) of the linear schedule, not negative.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        super().__init__(
+            _SubVPDynamics(Schedule.linear(beta_min, beta_max)), prior_covariance=[[1.0]]
+        )
+
+
+class _SubVPDynamics(Dynamics):
+    """F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)}): the noise depends on the time since the start."""
+
+    components = 1
+    driven = (0,)
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def _clock(self, t: Tensor) -> Tensor:
+        return self.schedule.integral(torch.zeros_like(t), t)
+
+    @override
+    def drift(self, t: Tensor) -> Tensor:
+        return (-0.5 * self.schedule.rate(t))[..., None, None]
+
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
+        squared = -self.schedule.rate(t) * torch.expm1(-2 * self._clock(t))
+        return safe_sqrt(squared)[..., None, None]
+
+    @override
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        step = self.schedule.integral(s, t)
+        # With b = B(s,t): Q = (1 − e^{−b}) (1 − e^{−B(0,s)−B(0,t)}), both factors by expm1.
+        variance = torch.expm1(-step) * torch.expm1(-(self._clock(s) + self._clock(t)))
+        return torch.exp(-0.5 * step)[..., None, None], safe_sqrt(variance)[..., None, None]
+
+    @override
+    def stationary_covariance(self) -> None:
+        return None
+
+    @override
+    def stationary_reversal(self, covariance: Tensor) -> None:
+        return None
+
+
+class VESDE(LinearSDE):
+    r"""Variance-exploding SDE (Song et al. 2021, eq. 9 and appendix C).
+
+    .. math::
+        dx = σ(t) \sqrt{2 \log(σ_{max}/σ_{min})}\,dw, \qquad
+        σ(t) = σ_{min} (σ_{max}/σ_{min})^t
+
+    The initial covariance is σ_min², so that ``marginal(t)`` has the variance σ(t)² that the
+    literature trains with; with zeros it has the exact σ(t)² − σ_min². The prior is N(0, σ_max²).
+
+    Parameters
+    ----------
+    sigma_min, sigma_max
+        Noise levels at t = 0 and 1, 0 < σ_min < σ_max, in units of the data.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        super().__init__(
+            time_changed([[0.0]], [[1.0]], Schedule.geometric(sigma_min, sigma_max)),
+            initial_covariance=[[sigma_min**2]],
+            prior_covariance=[[sigma_max**2]],
+        )
+
+
+class CLD(LinearSDE):
+    r"""Critically-damped Langevin diffusion (Dockhorn et al. 2022, eq. 5).
+
+    .. math:: dx = β M^{-1} v\,dt, \qquad dv = -β x\,dt - β Γ M^{-1} v\,dt + \sqrt{2Γβ}\,dw
+
+    Noise enters the velocity alone, and reaches the data smoothly. The damping is critical where
+    Γ² = 4M: the fastest approach to equilibrium without oscillation; below it the process is
+    underdamped, above it overdamped. The stationary law is x ~ N(0, 1), v ~ N(0, M), and v starts
+    at N(0, γM).
+
+    Parameters
+    ----------
+    beta
+        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+    mass
+        M > 0.
+    friction
+        Γ > 0.
+    velocity_scale
+        γ ≥ 0, the initial variance of v in units of its stationary one.
+    position_noise
+        ε ≥ 0 adds √β ε dw to dx (Strasman et al. 2025), so that both components are driven, and
+        the stationary law gains a correlation of x and v.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range or not finite.
+
+    Examples
+    --------
+    >>> sde = CLD()
+    >>> sde.components, sde.driven
+    (2, (1,))
+    >>> kernel = sde.marginal(0.5)
+    >>> kernel.mean.shape, kernel.root.shape
+    (torch.Size([2, 2]), torch.Size([2, 2]))
+    """
+
+    def __init__(
+        self,
+        beta: float | tuple[float, float] = 4.0,
+        mass: float = 0.25,
+        friction: float = 1.0,
+        velocity_scale: float = 0.04,
+        position_noise: float = 0.0,
+    ) -> None:
+        check_positive(mass, "mass")
+        check_positive(friction, "friction")
+        check_at_least(velocity_scale, 0.0, "velocity_scale")
+        check_at_least(position_noise, 0.0, "position_noise")
+        noise = sqrt(2 * friction)
+        quiet = position_noise == 0
+        super().__init__(
+            time_changed(
+                [[0, 1 / mass], [-1, -friction / mass]],
+                [[0], [noise]] if quiet else [[position_noise, 0], [0, noise]],
+                beta,
+            ),
+            initial_covariance=_diagonal(0, velocity_scale * mass),
+            stationary_covariance=_diagonal(1, mass) if quiet else None,
+        )
+
+
+class PSLD(LinearSDE):
+    r"""Phase-space Langevin diffusion (Pandey and Mandt 2023, eq. 10): noise in data and momentum.
+
+    .. math::
+        dz = \frac β2 \begin{pmatrix} -Γ & M^{-1} \\ -1 & -ν \end{pmatrix} z\,dt
+             + \sqrt β \begin{pmatrix} \sqrtΓ & 0 \\ 0 & \sqrt{Mν} \end{pmatrix} dw
+
+    Critical where (Γ − ν)² = 4 M⁻¹. Γ = 0 is CLD at half the rate with friction Mν. The
+    stationary law is x ~ N(0, 1), m ~ N(0, M).
+
+    Parameters
+    ----------
+    beta
+        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+    gamma
+        Γ ≥ 0, friction of the data.
+    nu
+        ν ≥ 0, friction of the momentum; one of Γ and ν is positive.
+    mass
+        M > 0.
+    velocity_scale
+        Initial variance of the momentum in units of its stationary one, ≥ 0.
+    """
+
+    def __init__(
+        self,
+        beta: float | tuple[float, float] = 8.0,
+        gamma: float = 0.01,
+        nu: float = 4.01,
+        mass: float = 0.25,
+        velocity_scale: float = 0.04,
+    ) -> None:
+        check_positive(mass, "mass")
+        check_at_least(gamma, 0.0, "gamma")
+        check_at_least(nu, 0.0, "nu")
+        check_positive(gamma + nu, "gamma + nu")
+        check_at_least(velocity_scale, 0.0, "velocity_scale")
+        super().__init__(
+            time_changed(
+                [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
+                [[sqrt(gamma), 0], [0, sqrt(mass * nu)]],
+                beta,
+            ),
+            initial_covariance=_diagonal(0, velocity_scale * mass),
+            stationary_covariance=_diagonal(1, mass),
+        )
+
+
+class HOLD(LinearSDE):
+    r"""Third-order Langevin diffusion (Shi and Liu 2024): noise two integrations from the data.
+
+    .. math::
+        F = β \begin{pmatrix} 0 & 1 & 0 \\ -1 & 0 & g \\ 0 & -g & -ξ \end{pmatrix}, \qquad
+        G = (0, 0, \sqrt{2ξβL^{-1}})^⊤
+
+    The defaults put all three eigenvalues at −√3 β: critical damping. The stationary law is
+    N(0, L⁻¹) in each component.
+
+    Parameters
+    ----------
+    beta
+        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+    coupling
+        g ≠ 0, between velocity and acceleration.
+    friction
+        ξ > 0.
+    inverse_mass
+        L > 0: the inverse of the stationary variance.
+    auxiliary_scale
+        Initial variance of the two auxiliary components in units of L⁻¹, ≥ 0.
+    """
+
+    def __init__(
+        self,
+        beta: float | tuple[float, float] = 4.0,
+        coupling: float = 2 * sqrt(2),
+        friction: float = 3 * sqrt(3),
+        inverse_mass: float = 1.0,
+        auxiliary_scale: float = 0.04,
+    ) -> None:
+        check_positive(abs(coupling), "abs(coupling)")
+        check_positive(friction, "friction")
+        check_positive(inverse_mass, "inverse_mass")
+        check_at_least(auxiliary_scale, 0.0, "auxiliary_scale")
+        variance = 1 / inverse_mass
+        super().__init__(
+            time_changed(
+                [[0, 1, 0], [-1, 0, coupling], [0, -coupling, -friction]],
+                [[0], [0], [sqrt(2 * friction * variance)]],
+                beta,
+            ),
+            initial_covariance=_diagonal(0, auxiliary_scale * variance, auxiliary_scale * variance),
+            stationary_covariance=_diagonal(variance, variance, variance),
+        )
+
+
+def _diagonal(*entries: float) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float64).diag()

@@ -1,0 +1,401 @@
+"""The linear SDE: declared by its dynamics and its initial law, everything else derived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks, lower_factor
+from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times
+from cldsde.linear.dynamics import Dynamics, FunctionDynamics, TimeChangedDynamics
+from cldsde.linear.kernel import Gaussian, Kernel
+from cldsde.linear.random import standard_normal
+from cldsde.linear.schedule import Schedule
+
+__all__ = ["LinearSDE"]
+
+
+class LinearSDE:
+    r"""A linear SDE with one k×k block for every data dimension.
+
+    .. math:: dz = F(t)\,z\,dt + G(t)\,dw, \qquad z = (x, v, …) ∈ R^{k×D}, \quad t ∈ [0, 1].
+
+    Component 0 is the data x. The process starts from z_0 = (x, 0, …) plus Gaussian noise of
+    the initial covariance: the law of the auxiliary components. Transition kernels, prior and
+    stationary law follow from F and G. To declare a process, subclass and pass its dynamics to
+    ``super().__init__``, or use `from_matrices` or `from_functions`.
+
+    Parameters
+    ----------
+    dynamics
+        F, G and the transition law.
+    initial_covariance
+        Covariance of z_0 given the data, ``(k, k)``; None is zero.
+    stationary_covariance
+        Σ∞ where it is known exactly; None derives it. It is checked against F and G.
+    prior_covariance
+        Covariance of the prior at t = 1; None takes Σ∞, or, for a process without a stationary
+        law, the covariance of z_1 given x = 0.
+
+    Raises
+    ------
+    ValueError
+        If a covariance is not a symmetric positive semi-definite k×k matrix, or
+        ``stationary_covariance`` is not stationary.
+
+    Examples
+    --------
+    A process with two auxiliary components, in a few lines:
+
+    >>> sde = LinearSDE.from_matrices(
+    ...     A=[[0, 1, 0], [-1, 0, 2], [0, -2, -3]],
+    ...     Q_root=[[0], [0], [6**0.5]],
+    ...     schedule=4.0,
+    ...     initial_covariance=[[0, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
+    ... )
+    >>> sde.components, sde.driven
+    (3, (2,))
+    >>> sde.transition(0.2, 0.7).root.shape
+    torch.Size([3, 3])
+    """
+
+    T: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        *,
+        initial_covariance: MatrixLike | None = None,
+        stationary_covariance: MatrixLike | None = None,
+        prior_covariance: MatrixLike | None = None,
+    ) -> None:
+        self.dynamics = dynamics
+        k = self.components
+        if initial_covariance is None:
+            initial_covariance = torch.zeros(k, k, dtype=torch.float64)
+        self._initial_root = _covariance_root(initial_covariance, "initial_covariance", k)
+        if stationary_covariance is None:
+            self.stationary_covariance = dynamics.stationary_covariance()
+        else:
+            given = as_matrix(stationary_covariance, "stationary_covariance", (k, k))
+            self.stationary_covariance = self._checked_stationary(given)
+        if prior_covariance is None:
+            prior_covariance = self.stationary_covariance
+        self._prior_root: Tensor | None = None
+        if prior_covariance is not None:
+            self._prior_root = _covariance_root(prior_covariance, "prior_covariance", k)
+
+    @classmethod
+    def from_matrices(
+        cls,
+        A: MatrixLike,
+        Q_root: MatrixLike,
+        schedule: Schedule | float | Sequence[float] = 1.0,
+        *,
+        initial_covariance: MatrixLike | None = None,
+    ) -> LinearSDE:
+        """The process F(t) = β(t) A, G(t) = √β(t) Q_root.
+
+        Parameters
+        ----------
+        A
+            ``(k, k)``.
+        Q_root
+            ``(k, r)``.
+        schedule
+            β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
+        initial_covariance
+            Covariance of z_0 given the data, ``(k, k)``; None is zero.
+
+        Raises
+        ------
+        ValueError
+            If A is not square, the matrices do not fit, or an entry is not finite.
+        """
+        dynamics = time_changed(A, Q_root, schedule)
+        return LinearSDE(dynamics, initial_covariance=initial_covariance)
+
+    @classmethod
+    def from_functions(
+        cls,
+        drift: Callable[[Tensor], Tensor],
+        diffusion: Callable[[Tensor], Tensor],
+        *,
+        initial_covariance: MatrixLike | None = None,
+        stationary_covariance: MatrixLike | None = None,
+        prior_covariance: MatrixLike | None = None,
+    ) -> LinearSDE:
+        """The process with F(t) and G(t) given by functions, which need not commute.
+
+        Parameters
+        ----------
+        drift
+            A time (0-dimensional float64 tensor) to F, ``(k, k)``; smooth in t.
+        diffusion
+            A time to G, ``(k, r)``; smooth in t.
+        initial_covariance, stationary_covariance, prior_covariance
+            See `LinearSDE`.
+
+        Raises
+        ------
+        ValueError
+            If a function returns matrices that do not fit, or values that are not finite.
+        """
+        return LinearSDE(
+            FunctionDynamics(drift, diffusion, cls.T),
+            initial_covariance=initial_covariance,
+            stationary_covariance=stationary_covariance,
+            prior_covariance=prior_covariance,
+        )
+
+    @property
+    def components(self) -> int:
+        """Number k of components of the state."""
+        return self.dynamics.components
+
+    @property
+    def driven(self) -> tuple[int, ...]:
+        """Components that noise enters, in increasing order."""
+        return self.dynamics.driven
+
+    def drift(self, t: TimeLike) -> Tensor:
+        """F(t), ``(*t.shape, k, k)`` float64 on the host.
+
+        Raises
+        ------
+        ValueError
+            If a time lies outside [0, 1].
+        """
+        return self.dynamics.drift(as_times(t, "t", self.T))
+
+    def diffusion(self, t: TimeLike) -> Tensor:
+        """G(t), ``(*t.shape, k, r)`` float64 on the host.
+
+        Raises
+        ------
+        ValueError
+            If a time lies outside [0, 1].
+        """
+        return self.dynamics.diffusion(as_times(t, "t", self.T))
+
+    def transition(self, s: TimeLike, t: TimeLike) -> Kernel:
+        r"""Law of z_t given z_s, for s ≤ t.
+
+        .. math:: z_t \mid z_s ∼ N(Ψ(t,s)\,z_s,\ ∫_s^t Ψ(t,u) G G^⊤ Ψ(t,u)^⊤ du)
+
+        Parameters
+        ----------
+        s, t
+            Times in [0, 1]: numbers or floating-point tensors that broadcast.
+
+        Returns
+        -------
+        Kernel
+            Of the broadcast shape, float64 on the host.
+
+        Raises
+        ------
+        TypeError
+            If a time is not a real number or floating-point tensor.
+        ValueError
+            If a time lies outside [0, 1], or s > t somewhere.
+        """
+        start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
+        try:
+            start, end = torch.broadcast_tensors(start, end)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            msg = f"s and t must broadcast; got shapes {tuple(start.shape)} and {tuple(end.shape)}"
+            raise ValueError(msg) from None
+        late = start > end
+        if bool(late.any()):
+            msg = (
+                f"s must not be later than t; got s = {float(start[late][0]):g}, "
+                f"t = {float(end[late][0]):g} (the earlier time comes first)"
+            )
+            raise ValueError(msg)
+        return Kernel(*self.dynamics.transition(start, end))
+
+    def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
+        r"""Law of z_t given the mean of z_0.
+
+        .. math:: z_t ∼ N(Ψ(t,0)\,E z_0,\ Ψ(t,0) Σ_0 Ψ(t,0)^⊤ + Q(0,t))
+
+        Parameters
+        ----------
+        t
+            Times in [0, 1].
+        initial_covariance
+            Σ_0, ``(k, k)``. None is the process's own, so that the auxiliary components are
+            integrated out (the kernel of hybrid score matching); zeros give the law given all of
+            z_0 (denoising score matching); Σ_0 with the data's variance in its first entry gives
+            the true marginal of Gaussian data.
+
+        Returns
+        -------
+        Kernel
+            Of the shape of t, float64 on the host.
+
+        Raises
+        ------
+        TypeError
+            If ``t`` is not a real number or floating-point tensor.
+        ValueError
+            If a time lies outside [0, 1] or Σ_0 is not a covariance.
+        """
+        times = as_times(t, "t", self.T)
+        psi, noise = self.dynamics.transition(torch.zeros_like(times), times)
+        if initial_covariance is None:
+            initial_root = self._initial_root
+        else:
+            initial_root = _covariance_root(
+                initial_covariance, "initial_covariance", self.components
+            )
+        if not bool(initial_root.detach().any()):
+            return Kernel(psi, noise)
+        columns = torch.cat([psi @ initial_root, noise], dim=-1)
+        root = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
+        return Kernel(psi, root)
+
+    @property
+    def prior(self) -> Gaussian:
+        """Gaussian law from which sampling starts at t = 1."""
+        root = self._prior_root
+        return Gaussian(self.marginal(self.T).root if root is None else root)
+
+    @property
+    def stationary_reversal(self) -> LinearSDE | None:
+        """The time reversal of the process at its stationary law; None where there is none.
+
+        Its drift is Σ∞ F(t)ᵀ Σ∞⁻¹ and its diffusion G(t). Run over [u, t] it carries a state from
+        t back to u when the score is that of the stationary law, which is the exact part of the
+        splitting of SSCS.
+        """
+        if self.stationary_covariance is None:
+            return None
+        dynamics = self.dynamics.stationary_reversal(self.stationary_covariance)
+        if dynamics is None:
+            return None
+        return LinearSDE(dynamics, stationary_covariance=self.stationary_covariance)
+
+    def augment(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw z_0 = (x, 0, …) plus noise of the initial covariance.
+
+        Parameters
+        ----------
+        x
+            Data ``(B, *D)``, floating point.
+        generator
+            Source of the normals.
+
+        Returns
+        -------
+        Tensor
+            ``(B, k, *D)``.
+        """
+        state = self.embed(x)
+        noise = standard_normal(state.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return state + apply_blocks(self._initial_root, noise)
+
+    def perturb(
+        self,
+        x0: Tensor,
+        t: TimeLike,
+        *,
+        conditioning: Literal["data", "all"] = "data",
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw z_t from the forward process started at data, z_t = Ψ z_0 + L ε.
+
+        Parameters
+        ----------
+        x0
+            Data ``(B, *D)``, floating point.
+        t
+            One time, or ``(B,)``.
+        conditioning
+            ``"data"``: ε belongs to the law given x_0 alone (hybrid score matching).
+            ``"all"``: z_0 is drawn first, ε belongs to the law given z_0 (denoising score
+            matching).
+        generator
+            Source of the normals.
+
+        Returns
+        -------
+        z_t, noise : tuple of Tensor
+            State and ε, both ``(B, k, *D)``, dtype and device of ``x0``.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit or ``conditioning`` is unknown.
+        """
+        if conditioning == "data":
+            return self.marginal(t).perturb(self.embed(x0), generator=generator)
+        if conditioning == "all":
+            return self.transition(0.0, t).perturb(self.augment(x0, generator), generator=generator)
+        msg = f"conditioning must be 'data' or 'all'; got {conditioning!r}"
+        raise ValueError(msg)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """State (x, 0, …) ``(B, k, *D)`` of data ``(B, *D)``: the mean of z_0.
+
+        Raises
+        ------
+        TypeError
+            If ``x`` is not a floating-point tensor with a batch axis.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            msg = f"data must be a floating-point tensor of shape (B, *D); got {got}"
+            raise TypeError(msg)
+        state = x.new_zeros(len(x), self.components, *x.shape[1:])
+        state[:, 0] = x
+        return state
+
+    def _checked_stationary(self, covariance: Tensor) -> Tensor:
+        F = self.drift(torch.linspace(0, self.T, 17, dtype=torch.float64)).detach()
+        G = self.diffusion(torch.linspace(0, self.T, 17, dtype=torch.float64)).detach()
+        flow = F @ covariance.detach()
+        residual = flow + flow.mT + G @ G.mT
+        if float(residual.abs().max()) > 1e-10 * float(flow.abs().max()):
+            msg = (
+                "stationary_covariance must satisfy F Σ + Σ Fᵀ + GGᵀ = 0 at all times; "
+                f"the residual reaches {float(residual.abs().max()):g}"
+            )
+            raise ValueError(msg)
+        return covariance
+
+
+def time_changed(
+    A: MatrixLike, Q_root: MatrixLike, schedule: Schedule | float | Sequence[float]
+) -> TimeChangedDynamics:
+    """Checked dynamics F = β(t) A, G = √β(t) Q_root; see `LinearSDE.from_matrices`."""
+    drift = as_matrix(A, "A", (None, None))
+    if drift.shape[0] != drift.shape[1]:
+        msg = f"A must be square; got shape {tuple(drift.shape)}"
+        raise ValueError(msg)
+    diffusion = as_matrix(Q_root, "Q_root", (len(drift), None))
+    if not bool(diffusion.detach().any()):
+        msg = "Q_root must have an entry that is not zero; without noise there is no score"
+        raise ValueError(msg)
+    return TimeChangedDynamics(drift, diffusion, Schedule.of(schedule))
+
+
+def _covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
+    """Lower-triangular root of a positive semi-definite matrix, exact where it is diagonal."""
+    matrix = as_matrix(covariance, name, (k, k))
+    scale = float(matrix.detach().abs().max())
+    if float((matrix - matrix.T).detach().abs().max()) > 1e-12 * scale:
+        msg = f"{name} must be symmetric; got {matrix.tolist()}"
+        raise ValueError(msg)
+    diagonal = matrix.diagonal()
+    if not bool((matrix - diagonal.diag()).detach().any()) and bool((diagonal >= 0).all()):
+        return diagonal.sqrt().diag()
+    values, vectors = torch.linalg.eigh(matrix)
+    if float(values.detach().min()) < -1e-12 * scale:
+        msg = f"{name} must be positive semi-definite; its eigenvalues are {values.tolist()}"
+        raise ValueError(msg)
+    return lower_factor(vectors * values.clamp_min(0).sqrt())

@@ -1,0 +1,196 @@
+"""Hypothesis strategies: random processes, times, shapes, dtypes and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from cldsde import CLD, LinearSDE
+
+SHORTEST = 1e-8
+"""The shortest time, and the shortest step, that is drawn."""
+
+Noise = Literal["full", "chain", "deficient"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StableProcess:
+    """A = -(D + R) Sigma^-1 and Q_root Q_root^T = 2 D: stable, with stationary law N(0, Sigma).
+
+    R is skew and D positive semi-definite; A is scaled to ||A||_1 = 1, so that a clock of B means
+    ||A||_1 B = B. In the coordinates in which Sigma is the identity every exp(A B) has norm <= 1
+    and every covariance started from zero is <= I.
+    """
+
+    A: torch.Tensor
+    Q_root: torch.Tensor
+    stationary: torch.Tensor
+    noise: Noise
+    seed: int
+
+    @property
+    def components(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def condition(self) -> float:
+        """Condition number of the stationary covariance."""
+        return float(torch.linalg.cond(self.stationary))
+
+    def sde(self, schedule: Any = 1.0) -> LinearSDE:
+        return LinearSDE.from_matrices(self.A, self.Q_root, schedule=schedule)
+
+    def __repr__(self) -> str:
+        return f"stable_process({self.seed}, {self.components}, {self.noise!r})"
+
+
+def stable_process(seed: int, components: int, noise: Noise = "full") -> StableProcess:
+    """The process that a seed stands for.
+
+    Parameters
+    ----------
+    noise
+        "full": D has full rank and no structure. "chain": noise enters the last component alone
+        and reaches component i through i + 1, as in Langevin dynamics, so that the law has a
+        density and the diagonal of its root is graded, h^(k - i - 1/2). "deficient": D has rank
+        k - 1 (one, for k = 1) in random directions; the law has a density, but at short times the
+        rows of its root are nearly parallel.
+    """
+    rng = np.random.default_rng(seed)
+    k = components
+    signs = rng.choice([-1.0, 1.0], size=max(k - 1, 0))
+    skew = np.zeros((k, k))
+    if noise == "chain":
+        scale = np.diag(np.exp(rng.uniform(-0.7, 0.7, k)))
+        dissipation = np.zeros((k, k))
+        dissipation[-1, -1] = np.exp(rng.uniform(-1.0, 1.0))
+        for i in range(k - 1):
+            skew[i, i + 1] = signs[i] * rng.uniform(0.5, 2.0)
+    else:
+        rotation = np.linalg.qr(rng.standard_normal((k, k)))[0]
+        scale = rotation * np.exp(rng.uniform(-0.7, 0.7, k))
+        rates = np.exp(rng.uniform(-2.0, 1.0, k))
+        if noise == "deficient" and k > 1:
+            rates[0] = 0.0
+        rotation = np.linalg.qr(rng.standard_normal((k, k)))[0]
+        dissipation = (rotation * rates) @ rotation.T
+        for i in range(k):
+            for j in range(i + 1, k):
+                skew[i, j] = rng.uniform(0.5, 2.0) * rng.choice([-1.0, 1.0])
+    stationary = scale @ scale.T
+    drift = -(dissipation + skew - skew.T) @ np.linalg.inv(stationary)
+    size = np.abs(drift).sum(axis=0).max()
+    if noise == "chain":
+        root = np.zeros((k, 1))
+        root[-1, 0] = math.sqrt(2 * dissipation[-1, -1] / size)
+    else:
+        root = rotation * np.sqrt(2 * rates / size)
+    return StableProcess(
+        torch.from_numpy(drift / size),
+        torch.from_numpy(root),
+        torch.from_numpy(stationary),
+        noise,
+        seed,
+    )
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of generators."""
+    return st.integers(0, 2**31 - 1)
+
+
+def stable_processes(
+    components: st.SearchStrategy[int] | None = None,
+    noise: tuple[Noise, ...] = ("full", "chain", "deficient"),
+) -> st.SearchStrategy[StableProcess]:
+    """Random stable processes with one to four components."""
+    if components is None:
+        components = st.integers(1, 4)
+    return st.builds(stable_process, seeds(), components, st.sampled_from(noise))
+
+
+def covariances(components: int) -> st.SearchStrategy[torch.Tensor]:
+    """Covariances of z_0: zero, of the last component alone, or full (condition number < 60)."""
+
+    def build(seed: int, kind: str) -> torch.Tensor:
+        rng = np.random.default_rng(seed)
+        sigma = np.zeros((components, components))
+        if kind == "last":
+            sigma[-1, -1] = np.exp(rng.uniform(-4.0, 1.0))
+        if kind == "full":
+            rotation = np.linalg.qr(rng.standard_normal((components, components)))[0]
+            factor = rotation * np.exp(rng.uniform(-1.0, 1.0, components))
+            sigma = factor @ factor.T
+        return torch.from_numpy(sigma)
+
+    return st.builds(build, seeds(), st.sampled_from(["zero", "last", "full"]))
+
+
+def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
+    """Positive numbers whose logarithm is spread evenly, both ends included."""
+    exponents = st.floats(math.log(low), math.log(high))
+    return exponents.map(lambda x: min(max(math.exp(x), low), high))
+
+
+def times(low: float = SHORTEST, high: float = 1.0) -> st.SearchStrategy[float]:
+    """Times in [low, high], as likely near 1e-8 as near 1."""
+    return log_uniform(low, high)
+
+
+@st.composite
+def intervals(draw: st.DrawFn, points: int = 2) -> tuple[float, ...]:
+    """Strictly increasing times in [0, 1]: steps are log-uniform, the first time may be zero."""
+    result = [draw(st.one_of(st.just(0.0), times(high=0.9), st.floats(0.1, 0.9)))]
+    for left in range(points - 1, 0, -1):
+        room = (1.0 - result[-1]) / left
+        result.append(result[-1] + min(draw(times()), room))
+    return tuple(min(t, 1.0) for t in result)
+
+
+def schedules() -> st.SearchStrategy[float | tuple[float, float]]:
+    """Constant or linear rates: a number, or a pair of end values."""
+    rates = log_uniform(0.1, 8.0)
+    return st.one_of(rates, st.tuples(rates, rates))
+
+
+def friction_ratios() -> st.SearchStrategy[float]:
+    """Friction over critical friction: exactly one, beside one by 1e-12 ... 1, or well away."""
+    gaps = log_uniform(1e-12, 0.9)
+    return st.one_of(
+        st.just(1.0),
+        gaps.map(lambda gap: 1.0 + gap),
+        gaps.map(lambda gap: 1.0 - gap),
+        st.sampled_from([0.5, 2.0]),
+    )
+
+
+def critical_friction(mass: float) -> float:
+    """The friction Gamma with Gamma^2 = 4 M."""
+    return 2 * math.sqrt(mass)
+
+
+@st.composite
+def clds(draw: st.DrawFn) -> CLD:
+    """CLD with any damping, mass, schedule and velocity scale."""
+    mass = draw(st.one_of(st.just(0.25), log_uniform(0.05, 2.0)))
+    return CLD(
+        beta=draw(schedules()),
+        mass=mass,
+        friction=draw(friction_ratios()) * critical_friction(mass),
+        velocity_scale=draw(st.one_of(st.just(0.04), log_uniform(1e-3, 1.0))),
+    )
+
+
+def shapes(dims: int = 3, side: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes of batches of times or of data: (), (3,), (2, 1, 4), …, empty ones not included."""
+    return st.lists(st.integers(1, side), max_size=dims).map(tuple)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Floating-point types of states."""
+    return st.sampled_from([torch.float32, torch.float64])
