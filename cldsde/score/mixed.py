@@ -1,0 +1,211 @@
+r"""The mixed score: a Gaussian reference in closed form plus a network for the rest.
+
+If the data were N(μ, s₀²) the marginal would be Gaussian with covariance
+Σ_ref = Σ_t + s₀² ψψᵀ, and its score linear. The network only has to learn what the data add,
+
+.. math::
+    s_d = −L_{dd}^{−⊤} n, \qquad
+    n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + n_θ(z, t),
+
+where n is the prediction of the noise ε_d that made z_t = ψ x_0 + L_t ε. With s₀² the variance of
+the data the reference is exact for Gaussian data at all t, the correlation of x and v included;
+Dockhorn et al. (2022, §3.2) use the limit t → 1 of its diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cldsde.linear.blocks import apply_blocks, lower_factor
+from cldsde.linear.checks import TimeLike
+from cldsde.linear.kernel import Kernel
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.recovery import check_trailing
+from cldsde.score.times import score_times
+
+__all__ = ["MixedScore", "hybrid_score_matching"]
+
+
+class _Coefficients(NamedTuple):
+    """What a mixed score needs at times of shape ``*``; ``*V`` is the shape of the variance."""
+
+    psi: Tensor  # (*, k), takes the data to the mean of the state
+    reference: Tensor  # (*, d, k, *V), takes z − ψμ to n_ref
+    scale: Tensor  # (*, k, *V), makes the network's input of unit size
+    log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's clock
+    to_score: Tensor  # (*, d, d), −L_dd^{−T}
+
+    def to(self, like: Tensor) -> _Coefficients:
+        return _Coefficients(*(field.to(like) for field in self))
+
+
+class MixedScore(nn.Module):
+    """Score of the driven components as a Gaussian reference plus a network's noise prediction.
+
+    Parameters
+    ----------
+    network
+        Module of (state, clock): ``(B, k·C, *S)`` and ``(B,)`` to ``(B, len(driven)·C, *S)`` for
+        data ``(B, C, *S)``. It sees the state scaled to unit size a component and κ(t), half the
+        log of the signal-to-noise ratio of the process, as its clock.
+    sde
+        The forward process; its driven components must be the last ones.
+    data_mean, data_variance
+        μ and s₀² of the reference: tensors that broadcast with ``(C, *S)``, e.g. ``()`` or
+        ``(C, 1, 1)``; the variance is positive.
+
+    Raises
+    ------
+    ValueError
+        If the driven components are not the last ones, or mean and variance are not finite, of
+        different shape, or the variance is not positive.
+    """
+
+    data_mean: Tensor
+    data_variance: Tensor
+
+    def __init__(
+        self, network: nn.Module, sde: LinearSDE, data_mean: Tensor, data_variance: Tensor
+    ) -> None:
+        super().__init__()
+        check_trailing(sde)
+        if data_mean.shape != data_variance.shape:
+            msg = (
+                "data_mean and data_variance must have one shape; got "
+                f"{tuple(data_mean.shape)} and {tuple(data_variance.shape)}"
+            )
+            raise ValueError(msg)
+        if not bool(data_mean.isfinite().all()):
+            msg = "data_mean must be finite"
+            raise ValueError(msg)
+        if not bool((data_variance.isfinite() & (data_variance > 0)).all()):
+            msg = "data_variance must be finite and positive"
+            raise ValueError(msg)
+        self.network = network
+        self.sde = sde
+        self.register_buffer("data_mean", data_mean.to(torch.float32))
+        self.register_buffer("data_variance", data_variance.to(torch.float32))
+        # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
+        self._variance = self.data_variance.to("cpu", torch.float64)
+
+    def forward(self, z: Tensor, t: TimeLike) -> Tensor:
+        """Score ``(B, len(driven), *D)`` at one time or ``(B,)`` times t > 0."""
+        kernel = self.sde.marginal(score_times(t, z))
+        return self._score(z, self._coefficients(kernel).to(z))
+
+    def noise(self, z: Tensor, kernel: Kernel) -> Tensor:
+        """Predicted noise of the driven components, ``(B, len(driven), *D)``.
+
+        Parameters
+        ----------
+        z
+            State ``(B, k, *D)``.
+        kernel
+            The marginal law of z_t given x_0 at the sample's time or times.
+        """
+        return self._noise(z, self._coefficients(kernel).to(z))
+
+    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
+        table = self._coefficients(self.sde.marginal(times)).to(like)
+
+        def score(z: Tensor, i: int) -> Tensor:
+            return self._score(z, _Coefficients(*(field[i] for field in table)))
+
+        return score
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._variance = self.data_variance.to("cpu", torch.float64)
+
+    def _coefficients(self, kernel: Kernel) -> _Coefficients:
+        psi, root = kernel.mean[..., 0], kernel.root
+        if bool((root.diagonal(dim1=-2, dim2=-1) <= 0).any()):
+            msg = "t: the law given x_0 has no density at t = 0, so no score; take t > 0"
+            raise ValueError(msg)
+        first = self.sde.driven[0]
+        signal = torch.linalg.solve_triangular(root, psi.unsqueeze(-1), upper=False)
+        log_snr = 0.5 * signal.square().sum((-2, -1)).log()
+        driven_root = root[..., first:, first:]
+        eye = torch.eye(driven_root.shape[-1], dtype=torch.float64)
+        to_score = -torch.linalg.solve_triangular(driven_root.mT, eye, upper=True)
+
+        # One reference law for each entry of the variance, in axes (*, *V, k, k).
+        ones = (1,) * self._variance.ndim
+        spread = psi.reshape(*psi.shape[:-1], *ones, -1, 1)
+        spread = self._variance.sqrt()[..., None, None] * spread
+        base = root.reshape(*root.shape[:-2], *ones, *root.shape[-2:])
+        columns = torch.cat([base.expand(*spread.shape[:-1], -1), spread], dim=-1)
+        factor = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
+        whitening = torch.linalg.solve_triangular(
+            factor, torch.eye(root.shape[-1], dtype=torch.float64), upper=False
+        )
+        precision = whitening[..., first:].mT @ whitening
+        driven_root = driven_root.reshape(*driven_root.shape[:-2], *ones, *driven_root.shape[-2:])
+        reference = driven_root.mT @ precision
+        scale = factor.square().sum(-1).rsqrt()
+        axis = psi.ndim - 1
+        return _Coefficients(
+            psi,
+            reference.movedim((-2, -1), (axis, axis + 1)),
+            scale.movedim(-1, axis),
+            log_snr,
+            to_score,
+        )
+
+    def _noise(self, z: Tensor, c: _Coefficients) -> Tensor:
+        axes = z.ndim - 2
+
+        def spread(field: Tensor, inner: int) -> Tensor:
+            """Batch axis in front, axes of V aligned with those of the data."""
+            if c.log_snr.ndim == 0:
+                field = field.unsqueeze(0)
+            shape = field.shape[: 1 + inner]
+            variance_axes = field.shape[1 + inner :]
+            return field.reshape(*shape, *(1,) * (axes - len(variance_axes)), *variance_axes)
+
+        mean = spread(c.psi, 1).reshape(-1, z.shape[1], *(1,) * axes) * self.data_mean.to(z)
+        reference = (spread(c.reference, 2) * (z - mean).unsqueeze(1)).sum(2)
+        clock = c.log_snr.expand(len(z))
+        inputs = ((z - mean) * spread(c.scale, 1)).flatten(1, 2)
+        residual: Tensor = self.network(inputs, clock)
+        return reference + residual.reshape(reference.shape)
+
+    def _score(self, z: Tensor, c: _Coefficients) -> Tensor:
+        return apply_blocks(c.to_score, self._noise(z, c))
+
+
+def hybrid_score_matching(
+    model: MixedScore, x0: Tensor, t: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    r"""Hybrid score matching loss of each sample, weighted so that noise is predicted evenly.
+
+    .. math:: \frac1D ‖n(z_t, t) − ε_d‖², \qquad z_t = ψ(t) x_0 + L_t ε
+
+    The law of z_t is conditioned on the data alone, the auxiliary components integrated out
+    (Dockhorn et al. 2022, eq. 9, with the reweighting of §3.2).
+
+    Parameters
+    ----------
+    model
+        The score.
+    x0
+        Data ``(B, *D)``.
+    t
+        Times ``(B,)``, float64 on the host, t > 0.
+    generator
+        Source of ε.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)``, mean over the driven components' entries.
+    """
+    kernel = model.sde.marginal(t)
+    z, noise = kernel.perturb(model.sde.embed(x0), generator=generator)
+    error = model.noise(z, kernel) - noise[:, model.sde.driven[0] :]
+    return error.square().flatten(1).mean(1)

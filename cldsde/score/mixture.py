@@ -1,0 +1,245 @@
+"""Gaussian mixtures as data: closed-form densities and scores under any linear SDE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import lower_factor
+from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.random import standard_normal
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.times import score_times
+
+__all__ = ["GaussianMixture", "MixtureScore"]
+
+
+class _Marginal(NamedTuple):
+    """The law of z_t for each mixture component, in the eigenbasis of its covariance.
+
+    Axes are ``(*times, component of the mixture, eigen-direction, k, k)``.
+    """
+
+    psi: Tensor  # (*, k), takes the data to the mean of the state
+    whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
+    log_scale: Tensor  # (*, n), log weight + log normalisation
+
+
+class GaussianMixture:
+    r"""Data law Σᵢ wᵢ N(mᵢ, Cᵢ) on R^D, in closed form under any linear SDE.
+
+    In the eigenbasis of Cᵢ = U diag(λ) Uᵀ the state splits into D independent k-vectors with
+    covariance Σ_t + λⱼψψᵀ, ψ = Ψ(t, 0) e₀, whose root tri[L_t, √λⱼ ψ] is taken orthogonally. So
+    λⱼ = 0 is allowed: point masses, lines, planes.
+
+    Parameters
+    ----------
+    weights
+        ``(n,)``, positive; normalised to sum 1.
+    means
+        ``(n, D)``.
+    covariances
+        ``(n, D, D)``, symmetric positive semi-definite.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a weight is not positive, or a covariance is not symmetric positive
+        semi-definite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> data = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]])
+    >>> sde = CLD()
+    >>> z = sde.prior.sample((5, 1), generator=torch.Generator().manual_seed(0))
+    >>> data.score(sde)(z, 0.5).shape
+    torch.Size([5, 1, 1])
+    """
+
+    def __init__(
+        self,
+        weights: Tensor | Sequence[float],
+        means: Tensor | Sequence[Sequence[float]],
+        covariances: Tensor | Sequence[Sequence[Sequence[float]]],
+    ) -> None:
+        self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+        self.means = torch.as_tensor(means, dtype=torch.float64, device="cpu")
+        self.covariances = torch.as_tensor(covariances, dtype=torch.float64, device="cpu")
+        if self.weights.ndim != 1 or self.means.ndim != 2 or self.covariances.ndim != 3:
+            msg = (
+                "weights, means and covariances must have shapes (n,), (n, D) and (n, D, D); got "
+                f"{tuple(self.weights.shape)}, {tuple(self.means.shape)}, "
+                f"{tuple(self.covariances.shape)}"
+            )
+            raise ValueError(msg)
+        n, dimension = self.means.shape
+        if self.weights.shape != (n,) or self.covariances.shape != (n, dimension, dimension):
+            msg = (
+                f"means of shape {(n, dimension)} need weights of shape {(n,)} and covariances of "
+                f"shape {(n, dimension, dimension)}; got {tuple(self.weights.shape)} and "
+                f"{tuple(self.covariances.shape)}"
+            )
+            raise ValueError(msg)
+        if not bool((self.weights.isfinite() & (self.weights > 0)).all()):
+            msg = f"weights must be finite and positive; got {self.weights.tolist()}"
+            raise ValueError(msg)
+        if not bool(self.means.isfinite().all() and self.covariances.isfinite().all()):
+            msg = "means and covariances must be finite"
+            raise ValueError(msg)
+        scale = self.covariances.abs().amax((1, 2))
+        if bool(
+            ((self.covariances - self.covariances.mT).abs().amax((1, 2)) > 1e-12 * scale).any()
+        ):
+            msg = "covariances must be symmetric"
+            raise ValueError(msg)
+        self.weights = self.weights / self.weights.sum()
+        self._variances, self._axes = torch.linalg.eigh(self.covariances)
+        if bool((self._variances.amin(1) < -1e-12 * scale).any()):
+            msg = (
+                "covariances must be positive semi-definite; the smallest eigenvalue is "
+                f"{float(self._variances.min()):g}"
+            )
+            raise ValueError(msg)
+        self._variances = self._variances.clamp_min(0)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.means.shape[1]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Draw ``n`` data points, ``(n, D)``."""
+        source = "cpu" if generator is None else generator.device
+        which = torch.multinomial(
+            self.weights.to(source), n, replacement=True, generator=generator
+        ).to(device)
+        noise = standard_normal(
+            (n, self.dimension), generator=generator, dtype=dtype, device=device
+        )
+        roots = (self._axes * self._variances.sqrt().unsqueeze(1)).to(noise)
+        return self.means.to(noise)[which] + torch.einsum("bij,bj->bi", roots[which], noise)
+
+    def log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
+        """Log-density of the state, log p_t(z).
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        z
+            ``(B, k, *D)`` with D numbers a component.
+        t
+            One time or ``(B,)``, where the law has a density: t > 0.
+
+        Returns
+        -------
+        Tensor
+            ``(B,)`` nats, in the dtype of ``z``.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit or the law has no density at some time.
+        """
+        flat = self._flat_state(sde, z)
+        _, log_terms = self._terms(flat, self._marginal(sde, score_times(t, z)))
+        return log_terms.logsumexp(-1)
+
+    def score(self, sde: LinearSDE) -> MixtureScore:
+        """Exact score of the driven components, a callable score(z, t).
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        """
+        return MixtureScore(self, sde)
+
+    def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
+        flat = check_state(z, sde.components).reshape(*z.shape[:2], -1)
+        if flat.shape[-1] != self.dimension:
+            msg = (
+                f"z must hold {self.dimension} numbers a component, as the mixture does; "
+                f"got shape {tuple(z.shape)}"
+            )
+            raise ValueError(msg)
+        return flat
+
+    def _marginal(self, sde: LinearSDE, t: Tensor) -> _Marginal:
+        kernel = sde.marginal(t)
+        psi, root = kernel.mean[..., 0], kernel.root
+        spread = self._variances.sqrt()[..., None, None] * psi[..., None, None, :, None]
+        base = root[..., None, None, :, :].expand(*spread.shape[:-1], -1)
+        columns = torch.cat([base, spread], dim=-1)
+        factor = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        if bool((diagonal <= 0).any()):
+            msg = f"t: the state has no density at t = {float(t.min()):g}, so no score; take t > 0"
+            raise ValueError(msg)
+        eye = torch.eye(sde.components, dtype=torch.float64)
+        whitening = torch.linalg.solve_triangular(factor, eye, upper=False)
+        log_scale = (
+            self.weights.log()
+            - diagonal.log().sum((-2, -1))
+            - 0.5 * sde.components * self.dimension * math.log(2 * math.pi)
+        )
+        return _Marginal(psi, whitening, log_scale)
+
+    def _terms(self, z: Tensor, law: _Marginal) -> tuple[Tensor, Tensor]:
+        """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
+        means = law.psi.to(z)[..., None, :, None] * self.means.to(z).unsqueeze(1)
+        residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, self._axes.to(z))
+        whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening.to(z), residual)
+        return whitened, law.log_scale.to(z) - 0.5 * whitened.square().sum((-2, -1))
+
+    def _score(self, z: Tensor, law: _Marginal, driven: Sequence[int]) -> Tensor:
+        whitened, log_terms = self._terms(z, law)
+        responsible = log_terms.softmax(-1)
+        pulled = torch.einsum(
+            "...njkl,...nkj->...nlj", law.whitening[..., list(driven)].to(z), whitened
+        )
+        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(z))
+
+
+class MixtureScore:
+    """Exact score ∂ log p_t(z)/∂z on the driven components; see `GaussianMixture.score`.
+
+    Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``; it returns
+    ``(B, len(driven), *D)``.
+    """
+
+    def __init__(self, data: GaussianMixture, sde: LinearSDE) -> None:
+        self.data = data
+        self.sde = sde
+
+    def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
+        """Score at one time or ``(B,)`` times."""
+        flat = self.data._flat_state(self.sde, z)
+        law = self.data._marginal(self.sde, score_times(t, z))
+        return self.data._score(flat, law, self.sde.driven).reshape(len(z), -1, *z.shape[2:])
+
+    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
+        law = self.data._marginal(self.sde, times)
+        table = _Marginal(*(field.to(like) for field in law))
+
+        def score(z: Tensor, i: int) -> Tensor:
+            row = _Marginal(*(field[i] for field in table))
+            return self.data._score(z.flatten(2), row, self.sde.driven).reshape(
+                len(z), -1, *z.shape[2:]
+            )
+
+        return score

@@ -1,0 +1,35 @@
+"""The time argument of a score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import TimeLike, as_times
+
+__all__ = ["score_times"]
+
+
+def score_times(t: TimeLike, z: Tensor) -> Tensor:
+    """Times of a score call in float64 on the host, ``()`` where the batch shares one.
+
+    Parameters
+    ----------
+    t
+        One time or ``(B,)``. A ``(B,)`` tensor expanded from one number (stride 0) is known to
+        be shared without looking at its values.
+    z
+        The state, ``(B, k, *D)``.
+
+    Raises
+    ------
+    ValueError
+        If t has another shape or a time lies outside [0, 1].
+    """
+    if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
+        t = t[0]
+    times = as_times(t, "t", 1.0)
+    if times.shape not in (torch.Size([]), torch.Size([len(z)])):
+        msg = f"t must be one time or have shape ({len(z)},); got {tuple(times.shape)}"
+        raise ValueError(msg)
+    return times

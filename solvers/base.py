@@ -1,0 +1,71 @@
+"""What a solver is: options, a declaration of what it promises, tables and a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cldsde.score import ReverseProcess
+
+from .noise import NoiseSource
+
+__all__ = ["Facts", "ScoreAt", "Solver"]
+
+ScoreAt = Callable[[Tensor, int], Tensor]
+"""Score of the driven components at a state, at the evaluation time of the given number."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a solver needs and promises; documentation and order tests are made from it.
+
+    Attributes
+    ----------
+    applies_to
+        The processes it works for, in words.
+    nfe_per_step
+        Score evaluations a step.
+    weak_order, strong_order
+        Orders of convergence in law and along paths for the reverse SDE; None where not claimed.
+    ode_order
+        Order for the probability-flow ODE; None for stochastic solvers.
+    """
+
+    applies_to: str
+    nfe_per_step: int
+    weak_order: float | None = None
+    strong_order: float | None = None
+    ode_order: float | None = None
+
+
+class Solver(ABC):
+    """A solver on a fixed grid.
+
+    A subclass is a frozen, keyword-only dataclass whose fields are its options. `prepare`
+    computes everything that depends on the process and the grid alone, once, in float64. `step`
+    is tensor arithmetic only and may look at nothing but its arguments.
+    """
+
+    facts: ClassVar[Facts]
+
+    @abstractmethod
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
+        """Tables for a decreasing grid ``(n + 1,)``; whatever `step` wants to receive.
+
+        Raises
+        ------
+        ValueError
+            If the solver does not apply to the process; says why and what to use.
+        """
+
+    @abstractmethod
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """Times at which the score is asked, float64, numbered in the order of use."""
+
+    @abstractmethod
+    def step(self, z: Tensor, tables: Any, i: int, score: ScoreAt, noise: NoiseSource) -> Tensor:
+        """Advance the state from ``times[i]`` to ``times[i + 1]``; does not change ``z``."""

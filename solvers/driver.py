@@ -1,0 +1,200 @@
+"""`solve`: run a solver on a reverse process over a grid, and say what happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cldsde.linear.checks import as_times, check_state
+from cldsde.score import DataPrediction, ReverseProcess, TabulatedScore
+
+from .base import Solver
+from .noise import FreshNoise, NoiseSource
+
+__all__ = ["Solution", "solve"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of `solve`, with scipy's names.
+
+    Attributes
+    ----------
+    state
+        Final state ``(B, k, *D)``.
+    data
+        ``(B, *D)``: the data component of the state, or, with ``denoise=True``, E[x_0 | state].
+    nfev
+        Score evaluations of each sample, counted by wrapping the score.
+    status
+        0 when the end of the grid was reached, 1 when the state is not finite.
+    message
+        What happened, in words.
+    stats
+        Further numbers, e.g. ``steps``.
+    """
+
+    state: Tensor
+    data: Tensor
+    nfev: int
+    status: int
+    message: str
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def success(self) -> bool:
+        """Whether the end was reached with finite numbers."""
+        return self.status == 0
+
+    def __repr__(self) -> str:
+        """Facts in one line."""
+        return (
+            f"Solution(success={self.success}, nfev={self.nfev}, state={tuple(self.state.shape)}, "
+            f"message={self.message!r})"
+        )
+
+
+class _CountedScore:
+    """The score at numbered times; counts its evaluations and checks what it returns."""
+
+    def __init__(self, process: ReverseProcess, times: Tensor, z: Tensor) -> None:
+        self.nfev = 0
+        self._shape = (len(z), len(process.sde.driven), *z.shape[2:])
+        score = process.score
+        if isinstance(score, TabulatedScore):
+            self._evaluate = score.tabulate(times, z)
+        else:
+            table = times.to(z)
+            self._evaluate = lambda z, i: score(z, table[i].expand(len(z)))
+
+    def __call__(self, z: Tensor, i: int) -> Tensor:
+        self.nfev += 1
+        value = self._evaluate(z, i)
+        if value.shape != self._shape:
+            msg = (
+                f"score must return shape {self._shape}, one row a driven component; "
+                f"got {tuple(value.shape)}"
+            )
+            raise ValueError(msg)
+        return value
+
+
+@torch.no_grad()
+def solve(
+    process: ReverseProcess,
+    solver: Solver,
+    state: Tensor,
+    times: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: NoiseSource | None = None,
+    denoise: bool = False,
+    progress: bool = False,
+) -> Solution:
+    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
+
+    Parameters
+    ----------
+    process
+        The reverse process: forward SDE and score.
+    solver
+        How to step, e.g. ``EulerMaruyama()``.
+    state
+        Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
+    times
+        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``.
+    generator
+        Source of the noise; the same seed gives the same bits on the same machine.
+    noise
+        A noise source in place of ``generator``.
+    denoise
+        Finish with the data prediction E[x_0 | z] at the last time; its evaluation counts.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    Solution
+        ``success`` is False, with a message, where the state is not finite.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the state does not fit the process, the grid does not decrease, the solver does not
+        apply to the process, or both ``generator`` and ``noise`` are given. Nothing is evaluated
+        before all arguments are checked.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> data = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> g = torch.Generator().manual_seed(0)
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> start = sde.prior.sample((1000, 1), generator=g)
+    >>> process = ReverseProcess(sde, data.score(sde))
+    >>> solvers.solve(process, solvers.SSCS(), start, times, generator=g)
+    Solution(success=True, nfev=50, state=(1000, 2, 1), message='reached the end of the grid')
+    """
+    _check_types(process, solver)
+    sde = process.sde
+    z = check_state(state, sde.components, "state")
+    grid = _checked_grid(times, sde.T)
+    if generator is not None and noise is not None:
+        msg = "generator and noise are alternatives; got both"
+        raise ValueError(msg)
+    source = FreshNoise(generator) if noise is None else noise
+
+    steps = len(grid) - 1
+    tables = solver.prepare(process, grid)
+    prediction = DataPrediction.at(sde, grid[-1]) if denoise else None
+    asked = solver.evaluation_times(grid)
+    score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
+
+    for i in tqdm(range(steps), desc=type(solver).__name__, disable=not progress):
+        z = solver.step(z, tables, i, score, source)
+    data = z[:, 0] if prediction is None else prediction(z, score(z, len(asked)))
+    finite = bool(z.isfinite().all() and data.isfinite().all())
+    return Solution(
+        state=z,
+        data=data,
+        nfev=score.nfev,
+        status=0 if finite else 1,
+        message="reached the end of the grid"
+        if finite
+        else "the state is not finite: the score is not, or the steps are too long",
+        stats={"steps": steps},
+    )
+
+
+def _check_types(process: object, solver: object) -> None:
+    if not isinstance(process, ReverseProcess):
+        msg = f"process must be a ReverseProcess; got {type(process).__name__}"
+        raise TypeError(msg)
+    if not isinstance(solver, Solver):
+        hint = " (write it with parentheses)" if isinstance(solver, type) else ""
+        msg = f"solver must be a Solver, such as SSCS(); got {solver!r}{hint}"
+        raise TypeError(msg)
+
+
+def _checked_grid(times: Tensor, end: float) -> Tensor:
+    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < 2:
+        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
+        msg = f"times must be a tensor (n + 1,) of a decreasing grid, n ≥ 1; got {got}"
+        raise ValueError(msg)
+    grid = as_times(times, "times", end)
+    rising = (grid.diff() >= 0).nonzero()
+    if len(rising):
+        i = int(rising[0])
+        msg = (
+            f"times must decrease from T to ε; got {float(grid[i]):g} before {float(grid[i + 1]):g}"
+        )
+        raise ValueError(msg)
+    return grid

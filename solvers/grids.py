@@ -1,0 +1,78 @@
+"""Time grids: decreasing float64 tensors of n + 1 times from T to ε, both ends exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["quadratic_times", "root_times", "uniform_times"]
+
+
+def uniform_times(T: float, eps: float, n: int) -> Tensor:
+    """Uniform grid, t_i = T + (i/n)(ε − T).
+
+    Parameters
+    ----------
+    T, eps
+        Ends, 0 ≤ ε < T.
+    n
+        Number of steps, at least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(n + 1,)`` float64, decreasing.
+
+    Raises
+    ------
+    ValueError
+        If ε ≥ T, ε < 0 or n < 1.
+
+    Examples
+    --------
+    >>> uniform_times(1.0, 0.2, 4)
+    tensor([1.0000, 0.8000, 0.6000, 0.4000, 0.2000], dtype=torch.float64)
+    """
+    fraction = _fractions(T, eps, n)
+    return _with_ends(T + fraction * (eps - T), T, eps)
+
+
+def quadratic_times(T: float, eps: float, n: int) -> Tensor:
+    """Quadratic grid, t_i = ε + (T − ε)(1 − i/n)²: steps shrink linearly towards the data.
+
+    The grid of Dockhorn et al. (2022, appendix) for CLD. Arguments, result and errors are those
+    of `uniform_times`.
+    """
+    fraction = _fractions(T, eps, n)
+    return _with_ends(eps + (T - eps) * (1 - fraction) ** 2, T, eps)
+
+
+def root_times(T: float, eps: float, n: int) -> Tensor:
+    """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
+
+    Its last step, about 2√(εT)/n, is longer than that of `quadratic_times`; multistep solvers
+    prefer it (Zhang et al. 2023). Arguments, result and errors are those of `uniform_times`.
+    """
+    fraction = _fractions(T, eps, n)
+    return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
+
+
+def _fractions(T: float, eps: float, n: int) -> Tensor:
+    if isinstance(n, bool) or not isinstance(n, int):
+        msg = f"n must be an integer number of steps; got {n!r}"
+        raise TypeError(msg)
+    if n < 1:
+        msg = f"n must be at least 1 step; got {n}"
+        raise ValueError(msg)
+    if not 0 <= eps < T:
+        msg = f"eps must lie in [0, T) with T = {T:g}; got {eps:g}"
+        raise ValueError(msg)
+    return torch.arange(n + 1, dtype=torch.float64) / n
+
+
+def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:
+    times[0], times[-1] = T, eps
+    if not bool((times.diff() < 0).all()):
+        msg = f"n: {len(times) - 1} steps from {T:g} to {eps:g} are below float64's resolution"
+        raise ValueError(msg)
+    return times

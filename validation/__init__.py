@@ -1,0 +1,5 @@
+"""Measurement of solvers against exact answers."""
+
+from .moments import propagate_moments
+
+__all__ = ["propagate_moments"]

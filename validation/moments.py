@@ -1,0 +1,105 @@
+"""Exact moments of a solver: no Monte Carlo.
+
+With Gaussian data the score is affine, so one step of a solver is an affine map of the state and
+its noise, z' = b + X z + N ξ. Its matrices are *probed* by feeding basis vectors, and mean and
+covariance are carried through the grid exactly:
+
+    m ← X m + b,      C ← X C Xᵀ + N Nᵀ.
+
+The difference to the true marginal is the solver's weak error, to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cldsde.score import ReverseProcess, TabulatedScore
+from cldsde.solvers import NoiseSource, Solver
+
+__all__ = ["propagate_moments"]
+
+
+class _CountingNoise(NoiseSource):
+    """Zeros; remembers how many rows each draw asked for."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        self.rows.append(rows)
+        return z.new_zeros(len(z), rows, *z.shape[2:])
+
+
+class _BasisNoise(NoiseSource):
+    """One unit vector of the step's whole noise for each of the last samples, zeros before."""
+
+    def __init__(self, rows: list[int], dimension: int) -> None:
+        basis = torch.eye(sum(rows) * dimension, dtype=torch.float64)
+        parts = torch.split(basis.reshape(len(basis), sum(rows), dimension), rows, dim=1)
+        self._draws = iter(parts)
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        draw = next(self._draws)
+        return torch.cat([draw.new_zeros(len(z) - len(draw), *draw.shape[1:]), draw])
+
+
+def propagate_moments(
+    process: ReverseProcess, solver: Solver, times: Tensor, mean: Tensor, covariance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the state that a solver produces, where the score is affine.
+
+    Parameters
+    ----------
+    process
+        A reverse process whose score is affine in the state: Gaussian data.
+    solver
+        A solver on a fixed grid.
+    times
+        Decreasing grid ``(n + 1,)``.
+    mean
+        Mean of the state at ``times[0]``, ``(k, D)``.
+    covariance
+        Covariance of the flattened state at ``times[0]``, ``(kD, kD)``.
+
+    Returns
+    -------
+    mean, covariance : tuple of Tensor
+        At ``times[-1]``, float64, ``(k, D)`` and ``(kD, kD)``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes of the moments do not fit.
+    """
+    k, dimension = mean.shape
+    size = k * dimension
+    if k != process.sde.components or covariance.shape != (size, size):
+        msg = (
+            f"mean must be ({process.sde.components}, D) and covariance (kD, kD); "
+            f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
+        )
+        raise ValueError(msg)
+    grid = times.to(torch.float64)
+    tables = solver.prepare(process, grid)
+    asked = solver.evaluation_times(grid)
+    m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
+    if isinstance(process.score, TabulatedScore):
+        score = process.score.tabulate(asked, m)
+    else:
+
+        def score(z: Tensor, i: int) -> Tensor:
+            return process.score(z, asked[i].expand(len(z)))
+
+    for i in range(len(grid) - 1):
+        count = _CountingNoise()
+        solver.step(m.new_zeros(1, k, dimension), tables, i, score, count)
+        draws = sum(count.rows) * dimension
+        probes = torch.cat([torch.zeros(1, size), torch.eye(size), torch.zeros(draws, size)])
+        probes = probes.to(m).reshape(-1, k, dimension)
+        out = solver.step(probes, tables, i, score, _BasisNoise(count.rows, dimension))
+        out = out.reshape(-1, size)
+        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[1 + size :] - out[0]).T
+        m = b + X @ m
+        C = X @ C @ X.T + N @ N.T
+    return m.reshape(k, dimension), C
