@@ -5,11 +5,15 @@ If the data were N(μ, s₀²) the marginal would be Gaussian with covariance
 
 .. math::
     s_d = −L_{dd}^{−⊤} n, \qquad
-    n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + n_θ(z, t),
+    n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + c_{out}\, n_θ(z, t),
 
 where n is the prediction of the noise ε_d that made z_t = ψ x_0 + L_t ε. With s₀² the variance of
 the data the reference is exact for Gaussian data at all t, the correlation of x and v included;
 Dockhorn et al. (2022, §3.2) use the limit t → 1 of its diagonal.
+
+For such data n_ref is the best prediction of ε_d, and what it leaves open has the covariance
+s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. The root of its diagonal is c_out, so that the network's
+target has unit size at every t, where data are seen through noise and where they are not.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class _Coefficients(NamedTuple):
     psi: Tensor  # (*, k), takes the data to the mean of the state
     reference: Tensor  # (*, d, k, *V), takes z − ψμ to n_ref
     scale: Tensor  # (*, k, *V), makes the network's input of unit size
+    residual: Tensor  # (*, d, *V), c_out, makes the network's target of unit size
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's clock
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
 
@@ -109,6 +114,14 @@ class MixedScore(nn.Module):
         """
         return self._noise(z, self._coefficients(kernel).to(z))
 
+    def residual_variance(self, t: Tensor) -> Tensor:
+        """Mean squared noise that the reference leaves open, at times ``(n,)``.
+
+        It is the loss of the untrained model on Gaussian data, and a density for `TimeSampler`
+        that gives all times the same share of the training signal.
+        """
+        return self._coefficients(self.sde.marginal(t)).residual.square().flatten(1).mean(1)
+
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
         table = self._coefficients(self.sde.marginal(times)).to(like)
@@ -148,11 +161,17 @@ class MixedScore(nn.Module):
         driven_root = driven_root.reshape(*driven_root.shape[:-2], *ones, *driven_root.shape[-2:])
         reference = driven_root.mT @ precision
         scale = factor.square().sum(-1).rsqrt()
+
+        signal = signal.reshape(*psi.shape[:-1], *ones, -1)
+        spread_power = self._variance[..., None] * signal.square()
+        total = 1 + spread_power.sum(-1, keepdim=True)
+        residual = (spread_power[..., first:] / total).sqrt()
         axis = psi.ndim - 1
         return _Coefficients(
             psi,
             reference.movedim((-2, -1), (axis, axis + 1)),
             scale.movedim(-1, axis),
+            residual.movedim(-1, axis),
             log_snr,
             to_score,
         )
@@ -172,8 +191,8 @@ class MixedScore(nn.Module):
         reference = (spread(c.reference, 2) * (z - mean).unsqueeze(1)).sum(2)
         clock = c.log_snr.expand(len(z))
         inputs = ((z - mean) * spread(c.scale, 1)).flatten(1, 2)
-        residual: Tensor = self.network(inputs, clock)
-        return reference + residual.reshape(reference.shape)
+        learnt: Tensor = self.network(inputs, clock)
+        return reference + spread(c.residual, 1) * learnt.reshape(reference.shape)
 
     def _score(self, z: Tensor, c: _Coefficients) -> Tensor:
         return apply_blocks(c.to_score, self._noise(z, c))

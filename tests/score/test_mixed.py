@@ -1,0 +1,430 @@
+"""The mixed score: an exact Gaussian reference, a network for the rest, and its training loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cldsde import CLD, HOLD, PSLD, GaussianMixture, LinearSDE, MixedScore, SubVPSDE, VPSDE
+from cldsde.score import hybrid_score_matching
+from score import exact
+from score.exact import EPS, FAMILIES, Constant
+
+every_family = pytest.mark.parametrize("name", list(FAMILIES))
+SHAPE = (2, 3, 3)  # channels and pixels
+
+
+def reference(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of data of shape SHAPE; numbers that single precision holds exactly."""
+    shape: dict[str, tuple[int, ...]] = {"scalar": (), "channel": (2, 1, 1), "pixel": SHAPE}
+    g = torch.Generator().manual_seed(3)
+    mean = torch.randint(-8, 9, shape[kind], generator=g).double() / 8
+    variance = torch.randint(1, 17, shape[kind], generator=g).double() / 16
+    return mean, variance
+
+
+every_kind = pytest.mark.parametrize("kind", ["scalar", "channel", "pixel"])
+
+
+def gaussian_score(
+    sde: LinearSDE, mean: torch.Tensor, variance: torch.Tensor, z: torch.Tensor, t: float
+) -> torch.Tensor:
+    """Driven rows of -(Sigma + s^2 psi psi^T)^-1 (z - psi m), entry by entry of the data."""
+    kernel = sde.marginal(t)
+    psi = kernel.mean[:, 0]
+    spread = variance.expand(SHAPE)[..., None, None] * torch.outer(psi, psi)
+    residual = z - psi[:, None, None, None] * mean
+    score = -torch.linalg.solve(kernel.covariance + spread, residual.movedim(1, -1)[..., None])
+    return score[..., 0].movedim(-1, 1)[:, list(sde.driven)]
+
+
+def condition(sde: LinearSDE, variance: torch.Tensor, t: float) -> float:
+    """Largest condition number of the covariances in `gaussian_score`, times that of the root."""
+    kernel = sde.marginal(t)
+    psi = kernel.mean[:, 0]
+    spread = variance.flatten()[:, None, None] * torch.outer(psi, psi)
+    return float(torch.linalg.cond(kernel.covariance + spread).max())
+
+
+def data_states(sde: LinearSDE, t: Any, n: int = 3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
+    return sde.perturb(x, t, generator=g)[0]
+
+
+class TestReference:
+    """A network that says nothing leaves the exact score of Gaussian data."""
+
+    @pytest.mark.parametrize("t", [0.02, 0.3, 1.0])
+    @every_kind
+    @every_family
+    def test_with_a_zero_network_it_is_the_gaussian_score(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde = FAMILIES[name]()
+        mean, variance = reference(kind)
+        model = MixedScore(Constant(sde), sde, mean, variance)
+        z = data_states(sde, t)
+        found, expected = model(z, t), gaussian_score(sde, mean, variance, z, t)
+        assert found.shape == (3, len(sde.driven), *SHAPE)
+        # The dense solve loses eps times the condition number, below 1e5; the states have size 10.
+        tolerance = 64 * EPS * condition(sde, variance, t) * float(expected.abs().max() + 1)
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    @every_kind
+    @every_family
+    def test_per_sample_times_equal_single_times(self, name: str, kind: str) -> None:
+        sde = FAMILIES[name]()
+        model = MixedScore(Constant(sde, 0.3), sde, *reference(kind))
+        t = torch.tensor([1.0, 0.02, 0.3], dtype=torch.float64)
+        z = data_states(sde, t)
+        together = model(z, t)
+        for i, single in enumerate(t.tolist()):
+            alone = model(z[i : i + 1], single)
+            tolerance = exact.rounding(sde, single) * float(alone.abs().max())
+            assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @every_kind
+    @every_family
+    def test_a_tabulated_score_is_the_score(
+        self, name: str, kind: str, dtype: torch.dtype
+    ) -> None:
+        sde = FAMILIES[name]()
+        model = MixedScore(Constant(sde, 0.3), sde, *reference(kind))
+        times = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
+        table = model.tabulate(times, torch.empty(0, dtype=dtype))
+        for i, t in enumerate(times.tolist()):
+            z = data_states(sde, t).to(dtype)
+            found, expected = table(z, i), model(z, t)
+            assert found.dtype == expected.dtype == dtype
+            # Coefficients of one time or of a grid differ by rounding, in either precision.
+            tolerance = exact.rounding(sde, t) * torch.finfo(dtype).eps / EPS
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+    @every_kind
+    def test_a_model_in_double_precision_is_the_same_model(self, kind: str) -> None:
+        sde = CLD()
+        mean, variance = reference(kind)
+        model = MixedScore(Constant(sde), sde, mean, variance)
+        z = data_states(sde, 0.3)
+        before = model(z, 0.3)
+        assert torch.equal(model.to(torch.float64)(z, 0.3), before)
+        assert torch.equal(model.to(torch.float32)(z, 0.3), before)
+
+    @every_kind
+    def test_a_copy_and_a_loaded_state_are_the_same_model(self, kind: str) -> None:
+        sde = CLD()
+        mean, variance = reference(kind)
+        model = MixedScore(Constant(sde), sde, mean, variance)
+        other = MixedScore(Constant(sde), sde, torch.zeros_like(mean), torch.ones_like(variance))
+        z = data_states(sde, 0.3)
+        expected = model(z, 0.3)
+        assert torch.equal(copy.deepcopy(model)(z, 0.3), expected)
+        assert not torch.equal(other(z, 0.3), expected)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(z, 0.3), expected)
+        other = MixedScore(Constant(sde), sde, torch.zeros_like(mean), torch.ones_like(variance))
+        other.load_state_dict(model.state_dict(), assign=True)
+        assert torch.equal(other(z, 0.3), expected)
+
+    def test_a_loaded_state_reaches_a_model_inside_another(self) -> None:
+        sde = CLD()
+        outer = nn.ModuleList([MixedScore(Constant(sde), sde, *reference("channel"))])
+        mean, variance = reference("channel")
+        other = nn.ModuleList([MixedScore(Constant(sde), sde, mean * 0, variance * 0 + 1)])
+        other.load_state_dict(outer.state_dict())
+        z = data_states(sde, 0.3)
+        assert torch.equal(other[0](z, 0.3), outer[0](z, 0.3))
+
+    def test_the_state_holds_mean_and_variance(self) -> None:
+        sde = CLD()
+        mean, variance = reference("channel")
+        state = MixedScore(Constant(sde), sde, mean, variance).state_dict()
+        assert torch.equal(state["data_mean"].double(), mean)
+        assert torch.equal(state["data_variance"].double(), variance)
+
+    def test_in_equilibrium_the_reference_is_minus_the_velocity_over_the_mass(self) -> None:
+        sde = CLD(velocity_scale=1.0)
+        model = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
+        z = data_states(sde, 0.3)
+        # The promise of the kernels, 1e-12, times the condition of the stationary law, 4.
+        assert torch.allclose(model(z, 0.3), -z[:, 1:] / 0.25, rtol=4e-12, atol=4e-12)
+
+
+class Spy(nn.Module):
+    """Remembers what the network sees."""
+
+    def __init__(self, sde: LinearSDE) -> None:
+        super().__init__()
+        self.zero = Constant(sde)
+
+    def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        self.z, self.clock = z, clock
+        result: torch.Tensor = self.zero(z, clock)
+        return result
+
+
+class TestNetworkInputs:
+    """The network sees unit variances and half the log of the signal-to-noise ratio."""
+
+    @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+    @every_family
+    def test_inputs_have_unit_size(self, name: str, t: float) -> None:
+        sde = FAMILIES[name]()
+        mean, variance = reference("channel")
+        network = Spy(sde)
+        model = MixedScore(network, sde, mean, variance)
+        n = 4000
+        g = torch.Generator().manual_seed(0)
+        x = mean + variance.sqrt() * torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
+        model(sde.perturb(x, t, generator=g)[0], t)
+        assert network.z.shape == (n, sde.components * 2, 3, 3)
+        # 5 standard errors of a mean and of a variance of n normals of unit variance, over 5 sigma
+        # in some hundred numbers.
+        assert (network.z.mean(0).abs() <= 5 / math.sqrt(n)).all()
+        assert ((network.z.square().mean(0) - 1).abs() <= 5 * math.sqrt(2 / n)).all()
+
+    @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
+    @every_family
+    def test_the_clock_is_half_the_log_of_the_signal_to_noise_ratio(
+        self, name: str, t: float
+    ) -> None:
+        sde = FAMILIES[name]()
+        network = Spy(sde)
+        MixedScore(network, sde, *reference("scalar"))(data_states(sde, t), t)
+        kernel = sde.marginal(t)
+        psi = kernel.mean[:, 0]
+        expected = 0.5 * math.log(float(psi @ torch.linalg.solve(kernel.covariance, psi)))
+        # The covariance is inverted here.
+        tolerance = 64 * EPS * float(torch.linalg.cond(kernel.covariance)) + 1e-12
+        assert network.clock.tolist() == pytest.approx([expected] * 3, abs=tolerance)
+
+    def test_rows_of_a_component_stay_together(self) -> None:
+        sde = CLD()
+        network = Spy(sde)
+        z = data_states(sde, 0.3)
+        MixedScore(network, sde, torch.zeros(()), torch.ones(()))(z, 0.3)
+        ratio = network.z / z.flatten(1, 2)
+        assert torch.allclose(ratio[:, :2], ratio[0, 0, 0, 0], rtol=16 * EPS, atol=0)
+        assert torch.allclose(ratio[:, 2:], ratio[0, 2, 0, 0], rtol=16 * EPS, atol=0)
+
+
+class TestResidualVariance:
+    """What the best linear prediction of the noise leaves open."""
+
+    @every_kind
+    @every_family
+    def test_it_is_one_minus_the_explained_variance(self, name: str, kind: str) -> None:
+        sde = FAMILIES[name]()
+        mean, variance = reference(kind)
+        times = torch.tensor([0.02, 0.3, 1.0], dtype=torch.float64)
+        found = MixedScore(Constant(sde), sde, mean, variance).residual_variance(times)
+        assert found.shape == (3,)
+        for value, t in zip(found.tolist(), times.tolist(), strict=True):
+            kernel = sde.marginal(t)
+            psi, first = kernel.mean[:, 0], sde.driven[0]
+            spread = variance.reshape(-1, 1, 1) * torch.outer(psi, psi)
+            # z = psi x + L e: Cov(e, z) = L^T, and the share Cov Var(z)^-1 Cov^T is explained.
+            explained = kernel.root.mT @ torch.linalg.solve(
+                kernel.covariance + spread, kernel.root.expand(len(spread), -1, -1)
+            )
+            left = 1 - explained.diagonal(dim1=-2, dim2=-1)[:, first:]
+            tolerance = 64 * EPS * condition(sde, variance, t)
+            assert value == pytest.approx(float(left.mean()), abs=tolerance)
+
+    @pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
+    @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD", "HOLD"])
+    def test_it_is_the_loss_of_a_zero_network_on_gaussian_data(self, name: str, t: float) -> None:
+        sde = FAMILIES[name]()
+        mean, variance = reference("channel")
+        model = MixedScore(Constant(sde), sde, mean, variance)
+        g = torch.Generator().manual_seed(1)
+        n = 4000
+        x = mean + variance.sqrt() * torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
+        times = torch.full((n,), t, dtype=torch.float64)
+        loss = hybrid_score_matching(model, x, times, generator=g)
+        assert loss.shape == (n,)
+        expected = model.residual_variance(times[:1]).item()
+        # 5 standard errors, from the sample's own variance.
+        assert abs(loss.mean().item() - expected) <= 5 * loss.std().item() / math.sqrt(n)
+
+
+class Linear(nn.Module):
+    """One number a component: network = a . z, the same for every channel and pixel."""
+
+    def __init__(self, components: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(components, dtype=torch.float64))
+
+    def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        split = z.unflatten(1, (len(self.a), -1))
+        return torch.einsum("k,bk...->b...", self.a, split)
+
+
+class TestLoss:
+    """Hybrid score matching."""
+
+    @pytest.mark.parametrize("name", ["VP", "sub-VP", "CLD", "HOLD"])
+    def test_its_minimiser_is_the_score_of_the_data(self, name: str) -> None:
+        # Data N(0, 1/4), reference N(0, 1): a linear network can mend the difference exactly.
+        sde, t, n = FAMILIES[name](), 0.2, 20_000
+        network = Linear(sde.components)
+        model = MixedScore(network, sde, torch.zeros(()), torch.ones(()))
+        g = torch.Generator().manual_seed(2)
+        x = 0.5 * torch.randn(n, 1, generator=g, dtype=torch.float64)
+        times = torch.full((n,), t, dtype=torch.float64)
+
+        # The loss is a parabola in a: one Newton step leads to the minimum over this sample.
+        noise = torch.Generator().manual_seed(3)
+        value = hybrid_score_matching(model, x, times, generator=noise).mean()
+        (slope,) = torch.autograd.grad(value, network.a)
+        rows = []
+        for unit in torch.eye(sde.components, dtype=torch.float64):
+            with torch.no_grad():
+                network.a.copy_(unit)
+            noise.manual_seed(3)
+            shifted = hybrid_score_matching(model, x, times, generator=noise).mean()
+            rows.append(torch.autograd.grad(shifted, network.a)[0] - slope)
+        curvature = torch.stack(rows)
+        best = -torch.linalg.solve(curvature, slope)
+        with torch.no_grad():
+            network.a.copy_(best)
+        noise.manual_seed(3)
+        residual = hybrid_score_matching(model, x, times, generator=noise).mean().item()
+        # Least squares with homoscedastic normal noise: Cov(a) = 2 residual / n curvature^-1.
+        covariance = 2 * residual / n * torch.linalg.inv(curvature)
+        z = exact.states(sde, GaussianMixture([1.0], [[0.0]], [[[0.25]]]), t, n=5)
+        found = model(z, t).detach()
+        expected = GaussianMixture([1.0], [[0.0]], [[[0.25]]]).score(sde)(z, t)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda a: torch.func.functional_call(model, {"network.a": a}, (z, t)).flatten(), best
+        )
+        error = torch.einsum("ni,ij,nj->n", jacobian, covariance, jacobian).sqrt()
+        # 5 standard errors.
+        assert ((found - expected).flatten().abs() <= 5 * error).all()
+        assert error.max() <= 0.05 * expected.abs().max()
+
+    @every_family
+    def test_gradients_reach_the_network(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        channels = len(sde.driven)
+        layer = nn.Conv2d(2 * sde.components, 2 * channels, 3, padding=1)
+
+        class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+                return self.layer(z) * clock[:, None, None, None]
+
+        model = MixedScore(Network(), sde, *reference("channel"))
+        t = torch.tensor([0.01, 0.4, 1.0], dtype=torch.float64)
+        loss = hybrid_score_matching(model, torch.randn(3, *SHAPE), t)
+        assert loss.dtype == torch.float32
+        loss.mean().backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
+            assert parameter.grad.abs().max() > 0
+
+    def test_each_sample_has_its_own_loss_and_time(self) -> None:
+        sde = CLD()
+        model = MixedScore(Constant(sde, 0.2), sde, *reference("channel"))
+        x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        t = torch.tensor([0.01, 0.1, 0.5, 1.0], dtype=torch.float64)
+
+        def loss(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return hybrid_score_matching(model, x, t, generator=torch.Generator().manual_seed(7))
+
+        before = loss(x, t)
+        x[0], t[0] = 5.0, 0.02
+        after = loss(x, t)
+        # The other samples see the same coefficients, to rounding.
+        assert torch.allclose(after[1:], before[1:], rtol=1e-10, atol=0)
+        assert after[0] != before[0]
+
+    def test_a_seed_decides_the_loss(self) -> None:
+        sde = CLD()
+        model = MixedScore(Constant(sde), sde, *reference("channel"))
+        x, t = torch.ones(2, *SHAPE), torch.tensor([0.1, 0.5], dtype=torch.float64)
+
+        def loss(seed: int) -> torch.Tensor:
+            return hybrid_score_matching(model, x, t, generator=torch.Generator().manual_seed(seed))
+
+        assert torch.equal(loss(0), loss(0))
+        assert not torch.equal(loss(0), loss(1))
+
+    @pytest.mark.parametrize(
+        "t", [[0.0, 0.5], [0.5, 1.5], [0.5, math.nan], [-0.1, 0.5], [0.5], [0.5, 0.5, 0.5]]
+    )
+    def test_times_that_do_not_fit_are_refused(self, t: list[float]) -> None:
+        sde = CLD()
+        model = MixedScore(Constant(sde), sde, *reference("channel"))
+        with pytest.raises(ValueError, match=r"^t: |^t must|the kernel must be for"):
+            hybrid_score_matching(model, torch.zeros(2, *SHAPE), torch.tensor(t).double())
+
+
+class TestRefusals:
+    """What makes no mixed score."""
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+    def test_variances_have_to_be_finite_and_positive(self, value: float) -> None:
+        variance = torch.tensor([1.0, value])
+        with pytest.raises(ValueError, match="data_variance must be finite and positive"):
+            MixedScore(Constant(CLD()), CLD(), torch.zeros(2), variance)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_means_have_to_be_finite(self, value: float) -> None:
+        with pytest.raises(ValueError, match="data_mean must be finite"):
+            MixedScore(Constant(CLD()), CLD(), torch.tensor(value), torch.tensor(1.0))
+
+    def test_mean_and_variance_have_one_shape(self) -> None:
+        with pytest.raises(ValueError, match=r"one shape; got \(2,\) and \(\)"):
+            MixedScore(Constant(CLD()), CLD(), torch.zeros(2), torch.tensor(1.0))
+
+    def test_a_variance_below_single_precision_is_refused(self) -> None:
+        # It would be stored as zero.
+        tiny = torch.tensor(1e-50, dtype=torch.float64)
+        with pytest.raises(ValueError, match="data_variance"):
+            MixedScore(Constant(CLD()), CLD(), torch.zeros(()), tiny)
+
+    def test_processes_driven_in_front_are_refused(self) -> None:
+        sde = LinearSDE.from_matrices([[-1.0, 1.0], [-1.0, -1.0]], [[1.0], [0.0]])
+        with pytest.raises(ValueError, match="driven components must be the last"):
+            MixedScore(nn.Identity(), sde, torch.zeros(()), torch.ones(()))
+
+    @pytest.mark.parametrize("t", [0.0, torch.tensor([0.5, 0.0, 0.5])])
+    @pytest.mark.parametrize("make", [VPSDE, SubVPSDE, CLD, PSLD, HOLD])
+    def test_the_start_is_refused(self, make: Any, t: Any) -> None:
+        sde = make()
+        model = MixedScore(Constant(sde), sde, *reference("scalar"))
+        with pytest.raises(ValueError, match=r"no density at t = 0"):
+            model(torch.zeros(3, sde.components, *SHAPE), t)
+
+    @pytest.mark.parametrize("shape", [(3, 3, *SHAPE), (3, 1, *SHAPE), (3,), (3, 2)])
+    def test_states_that_do_not_fit_are_refused(self, shape: tuple[int, ...]) -> None:
+        model = MixedScore(Constant(CLD()), CLD(), *reference("scalar"))
+        with pytest.raises(ValueError, match=r"z must have shape \(B, 2, "):
+            model(torch.zeros(shape), 0.5)
+
+    def test_data_with_fewer_axes_than_the_variance_are_refused(self) -> None:
+        model = MixedScore(Constant(CLD()), CLD(), *reference("pixel"))
+        with pytest.raises(ValueError, match="data_variance|data_mean|z must"):
+            model(torch.zeros(3, 2, 3), 0.5)
+
+    @pytest.mark.parametrize("shape", [(3, 4, 3, 3), (3, 1, 3, 3), (3, 2, 9, 9)])
+    def test_a_network_that_returns_another_shape_is_refused(self, shape: Any) -> None:
+        class Wrong(nn.Module):
+            def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+                return torch.zeros(shape)
+
+        model = MixedScore(Wrong(), CLD(), *reference("channel"))
+        with pytest.raises(ValueError, match=r"network must return shape \(3, 2, 3, 3\)"):
+            model(torch.zeros(3, 2, *SHAPE), 0.5)

@@ -1,0 +1,315 @@
+"""Gaussian mixtures: densities and scores against dense ones in high precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from cldsde import CLD, PSLD, VESDE, VPSDE, GaussianMixture
+from score import exact
+from score.exact import EPS, FAMILIES
+
+every_family = pytest.mark.parametrize("name", list(FAMILIES))
+every_kind = pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
+every_time = pytest.mark.parametrize("t", [1e-3, 0.05, 0.4, 1.0])
+
+
+class TestExactness:
+    """log_prob and score of mixtures in the plane."""
+
+    @every_time
+    @every_kind
+    @every_family
+    def test_density_and_score_are_those_of_the_dense_law(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t)
+        log_prob, score = data.log_prob(sde, z, t), data.score(sde)(z, t)
+        assert score.shape == (len(z), len(sde.driven), 2)
+        tolerance = min(1e-10, exact.rounding(sde, t))
+        for i in range(len(z)):
+            expected = exact.dense(sde, data, z[i], t)
+            error = (score[i] - expected.score[list(sde.driven)]).abs().max()
+            assert error <= tolerance * expected.score.abs().max()
+            scale = max(1.0, abs(expected.log_prob))
+            assert abs(log_prob[i].item() - expected.log_prob) <= tolerance * scale
+
+    @every_kind
+    @every_family
+    def test_far_away_the_score_is_that_of_the_nearest_component(
+        self, name: str, kind: str
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = 40 * exact.states(sde, data, 0.1, n=2)
+        score = data.score(sde)(z, 0.1)
+        for i in range(len(z)):
+            expected = exact.dense(sde, data, z[i], 0.1).score
+            error = (score[i] - expected[list(sde.driven)]).abs().max()
+            # Further away the residual is as long as its terms.
+            assert error <= exact.rounding(sde, 0.1) * expected.abs().max()
+
+    @every_time
+    @every_kind
+    @every_family
+    def test_the_score_is_the_gradient_of_the_density(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t).requires_grad_()
+        (gradient,) = torch.autograd.grad(data.log_prob(sde, z, t).sum(), z)
+        score = data.score(sde)(z, t).detach()
+        # Two orders of the same triangular products.
+        tolerance = 2 * exact.rounding(sde, t) * gradient.abs().max()
+        assert (score - gradient[:, list(sde.driven)]).abs().max() <= tolerance
+
+    @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD"])
+    def test_the_density_is_that_of_scipy(self, name: str) -> None:
+        sde, data, t = FAMILIES[name](), exact.mixture(), 0.3
+        z = exact.states(sde, data, t)
+        kernel = sde.marginal(t)
+        psi, eye = kernel.mean[:, 0], torch.eye(2, dtype=torch.float64)
+        density = torch.zeros(len(z), dtype=torch.float64)
+        parts = zip(data.weights, data.means, data.covariances, strict=True)
+        for weight, mean, covariance in parts:
+            spread = torch.kron(torch.outer(psi, psi), covariance)
+            law = stats.multivariate_normal(
+                torch.kron(psi, mean).numpy(),
+                (torch.kron(kernel.covariance, eye) + spread).numpy(),
+            )
+            density += weight * torch.from_numpy(law.pdf(z.flatten(1).numpy()))
+        # scipy inverts covariances, whose condition number is below 1e4 here.
+        assert torch.allclose(data.log_prob(sde, z, t), density.log(), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("t", [0.05, 0.4, 1.0])
+    @every_family
+    def test_a_single_precision_state_loses_single_precision(self, name: str, t: float) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        z = exact.states(sde, data, t).float()
+        found, expected = data.score(sde)(z, t), data.score(sde)(z.double(), t)
+        assert found.dtype == data.log_prob(sde, z, t).dtype == torch.float32
+        # The residual z - psi m is rounded once more, relative to its terms, and whitened by the
+        # inverse root twice for the score.
+        whitening = torch.linalg.inv(sde.marginal(t).root)
+        size = float(z.abs().max() + data.means.abs().max())
+        bound = 8 * 1.2e-7 * size * float(torch.linalg.matrix_norm(whitening, 2)) ** 2
+        assert (found.double() - expected).abs().max() <= bound
+
+    @every_family
+    def test_per_sample_times_equal_single_times(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture("degenerate")
+        t = torch.tensor([1.0, 0.02, 0.3], dtype=torch.float64)
+        z = exact.states(sde, data, t, n=3)
+        together, density = data.score(sde)(z, t), data.log_prob(sde, z, t)
+        for i, single in enumerate(t.tolist()):
+            alone = data.score(sde)(z[i : i + 1], single)
+            # A batch shares the number of doublings of its longest time.
+            tolerance = exact.rounding(sde, single)
+            assert torch.allclose(together[i : i + 1], alone, rtol=1e-10, atol=tolerance)
+            value = data.log_prob(sde, z[i : i + 1], single).item()
+            assert density[i].item() == pytest.approx(value, rel=1e-10)
+
+    @every_family
+    def test_one_time_may_be_given_as_a_number_or_one_a_sample(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        z = exact.states(sde, data, 0.5, n=3)
+        score, number = data.score(sde), torch.tensor(0.5, dtype=torch.float64)
+        expected = score(z, 0.5)
+        assert torch.equal(score(z, number), expected)
+        assert torch.equal(score(z, number.expand(3)), expected)
+        # Coefficients of one time or of three equal ones: the same sums, perhaps in another order.
+        tolerance = exact.rounding(sde, 0.5)
+        for t in (torch.full((3,), 0.5), torch.full((3,), 0.5, dtype=torch.float64)):
+            assert torch.allclose(score(z, t), expected, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @every_family
+    def test_a_tabulated_score_is_the_score(self, name: str, dtype: torch.dtype) -> None:
+        sde, data = FAMILIES[name](), exact.mixture("degenerate")
+        times = torch.tensor([1.0, 0.4, 0.02], dtype=torch.float64)
+        score = data.score(sde)
+        table = score.tabulate(times, torch.empty(0, dtype=dtype))
+        for i, t in enumerate(times.tolist()):
+            z = exact.states(sde, data, t).to(dtype)
+            found, expected = table(z, i), score(z, t)
+            assert found.dtype == dtype
+            # Coefficients of one time or of a grid differ by rounding in double precision, and then
+            # perhaps by one rounding in that of the state.
+            tolerance = exact.rounding(sde, t) * torch.finfo(dtype).eps / EPS
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+    @pytest.mark.parametrize("axes", [(2, 1), (1, 2), (1, 1, 2)])
+    @every_family
+    def test_several_data_axes_equal_flattened_ones(self, name: str, axes: Any) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        flat = exact.states(sde, data, 0.3)
+        z = flat.reshape(*flat.shape[:2], *axes)
+        score = data.score(sde)
+        assert torch.equal(score(z, 0.3).flatten(2), score(flat, 0.3))
+        assert score(z, 0.3).shape == (len(z), len(sde.driven), *axes)
+        assert torch.equal(data.log_prob(sde, z, 0.3), data.log_prob(sde, flat, 0.3))
+        table = score.tabulate(torch.tensor([0.3], dtype=torch.float64), z)
+        assert torch.equal(table(z, 0).flatten(2), score(flat, 0.3))
+
+    @every_family
+    def test_scalar_data_need_no_axis(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        data = GaussianMixture([1.0, 2.0], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
+        z = exact.states(sde, data, 0.3)
+        score = data.score(sde)
+        expected = score(z, 0.3)[..., 0]
+        assert torch.equal(score(z[..., 0], 0.3), expected)
+        assert torch.equal(data.log_prob(sde, z[..., 0], 0.3), data.log_prob(sde, z, 0.3))
+        table = score.tabulate(torch.tensor([0.3], dtype=torch.float64), z[..., 0])
+        assert torch.equal(table(z[..., 0], 0), expected)
+
+    @every_family
+    def test_a_batch_is_a_set_of_samples(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        z = exact.states(sde, data, 0.3)
+        score = data.score(sde)
+        # Products over a batch of another size may be summed in another order.
+        tolerance = exact.rounding(sde, 0.3)
+        whole, part = score(z, 0.3), score(z[2:], 0.3)
+        assert torch.allclose(whole[2:], part, rtol=tolerance, atol=tolerance)
+        assert torch.allclose(score(z.flip(0), 0.3).flip(0), whole, rtol=tolerance, atol=tolerance)
+
+    def test_an_empty_batch_has_no_scores(self) -> None:
+        data = exact.mixture()
+        assert data.score(CLD())(torch.zeros(0, 2, 2), 0.5).shape == (0, 1, 2)
+        assert data.log_prob(CLD(), torch.zeros(0, 2, 2), 0.5).shape == (0,)
+
+    @pytest.mark.parametrize("name", ["VP", "CLD", "PSLD", "HOLD"])
+    def test_in_equilibrium_the_score_is_linear(self, name: str) -> None:
+        # Data N(0, S_xx) and auxiliary components at the stationary law stay there.
+        sde = {
+            "VP": VPSDE,
+            "CLD": lambda: CLD(velocity_scale=1.0),
+            "PSLD": lambda: PSLD(velocity_scale=1.0),
+            "HOLD": lambda: exact.HOLD(auxiliary_scale=1.0),
+        }[name]()
+        data = GaussianMixture([1.0], [[0.0]], [[[1.0]]])
+        z = torch.randn(5, sde.components, 1, generator=torch.Generator().manual_seed(0)).double()
+        assert sde.stationary_covariance is not None
+        expected = -torch.linalg.solve(sde.stationary_covariance, z)[:, list(sde.driven)]
+        for t in (1e-6, 0.3, 1.0):
+            # The promise of the kernels, 1e-12, times the condition of the stationary law, 4.
+            assert torch.allclose(data.score(sde)(z, t), expected, rtol=4e-12, atol=4e-12)
+
+
+class TestSampling:
+    """Draws from the data law."""
+
+    def test_draws_have_the_moments_of_the_mixture(self) -> None:
+        data, n = exact.mixture("degenerate"), 100_000
+        x = data.sample(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        w = data.weights
+        mean = w @ data.means
+        second = data.covariances + torch.einsum("ni,nj->nij", data.means, data.means)
+        expected = torch.einsum("n,nij->ij", w, second)
+        # 5 standard errors, from the sample's own variance of each product.
+        assert ((x.mean(0) - mean).abs() <= 5 * x.std(0) / math.sqrt(n)).all()
+        products = torch.einsum("bi,bj->bij", x, x)
+        error = (products.mean(0) - expected).abs()
+        assert (error <= 5 * products.std(0) / math.sqrt(n)).all()
+
+    def test_points_are_drawn_with_their_weights(self) -> None:
+        data, n = exact.mixture("points"), 20_000
+        x = data.sample(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        hits = (x[:, None] == data.means).all(-1)
+        assert (hits.sum(1) == 1).all()
+        # 5 standard errors of a share.
+        error = (hits.double().mean(0) - data.weights).abs()
+        assert (error <= 5 * (data.weights * (1 - data.weights) / n).sqrt()).all()
+
+    def test_a_seed_decides_the_draw(self) -> None:
+        data = exact.mixture()
+
+        def draw(seed: int) -> torch.Tensor:
+            return data.sample(5, generator=torch.Generator().manual_seed(seed))
+
+        assert draw(0).dtype == torch.float32
+        assert torch.equal(draw(0), draw(0))
+        assert not torch.equal(draw(0), draw(1))
+
+
+ONE = torch.ones(1, 1, 1)
+
+
+class TestRefusals:
+    """What is no mixture, no state of it, no time."""
+
+    @pytest.mark.parametrize(
+        ("weights", "means", "covariances", "message"),
+        [
+            ([[1.0]], [[0.0]], ONE, "must have shapes"),
+            ([1.0], [0.0], ONE, "must have shapes"),
+            ([1.0], [[0.0]], [[1.0]], "must have shapes"),
+            ([1.0, 1.0], [[0.0]], ONE, "need weights of shape"),
+            ([1.0], [[0.0, 0.0]], ONE, "need weights of shape"),
+            ([0.0], [[0.0]], ONE, "weights must be finite and positive"),
+            ([-1.0], [[0.0]], ONE, "weights must be finite and positive"),
+            ([math.nan], [[0.0]], ONE, "weights must be finite and positive"),
+            ([math.inf], [[0.0]], ONE, "weights must be finite and positive"),
+            ([1.0], [[math.nan]], ONE, "must be finite"),
+            ([1.0], [[0.0]], ONE * math.inf, "must be finite"),
+            ([1.0], [[0.0]], -ONE, "positive semi-definite"),
+            ([1.0], [[0.0, 0.0]], [[[1.0, 2.0], [2.0, 1.0]]], "positive semi-definite"),
+            ([1.0], [[0.0, 0.0]], [[[1.0, 0.5], [0.0, 1.0]]], "symmetric"),
+            ([], torch.zeros(0, 2), torch.zeros(0, 2, 2), "at least one"),
+            ([1.0], torch.zeros(1, 0), torch.zeros(1, 0, 0), "at least one"),
+        ],
+    )
+    def test_what_is_no_mixture_is_refused(
+        self, weights: Any, means: Any, covariances: Any, message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            GaussianMixture(weights, means, covariances)
+
+    @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 3, 2), (3, 2, 1), (3, 2, 2, 2), (3, 2), (2,)])
+    def test_states_that_do_not_fit_are_refused(self, shape: tuple[int, ...]) -> None:
+        sde, data, z = CLD(), exact.mixture(), torch.zeros(shape)
+        with pytest.raises(ValueError, match="got"):
+            data.score(sde)(z, 0.5)
+        with pytest.raises(ValueError, match="got"):
+            data.log_prob(sde, z, 0.5)
+
+    @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 2, 1), (3, 2, 3)])
+    def test_tables_for_states_that_do_not_fit_are_refused(self, shape: tuple[int, ...]) -> None:
+        data, z = exact.mixture(), torch.zeros(shape)
+        with pytest.raises(ValueError, match="got"):
+            data.score(CLD()).tabulate(torch.tensor([0.5]).double(), z)(z, 0)
+
+    @pytest.mark.parametrize("z", [torch.zeros(3, 2, 2, dtype=torch.int64), [[[0.0]]]])
+    def test_states_of_another_type_are_refused(self, z: Any) -> None:
+        with pytest.raises(TypeError, match="floating-point tensor of shape"):
+            exact.mixture().score(CLD())(z, 0.5)
+
+    @pytest.mark.parametrize("t", [-0.1, 1.1, math.nan, torch.full((2,), 0.5)])
+    def test_times_that_do_not_fit_are_refused(self, t: Any) -> None:
+        with pytest.raises(ValueError, match="t must"):
+            exact.mixture().score(CLD())(torch.zeros(3, 2, 2), t)
+
+    @pytest.mark.parametrize("t", [0.0, torch.tensor([0.5, 0.0, 0.5])])
+    def test_at_the_start_a_state_has_no_density(self, t: Any) -> None:
+        data, z = exact.mixture("points"), torch.zeros(3, 2, 2)
+        with pytest.raises(ValueError, match=r"no density at t = 0.*take t > 0"):
+            data.score(CLD())(z, t)
+        with pytest.raises(ValueError, match="no density"):
+            data.log_prob(CLD(), z, t)
+
+    def test_blurred_data_have_a_density_at_the_start(self) -> None:
+        # VE's own initial law is N(x, sigma_min^2).
+        sde, data = VESDE(0.1, 3.0), GaussianMixture([1.0], [[0.0]], [[[0.0]]])
+        score = data.score(sde)(torch.ones(1, 1, 1, dtype=torch.float64), 0.0)
+        assert score.item() == pytest.approx(-100.0, rel=16 * EPS)
+
+    def test_weights_are_normalised(self) -> None:
+        assert GaussianMixture([1.0, 3.0], [[0.0], [1.0]], torch.ones(2, 1, 1)).weights.tolist() == [
+            0.25,
+            0.75,
+        ]

@@ -1,0 +1,168 @@
+"""The reverse process: signs, clocks, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from cldsde import CLD, LinearSDE, ReverseProcess
+from score import exact
+from score.exact import EPS, FAMILIES
+
+every_family = pytest.mark.parametrize("name", list(FAMILIES))
+
+
+def recorder(driven: int) -> tuple[Any, list[torch.Tensor]]:
+    """A score of ones, and the times at which it was asked."""
+    asked: list[torch.Tensor] = []
+
+    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.append(t)
+        return torch.ones(len(z), driven, *z.shape[2:], dtype=z.dtype)
+
+    return score, asked
+
+
+class TestDrift:
+    """drift and probability_flow, in the forward clock."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("axes", [(), (3,), (1, 2, 2)])
+    @every_family
+    def test_drifts_are_the_formulas(self, name: str, axes: Any, dtype: torch.dtype) -> None:
+        sde, t = FAMILIES[name](), 0.3
+        k = sde.components
+        z = torch.randn(4, k, *axes, generator=torch.Generator().manual_seed(0)).to(dtype)
+        full = torch.randn(4, k, *axes, generator=torch.Generator().manual_seed(1)).to(dtype)
+        driven = full[:, list(sde.driven)]
+        process = ReverseProcess(sde, lambda z, t: driven)
+        F, G = sde.drift(t), sde.diffusion(t)
+        flow = torch.einsum("ij,bj...->bi...", F, z.double())
+        # The rows of the score that are not driven do not matter.
+        pull = torch.einsum("ij,bj...->bi...", G @ G.mT, full.double())
+        size = float(flow.abs().max() + pull.abs().max())
+        tolerance = 8 * k * torch.finfo(dtype).eps * size
+        for found, expected in (
+            (process.drift(z, t), flow - pull),
+            (process.probability_flow(z, t), flow - pull / 2),
+        ):
+            assert found.dtype == dtype
+            assert found.shape == z.shape
+            assert (found.double() - expected).abs().max() <= tolerance
+
+    @every_family
+    def test_the_probability_flow_keeps_the_marginals(self, name: str) -> None:
+        # Continuity: dp/dt + div(p f) = 0, that is d log p / dt + div f + f . grad log p = 0.
+        sde, data, t = FAMILIES[name](), exact.mixture(), 0.4
+        process = ReverseProcess(sde, data.score(sde))
+        z = exact.states(sde, data, t, n=3)
+        flow = process.probability_flow(z, t)
+        jacobian = torch.func.jacrev(lambda z: process.probability_flow(z, t))(z)
+        divergence = torch.einsum("biabia->b", jacobian.reshape(3, sde.components, 2, *z.shape))
+        leaf = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(data.log_prob(sde, leaf, t).sum(), leaf)
+        transport = (flow * gradient).sum((1, 2))
+        h = 1e-3
+        stencil = [(-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12)]
+        slope = sum(w * data.log_prob(sde, z, t + i * h) for i, w in stencil) / h
+        residual = slope + divergence + transport
+        # Central differences of fourth order: h^4 / 30 times the fifth derivative, at most (8 beta)^5
+        # of a few units for these processes; relative to the size of the terms.
+        scale = divergence.abs() + transport.abs() + 1
+        assert (residual.abs() <= 1e-5 * scale).all()
+
+    @every_family
+    def test_half_the_score_lies_between_forward_and_reverse_drift(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        z = exact.states(sde, data, 0.4)
+        process = ReverseProcess(sde, data.score(sde))
+        forward = torch.einsum("ij,bjd->bid", sde.drift(0.4), z)
+        middle = (forward + process.drift(z, 0.4)) / 2
+        # A few roundings of the terms.
+        tolerance = 32 * EPS * float(middle.abs().max() + forward.abs().max())
+        assert torch.allclose(process.probability_flow(z, 0.4), middle, rtol=0, atol=tolerance)
+
+    @every_family
+    def test_times_may_differ_between_samples(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        t = torch.tensor([1.0, 0.05, 0.4], dtype=torch.float64)
+        z = exact.states(sde, data, t, n=3)
+        process = ReverseProcess(sde, data.score(sde))
+        for method in (process.drift, process.probability_flow):
+            together = method(z, t)
+            for i, single in enumerate(t.tolist()):
+                alone = method(z[i : i + 1], single)
+                tolerance = exact.rounding(sde, single) * float(alone.abs().max() + 1) * 100
+                assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=tolerance)
+
+    @every_family
+    def test_the_diffusion_is_that_of_the_forward_process(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        process = ReverseProcess(sde, lambda z, t: z)
+        t = torch.tensor([0.1, 0.9], dtype=torch.float64)
+        assert torch.equal(process.diffusion(t), sde.diffusion(t))
+
+    @pytest.mark.parametrize("method", ["drift", "probability_flow", "data_prediction"])
+    def test_the_score_is_asked_once_at_one_time_a_sample(self, method: str) -> None:
+        score, asked = recorder(1)
+        z = torch.zeros(4, 2, 3)
+        getattr(ReverseProcess(CLD(), score), method)(z, 0.25)
+        assert [t.tolist() for t in asked] == [[0.25] * 4]
+        assert asked[0].dtype == z.dtype
+        t = torch.tensor([0.25, 0.5, 0.75, 1.0])
+        getattr(ReverseProcess(CLD(), score), method)(z, t)
+        assert asked[1].tolist() == t.tolist()
+
+
+class TestRefusals:
+    """What is no reverse process, no state and no time."""
+
+    @pytest.mark.parametrize("sde", [CLD, None, "CLD"])
+    def test_the_process_has_to_be_a_linear_sde(self, sde: Any) -> None:
+        with pytest.raises(TypeError, match="sde must be a LinearSDE; got"):
+            ReverseProcess(sde, lambda z, t: z)
+
+    @pytest.mark.parametrize("score", [None, 1.0, torch.zeros(2)])
+    def test_the_score_has_to_be_a_function(self, score: Any) -> None:
+        with pytest.raises(TypeError, match="score must be a callable"):
+            ReverseProcess(CLD(), score)
+
+    @pytest.mark.parametrize("method", ["drift", "probability_flow", "data_prediction"])
+    @pytest.mark.parametrize(
+        ("z", "t", "error"),
+        [
+            (torch.zeros(2, 3, 1), 0.5, ValueError),
+            (torch.zeros(2), 0.5, ValueError),
+            (torch.zeros(2, 2, 1, dtype=torch.int64), 0.5, TypeError),
+            (None, 0.5, TypeError),
+            (torch.zeros(2, 2, 1), 1.5, ValueError),
+            (torch.zeros(2, 2, 1), math.nan, ValueError),
+            (torch.zeros(2, 2, 1), torch.full((3,), 0.5), ValueError),
+            (torch.zeros(2, 2, 1), "0.5", TypeError),
+        ],
+    )
+    def test_states_and_times_that_do_not_fit_are_refused_before_the_score_is_asked(
+        self, method: str, z: Any, t: Any, error: type[Exception]
+    ) -> None:
+        score, asked = recorder(1)
+        with pytest.raises(error, match="must"):
+            getattr(ReverseProcess(CLD(), score), method)(z, t)
+        assert not asked
+
+    @pytest.mark.parametrize("method", ["drift", "probability_flow", "data_prediction"])
+    @pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (1, 1, 1), (3, 1)])
+    def test_a_score_of_another_shape_is_refused(self, method: str, shape: Any) -> None:
+        process = ReverseProcess(CLD(), lambda z, t: torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"score must return shape \(3, 1, 1\)"):
+            getattr(process, method)(torch.zeros(3, 2, 1), 0.5)
+
+    def test_a_process_without_density_still_has_a_drift(self) -> None:
+        # The formulas need no density; x_0 does.
+        sde = LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]])
+        process = ReverseProcess(sde, recorder(1)[0])
+        assert process.drift(torch.zeros(2, 2, 1), 0.5).shape == (2, 2, 1)
+        with pytest.raises(ValueError, match="no density"):
+            process.data_prediction(torch.zeros(2, 2, 1), 0.5)

@@ -1,0 +1,171 @@
+"""Importance sampling of training times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cldsde import CLD, MixedScore, VPSDE
+from cldsde.score import TimeSampler
+from score.exact import Constant
+
+Density = Callable[[torch.Tensor], torch.Tensor]
+DENSITIES: dict[str, tuple[Density, float]] = {
+    "uniform": (torch.ones_like, 1e-3),
+    "log-uniform": (lambda t: 1 / t, 1e-5),
+    "rising": (lambda t: t, 1e-3),
+    "peaked": (lambda t: 1e-3 + torch.exp(-200 * (t - 0.3) ** 2), 1e-3),
+    "spanning 1e-200 to 1": (lambda t: torch.exp(-460 * (1 - t)), 1e-3),
+    "spanning 1e15 to 1": (lambda t: t**-5, 1e-3),
+    "spanning 1e40 to 1": (lambda t: t**-8, 1e-5),
+}
+every_density = pytest.mark.parametrize("name", list(DENSITIES))
+# Densities with which every loss below has a finite variance that a sample of this size can see.
+BENIGN = ["uniform", "log-uniform", "rising", "peaked"]
+
+LOSSES: dict[str, tuple[Density, Callable[[float], float]]] = {
+    "1": (torch.ones_like, lambda t: t),
+    "t": (lambda t: t, lambda t: t**2 / 2),
+    "sqrt(t)": (torch.sqrt, lambda t: 2 * t**1.5 / 3),
+    "cos(5 t)": (lambda t: torch.cos(5 * t), lambda t: math.sin(5 * t) / 5),
+}
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("name", BENIGN)
+def test_weighted_losses_are_unbiased(name: str, loss: str) -> None:
+    density, t_min = DENSITIES[name]
+    sampler = TimeSampler(density, t_min)
+    function, primitive = LOSSES[loss]
+    g = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(200):
+        t, weight = sampler.sample(500, generator=g)
+        means.append((weight * function(t)).mean())
+    estimates = torch.stack(means)
+    expected = (primitive(1.0) - primitive(t_min)) / (1 - t_min)
+    # 5 standard errors from the scatter of 200 independent estimates; rounding, for a constant.
+    error = 5 * estimates.std().item() / math.sqrt(200) + 1e-12
+    assert estimates.mean().item() == pytest.approx(expected, abs=error)
+
+
+@pytest.mark.parametrize("name", BENIGN)
+def test_draws_follow_the_density(name: str) -> None:
+    density, t_min = DENSITIES[name]
+    n = 20_000
+    t, _ = TimeSampler(density, t_min).sample(n, generator=torch.Generator().manual_seed(0))
+    grid = torch.logspace(math.log10(t_min), 0, 200_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(density(grid), grid)
+    share = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
+    inside = torch.searchsorted(grid, t).clamp(1, len(grid) - 1)
+    # One draw in each n-th part: the empirical distribution is off by 1/n at most; the table of
+    # 2,001 knots by (log(1/t_min)/2000)^2 of the density's curvature, some hundred at most.
+    position = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert (share[inside] - position).abs().max() <= 2 / n + 100 * (math.log(1e5) / 2000) ** 2 / 12
+
+
+@every_density
+def test_quantiles_rise_from_the_first_time_to_the_last(name: str) -> None:
+    density, t_min = DENSITIES[name]
+    sampler = TimeSampler(density, t_min)
+    t, weight = sampler.quantiles(torch.linspace(0, 1, 10_001, dtype=torch.float64))
+    assert t[0].item() == t_min
+    assert (t.diff() >= 0).all()
+    assert ((t >= t_min) & (t <= 1)).all()
+    assert (weight > 0).all()
+    assert weight.isfinite().all()
+
+
+@every_density
+def test_the_extreme_quantiles_are_the_ends(name: str) -> None:
+    density, t_min = DENSITIES[name]
+    sampler = TimeSampler(density, t_min)
+    ends = torch.tensor([0.0, 1.0, math.nextafter(1.0, 0.0), 5e-324], dtype=torch.float64)
+    t, weight = sampler.quantiles(ends)
+    assert t[:2].tolist() == [t_min, 1.0]
+    assert t.isfinite().all()
+    assert weight.isfinite().all()
+
+
+@every_density
+def test_the_mean_weight_is_one(name: str) -> None:
+    # The weighted loss 1 integrates to 1: the sum over bins of share times weight, which is the
+    # sum of their widths. 2000 terms are rounded.
+    density, t_min = DENSITIES[name]
+    sampler = TimeSampler(density, t_min)
+    shares = sampler._cumulative.diff()
+    assert (shares * sampler._weights).sum().item() == pytest.approx(1.0, abs=2000 * 2.3e-16)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_each_part_of_the_distribution_gets_one_draw(n: int) -> None:
+    t, weight = TimeSampler(torch.ones_like, 1e-3).sample(
+        n, generator=torch.Generator().manual_seed(0)
+    )
+    assert t.shape == weight.shape == (n,)
+    assert t.dtype == weight.dtype == torch.float64
+    part = ((t - 1e-3) / (1 - 1e-3) * n).floor()
+    # The table's linear interpolation is exact for a uniform density, up to rounding at the edges.
+    assert part.tolist() == list(range(n))
+
+
+def test_a_seed_decides_the_draw() -> None:
+    sampler = TimeSampler(lambda t: 1 / t, 1e-3)
+
+    def draw(seed: int) -> torch.Tensor:
+        return sampler.sample(10, generator=torch.Generator().manual_seed(seed))[0]
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("make", [VPSDE, CLD])
+def test_the_residual_variance_of_a_mixed_score_is_a_density(make: Any) -> None:
+    sde = make()
+    model = MixedScore(Constant(sde), sde, torch.zeros(()), torch.full((), 0.25))
+    sampler = TimeSampler(model.residual_variance, 1e-5)
+    t, weight = sampler.sample(1000, generator=torch.Generator().manual_seed(0))
+    loss = weight * model.residual_variance(t)
+    # Every time has the same share of the loss, but for the steps of the table, of which there
+    # are 2000 over five decades: the density changes by below 2 % from one knot to the next.
+    assert (loss / loss.mean() - 1).abs().max() <= 0.02
+
+
+class TestRefusals:
+    """What is no density and no share."""
+
+    @pytest.mark.parametrize("t_min", [0.0, -1e-3, 0.6, 1.0, math.nan, math.inf])
+    def test_the_smallest_time_is_checked(self, t_min: float) -> None:
+        with pytest.raises(ValueError, match="t_min must lie in"):
+            TimeSampler(torch.ones_like, t_min)
+
+    @pytest.mark.parametrize(
+        "density",
+        [
+            lambda t: 0 * t,
+            lambda t: -t,
+            lambda t: t - 0.5,
+            lambda t: t * math.nan,
+            lambda t: t * math.inf,
+            lambda t: t.sum(),
+            lambda t: t[1:],
+            lambda t: 1.0,
+        ],
+    )
+    def test_densities_have_to_be_finite_and_positive(self, density: Any) -> None:
+        with pytest.raises(ValueError, match="one finite, positive value a time"):
+            TimeSampler(density, 1e-3)
+
+    @pytest.mark.parametrize("u", [-0.1, 1.1, math.nan])
+    def test_shares_lie_between_zero_and_one(self, u: float) -> None:
+        with pytest.raises(ValueError, match=r"u must lie in \[0, 1\]"):
+            TimeSampler(torch.ones_like, 1e-3).quantiles(torch.tensor([0.5, u]).double())
+
+    @pytest.mark.parametrize("n", [0, -1])
+    def test_at_least_one_time_is_drawn(self, n: int) -> None:
+        with pytest.raises(ValueError, match="n must be"):
+            TimeSampler(torch.ones_like, 1e-3).sample(n)
