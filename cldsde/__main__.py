@@ -1,0 +1,7 @@
+"""``python -m cldsde`` is the command ``cldsde``."""
+
+import sys
+
+from cldsde.cli import main
+
+sys.exit(main())

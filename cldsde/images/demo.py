@@ -1,0 +1,259 @@
+"""The demonstration: CLD learns handwritten digits and draws new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cldsde import solvers
+from cldsde.images.data import ImageData, digits
+from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
+from cldsde.images.metrics import DigitClassifier, frechet_distance, train_classifier
+from cldsde.images.networks import UNet
+from cldsde.images.runs import RunFolder
+from cldsde.images.training import TrainingConfig, train
+from cldsde.linear import CLD
+from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+
+__all__ = ["DemoConfig", "DemoReport", "run_demo"]
+
+_CHECKPOINT = "model.safetensors"
+_SOLVERS: dict[str, solvers.Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()}
+
+
+def _full_training() -> TrainingConfig:
+    return TrainingConfig(
+        steps=3000,
+        batch=64,
+        learning_rate=1e-3,
+        warmup=100,
+        ema_decay=0.998,
+        t_min=1e-3,
+        log_every=100,
+        save_every=500,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Everything that the demonstration depends on.
+
+    Attributes
+    ----------
+    seed
+        Of weights, training and sampling.
+    device
+        Torch device.
+    channels
+        Of the network's levels.
+    training
+        How the score is trained.
+    nfe
+        Budgets of score evaluations a sample, the final denoising included.
+    t_end
+        ε, where sampling ends.
+    samples
+        Images sampled for each cell of the table.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    channels: tuple[int, ...] = (16, 48)
+    training: TrainingConfig = field(default_factory=_full_training)
+    nfe: tuple[int, ...] = (25, 50, 100, 200)
+    t_end: float = 1e-2
+    samples: int = 1000
+
+    @classmethod
+    def quick(cls, **changes: Any) -> DemoConfig:
+        """The same in small, for a first look and for tests."""
+        training = dataclasses.replace(
+            _full_training(), steps=500, learning_rate=2e-3, warmup=50, ema_decay=0.98
+        )
+        return cls(**{"training": training, "samples": 128, **changes})
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration in JSON types."""
+        resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return resolved
+
+
+class DemoReport(NamedTuple):
+    """What the demonstration found; also in ``results.json``.
+
+    Attributes
+    ----------
+    accuracy
+        Of the classifier on held-out digits.
+    distances
+        Solver to NFE to Fréchet distance from all real digits.
+    baseline
+        Fréchet distance of samples of a Gaussian fitted to the training pixels.
+    class_shares
+        Shares of the ten classes among the SSCS samples at the largest NFE.
+    seconds
+        Wall time.
+    """
+
+    accuracy: float
+    distances: dict[str, dict[int, float]]
+    baseline: float
+    class_shares: list[float]
+    seconds: float
+
+    def table(self) -> str:
+        """The distances as a Markdown table."""
+        budgets = list(next(iter(self.distances.values())))
+        lines = [
+            "| FD at NFE | " + " | ".join(str(nfe) for nfe in budgets) + " |",
+            "| --- |" + " ---: |" * len(budgets),
+        ]
+        for name, values in self.distances.items():
+            lines.append(f"| {name} | " + " | ".join(f"{values[n]:.2f}" for n in budgets) + " |")
+        return "\n".join(lines)
+
+
+def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> DemoReport:
+    """Train CLD on digits, sample it with two solvers, measure, and draw.
+
+    Parameters
+    ----------
+    config
+        What to do.
+    run
+        Where to write; an interrupted run goes on where it was.
+    progress
+        Show progress bars on stderr.
+    """
+    began = time.monotonic()
+    data = digits()
+    classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
+    model = _trained_model(config, data, run, progress=progress)
+    process = ReverseProcess(model.sde, model)
+
+    real = torch.cat([data.train, data.held_out])
+    features = classifier.features(real)
+    distances: dict[str, dict[int, float]] = {name: {} for name in _SOLVERS}
+    cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
+    with tqdm(cells, desc="sampling", disable=not progress) as bar:
+        for name, nfe in bar:
+            bar.set_postfix(solver=name, nfe=nfe)
+            images = _sample(process, name, nfe, config)
+            distances[name][nfe] = frechet_distance(classifier.features(images), features)
+    # The last cell is the best sampler at its largest budget.
+    labels = classifier(images).argmax(1)
+    shares = (labels.bincount(minlength=10) / len(labels)).tolist()
+    report = DemoReport(
+        accuracy=accuracy,
+        distances=distances,
+        baseline=frechet_distance(_gaussian_features(data, classifier, config), features),
+        class_shares=shares,
+        seconds=time.monotonic() - began,
+    )
+    run.write_json("results.json", report._asdict())
+    run.write("table.md", lambda file: file.write_text(report.table() + "\n"))
+    run.write(
+        "samples.npz",
+        lambda file: np.savez(file, images=images[:, 0].numpy(), labels=labels.numpy()),
+    )
+    caption = f"generated, {name} at {nfe} NFE"
+    run.write("samples.png", lambda file: plot_samples(file, data.held_out, images, caption))
+    run.write("trajectories.png", lambda file: _draw_trajectories(file, process, data, config))
+    run.write(
+        "distances.png",
+        lambda file: plot_distances(file, distances, report.baseline),
+    )
+    return report
+
+
+def _trained_model(
+    config: DemoConfig, data: ImageData, run: RunFolder, *, progress: bool
+) -> MixedScore:
+    sde = CLD()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = UNet(
+            data.train.shape[1:],
+            sde.components,
+            len(sde.driven),
+            channels=config.channels,
+        )
+    model = MixedScore(network, sde, data.train.mean(), data.train.var()).to(config.device)
+    if (run / _CHECKPOINT).exists():
+        model.load_state_dict(load_file(run / _CHECKPOINT))
+        return model.eval().requires_grad_(False)
+    averaged = train(
+        model,
+        data.train,
+        data.held_out,
+        config.training,
+        run,
+        seed=config.seed,
+        progress=progress,
+    )
+    run.write(_CHECKPOINT, lambda file: save_file(averaged.state_dict(), file))
+    (run / "training.safetensors").unlink(missing_ok=True)
+    return averaged
+
+
+def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) -> Tensor:
+    """Images ``(samples, 1, 8, 8)`` in [−1, 1] on the host."""
+    generator = torch.Generator(config.device).manual_seed(config.seed)
+    sde = process.sde
+    shape = (config.samples, 1, 8, 8)
+    start = sde.prior.sample(shape, generator=generator, device=config.device)
+    times = solvers.root_times(sde.T, config.t_end, nfe - 1)
+    solution = solvers.solve(
+        process, _SOLVERS[solver], start, times, generator=generator, denoise=True
+    )
+    if not solution.success:
+        msg = f"{solver} at {nfe} NFE failed: {solution.message}"
+        raise FloatingPointError(msg)
+    return solution.data.clamp(-1, 1).cpu()
+
+
+def _gaussian_features(data: ImageData, classifier: DigitClassifier, config: DemoConfig) -> Tensor:
+    pixels = data.train.flatten(1).double()
+    fitted = GaussianMixture([1.0], pixels.mean(0, keepdim=True), torch.cov(pixels.T)[None])
+    generator = torch.Generator().manual_seed(config.seed)
+    images = fitted.sample(config.samples, generator=generator).reshape(-1, 1, 8, 8)
+    return classifier.features(images.clamp(-1, 1))
+
+
+def _draw_trajectories(
+    file: Path, process: ReverseProcess, data: ImageData, config: DemoConfig
+) -> None:
+    sde = process.sde
+    generator = torch.Generator().manual_seed(config.seed)
+    columns, refinement = 9, 20
+    grid = solvers.root_times(sde.T, config.t_end, (columns - 1) * refinement)
+    stops = grid[::refinement].flip(0)
+
+    z = sde.marginal(stops[0]).sample(sde.embed(data.train[:1]), generator=generator)
+    forward = [z]
+    for s, t in pairwise(stops):
+        forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))
+
+    z = sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)
+    backward = [z]
+    for i in range(0, len(grid) - 1, refinement):
+        solution = solvers.solve(
+            process,
+            solvers.SSCS(),
+            backward[-1],
+            grid[i : i + refinement + 1],
+            generator=generator,
+        )
+        backward.append(solution.state)
+    plot_trajectories(file, stops.tolist(), torch.cat(forward), torch.cat(backward[::-1]).cpu())

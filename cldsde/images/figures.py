@@ -1,0 +1,123 @@
+"""Figures of the demonstration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["plot_distances", "plot_samples", "plot_trajectories"]
+
+
+def _montage(images: Tensor, columns: int, gap: int = 1) -> NDArray[np.float32]:
+    """Images ``(N, 1, H, W)`` in rows of ``columns``, a light frame between them."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan, np.float32
+    )
+    for i, image in enumerate(images[:, 0].cpu().numpy()):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def _show(axes: Axes, sheet: NDArray[np.float32], limit: float, colours: str) -> None:
+    axes.imshow(sheet, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> None:
+    """Real beside generated images, 100 each at most.
+
+    Parameters
+    ----------
+    file
+        Picture to write; its suffix gives the format.
+    real, generated
+        Images ``(N, 1, H, W)`` in [−1, 1].
+    caption
+        Title of the generated ones.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    for axes, images, title in zip(
+        figure.subplots(1, 2), (real, generated), ("real", caption), strict=True
+    ):
+        _show(axes, _montage(images[:100], 10), 1.0, "gray")
+        axes.set_title(title)
+    figure.savefig(file, dpi=150)
+
+
+def plot_trajectories(
+    file: Path, times: Sequence[float], forward: Tensor, backward: Tensor
+) -> None:
+    """Data and velocity along the diffusion of one image, and along the generation of another.
+
+    Parameters
+    ----------
+    file
+        Picture to write.
+    times
+        Times of the columns, increasing.
+    forward, backward
+        States ``(len(times), 2, 1, H, W)`` at these times.
+    """
+    figure = Figure(figsize=(1.05 * len(times) + 0.9, 5.2), layout="constrained")
+    grid = figure.subplots(4, len(times))
+    rows = (
+        (forward[:, 0], "x", "gray"),
+        (forward[:, 1], "v", "RdBu_r"),
+        (backward[:, 0], "x", "gray"),
+        (backward[:, 1], "v", "RdBu_r"),
+    )
+    for row, (images, name, colours) in enumerate(rows):
+        limit = 1.0 if name == "x" else 1.5
+        for column, image in enumerate(images):
+            axes = grid[row, column]
+            axes.imshow(
+                image[0].cpu().numpy(),
+                cmap=colours,
+                vmin=-limit,
+                vmax=limit,
+                interpolation="nearest",
+            )
+            axes.set(xticks=[], yticks=[])
+            if column == 0:
+                side = "diffusion →" if row < 2 else "← generation"
+                axes.set_ylabel(f"{side}\n{name}")
+            if row == 0:
+                axes.set_title(f"t = {times[column]:.3g}", fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def plot_distances(
+    file: Path, distances: Mapping[str, Mapping[int, float]], baseline: float
+) -> None:
+    """Fréchet distance against NFE, one line a solver.
+
+    Parameters
+    ----------
+    file
+        Picture to write.
+    distances
+        Solver to NFE to distance.
+    baseline
+        Distance of samples of a Gaussian fitted to the training pixels.
+    """
+    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), marker in zip(distances.items(), "os^Dv", strict=False):
+        axes.loglog(list(values), list(values.values()), marker=marker, label=name)
+    nfes = sorted({nfe for values in distances.values() for nfe in values})
+    axes.axhline(baseline, color="0.5", linestyle="--", label="Gaussian fitted to the pixels")
+    axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
+    axes.minorticks_off()
+    axes.set(xlabel="score evaluations a sample (NFE)", ylabel="Fréchet distance (FD)")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,148 @@
+"""The command line: help, refusals in one line, and the demonstration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cldsde.cli import main
+
+RUN = [
+    "config.json",
+    "distances.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "results.json",
+    "samples.npz",
+    "samples.png",
+    "table.md",
+    "trajectories.png",
+]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run the command; return its error, which must be one line."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code not in (0, None)
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    return captured.err
+
+
+def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
+    for arguments, words in ((["--help"], ["demo"]), (["demo", "--help"], ["--quick", "--seed"])):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "command"),
+        (["dmo"], "dmo"),
+        (["demo", "--qick"], "qick"),
+        (["demo", "--seed", "one"], "seed"),
+        (["demo", "--seed", "-1"], "seed"),
+        (["demo", "--device", "gpu"], "device"),
+    ],
+)
+def test_words_that_are_not_understood_are_refused(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(capsys, tmp_path):
+    message = refused(capsys, "demo", "--device", "cuda", "--out", str(tmp_path / "run"))
+    assert "--device" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("text")
+    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file" / "run"))
+    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file"))
+    # /proc takes no new folders, not even from root.
+    if sys.platform == "linux":
+        assert "/proc/run" in refused(capsys, "demo", "--out", "/proc/run")
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "cldsde", "demo", "--seed", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One quick demonstration, through a process of its own."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    command = [sys.executable, "-m", "cldsde", "demo", "--quick", "--device", "cpu"]
+    result = subprocess.run(
+        [*command, "--out", str(folder)], capture_output=True, text=True, check=False, timeout=900
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_the_quick_demonstration_writes_a_whole_run_folder(quick):
+    folder, _ = quick
+    assert sorted(file.name for file in folder.iterdir()) == RUN
+    assert json.loads((folder / "config.json").read_text())["seed"] == 0
+
+
+def test_the_quick_demonstration_prints_its_table_and_shows_progress(quick):
+    folder, result = quick
+    assert (folder / "table.md").read_text() in result.stdout
+    assert "loss=" in result.stderr
+
+
+def test_the_quick_demonstration_draws_digits(quick):
+    """Already the short training leaves a Gaussian fitted to the pixels far behind."""
+    folder, _ = quick
+    results = json.loads((folder / "results.json").read_text())
+    assert results["accuracy"] >= 0.97
+    assert results["distances"]["SSCS"]["200"] <= results["baseline"] / 4
+    assert min(results["class_shares"]) > 0
+
+
+def test_the_held_out_loss_falls(quick):
+    folder, _ = quick
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["held_out_loss"] for line in lines]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_the_same_command_goes_on_from_the_checkpoint_to_the_same_images(quick, capsys):
+    folder, result = quick
+    images = np.load(folder / "samples.npz")["images"]
+    (folder / "samples.npz").unlink()
+    assert main(["demo", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
+    assert np.array_equal(np.load(folder / "samples.npz")["images"], images)
+    table = capsys.readouterr().out.split("\n\n")[0].strip()
+    assert table in result.stdout
+
+
+def test_a_folder_of_another_seed_is_refused(quick, capsys):
+    folder, _ = quick
+    message = refused(capsys, "demo", "--quick", "--seed", "1", "--out", str(folder))
+    assert "other settings (seed)" in message

@@ -1,0 +1,73 @@
+"""Run folders are taken whole or left alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cldsde.images.runs import RunFolder
+
+CONFIG = {"seed": 0, "samples": 10}
+
+
+def test_a_new_folder_holds_its_configuration(tmp_path):
+    run = RunFolder(tmp_path / "deep" / "run", CONFIG)
+    assert json.loads((run / "config.json").read_text()) == CONFIG
+
+
+def test_a_folder_of_the_same_configuration_is_continued(tmp_path):
+    RunFolder(tmp_path, CONFIG).write_json("results.json", {"a": 1})
+    assert (RunFolder(tmp_path, CONFIG) / "results.json").exists()
+
+
+def test_a_folder_of_another_configuration_is_refused_naming_what_differs(tmp_path):
+    RunFolder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"other settings \(samples\)"):
+        RunFolder(tmp_path, {**CONFIG, "samples": 20})
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
+    with pytest.raises(ValueError, match="no run of cldsde"):
+        RunFolder(tmp_path, CONFIG)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(ValueError, match="not a folder"):
+        RunFolder(tmp_path / "run", CONFIG)
+
+
+def test_a_folder_below_a_file_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(OSError, match="file"):
+        RunFolder(tmp_path / "file" / "run", CONFIG)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    run.write_json("results.json", {"a": 1})
+
+    def fail(file):
+        file.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.write("results.json", fail)
+    assert json.loads((run / "results.json").read_text()) == {"a": 1}
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "results.json"}
+
+
+def test_metrics_beyond_the_step_of_a_continued_run_are_dropped(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    for step in (10, 20, 30):
+        run.log({"step": step})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')  # cut off
+    run.forget_metrics_after(20)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]

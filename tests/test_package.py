@@ -1,0 +1,86 @@
+"""What holds for the package as a whole: imports, README, CI."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cldsde
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    return result.stdout
+
+
+def test_import_takes_at_most_0_3_seconds_beyond_torch():
+    code = (
+        "import time, torch\n"
+        "start = time.perf_counter()\n"
+        "import cldsde\n"
+        "print(time.perf_counter() - start)"
+    )
+    # The fastest of a few: what the import costs, not what the machine was doing meanwhile.
+    assert min(float(run_python(code)) for _ in range(3)) <= 0.3
+
+
+def test_import_loads_no_plotting_library_and_no_image_layer():
+    loaded = run_python("import cldsde, sys; print('\\n'.join(sys.modules))").split()
+    unwanted = {"matplotlib", "sklearn", "torchvision", "diffusers", "jsonargparse"}
+    assert not unwanted & set(loaded)
+    assert "cldsde.images" not in loaded
+
+
+def test_layers_import_only_the_layers_below():
+    below = {
+        "linear": set(),
+        "score": {"linear"},
+        "solvers": {"linear", "score"},
+        "validation": {"linear", "score", "solvers"},
+        "images": {"linear", "score", "solvers", "validation"},
+        "cli": {"linear", "score", "solvers", "validation", "images"},
+    }
+    package = Path(cldsde.__file__).parent
+    for layer, allowed in below.items():
+        folder = package / layer if (package / layer).exists() else ROOT / layer
+        for file in folder.glob("**/*.py"):
+            text = file.read_text()
+            used = set(re.findall(r"^\s*from cldsde\.(\w+)", text, re.MULTILINE))
+            named = re.findall(r"^\s*from cldsde import (.+)$", text, re.MULTILINE)
+            used |= {name.strip() for line in named for name in line.split(",")} & set(below)
+            assert used <= allowed | {layer}, f"{file} imports {used - allowed - {layer}}"
+
+
+def test_every_published_name_exists_and_has_a_docstring():
+    for name in cldsde.__all__:
+        assert getattr(cldsde, name).__doc__, name
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_ci_calls_the_readme_test_command():
+    command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox"))
+    assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_readme_example_prints_what_it_says():
+    (code,) = readme_blocks("python")
+    promised = re.findall(r"^# prints (.*)$", code, re.MULTILINE)
+    assert promised
+    assert run_python(code).strip().splitlines() == promised
+
+
+def test_readme_session_prints_what_it_shows():
+    (session,) = readme_blocks("pycon")
+    test = doctest.DocTestParser().get_doctest(session, {}, "README", "README.md", 0)
+    assert doctest.DocTestRunner().run(test).failed == 0
