@@ -36,7 +36,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         inputs: int,
         outputs: int,
         *,
@@ -46,7 +46,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.network = UNet2DModel(
-            sample_size=shape[1:],
+            sample_size=tuple(shape[1:]),
             in_channels=inputs * shape[0],
             out_channels=outputs * shape[0],
             block_out_channels=tuple(channels),
