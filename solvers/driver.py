@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from cldsde.linear.checks import as_times, check_state
 from cldsde.score import DataPrediction, ReverseProcess, TabulatedScore
+from cldsde.score.reverse import checked_score
 
 from .base import Solver
 from .noise import FreshNoise, NoiseSource
@@ -63,7 +64,7 @@ class _CountedScore:
 
     def __init__(self, process: ReverseProcess, times: Tensor, z: Tensor) -> None:
         self.nfev = 0
-        self._shape = (len(z), len(process.sde.driven), *z.shape[2:])
+        self._driven = len(process.sde.driven)
         score = process.score
         if isinstance(score, TabulatedScore):
             self._evaluate = score.tabulate(times, z)
@@ -73,14 +74,7 @@ class _CountedScore:
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
         self.nfev += 1
-        value = self._evaluate(z, i)
-        if value.shape != self._shape:
-            msg = (
-                f"score must return shape {self._shape}, one row a driven component; "
-                f"got {tuple(value.shape)}"
-            )
-            raise ValueError(msg)
-        return value
+        return checked_score(self._evaluate(z, i), z, self._driven)
 
 
 @torch.no_grad()
@@ -147,10 +141,7 @@ def solve(
     sde = process.sde
     z = check_state(state, sde.components, "state")
     grid = _checked_grid(times, sde.T)
-    if generator is not None and noise is not None:
-        msg = "generator and noise are alternatives; got both"
-        raise ValueError(msg)
-    source = FreshNoise(generator) if noise is None else noise
+    source = _noise_source(generator, noise)
 
     steps = len(grid) - 1
     tables = solver.prepare(process, grid)
@@ -182,6 +173,21 @@ def _check_types(process: object, solver: object) -> None:
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
         msg = f"solver must be a Solver, such as SSCS(); got {solver!r}{hint}"
         raise TypeError(msg)
+
+
+def _noise_source(generator: object, noise: object) -> NoiseSource:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        msg = f"generator must be a torch.Generator; got {generator!r}"
+        raise TypeError(msg)
+    if noise is None:
+        return FreshNoise(generator)
+    if not isinstance(noise, NoiseSource):
+        msg = f"noise must be a NoiseSource, such as FreshNoise(generator); got {noise!r}"
+        raise TypeError(msg)
+    if generator is not None:
+        msg = "generator and noise are alternatives; got both"
+        raise ValueError(msg)
+    return noise
 
 
 def _checked_grid(times: Tensor, end: float) -> Tensor:

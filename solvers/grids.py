@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -58,16 +61,19 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:
-    if isinstance(n, bool) or not isinstance(n, int):
+    if isinstance(n, bool) or not isinstance(n, Integral):
         msg = f"n must be an integer number of steps; got {n!r}"
         raise TypeError(msg)
     if n < 1:
         msg = f"n must be at least 1 step; got {n}"
         raise ValueError(msg)
+    if not (math.isfinite(T) and T > 0):
+        msg = f"T must be finite and positive; got {T:g}"
+        raise ValueError(msg)
     if not 0 <= eps < T:
         msg = f"eps must lie in [0, T) with T = {T:g}; got {eps:g}"
         raise ValueError(msg)
-    return torch.arange(n + 1, dtype=torch.float64) / n
+    return torch.arange(int(n) + 1, dtype=torch.float64) / int(n)
 
 
 def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:

@@ -8,10 +8,19 @@ operation. All of them are differentiable.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["apply_blocks", "block_product", "lower_factor", "safe_sqrt", "stack_first"]
+__all__ = [
+    "apply_blocks",
+    "block_product",
+    "flatten_data",
+    "lower_factor",
+    "safe_sqrt",
+    "stack_first",
+]
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -56,11 +65,12 @@ def lower_factor(root: Tensor) -> Tensor:
         # In units of its largest entry the pivot row neither overflows nor underflows.
         unit = torch.where(largest > 0, largest, 1.0)
         tail = root[0, 1:] / unit
-        size = safe_sqrt((head[0] / unit).square() + tail.square().sum(0, keepdim=True))
+        lead = head[0] / unit
+        size = safe_sqrt(lead.square() + tail.square().sum(0, keepdim=True))
         sign = torch.where(head[0] < 0, -1.0, 1.0)
-        # The reflector is (±1 + sign·size, tail), its square 2·size·(size + 1).
-        first = head[0] / unit + sign * size
-        inverse = 1.0 / torch.where(largest > 0, size * (size + 1.0), 1.0)
+        # The reflector is (lead + sign·size, tail), its square 2·size·(size + |lead|).
+        first = lead + sign * size
+        inverse = 1.0 / torch.where(largest > 0, size * (size + lead.abs()), 1.0)
         rest_head, rest = head[1:], root[1:, 1:]
         projection = inverse * (first * rest_head + (tail * rest).sum(1, keepdim=True))
         # The pivot goes to −sign·size·e₀; the sign of the column is turned to make it positive.
@@ -80,6 +90,11 @@ def stack_first(blocks: Tensor, shape: torch.Size) -> Tensor:
     return blocks.movedim(-1, 0).reshape(*shape, *blocks.shape[:2])
 
 
+def flatten_data(z: Tensor) -> Tensor:
+    """State ``(B, k, *D)`` as ``(B, k, D₁·…)``, also where there are no data axes or no samples."""
+    return z.reshape(*z.shape[:2], math.prod(z.shape[2:]))
+
+
 def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:
     """Apply k'×k blocks to the component axis of a state, in the state's dtype and device.
 
@@ -95,5 +110,5 @@ def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:
     Tensor
         ``(B, k', *D)``.
     """
-    flat = z.reshape(*z.shape[:2], -1)
+    flat = flatten_data(z)
     return torch.matmul(blocks.to(flat), flat).reshape(len(z), blocks.shape[-2], *z.shape[2:])

@@ -252,7 +252,7 @@ class FunctionDynamics(Dynamics):
         Y = Y.reshape(n, q, k, k).transpose(-1, -2)
         psi = torch.eye(k, dtype=torch.float64) + torch.einsum("j,njab,njbc->nac", weights, Y, hF)
         columns = safe_sqrt(h[:, None] * weights)[..., None, None] * (Y @ G)
-        noise = columns.movedim(1, 2).reshape(n, k, -1)
+        noise = columns.movedim(1, 2).flatten(2)
         return psi.movedim(0, -1), noise.movedim(0, -1)
 
     @override
@@ -269,7 +269,9 @@ def _over_stack(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 
     def stacked(t: Tensor) -> Tensor:
         flat = t.flatten()
-        values = torch.stack([_as_matrix(function(x)) for x in flat])
+        # One time at least is asked, so that the shape is known where no time is wanted.
+        asked = flat if len(flat) else flat.new_zeros(1)
+        values = torch.stack([_as_matrix(function(x)) for x in asked])[: len(flat)]
         return values.reshape(*t.shape, *values.shape[1:])
 
     return stacked

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_state
 from cldsde.linear.random import standard_normal
 
@@ -21,7 +22,7 @@ def _log_density(residual: Tensor, root: Tensor) -> Tensor:
     if bool((diagonal <= 0).any()):
         msg = "the law has no density: its root has a zero on the diagonal"
         raise ValueError(msg)
-    flat = residual.flatten(2) if residual.ndim > 2 else residual.unsqueeze(-1)
+    flat = flatten_data(residual)
     factor = root.to(flat)
     whitened = torch.linalg.solve_triangular(factor, flat, upper=False)
     log_det = flat.shape[-1] * diagonal.log().sum(-1).to(flat)
@@ -79,13 +80,7 @@ class Kernel:
         ValueError
             If the kernel's batch shape or the state's shape does not fit.
         """
-        check_state(z, self.mean.shape[-1])
-        if self.mean.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
-            msg = (
-                f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
-                f"got {tuple(self.mean.shape[:-2])}"
-            )
-            raise ValueError(msg)
+        self._check(z, "z")
         noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         return apply_blocks(self.mean, z) + apply_blocks(self.root, noise), noise
 
@@ -95,11 +90,23 @@ class Kernel:
         Raises
         ------
         ValueError
-            If the law has no density.
+            If the law has no density, or the shapes do not fit.
         """
-        check_state(z_t, self.root.shape[-1], "z_t")
-        check_state(z_s, self.mean.shape[-1], "z_s")
+        self._check(z_t, "z_t")
+        self._check(z_s, "z_s")
+        if z_t.shape != z_s.shape:
+            msg = f"z_t and z_s must have one shape; got {tuple(z_t.shape)} and {tuple(z_s.shape)}"
+            raise ValueError(msg)
         return _log_density(z_t - apply_blocks(self.mean, z_s), self.root)
+
+    def _check(self, z: Tensor, name: str) -> None:
+        check_state(z, self.mean.shape[-1], name)
+        if self.mean.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
+            msg = (
+                f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
+                f"got {tuple(self.mean.shape[:-2])}"
+            )
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class Gaussian:
 
     def sample(
         self,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -139,8 +146,8 @@ class Gaussian:
         Tensor
             ``(B, k, *D)``.
         """
-        if len(shape) < 1:
-            msg = f"shape must be that of a batch of data, (B, *D); got {tuple(shape)}"
+        if not isinstance(shape, Sequence) or len(shape) < 1:
+            msg = f"shape must be that of a batch of data, (B, *D); got {shape!r}"
             raise ValueError(msg)
         full = (shape[0], len(self.root), *shape[1:])
         noise = standard_normal(full, generator=generator, dtype=dtype, device=device)

@@ -273,8 +273,10 @@ class LinearSDE:
         t back to u when the score is that of the stationary law, which is the exact part of the
         splitting of SSCS.
         """
-        if self.stationary_covariance is None:
+        if self.stationary_covariance is None or self._prior_root is None:
             return None
+        if not bool((self._prior_root.diagonal() > 0).all()):
+            return None  # a stationary law without density has no score
         dynamics = self.dynamics.stationary_reversal(self.stationary_covariance)
         if dynamics is None:
             return None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks, lower_factor
-from cldsde.linear.checks import TimeLike
+from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.recovery import check_trailing
@@ -87,19 +87,20 @@ class MixedScore(nn.Module):
         if not bool(data_mean.isfinite().all()):
             msg = "data_mean must be finite"
             raise ValueError(msg)
-        if not bool((data_variance.isfinite() & (data_variance > 0)).all()):
-            msg = "data_variance must be finite and positive"
+        single = data_variance.to(torch.float32)
+        if not bool((single.isfinite() & (single > 0)).all()):
+            msg = "data_variance must be finite and positive, in single precision"
             raise ValueError(msg)
         self.network = network
         self.sde = sde
         self.register_buffer("data_mean", data_mean.to(torch.float32))
-        self.register_buffer("data_variance", data_variance.to(torch.float32))
+        self.register_buffer("data_variance", single)
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.to("cpu", torch.float64)
 
     def forward(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score ``(B, len(driven), *D)`` at one time or ``(B,)`` times t > 0."""
-        kernel = self.sde.marginal(score_times(t, z))
+        kernel = self.sde.marginal(score_times(t, check_state(z, self.sde.components)))
         return self._score(z, self._coefficients(kernel).to(z))
 
     def noise(self, z: Tensor, kernel: Kernel) -> Tensor:
@@ -178,6 +179,14 @@ class MixedScore(nn.Module):
 
     def _noise(self, z: Tensor, c: _Coefficients) -> Tensor:
         axes = z.ndim - 2
+        check_state(z, self.sde.components)
+        if axes < max(1, self.data_mean.ndim):
+            msg = (
+                f"z must have shape (B, {self.sde.components}, *D) with the data axes of data_mean "
+                f"and data_variance, {tuple(self.data_mean.shape)}, and one at least; "
+                f"got {tuple(z.shape)}"
+            )
+            raise ValueError(msg)
 
         def spread(field: Tensor, inner: int) -> Tensor:
             """Batch axis in front, axes of V aligned with those of the data."""
@@ -192,6 +201,11 @@ class MixedScore(nn.Module):
         clock = c.log_snr.expand(len(z))
         inputs = ((z - mean) * spread(c.scale, 1)).flatten(1, 2)
         learnt: Tensor = self.network(inputs, clock)
+        driven = len(self.sde.driven)
+        wanted = (len(z), driven * z.shape[2], *z.shape[3:])
+        if learnt.shape != wanted:
+            msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
+            raise ValueError(msg)
         return reference + spread(c.residual, 1) * learnt.reshape(reference.shape)
 
     def _score(self, z: Tensor, c: _Coefficients) -> Tensor:

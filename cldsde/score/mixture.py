@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import lower_factor
+from cldsde.linear.blocks import flatten_data, lower_factor
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
@@ -79,6 +79,11 @@ class GaussianMixture:
             )
             raise ValueError(msg)
         n, dimension = self.means.shape
+        if n < 1 or dimension < 1:
+            msg = (
+                f"means must hold at least one mean of at least one dimension; got {(n, dimension)}"
+            )
+            raise ValueError(msg)
         if self.weights.shape != (n,) or self.covariances.shape != (n, dimension, dimension):
             msg = (
                 f"means of shape {(n, dimension)} need weights of shape {(n,)} and covariances of "
@@ -169,7 +174,7 @@ class GaussianMixture:
         return MixtureScore(self, sde)
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
-        flat = check_state(z, sde.components).reshape(*z.shape[:2], -1)
+        flat = flatten_data(check_state(z, sde.components))
         if flat.shape[-1] != self.dimension:
             msg = (
                 f"z must hold {self.dimension} numbers a component, as the mixture does; "
@@ -205,13 +210,13 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening.to(z), residual)
         return whitened, law.log_scale.to(z) - 0.5 * whitened.square().sum((-2, -1))
 
-    def _score(self, z: Tensor, law: _Marginal, driven: Sequence[int]) -> Tensor:
-        whitened, log_terms = self._terms(z, law)
+    def _score(self, sde: LinearSDE, z: Tensor, law: _Marginal) -> Tensor:
+        whitened, log_terms = self._terms(self._flat_state(sde, z), law)
         responsible = log_terms.softmax(-1)
-        pulled = torch.einsum(
-            "...njkl,...nkj->...nlj", law.whitening[..., list(driven)].to(z), whitened
-        )
-        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(z))
+        whitening = law.whitening[..., list(sde.driven)].to(z)
+        pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
+        score = -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(z))
+        return score.reshape(len(z), len(sde.driven), *z.shape[2:])
 
 
 class MixtureScore:
@@ -227,9 +232,9 @@ class MixtureScore:
 
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score at one time or ``(B,)`` times."""
-        flat = self.data._flat_state(self.sde, z)
+        check_state(z, self.sde.components)
         law = self.data._marginal(self.sde, score_times(t, z))
-        return self.data._score(flat, law, self.sde.driven).reshape(len(z), -1, *z.shape[2:])
+        return self.data._score(self.sde, z, law)
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
@@ -238,8 +243,6 @@ class MixtureScore:
 
         def score(z: Tensor, i: int) -> Tensor:
             row = _Marginal(*(field[i] for field in table))
-            return self.data._score(z.flatten(2), row, self.sde.driven).reshape(
-                len(z), -1, *z.shape[2:]
-            )
+            return self.data._score(self.sde, z, row)
 
         return score

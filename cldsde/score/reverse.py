@@ -45,6 +45,20 @@ class TabulatedScore(Protocol):
         ...
 
 
+def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
+    """Return what a score returned if it is a tensor ``(B, driven, *D)``; raise otherwise."""
+    if not isinstance(value, Tensor):
+        msg = f"score must return a tensor; got {type(value).__name__}"
+        raise TypeError(msg)
+    shape = (len(z), driven, *z.shape[2:])
+    if value.shape != shape:
+        msg = (
+            f"score must return shape {shape}, one row a driven component; got {tuple(value.shape)}"
+        )
+        raise ValueError(msg)
+    return value
+
+
 class ReverseProcess:
     r"""The time reversal of a linear SDE with a given score.
 
@@ -111,7 +125,7 @@ class ReverseProcess:
         return DataPrediction.at(self.sde, times)(z, self._evaluate(z, times))
 
     def _evaluate(self, z: Tensor, times: Tensor) -> Tensor:
-        return self.score(z, times.to(z).expand(len(z)))
+        return checked_score(self.score(z, times.to(z).expand(len(z))), z, len(self.sde.driven))
 
     def _drift(self, z: Tensor, t: TimeLike, factor: float) -> Tensor:
         times = score_times(t, check_state(z, self.sde.components))

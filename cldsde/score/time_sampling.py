@@ -50,7 +50,7 @@ class TimeSampler:
         check_between(t_min, 1e-300, 0.5, "t_min")
         self._knots = torch.logspace(math.log10(t_min), 0, _KNOTS, dtype=torch.float64)
         self._knots[0], self._knots[-1] = t_min, 1.0
-        values = density(self._knots).to("cpu", torch.float64)
+        values = torch.as_tensor(density(self._knots)).to("cpu", torch.float64)
         if values.shape != self._knots.shape or not bool((values.isfinite() & (values > 0)).all()):
             msg = "density must return one finite, positive value a time"
             raise ValueError(msg)
@@ -73,7 +73,16 @@ class TimeSampler:
         return self.quantiles((torch.arange(n, dtype=torch.float64) + shift) / n)
 
     def quantiles(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Times, and their weights, below which the shares u ∈ [0, 1] of the draws lie."""
+        """Times, and their weights, below which the shares u ∈ [0, 1] of the draws lie.
+
+        Raises
+        ------
+        ValueError
+            If a share lies outside [0, 1].
+        """
+        if not bool(((u >= 0) & (u <= 1)).all()):
+            msg = f"u must lie in [0, 1]; got values from {float(u.min()):g} to {float(u.max()):g}"
+            raise ValueError(msg)
         bins = torch.searchsorted(self._cumulative, u, right=True) - 1
         bins = bins.clamp(0, len(self._weights) - 1)
         start, end = self._cumulative[bins], self._cumulative[bins + 1]
