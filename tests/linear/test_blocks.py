@@ -46,7 +46,8 @@ def test_the_factor_is_lower_triangular_and_has_the_gram_matrix(
     rows = root.movedim((0, 1), (-2, -1))
     assert torch.equal(first, first.tril())
     assert (first.diagonal(dim1=-2, dim2=-1) >= 0).all()
-    # k reflections of vectors of length n perturb R by about n k eps, its Gram matrix by twice that.
+    # k reflections of vectors of length n perturb R by about n k eps, and its Gram matrix by twice
+    # as much.
     gram = rows @ rows.mT
     tolerance = 2 * n * k * 4 * EPS * torch.linalg.matrix_norm(gram)
     assert (torch.linalg.matrix_norm(first @ first.mT - gram) <= tolerance).all()

@@ -49,7 +49,9 @@ def test_the_density_of_a_kernel_is_that_of_the_dense_law(
     condition = float(torch.linalg.cond(kernel.covariance))
     assert condition < 1e6
     expected = dense_log_prob(kernel, z_t, z_s)
-    assert torch.allclose(kernel.log_prob(z_t, z_s), expected, rtol=0, atol=64 * EPS * condition + 1e-12)
+    assert torch.allclose(
+        kernel.log_prob(z_t, z_s), expected, rtol=0, atol=64 * EPS * condition + 1e-12
+    )
 
 
 @every_family

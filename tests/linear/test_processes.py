@@ -390,9 +390,7 @@ class TestRefusals:
             ([[-1.0]], [[0.0]], "Q_root must have an entry that is not zero"),
         ],
     )
-    def test_matrices_that_do_not_fit_are_refused(
-        self, A: Any, Q_root: Any, message: str
-    ) -> None:
+    def test_matrices_that_do_not_fit_are_refused(self, A: Any, Q_root: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             LinearSDE.from_matrices(A, Q_root)
 
@@ -408,9 +406,7 @@ class TestRefusals:
     )
     def test_what_is_no_covariance_is_refused(self, covariance: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            LinearSDE.from_matrices(
-                [[0, 1], [-1, -1]], [[0], [1]], initial_covariance=covariance
-            )
+            LinearSDE.from_matrices([[0, 1], [-1, -1]], [[0], [1]], initial_covariance=covariance)
         with pytest.raises(ValueError, match=message):
             CLD().marginal(0.5, covariance)
 
@@ -534,9 +530,7 @@ class TestDraws:
             x, 0.2, conditioning="all", generator=torch.Generator().manual_seed(1)
         )
         kernel = sde.transition(0.0, 0.2)
-        start = torch.linalg.solve(
-            kernel.mean, z - torch.einsum("ij,bjd->bid", kernel.root, noise)
-        )
+        start = torch.linalg.solve(kernel.mean, z - torch.einsum("ij,bjd->bid", kernel.root, noise))
         # The transition is undone: a few roundings times its condition number.
         tolerance = 64 * EPS * float(torch.linalg.cond(kernel.mean)) * float(z.abs().max())
         assert torch.allclose(start[:, 0], x, rtol=0, atol=tolerance)
@@ -605,7 +599,9 @@ class TestDraws:
         with pytest.raises(ValueError, match="conditioning must be 'data' or 'all'; got 'none'"):
             CLD().perturb(torch.zeros(2, 1), 0.5, conditioning="none")  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("x", [torch.zeros(2, dtype=torch.int64), [0.0], torch.tensor(0.0), 1.0])
+    @pytest.mark.parametrize(
+        "x", [torch.zeros(2, dtype=torch.int64), [0.0], torch.tensor(0.0), 1.0]
+    )
     def test_data_that_are_no_batch_of_numbers_are_refused(self, x: Any) -> None:
         for call in (CLD().augment, lambda x: CLD().perturb(x, 0.5)):
             with pytest.raises(TypeError, match="data must be a floating-point tensor of shape"):

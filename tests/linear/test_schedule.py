@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from cldsde import LinearSDE, Schedule, VESDE
+from cldsde import VESDE, LinearSDE, Schedule
 from linear import reference
 from strategies import intervals, schedules
 
@@ -47,7 +47,8 @@ def test_the_geometric_clock_does_not_cancel(low: float, high: float) -> None:
         ratio = mp.mpf(high) / mp.mpf(low)
         return mp.mpf(low) ** 2 * (ratio ** (2 * t) - ratio ** (2 * s))
 
-    # exp and expm1 turn an error eps of their argument, at most 2 log(high/low), into a relative one.
+    # exp and expm1 turn the absolute error of their argument, at most 2 log(high/low), into a
+    # relative one.
     slope = 2 * math.log(high / low)
     assert_clock(Schedule.geometric(low, high), exact, 8 * (1 + slope) * EPS)
 

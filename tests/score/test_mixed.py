@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, HOLD, PSLD, GaussianMixture, LinearSDE, MixedScore, SubVPSDE, VPSDE
+from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
 from cldsde.score import hybrid_score_matching
 from score import exact
 from score.exact import EPS, FAMILIES, Constant
@@ -92,9 +92,7 @@ class TestReference:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @every_kind
     @every_family
-    def test_a_tabulated_score_is_the_score(
-        self, name: str, kind: str, dtype: torch.dtype
-    ) -> None:
+    def test_a_tabulated_score_is_the_score(self, name: str, kind: str, dtype: torch.dtype) -> None:
         sde = FAMILIES[name]()
         model = MixedScore(Constant(sde, 0.3), sde, *reference(kind))
         times = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
@@ -416,7 +414,7 @@ class TestRefusals:
 
     def test_data_with_fewer_axes_than_the_variance_are_refused(self) -> None:
         model = MixedScore(Constant(CLD()), CLD(), *reference("pixel"))
-        with pytest.raises(ValueError, match="data_variance|data_mean|z must"):
+        with pytest.raises(ValueError, match=r"data_variance|data_mean|z must"):
             model(torch.zeros(3, 2, 3), 0.5)
 
     @pytest.mark.parametrize("shape", [(3, 4, 3, 3), (3, 1, 3, 3), (3, 2, 9, 9)])

@@ -56,9 +56,7 @@ class TestExactness:
     @every_time
     @every_kind
     @every_family
-    def test_the_score_is_the_gradient_of_the_density(
-        self, name: str, kind: str, t: float
-    ) -> None:
+    def test_the_score_is_the_gradient_of_the_density(self, name: str, kind: str, t: float) -> None:
         sde, data = FAMILIES[name](), exact.mixture(kind)
         z = exact.states(sde, data, t).requires_grad_()
         (gradient,) = torch.autograd.grad(data.log_prob(sde, z, t).sum(), z)
@@ -309,7 +307,9 @@ class TestRefusals:
         assert score.item() == pytest.approx(-100.0, rel=16 * EPS)
 
     def test_weights_are_normalised(self) -> None:
-        assert GaussianMixture([1.0, 3.0], [[0.0], [1.0]], torch.ones(2, 1, 1)).weights.tolist() == [
+        assert GaussianMixture(
+            [1.0, 3.0], [[0.0], [1.0]], torch.ones(2, 1, 1)
+        ).weights.tolist() == [
             0.25,
             0.75,
         ]
