@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from cldsde.linear.checks import as_times, check_state
 from cldsde.score import DataPrediction, ReverseProcess, TabulatedScore
-from cldsde.score.reverse import checked_score
+from cldsde.score.reverse import checked_score, score_argument
 
 from .base import Solver
 from .noise import FreshNoise, NoiseSource
 
-__all__ = ["Solution", "solve"]
+__all__ = ["Solution", "check_arguments", "checked_grid", "solve"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _CountedScore:
         if isinstance(score, TabulatedScore):
             self._evaluate = score.tabulate(times, z)
         else:
-            table = times.to(z)
+            table = score_argument(times, z)
             self._evaluate = lambda z, i: score(z, table[i].expand(len(z)))
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
@@ -137,12 +137,22 @@ def solve(
     >>> solvers.solve(process, solvers.SSCS(), start, times, generator=g)
     Solution(success=True, nfev=50, state=(1000, 2, 1), message='reached the end of the grid')
     """
-    _check_types(process, solver)
+    check_arguments(process, solver)
     sde = process.sde
-    z = check_state(state, sde.components, "state")
-    grid = _checked_grid(times, sde.T)
+    # A copy, so that not even a score that writes to its argument changes the caller's state.
+    z = check_state(state, sde.components, "state").clone()
+    if not bool(z.isfinite().all()):
+        msg = "state must be finite; it holds NaN or infinity"
+        raise ValueError(msg)
+    grid = checked_grid(times, sde.T)
     source = _noise_source(generator, noise)
 
+    if denoise and float(grid[-1]) == 0:
+        msg = (
+            "times must end above 0 where denoise=True: the law given x_0 has no density at t = 0; "
+            "take t > 0"
+        )
+        raise ValueError(msg)
     steps = len(grid) - 1
     tables = solver.prepare(process, grid)
     prediction = DataPrediction.at(sde, grid[-1]) if denoise else None
@@ -165,7 +175,8 @@ def solve(
     )
 
 
-def _check_types(process: object, solver: object) -> None:
+def check_arguments(process: object, solver: object) -> None:
+    """Raise TypeError unless the arguments are a `ReverseProcess` and a `Solver`."""
     if not isinstance(process, ReverseProcess):
         msg = f"process must be a ReverseProcess; got {type(process).__name__}"
         raise TypeError(msg)
@@ -190,7 +201,8 @@ def _noise_source(generator: object, noise: object) -> NoiseSource:
     return noise
 
 
-def _checked_grid(times: Tensor, end: float) -> Tensor:
+def checked_grid(times: Tensor, end: float) -> Tensor:
+    """Turn a decreasing grid in [0, end] into float64 on the host; raise otherwise."""
     if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < 2:
         got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
         msg = f"times must be a tensor (n + 1,) of a decreasing grid, n ≥ 1; got {got}"

@@ -33,9 +33,10 @@ class SSCS(Solver):
 
     .. math::
         A(h/2):\; z ← Ψ_H z + L_H ξ, \qquad
-        S(h):\; z ← z + h\,G G^⊤ \bigl(s(z, t) + Σ_∞^{−1} z\bigr), \qquad A(h/2),
+        S(h):\; z ← z + ∫_{t−h}^{t} G G^⊤ \bigl(s(z, t) + Σ_∞^{−1} z\bigr), \qquad A(h/2),
 
-    with the score at the step's start, as published. The second half-step of a step and the first
+    with the score at the step's start, as published, and the noise accumulated over the step, which
+    for the published constant β is h GGᵀ. The second half-step of a step and the first
     of the next are one exact move over the union of their clocks: the same law with half the
     noise. One score evaluation a step.
 
@@ -69,8 +70,7 @@ class SSCS(Solver):
         middle = (times[:-1] + times[1:]) / 2
         stops = torch.cat([times[:1], middle, times[-1:]])
         move = reversal.transition(stops[1:], stops[:-1])
-        G = sde.diffusion(times[:-1])
-        score = -times.diff()[:, None, None] * (G @ G.mT)
+        score = sde.accumulated_noise(times[1:], times[:-1])
         stationary = torch.linalg.solve(sde.stationary_covariance, score, left=False)
         return _Tables(
             as_blocks(move.mean),

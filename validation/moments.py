@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess, TabulatedScore
 from cldsde.solvers import NoiseSource, Solver
+from cldsde.solvers.driver import check_arguments, checked_grid
 
 __all__ = ["propagate_moments"]
 
@@ -44,6 +45,7 @@ class _BasisNoise(NoiseSource):
         return torch.cat([draw.new_zeros(len(z) - len(draw), *draw.shape[1:]), draw])
 
 
+@torch.no_grad()
 def propagate_moments(
     process: ReverseProcess, solver: Solver, times: Tensor, mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -70,9 +72,12 @@ def propagate_moments(
     Raises
     ------
     ValueError
-        If the shapes of the moments do not fit.
+        If the shapes of the moments do not fit, the grid does not decrease, or the score is not
+        affine.
     """
-    k, dimension = mean.shape
+    check_arguments(process, solver)
+    grid = checked_grid(times, process.sde.T)
+    k, dimension = mean.shape if mean.ndim == 2 else (0, 0)
     size = k * dimension
     if k != process.sde.components or covariance.shape != (size, size):
         msg = (
@@ -80,7 +85,6 @@ def propagate_moments(
             f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
         raise ValueError(msg)
-    grid = times.to(torch.float64)
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(grid)
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
@@ -95,11 +99,18 @@ def propagate_moments(
         count = _CountingNoise()
         solver.step(m.new_zeros(1, k, dimension), tables, i, score, count)
         draws = sum(count.rows) * dimension
-        probes = torch.cat([torch.zeros(1, size), torch.eye(size), torch.zeros(draws, size)])
-        probes = probes.to(m).reshape(-1, k, dimension)
+        # Origin, unit vectors, and a point that an affine map takes to their combination.
+        states = torch.cat([torch.zeros(1, size), torch.eye(size), torch.full((1, size), 2.0)])
+        probes = torch.cat([states, torch.zeros(draws, size)]).to(m).reshape(-1, k, dimension)
         out = solver.step(probes, tables, i, score, _BasisNoise(count.rows, dimension))
         out = out.reshape(-1, size)
-        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[1 + size :] - out[0]).T
+        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size :] - out[0]).T
+        if float((out[1 + size] - b - 2 * X.sum(1)).abs().max()) > 1e-9 * float(out.abs().max()):
+            msg = (
+                f"process: its score is not affine in the state at step {i}, so the solver's step "
+                "is not; take Gaussian data"
+            )
+            raise ValueError(msg)
         m = b + X @ m
         C = X @ C @ X.T + N @ N.T
     return m.reshape(k, dimension), C

@@ -52,10 +52,14 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     a, b = first.to("cpu", torch.float64), second.to("cpu", torch.float64)
     shift = a.mean(0) - b.mean(0)
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
+    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     return float(shift.square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 class DigitClassifier(nn.Module):

@@ -1,6 +1,6 @@
 """Linear SDEs with small blocks: schedules, transition kernels, and the processes of the field."""
 
-from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.dynamics import Dynamics, FunctionDynamics, TimeChangedDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.schedule import Schedule
@@ -13,9 +13,11 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "Dynamics",
+    "FunctionDynamics",
     "Gaussian",
     "Kernel",
     "LinearSDE",
     "Schedule",
     "SubVPSDE",
+    "TimeChangedDynamics",
 ]

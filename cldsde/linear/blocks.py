@@ -25,8 +25,8 @@ __all__ = [
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root of x ≥ 0 whose derivative at 0 is taken as 0 instead of infinity."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
 def lower_factor(root: Tensor) -> Tensor:
@@ -57,26 +57,34 @@ def lower_factor(root: Tensor) -> Tensor:
         root = torch.cat([root, root.new_zeros(k, k - n, *root.shape[2:])], dim=1)
     zero = torch.zeros_like(root[0, :1])
     columns = []
-    for i in range(k):
+    for i in range(k - 1):
         # root holds rows i … k−1 of what is left to be triangularised.
         largest, where = root[0].detach().abs().max(0, keepdim=True)
-        head = root.gather(1, where.expand(len(root), *where.shape))
-        root = root.scatter(1, where.expand(len(root), *where.shape), root[:, :1])
-        # In units of its largest entry the pivot row neither overflows nor underflows.
-        unit = torch.where(largest > 0, largest, 1.0)
+        where = where.expand(k - i, *where.shape)
+        head = root.gather(1, where)
+        root = root.scatter(1, where, root[:, :1])
+        # In units of its largest entry the pivot row neither overflows nor underflows. A row of
+        # zeros gets the unit 1 and a lead of 1, and its diagonal entry is 0 · size.
+        blank = (largest == 0).to(largest)
+        unit = largest + blank
+        lead = head[0] / unit + blank
         tail = root[0, 1:] / unit
-        lead = head[0] / unit
-        size = safe_sqrt(lead.square() + tail.square().sum(0, keepdim=True))
-        sign = torch.where(head[0] < 0, -1.0, 1.0)
+        size = (lead.square() + tail.square().sum(0, keepdim=True)).sqrt()
         # The reflector is (lead + sign·size, tail), its square 2·size·(size + |lead|).
+        sign = lead.detach().sign()
         first = lead + sign * size
-        inverse = 1.0 / torch.where(largest > 0, size * (size + lead.abs()), 1.0)
         rest_head, rest = head[1:], root[1:, 1:]
-        projection = inverse * (first * rest_head + (tail * rest).sum(1, keepdim=True))
+        projection = first * rest_head + (tail * rest).sum(1, keepdim=True)
+        projection = projection / (size * (size + lead.abs()))
         # The pivot goes to −sign·size·e₀; the sign of the column is turned to make it positive.
         column = -sign * (rest_head - first * projection)
-        columns.append(torch.cat([zero] * i + [unit * size] + [*column]))
+        columns.append(torch.cat([zero] * i + [largest * size, *column]))
         root = rest - tail * projection
+    # Nothing is left to eliminate from the last row: only its norm is needed.
+    largest = root[0].detach().abs().amax(0, keepdim=True)
+    unit = largest + (largest == 0).to(largest)
+    size = safe_sqrt((root[0] / unit).square().sum(0, keepdim=True))
+    columns.append(torch.cat([zero] * (k - 1) + [unit * size]))
     return torch.stack(columns, dim=1)
 
 
@@ -110,5 +118,13 @@ def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:
     Tensor
         ``(B, k', *D)``.
     """
-    flat = flatten_data(z)
-    return torch.matmul(blocks.to(flat), flat).reshape(len(z), blocks.shape[-2], *z.shape[2:])
+    blocks = blocks.to(z)
+    # Products and sums, not a matrix product: those run in reduced precision under autocast and
+    # where TF32 is allowed.
+    entries = blocks.reshape(*blocks.shape, *(1,) * (z.ndim - 2))
+    row = blocks.ndim - 2
+    parts = entries.unbind(row + 1)
+    out = parts[0] * z[:, :1]
+    for column in range(1, z.shape[1]):
+        out = torch.addcmul(out, parts[column], z[:, column : column + 1])
+    return out

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "as_float64",
     "as_matrix",
+    "as_number",
     "as_times",
     "check_at_least",
     "check_between",
@@ -38,7 +40,7 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
                 f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
             )
             raise TypeError(msg)
-        times = value.to("cpu", torch.float64)
+        times = value.cpu().to(torch.float64)
     elif isinstance(value, Real) and not isinstance(value, bool):
         times = torch.tensor(float(value), dtype=torch.float64)
     else:
@@ -48,9 +50,22 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
         # A NaN propagates into both extremes and fails the comparison.
         low, high = (float(x) for x in times.detach().aminmax())
         if not (low >= 0.0 and high <= end):
-            msg = f"{name} must lie in [0, {end:g}]; got values from {low:.17g} to {high:.17g}"
+            got = "NaN" if math.isnan(low) else f"values from {low:.17g} to {high:.17g}"
+            msg = f"{name} must lie in [0, {end:g}]; got {got}"
             raise ValueError(msg)
     return times
+
+
+def as_float64(value: object) -> Tensor:
+    """Turn numbers, tensors, or nested sequences of them into float64 on the host.
+
+    Tensors inside sequences keep their graph, so that a matrix may be put together of parameters.
+    """
+    if isinstance(value, Tensor):
+        return value.cpu().to(torch.float64)
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
+        return torch.stack([as_float64(item) for item in value])
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]) -> Tensor:
@@ -58,7 +73,12 @@ def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]
 
     ``shape`` holds the rows and columns wanted; None allows any number.
     """
-    matrix = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    try:
+        # A copy, so that a process does not change with the caller's tensor.
+        matrix = as_float64(value).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{name} must be a matrix of real numbers; got {value!r}"
+        raise TypeError(msg) from error
     fits = matrix.ndim == 2 and all(
         want in (None, got) for got, want in zip(matrix.shape, shape, strict=True)
     )
@@ -72,28 +92,39 @@ def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]
     return matrix
 
 
+def as_number(value: object, name: str) -> float:
+    """Turn a real number, no bool and no tensor, into a float; raise TypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        msg = f"{name} must be a real number; got {value!r}"
+        raise TypeError(msg)
+    return float(value)
+
+
 def check_positive(value: float, name: str) -> float:
     """Return ``value`` as a float if it is finite and above zero, raise ValueError otherwise."""
-    if not (math.isfinite(value) and value > 0):
+    number = as_number(value, name)
+    if not (math.isfinite(number) and number > 0):
         msg = f"{name} must be finite and positive; got {value}"
         raise ValueError(msg)
-    return float(value)
+    return number
 
 
 def check_at_least(value: float, bound: float, name: str) -> float:
     """Return ``value`` as a float if it is finite and ≥ ``bound``, raise ValueError otherwise."""
-    if not (math.isfinite(value) and value >= bound):
+    number = as_number(value, name)
+    if not (math.isfinite(number) and number >= bound):
         msg = f"{name} must be finite and at least {bound:g}; got {value}"
         raise ValueError(msg)
-    return float(value)
+    return number
 
 
 def check_between(value: float, low: float, high: float, name: str) -> float:
     """Return ``value`` as a float if it lies in [low, high], raise ValueError otherwise."""
-    if not low <= value <= high:
+    number = as_number(value, name)
+    if not low <= number <= high:
         msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
         raise ValueError(msg)
-    return float(value)
+    return number
 
 
 def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
+from cldsde.linear.checks import MatrixLike, as_float64, as_matrix
 from cldsde.linear.schedule import Schedule, gauss_legendre
 
 __all__ = ["Dynamics", "FunctionDynamics", "TimeChangedDynamics"]
@@ -74,11 +76,17 @@ class TimeChangedDynamics(Dynamics):
     Parameters
     ----------
     A
-        ``(k, k)`` float64.
+        ``(k, k)``.
     Q_root
-        ``(k, r)`` float64, Q̄ = Q_root Q_rootᵀ.
+        ``(k, r)``, Q̄ = Q_root Q_rootᵀ.
     schedule
-        β.
+        β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
+
+    Raises
+    ------
+    ValueError
+        If A is not square, the matrices do not fit, an entry is not finite, or all of Q_root is
+        zero.
     """
 
     # Relative to the integrand the rule's error at ‖A‖h₀ ≤ 1 is below 2²⁰(10!)⁴/(21·(20!)³) < 1e-24
@@ -86,12 +94,21 @@ class TimeChangedDynamics(Dynamics):
     _NODES = 10
     _TAYLOR_TERMS = 21
 
-    def __init__(self, A: Tensor, Q_root: Tensor, schedule: Schedule) -> None:
-        self.A = A
-        self.Q_root = Q_root
-        self.schedule = schedule
-        self.components = len(A)
-        self.driven = driven_rows(Q_root)
+    def __init__(
+        self, A: MatrixLike, Q_root: MatrixLike, schedule: Schedule | float | Sequence[float] = 1.0
+    ) -> None:
+        self.A = as_matrix(A, "A", (None, None))
+        self.components = len(self.A)
+        if self.A.shape[1] != self.components:
+            msg = f"A must be square; got shape {tuple(self.A.shape)}"
+            raise ValueError(msg)
+        self.Q_root = as_matrix(Q_root, "Q_root", (self.components, None))
+        self.driven = driven_rows(self.Q_root)
+        if not self.driven:
+            msg = "Q_root must have an entry that is not zero; without noise there is no score"
+            raise ValueError(msg)
+        self.schedule = Schedule.of(schedule)
+        self._scale = _balancing_scale(self.A.detach())
 
     @override
     def drift(self, t: Tensor) -> Tensor:
@@ -104,26 +121,37 @@ class TimeChangedDynamics(Dynamics):
     @override
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         k, r = self.Q_root.shape
+        # In balanced units ‖A‖ is smallest, and so is the number of squarings. Powers of two are
+        # exact.
+        scale = self._scale
+        A = self.A * scale / scale.unsqueeze(1)
+        Q_root = self.Q_root / scale.unsqueeze(1)
+
         h = self.schedule.integral(s, t).flatten()
-        norm = float(self.A.detach().abs().sum(0).max())
+        norm = float(A.detach().abs().sum(0).max())
         longest = norm * float(h.detach().max()) if len(h) else 0.0
+        if not math.isfinite(longest):
+            msg = "the clock of the process overflows float64; rescale A or the schedule"
+            raise OverflowError(msg)
         doublings = max(0, math.ceil(math.log2(longest))) if longest > 0 else 0
         h = h * 0.5**doublings
 
         terms = [torch.eye(k, dtype=torch.float64)]
         for j in range(1, self._TAYLOR_TERMS):
-            terms.append(self.A @ terms[-1] / j)
+            terms.append(A @ terms[-1] / j)
         taylor = torch.stack(terms, dim=-1)
-        nodes, weights = gauss_legendre(self._NODES)
-        tau = h * (1 - nodes).unsqueeze(1)
-        exponentials_root = torch.einsum("ijq,jr->irq", taylor, self.Q_root)
-        columns = exponentials_root.reshape(k * r, -1) @ _powers(tau.flatten(), len(terms))
-        columns = columns.reshape(k, r, *tau.shape) * safe_sqrt(h * weights.unsqueeze(1))
-        root = lower_factor(columns.reshape(k, r * self._NODES, -1))
-        psi = (taylor.reshape(k * k, -1) @ _powers(h, len(terms))).reshape(k, k, -1)
+        # Powers of h(1 − xᵢ) are powers of h times powers of 1 − xᵢ.
+        node_powers = _node_powers(self._NODES, self._TAYLOR_TERMS)
+        columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, node_powers)
+        table = torch.cat([taylor.reshape(k * k, -1), columns.reshape(k * r * self._NODES, -1)])
+        values = table @ _powers(h, self._TAYLOR_TERMS)
+        psi = values[: k * k].reshape(k, k, -1)
+        root = lower_factor(values[k * k :].reshape(k, r * self._NODES, -1) * safe_sqrt(h))
         for _ in range(doublings):
             root = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
             psi = block_product(psi, psi)
+        psi = psi * (scale.unsqueeze(1) / scale).unsqueeze(-1)
+        root = root * scale[:, None, None]
         return stack_first(psi, s.shape), stack_first(root, s.shape)
 
     @override
@@ -152,10 +180,34 @@ def _powers(x: Tensor, n: int) -> Tensor:
     return powers[:n]
 
 
+@lru_cache
+def _node_powers(nodes: int, n: int) -> Tensor:
+    """√wᵢ (1 − xᵢ)^p for the Gauss–Legendre rule on [0, 1], ``(n, nodes)``."""
+    x, weights = gauss_legendre(nodes)
+    return _powers(1 - x, n) * weights.sqrt()
+
+
+def _balancing_scale(A: Tensor) -> Tensor:
+    """Powers of two d for which D⁻¹AD has rows and columns of like size (Osborne 1960)."""
+    size = A.abs().clone()
+    size.fill_diagonal_(0)
+    scale = torch.ones(len(A), dtype=torch.float64)
+    for _ in range(8):
+        for i in range(len(A)):
+            row, column = float(size[i].sum()), float(size[:, i].sum())
+            if row > 0 and column > 0:
+                factor = 2.0 ** round(math.log2(row / column) / 2)
+                scale[i] *= factor
+                size[i] /= factor
+                size[:, i] *= factor
+    return scale
+
+
 class FunctionDynamics(Dynamics):
     r"""F(t) and G(t) given by callables that need not commute with themselves.
 
-    [s, t] is cut into panels with ‖F‖h ≤ ½. In each, the values Yᵢ ≈ Ψ(end, τᵢ) at the 8 Gauss
+    [s, t] is cut into panels with ‖F‖h ≤ ½, and their number is doubled until Ψ and the root no
+    longer change by 1e-12 of a row's size. In each, the values Yᵢ ≈ Ψ(end, τᵢ) at the 8 Gauss
     nodes solve the linear collocation system of ∂_τ Ψ(end, τ) = −Ψ(end, τ) F(τ),
 
     .. math:: Y_i = I + h ∑_j B_{ij} Y_j F(τ_j), \qquad B_{ij} = ∫_{c_i}^1 ℓ_j,
@@ -165,9 +217,9 @@ class FunctionDynamics(Dynamics):
     Parameters
     ----------
     drift
-        t ``(n,)`` to ``(n, k, k)``, or one time to ``(k, k)``.
+        A time, a 0-dimensional float64 tensor, to ``(k, k)``.
     diffusion
-        t ``(n,)`` to ``(n, k, r)``, or one time to ``(k, r)``.
+        A time to ``(k, r)``.
     end
         Largest time at which the callables are asked.
     """
@@ -178,6 +230,10 @@ class FunctionDynamics(Dynamics):
     def __init__(
         self, drift: Callable[[Tensor], Tensor], diffusion: Callable[[Tensor], Tensor], end: float
     ) -> None:
+        for name, function in (("drift", drift), ("diffusion", diffusion)):
+            if not callable(function):
+                msg = f"{name} must be a callable of a time; got {function!r}"
+                raise TypeError(msg)
         self._drift = _over_stack(drift)
         self._diffusion = _over_stack(diffusion)
         grid = torch.linspace(0, end, 257, dtype=torch.float64)
@@ -217,24 +273,31 @@ class FunctionDynamics(Dynamics):
 
     @override
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.components
         start, span = s.flatten(), (t - s).flatten()
         longest = float(span.detach().max()) if len(span) else 0.0
         panels = max(1, math.ceil(2 * self._largest * longest))
-        if panels > self._MAX_PANELS:
-            msg = (
-                f"drift: its norm {self._largest:g} over an interval of {longest:g} needs "
-                f"{panels} panels, more than {self._MAX_PANELS}; split the interval or rescale"
-            )
-            raise ValueError(msg)
-        h = span / panels
+        previous = self._compose(start, span, panels)
+        while 2 * panels <= self._MAX_PANELS:
+            panels *= 2
+            psi, root = self._compose(start, span, panels)
+            if _close(psi, previous[0]) and _close(root, previous[1]):
+                return stack_first(psi, s.shape), stack_first(root, s.shape)
+            previous = psi, root
+        msg = (
+            f"drift, diffusion: they vary too fast over an interval of {longest:g} to be resolved "
+            f"by {self._MAX_PANELS} panels; take shorter intervals or smoother functions"
+        )
+        raise ValueError(msg)
+
+    def _compose(self, start: Tensor, span: Tensor, panels: int) -> tuple[Tensor, Tensor]:
+        k, h = self.components, span / panels
         psi = torch.eye(k, dtype=torch.float64).unsqueeze(-1).expand(k, k, len(h))
         root = torch.zeros(k, 0, len(h), dtype=torch.float64)
         for panel in range(panels):
             step, noise = self._panel(start + panel * h, h)
             root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
             psi = block_product(step, psi)
-        return stack_first(psi, s.shape), stack_first(root, s.shape)
+        return psi, root
 
     def _panel(self, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Ψ ``(k, k, n)`` over [start, start + h] and columns of a noise root ``(k, m, n)``."""
@@ -264,21 +327,23 @@ class FunctionDynamics(Dynamics):
         return None
 
 
+def _close(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether two stacks agree row by row; the finer one, of order 16, is then exact."""
+    error = (fine - coarse).detach().abs().amax(1)
+    return bool((error <= 1e-12 * fine.detach().abs().amax(1)).all())
+
+
 def _over_stack(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Evaluate a user's matrix function over times of any shape, one call where it broadcasts."""
+    """Evaluate a user's function of one time over times of any shape."""
 
     def stacked(t: Tensor) -> Tensor:
         flat = t.flatten()
         # One time at least is asked, so that the shape is known where no time is wanted.
         asked = flat if len(flat) else flat.new_zeros(1)
-        values = torch.stack([_as_matrix(function(x)) for x in asked])[: len(flat)]
+        values = torch.stack([as_float64(function(x)) for x in asked])[: len(flat)]
         return values.reshape(*t.shape, *values.shape[1:])
 
     return stacked
-
-
-def _as_matrix(value: object) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _tail_integrals(n: int) -> Tensor:

@@ -23,16 +23,17 @@ def _log_density(residual: Tensor, root: Tensor) -> Tensor:
         msg = "the law has no density: its root has a zero on the diagonal"
         raise ValueError(msg)
     flat = flatten_data(residual)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     factor = root.to(flat)
     whitened = torch.linalg.solve_triangular(factor, flat, upper=False)
     log_det = flat.shape[-1] * diagonal.log().sum(-1).to(flat)
     dimension = flat.shape[-2] * flat.shape[-1]
     constant = 0.5 * dimension * math.log(2 * math.pi)
     log_density: Tensor = -0.5 * whitened.square().sum((1, 2)) - log_det - constant
-    return log_density
+    return log_density.to(residual.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """The Gaussian law z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
 
@@ -109,7 +110,7 @@ class Kernel:
             raise ValueError(msg)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gaussian:
     """The centred Gaussian law N(0, root rootᵀ) of a state, the same for every data dimension.
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
-from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.checks import as_number, check_at_least, check_positive
+from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.schedule import Schedule
-from cldsde.linear.sde import LinearSDE, time_changed
+from cldsde.linear.sde import LinearSDE
 
 __all__ = ["CLD", "HOLD", "PSLD", "VESDE", "VPSDE", "SubVPSDE"]
 
@@ -36,7 +36,7 @@ class VPSDE(LinearSDE):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         super().__init__(
-            time_changed([[-0.5]], [[1.0]], Schedule.linear(beta_min, beta_max)),
+            TimeChangedDynamics([[-0.5]], [[1.0]], _between(beta_min, beta_max)),
             stationary_covariance=[[1.0]],
         )
 
@@ -55,9 +55,7 @@ class SubVPSDE(LinearSDE):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        super().__init__(
-            _SubVPDynamics(Schedule.linear(beta_min, beta_max)), prior_covariance=[[1.0]]
-        )
+        super().__init__(_SubVPDynamics(_between(beta_min, beta_max)), prior_covariance=[[1.0]])
 
 
 class _SubVPDynamics(Dynamics):
@@ -115,7 +113,7 @@ class VESDE(LinearSDE):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         super().__init__(
-            time_changed([[0.0]], [[1.0]], Schedule.geometric(sigma_min, sigma_max)),
+            TimeChangedDynamics([[0.0]], [[1.0]], Schedule.geometric(sigma_min, sigma_max)),
             initial_covariance=[[sigma_min**2]],
             prior_covariance=[[sigma_max**2]],
         )
@@ -175,7 +173,7 @@ class CLD(LinearSDE):
         noise = sqrt(2 * friction)
         quiet = position_noise == 0
         super().__init__(
-            time_changed(
+            TimeChangedDynamics(
                 [[0, 1 / mass], [-1, -friction / mass]],
                 [[0], [noise]] if quiet else [[position_noise, 0], [0, noise]],
                 beta,
@@ -223,7 +221,7 @@ class PSLD(LinearSDE):
         check_positive(gamma + nu, "gamma + nu")
         check_at_least(velocity_scale, 0.0, "velocity_scale")
         super().__init__(
-            time_changed(
+            TimeChangedDynamics(
                 [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
                 [[sqrt(gamma), 0], [0, sqrt(mass * nu)]],
                 beta,
@@ -265,13 +263,13 @@ class HOLD(LinearSDE):
         inverse_mass: float = 1.0,
         auxiliary_scale: float = 0.04,
     ) -> None:
-        check_positive(abs(coupling), "abs(coupling)")
+        check_positive(abs(as_number(coupling, "coupling")), "abs(coupling)")
         check_positive(friction, "friction")
         check_positive(inverse_mass, "inverse_mass")
         check_at_least(auxiliary_scale, 0.0, "auxiliary_scale")
         variance = 1 / inverse_mass
         super().__init__(
-            time_changed(
+            TimeChangedDynamics(
                 [[0, 1, 0], [-1, 0, coupling], [0, -coupling, -friction]],
                 [[0], [0], [sqrt(2 * friction * variance)]],
                 beta,
@@ -279,6 +277,12 @@ class HOLD(LinearSDE):
             initial_covariance=_diagonal(0, auxiliary_scale * variance, auxiliary_scale * variance),
             stationary_covariance=_diagonal(variance, variance, variance),
         )
+
+
+def _between(beta_min: float, beta_max: float) -> Schedule:
+    check_at_least(beta_min, 0.0, "beta_min")
+    check_positive(beta_max, "beta_max")
+    return Schedule.linear(beta_min, beta_max)
 
 
 def _diagonal(*entries: float) -> Tensor:

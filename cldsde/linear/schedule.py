@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.checks import as_number, check_at_least, check_positive
 
 __all__ = ["Schedule", "gauss_legendre"]
 
@@ -47,8 +47,11 @@ class Schedule:
     Raises
     ------
     ValueError
-        If the rate is negative, infinite or NaN somewhere on a grid of 1,025 times, or does not
-        return the shape that it was given.
+        If the rate is negative, infinite or NaN somewhere on a grid of 1,025 times, does not
+        return the shape that it was given, or is not resolved by the quadrature;
+        or if ``integral`` is not its integral.
+    TypeError
+        If ``rate`` or ``integral`` cannot be called.
 
     Examples
     --------
@@ -64,6 +67,9 @@ class Schedule:
         rate: Callable[[Tensor], Tensor],
         integral: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
+        if not callable(rate) or not (integral is None or callable(integral)):
+            msg = f"schedule: rate and integral must be callables; got {rate!r} and {integral!r}"
+            raise TypeError(msg)
         grid = torch.linspace(0, 1, _CHECK_POINTS, dtype=torch.float64)
         values = torch.as_tensor(rate(grid)).detach()
         if values.shape != grid.shape:
@@ -82,6 +88,7 @@ class Schedule:
             raise ValueError(msg)
         self._rate = rate
         self._integral = integral if integral is not None else self._quadrature
+        self._check_integral(given=integral is not None)
 
     def rate(self, t: Tensor) -> Tensor:
         """β(t), of the shape of t."""
@@ -98,6 +105,28 @@ class Schedule:
         span = (t - s).unsqueeze(-1)
         values = self._rate(s.unsqueeze(-1) + span * fractions)
         return (span * values * weights.repeat(_PANELS) / _PANELS).sum(-1)
+
+    def _check_integral(self, *, given: bool) -> None:
+        """Refuse a rate that the rule does not resolve, and an integral of another rate."""
+        start, middle, end = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+        whole = self._quadrature(start, end).detach()
+        halves = (self._quadrature(start, middle) + self._quadrature(middle, end)).detach()
+        resolved = bool((whole - halves).abs() <= 1e-12 * halves.abs())
+        if given and resolved:
+            stated = torch.as_tensor(self._integral(start, end)).detach()
+            if not bool((stated - halves).abs() <= 1e-8 * halves.abs()):
+                msg = (
+                    f"schedule: the integral over [0, 1] is {float(stated):g}, that of the rate "
+                    f"{float(halves):g}"
+                )
+                raise ValueError(msg)
+        if not given and not resolved:
+            msg = (
+                "schedule: the rate is not smooth enough to be integrated numerically; its "
+                f"integral over [0, 1] is {float(whole):.17g} or {float(halves):.17g}; "
+                "give the integral"
+            )
+            raise ValueError(msg)
 
     @classmethod
     def of(cls, value: Schedule | float | Sequence[float]) -> Schedule:
@@ -120,36 +149,70 @@ class Schedule:
     @classmethod
     def constant(cls, beta: float) -> Schedule:
         """β(t) = ``beta`` > 0."""
-        check_positive(float(beta), "beta")
-        return cls(lambda t: beta * torch.ones_like(t), lambda s, t: beta * (t - s))
+        check_positive(_value(beta, "beta"), "beta")
+        return cls(partial(_constant_rate, beta), partial(_constant_integral, beta))
 
     @classmethod
     def linear(cls, start: float, end: float) -> Schedule:
         """β(t) = start + (end − start) t, both ends ≥ 0 and not both zero."""
-        check_at_least(float(start), 0.0, "beta(0)")
-        check_at_least(float(end), 0.0, "beta(1)")
-        check_positive(float(start + end), "beta(0) + beta(1)")
-
-        def rate(t: Tensor) -> Tensor:
-            # Not start + (end − start)·t, which may round below zero at t = 1.
-            return start * (1 - t) + end * t
-
-        return cls(rate, lambda s, t: 0.5 * (t - s) * (rate(s) + rate(t)))
+        first, last = _value(start, "beta(0)"), _value(end, "beta(1)")
+        check_at_least(first, 0.0, "beta(0)")
+        check_at_least(last, 0.0, "beta(1)")
+        check_positive(first + last, "beta(0) + beta(1)")
+        return cls(partial(_linear_rate, start, end), partial(_linear_integral, start, end))
 
     @classmethod
     def geometric(cls, sigma_min: float, sigma_max: float) -> Schedule:
         """The rate dσ²/dt of the geometric σ(t) = σ_min (σ_max/σ_min)^t, VE's clock.
 
-        Its integral σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1), r = log(σ_max/σ_min).
+        Its integral is σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1), r = log(σ_max/σ_min).
         """
         check_positive(sigma_min, "sigma_min")
-        check_positive(sigma_max - sigma_min, "sigma_max - sigma_min")
+        check_positive(sigma_max, "sigma_max")
+        if sigma_min >= sigma_max:
+            msg = f"sigma_max must be above sigma_min; got {sigma_max} and {sigma_min}"
+            raise ValueError(msg)
         log_ratio = math.log(sigma_max / sigma_min)
-
-        def variance(t: Tensor) -> Tensor:
-            return sigma_min**2 * torch.exp(2 * log_ratio * t)
-
         return cls(
-            lambda t: 2 * log_ratio * variance(t),
-            lambda s, t: variance(s) * torch.expm1(2 * log_ratio * (t - s)),
+            partial(_geometric_rate, sigma_min, log_ratio),
+            partial(_geometric_integral, sigma_min, log_ratio),
         )
+
+
+def _value(parameter: float | Tensor, name: str) -> float:
+    """A number, or a 0-dimensional tensor that may be learnt, as a float."""
+    if isinstance(parameter, Tensor) and parameter.ndim == 0:
+        return float(parameter.detach())
+    return as_number(parameter, name)
+
+
+# Module-level functions, so that a process can be pickled and copied.
+
+
+def _constant_rate(beta: float, t: Tensor) -> Tensor:
+    return beta * torch.ones_like(t)
+
+
+def _constant_integral(beta: float, s: Tensor, t: Tensor) -> Tensor:
+    return beta * (t - s)
+
+
+def _linear_rate(start: float, end: float, t: Tensor) -> Tensor:
+    # Not start + (end − start)·t, which may round below zero at t = 1.
+    return start * (1 - t) + end * t
+
+
+def _linear_integral(start: float, end: float, s: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * (t - s) * (_linear_rate(start, end, s) + _linear_rate(start, end, t))
+
+
+def _geometric_variance(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:
+    return sigma_min**2 * torch.exp(2 * log_ratio * t)
+
+
+def _geometric_rate(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:
+    return 2 * log_ratio * _geometric_variance(sigma_min, log_ratio, t)
+
+
+def _geometric_integral(sigma_min: float, log_ratio: float, s: Tensor, t: Tensor) -> Tensor:
+    return _geometric_variance(sigma_min, log_ratio, s) * torch.expm1(2 * log_ratio * (t - s))

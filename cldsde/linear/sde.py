@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks, lower_factor
+from cldsde.linear.blocks import apply_blocks, lower_factor, safe_sqrt
 from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times
 from cldsde.linear.dynamics import Dynamics, FunctionDynamics, TimeChangedDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.random import standard_normal
-from cldsde.linear.schedule import Schedule
+from cldsde.linear.schedule import Schedule, gauss_legendre
 
 __all__ = ["LinearSDE"]
 
@@ -48,7 +48,17 @@ class LinearSDE:
 
     Examples
     --------
-    A process with two auxiliary components, in a few lines:
+    A process with a name of its own:
+
+    >>> from cldsde.linear import TimeChangedDynamics
+    >>> class Overdamped(LinearSDE):
+    ...     def __init__(self, stiffness: float) -> None:
+    ...         dynamics = TimeChangedDynamics([[-stiffness]], [[2**0.5]], schedule=(0.1, 20.0))
+    ...         super().__init__(dynamics)
+    >>> Overdamped(2.0).prior.covariance
+    tensor([[0.5000]], dtype=torch.float64)
+
+    One with two auxiliary components, without a name:
 
     >>> sde = LinearSDE.from_matrices(
     ...     A=[[0, 1, 0], [-1, 0, 2], [0, -2, -3]],
@@ -72,6 +82,12 @@ class LinearSDE:
         stationary_covariance: MatrixLike | None = None,
         prior_covariance: MatrixLike | None = None,
     ) -> None:
+        if not isinstance(dynamics, Dynamics):
+            msg = (
+                "dynamics must be a Dynamics, such as TimeChangedDynamics(A, Q_root, schedule); "
+                f"got {type(dynamics).__name__}"
+            )
+            raise TypeError(msg)
         self.dynamics = dynamics
         k = self.components
         if initial_covariance is None:
@@ -96,6 +112,8 @@ class LinearSDE:
         schedule: Schedule | float | Sequence[float] = 1.0,
         *,
         initial_covariance: MatrixLike | None = None,
+        stationary_covariance: MatrixLike | None = None,
+        prior_covariance: MatrixLike | None = None,
     ) -> LinearSDE:
         """The process F(t) = β(t) A, G(t) = √β(t) Q_root.
 
@@ -107,16 +125,20 @@ class LinearSDE:
             ``(k, r)``.
         schedule
             β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
-        initial_covariance
-            Covariance of z_0 given the data, ``(k, k)``; None is zero.
+        initial_covariance, stationary_covariance, prior_covariance
+            See `LinearSDE`.
 
         Raises
         ------
         ValueError
             If A is not square, the matrices do not fit, or an entry is not finite.
         """
-        dynamics = time_changed(A, Q_root, schedule)
-        return LinearSDE(dynamics, initial_covariance=initial_covariance)
+        return LinearSDE(
+            TimeChangedDynamics(A, Q_root, schedule),
+            initial_covariance=initial_covariance,
+            stationary_covariance=stationary_covariance,
+            prior_covariance=prior_covariance,
+        )
 
     @classmethod
     def from_functions(
@@ -150,6 +172,10 @@ class LinearSDE:
             stationary_covariance=stationary_covariance,
             prior_covariance=prior_covariance,
         )
+
+    def __repr__(self) -> str:
+        """Facts in one line."""
+        return f"{type(self).__name__}(components={self.components}, driven={self.driven})"
 
     @property
     def components(self) -> int:
@@ -212,11 +238,22 @@ class LinearSDE:
         late = start > end
         if bool(late.any()):
             msg = (
-                f"s must not be later than t; got s = {float(start[late][0]):g}, "
-                f"t = {float(end[late][0]):g} (the earlier time comes first)"
+                f"s must not be later than t; got s = {float(start[late][0])!r}, "
+                f"t = {float(end[late][0])!r} (the earlier time comes first)"
             )
             raise ValueError(msg)
-        return Kernel(*self.dynamics.transition(start, end))
+        return Kernel(*self._factors(start, end))
+
+    def accumulated_noise(self, s: TimeLike, t: TimeLike) -> Tensor:
+        r"""Squared diffusion of an interval, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64.
+
+        By a Gauss–Legendre rule of 16 nodes, exact where G Gᵀ is smooth over [s, t].
+        """
+        start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
+        nodes, weights = gauss_legendre(16)
+        span = (end - start).unsqueeze(-1)
+        G = self.dynamics.diffusion(start.unsqueeze(-1) + span * nodes)
+        return torch.einsum("...q,...qir,...qjr->...ij", span * weights, G, G)
 
     def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
         r"""Law of z_t given the mean of z_0.
@@ -246,7 +283,7 @@ class LinearSDE:
             If a time lies outside [0, 1] or Σ_0 is not a covariance.
         """
         times = as_times(t, "t", self.T)
-        psi, noise = self.dynamics.transition(torch.zeros_like(times), times)
+        psi, noise = self._factors(torch.zeros_like(times), times)
         if initial_covariance is None:
             initial_root = self._initial_root
         else:
@@ -258,6 +295,15 @@ class LinearSDE:
         columns = torch.cat([psi @ initial_root, noise], dim=-1)
         root = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
         return Kernel(psi, root)
+
+    def _factors(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        psi, root = self.dynamics.transition(s, t)
+        if not bool(psi.detach().isfinite().all() and root.detach().isfinite().all()):
+            msg = (
+                f"{type(self).__name__}: the transition law overflows float64; rescale the process"
+            )
+            raise OverflowError(msg)
+        return psi, root
 
     @property
     def prior(self) -> Gaussian:
@@ -371,21 +417,6 @@ class LinearSDE:
         return covariance
 
 
-def time_changed(
-    A: MatrixLike, Q_root: MatrixLike, schedule: Schedule | float | Sequence[float]
-) -> TimeChangedDynamics:
-    """Checked dynamics F = β(t) A, G = √β(t) Q_root; see `LinearSDE.from_matrices`."""
-    drift = as_matrix(A, "A", (None, None))
-    if drift.shape[0] != drift.shape[1]:
-        msg = f"A must be square; got shape {tuple(drift.shape)}"
-        raise ValueError(msg)
-    diffusion = as_matrix(Q_root, "Q_root", (len(drift), None))
-    if not bool(diffusion.detach().any()):
-        msg = "Q_root must have an entry that is not zero; without noise there is no score"
-        raise ValueError(msg)
-    return TimeChangedDynamics(drift, diffusion, Schedule.of(schedule))
-
-
 def _covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
     """Lower-triangular root of a positive semi-definite matrix, exact where it is diagonal."""
     matrix = as_matrix(covariance, name, (k, k))
@@ -394,10 +425,14 @@ def _covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
         msg = f"{name} must be symmetric; got {matrix.tolist()}"
         raise ValueError(msg)
     diagonal = matrix.diagonal()
-    if not bool((matrix - diagonal.diag()).detach().any()) and bool((diagonal >= 0).all()):
-        return diagonal.sqrt().diag()
+    is_diagonal = not bool((matrix - diagonal.diag()).detach().any())
+    if is_diagonal and not matrix.requires_grad and bool((diagonal >= 0).all()):
+        return safe_sqrt(diagonal).diag()
     values, vectors = torch.linalg.eigh(matrix)
     if float(values.detach().min()) < -1e-12 * scale:
         msg = f"{name} must be positive semi-definite; its eigenvalues are {values.tolist()}"
         raise ValueError(msg)
-    return lower_factor(vectors * values.clamp_min(0).sqrt())
+    if float(values.detach().min()) > 1e-8 * scale:
+        factor: Tensor = torch.linalg.cholesky(matrix)
+        return factor
+    return lower_factor(vectors * safe_sqrt(values.clamp_min(0)))

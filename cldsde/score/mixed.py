@@ -28,8 +28,8 @@ from cldsde.linear.blocks import apply_blocks, lower_factor
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import check_process, score_times
 from cldsde.score.recovery import check_trailing
-from cldsde.score.times import score_times
 
 __all__ = ["MixedScore", "hybrid_score_matching"]
 
@@ -77,7 +77,12 @@ class MixedScore(nn.Module):
         self, network: nn.Module, sde: LinearSDE, data_mean: Tensor, data_variance: Tensor
     ) -> None:
         super().__init__()
+        check_process(sde)
         check_trailing(sde)
+        for name, value in (("data_mean", data_mean), ("data_variance", data_variance)):
+            if not isinstance(value, Tensor):
+                msg = f"{name} must be a tensor; got {value!r}"
+                raise TypeError(msg)
         if data_mean.shape != data_variance.shape:
             msg = (
                 "data_mean and data_variance must have one shape; got "
@@ -96,7 +101,7 @@ class MixedScore(nn.Module):
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
-        self._variance = self.data_variance.to("cpu", torch.float64)
+        self._variance = self.data_variance.cpu().to(torch.float64)
 
     def forward(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score ``(B, len(driven), *D)`` at one time or ``(B,)`` times t > 0."""
@@ -134,7 +139,7 @@ class MixedScore(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._variance = self.data_variance.to("cpu", torch.float64)
+        self._variance = self.data_variance.cpu().to(torch.float64)
 
     def _coefficients(self, kernel: Kernel) -> _Coefficients:
         psi, root = kernel.mean[..., 0], kernel.root
@@ -143,7 +148,7 @@ class MixedScore(nn.Module):
             raise ValueError(msg)
         first = self.sde.driven[0]
         signal = torch.linalg.solve_triangular(root, psi.unsqueeze(-1), upper=False)
-        log_snr = 0.5 * signal.square().sum((-2, -1)).log()
+        log_snr = torch.linalg.vector_norm(signal, dim=(-2, -1)).log()
         driven_root = root[..., first:, first:]
         eye = torch.eye(driven_root.shape[-1], dtype=torch.float64)
         to_score = -torch.linalg.solve_triangular(driven_root.mT, eye, upper=True)

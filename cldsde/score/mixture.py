@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import flatten_data, lower_factor
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.times import score_times
+from cldsde.score.checks import check_process, score_times
 
 __all__ = ["GaussianMixture", "MixtureScore"]
 
@@ -27,6 +27,9 @@ class _Marginal(NamedTuple):
     psi: Tensor  # (*, k), takes the data to the mean of the state
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
+
+    def to(self, like: Tensor) -> _Marginal:
+        return _Marginal(*(field.to(like) for field in self))
 
 
 class GaussianMixture:
@@ -68,9 +71,9 @@ class GaussianMixture:
         means: Tensor | Sequence[Sequence[float]],
         covariances: Tensor | Sequence[Sequence[Sequence[float]]],
     ) -> None:
-        self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-        self.means = torch.as_tensor(means, dtype=torch.float64, device="cpu")
-        self.covariances = torch.as_tensor(covariances, dtype=torch.float64, device="cpu")
+        self.weights = _numbers(weights, "weights")
+        self.means = _numbers(means, "means")
+        self.covariances = _numbers(covariances, "covariances")
         if self.weights.ndim != 1 or self.means.ndim != 2 or self.covariances.ndim != 3:
             msg = (
                 "weights, means and covariances must have shapes (n,), (n, D) and (n, D, D); got "
@@ -126,10 +129,11 @@ class GaussianMixture:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Draw ``n`` data points, ``(n, D)``."""
+        """Draw ``n`` ≥ 1 data points, ``(n, D)``."""
+        check_at_least(n, 1, "n")
         source = "cpu" if generator is None else generator.device
         which = torch.multinomial(
-            self.weights.to(source), n, replacement=True, generator=generator
+            self.weights.to(source, torch.float32), n, replacement=True, generator=generator
         ).to(device)
         noise = standard_normal(
             (n, self.dimension), generator=generator, dtype=dtype, device=device
@@ -159,9 +163,11 @@ class GaussianMixture:
         ValueError
             If shapes do not fit or the law has no density at some time.
         """
+        check_process(sde)
         flat = self._flat_state(sde, z)
-        _, log_terms = self._terms(flat, self._marginal(sde, score_times(t, z)))
-        return log_terms.logsumexp(-1)
+        with torch.autocast(z.device.type, enabled=False):
+            _, log_terms = self._terms(flat, self._marginal(sde, score_times(t, z)))
+        return log_terms.logsumexp(-1).to(z.dtype)
 
     def score(self, sde: LinearSDE) -> MixtureScore:
         """Exact score of the driven components, a callable score(z, t).
@@ -175,6 +181,7 @@ class GaussianMixture:
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))
+        flat = flat.to(torch.promote_types(z.dtype, torch.float32))
         if flat.shape[-1] != self.dimension:
             msg = (
                 f"z must hold {self.dimension} numbers a component, as the mixture does; "
@@ -205,18 +212,29 @@ class GaussianMixture:
 
     def _terms(self, z: Tensor, law: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
-        means = law.psi.to(z)[..., None, :, None] * self.means.to(z).unsqueeze(1)
+        law = law.to(z)
+        means = law.psi[..., None, :, None] * self.means.to(z).unsqueeze(1)
         residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, self._axes.to(z))
-        whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening.to(z), residual)
-        return whitened, law.log_scale.to(z) - 0.5 * whitened.square().sum((-2, -1))
+        whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening, residual)
+        return whitened, law.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
     def _score(self, sde: LinearSDE, z: Tensor, law: _Marginal) -> Tensor:
-        whitened, log_terms = self._terms(self._flat_state(sde, z), law)
-        responsible = log_terms.softmax(-1)
-        whitening = law.whitening[..., list(sde.driven)].to(z)
-        pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
-        score = -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(z))
-        return score.reshape(len(z), len(sde.driven), *z.shape[2:])
+        flat = self._flat_state(sde, z)
+        with torch.autocast(z.device.type, enabled=False):
+            whitened, log_terms = self._terms(flat, law)
+            responsible = log_terms.softmax(-1)
+            whitening = law.whitening[..., list(sde.driven)].to(flat)
+            pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
+            score = -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(flat))
+        return score.to(z.dtype).reshape(len(z), len(sde.driven), *z.shape[2:])
+
+
+def _numbers(value: object, name: str) -> Tensor:
+    try:
+        return as_float64(value).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{name} must be an array of real numbers; got {value!r}"
+        raise TypeError(msg) from error
 
 
 class MixtureScore:
@@ -227,6 +245,7 @@ class MixtureScore:
     """
 
     def __init__(self, data: GaussianMixture, sde: LinearSDE) -> None:
+        check_process(sde)
         self.data = data
         self.sde = sde
 
@@ -239,7 +258,8 @@ class MixtureScore:
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
         law = self.data._marginal(self.sde, times)
-        table = _Marginal(*(field.to(like) for field in law))
+        # Half precision is for states; densities are compared in single precision at least.
+        table = law.to(like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32)))
 
         def score(z: Tensor, i: int) -> Tensor:
             row = _Marginal(*(field[i] for field in table))

@@ -79,6 +79,12 @@ class DataPrediction(NamedTuple):
         power = signal.square().sum((-2, -1), keepdim=True)
         amplification = (whitened.square().sum((-2, -1), keepdim=True) / power).sqrt().squeeze()
         worst = float(amplification.max())
+        if worst != worst:  # noqa: PLR0124
+            msg = (
+                f"t: nothing of x_0 is left in the state at t = {float(t.max()):g}; "
+                "end earlier or lower beta"
+            )
+            raise ValueError(msg)
         if not worst <= _LARGEST_AMPLIFICATION:
             where = float(t.flatten()[amplification.flatten().argmax()])
             msg = (

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import check_process, score_times
 from cldsde.score.recovery import DataPrediction
-from cldsde.score.times import score_times
 
 __all__ = ["ReverseProcess", "Score", "TabulatedScore"]
 
 
 class Score(Protocol):
-    """Score of the driven components: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``."""
+    """Score of the driven components: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``.
+
+    The times have the dtype of the state, float32 at least, and its device. They are a view of one
+    number where the batch shares it, and not to be written to; nor is the state.
+    """
 
     def __call__(self, z: Tensor, t: Tensor, /) -> Tensor:
         """∂ log p_t(z)/∂z on the driven components."""
@@ -43,6 +48,19 @@ class TabulatedScore(Protocol):
             A tensor of the dtype and device of the states to come.
         """
         ...
+
+
+def score_argument(times: Tensor, z: Tensor) -> Tensor:
+    """Times as a score receives them: on the state's device, in its dtype or float32 at least."""
+    return times.to(z.device, torch.promote_types(z.dtype, torch.float32))
+
+
+def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
+    if (first.components, first.driven) != (second.components, second.driven):
+        return False
+    t = torch.linspace(0, first.T, 5, dtype=torch.float64)
+    pairs = ((first.drift(t), second.drift(t)), (first.diffusion(t), second.diffusion(t)))
+    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
@@ -81,6 +99,8 @@ class ReverseProcess:
     ------
     TypeError
         If ``sde`` is not a `LinearSDE` or ``score`` cannot be called.
+    ValueError
+        If ``score`` has an attribute ``sde`` with other dynamics.
 
     Examples
     --------
@@ -92,12 +112,14 @@ class ReverseProcess:
     """
 
     def __init__(self, sde: LinearSDE, score: Score) -> None:
-        if not isinstance(sde, LinearSDE):
-            msg = f"sde must be a LinearSDE; got {type(sde).__name__}"
-            raise TypeError(msg)
+        check_process(sde)
         if not callable(score):
             msg = f"score must be a callable score(z, t); got {type(score).__name__}"
             raise TypeError(msg)
+        other = getattr(score, "sde", sde)
+        if other is not sde and not _same_dynamics(sde, other):
+            msg = f"score belongs to another process, {other!r}, than sde, {sde!r}"
+            raise ValueError(msg)
         self.sde = sde
         self.score = score
 
@@ -125,7 +147,8 @@ class ReverseProcess:
         return DataPrediction.at(self.sde, times)(z, self._evaluate(z, times))
 
     def _evaluate(self, z: Tensor, times: Tensor) -> Tensor:
-        return checked_score(self.score(z, times.to(z).expand(len(z))), z, len(self.sde.driven))
+        asked = score_argument(times, z).expand(len(z))
+        return checked_score(self.score(z, asked), z, len(self.sde.driven))
 
     def _drift(self, z: Tensor, t: TimeLike, factor: float) -> Tensor:
         times = score_times(t, check_state(z, self.sde.components))

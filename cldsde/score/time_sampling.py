@@ -50,7 +50,7 @@ class TimeSampler:
         check_between(t_min, 1e-300, 0.5, "t_min")
         self._knots = torch.logspace(math.log10(t_min), 0, _KNOTS, dtype=torch.float64)
         self._knots[0], self._knots[-1] = t_min, 1.0
-        values = torch.as_tensor(density(self._knots)).to("cpu", torch.float64)
+        values = torch.as_tensor(density(self._knots)).cpu().to(torch.float64)
         if values.shape != self._knots.shape or not bool((values.isfinite() & (values > 0)).all()):
             msg = "density must return one finite, positive value a time"
             raise ValueError(msg)
@@ -58,6 +58,9 @@ class TimeSampler:
         mass = 0.5 * (values[1:] + values[:-1]) * widths
         self._cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)]) / mass.sum()
         self._cumulative[-1] = 1.0
+        if not bool((self._cumulative.diff() > 0).all()):
+            msg = "density spans too many orders of magnitude for some times to be drawn at all"
+            raise ValueError(msg)
         self._weights = widths / self._cumulative.diff() / (1 - t_min)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -69,8 +72,9 @@ class TimeSampler:
             ``(n,)`` float64 on the host; t increases.
         """
         device = "cpu" if generator is None else generator.device
-        shift = torch.rand(n, generator=generator, dtype=torch.float64, device=device).cpu()
-        return self.quantiles((torch.arange(n, dtype=torch.float64) + shift) / n)
+        # Single precision, as some devices have no other; the part supplies the leading digits.
+        shift = torch.rand(n, generator=generator, dtype=torch.float32, device=device)
+        return self.quantiles((torch.arange(n, dtype=torch.float64) + shift.cpu().double()) / n)
 
     def quantiles(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times, and their weights, below which the shares u ∈ [0, 1] of the draws lie.

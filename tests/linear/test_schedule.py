@@ -76,8 +76,27 @@ def test_a_rate_without_integral_is_integrated_numerically(name: str) -> None:
 
 
 def test_a_given_integral_is_used() -> None:
-    schedule = Schedule(lambda t: 2 * t, lambda s, t: (t - s) * (t + s) + 100)
-    assert schedule.integral(tensor(0.25), tensor(0.5)).item() == 100.1875
+    asked = []
+
+    def integral(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.append((s, t))
+        return (t - s) * (t + s)
+
+    schedule = Schedule(lambda t: 2 * t, integral)
+    asked.clear()
+    s, t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    assert schedule.integral(s, t).item() == 0.1875
+    assert asked == [(s, t)]
+
+
+def test_an_integral_of_another_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the integral over .* is 5, that of the rate 1\.5"):
+        Schedule(lambda t: 1 + t, lambda s, t: 5 * (t - s))
+
+
+def test_a_rate_that_the_quadrature_does_not_resolve_needs_its_integral() -> None:
+    with pytest.raises(ValueError, match="give the integral"):
+        Schedule(lambda t: torch.exp(-(((t - 0.5) / 1e-3) ** 2)))
 
 
 @given(schedules(), intervals(points=3))

@@ -250,7 +250,7 @@ def sscs(exact: Exact, times: Sequence[float]) -> tuple[Array, Array]:
     for t, u in itertools.pairwise(times):
         middle = (t + u) / 2
         m, C = move(m, C, middle, t)
-        kick = (t - u) * exact.noise(t)
+        kick = exact.clock(u, t) * exact.Q
         precision = np.linalg.inv(exact.covariance(t))
         X = np.eye(len(m)) + kick @ (inverse - precision)
         m = X @ m + kick @ precision @ exact.mean(t)

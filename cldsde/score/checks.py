@@ -1,4 +1,4 @@
-"""The time argument of a score."""
+"""Checks of the arguments of scores."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import TimeLike, as_times
+from cldsde.linear.sde import LinearSDE
 
-__all__ = ["score_times"]
+__all__ = ["check_process", "score_times"]
+
+
+def check_process(sde: object) -> None:
+    """Raise TypeError unless ``sde`` is a `LinearSDE`, ready for use."""
+    if not isinstance(sde, LinearSDE):
+        hint = " (write it with parentheses)" if isinstance(sde, type) else ""
+        got = sde.__name__ if isinstance(sde, type) else type(sde).__name__
+        msg = f"sde must be a LinearSDE; got {got}{hint}"
+        raise TypeError(msg)
+    if not hasattr(sde, "dynamics"):
+        msg = f"sde: {type(sde).__name__} has to call super().__init__ with its dynamics"
+        raise TypeError(msg)
 
 
 def score_times(t: TimeLike, z: Tensor) -> Tensor:
