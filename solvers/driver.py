@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cldsde.linear.checks import as_times, check_state
 from cldsde.score import DataPrediction, ReverseProcess, TabulatedScore
@@ -15,6 +14,7 @@ from cldsde.score.reverse import checked_score, score_argument
 
 from .base import Solver
 from .noise import FreshNoise, NoiseSource
+from .progress import progress_bar
 
 __all__ = ["Solution", "check_arguments", "checked_grid", "solve"]
 
@@ -159,7 +159,7 @@ def solve(
     asked = solver.evaluation_times(grid)
     score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
 
-    for i in tqdm(range(steps), desc=type(solver).__name__, disable=not progress):
+    for i in progress_bar(range(steps), shown=progress, desc=type(solver).__name__):
         z = solver.step(z, tables, i, score, source)
     data = z[:, 0] if prediction is None else prediction(z, score(z, len(asked)))
     finite = bool(z.isfinite().all() and data.isfinite().all())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
@@ -24,19 +25,26 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Print the message alone and exit with code 2."""
         del ex
-        line = " ".join(str(message).split())
-        print(f"{self.prog}: error: {line} (see {self.prog} --help)", file=sys.stderr)
+        _complain("cldsde", f"{message} (see cldsde --help)")
         sys.exit(2)
+
+
+def _complain(program: str, message: object) -> None:
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _build_parser() -> ArgumentParser:
     parser = _Parser(
         prog="cldsde",
+        usage="cldsde [--help] [--version] COMMAND ...",
         description="Linear SDEs and the diffusion models built on them.",
+        version=version("cldsde"),
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, module in _COMMANDS.items():
-        command = _Parser(description=module.__doc__)
+        command = _Parser(
+            usage=f"cldsde {name} [options]", description=module.__doc__, add_help=True
+        )
         module.add_arguments(command)
         commands.add_subcommand(name, command, help=(module.__doc__ or "").splitlines()[0])
     return parser
@@ -56,14 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     options = _build_parser().parse_args(None if arguments is None else list(arguments))
-    command = options.command
+    program = f"cldsde {options.command}"
     try:
-        _COMMANDS[command].run(options[command])
+        # Everything that can be refused is refused here, before any work is done.
+        work = _COMMANDS[options.command].prepare(options[options.command])
+    except (ValueError, ImportError, OSError) as error:
+        _complain(program, error)
+        return 2
+    try:
+        work()
     except KeyboardInterrupt:
-        print(f"cldsde {command}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, ImportError, OSError, FloatingPointError) as error:
-        line = " ".join(str(error).split())
-        print(f"cldsde {command}: error: {line}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError) as error:
+        _complain(program, error)
         return 1
     return 0

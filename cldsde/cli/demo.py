@@ -8,32 +8,40 @@ given again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.devices import resolve_device
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "prepare"]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
     parser.add_argument("--quick", action="store_true", help="the same in small, under a minute")
-    parser.add_argument("--out", type=Path, default=Path("cldsde-demo"), help="run folder")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, training and sampling")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--out", type=str, metavar="DIR", default="cldsde-demo", help="run folder, made if missing"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of weights, training and sampling"
+    )
+    parser.add_argument(
+        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
 
 
-def run(options: Namespace) -> None:
-    """Run the demonstration and print its table.
+def prepare(options: Namespace) -> Callable[[], None]:
+    """Check the options, open the run folder, and return the work that is left.
 
     Raises
     ------
     ImportError
         If the extra ``images`` is not installed.
     ValueError
-        If the device is not there, the seed is negative, or the folder belongs to something else.
+        If the device is not there, the seed is out of range, or the folder belongs to something
+        else.
     OSError
         If the folder cannot be written.
     """
@@ -43,22 +51,37 @@ def run(options: Namespace) -> None:
     except ImportError as error:
         msg = f"{error.name} is missing; install the extra: pip install 'cldsde[images]'"
         raise ImportError(msg) from error
-    if options.seed < 0:
-        msg = f"--seed must not be negative; got {options.seed}"
+    if not 0 <= options.seed < 2**63:
+        msg = f"--seed must lie between 0 and 2^63 - 1; got {options.seed}"
+        raise ValueError(msg)
+    if not options.out.strip():
+        msg = "--out must be the name of a folder; got an empty one"
         raise ValueError(msg)
     make = DemoConfig.quick if options.quick else DemoConfig
     config = make(seed=options.seed, device=resolve_device(options.device))
-    folder = RunFolder(options.out, config.resolved())
-    report = run_demo(config, folder)
-    shares = " ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(report.class_shares))
-    print(f"\n{report.table()}\n")
-    print(
-        f"FD of samples of a Gaussian fitted to the pixels: {report.baseline:.2f}\n"
-        f"Classifier on held-out digits: {report.accuracy:.1%}. Classes among samples: {shares}\n"
-        f"Took {report.seconds:.0f} s. Everything is in {folder.path.resolve()}:\n"
-        "  samples.png       real beside generated digits\n"
-        "  trajectories.png  data and velocity, diffused and generated\n"
-        "  distances.png     Fréchet distance against score evaluations (table.md, results.json)\n"
-        "  samples.npz       the generated images\n"
-        "  model.safetensors, config.json, metrics.jsonl"
-    )
+    folder = RunFolder(Path(options.out).expanduser(), config.resolved())
+
+    def work() -> None:
+        report = run_demo(config, folder)
+        shares = " ".join(
+            f"{digit}: {share:.0%}" for digit, share in enumerate(report.class_shares)
+        )
+        print(f"\n{report.table()}\n")
+        if options.quick:
+            print(
+                f"Trained for a moment and measured on {config.samples} images: enough to see it "
+                "work, too few to rank solvers.\n"
+            )
+        print(
+            f"FD of samples of a Gaussian fitted to the pixels: {report.baseline:.2f}\n"
+            f"Classifier on held-out digits: {report.accuracy:.1%}. "
+            f"Classes among samples: {shares}\n"
+            f"Took {report.seconds:.0f} s. Everything is in {folder.path.resolve()}:\n"
+            "  samples.png       real beside generated digits\n"
+            "  trajectories.png  data and velocity, diffused and generated\n"
+            "  distances.png     FD against score evaluations (table.md, results.json)\n"
+            "  samples.npz       the generated images\n"
+            "  model.safetensors, config.json, metrics.jsonl"
+        )
+
+    return work

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 __all__ = ["resolve_device"]
@@ -13,14 +15,20 @@ def resolve_device(name: str) -> str:
     Raises
     ------
     ValueError
-        If torch does not know the device, or this machine does not have it.
+        If the name is none of auto, cpu, cuda, cuda:N, mps, or the machine has no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        msg = f"--device: {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
-        raise ValueError(msg) from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        msg = f"--device must be auto, cpu, cuda, cuda:N or mps; got {name!r}"
+        raise ValueError(msg)
+    kind, _, index = name.partition(":")
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[kind]:
+        msg = f"--device {name} is not available on this machine; use auto or cpu"
+        raise ValueError(msg)
     return name

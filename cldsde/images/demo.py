@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cldsde import solvers
 from cldsde.images.data import ImageData, digits
@@ -22,13 +20,22 @@ from cldsde.images.figures import plot_distances, plot_samples, plot_trajectorie
 from cldsde.images.metrics import DigitClassifier, frechet_distance, train_classifier
 from cldsde.images.networks import UNet
 from cldsde.images.runs import RunFolder
-from cldsde.images.training import TrainingConfig, train
+from cldsde.images.training import STATE, TrainingConfig, train
 from cldsde.linear import CLD
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo"]
 
 _CHECKPOINT = "model.safetensors"
+_RESULTS = (
+    "results.json",
+    "table.md",
+    "samples.npz",
+    "samples.png",
+    "trajectories.png",
+    "distances.png",
+)
 _SOLVERS: dict[str, solvers.Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()}
 
 
@@ -79,7 +86,12 @@ class DemoConfig:
     def quick(cls, **changes: Any) -> DemoConfig:
         """The same in small, for a first look and for tests."""
         training = dataclasses.replace(
-            _full_training(), steps=500, learning_rate=2e-3, warmup=50, ema_decay=0.98
+            _full_training(),
+            steps=500,
+            learning_rate=2e-3,
+            warmup=50,
+            ema_decay=0.98,
+            save_every=100,
         )
         return cls(**{"training": training, "samples": 128, **changes})
 
@@ -132,10 +144,13 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     config
         What to do.
     run
-        Where to write; an interrupted run goes on where it was.
+        Where to write. An interrupted run goes on where it was; one that is finished is reported
+        again.
     progress
         Show progress bars on stderr.
     """
+    if all((run / name).exists() for name in _RESULTS):
+        return _stored_report(run)
     began = time.monotonic()
     data = digits()
     classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
@@ -146,7 +161,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     features = classifier.features(real)
     distances: dict[str, dict[int, float]] = {name: {} for name in _SOLVERS}
     cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
-    with tqdm(cells, desc="sampling", disable=not progress) as bar:
+    with progress_bar(cells, shown=progress, desc="sampling") as bar:
         for name, nfe in bar:
             bar.set_postfix(solver=name, nfe=nfe)
             images = _sample(process, name, nfe, config)
@@ -177,6 +192,18 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     return report
 
 
+def _stored_report(run: RunFolder) -> DemoReport:
+    try:
+        stored = json.loads((run / "results.json").read_text())
+        distances = {
+            name: {int(nfe): value for nfe, value in row.items()}
+            for name, row in stored.pop("distances").items()
+        }
+        return DemoReport(distances=distances, **stored)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(run.damaged("results.json", error)) from error
+
+
 def _trained_model(
     config: DemoConfig, data: ImageData, run: RunFolder, *, progress: bool
 ) -> MixedScore:
@@ -191,7 +218,11 @@ def _trained_model(
         )
     model = MixedScore(network, sde, data.train.mean(), data.train.var()).to(config.device)
     if (run / _CHECKPOINT).exists():
-        model.load_state_dict(load_file(run / _CHECKPOINT))
+        tensors, _ = run.load_tensors(_CHECKPOINT)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(run.damaged(_CHECKPOINT, error)) from error
         return model.eval().requires_grad_(False)
     averaged = train(
         model,
@@ -202,8 +233,8 @@ def _trained_model(
         seed=config.seed,
         progress=progress,
     )
-    run.write(_CHECKPOINT, lambda file: save_file(averaged.state_dict(), file))
-    (run / "training.safetensors").unlink(missing_ok=True)
+    run.save_tensors(_CHECKPOINT, averaged.state_dict())
+    (run / STATE).unlink(missing_ok=True)
     return averaged
 
 

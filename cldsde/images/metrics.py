@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from cldsde.images.data import ImageData
+from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DigitClassifier", "frechet_distance", "train_classifier"]
 
@@ -59,7 +59,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
 
 
 class DigitClassifier(nn.Module):
@@ -118,7 +119,7 @@ def train_classifier(
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     steps = epochs * (len(data.train) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    for _ in tqdm(range(epochs), desc="classifier", disable=not progress):
+    for _ in progress_bar(range(epochs), shown=progress, desc="classifier"):
         order = torch.randperm(len(data.train), generator=generator)
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):
             logits = model(data.train[rows])

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 __all__ = ["RunFolder"]
 
@@ -43,13 +49,19 @@ class RunFolder:
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.write(_CONFIG, lambda file: file.write_text(_dumps(config)))
-        except OSError:
+            if not (path / _CONFIG).exists():
+                self.write_json(_CONFIG, config)
+            weakref.finalize(self, os.close, _lock(path / _CONFIG))
+        except OSError as error:
             # Leave no half-made folder behind.
             for parent in missing:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
-            raise
+            if isinstance(error, BlockingIOError):
+                msg = f"--out: {path} is in use by another process"
+                raise ValueError(msg) from None
+            msg = f"--out: {path} cannot be made or written ({error.strerror or error})"
+            raise OSError(msg) from error
 
     def __truediv__(self, name: str) -> Path:
         """Path of a file of the run."""
@@ -80,15 +92,80 @@ class RunFolder:
         with (self.path / _METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file of the run.
+
+        Raises
+        ------
+        ValueError
+            If the file is not whole; says what to do.
+        """
+        file = self.path / name
+        try:
+            with safe_open(file, framework="pt") as source:
+                tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
+                return tensors, source.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(self.damaged(name, error)) from error
+
+    def save_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        hosted = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+        notes = dict(metadata or {})
+        try:
+            self.write(name, lambda file: save_file(hosted, file, metadata=notes))
+        except SafetensorError as error:
+            msg = f"{self.path / name} cannot be written ({error})"
+            raise OSError(msg) from error
+
+    def damaged(self, name: str, reason: object) -> str:
+        """Message for a file of the run that cannot be used."""
+        return f"{self.path / name} is damaged ({reason}); delete it to have it made again"
+
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``step``: a continued run writes them again."""
         metrics = self.path / _METRICS
         if metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
-            # A line without its newline was cut off while it was written.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if _step(line) <= step]
             self.write(_METRICS, lambda file: file.write_text("".join(kept)))
+
+
+def _step(line: str) -> float:
+    """Step of a line of metrics; infinite for one that was cut off while it was written."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _lock(file: Path) -> int:
+    """Open a file and hold it for this process alone, where the system can; return its number.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    """
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _dumps(content: Mapping[str, Any]) -> str:
@@ -108,9 +185,12 @@ def _check_vacant(path: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(msg)
     try:
         found = json.loads((path / _CONFIG).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         msg = f"--out: {path / _CONFIG} is not valid JSON ({error}); choose another folder"
         raise ValueError(msg) from None
+    if not isinstance(found, dict):
+        msg = f"--out: {path / _CONFIG} is no configuration of cldsde; choose another folder"
+        raise ValueError(msg)  # noqa: TRY004
     if found != config:
         names = [key for key in {**config, **found} if config.get(key) != found.get(key)]
         msg = (

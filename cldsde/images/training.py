@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 
 from cldsde.images.runs import RunFolder
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.score import MixedScore, TimeSampler, hybrid_score_matching
+from cldsde.solvers.progress import progress_bar
 
-__all__ = ["TrainingConfig", "train"]
+__all__ = ["STATE", "TrainingConfig", "train"]
 
-_STATE = "training.safetensors"
+STATE = "training.safetensors"
+"""File of a run that holds the state of its training until it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +119,17 @@ def train(
     data, evaluation = images.to(device), held_out.to(device)
     sampler = TimeSampler(model.residual_variance, config.t_min)
     state = _State(model, average, optimiser, generator)
-    start = state.load(run / _STATE) if (run / _STATE).exists() else 0
+    start, seconds = state.load(run) if (run / STATE).exists() else (0, 0.0)
     run.forget_metrics_after(start)
 
-    began = time.monotonic()
+    began = time.monotonic() - seconds
     total = torch.zeros((), device=device)
-    bar = tqdm(
+    bar = progress_bar(
         range(start, config.steps),
+        shown=progress,
         initial=start,
         total=config.steps,
         desc="training",
-        disable=not progress,
     )
     for step in bar:
         for group in optimiser.param_groups:
@@ -168,7 +164,7 @@ def train(
             )
             bar.set_postfix(loss=f"{mean:.4f}", held_out=f"{validation:.4f}")
         if done % config.save_every == 0 and done < config.steps:
-            run.write(_STATE, partial(state.save, step=done))
+            state.save(run, done, time.monotonic() - began)
     return averaged.eval().requires_grad_(False)
 
 
@@ -201,19 +197,16 @@ class _State:
     optimiser: torch.optim.Adam
     generator: torch.Generator
 
-    def save(self, file: Path, step: int) -> None:
+    def save(self, run: RunFolder, step: int, seconds: float) -> None:
         tensors = {f"model.{name}": x for name, x in self.model.state_dict().items()}
         tensors |= {f"average.{name}": x for name, x in self.average.state_dict().items()}
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
         tensors["generator"] = self.generator.get_state()
-        tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-        save_file(tensors, file, metadata={"step": json.dumps(step)})
+        run.save_tensors(STATE, tensors, {"step": str(step), "seconds": str(seconds)})
 
-    def load(self, file: Path) -> int:
-        with safe_open(file, framework="pt") as source:
-            step = int(json.loads(source.metadata()["step"]))
-            tensors = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+    def load(self, run: RunFolder) -> tuple[int, float]:
+        tensors, metadata = run.load_tensors(STATE)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {
@@ -222,12 +215,15 @@ class _State:
                 if name.startswith(prefix)
             }
 
-        self.model.load_state_dict(part("model."))
-        self.average.load_state_dict(part("average."))
-        optimiser = self.optimiser.state_dict()
-        for key, x in part("optimiser.").items():
-            index, name = key.split(".")
-            optimiser["state"].setdefault(int(index), {})[name] = x
-        self.optimiser.load_state_dict(optimiser)
-        self.generator.set_state(tensors["generator"])
-        return step
+        try:
+            self.model.load_state_dict(part("model."))
+            self.average.load_state_dict(part("average."))
+            optimiser = self.optimiser.state_dict()
+            for key, x in part("optimiser.").items():
+                index, name = key.split(".")
+                optimiser["state"].setdefault(int(index), {})[name] = x
+            self.optimiser.load_state_dict(optimiser)
+            self.generator.set_state(tensors["generator"])
+            return int(metadata["step"]), float(metadata["seconds"])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(run.damaged(STATE, error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import cldsde
 from cldsde.cli import main
 
 RUN = [
@@ -32,7 +34,7 @@ def refused(capsys, *arguments: str) -> str:
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
-    assert code not in (0, None)
+    assert code == 2
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1, captured.err
     return captured.err
@@ -55,7 +57,11 @@ def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
         (["demo", "--qick"], "qick"),
         (["demo", "--seed", "one"], "seed"),
         (["demo", "--seed", "-1"], "seed"),
-        (["demo", "--device", "gpu"], "device"),
+        (["demo", "--seed", "99999999999999999999999"], "--seed"),
+        (["demo", "--device", "gpu"], "--device must be auto, cpu"),
+        (["demo", "--device", "meta"], "--device must be auto, cpu"),
+        (["demo", "--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["demo", "--out", ""], "--out"),
     ],
 )
 def test_words_that_are_not_understood_are_refused(capsys, tmp_path, monkeypatch, arguments, words):
@@ -78,6 +84,13 @@ def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     # /proc takes no new folders, not even from root.
     if sys.platform == "linux":
         assert "/proc/run" in refused(capsys, "demo", "--out", "/proc/run")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.split() == ["cldsde", cldsde.__version__]
 
 
 def test_the_module_is_the_command():
@@ -140,6 +153,31 @@ def test_the_same_command_goes_on_from_the_checkpoint_to_the_same_images(quick, 
     assert np.array_equal(np.load(folder / "samples.npz")["images"], images)
     table = capsys.readouterr().out.split("\n\n")[0].strip()
     assert table in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", b"short"), ("results.json", b"[1]"), ("results.json", b"{")],
+)
+def test_a_damaged_file_of_a_finished_run_is_named(quick, capsys, tmp_path, name, content):
+    folder = tmp_path / "run"
+    shutil.copytree(quick[0], folder)
+    (folder / name).write_bytes(content)
+    if name != "results.json":
+        (folder / "results.json").unlink()  # so that the run goes on
+    code = main(["demo", "--quick", "--device", "cpu", "--out", str(folder)])
+    assert code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} is damaged" in error
+    assert "delete it" in error
+
+
+def test_a_run_that_is_finished_is_reported_again_at_once(quick, capsys):
+    folder, result = quick
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert main(["demo", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
+    assert capsys.readouterr().out == result.stdout
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
 def test_a_folder_of_another_seed_is_refused(quick, capsys):

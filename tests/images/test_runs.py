@@ -48,6 +48,30 @@ def test_a_folder_below_a_file_is_refused_and_leaves_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    first = RunFolder(tmp_path, CONFIG)
+    # A lock belongs to the opened file, so that a second opening stands for a second process.
+    with pytest.raises(ValueError, match="in use by another process"):
+        RunFolder(tmp_path, CONFIG)
+    del first
+    RunFolder(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b"\xff\xfe"])
+def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is n"):
+        RunFolder(tmp_path, CONFIG)
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_a_damaged_tensor_file_is_named(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    (run / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*delete it"):
+        run.load_tensors("model.safetensors")
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     run = RunFolder(tmp_path, CONFIG)
     run.write_json("results.json", {"a": 1})
