@@ -52,14 +52,14 @@ class RunFolder:
             if not (path / _CONFIG).exists():
                 self.write_json(_CONFIG, config)
             weakref.finalize(self, os.close, _lock(path / _CONFIG))
+        except BlockingIOError:
+            msg = f"--out: {path} is in use by another process"
+            raise ValueError(msg) from None
         except OSError as error:
             # Leave no half-made folder behind.
             for parent in missing:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
-            if isinstance(error, BlockingIOError):
-                msg = f"--out: {path} is in use by another process"
-                raise ValueError(msg) from None
             msg = f"--out: {path} cannot be made or written ({error.strerror or error})"
             raise OSError(msg) from error
 
