@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, lower_factor, safe_sqrt
 from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times
-from cldsde.linear.dynamics import Dynamics, FunctionDynamics, TimeChangedDynamics
+from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
+from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.random import standard_normal
 from cldsde.linear.schedule import Schedule, gauss_legendre
