@@ -95,7 +95,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 def test_the_module_is_the_command():
     result = subprocess.run(
-        [sys.executable, "-m", "cldsde", "demo", "--seed", "x"],
+        [sys.executable, "-I", "-m", "cldsde", "demo", "--seed", "x"],
         capture_output=True,
         text=True,
         check=False,
@@ -109,7 +109,7 @@ def test_the_module_is_the_command():
 def quick(tmp_path_factory):
     """One quick demonstration, through a process of its own."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-m", "cldsde", "demo", "--quick", "--device", "cpu"]
+    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--quick", "--device", "cpu"]
     result = subprocess.run(
         [*command, "--out", str(folder)], capture_output=True, text=True, check=False, timeout=900
     )
