@@ -93,7 +93,7 @@ class DemoConfig:
             ema_decay=0.98,
             save_every=100,
         )
-        return cls(**{"training": training, "samples": 128, **changes})
+        return cls(**{"training": training, "nfe": (25, 50, 100), "samples": 250, **changes})
 
     def resolved(self) -> dict[str, Any]:
         """The configuration in JSON types."""
