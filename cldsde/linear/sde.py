@@ -229,6 +229,8 @@ class LinearSDE:
             If a time is not a real number or floating-point tensor.
         ValueError
             If a time lies outside [0, 1], or s > t somewhere.
+        OverflowError
+            If the law is beyond the range of float64.
         """
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
         try:
@@ -282,6 +284,8 @@ class LinearSDE:
             If ``t`` is not a real number or floating-point tensor.
         ValueError
             If a time lies outside [0, 1] or Σ_0 is not a covariance.
+        OverflowError
+            If the law is beyond the range of float64.
         """
         times = as_times(t, "t", self.T)
         psi, noise = self._factors(torch.zeros_like(times), times)
