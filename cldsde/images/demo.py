@@ -79,7 +79,7 @@ class DemoConfig:
     channels: tuple[int, ...] = (16, 48)
     training: TrainingConfig = field(default_factory=_full_training)
     nfe: tuple[int, ...] = (25, 50, 100, 200)
-    t_end: float = 1e-2
+    t_end: float = 2e-2
     samples: int = 1000
 
     @classmethod
