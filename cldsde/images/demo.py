@@ -87,13 +87,13 @@ class DemoConfig:
         """The same in small, for a first look and for tests."""
         training = dataclasses.replace(
             _full_training(),
-            steps=500,
+            steps=800,
             learning_rate=2e-3,
             warmup=50,
-            ema_decay=0.98,
+            ema_decay=0.99,
             save_every=100,
         )
-        return cls(**{"training": training, "nfe": (25, 50, 100), "samples": 250, **changes})
+        return cls(**{"training": training, "nfe": (25, 50), "samples": 500, **changes})
 
     def resolved(self) -> dict[str, Any]:
         """The configuration in JSON types."""
