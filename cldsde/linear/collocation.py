@@ -1,0 +1,121 @@
+"""Transition laws of linear SDEs whose matrices vary with time, by Gauss collocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
+from cldsde.linear.schedule import gauss_legendre
+
+__all__ = ["Matrices", "collocate", "converged"]
+
+Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Times ``(n, q)`` to drift ``(n, q, k, k)`` and diffusion ``(n, q, k, r)``."""
+
+_NODES = 8
+_MAX_PANELS = 4096
+
+
+def converged(
+    matrices: Matrices, edges: Callable[[int], tuple[Tensor, Tensor]], panels: int
+) -> tuple[Tensor, Tensor] | None:
+    """Refine panels until the law no longer changes by 1e-12 of a row's size; None if it does.
+
+    Parameters
+    ----------
+    matrices
+        Drift and diffusion.
+    edges
+        Number of panels p to starts and signed lengths ``(p, n)`` of the panels of n intervals.
+    panels
+        How many to begin with.
+
+    Returns
+    -------
+    psi, root : tuple of Tensor
+        Stack-last, ``(k, k, n)``.
+    """
+    previous = collocate(matrices, *edges(panels))
+    while 2 * panels <= _MAX_PANELS:
+        panels *= 2
+        psi, root = collocate(matrices, *edges(panels))
+        if _close(psi, previous[0]) and _close(root, previous[1]):
+            return psi, root
+        previous = psi, root
+    return None
+
+
+def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Transition law over consecutive panels, of order 16 in their length.
+
+    In each panel the values Yᵢ ≈ Ψ(end, τᵢ) at the 8 Gauss nodes solve the linear collocation
+    system of ∂_τ Ψ(end, τ) = −Ψ(end, τ) F(τ),
+
+    .. math:: Y_i = I + h ∑_j B_{ij} Y_j F(τ_j), \qquad B_{ij} = ∫_{c_i}^1 ℓ_j,
+
+    and give Ψ = I + h Σ wⱼ Yⱼ F(τⱼ) and the noise root tri[√(|h| wᵢ) Yᵢ G(τᵢ)].
+
+    Parameters
+    ----------
+    matrices
+        Drift F and diffusion G at times ``(n, 8)``.
+    starts, lengths
+        ``(panels, n)``; a negative length runs against time.
+
+    Returns
+    -------
+    psi, root : tuple of Tensor
+        Stack-last, ``(k, k, n)`` each.
+    """
+    psi: Tensor | None = None
+    root: Tensor | None = None
+    for start, h in zip(starts, lengths, strict=True):
+        step, noise = _panel(matrices, start, h)
+        if psi is None or root is None:
+            psi, root = step, lower_factor(noise)
+        else:
+            root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
+            psi = block_product(step, psi)
+    assert psi is not None and root is not None
+    return psi, root
+
+
+def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Ψ ``(k, k, n)`` over [start, start + h] and columns of a noise root ``(k, m, n)``."""
+    nodes, weights = gauss_legendre(_NODES)
+    F, G = matrices(start.unsqueeze(1) + h.unsqueeze(1) * nodes)
+    n, q, k = F.shape[:3]
+    # Unknowns Y transposed and stacked: Yᵢᵀ − h Σⱼ Bᵢⱼ Fⱼᵀ Yⱼᵀ = I.
+    hF = h[:, None, None, None] * F
+    coupling = torch.einsum("ij,njab->nibja", _tail_integrals(q), hF).reshape(n, q * k, q * k)
+    eye = torch.eye(q * k, dtype=torch.float64)
+    identities = torch.eye(k, dtype=torch.float64).repeat(q, 1)
+    Y = torch.linalg.solve(eye - coupling, identities.expand(n, -1, -1))
+    Y = Y.reshape(n, q, k, k).transpose(-1, -2)
+    psi = torch.eye(k, dtype=torch.float64) + torch.einsum("j,njab,njbc->nac", weights, Y, hF)
+    columns = safe_sqrt(h.abs()[:, None] * weights)[..., None, None] * (Y @ G)
+    return psi.movedim(0, -1), columns.movedim(1, 2).flatten(2).movedim(0, -1)
+
+
+def _close(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether two stacks agree row by row; the finer one, of order 16, is then exact."""
+    error = (fine - coarse).detach().abs().amax(1)
+    return bool((error <= 1e-12 * fine.detach().abs().amax(1)).all())
+
+
+@lru_cache
+def _tail_integrals(n: int) -> Tensor:
+    """B with Bᵢⱼ = ∫_{cᵢ}^1 ℓⱼ for the Lagrange basis ℓ at the n Gauss nodes c of [0, 1]."""
+    nodes, weights = gauss_legendre(n)
+    # ℓⱼ on [cᵢ, 1] is a polynomial of degree n − 1: the same rule, moved there, integrates it.
+    points = nodes.unsqueeze(1) + (1 - nodes).unsqueeze(1) * nodes
+    differences = points.unsqueeze(-1) - nodes
+    basis = torch.empty(n, n, n, dtype=torch.float64)
+    for j in range(n):
+        others = [m for m in range(n) if m != j]
+        basis[..., j] = (differences[..., others] / (nodes[j] - nodes[others])).prod(-1)
+    return (1 - nodes).unsqueeze(1) * torch.einsum("q,iqj->ij", weights, basis)
