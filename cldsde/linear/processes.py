@@ -27,6 +27,8 @@ class VPSDE(LinearSDE):
     ----------
     beta_min, beta_max
         β(0) and β(1), not negative, in units of 1/t.
+    schedule
+        β in place of the linear one, e.g. ``Schedule.cosine()``.
 
     Examples
     --------
@@ -34,9 +36,15 @@ class VPSDE(LinearSDE):
     0.00657...
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        schedule: Schedule | None = None,
+    ) -> None:
         super().__init__(
-            TimeChangedDynamics([[-0.5]], [[1.0]], _between(beta_min, beta_max)),
+            TimeChangedDynamics([[-0.5]], [[1.0]], _rate(beta_min, beta_max, schedule)),
             stationary_covariance=[[1.0]],
         )
 
@@ -52,10 +60,19 @@ class SubVPSDE(LinearSDE):
     ----------
     beta_min, beta_max
         β(0) and β(1) of the linear schedule, not negative.
+    schedule
+        β in place of the linear one, e.g. ``Schedule.cosine()``.
     """
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        super().__init__(_SubVPDynamics(_between(beta_min, beta_max)), prior_covariance=[[1.0]])
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        schedule: Schedule | None = None,
+    ) -> None:
+        dynamics = _SubVPDynamics(_rate(beta_min, beta_max, schedule))
+        super().__init__(dynamics, prior_covariance=[[1.0]])
 
 
 class _SubVPDynamics(Dynamics):
@@ -132,7 +149,7 @@ class CLD(LinearSDE):
     Parameters
     ----------
     beta
-        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+        Rate β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
     mass
         M > 0.
     friction
@@ -160,7 +177,7 @@ class CLD(LinearSDE):
 
     def __init__(
         self,
-        beta: float | tuple[float, float] = 4.0,
+        beta: Schedule | float | tuple[float, float] = 4.0,
         mass: float = 0.25,
         friction: float = 1.0,
         velocity_scale: float = 0.04,
@@ -196,7 +213,7 @@ class PSLD(LinearSDE):
     Parameters
     ----------
     beta
-        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+        Rate β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
     gamma
         Γ ≥ 0, friction of the data.
     nu
@@ -209,7 +226,7 @@ class PSLD(LinearSDE):
 
     def __init__(
         self,
-        beta: float | tuple[float, float] = 8.0,
+        beta: Schedule | float | tuple[float, float] = 8.0,
         gamma: float = 0.01,
         nu: float = 4.01,
         mass: float = 0.25,
@@ -244,7 +261,7 @@ class HOLD(LinearSDE):
     Parameters
     ----------
     beta
-        Rate β: a number, or a pair (β(0), β(1)) for a linear schedule.
+        Rate β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
     coupling
         g ≠ 0, between velocity and acceleration.
     friction
@@ -257,7 +274,7 @@ class HOLD(LinearSDE):
 
     def __init__(
         self,
-        beta: float | tuple[float, float] = 4.0,
+        beta: Schedule | float | tuple[float, float] = 4.0,
         coupling: float = 2 * sqrt(2),
         friction: float = 3 * sqrt(3),
         inverse_mass: float = 1.0,
@@ -279,7 +296,9 @@ class HOLD(LinearSDE):
         )
 
 
-def _between(beta_min: float, beta_max: float) -> Schedule:
+def _rate(beta_min: float, beta_max: float, schedule: Schedule | None) -> Schedule:
+    if schedule is not None:
+        return Schedule.of(schedule)
     check_at_least(beta_min, 0.0, "beta_min")
     check_positive(beta_max, "beta_max")
     return Schedule.linear(beta_min, beta_max)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_number, check_at_least, check_positive
+from cldsde.linear.checks import as_number, check_at_least, check_between, check_positive
 
 __all__ = ["Schedule", "gauss_legendre"]
 
@@ -162,6 +162,27 @@ class Schedule:
         return cls(partial(_linear_rate, start, end), partial(_linear_integral, start, end))
 
     @classmethod
+    def cosine(cls, offset: float = 0.008, stop: float = 0.9946) -> Schedule:
+        """The rate of the cosine schedule (Nichol and Dhariwal 2021, eq. 17).
+
+        The mean of a variance-preserving process, e^{−B(0,t)/2}, is cos θ(t) / cos θ(0) with the
+        angle θ(t) = (stop · t + offset) / (1 + offset) · π/2. At a quarter turn the rate diverges;
+        ``stop`` ends the schedule before it, as published samplers do, at a mean of 0.0085.
+
+        Parameters
+        ----------
+        offset
+                s ≥ 0; above zero it keeps the rate at t = 0 from vanishing.
+        stop
+            Share of the schedule that [0, 1] covers, 0 < stop < 1.
+        """
+        check_at_least(offset, 0.0, "offset")
+        check_between(stop, 1e-300, 1 - 1e-9, "stop")
+        turn = math.pi / 2 / (1 + offset)
+        angles = (turn * offset, turn * stop)
+        return cls(partial(_cosine_rate, *angles), partial(_cosine_integral, *angles))
+
+    @classmethod
     def geometric(cls, sigma_min: float, sigma_max: float) -> Schedule:
         """The rate dσ²/dt of the geometric σ(t) = σ_min (σ_max/σ_min)^t, VE's clock.
 
@@ -204,6 +225,16 @@ def _linear_rate(start: float, end: float, t: Tensor) -> Tensor:
 
 def _linear_integral(start: float, end: float, s: Tensor, t: Tensor) -> Tensor:
     return 0.5 * (t - s) * (_linear_rate(start, end, s) + _linear_rate(start, end, t))
+
+
+def _cosine_rate(start: float, turn: float, t: Tensor) -> Tensor:
+    return 2 * turn * torch.tan(start + turn * t)
+
+
+def _cosine_integral(start: float, turn: float, s: Tensor, t: Tensor) -> Tensor:
+    # −2 log(cos b / cos a) with b = a + d, cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
+    a, d = start + turn * s, turn * (t - s)
+    return -2 * torch.log1p(-(2 * torch.sin(d / 2).square() + torch.tan(a) * torch.sin(d)))
 
 
 def _geometric_variance(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:
