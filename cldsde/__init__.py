@@ -17,6 +17,7 @@ from cldsde.linear import (
     Gaussian,
     Kernel,
     LinearSDE,
+    Posterior,
     Schedule,
     SubVPSDE,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Kernel",
     "LinearSDE",
     "MixedScore",
+    "Posterior",
     "ReverseProcess",
     "Schedule",
     "SubVPSDE",

@@ -3,6 +3,7 @@
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
+from cldsde.linear.posterior import Posterior
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
@@ -18,6 +19,7 @@ __all__ = [
     "Gaussian",
     "Kernel",
     "LinearSDE",
+    "Posterior",
     "Schedule",
     "SubVPSDE",
     "TimeChangedDynamics",

@@ -13,10 +13,21 @@ from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_state
 from cldsde.linear.random import standard_normal
 
-__all__ = ["Gaussian", "Kernel"]
+__all__ = ["Gaussian", "Kernel", "check_kernel_shape", "log_density"]
 
 
-def _log_density(residual: Tensor, root: Tensor) -> Tensor:
+def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
+    """Raise unless ``z`` is a state ``(B, k, *D)`` and the blocks are for one time or B times."""
+    check_state(z, blocks.shape[-1], name)
+    if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
+        msg = (
+            f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
+            f"got {tuple(blocks.shape[:-2])}"
+        )
+        raise ValueError(msg)
+
+
+def log_density(residual: Tensor, root: Tensor) -> Tensor:
     """Log-density of N(0, L Lᵀ ⊗ I) at residuals ``(B, k, *D)``, shape ``(B,)``."""
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     if bool((diagonal <= 0).any()):
@@ -81,7 +92,7 @@ class Kernel:
         ValueError
             If the kernel's batch shape or the state's shape does not fit.
         """
-        self._check(z, "z")
+        check_kernel_shape(self.mean, z, "z")
         noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         return apply_blocks(self.mean, z) + apply_blocks(self.root, noise), noise
 
@@ -93,21 +104,12 @@ class Kernel:
         ValueError
             If the law has no density, or the shapes do not fit.
         """
-        self._check(z_t, "z_t")
-        self._check(z_s, "z_s")
+        check_kernel_shape(self.mean, z_t, "z_t")
+        check_kernel_shape(self.mean, z_s, "z_s")
         if z_t.shape != z_s.shape:
             msg = f"z_t and z_s must have one shape; got {tuple(z_t.shape)} and {tuple(z_s.shape)}"
             raise ValueError(msg)
-        return _log_density(z_t - apply_blocks(self.mean, z_s), self.root)
-
-    def _check(self, z: Tensor, name: str) -> None:
-        check_state(z, self.mean.shape[-1], name)
-        if self.mean.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
-            msg = (
-                f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
-                f"got {tuple(self.mean.shape[:-2])}"
-            )
-            raise ValueError(msg)
+        return log_density(z_t - apply_blocks(self.mean, z_s), self.root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,4 +158,4 @@ class Gaussian:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density at states ``(B, k, *D)``, ``(B,)`` nats."""
-        return _log_density(check_state(z, len(self.root)), self.root)
+        return log_density(check_state(z, len(self.root)), self.root)

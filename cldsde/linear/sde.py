@@ -8,11 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks, lower_factor, safe_sqrt
-from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times, check_at_least
+from cldsde.linear.covariance import covariance_root, joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
+from cldsde.linear.posterior import Posterior, bayes, reverse_family, whitened_family
 from cldsde.linear.random import standard_normal
 from cldsde.linear.schedule import Schedule, gauss_legendre
 
@@ -93,7 +95,7 @@ class LinearSDE:
         k = self.components
         if initial_covariance is None:
             initial_covariance = torch.zeros(k, k, dtype=torch.float64)
-        self._initial_root = _covariance_root(initial_covariance, "initial_covariance", k)
+        self._initial_root = covariance_root(initial_covariance, "initial_covariance", k)
         if stationary_covariance is None:
             self.stationary_covariance = dynamics.stationary_covariance()
         else:
@@ -103,7 +105,7 @@ class LinearSDE:
             prior_covariance = self.stationary_covariance
         self._prior_root: Tensor | None = None
         if prior_covariance is not None:
-            self._prior_root = _covariance_root(prior_covariance, "prior_covariance", k)
+            self._prior_root = covariance_root(prior_covariance, "prior_covariance", k)
 
     @classmethod
     def from_matrices(
@@ -232,20 +234,7 @@ class LinearSDE:
         OverflowError
             If the law is beyond the range of float64.
         """
-        start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
-        try:
-            start, end = torch.broadcast_tensors(start, end)  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            msg = f"s and t must broadcast; got shapes {tuple(start.shape)} and {tuple(end.shape)}"
-            raise ValueError(msg) from None
-        late = start > end
-        if bool(late.any()):
-            msg = (
-                f"s must not be later than t; got s = {float(start[late][0])!r}, "
-                f"t = {float(end[late][0])!r} (the earlier time comes first)"
-            )
-            raise ValueError(msg)
-        return Kernel(*self._factors(start, end))
+        return Kernel(*self._factors(*self._interval(s, t)))
 
     def accumulated_noise(self, s: TimeLike, t: TimeLike) -> Tensor:
         r"""Squared diffusion of an interval, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64.
@@ -287,19 +276,151 @@ class LinearSDE:
         OverflowError
             If the law is beyond the range of float64.
         """
-        times = as_times(t, "t", self.T)
-        psi, noise = self._factors(torch.zeros_like(times), times)
-        if initial_covariance is None:
-            initial_root = self._initial_root
+        return self._marginal(as_times(t, "t", self.T), self._root_at_start(initial_covariance))
+
+    def posterior(
+        self,
+        s: TimeLike,
+        t: TimeLike,
+        *,
+        stochasticity: float = 1.0,
+        initial_covariance: MatrixLike | None = None,
+    ) -> Posterior:
+        r"""Law of z_s given z_t and the mean of z_0, for s ≤ t, and the family around it.
+
+        .. math:: z_s = Ψ(s,0) z_0 + Φ_λ (z_t − Ψ(t,0) z_0) + ζ, \qquad
+                  ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤)
+
+        Parameters
+        ----------
+        s, t
+            Times in [0, 1] that broadcast, t > 0; s > 0 too where λ is not 1 and z_0 has no
+            density of its own.
+        stochasticity
+            λ ≥ 0. 1: the Bayesian posterior p(z_s | z_t, z_0), the step of ancestral sampling.
+            0: the probability flow of a single datum, the step of DDIM. Every λ carries the law
+            of z_t given z_0 to that of z_s given z_0.
+        initial_covariance
+            Σ_0 as in `marginal`: None conditions on the data, zeros on all of z_0; with the data's
+            variance in its first entry the law is the exact reverse transition p(z_s | z_t) of
+            Gaussian data.
+
+        Returns
+        -------
+        Posterior
+            Of the broadcast shape, float64 on the host.
+
+        Raises
+        ------
+        TypeError
+            If a time is not a real number or floating-point tensor.
+        ValueError
+            If a time lies outside [0, 1], s > t somewhere, λ is negative, or the law of z_t (for
+            λ ≠ 1 that of z_s as well) given z_0 has no density.
+
+        References
+        ----------
+        J. Song, C. Meng and S. Ermon, *Denoising diffusion implicit models*, 2021, eq. 7.
+
+        Examples
+        --------
+        >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], (0.1, 20.0))
+        >>> step = sde.posterior(0.4, 0.5)
+        >>> step.state.item(), step.root.item()
+        (0.276..., 0.656...)
+        """
+        start, end = self._interval(s, t)
+        check_at_least(stochasticity, 0.0, "stochasticity")
+        root = self._root_at_start(initial_covariance)
+        earlier, later = self._marginal(start, root), self._marginal(end, root)
+        self._check_density(later.root, "t", end)
+        if stochasticity == 1:
+            step = Kernel(*self._factors(start, end))
+            state, noise = bayes(step, earlier.root, later.root)
         else:
-            initial_root = _covariance_root(
-                initial_covariance, "initial_covariance", self.components
+            self._check_density(earlier.root, "s", start)
+            state, noise = reverse_family(
+                self.dynamics, lambda u: self._marginal(u, root).root, start, end, stochasticity
             )
+        return Posterior(state, earlier.mean - state @ later.mean, noise)
+
+    def probability_flow_root(
+        self, t: TimeLike, initial_covariance: MatrixLike | None = None
+    ) -> Tensor:
+        r"""Root R_t of the marginal covariance that the probability flow of a datum carries along.
+
+        .. math:: R' = (F + \tfrac12 G G^⊤ Σ_t^{-1}) R, \qquad R_t R_t^⊤ = Σ_t
+
+        On the probability-flow ODE of a single datum z_t = Ψ(t,0) z_0 + R_t c with a constant c,
+        so that noise predicted in these coordinates varies slowly (Zhang, Tao and Chen 2023,
+        eq. 17); with the triangular root c rotates by several turns. R is determined up to a
+        constant rotation from the right; here R_T is triangular.
+
+        Parameters
+        ----------
+        t
+            Times in (0, 1].
+        initial_covariance
+            Σ_0 as in `marginal`.
+
+        Returns
+        -------
+        Tensor
+            ``(*t.shape, k, k)`` float64 on the host.
+
+        Raises
+        ------
+        ValueError
+            If a time lies outside [0, 1] or the law at a time has no density.
+        """
+        times, root = as_times(t, "t", self.T), self._root_at_start(initial_covariance)
+        law = self._marginal(times, root).root
+        self._check_density(law, "t", times)
+        end = torch.full_like(times, self.T)
+        rotation, _ = whitened_family(
+            self.dynamics, lambda u: self._marginal(u, root).root, times, end, 0.0
+        )
+        # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
+        eye = torch.eye(self.components, dtype=torch.float64)
+        rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
+        return law @ rotation
+
+    def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
+        start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
+        try:
+            start, end = torch.broadcast_tensors(start, end)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            msg = f"s and t must broadcast; got shapes {tuple(start.shape)} and {tuple(end.shape)}"
+            raise ValueError(msg) from None
+        late = start > end
+        if bool(late.any()):
+            msg = (
+                f"s must not be later than t; got s = {float(start[late][0])!r}, "
+                f"t = {float(end[late][0])!r} (the earlier time comes first)"
+            )
+            raise ValueError(msg)
+        return start, end
+
+    def _root_at_start(self, initial_covariance: MatrixLike | None) -> Tensor:
+        if initial_covariance is None:
+            return self._initial_root
+        return covariance_root(initial_covariance, "initial_covariance", self.components)
+
+    def _marginal(self, times: Tensor, initial_root: Tensor) -> Kernel:
+        psi, noise = self._factors(torch.zeros_like(times), times)
         if not bool(initial_root.detach().any()):
             return Kernel(psi, noise)
-        columns = torch.cat([psi @ initial_root, noise], dim=-1)
-        root = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
-        return Kernel(psi, root)
+        return Kernel(psi, joint_root(psi @ initial_root, noise))
+
+    def _check_density(self, root: Tensor, name: str, times: Tensor) -> None:
+        flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
+        if bool(flat.any()):
+            msg = (
+                f"{name}: the law given the start has no density at "
+                f"{name} = {float(times[flat][0]):g}; take {name} > 0, and a process whose noise "
+                "reaches every component"
+            )
+            raise ValueError(msg)
 
     def _factors(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         psi, root = self.dynamics.transition(s, t)
@@ -420,24 +541,3 @@ class LinearSDE:
             )
             raise ValueError(msg)
         return covariance
-
-
-def _covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
-    """Lower-triangular root of a positive semi-definite matrix, exact where it is diagonal."""
-    matrix = as_matrix(covariance, name, (k, k))
-    scale = float(matrix.detach().abs().max())
-    if float((matrix - matrix.T).detach().abs().max()) > 1e-12 * scale:
-        msg = f"{name} must be symmetric; got {matrix.tolist()}"
-        raise ValueError(msg)
-    diagonal = matrix.diagonal()
-    is_diagonal = not bool((matrix - diagonal.diag()).detach().any())
-    if is_diagonal and not matrix.requires_grad and bool((diagonal >= 0).all()):
-        return safe_sqrt(diagonal).diag()
-    values, vectors = torch.linalg.eigh(matrix)
-    if float(values.detach().min()) < -1e-12 * scale:
-        msg = f"{name} must be positive semi-definite; its eigenvalues are {values.tolist()}"
-        raise ValueError(msg)
-    if float(values.detach().min()) > 1e-8 * scale:
-        factor: Tensor = torch.linalg.cholesky(matrix)
-        return factor
-    return lower_factor(vectors * safe_sqrt(values.clamp_min(0)))
