@@ -71,16 +71,12 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
     psi, root : tuple of Tensor
         Stack-last, ``(k, k, n)`` each.
     """
-    psi: Tensor | None = None
-    root: Tensor | None = None
-    for start, h in zip(starts, lengths, strict=True):
+    psi, noise = _panel(matrices, starts[0], lengths[0])
+    root = lower_factor(noise)
+    for start, h in zip(starts[1:], lengths[1:], strict=True):
         step, noise = _panel(matrices, start, h)
-        if psi is None or root is None:
-            psi, root = step, lower_factor(noise)
-        else:
-            root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
-            psi = block_product(step, psi)
-    assert psi is not None and root is not None
+        root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
+        psi = block_product(step, psi)
     return psi, root
 
 

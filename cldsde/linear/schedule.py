@@ -172,7 +172,7 @@ class Schedule:
         Parameters
         ----------
         offset
-                s ≥ 0; above zero it keeps the rate at t = 0 from vanishing.
+            s ≥ 0; above zero it keeps the rate at t = 0 from vanishing.
         stop
             Share of the schedule that [0, 1] covers, 0 < stop < 1.
         """

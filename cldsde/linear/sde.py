@@ -327,7 +327,7 @@ class LinearSDE:
         >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], (0.1, 20.0))
         >>> step = sde.posterior(0.4, 0.5)
         >>> step.state.item(), step.root.item()
-        (0.276..., 0.656...)
+        (0.555..., 0.721...)
         """
         start, end = self._interval(s, t)
         check_at_least(stochasticity, 0.0, "stochasticity")
