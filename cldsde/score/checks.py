@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from cldsde.linear.checks import TimeLike, as_times
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["check_process", "score_times"]
+__all__ = ["check_process", "one_of", "score_times"]
 
 
 def check_process(sde: object) -> None:
@@ -46,3 +48,11 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
         msg = f"t must be one time or have shape ({len(z)},); got {tuple(times.shape)}"
         raise ValueError(msg)
     return times
+
+
+def one_of(value: object, allowed: object, name: str) -> None:
+    """Raise ValueError unless ``value`` is one of the strings of a Literal type."""
+    options = get_args(allowed)
+    if value not in options:
+        msg = f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}"
+        raise ValueError(msg)

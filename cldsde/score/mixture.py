@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import flatten_data, lower_factor
+from cldsde.linear.blocks import flatten_data
 from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state
+from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, score_times
+from cldsde.score.checks import check_process, one_of, score_times
 
-__all__ = ["GaussianMixture", "MixtureScore"]
+__all__ = ["GaussianMixture", "MixtureScore", "Rows"]
+
+Rows = Literal["driven", "all", "auxiliary"]
+"""Components whose score is wanted."""
 
 
 class _Marginal(NamedTuple):
@@ -27,6 +31,7 @@ class _Marginal(NamedTuple):
     psi: Tensor  # (*, k), takes the data to the mean of the state
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
+    data_log_scale: Tensor  # (*, n), the same for the data component of the state alone
 
     def to(self, like: Tensor) -> _Marginal:
         return _Marginal(*(field.to(like) for field in self))
@@ -169,15 +174,86 @@ class GaussianMixture:
             _, log_terms = self._terms(flat, self._marginal(sde, score_times(t, z)))
         return log_terms.logsumexp(-1).to(z.dtype)
 
-    def score(self, sde: LinearSDE) -> MixtureScore:
-        """Exact score of the driven components, a callable score(z, t).
+    def conditional_log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
+        """Log-density of the auxiliary components given the first, log p_t(v, … | x).
+
+        Its gradient is ``score(sde, rows="auxiliary")``, that of log p_t(z): p_t(x) does not
+        depend on the auxiliary components.
+
+        Parameters
+        ----------
+        sde
+            The forward process, with auxiliary components.
+        z
+            ``(B, k, *D)``.
+        t
+            One time or ``(B,)``, where the law has a density.
+
+        Returns
+        -------
+        Tensor
+            ``(B,)`` nats, in the dtype of ``z``.
+
+        Raises
+        ------
+        ValueError
+            If the process has one component only, shapes do not fit, or the law has no density.
+        """
+        _rows(sde, "auxiliary")
+        flat = self._flat_state(sde, z)
+        with torch.autocast(z.device.type, enabled=False):
+            law = self._marginal(sde, score_times(t, z)).to(flat)
+            whitened, log_joint = self._terms(flat, law)
+            # The root is lower triangular, so its first row whitens x by itself.
+            log_data = law.data_log_scale - 0.5 * whitened[:, :, 0].square().sum(-1)
+            return (log_joint.logsumexp(-1) - log_data.logsumexp(-1)).to(z.dtype)
+
+    def posterior_mean(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
+        """E[x_0 | z_t = z], the best prediction of the data, ``(B, *D)``.
 
         Parameters
         ----------
         sde
             The forward process.
+        z
+            ``(B, k, *D)``.
+        t
+            One time or ``(B,)``, where the law has a density.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit or the law has no density at some time.
         """
-        return MixtureScore(self, sde)
+        check_process(sde)
+        flat = self._flat_state(sde, z)
+        with torch.autocast(z.device.type, enabled=False):
+            law = self._marginal(sde, score_times(t, z)).to(flat)
+            whitened, log_terms = self._terms(flat, law)
+            signal = torch.einsum("...njkl,...l->...nkj", law.whitening, law.psi)
+            gain = self._variances.to(flat) * (signal * whitened).sum(-2)
+            means = self.means.to(flat) + torch.einsum("bnj,ndj->bnd", gain, self._axes.to(flat))
+            mean = torch.einsum("bn,bnd->bd", log_terms.softmax(-1), means)
+        return mean.to(z.dtype).reshape(len(z), *z.shape[2:])
+
+    def score(self, sde: LinearSDE, *, rows: Rows = "driven") -> MixtureScore:
+        """Exact score ∂ log p_t(z)/∂z, a callable score(z, t).
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        rows
+            ``"driven"``: of the components that noise enters, what a `ReverseProcess` needs.
+            ``"all"``: of all components. ``"auxiliary"``: of all but the data, which is the
+            conditional score ∂ log p_t(v, … | x)/∂(v, …).
+
+        Raises
+        ------
+        ValueError
+            If ``rows`` is unknown, or ``"auxiliary"`` for a process of one component.
+        """
+        return MixtureScore(self, sde, rows=rows)
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))
@@ -194,21 +270,15 @@ class GaussianMixture:
         kernel = sde.marginal(t)
         psi, root = kernel.mean[..., 0], kernel.root
         spread = self._variances.sqrt()[..., None, None] * psi[..., None, None, :, None]
-        base = root[..., None, None, :, :].expand(*spread.shape[:-1], -1)
-        columns = torch.cat([base, spread], dim=-1)
-        factor = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
+        factor = joint_root(root[..., None, None, :, :], spread)
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         if bool((diagonal <= 0).any()):
             msg = f"t: the state has no density at t = {float(t.min()):g}, so no score; take t > 0"
             raise ValueError(msg)
-        eye = torch.eye(sde.components, dtype=torch.float64)
-        whitening = torch.linalg.solve_triangular(factor, eye, upper=False)
-        log_scale = (
-            self.weights.log()
-            - diagonal.log().sum((-2, -1))
-            - 0.5 * sde.components * self.dimension * math.log(2 * math.pi)
-        )
-        return _Marginal(psi, whitening, log_scale)
+        # Rows of the root to log-densities, weighted: one row for x alone, all for the state.
+        constant = 0.5 * self.dimension * math.log(2 * math.pi)
+        scales = self.weights.log().unsqueeze(-1) - (diagonal.log().sum(-2) + constant).cumsum(-1)
+        return _Marginal(psi, triangular_inverse(factor), scales[..., -1], scales[..., 0])
 
     def _terms(self, z: Tensor, law: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
@@ -218,15 +288,26 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening, residual)
         return whitened, law.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _score(self, sde: LinearSDE, z: Tensor, law: _Marginal) -> Tensor:
+    def _score(self, sde: LinearSDE, rows: list[int], z: Tensor, law: _Marginal) -> Tensor:
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
             whitened, log_terms = self._terms(flat, law)
             responsible = log_terms.softmax(-1)
-            whitening = law.whitening[..., list(sde.driven)].to(flat)
+            whitening = law.whitening[..., rows].to(flat)
             pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
             score = -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(flat))
-        return score.to(z.dtype).reshape(len(z), len(sde.driven), *z.shape[2:])
+        return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
+
+
+def _rows(sde: LinearSDE, rows: Rows) -> list[int]:
+    check_process(sde)
+    one_of(rows, Rows, "rows")
+    if rows == "driven":
+        return list(sde.driven)
+    if rows == "auxiliary" and sde.components == 1:
+        msg = f"rows: {type(sde).__name__} has no auxiliary components, only the data"
+        raise ValueError(msg)
+    return list(range(1 if rows == "auxiliary" else 0, sde.components))
 
 
 def _numbers(value: object, name: str) -> Tensor:
@@ -238,14 +319,14 @@ def _numbers(value: object, name: str) -> Tensor:
 
 
 class MixtureScore:
-    """Exact score ∂ log p_t(z)/∂z on the driven components; see `GaussianMixture.score`.
+    """Exact score ∂ log p_t(z)/∂z on some components; see `GaussianMixture.score`.
 
     Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``; it returns
-    ``(B, len(driven), *D)``.
+    ``(B, len(rows), *D)``.
     """
 
-    def __init__(self, data: GaussianMixture, sde: LinearSDE) -> None:
-        check_process(sde)
+    def __init__(self, data: GaussianMixture, sde: LinearSDE, *, rows: Rows = "driven") -> None:
+        self.rows = _rows(sde, rows)
         self.data = data
         self.sde = sde
 
@@ -253,7 +334,7 @@ class MixtureScore:
         """Score at one time or ``(B,)`` times."""
         check_state(z, self.sde.components)
         law = self.data._marginal(self.sde, score_times(t, z))
-        return self.data._score(self.sde, z, law)
+        return self.data._score(self.sde, self.rows, z, law)
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
@@ -263,6 +344,6 @@ class MixtureScore:
 
         def score(z: Tensor, i: int) -> Tensor:
             row = _Marginal(*(field[i] for field in table))
-            return self.data._score(self.sde, z, row)
+            return self.data._score(self.sde, self.rows, z, row)
 
         return score
