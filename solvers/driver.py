@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_times, check_state
-from cldsde.score import DataPrediction, ReverseProcess, TabulatedScore
+from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import checked_score, score_argument
 
 from .base import Solver
@@ -155,7 +155,7 @@ def solve(
         raise ValueError(msg)
     steps = len(grid) - 1
     tables = solver.prepare(process, grid)
-    prediction = DataPrediction.at(sde, grid[-1]) if denoise else None
+    prediction = Conversion.at(sde, grid[-1], "score", "data") if denoise else None
     asked = solver.evaluation_times(grid)
     score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cldsde.images.runs import RunFolder
 from cldsde.linear.checks import check_at_least, check_between, check_positive
-from cldsde.score import MixedScore, TimeSampler, hybrid_score_matching
+from cldsde.score import MixedScore, PerturbedData, TimeSampler
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["STATE", "TrainingConfig", "train"]
@@ -136,7 +136,7 @@ def train(
             group["lr"] = _learning_rate(config, step)
         rows = torch.randint(len(data), (config.batch,), generator=generator).to(device)
         t, weight = sampler.sample(config.batch, generator=generator)
-        losses = hybrid_score_matching(model, data[rows], t, generator=generator)
+        losses = _losses(model, data[rows], t, generator)
         loss = (weight.to(losses) * losses).mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -178,9 +178,15 @@ def held_out_loss(model: MixedScore, images: Tensor, sampler: TimeSampler) -> fl
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     t, weight = sampler.quantiles((order + 0.5) / n)
     generator = torch.Generator().manual_seed(1)
-    losses = hybrid_score_matching(model, images, t, generator=generator)
+    losses = _losses(model, images, t, generator)
     model.train(was_training)
     return float((weight.to(losses) * losses).mean())
+
+
+def _losses(model: MixedScore, x0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    """Reweighted hybrid score matching, ``(B,)``."""
+    pair = PerturbedData.draw(model.sde, x0, t, generator=generator)
+    return pair.loss(model(pair.z, pair.t, prediction="noise"), "noise")
 
 
 def _learning_rate(config: TrainingConfig, step: int) -> float:

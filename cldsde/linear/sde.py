@@ -95,7 +95,7 @@ class LinearSDE:
         k = self.components
         if initial_covariance is None:
             initial_covariance = torch.zeros(k, k, dtype=torch.float64)
-        self._initial_root = covariance_root(initial_covariance, "initial_covariance", k)
+        self.initial_root = covariance_root(initial_covariance, "initial_covariance", k)
         if stationary_covariance is None:
             self.stationary_covariance = dynamics.stationary_covariance()
         else:
@@ -179,6 +179,11 @@ class LinearSDE:
     def __repr__(self) -> str:
         """Facts in one line."""
         return f"{type(self).__name__}(components={self.components}, driven={self.driven})"
+
+    @property
+    def initial_covariance(self) -> Tensor:
+        """Covariance of z_0 given the data, ``(k, k)`` float64: auxiliary components only."""
+        return self.initial_root @ self.initial_root.mT
 
     @property
     def components(self) -> int:
@@ -403,7 +408,7 @@ class LinearSDE:
 
     def _root_at_start(self, initial_covariance: MatrixLike | None) -> Tensor:
         if initial_covariance is None:
-            return self._initial_root
+            return self.initial_root
         return covariance_root(initial_covariance, "initial_covariance", self.components)
 
     def _marginal(self, times: Tensor, initial_root: Tensor) -> Kernel:
@@ -471,7 +476,7 @@ class LinearSDE:
         """
         state = self.embed(x)
         noise = standard_normal(state.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return state + apply_blocks(self._initial_root, noise)
+        return state + apply_blocks(self.initial_root, noise)
 
     def perturb(
         self,

@@ -1,19 +1,22 @@
 """Scores: exact ones of Gaussian mixtures, learnt ones, and the reverse process they define."""
 
-from cldsde.score.mixed import MixedScore, hybrid_score_matching
+from cldsde.score.conversion import Conversion
+from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
+from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
-from cldsde.score.recovery import DataPrediction
 from cldsde.score.reverse import ReverseProcess, Score, TabulatedScore
 from cldsde.score.time_sampling import TimeSampler
 
 __all__ = [
-    "DataPrediction",
+    "Conversion",
     "GaussianMixture",
     "MixedScore",
     "MixtureScore",
+    "PerturbedData",
     "ReverseProcess",
     "Score",
     "TabulatedScore",
     "TimeSampler",
-    "hybrid_score_matching",
+    "optimal_loss",
+    "score_matching_loss",
 ]

@@ -7,31 +7,38 @@ If the data were N(μ, s₀²) the marginal would be Gaussian with covariance
     s_d = −L_{dd}^{−⊤} n, \qquad
     n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + c_{out}\, n_θ(z, t),
 
-where n is the prediction of the noise ε_d that made z_t = ψ x_0 + L_t ε. With s₀² the variance of
-the data the reference is exact for Gaussian data at all t, the correlation of x and v included;
-Dockhorn et al. (2022, §3.2) use the limit t → 1 of its diagonal.
+where n is the prediction of the noise of the driven components (see `cldsde.score.conversion`).
+With s₀² the variance of the data the reference is exact for Gaussian data at all t, the correlation
+of x and v included; Dockhorn et al. (2022, §3.2) use the limit t → 1 of its diagonal.
 
-For such data n_ref is the best prediction of ε_d, and what it leaves open has the covariance
+For such data n_ref is the best prediction of the noise, and what it leaves open has the covariance
 s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. The root of its diagonal is c_out, so that the network's
 target has unit size at every t, where data are seen through noise and where they are not.
+
+The convex form (Vahdat, Kreis and Kautz 2021, §3.2) lets each channel choose between the two by a
+learnt weight a, the logistic function of a parameter:
+
+.. math:: n = (1 − a)\, n_{ref} + a\, n_θ(z, t).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.blocks import apply_blocks, lower_factor
+from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_state
-from cldsde.linear.kernel import Kernel
+from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, score_times
-from cldsde.score.recovery import check_trailing
+from cldsde.score.checks import check_process, one_of, score_times
+from cldsde.score.conversion import whiten
 
-__all__ = ["MixedScore", "hybrid_score_matching"]
+__all__ = ["MixedScore"]
+
+Output = Literal["score", "noise"]
 
 
 class _Coefficients(NamedTuple):
@@ -58,27 +65,39 @@ class MixedScore(nn.Module):
         data ``(B, C, *S)``. It sees the state scaled to unit size a component and κ(t), half the
         log of the signal-to-noise ratio of the process, as its clock.
     sde
-        The forward process; its driven components must be the last ones.
+        The forward process.
     data_mean, data_variance
         μ and s₀² of the reference: tensors that broadcast with ``(C, *S)``, e.g. ``()`` or
         ``(C, 1, 1)``; the variance is positive.
+    mixing_logits
+        None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 for each of
+        ``(C, 1, 1)``: the convex form, with weights a = 1/(1 + e^{−logit}) that start there and
+        are learnt.
 
     Raises
     ------
+    TypeError
+        If an argument has the wrong type.
     ValueError
-        If the driven components are not the last ones, or mean and variance are not finite, of
-        different shape, or the variance is not positive.
+        If mean, variance or logits are not finite, mean and variance of different shape, or the
+        variance is not positive.
     """
 
     data_mean: Tensor
     data_variance: Tensor
+    mixing_logits: nn.Parameter | None
 
     def __init__(
-        self, network: nn.Module, sde: LinearSDE, data_mean: Tensor, data_variance: Tensor
+        self,
+        network: nn.Module,
+        sde: LinearSDE,
+        data_mean: Tensor,
+        data_variance: Tensor,
+        *,
+        mixing_logits: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_process(sde)
-        check_trailing(sde)
         for name, value in (("data_mean", data_mean), ("data_variance", data_variance)):
             if not isinstance(value, Tensor):
                 msg = f"{name} must be a tensor; got {value!r}"
@@ -96,29 +115,39 @@ class MixedScore(nn.Module):
         if not bool((single.isfinite() & (single > 0)).all()):
             msg = "data_variance must be finite and positive, in single precision"
             raise ValueError(msg)
+        if mixing_logits is not None and not (
+            isinstance(mixing_logits, Tensor) and bool(mixing_logits.isfinite().all())
+        ):
+            msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
+            raise ValueError(msg)
         self.network = network
         self.sde = sde
+        self.mixing_logits = (
+            None
+            if mixing_logits is None
+            else nn.Parameter(mixing_logits.detach().to(torch.float32).clone())
+        )
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.cpu().to(torch.float64)
 
-    def forward(self, z: Tensor, t: TimeLike) -> Tensor:
-        """Score ``(B, len(driven), *D)`` at one time or ``(B,)`` times t > 0."""
-        kernel = self.sde.marginal(score_times(t, check_state(z, self.sde.components)))
-        return self._score(z, self._coefficients(kernel).to(z))
-
-    def noise(self, z: Tensor, kernel: Kernel) -> Tensor:
-        """Predicted noise of the driven components, ``(B, len(driven), *D)``.
+    def forward(self, z: Tensor, t: TimeLike, *, prediction: Output = "score") -> Tensor:
+        """Score, or predicted noise, of the driven components, ``(B, len(driven), *D)``.
 
         Parameters
         ----------
         z
-            State ``(B, k, *D)``.
-        kernel
-            The marginal law of z_t given x_0 at the sample's time or times.
+            States ``(B, k, *D)``.
+        t
+            One time or ``(B,)``, above 0.
+        prediction
+            ``"score"`` or ``"noise"``, which training compares.
         """
-        return self._noise(z, self._coefficients(kernel).to(z))
+        one_of(prediction, Output, "prediction")
+        times = score_times(t, check_state(z, self.sde.components))
+        table = self._coefficients(times).to(z)
+        return self._score(z, table) if prediction == "score" else self._noise(z, table)
 
     def residual_variance(self, t: Tensor) -> Tensor:
         """Mean squared noise that the reference leaves open, at times ``(n,)``.
@@ -126,11 +155,11 @@ class MixedScore(nn.Module):
         It is the loss of the untrained model on Gaussian data, and a density for `TimeSampler`
         that gives all times the same share of the training signal.
         """
-        return self._coefficients(self.sde.marginal(t)).residual.square().flatten(1).mean(1)
+        return self._coefficients(t).residual.square().flatten(1).mean(1)
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
-        table = self._coefficients(self.sde.marginal(times)).to(like)
+        table = self._coefficients(times).to(like)
 
         def score(z: Tensor, i: int) -> Tensor:
             return self._score(z, _Coefficients(*(field[i] for field in table)))
@@ -141,37 +170,30 @@ class MixedScore(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._variance = self.data_variance.cpu().to(torch.float64)
 
-    def _coefficients(self, kernel: Kernel) -> _Coefficients:
-        psi, root = kernel.mean[..., 0], kernel.root
-        if bool((root.diagonal(dim1=-2, dim2=-1) <= 0).any()):
-            msg = "t: the law given x_0 has no density at t = 0, so no score; take t > 0"
-            raise ValueError(msg)
-        first = self.sde.driven[0]
-        signal = torch.linalg.solve_triangular(root, psi.unsqueeze(-1), upper=False)
-        log_snr = torch.linalg.vector_norm(signal, dim=(-2, -1)).log()
-        driven_root = root[..., first:, first:]
-        eye = torch.eye(driven_root.shape[-1], dtype=torch.float64)
-        to_score = -torch.linalg.solve_triangular(driven_root.mT, eye, upper=True)
+    def _coefficients(self, times: Tensor) -> _Coefficients:
+        kernel = self.sde.marginal(times)
+        law = whiten(self.sde, kernel, times)
+        psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
+        log_snr = torch.linalg.vector_norm(signal, dim=-1).log()
+        to_score = -triangular_inverse(noise_root).mT
 
         # One reference law for each entry of the variance, in axes (*, *V, k, k).
         ones = (1,) * self._variance.ndim
-        spread = psi.reshape(*psi.shape[:-1], *ones, -1, 1)
-        spread = self._variance.sqrt()[..., None, None] * spread
-        base = root.reshape(*root.shape[:-2], *ones, *root.shape[-2:])
-        columns = torch.cat([base.expand(*spread.shape[:-1], -1), spread], dim=-1)
-        factor = lower_factor(columns.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
-        whitening = torch.linalg.solve_triangular(
-            factor, torch.eye(root.shape[-1], dtype=torch.float64), upper=False
-        )
-        precision = whitening[..., first:].mT @ whitening
-        driven_root = driven_root.reshape(*driven_root.shape[:-2], *ones, *driven_root.shape[-2:])
-        reference = driven_root.mT @ precision
+
+        def over_variance(blocks: Tensor) -> Tensor:
+            return blocks.reshape(*psi.shape[:-1], *ones, *blocks.shape[-2:])
+
+        spread = self._variance.sqrt()[..., None, None] * over_variance(law.psi)
+        factor = joint_root(over_variance(kernel.root), spread)
+        whitening = triangular_inverse(factor)
+        precision = whitening[..., list(self.sde.driven)].mT @ whitening
+        reference = over_variance(noise_root).mT @ precision
         scale = factor.square().sum(-1).rsqrt()
 
         signal = signal.reshape(*psi.shape[:-1], *ones, -1)
         spread_power = self._variance[..., None] * signal.square()
         total = 1 + spread_power.sum(-1, keepdim=True)
-        residual = (spread_power[..., first:] / total).sqrt()
+        residual = (spread_power[..., -len(self.sde.driven) :] / total).sqrt()
         axis = psi.ndim - 1
         return _Coefficients(
             psi,
@@ -211,39 +233,10 @@ class MixedScore(nn.Module):
         if learnt.shape != wanted:
             msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
-        return reference + spread(c.residual, 1) * learnt.reshape(reference.shape)
+        learnt = learnt.reshape(reference.shape)
+        if self.mixing_logits is None:
+            return reference + spread(c.residual, 1) * learnt
+        return reference.lerp(learnt, self.mixing_logits.to(z).sigmoid().expand_as(learnt))
 
     def _score(self, z: Tensor, c: _Coefficients) -> Tensor:
         return apply_blocks(c.to_score, self._noise(z, c))
-
-
-def hybrid_score_matching(
-    model: MixedScore, x0: Tensor, t: Tensor, *, generator: torch.Generator | None = None
-) -> Tensor:
-    r"""Hybrid score matching loss of each sample, weighted so that noise is predicted evenly.
-
-    .. math:: \frac1D ‖n(z_t, t) − ε_d‖², \qquad z_t = ψ(t) x_0 + L_t ε
-
-    The law of z_t is conditioned on the data alone, the auxiliary components integrated out
-    (Dockhorn et al. 2022, eq. 9, with the reweighting of §3.2).
-
-    Parameters
-    ----------
-    model
-        The score.
-    x0
-        Data ``(B, *D)``.
-    t
-        Times ``(B,)``, float64 on the host, t > 0.
-    generator
-        Source of ε.
-
-    Returns
-    -------
-    Tensor
-        ``(B,)``, mean over the driven components' entries.
-    """
-    kernel = model.sde.marginal(t)
-    z, noise = kernel.perturb(model.sde.embed(x0), generator=generator)
-    error = model.noise(z, kernel) - noise[:, model.sde.driven[0] :]
-    return error.square().flatten(1).mean(1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, check_at_least, check_state
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, score_times
-from cldsde.score.recovery import DataPrediction
+from cldsde.score.conversion import Conversion, Prediction
 
 __all__ = ["ReverseProcess", "Score", "TabulatedScore"]
 
@@ -82,10 +82,12 @@ class ReverseProcess:
 
     .. math::
         \text{reverse SDE} \quad dz &= [F z − G G^⊤ s]\,dt + G\,d\bar w \\
-        \text{probability flow} \quad dz &= [F z − \tfrac12 G G^⊤ s]\,dt
+        \text{probability flow} \quad dz &= [F z − \tfrac12 G G^⊤ s]\,dt \\
+        \text{the family between} \quad dz &= [F z − \tfrac{1+λ^2}2 G G^⊤ s]\,dt + λ G\,d\bar w
 
-    both in the forward clock, integrated from t = 1 down (Anderson 1982; Song et al. 2021, eqs. 6
-    and 13). G Gᵀ s needs the score's driven rows only.
+    all in the forward clock, integrated from t = 1 down (Anderson 1982; Song et al. 2021, eqs. 6
+    and 13). All have the marginals of the forward process; λ ≥ 0 is the stochasticity, 1 for the
+    reverse SDE and 0 for the flow. G Gᵀ s needs the score's driven rows only.
 
     Parameters
     ----------
@@ -123,17 +125,33 @@ class ReverseProcess:
         self.sde = sde
         self.score = score
 
-    def drift(self, z: Tensor, t: TimeLike) -> Tensor:
-        """Drift of the reverse SDE in the forward clock, F z − GGᵀ s, ``(B, k, *D)``."""
-        return self._drift(z, t, 1.0)
+    def drift(self, z: Tensor, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
+        """Drift in the forward clock, F z − (1 + λ²)/2 GGᵀ s, ``(B, k, *D)``.
+
+        Parameters
+        ----------
+        z
+            States ``(B, k, *D)``.
+        t
+            One time or ``(B,)``.
+        stochasticity
+            λ ≥ 0; the default is the reverse SDE, F z − GGᵀ s.
+        """
+        check_at_least(stochasticity, 0.0, "stochasticity")
+        times = score_times(t, check_state(z, self.sde.components))
+        G = self.sde.diffusion(times)
+        pull = 0.5 * (1 + stochasticity**2) * (G @ G.mT)[..., list(self.sde.driven)]
+        score = self._evaluate(z, times)
+        return apply_blocks(self.sde.drift(times), z) - apply_blocks(pull, score)
 
     def probability_flow(self, z: Tensor, t: TimeLike) -> Tensor:
         """Velocity of the probability-flow ODE in the forward clock, F z − ½ GGᵀ s."""
-        return self._drift(z, t, 0.5)
+        return self.drift(z, t, stochasticity=0.0)
 
-    def diffusion(self, t: TimeLike) -> Tensor:
-        """G(t), ``(*t.shape, k, r)`` float64 on the host."""
-        return self.sde.diffusion(t)
+    def diffusion(self, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
+        """λ G(t), ``(*t.shape, k, r)`` float64 on the host."""
+        check_at_least(stochasticity, 0.0, "stochasticity")
+        return stochasticity * self.sde.diffusion(t)
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
         """E[x_0 | z_t] from the score's driven rows, ``(B, *D)``; one score evaluation.
@@ -141,18 +159,25 @@ class ReverseProcess:
         Raises
         ------
         ValueError
-            If the driven score does not determine x_0 at a time; see `DataPrediction`.
+            If the driven score does not determine x_0 at a time; see `Conversion`.
         """
+        return self._converted(z, t, "data")
+
+    def full_score(self, z: Tensor, t: TimeLike) -> Tensor:
+        """∂ log p_t(z)/∂z on all components, ``(B, k, *D)``, from the score's driven rows.
+
+        Raises
+        ------
+        ValueError
+            If the driven score does not determine it at a time; see `Conversion`.
+        """
+        return self._converted(z, t, "full_score")
+
+    def _converted(self, z: Tensor, t: TimeLike, target: Prediction) -> Tensor:
         times = score_times(t, check_state(z, self.sde.components))
-        return DataPrediction.at(self.sde, times)(z, self._evaluate(z, times))
+        convert = Conversion.at(self.sde, times, "score", target)
+        return convert(z, self._evaluate(z, times))
 
     def _evaluate(self, z: Tensor, times: Tensor) -> Tensor:
         asked = score_argument(times, z).expand(len(z))
         return checked_score(self.score(z, asked), z, len(self.sde.driven))
-
-    def _drift(self, z: Tensor, t: TimeLike, factor: float) -> Tensor:
-        times = score_times(t, check_state(z, self.sde.components))
-        G = self.sde.diffusion(times)
-        pull = factor * (G @ G.mT)[..., list(self.sde.driven)]
-        score = self._evaluate(z, times)
-        return apply_blocks(self.sde.drift(times), z) - apply_blocks(pull, score)

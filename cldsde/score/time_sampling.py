@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_between
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.conversion import Conditioning
+from cldsde.score.matching import Weighting, optimal_loss
 
 __all__ = ["TimeSampler"]
 
@@ -62,6 +66,42 @@ class TimeSampler:
             msg = "density spans too many orders of magnitude for some times to be drawn at all"
             raise ValueError(msg)
         self._weights = widths / self._cumulative.diff() / (1 - t_min)
+
+    @classmethod
+    def importance(
+        cls,
+        sde: LinearSDE,
+        t_min: float,
+        *,
+        data_variance: float = 1.0,
+        conditioning: Conditioning = "data",
+        weighting: Weighting = "reweighted",
+    ) -> TimeSampler:
+        """Times at which the best score's loss on Gaussian data is the same share of the whole.
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        t_min
+            Smallest time, above 0.
+        data_variance, conditioning, weighting
+            See `cldsde.score.optimal_loss`.
+
+        Examples
+        --------
+        >>> from cldsde import CLD
+        >>> sampler = TimeSampler.importance(CLD(), 1e-5, weighting="likelihood")
+        >>> t, weight = sampler.quantiles(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+        """
+        density = partial(
+            optimal_loss,
+            sde,
+            data_variance=data_variance,
+            conditioning=conditioning,
+            weighting=weighting,
+        )
+        return cls(density, t_min)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``n`` times, one in each n-th part of the distribution, and their weights.

@@ -11,9 +11,18 @@ import torch
 from torch import nn
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
-from cldsde.score import hybrid_score_matching
+from cldsde.score import PerturbedData
 from score import exact
 from score.exact import EPS, FAMILIES, Constant
+
+
+def hybrid_score_matching(
+    model: MixedScore, x0: torch.Tensor, t: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The reweighted loss of the noise that the model predicts, as training uses it."""
+    pair = PerturbedData.draw(model.sde, x0, t, generator=generator)
+    return pair.loss(model(pair.z, pair.t, prediction="noise"))
+
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 SHAPE = (2, 3, 3)  # channels and pixels
@@ -365,7 +374,7 @@ class TestLoss:
     def test_times_that_do_not_fit_are_refused(self, t: list[float]) -> None:
         sde = CLD()
         model = MixedScore(Constant(sde), sde, *reference("channel"))
-        with pytest.raises(ValueError, match=r"^t: |^t must|the kernel must be for"):
+        with pytest.raises(ValueError, match=r"^t: |^t must"):
             hybrid_score_matching(model, torch.zeros(2, *SHAPE), torch.tensor(t).double())
 
 
@@ -392,11 +401,6 @@ class TestRefusals:
         tiny = torch.tensor(1e-50, dtype=torch.float64)
         with pytest.raises(ValueError, match="data_variance"):
             MixedScore(Constant(CLD()), CLD(), torch.zeros(()), tiny)
-
-    def test_processes_driven_in_front_are_refused(self) -> None:
-        sde = LinearSDE.from_matrices([[-1.0, 1.0], [-1.0, -1.0]], [[1.0], [0.0]])
-        with pytest.raises(ValueError, match="driven components must be the last"):
-            MixedScore(nn.Identity(), sde, torch.zeros(()), torch.ones(()))
 
     @pytest.mark.parametrize("t", [0.0, torch.tensor([0.5, 0.0, 0.5])])
     @pytest.mark.parametrize("make", [VPSDE, SubVPSDE, CLD, PSLD, HOLD])

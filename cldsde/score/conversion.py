@@ -1,0 +1,321 @@
+r"""What a network may predict, and how each prediction follows from another.
+
+Given the law z_t | x_0 ~ N(ψ x_0, Σ_t), the score of the true marginal obeys
+Σ_t s = −(z − ψ x̂₀) with x̂₀ = E[x_0 | z_t]: k·D numbers with only D unknowns. Order the components
+so that the driven set d comes last and whiten with the root L of the reordered covariance,
+
+.. math:: w = L^{-1} z, \qquad c = L^{-1} ψ, \qquad n = −L_{dd}^⊤ s_d,
+
+where n is the best prediction of the noise that made z_t. Then w_d − n = c_d x̂₀, so that the driven
+score alone gives x̂₀ by least squares, and x̂₀ gives the full score s = −L^{−⊤}(w − c x̂₀).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import TimeLike, as_times
+from cldsde.linear.covariance import joint_root, triangular_inverse
+from cldsde.linear.kernel import Kernel
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import check_process, one_of
+
+__all__ = ["Conditioning", "Conversion", "Prediction", "WhitenedLaw", "conditional_law", "whiten"]
+
+Prediction = Literal["score", "noise", "data", "full_score"]
+"""``"score"``: of the driven components. ``"noise"``: n = −L_ddᵀ s_d. ``"data"``: E[x_0 | z_t].
+``"full_score"``: of all components."""
+
+Conditioning = Literal["data", "all"]
+"""What a law is conditioned on: the data x_0 (hybrid score matching) or all of z_0 (denoising)."""
+
+# At this ratio of the noise in x̂₀ to that of the best estimate the driven rows have lost x_0.
+# Well-damped processes stay below 4, and underdamped ones pass through infinity.
+_LARGEST_AMPLIFICATION = 20.0
+
+
+class WhitenedLaw(NamedTuple):
+    """The law of z_t given the start, whitened with the driven components last.
+
+    Attributes
+    ----------
+    root
+        L, lower-triangular root of the covariance in the order (rest, driven), ``(*, k, k)``.
+    inverse
+        L⁻¹ with columns in the components' own order, so that w = inverse z, ``(*, k, k)``.
+    psi
+        ψ = Ψ(t, 0) e₀, in the components' own order, ``(*, k, 1)``.
+    signal
+        c = L⁻¹ψ, ``(*, k, 1)``.
+    noise
+        Takes the noise ε of z_t = ψx_0 + root ε, root in the components' own order, to the noise
+        n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
+    """
+
+    root: Tensor
+    inverse: Tensor
+    psi: Tensor
+    signal: Tensor
+    noise: Tensor
+
+    def driven_root(self) -> Tensor:
+        """L_dd, the root of the driven components' covariance given all others, ``(*, d, d)``."""
+        d = self.noise.shape[-2]
+        return self.root[..., -d:, -d:]
+
+
+def conditional_law(sde: LinearSDE, t: Tensor, conditioning: Conditioning) -> Kernel:
+    """Law of z_t given the data or all of z_0."""
+    one_of(conditioning, Conditioning, "conditioning")
+    return sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
+
+
+def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
+    """Whiten the law of z_t given the start, at times t > 0.
+
+    Raises
+    ------
+    ValueError
+        If the law has no density at some time.
+    """
+    root, psi = kernel.root, kernel.mean[..., :1]
+    flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
+    if bool(flat.any()):
+        msg = (
+            f"t: the law given the start has no density at t = {float(t[flat].min()):g}; take t > 0"
+        )
+        raise ValueError(msg)
+    k, driven = sde.components, list(sde.driven)
+    order = [i for i in range(k) if i not in driven] + driven
+    if order == list(range(k)):
+        ordered = root
+        eye = torch.eye(k, dtype=torch.float64)[driven]
+        noise = eye.expand(*root.shape[:-2], -1, -1)
+        inverse = triangular_inverse(ordered)
+    else:
+        ordered = joint_root(root[..., order, :])
+        inverse = triangular_inverse(ordered)[..., :, torch.tensor(order).argsort()]
+        # −L_ddᵀ s_d with s = −root⁻ᵀ ε.
+        own = triangular_inverse(root)[..., driven].mT
+        noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
+    return WhitenedLaw(ordered, inverse, psi, inverse @ psi, noise)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """One kind of prediction from another, linear in the state and the prediction.
+
+    Attributes
+    ----------
+    state
+        ``(*, out, k)`` float64 on the host.
+    value
+        ``(*, out, in)`` float64 on the host.
+    source, target
+        What is converted to what; ``in`` and ``out`` are 1 for the data, the number of driven
+        components for score and noise, k for the full score.
+
+    Examples
+    --------
+    The full score and x̂₀ from the velocity's score alone:
+
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture
+    >>> sde, t = CLD(), 0.3
+    >>> data = GaussianMixture([0.5, 0.5], [[-1.0], [2.0]], [[[0.1]], [[0.0]]])
+    >>> z = sde.prior.sample((4, 1), dtype=torch.float64)
+    >>> velocity_score = data.score(sde)(z, t)
+    >>> x0 = Conversion.at(sde, t, "score", "data")(z, velocity_score)
+    >>> bool(torch.allclose(x0, data.posterior_mean(sde, z, t)))
+    True
+    >>> full = Conversion.at(sde, t, "score", "full_score")(z, velocity_score)
+    >>> bool(torch.allclose(full, data.score(sde, rows="all")(z, t)))
+    True
+    """
+
+    state: Tensor
+    value: Tensor
+    source: Prediction
+    target: Prediction
+
+    @classmethod
+    def at(
+        cls,
+        sde: LinearSDE,
+        t: TimeLike,
+        source: Prediction,
+        target: Prediction,
+        *,
+        conditioning: Conditioning = "data",
+    ) -> Conversion:
+        """Coefficients at times t > 0.
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        t
+            Times of any shape in (0, 1].
+        source, target
+            ``"score"``, ``"noise"``, ``"data"`` or ``"full_score"``.
+        conditioning
+            Which noise is meant: that of z_t given the data (hybrid score matching) or given all
+            of z_0 (denoising score matching).
+
+        Raises
+        ------
+        TypeError
+            If ``sde`` is no `LinearSDE` or a time no number.
+        ValueError
+            If the law has no density at some time, or the driven score is asked for what it does
+            not determine: x_0 at isolated times of an underdamped process.
+        """
+        check_process(sde)
+        times = as_times(t, "t", sde.T)
+        one_of(source, Prediction, "source")
+        one_of(target, Prediction, "target")
+        one_of(conditioning, Conditioning, "conditioning")
+        law = whiten(sde, sde.marginal(times), times)
+        noise_root = law.driven_root()
+        if conditioning == "all" and "noise" in (source, target):
+            given_all = conditional_law(sde, times, conditioning)
+            noise_root = whiten(sde, given_all, times).driven_root()
+        return _Converter(law, noise_root, times, sde.driven).convert(source, target)
+
+    def __call__(self, z: Tensor, value: Tensor) -> Tensor:
+        """Convert a prediction at a state.
+
+        Parameters
+        ----------
+        z
+            ``(B, k, *D)``.
+        value
+            ``(B, in, *D)``, or ``(B, *D)`` where the source is the data.
+
+        Returns
+        -------
+        Tensor
+            ``(B, out, *D)``, or ``(B, *D)`` where the target is the data.
+        """
+        rows = value.unsqueeze(1) if self.source == "data" else value
+        out = apply_blocks(self.state, z) + apply_blocks(self.value, rows)
+        return out[:, 0] if self.target == "data" else out
+
+
+class _Linear(NamedTuple):
+    """A quantity that is linear in the state and in the prediction that is given."""
+
+    state: Tensor
+    value: Tensor
+
+    def through(self, matrix: Tensor) -> _Linear:
+        return _Linear(matrix @ self.state, matrix @ self.value)
+
+
+class _Converter:
+    """All predictions in terms of two: the driven noise n of the law given x_0, and x̂₀."""
+
+    def __init__(
+        self, law: WhitenedLaw, noise_root: Tensor, times: Tensor, driven: tuple[int, ...]
+    ) -> None:
+        self.law = law
+        self.noise_root = noise_root
+        self.times = times
+        self.driven = list(driven)
+        self.d = len(driven)
+        self.k = law.root.shape[-1]
+
+    def convert(self, source: Prediction, target: Prediction) -> Conversion:
+        rows = {"data": 1, "full_score": self.k}.get(source, self.d)
+        identity = self._eye(rows)
+        given = _Linear(identity.new_zeros(*identity.shape[:-1], self.k), identity)
+        if source == target:
+            return Conversion(*given, source, target)
+        if source == "full_score":
+            result = self._from_full_score(target)
+        elif source == "data":
+            result = self._from_data(given, target)
+        elif source == "score":
+            result = self._from_noise(given.through(-self.law.driven_root().mT), target)
+        else:
+            result = self._from_noise(given.through(self._from_noise_root()), target)
+        return Conversion(*result, source, target)
+
+    def _eye(self, n: int) -> Tensor:
+        return torch.eye(n, dtype=torch.float64).expand(*self.times.shape, n, n)
+
+    def _from_noise_root(self) -> Tensor:
+        """Noise of the law that is meant to noise of the law given x_0: K n' = K' n."""
+        solved = torch.linalg.solve_triangular(self.noise_root, self.law.driven_root(), upper=False)
+        return solved.mT
+
+    def _finish(self, noise: _Linear, target: Prediction) -> _Linear:
+        """Driven noise to driven noise of the law that is meant, or to the driven score."""
+        to_score = -triangular_inverse(self.law.driven_root()).mT
+        if target == "score":
+            return noise.through(to_score)
+        return noise.through(-self.noise_root.mT @ to_score)
+
+    def _from_noise(self, noise: _Linear, target: Prediction) -> _Linear:
+        if target in ("score", "noise"):
+            return self._finish(noise, target)
+        c, inverse = self.law.signal, self.law.inverse
+        self._check_determined()
+        driven = c[..., -self.d :, :]
+        gain = driven.mT / driven.square().sum((-2, -1), keepdim=True)
+        data = _Linear(gain @ (inverse[..., -self.d :, :] - noise.state), -gain @ noise.value)
+        if target == "data":
+            return data
+        # s = −L⁻ᵀ (w_r − c_r x̂₀, n)
+        rest = c[..., : -self.d, :]
+        return _Linear(
+            torch.cat([inverse[..., : -self.d, :] - rest @ data.state, noise.state], dim=-2),
+            torch.cat([-rest @ data.value, noise.value], dim=-2),
+        ).through(-inverse.mT)
+
+    def _from_data(self, data: _Linear, target: Prediction) -> _Linear:
+        residual = _Linear(self.law.inverse - self.law.signal @ data.state, -self.law.signal)
+        if target == "full_score":
+            return residual.through(-self.law.inverse.mT)
+        driven = _Linear(residual.state[..., -self.d :, :], residual.value[..., -self.d :, :])
+        return self._finish(driven, target)
+
+    def _from_full_score(self, target: Prediction) -> _Linear:
+        c, inverse = self.law.signal, self.law.inverse
+        if target == "data":
+            # x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ: least squares over all rows.
+            power = c.square().sum((-2, -1), keepdim=True)
+            return _Linear(c.mT @ inverse / power, self.law.psi.mT / power)
+        select = self._eye(self.k)[..., self.driven, :]
+        score = _Linear(torch.zeros_like(select), select)
+        if target == "score":
+            return score
+        return score.through(-self.noise_root.mT)
+
+    def _check_determined(self) -> None:
+        c = self.law.signal
+        power = c.square().sum((-2, -1))
+        driven = c[..., -self.d :, :].square().sum((-2, -1))
+        amplification = (power / driven).sqrt().flatten()
+        if not len(amplification):
+            return
+        worst = float(amplification.max())
+        if worst != worst:  # noqa: PLR0124
+            msg = (
+                f"t: nothing of x_0 is left in the state at t = {float(self.times.max()):g}; "
+                "end earlier or lower beta"
+            )
+            raise ValueError(msg)
+        if not worst <= _LARGEST_AMPLIFICATION:
+            where = float(self.times.flatten()[amplification.argmax()])
+            msg = (
+                f"the score of the driven components {tuple(self.driven)} does not determine x_0 "
+                f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
+                "processes have such times; use critical damping or more"
+            )
+            raise ValueError(msg)

@@ -1,0 +1,308 @@
+r"""Score matching: states with known noise, losses, and what the best score leaves of them.
+
+A state z_t drawn given the start has the score target −L_t^{−⊤}ε, of which the driven rows are
+−L_dd^{−⊤}n* with the noise n* of the driven components given all others (see
+`cldsde.score.conversion`). Given the data alone this is hybrid score matching (Dockhorn et al.
+2022), given all of z_0 denoising score matching. Both have the same minimiser, the score of the
+marginal: the expectation of the second target given (z_t, x_0) is the first, which varies less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import TimeLike, as_times, check_positive
+from cldsde.linear.covariance import joint_root, triangular_inverse
+from cldsde.linear.kernel import Kernel
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import check_process, one_of, score_times
+from cldsde.score.conversion import (
+    Conditioning,
+    Conversion,
+    WhitenedLaw,
+    conditional_law,
+    whiten,
+)
+from cldsde.score.reverse import Score, score_argument
+
+__all__ = ["PerturbedData", "Target", "Weighting", "optimal_loss", "score_matching_loss"]
+
+Target = Literal["score", "noise", "data"]
+"""What a network may be trained to predict."""
+
+Weighting = Literal["reweighted", "likelihood"] | Callable[[Tensor], Tensor]
+r"""How errors at different times count. ``"reweighted"``: the mean squared error of the noise.
+``"likelihood"``: ½‖Gᵀ(s − s*)‖² a data dimension, the integrand of a bound on the log-likelihood in
+nats. A function of float64 times ``(n,)`` to ``(n,)``: its value times ``"reweighted"``."""
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbedData:
+    """Data carried to random states of the forward process, and what a network has to learn there.
+
+    Attributes
+    ----------
+    z
+        States ``(B, k, *D)``.
+    noise
+        n*, the noise of the driven components, ``(B, d, *D)``, standard normal.
+    t
+        Times ``()`` or ``(B,)``, float64 on the host.
+    kernel
+        Law of z_t given what it is conditioned on.
+    """
+
+    sde: LinearSDE
+    x0: Tensor
+    z: Tensor
+    noise: Tensor
+    t: Tensor
+    kernel: Kernel
+    conditioning: Conditioning
+    _law: WhitenedLaw
+
+    @classmethod
+    def draw(
+        cls,
+        sde: LinearSDE,
+        x0: Tensor,
+        t: TimeLike,
+        *,
+        conditioning: Conditioning = "data",
+        generator: torch.Generator | None = None,
+    ) -> PerturbedData:
+        """Draw z_t from the forward process started at data.
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        x0
+            Data ``(B, *D)``, floating point.
+        t
+            One time or ``(B,)``, in (0, 1].
+        conditioning
+            ``"data"``: the targets of hybrid score matching. ``"all"``: those of denoising score
+            matching; z_0 is drawn first.
+        generator
+            Source of the normals.
+
+        Raises
+        ------
+        TypeError
+            If the data are no floating-point tensor or a time no number.
+        ValueError
+            If shapes do not fit, a time lies outside (0, 1] or ``conditioning`` is unknown.
+        """
+        check_process(sde)
+        one_of(conditioning, Conditioning, "conditioning")
+        start = sde.embed(x0)
+        times = score_times(t, start)
+        if conditioning == "all":
+            start = sde.augment(x0, generator)
+        kernel = conditional_law(sde, times, conditioning)
+        law = whiten(sde, kernel, times)
+        z, epsilon = kernel.perturb(start, generator=generator)
+        noise = apply_blocks(law.noise, epsilon)
+        return cls(sde, x0, z, noise, times, kernel, conditioning, law)
+
+    def target(self, prediction: Target = "score") -> Tensor:
+        """What a network that predicts the given quantity is to learn.
+
+        Returns
+        -------
+        Tensor
+            ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
+        """
+        one_of(prediction, Target, "prediction")
+        if prediction == "data":
+            return self.x0
+        if prediction == "noise":
+            return self.noise
+        return apply_blocks(-triangular_inverse(self._law.driven_root()).mT, self.noise)
+
+    def loss(
+        self,
+        output: Tensor,
+        prediction: Target = "noise",
+        *,
+        weighting: Weighting = "reweighted",
+    ) -> Tensor:
+        """Loss of each sample, ``(B,)``, for what a network returned at ``z``.
+
+        Parameters
+        ----------
+        output
+            The prediction, ``(B, d, *D)``, or ``(B, *D)`` for the data.
+        prediction
+            What it is of. Whatever it is, the error is measured on the noise that it amounts to.
+        weighting
+            See `Weighting`.
+
+        Raises
+        ------
+        ValueError
+            If the output has another shape, or an option is unknown.
+        """
+        one_of(prediction, Target, "prediction")
+        wanted = self.x0.shape if prediction == "data" else self.noise.shape
+        if output.shape != wanted:
+            msg = (
+                f"output: a prediction of the {prediction} must have shape {tuple(wanted)}; "
+                f"got {tuple(output.shape)}"
+            )
+            raise ValueError(msg)
+        if prediction == "score":
+            output = apply_blocks(-self._law.driven_root().mT, output)
+        elif prediction == "data":
+            convert = Conversion.at(
+                self.sde, self.t, "data", "noise", conditioning=self.conditioning
+            )
+            output = convert(self.z, output)
+        error = output - self.noise
+        if weighting == "likelihood":
+            pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self._law), error)
+            return 0.5 * pulled.square().sum(1).flatten(1).mean(1)
+        return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
+
+
+def score_matching_loss(
+    model: Score,
+    sde: LinearSDE,
+    x0: Tensor,
+    t: TimeLike,
+    *,
+    prediction: Target = "score",
+    conditioning: Conditioning = "data",
+    weighting: Weighting = "reweighted",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Score-matching loss of a network at random states of the forward process.
+
+    Parameters
+    ----------
+    model
+        model(z, t): states ``(B, k, *D)`` and times ``(B,)``, on the data's device, to a
+        prediction ``(B, d, *D)``, or ``(B, *D)`` where it predicts the data.
+    sde
+        The forward process.
+    x0
+        Data ``(B, *D)``.
+    t
+        One time or ``(B,)`` in (0, 1]; see `TimeSampler`.
+    prediction
+        What the model returns: ``"score"``, ``"noise"`` or ``"data"``.
+    conditioning
+        ``"data"``: hybrid score matching. ``"all"``: denoising score matching.
+    weighting
+        See `Weighting`.
+    generator
+        Source of the noise.
+
+    Returns
+    -------
+    Tensor
+        ``(B,)``, before any weight of the times' own density.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture
+    >>> sde, g = CLD(), torch.Generator().manual_seed(0)
+    >>> data = GaussianMixture([1.0], [[0.0]], [[[0.25]]])
+    >>> x0 = data.sample(50_000, generator=g)
+    >>> loss = score_matching_loss(data.score(sde), sde, x0, 0.02, generator=g).mean()
+    >>> least = optimal_loss(sde, 0.02, data_variance=0.25)
+    >>> f"{loss:.2f} {least:.2f}"  # the score of the data attains the least loss
+    '0.69 0.69'
+    """
+    pair = PerturbedData.draw(sde, x0, t, conditioning=conditioning, generator=generator)
+    output = model(pair.z, score_argument(pair.t, pair.z).expand(len(pair.z)))
+    return pair.loss(output, prediction, weighting=weighting)
+
+
+def optimal_loss(
+    sde: LinearSDE,
+    t: TimeLike,
+    *,
+    data_variance: float = 1.0,
+    conditioning: Conditioning = "data",
+    weighting: Weighting = "reweighted",
+) -> Tensor:
+    r"""Expected loss that the best score leaves on Gaussian data, a number for each time.
+
+    With C whitening what the reference law of covariance Σ_t + UUᵀ has beyond the conditional one,
+    C = L⁻¹U, the noise that stays unknown has the covariance [C (I + CᵀC)⁻¹ Cᵀ]_dd. For hybrid
+    score matching and the weighting ``"likelihood"`` the loss is −dH/dt of
+    H = ½ log(1 + s₀² ψᵀΣ_t⁻¹ψ). It is the density from which to draw times: `TimeSampler`.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    t
+        Times of any shape in (0, 1].
+    data_variance
+        s₀², the mean variance of the data's entries.
+    conditioning, weighting
+        Those of the loss.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of t, float64 on the host.
+
+    Raises
+    ------
+    ValueError
+        If the law has no density at some time or an argument is out of range.
+    """
+    check_process(sde)
+    check_positive(data_variance, "data_variance")
+    times = as_times(t, "t", sde.T)
+    kernel = conditional_law(sde, times, conditioning)
+    law = whiten(sde, kernel, times)
+    U = math.sqrt(data_variance) * kernel.mean[..., :1]
+    if conditioning == "all":
+        U = torch.cat([U, kernel.mean @ sde.initial_root], dim=-1)
+    C = law.inverse @ U
+    eye = torch.eye(U.shape[-1], dtype=torch.float64)
+    factor = joint_root(eye, C.mT)
+    d = len(sde.driven)
+    unknown = torch.linalg.solve_triangular(factor.mT, C[..., -d:, :], upper=True, left=False)
+    if weighting == "likelihood":
+        pulled = _likelihood_rows(sde, times, law) @ unknown
+        return 0.5 * pulled.square().sum((-2, -1))
+    return _weights(weighting, times) * unknown.square().sum((-2, -1)) / d
+
+
+def _likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
+    """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
+    G = sde.diffusion(t)[..., list(sde.driven), :]
+    rows: Tensor = torch.linalg.solve_triangular(law.driven_root(), G, upper=False)
+    return rows.mT
+
+
+def _weights(weighting: Weighting, t: Tensor) -> Tensor:
+    if weighting == "reweighted":
+        return torch.ones_like(t)
+    if not callable(weighting):
+        msg = (
+            "weighting must be 'reweighted', 'likelihood' or a function of times; "
+            f"got {weighting!r}"
+        )
+        raise TypeError(msg)
+    weights = torch.as_tensor(weighting(t)).to(torch.float64)
+    if weights.shape != t.shape:
+        msg = (
+            f"weighting must return one number a time, {tuple(t.shape)}; got {tuple(weights.shape)}"
+        )
+        raise ValueError(msg)
+    return weights
