@@ -54,7 +54,9 @@ def joint_root(*columns: Tensor) -> Tensor:
     Tensor
         ``(*, k, k)``, diagonal ≥ 0.
     """
-    shape = torch.broadcast_shapes(*(c.shape[:-2] for c in columns))
+    shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        *(c.shape[:-2] for c in columns)
+    )
     joined = torch.cat([c.expand(*shape, *c.shape[-2:]) for c in columns], dim=-1)
     return lower_factor(joined.movedim((-2, -1), (0, 1))).movedim((0, 1), (-2, -1))
 

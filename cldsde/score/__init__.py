@@ -1,15 +1,26 @@
 """Scores: exact ones of Gaussian mixtures, learnt ones, and the reverse process they define."""
 
 from cldsde.score.conversion import Conversion
+from cldsde.score.likelihood import (
+    FlowDensity,
+    Likelihood,
+    bits_per_dim,
+    dequantise,
+    flow_log_prob,
+    log_likelihood,
+)
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
 from cldsde.score.reverse import ReverseProcess, Score, TabulatedScore
 from cldsde.score.time_sampling import TimeSampler
+from cldsde.score.variational import evidence_lower_bound
 
 __all__ = [
     "Conversion",
+    "FlowDensity",
     "GaussianMixture",
+    "Likelihood",
     "MixedScore",
     "MixtureScore",
     "PerturbedData",
@@ -17,6 +28,11 @@ __all__ = [
     "Score",
     "TabulatedScore",
     "TimeSampler",
+    "bits_per_dim",
+    "dequantise",
+    "evidence_lower_bound",
+    "flow_log_prob",
+    "log_likelihood",
     "optimal_loss",
     "score_matching_loss",
 ]

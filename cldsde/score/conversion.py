@@ -251,8 +251,7 @@ class _Converter:
 
     def _from_noise_root(self) -> Tensor:
         """Noise of the law that is meant to noise of the law given x_0: K n' = K' n."""
-        solved = torch.linalg.solve_triangular(self.noise_root, self.law.driven_root(), upper=False)
-        return solved.mT
+        return (triangular_inverse(self.noise_root) @ self.law.driven_root()).mT
 
     def _finish(self, noise: _Linear, target: Prediction) -> _Linear:
         """Driven noise to driven noise of the law that is meant, or to the driven score."""

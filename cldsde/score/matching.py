@@ -276,7 +276,7 @@ def optimal_loss(
     eye = torch.eye(U.shape[-1], dtype=torch.float64)
     factor = joint_root(eye, C.mT)
     d = len(sde.driven)
-    unknown = torch.linalg.solve_triangular(factor.mT, C[..., -d:, :], upper=True, left=False)
+    unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
     if weighting == "likelihood":
         pulled = _likelihood_rows(sde, times, law) @ unknown
         return 0.5 * pulled.square().sum((-2, -1))
@@ -286,8 +286,7 @@ def optimal_loss(
 def _likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
     """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
     G = sde.diffusion(t)[..., list(sde.driven), :]
-    rows: Tensor = torch.linalg.solve_triangular(law.driven_root(), G, upper=False)
-    return rows.mT
+    return (triangular_inverse(law.driven_root()) @ G).mT
 
 
 def _weights(weighting: Weighting, t: Tensor) -> Tensor:
