@@ -100,16 +100,23 @@ class Posterior:
         ValueError
             If the law has no density (s = t, or λ = 0), or the shapes do not fit.
         """
-        return log_density(z_s - self.mean(z_t, z_0), self.root)
+        mean = self.mean(z_t, z_0)
+        check_kernel_shape(self.state, z_s, "z_s")
+        if z_s.shape != mean.shape:
+            msg = f"z_s and z_t must have one shape; got {tuple(z_s.shape)} and {tuple(mean.shape)}"
+            raise ValueError(msg)
+        return log_density(z_s - mean, self.root)
 
 
 def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
     r"""Φ and noise root of the Bayesian posterior, from the roots L_s, L_t and the step s to t.
 
-    With Ψ and L_Q of the step, an orthogonal triangularisation of the joint law gives both,
+    With Ψ and L_Q of the step, an orthogonal triangularisation of the joint law gives both, the
+    earlier state in units of its own root,
 
-    .. math:: \mathrm{tri}\begin{pmatrix} ΨL_s & L_Q \\ L_s & 0 \end{pmatrix}
-              = \begin{pmatrix} L_t & 0 \\ Φ L_t & L_P \end{pmatrix},
+    .. math:: \mathrm{tri}\begin{pmatrix} ΨL_s & L_Q \\ I & 0 \end{pmatrix}
+              = \begin{pmatrix} L_t & 0 \\ W & R \end{pmatrix}, \qquad
+              Φ = L_s W L_t^{-1}, \quad L_P = L_s R,
 
     with rounding relative to L_s. A short step leaves L_P far below L_s; there the information
     form is used, with X = Ψ⁻¹L_Q and Y = L_s⁻¹X,
@@ -120,11 +127,13 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     """
     k = later.shape[-1]
     eye = torch.eye(k, dtype=torch.float64)
-    lower = torch.cat([earlier, torch.zeros_like(earlier)], dim=-1)
+    lower = torch.cat([eye, torch.zeros_like(eye)], dim=-1).expand(*earlier.shape[:-1], 2 * k)
     upper = torch.cat([step.mean @ earlier, step.root], dim=-1)
     joint = joint_root(torch.cat([upper, lower], dim=-2))
-    long_state = torch.linalg.solve_triangular(later, joint[..., k:, :k], upper=False, left=False)
-    long_root = joint[..., k:, k:]
+    moved = earlier @ joint[..., k:, :k]
+    long_state = torch.linalg.solve_triangular(later, moved, upper=False, left=False)
+    # Not only lower triangular but, where L_s is singular, with the diagonal of a root.
+    long_root = joint_root(earlier @ joint[..., k:, k:])
 
     with torch.no_grad():
         regular = (earlier.diagonal(dim1=-2, dim2=-1) > 0).all(-1)[..., None, None]
@@ -165,8 +174,8 @@ def whitened_family(
               Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
               N = L^{-1} F L + \tfrac12 g g^⊤,
 
-    a rotation and a contraction whose rates are those of log τ however degenerate L is; it is
-    integrated by collocation on panels that are even in log τ.
+    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow no faster
+    than 1/τ; collocation integrates them on panels over which they change alike.
 
     Parameters
     ----------
@@ -189,23 +198,65 @@ def whitened_family(
         upper = (N + dissipation).triu(1)
         return upper - upper.mT + stochasticity**2 * dissipation, stochasticity * g
 
-    span = flat_t - flat_s
-    # Where s = 0 the law is regular, and times below 1e-10 t need no finer panels.
-    floor = torch.where(flat_s > 0, 0.0, 1e-10 * flat_t)
-    log_ratio = torch.log1p(span / (flat_s + floor)).clamp_min(1e-12)
-    unit = span / torch.expm1(log_ratio)
-
-    def edges(panels: int) -> tuple[Tensor, Tensor]:
-        # s (t/s)^{i/p}, i = p … 1, and the lengths between them, without subtracting times.
-        i = torch.arange(panels, 0, -1, dtype=torch.float64).unsqueeze(1) / panels
-        starts = flat_s + unit * torch.expm1(log_ratio * i)
-        lengths = unit * torch.exp(log_ratio * i) * torch.expm1(-log_ratio / panels)
-        return starts, lengths
-
-    widest = float(log_ratio.detach().max()) if len(log_ratio) else 0.0
-    factors = converged(matrices, edges, max(1, math.ceil(widest)))
+    panels, edges = _panels(lambda u: matrices(u)[0], flat_s, flat_t)
+    factors = converged(matrices, edges, panels)
     if factors is None:
         msg = "t: the reverse process varies too fast between s and t to be resolved"
         raise ValueError(msg)
     move, noise = factors
     return stack_first(move, s.shape), stack_first(noise, s.shape)
+
+
+def _panels(
+    drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
+) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
+    """How many panels to begin with, and where they lie: even in ∫ (‖drift‖ + 1/τ) dτ.
+
+    Parameters
+    ----------
+    drift
+        Times ``(1, q)`` to ``(1, q, k, k)``.
+    s, t
+        Ends of the intervals ``(n,)``, s ≤ t; panels run from t down to s.
+
+    Returns
+    -------
+    panels, edges
+        A first number of panels, and a function of it for `converged`.
+    """
+    if not len(t):
+        return 1, lambda panels: (s.expand(panels, -1), s.expand(panels, -1))
+    with torch.no_grad():
+        # Where s = 0 the law is regular, and times below 1e-10 t need no finer panels.
+        floor = torch.where(s > 0, s, 1e-10 * t)
+        low, high = float(floor.min().log()), float(t.max().log())
+        knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64)
+        rate = (
+            1
+            + drift(knots.exp().clamp_max(t.max()).unsqueeze(0))[0].norm(dim=(-2, -1)) * knots.exp()
+        )
+        work = torch.cat(
+            [rate.new_zeros(1), (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)]
+        )
+        first, last = _interpolate(knots, work, floor.log()), _interpolate(knots, work, t.log())
+        total = float((last - first).max())
+
+    def edges(panels: int) -> tuple[Tensor, Tensor]:
+        share = torch.arange(panels + 1, dtype=torch.float64).unsqueeze(1) / panels
+        with torch.no_grad():
+            times = _interpolate(work, knots, last.lerp(first, share)).exp()
+            fraction = ((times - s) / (t - s)).clamp(0, 1)
+            # Over short intervals the rate is constant, and the division above ill-conditioned.
+            fraction = torch.where(t - s < 1e-3 * t, 1 - share, fraction)
+            fraction[0], fraction[-1] = 1.0, 0.0
+        span = t - s
+        return s + span * fraction[:-1], span * fraction.diff(dim=0)
+
+    return max(1, math.ceil(total / 4)), edges
+
+
+def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Piecewise linear y(x) for increasing knots x."""
+    i = torch.searchsorted(x, at.contiguous()).clamp(1, len(x) - 1)
+    fraction = ((at - x[i - 1]) / (x[i] - x[i - 1])).clamp(0, 1)
+    return y[i - 1].lerp(y[i], fraction)

@@ -167,7 +167,7 @@ class Schedule:
 
         The mean of a variance-preserving process, e^{−B(0,t)/2}, is cos θ(t) / cos θ(0) with the
         angle θ(t) = (stop · t + offset) / (1 + offset) · π/2. At a quarter turn the rate diverges;
-        ``stop`` ends the schedule before it, as published samplers do, at a mean of 0.0085.
+        ``stop`` ends the schedule before it, as published samplers do, at a mean of 0.0084.
 
         Parameters
         ----------

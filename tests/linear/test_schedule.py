@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from cldsde import VESDE, LinearSDE, Schedule
+from cldsde import CLD, VESDE, VPSDE, LinearSDE, Schedule
 from linear import reference
 from strategies import intervals, schedules
 
@@ -73,6 +73,80 @@ def test_a_rate_without_integral_is_integrated_numerically(name: str) -> None:
     # most a factor (1 + 10 |dt|) over dt. The rule itself is exact to 1e-20 on panels of 1/8.
     rate, exact = SMOOTH[name]
     assert_clock(Schedule(rate), exact, 32 * EPS)
+
+
+COSINES = [(0.008, 0.9946), (0.0, 0.9), (0.008, 0.999999), (0.3, 1e-3)]
+
+
+def cosine_mean(offset: float, stop: float, t: Any) -> Any:
+    """cos theta(t) / cos theta(0) with theta(t) = (stop t + offset) / (1 + offset) pi / 2."""
+    quarter = mp.pi / 2 / (1 + mp.mpf(offset))
+    return mp.cos(quarter * (stop * t + offset)) / mp.cos(quarter * offset)
+
+
+@pytest.mark.parametrize(("offset", "stop"), COSINES)
+def test_the_cosine_clock_is_minus_twice_the_log_of_its_mean(offset: float, stop: float) -> None:
+    def exact(s: Any, t: Any) -> Any:
+        stop_exact = mp.mpf(stop)
+        means = (cosine_mean(offset, stop_exact, u) for u in (s, t))
+        return 2 * mp.log(next(means) / next(means))
+
+    # The angle of s is rounded to eps, and the rate there has a relative slope of 1 / cos(angle)
+    # times 1 / sin(angle): it is 2e5 where the schedule ends 2e-6 before the quarter turn, and
+    # the sine cancels with the span, except where the offset is zero and s is not small.
+    quarter = math.pi / 2 / (1 + offset)
+    slope = 1 / math.cos(quarter * (stop + offset))
+    assert_clock(Schedule.cosine(offset, stop), exact, 8 * (1 + slope) * EPS)
+
+
+@pytest.mark.parametrize(("offset", "stop"), COSINES)
+def test_the_cosine_rate_is_the_slope_of_its_clock(offset: float, stop: float) -> None:
+    beta = Schedule.cosine(offset, stop)
+    with mp.workdps(30):
+        for t in (0.0, 1e-4, 0.3, 0.9, 1.0):
+            mean = lambda u: mp.log(cosine_mean(offset, mp.mpf(stop), u))  # noqa: E731
+            slope = -2 * mp.diff(mean, mp.mpf(t))
+            # The angle is good to eps, the tangent near a quarter turn to eps / cos(angle).
+            angle = math.pi / 2 / (1 + offset) * (stop * t + offset)
+            error = abs(beta.rate(tensor(t)).item() - slope)
+            assert error <= 8 * EPS / math.cos(angle) * abs(slope) + mp.mpf(10) ** -20
+
+
+def test_the_cosine_schedule_gives_a_process_its_mean() -> None:
+    sde = VPSDE(schedule=Schedule.cosine())
+    times = [1e-8, 1e-3, 0.3, 0.7, 0.999, 1.0]
+    means = sde.marginal(tensor(times)).mean.flatten().tolist()
+    variances = sde.marginal(tensor(times)).covariance.flatten().tolist()
+    with mp.workdps(30):
+        for t, mean, variance in zip(times, means, variances, strict=True):
+            exact = cosine_mean(0.008, mp.mpf(0.9946), mp.mpf(t))
+            # The mean is small at the end: eps over cos(angle) = 0.0085, and four doublings.
+            assert abs(mean - exact) <= 2000 * EPS * exact
+            assert abs(variance - (1 - exact**2)) <= 2000 * EPS * (1 - exact**2)
+    assert means[-1] == pytest.approx(0.0084, abs=5e-5)
+
+
+def test_cld_takes_the_cosine_schedule() -> None:
+    # Alone the clock counts: the law is that of a constant rate over as much of it.
+    beta = Schedule.cosine()
+    s, t = tensor([0.0, 0.2, 0.9]), tensor([1e-3, 0.5, 1.0])
+    clock = beta.integral(s, t)
+    ours = CLD(beta=beta).transition(s, t)
+    theirs = CLD(beta=16.0).transition(torch.zeros_like(clock), clock / 16)
+    assert torch.allclose(ours.mean, theirs.mean, rtol=0, atol=1e-13)
+    assert torch.allclose(ours.root, theirs.root, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("offset", [-1e-9, -1.0, math.nan, math.inf])
+def test_a_cosine_offset_below_zero_is_refused(offset: float) -> None:
+    with pytest.raises(ValueError, match="offset must be finite and at least 0"):
+        Schedule.cosine(offset)
+
+
+@pytest.mark.parametrize("stop", [0.0, -0.5, 1.0, 1.5, math.nan])
+def test_a_cosine_stop_outside_its_range_is_refused(stop: float) -> None:
+    with pytest.raises(ValueError, match="stop must lie in"):
+        Schedule.cosine(stop=stop)
 
 
 def test_a_given_integral_is_used() -> None:
