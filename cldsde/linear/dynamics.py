@@ -156,7 +156,9 @@ class TimeChangedDynamics(Dynamics):
 
     @override
     def stationary_covariance(self) -> Tensor | None:
-        if float(torch.linalg.eigvals(self.A.detach()).real.max()) >= 0:
+        # An eigenvalue of zero comes out as one of the size of the matrix's rounding.
+        rounding = len(self.A) * torch.finfo(torch.float64).eps * float(self.A.detach().norm())
+        if float(torch.linalg.eigvals(self.A.detach()).real.max()) >= -rounding:
             return None
         # (A ⊗ I + I ⊗ A) vec Σ = −vec Q̄, for the row-major vec.
         eye = torch.eye(self.components, dtype=torch.float64)
