@@ -264,9 +264,7 @@ class _Converter:
         if target in ("score", "noise"):
             return self._finish(noise, target)
         c, inverse = self.law.signal, self.law.inverse
-        self._check_determined()
-        driven = c[..., -self.d :, :]
-        gain = driven.mT / driven.square().sum((-2, -1), keepdim=True)
+        gain = c[..., -self.d :, :].mT / self._driven_power()
         data = _Linear(gain @ (inverse[..., -self.d :, :] - noise.state), -gain @ noise.value)
         if target == "data":
             return data
@@ -288,7 +286,7 @@ class _Converter:
         c, inverse = self.law.signal, self.law.inverse
         if target == "data":
             # x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ: least squares over all rows.
-            power = c.square().sum((-2, -1), keepdim=True)
+            power = self._power()
             return _Linear(c.mT @ inverse / power, self.law.psi.mT / power)
         select = self._eye(self.k)[..., self.driven, :]
         score = _Linear(torch.zeros_like(select), select)
@@ -296,20 +294,23 @@ class _Converter:
             return score
         return score.through(-self.noise_root.mT)
 
-    def _check_determined(self) -> None:
-        c = self.law.signal
-        power = c.square().sum((-2, -1))
-        driven = c[..., -self.d :, :].square().sum((-2, -1))
-        amplification = (power / driven).sqrt().flatten()
-        if not len(amplification):
-            return
-        worst = float(amplification.max())
-        if worst != worst:  # noqa: PLR0124
+    def _power(self) -> Tensor:
+        """ψᵀΣ⁻¹ψ, which is above zero where the state says anything of x_0."""
+        power = self.law.signal.square().sum((-2, -1), keepdim=True)
+        if not bool((power > 0).all()):
             msg = (
                 f"t: nothing of x_0 is left in the state at t = {float(self.times.max()):g}; "
                 "end earlier or lower beta"
             )
             raise ValueError(msg)
+        return power
+
+    def _driven_power(self) -> Tensor:
+        """The part of it in the driven rows, where they determine x_0."""
+        power = self._power()
+        driven = self.law.signal[..., -self.d :, :].square().sum((-2, -1), keepdim=True)
+        amplification = (power / driven).sqrt().flatten()
+        worst = float(amplification.max()) if len(amplification) else 1.0
         if not worst <= _LARGEST_AMPLIFICATION:
             where = float(self.times.flatten()[amplification.argmax()])
             msg = (
@@ -318,3 +319,4 @@ class _Converter:
                 "processes have such times; use critical damping or more"
             )
             raise ValueError(msg)
+        return driven

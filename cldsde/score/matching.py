@@ -152,6 +152,9 @@ class PerturbedData:
             If the output has another shape, or an option is unknown.
         """
         one_of(prediction, Target, "prediction")
+        if not isinstance(output, Tensor):
+            msg = f"output must be a tensor; got {type(output).__name__}"
+            raise TypeError(msg)
         wanted = self.x0.shape if prediction == "data" else self.noise.shape
         if output.shape != wanted:
             msg = (
@@ -169,7 +172,7 @@ class PerturbedData:
         error = output - self.noise
         if weighting == "likelihood":
             pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self._law), error)
-            return 0.5 * pulled.square().sum(1).flatten(1).mean(1)
+            return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
 
 
@@ -298,10 +301,12 @@ def _weights(weighting: Weighting, t: Tensor) -> Tensor:
             f"got {weighting!r}"
         )
         raise TypeError(msg)
-    weights = torch.as_tensor(weighting(t)).to(torch.float64)
-    if weights.shape != t.shape:
+    times = t.flatten()
+    weights = torch.as_tensor(weighting(times)).to(torch.float64)
+    if weights.shape != times.shape:
         msg = (
-            f"weighting must return one number a time, {tuple(t.shape)}; got {tuple(weights.shape)}"
+            f"weighting must return one number a time, {tuple(times.shape)}; "
+            f"got {tuple(weights.shape)}"
         )
         raise ValueError(msg)
-    return weights
+    return weights.reshape(t.shape)

@@ -236,7 +236,14 @@ class MixedScore(nn.Module):
         learnt = learnt.reshape(reference.shape)
         if self.mixing_logits is None:
             return reference + spread(c.residual, 1) * learnt
-        return reference.lerp(learnt, self.mixing_logits.to(z).sigmoid().expand_as(learnt))
+        share = self.mixing_logits.to(z).sigmoid()
+        if share.ndim > axes or torch.broadcast_shapes(share.shape, z.shape[2:]) != z.shape[2:]:  # type: ignore[no-untyped-call]
+            msg = (
+                f"mixing_logits must broadcast with the data, {tuple(z.shape[2:])}; "
+                f"got {tuple(share.shape)}"
+            )
+            raise ValueError(msg)
+        return reference.lerp(learnt, share.expand_as(learnt))
 
     def _score(self, z: Tensor, c: _Coefficients) -> Tensor:
         return apply_blocks(c.to_score, self._noise(z, c))

@@ -149,8 +149,8 @@ class _GaussianReference:
         square = flatten_data((x0 - self._mean(x0)).unsqueeze(1)).squeeze(1).square().sum(1)
         dimension = math.prod(x0.shape[1:])
         excess = square / self.variance - dimension
-        known = excess * (1 / last - 1 / first).to(x0) + dimension * (first / last).log().to(x0)
-        return 0.5 * known
+        known: Tensor = excess * (1 / last - 1 / first).to(x0) + dimension * (first / last).log()
+        return 0.5 * known.to(x0)
 
     def _mean(self, x0: Tensor) -> Tensor:
         return torch.as_tensor(self.mean).to(x0).expand(x0.shape)

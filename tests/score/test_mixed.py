@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
-from cldsde.score import PerturbedData
+from cldsde.score import Conversion, PerturbedData
 from score import exact
 from score.exact import EPS, FAMILIES, Constant
 
@@ -220,6 +220,257 @@ class TestNetworkInputs:
         ratio = network.z / z.flatten(1, 2)
         assert torch.allclose(ratio[:, :2], ratio[0, 0, 0, 0], rtol=16 * EPS, atol=0)
         assert torch.allclose(ratio[:, 2:], ratio[0, 2, 0, 0], rtol=16 * EPS, atol=0)
+
+
+NOT_TRAILING: dict[str, LinearSDE] = {
+    "first of two": LinearSDE.from_matrices(
+        [[-1.0, -4.0], [4.0, 0.0]],
+        [[8**0.5], [0.0]],
+        4.0,
+        initial_covariance=[[0.0, 0.0], [0.0, 0.04]],
+    ),
+    "middle of three": LinearSDE.from_matrices(
+        [[0.0, 1.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 1.0, -1.0]], [[0.0], [2.0], [0.0]], 4.0
+    ),
+    # Moved to the end by a cycle, which is not its own inverse.
+    "first two of three": LinearSDE.from_matrices(
+        [[-1.0, 1.0, 0.0], [-1.0, -2.0, 1.0], [0.0, -1.0, -1.0]],
+        [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]],
+        2.0,
+        initial_covariance=[[0.0, 0.0, 0.0], [0.0, 0.04, 0.02], [0.0, 0.02, 0.1]],
+    ),
+    "first and last of three": LinearSDE.from_matrices(
+        [[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0], [0.0, -1.0, -2.0]],
+        [[1.0, 0.5], [0.0, 0.0], [0.5, 2.0]],
+        2.0,
+        initial_covariance=[[0.0, 0.0, 0.0], [0.0, 0.04, 0.02], [0.0, 0.02, 0.1]],
+    ),
+}
+every_order = pytest.mark.parametrize("order", list(NOT_TRAILING))
+
+
+class TestDrivenComponents:
+    """Driven components anywhere among the others."""
+
+    @pytest.mark.parametrize("t", [0.02, 0.3, 1.0])
+    @every_kind
+    @every_order
+    def test_with_a_zero_network_it_is_the_gaussian_score(
+        self, order: str, kind: str, t: float
+    ) -> None:
+        sde = NOT_TRAILING[order]
+        mean, variance = reference(kind)
+        z = data_states(sde, t)
+        found = MixedScore(Constant(sde), sde, mean, variance)(z, t)
+        expected = gaussian_score(sde, mean, variance, z, t)
+        assert found.shape == (3, len(sde.driven), *SHAPE)
+        # The dense solve loses eps times the condition number.
+        tolerance = 64 * EPS * condition(sde, variance, t) * float(expected.abs().max() + 1)
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    @every_order
+    def test_what_the_reference_leaves_open_is_the_loss_of_a_zero_network(self, order: str) -> None:
+        sde, n = NOT_TRAILING[order], 4000
+        mean, variance = reference("channel")
+        model = MixedScore(Constant(sde), sde, mean, variance)
+        g = torch.Generator().manual_seed(1)
+        x = mean + variance.sqrt() * torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
+        for t in (0.02, 0.3, 0.9):
+            loss = hybrid_score_matching(
+                model, x, torch.full((n,), t, dtype=torch.float64), generator=g
+            )
+            expected = model.residual_variance(torch.tensor([t], dtype=torch.float64)).item()
+            # 5 standard errors, from the sample's own variance.
+            assert abs(loss.mean().item() - expected) <= 5 * loss.std().item() / math.sqrt(n)
+
+    @every_order
+    def test_a_tabulated_score_is_the_score(self, order: str) -> None:
+        sde = NOT_TRAILING[order]
+        model = MixedScore(Constant(sde, 0.3), sde, *reference("channel"))
+        times = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
+        z = data_states(sde, 0.3)
+        found, expected = model.tabulate(times, z)(z, 1), model(z, 0.3)
+        # Coefficients of one time or of a grid differ by rounding.
+        tolerance = exact.rounding(sde, 0.3) * float(expected.abs().max())
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
+class TestPredictions:
+    """Score and noise of one model."""
+
+    @pytest.mark.parametrize("convex", [False, True])
+    @pytest.mark.parametrize("name", [*FAMILIES, *NOT_TRAILING])
+    def test_score_and_noise_are_one_prediction(self, name: str, convex: bool) -> None:
+        sde = NOT_TRAILING[name] if name in NOT_TRAILING else FAMILIES[name]()
+        logits = torch.full((2, 1, 1), -0.5) if convex else None
+        model = MixedScore(Constant(sde, 0.7), sde, *reference("channel"), mixing_logits=logits)
+        t = torch.tensor([0.01, 0.3, 1.0], dtype=torch.float64)
+        z = data_states(sde, t)
+        noise, score = model(z, t, prediction="noise").detach(), model(z, t).detach()
+        assert noise.shape == score.shape == (3, len(sde.driven), *SHAPE)
+        assert torch.equal(model(z, t, prediction="score"), score)
+        for i, single in enumerate(t.tolist()):
+            convert = Conversion.at(sde, single, "score", "noise")
+            found = convert(z[i : i + 1], score[i : i + 1])
+            # There and back by a triangular matrix; kernels of one time and of three to 1e-12.
+            size = float(noise[i].abs().max())
+            tolerance = (exact.rounding(sde, single) + 1e-11) * size
+            assert torch.allclose(found[0], noise[i], rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("prediction", ["data", "full_score", "", None])
+    def test_other_predictions_are_refused(self, prediction: Any) -> None:
+        model = MixedScore(Constant(CLD()), CLD(), *reference("scalar"))
+        with pytest.raises(ValueError, match="prediction must be one of 'score', 'noise'"):
+            model(torch.zeros(3, 2, *SHAPE), 0.5, prediction=prediction)
+
+
+class TestConvexForm:
+    """Weights between reference and network that are learnt."""
+
+    @staticmethod
+    def model(sde: LinearSDE, logits: torch.Tensor | None, value: float = 0.7) -> MixedScore:
+        return MixedScore(Constant(sde, value), sde, *reference("channel"), mixing_logits=logits)
+
+    @every_family
+    def test_at_one_end_it_is_the_reference_score(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        z = data_states(sde, 0.3)
+        # exp(-200) is no weight.
+        found = self.model(sde, torch.full((2, 1, 1), -200.0))(z, 0.3)
+        expected = MixedScore(Constant(sde), sde, *reference("channel"))(z, 0.3)
+        assert torch.equal(found, expected)
+
+    @every_family
+    def test_at_the_other_end_it_is_the_network_s_noise_alone(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        z = data_states(sde, 0.3)
+        model = self.model(sde, torch.full((2, 1, 1), 200.0))
+        noise, score = model(z, 0.3, prediction="noise").detach(), model(z, 0.3).detach()
+        assert torch.equal(noise, torch.full_like(noise, 0.7))
+        convert = Conversion.at(sde, 0.3, "noise", "score")
+        # One triangular matrix, the inverse of another.
+        tolerance = exact.rounding(sde, 0.3) * float(score.abs().max())
+        assert torch.allclose(convert(z, noise), score, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("logit", [-3.0, 0.0, 1.5])
+    @pytest.mark.parametrize("name", [*FAMILIES, *NOT_TRAILING])
+    def test_between_the_ends_it_is_the_mean_of_both(self, name: str, logit: float) -> None:
+        sde = NOT_TRAILING[name] if name in NOT_TRAILING else FAMILIES[name]()
+        z = data_states(sde, 0.3)
+        found = self.model(sde, torch.tensor(logit))(z, 0.3, prediction="noise")
+        reference_noise = MixedScore(Constant(sde), sde, *reference("channel"))(
+            z, 0.3, prediction="noise"
+        )
+        a = 1 / (1 + math.exp(-logit))
+        expected = (1 - a) * reference_noise + a * 0.7
+        # A few roundings of the terms.
+        tolerance = 16 * EPS * float(reference_noise.abs().max() + 1)
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("shape", [(), (2, 1, 1), (1, 3, 3), SHAPE])
+    def test_logits_broadcast_with_the_data(self, shape: tuple[int, ...]) -> None:
+        sde = FAMILIES["PSLD"]()
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        z = data_states(sde, 0.3)
+        found = self.model(sde, logits)(z, 0.3, prediction="noise")
+        plain = MixedScore(Constant(sde), sde, *reference("channel"))(z, 0.3, prediction="noise")
+        a = logits.double().sigmoid().expand(SHAPE)
+        # Both driven components have the same weights; a few roundings of the terms.
+        expected = (1 - a) * plain + a * 0.7
+        tolerance = 16 * EPS * float(plain.abs().max() + 1)
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    @every_family
+    def test_gradients_reach_the_logits(self, name: str) -> None:
+        sde = FAMILIES[name]()
+        model = self.model(sde, torch.tensor([-3.0, 1.0]).reshape(2, 1, 1))
+        assert model.mixing_logits is not None
+        assert [name for name, _ in model.named_parameters()] == ["mixing_logits"]
+        g = torch.Generator().manual_seed(2)
+        x = torch.randn(4, *SHAPE, generator=g)
+        t = torch.full((4,), 0.3, dtype=torch.float64)
+        pair = PerturbedData.draw(sde, x.double(), t, generator=g)
+        noise = model(pair.z, t, prediction="noise")
+        pair.loss(noise).mean().backward()
+        # d n / d logit = a (1 - a) (0.7 - n_ref), and n - n_ref = a (0.7 - n_ref).
+        plain = MixedScore(Constant(sde), sde, *reference("channel"))(pair.z, t, prediction="noise")
+        a = torch.tensor([-3.0, 1.0]).double().sigmoid().reshape(2, 1, 1)
+        slope = 2 * (noise - pair.noise) * a * (1 - a) * (0.7 - plain) / (noise[0].numel() * 4)
+        expected = slope.sum((0, 1, 3, 4)).detach()
+        assert model.mixing_logits.grad is not None
+        # Gradients are summed in single precision.
+        assert torch.allclose(
+            model.mixing_logits.grad.flatten().double(), expected, rtol=1e-5, atol=1e-7
+        )
+
+    def test_the_logits_are_saved_and_loaded(self) -> None:
+        sde = CLD()
+        logits = torch.tensor([-3.0, 1.0]).reshape(2, 1, 1)
+        model, other = self.model(sde, logits), self.model(sde, torch.zeros(2, 1, 1))
+        z = data_states(sde, 0.3)
+        assert not torch.equal(other(z, 0.3), model(z, 0.3))
+        state = model.state_dict()
+        assert torch.equal(state["mixing_logits"], logits)
+        other.load_state_dict(state)
+        assert torch.equal(other(z, 0.3), model(z, 0.3))
+        assert torch.equal(copy.deepcopy(model)(z, 0.3), model(z, 0.3))
+
+    def test_the_forms_do_not_load_each_other(self) -> None:
+        sde = CLD()
+        additive, convex = self.model(sde, None), self.model(sde, torch.zeros(2, 1, 1))
+        assert additive.mixing_logits is None
+        assert "mixing_logits" not in additive.state_dict()
+        with pytest.raises(RuntimeError, match="mixing_logits"):
+            convex.load_state_dict(additive.state_dict())
+        with pytest.raises(RuntimeError, match="mixing_logits"):
+            additive.load_state_dict(convex.state_dict())
+
+    def test_the_caller_s_logits_stay_its_own(self) -> None:
+        logits = torch.zeros(2, 1, 1)
+        model = self.model(CLD(), logits)
+        assert model.mixing_logits is not None
+        with torch.no_grad():
+            model.mixing_logits += 1
+        assert not logits.any()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_dtype_of_the_state_is_kept(self, dtype: torch.dtype) -> None:
+        sde = CLD()
+        model = self.model(sde, torch.zeros(2, 1, 1))
+        z = data_states(sde, 0.3).to(dtype)
+        assert model(z, 0.3).dtype == model(z, 0.3, prediction="noise").dtype == dtype
+
+    def test_tables_mix_too(self) -> None:
+        sde = CLD()
+        model = self.model(sde, torch.tensor([-3.0, 1.0]).reshape(2, 1, 1))
+        times = torch.tensor([1.0, 0.3], dtype=torch.float64)
+        z = data_states(sde, 0.3)
+        found, expected = model.tabulate(times, z)(z, 1).detach(), model(z, 0.3).detach()
+        # Coefficients of one time or of a grid differ by rounding.
+        tolerance = exact.rounding(sde, 0.3) * float(expected.abs().max())
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("logits", [torch.tensor(math.nan), torch.tensor(math.inf), -3.0, "-3"])
+    def test_logits_are_finite_tensors(self, logits: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="mixing_logits must be a finite tensor"):
+            self.model(CLD(), logits)
+
+    @pytest.mark.parametrize("shape", [(3, 1, 1), (5,), (2, 2, 3, 3), (3, 1, 1, 1, 1)])
+    def test_logits_that_do_not_broadcast_are_refused(self, shape: tuple[int, ...]) -> None:
+        # (2, 2, 3, 3) would give each driven component weights of its own, (3, 1, 1, 1, 1) each
+        # sample.
+        sde = FAMILIES["PSLD"]()
+        model = self.model(sde, torch.zeros(shape))
+        with pytest.raises((ValueError, RuntimeError)):
+            model(data_states(sde, 0.3), 0.3)
+
+    def test_logits_with_more_axes_than_the_data_are_refused(self) -> None:
+        # (2, 1, 1) would give each of two samples weights of its own.
+        sde, logits = CLD(), torch.tensor([-3.0, 3.0]).reshape(2, 1, 1)
+        mean, variance = reference("scalar")
+        model = MixedScore(Constant(sde), sde, mean, variance, mixing_logits=logits)
+        with pytest.raises((ValueError, RuntimeError)):
+            model(torch.ones(2, 2, 3), 0.3)
 
 
 class TestResidualVariance:

@@ -199,6 +199,212 @@ class TestExactness:
             assert torch.allclose(data.score(sde)(z, t), expected, rtol=4e-12, atol=4e-12)
 
 
+class TestAllRows:
+    """Full scores, posterior means, and the law of the auxiliary components given the data."""
+
+    @every_time
+    @every_kind
+    @every_family
+    def test_full_score_and_posterior_mean_are_those_of_the_dense_law(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t, n=2)
+        score = data.score(sde, rows="all")(z, t)
+        mean = data.posterior_mean(sde, z, t)
+        assert score.shape == z.shape
+        assert mean.shape == (2, 2)
+        # Rows that are not driven are found through all others.
+        tolerance = min(1e-10, 4 * exact.rounding(sde, t))
+        for i in range(len(z)):
+            expected = exact.dense(sde, data, z[i], t)
+            error = (score[i] - expected.score).abs().max()
+            assert error <= tolerance * expected.score.abs().max()
+            # The posterior mean of the data is of the size of the means and of the data.
+            scale = float(data.means.abs().max() + expected.posterior_mean.abs().max())
+            assert (mean[i] - expected.posterior_mean).abs().max() <= tolerance * scale
+
+    @every_time
+    @every_kind
+    @every_family
+    def test_the_full_score_is_the_gradient_of_the_density(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t).requires_grad_()
+        (gradient,) = torch.autograd.grad(data.log_prob(sde, z, t).sum(), z)
+        score = data.score(sde, rows="all")
+        # Two orders of the same triangular products.
+        tolerance = 2 * exact.rounding(sde, t) * gradient.abs().max()
+        assert score.rows == list(range(sde.components))
+        assert (score(z, t).detach() - gradient).abs().max() <= tolerance
+
+    @every_family
+    def test_the_driven_rows_are_some_of_all(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture("degenerate")
+        z = exact.states(sde, data, 0.1)
+        full = data.score(sde, rows="all")(z, 0.1)
+        # The same products, perhaps summed in another order.
+        tolerance = exact.rounding(sde, 0.1) * float(full.abs().max())
+        driven = data.score(sde, rows="driven")(z, 0.1)
+        assert torch.allclose(full[:, list(sde.driven)], driven, rtol=0, atol=tolerance)
+        assert torch.equal(driven, data.score(sde)(z, 0.1))
+
+    @every_family
+    def test_tweedie_s_formula_connects_score_and_posterior_mean(self, name: str) -> None:
+        # Sigma s = -(z - psi E[x_0 | z]), all rows.
+        sde, data, t = FAMILIES[name](), exact.mixture(), 0.3
+        z = exact.states(sde, data, t)
+        kernel = sde.marginal(t)
+        left = kernel.covariance @ data.score(sde, rows="all")(z, t)
+        right = kernel.mean[:, :1] * data.posterior_mean(sde, z, t).unsqueeze(1) - z
+        # The score is right relative to its largest row, and the covariance is at most 400 for VE.
+        size = float(kernel.covariance.abs().max() * data.score(sde, rows="all")(z, t).abs().max())
+        assert (left - right).abs().max() <= exact.rounding(sde, t) * (size + float(z.abs().max()))
+
+    @pytest.mark.parametrize("kind", ["regular", "degenerate"])
+    @every_family
+    def test_posterior_means_average_to_the_mean_of_the_data(self, name: str, kind: str) -> None:
+        sde, data, n = FAMILIES[name](), exact.mixture(kind), 20_000
+        found = data.posterior_mean(sde, exact.states(sde, data, 0.2, n=n), 0.2)
+        # 5 standard errors, from the sample's own variance.
+        error = 5 * found.std(0) / math.sqrt(n)
+        assert ((found.mean(0) - data.weights @ data.means).abs() <= error).all()
+
+    @every_family
+    def test_posterior_means_take_any_times_axes_and_dtype(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        t = torch.tensor([1.0, 0.05, 0.4], dtype=torch.float64)
+        z = exact.states(sde, data, t, n=3)
+        together = data.posterior_mean(sde, z, t)
+        for i, single in enumerate(t.tolist()):
+            alone = data.posterior_mean(sde, z[i : i + 1], single)
+            # A batch shares the number of doublings of its longest time.
+            assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=1e-10)
+        several = data.posterior_mean(sde, z.reshape(3, sde.components, 1, 2), t)
+        assert several.shape == (3, 1, 2)
+        assert torch.equal(several[:, 0], together)
+        single_precision = data.posterior_mean(sde, z.float(), t)
+        assert single_precision.dtype == torch.float32
+        # The residual is rounded relative to z and divided by the row's standard deviation.
+        rows = sde.marginal(t).root.norm(dim=-1).min()
+        bound = 32 * 1.2e-7 * float(1 + z.abs().max() + 4 / rows)
+        assert (single_precision.double() - together).abs().max() <= bound
+
+
+AUXILIARY = [name for name in FAMILIES if FAMILIES[name]().components > 1]
+every_auxiliary = pytest.mark.parametrize("name", AUXILIARY)
+
+
+class TestConditionalLaw:
+    """The law of the auxiliary components given the first."""
+
+    @every_time
+    @every_kind
+    @every_auxiliary
+    def test_its_score_is_its_gradient(self, name: str, kind: str, t: float) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t).requires_grad_()
+        (gradient,) = torch.autograd.grad(data.conditional_log_prob(sde, z, t).sum(), z)
+        score = data.score(sde, rows="auxiliary")(z, t).detach()
+        assert score.shape == (len(z), sde.components - 1, 2)
+        # Two orders of the same triangular products; the terms of log p(z) and log p(x).
+        full = data.score(sde, rows="all")(z, t).detach()
+        tolerance = 2 * exact.rounding(sde, t) * full.abs().max()
+        assert (score - gradient[:, 1:]).abs().max() <= tolerance
+        assert torch.allclose(score, full[:, 1:], rtol=0, atol=float(tolerance))
+
+    @every_time
+    @every_kind
+    @every_auxiliary
+    def test_it_is_the_joint_density_over_that_of_the_data(
+        self, name: str, kind: str, t: float
+    ) -> None:
+        sde, data = FAMILIES[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t)
+        found = data.conditional_log_prob(sde, z, t)
+        assert found.shape == (len(z),)
+        kernel = sde.marginal(t)
+        psi, sigma = float(kernel.mean[0, 0]), float(kernel.covariance[0, 0])
+        eye = torch.eye(2, dtype=torch.float64)
+        logs = [
+            math.log(w)
+            + stats.multivariate_normal.logpdf(z[:, 0], psi * m, sigma * eye + psi**2 * C)
+            for w, m, C in zip(data.weights.tolist(), data.means, data.covariances, strict=True)
+        ]
+        log_data = torch.stack([torch.as_tensor(x) for x in logs]).logsumexp(0)
+        expected = data.log_prob(sde, z, t) - log_data
+        # The quadratic form of x is some 4 and its residual is rounded relative to x.
+        size = float(log_data.abs().max() + expected.abs().max() + 1)
+        residual = EPS * float(z[:, 0].abs().max()) / math.sqrt(sigma)
+        tolerance = 4 * exact.rounding(sde, t) + 64 * residual
+        assert (found - expected).abs().max() <= tolerance * size
+
+    @pytest.mark.parametrize("t", [0.02, 0.3, 1.0])
+    @pytest.mark.parametrize("name", ["CLD", "CLD, position noise", "PSLD", "HOLD"])
+    def test_it_integrates_to_one(self, name: str, t: float) -> None:
+        sde = FAMILIES[name]()
+        data = GaussianMixture([1.0, 2.0], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
+        x = exact.states(sde, data, t, n=3)[:, 0, 0]
+        draws = exact.states(sde, data, t, n=500)[:, 1:, 0]
+        # Velocities are within 12 standard deviations of what occurs, and the trapezoidal rule is
+        # exact for a smooth density once some steps fall on a standard deviation given the rest.
+        own = sde.marginal(t).root.diagonal()[1:]
+        axes = []
+        for row, sd in zip(draws.unbind(1), own.tolist(), strict=True):
+            # The first auxiliary row's spread given x may be larger than its own root's entry.
+            low, high = float(row.min() - 12 * sd), float(row.max() + 12 * sd)
+            axes.append(torch.linspace(low, high, 2 + int(2.5 * (high - low) / sd)).double())
+        grid = torch.cartesian_prod(*axes).reshape(-1, len(axes))
+        cell = math.prod(float(axis[1] - axis[0]) for axis in axes)
+        for point in x.tolist():
+            z = torch.cat([torch.full((len(grid), 1), point).double(), grid], dim=1)
+            density = data.conditional_log_prob(sde, z.unsqueeze(-1), t).exp()
+            # Tails beyond 5 standard deviations of the draws, and the axes' single precision.
+            assert float(density.sum()) * cell == pytest.approx(1.0, abs=1e-5)
+
+    @pytest.mark.parametrize("name", ["VP", "sub-VP", "VE"])
+    def test_a_process_without_auxiliary_components_has_none(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        with pytest.raises(ValueError, match="has no auxiliary components"):
+            data.score(sde, rows="auxiliary")
+        with pytest.raises(ValueError, match="has no auxiliary components"):
+            data.conditional_log_prob(sde, torch.zeros(2, 1, 2), 0.5)
+
+    @pytest.mark.parametrize("rows", ["velocity", "", None, [1]])
+    def test_unknown_rows_are_refused(self, rows: Any) -> None:
+        with pytest.raises(ValueError, match="rows must be one of"):
+            exact.mixture().score(CLD(), rows=rows)
+
+    @pytest.mark.parametrize("t", [0.0, torch.tensor([0.5, 0.0, 0.5])])
+    def test_at_the_start_there_is_none(self, t: Any) -> None:
+        data, z = exact.mixture("points"), torch.zeros(3, 2, 2)
+        with pytest.raises(ValueError, match="no density at t = 0"):
+            data.conditional_log_prob(CLD(), z, t)
+        with pytest.raises(ValueError, match="no density at t = 0"):
+            data.posterior_mean(CLD(), z, t)
+
+    @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 3, 2), (3, 2, 1), (3, 2), (2,)])
+    def test_states_that_do_not_fit_are_refused(self, shape: tuple[int, ...]) -> None:
+        data, z = exact.mixture(), torch.zeros(shape)
+        for method in (data.conditional_log_prob, data.posterior_mean):
+            with pytest.raises(ValueError, match="got"):
+                method(CLD(), z, 0.5)
+
+    @every_auxiliary
+    def test_tables_hold_any_rows(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        times = torch.tensor([0.4, 0.05], dtype=torch.float64)
+        for rows in ("all", "auxiliary"):
+            score = data.score(sde, rows=rows)
+            z = exact.states(sde, data, 0.05)
+            expected = score(z, 0.05)
+            found = score.tabulate(times, z)(z, 1)
+            # Coefficients of one time or of a grid differ by rounding.
+            tolerance = exact.rounding(sde, 0.05) * float(expected.abs().max())
+            assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
+
 class TestSampling:
     """Draws from the data law."""
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, MixedScore
-from cldsde.score import TimeSampler
+from cldsde import CLD, HOLD, VPSDE, LinearSDE, MixedScore
+from cldsde.score import TimeSampler, optimal_loss
 from score.exact import Constant
 
 Density = Callable[[torch.Tensor], torch.Tensor]
@@ -123,6 +123,98 @@ def test_the_residual_variance_of_a_mixed_score_is_a_density(make: Any) -> None:
     # five decades, 0.58 % each, and the residual variance falls at most like t^-20 (VP at t = 1,
     # where it is exp(-B)), so that it is off by half of 20 times 0.58 % at a knot.
     assert (loss / loss.mean() - 1).abs().max() <= 0.06
+
+
+def information(sde: LinearSDE, t: torch.Tensor, conditioning: str) -> torch.Tensor:
+    """H = 1/2 log(det Sigma_ref / det Sigma_cond) of unit-variance data, -dH/dt the least loss."""
+    if conditioning == "data":
+        kernel = sde.marginal(t)
+        c = torch.linalg.solve_triangular(kernel.root, kernel.mean[..., :1], upper=False)
+        return 0.5 * c.square().sum((-2, -1)).log1p()
+    start = sde.initial_covariance.clone()
+    start[0, 0] += 1
+    roots = sde.marginal(t, initial_covariance=start).root, sde.transition(0.0, t).root
+    reference, given = (root.diagonal(dim1=-2, dim2=-1).log().sum(-1) for root in roots)
+    return reference - given
+
+
+def likelihood_sampler(sde: LinearSDE, conditioning: Any) -> TimeSampler:
+    return TimeSampler.importance(sde, T_MIN, conditioning=conditioning, weighting="likelihood")
+
+
+T_MIN = 1e-5
+SPACING = math.log(1 / T_MIN) / 2000  # of the table's logarithms
+
+
+@pytest.mark.parametrize("conditioning", ["data", "all"])
+@pytest.mark.parametrize("make", [VPSDE, CLD, HOLD])
+class TestImportance:
+    """Times at which the least loss is the same share of the whole."""
+
+    def test_the_weighted_loss_is_nearly_constant(self, make: Any, conditioning: Any) -> None:
+        sde = make()
+        sampler = likelihood_sampler(sde, conditioning)
+        t, weight = sampler.sample(20_000, generator=torch.Generator().manual_seed(0))
+        loss = weight * optimal_loss(sde, t, conditioning=conditioning, weighting="likelihood")
+        # Draws are uniform between knots, and a loss like t^-p varies there by p times the spacing,
+        # a standard deviation of p / sqrt(12) spacings: one spacing for p <= 3.4. Larger powers,
+        # up to 20, occur near t = 1 alone, where hardly a draw falls.
+        assert loss.std() <= SPACING * loss.mean()
+        assert (loss / loss.mean() - 1).abs().max() <= 0.06
+
+    def test_draws_share_the_information_evenly(self, make: Any, conditioning: Any) -> None:
+        sde = make()
+        u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        t, _ = likelihood_sampler(sde, conditioning).quantiles(u)
+        H = information(sde, t, conditioning)
+        # The trapezoidal rule is off by p (p + 1) / 12 squared spacings of a loss like t^-p, less
+        # than twice 20 / 12 with p <= 4 wherever there is mass; interpolation by less: a bin's
+        # share, 1/100 at most, times p / 8 spacings.
+        share = (H[0] - H) / (H[0] - H[-1])
+        assert (share - u).abs().max() <= 20 / 6 * SPACING**2 + 0.01 * 4 / 8 * SPACING
+
+    def test_the_weighted_loss_averages_to_the_information(
+        self, make: Any, conditioning: Any
+    ) -> None:
+        sde = make()
+        sampler = likelihood_sampler(sde, conditioning)
+        u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        t, weight = sampler.quantiles(u)
+        loss = weight * optimal_loss(sde, t, conditioning=conditioning, weighting="likelihood")
+        ends = information(sde, torch.tensor([T_MIN, 1.0], dtype=torch.float64), conditioning)
+        expected = float(ends[0] - ends[1]) / (1 - T_MIN)
+        # As the shares above, and the midpoint rule of 10,000 shares on values that vary by 6 %.
+        assert loss.mean().item() == pytest.approx(expected, rel=4 * SPACING**2 + 0.06 / 1e3)
+
+    def test_any_weighting_may_be_balanced(self, make: Any, conditioning: Any) -> None:
+        sde = make()
+        for weighting in ("reweighted", lambda t: 1 / (t + 0.01), lambda t: t):
+            sampler = TimeSampler.importance(
+                sde, 1e-3, data_variance=0.5, conditioning=conditioning, weighting=weighting
+            )
+            t, weight = sampler.sample(2000, generator=torch.Generator().manual_seed(0))
+            loss = weight * optimal_loss(
+                sde, t, data_variance=0.5, conditioning=conditioning, weighting=weighting
+            )
+            # As above, 2000 steps over three decades.
+            assert (loss / loss.mean() - 1).abs().max() <= 0.06
+
+
+@pytest.mark.parametrize("weighting", [lambda t: 0 * t, lambda t: -t, lambda t: t * math.nan])
+def test_weightings_without_mass_are_refused(weighting: Any) -> None:
+    with pytest.raises(ValueError, match="one finite, positive value a time"):
+        TimeSampler.importance(CLD(), 1e-3, weighting=weighting)
+
+
+def test_importance_passes_refusals_on() -> None:
+    with pytest.raises(ValueError, match="data_variance"):
+        TimeSampler.importance(CLD(), 1e-3, data_variance=0.0)
+    with pytest.raises(ValueError, match="conditioning"):
+        TimeSampler.importance(CLD(), 1e-3, conditioning="velocity")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weighting"):
+        TimeSampler.importance(CLD(), 1e-3, weighting="uniform")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sde must be a LinearSDE"):
+        TimeSampler.importance(CLD, 1e-3)  # type: ignore[arg-type]
 
 
 class TestRefusals:
