@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
-from cldsde.linear.checks import TimeLike, check_between, check_positive
+from cldsde.linear.checks import TimeLike, as_times, check_between, check_positive
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
@@ -95,8 +95,13 @@ def evidence_lower_bound(
     """
     check_process(sde)
     check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
-    if isinstance(t, Tensor) and t.numel() and float(t.detach().min()) < t_min:
-        msg = f"t must lie in [t_min, T] = [{t_min:g}, {sde.T:g}]; got {float(t.min()):g}"
+    times = as_times(t, "t", sde.T)
+    # A time in single precision may round below the smallest.
+    if times.numel() and float(times.min()) < t_min * (1 - 1e-6):
+        msg = f"t must lie in [t_min, T] = [{t_min:g}, {sde.T:g}]; got {float(times.min()):g}"
+        raise ValueError(msg)
+    if isinstance(weight, Tensor) and weight.shape not in (torch.Size([]), torch.Size([len(x0)])):
+        msg = f"weight must be one number or have shape ({len(x0)},); got {tuple(weight.shape)}"
         raise ValueError(msg)
     pair = PerturbedData.draw(sde, x0, t, generator=generator)
     output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
