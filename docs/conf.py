@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_execution_timeout = 600  # seconds a cell; some train
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"

@@ -1,6 +1,6 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
-from .base import Facts, Solver
+from .base import Facts, Memory, Solver
 from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
 from .grids import quadratic_times, root_times, uniform_times
@@ -12,6 +12,7 @@ __all__ = [
     "EulerMaruyama",
     "Facts",
     "FreshNoise",
+    "Memory",
     "NoiseSource",
     "RecordedNoise",
     "Solution",

@@ -13,7 +13,11 @@ from cldsde.score import ReverseProcess
 
 from .noise import NoiseSource
 
-__all__ = ["Facts", "ScoreAt", "Solver"]
+__all__ = ["Facts", "Memory", "ScoreAt", "Solver"]
+
+Memory = tuple[Tensor, ...]
+"""What a step hands to the next one: tensors ``(B, rows, *D)``, affine in state and noise wherever
+the score is affine."""
 
 ScoreAt = Callable[[Tensor, int], Tensor]
 """Score of the driven components at a state, at the evaluation time of the given number."""
@@ -67,5 +71,21 @@ class Solver(ABC):
         """Times at which the score is asked, float64, numbered in the order of use."""
 
     @abstractmethod
-    def step(self, z: Tensor, tables: Any, i: int, score: ScoreAt, noise: NoiseSource) -> Tensor:
-        """Advance the state from ``times[i]`` to ``times[i + 1]``; does not change ``z``."""
+    def step(
+        self, z: Tensor, memory: Memory, tables: Any, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """Advance the state from ``times[i]`` to ``times[i + 1]``.
+
+        Parameters
+        ----------
+        z
+            State ``(B, k, *D)``; not to be changed.
+        memory
+            What the step before returned, ``()`` at the first; one-step solvers return ``()``.
+        tables
+            What `prepare` returned.
+        i
+            Number of the step.
+        score, noise
+            Where the score and standard normals come from.
+        """

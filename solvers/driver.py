@@ -12,7 +12,7 @@ from cldsde.linear.checks import as_times, check_state
 from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import checked_score, score_argument
 
-from .base import Solver
+from .base import Memory, Solver
 from .noise import FreshNoise, NoiseSource
 from .progress import progress_bar
 
@@ -159,8 +159,9 @@ def solve(
     asked = solver.evaluation_times(grid)
     score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
 
+    memory: Memory = ()
     for i in progress_bar(range(steps), shown=progress, desc=type(solver).__name__):
-        z = solver.step(z, tables, i, score, source)
+        z, memory = solver.step(z, memory, tables, i, score, source)
     data = z[:, 0] if prediction is None else prediction(z, score(z, len(asked)))
     finite = bool(z.isfinite().all() and data.isfinite().all())
     return Solution(

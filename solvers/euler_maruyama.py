@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts, ScoreAt, Solver
-from .combine import Block, as_blocks, combine
+from .base import Facts, Memory, ScoreAt, Solver
+from .combine import Affine, affine_step, as_blocks
 from .noise import NoiseSource
 
 __all__ = ["EulerMaruyama"]
-
-
-class _Tables(NamedTuple):
-    state: list[Block]
-    score: list[Block]
-    noise: list[Block]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +33,12 @@ class EulerMaruyama(Solver):
         applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1
     )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
         """Blocks I − hF, h GGᵀ and √h G a step."""
         sde = process.sde
         start, h = times[:-1], -times.diff()[:, None, None]
         F, G = sde.drift(start), sde.diffusion(start)
-        return _Tables(
+        return Affine(
             as_blocks(torch.eye(sde.components, dtype=torch.float64) - h * F),
             as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
             as_blocks(h.sqrt() * G),
@@ -55,13 +49,7 @@ class EulerMaruyama(Solver):
         return times[:-1]
 
     def step(
-        self, z: Tensor, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> Tensor:
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
         """One step."""
-        xi = noise.normal(z, len(tables.noise[i][0]))
-        return combine(
-            torch.empty_like(z),
-            (tables.state[i], z),
-            (tables.score[i], score(z, i)),
-            (tables.noise[i], xi),
-        )
+        return affine_step(z, tables, i, score(z, i), noise), ()

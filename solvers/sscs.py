@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts, ScoreAt, Solver
+from .base import Facts, Memory, ScoreAt, Solver
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -84,15 +84,15 @@ class SSCS(Solver):
         return times[:-1]
 
     def step(
-        self, z: Tensor, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> Tensor:
+        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
         """Exact move, kick; after the last kick the closing exact move."""
         z = self._move(z, tables, i, noise)
         kick = score(z, i)
         z = combine(torch.empty_like(z), (tables.pull[i], z), (tables.score[i], kick))
         if i == len(tables.score) - 1:
             z = self._move(z, tables, i + 1, noise)
-        return z
+        return z, ()
 
     def _move(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
         xi = noise.normal(z, z.shape[1])

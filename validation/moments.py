@@ -95,15 +95,21 @@ def propagate_moments(
         def score(z: Tensor, i: int) -> Tensor:
             return process.score(z, asked[i].expand(len(z)))
 
+    rows = [k]  # of the state, and of the tensors that the solver hands to its next step
     for i in range(len(grid) - 1):
         count = _CountingNoise()
-        solver.step(m.new_zeros(1, k, dimension), tables, i, score, count)
-        draws = sum(count.rows) * dimension
+        size = sum(rows) * dimension
         # Origin, unit vectors, and a point that an affine map takes to their combination.
         states = torch.cat([torch.zeros(1, size), torch.eye(size), torch.full((1, size), 2.0)])
-        probes = torch.cat([states, torch.zeros(draws, size)]).to(m).reshape(-1, k, dimension)
-        out = solver.step(probes, tables, i, score, _BasisNoise(count.rows, dimension))
-        out = out.reshape(-1, size)
+        origin = states[:1].to(m).reshape(1, sum(rows), dimension).split(rows, dim=1)
+        solver.step(origin[0], origin[1:], tables, i, score, count)
+        draws = sum(count.rows) * dimension
+        probes = torch.cat([states, torch.zeros(draws, size)]).to(m)
+        z, *memory = probes.reshape(-1, sum(rows), dimension).split(rows, dim=1)
+        noise = _BasisNoise(count.rows, dimension)
+        z, kept = solver.step(z, tuple(memory), tables, i, score, noise)
+        rows = [tensor.shape[1] for tensor in (z, *kept)]
+        out = torch.cat([z, *kept], dim=1).flatten(1)
         b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size :] - out[0]).T
         if float((out[1 + size] - b - 2 * X.sum(1)).abs().max()) > 1e-9 * float(out.abs().max()):
             msg = (
@@ -113,4 +119,5 @@ def propagate_moments(
             raise ValueError(msg)
         m = b + X @ m
         C = X @ C @ X.T + N @ N.T
-    return m.reshape(k, dimension), C
+    size = k * dimension
+    return m[:size].reshape(k, dimension), C[:size, :size]

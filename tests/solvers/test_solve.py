@@ -607,8 +607,9 @@ class TestSolvers:
         with monkeypatch.context() as patch:
             for attribute in names:
                 patch.setattr(torch.Tensor, attribute, refuse)
+            memory: solvers.Memory = ()
             for i in range(len(times) - 1):
-                z = solver.step(z, tables, i, table, noise)
+                z, memory = solver.step(z, memory, tables, i, table, noise)
         assert z.isfinite().all()
 
     @every_case
