@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "as_float64",
+    "as_levels",
     "as_matrix",
     "as_number",
     "as_times",
@@ -54,6 +55,32 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
             msg = f"{name} must lie in [0, {end:g}]; got {got}"
             raise ValueError(msg)
     return times
+
+
+def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
+    """Turn a number ≥ 0, or a tensor of them, into float64 on the host, broadcast to ``shape``.
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is neither a real number nor a real floating-point tensor.
+    ValueError
+        If a number is negative or not finite, or the tensor does not broadcast.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full(shape, check_at_least(value, 0.0, name), dtype=torch.float64)
+    if not value.is_floating_point():
+        msg = f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
+        raise TypeError(msg)
+    levels = value.cpu().to(torch.float64)
+    if not bool((levels.isfinite() & (levels >= 0)).all()):
+        msg = f"{name} must be finite and at least 0; got {levels.tolist()}"
+        raise ValueError(msg)
+    try:
+        return levels.expand(shape)
+    except RuntimeError:
+        msg = f"{name} must broadcast with the times, {tuple(shape)}; got {tuple(levels.shape)}"
+        raise ValueError(msg) from None
 
 
 def as_float64(value: object) -> Tensor:

@@ -154,7 +154,7 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 
 
 def reverse_family(
-    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: float
+    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``; see `whitened_family`."""
     move, noise = whitened_family(dynamics, law, s, t, stochasticity)
@@ -164,7 +164,7 @@ def reverse_family(
 
 
 def whitened_family(
-    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: float
+    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""Transition matrix and noise root in coordinates in which z_τ is standard normal.
 
@@ -186,20 +186,28 @@ def whitened_family(
     s, t
         Times of one shape, s ≤ t.
     stochasticity
-        λ ≥ 0.
+        λ ≥ 0, of the shape of s.
     """
-    flat_s, flat_t = s.flatten(), t.flatten()
+    flat_s, flat_t, level = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
 
-    def matrices(times: Tensor) -> tuple[Tensor, Tensor]:
+    def matrices(times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         root = law(times)
         g = torch.linalg.solve_triangular(root, dynamics.diffusion(times), upper=False)
         N = torch.linalg.solve_triangular(root, dynamics.drift(times) @ root, upper=False)
         dissipation = 0.5 * g @ g.mT
         upper = (N + dissipation).triu(1)
-        return upper - upper.mT + stochasticity**2 * dissipation, stochasticity * g
+        return upper - upper.mT, dissipation, g
 
-    panels, edges = _panels(lambda u: matrices(u)[0], flat_s, flat_t)
-    factors = converged(matrices, edges, panels)
+    def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
+        rotation, dissipation, g = matrices(times)
+        return rotation + level.square() * dissipation, level * g
+
+    def fastest(times: Tensor) -> Tensor:
+        rotation, dissipation, _ = matrices(times)
+        return rotation + level.detach().square().max() * dissipation
+
+    panels, edges = _panels(fastest, flat_s, flat_t)
+    factors = converged(reverse, edges, panels)
     if factors is None:
         msg = "t: the reverse process varies too fast between s and t to be resolved"
         raise ValueError(msg)

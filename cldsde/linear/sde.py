@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import MatrixLike, TimeLike, as_matrix, as_times, check_at_least
+from cldsde.linear.checks import MatrixLike, TimeLike, as_levels, as_matrix, as_times
 from cldsde.linear.covariance import covariance_root, joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
@@ -246,11 +246,21 @@ class LinearSDE:
 
         By a Gauss–Legendre rule of 16 nodes, exact where G Gᵀ is smooth over [s, t].
         """
+        root = self.noise_root(s, t)
+        return root @ root.mT
+
+    def noise_root(self, s: TimeLike, t: TimeLike) -> Tensor:
+        r"""Lower-triangular root of :math:`∫_s^t G G^⊤` in the driven components, ``(*, k, d)``."""
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
         nodes, weights = gauss_legendre(16)
         span = (end - start).unsqueeze(-1)
         G = self.dynamics.diffusion(start.unsqueeze(-1) + span * nodes)
-        return torch.einsum("...q,...qir,...qjr->...ij", span * weights, G, G)
+        columns = ((span * weights).sqrt()[..., None, None] * G).movedim(-3, -2).flatten(-2)
+        # Rows that noise does not reach stay zero, and so do the columns that they would have.
+        driven = list(self.driven)
+        root = torch.zeros(*columns.shape[:-1], len(driven), dtype=torch.float64)
+        root[..., driven, :] = joint_root(columns[..., driven, :])
+        return root
 
     def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
         r"""Law of z_t given the mean of z_0.
@@ -288,7 +298,7 @@ class LinearSDE:
         s: TimeLike,
         t: TimeLike,
         *,
-        stochasticity: float = 1.0,
+        stochasticity: float | Tensor = 1.0,
         initial_covariance: MatrixLike | None = None,
     ) -> Posterior:
         r"""Law of z_s given z_t and the mean of z_0, for s ≤ t, and the family around it.
@@ -302,9 +312,10 @@ class LinearSDE:
             Times in [0, 1] that broadcast, t > 0; s > 0 too where λ is not 1 and z_0 has no
             density of its own.
         stochasticity
-            λ ≥ 0. 1: the Bayesian posterior p(z_s | z_t, z_0), the step of ancestral sampling.
-            0: the probability flow of a single datum, the step of DDIM. Every λ carries the law
-            of z_t given z_0 to that of z_s given z_0.
+            λ ≥ 0, a number or a tensor that broadcasts with the times. 1: the Bayesian posterior
+            p(z_s | z_t, z_0), the step of ancestral sampling. 0: the probability flow of a single
+            datum, the step of DDIM. Every λ carries the law of z_t given z_0 to that of z_s given
+            z_0.
         initial_covariance
             Σ_0 as in `marginal`: None conditions on the data, zeros on all of z_0; with the data's
             variance in its first entry the law is the exact reverse transition p(z_s | z_t) of
@@ -335,17 +346,17 @@ class LinearSDE:
         (0.555..., 0.721...)
         """
         start, end = self._interval(s, t)
-        check_at_least(stochasticity, 0.0, "stochasticity")
+        levels = as_levels(stochasticity, "stochasticity", start.shape)
         root = self._root_at_start(initial_covariance)
         earlier, later = self._marginal(start, root), self._marginal(end, root)
         self._check_density(later.root, "t", end)
-        if stochasticity == 1:
+        if bool((levels == 1).all()):
             step = Kernel(*self._factors(start, end))
             state, noise = bayes(step, earlier.root, later.root)
         else:
             self._check_density(earlier.root, "s", start)
             state, noise = reverse_family(
-                self.dynamics, lambda u: self._marginal(u, root).root, start, end, stochasticity
+                self.dynamics, lambda u: self._marginal(u, root).root, start, end, levels
             )
         return Posterior(state, earlier.mean - state @ later.mean, noise)
 
@@ -383,7 +394,11 @@ class LinearSDE:
         self._check_density(law, "t", times)
         end = torch.full_like(times, self.T)
         rotation, _ = whitened_family(
-            self.dynamics, lambda u: self._marginal(u, root).root, times, end, 0.0
+            self.dynamics,
+            lambda u: self._marginal(u, root).root,
+            times,
+            end,
+            torch.zeros_like(times),
         )
         # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
         eye = torch.eye(self.components, dtype=torch.float64)

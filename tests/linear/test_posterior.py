@@ -700,10 +700,25 @@ def test_stochasticity_is_at_least_zero(stochasticity: float) -> None:
         CLD().posterior(0.1, 0.5, stochasticity=stochasticity)
 
 
-@pytest.mark.parametrize("stochasticity", [None, "1", True, torch.tensor(1.0)])
+@pytest.mark.parametrize("stochasticity", [None, "1", True, torch.tensor(1)])
 def test_stochasticity_is_a_number(stochasticity: Any) -> None:
-    with pytest.raises(TypeError, match="stochasticity must be a real number"):
+    with pytest.raises(
+        TypeError, match=r"stochasticity must be a (real number|floating-point tensor)"
+    ):
         CLD().posterior(0.1, 0.5, stochasticity=stochasticity)
+
+
+def test_stochasticity_may_vary_with_the_step() -> None:
+    sde, s, t = CLD(), torch.tensor([0.3, 0.1, 0.01]), torch.tensor([0.5, 0.2, 0.03])
+    levels = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
+    together = sde.posterior(s.double(), t.double(), stochasticity=levels)
+    for i, level in enumerate(levels.tolist()):
+        alone = sde.posterior(s[i].double(), t[i].double(), stochasticity=level)
+        # The collocation's tolerance.
+        assert torch.allclose(together.state[i], alone.state, rtol=0, atol=1e-12)
+        assert torch.allclose(together.root[i], alone.root, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="stochasticity must broadcast"):
+        sde.posterior(s.double(), t.double(), stochasticity=levels[:2])
 
 
 @pytest.mark.parametrize(
