@@ -3,20 +3,29 @@
 from .base import Facts, Memory, Solver
 from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
+from .exponential_euler import ExponentialEuler
+from .exponential_multistep import ExponentialMultistep
 from .grids import quadratic_times, root_times, uniform_times
 from .noise import FreshNoise, NoiseSource, RecordedNoise
+from .predictors import Ancestral, ReverseDiffusion
 from .sscs import SSCS
+from .stochastic_heun import StochasticHeun
 
 __all__ = [
     "SSCS",
+    "Ancestral",
     "EulerMaruyama",
+    "ExponentialEuler",
+    "ExponentialMultistep",
     "Facts",
     "FreshNoise",
     "Memory",
     "NoiseSource",
     "RecordedNoise",
+    "ReverseDiffusion",
     "Solution",
     "Solver",
+    "StochasticHeun",
     "quadratic_times",
     "root_times",
     "solve",

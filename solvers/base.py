@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +54,10 @@ class Solver(ABC):
     is tensor arithmetic only and may look at nothing but its arguments.
     """
 
-    facts: ClassVar[Facts]
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What the solver needs and promises with these options."""
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +28,10 @@ class EulerMaruyama(Solver):
     low NFE.
     """
 
-    facts: ClassVar[Facts] = Facts(
-        applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1
-    )
+    @property
+    def facts(self) -> Facts:
+        """Every linear SDE, weak and strong order 1."""
+        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
         """Blocks I − hF, h GGᵀ and √h G a step."""

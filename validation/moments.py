@@ -101,11 +101,11 @@ def propagate_moments(
         size = sum(rows) * dimension
         # Origin, unit vectors, and a point that an affine map takes to their combination.
         states = torch.cat([torch.zeros(1, size), torch.eye(size), torch.full((1, size), 2.0)])
-        origin = states[:1].to(m).reshape(1, sum(rows), dimension).split(rows, dim=1)
+        origin = torch.split(states[:1].to(m).reshape(1, -1, dimension), rows, dim=1)
         solver.step(origin[0], origin[1:], tables, i, score, count)
         draws = sum(count.rows) * dimension
         probes = torch.cat([states, torch.zeros(draws, size)]).to(m)
-        z, *memory = probes.reshape(-1, sum(rows), dimension).split(rows, dim=1)
+        z, *memory = torch.split(probes.reshape(-1, sum(rows), dimension), rows, dim=1)
         noise = _BasisNoise(count.rows, dimension)
         z, kept = solver.step(z, tuple(memory), tables, i, score, noise)
         rows = [tensor.shape[1] for tensor in (z, *kept)]

@@ -1,0 +1,62 @@
+"""Exponential Euler for the reverse SDE: the linear drift exact, the score frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.covariance import joint_root
+from cldsde.linear.schedule import gauss_legendre
+from cldsde.score import ReverseProcess
+
+from .base import Facts, Memory, ScoreAt, Solver
+from .combine import Affine, affine_step, as_blocks
+from .noise import NoiseSource
+
+__all__ = ["ExponentialEuler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialEuler(Solver):
+    r"""Exponential Euler: freeze the score over each step and solve the linear rest exactly.
+
+    .. math:: z ← Ψ(u,t)\,z + ∫_u^t Ψ(u,τ) G G^⊤ dτ\; s(z, t) + ζ, \qquad
+              \mathrm{Cov}\,ζ = ∫_u^t Ψ(u,τ) G G^⊤ Ψ(u,τ)^⊤ dτ
+
+    One score evaluation a step, weak order 1. The stiffness near the data is in the score, so that
+    little is gained over `EulerMaruyama`; `ExponentialMultistep` treats the part of the score
+    that is linear exactly too.
+    """
+
+    @property
+    def facts(self) -> Facts:
+        """Every linear SDE, weak order 1."""
+        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+        """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""
+        sde, start, end = process.sde, times[:-1], times[1:]
+        nodes, weights = gauss_legendre(16)
+        span = (start - end).unsqueeze(1)
+        at = end.unsqueeze(1) + span * nodes
+        pulled = torch.linalg.solve(sde.transition(end.unsqueeze(1), at).mean, sde.diffusion(at))
+        measure = (span * weights)[..., None, None]
+        score = (measure * pulled @ sde.diffusion(at).mT).sum(1)
+        columns = (measure.sqrt() * pulled).movedim(1, 2).flatten(2)
+        return Affine(
+            as_blocks(torch.linalg.inv(sde.transition(end, start).mean)),
+            as_blocks(score[..., list(sde.driven)]),
+            as_blocks(joint_root(columns)),
+        )
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """One step."""
+        return affine_step(z, tables, i, score(z, i), noise), ()

@@ -1,0 +1,327 @@
+"""Exponential multistep integrators, from ODE to SDE, for any process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.covariance import triangular_inverse
+from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.sde import LinearSDE
+from cldsde.score import Conversion, ReverseProcess
+
+from .base import Facts, Memory, ScoreAt, Solver
+from .combine import Block, as_blocks, combine
+from .noise import NoiseSource
+
+__all__ = ["ExponentialMultistep"]
+
+_NODES = 16
+
+
+class _Tables(NamedTuple):
+    """Blocks of each step; predictions have m rows, 1 for the data and k for the noise."""
+
+    predict_state: list[Block]  # m×k and m×d: state and driven score to the prediction
+    predict_score: list[Block]
+    move: list[Block]  # k×k
+    noise: list[Block]  # k×k, or no columns where nothing is drawn
+    weights: list[list[Block]]  # of the predictions, newest first, k×m each
+    corrector: list[list[Block]]  # of the predictions at the step's end and before
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialMultistep(Solver):
+    r"""Exponential Adams–Bashforth steps: what is linear is exact, the prediction a polynomial.
+
+    Given x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀), and the process of stochasticity λ is
+    linear but for x̂₀,
+
+    .. math::
+        z_u = Φ_λ(u,t)\,z_t + \sum_j B_j\,\hat x_0(t_j) + ζ, \qquad
+        B_j = −\tfrac{1+λ^2}2 ∫_t^u Φ_λ(u,τ)\,G G^⊤ Σ_τ^{-1} ψ(τ)\,ℓ_j(τ)\,dτ,
+
+    with ζ of covariance Σ_u − Φ_λ Σ_t Φ_λᵀ and Lagrange polynomials ℓ_j through the last ``order``
+    predictions. One score evaluation a step. The data prediction comes from the driven score, so
+    that networks that predict the velocity's score alone serve.
+
+    For k = 1 this is DDIM (order 1, λ = 0), ancestral sampling (order 1, λ = 1), DPM-Solver++(2M)
+    and (3M), their SDE forms, UniPC (with the corrector) and SA-Solver (λ a function of time); for
+    k > 1 the deterministic form does what gDDIM does. On data that are one point every order is
+    exact in one step; the first order is for any grid.
+
+    Deterministic (λ = 0), the order is ``order``, one more with the corrector; with noise it is the
+    weak order, and ends at 2.
+
+    Parameters
+    ----------
+    order
+        1, 2 or 3: predictions that a step looks at. The first steps have fewer.
+    stochasticity
+        λ ≥ 0: 0 is the probability flow, 1 the reverse SDE; or a function of float64 times ``(n,)``
+        to ``(n,)``, taken as constant over each step at its start.
+    corrector
+        Repeat each step, but the last, with the prediction at its end, which the next step needs
+        anyway: no further evaluation.
+    prediction
+        ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t
+        (deterministic only).
+    variable
+        What ℓ_j are polynomials in: ``"time"``, or ``"log_snr"``, κ = ½ log ψᵀΣ⁻¹ψ, as published
+        for k = 1.
+    weights
+        ``"exact"``, or ``"published"``: formulas of two points weigh their difference by
+        B H/(2H'), as DPM-Solver++(2M) and UniPC do; for ``variable="log_snr"``.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range or options do not go together.
+
+    References
+    ----------
+    Zhang and Chen 2023 (DEIS); Zhang, Tao and Chen 2023 (gDDIM); Lu et al. 2022 (DPM-Solver++);
+    Zhao et al. 2023 (UniPC); Xue et al. 2023 (SA-Solver).
+    """
+
+    order: int = 2
+    stochasticity: float | Callable[[Tensor], Tensor] = 0.0
+    corrector: bool = False
+    prediction: Literal["data", "noise"] = "data"
+    variable: Literal["time", "log_snr"] = "time"
+    weights: Literal["exact", "published"] = "exact"
+
+    @property
+    def facts(self) -> Facts:
+        """Facts that hold for these options."""
+        order = self.order + self.corrector
+        deterministic = self.stochasticity == 0
+        return Facts(
+            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            nfe_per_step=1,
+            weak_order=None if deterministic else min(order, 2),
+            ode_order=order if deterministic else None,
+        )
+
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range."""
+        if self.order not in (1, 2, 3):
+            msg = f"order must be 1, 2 or 3; got {self.order!r}"
+            raise ValueError(msg)
+        for name, allowed in (
+            ("prediction", ("data", "noise")),
+            ("variable", ("time", "log_snr")),
+            ("weights", ("exact", "published")),
+        ):
+            if getattr(self, name) not in allowed:
+                msg = f"{name} must be one of {allowed}; got {getattr(self, name)!r}"
+                raise ValueError(msg)
+        constant = not callable(self.stochasticity)
+        if constant and not (
+            isinstance(self.stochasticity, int | float)
+            and math.isfinite(self.stochasticity)
+            and self.stochasticity >= 0
+        ):
+            msg = f"stochasticity must be finite and not negative; got {self.stochasticity!r}"
+            raise ValueError(msg)
+        if self.prediction == "noise" and self.stochasticity != 0:
+            msg = "prediction='noise' is deterministic; take stochasticity=0 or prediction='data'"
+            raise ValueError(msg)
+        if self.weights == "published" and (self.variable != "log_snr" or self.order > 2):
+            msg = "weights='published' are those of variable='log_snr' and order 1 or 2"
+            raise ValueError(msg)
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+        """Blocks of all steps.
+
+        Raises
+        ------
+        ValueError
+            If the driven score does not determine the data at some time, or the grid ends at 0.
+        """
+        sde = process.sde
+        if float(times[-1]) <= 0:
+            msg = (
+                "times must end above 0 for ExponentialMultistep: the law given the data has no "
+                "density at 0; finish with denoise=True instead"
+            )
+            raise ValueError(msg)
+        levels = self._levels(times[:-1])
+        convert = Conversion.at(sde, times[:-1], "score", "data")
+        state, score = convert.state, convert.value
+        kernel: _DataPrediction | _NoisePrediction
+        if self.prediction == "data":
+            kernel = _DataPrediction(sde, times, levels)
+        else:
+            kernel = _NoisePrediction(sde, times)
+            psi = sde.marginal(times[:-1]).mean[..., :1]
+            eye = torch.eye(sde.components, dtype=torch.float64)
+            inverse = torch.linalg.inv(kernel.root[:-1])
+            state, score = inverse @ (eye - psi @ state), -inverse @ psi @ score
+        position = self._position(sde)
+        return _Tables(
+            as_blocks(state),
+            as_blocks(score),
+            as_blocks(kernel.move),
+            as_blocks(kernel.noise),
+            self._weights(kernel, position, times, offset=0),
+            self._weights(kernel, position, times, offset=1) if self.corrector else [],
+        )
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """Predict at the state, mend the step that led to it, and step on."""
+        rows = len(tables.predict_state[i])
+        new = combine(
+            z.new_empty(len(z), rows, *z.shape[2:]),
+            (tables.predict_state[i], z),
+            (tables.predict_score[i], score(z, i)),
+        )
+        predictions = (new, *memory[1:])
+        if self.corrector and i > 0:
+            z = _with(memory[0], tables.corrector[i - 1], predictions)
+        terms = [(tables.move[i], z)]
+        columns = len(tables.noise[i][0])
+        if columns:
+            terms.append((tables.noise[i], noise.normal(z, columns)))
+        carried = combine(torch.empty_like(z), *terms)
+        following = _with(carried, tables.weights[i], predictions)
+        kept = self.order if self.corrector else self.order - 1
+        return following, (carried, *predictions[:kept])
+
+    def _levels(self, times: Tensor) -> Tensor:
+        if not callable(self.stochasticity):
+            return torch.full_like(times, self.stochasticity)
+        levels = torch.as_tensor(self.stochasticity(times)).to(torch.float64)
+        if levels.shape != times.shape or not bool((levels.isfinite() & (levels >= 0)).all()):
+            msg = "stochasticity must return one finite number ≥ 0 a time"
+            raise ValueError(msg)
+        return levels
+
+    def _position(self, sde: LinearSDE) -> Callable[[Tensor], Tensor]:
+        """The variable of the polynomials as a function of time."""
+        if self.variable == "time":
+            return lambda t: t
+
+        def log_snr(t: Tensor) -> Tensor:
+            law = sde.marginal(t)
+            signal = triangular_inverse(law.root) @ law.mean[..., :1]
+            return signal.square().sum((-2, -1)).log() / 2
+
+        return log_snr
+
+    def _weights(
+        self,
+        kernel: _DataPrediction | _NoisePrediction,
+        position: Callable[[Tensor], Tensor],
+        times: Tensor,
+        *,
+        offset: int,
+    ) -> list[list[Block]]:
+        """Weights of the predictions at times i + offset, i + offset − 1, … for each step i."""
+        n = len(times) - 1
+        nodes = kernel.nodes  # (n, q)
+        x, at = position(times), position(nodes)
+        blocks: list[list[Block]] = []
+        # Steps with a full history at once, those of the warm-up one by one.
+        counts = [min(self.order, i + 1) + offset for i in range(n)]
+        for count in sorted(set(counts)):
+            steps = torch.tensor([i for i in range(n) if counts[i] == count])
+            back = steps.unsqueeze(1) + offset - torch.arange(count)
+            points = x[back]  # (steps, count)
+            total, slope = kernel.total[steps], kernel.slope[steps]
+            if self.weights == "published" and count == 2:
+                # The difference quotient of two predictions times half the step.
+                H = x[steps + 1] - x[steps]
+                spacing = points[:, 0] - points[:, 1]
+                half = (H / (2 * spacing))[:, None, None] * total
+                if offset:
+                    half = total / 2
+                    parts = [half, total - half]
+                else:
+                    parts = [total + half, -half]
+            else:
+                basis = _lagrange(points, at[steps])  # (steps, q, count)
+                parts = list(torch.einsum("nqj,nqkm->jnkm", basis, slope))
+                # The weights of a constant are known without quadrature.
+                parts[0] = total - sum(parts[1:], torch.zeros_like(total))
+            rows = [as_blocks(part) for part in parts]
+            blocks += [[row[i] for row in rows] for i in range(len(steps))]
+        return blocks
+
+
+def _with(carried: Tensor, weights: list[Block], predictions: tuple[Tensor, ...]) -> Tensor:
+    terms = [(block, value) for block, value in zip(weights, predictions, strict=False)]
+    return combine(torch.empty_like(carried), *terms).add_(carried)
+
+
+def _lagrange(points: Tensor, at: Tensor) -> Tensor:
+    """Lagrange polynomials through ``points (n, m)`` at ``(n, q)``, shape ``(n, q, m)``."""
+    m = points.shape[1]
+    values = []
+    for j in range(m):
+        others = [i for i in range(m) if i != j]
+        distance = at.unsqueeze(-1) - points[:, others].unsqueeze(1)
+        spacing = points[:, [j]] - points[:, others]
+        values.append((distance / spacing.unsqueeze(1)).prod(-1))
+    return torch.stack(values, -1)
+
+
+def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss–Legendre nodes, even in log t, and signed weights of each step, ``(n, q)``."""
+    x, w = gauss_legendre(_NODES)
+    start, end = times[:-1].unsqueeze(1), times[1:].unsqueeze(1)
+    length = torch.log1p((end - start) / start)
+    nodes = start * torch.exp(length * x)
+    return nodes, length * w * nodes
+
+
+class _DataPrediction:
+    """Φ_λ, the noise, and the density of the weights of x̂₀ along each step."""
+
+    def __init__(self, sde: LinearSDE, times: Tensor, levels: Tensor) -> None:
+        start, end = times[:-1], times[1:]
+        self.nodes, weights = _step_nodes(times)
+        step = sde.posterior(end, start, stochasticity=levels)
+        self.move = step.state
+        drawn = bool((levels > 0).any())
+        self.noise = step.root if drawn else step.root[..., :0]
+        self.total = step.initial[..., :1]
+        inner = sde.posterior(end.unsqueeze(1), self.nodes, stochasticity=levels.unsqueeze(1))
+        law, G = sde.marginal(self.nodes), sde.diffusion(self.nodes)
+        whitening = triangular_inverse(law.root)
+        pull = G @ (G.mT @ whitening.mT) @ (whitening @ law.mean[..., :1])
+        factor = -0.5 * (1 + levels.square())[:, None] * weights
+        self.slope = factor[..., None, None] * (inner.state @ pull)
+
+
+class _NoisePrediction:
+    """Ψ(u, t) and the density of the weights of n = −Rᵀs along each step."""
+
+    def __init__(self, sde: LinearSDE, times: Tensor) -> None:
+        start, end = times[:-1], times[1:]
+        self.nodes, weights = _step_nodes(times)
+        flow = sde.posterior(end, start, stochasticity=0.0).state
+        roots = [sde.marginal(times[0]).root]
+        for state in flow:
+            roots.append(state @ roots[-1])
+        self.root = torch.stack(roots)
+        self.move = torch.linalg.inv(sde.transition(end, start).mean)
+        self.noise = self.move[..., :0]
+        self.total = self.root[1:] - self.move @ self.root[:-1]
+        within = sde.posterior(self.nodes, start.unsqueeze(1), stochasticity=0.0).state
+        root = within @ self.root[:-1].unsqueeze(1)
+        back = torch.linalg.inv(sde.transition(end.unsqueeze(1), self.nodes).mean)
+        G = sde.diffusion(self.nodes)
+        pull = torch.linalg.solve(root, G @ G.mT).mT
+        self.slope = 0.5 * weights[..., None, None] * (back @ pull)

@@ -1,0 +1,112 @@
+"""Predictors of discrete diffusion models, for any process: reverse diffusion and ancestral."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cldsde.score import Conversion, ReverseProcess
+
+from .base import Facts, Memory, ScoreAt, Solver
+from .combine import Affine, affine_step, as_blocks
+from .noise import NoiseSource
+
+__all__ = ["Ancestral", "ReverseDiffusion"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseDiffusion(Solver):
+    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), for any block process.
+
+    .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
+
+    with the forward process's transition from u to t, discretised by the grid that is given. All
+    rows of the score take part; those that noise does not drive follow from the driven ones. One
+    evaluation a step, weak order 1; meant for one component, poor for processes with velocity.
+    """
+
+    @property
+    def facts(self) -> Facts:
+        """Every process whose driven score determines the rest, weak order 1."""
+        return Facts(
+            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            nfe_per_step=1,
+            weak_order=1,
+        )
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+        """Blocks of each step.
+
+        Raises
+        ------
+        ValueError
+            If the driven score does not determine the full score at some time.
+        """
+        sde, start, end = process.sde, times[:-1], times[1:]
+        kernel = sde.transition(end, start)
+        full = Conversion.at(sde, start, "score", "full_score")
+        eye = torch.eye(sde.components, dtype=torch.float64)
+        return Affine(
+            as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
+            as_blocks(kernel.covariance @ full.value),
+            as_blocks(kernel.root),
+        )
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """One step."""
+        return affine_step(z, tables, i, score(z, i), noise), ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestral(Solver):
+    r"""Ancestral sampling: draw from p(z_u | z_t, x_0) with the data prediction for x_0.
+
+    The posterior of the forward process (`LinearSDE.posterior`) at x̂_0(z, t); for VP the sampler of
+    DDPM (Ho, Jain and Abbeel 2020). One evaluation a step, weak order 1, exact in one step where
+    the data are one point: `ExponentialMultistep` of order 1 and stochasticity 1.
+    """
+
+    @property
+    def facts(self) -> Facts:
+        """Every process whose driven score determines the data, weak order 1."""
+        return Facts(
+            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            nfe_per_step=1,
+            weak_order=1,
+        )
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+        """Blocks of each step.
+
+        Raises
+        ------
+        ValueError
+            If the driven score does not determine the data at some time.
+        """
+        sde, start, end = process.sde, times[:-1], times[1:]
+        law = sde.posterior(end, start)
+        data = Conversion.at(sde, start, "score", "data")
+        pull = law.initial[..., :1]
+        return Affine(
+            as_blocks(law.state + pull @ data.state),
+            as_blocks(pull @ data.value),
+            as_blocks(law.root),
+        )
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """One step."""
+        return affine_step(z, tables, i, score(z, i), noise), ()
