@@ -5,8 +5,8 @@ from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
-from .grids import quadratic_times, root_times, uniform_times
-from .noise import FreshNoise, NoiseSource, RecordedNoise
+from .grids import karras_times, log_snr_times, quadratic_times, root_times, uniform_times
+from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictors import Ancestral, ReverseDiffusion
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
@@ -23,9 +23,12 @@ __all__ = [
     "NoiseSource",
     "RecordedNoise",
     "ReverseDiffusion",
+    "SampleNoise",
     "Solution",
     "Solver",
     "StochasticHeun",
+    "karras_times",
+    "log_snr_times",
     "quadratic_times",
     "root_times",
     "solve",

@@ -210,15 +210,7 @@ class ExponentialMultistep(Solver):
 
     def _position(self, sde: LinearSDE) -> Callable[[Tensor], Tensor]:
         """The variable of the polynomials as a function of time."""
-        if self.variable == "time":
-            return lambda t: t
-
-        def log_snr(t: Tensor) -> Tensor:
-            law = sde.marginal(t)
-            signal = triangular_inverse(law.root) @ law.mean[..., :1]
-            return signal.square().sum((-2, -1)).log() / 2
-
-        return log_snr
+        return sde.log_snr if self.variable == "log_snr" else lambda t: t
 
     def _weights(
         self,

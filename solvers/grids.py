@@ -8,7 +8,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-__all__ = ["quadratic_times", "root_times", "uniform_times"]
+from cldsde.linear.checks import check_positive
+from cldsde.linear.sde import LinearSDE
+
+__all__ = ["karras_times", "log_snr_times", "quadratic_times", "root_times", "uniform_times"]
 
 
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
@@ -58,6 +61,61 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
     """
     fraction = _fractions(T, eps, n)
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
+
+
+def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+    """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
+
+    For VP it is the grid of DPM-Solver (Lu et al. 2022). For CLD it was found worse than
+    `root_times`. Arguments, result and errors are those of `uniform_times`, with ε > 0.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    """
+    fraction = _fractions(T, eps, n)
+    first, last = _log_snr_ends(sde, T, eps)
+    return _with_ends(_times_at(sde, first + fraction * (last - first), T, eps), T, eps)
+
+
+def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
+    """Grid of Karras et al. (2022, eq. 5), uniform in σ^{1/ρ} with σ = e^{−κ} for any process.
+
+    For CLD it was found worse than `root_times`. Arguments, result and errors are those of
+    `uniform_times`, with ε > 0.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    rho
+        ρ > 0; larger values put more steps near the data.
+    """
+    check_positive(rho, "rho")
+    fraction = _fractions(T, eps, n)
+    first, last = (-_log_snr_ends(sde, T, eps) / rho).exp()
+    return _with_ends(
+        _times_at(sde, -rho * (first + fraction * (last - first)).log(), T, eps), T, eps
+    )
+
+
+def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
+    if not eps > 0:
+        msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
+        raise ValueError(msg)
+    return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64))
+
+
+def _times_at(sde: LinearSDE, log_snr: Tensor, T: float, eps: float) -> Tensor:
+    """Times with the given κ, by bisection in log t."""
+    low = torch.full_like(log_snr, math.log(eps))
+    high = torch.full_like(log_snr, math.log(T))
+    for _ in range(60):
+        middle = (low + high) / 2
+        early = sde.log_snr(middle.exp().clamp(eps, T)) > log_snr
+        low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+    return ((low + high) / 2).exp().clamp(eps, T)
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.random import standard_normal
+from cldsde.linear.sde import LinearSDE
 
-__all__ = ["FreshNoise", "NoiseSource", "RecordedNoise"]
+__all__ = ["FreshNoise", "NoiseSource", "RecordedNoise", "SampleNoise"]
+
+# Numbers that a sample's generator draws at once. Fixed, because a generator's numbers depend on
+# how many are asked for.
+_BLOCK = 4096
 
 
 class NoiseSource(ABC):
@@ -66,3 +73,75 @@ class RecordedNoise(NoiseSource):
             msg = f"recorded noise: the solver asks for shape {shape}; got {got}"
             raise ValueError(msg)
         return draw.to(z)
+
+
+class SampleNoise(NoiseSource):
+    """One stream of normals for each sample, so that a sample does not depend on its batch.
+
+    Sample i draws from a generator of its own seed: whatever the batch it is drawn in, and where in
+    it, it sees the same numbers. Numbers are drawn on the host, in blocks.
+
+    Parameters
+    ----------
+    seeds
+        One non-negative integer a sample.
+
+    Raises
+    ------
+    ValueError
+        If a seed is negative or there is none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> together = SampleNoise([3, 4, 5]).start(CLD(), (2,))
+    >>> alone = SampleNoise([4]).start(CLD(), (2,))
+    >>> torch.equal(together[1:2], alone)
+    True
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.seeds = tuple(int(seed) for seed in seeds)
+        if not self.seeds or min(self.seeds) < 0:
+            msg = f"seeds must be non-negative integers, one a sample; got {seeds!r}"
+            raise ValueError(msg)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self._left = torch.empty(len(self.seeds), 0)
+
+    def start(
+        self,
+        sde: LinearSDE,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Draw a state from the prior for each sample, for data of shape ``(*D)``.
+
+        Returns
+        -------
+        Tensor
+            ``(len(seeds), k, *D)``.
+        """
+        like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
+        return apply_blocks(sde.prior.root, self.normal(like, sde.components))
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Draw ``(B, rows, *D)``.
+
+        Raises
+        ------
+        ValueError
+            If the batch is not of one sample a seed.
+        """
+        if len(z) != len(self.seeds):
+            msg = f"noise: there are {len(self.seeds)} seeds for a batch of {len(z)} samples"
+            raise ValueError(msg)
+        shape = (rows, *z.shape[2:])
+        wanted = math.prod(shape)
+        while self._left.shape[1] < wanted:
+            drawn = torch.stack([torch.randn(_BLOCK, generator=g) for g in self._generators])
+            self._left = torch.cat([self._left, drawn], dim=1)
+        draw, self._left = self._left[:, :wanted], self._left[:, wanted:]
+        return draw.reshape(len(z), *shape).to(z)

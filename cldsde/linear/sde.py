@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, TimeLike, as_levels, as_matrix, as_times
-from cldsde.linear.covariance import covariance_root, joint_root
+from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
@@ -292,6 +292,33 @@ class LinearSDE:
             If the law is beyond the range of float64.
         """
         return self._marginal(as_times(t, "t", self.T), self._root_at_start(initial_covariance))
+
+    def log_snr(self, t: TimeLike) -> Tensor:
+        r"""κ(t) = ½ log ψᵀΣ_t⁻¹ψ, half the log of what the state tells of the data, float64.
+
+        ψ = Ψ(t,0)e₀ and Σ_t belong to the law given the data; for one component it is
+        log α/σ. It falls with t, and is the clock in which score networks see time.
+
+        Parameters
+        ----------
+        t
+            Times in (0, 1].
+
+        Returns
+        -------
+        Tensor
+            Of the shape of t.
+
+        Raises
+        ------
+        ValueError
+            If a time lies outside [0, 1] or the law at a time has no density.
+        """
+        times = as_times(t, "t", self.T)
+        law = self._marginal(times, self.initial_root)
+        self._check_density(law.root, "t", times)
+        signal = triangular_inverse(law.root) @ law.mean[..., :1]
+        return 0.5 * signal.square().sum((-2, -1)).log()
 
     def posterior(
         self,

@@ -118,14 +118,8 @@ def evidence_lower_bound(
         weight = weight.to(losses)
     diffusion = dimension * (sde.T - t_min) * weight * losses
 
-    start = torch.tensor(t_min, dtype=torch.float64)
-    decoder = 0.5 * dimension * (1 + math.log(2 * math.pi) - _information(sde, start).log())
+    decoder = dimension * (0.5 + 0.5 * math.log(2 * math.pi) - sde.log_snr(t_min))
     return -(_prior_divergence(sde, x0) + diffusion + known + decoder.to(losses))
-
-
-def _information(sde: LinearSDE, t: Tensor) -> Tensor:
-    """I = ψᵀΣ⁻¹ψ, of the shape of t."""
-    return whiten(sde, sde.marginal(t), t).signal.square().sum((-2, -1))
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ class _GaussianReference:
         rational function of I.
         """
         ends = torch.tensor([t_min, sde.T], dtype=torch.float64)
-        first, last = 1 + self.variance * _information(sde, ends)
+        first, last = 1 + self.variance * (2 * sde.log_snr(ends)).exp()
         square = flatten_data((x0 - self._mean(x0)).unsqueeze(1)).squeeze(1).square().sum(1)
         dimension = math.prod(x0.shape[1:])
         excess = square / self.variance - dimension
