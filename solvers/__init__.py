@@ -1,26 +1,33 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
-from .base import Facts, Memory, Solver
+from .base import AdaptiveSolver, Facts, Integration, Memory, Solver
 from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
 from .grids import karras_times, log_snr_times, quadratic_times, root_times, uniform_times
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
+from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
+from .probability_flow import ProbabilityFlow
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
 __all__ = [
     "SSCS",
+    "AdaptiveSolver",
     "Ancestral",
     "EulerMaruyama",
     "ExponentialEuler",
     "ExponentialMultistep",
     "Facts",
     "FreshNoise",
+    "Integration",
+    "Langevin",
     "Memory",
     "NoiseSource",
+    "PredictorCorrector",
+    "ProbabilityFlow",
     "RecordedNoise",
     "ReverseDiffusion",
     "SampleNoise",

@@ -9,11 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .noise import NoiseSource
 
-__all__ = ["Facts", "Memory", "ScoreAt", "Solver"]
+__all__ = [
+    "AdaptiveSolver",
+    "Facts",
+    "Integration",
+    "Memory",
+    "ScoreAt",
+    "Solver",
+    "TimedScore",
+]
 
 Memory = tuple[Tensor, ...]
 """What a step hands to the next one: tensors ``(B, rows, *D)``, affine in state and noise wherever
@@ -37,6 +46,9 @@ class Facts:
         Orders of convergence in law and along paths for the reverse SDE; None where not claimed.
     ode_order
         Order for the probability-flow ODE; None for stochastic solvers.
+    state_on_grid
+        Whether the state between two steps is that at the grid time, so that another method may
+        work on it there.
     """
 
     applies_to: str
@@ -44,6 +56,7 @@ class Facts:
     weak_order: float | None = None
     strong_order: float | None = None
     ode_order: float | None = None
+    state_on_grid: bool = True
 
 
 class Solver(ABC):
@@ -92,3 +105,53 @@ class Solver(ABC):
         score, noise
             Where the score and standard normals come from.
         """
+
+
+TimedScore = Callable[[Tensor, Tensor], Tensor]
+"""Driven score at states ``(B, k, *D)`` and float64 times ``(B,)`` on the host."""
+
+
+@dataclass(frozen=True, eq=False)
+class Integration:
+    """What an adaptive solver did.
+
+    Attributes
+    ----------
+    state
+        Last states, ``(B, k, *D)``.
+    nfev
+        Score evaluations of each sample, ``(B,)`` int64 on the host.
+    success
+        Whether every sample arrived.
+    message
+        What happened, in words.
+    stats
+        Further numbers.
+    """
+
+    state: Tensor
+    nfev: Tensor
+    success: bool
+    message: str
+    stats: dict[str, Any]
+
+
+class AdaptiveSolver(ABC):
+    """A solver that chooses its own times between two ends."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What the solver needs and promises with these options."""
+
+    @abstractmethod
+    def integrate(
+        self,
+        sde: LinearSDE,
+        z: Tensor,
+        start: float,
+        end: float,
+        score: TimedScore,
+        noise: NoiseSource,
+    ) -> Integration:
+        """Run states ``(B, k, *D)`` from time ``start`` down to ``end``."""

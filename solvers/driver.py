@@ -12,7 +12,7 @@ from cldsde.linear.checks import as_times, check_state
 from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import checked_score, score_argument
 
-from .base import Memory, Solver
+from .base import AdaptiveSolver, Memory, Solver
 from .noise import FreshNoise, NoiseSource
 from .progress import progress_bar
 
@@ -30,9 +30,10 @@ class Solution:
     data
         ``(B, *D)``: the data component of the state, or, with ``denoise=True``, E[x_0 | state].
     nfev
-        Score evaluations of each sample, counted by wrapping the score.
+        Score evaluations of each sample, counted by wrapping the score; where samples differ, of
+        the one with most, and ``stats["nfev"]`` holds all.
     status
-        0 when the end of the grid was reached, 1 when the state is not finite.
+        0 when the end was reached; 1 when the state is not finite or a solver gave up.
     message
         What happened, in words.
     stats
@@ -80,7 +81,7 @@ class _CountedScore:
 @torch.no_grad()
 def solve(
     process: ReverseProcess,
-    solver: Solver,
+    solver: Solver | AdaptiveSolver,
     state: Tensor,
     times: Tensor,
     *,
@@ -100,7 +101,8 @@ def solve(
     state
         Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
     times
-        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``.
+        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
+        solvers use its two ends.
     generator
         Source of the noise; the same seed gives the same bits on the same machine.
     noise
@@ -153,9 +155,11 @@ def solve(
             "take t > 0"
         )
         raise ValueError(msg)
+    prediction = Conversion.at(sde, grid[-1], "score", "data") if denoise else None
+    if isinstance(solver, AdaptiveSolver):
+        return _solve_adaptive(process, solver, z, grid, source, prediction)
     steps = len(grid) - 1
     tables = solver.prepare(process, grid)
-    prediction = Conversion.at(sde, grid[-1], "score", "data") if denoise else None
     asked = solver.evaluation_times(grid)
     score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
 
@@ -176,12 +180,44 @@ def solve(
     )
 
 
+def _solve_adaptive(
+    process: ReverseProcess,
+    solver: AdaptiveSolver,
+    z: Tensor,
+    grid: Tensor,
+    noise: NoiseSource,
+    prediction: Conversion | None,
+) -> Solution:
+    sde, driven = process.sde, len(process.sde.driven)
+
+    def score(z: Tensor, t: Tensor) -> Tensor:
+        return checked_score(process.score(z, score_argument(t, z)), z, driven)
+
+    result = solver.integrate(sde, z, float(grid[0]), float(grid[-1]), score, noise)
+    state, nfev, data = result.state, result.nfev, result.state[:, 0]
+    if prediction is not None and result.success:
+        data = prediction(state, score(state, grid[-1].expand(len(state))))
+        nfev = nfev + 1
+    finite = bool(state.isfinite().all() and data.isfinite().all())
+    message = result.message
+    if result.success and not finite:
+        message = "the state is not finite: the score is not"
+    return Solution(
+        state=state,
+        data=data,
+        nfev=int(nfev.max()) if len(nfev) else 0,
+        status=0 if result.success and finite else 1,
+        message=message,
+        stats={**result.stats, "nfev": nfev},
+    )
+
+
 def check_arguments(process: object, solver: object) -> None:
-    """Raise TypeError unless the arguments are a `ReverseProcess` and a `Solver`."""
+    """Raise TypeError unless the arguments are a `ReverseProcess` and a solver."""
     if not isinstance(process, ReverseProcess):
         msg = f"process must be a ReverseProcess; got {type(process).__name__}"
         raise TypeError(msg)
-    if not isinstance(solver, Solver):
+    if not isinstance(solver, Solver | AdaptiveSolver):
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
         msg = f"solver must be a Solver, such as SSCS(); got {solver!r}{hint}"
         raise TypeError(msg)

@@ -106,6 +106,7 @@ class ExponentialMultistep(Solver):
             nfe_per_step=1,
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
+            state_on_grid=not self.corrector,
         )
 
     def __post_init__(self) -> None:

@@ -92,6 +92,7 @@ class SSCS(Solver):
             applies_to="processes with a stationary law under a time change (VP, CLD, PSLD, HOLD)",
             nfe_per_step=2 if midpoint else 1,
             weak_order=2 if midpoint else 1,
+            state_on_grid=False,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:

@@ -76,6 +76,9 @@ def propagate_moments(
         affine.
     """
     check_arguments(process, solver)
+    if not isinstance(solver, Solver):
+        msg = f"solver must work on a fixed grid; {type(solver).__name__} chooses its own times"
+        raise TypeError(msg)
     grid = checked_grid(times, process.sde.T)
     k, dimension = mean.shape if mean.ndim == 2 else (0, 0)
     size = k * dimension

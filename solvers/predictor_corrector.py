@@ -1,0 +1,158 @@
+"""Predictor–corrector sampling: Langevin steps between the steps of another solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import check_positive
+from cldsde.score import ReverseProcess
+
+from .base import Facts, Memory, ScoreAt, Solver
+from .noise import NoiseSource
+
+__all__ = ["Langevin", "PredictorCorrector"]
+
+
+class _Tables(NamedTuple):
+    predictor: Any
+    driven: tuple[int, ...]  # components that the corrector moves
+    scale: list[float]  # α of each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Langevin:
+    r"""Langevin steps that leave the law at a time alone, to first order in their size.
+
+    .. math:: z_d ← z_d + η\,s + \sqrt{2η}\,ξ, \qquad η = 2α \left(r \frac{‖ξ‖}{‖s‖}\right)^2
+
+    on the driven components d (Song et al. 2021, algorithms 4 and 5). For a process with velocity
+    these are steps for the law of the velocity given the data, which have the same score. α is the
+    squared transition Ψ(t, u)² of the coming step for one component (1 for VE, α_t²/α_u² for VP),
+    and 1 for more.
+
+    Parameters
+    ----------
+    snr
+        r > 0, the signal-to-noise ratio of a step.
+    steps
+        Steps at each time, each with an evaluation of the score.
+    norm
+        ``"sample"``: step sizes of each sample, which do not depend on the batch. ``"batch"``: one
+        step size, from the batch means of the norms, as published. With few dimensions take the
+        latter: there the score of a single sample may nearly vanish, and its step be far too long.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+    """
+
+    snr: float = 0.16
+    steps: int = 1
+    norm: Literal["sample", "batch"] = "sample"
+
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range."""
+        check_positive(self.snr, "snr")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            msg = f"steps must be a positive integer; got {self.steps!r}"
+            raise ValueError(msg)
+        if self.norm not in ("sample", "batch"):
+            msg = f"norm must be 'sample' or 'batch'; got {self.norm!r}"
+            raise ValueError(msg)
+
+    def correct(
+        self, z: Tensor, driven: tuple[int, ...], scale: float, s: Tensor, xi: Tensor
+    ) -> Tensor:
+        """One step from a state, with the score and normals ``(B, len(driven), *D)``."""
+        sizes = [x.flatten(1).norm(dim=1) for x in (xi, s)]
+        if self.norm == "batch":
+            sizes = [size.mean().expand(len(z)) for size in sizes]
+        # Where there is no score there is no scale for the step; it stays finite.
+        ratio = sizes[0] / sizes[1].clamp_min(torch.finfo(z.dtype).tiny)
+        eta = (2 * scale * (self.snr * ratio).square()).reshape(-1, *(1,) * (z.ndim - 1))
+        move = eta * s + (2 * eta).sqrt() * xi
+        out = z.clone()
+        for row, component in enumerate(driven):
+            out[:, component] += move[:, row]
+        return out
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(Solver):
+    """Corrector steps at each time of the grid, then the predictor's step to the next.
+
+    Parameters
+    ----------
+    predictor
+        A one-step solver: `ReverseDiffusion`, `Ancestral`, `EulerMaruyama` …
+    corrector
+        `Langevin`.
+
+    Raises
+    ------
+    TypeError
+        If the predictor is no solver or the corrector no `Langevin`.
+    ValueError
+        If the predictor's state between two steps belongs to no grid time, as that of `SSCS`.
+    """
+
+    predictor: Solver
+    corrector: Langevin
+
+    def __post_init__(self) -> None:
+        """Refuse what is no solver or no corrector."""
+        if not isinstance(self.predictor, Solver):
+            msg = f"predictor must be a solver, such as ReverseDiffusion(); got {self.predictor!r}"
+            raise TypeError(msg)
+        if not self.predictor.facts.state_on_grid:
+            msg = (
+                "predictor must leave a state at each grid time, where the corrector works; "
+                f"{self.predictor!r} does not. Use ReverseDiffusion, Ancestral or EulerMaruyama"
+            )
+            raise ValueError(msg)
+        if not isinstance(self.corrector, Langevin):
+            msg = f"corrector must be a Langevin(...); got {self.corrector!r}"
+            raise TypeError(msg)
+
+    @property
+    def facts(self) -> Facts:
+        """Those of the predictor; the corrector has an error of its own that no grid reduces."""
+        inner = self.predictor.facts
+        return Facts(
+            applies_to=inner.applies_to, nfe_per_step=inner.nfe_per_step + self.corrector.steps
+        )
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+        """Tables of the predictor, and the corrector's α of each step."""
+        sde = process.sde
+        scale = torch.ones(len(times) - 1, dtype=torch.float64)
+        if sde.components == 1:
+            scale = sde.transition(times[1:], times[:-1]).mean.square().flatten()
+        return _Tables(self.predictor.prepare(process, times), sde.driven, scale.tolist())
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step for the corrector, then the predictor's times."""
+        steps = len(times) - 1
+        corrector = times[:-1].unsqueeze(1).expand(-1, self.corrector.steps)
+        predictor = self.predictor.evaluation_times(times).reshape(steps, -1)
+        return torch.cat([corrector, predictor], dim=1).flatten()
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """Correct, then predict."""
+        inner = self.predictor.facts.nfe_per_step
+        first = i * (self.corrector.steps + inner)
+        for k in range(self.corrector.steps):
+            s = score(z, first + k)
+            xi = noise.normal(z, len(tables.driven))
+            z = self.corrector.correct(z, tables.driven, tables.scale[i], s, xi)
+        first += self.corrector.steps - i * inner
+        return self.predictor.step(
+            z, memory, tables.predictor, i, lambda z, j: score(z, first + j), noise
+        )
