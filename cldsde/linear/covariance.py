@@ -23,22 +23,35 @@ def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
         ``name``.
     """
     matrix = as_matrix(covariance, name, (k, k))
-    scale = float(matrix.detach().abs().max())
-    if float((matrix - matrix.T).detach().abs().max()) > 1e-12 * scale:
+    diagonal = matrix.diagonal()
+    # In units of the standard deviations every entry has the same rounding.
+    deviation = safe_sqrt(diagonal.clamp_min(0))
+    units = torch.where(deviation > 0, deviation, 1.0)
+    correlation = matrix / units / units.unsqueeze(1)
+    plain = correlation.detach()
+    if float((plain - plain.T).abs().max()) > 1e-12:
         msg = f"{name} must be symmetric; got {matrix.tolist()}"
         raise ValueError(msg)
-    diagonal = matrix.diagonal()
-    is_diagonal = not bool((matrix - diagonal.diag()).detach().any())
-    if is_diagonal and not matrix.requires_grad and bool((diagonal >= 0).all()):
-        return safe_sqrt(diagonal).diag()
-    values, vectors = torch.linalg.eigh(matrix)
-    if float(values.detach().min()) < -1e-12 * scale:
-        msg = f"{name} must be positive semi-definite; its eigenvalues are {values.tolist()}"
+    smallest = float(torch.linalg.eigvalsh(plain).min())
+    if float(diagonal.detach().min()) < 0 or smallest < -1e-12 * k:
+        msg = f"{name} must be positive semi-definite; got {matrix.tolist()}"
         raise ValueError(msg)
-    if float(values.detach().min()) > 1e-8 * scale:
-        factor: Tensor = torch.linalg.cholesky(matrix)
-        return factor
-    return lower_factor(vectors * safe_sqrt(values.clamp_min(0)))
+    return _semidefinite_cholesky(correlation) * units.unsqueeze(1)
+
+
+def _semidefinite_cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor of a positive semi-definite matrix of unit scale; null columns are zero."""
+    columns = []
+    rest = matrix
+    for i in range(len(matrix)):
+        pivot = rest[i, i]
+        null = pivot.detach() <= 1e-14
+        column = torch.where(null, 0.0, rest[:, i] / safe_sqrt(torch.where(null, 1.0, pivot)))
+        # What was eliminated is zero but for rounding.
+        column = torch.cat([column.new_zeros(i), column[i:]])
+        columns.append(column)
+        rest = rest - column.unsqueeze(1) * column
+    return torch.stack(columns, dim=1)
 
 
 def joint_root(*columns: Tensor) -> Tensor:

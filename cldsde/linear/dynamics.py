@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import MatrixLike, as_matrix
-from cldsde.linear.schedule import Schedule, gauss_legendre
+from cldsde.linear.schedule import Schedule
 
 __all__ = ["Dynamics", "TimeChangedDynamics", "driven_rows"]
 
@@ -39,11 +39,19 @@ class Dynamics(ABC):
         """G(t), shape ``(*t.shape, k, r)``."""
 
     @abstractmethod
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Ψ(t, s) and the lower-triangular root of the noise over [s, t], for s ≤ t of one shape.
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ψ(t, s) and the lower-triangular root of the covariance at t, for s ≤ t of one shape.
 
-        Both have shape ``(*s.shape, k, k)``.
+        Without ``initial_root`` z_s is known, and the covariance is that of the noise over [s, t].
+        With L ``(k, k)`` z_s has the covariance L Lᵀ. Both results have shape
+        ``(*s.shape, k, k)``.
         """
+
+    @abstractmethod
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, ``(*s.shape, k, k)``."""
 
     @abstractmethod
     def stationary_covariance(self) -> Tensor | None:
@@ -67,9 +75,17 @@ class TimeChangedDynamics(Dynamics):
 
     .. math:: Ψ = e^{Ah}, \qquad Q = ∫_0^h e^{Au} \bar Q e^{A^⊤u}\,du,
 
-    and is found by a square-root method. On a step h₀ = h/2^m short enough for ‖A‖₁h₀ ≤ 1, a
-    Gauss–Legendre rule turns the integral into R Rᵀ with columns √(h₀wᵢ) e^{A h₀(1−xᵢ)} Q_root,
-    whose triangular factor is taken orthogonally; then m doublings compose the step with itself,
+    and is found by a square-root method. On a step h₀ = h/2^m short enough for ‖A‖₁h₀ ≤ 1 the
+    integrand e^{A h₀ x} Q_root, x ∈ [0, 1], is expanded in Legendre polynomials,
+
+    .. math:: C_j = \sum_{p≥j} \frac{(A h_0)^p}{p!} Q_{root} ∫_0^1 x^p P_j(x)\,dx, \qquad
+              Q = h_0 \sum_j C_j C_j^⊤,
+
+    orthonormal ones. Rows that are parallel to leading order in h₀, as those of components that
+    noise reaches through one and the same, are told apart before: Gaussian elimination of the
+    Taylor terms takes the leading term of each row out of the rows below it, which a
+    lower-triangular factor to the left undoes. The triangular factor of √h₀ [C_0, C_1, …] is then
+    taken orthogonally, and m doublings compose the step with itself,
 
     .. math:: L ← \mathrm{tri}[ΨL,\ L], \qquad Ψ ← Ψ².
 
@@ -89,9 +105,9 @@ class TimeChangedDynamics(Dynamics):
         zero.
     """
 
-    # Relative to the integrand the rule's error at ‖A‖h₀ ≤ 1 is below 2²⁰(10!)⁴/(21·(20!)³) < 1e-24
-    # and the Taylor remainder below 1/21! < 1e-19.
-    _NODES = 10
+    # At ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19; of C_j, whose factor of x^p is below
+    # 1/2^p, nothing is left beyond j = 12.
+    _DEGREES = 13
     _TAYLOR_TERMS = 21
 
     def __init__(
@@ -119,8 +135,10 @@ class TimeChangedDynamics(Dynamics):
         return safe_sqrt(self.schedule.rate(t))[..., None, None] * self.Q_root
 
     @override
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        k, r = self.Q_root.shape
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k = self.components
         # In balanced units ‖A‖ is smallest, and so is the number of squarings. Powers of two are
         # exact.
         scale = self._scale
@@ -133,26 +151,75 @@ class TimeChangedDynamics(Dynamics):
         if not math.isfinite(longest):
             msg = "the clock of the process overflows float64; rescale A or the schedule"
             raise OverflowError(msg)
-        doublings = max(0, math.ceil(math.log2(longest))) if longest > 0 else 0
-        h = h * 0.5**doublings
+        # Short intervals are not halved for the sake of long ones: that would cost them digits.
+        halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
+        h = h * 0.5**halvings
 
         terms = [torch.eye(k, dtype=torch.float64)]
         for j in range(1, self._TAYLOR_TERMS):
             terms.append(A @ terms[-1] / j)
         taylor = torch.stack(terms, dim=-1)
-        # Powers of h(1 − xᵢ) are powers of h times powers of 1 − xᵢ.
-        node_powers = _node_powers(self._NODES, self._TAYLOR_TERMS)
-        columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, node_powers)
-        table = torch.cat([taylor.reshape(k * k, -1), columns.reshape(k * r * self._NODES, -1)])
-        values = table @ _powers(h, self._TAYLOR_TERMS)
-        psi = values[: k * k].reshape(k, k, -1)
-        root = lower_factor(values[k * k :].reshape(k, r * self._NODES, -1) * safe_sqrt(h))
-        for _ in range(doublings):
-            root = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
-            psi = block_product(psi, psi)
+        powers = _powers(h, self._TAYLOR_TERMS)
+        psi = (taylor.reshape(k * k, -1) @ powers).reshape(k, k, -1)
+        start = Q_root.new_zeros(k, 0)
+        if initial_root is not None:
+            start = initial_root / scale.unsqueeze(1)
+        joined = _leads_coincide(taylor, torch.cat([Q_root, start], dim=1))
+        if joined:
+            root = self._eliminated_root(taylor, powers, h, Q_root, start, halvings == 0)
+        else:
+            root = self._short_root(taylor, powers, h, Q_root)
+        for i in range(int(halvings.max()) if len(h) else 0):
+            going = i < halvings
+            doubled = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
+            root = torch.where(going, doubled, root)
+            psi = torch.where(going, block_product(psi, psi), psi)
+        if start.shape[1] and not (joined and bool((halvings == 0).all())):
+            late = block_product(psi, start.unsqueeze(-1))
+            if joined:
+                late = late * (halvings > 0)
+            root = lower_factor(torch.cat([late, root], dim=1))
         psi = psi * (scale.unsqueeze(1) / scale).unsqueeze(-1)
         root = root * scale[:, None, None]
         return stack_first(psi, s.shape), stack_first(root, s.shape)
+
+    def _short_root(self, taylor: Tensor, powers: Tensor, h: Tensor, Q_root: Tensor) -> Tensor:
+        """Noise root over unhalved intervals ``(k, k, n)``: tri √h [C_0, C_1, …]."""
+        k, r = Q_root.shape
+        moments = _legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
+        columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, moments)
+        values = columns.reshape(k * r * self._DEGREES, -1) @ powers
+        return lower_factor(values.reshape(k, r * self._DEGREES, -1) * safe_sqrt(h))
+
+    def _eliminated_root(
+        self,
+        taylor: Tensor,
+        powers: Tensor,
+        h: Tensor,
+        Q_root: Tensor,
+        start: Tensor,
+        early: Tensor,
+    ) -> Tensor:
+        """The same where rows share their leads, joined with Ψ ``start`` where ``early``."""
+        r = Q_root.shape[1]
+        inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
+        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers
+        # What is spread at the start alone is one column, whatever the power.
+        driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
+        whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)
+        series = torch.where(driving, series, whole)
+        multipliers, series = _eliminate(series.flatten(1, 2))
+        series = series.reshape(len(series), inputs.shape[1], self._TAYLOR_TERMS, -1)
+        moments = _legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
+        noise = torch.einsum("ibpn,pq,br->irqn", series, moments, scales[:, :r])
+        spread = torch.einsum("ibn,bm->imn", series.sum(2), scales[:, r:]) * early
+        columns = torch.cat([noise.flatten(1, 2) * safe_sqrt(h), spread], dim=1)
+        return block_product(multipliers, lower_factor(columns))
+
+    @override
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        clock = self.schedule.integral(s, t)
+        return safe_sqrt(clock)[..., None, None] * lower_factor(self.Q_root)
 
     @override
     def stationary_covariance(self) -> Tensor | None:
@@ -182,11 +249,67 @@ def _powers(x: Tensor, n: int) -> Tensor:
     return powers[:n]
 
 
+def _leads_coincide(taylor: Tensor, inputs: Tensor) -> bool:
+    """Whether two rows of [A^p inputs / p!] begin at the same power and input."""
+    entries = torch.einsum("ijp,jb->ipb", taylor.detach(), inputs.detach()).flatten(1) != 0
+    leads: list[int] = entries.to(torch.uint8).argmax(1).tolist()
+    return len(set(leads)) < len(leads)
+
+
+def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``(k, m)`` as a product of columns of which no two are parallel, and scales.
+
+    Only for what is constant: merging a column with another would lose its own derivative.
+    """
+    if columns.requires_grad:
+        return columns, torch.eye(columns.shape[1], dtype=columns.dtype)
+    size = columns.gather(0, columns.abs().argmax(0, keepdim=True)).squeeze(0)
+    unit = columns / torch.where(size == 0, 1.0, size)
+    distinct, which = torch.unique(unit, dim=1, return_inverse=True)
+    scales = columns.new_zeros(distinct.shape[1], len(size))
+    scales[which, torch.arange(len(size))] = size
+    return distinct, scales
+
+
+def _eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``(k, m, n)`` as M E: M ``(k, k, n)`` unit lower triangular, E without common leads.
+
+    The largest entry of each row of E is absent from the rows below it. Nothing grows: multipliers
+    times the row are no larger than the entry that they remove.
+    """
+    k, _, n = rows.shape
+    eye = torch.eye(k, dtype=rows.dtype)
+    multipliers = [eye[:, j, None].expand(k, n) for j in range(k)]
+    for i in range(k - 1):
+        lead = rows[i].detach().abs().argmax(0)
+        pivot = rows[i].gather(0, lead.unsqueeze(0))
+        blank = pivot == 0
+        where = lead.expand(k - i - 1, 1, n)
+        below = rows[i + 1 :].gather(1, where)
+        factor = torch.where(blank, 0.0, below.squeeze(1) / torch.where(blank, 1.0, pivot))
+        rest = rows[i + 1 :] - factor.unsqueeze(1) * rows[i]
+        # Zero by construction; rounding would leave a rest as large as the next term.
+        rest = rest.scatter(1, where, torch.where(blank, below, 0.0))
+        rows = torch.cat([rows[: i + 1], rest])
+        multipliers[i] = torch.cat([multipliers[i][: i + 1], factor])
+    return torch.stack(multipliers, dim=1), rows
+
+
 @lru_cache
-def _node_powers(nodes: int, n: int) -> Tensor:
-    """√wᵢ (1 − xᵢ)^p for the Gauss–Legendre rule on [0, 1], ``(n, nodes)``."""
-    x, weights = gauss_legendre(nodes)
-    return _powers(1 - x, n) * weights.sqrt()
+def _legendre_moments(degrees: int, n: int) -> Tensor:
+    """∫ x^p P_j(x) dx over [0, 1] for orthonormal Legendre polynomials, ``(n, degrees)``.
+
+    √(2j+1) p!² / ((p−j)! (p+j+1)!), and zero for j > p.
+    """
+    f = math.factorial
+    rows = [
+        [
+            math.sqrt(2 * j + 1) * f(p) ** 2 / (f(p - j) * f(p + j + 1)) if j <= p else 0.0
+            for j in range(degrees)
+        ]
+        for p in range(n)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _balancing_scale(A: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import stack_first
 from cldsde.linear.checks import as_float64
-from cldsde.linear.collocation import converged
+from cldsde.linear.collocation import Matrices, converged
+from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, driven_rows
 
 __all__ = ["FunctionDynamics"]
@@ -20,9 +21,10 @@ __all__ = ["FunctionDynamics"]
 class FunctionDynamics(Dynamics):
     r"""F(t) and G(t) given by callables that need not commute with themselves.
 
-    The law over [s, t] is found by Gauss collocation of order 16 on panels with ‖F‖h ≤ ½, whose
-    number is doubled until Ψ and the root no longer change by 1e-12 of a row's size; see
-    `cldsde.linear.collocation`.
+    The law over [s, t] is found by Gauss collocation of order 16 on panels with ‖F‖h ≤ ½ over which
+    F and G change little, as a table of 257 times tells; the number of panels is doubled until Ψ
+    and the root no longer change by 1e-12 of a row's size; see `cldsde.linear.collocation`. What is
+    shorter than 1/256 may be missed.
 
     Parameters
     ----------
@@ -68,7 +70,7 @@ class FunctionDynamics(Dynamics):
             raise ValueError(msg)
         self.components = F.shape[1]
         self.driven = driven_rows(G)
-        self._largest = float(F.detach().abs().sum(1).max())
+        self._rate = max(2 * float(F.detach().abs().sum(1).max()), _variation(F), _variation(G))
 
     @override
     def drift(self, t: Tensor) -> Tensor:
@@ -79,7 +81,21 @@ class FunctionDynamics(Dynamics):
         return self._diffusion(t)
 
     @override
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        psi, root = self._law(lambda u: (self._drift(u), self._diffusion(u)), s, t)
+        return psi, root if initial_root is None else joint_root(psi @ initial_root, root)
+
+    @override
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        def still(u: Tensor) -> tuple[Tensor, Tensor]:
+            G = self._diffusion(u)
+            return G.new_zeros(*G.shape[:-1], self.components), G
+
+        return self._law(still, s, t)[1]
+
+    def _law(self, matrices: Matrices, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         start, span = s.flatten(), (t - s).flatten()
         longest = float(span.detach().max()) if len(span) else 0.0
 
@@ -88,8 +104,8 @@ class FunctionDynamics(Dynamics):
             steps = torch.arange(panels, dtype=torch.float64).unsqueeze(1)
             return start + steps * h, h.expand(panels, -1)
 
-        panels = max(1, math.ceil(2 * self._largest * longest))
-        factors = converged(lambda u: (self._drift(u), self._diffusion(u)), edges, panels)
+        panels = max(1, math.ceil(self._rate * longest))
+        factors = converged(matrices, edges, panels)
         if factors is None:
             msg = (
                 f"drift, diffusion: they vary too fast over an interval of {longest:g} to be "
@@ -108,8 +124,26 @@ class FunctionDynamics(Dynamics):
         return None
 
 
+def _variation(values: Tensor) -> float:
+    """Largest slope of a table of matrices on [0, 1], relative to the largest matrix."""
+    table = values.detach().flatten(1)
+    size = float(table.norm(dim=1).max())
+    return float(table.diff(dim=0).norm(dim=1).max()) * (len(table) - 1) / size if size > 0 else 0.0
+
+
 def _over_stack(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Evaluate a user's function of one time over times of any shape."""
+    """Evaluate a user's function of one time over times of any shape.
+
+    At once where it can be mapped over a batch and gives the same as one by one, which a function
+    that turns times into numbers does not.
+    """
+    some = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    mapped = torch.func.vmap(lambda x: as_float64(function(x)))
+
+    def at_once(t: Tensor) -> Tensor:
+        flat = t.flatten() if t.numel() else t.new_zeros(1)
+        values: Tensor = mapped(flat)[: t.numel()]
+        return values.reshape(*t.shape, *values.shape[1:])
 
     def stacked(t: Tensor) -> Tensor:
         flat = t.flatten()
@@ -118,4 +152,10 @@ def _over_stack(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
         values = torch.stack([as_float64(function(x)) for x in asked])[: len(flat)]
         return values.reshape(*t.shape, *values.shape[1:])
 
-    return stacked
+    alone = stacked(some)
+    try:
+        together = at_once(some)
+    except (RuntimeError, TypeError, ValueError):
+        return stacked
+    same = together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-14, atol=0)
+    return at_once if same else stacked

@@ -123,7 +123,7 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 
     .. math:: P = X (I + Y^⊤ Y)^{-1} X^⊤, \qquad Φ = Ψ^{-1} (I − Q Σ_t^{-1}).
 
-    Both hold everywhere; neither subtracts covariances.
+    Neither subtracts covariances.
     """
     k = later.shape[-1]
     eye = torch.eye(k, dtype=torch.float64)
@@ -135,12 +135,10 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     # Not only lower triangular but, where L_s is singular, with the diagonal of a root.
     long_root = joint_root(earlier @ joint[..., k:, k:])
 
-    with torch.no_grad():
-        regular = (earlier.diagonal(dim1=-2, dim2=-1) > 0).all(-1)[..., None, None]
-        back = torch.linalg.solve(step.mean, step.root)
-        whitened = torch.where(regular, earlier, eye)
-        size = torch.linalg.solve_triangular(whitened, back, upper=False).square().sum((-2, -1))
-        short = regular & (size <= 1.0)[..., None, None]  # false where Ψ⁻¹ overflowed
+    # ‖L_t⁻¹L_Q‖² is the share of the noise in Σ_t; where it is small Ψ is far from singular.
+    regular = (earlier.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    share = torch.linalg.solve_triangular(later, step.root, upper=False).square().sum((-2, -1))
+    short = (regular & (share <= 0.5))[..., None, None]
     psi = torch.where(short, step.mean, eye)
     noise = torch.where(short, step.root, 0.0)
     X = torch.linalg.solve(psi, noise)
@@ -174,8 +172,8 @@ def whitened_family(
               Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
               N = L^{-1} F L + \tfrac12 g g^⊤,
 
-    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow no faster
-    than 1/τ; collocation integrates them on panels over which they change alike.
+    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow like 1/τ
+    where β is a power of τ there; collocation integrates them on panels of like change.
 
     Parameters
     ----------
@@ -209,7 +207,10 @@ def whitened_family(
     panels, edges = _panels(fastest, flat_s, flat_t)
     factors = converged(reverse, edges, panels)
     if factors is None:
-        msg = "t: the reverse process varies too fast between s and t to be resolved"
+        msg = (
+            "stochasticity: the reverse process contracts or turns too fast between s and t to be "
+            f"resolved, with λ up to {float(level.detach().max()):g}"
+        )
         raise ValueError(msg)
     move, noise = factors
     return stack_first(move, s.shape), stack_first(noise, s.shape)

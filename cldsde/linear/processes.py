@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.checks import as_number, check_at_least, check_positive
+from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
@@ -97,11 +98,23 @@ class _SubVPDynamics(Dynamics):
         return safe_sqrt(squared)[..., None, None]
 
     @override
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         step = self.schedule.integral(s, t)
         # With b = B(s,t): Q = (1 − e^{−b}) (1 − e^{−B(0,s)−B(0,t)}), both factors by expm1.
         variance = torch.expm1(-step) * torch.expm1(-(self._clock(s) + self._clock(t)))
-        return torch.exp(-0.5 * step)[..., None, None], safe_sqrt(variance)[..., None, None]
+        psi = torch.exp(-0.5 * step)[..., None, None]
+        root = safe_sqrt(variance)[..., None, None]
+        return psi, root if initial_root is None else joint_root(psi @ initial_root, root)
+
+    @override
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        # ∫ β (1 − e^{−2B}) dt = f(2B(0,t)) / 2 − f(2B(0,s)) / 2, f(y) = y + e^{−y} − 1; with b for
+        # 2B(s,t) the difference is [b + e^{−b} − 1 + (1 − e^{−2B(0,s)}) (1 − e^{−b})] / 2.
+        b, since = 2 * self.schedule.integral(s, t), 2 * self._clock(s)
+        squared = 0.5 * (_exponential_rest(b) + torch.expm1(-since) * torch.expm1(-b))
+        return safe_sqrt(squared)[..., None, None]
 
     @override
     def stationary_covariance(self) -> None:
@@ -110,6 +123,14 @@ class _SubVPDynamics(Dynamics):
     @override
     def stationary_reversal(self, covariance: Tensor) -> None:
         return None
+
+
+def _exponential_rest(y: Tensor) -> Tensor:
+    """Y + e^{−y} − 1 ≥ 0, by its series y²/2 − y³/6 + … where the terms would cancel."""
+    series = torch.zeros_like(y)
+    for n in range(20, 1, -1):
+        series = (1 - series) * y / n if n > 2 else y * y / 2 * (1 - series)
+    return torch.where(y < 1, series, y + torch.expm1(-y))
 
 
 class VESDE(LinearSDE):

@@ -174,10 +174,10 @@ class Schedule:
         offset
             s ≥ 0; above zero it keeps the rate at t = 0 from vanishing.
         stop
-            Share of the schedule that [0, 1] covers, 0 < stop < 1.
+            Share of the schedule that [0, 1] covers, 0 < stop ≤ 1 − 1e-6.
         """
         check_at_least(offset, 0.0, "offset")
-        check_between(stop, 1e-300, 1 - 1e-9, "stop")
+        check_between(stop, 1e-300, 1 - 1e-6, "stop")
         turn = math.pi / 2 / (1 + offset)
         angles = (turn * offset, turn * stop)
         return cls(partial(_cosine_rate, *angles), partial(_cosine_integral, *angles))
@@ -232,9 +232,14 @@ def _cosine_rate(start: float, turn: float, t: Tensor) -> Tensor:
 
 
 def _cosine_integral(start: float, turn: float, s: Tensor, t: Tensor) -> Tensor:
-    # −2 log(cos b / cos a) with b = a + d, cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
+    # −2 log(cos b / cos a) with b = a + d. Near a quarter turn cosines are sines of what is left;
+    # over short steps cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
     a, d = start + turn * s, turn * (t - s)
-    return -2 * torch.log1p(-(2 * torch.sin(d / 2).square() + torch.tan(a) * torch.sin(d)))
+    loss = 2 * torch.sin(d / 2).square() + torch.tan(a) * torch.sin(d)
+    short = loss < 0.5
+    left = math.pi / 2 - start
+    ratio = torch.sin(left - turn * t) / torch.sin(left - turn * s)
+    return -2 * torch.where(short, torch.log1p(-torch.where(short, loss, 0.0)), ratio.log())
 
 
 def _geometric_variance(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, TimeLike, as_levels, as_matrix, as_times
-from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
+from cldsde.linear.covariance import covariance_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.posterior import Posterior, bayes, reverse_family, whitened_family
 from cldsde.linear.random import standard_normal
-from cldsde.linear.schedule import Schedule, gauss_legendre
+from cldsde.linear.schedule import Schedule
 
 __all__ = ["LinearSDE"]
 
@@ -182,7 +182,7 @@ class LinearSDE:
 
     @property
     def initial_covariance(self) -> Tensor:
-        """Covariance of z_0 given the data, ``(k, k)`` float64: auxiliary components only."""
+        """Covariance of z_0 given the data, ``(k, k)`` float64 on the host."""
         return self.initial_root @ self.initial_root.mT
 
     @property
@@ -242,25 +242,14 @@ class LinearSDE:
         return Kernel(*self._factors(*self._interval(s, t)))
 
     def accumulated_noise(self, s: TimeLike, t: TimeLike) -> Tensor:
-        r"""Squared diffusion of an interval, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64.
-
-        By a Gauss–Legendre rule of 16 nodes, exact where G Gᵀ is smooth over [s, t].
-        """
+        r"""Squared diffusion of an interval, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64."""
         root = self.noise_root(s, t)
         return root @ root.mT
 
     def noise_root(self, s: TimeLike, t: TimeLike) -> Tensor:
-        r"""Lower-triangular root of :math:`∫_s^t G G^⊤` in the driven components, ``(*, k, d)``."""
-        start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
-        nodes, weights = gauss_legendre(16)
-        span = (end - start).unsqueeze(-1)
-        G = self.dynamics.diffusion(start.unsqueeze(-1) + span * nodes)
-        columns = ((span * weights).sqrt()[..., None, None] * G).movedim(-3, -2).flatten(-2)
-        # Rows that noise does not reach stay zero, and so do the columns that they would have.
-        driven = list(self.driven)
-        root = torch.zeros(*columns.shape[:-1], len(driven), dtype=torch.float64)
-        root[..., driven, :] = joint_root(columns[..., driven, :])
-        return root
+        r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, driven columns only, ``(*, k, d)``."""
+        root = self.dynamics.noise_root(*self._interval(s, t))
+        return root[..., list(self.driven)]
 
     def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
         r"""Law of z_t given the mean of z_0.
@@ -432,6 +421,24 @@ class LinearSDE:
         rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
         return law @ rotation
 
+    def _flow_rotation(self, times: Tensor, root: Tensor) -> Tensor:
+        """Transitions of the flow from T to each time, in whitened coordinates, step by step."""
+        ordered, back = torch.unique(times.detach().flatten(), return_inverse=True)
+        # Of times that are equal one stands for all, so that times keep their derivatives.
+        first = torch.stack([times.flatten()[back == i][0] for i in range(len(ordered))])
+        stops = torch.cat([first, first.new_full((1,), self.T)])
+        steps, _ = whitened_family(
+            self.dynamics,
+            lambda u: self._marginal(u, root).root,
+            stops[:-1],
+            stops[1:],
+            torch.zeros_like(stops[1:]),
+        )
+        rotations = [torch.eye(self.components, dtype=torch.float64)]
+        for step in steps.flip(0):
+            rotations.append(step @ rotations[-1])
+        return torch.stack(rotations[:0:-1])[back].reshape(*times.shape, *rotations[0].shape)
+
     def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
         try:
@@ -454,10 +461,10 @@ class LinearSDE:
         return covariance_root(initial_covariance, "initial_covariance", self.components)
 
     def _marginal(self, times: Tensor, initial_root: Tensor) -> Kernel:
-        psi, noise = self._factors(torch.zeros_like(times), times)
-        if not bool(initial_root.detach().any()):
-            return Kernel(psi, noise)
-        return Kernel(psi, joint_root(psi @ initial_root, noise))
+        known = not initial_root.requires_grad and not bool(initial_root.any())
+        return Kernel(
+            *self._factors(torch.zeros_like(times), times, None if known else initial_root)
+        )
 
     def _check_density(self, root: Tensor, name: str, times: Tensor) -> None:
         flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
@@ -469,8 +476,10 @@ class LinearSDE:
             )
             raise ValueError(msg)
 
-    def _factors(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        psi, root = self.dynamics.transition(s, t)
+    def _factors(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        psi, root = self.dynamics.transition(s, t, initial_root)
         if not bool(psi.detach().isfinite().all() and root.detach().isfinite().all()):
             msg = (
                 f"{type(self).__name__}: the transition law overflows float64; rescale the process"

@@ -49,6 +49,8 @@ def initial_covariance(kind: str, components: int) -> torch.Tensor | None:
         sigma[0, 0] = 0.1225
     if kind == "hsm":
         sigma.diagonal()[1:] = 0.04
+    if kind == "last":
+        sigma[-1, -1] = 0.04
     return sigma
 
 
@@ -342,6 +344,59 @@ class TestFromMatrices:
         rate, clock = SCHEDULES["linear"]
         exact = reference.from_matrices(process.A, process.Q_root, clock)
         assert_marginals_agree(process.sde(rate), exact, initial)
+
+
+def dense_process(components: int, noise: str, seed: int) -> tuple[LinearSDE, Reference]:
+    """A without a zero, one noise: on a random direction, on the last component or on the first.
+
+    Noise reaches several components through the same coupling, so that at short times their rows of
+    the root are parallel to many digits; its small diagonal entries lie in the rest.
+    """
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(components, components, generator=g, dtype=torch.float64)
+    A = A - 2 * torch.eye(components, dtype=torch.float64)
+    Q_root = torch.randn(components, 1, generator=g, dtype=torch.float64)
+    if noise != "random":
+        Q_root = torch.zeros_like(Q_root)
+        Q_root[-1 if noise == "last" else 0] = 0.7
+    exact = reference.from_matrices(A, Q_root, reference.linear_clock(1.0, 4.0))
+    return LinearSDE.from_matrices(A, Q_root, (1.0, 4.0)), exact
+
+
+def krylov_rounding(sde: LinearSDE) -> float:
+    """What rounding of A and Q_root alone may do to the small diagonal entries.
+
+    They are ratios of minors of [Q, AQ, A^2 Q / 2, ...], with its condition number.
+    """
+    A, Q_root = sde.drift(0.0), sde.diffusion(0.0)
+    columns = [Q_root]
+    for p in range(1, sde.components):
+        columns.append(A @ columns[-1] / p)
+    matrix = torch.cat(columns, dim=1)
+    matrix = matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+    return 4 * torch.finfo(torch.float64).eps * float(torch.linalg.cond(matrix))
+
+
+@each("seed", [0, 1, 2])
+@each("noise", ["random", "last", "first"])
+@each("components", [2, 3, 4])
+class TestDenseProcesses:
+    """One noise for several components that see it alike."""
+
+    def test_transition_agrees_with_the_reference(
+        self, components: int, noise: str, seed: int
+    ) -> None:
+        sde, exact = dense_process(components, noise, seed)
+        tolerance = max(TOLERANCE, krylov_rounding(sde))
+        assert_transitions_agree(sde, exact, tolerance=tolerance)
+
+    @each("initial", ["zero", "hsm", "full", "data", "last"])
+    def test_marginal_agrees_with_the_reference(
+        self, components: int, noise: str, seed: int, initial: str
+    ) -> None:
+        sde, exact = dense_process(components, noise, seed)
+        tolerance = max(TOLERANCE, krylov_rounding(sde))
+        assert_marginals_agree(sde, exact, initial, tolerance=tolerance)
 
 
 @each("schedule", list(SCHEDULES))
