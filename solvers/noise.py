@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -84,12 +85,14 @@ class SampleNoise(NoiseSource):
     Parameters
     ----------
     seeds
-        One non-negative integer a sample.
+        One integer in [0, 2³²) a sample.
 
     Raises
     ------
+    TypeError
+        If a seed is no integer.
     ValueError
-        If a seed is negative or there is none.
+        If a seed is out of range or there is none.
 
     Examples
     --------
@@ -102,11 +105,16 @@ class SampleNoise(NoiseSource):
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = tuple(int(seed) for seed in seeds)
-        if not self.seeds or min(self.seeds) < 0:
-            msg = f"seeds must be non-negative integers, one a sample; got {seeds!r}"
+        self.seeds = tuple(seeds)
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, Integral):
+                msg = f"seeds must be integers, one a sample; got {seed!r}"
+                raise TypeError(msg)
+        # torch's generator on the host looks at 32 bits of its seed.
+        if not self.seeds or not (min(self.seeds) >= 0 and max(self.seeds) < 2**32):
+            msg = f"seeds must be integers in [0, 2³²), one a sample; got {self.seeds}"
             raise ValueError(msg)
-        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
         self._left = torch.empty(len(self.seeds), 0)
 
     def start(
@@ -140,8 +148,11 @@ class SampleNoise(NoiseSource):
             raise ValueError(msg)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
-        while self._left.shape[1] < wanted:
-            drawn = torch.stack([torch.randn(_BLOCK, generator=g) for g in self._generators])
-            self._left = torch.cat([self._left, drawn], dim=1)
+        missing = math.ceil((wanted - self._left.shape[1]) / _BLOCK)
+        drawn = [
+            torch.stack([torch.randn(_BLOCK, generator=g) for g in self._generators])
+            for _ in range(missing)
+        ]
+        self._left = torch.cat([self._left, *drawn], dim=1)
         draw, self._left = self._left[:, :wanted], self._left[:, wanted:]
         return draw.reshape(len(z), *shape).to(z)

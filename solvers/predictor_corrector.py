@@ -72,8 +72,8 @@ class Langevin:
         sizes = [x.flatten(1).norm(dim=1) for x in (xi, s)]
         if self.norm == "batch":
             sizes = [size.mean().expand(len(z)) for size in sizes]
-        # Where there is no score there is no scale for the step; it stays finite.
-        ratio = sizes[0] / sizes[1].clamp_min(torch.finfo(z.dtype).tiny)
+        # Where there is next to no score there is no scale for the step; it stays finite.
+        ratio = sizes[0] / sizes[1].clamp_min(1e-6 * sizes[0])
         eta = (2 * scale * (self.snr * ratio).square()).reshape(-1, *(1,) * (z.ndim - 1))
         move = eta * s + (2 * eta).sqrt() * xi
         out = z.clone()

@@ -83,6 +83,9 @@ class ProbabilityFlow(AdaptiveSolver):
         """Run each sample from ``start`` down to ``end``."""
         tableau = _TABLEAUS[self.method]
         flow = _Flow(sde, score)
+        if self.max_nfev < 2:
+            message = f"max_nfev: {self.max_nfev} evaluations do not give a first step"
+            return Integration(z, torch.zeros(len(z), dtype=torch.int64), False, message, {})
         n = len(z)
         out, nfev = z.clone(), torch.zeros(n, dtype=torch.int64)
         rows = torch.arange(n)  # samples that are still on their way
@@ -101,7 +104,7 @@ class ProbabilityFlow(AdaptiveSolver):
             left = t - end
             last = h >= left
             h = torch.minimum(h, left)
-            if bool((h < 1e-14 * t).any() or ~h.isfinite().all()):
+            if bool((~last & ~(h >= 1e-14 * t)).any()):
                 message = (
                     "the step length underflowed: the score is not finite, or rtol and atol "
                     "cannot be met"
@@ -111,7 +114,7 @@ class ProbabilityFlow(AdaptiveSolver):
             dt = _column(h, z)
             for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):
                 move = _weighted(a, stages) * dt
-                stages.append(flow(z - move, t - float(c) * h))
+                stages.append(flow(z - move, (t - float(c) * h).clamp_min(end)))
             new = z - _weighted(tableau.B, stages) * dt
             after = torch.where(last, end, t - h)
             stages.append(flow(new, after))
@@ -145,7 +148,7 @@ class ProbabilityFlow(AdaptiveSolver):
             return size(tableau.E)
         fifth, third = size(tableau.E5), size(tableau.E3)
         total = (fifth.square() + 0.01 * third.square()).sqrt()
-        return torch.where(total > 0, fifth.square() / total, 0.0)
+        return torch.where(total == 0, 0.0, fifth.square() / total)
 
     def _first_step(
         self, flow: _Flow, z: Tensor, t: Tensor, f: Tensor, end: float, tableau: Any
@@ -158,7 +161,8 @@ class ProbabilityFlow(AdaptiveSolver):
 
         d0, d1 = size(z), size(f)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        h0 = torch.minimum(h0, t - end)
+        # A slope that is not finite is found out by the first step.
+        h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
         d2 = size(flow(z - f * _column(h0, z), t - h0) - f) / h0
         steepest = torch.maximum(d1, d2)
         order = tableau.error_estimator_order + 1
@@ -185,7 +189,7 @@ class _Flow:
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         # All samples at one time share their coefficients.
-        shared = t[0] if bool((t == t[0]).all()) else t
+        shared = t[0] if len(t) and bool((t == t[0]).all()) else t
         G = self._sde.diffusion(shared)
         pull = 0.5 * (G @ G.mT)[..., list(self._sde.driven)]
         return apply_blocks(self._sde.drift(shared), z) - apply_blocks(pull, self._score(z, t))

@@ -28,7 +28,7 @@ def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
 
 
 def log_density(residual: Tensor, root: Tensor) -> Tensor:
-    """Log-density of N(0, L Lᵀ ⊗ I) at residuals ``(B, k, *D)``, shape ``(B,)``."""
+    """Log-density of N(0, L Lᵀ ⊗ I) at ``(B, k, *D)``, ``(B,)``, single precision at least."""
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     if bool((diagonal <= 0).any()):
         msg = "the law has no density: its root has a zero on the diagonal"
@@ -41,7 +41,7 @@ def log_density(residual: Tensor, root: Tensor) -> Tensor:
     dimension = flat.shape[-2] * flat.shape[-1]
     constant = 0.5 * dimension * math.log(2 * math.pi)
     log_density: Tensor = -0.5 * whitened.square().sum((1, 2)) - log_det - constant
-    return log_density.to(residual.dtype)
+    return log_density
 
 
 @dataclass(frozen=True, eq=False)

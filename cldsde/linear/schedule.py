@@ -48,7 +48,7 @@ class Schedule:
     ------
     ValueError
         If the rate is negative, infinite or NaN somewhere on a grid of 1,025 times, does not
-        return the shape that it was given, or is not resolved by the quadrature;
+        return the shape and dtype that it was given, or is not resolved by the quadrature;
         or if ``integral`` is not its integral.
     TypeError
         If ``rate`` or ``integral`` cannot be called.
@@ -77,6 +77,9 @@ class Schedule:
                 f"schedule: the rate must return a tensor of the shape of its argument, "
                 f"{tuple(grid.shape)}; got {tuple(values.shape)}"
             )
+            raise ValueError(msg)
+        if values.dtype != torch.float64:
+            msg = f"schedule: the rate must return float64, as its argument is; got {values.dtype}"
             raise ValueError(msg)
         bad = ~(values.isfinite() & (values >= 0))
         if bool(bad.any()):
@@ -108,9 +111,11 @@ class Schedule:
 
     def _check_integral(self, *, given: bool) -> None:
         """Refuse a rate that the rule does not resolve, and an integral of another rate."""
-        start, middle, end = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+        # Cut where no kink is likely to lie: at irrational points.
+        cuts = torch.tensor([0.0, 2**0.5 - 1, 3**0.5 - 1, 1.0], dtype=torch.float64)
+        start, end = cuts[0], cuts[-1]
         whole = self._quadrature(start, end).detach()
-        halves = (self._quadrature(start, middle) + self._quadrature(middle, end)).detach()
+        halves = self._quadrature(cuts[:-1], cuts[1:]).detach().sum()
         resolved = bool((whole - halves).abs() <= 1e-12 * halves.abs())
         if given and resolved:
             stated = torch.as_tensor(self._integral(start, end)).detach()

@@ -21,7 +21,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times
 from cldsde.linear.covariance import joint_root, triangular_inverse
-from cldsde.linear.kernel import Kernel
+from cldsde.linear.kernel import Kernel, check_kernel_shape
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of
 
@@ -162,7 +162,9 @@ class Conversion:
         t
             Times of any shape in (0, 1].
         source, target
-            ``"score"``, ``"noise"``, ``"data"`` or ``"full_score"``.
+            ``"score"``, ``"noise"``, ``"data"`` or ``"full_score"``. The full score is Σ⁻¹ times
+            what the state differs from ψx̂₀: a rounding of x̂₀ costs it a relative error of about
+            ε √(ψᵀΣ⁻¹ψ), which for third-order processes is large at small times.
         conditioning
             Which noise is meant: that of z_t given the data (hybrid score matching) or given all
             of z_0 (denoising score matching).
@@ -173,7 +175,8 @@ class Conversion:
             If ``sde`` is no `LinearSDE` or a time no number.
         ValueError
             If the law has no density at some time, or the driven score is asked for what it does
-            not determine: x_0 at isolated times of an underdamped process.
+            not determine: x_0 at isolated times of an underdamped process, the full score where
+            float64 holds no digit of it.
         """
         check_process(sde)
         times = as_times(t, "t", sde.T)
@@ -201,7 +204,21 @@ class Conversion:
         -------
         Tensor
             ``(B, out, *D)``, or ``(B, *D)`` where the target is the data.
+
+        Raises
+        ------
+        ValueError
+            If a shape does not fit.
         """
+        check_kernel_shape(self.state, z, "z")
+        axes = () if self.source == "data" else (self.value.shape[-1],)
+        wanted = (len(z), *axes, *z.shape[2:])
+        if value.shape != wanted:
+            msg = (
+                f"value: a prediction of the {self.source} must have shape {tuple(wanted)} for "
+                f"these states; got {tuple(value.shape)}"
+            )
+            raise ValueError(msg)
         rows = value.unsqueeze(1) if self.source == "data" else value
         out = apply_blocks(self.state, z) + apply_blocks(self.value, rows)
         return out[:, 0] if self.target == "data" else out
@@ -269,6 +286,7 @@ class _Converter:
         if target == "data":
             return data
         # s = −L⁻ᵀ (w_r − c_r x̂₀, n)
+        self._check_resolved()
         rest = c[..., : -self.d, :]
         return _Linear(
             torch.cat([inverse[..., : -self.d, :] - rest @ data.state, noise.state], dim=-2),
@@ -278,6 +296,7 @@ class _Converter:
     def _from_data(self, data: _Linear, target: Prediction) -> _Linear:
         residual = _Linear(self.law.inverse - self.law.signal @ data.state, -self.law.signal)
         if target == "full_score":
+            self._check_resolved()
             return residual.through(-self.law.inverse.mT)
         driven = _Linear(residual.state[..., -self.d :, :], residual.value[..., -self.d :, :])
         return self._finish(driven, target)
@@ -299,20 +318,33 @@ class _Converter:
         power = self.law.signal.square().sum((-2, -1), keepdim=True)
         if not bool((power > 0).all()):
             msg = (
-                f"t: nothing of x_0 is left in the state at t = {float(self.times.max()):g}; "
-                "end earlier or lower beta"
+                "t: nothing of x_0 is left in the state at "
+                f"t = {float(self.times.detach().max()):g}; end earlier or lower beta"
             )
             raise ValueError(msg)
         return power
+
+    def _check_resolved(self) -> None:
+        """Refuse a full score of which rounding of x̂₀ leaves nothing."""
+        if self.law.signal.shape[-2] == self.d:
+            return  # all components are driven
+        loss = torch.finfo(torch.float64).eps * self._power().sqrt().flatten()
+        if len(loss) and float(loss.detach().max()) > 1e-4:
+            where = float(self.times.detach().flatten()[loss.argmax()])
+            msg = (
+                f"t: at t = {where:g} the state tells x_0 so exactly that float64 holds no digit "
+                "of the full score; take later times"
+            )
+            raise ValueError(msg)
 
     def _driven_power(self) -> Tensor:
         """The part of it in the driven rows, where they determine x_0."""
         power = self._power()
         driven = self.law.signal[..., -self.d :, :].square().sum((-2, -1), keepdim=True)
         amplification = (power / driven).sqrt().flatten()
-        worst = float(amplification.max()) if len(amplification) else 1.0
+        worst = float(amplification.detach().max()) if len(amplification) else 1.0
         if not worst <= _LARGEST_AMPLIFICATION:
-            where = float(self.times.flatten()[amplification.argmax()])
+            where = float(self.times.detach().flatten()[amplification.argmax()])
             msg = (
                 f"the score of the driven components {tuple(self.driven)} does not determine x_0 "
                 f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "

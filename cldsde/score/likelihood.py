@@ -189,7 +189,8 @@ def flow_log_prob(
 
     The ODE is solved by torchdiffeq in float64 (float32 on devices that have no other), the score
     sees states of the dtype given. The tolerances hold for each sample, the divergence integral
-    included, and no time outside [t, T] is evaluated.
+    included; steps are those of the sample that needs the shortest. Times are kept in [t, T].
+    Nothing of the result carries gradients.
 
     Parameters
     ----------
@@ -334,7 +335,7 @@ class _Flow:
                 raise FloatingPointError(msg)
             trace = self._trace(force, leaf)
         velocity = apply_blocks(F, z) - 0.5 * apply_blocks(pull, score.detach().to(z.dtype))
-        divergence = self._dimension * float(F.trace()) - 0.5 * trace.to(z.dtype)
+        divergence = self._dimension * float(F.detach().trace()) - 0.5 * trace.to(z.dtype)
         return velocity, divergence
 
     def _trace(self, force: Tensor, leaf: Tensor) -> Tensor:
@@ -458,7 +459,7 @@ def log_likelihood(
     check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
     one_of(start, Start, "start")
     one_of(divergence, Divergence, "divergence")
-    if not isinstance(samples, int) or samples < 1:
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         msg = f"samples must be a positive integer; got {samples!r}"
         raise ValueError(msg)
     if x0.numel() == 0 and len(x0):
@@ -522,7 +523,7 @@ def _noise_ratio(rotation: Tensor, signal: Tensor, epsilon: Tensor, root: Tensor
     along = (apply_blocks((signal / size).mT, white)).squeeze(1)
     k, dimension = white.shape[1:]
     quadratic = white.square().sum((1, 2)) - along.square().sum(1)
-    log_det = float(root.diagonal().log().sum() + size.log())
+    log_det = float((root.diagonal().log().sum() + size.log()).detach())
     return 0.5 * quadratic + dimension * (log_det + 0.5 * (k - 1) * math.log(2 * math.pi))
 
 

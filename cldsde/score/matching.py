@@ -49,6 +49,10 @@ class PerturbedData:
 
     Attributes
     ----------
+    sde
+        The forward process.
+    x0
+        The data ``(B, *D)``.
     z
         States ``(B, k, *D)``.
     noise
@@ -57,6 +61,8 @@ class PerturbedData:
         Times ``()`` or ``(B,)``, float64 on the host.
     kernel
         Law of z_t given what it is conditioned on.
+    conditioning
+        ``"data"`` or ``"all"`` of z_0.
     """
 
     sde: LinearSDE
@@ -162,14 +168,18 @@ class PerturbedData:
                 f"got {tuple(output.shape)}"
             )
             raise ValueError(msg)
-        if prediction == "score":
-            output = apply_blocks(-self._law.driven_root().mT, output)
+        output = output.to(self.noise.dtype)
+        if prediction == "data" and self.conditioning == "data":
+            # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0): in terms of the data nothing cancels.
+            driven = self._law.signal[..., -self.noise.shape[1] :, :]
+            error = apply_blocks(driven, (self.x0 - output).unsqueeze(1))
         elif prediction == "data":
-            convert = Conversion.at(
-                self.sde, self.t, "data", "noise", conditioning=self.conditioning
-            )
-            output = convert(self.z, output)
-        error = output - self.noise
+            convert = Conversion.at(self.sde, self.t, "data", "noise", conditioning="all")
+            error = convert(self.z, output) - self.noise
+        elif prediction == "score":
+            error = apply_blocks(-self._law.driven_root().mT, output) - self.noise
+        else:
+            error = output - self.noise
         if weighting == "likelihood":
             pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self._law), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])

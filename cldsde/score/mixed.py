@@ -233,7 +233,7 @@ class MixedScore(nn.Module):
         if learnt.shape != wanted:
             msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
-        learnt = learnt.reshape(reference.shape)
+        learnt = learnt.reshape(reference.shape).to(reference.dtype)
         if self.mixing_logits is None:
             return reference + spread(c.residual, 1) * learnt
         share = self.mixing_logits.to(z).sigmoid()

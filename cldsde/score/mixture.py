@@ -57,7 +57,7 @@ class GaussianMixture:
     ------
     ValueError
         If shapes do not fit, a weight is not positive, or a covariance is not symmetric positive
-        semi-definite.
+        semi-definite or requires gradients.
 
     Examples
     --------
@@ -104,6 +104,12 @@ class GaussianMixture:
             raise ValueError(msg)
         if not bool(self.means.isfinite().all() and self.covariances.isfinite().all()):
             msg = "means and covariances must be finite"
+            raise ValueError(msg)
+        if self.covariances.requires_grad:
+            msg = (
+                "covariances must not require gradients: derivatives with respect to them do not "
+                "exist where eigenvalues coincide; detach them"
+            )
             raise ValueError(msg)
         scale = self.covariances.abs().amax((1, 2))
         if bool(

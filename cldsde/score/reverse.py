@@ -59,7 +59,11 @@ def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     if (first.components, first.driven) != (second.components, second.driven):
         return False
     t = torch.linspace(0, first.T, 5, dtype=torch.float64)
-    pairs = ((first.drift(t), second.drift(t)), (first.diffusion(t), second.diffusion(t)))
+    pairs = (
+        (first.drift(t), second.drift(t)),
+        (first.diffusion(t), second.diffusion(t)),
+        (first.initial_covariance, second.initial_covariance),
+    )
     return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
 
 
@@ -102,7 +106,7 @@ class ReverseProcess:
     TypeError
         If ``sde`` is not a `LinearSDE` or ``score`` cannot be called.
     ValueError
-        If ``score`` has an attribute ``sde`` with other dynamics.
+        If ``score`` has an attribute ``sde`` with other dynamics or another initial covariance.
 
     Examples
     --------
@@ -120,7 +124,10 @@ class ReverseProcess:
             raise TypeError(msg)
         other = getattr(score, "sde", sde)
         if other is not sde and not _same_dynamics(sde, other):
-            msg = f"score belongs to another process, {other!r}, than sde, {sde!r}"
+            msg = (
+                f"score belongs to another process, {other!r}, than sde, {sde!r}: their drift, "
+                "diffusion or initial covariance differ"
+            )
             raise ValueError(msg)
         self.sde = sde
         self.score = score

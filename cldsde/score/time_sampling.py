@@ -34,7 +34,7 @@ class TimeSampler:
         the loss's second moment at each time; proportional to the loss, it makes the expected
         weighted loss the same at every time.
     t_min
-        Smallest time, above 0.
+        Smallest time, in (0, ½].
 
     Raises
     ------
@@ -106,15 +106,19 @@ class TimeSampler:
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw ``n`` times, one in each n-th part of the distribution, and their weights.
 
+        The parts come in random order, so that each time has the density by itself, whichever datum
+        it meets; together they are spread more evenly than independent times.
+
         Returns
         -------
         t, weight : tuple of Tensor
-            ``(n,)`` float64 on the host; t increases.
+            ``(n,)`` float64 on the host.
         """
-        device = "cpu" if generator is None else generator.device
-        # Single precision, as some devices have no other; the part supplies the leading digits.
-        shift = torch.rand(n, generator=generator, dtype=torch.float32, device=device)
-        return self.quantiles((torch.arange(n, dtype=torch.float64) + shift.cpu().double()) / n)
+        device = torch.device("cpu") if generator is None else generator.device
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        shift = torch.rand(n, generator=generator, dtype=precision, device=device).cpu().double()
+        part = torch.randperm(n, generator=generator, device=device).cpu()
+        return self.quantiles((part + shift) / n)
 
     def quantiles(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Times, and their weights, below which the shares u ∈ [0, 1] of the draws lie.

@@ -52,6 +52,8 @@ def evidence_lower_bound(
 ) -> Tensor:
     """Unbiased estimate of the evidence lower bound of each datum, ``(B,)`` nats.
 
+    Estimates of one batch share stratified times: their mean scatters less than their scatter says.
+
     Parameters
     ----------
     model
@@ -69,8 +71,8 @@ def evidence_lower_bound(
         What the model returns: ``"score"``, ``"noise"`` or ``"data"``.
     data_mean, data_variance
         Of a Gaussian near the data, whose bound is known in closed form: a control variate. With
-        the data's own moments it takes away most of the variance for data near a Gaussian, and half
-        of it for modes far apart. None: without.
+        the data's own moments nothing is left to chance where the data are Gaussian and the model
+        exact; for modes far apart it takes away a part of the variance. None: without.
     generator
         Source of the noise.
 
@@ -89,7 +91,9 @@ def evidence_lower_bound(
     >>> x0 = data.sample(20_000, generator=g)
     >>> sampler = TimeSampler.importance(sde, 1e-5, weighting="likelihood")
     >>> t, weight = sampler.sample(len(x0), generator=g)
-    >>> bound = evidence_lower_bound(data.score(sde), sde, x0, t, weight, t_min=1e-5, generator=g)
+    >>> bound = evidence_lower_bound(
+    ...     data.score(sde), sde, x0, t, weight, t_min=1e-5, data_variance=1.0, generator=g
+    ... )
     >>> f"{bound.mean():.2f}"  # E log p is −1.42
     '-1.4...'
     """
@@ -107,11 +111,14 @@ def evidence_lower_bound(
     output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
     losses = pair.loss(output, prediction, weighting="likelihood")
     known: Tensor | float = 0.0
+    if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
+        msg = "data_mean is that of the control variate; give data_variance too"
+        raise ValueError(msg)
     if data_variance is not None:
         check_positive(data_variance, "data_variance")
         reference = _GaussianReference(data_mean, data_variance)
-        guess = reference.data_prediction(sde, pair)
-        losses = losses - pair.loss(guess, "data", weighting="likelihood")
+        guess = reference.noise_prediction(sde, pair)
+        losses = losses - pair.loss(guess, "noise", weighting="likelihood")
         known = reference.diffusion_term(sde, x0, t_min)
     dimension = math.prod(x0.shape[1:])
     if isinstance(weight, Tensor):
@@ -129,13 +136,20 @@ class _GaussianReference:
     mean: Tensor | float
     variance: float
 
-    def data_prediction(self, sde: LinearSDE, pair: PerturbedData) -> Tensor:
-        """E[x_0 | z_t] for such data, μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I)."""
+    def noise_prediction(self, sde: LinearSDE, pair: PerturbedData) -> Tensor:
+        """E[n* | z_t] for such data, from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
+
+        From the state, as a model's prediction is, so that both see the same rounding of it.
+        """
         law = whiten(sde, pair.kernel, pair.t)
         information = law.signal.square().sum((-2, -1), keepdim=True)
         gain = self.variance / (1 + self.variance * information) * law.signal.mT @ law.inverse
-        centred = pair.z - apply_blocks(law.psi, self._mean(pair.x0).unsqueeze(1))
-        return self._mean(pair.x0) + apply_blocks(gain, centred)[:, 0]
+        driven = slice(-len(sde.driven), None)
+        signal = law.signal[..., driven, :]
+        noise = law.inverse[..., driven, :] - signal @ gain
+        mean = self._mean(pair.x0).unsqueeze(1)
+        centred = pair.z - apply_blocks(law.psi, mean)
+        return apply_blocks(noise, centred)
 
     def diffusion_term(self, sde: LinearSDE, x0: Tensor, t_min: float) -> Tensor:
         """½ ∫ E|x_0 − x̂_0|² (−dI) for this prediction and given data, ``(B,)`` nats.
@@ -152,7 +166,12 @@ class _GaussianReference:
         return 0.5 * known.to(x0)
 
     def _mean(self, x0: Tensor) -> Tensor:
-        return torch.as_tensor(self.mean).to(x0).expand(x0.shape)
+        mean = torch.as_tensor(self.mean).to(x0)
+        try:
+            return mean.expand(x0.shape)
+        except RuntimeError:
+            msg = f"data_mean must broadcast with x0, {tuple(x0.shape)}; got {tuple(mean.shape)}"
+            raise ValueError(msg) from None
 
 
 def _prior_divergence(sde: LinearSDE, x0: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def test_draws_follow_the_density(name: str) -> None:
     density, t_min = DENSITIES[name]
     n = 20_000
     t, _ = TimeSampler(density, t_min).sample(n, generator=torch.Generator().manual_seed(0))
+    t = t.sort().values
     grid = torch.logspace(math.log10(t_min), 0, 200_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(density(grid), grid)
     share = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
@@ -99,7 +100,15 @@ def test_each_part_of_the_distribution_gets_one_draw(n: int) -> None:
     assert t.dtype == weight.dtype == torch.float64
     part = ((t - 1e-3) / (1 - 1e-3) * n).floor()
     # The table's linear interpolation is exact for a uniform density, up to rounding at the edges.
-    assert part.tolist() == list(range(n))
+    assert part.sort().values.tolist() == list(range(n))
+
+
+def test_the_parts_come_in_random_order() -> None:
+    # Otherwise the first datum of a batch would always meet the earliest time.
+    sampler, g = TimeSampler(torch.ones_like, 1e-3), torch.Generator().manual_seed(0)
+    first = torch.stack([sampler.sample(10, generator=g)[0][0] for _ in range(2000)])
+    # A mean of 2,000 uniform times, five standard errors.
+    assert first.mean().item() == pytest.approx(0.5, abs=5 * math.sqrt(1 / 12 / 2000))
 
 
 def test_a_seed_decides_the_draw() -> None:
