@@ -5,6 +5,7 @@ from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
+from .gotta_go_fast import GottaGoFast
 from .grids import karras_times, log_snr_times, quadratic_times, root_times, uniform_times
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
@@ -22,6 +23,7 @@ __all__ = [
     "ExponentialMultistep",
     "Facts",
     "FreshNoise",
+    "GottaGoFast",
     "Integration",
     "Langevin",
     "Memory",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .noise import NoiseSource
 
-__all__ = ["Affine", "Block", "affine_step", "as_blocks", "combine"]
+__all__ = ["Affine", "Block", "affine_step", "as_blocks", "combine", "per_sample"]
 
 Block = list[list[float]]
 """A k×m block as rows of Python floats."""
@@ -66,3 +66,9 @@ def affine_step(z: Tensor, tables: Affine, i: int, score: Tensor, noise: NoiseSo
     xi = noise.normal(z, len(tables.noise[i][0]))
     out = torch.empty_like(z)
     return combine(out, (tables.state[i], z), (tables.score[i], score), (tables.noise[i], xi))
+
+
+def per_sample(x: Tensor, like: Tensor) -> Tensor:
+    """A number a sample ``(B,)``, on the device of states and shaped to multiply them."""
+    column = x.to(like.device) if x.dtype == torch.bool else x.to(like)
+    return column.reshape(-1, *(1,) * (like.ndim - 1))

@@ -51,12 +51,13 @@ class ExponentialMultistep(Solver):
     that networks that predict the velocity's score alone serve.
 
     For k = 1 this is DDIM (order 1, λ = 0), ancestral sampling (order 1, λ = 1), DPM-Solver++(2M)
-    and (3M), their SDE forms, UniPC (with the corrector) and SA-Solver (λ a function of time); for
-    k > 1 the deterministic form does what gDDIM does. On data that are one point every order is
+    and its SDE form, UniPC (with the corrector) and SA-Solver (λ a function of time); for k > 1 the
+    deterministic form does what gDDIM does. On data that are one point every order is
     exact in one step; the first order is for any grid.
 
-    Deterministic (λ = 0), the order is ``order``, one more with the corrector; with noise it is the
-    weak order, and ends at 2.
+    Deterministic (λ = 0), the order is ``order``, one more with the corrector, and at most 3, which
+    the first steps allow; those of order 3 mend the first step without being asked to. With noise
+    it is the weak order, and ends at 2.
 
     Parameters
     ----------
@@ -67,10 +68,10 @@ class ExponentialMultistep(Solver):
         to ``(n,)``, taken as constant over each step at its start.
     corrector
         Repeat each step, but the last, with the prediction at its end, which the next step needs
-        anyway: no further evaluation.
+        anyway: no further evaluation. For predictions of the data.
     prediction
         ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t
-        (deterministic only).
+        (deterministic, and without corrector).
     variable
         What ℓ_j are polynomials in: ``"time"``, or ``"log_snr"``, κ = ½ log ψᵀΣ⁻¹ψ, as published
         for k = 1.
@@ -99,19 +100,19 @@ class ExponentialMultistep(Solver):
     @property
     def facts(self) -> Facts:
         """Facts that hold for these options."""
-        order = self.order + self.corrector
+        order = min(self.order + self.corrector, 3 if self.prediction == "data" else 2)
         deterministic = self.stochasticity == 0
         return Facts(
             applies_to="every linear SDE whose driven score determines the data (not underdamped)",
             nfe_per_step=1,
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
-            state_on_grid=not self.corrector,
+            state_on_grid=not self._mends(1),
         )
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
-        if self.order not in (1, 2, 3):
+        if type(self.order) is not int or self.order not in (1, 2, 3):
             msg = f"order must be 1, 2 or 3; got {self.order!r}"
             raise ValueError(msg)
         for name, allowed in (
@@ -132,6 +133,12 @@ class ExponentialMultistep(Solver):
             raise ValueError(msg)
         if self.prediction == "noise" and self.stochasticity != 0:
             msg = "prediction='noise' is deterministic; take stochasticity=0 or prediction='data'"
+            raise ValueError(msg)
+        if self.prediction == "noise" and self.corrector:
+            msg = (
+                "corrector: with prediction='noise' it is unstable on few steps; take "
+                "prediction='data'"
+            )
             raise ValueError(msg)
         if self.weights == "published" and (self.variable != "log_snr" or self.order > 2):
             msg = "weights='published' are those of variable='log_snr' and order 1 or 2"
@@ -171,7 +178,7 @@ class ExponentialMultistep(Solver):
             as_blocks(kernel.move),
             as_blocks(kernel.noise),
             self._weights(kernel, position, times, offset=0),
-            self._weights(kernel, position, times, offset=1) if self.corrector else [],
+            self._weights(kernel, position, times, offset=1) if self._mends(1) else [],
         )
 
     def evaluation_times(self, times: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ class ExponentialMultistep(Solver):
             (tables.predict_score[i], score(z, i)),
         )
         predictions = (new, *memory[1:])
-        if self.corrector and i > 0:
+        if i > 0 and self._mends(i):
             z = _with(memory[0], tables.corrector[i - 1], predictions)
         terms = [(tables.move[i], z)]
         columns = len(tables.noise[i][0])
@@ -199,6 +206,11 @@ class ExponentialMultistep(Solver):
         following = _with(carried, tables.weights[i], predictions)
         kept = self.order if self.corrector else self.order - 1
         return following, (carried, *predictions[:kept])
+
+    def _mends(self, i: int) -> bool:
+        """Whether the step that led to time i is corrected: for order 3, at least the first."""
+        first = self.order == 3 and self.prediction == "data" and i == 1
+        return self.corrector or first
 
     def _levels(self, times: Tensor) -> Tensor:
         if not callable(self.stochasticity):
@@ -226,7 +238,7 @@ class ExponentialMultistep(Solver):
         nodes = kernel.nodes  # (n, q)
         x, at = position(times), position(nodes)
         blocks: list[list[Block]] = []
-        # Steps with a full history at once, those of the warm-up one by one.
+        # Steps with a full history at once, those of the first steps one by one.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
         for count in sorted(set(counts)):
             steps = torch.tensor([i for i in range(n) if counts[i] == count])

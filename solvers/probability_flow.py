@@ -14,6 +14,7 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
 
 from .base import AdaptiveSolver, Facts, Integration, TimedScore
+from .combine import per_sample
 from .noise import NoiseSource
 
 __all__ = ["ProbabilityFlow"]
@@ -111,7 +112,7 @@ class ProbabilityFlow(AdaptiveSolver):
                 )
                 break
             stages = [f]
-            dt = _column(h, z)
+            dt = per_sample(h, z)
             for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):
                 move = _weighted(a, stages) * dt
                 stages.append(flow(z - move, (t - float(c) * h).clamp_min(end)))
@@ -122,7 +123,7 @@ class ProbabilityFlow(AdaptiveSolver):
             error = self._error(tableau, stages, dt, z, new).cpu().to(torch.float64)
             accept = error <= 1
             growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
-            keep = _column(accept, z)
+            keep = per_sample(accept, z)
             z = torch.where(keep, new, z)
             f = torch.where(keep, stages[-1], f)
             t = torch.where(accept, after, t)
@@ -163,7 +164,7 @@ class ProbabilityFlow(AdaptiveSolver):
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # A slope that is not finite is found out by the first step.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
-        d2 = size(flow(z - f * _column(h0, z), t - h0) - f) / h0
+        d2 = size(flow(z - f * per_sample(h0, z), t - h0) - f) / h0
         steepest = torch.maximum(d1, d2)
         order = tableau.error_estimator_order + 1
         h1 = torch.where(
@@ -201,9 +202,3 @@ def _weighted(weights: Any, stages: list[Tensor]) -> Tensor:
         if weight:
             total = stage * weight if total is None else total.add_(stage, alpha=weight)
     return torch.zeros_like(stages[0]) if total is None else total
-
-
-def _column(x: Tensor, like: Tensor) -> Tensor:
-    """A number a sample, shaped to multiply states."""
-    column = x.to(like.device) if x.dtype == torch.bool else x.to(like)
-    return column.reshape(-1, *(1,) * (like.ndim - 1))

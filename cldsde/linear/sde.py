@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, TimeLike, as_levels, as_matrix, as_times
-from cldsde.linear.covariance import covariance_root, triangular_inverse
+from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel
@@ -247,9 +247,12 @@ class LinearSDE:
         return root @ root.mT
 
     def noise_root(self, s: TimeLike, t: TimeLike) -> Tensor:
-        r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, driven columns only, ``(*, k, d)``."""
-        root = self.dynamics.noise_root(*self._interval(s, t))
-        return root[..., list(self.driven)]
+        r"""Root of :math:`∫_s^t G G^⊤`, lower triangular in the driven rows, ``(*, k, d)``."""
+        noise = self.dynamics.noise_root(*self._interval(s, t))
+        driven = list(self.driven)
+        root = noise.new_zeros(*noise.shape[:-1], len(driven))
+        root[..., driven, :] = joint_root(noise[..., driven, :])
+        return root
 
     def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
         r"""Law of z_t given the mean of z_0.
