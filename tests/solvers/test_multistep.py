@@ -370,7 +370,7 @@ class TestDiffusers:
     ) -> None:
         from diffusers import DPMSolverMultistepScheduler
 
-        _, _, alpha, sigma, z, draws = setting
+        _, _, _, sigma, z, draws = setting
         scheduler = DPMSolverMultistepScheduler(
             solver_order=order,
             algorithm_type="sde-dpmsolver++" if stochasticity else "dpmsolver++",
