@@ -28,9 +28,9 @@ class GottaGoFast(AdaptiveSolver):
         K_1 = h\,d(z, t) + G(t)\,ΔW, \quad K_2 = h\,d(z + K_1, t−h) + G(t−h)\,ΔW, \quad
         z ← z + \tfrac12 (K_1 + K_2), \qquad d = −F z + G G^⊤ s,
 
-    with the error e = ½(K_2 − K_1) in units of max(atol, rtol max(|z_low|, |z_low| before)),
-    z_low = z + K_1, in the root mean square over a sample's numbers. A step is accepted where it is
-    at most 1, and the next is h ← min(t − ε, θ h e^{−r}).
+    with the error e = ½(K_2 − K_1) in units of the larger of atol and rtol times the larger of
+    z + K_1 and the same of the step before, in the root mean square over a sample's numbers. A step
+    is accepted where e is at most 1, and the next is h ← min(t − ε, θ h e^{−r}).
 
     After a rejection the published method draws new noise: then accepted steps are those with small
     noise, and in few dimensions the samples are biased. With ``noise_on_reject="bridge"`` what is

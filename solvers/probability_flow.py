@@ -28,8 +28,8 @@ class ProbabilityFlow(AdaptiveSolver):
     r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with a step size for each sample.
 
     Each sample of the batch is accepted, rejected and stepped by its own error, the root mean
-    square of e / (atol + rtol max(|z|, |z_new|)) over its numbers, so that its result does not
-    depend on the others but for rounding. Samples that have arrived drop out of the batch. No time
+    square over its numbers of the error in units of atol + rtol times the larger of the state
+    before and after, so that its result does not depend on the others but for rounding. Samples that have arrived drop out of the batch. No time
     outside [ε, T] is evaluated. ``Solution.nfev`` is the largest number of evaluations of a sample,
     ``stats["nfev"]`` has all.
 
