@@ -29,9 +29,9 @@ class ProbabilityFlow(AdaptiveSolver):
 
     Each sample of the batch is accepted, rejected and stepped by its own error, the root mean
     square over its numbers of the error in units of atol + rtol times the larger of the state
-    before and after, so that its result does not depend on the others but for rounding. Samples that have arrived drop out of the batch. No time
-    outside [ε, T] is evaluated. ``Solution.nfev`` is the largest number of evaluations of a sample,
-    ``stats["nfev"]`` has all.
+    before and after, so that its result does not depend on the others but for rounding. Samples
+    that have arrived drop out of the batch. No time outside [ε, T] is evaluated. ``Solution.nfev``
+    is the largest number of evaluations of a sample, ``stats["nfev"]`` has all.
 
     Parameters
     ----------
