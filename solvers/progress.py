@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm.auto import tqdm
-
 __all__ = ["progress_bar"]
 
 
@@ -23,5 +21,7 @@ def progress_bar(items: Iterable[Any], *, shown: bool, **options: Any) -> Any:
     options
         Passed to tqdm, e.g. ``desc``.
     """
+    from tqdm.auto import tqdm  # warns on import in notebooks without widgets
+
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(items, disable=not shown, mininterval=interval, maxinterval=interval, **options)

@@ -19,10 +19,13 @@ __all__ = [
     "check_between",
     "check_positive",
     "check_state",
+    "parameter_value",
 ]
 
 TimeLike = float | Tensor
-MatrixLike = Tensor | Sequence[Sequence[float]]
+Parameter = float | Tensor
+"""A number that declares a process, or a 0-dimensional tensor that is to be learnt."""
+MatrixLike = Tensor | Sequence[Sequence[Parameter]]
 
 
 def as_times(value: TimeLike, name: str, end: float) -> Tensor:
@@ -125,6 +128,13 @@ def as_number(value: object, name: str) -> float:
         msg = f"{name} must be a real number; got {value!r}"
         raise TypeError(msg)
     return float(value)
+
+
+def parameter_value(value: object, name: str) -> float:
+    """A real number, or a 0-dimensional tensor that may be learnt, as a float."""
+    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
+        return float(value.detach())
+    return as_number(value, name)
 
 
 def check_positive(value: float, name: str) -> float:

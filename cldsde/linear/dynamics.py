@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
-from cldsde.linear.checks import MatrixLike, as_matrix
+from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.schedule import Schedule
 
 __all__ = ["Dynamics", "TimeChangedDynamics", "driven_rows"]
@@ -111,7 +111,10 @@ class TimeChangedDynamics(Dynamics):
     _TAYLOR_TERMS = 21
 
     def __init__(
-        self, A: MatrixLike, Q_root: MatrixLike, schedule: Schedule | float | Sequence[float] = 1.0
+        self,
+        A: MatrixLike,
+        Q_root: MatrixLike,
+        schedule: Schedule | Parameter | Sequence[Parameter] = 1.0,
     ) -> None:
         self.A = as_matrix(A, "A", (None, None))
         self.components = len(self.A)

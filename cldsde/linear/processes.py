@@ -1,4 +1,7 @@
-"""The processes of the field, each declared by its matrices, schedule and laws."""
+"""The processes of the field, each declared by its matrices, schedule and laws.
+
+Parameters may be 0-dimensional tensors, through which kernels are differentiable.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
-from cldsde.linear.checks import as_number, check_at_least, check_positive
+from cldsde.linear.checks import (
+    Parameter,
+    as_float64,
+    check_at_least,
+    check_positive,
+    parameter_value,
+)
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
 
 __all__ = ["CLD", "HOLD", "PSLD", "VESDE", "VPSDE", "SubVPSDE"]
+
+# With these HOLD has the triple eigenvalue −√3.
+_CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)
 
 
 class VPSDE(LinearSDE):
@@ -39,8 +51,8 @@ class VPSDE(LinearSDE):
 
     def __init__(
         self,
-        beta_min: float = 0.1,
-        beta_max: float = 20.0,
+        beta_min: Parameter = 0.1,
+        beta_max: Parameter = 20.0,
         *,
         schedule: Schedule | None = None,
     ) -> None:
@@ -67,8 +79,8 @@ class SubVPSDE(LinearSDE):
 
     def __init__(
         self,
-        beta_min: float = 0.1,
-        beta_max: float = 20.0,
+        beta_min: Parameter = 0.1,
+        beta_max: Parameter = 20.0,
         *,
         schedule: Schedule | None = None,
     ) -> None:
@@ -149,7 +161,7 @@ class VESDE(LinearSDE):
         Noise levels at t = 0 and 1, 0 < σ_min < σ_max, in units of the data.
     """
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+    def __init__(self, sigma_min: Parameter = 0.01, sigma_max: Parameter = 50.0) -> None:
         super().__init__(
             TimeChangedDynamics([[0.0]], [[1.0]], Schedule.geometric(sigma_min, sigma_max)),
             initial_covariance=[[sigma_min**2]],
@@ -198,18 +210,18 @@ class CLD(LinearSDE):
 
     def __init__(
         self,
-        beta: Schedule | float | tuple[float, float] = 4.0,
-        mass: float = 0.25,
-        friction: float = 1.0,
-        velocity_scale: float = 0.04,
-        position_noise: float = 0.0,
+        beta: Schedule | Parameter | tuple[Parameter, Parameter] = 4.0,
+        mass: Parameter = 0.25,
+        friction: Parameter = 1.0,
+        velocity_scale: Parameter = 0.04,
+        position_noise: Parameter = 0.0,
     ) -> None:
-        check_positive(mass, "mass")
-        check_positive(friction, "friction")
-        check_at_least(velocity_scale, 0.0, "velocity_scale")
-        check_at_least(position_noise, 0.0, "position_noise")
-        noise = sqrt(2 * friction)
-        quiet = position_noise == 0
+        check_positive(parameter_value(mass, "mass"), "mass")
+        check_positive(parameter_value(friction, "friction"), "friction")
+        check_at_least(parameter_value(velocity_scale, "velocity_scale"), 0.0, "velocity_scale")
+        check_at_least(parameter_value(position_noise, "position_noise"), 0.0, "position_noise")
+        noise = (2 * friction) ** 0.5
+        quiet = not isinstance(position_noise, Tensor) and position_noise == 0
         super().__init__(
             TimeChangedDynamics(
                 [[0, 1 / mass], [-1, -friction / mass]],
@@ -247,21 +259,21 @@ class PSLD(LinearSDE):
 
     def __init__(
         self,
-        beta: Schedule | float | tuple[float, float] = 8.0,
-        gamma: float = 0.01,
-        nu: float = 4.01,
-        mass: float = 0.25,
-        velocity_scale: float = 0.04,
+        beta: Schedule | Parameter | tuple[Parameter, Parameter] = 8.0,
+        gamma: Parameter = 0.01,
+        nu: Parameter = 4.01,
+        mass: Parameter = 0.25,
+        velocity_scale: Parameter = 0.04,
     ) -> None:
-        check_positive(mass, "mass")
-        check_at_least(gamma, 0.0, "gamma")
-        check_at_least(nu, 0.0, "nu")
-        check_positive(gamma + nu, "gamma + nu")
-        check_at_least(velocity_scale, 0.0, "velocity_scale")
+        check_positive(parameter_value(mass, "mass"), "mass")
+        check_at_least(parameter_value(gamma, "gamma"), 0.0, "gamma")
+        check_at_least(parameter_value(nu, "nu"), 0.0, "nu")
+        check_positive(parameter_value(gamma + nu, "gamma + nu"), "gamma + nu")
+        check_at_least(parameter_value(velocity_scale, "velocity_scale"), 0.0, "velocity_scale")
         super().__init__(
             TimeChangedDynamics(
                 [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
-                [[sqrt(gamma), 0], [0, sqrt(mass * nu)]],
+                [[_root(gamma), 0], [0, _root(mass * nu)]],
                 beta,
             ),
             initial_covariance=_diagonal(0, velocity_scale * mass),
@@ -295,21 +307,21 @@ class HOLD(LinearSDE):
 
     def __init__(
         self,
-        beta: Schedule | float | tuple[float, float] = 4.0,
-        coupling: float = 2 * sqrt(2),
-        friction: float = 3 * sqrt(3),
-        inverse_mass: float = 1.0,
-        auxiliary_scale: float = 0.04,
+        beta: Schedule | Parameter | tuple[Parameter, Parameter] = 4.0,
+        coupling: Parameter = _CRITICAL_COUPLING,
+        friction: Parameter = _CRITICAL_FRICTION,
+        inverse_mass: Parameter = 1.0,
+        auxiliary_scale: Parameter = 0.04,
     ) -> None:
-        check_positive(abs(as_number(coupling, "coupling")), "abs(coupling)")
-        check_positive(friction, "friction")
-        check_positive(inverse_mass, "inverse_mass")
-        check_at_least(auxiliary_scale, 0.0, "auxiliary_scale")
+        check_positive(abs(parameter_value(coupling, "coupling")), "abs(coupling)")
+        check_positive(parameter_value(friction, "friction"), "friction")
+        check_positive(parameter_value(inverse_mass, "inverse_mass"), "inverse_mass")
+        check_at_least(parameter_value(auxiliary_scale, "auxiliary_scale"), 0.0, "auxiliary_scale")
         variance = 1 / inverse_mass
         super().__init__(
             TimeChangedDynamics(
                 [[0, 1, 0], [-1, 0, coupling], [0, -coupling, -friction]],
-                [[0], [0], [sqrt(2 * friction * variance)]],
+                [[0], [0], [(2 * friction * variance) ** 0.5]],
                 beta,
             ),
             initial_covariance=_diagonal(0, auxiliary_scale * variance, auxiliary_scale * variance),
@@ -317,13 +329,17 @@ class HOLD(LinearSDE):
         )
 
 
-def _rate(beta_min: float, beta_max: float, schedule: Schedule | None) -> Schedule:
+def _rate(beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None) -> Schedule:
     if schedule is not None:
         return Schedule.of(schedule)
-    check_at_least(beta_min, 0.0, "beta_min")
-    check_positive(beta_max, "beta_max")
+    check_at_least(parameter_value(beta_min, "beta_min"), 0.0, "beta_min")
+    check_positive(parameter_value(beta_max, "beta_max"), "beta_max")
     return Schedule.linear(beta_min, beta_max)
 
 
-def _diagonal(*entries: float) -> Tensor:
-    return torch.tensor(entries, dtype=torch.float64).diag()
+def _root(x: Parameter) -> Parameter:
+    return safe_sqrt(x) if isinstance(x, Tensor) else sqrt(x)
+
+
+def _diagonal(*entries: Parameter) -> Tensor:
+    return as_float64(entries).diag()

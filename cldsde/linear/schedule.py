@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_number, check_at_least, check_between, check_positive
+from cldsde.linear.checks import (
+    Parameter,
+    check_at_least,
+    check_between,
+    check_positive,
+    parameter_value,
+)
 
 __all__ = ["Schedule", "gauss_legendre"]
 
@@ -134,7 +140,7 @@ class Schedule:
             raise ValueError(msg)
 
     @classmethod
-    def of(cls, value: Schedule | float | Sequence[float]) -> Schedule:
+    def of(cls, value: Schedule | Parameter | Sequence[Parameter]) -> Schedule:
         """A schedule from a number (constant), a pair (β(0), β(1), linear) or a Schedule.
 
         Raises
@@ -152,22 +158,22 @@ class Schedule:
         raise TypeError(msg)
 
     @classmethod
-    def constant(cls, beta: float) -> Schedule:
+    def constant(cls, beta: Parameter) -> Schedule:
         """β(t) = ``beta`` > 0."""
-        check_positive(_value(beta, "beta"), "beta")
+        check_positive(parameter_value(beta, "beta"), "beta")
         return cls(partial(_constant_rate, beta), partial(_constant_integral, beta))
 
     @classmethod
-    def linear(cls, start: float, end: float) -> Schedule:
+    def linear(cls, start: Parameter, end: Parameter) -> Schedule:
         """β(t) = start + (end − start) t, both ends ≥ 0 and not both zero."""
-        first, last = _value(start, "beta(0)"), _value(end, "beta(1)")
+        first, last = parameter_value(start, "beta(0)"), parameter_value(end, "beta(1)")
         check_at_least(first, 0.0, "beta(0)")
         check_at_least(last, 0.0, "beta(1)")
         check_positive(first + last, "beta(0) + beta(1)")
         return cls(partial(_linear_rate, start, end), partial(_linear_integral, start, end))
 
     @classmethod
-    def cosine(cls, offset: float = 0.008, stop: float = 0.9946) -> Schedule:
+    def cosine(cls, offset: Parameter = 0.008, stop: Parameter = 0.9946) -> Schedule:
         """The rate of the cosine schedule (Nichol and Dhariwal 2021, eq. 17).
 
         The mean of a variance-preserving process, e^{−B(0,t)/2}, is cos θ(t) / cos θ(0) with the
@@ -181,62 +187,56 @@ class Schedule:
         stop
             Share of the schedule that [0, 1] covers, 0 < stop ≤ 1 − 1e-6.
         """
-        check_at_least(offset, 0.0, "offset")
-        check_between(stop, 1e-300, 1 - 1e-6, "stop")
+        check_at_least(parameter_value(offset, "offset"), 0.0, "offset")
+        check_between(parameter_value(stop, "stop"), 1e-300, 1 - 1e-6, "stop")
         turn = math.pi / 2 / (1 + offset)
         angles = (turn * offset, turn * stop)
         return cls(partial(_cosine_rate, *angles), partial(_cosine_integral, *angles))
 
     @classmethod
-    def geometric(cls, sigma_min: float, sigma_max: float) -> Schedule:
+    def geometric(cls, sigma_min: Parameter, sigma_max: Parameter) -> Schedule:
         """The rate dσ²/dt of the geometric σ(t) = σ_min (σ_max/σ_min)^t, VE's clock.
 
         Its integral is σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1), r = log(σ_max/σ_min).
         """
-        check_positive(sigma_min, "sigma_min")
-        check_positive(sigma_max, "sigma_max")
-        if sigma_min >= sigma_max:
-            msg = f"sigma_max must be above sigma_min; got {sigma_max} and {sigma_min}"
+        low = check_positive(parameter_value(sigma_min, "sigma_min"), "sigma_min")
+        high = check_positive(parameter_value(sigma_max, "sigma_max"), "sigma_max")
+        if low >= high:
+            msg = f"sigma_max must be above sigma_min; got {high} and {low}"
             raise ValueError(msg)
-        log_ratio = math.log(sigma_max / sigma_min)
+        ratio = sigma_max / sigma_min
+        log_ratio = ratio.log() if isinstance(ratio, Tensor) else math.log(ratio)
         return cls(
             partial(_geometric_rate, sigma_min, log_ratio),
             partial(_geometric_integral, sigma_min, log_ratio),
         )
 
 
-def _value(parameter: float | Tensor, name: str) -> float:
-    """A number, or a 0-dimensional tensor that may be learnt, as a float."""
-    if isinstance(parameter, Tensor) and parameter.ndim == 0:
-        return float(parameter.detach())
-    return as_number(parameter, name)
-
-
 # Module-level functions, so that a process can be pickled and copied.
 
 
-def _constant_rate(beta: float, t: Tensor) -> Tensor:
+def _constant_rate(beta: Parameter, t: Tensor) -> Tensor:
     return beta * torch.ones_like(t)
 
 
-def _constant_integral(beta: float, s: Tensor, t: Tensor) -> Tensor:
+def _constant_integral(beta: Parameter, s: Tensor, t: Tensor) -> Tensor:
     return beta * (t - s)
 
 
-def _linear_rate(start: float, end: float, t: Tensor) -> Tensor:
+def _linear_rate(start: Parameter, end: Parameter, t: Tensor) -> Tensor:
     # Not start + (end − start)·t, which may round below zero at t = 1.
     return start * (1 - t) + end * t
 
 
-def _linear_integral(start: float, end: float, s: Tensor, t: Tensor) -> Tensor:
+def _linear_integral(start: Parameter, end: Parameter, s: Tensor, t: Tensor) -> Tensor:
     return 0.5 * (t - s) * (_linear_rate(start, end, s) + _linear_rate(start, end, t))
 
 
-def _cosine_rate(start: float, turn: float, t: Tensor) -> Tensor:
+def _cosine_rate(start: Parameter, turn: Parameter, t: Tensor) -> Tensor:
     return 2 * turn * torch.tan(start + turn * t)
 
 
-def _cosine_integral(start: float, turn: float, s: Tensor, t: Tensor) -> Tensor:
+def _cosine_integral(start: Parameter, turn: Parameter, s: Tensor, t: Tensor) -> Tensor:
     # −2 log(cos b / cos a) with b = a + d. Near a quarter turn cosines are sines of what is left;
     # over short steps cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
     a, d = start + turn * s, turn * (t - s)
@@ -247,13 +247,13 @@ def _cosine_integral(start: float, turn: float, s: Tensor, t: Tensor) -> Tensor:
     return -2 * torch.where(short, torch.log1p(-torch.where(short, loss, 0.0)), ratio.log())
 
 
-def _geometric_variance(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:
+def _geometric_variance(sigma_min: Parameter, log_ratio: Parameter, t: Tensor) -> Tensor:
     return sigma_min**2 * torch.exp(2 * log_ratio * t)
 
 
-def _geometric_rate(sigma_min: float, log_ratio: float, t: Tensor) -> Tensor:
+def _geometric_rate(sigma_min: Parameter, log_ratio: Parameter, t: Tensor) -> Tensor:
     return 2 * log_ratio * _geometric_variance(sigma_min, log_ratio, t)
 
 
-def _geometric_integral(sigma_min: float, log_ratio: float, s: Tensor, t: Tensor) -> Tensor:
+def _geometric_integral(sigma_min: Parameter, log_ratio: Parameter, s: Tensor, t: Tensor) -> Tensor:
     return _geometric_variance(sigma_min, log_ratio, s) * torch.expm1(2 * log_ratio * (t - s))

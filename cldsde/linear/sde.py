@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import MatrixLike, TimeLike, as_levels, as_matrix, as_times
+from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_levels, as_matrix, as_times
 from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
@@ -112,7 +112,7 @@ class LinearSDE:
         cls,
         A: MatrixLike,
         Q_root: MatrixLike,
-        schedule: Schedule | float | Sequence[float] = 1.0,
+        schedule: Schedule | Parameter | Sequence[Parameter] = 1.0,
         *,
         initial_covariance: MatrixLike | None = None,
         stationary_covariance: MatrixLike | None = None,

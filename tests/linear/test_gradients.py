@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cldsde import LinearSDE
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, Schedule, SubVPSDE
 
 A = torch.tensor([[0.0, 4.0], [-1.0, -4.0]], dtype=torch.float64)
 Q_ROOT = torch.tensor([[0.0], [1.4]], dtype=torch.float64)
@@ -76,3 +76,35 @@ def test_matrices_may_be_put_together_of_parameters():
     sde.transition(0.0, 0.5).mean.sum().backward()
     # d/da e^{−a/2} = −½ e^{−a/2} at a = 2; a few roundings.
     assert stiffness.grad.item() == pytest.approx(-0.5 * torch.tensor(-1.0).double().exp().item())
+
+
+LEARNT = {
+    "VP": (VPSDE, (0.1, 20.0)),
+    "VP, cosine": (lambda *x: VPSDE(schedule=Schedule.cosine(*x)), (0.01, 0.9)),
+    "sub-VP": (SubVPSDE, (0.1, 20.0)),
+    "VE": (VESDE, (0.1, 20.0)),
+    "CLD": (CLD, (4.0, 0.25, 1.0, 0.04)),
+    "CLD, position noise": (lambda *x: CLD(mass=x[0], position_noise=x[1]), (0.25, 0.3)),
+    "PSLD": (lambda *x: PSLD(8.0, *x), (0.5, 4.0, 0.25, 0.04)),
+    "HOLD": (lambda *x: HOLD(4.0, *x), (2.8, 5.0, 1.2, 0.04)),
+}
+
+
+@pytest.mark.parametrize("name", list(LEARNT))
+def test_processes_with_names_are_differentiable_in_their_parameters(name):
+    make, values = LEARNT[name]
+    parameters = [leaf(torch.tensor(x, dtype=torch.float64)) for x in values]
+
+    def laws(*parameters):
+        sde = make(*parameters)
+        marginal, step = sde.marginal(TIMES), sde.transition(0.2, 0.9)
+        return marginal.mean, marginal.root, step.mean, step.root, sde.prior.root
+
+    assert torch.autograd.gradcheck(laws, parameters, eps=1e-6)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_learnt_parameters_are_checked_like_numbers(value):
+    learnt = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="mass must be finite and positive"):
+        CLD(mass=learnt)
