@@ -74,8 +74,11 @@ class GottaGoFast(AdaptiveSolver):
         check_positive(self.rtol, "rtol")
         if isinstance(self.atol, int | float):
             check_positive(self.atol, "atol")
-        else:
+        elif isinstance(self.atol, Sequence) and not isinstance(self.atol, str):
             object.__setattr__(self, "atol", tuple(check_positive(x, "atol") for x in self.atol))
+        else:
+            msg = f"atol must be a number or a sequence of numbers; got {self.atol!r}"
+            raise TypeError(msg)
         if self.noise_on_reject not in ("bridge", "fresh"):
             msg = f"noise_on_reject must be 'bridge' or 'fresh'; got {self.noise_on_reject!r}"
             raise ValueError(msg)
@@ -111,8 +114,9 @@ class GottaGoFast(AdaptiveSolver):
         out, nfev = z.clone(), torch.zeros(n, dtype=torch.int64)
         rows = torch.arange(n)
         t = torch.full((n,), start, dtype=torch.float64)
-        h = torch.full((n,), min(self.first_step, start - end), dtype=torch.float64)
-        path = _Path(z, sde.dynamics.diffusion(torch.tensor(start)).shape[-1], noise)
+        first = _coarse(torch.full((n,), self.first_step, dtype=torch.float64))
+        h = torch.minimum(first, t - end)
+        path = _Path(z, sde.diffusion(start).shape[-1], noise)
         low_before = z
         attempts = rejections = 0
         message = "reached the end of the interval"
@@ -146,7 +150,7 @@ class GottaGoFast(AdaptiveSolver):
             t = torch.where(accept, after, t)
             path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
-            h = h * factor.nan_to_num(0.2).clamp(0.2, 5.0)
+            h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
             h = torch.minimum(h, t - end)
             out[rows.to(z.device)] = z
             going = t > end
@@ -171,6 +175,16 @@ class GottaGoFast(AdaptiveSolver):
         )
 
 
+def _coarse(h: Tensor) -> Tensor:
+    """Step lengths with ten bits, rounded down.
+
+    A path changes with the root of a length: without this the rounding of an error estimate, which
+    depends on the batch, would grow from step to step.
+    """
+    mantissa, exponent = torch.frexp(h)
+    return torch.ldexp(torch.floor(mantissa * 1024) / 1024, exponent)
+
+
 class _Path:
     """A Brownian path for each sample, of which all that was ever seen is kept.
 
@@ -189,7 +203,8 @@ class _Path:
         """Increment over the next h of each sample, ``(B, rows, *D)``."""
         # Two draws an attempt, for all samples, make a sample's stream independent of its batch.
         fresh, bridge = self._draw(), self._draw()
-        missing = (h - self._lengths.sum(1)).clamp_min(0)
+        missing = h - self._lengths.sum(1)
+        missing = torch.where(missing > 1e-12 * h, missing, 0.0)
         self._append(missing, per_sample(missing.sqrt(), fresh) * fresh)
         end = self._lengths.cumsum(1)
         begin = end - self._lengths
