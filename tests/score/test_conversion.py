@@ -278,6 +278,20 @@ class TestMixtures:
             size = float(expected.score.abs().max())
             assert (full[i] - expected.score).abs().max() <= lost + 1e-9 * size
 
+    @pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
+    @pytest.mark.parametrize("t", [1e-3, 0.01, 0.1, 0.5, 1.0])
+    @pytest.mark.parametrize("name", [name for name in RECOVERED if "CLD" in name])
+    def test_the_velocity_score_gives_the_full_score_to_eight_digits(
+        self, name: str, t: float, kind: str
+    ) -> None:
+        # The promise for processes with velocity, relative to the largest entry.
+        sde, data = RECOVERED[name](), exact.mixture(kind)
+        z = exact.states(sde, data, t, n=3)
+        full = ReverseProcess(sde, data.score(sde)).full_score(z, t)
+        for i in range(len(z)):
+            expected = exact.dense(sde, data, z[i], t).score
+            assert (full[i] - expected).abs().max() <= 1e-8 * expected.abs().max()
+
     def test_points_are_recovered_exactly_as_time_goes_to_zero(self) -> None:
         data, sde = exact.mixture("points"), CLD()
         g = torch.Generator().manual_seed(0)
