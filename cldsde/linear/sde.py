@@ -428,7 +428,8 @@ class LinearSDE:
         """Transitions of the flow from T to each time, in whitened coordinates, step by step."""
         ordered, back = torch.unique(times.detach().flatten(), return_inverse=True)
         # Of times that are equal one stands for all, so that times keep their derivatives.
-        first = torch.stack([times.flatten()[back == i][0] for i in range(len(ordered))])
+        index = torch.empty(len(ordered), dtype=torch.int64)
+        first = times.flatten()[index.scatter(0, back, torch.arange(len(back)))]
         stops = torch.cat([first, first.new_full((1,), self.T)])
         steps, _ = whitened_family(
             self.dynamics,
