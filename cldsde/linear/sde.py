@@ -411,14 +411,7 @@ class LinearSDE:
         times, root = as_times(t, "t", self.T), self._root_at_start(initial_covariance)
         law = self._marginal(times, root).root
         self._check_density(law, "t", times)
-        end = torch.full_like(times, self.T)
-        rotation, _ = whitened_family(
-            self.dynamics,
-            lambda u: self._marginal(u, root).root,
-            times,
-            end,
-            torch.zeros_like(times),
-        )
+        rotation = self._flow_rotation(times, root)
         # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
         eye = torch.eye(self.components, dtype=torch.float64)
         rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
@@ -426,6 +419,9 @@ class LinearSDE:
 
     def _flow_rotation(self, times: Tensor, root: Tensor) -> Tensor:
         """Transitions of the flow from T to each time, in whitened coordinates, step by step."""
+        k = self.components
+        if not times.numel():
+            return times.new_zeros(*times.shape, k, k)
         ordered, back = torch.unique(times.detach().flatten(), return_inverse=True)
         # Of times that are equal one stands for all, so that times keep their derivatives.
         index = torch.empty(len(ordered), dtype=torch.int64)
@@ -438,10 +434,10 @@ class LinearSDE:
             stops[1:],
             torch.zeros_like(stops[1:]),
         )
-        rotations = [torch.eye(self.components, dtype=torch.float64)]
+        rotations = [torch.eye(k, dtype=torch.float64)]
         for step in steps.flip(0):
             rotations.append(step @ rotations[-1])
-        return torch.stack(rotations[:0:-1])[back].reshape(*times.shape, *rotations[0].shape)
+        return torch.stack(rotations[:0:-1])[back].reshape(*times.shape, k, k)
 
     def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
