@@ -105,8 +105,8 @@ class TimeChangedDynamics(Dynamics):
         zero.
     """
 
-    # At ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19; of C_j, whose factor of x^p is below
-    # 1/2^p, nothing is left beyond j = 12.
+    # At ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and from j = 13 on C_j is below
+    # j! √(2j+1) / (2j+1)! < 4e-18.
     _DEGREES = 13
     _TAYLOR_TERMS = 21
 

@@ -879,3 +879,31 @@ def test_a_posterior_of_matrices_that_are_functions() -> None:
         )
         assert torch.allclose(one.state, other.state, rtol=0, atol=1e-9)
         assert torch.allclose(one.root, other.root, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "sde",
+    [
+        CLD(friction=5.0),
+        CLD(friction=20.0),
+        CLD(beta=(4.0, 40.0), friction=2.0),
+        CLD(beta=400.0),
+        VPSDE(beta_max=4000.0),
+        LinearSDE.from_matrices([[-1.0, 0.5], [-0.3, -100.0]], [[1.0], [1.0]]),
+    ],
+    ids=repr,
+)
+def test_a_step_over_which_everything_decays_has_a_posterior(sde: LinearSDE) -> None:
+    # Psi is singular in float64, and has no inverse.
+    s = torch.linspace(0.01, 0.99, 32, dtype=torch.float64)
+    law = sde.posterior(s, 1.0)
+    prior = sde.marginal(s)
+    later = sde.marginal(1.0).covariance
+    kept = law.state @ later @ law.state.mT + law.covariance
+    size = prior.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    error = (kept - prior.covariance).abs() / (size.unsqueeze(-1) * size.unsqueeze(-2))
+    # Products of two factors with unit rows, and the exponential's own condition number ||A|| B,
+    # which for beta linear in t is at most the largest ||F||.
+    condition = float(sde.drift(torch.tensor([0.0, 1.0]).double()).abs().sum(1).max())
+    assert error.max() <= (100 + 4 * condition) * torch.finfo(torch.float64).eps
+    assert torch.isfinite(law.initial).all()
