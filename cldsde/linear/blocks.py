@@ -60,6 +60,10 @@ def lower_factor(root: Tensor) -> Tensor:
     for i in range(k - 1):
         # root holds rows i … k−1 of what is left to be triangularised.
         largest, where = root[0].detach().abs().max(0, keepdim=True)
+        if bool((largest == 0).any()):
+            # A row of zeros takes a column of zeros, and leaves all others to the rows below.
+            root = torch.cat([root, torch.zeros_like(root[:, :1])], dim=1)
+            where = torch.where(largest == 0, root.shape[1] - 1, where)
         where = where.expand(k - i, *where.shape)
         head = root.gather(1, where)
         root = root.scatter(1, where, root[:, :1])

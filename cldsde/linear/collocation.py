@@ -40,7 +40,8 @@ def converged(
         Stack-last, ``(k, k, n)``.
     """
     previous = collocate(matrices, *edges(panels))
-    while 2 * panels <= _MAX_PANELS:
+    most = max(_MAX_PANELS, 8 * panels)
+    while 2 * panels <= most:
         panels *= 2
         psi, root = collocate(matrices, *edges(panels))
         if _close(psi, previous[0]) and _close(root, previous[1]):

@@ -33,7 +33,8 @@ def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
         msg = f"{name} must be symmetric; got {matrix.tolist()}"
         raise ValueError(msg)
     smallest = float(torch.linalg.eigvalsh(plain).min())
-    if float(diagonal.detach().min()) < 0 or smallest < -1e-12 * k:
+    null = diagonal.detach() <= 0
+    if bool(plain[null].any()) or smallest < -1e-12 * k:
         msg = f"{name} must be positive semi-definite; got {matrix.tolist()}"
         raise ValueError(msg)
     return _semidefinite_cholesky(correlation) * units.unsqueeze(1)

@@ -123,7 +123,8 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 
     .. math:: P = X (I + Y^⊤ Y)^{-1} X^⊤, \qquad Φ = Ψ^{-1} (I − Q Σ_t^{-1}).
 
-    Neither subtracts covariances.
+    Neither subtracts covariances. Over a step that renews one direction and barely moves another,
+    the row of the latter is accurate relative to L_s only.
     """
     k = later.shape[-1]
     eye = torch.eye(k, dtype=torch.float64)
@@ -237,8 +238,9 @@ def _panels(
         return 1, lambda panels: (s.expand(panels, -1), s.expand(panels, -1))
     with torch.no_grad():
         # Where s = 0 the law is regular, and times below 1e-10 t need no finer panels.
-        floor = torch.where(s > 0, s, 1e-10 * t)
-        low, high = float(floor.min().log()), float(t.max().log())
+        latest = t.clamp_min(1e-300)
+        floor = torch.where(s > 0, s, 1e-10 * t).clamp_min(1e-300)
+        low, high = float(floor.min().log()), float(latest.max().log())
         knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64)
         rate = (
             1
@@ -247,7 +249,10 @@ def _panels(
         work = torch.cat(
             [rate.new_zeros(1), (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)]
         )
-        first, last = _interpolate(knots, work, floor.log()), _interpolate(knots, work, t.log())
+        first, last = (
+            _interpolate(knots, work, floor.log()),
+            _interpolate(knots, work, t.clamp_min(1e-300).log()),
+        )
         total = float((last - first).max())
 
     def edges(panels: int) -> tuple[Tensor, Tensor]:
@@ -256,7 +261,7 @@ def _panels(
             times = _interpolate(work, knots, last.lerp(first, share)).exp()
             fraction = ((times - s) / (t - s)).clamp(0, 1)
             # Over short intervals the rate is constant, and the division above ill-conditioned.
-            fraction = torch.where(t - s < 1e-3 * t, 1 - share, fraction)
+            fraction = torch.where(t - s <= 1e-3 * t, 1 - share, fraction)
             fraction[0], fraction[-1] = 1.0, 0.0
         span = t - s
         return s + span * fraction[:-1], span * fraction.diff(dim=0)

@@ -36,7 +36,8 @@ class LinearSDE:
     dynamics
         F, G and the transition law.
     initial_covariance
-        Covariance of z_0 given the data, ``(k, k)``; None is zero.
+        Covariance of z_0 given the data, ``(k, k)``; None is zero. What is learnt of it has
+        derivatives where the variances are above zero.
     stationary_covariance
         Σ∞ where it is known exactly; None derives it. It is checked against F and G.
     prior_covariance
@@ -422,11 +423,9 @@ class LinearSDE:
         k = self.components
         if not times.numel():
             return times.new_zeros(*times.shape, k, k)
-        ordered, back = torch.unique(times.detach().flatten(), return_inverse=True)
-        # Of times that are equal one stands for all, so that times keep their derivatives.
-        index = torch.empty(len(ordered), dtype=torch.int64)
-        first = times.flatten()[index.scatter(0, back, torch.arange(len(back)))]
-        stops = torch.cat([first, first.new_full((1,), self.T)])
+        flat = times.flatten()
+        order = flat.detach().argsort()
+        stops = torch.cat([flat[order], flat.new_full((1,), self.T)])
         steps, _ = whitened_family(
             self.dynamics,
             lambda u: self._marginal(u, root).root,
@@ -437,7 +436,7 @@ class LinearSDE:
         rotations = [torch.eye(k, dtype=torch.float64)]
         for step in steps.flip(0):
             rotations.append(step @ rotations[-1])
-        return torch.stack(rotations[:0:-1])[back].reshape(*times.shape, k, k)
+        return torch.stack(rotations[:0:-1])[order.argsort()].reshape(*times.shape, k, k)
 
     def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)

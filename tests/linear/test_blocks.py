@@ -155,3 +155,11 @@ def test_blocks_act_on_the_component_axis(
 def test_an_empty_batch_stays_empty(axes: Any) -> None:
     blocks = torch.eye(2, dtype=torch.float64)
     assert apply_blocks(blocks, torch.zeros(0, 2, *axes)).shape == (0, 2, *axes)
+
+
+def test_a_row_of_zeros_leaves_a_column_of_zeros() -> None:
+    root = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [1.0, 1.0, 2.0]], dtype=torch.float64)
+    found = lower_factor(root)
+    assert (found[:, 0] == 0).all()
+    assert found[1, 1].item() == pytest.approx(5.0, rel=1e-15)
+    assert torch.allclose(found @ found.T, root @ root.T, rtol=1e-14, atol=0)

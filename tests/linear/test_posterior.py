@@ -907,3 +907,25 @@ def test_a_step_over_which_everything_decays_has_a_posterior(sde: LinearSDE) -> 
     condition = float(sde.drift(torch.tensor([0.0, 1.0]).double()).abs().sum(1).max())
     assert error.max() <= (100 + 4 * condition) * torch.finfo(torch.float64).eps
     assert torch.isfinite(law.initial).all()
+
+
+def test_a_regular_start_has_a_family_at_time_zero() -> None:
+    sde, t = VESDE(), torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)
+    s = torch.tensor([0.0, 0.0, 0.2], dtype=torch.float64)
+    law = sde.posterior(s, t, stochasticity=0.5)
+    assert law.state[0].item() == 1.0
+    assert law.root[0].item() == 0.0
+    for i in (1, 2):
+        alone = sde.posterior(s[i], t[i], stochasticity=0.5)
+        # The collocation's tolerance.
+        assert torch.allclose(law.state[i], alone.state, rtol=1e-12, atol=0)
+
+
+def test_equal_times_keep_derivatives_of_their_own() -> None:
+    t = torch.tensor([0.3, 0.3, 0.6], dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(CLD().probability_flow_root, t)
+    alone = torch.autograd.functional.jacobian(CLD().probability_flow_root, t[:1])[0, ..., 0]
+    for i in (0, 1):
+        # A root at one time depends on that time alone, to the accuracy of the collocation.
+        assert torch.allclose(jacobian[i, ..., i], alone, rtol=0, atol=1e-9)
+        assert jacobian[i, ..., 1 - i].abs().max() <= 1e-9
