@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.integrate import DOP853, RK23, RK45
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
@@ -19,8 +18,14 @@ from .noise import NoiseSource
 
 __all__ = ["ProbabilityFlow"]
 
-# Butcher tableaus and error weights as scipy has them.
-_TABLEAUS: dict[str, Any] = {"bosh3": RK23, "dopri5": RK45, "dopri8": DOP853}
+_METHODS = ("bosh3", "dopri5", "dopri8")
+
+
+def _tableau(method: str) -> Any:
+    """Butcher tableau and error weights as scipy has them."""
+    from scipy.integrate import DOP853, RK23, RK45  # slow to import, and seldom wanted
+
+    return dict(zip(_METHODS, (RK23, RK45, DOP853), strict=True))[method]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,8 @@ class ProbabilityFlow(AdaptiveSolver):
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
-        if self.method not in _TABLEAUS:
-            names = ", ".join(map(repr, _TABLEAUS))
+        if self.method not in _METHODS:
+            names = ", ".join(map(repr, _METHODS))
             msg = f"method must be one of {names}; got {self.method!r}"
             raise ValueError(msg)
         check_positive(self.rtol, "rtol")
@@ -67,7 +72,7 @@ class ProbabilityFlow(AdaptiveSolver):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; order of the method; stages for each attempt of a step."""
-        tableau = _TABLEAUS[self.method]
+        tableau = _tableau(self.method)
         return Facts(
             applies_to="every linear SDE", nfe_per_step=tableau.n_stages, ode_order=tableau.order
         )
@@ -82,7 +87,7 @@ class ProbabilityFlow(AdaptiveSolver):
         noise: NoiseSource,
     ) -> Integration:
         """Run each sample from ``start`` down to ``end``."""
-        tableau = _TABLEAUS[self.method]
+        tableau = _tableau(self.method)
         flow = _Flow(sde, score)
         if self.max_nfev < 2:
             message = f"max_nfev: {self.max_nfev} evaluations do not give a first step"
@@ -145,7 +150,7 @@ class ProbabilityFlow(AdaptiveSolver):
         def size(weights: Any) -> Tensor:
             return (_weighted(weights, stages) * dt / scale).square().flatten(1).mean(1).sqrt()
 
-        if tableau is not DOP853:
+        if self.method != "dopri8":
             return size(tableau.E)
         fifth, third = size(tableau.E5), size(tableau.E3)
         total = (fifth.square() + 0.01 * third.square()).sqrt()

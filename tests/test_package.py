@@ -31,9 +31,10 @@ def test_import_takes_at_most_0_3_seconds_beyond_torch():
     assert min(float(run_python(code)) for _ in range(3)) <= 0.3
 
 
-def test_import_loads_no_plotting_library_and_no_image_layer():
+def test_import_loads_no_plotting_library_no_integrator_and_no_image_layer():
     loaded = run_python("import cldsde, sys; print('\\n'.join(sys.modules))").split()
     unwanted = {"matplotlib", "sklearn", "torchvision", "diffusers", "jsonargparse"}
+    unwanted |= {"torchdiffeq", "torchsde", "scipy.integrate"}
     assert not unwanted & set(loaded)
     assert "cldsde.images" not in loaded
 

@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
@@ -237,6 +236,8 @@ def flow_log_prob(
     >>> bool((found.log_prob - exact).abs() < 1e-2)  # the prior is p_T up to e^{-B/2} = 0.007
     True
     """
+    from torchdiffeq import odeint  # imports scipy, ten times as long as cldsde takes
+
     if not isinstance(process, ReverseProcess):
         msg = f"process must be a ReverseProcess; got {type(process).__name__}"
         raise TypeError(msg)
