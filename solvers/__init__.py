@@ -1,6 +1,7 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
-from .base import AdaptiveSolver, Facts, Integration, Memory, Solver
+from .adaptive import AdaptiveSolver, Integration
+from .base import Facts, Memory, Solver
 from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler

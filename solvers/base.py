@@ -9,19 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .noise import NoiseSource
 
 __all__ = [
-    "AdaptiveSolver",
     "Facts",
-    "Integration",
     "Memory",
     "ScoreAt",
     "Solver",
-    "TimedScore",
 ]
 
 Memory = tuple[Tensor, ...]
@@ -105,53 +101,3 @@ class Solver(ABC):
         score, noise
             Where the score and standard normals come from.
         """
-
-
-TimedScore = Callable[[Tensor, Tensor], Tensor]
-"""Driven score at states ``(B, k, *D)`` and float64 times ``(B,)`` on the host."""
-
-
-@dataclass(frozen=True, eq=False)
-class Integration:
-    """What an adaptive solver did.
-
-    Attributes
-    ----------
-    state
-        Last states, ``(B, k, *D)``.
-    nfev
-        Score evaluations of each sample, ``(B,)`` int64 on the host.
-    success
-        Whether every sample arrived.
-    message
-        What happened, in words.
-    stats
-        Further numbers.
-    """
-
-    state: Tensor
-    nfev: Tensor
-    success: bool
-    message: str
-    stats: dict[str, Any]
-
-
-class AdaptiveSolver(ABC):
-    """A solver that chooses its own times between two ends."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> Facts:
-        """What the solver needs and promises with these options."""
-
-    @abstractmethod
-    def integrate(
-        self,
-        sde: LinearSDE,
-        z: Tensor,
-        start: float,
-        end: float,
-        score: TimedScore,
-        noise: NoiseSource,
-    ) -> Integration:
-        """Run states ``(B, k, *D)`` from time ``start`` down to ``end``."""

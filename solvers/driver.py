@@ -12,7 +12,8 @@ from cldsde.linear.checks import as_times, check_state
 from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import checked_score, score_argument
 
-from .base import AdaptiveSolver, Memory, Solver
+from .adaptive import AdaptiveSolver
+from .base import Memory, Solver
 from .noise import FreshNoise, NoiseSource
 from .progress import progress_bar
 
@@ -110,7 +111,7 @@ def solve(
     denoise
         Finish with the data prediction E[x_0 | z] at the last time; its evaluation counts.
     progress
-        Show a progress bar on stderr.
+        Show a progress bar on stderr: of steps, or of samples that have arrived.
 
     Returns
     -------
@@ -157,7 +158,7 @@ def solve(
         raise ValueError(msg)
     prediction = Conversion.at(sde, grid[-1], "score", "data") if denoise else None
     if isinstance(solver, AdaptiveSolver):
-        return _solve_adaptive(process, solver, z, grid, source, prediction)
+        return _solve_adaptive(process, solver, z, grid, source, prediction, progress=progress)
     steps = len(grid) - 1
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(grid)
@@ -187,16 +188,14 @@ def _solve_adaptive(
     grid: Tensor,
     noise: NoiseSource,
     prediction: Conversion | None,
+    *,
+    progress: bool,
 ) -> Solution:
-    sde, driven = process.sde, len(process.sde.driven)
-
-    def score(z: Tensor, t: Tensor) -> Tensor:
-        return checked_score(process.score(z, score_argument(t, z)), z, driven)
-
-    result = solver.integrate(sde, z, float(grid[0]), float(grid[-1]), score, noise)
+    start, end = float(grid[0]), float(grid[-1])
+    result = solver.integrate(process, z, start, end, noise, progress=progress)
     state, nfev, data = result.state, result.nfev, result.state[:, 0]
     if prediction is not None and result.success:
-        data = prediction(state, score(state, grid[-1].expand(len(state))))
+        data = prediction(state, process.evaluate(state, grid[-1]))
         nfev = nfev + 1
     finite = bool(state.isfinite().all() and data.isfinite().all())
     message = result.message

@@ -12,8 +12,10 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.linear.sde import LinearSDE
+from cldsde.score import ReverseProcess
 
-from .base import AdaptiveSolver, Facts, Integration, TimedScore
+from .adaptive import AdaptiveSolver, Integration, ActiveSamples, common_time
+from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource
 
@@ -94,12 +96,13 @@ class GottaGoFast(AdaptiveSolver):
 
     def integrate(
         self,
-        sde: LinearSDE,
+        process: ReverseProcess,
         z: Tensor,
         start: float,
         end: float,
-        score: TimedScore,
         noise: NoiseSource,
+        *,
+        progress: bool,
     ) -> Integration:
         """Run each sample from ``start`` down to ``end``.
 
@@ -108,59 +111,45 @@ class GottaGoFast(AdaptiveSolver):
         ValueError
             If ``atol`` has another number of components than the process.
         """
-        atol = self._tolerances(sde, z)
-        drift = _Drift(sde, score)
-        n = len(z)
-        out, nfev = z.clone(), torch.zeros(n, dtype=torch.int64)
-        rows = torch.arange(n)
-        t = torch.full((n,), start, dtype=torch.float64)
-        first = _coarse(torch.full((n,), self.first_step, dtype=torch.float64))
-        h = torch.minimum(first, t - end)
-        path = _Path(z, sde.diffusion(start).shape[-1], noise)
+
+        def change(z: Tensor, t: Tensor, step: Tensor, increment: Tensor) -> Tensor:
+            at = common_time(t)
+            return apply_blocks(process.diffusion(at), increment) - step * process.drift(z, at)
+
+        atol = self._tolerances(process.sde, z)
+        samples = ActiveSamples(
+            z, start, end, max_nfev=self.max_nfev, progress=progress, name=type(self).__name__
+        )
+        path = _Path(z, process.diffusion(start).shape[-1], noise)
+        h = _coarse(torch.full((len(z),), self.first_step, dtype=torch.float64))
         low_before = z
-        attempts = rejections = 0
-        message = "reached the end of the interval"
-        while len(rows):
-            if int(nfev[rows].max()) + 2 > self.max_nfev:
-                message = f"max_nfev: {self.max_nfev} evaluations did not reach the end"
+        rejections = 0
+        while samples.on_their_way():
+            length = samples.attempt(h)
+            if length is None or not samples.afford(2):
                 break
-            if bool((~(h >= 1e-14 * t) & (h < t - end)).any()):
-                message = (
-                    "the step length underflowed: the score is not finite, or rtol and atol "
-                    "cannot be met"
-                )
-                break
-            attempts += 1
-            last = h >= t - end
-            after = torch.where(last, end, t - h)
-            increment = path.over(h)
-            step = per_sample(h, z)
-            first = step * drift(z, t) + drift.noise(increment, t)
+            h, after = length
+            increment, step = path.over(h), per_sample(h, z)
+            first = change(z, samples.t, step, increment)
             low = z + first
-            second = step * drift(low, after) + drift.noise(increment, after)
-            new = z + 0.5 * (first + second)
+            second = change(low, after, step, increment)
             scale = torch.maximum(atol, self.rtol * torch.maximum(low.abs(), low_before.abs()))
             error = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
             error = error.cpu().to(torch.float64)
-            nfev[rows] += 2
             accept = error <= 1
             rejections += int((~accept).sum())
-            keep = per_sample(accept, z)
-            z, low_before = torch.where(keep, new, z), torch.where(keep, low, low_before)
-            t = torch.where(accept, after, t)
             path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
+            keep = per_sample(accept, z)
+            z = torch.where(keep, z + 0.5 * (first + second), z)
+            low_before = torch.where(keep, low, low_before)
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
             h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
-            h = torch.minimum(h, t - end)
-            out[rows.to(z.device)] = z
-            going = t > end
-            if not bool(going.all()):
-                rows, t, h = rows[going], t[going], h[going]
-                on_device = going.to(z.device)
-                z, low_before = z[on_device], low_before[on_device]
+            going = samples.settle(z, torch.where(accept, after, samples.t))
+            if going is not None:
                 path.keep(going)
-        stats = {"attempts": attempts, "rejections": rejections}
-        return Integration(out, nfev, not len(rows), message, stats)
+                on_device = going.to(z.device)
+                h, z, low_before = h[going], z[on_device], low_before[on_device]
+        return samples.result(rejections=rejections)
 
     def _tolerances(self, sde: LinearSDE, z: Tensor) -> Tensor:
         values = [self.atol] if isinstance(self.atol, int | float) else list(self.atol)
@@ -274,19 +263,3 @@ class _Path:
         on_device = split.to(device)
         self._increments[one, both] = first[on_device]
         self._increments[one, both + 1] = (whole - first)[on_device]
-
-
-class _Drift:
-    """Drift and noise of the reverse SDE per unit of falling time, a time for each sample."""
-
-    def __init__(self, sde: LinearSDE, score: TimedScore) -> None:
-        self._sde = sde
-        self._score = score
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        G = self._sde.diffusion(t)
-        pull = (G @ G.mT)[..., list(self._sde.driven)]
-        return apply_blocks(pull, self._score(z, t)) - apply_blocks(self._sde.drift(t), z)
-
-    def noise(self, increment: Tensor, t: Tensor) -> Tensor:
-        return apply_blocks(self._sde.diffusion(t), increment)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.linear.sde import LinearSDE
+from cldsde.score import ReverseProcess
 
-from .base import AdaptiveSolver, Facts, Integration, TimedScore
+from .adaptive import AdaptiveSolver, Integration, ActiveSamples, common_time
+from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource
 
 __all__ = ["ProbabilityFlow"]
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
 
 _METHODS = ("bosh3", "dopri5", "dopri8")
 
@@ -79,67 +82,50 @@ class ProbabilityFlow(AdaptiveSolver):
 
     def integrate(
         self,
-        sde: LinearSDE,
+        process: ReverseProcess,
         z: Tensor,
         start: float,
         end: float,
-        score: TimedScore,
         noise: NoiseSource,
+        *,
+        progress: bool,
     ) -> Integration:
         """Run each sample from ``start`` down to ``end``."""
         tableau = _tableau(self.method)
-        flow = _Flow(sde, score)
-        if self.max_nfev < 2:
-            message = f"max_nfev: {self.max_nfev} evaluations do not give a first step"
-            return Integration(z, torch.zeros(len(z), dtype=torch.int64), False, message, {})
-        n = len(z)
-        out, nfev = z.clone(), torch.zeros(n, dtype=torch.int64)
-        rows = torch.arange(n)  # samples that are still on their way
-        t = torch.full((n,), start, dtype=torch.float64)
-        f = flow(z, t)
-        h, probed = self._first_step(flow, z, t, f, end, tableau)
-        nfev += 1 + probed
-        rejected = torch.zeros(n, dtype=torch.bool)
-        attempts = 0
-        message = "reached the end of the interval"
-        while len(rows):
-            if int(nfev[rows].max()) + tableau.n_stages > self.max_nfev:
-                message = f"max_nfev: {self.max_nfev} evaluations did not reach the end"
+
+        def flow(z: Tensor, t: Tensor) -> Tensor:
+            return process.probability_flow(z, common_time(t))
+
+        samples = ActiveSamples(
+            z, start, end, max_nfev=self.max_nfev, progress=progress, name=type(self).__name__
+        )
+        if not samples.afford(2):
+            return samples.result()
+        f = flow(z, samples.t)
+        h = self._first_step(flow, z, samples.t, f, end)
+        rejected = torch.zeros(len(z), dtype=torch.bool)
+        while samples.on_their_way():
+            step = samples.attempt(h)
+            if step is None or not samples.afford(tableau.n_stages):
                 break
-            attempts += 1
-            left = t - end
-            last = h >= left
-            h = torch.minimum(h, left)
-            if bool((~last & ~(h >= 1e-14 * t)).any()):
-                message = (
-                    "the step length underflowed: the score is not finite, or rtol and atol "
-                    "cannot be met"
-                )
-                break
-            stages = [f]
-            dt = per_sample(h, z)
+            h, after = step
+            stages, dt = [f], per_sample(h, z)
             for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):
-                move = _weighted(a, stages) * dt
-                stages.append(flow(z - move, (t - float(c) * h).clamp_min(end)))
+                at = (samples.t - float(c) * h).clamp_min(end)
+                stages.append(flow(z - _weighted(a, stages) * dt, at))
             new = z - _weighted(tableau.B, stages) * dt
-            after = torch.where(last, end, t - h)
             stages.append(flow(new, after))
-            nfev[rows] += tableau.n_stages
             error = self._error(tableau, stages, dt, z, new).cpu().to(torch.float64)
             accept = error <= 1
             growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
             keep = per_sample(accept, z)
-            z = torch.where(keep, new, z)
-            f = torch.where(keep, stages[-1], f)
-            t = torch.where(accept, after, t)
+            z, f = torch.where(keep, new, z), torch.where(keep, stages[-1], f)
             h, rejected = h * growth, ~accept
-            out[rows.to(z.device)] = z
-            going = t > end
-            if not bool(going.all()):
-                rows, t, h, rejected = rows[going], t[going], h[going], rejected[going]
+            going = samples.settle(z, torch.where(accept, after, samples.t))
+            if going is not None:
                 on_device = going.to(z.device)
-                z, f = z[on_device], f[on_device]
-        return Integration(out, nfev, not len(rows), message, {"attempts": attempts})
+                h, rejected, z, f = h[going], rejected[going], z[on_device], f[on_device]
+        return samples.result()
 
     def _error(
         self, tableau: Any, stages: list[Tensor], dt: Tensor, z: Tensor, new: Tensor
@@ -156,9 +142,7 @@ class ProbabilityFlow(AdaptiveSolver):
         total = (fifth.square() + 0.01 * third.square()).sqrt()
         return torch.where(total == 0, 0.0, fifth.square() / total)
 
-    def _first_step(
-        self, flow: _Flow, z: Tensor, t: Tensor, f: Tensor, end: float, tableau: Any
-    ) -> tuple[Tensor, int]:
+    def _first_step(self, flow: Velocity, z: Tensor, t: Tensor, f: Tensor, end: float) -> Tensor:
         """Step length from the size of the slope and its change (Hairer et al. 1993, II.4)."""
         scale = self.atol + self.rtol * z.abs()
 
@@ -171,11 +155,11 @@ class ProbabilityFlow(AdaptiveSolver):
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
         d2 = size(flow(z - f * per_sample(h0, z), t - h0) - f) / h0
         steepest = torch.maximum(d1, d2)
-        order = tableau.error_estimator_order + 1
+        order = _tableau(self.method).error_estimator_order + 1
         h1 = torch.where(
             steepest <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / steepest) ** (1 / order)
         )
-        return torch.minimum(100 * h0, h1), 1
+        return torch.minimum(100 * h0, h1)
 
 
 def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:
@@ -184,21 +168,6 @@ def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:
     growth = growth.nan_to_num(0.2).clamp(0.2, 10.0)
     # A rejected step shrinks; and not to grow right after keeps the two from alternating.
     return torch.where((error <= 1) & ~after_rejection, growth, growth.clamp_max(1.0))
-
-
-class _Flow:
-    """Velocity of the flow at a time for each sample."""
-
-    def __init__(self, sde: LinearSDE, score: TimedScore) -> None:
-        self._sde = sde
-        self._score = score
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        # All samples at one time share their coefficients.
-        shared = t[0] if len(t) and bool((t == t[0]).all()) else t
-        G = self._sde.diffusion(shared)
-        pull = 0.5 * (G @ G.mT)[..., list(self._sde.driven)]
-        return apply_blocks(self._sde.drift(shared), z) - apply_blocks(pull, self._score(z, t))
 
 
 def _weighted(weights: Any, stages: list[Tensor]) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 __all__ = ["progress_bar"]
 
 
-def progress_bar(items: Iterable[Any], *, shown: bool, **options: Any) -> Any:
+def progress_bar(items: Iterable[Any] | None, *, shown: bool, **options: Any) -> Any:
     """Iterate over items with a bar; where stderr is no terminal it is drawn seldom.
 
     Parameters
     ----------
     items
-        What to iterate over.
+        What to iterate over; None for a bar that is updated by hand.
     shown
         Whether to draw anything.
     options

@@ -148,7 +148,7 @@ class ReverseProcess:
         times = score_times(t, check_state(z, self.sde.components))
         G = self.sde.diffusion(times)
         pull = 0.5 * (1 + stochasticity**2) * (G @ G.mT)[..., list(self.sde.driven)]
-        score = self._evaluate(z, times)
+        score = self.evaluate(z, times)
         return apply_blocks(self.sde.drift(times), z) - apply_blocks(pull, score)
 
     def probability_flow(self, z: Tensor, t: TimeLike) -> Tensor:
@@ -183,8 +183,15 @@ class ReverseProcess:
     def _converted(self, z: Tensor, t: TimeLike, target: Prediction) -> Tensor:
         times = score_times(t, check_state(z, self.sde.components))
         convert = Conversion.at(self.sde, times, "score", target)
-        return convert(z, self._evaluate(z, times))
+        return convert(z, self.evaluate(z, times))
 
-    def _evaluate(self, z: Tensor, times: Tensor) -> Tensor:
+    def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
+        """Score of the driven components at float64 times on the host, ``()`` or ``(B,)``, checked.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the score does not return a tensor ``(B, len(driven), *D)``.
+        """
         asked = score_argument(times, z).expand(len(z))
         return checked_score(self.score(z, asked), z, len(self.sde.driven))
