@@ -15,7 +15,7 @@ from .base import Facts
 from .noise import NoiseSource
 from .progress import progress_bar
 
-__all__ = ["AdaptiveSolver", "Integration", "ActiveSamples", "common_time"]
+__all__ = ["ActiveSamples", "AdaptiveSolver", "Integration", "common_time"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from cldsde.score import ReverseProcess
 from .noise import NoiseSource
 
 __all__ = [
+    "DATA_DETERMINED",
     "Facts",
     "Memory",
     "ScoreAt",
@@ -53,6 +54,10 @@ class Facts:
     strong_order: float | None = None
     ode_order: float | None = None
     state_on_grid: bool = True
+
+
+DATA_DETERMINED = "every linear SDE whose driven score determines the data (not underdamped)"
+"""What solvers apply to that derive the data, or the full score, from the driven one."""
 
 
 class Solver(ABC):

@@ -7,14 +7,10 @@ multiply–add kernels: no transfer, no synchronisation, nothing done for coeffi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .noise import NoiseSource
-
-__all__ = ["Affine", "Block", "affine_step", "as_blocks", "combine", "per_sample"]
+__all__ = ["Block", "as_blocks", "combine", "per_sample"]
 
 Block = list[list[float]]
 """A k×m block as rows of Python floats."""
@@ -51,21 +47,6 @@ def combine(out: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
         if not started:
             target.zero_()
     return out
-
-
-class Affine(NamedTuple):
-    """Blocks of steps z ← state z + score s + noise ξ, one of each a step."""
-
-    state: list[Block]
-    score: list[Block]
-    noise: list[Block]
-
-
-def affine_step(z: Tensor, tables: Affine, i: int, score: Tensor, noise: NoiseSource) -> Tensor:
-    """Step number i, with the score ``(B, d, *D)`` and noise drawn for it."""
-    xi = noise.normal(z, len(tables.noise[i][0]))
-    out = torch.empty_like(z)
-    return combine(out, (tables.state[i], z), (tables.score[i], score), (tables.noise[i], xi))
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:

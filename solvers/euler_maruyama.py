@@ -9,15 +9,15 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
-from .combine import Affine, affine_step, as_blocks
-from .noise import NoiseSource
+from .affine import Affine, AffineSolver
+from .base import Facts
+from .combine import as_blocks
 
 __all__ = ["EulerMaruyama"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EulerMaruyama(Solver):
+class EulerMaruyama(AffineSolver):
     r"""Euler–Maruyama: freeze drift and diffusion at the start of each step.
 
     .. math:: z ← z + h\,[−F(t) z + G G^⊤ s(z, t)] + \sqrt h\,G(t)\,ξ
@@ -43,13 +43,3 @@ class EulerMaruyama(Solver):
             as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
             as_blocks(h.sqrt() * G),
         )
-
-    def evaluation_times(self, times: Tensor) -> Tensor:
-        """The start of each step."""
-        return times[:-1]
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """One step."""
-        return affine_step(z, tables, i, score(z, i), noise), ()

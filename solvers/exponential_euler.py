@@ -11,15 +11,15 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
-from .combine import Affine, affine_step, as_blocks
-from .noise import NoiseSource
+from .affine import Affine, AffineSolver
+from .base import Facts
+from .combine import as_blocks
 
 __all__ = ["ExponentialEuler"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExponentialEuler(Solver):
+class ExponentialEuler(AffineSolver):
     r"""Exponential Euler: freeze the score over each step and solve the linear rest exactly.
 
     .. math:: z ← Ψ(u,t)\,z + ∫_u^t Ψ(u,τ) G G^⊤ dτ\; s(z, t) + ζ, \qquad
@@ -50,13 +50,3 @@ class ExponentialEuler(Solver):
             as_blocks(score[..., list(sde.driven)]),
             as_blocks(joint_root(columns)),
         )
-
-    def evaluation_times(self, times: Tensor) -> Tensor:
-        """The start of each step."""
-        return times[:-1]
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """One step."""
-        return affine_step(z, tables, i, score(z, i), noise), ()

@@ -15,7 +15,7 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
+from .base import DATA_DETERMINED, Facts, Memory, ScoreAt, Solver
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -103,7 +103,7 @@ class ExponentialMultistep(Solver):
         order = min(self.order + self.corrector, 3 if self.prediction == "data" else 2)
         deterministic = self.stochasticity == 0
         return Facts(
-            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            applies_to=DATA_DETERMINED,
             nfe_per_step=1,
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
@@ -246,15 +246,11 @@ class ExponentialMultistep(Solver):
             points = x[back]  # (steps, count)
             total, slope = kernel.total[steps], kernel.slope[steps]
             if self.weights == "published" and count == 2:
-                # The difference quotient of two predictions times half the step.
-                H = x[steps + 1] - x[steps]
-                spacing = points[:, 0] - points[:, 1]
+                # The difference quotient of two predictions times half the step; a corrector's
+                # two points are the step's ends.
+                H, spacing = x[steps + 1] - x[steps], points[:, 0] - points[:, 1]
                 half = (H / (2 * spacing))[:, None, None] * total
-                if offset:
-                    half = total / 2
-                    parts = [half, total - half]
-                else:
-                    parts = [total + half, -half]
+                parts = [half, total - half] if offset else [total + half, -half]
             else:
                 basis = _lagrange(points, at[steps])  # (steps, q, count)
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, slope))

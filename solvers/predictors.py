@@ -9,15 +9,15 @@ from torch import Tensor
 
 from cldsde.score import Conversion, ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
-from .combine import Affine, affine_step, as_blocks
-from .noise import NoiseSource
+from .affine import Affine, AffineSolver
+from .base import DATA_DETERMINED, Facts
+from .combine import as_blocks
 
 __all__ = ["Ancestral", "ReverseDiffusion"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReverseDiffusion(Solver):
+class ReverseDiffusion(AffineSolver):
     r"""Reverse diffusion sampling (Song et al. 2021, appendix E), for any block process.
 
     .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
@@ -31,7 +31,7 @@ class ReverseDiffusion(Solver):
     def facts(self) -> Facts:
         """Every process whose driven score determines the rest, weak order 1."""
         return Facts(
-            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            applies_to=DATA_DETERMINED,
             nfe_per_step=1,
             weak_order=1,
         )
@@ -54,19 +54,9 @@ class ReverseDiffusion(Solver):
             as_blocks(kernel.root),
         )
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
-        """The start of each step."""
-        return times[:-1]
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """One step."""
-        return affine_step(z, tables, i, score(z, i), noise), ()
-
 
 @dataclass(frozen=True, kw_only=True)
-class Ancestral(Solver):
+class Ancestral(AffineSolver):
     r"""Ancestral sampling: draw from p(z_u | z_t, x_0) with the data prediction for x_0.
 
     The posterior of the forward process (`LinearSDE.posterior`) at x̂_0(z, t); for VP the sampler of
@@ -78,7 +68,7 @@ class Ancestral(Solver):
     def facts(self) -> Facts:
         """Every process whose driven score determines the data, weak order 1."""
         return Facts(
-            applies_to="every linear SDE whose driven score determines the data (not underdamped)",
+            applies_to=DATA_DETERMINED,
             nfe_per_step=1,
             weak_order=1,
         )
@@ -100,13 +90,3 @@ class Ancestral(Solver):
             as_blocks(pull @ data.value),
             as_blocks(law.root),
         )
-
-    def evaluation_times(self, times: Tensor) -> Tensor:
-        """The start of each step."""
-        return times[:-1]
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """One step."""
-        return affine_step(z, tables, i, score(z, i), noise), ()

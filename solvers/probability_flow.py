@@ -12,7 +12,7 @@ from torch import Tensor
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 
-from .adaptive import AdaptiveSolver, Integration, ActiveSamples, common_time
+from .adaptive import ActiveSamples, AdaptiveSolver, Integration, common_time
 from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource

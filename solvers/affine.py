@@ -1,0 +1,51 @@
+"""Steps that are affine in state, score and noise, with one score evaluation each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.score import ReverseProcess
+
+from .base import Memory, ScoreAt, Solver
+from .combine import Block, combine
+from .noise import NoiseSource
+
+__all__ = ["Affine", "AffineSolver"]
+
+
+class Affine(NamedTuple):
+    """Blocks of steps z ← state z + score s(z, t) + noise ξ, one of each a step."""
+
+    state: list[Block]
+    score: list[Block]
+    noise: list[Block]
+
+
+class AffineSolver(Solver):
+    """A solver that asks for the score at each step's start; a subclass gives the blocks."""
+
+    @abstractmethod
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+        """Blocks of all steps.
+
+        Raises
+        ------
+        ValueError
+            If the solver does not apply to the process; says why and what to use.
+        """
+
+    def evaluation_times(self, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """One step."""
+        xi = noise.normal(z, len(tables.noise[i][0]))
+        terms = (tables.state[i], z), (tables.score[i], score(z, i)), (tables.noise[i], xi)
+        return combine(torch.empty_like(z), *terms), ()
