@@ -13,7 +13,7 @@ from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_state
 from cldsde.linear.random import standard_normal
 
-__all__ = ["Gaussian", "Kernel", "check_kernel_shape", "log_density"]
+__all__ = ["Gaussian", "Kernel", "check_density", "check_kernel_shape", "log_density"]
 
 
 def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
@@ -23,6 +23,28 @@ def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
         msg = (
             f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
             f"got {tuple(blocks.shape[:-2])}"
+        )
+        raise ValueError(msg)
+
+
+def check_density(root: Tensor, times: Tensor, name: str) -> None:
+    """Raise ValueError, naming the time, where a law given the start has no density.
+
+    Parameters
+    ----------
+    root
+        Triangular roots ``(*times.shape, k, k)``, or with further axes before the last two.
+    times
+        ``(*)``.
+    name
+        What the times are called.
+    """
+    flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
+    if bool(flat.any()):
+        msg = (
+            f"{name}: the law given the start has no density at {name} = "
+            f"{float(times.detach()[flat].min()):g}; take {name} > 0, and a process whose noise "
+            "reaches every component"
         )
         raise ValueError(msg)
 

@@ -30,7 +30,7 @@ from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.kernel import Kernel, check_kernel_shape, log_density
 from cldsde.linear.random import standard_normal
 
-__all__ = ["Posterior", "bayes", "reverse_family", "whitened_family"]
+__all__ = ["Posterior", "bayes", "flow_rotations", "reverse_family", "whitened_family"]
 
 Law = Callable[[Tensor], Tensor]
 
@@ -159,7 +159,7 @@ def reverse_family(
     move, noise = whitened_family(dynamics, law, s, t, stochasticity)
     earlier = law(s)
     state = torch.linalg.solve_triangular(law(t), earlier @ move, upper=False, left=False)
-    return state, joint_root(earlier @ noise)
+    return state, earlier @ noise
 
 
 def whitened_family(
@@ -217,6 +217,34 @@ def whitened_family(
     return stack_first(move, s.shape), stack_first(noise, s.shape)
 
 
+def flow_rotations(dynamics: Dynamics, law: Law, times: Tensor) -> Tensor:
+    """Transitions of the flow from the latest of the times to each, whitened: rotations.
+
+    From time to time in turn, so that no stretch is integrated twice.
+
+    Parameters
+    ----------
+    dynamics, law
+        See `whitened_family`.
+    times
+        ``(n,)`` in any order, n ≥ 1.
+
+    Returns
+    -------
+    Tensor
+        ``(n, k, k)``.
+    """
+    order = times.detach().argsort(descending=True)
+    falling = times[order]
+    moves, _ = whitened_family(
+        dynamics, law, falling[1:], falling[:-1], torch.zeros_like(falling[1:])
+    )
+    rotations = [torch.eye(dynamics.components, dtype=torch.float64)]
+    for move in moves:
+        rotations.append(move @ rotations[-1])
+    return torch.stack(rotations)[order.argsort()]
+
+
 def _panels(
     drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
@@ -242,17 +270,12 @@ def _panels(
         floor = torch.where(s > 0, s, 1e-10 * t).clamp_min(1e-300)
         low, high = float(floor.min().log()), float(latest.max().log())
         knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64)
-        rate = (
-            1
-            + drift(knots.exp().clamp_max(t.max()).unsqueeze(0))[0].norm(dim=(-2, -1)) * knots.exp()
-        )
-        work = torch.cat(
-            [rate.new_zeros(1), (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)]
-        )
-        first, last = (
-            _interpolate(knots, work, floor.log()),
-            _interpolate(knots, work, t.clamp_min(1e-300).log()),
-        )
+        tau = knots.exp().clamp_max(t.max())
+        rate = 1 + drift(tau.unsqueeze(0))[0].norm(dim=(-2, -1)) * tau
+        work = torch.zeros_like(knots)
+        work[1:] = (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)
+        first = _interpolate(knots, work, floor.log())
+        last = _interpolate(knots, work, latest.log())
         total = float((last - first).max())
 
     def edges(panels: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_levels, as_
 from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
-from cldsde.linear.kernel import Gaussian, Kernel
-from cldsde.linear.posterior import Posterior, bayes, reverse_family, whitened_family
+from cldsde.linear.kernel import Gaussian, Kernel, check_density
+from cldsde.linear.posterior import Posterior, bayes, flow_rotations, reverse_family
 from cldsde.linear.random import standard_normal
 from cldsde.linear.schedule import Schedule
 
@@ -309,7 +309,7 @@ class LinearSDE:
         """
         times = as_times(t, "t", self.T)
         law = self._marginal(times, self.initial_root)
-        self._check_density(law.root, "t", times)
+        check_density(law.root, times, "t")
         signal = triangular_inverse(law.root) @ law.mean[..., :1]
         return 0.5 * signal.square().sum((-2, -1)).log()
 
@@ -369,12 +369,12 @@ class LinearSDE:
         levels = as_levels(stochasticity, "stochasticity", start.shape)
         root = self._root_at_start(initial_covariance)
         earlier, later = self._marginal(start, root), self._marginal(end, root)
-        self._check_density(later.root, "t", end)
+        check_density(later.root, end, "t")
         if bool((levels == 1).all()):
             step = Kernel(*self._factors(start, end))
             state, noise = bayes(step, earlier.root, later.root)
         else:
-            self._check_density(earlier.root, "s", start)
+            check_density(earlier.root, start, "s")
             state, noise = reverse_family(
                 self.dynamics, lambda u: self._marginal(u, root).root, start, end, levels
             )
@@ -411,32 +411,15 @@ class LinearSDE:
         """
         times, root = as_times(t, "t", self.T), self._root_at_start(initial_covariance)
         law = self._marginal(times, root).root
-        self._check_density(law, "t", times)
-        rotation = self._flow_rotation(times, root)
+        check_density(law, times, "t")
+        end = torch.full((1,), self.T, dtype=torch.float64)
+        stops = torch.cat([times.flatten(), end])
+        rotation = flow_rotations(self.dynamics, lambda u: self._marginal(u, root).root, stops)
+        rotation = rotation[:-1].reshape(law.shape)
         # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
         eye = torch.eye(self.components, dtype=torch.float64)
         rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
         return law @ rotation
-
-    def _flow_rotation(self, times: Tensor, root: Tensor) -> Tensor:
-        """Transitions of the flow from T to each time, in whitened coordinates, step by step."""
-        k = self.components
-        if not times.numel():
-            return times.new_zeros(*times.shape, k, k)
-        flat = times.flatten()
-        order = flat.detach().argsort()
-        stops = torch.cat([flat[order], flat.new_full((1,), self.T)])
-        steps, _ = whitened_family(
-            self.dynamics,
-            lambda u: self._marginal(u, root).root,
-            stops[:-1],
-            stops[1:],
-            torch.zeros_like(stops[1:]),
-        )
-        rotations = [torch.eye(k, dtype=torch.float64)]
-        for step in steps.flip(0):
-            rotations.append(step @ rotations[-1])
-        return torch.stack(rotations[:0:-1])[order.argsort()].reshape(*times.shape, k, k)
 
     def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
@@ -464,16 +447,6 @@ class LinearSDE:
         return Kernel(
             *self._factors(torch.zeros_like(times), times, None if known else initial_root)
         )
-
-    def _check_density(self, root: Tensor, name: str, times: Tensor) -> None:
-        flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
-        if bool(flat.any()):
-            msg = (
-                f"{name}: the law given the start has no density at "
-                f"{name} = {float(times[flat][0]):g}; take {name} > 0, and a process whose noise "
-                "reaches every component"
-            )
-            raise ValueError(msg)
 
     def _factors(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times
 from cldsde.linear.covariance import joint_root, triangular_inverse
-from cldsde.linear.kernel import Kernel, check_kernel_shape
+from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of
 
@@ -68,6 +68,10 @@ class WhitenedLaw(NamedTuple):
         d = self.noise.shape[-2]
         return self.root[..., -d:, -d:]
 
+    def information(self) -> Tensor:
+        """ψᵀΣ⁻¹ψ, the generalised signal-to-noise ratio, ``(*)``."""
+        return self.signal.square().sum((-2, -1))
+
 
 def conditional_law(sde: LinearSDE, t: Tensor, conditioning: Conditioning) -> Kernel:
     """Law of z_t given the data or all of z_0."""
@@ -84,12 +88,7 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
         If the law has no density at some time.
     """
     root, psi = kernel.root, kernel.mean[..., :1]
-    flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
-    if bool(flat.any()):
-        msg = (
-            f"t: the law given the start has no density at t = {float(t[flat].min()):g}; take t > 0"
-        )
-        raise ValueError(msg)
+    check_density(root, t, "t")
     k, driven = sde.components, list(sde.driven)
     order = [i for i in range(k) if i not in driven] + driven
     if order == list(range(k)):
@@ -315,7 +314,7 @@ class _Converter:
 
     def _power(self) -> Tensor:
         """ψᵀΣ⁻¹ψ, which is above zero where the state says anything of x_0."""
-        power = self.law.signal.square().sum((-2, -1), keepdim=True)
+        power = self.law.information()[..., None, None]
         if not bool((power > 0).all()):
             msg = (
                 "t: nothing of x_0 is left in the state at "

@@ -63,6 +63,8 @@ class PerturbedData:
         Law of z_t given what it is conditioned on.
     conditioning
         ``"data"`` or ``"all"`` of z_0.
+    law
+        The same law whitened.
     """
 
     sde: LinearSDE
@@ -72,7 +74,7 @@ class PerturbedData:
     t: Tensor
     kernel: Kernel
     conditioning: Conditioning
-    _law: WhitenedLaw
+    law: WhitenedLaw
 
     @classmethod
     def draw(
@@ -132,7 +134,7 @@ class PerturbedData:
             return self.x0
         if prediction == "noise":
             return self.noise
-        return apply_blocks(-triangular_inverse(self._law.driven_root()).mT, self.noise)
+        return apply_blocks(-triangular_inverse(self.law.driven_root()).mT, self.noise)
 
     def loss(
         self,
@@ -171,17 +173,17 @@ class PerturbedData:
         output = output.to(self.noise.dtype)
         if prediction == "data" and self.conditioning == "data":
             # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0): in terms of the data nothing cancels.
-            driven = self._law.signal[..., -self.noise.shape[1] :, :]
+            driven = self.law.signal[..., -self.noise.shape[1] :, :]
             error = apply_blocks(driven, (self.x0 - output).unsqueeze(1))
         elif prediction == "data":
             convert = Conversion.at(self.sde, self.t, "data", "noise", conditioning="all")
             error = convert(self.z, output) - self.noise
         elif prediction == "score":
-            error = apply_blocks(-self._law.driven_root().mT, output) - self.noise
+            error = apply_blocks(-self.law.driven_root().mT, output) - self.noise
         else:
             error = output - self.noise
         if weighting == "likelihood":
-            pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self._law), error)
+            pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self.law), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
 

@@ -174,7 +174,7 @@ class MixedScore(nn.Module):
         kernel = self.sde.marginal(times)
         law = whiten(self.sde, kernel, times)
         psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
-        log_snr = torch.linalg.vector_norm(signal, dim=-1).log()
+        log_snr = 0.5 * law.information().log()
         to_score = -triangular_inverse(noise_root).mT
 
         # One reference law for each entry of the variance, in axes (*, *V, k, k).

@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import flatten_data
 from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
+from cldsde.linear.kernel import check_density
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
@@ -277,10 +278,8 @@ class GaussianMixture:
         psi, root = kernel.mean[..., 0], kernel.root
         spread = self._variances.sqrt()[..., None, None] * psi[..., None, None, :, None]
         factor = joint_root(root[..., None, None, :, :], spread)
+        check_density(factor, t, "t")
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        if bool((diagonal <= 0).any()):
-            msg = f"t: the state has no density at t = {float(t.min()):g}, so no score; take t > 0"
-            raise ValueError(msg)
         # Rows of the root to log-densities, weighted: one row for x alone, all for the state.
         constant = 0.5 * self.dimension * math.log(2 * math.pi)
         scales = self.weights.log().unsqueeze(-1) - (diagonal.log().sum(-2) + constant).cumsum(-1)

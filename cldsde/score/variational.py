@@ -30,7 +30,6 @@ from cldsde.linear.checks import TimeLike, as_times, check_between, check_positi
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
-from cldsde.score.conversion import whiten
 from cldsde.score.matching import PerturbedData, Target
 from cldsde.score.reverse import Score, score_argument
 
@@ -117,7 +116,7 @@ def evidence_lower_bound(
     if data_variance is not None:
         check_positive(data_variance, "data_variance")
         reference = _GaussianReference(data_mean, data_variance)
-        guess = reference.noise_prediction(sde, pair)
+        guess = reference.noise_prediction(pair)
         losses = losses - pair.loss(guess, "noise", weighting="likelihood")
         known = reference.diffusion_term(sde, x0, t_min)
     dimension = math.prod(x0.shape[1:])
@@ -136,15 +135,14 @@ class _GaussianReference:
     mean: Tensor | float
     variance: float
 
-    def noise_prediction(self, sde: LinearSDE, pair: PerturbedData) -> Tensor:
+    def noise_prediction(self, pair: PerturbedData) -> Tensor:
         """E[n* | z_t] for such data, from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
 
         From the state, as a model's prediction is, so that both see the same rounding of it.
         """
-        law = whiten(sde, pair.kernel, pair.t)
-        information = law.signal.square().sum((-2, -1), keepdim=True)
+        law, information = pair.law, pair.law.information()[..., None, None]
         gain = self.variance / (1 + self.variance * information) * law.signal.mT @ law.inverse
-        driven = slice(-len(sde.driven), None)
+        driven = slice(-len(pair.sde.driven), None)
         signal = law.signal[..., driven, :]
         noise = law.inverse[..., driven, :] - signal @ gain
         mean = self._mean(pair.x0).unsqueeze(1)
