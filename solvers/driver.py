@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_times, check_state
 from cldsde.score import Conversion, ReverseProcess, TabulatedScore
-from cldsde.score.reverse import checked_score, score_argument
+from cldsde.score.reverse import check_reverse_process, checked_score, score_argument
 
 from .adaptive import AdaptiveSolver
 from .base import Memory, Solver
@@ -213,9 +213,7 @@ def _solve_adaptive(
 
 def check_arguments(process: object, solver: object) -> None:
     """Raise TypeError unless the arguments are a `ReverseProcess` and a solver."""
-    if not isinstance(process, ReverseProcess):
-        msg = f"process must be a ReverseProcess; got {type(process).__name__}"
-        raise TypeError(msg)
+    check_reverse_process(process)
     if not isinstance(solver, Solver | AdaptiveSolver):
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
         msg = f"solver must be a Solver, such as SSCS(); got {solver!r}{hint}"

@@ -1,17 +1,12 @@
 """Scores: exact ones of Gaussian mixtures, learnt ones, and the reverse process they define."""
 
 from cldsde.score.conversion import Conversion
-from cldsde.score.likelihood import (
-    FlowDensity,
-    Likelihood,
-    bits_per_dim,
-    dequantise,
-    flow_log_prob,
-    log_likelihood,
-)
+from cldsde.score.flow_density import FlowDensity, flow_log_prob
+from cldsde.score.likelihood import Likelihood, log_likelihood
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
+from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score, TabulatedScore
 from cldsde.score.time_sampling import TimeSampler
 from cldsde.score.variational import evidence_lower_bound

@@ -14,7 +14,7 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, score_times
 from cldsde.score.conversion import Conversion, Prediction
 
-__all__ = ["ReverseProcess", "Score", "TabulatedScore"]
+__all__ = ["ReverseProcess", "Score", "TabulatedScore", "check_reverse_process"]
 
 
 class Score(Protocol):
@@ -195,3 +195,10 @@ class ReverseProcess:
         """
         asked = score_argument(times, z).expand(len(z))
         return checked_score(self.score(z, asked), z, len(self.sde.driven))
+
+
+def check_reverse_process(process: object) -> None:
+    """Raise TypeError unless ``process`` is a `ReverseProcess`."""
+    if not isinstance(process, ReverseProcess):
+        msg = f"process must be a ReverseProcess; got {type(process).__name__}"
+        raise TypeError(msg)
