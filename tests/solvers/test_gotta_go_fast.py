@@ -23,6 +23,7 @@ from cldsde.solvers import (
     solve,
 )
 from cldsde.solvers.gotta_go_fast import _Path
+from probes import Recording, generator, initial, start, untouchable
 from score import exact
 
 FAMILIES: dict[str, Callable[[], LinearSDE]] = {
@@ -38,18 +39,8 @@ every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def ends(eps: float = 0.1, T: float = 1.0) -> torch.Tensor:
     return torch.tensor([T, eps], dtype=torch.float64)
-
-
-def start(
-    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    return sde.prior.sample(shape, generator=seeded(9), dtype=dtype)
 
 
 def run(
@@ -63,7 +54,7 @@ def run(
     **options: Any,
 ) -> Solution:
     process = ReverseProcess(sde, score)
-    source = FreshNoise(seeded(0)) if noise is None else noise
+    source = FreshNoise(generator(0)) if noise is None else noise
     where = ends() if times is None else times
     # Looser than the defaults: a run takes a few dozen attempts.
     options = {"rtol": 0.1, "atol": 0.05, **options}
@@ -74,37 +65,11 @@ def gaussian(mean: float = 0.3, variance: float = 0.25) -> GaussianMixture:
     return GaussianMixture([1.0], [[mean]], [[[variance]]])
 
 
-def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
-    """Covariance of z_0 for data of the given variance."""
-    covariance = sde.initial_covariance.clone()
-    covariance[0, 0] += variance
-    return covariance
-
-
-class Recording:
-    """A plain score that remembers the states and times that it was asked at."""
-
-    def __init__(self, score: Any) -> None:
-        self.score = score
-        self.states: list[torch.Tensor] = []
-        self.times: list[torch.Tensor] = []
-
-    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        self.states.append(z.clone())
-        self.times.append(t.clone())
-        result: torch.Tensor = self.score(z, t)
-        return result
-
-
 class NoNoise(NoiseSource):
     """Zeros: what is left is an ordinary differential equation."""
 
     def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
         return z.new_zeros(len(z), rows, *z.shape[2:])
-
-
-def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    pytest.fail("the score was asked")
 
 
 class TestPath:
@@ -113,7 +78,7 @@ class TestPath:
     def test_what_was_seen_is_met_again(self) -> None:
         # Times are multiples of 2^-12, so that they are exact.
         n, rows, unit = 16, 2, 2.0**-12
-        g = seeded(1)
+        g = generator(1)
         path = _Path(torch.zeros(n, 1, 3, dtype=torch.float64), rows, FreshNoise(g))
         at = torch.zeros(n, dtype=torch.float64)
         walked = torch.zeros(n, rows, 3, dtype=torch.float64)
@@ -142,7 +107,7 @@ class TestPath:
 
     def test_parts_sum_to_the_rejected_increment(self) -> None:
         # Lengths differ between samples and are not exact here.
-        g = seeded(2)
+        g = generator(2)
         path = _Path(torch.zeros(5, 2, 2, dtype=torch.float64), 1, FreshNoise(g))
         whole = torch.rand(5, generator=g, dtype=torch.float64) + 0.1
         shares = torch.rand(5, 7, generator=g, dtype=torch.float64)
@@ -160,7 +125,7 @@ class TestPath:
     @staticmethod
     def adversary(*, keep_rejected: bool, n: int = 8000) -> torch.Tensor:
         """Increments over four quarters, walked by one who declines what is large."""
-        g = seeded(3)
+        g = generator(3)
         path = _Path(torch.zeros(n, 1, dtype=torch.float64), 2, FreshNoise(g))
         at = torch.zeros(n, dtype=torch.float64)
         cells = torch.zeros(n, 4, 2, dtype=torch.float64)
@@ -203,7 +168,7 @@ class TestPath:
 
     def test_each_sample_has_its_length(self) -> None:
         h = torch.tensor([1e-6, 1e-3, 0.1, 1.0, 7.0], dtype=torch.float64)
-        draws = torch.randn(4, 5, 2, 3, generator=seeded(4), dtype=torch.float64)
+        draws = torch.randn(4, 5, 2, 3, generator=generator(4), dtype=torch.float64)
         path = _Path(torch.zeros(5, 1, 3, dtype=torch.float64), 2, RecordedNoise(list(draws)))
         expected = h.sqrt()[:, None, None] * draws[0]
         assert torch.allclose(path.over(h), expected, rtol=1e-14, atol=0)
@@ -226,7 +191,7 @@ class TestPath:
         going = torch.tensor([True, False, True, False])
         one = _Path(like, 1, SampleNoise([1, 2, 3, 4]))
         other = _Path(like, 1, SampleNoise([1, 2, 3, 4]))
-        g = seeded(5)
+        g = generator(5)
         left = torch.ones(4, dtype=torch.bool)
         for attempt in range(12):
             h = torch.rand(4, generator=g, dtype=torch.float64) + 0.01
@@ -240,7 +205,7 @@ class TestPath:
                 other.keep(going)
 
     def test_what_is_over_is_not_stored(self) -> None:
-        g = seeded(6)
+        g = generator(6)
         path = _Path(torch.zeros(8, 1, dtype=torch.float64), 1, FreshNoise(g))
         for _ in range(200):
             path.over(torch.rand(8, generator=g, dtype=torch.float64) + 0.01)
@@ -331,7 +296,7 @@ class TestFormulas:
     def test_one_attempt_by_hand(self, name: str) -> None:
         sde = FAMILIES[name]()
         z = start(sde, (3, 2))
-        W = torch.randn(3, 1, 2, generator=seeded(1), dtype=torch.float64)
+        W = torch.randn(3, 1, 2, generator=generator(1), dtype=torch.float64)
         t, u = 0.8, 0.7
         h = t - u
         noise = RecordedNoise([W, torch.zeros_like(W)])
@@ -369,7 +334,9 @@ class TestFormulas:
         sde = FAMILIES[name]()
         score, z = exact.mixture().score(sde), start(sde, (1, 2))
         G = sde.diffusion(0.5)
-        draws = list(torch.randn(4000, 1, G.shape[-1], 2, generator=seeded(2), dtype=torch.float64))
+        draws = list(
+            torch.randn(4000, 1, G.shape[-1], 2, generator=generator(2), dtype=torch.float64)
+        )
         atol = [0.05 * (1 + i) for i in range(sde.components)]
         options: dict[str, Any] = {"safety": 0.8, "exponent": 0.7, "rtol": 0.1}
         reference = Reference(sde, score, mode, draws)
@@ -399,7 +366,7 @@ class TestFormulas:
     ) -> None:
         sde = FAMILIES[name]()
         z, score = start(sde, (1, 2)), exact.mixture().score(sde)
-        W = torch.randn(2, 1, 1, 2, generator=seeded(3), dtype=torch.float64)
+        W = torch.randn(2, 1, 1, 2, generator=generator(3), dtype=torch.float64)
         probe = Reference(sde, score, "bridge", list(W))
         unit = [1.0] * sde.components
         stepped = probe(z[0], 1.0, 0.9, rtol=1e-200, atol=unit, first_step=0.05, most=2)
@@ -444,7 +411,7 @@ class TestLaw:
         """E|x| at t = 1e-3, in units of the exact value, and its standard error."""
         sde, v, eps = VPSDE(), 0.05**2, 1e-3
         data = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[v]], [[v]]])
-        g = seeded(seed)
+        g = generator(seed)
         found = run(
             sde,
             data.score(sde),
@@ -483,7 +450,7 @@ class TestLaw:
     @every_family
     def test_gaussian_data(self, name: str) -> None:
         sde, n, eps = FAMILIES[name](), 2000, 0.1
-        g = seeded(4)
+        g = generator(4)
         law = sde.marginal(ends(eps), initial(sde))
         means = 0.3 * law.mean[..., 0]
         noise = torch.randn(n, sde.components, 1, generator=g, dtype=torch.float64)
@@ -551,7 +518,7 @@ class TestCounts:
                 return draw
 
         # The last axis stands still and holds the sample's number.
-        g = seeded(7)
+        g = generator(7)
         recorded = Recording(
             lambda z, t: torch.cat([inner(z[..., :2], t), torch.zeros_like(z[..., :1])], dim=-1)
         )
@@ -657,7 +624,7 @@ class TestSamples:
         sde = CLD()
         score, state = exact.mixture().score(sde), start(sde)
         first, again, other = (
-            run(sde, score, state, noise=FreshNoise(seeded(s)), noise_on_reject=mode)
+            run(sde, score, state, noise=FreshNoise(generator(s)), noise_on_reject=mode)
             for s in (1, 1, 2)
         )
         assert torch.equal(first.state, again.state)

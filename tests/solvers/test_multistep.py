@@ -36,6 +36,7 @@ from cldsde import (
 )
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.validation import propagate_moments
+from probes import generator, no_waiting, start, untouchable
 from score import exact
 from score.exact import Constant
 
@@ -79,16 +80,6 @@ def _name(options: dict[str, Any]) -> str:
 
 every_variant = pytest.mark.parametrize("options", VARIANTS, ids=_name)
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def start(
-    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    return sde.prior.sample(shape, generator=generator(9), dtype=dtype)
 
 
 def linear_flow(
@@ -474,10 +465,6 @@ class TestRing:
         assert fine < 1e-4
 
 
-def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    pytest.fail("the score was asked")
-
-
 GRID = solvers.root_times(1.0, 0.05, 5)
 
 
@@ -590,15 +577,7 @@ class TestSteps:
         process, z = ReverseProcess(sde, score), start(sde)
         table = score.tabulate(solver.evaluation_times(GRID), z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
-        names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
-        names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            pytest.fail("the step waits for a value")
-
-        with monkeypatch.context() as patch, torch.no_grad():
-            for attribute in names:
-                patch.setattr(torch.Tensor, attribute, refuse)
+        with no_waiting(monkeypatch), torch.no_grad():
             memory: solvers.Memory = ()
             for i in range(len(GRID) - 1):
                 z, memory = solver.step(z, memory, tables, i, table, noise)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
+from probes import generator, no_waiting, start
 from score import exact
 
 FAMILIES: dict[str, Any] = {"VP": VPSDE, "VE": lambda: VESDE(0.05, 20.0), "CLD": CLD, "HOLD": HOLD}
@@ -26,16 +27,6 @@ GRID = solvers.quadratic_times(1.0, 1e-2, 5)
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_predictor = pytest.mark.parametrize("predictor", list(PREDICTORS))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def start(
-    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    return sde.prior.sample(shape, generator=generator(9), dtype=dtype)
 
 
 class Recording:
@@ -332,15 +323,7 @@ class TestSampling:
         process, z = ReverseProcess(sde, score), start(sde)
         table = score.tabulate(solver.evaluation_times(GRID), z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
-        names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
-        names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            pytest.fail("the step waits for a value")
-
-        with monkeypatch.context() as patch:
-            for attribute in names:
-                patch.setattr(torch.Tensor, attribute, refuse)
+        with no_waiting(monkeypatch):
             memory: solvers.Memory = ()
             for i in range(len(GRID) - 1):
                 z, memory = solver.step(z, memory, tables, i, table, noise)

@@ -16,6 +16,7 @@ from torchdiffeq import odeint
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, ReverseProcess
 from cldsde.solvers import ProbabilityFlow, Solution, solve
 from cldsde.validation import propagate_moments
+from probes import Recording, initial, start, untouchable
 from score import exact
 
 EPS = torch.finfo(torch.float64).eps
@@ -39,12 +40,6 @@ def ends(eps: float = 1e-2, T: float = 1.0) -> torch.Tensor:
     return torch.tensor([T, eps], dtype=torch.float64)
 
 
-def start(
-    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    return sde.prior.sample(shape, generator=torch.Generator().manual_seed(9), dtype=dtype)
-
-
 def run(
     sde: LinearSDE,
     score: Any,
@@ -63,13 +58,6 @@ def gaussian(mean: float = 0.3, variance: float = 0.25, dimension: int = 2) -> G
     return GaussianMixture([1.0], [[mean] * dimension], eye.unsqueeze(0))
 
 
-def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
-    """Covariance of z_0 for data of the given variance."""
-    covariance = sde.initial_covariance.clone()
-    covariance[0, 0] += variance
-    return covariance
-
-
 def exact_flow(sde: LinearSDE, z: torch.Tensor, eps: float) -> torch.Tensor:
     """Flow of `gaussian`, z_t = Psi m + R_t c with a constant c."""
     root = sde.probability_flow_root(ends(eps), initial(sde))
@@ -84,21 +72,6 @@ def growth(sde: LinearSDE, eps: float) -> float:
     root = sde.probability_flow_root(times, initial(sde))
     moves = root[-1] @ torch.linalg.inv(root)
     return float(torch.linalg.matrix_norm(moves, 2).max())
-
-
-class Recording:
-    """A plain score that remembers the states and times that it was asked at."""
-
-    def __init__(self, score: Any) -> None:
-        self.score = score
-        self.states: list[torch.Tensor] = []
-        self.times: list[torch.Tensor] = []
-
-    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        self.states.append(z.clone())
-        self.times.append(t.clone())
-        result: torch.Tensor = self.score(z, t)
-        return result
 
 
 class Labelled:
@@ -536,10 +509,6 @@ class TestFailure:
         for roundings in range(-20, 21):
             times = ends(1 - 1e-6 - 1e-5 + roundings * EPS / 2)
             assert solve(process, ProbabilityFlow(), state, times).success
-
-
-def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    pytest.fail("the score was asked")
 
 
 class TestRefusals:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from cldsde import (
     SubVPSDE,
     solvers,
 )
+from probes import Recording, RecordingTable, generator, no_waiting, start, untouchable
 from score import exact
 from score.exact import Constant
 
@@ -34,49 +34,6 @@ SOLVERS: dict[str, solvers.Solver] = {"EM": EM, "SSCS": SSCS}
 
 every_case = pytest.mark.parametrize(("method", "name"), CASES)
 every_solver = pytest.mark.parametrize("method", list(SOLVERS))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Recording:
-    """A plain score that remembers what it was asked."""
-
-    def __init__(self, score: Any) -> None:
-        self.score = score
-        self.times: list[torch.Tensor] = []
-
-    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        self.times.append(t.clone())
-        result: torch.Tensor = self.score(z, t)
-        return result
-
-    @property
-    def calls(self) -> int:
-        return len(self.times)
-
-
-class RecordingTable(Recording):
-    """A score that has tables and remembers which rows were used."""
-
-    def tabulate(
-        self, times: torch.Tensor, like: torch.Tensor
-    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        table = self.score.tabulate(times, like)
-
-        def score(z: torch.Tensor, i: int) -> torch.Tensor:
-            self.times.append(times[i].expand(len(z)))
-            result: torch.Tensor = table(z, i)
-            return result
-
-        return score
-
-
-def start(
-    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    return sde.prior.sample(shape, generator=generator(9), dtype=dtype)
 
 
 class TestCounting:
@@ -426,10 +383,6 @@ class TestNoise:
             solvers.solve(process, EM, start(CLD()), times, generator=generator(), noise=source)
 
 
-def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    pytest.fail("the score was asked")
-
-
 GRID = solvers.uniform_times(1.0, 0.1, 4)
 
 
@@ -598,15 +551,7 @@ class TestSolvers:
         if kind == "plain":
             table = lambda z, i: -z[:, list(sde.driven)]  # noqa: E731
         tables, noise = solver.prepare(process, times), solvers.FreshNoise(generator())
-        names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
-        names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            pytest.fail("the step waits for a value")
-
-        with monkeypatch.context() as patch:
-            for attribute in names:
-                patch.setattr(torch.Tensor, attribute, refuse)
+        with no_waiting(monkeypatch):
             memory: solvers.Memory = ()
             for i in range(len(times) - 1):
                 z, memory = solver.step(z, memory, tables, i, table, noise)

@@ -1,0 +1,86 @@
+"""What tests of solvers share: states to start from, and scores and contexts that watch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cldsde import LinearSDE
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def start(
+    sde: LinearSDE, shape: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """States of the prior, always the same."""
+    return sde.prior.sample(shape, generator=generator(9), dtype=dtype)
+
+
+def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
+    """Covariance of z_0 for data of the given variance."""
+    covariance = sde.initial_covariance.clone()
+    covariance[0, 0] += variance
+    return covariance
+
+
+def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A score that must not be asked."""
+    pytest.fail("the score was asked")
+
+
+class Recording:
+    """A plain score that remembers the states and times that it was asked at."""
+
+    def __init__(self, score: Any) -> None:
+        self.score = score
+        self.states: list[torch.Tensor] = []
+        self.times: list[torch.Tensor] = []
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.states.append(z.clone())
+        self.times.append(t.clone())
+        result: torch.Tensor = self.score(z, t)
+        return result
+
+    @property
+    def calls(self) -> int:
+        return len(self.times)
+
+
+class RecordingTable(Recording):
+    """A score that has tables and remembers which rows were used."""
+
+    def tabulate(
+        self, times: torch.Tensor, like: torch.Tensor
+    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        table = self.score.tabulate(times, like)
+
+        def score(z: torch.Tensor, i: int) -> torch.Tensor:
+            self.states.append(z.clone())
+            self.times.append(times[i].expand(len(z)))
+            result: torch.Tensor = table(z, i)
+            return result
+
+        return score
+
+
+@contextlib.contextmanager
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail on what would stop the host until the device has a number."""
+    names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
+    names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the step waits for a value")
+
+    with monkeypatch.context() as patch:
+        for attribute in names:
+            patch.setattr(torch.Tensor, attribute, refuse)
+        yield
