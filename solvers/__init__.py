@@ -1,6 +1,7 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
 from .adaptive import AdaptiveSolver, Integration
+from .affine import Affine, AffineSolver
 from .base import Facts, Memory, Solver
 from .driver import Solution, solve
 from .euler_maruyama import EulerMaruyama
@@ -18,6 +19,8 @@ from .stochastic_heun import StochasticHeun
 __all__ = [
     "SSCS",
     "AdaptiveSolver",
+    "Affine",
+    "AffineSolver",
     "Ancestral",
     "EulerMaruyama",
     "ExponentialEuler",
