@@ -62,7 +62,7 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.conversion\.WhitenedLaw"),  # a table
+    ("py:class", r"cldsde\.score\.conversion\.WhitenedLaw|Block"),  # tables
 ]
 
 
