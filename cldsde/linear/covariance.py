@@ -24,6 +24,8 @@ def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
     """
     matrix = as_matrix(covariance, name, (k, k))
     diagonal = matrix.diagonal()
+    if not matrix.requires_grad and bool((diagonal >= 0).all() & (matrix == diagonal.diag()).all()):
+        return diagonal.sqrt().diag()
     # In units of the standard deviations every entry has the same rounding.
     deviation = safe_sqrt(diagonal.clamp_min(0))
     units = torch.where(deviation > 0, deviation, 1.0)

@@ -317,15 +317,20 @@ def _legendre_moments(degrees: int, n: int) -> Tensor:
 
 def _balancing_scale(A: Tensor) -> Tensor:
     """Powers of two d for which D⁻¹AD has rows and columns of like size (Osborne 1960)."""
-    size = A.abs().clone()
-    size.fill_diagonal_(0)
-    scale = torch.ones(len(A), dtype=torch.float64)
+    k = len(A)
+    size = A.abs().tolist()
+    scale = [1.0] * k
     for _ in range(8):
-        for i in range(len(A)):
-            row, column = float(size[i].sum()), float(size[:, i].sum())
-            if row > 0 and column > 0:
-                factor = 2.0 ** round(math.log2(row / column) / 2)
-                scale[i] *= factor
-                size[i] /= factor
-                size[:, i] *= factor
-    return scale
+        balanced = True
+        for i in range(k):
+            row = sum(size[i][j] for j in range(k) if j != i)
+            column = sum(size[j][i] for j in range(k) if j != i)
+            factor = 2.0 ** round(math.log2(row / column) / 2) if row > 0 and column > 0 else 1.0
+            balanced = balanced and factor == 1.0
+            scale[i] *= factor
+            for j in range(k):
+                size[i][j] /= factor
+                size[j][i] *= factor
+        if balanced:
+            break
+    return torch.tensor(scale, dtype=torch.float64)
