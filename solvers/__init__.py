@@ -1,6 +1,6 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
-from .adaptive import AdaptiveSolver, Integration
+from .adaptive import Integration, Integrator
 from .affine import Affine, AffineSolver
 from .base import Facts, Memory, Solver
 from .driver import Solution, solve
@@ -18,7 +18,6 @@ from .stochastic_heun import StochasticHeun
 
 __all__ = [
     "SSCS",
-    "AdaptiveSolver",
     "Affine",
     "AffineSolver",
     "Ancestral",
@@ -29,6 +28,7 @@ __all__ = [
     "FreshNoise",
     "GottaGoFast",
     "Integration",
+    "Integrator",
     "Langevin",
     "Memory",
     "NoiseSource",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cldsde.score import ReverseProcess
@@ -38,7 +37,7 @@ class AffineSolver(Solver):
             If the solver does not apply to the process; says why and what to use.
         """
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step."""
         return times[:-1]
 
@@ -48,4 +47,4 @@ class AffineSolver(Solver):
         """One step."""
         xi = noise.normal(z, len(tables.noise[i][0]))
         terms = (tables.state[i], z), (tables.score[i], score(z, i)), (tables.noise[i], xi)
-        return combine(torch.empty_like(z), *terms), ()
+        return combine(*terms), ()

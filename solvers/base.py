@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .noise import NoiseSource
@@ -17,6 +19,7 @@ __all__ = [
     "DATA_DETERMINED",
     "Facts",
     "Memory",
+    "PathNoise",
     "ScoreAt",
     "Solver",
 ]
@@ -56,6 +59,41 @@ class Facts:
     state_on_grid: bool = True
 
 
+class PathNoise(NamedTuple):
+    """A step's normals as functionals of one Brownian path, ξ = increment ΔW + integral I.
+
+    ΔW is the increment of w over the step and I = ∫Ψ(t, τ) G dw over it, t its noisier end.
+
+    Attributes
+    ----------
+    increment, integral
+        ``(n, r, m)`` and ``(n, r, k)`` float64, one of each a step, for r normals, m columns of G
+        and k components.
+    """
+
+    increment: Tensor
+    integral: Tensor
+
+    @classmethod
+    def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:
+        """ξ = ΔW/√h, or a rotation ``(n, r, m)`` of it, for decreasing times ``(n + 1,)``."""
+        h = -times.diff()[:, None, None]
+        if rotation is None:
+            columns = sde.diffusion(times[-1]).shape[-1]
+            rotation = torch.eye(columns, dtype=torch.float64)
+        scaled = rotation / h.sqrt()
+        return cls(scaled, scaled.new_zeros(*scaled.shape[:2], sde.components))
+
+    @classmethod
+    def integrals(cls, root: Tensor, functional: Tensor) -> PathNoise:
+        """ξ with root ξ = functional I; root is that of the covariance of functional I."""
+        # Rows of a root differ by powers of the step; scaled alike none is taken for rounding.
+        scale = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+        scale = torch.where(scale == 0, 1.0, scale)
+        integral = torch.linalg.pinv(root / scale, rtol=1e-13) @ (functional / scale)
+        return cls(integral.new_zeros(*integral.shape[:2], 0), integral)
+
+
 DATA_DETERMINED = "every linear SDE whose driven score determines the data (not underdamped)"
 """What solvers apply to that derive the data, or the full score, from the driven one."""
 
@@ -84,8 +122,16 @@ class Solver(ABC):
         """
 
     @abstractmethod
-    def evaluation_times(self, times: Tensor) -> Tensor:
-        """Times at which the score is asked, float64, numbered in the order of use."""
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """Times at which the score is asked over a grid, float64, in the order of use."""
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
+        """The step's normals as functionals of a Brownian path; None where they are none."""
+        return None
+
+    def on_grid(self) -> Solver:
+        """The same solver with its state at each grid time, for who wants to see it there."""
+        return self
 
     @abstractmethod
     def step(

@@ -22,31 +22,42 @@ def as_blocks(table: Tensor) -> list[Block]:
     return blocks
 
 
-def combine(out: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
-    """Write Σ block · tensor over the component axis into ``out`` and return it.
+def combine(*terms: tuple[Block, Tensor]) -> Tensor:
+    """Σ block · tensor over the component axis.
 
     Parameters
     ----------
-    out
-        ``(B, k, *D)``, overwritten; may not share memory with a term.
     terms
-        Pairs of a k×m block and a tensor ``(B, m, *D)``.
+        Pairs of a k×m block and a tensor ``(B, m, *D)``; at least one.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k, *D)``, of its own memory.
     """
-    for row in range(out.shape[1]):
-        target = out[:, row]
-        started = False
-        for block, tensor in terms:
-            for column, coefficient in enumerate(block[row]):
-                if coefficient == 0.0:
-                    continue
-                if started:
-                    target.add_(tensor[:, column], alpha=coefficient)
-                else:
-                    torch.mul(tensor[:, column], coefficient, out=target)
-                    started = True
-        if not started:
-            target.zero_()
+    block, tensor = terms[0]
+    if torch.is_grad_enabled():
+        return torch.stack([_row(row, terms) for row in range(len(block))], dim=1)
+    out = tensor.new_empty(len(tensor), len(block), *tensor.shape[2:])
+    for row in range(len(block)):
+        _row(row, terms, out=out[:, row])
     return out
+
+
+def _row(row: int, terms: tuple[tuple[Block, Tensor], ...], out: Tensor | None = None) -> Tensor:
+    total: Tensor | None = None
+    for block, tensor in terms:
+        for column, coefficient in enumerate(block[row]):
+            if coefficient == 0.0:
+                continue
+            if total is None:
+                total = torch.mul(tensor[:, column], coefficient, out=out)
+            else:
+                total.add_(tensor[:, column], alpha=coefficient)
+    if total is None:
+        like = terms[0][1]
+        total = out.zero_() if out is not None else like.new_zeros(len(like), *like.shape[2:])
+    return total
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:

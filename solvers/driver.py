@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_times, check_state
+from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import check_reverse_process, checked_score, score_argument
 
-from .adaptive import AdaptiveSolver
+from .adaptive import Callback, Integrator
 from .base import Memory, Solver
+from .combine import Block, combine
 from .noise import FreshNoise, NoiseSource
 from .progress import progress_bar
 
@@ -29,20 +32,29 @@ class Solution:
     state
         Final state ``(B, k, *D)``.
     data
-        ``(B, *D)``: the data component of the state, or, with ``denoise=True``, E[x_0 | state].
+        ``(B, *D)``: the data component of the state, or what ``denoise`` asked for.
+    t
+        Times ``(S,)`` of the states in ``y``: the last time, or those of ``t_eval``.
+    y
+        States at these times, ``(S, B, k, *D)``; of a sample that gave up, NaN where it did not
+        come.
     nfev
         Score evaluations of each sample, counted by wrapping the score; where samples differ, of
         the one with most, and ``stats["nfev"]`` holds all.
     status
-        0 when the end was reached; 1 when the state is not finite or a solver gave up.
+        0 when every sample arrived; 1 when a state is not finite or a solver gave up; 2 when the
+        callback asked to stop.
     message
         What happened, in words.
     stats
-        Further numbers, e.g. ``steps``.
+        Further numbers: ``success``, which samples arrived with finite numbers, ``(B,)``; of
+        solvers on a grid ``steps``; of others ``nfev`` of each sample and ``attempts``.
     """
 
     state: Tensor
     data: Tensor
+    t: Tensor
+    y: Tensor
     nfev: int
     status: int
     message: str
@@ -50,7 +62,7 @@ class Solution:
 
     @property
     def success(self) -> bool:
-        """Whether the end was reached with finite numbers."""
+        """Whether every sample reached the end with finite numbers."""
         return self.status == 0
 
     def __repr__(self) -> str:
@@ -79,16 +91,18 @@ class _CountedScore:
         return checked_score(self._evaluate(z, i), z, self._driven)
 
 
-@torch.no_grad()
 def solve(
     process: ReverseProcess,
-    solver: Solver | AdaptiveSolver,
+    solver: Solver | Integrator,
     state: Tensor,
     times: Tensor,
     *,
     generator: torch.Generator | None = None,
     noise: NoiseSource | None = None,
-    denoise: bool = False,
+    denoise: bool | Literal["step"] = False,
+    t_eval: Tensor | None = None,
+    callback: Callback | None = None,
+    differentiable: bool = False,
     progress: bool = False,
 ) -> Solution:
     """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
@@ -102,14 +116,26 @@ def solve(
     state
         Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
     times
-        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
-        solvers use its two ends.
+        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; solvers
+        that choose their times use its two ends.
     generator
         Source of the noise; the same seed gives the same bits on the same machine.
     noise
         A noise source in place of ``generator``.
     denoise
-        Finish with the data prediction E[x_0 | z] at the last time; its evaluation counts.
+        How to finish. True: with the data prediction E[x_0 | z] at the last time. ``"step"``: with
+        the data of one Euler step of the reverse SDE to time 0 without its noise, as published
+        code does; it removes no noise from data that none drives. Either costs one evaluation.
+    t_eval
+        Times at which states are wanted, decreasing; of the grid, or, for solvers that choose
+        their times, any between its ends. None keeps the last state only.
+    callback
+        Called after each step as ``callback(step, t, z)``, with the number of steps so far, the
+        time and the state, not to be changed; where each sample has its own time, after each
+        attempt and with all times ``(B,)``. Stops the solve by returning True.
+    differentiable
+        Record gradients, of the state and of the score's parameters; coefficients of the process
+        are constants. Memory then grows with the number of steps.
     progress
         Show a progress bar on stderr: of steps, or of samples that have arrived.
 
@@ -123,9 +149,9 @@ def solve(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the state does not fit the process, the grid does not decrease, the solver does not
-        apply to the process, or both ``generator`` and ``noise`` are given. Nothing is evaluated
-        before all arguments are checked.
+        If the state does not fit the process, the grid does not decrease, ``t_eval`` is not of the
+        grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
+        given. Nothing is evaluated before all arguments are checked.
 
     Examples
     --------
@@ -139,6 +165,8 @@ def solve(
     >>> process = ReverseProcess(sde, data.score(sde))
     >>> solvers.solve(process, solvers.SSCS(), start, times, generator=g)
     Solution(success=True, nfev=50, state=(1000, 2, 1), message='reached the end of the grid')
+    >>> solvers.solve(process, solvers.SSCS(), start, times, t_eval=times[::10]).y.shape
+    torch.Size([6, 1000, 2, 1])
     """
     check_arguments(process, solver)
     sde = process.sde
@@ -147,74 +175,209 @@ def solve(
     if not bool(z.isfinite().all()):
         msg = "state must be finite; it holds NaN or infinity"
         raise ValueError(msg)
+    if callback is not None and not callable(callback):
+        msg = f"callback must be a callable (step, t, z); got {callback!r}"
+        raise TypeError(msg)
     grid = checked_grid(times, sde.T)
+    kept = _checked_stops(t_eval, grid, of_grid=isinstance(solver, Solver))
     source = _noise_source(generator, noise)
+    final = _final(sde, grid[-1], denoise)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        if isinstance(solver, Solver):
+            if kept is not None or callback is not None:
+                solver = solver.on_grid()
+            last = grid[-1:] if final is not None else grid[:0]
+            run = _step_through(process, solver, z, grid, source, kept, callback, progress, last)
+        else:
+            run = _integrate(process, solver, z, grid, source, kept, callback, progress)
+        return _finish(run, final)
 
-    if denoise and float(grid[-1]) == 0:
-        msg = (
-            "times must end above 0 where denoise=True: the law given x_0 has no density at t = 0; "
-            "take t > 0"
-        )
+
+class _Final(NamedTuple):
+    """The data as state · z + score · s(z), at the last time."""
+
+    state: Block
+    score: Block
+
+    def __call__(self, z: Tensor, score: Tensor) -> Tensor:
+        return combine((self.state, z), (self.score, score))[:, 0]
+
+
+def _final(sde: LinearSDE, t: Tensor, denoise: object) -> _Final | None:
+    if denoise is False:
+        return None
+    if denoise == "step":
+        F, G = sde.drift(t), sde.diffusion(t)
+        state = torch.eye(sde.components, dtype=torch.float64) - t * F
+        score = t * (G @ G.mT)[:, list(sde.driven)]
+    elif denoise is True:
+        if float(t) == 0:
+            msg = (
+                "times must end above 0 where denoise=True: the law given x_0 has no density at "
+                "t = 0; take t > 0"
+            )
+            raise ValueError(msg)
+        prediction = Conversion.at(sde, t, "score", "data")
+        state, score = prediction.state, prediction.value
+    else:
+        msg = f"denoise must be True, False or 'step'; got {denoise!r}"
         raise ValueError(msg)
-    prediction = Conversion.at(sde, grid[-1], "score", "data") if denoise else None
-    if isinstance(solver, AdaptiveSolver):
-        return _solve_adaptive(process, solver, z, grid, source, prediction, progress=progress)
-    steps = len(grid) - 1
-    tables = solver.prepare(process, grid)
-    asked = solver.evaluation_times(grid)
-    score = _CountedScore(process, torch.cat([asked, grid[-1:]]) if denoise else asked, z)
-
-    memory: Memory = ()
-    for i in progress_bar(range(steps), shown=progress, desc=type(solver).__name__):
-        z, memory = solver.step(z, memory, tables, i, score, source)
-    data = z[:, 0] if prediction is None else prediction(z, score(z, len(asked)))
-    finite = bool(z.isfinite().all() and data.isfinite().all())
-    return Solution(
-        state=z,
-        data=data,
-        nfev=score.nfev,
-        status=0 if finite else 1,
-        message="reached the end of the grid"
-        if finite
-        else "the state is not finite: the score is not, or the steps are too long",
-        stats={"steps": steps},
-    )
+    return _Final(state[:1].tolist(), score[:1].tolist())
 
 
-def _solve_adaptive(
+class _Run(NamedTuple):
+    """What became of a batch before its data are read off."""
+
+    state: Tensor
+    t: Tensor
+    y: Tensor
+    nfev: Tensor
+    arrived: Tensor
+    stopped: bool
+    message: str
+    stats: dict[str, Any]
+    last_score: Callable[[Tensor], Tensor]
+
+
+def _step_through(
     process: ReverseProcess,
-    solver: AdaptiveSolver,
+    solver: Solver,
     z: Tensor,
     grid: Tensor,
     noise: NoiseSource,
-    prediction: Conversion | None,
-    *,
+    kept: Tensor | None,
+    callback: Callback | None,
     progress: bool,
-) -> Solution:
-    start, end = float(grid[0]), float(grid[-1])
-    result = solver.integrate(process, z, start, end, noise, progress=progress)
-    state, nfev, data = result.state, result.nfev, result.state[:, 0]
-    if prediction is not None and result.success:
-        data = prediction(state, process.evaluate(state, grid[-1]))
-        nfev = nfev + 1
-    finite = bool(state.isfinite().all() and data.isfinite().all())
-    message = result.message
-    if result.success and not finite:
-        message = "the state is not finite: the score is not"
-    return Solution(
-        state=state,
-        data=data,
-        nfev=int(nfev.max()) if len(nfev) else 0,
-        status=0 if result.success and finite else 1,
-        message=message,
-        stats={**result.stats, "nfev": nfev},
+    also_asked: Tensor,
+) -> _Run:
+    noise = noise.along(process, solver, grid)
+    tables = solver.prepare(process, grid)
+    asked = solver.evaluation_times(process, grid)
+    score = _CountedScore(process, torch.cat([asked, also_asked]), z)
+    moments = grid.tolist()
+    wanted = set(moments[-1:] if kept is None else kept.tolist())
+
+    memory: Memory = ()
+    saved = [(moments[0], z)] if moments[0] in wanted else []
+    steps, stopped = 0, False
+    for i in progress_bar(range(len(grid) - 1), shown=progress, desc=type(solver).__name__):
+        z, memory = solver.step(z, memory, tables, i, score, noise)
+        steps, at = i + 1, moments[i + 1]
+        if at in wanted:
+            saved.append((at, z))
+        if callback is not None and callback(steps, at, z):
+            stopped = steps < len(grid) - 1
+            break
+    return _Run(
+        state=z,
+        t=torch.tensor([t for t, _ in saved], dtype=torch.float64),
+        y=torch.stack([y for _, y in saved]) if saved else z.new_empty(0, *z.shape),
+        nfev=torch.full((len(z),), score.nfev),
+        arrived=torch.full((len(z),), not stopped),
+        stopped=stopped,
+        message=f"stopped by the callback after {steps} steps"
+        if stopped
+        else "reached the end of the grid",
+        stats={"steps": steps},
+        last_score=lambda z: score(z, len(asked)),
     )
+
+
+def _integrate(
+    process: ReverseProcess,
+    solver: Integrator,
+    z: Tensor,
+    grid: Tensor,
+    noise: NoiseSource,
+    kept: Tensor | None,
+    callback: Callback | None,
+    progress: bool,
+) -> _Run:
+    wanted = grid[-1:] if kept is None else kept
+    ahead = wanted[wanted < grid[0]]
+    if not len(ahead) or ahead[-1] > grid[-1]:
+        ahead = torch.cat([ahead, grid[-1:]])
+    result = solver.integrate(
+        process,
+        z,
+        grid,
+        noise.along(process, solver, grid),
+        stops=ahead,
+        callback=callback,
+        progress=progress,
+    )
+    states = torch.cat([z.unsqueeze(0), result.states])
+    times = torch.cat([grid[:1], ahead])
+    return _Run(
+        state=result.state,
+        t=wanted,
+        y=states[torch.isin(times, wanted).to(z.device)],
+        nfev=result.nfev,
+        arrived=result.success,
+        stopped=result.stopped,
+        message=result.message,
+        stats={**result.stats, "nfev": result.nfev},
+        last_score=lambda z: process.evaluate(z, grid[-1]),
+    )
+
+
+def _finish(run: _Run, final: _Final | None) -> Solution:
+    z, nfev, data = run.state, run.nfev, run.state[:, 0]
+    if final is not None and bool(run.arrived.any()):
+        nfev = nfev + run.arrived
+        if bool(run.arrived.all()):
+            data = final(z, run.last_score(z))
+        else:
+            rows = run.arrived.to(z.device)
+            data = data.clone()
+            data[rows] = final(z[rows], run.last_score(z[rows]))
+    success = (
+        run.arrived
+        & (z.isfinite().flatten(1).all(1) & data.unsqueeze(1).isfinite().flatten(1).all(1)).cpu()
+    )
+    message = run.message
+    if bool(run.arrived.all()) and not bool(success.all()):
+        message = "the state is not finite: the score is not, or the steps are too long"
+    stats = {**run.stats, "success": success}
+    if "nfev" in stats:
+        stats["nfev"] = nfev
+    return Solution(
+        state=z,
+        data=data,
+        t=run.t,
+        y=run.y,
+        nfev=int(nfev.max()) if len(nfev) else 0,
+        status=2 if run.stopped else 0 if bool(success.all()) else 1,
+        message=message,
+        stats=stats,
+    )
+
+
+def _checked_stops(t_eval: object, grid: Tensor, *, of_grid: bool) -> Tensor | None:
+    """Turn times at which states are wanted into float64 on the host; raise otherwise."""
+    if t_eval is None:
+        return None
+    if not isinstance(t_eval, Tensor) or t_eval.ndim != 1 or not len(t_eval):
+        got = tuple(t_eval.shape) if isinstance(t_eval, Tensor) else type(t_eval).__name__
+        msg = f"t_eval must be a tensor (S,) of decreasing times, S ≥ 1; got {got}"
+        raise ValueError(msg)
+    stops = t_eval.detach().to("cpu", torch.float64)
+    if bool((stops.diff() >= 0).any()):
+        msg = f"t_eval must decrease; got {stops.tolist()}"
+        raise ValueError(msg)
+    start, end = float(grid[0]), float(grid[-1])
+    outside = ~torch.isin(stops, grid) if of_grid else ~((stops <= start) & (stops >= end))
+    if bool(outside.any()):
+        allowed = "be times of the grid" if of_grid else f"lie in [{end:g}, {start:g}]"
+        msg = f"t_eval must {allowed}; got {stops[outside].tolist()}"
+        raise ValueError(msg)
+    return stops
 
 
 def check_arguments(process: object, solver: object) -> None:
     """Raise TypeError unless the arguments are a `ReverseProcess` and a solver."""
     check_reverse_process(process)
-    if not isinstance(solver, Solver | AdaptiveSolver):
+    if not isinstance(solver, Solver | Integrator):
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
         msg = f"solver must be a Solver, such as SSCS(); got {solver!r}{hint}"
         raise TypeError(msg)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cldsde.score import ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import Facts
+from .base import Facts, PathNoise
 from .combine import as_blocks
 
 __all__ = ["EulerMaruyama"]
@@ -43,3 +43,7 @@ class EulerMaruyama(AffineSolver):
             as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
             as_blocks(h.sqrt() * G),
         )
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """ΔW/√h."""
+        return PathNoise.increments(process.sde, times)

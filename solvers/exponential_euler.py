@@ -12,7 +12,7 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import Facts
+from .base import Facts, PathNoise
 from .combine import as_blocks
 
 __all__ = ["ExponentialEuler"]
@@ -50,3 +50,9 @@ class ExponentialEuler(AffineSolver):
             as_blocks(score[..., list(sde.driven)]),
             as_blocks(joint_root(columns)),
         )
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """∫Ψ(u, τ) G dw = Ψ(t, u)⁻¹ I over each step."""
+        root = torch.tensor(self.prepare(process, times).noise, dtype=torch.float64)
+        back = torch.linalg.inv(process.sde.transition(times[1:], times[:-1]).mean)
+        return PathNoise.integrals(root, back)

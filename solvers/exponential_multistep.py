@@ -181,7 +181,7 @@ class ExponentialMultistep(Solver):
             self._weights(kernel, position, times, offset=1) if self._mends(1) else [],
         )
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step."""
         return times[:-1]
 
@@ -189,9 +189,7 @@ class ExponentialMultistep(Solver):
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """Predict at the state, mend the step that led to it, and step on."""
-        rows = len(tables.predict_state[i])
         new = combine(
-            z.new_empty(len(z), rows, *z.shape[2:]),
             (tables.predict_state[i], z),
             (tables.predict_score[i], score(z, i)),
         )
@@ -202,7 +200,7 @@ class ExponentialMultistep(Solver):
         columns = len(tables.noise[i][0])
         if columns:
             terms.append((tables.noise[i], noise.normal(z, columns)))
-        carried = combine(torch.empty_like(z), *terms)
+        carried = combine(*terms)
         following = _with(carried, tables.weights[i], predictions)
         kept = self.order if self.corrector else self.order - 1
         return following, (carried, *predictions[:kept])
@@ -263,7 +261,7 @@ class ExponentialMultistep(Solver):
 
 def _with(carried: Tensor, weights: list[Block], predictions: tuple[Tensor, ...]) -> Tensor:
     terms = [(block, value) for block, value in zip(weights, predictions, strict=False)]
-    return combine(torch.empty_like(carried), *terms).add_(carried)
+    return combine(*terms).add_(carried)
 
 
 def _lagrange(points: Tensor, at: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .adaptive import ActiveSamples, AdaptiveSolver, Integration, common_time
+from .adaptive import ActiveSamples, Callback, Integration, Integrator, common_time
 from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource
@@ -23,7 +23,7 @@ __all__ = ["GottaGoFast"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GottaGoFast(AdaptiveSolver):
+class GottaGoFast(Integrator):
     r"""Adaptive stochastic improved Euler (Jolicoeur-Martineau et al. 2021, algorithm 1).
 
     .. math::
@@ -98,13 +98,14 @@ class GottaGoFast(AdaptiveSolver):
         self,
         process: ReverseProcess,
         z: Tensor,
-        start: float,
-        end: float,
+        times: Tensor,
         noise: NoiseSource,
         *,
+        stops: Tensor,
+        callback: Callback | None,
         progress: bool,
     ) -> Integration:
-        """Run each sample from ``start`` down to ``end``.
+        """Run each sample from ``times[0]`` down to ``times[-1]``.
 
         Raises
         ------
@@ -116,26 +117,36 @@ class GottaGoFast(AdaptiveSolver):
             at = common_time(t)
             return apply_blocks(process.diffusion(at), increment) - step * process.drift(z, at)
 
+        start = float(times[0])
         atol = self._tolerances(process.sde, z)
         samples = ActiveSamples(
-            z, start, end, max_nfev=self.max_nfev, progress=progress, name=type(self).__name__
+            z,
+            start,
+            stops,
+            max_nfev=self.max_nfev,
+            callback=callback,
+            progress=progress,
+            name=type(self).__name__,
         )
         path = _Path(z, process.diffusion(start).shape[-1], noise)
         h = _coarse(torch.full((len(z),), self.first_step, dtype=torch.float64))
         low_before = z
         rejections = 0
+        going = samples.screen(h, cost=2)
         while samples.on_their_way():
-            length = samples.attempt(h)
-            if length is None or not samples.afford(2):
-                break
-            h, after = length
+            if going is not None:
+                path.keep(going)
+                on_device = going.to(z.device)
+                h, z, low_before = h[going], z[on_device], low_before[on_device]
+            h, after = samples.attempt(h)
+            samples.spend(2)
             increment, step = path.over(h), per_sample(h, z)
             first = change(z, samples.t, step, increment)
             low = z + first
             second = change(low, after, step, increment)
             scale = torch.maximum(atol, self.rtol * torch.maximum(low.abs(), low_before.abs()))
             error = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
-            error = error.cpu().to(torch.float64)
+            error = error.detach().cpu().to(torch.float64)
             accept = error <= 1
             rejections += int((~accept).sum())
             path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
@@ -144,11 +155,8 @@ class GottaGoFast(AdaptiveSolver):
             low_before = torch.where(keep, low, low_before)
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
             h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
-            going = samples.settle(z, torch.where(accept, after, samples.t))
-            if going is not None:
-                path.keep(going)
-                on_device = going.to(z.device)
-                h, z, low_before = h[going], z[on_device], low_before[on_device]
+            h = samples.settle(z, torch.where(accept, after, samples.t), h)
+            going = samples.screen(h, cost=2)
         return samples.result(rejections=rejections)
 
     def _tolerances(self, sde: LinearSDE, z: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """
     fraction = _fractions(T, eps, n)
     first, last = _log_snr_ends(sde, T, eps)
-    return _with_ends(_times_at(sde, first + fraction * (last - first), T, eps), T, eps)
+    return _with_ends(times_of_log_snr(sde, first + fraction * (last - first), T, eps), T, eps)
 
 
 def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
@@ -96,7 +96,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     fraction = _fractions(T, eps, n)
     first, last = (-_log_snr_ends(sde, T, eps) / rho).exp()
     return _with_ends(
-        _times_at(sde, -rho * (first + fraction * (last - first)).log(), T, eps), T, eps
+        times_of_log_snr(sde, -rho * (first + fraction * (last - first)).log(), T, eps), T, eps
     )
 
 
@@ -107,7 +107,7 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64))
 
 
-def _times_at(sde: LinearSDE, log_snr: Tensor, T: float, eps: float) -> Tensor:
+def times_of_log_snr(sde: LinearSDE, log_snr: Tensor, T: float, eps: float) -> Tensor:
     """Times with the given κ, by bisection in log t."""
     low = torch.full_like(log_snr, math.log(eps))
     high = torch.full_like(log_snr, math.log(T))

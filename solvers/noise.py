@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
+from cldsde.score import ReverseProcess
+
+if TYPE_CHECKING:
+    from .adaptive import Integrator
+    from .base import Solver
 
 __all__ = ["FreshNoise", "NoiseSource", "RecordedNoise", "SampleNoise"]
 
@@ -27,6 +33,12 @@ class NoiseSource(ABC):
     @abstractmethod
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Normals for ``rows`` noise components a sample, ``(B, rows, *D)`` like the state z."""
+
+    def along(
+        self, process: ReverseProcess, solver: Solver | Integrator, times: Tensor
+    ) -> NoiseSource:
+        """The source for one solve over a decreasing grid: itself, if it knows of no time."""
+        return self
 
 
 class FreshNoise(NoiseSource):

@@ -19,6 +19,7 @@ __all__ = ["Langevin", "PredictorCorrector"]
 
 class _Tables(NamedTuple):
     predictor: Any
+    predictor_evaluations: int  # of each step
     driven: tuple[int, ...]  # components that the corrector moves
     scale: list[float]  # α of each step
 
@@ -128,25 +129,39 @@ class PredictorCorrector(Solver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
-        """Tables of the predictor, and the corrector's α of each step."""
+        """Tables of the predictor, and the corrector's α of each step.
+
+        Raises
+        ------
+        ValueError
+            If the predictor does not apply, or asks more often in some steps than in others.
+        """
         sde = process.sde
         scale = torch.ones(len(times) - 1, dtype=torch.float64)
         if sde.components == 1:
             scale = sde.transition(times[1:], times[:-1]).mean.square().flatten()
-        return _Tables(self.predictor.prepare(process, times), sde.driven, scale.tolist())
+        predictor = self.predictor.prepare(process, times)
+        asked = len(self.predictor.evaluation_times(process, times))
+        if asked % (len(times) - 1):
+            msg = (
+                "predictor must ask for the score equally often in each step; "
+                f"{self.predictor!r} asks {asked} times in {len(times) - 1} steps"
+            )
+            raise ValueError(msg)
+        return _Tables(predictor, asked // (len(times) - 1), sde.driven, scale.tolist())
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step for the corrector, then the predictor's times."""
         steps = len(times) - 1
         corrector = times[:-1].unsqueeze(1).expand(-1, self.corrector.steps)
-        predictor = self.predictor.evaluation_times(times).reshape(steps, -1)
+        predictor = self.predictor.evaluation_times(process, times).reshape(steps, -1)
         return torch.cat([corrector, predictor], dim=1).flatten()
 
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """Correct, then predict."""
-        inner = self.predictor.facts.nfe_per_step
+        inner = tables.predictor_evaluations
         first = i * (self.corrector.steps + inner)
         for k in range(self.corrector.steps):
             s = score(z, first + k)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cldsde.score import Conversion, ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import DATA_DETERMINED, Facts
+from .base import DATA_DETERMINED, Facts, PathNoise
 from .combine import as_blocks
 
 __all__ = ["Ancestral", "ReverseDiffusion"]
@@ -53,6 +53,11 @@ class ReverseDiffusion(AffineSolver):
             as_blocks(kernel.covariance @ full.value),
             as_blocks(kernel.root),
         )
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """The forward transition's noise."""
+        root = process.sde.transition(times[1:], times[:-1]).root
+        return PathNoise.integrals(root, torch.eye(len(root[0]), dtype=torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)

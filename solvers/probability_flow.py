@@ -12,7 +12,7 @@ from torch import Tensor
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 
-from .adaptive import ActiveSamples, AdaptiveSolver, Integration, common_time
+from .adaptive import ActiveSamples, Callback, Integration, Integrator, common_time
 from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource
@@ -32,7 +32,7 @@ def _tableau(method: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbabilityFlow(AdaptiveSolver):
+class ProbabilityFlow(Integrator):
     r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with a step size for each sample.
 
     Each sample of the batch is accepted, rejected and stepped by its own error, the root mean
@@ -84,47 +84,57 @@ class ProbabilityFlow(AdaptiveSolver):
         self,
         process: ReverseProcess,
         z: Tensor,
-        start: float,
-        end: float,
+        times: Tensor,
         noise: NoiseSource,
         *,
+        stops: Tensor,
+        callback: Callback | None,
         progress: bool,
     ) -> Integration:
-        """Run each sample from ``start`` down to ``end``."""
+        """Run each sample from ``times[0]`` down to ``times[-1]``."""
         tableau = _tableau(self.method)
+        start, end = float(times[0]), float(times[-1])
 
         def flow(z: Tensor, t: Tensor) -> Tensor:
             return process.probability_flow(z, common_time(t))
 
         samples = ActiveSamples(
-            z, start, end, max_nfev=self.max_nfev, progress=progress, name=type(self).__name__
+            z,
+            start,
+            stops,
+            max_nfev=self.max_nfev,
+            callback=callback,
+            progress=progress,
+            name=type(self).__name__,
         )
-        if not samples.afford(2):
-            return samples.result()
-        f = flow(z, samples.t)
-        h = self._first_step(flow, z, samples.t, f, end)
+        f, h = torch.zeros_like(z), samples.t - end
         rejected = torch.zeros(len(z), dtype=torch.bool)
+        going = samples.screen(h, cost=2)
+        if samples.on_their_way():
+            samples.spend(2)
+            f = flow(z, samples.t)
+            h = self._first_step(flow, z, samples.t, f, end)
+            going = samples.screen(h, tableau.n_stages)
         while samples.on_their_way():
-            step = samples.attempt(h)
-            if step is None or not samples.afford(tableau.n_stages):
-                break
-            h, after = step
+            if going is not None:
+                on_device = going.to(z.device)
+                h, rejected, z, f = h[going], rejected[going], z[on_device], f[on_device]
+            h, after = samples.attempt(h)
+            samples.spend(tableau.n_stages)
             stages, dt = [f], per_sample(h, z)
             for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):
                 at = (samples.t - float(c) * h).clamp_min(end)
                 stages.append(flow(z - _weighted(a, stages) * dt, at))
             new = z - _weighted(tableau.B, stages) * dt
             stages.append(flow(new, after))
-            error = self._error(tableau, stages, dt, z, new).cpu().to(torch.float64)
+            error = self._error(tableau, stages, dt, z, new).detach().cpu().to(torch.float64)
             accept = error <= 1
             growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
             keep = per_sample(accept, z)
             z, f = torch.where(keep, new, z), torch.where(keep, stages[-1], f)
-            h, rejected = h * growth, ~accept
-            going = samples.settle(z, torch.where(accept, after, samples.t))
-            if going is not None:
-                on_device = going.to(z.device)
-                h, rejected, z, f = h[going], rejected[going], z[on_device], f[on_device]
+            rejected = ~accept
+            h = samples.settle(z, torch.where(accept, after, samples.t), h * growth)
+            going = samples.screen(h, tableau.n_stages)
         return samples.result()
 
     def _error(
@@ -147,7 +157,7 @@ class ProbabilityFlow(AdaptiveSolver):
         scale = self.atol + self.rtol * z.abs()
 
         def size(x: Tensor) -> Tensor:
-            return (x / scale).square().flatten(1).mean(1).sqrt().cpu().to(torch.float64)
+            return (x / scale).square().flatten(1).mean(1).sqrt().detach().cpu().to(torch.float64)
 
         d0, d1 = size(z), size(f)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ class _Kick(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    mean: list[Block]  # n + 1 exact moves: first half-step, merged neighbours, last half-step
+    # Exact moves: a half-step, merged neighbours, a half-step; or two a step.
+    mean: list[Block]
     root: list[Block]
     kicks: list[_Kick]  # one for each stage
 
@@ -67,6 +68,9 @@ class SSCS(Solver):
         are such a Gaussian, 1 otherwise, without the overshooting of the Euler step near the data.
     data_variance
         Of ``score_step="gaussian"``, > 0.
+    merge
+        Whether neighbouring half-steps are one move. Without it each step ends at its grid time,
+        where a trajectory, a callback or a corrector wants the state, at the price of more noise.
 
     Raises
     ------
@@ -76,6 +80,7 @@ class SSCS(Solver):
 
     score_step: Literal["euler", "midpoint", "gaussian"] = "euler"
     data_variance: float = 1.0
+    merge: bool = True
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
@@ -92,7 +97,7 @@ class SSCS(Solver):
             applies_to="processes with a stationary law under a time change (VP, CLD, PSLD, HOLD)",
             nfe_per_step=2 if midpoint else 1,
             weak_order=2 if midpoint else 1,
-            state_on_grid=False,
+            state_on_grid=not self.merge,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
@@ -113,6 +118,8 @@ class SSCS(Solver):
             raise ValueError(msg)
         start, middle, end = times[:-1], (times[:-1] + times[1:]) / 2, times[1:]
         stops = torch.cat([times[:1], middle, times[-1:]])
+        if not self.merge:
+            stops = torch.cat([torch.stack([start, middle], dim=1).flatten(), times[-1:]])
         move = reversal.transition(stops[1:], stops[:-1])
         precision = torch.linalg.inv(sde.stationary_covariance)
         whole = sde.accumulated_noise(end, start)
@@ -141,7 +148,11 @@ class SSCS(Solver):
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
         return _Kick(as_blocks(state), as_blocks(frozen))
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
+    def on_grid(self) -> SSCS:
+        """Without merging."""
+        return replace(self, merge=False)
+
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step, its middle, or one after the other."""
         middle = (times[:-1] + times[1:]) / 2
         if self.score_step == "midpoint":
@@ -151,20 +162,21 @@ class SSCS(Solver):
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """Exact move, kick; after the last kick the closing exact move."""
-        z = self._move(z, tables, i, noise)
+        """Exact move, kick; after the last kick, or unmerged after each, the closing exact move."""
+        z = self._move(z, tables, i if self.merge else 2 * i, noise)
         at = z
         for stage, kick in enumerate(tables.kicks):
             pull = score(at, i * len(tables.kicks) + stage)
-            out = torch.empty_like(z)
-            at = combine(out, (kick.state[i], at), (kick.score[i], pull)).add_(z)
-        if i == len(tables.kicks[0].score) - 1:
+            at = combine((kick.state[i], at), (kick.score[i], pull)).add_(z)
+        if not self.merge:
+            at = self._move(at, tables, 2 * i + 1, noise)
+        elif i == len(tables.kicks[0].score) - 1:
             at = self._move(at, tables, i + 1, noise)
         return at, ()
 
     def _move(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
         xi = noise.normal(z, z.shape[1])
-        return combine(torch.empty_like(z), (tables.mean[i], z), (tables.root[i], xi))
+        return combine((tables.mean[i], z), (tables.root[i], xi))
 
 
 def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
+from .base import Facts, Memory, PathNoise, ScoreAt, Solver
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -53,7 +53,7 @@ class StochasticHeun(Solver):
             *_drift(sde, start, h), *_drift(sde, end, h), as_blocks(sde.noise_root(end, start))
         )
 
-    def evaluation_times(self, times: Tensor) -> Tensor:
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step, then its end."""
         return torch.stack([times[:-1], times[1:]], dim=1).flatten()
 
@@ -62,17 +62,24 @@ class StochasticHeun(Solver):
     ) -> tuple[Tensor, Memory]:
         """One step."""
         xi = noise.normal(z, len(tables.noise[i][0]))
-        jump = combine(torch.empty_like(z), (tables.noise[i], xi))
+        jump = combine((tables.noise[i], xi))
         first = score(z, 2 * i)
-        start = combine(
-            torch.empty_like(z), (tables.start_state[i], z), (tables.start_score[i], first)
-        )
+        start = combine((tables.start_state[i], z), (tables.start_score[i], first))
         guess = z + start + jump
         second = score(guess, 2 * i + 1)
-        end = combine(
-            torch.empty_like(z), (tables.end_state[i], guess), (tables.end_score[i], second)
-        )
+        end = combine((tables.end_state[i], guess), (tables.end_score[i], second))
         return (start + end).mul_(0.5).add_(z).add_(jump), ()
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """ΔW/√h, turned so that the root of ∫GGᵀ takes it where G of mid time does."""
+        sde = process.sde
+        driven = list(sde.driven)
+        middle = (times[:-1] + times[1:]) / 2
+        root = sde.noise_root(times[1:], times[:-1])[..., driven, :]
+        left, _, right = torch.linalg.svd(
+            root.mT @ sde.diffusion(middle)[..., driven, :], full_matrices=False
+        )
+        return PathNoise.increments(sde, times, rotation=left @ right)
 
 
 def _drift(sde: LinearSDE, t: Tensor, h: Tensor) -> tuple[list[Block], list[Block]]:

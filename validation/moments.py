@@ -89,7 +89,7 @@ def propagate_moments(
         )
         raise ValueError(msg)
     tables = solver.prepare(process, grid)
-    asked = solver.evaluation_times(grid)
+    asked = solver.evaluation_times(process, grid)
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
     if isinstance(process.score, TabulatedScore):
         score = process.score.tabulate(asked, m)

@@ -575,7 +575,7 @@ class TestSteps:
         sde, solver = CLD(), Multistep(**options)
         score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
         process, z = ReverseProcess(sde, score), start(sde)
-        table = score.tabulate(solver.evaluation_times(GRID), z)
+        table = score.tabulate(solver.evaluation_times(process, GRID), z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
         with no_waiting(monkeypatch), torch.no_grad():
             memory: solvers.Memory = ()

@@ -57,7 +57,7 @@ class Stay(solvers.Solver):
     def prepare(self, process: ReverseProcess, times: torch.Tensor) -> None:
         return None
 
-    def evaluation_times(self, times: torch.Tensor) -> torch.Tensor:
+    def evaluation_times(self, process: ReverseProcess, times: torch.Tensor) -> torch.Tensor:
         return times[:-1]
 
     def step(
@@ -81,13 +81,9 @@ class TestCounting:
         inner = PREDICTORS[predictor]
         solver = PredictorCorrector(inner, Langevin(steps=corrections))
         score = Recording(exact.mixture().score(sde))
+        process = ReverseProcess(sde, score)
         solution = solvers.solve(
-            ReverseProcess(sde, score),
-            solver,
-            start(sde),
-            GRID,
-            denoise=denoise,
-            generator=generator(),
+            process, solver, start(sde), GRID, denoise=denoise, generator=generator()
         )
         stages = inner.facts.nfe_per_step
         assert solver.facts.nfe_per_step == corrections + stages
@@ -96,7 +92,7 @@ class TestCounting:
         for t, u in zip(GRID.tolist()[:-1], GRID.tolist()[1:], strict=True):
             expected += [t] * corrections + ([t, u] if stages == 2 else [t])
         assert score.times == expected + ([GRID[-1].item()] if denoise else [])
-        assert solver.evaluation_times(GRID).tolist() == expected
+        assert solver.evaluation_times(process, GRID).tolist() == expected
 
     def test_the_corrector_comes_first(self) -> None:
         sde = VPSDE()
@@ -321,7 +317,7 @@ class TestSampling:
         solver = PredictorCorrector(PREDICTORS[predictor], Langevin(norm=norm, steps=2))
         score = exact.mixture().score(sde)
         process, z = ReverseProcess(sde, score), start(sde)
-        table = score.tabulate(solver.evaluation_times(GRID), z)
+        table = score.tabulate(solver.evaluation_times(process, GRID), z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
         with no_waiting(monkeypatch):
             memory: solvers.Memory = ()

@@ -546,7 +546,7 @@ class TestSolvers:
         if kind == "mixed":
             score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
         process, z = ReverseProcess(sde, score), start(sde)
-        asked = solver.evaluation_times(times)
+        asked = solver.evaluation_times(process, times)
         table = score.tabulate(asked, z)
         if kind == "plain":
             table = lambda z, i: -z[:, list(sde.driven)]  # noqa: E731
