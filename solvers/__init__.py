@@ -13,6 +13,7 @@ from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
+from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
@@ -39,6 +40,7 @@ __all__ = [
     "SampleNoise",
     "Solution",
     "Solver",
+    "Splitting",
     "StochasticHeun",
     "karras_times",
     "log_snr_times",
