@@ -4,6 +4,7 @@ from .adaptive import Integration, Integrator
 from .affine import Affine, AffineSolver
 from .base import Facts, Memory, Solver
 from .driver import Solution, solve
+from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
@@ -22,6 +23,7 @@ __all__ = [
     "Affine",
     "AffineSolver",
     "Ancestral",
+    "EDMHeun",
     "EulerMaruyama",
     "ExponentialEuler",
     "ExponentialMultistep",

@@ -1,0 +1,183 @@
+"""The stochastic sampler of EDM: Heun's method in the noise level, with churn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.sde import LinearSDE
+from cldsde.score import ReverseProcess
+
+from .base import Facts, Memory, ScoreAt, Solver
+from .combine import Block, as_blocks, combine
+from .grids import times_of_log_snr
+from .noise import NoiseSource
+
+__all__ = ["EDMHeun"]
+
+
+class _Tables(NamedTuple):
+    churn_state: list[Block]
+    churn_noise: list[Block]  # a zero where no noise is added
+    euler_state: list[Block]
+    euler_score: list[Block]
+    heun_state: list[Block]
+    heun_first: list[Block]
+    heun_second: list[Block]
+    evaluations: list[int]  # number of the first evaluation of each step, and of all
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMHeun(Solver):
+    r"""Heun's method for the probability flow in σ, with noise put back before each step.
+
+    With the data scaled to x̂ = x/α and the noise level σ = std(x | x_0)/α the flow of every process
+    of one component is dx̂/dσ = (x̂ − D)/σ, D the data prediction (Karras et al. 2022, eq. 1 and
+    algorithm 2). A step first raises the level to
+
+    .. math::
+        \hat σ = σ\,(1 + γ), \qquad γ = \min(\text{churn}/n, \sqrt2 − 1)
+
+    where σ lies in ``churn_range``, by noise of that variance times ``noise_scale`` squared, and
+    then goes to the next level by Heun's method. On a grid that ends at 0 the last step is Euler's,
+    which is the data prediction. No level above the first of the grid is asked, so that the first
+    step has no churn.
+
+    Parameters
+    ----------
+    churn
+        S_churn ≥ 0; 0 is the probability flow.
+    churn_range
+        Levels [S_min, S_max] with churn.
+    noise_scale
+        S_noise > 0.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
+    >>> sde = VESDE()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.karras_times(sde, sde.T, 1e-3, 18)
+    >>> solvers.solve(process, solvers.EDMHeun(churn=10.0), start, times).nfev
+    36
+    """
+
+    churn: float = 0.0
+    churn_range: tuple[float, float] = (0.0, math.inf)
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse options that are out of range."""
+        check_at_least(self.churn, 0.0, "churn")
+        check_positive(self.noise_scale, "noise_scale")
+        low, high = self.churn_range
+        if not 0 <= low <= high:
+            msg = f"churn_range must be 0 ≤ S_min ≤ S_max; got {self.churn_range!r}"
+            raise ValueError(msg)
+
+    @property
+    def facts(self) -> Facts:
+        """One component; order 2, of the flow or in law."""
+        return Facts(
+            applies_to="processes of one component (VP, sub-VP, VE)",
+            nfe_per_step=2,
+            weak_order=2 if self.churn else None,
+            ode_order=None if self.churn else 2,
+        )
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+        """Blocks of all steps.
+
+        Raises
+        ------
+        ValueError
+            If the process has more than one component.
+        """
+        sde = process.sde
+        if sde.components != 1:
+            msg = (
+                f"EDMHeun needs a process of one component; {type(sde).__name__} has "
+                f"{sde.components}. Use ExponentialMultistep, with stochasticity for the noise"
+            )
+            raise ValueError(msg)
+        raised = self._raised(sde, times)
+        alpha, level = _levels(sde, times)
+        alpha_hat, level_hat = _levels(sde, raised)
+        following, low = alpha[1:], level[1:]
+        # The deviation of the state is α σ, so that dx̂/dσ = −(α σ) s.
+        slope_hat, slope = -alpha_hat * level_hat, -following * low
+        step = low - level_hat
+        added = (level_hat.square() - level[:-1].square()).clamp_min(0).sqrt()
+        added = torch.where(raised > times[:-1], added, 0.0)
+        to_end = times[1:] == 0
+        half = torch.where(to_end, 1.0, 0.5)
+
+        def blocks(x: Tensor) -> list[Block]:
+            return as_blocks(x[:, None, None])
+
+        return _Tables(
+            blocks(alpha_hat / alpha[:-1]),
+            blocks(alpha_hat * self.noise_scale * added),
+            blocks(following / alpha_hat),
+            blocks(following * step * slope_hat),
+            blocks(following / alpha_hat),
+            blocks(following * step * slope_hat * half),
+            blocks(following * step * slope * 0.5),
+            [0, *(2 - to_end.to(torch.int64)).cumsum(0).tolist()],
+        )
+
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """The raised level and the end of each step; not time 0."""
+        asked = torch.stack([self._raised(process.sde, times), times[1:]], dim=1).flatten()
+        return asked[:-1] if float(asked[-1]) == 0 else asked
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """Churn, Euler's step, Heun's."""
+        if tables.churn_noise[i][0][0]:
+            xi = noise.normal(z, 1)
+            z = combine((tables.churn_state[i], z), (tables.churn_noise[i], xi))
+        asked, after = tables.evaluations[i], tables.evaluations[i + 1]
+        first = score(z, asked)
+        guess = combine((tables.euler_state[i], z), (tables.euler_score[i], first))
+        if after - asked == 1:
+            return guess, ()
+        second = score(guess, asked + 1)
+        return combine(
+            (tables.heun_state[i], z),
+            (tables.heun_first[i], first),
+            (tables.heun_second[i], second),
+        ), ()
+
+    def _raised(self, sde: LinearSDE, times: Tensor) -> Tensor:
+        """Times of the levels that steps start from."""
+        start = times[:-1]
+        if self.churn == 0:
+            return start
+        log_level = -sde.log_snr(start)
+        low, high = self.churn_range
+        inside = (log_level.exp() >= low) & (log_level.exp() <= high)
+        gamma = min(self.churn / len(start), math.sqrt(2) - 1)
+        wanted = (log_level + math.log1p(gamma)).clamp_max(log_level[0])
+        raised = times_of_log_snr(sde, -wanted, float(start[0]), float(start[-1]))
+        return torch.where(inside & (raised > start), raised, start)
+
+
+def _levels(sde: LinearSDE, times: Tensor) -> tuple[Tensor, Tensor]:
+    """α and the noise level σ = std/α of one component."""
+    law = sde.marginal(times)
+    alpha = law.mean[..., 0, 0]
+    return alpha, law.root[..., 0, 0] / alpha
