@@ -17,6 +17,7 @@ from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
+from .with_torchdiffeq import TorchDiffEq, as_torchdiffeq
 
 __all__ = [
     "SSCS",
@@ -44,6 +45,8 @@ __all__ = [
     "Solver",
     "Splitting",
     "StochasticHeun",
+    "TorchDiffEq",
+    "as_torchdiffeq",
     "karras_times",
     "log_snr_times",
     "quadratic_times",
