@@ -18,6 +18,7 @@ from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 from .with_torchdiffeq import TorchDiffEq, as_torchdiffeq
+from .with_torchsde import TorchSDE, as_torchsde
 
 __all__ = [
     "SSCS",
@@ -46,7 +47,9 @@ __all__ = [
     "Splitting",
     "StochasticHeun",
     "TorchDiffEq",
+    "TorchSDE",
     "as_torchdiffeq",
+    "as_torchsde",
     "karras_times",
     "log_snr_times",
     "quadratic_times",
