@@ -2,7 +2,8 @@
 
 from .adaptive import Integration, Integrator
 from .affine import Affine, AffineSolver
-from .base import Facts, Memory, Solver
+from .base import Facts, Memory, PathNoise, Solver
+from .brownian import BrownianPath
 from .driver import Solution, solve
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
@@ -25,6 +26,7 @@ __all__ = [
     "Affine",
     "AffineSolver",
     "Ancestral",
+    "BrownianPath",
     "EDMHeun",
     "EulerMaruyama",
     "ExponentialEuler",
@@ -37,6 +39,7 @@ __all__ = [
     "Langevin",
     "Memory",
     "NoiseSource",
+    "PathNoise",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RecordedNoise",
