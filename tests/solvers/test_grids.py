@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE, solvers
-from cldsde.solvers import karras_times, log_snr_times
+from cldsde.solvers import karras_times, log_snr_times, logistic_times
 from strategies import log_uniform
 
 EPS = torch.finfo(torch.float64).eps
@@ -137,7 +137,11 @@ def float64(numbers: list[float]) -> torch.Tensor:
 
 
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
-SNR_GRIDS: dict[str, Any] = {"log_snr": log_snr_times, "karras": karras_times}
+SNR_GRIDS: dict[str, Any] = {
+    "log_snr": log_snr_times,
+    "karras": karras_times,
+    "logistic": logistic_times,
+}
 every_snr_grid = pytest.mark.parametrize("name", list(SNR_GRIDS))
 
 
@@ -167,6 +171,19 @@ class TestSignalToNoiseGrids:
         expected = torch.linspace(float(root[0]), float(root[-1]), n + 1, dtype=torch.float64)
         # As above; the root's logarithm is kappa over rho, so that its relative error is less.
         assert torch.allclose(root, expected, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize(("n", "eps"), [(1, 1e-3), (2, 1e-5), (10, 1e-3), (137, 1e-4)])
+    @pytest.mark.parametrize(("center", "rate"), [(0.7, 0.75), (-1.0, 0.3), (2.0, 1.0)])
+    @every_family
+    def test_logistic_grids_are_uniform_in_a_logistic_function(
+        self, family: str, center: float, rate: float, n: int, eps: float
+    ) -> None:
+        sde = FAMILIES[family]()
+        times = logistic_times(sde, 1.0, eps, n, center, rate)
+        share = 1 / (1 + (rate * (sde.log_snr(times) - center)).exp())
+        expected = torch.linspace(float(share[0]), float(share[-1]), n + 1, dtype=torch.float64)
+        # As above; a logistic function is no steeper than a quarter of its argument.
+        assert torch.allclose(share, expected, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("n", [1, 2, 9, 100])
     @every_snr_grid
@@ -242,6 +259,20 @@ class TestSignalToNoiseGrids:
     def test_a_number_of_steps_that_is_no_integer_is_refused(self, name: str, n: Any) -> None:
         with pytest.raises(TypeError, match="n must be an integer number of steps; got"):
             SNR_GRIDS[name](CLD(), 1.0, 1e-3, n)
+
+    def test_a_logistic_grid_does_not_depend_on_the_schedule(self) -> None:
+        # Two betas of the same clock at 1: the same levels, each at its own time.
+        constant, linear = CLD(beta=4.0), CLD(beta=(1.0, 7.0))
+        eps = 1e-2
+        first = logistic_times(constant, 1.0, eps, 20)
+        other = (-1 + math.sqrt(1 + 48 * eps)) / 6  # t + 3 t^2 = 4 eps
+        second = logistic_times(linear, 1.0, other, 20)
+        assert torch.allclose(second + 3 * second.square(), 4 * first, rtol=1e-11, atol=0)
+
+    @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan])
+    def test_a_rate_that_is_not_positive_is_refused(self, rate: float) -> None:
+        with pytest.raises(ValueError, match="rate must be finite and positive"):
+            logistic_times(CLD(), 1.0, 1e-3, 10, rate=rate)
 
     @pytest.mark.parametrize("rho", [0.0, -7.0, math.nan, math.inf])
     def test_a_rho_that_is_not_positive_is_refused(self, rho: float) -> None:
