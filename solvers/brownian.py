@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -379,13 +380,22 @@ class BrownianPath(NoiseSource):
     def _draw(self, node: _Node, split: float) -> Tensor:
         # Keyed, so that no order of asking matters; the split tells apart times met exactly.
         bits = int(np.float64(split).view(np.uint64))
-        source = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self._seed, node.key, bits]))
-        )
+        key = np.random.SeedSequence([self._seed, node.key, bits])
         size = (self._shape[0], self._size, *self._shape[1:])
-        double = self._dtype == torch.float64
-        drawn = source.standard_normal(size, dtype=np.float64 if double else np.float32)
-        return torch.from_numpy(drawn).to(self._device, self._dtype)
+        return _normals(key, size, self._dtype).to(self._device, self._dtype)
+
+
+def _normals(key: np.random.SeedSequence, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Standard normals of a key, by Box and Muller: numpy's own take three times as long."""
+    count = math.prod(size)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    uniform = np.random.Generator(np.random.PCG64DXSM(key)).random(
+        (2, (count + 1) // 2), dtype=kind
+    )
+    first, second = torch.from_numpy(uniform)
+    radius = first.neg_().log1p_().mul_(-2).sqrt_()
+    angle = second.mul_(2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].reshape(size)
 
 
 def _root(node: _Node) -> Tensor:
