@@ -2,7 +2,7 @@
 
 from .adaptive import Integration, Integrator
 from .affine import Affine, AffineSolver
-from .base import Facts, Memory, PathNoise, Solver
+from .base import Facts, Memory, OffGrid, PathDriven, PathNoise, Solver
 from .brownian import BrownianPath
 from .driver import Solution, solve
 from .edm_heun import EDMHeun
@@ -18,7 +18,7 @@ from .grids import (
     root_times,
     uniform_times,
 )
-from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
+from .noise import FreshNoise, GridNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
@@ -41,11 +41,14 @@ __all__ = [
     "Facts",
     "FreshNoise",
     "GottaGoFast",
+    "GridNoise",
     "Integration",
     "Integrator",
     "Langevin",
     "Memory",
     "NoiseSource",
+    "OffGrid",
+    "PathDriven",
     "PathNoise",
     "PredictorCorrector",
     "ProbabilityFlow",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ __all__ = [
     "DATA_DETERMINED",
     "Facts",
     "Memory",
+    "OffGrid",
+    "PathDriven",
     "PathNoise",
     "ScoreAt",
     "Solver",
@@ -125,14 +127,6 @@ class Solver(ABC):
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Times at which the score is asked over a grid, float64, in the order of use."""
 
-    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
-        """The step's normals as functionals of a Brownian path; None where they are none."""
-        return None
-
-    def on_grid(self) -> Solver:
-        """The same solver with its state at each grid time, for who wants to see it there."""
-        return self
-
     @abstractmethod
     def step(
         self, z: Tensor, memory: Memory, tables: Any, i: int, score: ScoreAt, noise: NoiseSource
@@ -152,3 +146,27 @@ class Solver(ABC):
         score, noise
             Where the score and standard normals come from.
         """
+
+
+@runtime_checkable
+class PathDriven(Protocol):
+    """A solver whose normals are functionals of a Brownian path, as `BrownianPath` has them."""
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """One draw for each step of a decreasing grid ``(n + 1,)``.
+
+        Raises
+        ------
+        ValueError
+            If with these options they are none.
+        """
+        ...
+
+
+@runtime_checkable
+class OffGrid(Protocol):
+    """A solver whose state between two steps may be at no grid time."""
+
+    def on_grid(self) -> Solver:
+        """The same solver with its state at each grid time, for who wants to see it there."""
+        ...

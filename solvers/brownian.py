@@ -20,12 +20,13 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import check_process
 
-from .base import Solver
+from .base import PathDriven
 from .combine import Block, combine
 from .noise import NoiseSource
 
 if TYPE_CHECKING:
     from .adaptive import Integrator
+    from .base import Solver
 
 __all__ = ["BrownianPath"]
 
@@ -200,7 +201,7 @@ class BrownianPath(NoiseSource):
             If the solver's noise is no functional of the path, the grid leaves it, or the process
             is another.
         """
-        noise = solver.path_noise(process, times) if isinstance(solver, Solver) else None
+        noise = solver.path_noise(process, times) if isinstance(solver, PathDriven) else None
         if noise is None:
             msg = (
                 f"noise: {solver!r} does not draw increments or integrals of a Brownian path; "

@@ -15,9 +15,9 @@ from cldsde.score import Conversion, ReverseProcess, TabulatedScore
 from cldsde.score.reverse import check_reverse_process, checked_score, score_argument
 
 from .adaptive import Callback, Integrator
-from .base import Memory, Solver
+from .base import Memory, OffGrid, Solver
 from .combine import Block, combine
-from .noise import FreshNoise, NoiseSource
+from .noise import FreshNoise, GridNoise, NoiseSource
 from .progress import progress_bar
 
 __all__ = ["Solution", "check_arguments", "checked_grid", "solve"]
@@ -184,7 +184,7 @@ def solve(
     final = _final(sde, grid[-1], denoise)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         if isinstance(solver, Solver):
-            if kept is not None or callback is not None:
+            if (kept is not None or callback is not None) and isinstance(solver, OffGrid):
                 solver = solver.on_grid()
             last = grid[-1:] if final is not None else grid[:0]
             run = _step_through(process, solver, z, grid, source, kept, callback, progress, last)
@@ -250,7 +250,8 @@ def _step_through(
     progress: bool,
     also_asked: Tensor,
 ) -> _Run:
-    noise = noise.along(process, solver, grid)
+    if isinstance(noise, GridNoise):
+        noise = noise.along(process, solver, grid)
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(process, grid)
     score = _CountedScore(process, torch.cat([asked, also_asked]), z)
@@ -297,11 +298,13 @@ def _integrate(
     ahead = wanted[wanted < grid[0]]
     if not len(ahead) or ahead[-1] > grid[-1]:
         ahead = torch.cat([ahead, grid[-1:]])
+    if isinstance(noise, GridNoise):
+        noise = noise.along(process, solver, grid)
     result = solver.integrate(
         process,
         z,
         grid,
-        noise.along(process, solver, grid),
+        noise,
         stops=ahead,
         callback=callback,
         progress=progress,

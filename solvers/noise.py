@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .adaptive import Integrator
     from .base import Solver
 
-__all__ = ["FreshNoise", "NoiseSource", "RecordedNoise", "SampleNoise"]
+__all__ = ["FreshNoise", "GridNoise", "NoiseSource", "RecordedNoise", "SampleNoise"]
 
 # Numbers that a sample's generator draws at once. Fixed, because a generator's numbers depend on
 # how many are asked for.
@@ -34,11 +34,22 @@ class NoiseSource(ABC):
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Normals for ``rows`` noise components a sample, ``(B, rows, *D)`` like the state z."""
 
+
+@runtime_checkable
+class GridNoise(Protocol):
+    """A source whose normals depend on the times that a solver steps through."""
+
     def along(
         self, process: ReverseProcess, solver: Solver | Integrator, times: Tensor
     ) -> NoiseSource:
-        """The source for one solve over a decreasing grid: itself, if it knows of no time."""
-        return self
+        """The source for one solve over a decreasing grid ``(n + 1,)``.
+
+        Raises
+        ------
+        ValueError
+            If the solver's noise is not of this kind, or the grid or the process do not fit.
+        """
+        ...
 
 
 class FreshNoise(NoiseSource):

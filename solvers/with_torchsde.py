@@ -121,9 +121,18 @@ class TorchSDE(Solver):
         stages = [times[1:] if c == 1 else start - c * h for c in _METHODS[self.method].stages]
         return torch.stack(stages, dim=1).flatten()
 
-    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
-        """Increments of the Brownian motion, except for ``"srk"``, which needs its integral too."""
-        return None if self.method == "srk" else PathNoise.increments(process.sde, times)
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """Increments ΔW/√h.
+
+        Raises
+        ------
+        ValueError
+            For ``"srk"``, which needs the path's integral over time too.
+        """
+        if self.method == "srk":
+            msg = f"noise: {self!r} needs the integral of the Brownian path over time, too"
+            raise ValueError(msg)
+        return PathNoise.increments(process.sde, times)
 
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
