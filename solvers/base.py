@@ -51,6 +51,9 @@ class Facts:
     state_on_grid
         Whether the state between two steps is that at the grid time, so that another method may
         work on it there.
+    adaptive
+        Whether it chooses its own times between the grid's ends, by its fields ``rtol`` and
+        ``atol``.
     """
 
     applies_to: str
@@ -59,6 +62,7 @@ class Facts:
     strong_order: float | None = None
     ode_order: float | None = None
     state_on_grid: bool = True
+    adaptive: bool = False
 
 
 class PathNoise(NamedTuple):

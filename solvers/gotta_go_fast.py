@@ -92,7 +92,7 @@ class GottaGoFast(Integrator):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; no order, as there is no grid."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=2)
+        return Facts(applies_to="every linear SDE", nfe_per_step=2, adaptive=True)
 
     def integrate(
         self,

@@ -77,7 +77,10 @@ class ProbabilityFlow(Integrator):
         """Every linear SDE; order of the method; stages for each attempt of a step."""
         tableau = _tableau(self.method)
         return Facts(
-            applies_to="every linear SDE", nfe_per_step=tableau.n_stages, ode_order=tableau.order
+            applies_to="every linear SDE",
+            nfe_per_step=tableau.n_stages,
+            ode_order=tableau.order,
+            adaptive=True,
         )
 
     def integrate(

@@ -111,7 +111,12 @@ class TorchDiffEq(Integrator):
     def facts(self) -> Facts:
         """Every linear SDE; order of the method."""
         order, evaluations = {**_ADAPTIVE, **_FIXED}.get(self.method, (None, 1))
-        return Facts(applies_to="every linear SDE", nfe_per_step=evaluations, ode_order=order)
+        return Facts(
+            applies_to="every linear SDE",
+            nfe_per_step=evaluations,
+            ode_order=order,
+            adaptive=self.method not in _FIXED,
+        )
 
     def integrate(
         self,
