@@ -199,10 +199,11 @@ class ActiveSamples:
             for reason, count in self._failures.items()
         ]
         message = "; ".join(failed) or "reached the end of the interval"
-        if self._stopped:
+        stopped = self._stopped and len(self._rows) > 0
+        if stopped:
             message = "stopped by the callback"
         return Integration(
-            self._state, self._states, self._nfev, self._success, message, self._stopped, stats
+            self._state, self._states, self._nfev, self._success, message, stopped, stats
         )
 
     def _stop(self) -> Tensor:

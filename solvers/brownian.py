@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,7 +64,11 @@ class BrownianPath(NoiseSource):
     seed and the interval alone, so that any interval may be asked for in any order.
 
     Splits are at the times that are given; other times are met by halving the cell that they lie
-    in, 20 times and then exactly, which costs as many draws. So give the finest grid to come.
+    in, 20 times and then exactly, which costs as many draws. So give the finest grid to come. Only
+    of times that lie closer than a millionth of a cell it matters which is asked first.
+
+    Solvers of the reverse process see +ΔW of each step [u, t]: with a score of zero they go from t
+    to u by adding noise, not by taking back what `evolve` added.
 
     Parameters
     ----------
@@ -142,7 +145,10 @@ class BrownianPath(NoiseSource):
         self._seed = int(torch.randint(2**62, (), generator=generator, device=on))
         self._times: list[float] = given.tolist()
         self._top = self._build()
-        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        # The latest pair of halves at each depth, with the key of what they are halves of: all that
+        # a walk along a grid comes back to.
+        self._pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self._carried: dict[tuple[float, float], Tensor] = {}
 
     def increment(self, s: float, t: float) -> Tensor:
         """ΔW over [s, t], ``(B, m, *D)``, for s < t; m is the number of columns of G.
@@ -240,14 +246,20 @@ class BrownianPath(NoiseSource):
                 raise ValueError(msg)
         self._refine(sorted({moment for interval in intervals for moment in interval}))
         parts = [self._cover(self._top, s, t) for s, t in intervals]
-        ends = [
-            (node.end, t) for nodes, (_, t) in zip(parts, intervals, strict=True) for node in nodes
-        ]
-        carried = iter(self._carry(*torch.tensor(ends, dtype=torch.float64).unbind(1)))
         return [
-            _Reading(nodes, [(block @ next(carried) @ _root(node)).tolist() for node in nodes])
-            for nodes, block in zip(parts, blocks, strict=True)
+            _Reading(
+                nodes,
+                [(block @ self._carried_to(node.end, t) @ _root(node)).tolist() for node in nodes],
+            )
+            for nodes, (_, t), block in zip(parts, intervals, blocks, strict=True)
         ]
+
+    def _carried_to(self, s: float, t: float) -> Tensor:
+        """`_carry` of one interval, computed alone: batches are rounded otherwise."""
+        if (s, t) not in self._carried:
+            ends = torch.tensor([[s], [t]], dtype=torch.float64)
+            self._carried[s, t] = self._carry(*ends)[0]
+        return self._carried[s, t]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
         """The largest nodes that make up [s, t]."""
@@ -279,22 +291,18 @@ class BrownianPath(NoiseSource):
         """Split cells until every moment is the end of one."""
         frontier = [(self._top, moments)]
         while frontier:
-            fresh: list[_Node] = []
-            following: list[tuple[_Node, list[float]]] = []
-            for node, near in frontier:
-                inside = [moment for moment in near if node.start < moment < node.end]
-                if not inside:
-                    continue
-                if node.children is None:
-                    middle = (node.start + node.end) / 2
-                    deep = node.halvings >= _HALVINGS or not node.start < middle < node.end
-                    self._halve(node, inside[0] if deep else middle)
-                    fresh.append(node)
-                assert node.children is not None
-                following += [(child, inside) for child in node.children]
-            self._set_roots([child for node in fresh for child in node.children or ()])
-            self._set_rotations(fresh)
-            frontier = following
+            node, near = frontier.pop()
+            inside = [moment for moment in near if node.start < moment < node.end]
+            if not inside:
+                continue
+            if node.children is None:
+                middle = (node.start + node.end) / 2
+                deep = node.halvings >= _HALVINGS or not node.start < middle < node.end
+                self._halve(node, inside[0] if deep else middle)
+                # One by one, as batches are rounded otherwise.
+                self._set_roots(list(node.children or ()))
+                self._set_rotations([node])
+            frontier += [(child, inside) for child in node.children or ()]
 
     def _halve(self, node: _Node, split: float, middle: int | None = None) -> None:
         first, last = node.first, node.last
@@ -354,29 +362,22 @@ class BrownianPath(NoiseSource):
 
     def _normals(self, node: _Node) -> Tensor:
         """Normals of a node, ``(B, r, *D)``."""
-        if node.key in self._cache:
-            self._cache.move_to_end(node.key)
-            return self._cache[node.key]
+        depth = node.key.bit_length()
+        whole, *halves = self._pairs.get(depth, (-1,))
+        if whole == node.key >> 1:
+            return halves[node.key & 1]
         parent = node.parent
         if parent is None:
-            self._keep(node, self._draw(node, node.end))
-        else:
-            above = self._normals(parent)
-            fresh = self._draw(parent, parent.split)
-            assert parent.rotation is not None
-            assert parent.children is not None
-            size = self._size
-            left, right = parent.rotation[:, :size].tolist(), parent.rotation[:, size:].tolist()
-            both = combine((left, above), (right, fresh))
-            self._keep(parent.children[0], both[:, :size])
-            self._keep(parent.children[1], both[:, size:])
-        return self._cache[node.key]
-
-    def _keep(self, node: _Node, value: Tensor) -> None:
-        self._cache[node.key] = value
-        # Two for each level that a walk along a grid comes back to.
-        while len(self._cache) > 2 * node.key.bit_length() + 2:
-            self._cache.popitem(last=False)
+            drawn = self._draw(node, node.end)
+            self._pairs[depth] = (0, drawn, drawn)
+            return drawn
+        above, fresh = self._normals(parent), self._draw(parent, parent.split)
+        assert parent.rotation is not None
+        size = self._size
+        left, right = parent.rotation[:, :size].tolist(), parent.rotation[:, size:].tolist()
+        both = combine((left, above), (right, fresh))
+        self._pairs[depth] = (parent.key, both[:, :size], both[:, size:])
+        return both[:, :size] if node.key % 2 == 0 else both[:, size:]
 
     def _draw(self, node: _Node, split: float) -> Tensor:
         # Keyed, so that no order of asking matters; the split tells apart times met exactly.

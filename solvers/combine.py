@@ -36,7 +36,8 @@ def combine(*terms: tuple[Block, Tensor]) -> Tensor:
         ``(B, k, *D)``, of its own memory.
     """
     block, tensor = terms[0]
-    if torch.is_grad_enabled():
+    # `out=` records no gradient and cannot be traced.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.stack([_row(row, terms) for row in range(len(block))], dim=1)
     out = tensor.new_empty(len(tensor), len(block), *tensor.shape[2:])
     for row in range(len(block)):

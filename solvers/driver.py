@@ -128,11 +128,12 @@ def solve(
         code does; it removes no noise from data that none drives. Either costs one evaluation.
     t_eval
         Times at which states are wanted, decreasing; of the grid, or, for solvers that choose
-        their times, any between its ends. None keeps the last state only.
+        their times, any between its ends. None keeps the last state only. What a solver mends of a
+        state with the next step, as a corrector does, is not seen.
     callback
         Called after each step as ``callback(step, t, z)``, with the number of steps so far, the
-        time and the state, not to be changed; where each sample has its own time, after each
-        attempt and with all times ``(B,)``. Stops the solve by returning True.
+        time and the state, not to be changed, and to be cloned if kept; where each sample has its
+        own time, after each attempt and with all times ``(B,)``. Stops the solve by returning True.
     differentiable
         Record gradients, of the state and of the score's parameters; coefficients of the process
         are constants. Memory then grows with the number of steps.
@@ -179,7 +180,7 @@ def solve(
         msg = f"callback must be a callable (step, t, z); got {callback!r}"
         raise TypeError(msg)
     grid = checked_grid(times, sde.T)
-    kept = _checked_stops(t_eval, grid, of_grid=isinstance(solver, Solver))
+    kept = _checked_stops(t_eval, grid, of_grid=not solver.facts.adaptive)
     source = _noise_source(generator, noise)
     final = _final(sde, grid[-1], denoise)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
@@ -206,22 +207,22 @@ class _Final(NamedTuple):
 def _final(sde: LinearSDE, t: Tensor, denoise: object) -> _Final | None:
     if denoise is False:
         return None
+    if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
+        msg = f"denoise must be True, False or 'step'; got {denoise!r}"
+        raise ValueError(msg)
+    if float(t) == 0:
+        msg = (
+            f"times must end above 0 where denoise={denoise!r}: the law given x_0 has no density "
+            "at t = 0; take t > 0"
+        )
+        raise ValueError(msg)
     if denoise == "step":
         F, G = sde.drift(t), sde.diffusion(t)
         state = torch.eye(sde.components, dtype=torch.float64) - t * F
         score = t * (G @ G.mT)[:, list(sde.driven)]
-    elif denoise is True:
-        if float(t) == 0:
-            msg = (
-                "times must end above 0 where denoise=True: the law given x_0 has no density at "
-                "t = 0; take t > 0"
-            )
-            raise ValueError(msg)
+    else:
         prediction = Conversion.at(sde, t, "score", "data")
         state, score = prediction.state, prediction.value
-    else:
-        msg = f"denoise must be True, False or 'step'; got {denoise!r}"
-        raise ValueError(msg)
     return _Final(state[:1].tolist(), score[:1].tolist())
 
 
@@ -360,9 +361,11 @@ def _checked_stops(t_eval: object, grid: Tensor, *, of_grid: bool) -> Tensor | N
     """Turn times at which states are wanted into float64 on the host; raise otherwise."""
     if t_eval is None:
         return None
-    if not isinstance(t_eval, Tensor) or t_eval.ndim != 1 or not len(t_eval):
-        got = tuple(t_eval.shape) if isinstance(t_eval, Tensor) else type(t_eval).__name__
-        msg = f"t_eval must be a tensor (S,) of decreasing times, S ≥ 1; got {got}"
+    if not isinstance(t_eval, Tensor):
+        msg = f"t_eval must be a tensor (S,) of decreasing times; got {type(t_eval).__name__}"
+        raise TypeError(msg)
+    if t_eval.ndim != 1 or not len(t_eval):
+        msg = f"t_eval must be a tensor (S,) of times, S ≥ 1; got shape {tuple(t_eval.shape)}"
         raise ValueError(msg)
     stops = t_eval.detach().to("cpu", torch.float64)
     if bool((stops.diff() >= 0).any()):

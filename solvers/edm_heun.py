@@ -44,9 +44,13 @@ class EDMHeun(Solver):
         \hat σ = σ\,(1 + γ), \qquad γ = \min(\text{churn}/n, \sqrt2 − 1)
 
     where σ lies in ``churn_range``, by noise of that variance times ``noise_scale`` squared, and
-    then goes to the next level by Heun's method. On a grid that ends at 0 the last step is Euler's,
-    which is the data prediction. No level above the first of the grid is asked, so that the first
-    step has no churn.
+    then goes to the next level by Heun's method. On a grid that ends at level 0 the last step is
+    Euler's, which is the data prediction. No level above the first of the grid is asked, so that
+    the first step has no churn.
+
+    Adding noise and the flow each take the law at one level to that at another, so that the error
+    in law is that of Heun's method alone, of order 2 for any churn. With another ``noise_scale``
+    than 1, which makes up for what networks get wrong, another law is sampled.
 
     Parameters
     ----------
@@ -82,19 +86,20 @@ class EDMHeun(Solver):
         """Refuse options that are out of range."""
         check_at_least(self.churn, 0.0, "churn")
         check_positive(self.noise_scale, "noise_scale")
-        low, high = self.churn_range
-        if not 0 <= low <= high:
-            msg = f"churn_range must be 0 ≤ S_min ≤ S_max; got {self.churn_range!r}"
+        ends = self.churn_range
+        if not (isinstance(ends, tuple) and len(ends) == 2 and 0 <= ends[0] <= ends[1]):
+            msg = f"churn_range must be (S_min, S_max) with 0 ≤ S_min ≤ S_max; got {ends!r}"
             raise ValueError(msg)
 
     @property
     def facts(self) -> Facts:
         """One component; order 2, of the flow or in law."""
+        noisy = self.churn > 0
         return Facts(
             applies_to="processes of one component (VP, sub-VP, VE)",
             nfe_per_step=2,
-            weak_order=2 if self.churn else None,
-            ode_order=None if self.churn else 2,
+            weak_order=2 if noisy and self.noise_scale == 1 else None,
+            ode_order=None if noisy else 2,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
@@ -121,8 +126,7 @@ class EDMHeun(Solver):
         step = low - level_hat
         added = (level_hat.square() - level[:-1].square()).clamp_min(0).sqrt()
         added = torch.where(raised > times[:-1], added, 0.0)
-        to_end = times[1:] == 0
-        half = torch.where(to_end, 1.0, 0.5)
+        to_end = low == 0
 
         def blocks(x: Tensor) -> list[Block]:
             return as_blocks(x[:, None, None])
@@ -133,15 +137,16 @@ class EDMHeun(Solver):
             blocks(following / alpha_hat),
             blocks(following * step * slope_hat),
             blocks(following / alpha_hat),
-            blocks(following * step * slope_hat * half),
+            blocks(following * step * slope_hat * 0.5),
             blocks(following * step * slope * 0.5),
             [0, *(2 - to_end.to(torch.int64)).cumsum(0).tolist()],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """The raised level and the end of each step; not time 0."""
+        """The raised level and the end of each step; not level 0."""
         asked = torch.stack([self._raised(process.sde, times), times[1:]], dim=1).flatten()
-        return asked[:-1] if float(asked[-1]) == 0 else asked
+        at_data = float(_levels(process.sde, times[-1:])[1]) == 0
+        return asked[:-1] if at_data else asked
 
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
@@ -168,10 +173,11 @@ class EDMHeun(Solver):
         if self.churn == 0:
             return start
         log_level = -sde.log_snr(start)
-        low, high = self.churn_range
-        inside = (log_level.exp() >= low) & (log_level.exp() <= high)
+        low, high = (math.log(end) if end else -math.inf for end in self.churn_range)
+        # A level that is an end belongs to the range, however it was rounded.
+        inside = (log_level >= low - 1e-12) & (log_level <= high + 1e-12)
         gamma = min(self.churn / len(start), math.sqrt(2) - 1)
-        wanted = (log_level + math.log1p(gamma)).clamp_max(log_level[0])
+        wanted = log_level + math.log1p(gamma)
         raised = times_of_log_snr(sde, -wanted, float(start[0]), float(start[-1]))
         return torch.where(inside & (raised > start), raised, start)
 

@@ -80,7 +80,7 @@ class RecordedNoise(NoiseSource):
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
-        self._draws = iter(list(draws))
+        self._draws, self._used = list(draws), 0
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the next recorded draw.
@@ -91,7 +91,8 @@ class RecordedNoise(NoiseSource):
             If the record is exhausted or the next draw has another shape.
         """
         shape = (len(z), rows, *z.shape[2:])
-        draw = next(self._draws, None)
+        draw = self._draws[self._used] if self._used < len(self._draws) else None
+        self._used += 1
         if draw is None or draw.shape != shape:
             got = "the end of the record" if draw is None else f"shape {tuple(draw.shape)}"
             msg = f"recorded noise: the solver asks for shape {shape}; got {got}"

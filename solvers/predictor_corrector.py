@@ -145,7 +145,8 @@ class PredictorCorrector(Solver):
         if asked % (len(times) - 1):
             msg = (
                 "predictor must ask for the score equally often in each step; "
-                f"{self.predictor!r} asks {asked} times in {len(times) - 1} steps"
+                f"{self.predictor!r} asks {asked} times in {len(times) - 1} steps, as it may where "
+                "the grid ends at 0"
             )
             raise ValueError(msg)
         return _Tables(predictor, asked // (len(times) - 1), sde.driven, scale.tolist())

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
@@ -67,6 +66,8 @@ class Splitting(Solver):
 
     Raises
     ------
+    TypeError
+        If ``shared_score`` is no bool.
     ValueError
         If an option is out of range.
 
@@ -88,6 +89,9 @@ class Splitting(Solver):
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
+        if not isinstance(self.shared_score, bool):
+            msg = f"shared_score must be True or False; got {self.shared_score!r}"
+            raise TypeError(msg)
         if not isinstance(self.scheme, str) or set(self.scheme) != set("OAB"):
             msg = f"scheme must be a word with each of the letters O, A and B; got {self.scheme!r}"
             raise ValueError(msg)
@@ -115,6 +119,7 @@ class Splitting(Solver):
         """
         sde = process.sde
         covariance = _stationary_variances(sde)
+        row_of, ratio = _drift_per_noise(sde, times)
         stages = []
         for letter, start, end in self._parts(times):
             noise = sde.accumulated_noise(end, start)
@@ -129,7 +134,7 @@ class Splitting(Solver):
                 continue
             row = "AB".index(letter)
             state = torch.eye(2, dtype=torch.float64).repeat(len(start), 1, 1)
-            state[:, row] += (friction - _accumulated_drift(sde, end, start))[:, row]
+            state[:, row] += (friction - ratio * noise[:, row_of, row_of, None, None])[:, row]
             score = torch.zeros_like(state)
             score[:, row] = noise[:, row]
             asks = row in sde.driven
@@ -190,11 +195,11 @@ class Splitting(Solver):
 def _stationary_variances(sde: LinearSDE) -> Tensor:
     """Diagonal of Σ∞ where the process is of position and velocity and splits; raise otherwise."""
     covariance = sde.stationary_covariance
-    if sde.components != 2 or covariance is None:
+    if sde.components != 2 or sde.stationary_reversal is None or covariance is None:
         msg = (
             "Splitting needs a process of position and velocity with a stationary law; "
             f"{type(sde).__name__} has {sde.components} components"
-            f"{' and no such law' if covariance is None else ''}. Use SSCS or EulerMaruyama"
+            f"{'' if sde.stationary_reversal else ' and no such law'}. Use SSCS or EulerMaruyama"
         )
         raise ValueError(msg)
     noise = sde.accumulated_noise(0.0, sde.T)
@@ -208,9 +213,9 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
     return covariance.diagonal()
 
 
-def _accumulated_drift(sde: LinearSDE, s: Tensor, t: Tensor) -> Tensor:
-    """∫_s^t F, by a Gauss–Legendre rule of 16 nodes."""
-    nodes, weights = gauss_legendre(16)
-    span = (t - s).unsqueeze(1)
-    F = sde.drift(s.unsqueeze(1) + span * nodes)
-    return ((span * weights)[..., None, None] * F).sum(1)
+def _drift_per_noise(sde: LinearSDE, times: Tensor) -> tuple[int, Tensor]:
+    """A driven component j and F/(GGᵀ)_jj, which a change of time leaves as it is."""
+    j = sde.driven[-1]
+    noise = sde.diffusion(times).square().sum(-1)[:, j]
+    fastest = int(noise.argmax())
+    return j, sde.drift(times[fastest]) / noise[fastest]

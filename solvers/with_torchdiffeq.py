@@ -36,15 +36,19 @@ _FIXED = {
     "heun3": (3, 3),
     "rk4": (4, 4),
 }
-_METHODS = (*_ADAPTIVE, *_FIXED, "scipy_solver")
+_METHODS = (*_ADAPTIVE, *_FIXED)
 
 
-class _MaxNfevError(Exception):
-    """Raised inside torchdiffeq's loop, which has no other way out."""
+class _EndError(Exception):
+    """Raised inside torchdiffeq's loop, which has no other way out, with what happened in words."""
 
 
-class _CallbackError(Exception):
-    """Raised inside torchdiffeq's loop, which has no other way out."""
+class _ScoreError(Exception):
+    """What the score raised, so that it is not taken for a complaint of torchdiffeq."""
+
+    def __init__(self, raised: AssertionError) -> None:
+        super().__init__()
+        self.raised = raised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,8 @@ class TorchDiffEq(Integrator):
     method
         ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"`` or ``"adaptive_heun"``, with
         adaptive steps; ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"`` or ``"rk4"``, with
-        fixed ones; ``"scipy_solver"``, with ``options={"solver": "LSODA"}``, say. Its Adams methods
-        assume even steps over all of the interval and are left out.
+        fixed ones. Left out are its Adams methods, which assume even steps over all of the
+        interval, and ``"scipy_solver"``, which leaves the device and records no gradients.
     rtol, atol
         Tolerances of adaptive methods, > 0.
     options
@@ -90,7 +94,7 @@ class TorchDiffEq(Integrator):
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     max_nfev: int = 10_000
 
     def __post_init__(self) -> None:
@@ -110,12 +114,12 @@ class TorchDiffEq(Integrator):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; order of the method."""
-        order, evaluations = {**_ADAPTIVE, **_FIXED}.get(self.method, (None, 1))
+        order, evaluations = {**_ADAPTIVE, **_FIXED}[self.method]
         return Facts(
             applies_to="every linear SDE",
             nfe_per_step=evaluations,
             ode_order=order,
-            adaptive=self.method not in _FIXED,
+            adaptive=self.method in _ADAPTIVE,
         )
 
     def integrate(
@@ -132,94 +136,104 @@ class TorchDiffEq(Integrator):
         """Run all samples from ``times[0]`` down to ``times[-1]`` by one call of torchdiffeq."""
         from torchdiffeq import odeint  # slow to import, and seldom wanted
 
+        grid = times.to(z.device)
         options = dict(self.options)
-        asked = torch.cat([times[:1], stops]).to(z.device)
         if self.method in _ADAPTIVE:
             options["step_t"] = stops.to(z.device)
-        elif self.method in _FIXED:
-            grid = times.to(z.device)
+            if torch.is_grad_enabled():
+                # torchdiffeq would take its guess of the first step for a function of the state.
+                options.setdefault("first_step", 1e-3 * float(times[0] - times[-1]))
+        else:
             options["grid_constructor"] = lambda func, y0, t: grid
         with progress_bar(None, shown=progress, desc=f"TorchDiffEq {self.method}") as bar:
-            flow = _WatchedFlow(process, z, times, self.max_nfev, callback, bar)
+            flow = _WatchedFlow(process, z, times, stops, self.max_nfev, callback, bar)
             message = "reached the end of the interval"
-            states = z.new_full((len(stops), *z.shape), torch.nan)
-            state, arrived, stopped = z, True, False
             try:
-                states = odeint(
-                    flow,
-                    z,
-                    asked,
-                    rtol=self.rtol,
-                    atol=self.atol,
-                    method=self.method,
-                    options=options,
-                )[1:]
-                state = states[-1]
-                flow.note(times[-1], state)
-            except _MaxNfevError:
-                message = f"max_nfev: {self.max_nfev} evaluations did not reach the end"
-                state, arrived = flow.state, False
-            except _CallbackError:
-                message = "stopped by the callback"
-                state, arrived, stopped = flow.state, flow.at_end, not flow.at_end
+                if len(z):
+                    found = odeint(
+                        flow,
+                        z,
+                        torch.cat([grid[:1], stops.to(z.device)]),
+                        rtol=self.rtol,
+                        atol=self.atol,
+                        method=self.method,
+                        options=options,
+                    )
+                    flow.note(times[-1], found[-1])
+                flow.arrived = True
+            except _EndError as error:
+                message = str(error)
             except AssertionError as error:
                 # What torchdiffeq says of an underflow of its step or of numbers not finite.
                 message = f"torchdiffeq gave up: {str(error).splitlines()[0][:100]}"
-                state, arrived = flow.state, False
-        n = len(z)
+            except _ScoreError as error:
+                raise error.raised from None
         return Integration(
-            state=state,
-            states=states,
-            nfev=torch.full((n,), flow.nfev),
-            success=torch.full((n,), arrived),
+            state=flow.state,
+            states=torch.stack(flow.states),
+            nfev=torch.full((len(z),), flow.nfev),
+            success=torch.full((len(z),), flow.arrived),
             message=message,
-            stopped=stopped,
+            stopped=flow.stopped,
             stats={"steps": flow.steps},
         )
 
 
 class _WatchedFlow:
-    """The flow within its interval, counted, with the last state that was stepped to."""
+    """The flow within its interval, counted, with the states that were stepped to."""
 
     def __init__(
         self,
         process: ReverseProcess,
         z: Tensor,
         times: Tensor,
+        stops: Tensor,
         max_nfev: int,
         callback: Callback | None,
         bar: Any,
     ) -> None:
         self._process, self._times, self._max_nfev = process, times, max_nfev
         self._callback, self._bar = callback, bar
-        self._last = times[0]
+        self._stops: list[float] = stops.tolist()
+        self._last = float(times[0])
         self.state, self.nfev, self.steps = z, 0, 0
+        self.states = [torch.full_like(z, torch.nan) for _ in self._stops]
+        self.arrived = self.stopped = False
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        if self.nfev == self._max_nfev:
-            raise _MaxNfevError
+        if self.nfev + 1 > self._max_nfev:
+            msg = f"max_nfev: {self._max_nfev} evaluations did not reach the end"
+            raise _EndError(msg)
+        at = t.detach().to("cpu", torch.float64)
+        if not bool(at.isfinite()):
+            msg = "the step length is not finite: the score is not"
+            raise _EndError(msg)
         self.nfev += 1
-        # Times come in the state's precision, and may be rounded past the ends.
-        at = t.detach().to("cpu", torch.float64).clamp(self._times[-1], self._times[0])
-        return self._process.probability_flow(z, at)
+        try:
+            # Times come in the state's precision, and may be rounded past the ends.
+            return self._process.probability_flow(z, at.clamp(self._times[-1], self._times[0]))
+        except AssertionError as error:
+            raise _ScoreError(error) from error
 
     def callback_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
         """Torchdiffeq's call before each attempt, with the state that it starts from."""
-        self.note(t.detach().to("cpu", torch.float64), z)
-
-    @property
-    def at_end(self) -> bool:
-        return bool(self._last <= self._times[-1])
+        self.note(t.detach(), z)
 
     def note(self, t: Tensor, z: Tensor) -> None:
         """Remember a state that was stepped to."""
-        if not bool(t < self._last):
+        now = float(t)
+        if not now < self._last:
             return
-        self._last, self.state = t, z
+        self._last, self.state = now, z
+        if now in self._stops:
+            self.states[self._stops.index(now)] = z
         self.steps += 1
         self._bar.update()
-        if self._callback is not None and self._callback(self.steps, float(t), z):
-            raise _CallbackError
+        asked = self._callback is not None and self._callback(self.steps, now, z)
+        if asked and now > self._stops[-1]:
+            self.stopped = True
+            msg = "stopped by the callback"
+            raise _EndError(msg)
 
 
 def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
@@ -227,7 +241,9 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
 
     Of a `ReverseProcess` the probability flow, to be run over decreasing times; of a `LinearSDE`
     the flow of the mean, F(t) z. Parameters of the score, where it is a module, are the module's,
-    as ``odeint_adjoint`` wants them.
+    as ``odeint_adjoint`` wants them. Times are constants: where gradients are wanted of a method
+    with adaptive steps, give it a ``first_step``, which it would take for a function of the state;
+    and ``step_t`` of the last time, as it asks past it otherwise.
 
     Parameters
     ----------
