@@ -12,11 +12,11 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from cldsde.cli import demo
+from cldsde.cli import demo, validate
 
 __all__ = ["main"]
 
-_COMMANDS = {"demo": demo}
+_COMMANDS = {"demo": demo, "validate": validate}
 
 
 class _Parser(ArgumentParser):

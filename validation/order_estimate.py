@@ -1,0 +1,392 @@
+"""Orders of convergence from errors on several grids, with intervals, against declared orders.
+
+Errors are either exact or Monte Carlo estimates with standard errors; `estimate_order` treats both
+by one rule, generalised least squares with a prior on what precedes the asymptotic range.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Level", "OrderEstimate", "Verdict", "estimate_order"]
+
+_NOT_FINITE = "not finite"
+_ROUNDING = "below rounding"
+_NOISE = "below 3 standard errors"
+_DISAGREES = "disagrees with finer levels"
+
+_MODEL = 1e-3  # relative deviation of an error from any expansion, however smooth it looks
+
+
+class Verdict(enum.StrEnum):
+    """Outcome of the comparison of a measured order with a declared one."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One grid: its step size, its error, and whether the estimate uses it.
+
+    Attributes
+    ----------
+    step
+        Step size.
+    error
+        Error; NaN where the solver diverged.
+    standard_error
+        Standard error of the error; 0 for an exact one.
+    kept
+        Whether the level takes part in the estimate.
+    reason
+        Why it does not; empty if it does.
+    """
+
+    step: float
+    error: float
+    standard_error: float
+    kept: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class OrderEstimate:
+    """A measured order of convergence, made by `estimate_order`.
+
+    Attributes
+    ----------
+    order, low, high
+        Estimate and ends of its interval; NaN where fewer than 3 levels are left.
+    expected
+        Declared order, or None.
+    tolerance
+        By how much the order may fall short of ``expected``, and the largest half-width of an
+        interval that passes.
+    confidence
+        Of the interval.
+    local_orders
+        Order, low and high between neighbouring kept levels, from the coarsest; the intervals are
+        for their sampling and rounding errors alone.
+    levels
+        All levels, from the coarsest.
+    verdict
+        None where there is no ``expected``.
+    message
+        The outcome in a sentence.
+    """
+
+    order: float
+    low: float
+    high: float
+    expected: float | None
+    tolerance: float
+    confidence: float
+    local_orders: tuple[tuple[float, float, float], ...]
+    levels: tuple[Level, ...]
+    verdict: Verdict | None
+    message: str
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the whole interval is above ``expected + tolerance``."""
+        return self.expected is not None and self.low > self.expected + self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and `exceeds` as strict JSON knows them: lists for tuples, None for NaN."""
+        return {**_plain(asdict(self)), "exceeds": self.exceeds}
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def __str__(self) -> str:
+        if math.isnan(self.order):
+            measured = "no order"
+        else:
+            measured = f"{self.order:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        if self.expected is None:
+            return measured
+        return f"{measured}, declared {self.expected:g}: {self.verdict}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return str(value) if isinstance(value, Verdict) else value
+
+
+def estimate_order(
+    steps: ArrayLike,
+    errors: ArrayLike,
+    standard_errors: ArrayLike | None = None,
+    *,
+    expected: float | None = None,
+    tolerance: float = 0.25,
+    confidence: float = 0.95,
+    rounding: ArrayLike | None = None,
+) -> OrderEstimate:
+    r"""Order p of errors :math:`e(h) = C h^p (1 + O(h^{1/2}))`, with an interval and a verdict.
+
+    Parameters
+    ----------
+    steps
+        Step sizes ``(n,)``, positive and decreasing; usually halved from level to level.
+    errors
+        Magnitudes of the errors ``(n,)``. One that is not finite, from a solver that diverged,
+        drops its level.
+    standard_errors
+        Their standard errors ``(n,)``, or one for all; by default 0: errors are exact. Levels are
+        taken to be independent of each other.
+    expected
+        Order to compare with.
+    tolerance
+        By how much the order may fall short of ``expected``, and the largest half-width of an
+        interval that passes.
+    confidence
+        Of the intervals, in (0, 1).
+    rounding
+        Bounds on the rounding errors of ``errors``, ``(n,)`` or one for all; by default
+        :math:`10 · 2^{-52}/h`, for solutions of size 1.
+
+    Returns
+    -------
+    OrderEstimate
+        Orders, the levels kept and dropped, and the verdict.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, steps are not positive and decreasing, an error, a standard error or a
+        rounding error is negative, or an option is out of its range.
+
+    Notes
+    -----
+    The logarithm of the error at level i has the variance
+
+    .. math:: v_i = (s_i/e_i)^2 + (ρ_i/3e_i)^2 + 0.001^2
+
+    with the standard error s, the rounding error ρ, and 0.1 % for what no expansion describes.
+
+    1. Levels are dropped whose error is not finite, at most ρ, or below 3 s.
+    2. While the local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, differs from any
+       finer local order by more than ``tolerance`` plus the half-width of the difference's
+       interval, the coarsest level is dropped.
+    3. Fewer than 3 levels have no order.
+    4. The order is the slope of :math:`\log e` on :math:`\log h` by generalised least squares. Its
+       covariance matrix is
+
+       .. math:: V_{ij} = v_i δ_{ij} + \frac{u_{ij}}{1 - u_{ij}},
+                 \qquad u_{ij} = \frac{\sqrt{h_i h_j}}{4 h_1},
+
+       with :math:`h_1` the coarsest kept step. The second part is the covariance of
+       :math:`\sum_{k≥1} c_k (h/h_1)^{k/2}` with independent :math:`c_k` of standard deviation
+       :math:`2^{-k}`: terms that precede the asymptotic range are allowed for, and where the
+       errors are precise enough they are extrapolated away.
+    5. The interval is the normal one, widened by :math:`\sqrt{χ^2/(n - 2)}` where the residuals'
+       :math:`χ^2` is larger than n − 2.
+
+    The verdict is FAIL if the interval lies below ``expected - tolerance``; PASS if it lies at or
+    above and its half-width is at most ``tolerance``; INCONCLUSIVE otherwise. An order above the
+    declared one passes, see `OrderEstimate.exceeds`: on easy problems many solvers are better than
+    they promise.
+
+    An interval says nothing about finer grids than the measured ones. An error that approaches a
+    constant well below the finest level is not noticed.
+
+    Examples
+    --------
+    >>> h = [1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128]
+    >>> print(estimate_order(h, [0.3 * x * (1 + x) for x in h], expected=1))
+    0.99 [0.95, 1.04], declared 1: PASS
+    >>> print(estimate_order(h, [0.3 * x for x in h], expected=1.5))
+    1.00 [0.96, 1.04], declared 1.5: FAIL
+    """
+    h, e, s, floor = _checked_levels(steps, errors, standard_errors, rounding)
+    _check_options(expected, tolerance, confidence)
+    quantile = -NormalDist().inv_cdf((1 - confidence) / 2)
+    reasons = [_reason(*level) for level in zip(e, s, floor, strict=True)]
+    kept = np.flatnonzero([not reason for reason in reasons])
+    x, y = np.log(h), np.log(np.where(np.isfinite(e) & (e > 0), e, 1.0))
+
+    variances = np.zeros_like(e)
+    variances[kept] = (s[kept] / e[kept]) ** 2 + (floor[kept] / 3 / e[kept]) ** 2 + _MODEL**2
+    while len(kept) >= 3:
+        local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+        spread = covariance[0, 0] + covariance.diagonal() - 2 * covariance[0]
+        allowed = tolerance + quantile * np.sqrt(spread[1:])
+        if (np.abs(local[1:] - local[0]) <= allowed).all():
+            break
+        reasons[kept[0]] = _DISAGREES
+        kept = kept[1:]
+
+    order = low = high = math.nan
+    if len(kept) >= 3:
+        order, deviation = _slope(x[kept], y[kept], variances[kept])
+        low, high = order - quantile * deviation, order + quantile * deviation
+    local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+    margins = quantile * np.sqrt(covariance.diagonal())
+    verdict = None if expected is None else _judge(low, high, expected, tolerance)
+    return OrderEstimate(
+        order=order,
+        low=low,
+        high=high,
+        expected=None if expected is None else float(expected),
+        tolerance=float(tolerance),
+        confidence=float(confidence),
+        local_orders=tuple(
+            (float(p), float(p - margin), float(p + margin))
+            for p, margin in zip(local, margins, strict=True)
+        ),
+        levels=tuple(
+            Level(
+                step=float(h[i]),
+                error=float(e[i]) if math.isfinite(e[i]) else math.nan,
+                standard_error=float(s[i]) if math.isfinite(s[i]) else math.nan,
+                kept=not reason,
+                reason=reason,
+            )
+            for i, reason in enumerate(reasons)
+        ),
+        verdict=verdict,
+        message=_message(order, low, high, expected, tolerance, verdict, reasons),
+    )
+
+
+def _reason(error: float, standard_error: float, floor: float) -> str:
+    """Why a level cannot be used, whatever the others are."""
+    if not math.isfinite(error):
+        return _NOT_FINITE
+    if error <= floor:
+        return _ROUNDING
+    return _NOISE if error / 3 < standard_error else ""
+
+
+def _local_orders(
+    x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Slopes between neighbours, and their covariance matrix."""
+    differences = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]
+    return differences @ y, (differences * variances) @ differences.T
+
+
+def _slope(
+    x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Slope of y on x by generalised least squares, and its standard deviation."""
+    step = np.exp((x - x[0]) / 2)
+    u = np.outer(step, step) / 4
+    root = np.linalg.cholesky(np.diag(variances) + u / (1 - u))
+    columns = np.stack([np.ones_like(x), x - x[0], y - y[0]], axis=1)
+    one, regressor, response = np.linalg.solve(root, columns).T
+    regressor, response = (z - one * (one @ z) / (one @ one) for z in (regressor, response))
+    information = regressor @ regressor
+    slope = regressor @ response / information
+    residuals = response - slope * regressor
+    excess = max(1.0, float(residuals @ residuals) / (len(x) - 2))
+    return float(slope), math.sqrt(excess / float(information))
+
+
+def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:
+    least = expected - tolerance
+    if high < least:
+        return Verdict.FAIL
+    if low >= least and (high - low) / 2 <= tolerance:
+        return Verdict.PASS
+    return Verdict.INCONCLUSIVE
+
+
+def _message(
+    order: float,
+    low: float,
+    high: float,
+    expected: float | None,
+    tolerance: float,
+    verdict: Verdict | None,
+    reasons: list[str],
+) -> str:
+    used = f"{reasons.count('')} of {len(reasons)} levels"
+    if math.isnan(order):
+        counts = Counter(reason for reason in reasons if reason)
+        why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+        return f"An order needs 3 levels, and {used} can be used{why and f' ({why})'}."
+    if expected is None:
+        relation = "has nothing to be compared with"
+    elif verdict is Verdict.FAIL:
+        relation = f"is more than {tolerance:g} below the declared {expected:g}"
+    elif verdict is Verdict.PASS and low > expected + tolerance:
+        relation = f"is more than {tolerance:g} above the declared {expected:g}"
+    elif verdict is Verdict.PASS:
+        relation = f"is at most {tolerance:g} below the declared {expected:g}"
+    elif (high - low) / 2 > tolerance:
+        relation = f"is uncertain by more than {tolerance:g}"
+    else:
+        relation = f"may be more than {tolerance:g} below the declared {expected:g}, or not"
+    return f"The order {order:.2f} [{low:.2f}, {high:.2f}], from {used}, {relation}."
+
+
+def _checked_levels(
+    steps: ArrayLike,
+    errors: ArrayLike,
+    standard_errors: ArrayLike | None,
+    rounding: ArrayLike | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    h = np.asarray(steps, dtype=np.float64)
+    if h.ndim != 1 or not len(h):
+        msg = f"steps must be a sequence of step sizes; got an array of shape {h.shape}"
+        raise ValueError(msg)
+    if not (np.isfinite(h).all() and (h > 0).all() and (np.diff(np.log(h)) < 0).all()):
+        msg = f"steps must be finite, positive and decreasing; got {h.tolist()}"
+        raise ValueError(msg)
+    e = np.asarray(errors, dtype=np.float64)
+    if e.shape != h.shape:
+        msg = f"errors must have one entry for each of {len(h)} steps; got shape {e.shape}"
+        raise ValueError(msg)
+    if (e < 0).any():
+        msg = f"errors must be magnitudes, 0 or above; got {e.tolist()}"
+        raise ValueError(msg)
+    s = _one_for_each(0.0 if standard_errors is None else standard_errors, "standard_errors", h)
+    floor = _one_for_each(
+        10 * np.finfo(float).eps / h if rounding is None else rounding, "rounding", h
+    )
+    if not (s[np.isfinite(e)] >= 0).all():
+        msg = f"standard_errors must be 0 or above where the error is finite; got {s.tolist()}"
+        raise ValueError(msg)
+    if not (floor >= 0).all():
+        msg = f"rounding must be 0 or above; got {floor.tolist()}"
+        raise ValueError(msg)
+    return h, e, s, floor
+
+
+def _one_for_each(values: ArrayLike, name: str, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape not in {(), steps.shape}:
+        msg = f"{name} must be one number or {len(steps)}, as steps; got shape {array.shape}"
+        raise ValueError(msg)
+    return np.broadcast_to(array, steps.shape)
+
+
+def _check_options(expected: float | None, tolerance: float, confidence: float) -> None:
+    if expected is not None and not (math.isfinite(expected) and expected > 0):
+        msg = f"expected must be a finite, positive order or None; got {expected}"
+        raise ValueError(msg)
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        msg = f"tolerance must be finite and positive; got {tolerance}"
+        raise ValueError(msg)
+    if not 0 < confidence < 1:
+        msg = f"confidence must lie strictly between 0 and 1; got {confidence}"
+        raise ValueError(msg)

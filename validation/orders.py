@@ -1,0 +1,466 @@
+"""Orders of convergence of a solver on a reference problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.covariance import joint_root
+from cldsde.linear.schedule import gauss_legendre
+from cldsde.solvers import (
+    BrownianPath,
+    Integrator,
+    PathDriven,
+    PathNoise,
+    RecordedNoise,
+    Solver,
+    solve,
+)
+from cldsde.solvers.grids import quadratic_times, uniform_times
+
+from .moments import propagate_moments
+from .order_estimate import OrderEstimate, Verdict, estimate_order
+from .problems import Problem
+from .reference import GaussianReference
+
+__all__ = ["FlowCase", "PathCase", "moment_error", "ode_order", "strong_order", "weak_order"]
+
+Grid = Callable[[float, float, int], Tensor]
+
+_TOLERANCES = tuple(float(x) for x in np.logspace(-3, -8.5, 12))
+_ROUNDING = 1e-12  # of moments and states, whose references are good to 1e-13
+
+
+def moment_error(
+    solver: Solver, problem: Problem, times: Tensor, reference: GaussianReference | None = None
+) -> float:
+    """Largest error of the mean and covariance that a solver ends with, to rounding.
+
+    Parameters
+    ----------
+    solver
+        A solver on a fixed grid whose steps are affine where the score is.
+    problem
+        Gaussian data of one dimension.
+    times
+        Decreasing grid ``(n + 1,)``; the solver starts with the exact moments.
+    reference
+        The exact answers, if they are at hand.
+
+    Raises
+    ------
+    ValueError
+        If the solver does not apply, or its steps are not affine.
+
+    Examples
+    --------
+    >>> from cldsde import solvers, validation
+    >>> problem = validation.problems()["CLD"]
+    >>> times = solvers.quadratic_times(1.0, problem.end, 100)
+    >>> validation.moment_error(solvers.SSCS(), problem, times) < 5e-3
+    True
+    """
+    if reference is None:
+        reference = GaussianReference(problem, times[[0, -1]])
+    found = propagate_moments(problem.process, solver, times, *reference.moments(float(times[0])))
+    exact = reference.moments(float(times[-1]))
+    return max(float((a - b).abs().max()) for a, b in zip(found, exact, strict=True))
+
+
+def weak_order(
+    solver: Solver,
+    problem: Problem,
+    *,
+    steps: Sequence[int] = (32, 64, 128, 256, 512),
+    grid: Grid = uniform_times,
+    tolerance: float = 0.25,
+    reference: GaussianReference | None = None,
+    samples: int = 200_000,
+    generator: torch.Generator | None = None,
+) -> OrderEstimate:
+    """Order of a solver in law, against the order that it declares.
+
+    With Gaussian data the moments of each level are exact and there is no sampling error. For
+    mixtures they are sampled: neighbouring levels share their start and their Brownian path, and
+    the order is that of their differences, whose sampling error is small; the finest level is held
+    against the exact moments.
+
+    Parameters
+    ----------
+    solver
+        A solver on a fixed grid; for mixtures one that follows a Brownian path.
+    problem
+        Where to measure.
+    steps
+        Numbers of steps, increasing.
+    grid
+        Function of (T, ε, n) that makes the grids.
+    tolerance
+        How far the order may be below what is declared.
+    reference
+        Of Gaussian data, the exact answers at the ends, if they are at hand.
+    samples, generator
+        Of mixtures: how many samples, and where they come from.
+
+    Raises
+    ------
+    TypeError
+        If the solver has no fixed grid, or for mixtures follows no Brownian path.
+    ValueError
+        If it does not apply to the problem.
+
+    Examples
+    --------
+    >>> from cldsde import solvers, validation
+    >>> estimate = validation.weak_order(solvers.SSCS(), validation.problems()["CLD"])
+    >>> estimate.verdict
+    <Verdict.PASS: 'PASS'>
+    """
+    _check_solver(solver)
+    grids = [grid(problem.start, problem.end, n) for n in steps]
+    declared = solver.facts.weak_order
+    if not problem.gaussian:
+        return _sampled_weak_order(solver, problem, grids, declared, tolerance, samples, generator)
+    if reference is None:
+        reference = GaussianReference(problem, grids[0][[0, -1]])
+    errors = [moment_error(solver, problem, times, reference) for times in grids]
+    return estimate_order(
+        [1 / n for n in steps],
+        errors,
+        expected=declared,
+        tolerance=tolerance,
+        rounding=[_ROUNDING * math.sqrt(n) for n in steps],
+    )
+
+
+def _sampled_weak_order(
+    solver: Solver,
+    problem: Problem,
+    grids: list[Tensor],
+    declared: float | None,
+    tolerance: float,
+    samples: int,
+    generator: torch.Generator | None,
+) -> OrderEstimate:
+    if not isinstance(solver, PathDriven):
+        msg = (
+            f"solver: on mixtures the weak order is measured along shared Brownian paths, which "
+            f"{solver!r} does not follow; take a problem with Gaussian data"
+        )
+        raise TypeError(msg)
+    g = generator if generator is not None else torch.Generator().manual_seed(0)
+    finest = grids[-1]
+    batches, size = 20, -(-samples // 20)
+    values = np.zeros((len(grids), batches, 5))
+    for batch in range(batches):
+        start = problem.sample(size, g)
+        path = BrownianPath(
+            problem.sde, finest, (size, problem.dimension), generator=g, dtype=torch.float64
+        )
+        for level, times in enumerate(grids):
+            x = solve(problem.process, solver, start, times, noise=path).data
+            values[level, batch] = _observables(x)
+    differences = values[:-1] - values[1:]
+    means, spread = differences.mean(1), differences.std(1, ddof=1) / math.sqrt(batches)
+    errors = np.sqrt((means**2).sum(-1))
+    noise = np.sqrt((means**2 * spread**2).sum(-1)) / errors
+    h = [1 / (len(times) - 1) for times in grids]
+    estimate = estimate_order(
+        h[:-1], errors.tolist(), noise.tolist(), expected=declared, tolerance=tolerance
+    )
+    # Whether what the levels converge to is the law itself.
+    law = _observables(problem.sample_end(2_000_000, g))
+    rest = np.abs(values[-1].mean(0) - law)
+    doubt = 5 * np.sqrt(values[-1].var(0, ddof=1) / batches + 4.0 / 2_000_000) + 4 * errors[-1]
+    if estimate.verdict is Verdict.PASS and bool((rest > doubt).any()):
+        return dataclasses.replace(
+            estimate,
+            verdict=Verdict.FAIL,
+            message=f"converges, but not to the law: off by {rest.max():.2g}",
+        )
+    return estimate
+
+
+def _observables(x: Tensor) -> Any:
+    """Means of smooth functions of the data."""
+    first, last = x[:, 0], x[:, -1]
+    functions = (first, first**2, last**2, torch.cos(2 * first), torch.exp(-(last**2)))
+    return np.array([float(f.mean()) for f in functions])
+
+
+class FlowCase:
+    """Start states of a problem and where the probability flow takes them.
+
+    With Gaussian data the flow is known; for mixtures the reference is scipy's method of order 8 at
+    a tolerance of 1e-12.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    samples
+        Number of states.
+    generator
+        Where they come from.
+    """
+
+    def __init__(self, problem: Problem, samples: int, generator: torch.Generator) -> None:
+        self.start = problem.sample(samples, generator)
+        self.end = _exact_flow(problem, self.start)
+
+
+def ode_order(
+    solver: Solver | Integrator,
+    problem: Problem,
+    *,
+    steps: Sequence[int] = (16, 32, 64, 128, 256, 512),
+    tolerances: Sequence[float] = _TOLERANCES,
+    grid: Grid = quadratic_times,
+    tolerance: float = 0.25,
+    case: FlowCase | None = None,
+    samples: int = 200,
+    generator: torch.Generator | None = None,
+) -> OrderEstimate:
+    """Order of a solver for the probability flow, against the order that it declares.
+
+    The error is the root mean square over samples. Solvers that choose their times run at falling
+    tolerances, and the step is one over the mean number of their evaluations; how evenly they
+    follow a tolerance is counted as an error of a fifth, and their order is held to a half.
+
+    Parameters
+    ----------
+    solver
+        A deterministic solver.
+    problem
+        Where to measure.
+    steps
+        Numbers of steps, increasing.
+    tolerances
+        For solvers that choose their times, in place of ``steps``.
+    grid
+        Function of (T, ε, n) that makes the grids.
+    tolerance
+        How far the order may be below what is declared.
+    case
+        Start states and their ends, if they are at hand.
+    samples, generator
+        Otherwise, how many start states, and where they come from.
+
+    Raises
+    ------
+    ValueError
+        If the solver does not apply to the problem.
+    """
+    g = generator if generator is not None else torch.Generator().manual_seed(0)
+    flow = case if case is not None else FlowCase(problem, samples, g)
+    facts = solver.facts
+
+    def run(solver: Solver | Integrator, times: Tensor) -> tuple[float, float]:
+        found = solve(problem.process, solver, flow.start, times)
+        evaluations = found.stats.get("nfev", torch.tensor(found.nfev)).double().mean()
+        error = (found.state - flow.end).square().mean().sqrt() if found.success else math.nan
+        return float(error), float(evaluations)
+
+    if not facts.adaptive:
+        errors = [run(solver, grid(problem.start, problem.end, n))[0] for n in steps]
+        return estimate_order(
+            [1 / n for n in steps],
+            errors,
+            expected=facts.ode_order,
+            tolerance=tolerance,
+            rounding=[_ROUNDING * math.sqrt(n) for n in steps],
+        )
+    ends = grid(problem.start, problem.end, 1)
+    levels: dict[float, float] = {}
+    for small in tolerances:
+        strict = dataclasses.replace(solver, rtol=small, atol=small)  # type: ignore[type-var]
+        error, evaluations = run(strict, ends)
+        # Coarse tolerances may take the same steps.
+        levels.setdefault(1 / evaluations, error)
+    lengths = sorted(levels, reverse=True)
+    return estimate_order(
+        lengths,
+        [levels[h] for h in lengths],
+        [0.2 * levels[h] for h in lengths],
+        expected=facts.ode_order,
+        tolerance=max(tolerance, 0.5),
+        rounding=10 * _ROUNDING,
+    )
+
+
+def _exact_flow(problem: Problem, start: Tensor) -> Tensor:
+    if problem.gaussian and problem.dimension == 1:
+        ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
+        return GaussianReference(problem, ends).flow(start, problem.start, problem.end)
+    from scipy.integrate import solve_ivp  # slow to import, and seldom wanted
+
+    def slope(x: float, flat: Any) -> Any:
+        # In log t the flow near the data is as smooth as elsewhere.
+        t = min(max(math.exp(x), problem.end), problem.start)
+        state = torch.from_numpy(flat.copy()).reshape(start.shape)
+        return t * problem.process.probability_flow(state, t).flatten().numpy()
+
+    found = solve_ivp(
+        slope,
+        (math.log(problem.start), math.log(problem.end)),
+        start.flatten().numpy(),
+        method="DOP853",
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    return torch.from_numpy(found.y[:, -1].copy()).reshape(start.shape)
+
+
+class PathCase:
+    """Exact paths of the reverse SDE over a grid, with what a solver sees of their noise.
+
+    With Gaussian data the reverse SDE is linear. What noise adds to it over each cell is drawn
+    jointly with the Brownian increment and the process's own integral of it.
+
+    Parameters
+    ----------
+    problem
+        Gaussian data of one dimension.
+    times
+        Decreasing grid, the finest to be solved on.
+    samples
+        Number of paths.
+    generator
+        Where they come from.
+
+    Attributes
+    ----------
+    start, end
+        States ``(samples, k, 1)`` at the ends of the paths.
+    """
+
+    def __init__(
+        self, problem: Problem, times: Tensor, samples: int, generator: torch.Generator
+    ) -> None:
+        sde, k = problem.sde, problem.sde.components
+        self.times = times
+        self.start = problem.sample(samples, generator)
+        t, u = times[:-1], times[1:]
+        x, w = gauss_legendre(4)
+        nodes = u.unsqueeze(1) + (t - u).unsqueeze(1) * x
+        reference = GaussianReference(problem, torch.cat([times, nodes.flatten()]))
+        G = sde.diffusion(nodes)
+        cells, count, m = len(t), len(x), G.shape[-1]
+
+        def spread(at: Tensor) -> Tensor:
+            return at.unsqueeze(1).expand(-1, count).flatten()
+
+        back = reference.reverse_transition(nodes.flatten(), spread(u))
+        forth = reference.transition(nodes.flatten(), spread(t))
+        shape = (cells, count, k, k)
+        eye = torch.eye(m, dtype=torch.float64).expand(cells, count, m, m)
+        functional = torch.cat([eye, forth.reshape(shape) @ G, back.reshape(shape) @ G], dim=-2)
+        columns = ((t - u).unsqueeze(1) * w).sqrt()[..., None, None] * functional
+        roots = joint_root(columns.movedim(1, 2).flatten(2))
+        move = reference.reverse_transition(t, u)
+        self._psi = reference.transition(u, t)
+        self._increments: list[Tensor] = []
+        self._integrals: list[Tensor] = []
+        z = self.start
+        for i in range(cells):
+            xi = torch.randn(samples, m + 2 * k, 1, dtype=torch.float64, generator=generator)
+            drawn = apply_blocks(roots[i], xi)
+            self._increments.append(drawn[:, :m])
+            self._integrals.append(drawn[:, m : m + k])
+            mean, following = (reference.moments(float(s))[0] for s in (t[i], u[i]))
+            z = following + apply_blocks(move[i], z - mean) + drawn[:, m + k :]
+        self.end = z
+
+    def draws(self, noise: PathNoise, every: int) -> list[Tensor]:
+        """The normals of a solver that steps over so many cells at a time."""
+        draws = []
+        for i, first in enumerate(range(0, len(self._increments), every)):
+            cells = range(first, first + every)
+            integral = torch.zeros_like(self._integrals[first])
+            for cell in reversed(cells):
+                integral = apply_blocks(self._psi[cell], integral) + self._integrals[cell]
+            increment = torch.stack([self._increments[cell] for cell in cells]).sum(0)
+            draw = torch.zeros(len(integral), noise.integral.shape[1], 1, dtype=torch.float64)
+            if noise.increment.shape[-1]:
+                draw = draw + apply_blocks(noise.increment[i], increment)
+            draws.append(draw + apply_blocks(noise.integral[i], integral))
+        return draws
+
+
+def strong_order(
+    solver: Solver,
+    problem: Problem,
+    *,
+    steps: Sequence[int] = (32, 64, 128, 256),
+    grid: Grid = uniform_times,
+    tolerance: float = 0.25,
+    case: PathCase | None = None,
+    samples: int = 2000,
+    generator: torch.Generator | None = None,
+) -> OrderEstimate:
+    """Order of a solver along exact paths, against the order that it declares.
+
+    Parameters
+    ----------
+    solver
+        A solver that follows a Brownian path (`PathDriven`).
+    problem
+        Gaussian data of one dimension.
+    steps
+        Numbers of steps, increasing, each a divisor of the last.
+    grid
+        Function of (T, ε, n) that makes the grids; those of fewer steps must be among the finest.
+    tolerance
+        How far the order may be below what is declared.
+    case
+        Exact paths over the finest grid, if they are at hand.
+    samples, generator
+        Otherwise, how many, and where they come from.
+
+    Raises
+    ------
+    TypeError
+        If the solver has no fixed grid or follows no Brownian path.
+    ValueError
+        If it does not apply to the problem.
+    """
+    _check_solver(solver)
+    if not isinstance(solver, PathDriven):
+        msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
+        raise TypeError(msg)
+    g = generator if generator is not None else torch.Generator().manual_seed(0)
+    finest = grid(problem.start, problem.end, steps[-1])
+    paths = case if case is not None else PathCase(problem, finest, samples, g)
+    batches = 10
+    size = len(paths.start) // batches
+    errors, spreads = [], []
+    for n in steps:
+        every = (len(paths.times) - 1) // n
+        times = paths.times[::every]
+        noise = RecordedNoise(paths.draws(solver.path_noise(problem.process, times), every))
+        found = solve(problem.process, solver, paths.start, times, noise=noise).state
+        squares = (found - paths.end).square().flatten(1).sum(1)
+        means = squares[: batches * size].reshape(batches, size).mean(1)
+        errors.append(float(means.mean().sqrt()))
+        # The error of a root is that of its square over twice the root.
+        spreads.append(float(means.std() / math.sqrt(batches)) / (2 * errors[-1]))
+    return estimate_order(
+        [1 / n for n in steps],
+        errors,
+        spreads,
+        expected=solver.facts.strong_order,
+        tolerance=tolerance,
+    )
+
+
+def _check_solver(solver: object) -> None:
+    if not isinstance(solver, Solver):
+        msg = f"solver must work on a fixed grid; got {solver!r}"
+        raise TypeError(msg)

@@ -1,0 +1,172 @@
+"""Reference problems: processes and data of which everything is known exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
+from cldsde.score import GaussianMixture, ReverseProcess
+
+__all__ = ["Problem", "forward_processes", "problems"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The reversal of a process from T to ε, for data with an exact score.
+
+    Parameters
+    ----------
+    name
+        What it is called in reports.
+    sde
+        The forward process.
+    data
+        The law of the data.
+    end
+        ε, where errors are measured.
+    start
+        T, where solvers start from the exact law.
+
+    Examples
+    --------
+    >>> problems()["CLD"].gaussian
+    True
+    """
+
+    name: str
+    sde: LinearSDE
+    data: GaussianMixture
+    end: float = 0.05
+    start: float = 1.0
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether the data are one Gaussian, so that the score is affine."""
+        return len(self.data.weights) == 1
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of a data point."""
+        return self.data.dimension
+
+    @cached_property
+    def process(self) -> ReverseProcess:
+        """The reverse process with the exact score."""
+        return ReverseProcess(self.sde, self.data.score(self.sde))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw states of the exact law at the start, ``(n, k, D)`` float64."""
+        x = self.data.sample(n, generator=generator, dtype=torch.float64)
+        z = self.sde.augment(x, generator=generator)
+        return self.sde.transition(0.0, self.start).sample(z, generator=generator)
+
+    def sample_end(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw data of the exact law at the end, ``(n, D)`` float64."""
+        x = self.data.sample(n, generator=generator, dtype=torch.float64)
+        z = self.sde.augment(x, generator=generator)
+        return self.sde.transition(0.0, self.end).sample(z, generator=generator)[:, 0]
+
+
+def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
+    """Processes of every kind, by name: their kernels are checked.
+
+    Returns
+    -------
+    dict
+        Names to functions that make them.
+    """
+    return {
+        "VP": VPSDE,
+        "sub-VP": SubVPSDE,
+        "VE": VESDE,
+        "CLD, critical": CLD,
+        "CLD, underdamped": lambda: CLD(friction=0.3),
+        "CLD, overdamped": lambda: CLD(friction=3.0),
+        "CLD, linear schedule": lambda: CLD(beta=(1.0, 7.0)),
+        "CLD, position noise": lambda: CLD(position_noise=0.3),
+        "PSLD": PSLD,
+        "HOLD": HOLD,
+        "four components": _four_components,
+        "non-commuting": _non_commuting,
+    }
+
+
+def problems() -> dict[str, Problem]:
+    """The reference problems, by name.
+
+    Gaussian data N(0.3, 0.25) under each family, two with an end near the data, where the score is
+    stiff; mixtures in one and two dimensions.
+
+    Returns
+    -------
+    dict
+        Names to problems.
+    """
+    gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    families = {
+        "VP": VPSDE(0.1, 8.0),
+        "VE": VESDE(0.1, 5.0),
+        "CLD": CLD(),
+        "CLD, linear schedule": CLD(beta=(1.0, 7.0)),
+        "CLD, underdamped": CLD(friction=0.3),
+        "PSLD": PSLD(),
+        "HOLD": HOLD(),
+    }
+    cases = [Problem(name, sde, gaussian) for name, sde in families.items()]
+    cases += [
+        Problem("CLD, stiff end", families["CLD"], gaussian, end=1e-3),
+        Problem("VP, two points", families["VP"], _two_points(), end=1e-3),
+        Problem("CLD, three modes", families["CLD"], _three_modes()),
+        Problem("VP, three modes", families["VP"], _three_modes()),
+        Problem("CLD, ring", families["CLD"], _ring(), end=1e-2),
+        Problem("VP, ring", families["VP"], _ring(), end=1e-2),
+    ]
+    return {case.name: case for case in cases}
+
+
+def _two_points() -> GaussianMixture:
+    """Two points in one dimension, but for a little width that gives them a density."""
+    return GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.05**2]]] * 2)
+
+
+def _three_modes() -> GaussianMixture:
+    return GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
+
+
+def _ring() -> GaussianMixture:
+    """Eight modes in two dimensions, each coordinate of unit variance but for theirs."""
+    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    means = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
+    return GaussianMixture([1.0] * 8, means, 0.04 * torch.eye(2).expand(8, 2, 2))
+
+
+def _four_components() -> LinearSDE:
+    """A stable A = −(D + R) with full noise, from fixed random numbers."""
+    draw = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    root = draw[0].tril() / 2 + torch.eye(4, dtype=torch.float64)
+    skew = draw[1] - draw[1].T
+    A = -(root @ root.T / 2 + skew)
+    return LinearSDE.from_matrices(A, root, schedule=2.0)
+
+
+def _non_commuting() -> LinearSDE:
+    """F turns with time, so that no time change makes it constant."""
+
+    def drift(t: Tensor) -> Tensor:
+        angle = 3 * t
+        turn = torch.stack(
+            [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+        )
+        return turn @ torch.diag(t.new_tensor([-0.5, -4.0])) @ turn.T
+
+    def diffusion(t: Tensor) -> Tensor:
+        zero = torch.zeros_like(t)
+        return torch.stack([torch.stack([1 + t, zero]), torch.stack([t, 1 - t / 2])])
+
+    return LinearSDE.from_functions(drift, diffusion)

@@ -1,0 +1,186 @@
+"""Exact answers that use none of the package's kernels.
+
+Of a process only F, G and the law of z_0 are taken, by their definition; transition matrices,
+covariances and flows come from integrating their differential equations with scipy's method of
+order 8 at a tolerance near rounding.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldsde.linear import LinearSDE
+
+from .problems import Problem
+
+__all__ = ["GaussianReference", "reference_kernel"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_TOLERANCE = 1e-13
+_MANY = 64
+
+
+def _integrate(
+    slope: Callable[[float, Array], Array], ends: tuple[float, float], start: Array, at: Array
+) -> Array:
+    """Solution at increasing times ``at`` within the ends, ``(len(at), *start.shape)``."""
+    from scipy.integrate import solve_ivp  # slow to import, and seldom wanted
+
+    def run(s: float, t: float, state: Array, wanted: Array | None = None) -> Array:
+        found = solve_ivp(
+            lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
+            (s, t),
+            state,
+            t_eval=wanted,
+            method="DOP853",
+            rtol=_TOLERANCE,
+            atol=_TOLERANCE * 1e-3,
+        )
+        solution: Array = found.y
+        return solution
+
+    if len(at) > _MANY:
+        first = at if at[0] > ends[0] else at[1:]
+        states = run(*ends, start.flatten(), first).T.reshape(-1, *start.shape)
+        return states if at[0] > ends[0] else np.concatenate([start[None], states])
+    # A solve to each time: interpolation between steps would cost two or three digits.
+    pieces, state, now = [], start.flatten(), ends[0]
+    for stop in at:
+        if stop > now:
+            state, now = run(now, stop, state)[:, -1], stop
+        pieces.append(state.reshape(start.shape))
+    return np.stack(pieces)
+
+
+def _coefficients(sde: LinearSDE, t: float) -> tuple[Array, Array]:
+    """F and GGᵀ at a time."""
+    at = torch.tensor(min(max(t, 0.0), sde.T), dtype=torch.float64)
+    F, G = sde.drift(at).numpy(), sde.diffusion(at).numpy()
+    return F, G @ G.T
+
+
+def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor]:
+    r"""Transition matrix and covariance of z_t given z_s, from their differential equations.
+
+    .. math:: \dotΨ = FΨ, \qquad \dot Q = FQ + QF^⊤ + GG^⊤
+
+    Parameters
+    ----------
+    sde
+        The process.
+    s, t
+        Times, s < t.
+
+    Returns
+    -------
+    psi, covariance : tuple of Tensor
+        ``(k, k)`` float64.
+
+    Examples
+    --------
+    >>> from cldsde import CLD
+    >>> psi, Q = reference_kernel(CLD(), 0.2, 0.7)
+    >>> float((CLD().transition(0.2, 0.7).covariance - Q).abs().max()) < 1e-11
+    True
+    """
+    k = sde.components
+
+    def slope(time: float, y: Array) -> Array:
+        F, noise = _coefficients(sde, time)
+        moved = F @ y[1]
+        return np.stack([F @ y[0], moved + moved.T + noise])
+
+    start = np.stack([np.eye(k), np.zeros((k, k))])
+    found = _integrate(slope, (s, t), start, np.array([t]))[0]
+    return torch.from_numpy(found[0].copy()), torch.from_numpy(found[1].copy())
+
+
+class GaussianReference:
+    r"""Law and flows of a problem with Gaussian data of one dimension, at given times.
+
+    .. math::
+        m_t = Ψ(t, 0)\,m_0, \qquad Σ_t = Ψ Σ_0 Ψ^⊤ + Q, \qquad
+        z_u = m_u + Φ_λ(u, t)(z_t − m_t) + \text{noise}, \qquad
+        \dotΦ_λ = \bigl(F + \tfrac{1+λ^2}2 G G^⊤ Σ^{-1}\bigr) Φ_λ
+
+    with λ = 0 the probability flow and λ = 1 the reverse SDE.
+
+    Parameters
+    ----------
+    problem
+        Gaussian data of one dimension.
+    times
+        Times in (0, T] where answers are wanted.
+
+    Raises
+    ------
+    ValueError
+        If the data are not such.
+    """
+
+    def __init__(self, problem: Problem, times: Tensor) -> None:
+        if not problem.gaussian or problem.dimension != 1:
+            msg = f"problem must have Gaussian data of one dimension; {problem.name!r} has not"
+            raise ValueError(msg)
+        self.problem = problem
+        sde, k = problem.sde, problem.sde.components
+        self._times: list[float] = sorted(set(times.tolist()))
+        covariance = sde.initial_covariance.numpy().copy()
+        covariance[0, 0] += float(problem.data.covariances[0, 0, 0])
+        mean = np.zeros((k, 1))
+        mean[0] = float(problem.data.means[0, 0])
+
+        def law(time: float, y: Array) -> Array:
+            F, noise = _coefficients(sde, time)
+            moved = F @ y[:, :k]
+            return np.concatenate([moved + moved.T + noise, F @ y[:, k:]], axis=1)
+
+        at = np.array(self._times)
+        laws = _integrate(law, (0.0, at[-1]), np.concatenate([covariance, mean], axis=1), at)
+        self._covariance, self._mean = laws[:, :, :k], laws[:, :, k:]
+
+        def flows(time: float, y: Array) -> Array:
+            # Σ, Ψ, Φ_0 and Φ_1 from the first time on.
+            F, noise = _coefficients(sde, time)
+            moved, pull = F @ y[0], noise @ np.linalg.inv(y[0])
+            return np.stack(
+                [moved + moved.T + noise, F @ y[1], (F + pull / 2) @ y[2], (F + pull) @ y[3]]
+            )
+
+        eye = np.eye(k)
+        start = np.stack([self._covariance[0], eye, eye, eye])
+        found = _integrate(flows, (at[0], at[-1]), start, at)
+        self._psi, self._flow, self._reverse = found[:, 1], found[:, 2], found[:, 3]
+
+    def _index(self, t: float) -> int:
+        return bisect.bisect_left(self._times, t)
+
+    def moments(self, t: float) -> tuple[Tensor, Tensor]:
+        """Mean ``(k, 1)`` and covariance ``(k, k)`` at a time."""
+        i = self._index(t)
+        return torch.from_numpy(self._mean[i].copy()), torch.from_numpy(self._covariance[i].copy())
+
+    def flow(self, z: Tensor, t: float, u: float) -> Tensor:
+        """The probability flow from t to u, of states ``(B, k, 1)``."""
+        i, j = self._index(t), self._index(u)
+        move = torch.from_numpy(self._flow[j] @ np.linalg.inv(self._flow[i]))
+        return self.moments(u)[0] + move @ (z - self.moments(t)[0])
+
+    def reverse_transition(self, t: Tensor, u: Tensor) -> Tensor:
+        """Φ_1(u, t) for times ``(n,)`` each, ``(n, k, k)``."""
+        i = [self._index(x) for x in t.tolist()]
+        j = [self._index(x) for x in u.tolist()]
+        return torch.from_numpy(self._reverse[j] @ np.linalg.inv(self._reverse[i]))
+
+    def transition(self, s: Tensor, t: Tensor) -> Tensor:
+        """Ψ(t, s) for times ``(n,)`` each, ``(n, k, k)``."""
+        i = [self._index(x) for x in s.tolist()]
+        j = [self._index(x) for x in t.tolist()]
+        return torch.from_numpy(self._psi[j] @ np.linalg.inv(self._psi[i]))

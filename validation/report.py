@@ -1,0 +1,299 @@
+"""Reports of a validation: a table for the terminal, JSON, and a page with plots."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .order_estimate import OrderEstimate, Verdict
+from .suite import Check, summarise
+from .work_precision import WorkPrecision
+
+__all__ = ["Report"]
+
+_ORDERS = ("weak order", "strong order", "ODE order")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a validation found.
+
+    Attributes
+    ----------
+    checks
+        In the order in which they were made.
+    tables
+        Work–precision tables.
+    complete
+        Whether all checks were made.
+    """
+
+    checks: Sequence[Check]
+    tables: Sequence[WorkPrecision] = ()
+    complete: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types, with versions and the machine."""
+        return {
+            "cldsde": version("cldsde"),
+            "torch": torch.__version__,
+            "machine": platform.platform(),
+            "complete": self.complete,
+            "summary": {name: str(verdict) for name, verdict in summarise(self.checks).items()},
+            "checks": [check.to_dict() for check in self.checks],
+            "work_precision": [json.loads(table.to_json()) for table in self.tables],
+        }
+
+    def write_json(self, file: Path) -> None:
+        """Write the report, or leave the file as it was."""
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.replace(file)
+
+    def to_text(self) -> str:
+        """A line for each solver and kind of order, for the terminal."""
+        rows = [("", "declared", "measured", "on", "verdict")]
+        summary = summarise(self.checks)
+        for subject, verdict in summary.items():
+            own = [check for check in self.checks if check.subject == subject]
+            if subject == "kernels":
+                own = [check for check in self.checks if check.kind == "kernel"]
+                worst = max(check.measured or 0.0 for check in own)
+                rows.append(
+                    ("kernels", "≤ 1e-10", f"{worst:.0e}", f"{len(own)} processes", str(verdict))
+                )
+                continue
+            rows += [
+                _row(subject, [check for check in own if check.kind == kind])
+                for kind in dict.fromkeys(check.kind for check in own)
+            ]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def summary(self) -> dict[str, Verdict]:
+        """A verdict for each solver and for the kernels."""
+        return summarise(self.checks)
+
+    def failures(self) -> list[str]:
+        """What failed, a line each."""
+        return [
+            f"{check.subject}, {check.kind} on {check.problem}: {check.message}"
+            for check in self.checks
+            if str(check.verdict) == "FAIL"
+        ]
+
+    def solver_table(self) -> list[dict[str, str]]:
+        """Facts of each solver beside what was measured, for the documentation."""
+        rows = []
+        for subject in summarise(self.checks):
+            own = [c for c in self.checks if c.subject == subject and c.kind != "kernel"]
+            if not own:
+                continue
+            row = {"solver": subject}
+            for kind in _ORDERS:
+                estimates = [c for c in own if c.kind == kind and c.estimate is not None]
+                row[kind] = _span([c.estimate for c in estimates if c.estimate is not None])
+                declared = {c.declared for c in estimates if c.declared is not None}
+                row[f"{kind}, declared"] = ", ".join(f"{x:g}" for x in sorted(declared))
+            row["problems"] = ", ".join(dict.fromkeys(c.problem for c in own))
+            rows.append(row)
+        return rows
+
+    def write_html(self, folder: Path) -> Path:
+        """Write ``index.html`` with tables and plots into a folder that exists.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed; it comes with the extra ``validation``.
+        """
+        from jinja2 import Environment  # seldom wanted
+
+        environment = Environment(autoescape=True)
+        page = environment.from_string(_PAGE).render(
+            report=self.to_dict(),
+            summary=summarise(self.checks),
+            rows=[_html_row(check) for check in self.checks],
+            curves=[
+                (subject, _curves(subject, self.checks))
+                for subject in summarise(self.checks)
+                if any(c.estimate is not None and c.subject == subject for c in self.checks)
+            ],
+            diagrams=[(table.problem, _diagram(table)) for table in self.tables],
+        )
+        part = folder / "index.html.part"
+        part.write_text(page, encoding="utf-8")
+        return part.replace(folder / "index.html")
+
+
+def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
+    kind = own[0].kind
+    declared = {check.declared for check in own if check.declared is not None}
+    estimates = [check.estimate for check in own if check.estimate is not None]
+    if estimates:
+        measured = _span(estimates)
+    else:
+        values = [check.measured for check in own if check.measured is not None]
+        measured = ", ".join(f"{value:.4g}" for value in values)
+    verdicts = [str(check.verdict) for check in own if check.verdict is not None]
+    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    return (
+        f"{subject}: {kind}",
+        ", ".join(f"{value:g}" for value in sorted(declared)),
+        measured,
+        ", ".join(dict.fromkeys(check.problem for check in own)),
+        counted,
+    )
+
+
+def _span(estimates: Sequence[OrderEstimate]) -> str:
+    """Orders measured on several problems, from the lowest to the highest."""
+    orders = [estimate.order for estimate in estimates if math.isfinite(estimate.order)]
+    if not orders:
+        return "—" if estimates else ""
+    low, high = f"{min(orders):.2f}", f"{max(orders):.2f}"
+    return low if low == high else f"{low} … {high}"
+
+
+def _html_row(check: Check) -> dict[str, str]:
+    estimate = check.estimate
+    measured = "" if check.measured is None else f"{check.measured:.4g}"
+    if estimate is not None and math.isfinite(estimate.order):
+        measured = f"{estimate.order:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return {
+        "subject": check.subject,
+        "kind": check.kind,
+        "problem": check.problem,
+        "declared": "" if check.declared is None else f"{check.declared:g}",
+        "measured": measured,
+        "verdict": "" if check.verdict is None else str(check.verdict),
+        "message": check.message,
+        "seconds": f"{check.seconds:.1f}",
+    }
+
+
+def _curves(subject: str, found: Sequence[Check]) -> str:
+    """Errors against steps of one solver, levels that were dropped hollow."""
+    figure, axes = _canvas()
+    own = [c for c in found if c.subject == subject and c.estimate is not None]
+    for i, check in enumerate(own):
+        assert check.estimate is not None
+        levels = [level for level in check.estimate.levels if math.isfinite(level.error)]
+        kept = [level for level in levels if level.kept]
+        colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
+        axes.plot(
+            [level.step for level in levels],
+            [level.error for level in levels],
+            marker,
+            color=colour,
+            markerfacecolor="none",
+            markersize=4,
+        )
+        axes.plot(
+            [level.step for level in kept],
+            [level.error for level in kept],
+            marker + "-",
+            color=colour,
+            markersize=4,
+            linewidth=1,
+            label=f"{check.kind} on {check.problem}: {check.estimate.order:.2f}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="error", title=subject)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return _as_image(figure)
+
+
+def _canvas() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure  # an extra
+    except ImportError as error:
+        msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
+        raise ImportError(msg) from error
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _diagram(table: WorkPrecision) -> str:
+    buffer = io.BytesIO()
+    table.plot(buffer, file_format="svg")
+    return _encoded(buffer)
+
+
+def _as_image(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return _encoded(buffer)
+
+
+def _encoded(buffer: io.BytesIO) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Validation of cldsde {{ report.cldsde }}</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid #8884;
+  vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.PASS { color: #1a7f37; } .FAIL { color: #cf222e; font-weight: bold; }
+.INCONCLUSIVE { color: #9a6700; }
+@media (prefers-color-scheme: dark) {
+  .PASS { color: #3fb950; } .FAIL { color: #ff7b72; } .INCONCLUSIVE { color: #d29922; }
+}
+img { max-width: 100%; background: white; border-radius: 4px; }
+</style>
+</head>
+<body>
+<h1>Validation of cldsde {{ report.cldsde }}</h1>
+<p>{{ report.checks | length }} checks{% if not report.complete %}, not all that were asked
+for{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders are given with their
+confidence intervals; one passes where its interval is narrow and not below what is declared.</p>
+<h2>Summary</h2>
+<div class="scroll"><table>
+{% for name, verdict in summary.items() %}
+<tr><td>{{ name }}</td><td class="{{ verdict }}">{{ verdict }}</td></tr>
+{% endfor %}
+</table></div>
+<h2>Checks</h2>
+<div class="scroll"><table>
+<tr><th>solver</th><th>what</th><th>problem</th><th>declared</th><th>measured</th><th>verdict</th>
+<th>in words</th><th>s</th></tr>
+{% for row in rows %}
+<tr><td>{{ row.subject }}</td><td>{{ row.kind }}</td><td>{{ row.problem }}</td>
+<td class="number">{{ row.declared }}</td><td class="number">{{ row.measured }}</td>
+<td class="{{ row.verdict }}">{{ row.verdict }}</td><td>{{ row.message }}</td>
+<td class="number">{{ row.seconds }}</td></tr>
+{% endfor %}
+</table></div>
+{% if diagrams %}<h2>Work and precision</h2>{% endif %}
+{% for name, image in diagrams %}
+<p><img src="{{ image }}" alt="Error against score evaluations on {{ name }}"></p>
+{% endfor %}
+{% if curves %}<h2>Errors against steps</h2>
+<p>Hollow levels were dropped by the rule of the estimate.</p>{% endif %}
+{% for name, image in curves %}
+<p><img src="{{ image }}" alt="Errors of {{ name }} against the step"></p>
+{% endfor %}
+</body>
+</html>
+"""

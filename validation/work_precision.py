@@ -1,0 +1,272 @@
+"""Error against work: what a number of score evaluations, or of seconds, buys."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from cldsde.solvers import Integrator, Solver, quadratic_times, solve
+from cldsde.solvers.progress import progress_bar
+
+from .metrics import bures_wasserstein, sliced_wasserstein
+from .moments import propagate_moments
+from .problems import Problem
+from .reference import GaussianReference
+
+__all__ = ["WorkPrecision", "WorkPrecisionPoint", "work_precision"]
+
+Grid = Callable[[float, float, int], Tensor]
+
+
+@dataclass(frozen=True)
+class WorkPrecisionPoint:
+    """One solver at one budget.
+
+    Attributes
+    ----------
+    solver
+        Its name.
+    nfe
+        Score evaluations used.
+    seconds
+        Time of a solve of ``samples`` states.
+    error, standard_error
+        In the metric of the table; the standard error is 0 where the error is exact.
+    pareto
+        Whether no other point has less error for as few evaluations.
+    """
+
+    solver: str
+    nfe: int
+    seconds: float
+    error: float
+    standard_error: float
+    pareto: bool = False
+
+
+@dataclass(frozen=True)
+class WorkPrecision:
+    """A work–precision table.
+
+    Attributes
+    ----------
+    problem
+        Name of the problem.
+    metric
+        What the errors are.
+    points
+        One for each solver and budget.
+    """
+
+    problem: str
+    metric: str
+    points: tuple[WorkPrecisionPoint, ...]
+
+    def to_json(self) -> str:
+        """The table as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    def to_markdown(self) -> str:
+        """The table as Markdown: a line a solver, a column a budget; Pareto points are bold."""
+        budgets = sorted({point.nfe for point in self.points})
+        names = list(dict.fromkeys(point.solver for point in self.points))
+        cells = {(point.solver, point.nfe): point for point in self.points}
+        lines = [
+            f"| {self.metric} at NFE | " + " | ".join(map(str, budgets)) + " |",
+            "| --- |" + " ---: |" * len(budgets),
+        ]
+        for name in names:
+            row = []
+            for budget in budgets:
+                point = cells.get((name, budget))
+                text = "" if point is None else f"{point.error:.1e}"
+                row.append(f"**{text}**" if point is not None and point.pareto else text)
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
+        return "\n".join(lines)
+
+    def plot(
+        self,
+        file: Path | str | BinaryIO,
+        *,
+        against: str = "nfe",
+        file_format: str | None = None,
+    ) -> None:
+        """Draw error against work on logarithmic axes.
+
+        Parameters
+        ----------
+        file
+            Where to, e.g. ``work.svg``.
+        against
+            ``"nfe"`` or ``"seconds"``.
+        file_format
+            ``"svg"``, ``"png"``, …; None goes by the file's suffix.
+
+        Raises
+        ------
+        ValueError
+            If ``against`` is neither.
+        ImportError
+            If matplotlib is not installed; it comes with the extra ``validation``.
+        """
+        if against not in ("nfe", "seconds"):
+            msg = f"against must be 'nfe' or 'seconds'; got {against!r}"
+            raise ValueError(msg)
+        try:
+            from matplotlib.figure import Figure  # an extra
+        except ImportError as error:
+            msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
+            raise ImportError(msg) from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for i, name in enumerate(dict.fromkeys(point.solver for point in self.points)):
+            own = [p for p in self.points if p.solver == name and math.isfinite(p.error)]
+            axes.errorbar(
+                [getattr(point, against) for point in own],
+                [point.error for point in own],
+                yerr=[point.standard_error for point in own],
+                marker="osD^v<>PX*"[i % 10],
+                markersize=4,
+                linewidth=1.2,
+                label=name,
+            )
+        axes.set(xscale="log", yscale="log", ylabel=self.metric, title=self.problem)
+        axes.set_xlabel("score evaluations" if against == "nfe" else "seconds")
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        figure.savefig(file, format=file_format)
+
+
+def work_precision(
+    problem: Problem,
+    solvers: Mapping[str, Solver | Integrator],
+    budgets: Sequence[int] = (10, 20, 50, 100, 200),
+    *,
+    grid: Grid = quadratic_times,
+    metric: str | None = None,
+    samples: int = 8192,
+    repeats: int = 4,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> WorkPrecision:
+    """Measure errors of solvers at budgets of score evaluations.
+
+    Parameters
+    ----------
+    problem
+        Where to measure.
+    solvers
+        Names to solvers. Those that choose their times are run once, at their tolerance.
+    budgets
+        Score evaluations; a solver takes as many steps as they allow.
+    grid
+        Function of (T, ε, n) that makes the grids.
+    metric
+        ``"moments"``: the largest error of mean and covariance, or ``"bures"``: the Wasserstein-2
+        distance of the Gaussian that comes out, both exact and for Gaussian data; ``"sliced"``: the
+        sliced Wasserstein-2 distance of samples. None is the first that applies.
+    samples, repeats, generator
+        Samples that are timed, and measured for ``"sliced"``; repeats of these, which give the
+        standard error; and where they come from.
+    progress
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    ValueError
+        If the metric is unknown or does not fit the problem, or a solver does not apply.
+
+    Examples
+    --------
+    >>> from cldsde import solvers, validation
+    >>> table = validation.work_precision(
+    ...     validation.problems()["CLD"],
+    ...     {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()},
+    ...     budgets=(50, 100),
+    ... )
+    >>> [point.pareto for point in table.points]
+    [False, False, True, True]
+    """
+    exact = problem.gaussian and problem.dimension == 1
+    chosen = metric if metric is not None else "moments" if exact else "sliced"
+    if chosen not in ("moments", "bures", "sliced"):
+        msg = f"metric must be 'moments', 'bures' or 'sliced'; got {metric!r}"
+        raise ValueError(msg)
+    if chosen != "sliced" and not exact:
+        msg = f"metric={chosen!r} is for Gaussian data of one dimension; take 'sliced'"
+        raise ValueError(msg)
+    g = generator if generator is not None else torch.Generator().manual_seed(0)
+    ends = grid(problem.start, problem.end, 1)
+    reference = GaussianReference(problem, ends) if chosen != "sliced" else None
+    points: list[WorkPrecisionPoint] = []
+    cells = [
+        (name, solver, budget)
+        for name, solver in solvers.items()
+        for budget in (budgets[:1] if solver.facts.adaptive else budgets)
+    ]
+    for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
+        steps = max(budget // solver.facts.nfe_per_step, 1)
+        times = grid(problem.start, problem.end, steps)
+        if reference is not None and isinstance(solver, Solver):
+            found = propagate_moments(
+                problem.process, solver, times, *reference.moments(float(times[0]))
+            )
+            start = problem.sample(samples, g)
+            began = time.perf_counter()
+            nfe = solve(problem.process, solver, start, times, generator=g).nfev
+            seconds = time.perf_counter() - began
+            law = reference.moments(float(times[-1]))
+            if chosen == "moments":
+                error = max(float((a - b).abs().max()) for a, b in zip(found, law, strict=True))
+            else:
+                error = bures_wasserstein(found[0][:, 0], found[1], law[0][:, 0], law[1])
+            points.append(WorkPrecisionPoint(name, nfe, seconds, error, 0.0))
+        else:
+            points.append(_sampled(name, solver, problem, times, samples, repeats, g))
+    return WorkPrecision(problem.name, chosen, tuple(_with_front(points)))
+
+
+def _sampled(
+    name: str,
+    solver: Solver | Integrator,
+    problem: Problem,
+    times: Tensor,
+    samples: int,
+    repeats: int,
+    g: torch.Generator,
+) -> WorkPrecisionPoint:
+    errors, nfe, seconds = [], 0, 0.0
+    for _ in range(repeats):
+        start = problem.sample(samples, g)
+        began = time.perf_counter()
+        found = solve(problem.process, solver, start, times, generator=g)
+        seconds += (time.perf_counter() - began) / repeats
+        nfe = max(nfe, found.nfev)
+        x, y = found.data, problem.sample_end(samples, g)
+        errors.append(sliced_wasserstein(x, y, generator=g) if found.success else math.nan)
+    values = torch.tensor(errors, dtype=torch.float64)
+    spread = float(values.std() / math.sqrt(repeats)) if repeats > 1 else 0.0
+    return WorkPrecisionPoint(name, nfe, seconds, float(values.mean()), spread)
+
+
+def _with_front(points: list[WorkPrecisionPoint]) -> list[WorkPrecisionPoint]:
+    def dominated(point: WorkPrecisionPoint) -> bool:
+        return any(
+            other.nfe <= point.nfe
+            and other.error <= point.error
+            and (other.nfe, other.error) != (point.nfe, point.error)
+            for other in points
+        )
+
+    return [
+        replace(point, pareto=math.isfinite(point.error) and not dominated(point))
+        for point in points
+    ]
