@@ -7,21 +7,21 @@ import io
 import json
 import math
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cldsde.solvers import Integrator, Solver
+
 from .order_estimate import OrderEstimate, Verdict
 from .suite import Check, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["Report"]
-
-_ORDERS = ("weak order", "strong order", "ODE order")
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ class Report:
         Work–precision tables.
     complete
         Whether all checks were made.
+    solvers
+        The solvers by name, for what they declare.
     """
 
     checks: Sequence[Check]
     tables: Sequence[WorkPrecision] = ()
     complete: bool = True
+    solvers: Mapping[str, Solver | Integrator] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, with versions and the machine."""
@@ -50,6 +53,7 @@ class Report:
             "machine": platform.platform(),
             "complete": self.complete,
             "summary": {name: str(verdict) for name, verdict in summarise(self.checks).items()},
+            "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
             "work_precision": [json.loads(table.to_json()) for table in self.tables],
         }
@@ -94,19 +98,28 @@ class Report:
         ]
 
     def solver_table(self) -> list[dict[str, str]]:
-        """Facts of each solver beside what was measured, for the documentation."""
+        """What each solver declares beside what was measured, for the documentation."""
         rows = []
-        for subject in summarise(self.checks):
-            own = [c for c in self.checks if c.subject == subject and c.kind != "kernel"]
-            if not own:
-                continue
-            row = {"solver": subject}
-            for kind in _ORDERS:
-                estimates = [c for c in own if c.kind == kind and c.estimate is not None]
-                row[kind] = _span([c.estimate for c in estimates if c.estimate is not None])
-                declared = {c.declared for c in estimates if c.declared is not None}
-                row[f"{kind}, declared"] = ", ".join(f"{x:g}" for x in sorted(declared))
-            row["problems"] = ", ".join(dict.fromkeys(c.problem for c in own))
+        for name, solver in self.solvers.items():
+            own = [check for check in self.checks if check.subject == name]
+            facts = solver.facts
+            row = {
+                "solver": repr(solver),
+                "applies to": facts.applies_to,
+                "NFE a step": str(facts.nfe_per_step),
+            }
+            for kind, declared in (
+                ("weak order", facts.weak_order),
+                ("strong order", facts.strong_order),
+                ("ODE order", facts.ode_order),
+            ):
+                found = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
+                row[kind] = "" if declared is None else f"{declared:g}"
+                row[f"{kind}, measured"] = _span(found, intervals=True)
+            row["error at 100 steps"] = next(
+                (f"{c.measured:.1e}" for c in own if c.kind == "error at 100 steps" and c.measured),
+                "",
+            )
             rows.append(row)
         return rows
 
@@ -157,13 +170,18 @@ def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
     )
 
 
-def _span(estimates: Sequence[OrderEstimate]) -> str:
+def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str:
     """Orders measured on several problems, from the lowest to the highest."""
-    orders = [estimate.order for estimate in estimates if math.isfinite(estimate.order)]
-    if not orders:
+    found = [estimate for estimate in estimates if math.isfinite(estimate.order)]
+    if not found:
         return "—" if estimates else ""
+    orders = [estimate.order for estimate in found]
     low, high = f"{min(orders):.2f}", f"{max(orders):.2f}"
-    return low if low == high else f"{low} … {high}"
+    text = low if low == high else f"{low} … {high}"
+    if intervals:
+        ends = min(estimate.low for estimate in found), max(estimate.high for estimate in found)
+        text += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
+    return text
 
 
 def _html_row(check: Check) -> dict[str, str]:

@@ -102,12 +102,12 @@ def prepare(options: Namespace) -> Callable[[], None]:
                     bar.set_postfix_str(check.subject)
                     bar.update()
                     if file is not None:
-                        Report(found, complete=False).write_json(file)
+                        Report(found, complete=False, solvers=chosen).write_json(file)
             if folder is not None:
                 tables += _diagrams(chosen, cases)
             complete = True
         finally:
-            report = Report(found, tables, complete)
+            report = Report(found, tables, complete, chosen)
             if file is not None:
                 report.write_json(file)
             if folder is not None:
