@@ -1,8 +1,8 @@
 """Fréchet distances of solvers on trained velocity-score networks: the docs' table on digits.
 
-``python benchmarks/digits_solvers.py RUNS docs/data/digits-solvers.json`` trains the demonstration's
-network for each seed in a folder of RUNS, or takes what is trained there, and samples it with each
-recipe. Finished cells are kept, so that it can be interrupted.
+``python benchmarks/digits_solvers.py RUNS docs/data/digits-solvers.json`` trains the network of the
+demonstration for each seed in a folder of RUNS, or takes what is trained there, and samples it with
+each recipe. Finished cells are kept, so that it can be interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from cldsde import ReverseProcess, solvers
 from cldsde.images.data import digits
-from cldsde.images.demo import DemoConfig, _trained_model
+from cldsde.images.demo import DemoConfig, trained_model
 from cldsde.images.metrics import frechet_distance, train_classifier
 from cldsde.images.runs import RunFolder
 from cldsde.solvers.progress import progress_bar
@@ -98,7 +98,7 @@ def main() -> None:
     for model_seed in arguments.models:
         config = DemoConfig(seed=model_seed)
         run = RunFolder(arguments.runs / str(model_seed), config.resolved())
-        model = _trained_model(config, data, run, progress=True)
+        model = trained_model(config, data, run, progress=True)
         process, sde = ReverseProcess(model.sde, model), model.sde
         for name, (solver, grid_name, eps, T) in progress_bar(list(RECIPES.items()), shown=True):
             row = results.setdefault(name, {})

@@ -1,7 +1,7 @@
 """Bias of Gotta Go Fast after rejections: the docs' table.
 
-``python benchmarks/gotta_go_fast_bias.py docs/data/gotta-go-fast-bias.json`` samples two narrow modes
-at ±1 under VP and writes E|x| in units of its value.
+``python benchmarks/gotta_go_fast_bias.py docs/data/gotta-go-fast-bias.json`` samples two narrow
+modes at ±1 under VP and writes E|x| in units of its value.
 """
 
 from __future__ import annotations

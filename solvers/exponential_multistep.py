@@ -59,6 +59,11 @@ class ExponentialMultistep(Solver):
     the first steps allow; those of order 3 mend the first step without being asked to. With noise
     it is the weak order, and ends at 2.
 
+    For CLD the defaults are good: polynomials in time, on `root_times`. To sample a trained network
+    take order 2 and stochasticity 1, from 7 evaluations on; for a deterministic map with an exact
+    score order 3 and the corrector, on `logistic_times`. ``variable="log_snr"`` and grids in the
+    signal-to-noise ratio, made for one component, may be far worse there.
+
     Parameters
     ----------
     order

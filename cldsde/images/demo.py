@@ -25,7 +25,7 @@ from cldsde.linear import CLD
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["DemoConfig", "DemoReport", "run_demo"]
+__all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
 
 _CHECKPOINT = "model.safetensors"
 _RESULTS = (
@@ -154,7 +154,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     began = time.monotonic()
     data = digits()
     classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
-    model = _trained_model(config, data, run, progress=progress)
+    model = trained_model(config, data, run, progress=progress)
     process = ReverseProcess(model.sde, model)
 
     real = torch.cat([data.train, data.held_out])
@@ -204,9 +204,27 @@ def _stored_report(run: RunFolder) -> DemoReport:
         raise ValueError(run.damaged("results.json", error)) from error
 
 
-def _trained_model(
+def trained_model(
     config: DemoConfig, data: ImageData, run: RunFolder, *, progress: bool
 ) -> MixedScore:
+    """Train the demonstration's network, or load it where the run has it.
+
+    Parameters
+    ----------
+    config
+        What to train.
+    data
+        The digits.
+    run
+        Where the checkpoint is.
+    progress
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is damaged.
+    """
     sde = CLD()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
