@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .plain import plain
+
 __all__ = ["Level", "OrderEstimate", "Verdict", "estimate_order"]
 
 _NOT_FINITE = "not finite"
@@ -104,7 +106,7 @@ class OrderEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and `exceeds` as strict JSON knows them: lists for tuples, None for NaN."""
-        return {**_plain(asdict(self)), "exceeds": self.exceeds}
+        return {**plain(asdict(self)), "exceeds": self.exceeds}
 
     def to_json(self) -> str:
         """`to_dict` as a JSON text."""
@@ -118,16 +120,6 @@ class OrderEstimate:
         if self.expected is None:
             return measured
         return f"{measured}, declared {self.expected:g}: {self.verdict}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return str(value) if isinstance(value, Verdict) else value
 
 
 def estimate_order(

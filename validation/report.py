@@ -61,7 +61,7 @@ class Report:
     def write_json(self, file: Path) -> None:
         """Write the report, or leave the file as it was."""
         part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         part.replace(file)
 
     def to_text(self) -> str:

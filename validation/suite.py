@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from cldsde.solvers.grids import quadratic_times, uniform_times
 
 from .order_estimate import OrderEstimate, Verdict
 from .orders import FlowCase, PathCase, moment_error, ode_order, strong_order, weak_order
+from .plain import plain
 from .problems import Problem, forward_processes
 from .reference import GaussianReference, reference_kernel
 
@@ -147,7 +147,8 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
-        result: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        estimate = None if self.estimate is None else self.estimate.to_dict()
+        result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
         return result
 
 

@@ -18,6 +18,7 @@ from cldsde.solvers.progress import progress_bar
 
 from .metrics import bures_wasserstein, sliced_wasserstein
 from .moments import propagate_moments
+from .plain import plain
 from .problems import Problem
 from .reference import GaussianReference
 
@@ -71,8 +72,8 @@ class WorkPrecision:
     points: tuple[WorkPrecisionPoint, ...]
 
     def to_json(self) -> str:
-        """The table as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """The table as JSON; null for an error that is not finite."""
+        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
         """The table as Markdown: a line a solver, a column a budget; Pareto points are bold."""

@@ -1,0 +1,20 @@
+"""Results in the types that strict JSON knows."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any
+
+__all__ = ["plain"]
+
+
+def plain(value: Any) -> Any:
+    """A nest of dicts and sequences, with lists for tuples and None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, enum.StrEnum) else value
