@@ -440,11 +440,11 @@ class TestLaw:
 
     @pytest.mark.slow
     def test_what_the_bridge_leaves_goes_with_the_tolerance_and_fresh_noise_does_not(self) -> None:
-        coarse, one = self.size("bridge", 0.05, 0.01, 40_000)
-        fine, other = self.size("bridge", 0.01, 0.002, 40_000, seed=2)
+        coarse, one = self.size("bridge", 0.05, 0.01, 200_000)
+        fine, other = self.size("bridge", 0.01, 0.002, 200_000, seed=2)
         assert abs(fine - 1) <= 4 * other + 1e-4
         assert abs(coarse - fine) <= 4 * math.hypot(one, other) + 5e-4
-        fresh, error = self.size("fresh", 0.01, 0.002, 40_000)
+        fresh, error = self.size("fresh", 0.01, 0.002, 200_000)
         assert fresh - 1 > 0.01 > 20 * error
 
     @every_family
