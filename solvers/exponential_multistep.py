@@ -61,8 +61,8 @@ class ExponentialMultistep(Solver):
 
     For CLD the defaults are good: polynomials in time, on `root_times`. To sample a trained network
     take order 2 and stochasticity 1, from 7 evaluations on; for a deterministic map with an exact
-    score order 3 and the corrector, on `logistic_times`. ``variable="log_snr"`` and grids in the
-    signal-to-noise ratio, made for one component, may be far worse there.
+    score order 3 and the corrector, on `logistic_times`. Polynomials in log-SNR, made for one
+    component, are less accurate for CLD than those in time.
 
     Parameters
     ----------
