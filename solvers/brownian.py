@@ -148,7 +148,6 @@ class BrownianPath(NoiseSource):
         # The latest pair of halves at each depth, with the key of what they are halves of: all that
         # a walk along a grid comes back to.
         self._pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
-        self._carried: dict[tuple[float, float], Tensor] = {}
 
     def increment(self, s: float, t: float) -> Tensor:
         """ΔW over [s, t], ``(B, m, *D)``, for s < t; m is the number of columns of G.
@@ -248,18 +247,16 @@ class BrownianPath(NoiseSource):
         parts = [self._cover(self._top, s, t) for s, t in intervals]
         return [
             _Reading(
-                nodes,
-                [(block @ self._carried_to(node.end, t) @ _root(node)).tolist() for node in nodes],
+                nodes, [(block @ self._carried(node, t) @ _root(node)).tolist() for node in nodes]
             )
             for nodes, (_, t), block in zip(parts, intervals, blocks, strict=True)
         ]
 
-    def _carried_to(self, s: float, t: float) -> Tensor:
-        """`_carry` of one interval, computed alone: batches are rounded otherwise."""
-        if (s, t) not in self._carried:
-            ends = torch.tensor([[s], [t]], dtype=torch.float64)
-            self._carried[s, t] = self._carry(*ends)[0]
-        return self._carried[s, t]
+    def _carried(self, node: _Node, t: float) -> Tensor:
+        """What a node contributes at a later time; one by one, as batches are rounded otherwise."""
+        if node.end == t:
+            return torch.eye(self._size, dtype=torch.float64)
+        return self._carry(*torch.tensor([[node.end], [t]], dtype=torch.float64))[0]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
         """The largest nodes that make up [s, t]."""
@@ -413,12 +410,9 @@ class _Reading:
     blocks: list[Block]
 
     def value(self, path: BrownianPath) -> Tensor:
-        return combine(
-            *[
-                (block, path._normals(node))
-                for block, node in zip(self.blocks, self.nodes, strict=True)
-            ]
-        )
+        # From the latest on, as solvers walk down in time and pairs are kept for who comes next.
+        normals = [path._normals(node) for node in reversed(self.nodes)]
+        return combine(*zip(self.blocks, reversed(normals), strict=True))
 
 
 class _StepNoise(NoiseSource):

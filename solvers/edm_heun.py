@@ -87,7 +87,8 @@ class EDMHeun(Solver):
         check_at_least(self.churn, 0.0, "churn")
         check_positive(self.noise_scale, "noise_scale")
         ends = self.churn_range
-        if not (isinstance(ends, tuple) and len(ends) == 2 and 0 <= ends[0] <= ends[1]):
+        numbers = isinstance(ends, tuple) and all(isinstance(end, int | float) for end in ends)
+        if not (numbers and len(ends) == 2 and 0 <= ends[0] <= ends[1]):
             msg = f"churn_range must be (S_min, S_max) with 0 ≤ S_min ≤ S_max; got {ends!r}"
             raise ValueError(msg)
 
