@@ -1,6 +1,6 @@
 """Solvers of the reverse process: `solve` runs one over a time grid."""
 
-from .adaptive import Integration, Integrator
+from .adaptive import EvenSteps, Integration, Integrator
 from .affine import Affine, AffineSolver
 from .base import Facts, Memory, OffGrid, PathDriven, PathNoise, Solver
 from .brownian import BrownianPath
@@ -36,6 +36,7 @@ __all__ = [
     "BrownianPath",
     "EDMHeun",
     "EulerMaruyama",
+    "EvenSteps",
     "ExponentialEuler",
     "ExponentialMultistep",
     "Facts",

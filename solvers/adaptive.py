@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from .base import Facts
 from .noise import NoiseSource
 from .progress import progress_bar
 
-__all__ = ["ActiveSamples", "Callback", "Integration", "Integrator", "common_time"]
+__all__ = [
+    "LOOSE",
+    "ActiveSamples",
+    "Callback",
+    "EvenSteps",
+    "Integration",
+    "Integrator",
+    "common_time",
+]
+
+LOOSE = 1e12
+"""A tolerance that no step fails."""
 
 Callback = Callable[[int, Any, Tensor], object]
 """What `solve` calls after each step, with the number of steps so far, the time and the state."""
@@ -93,6 +104,15 @@ class Integrator(ABC):
         progress
             Show how many samples have arrived on stderr.
         """
+
+
+@runtime_checkable
+class EvenSteps(Protocol):
+    """An integrator that chooses its times, but can be made to take steps of one length."""
+
+    def with_step(self, h: float) -> Integrator:
+        """The same method with steps of length h and no control of its error."""
+        ...
 
 
 class ActiveSamples:

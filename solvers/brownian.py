@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BrownianPath"]
 
-_PANELS, _NODES = 4, 16
+_PANELS, _NODES = 4, 16  # at least so many panels
 _HALVINGS = 20  # of a cell between given times, before a time is met exactly
 
 
@@ -225,8 +225,8 @@ class BrownianPath(NoiseSource):
             blocks = torch.cat([increment, noise.integral], dim=-1)
         elif self._integrals:
             blocks = torch.cat([blocks, noise.integral], dim=-1)
-        moments = times.tolist()
-        steps = list(zip(moments[1:], moments[:-1], strict=True))
+        ends = times.tolist()
+        steps = list(zip(ends[1:], ends[:-1], strict=True))
         return _StepNoise(self, self._read(steps, list(blocks)))
 
     def _check_integrals(self, what: str) -> None:
@@ -243,7 +243,7 @@ class BrownianPath(NoiseSource):
                     f"an interval of the path must have {low:g} ≤ s < t ≤ {high:g}; got [{s}, {t}]"
                 )
                 raise ValueError(msg)
-        self._refine(sorted({moment for interval in intervals for moment in interval}))
+        self._refine(sorted({at for interval in intervals for at in interval}))
         parts = [self._cover(self._top, s, t) for s, t in intervals]
         return [
             _Reading(
@@ -284,12 +284,12 @@ class BrownianPath(NoiseSource):
             self._set_rotations([node for node in level if node.children is not None])
         return top
 
-    def _refine(self, moments: list[float]) -> None:
-        """Split cells until every moment is the end of one."""
-        frontier = [(self._top, moments)]
+    def _refine(self, stops: list[float]) -> None:
+        """Split cells until every stop is the end of one."""
+        frontier = [(self._top, stops)]
         while frontier:
             node, near = frontier.pop()
-            inside = [moment for moment in near if node.start < moment < node.end]
+            inside = [at for at in near if node.start < at < node.end]
             if not inside:
                 continue
             if node.children is None:
@@ -318,9 +318,13 @@ class BrownianPath(NoiseSource):
         s = torch.tensor([node.start for node in nodes], dtype=torch.float64)
         t = torch.tensor([node.end for node in nodes], dtype=torch.float64)
         x, w = gauss_legendre(_NODES)
-        x = ((torch.arange(_PANELS).unsqueeze(1) + x) / _PANELS).flatten()
-        w = (w / _PANELS).repeat(_PANELS)
         span = (t - s).unsqueeze(1)
+        # Panels short enough for Ψ to change little.
+        probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64)
+        change = float((self._sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
+        panels = max(_PANELS, math.ceil(change))
+        x = ((torch.arange(panels).unsqueeze(1) + x) / panels).flatten()
+        w = (w / panels).repeat(panels)
         at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
         functional = torch.eye(self._columns, dtype=torch.float64).expand(*at.shape, -1, -1)
         if self._integrals:

@@ -129,7 +129,8 @@ def solve(
     t_eval
         Times at which states are wanted, decreasing; of the grid, or, for solvers that choose
         their times, any between its ends. None keeps the last state only. What a solver mends of a
-        state with the next step, as a corrector does, is not seen.
+        state with the next step, as a corrector does, is not seen; and one that merges moves across
+        grid times, as `SSCS`, draws more noise where its state is wanted there.
     callback
         Called after each step as ``callback(step, t, z)``, with the number of steps so far, the
         time and the state, not to be changed, and to be cloned if kept; where each sample has its
@@ -185,7 +186,8 @@ def solve(
     final = _final(sde, grid[-1], denoise)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         if isinstance(solver, Solver):
-            if (kept is not None or callback is not None) and isinstance(solver, OffGrid):
+            watched = callback is not None or (kept is not None and bool((kept > grid[-1]).any()))
+            if watched and isinstance(solver, OffGrid):
                 solver = solver.on_grid()
             last = grid[-1:] if final is not None else grid[:0]
             run = _step_through(process, solver, z, grid, source, kept, callback, progress, last)
@@ -256,15 +258,15 @@ def _step_through(
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(process, grid)
     score = _CountedScore(process, torch.cat([asked, also_asked]), z)
-    moments = grid.tolist()
-    wanted = set(moments[-1:] if kept is None else kept.tolist())
+    instants = grid.tolist()
+    wanted = set(instants[-1:] if kept is None else kept.tolist())
 
     memory: Memory = ()
-    saved = [(moments[0], z)] if moments[0] in wanted else []
+    saved = [(instants[0], z)] if instants[0] in wanted else []
     steps, stopped = 0, False
     for i in progress_bar(range(len(grid) - 1), shown=progress, desc=type(solver).__name__):
         z, memory = solver.step(z, memory, tables, i, score, noise)
-        steps, at = i + 1, moments[i + 1]
+        steps, at = i + 1, instants[i + 1]
         if at in wanted:
             saved.append((at, z))
         if callback is not None and callback(steps, at, z):

@@ -24,9 +24,8 @@ __all__ = ["EDMHeun"]
 class _Tables(NamedTuple):
     churn_state: list[Block]
     churn_noise: list[Block]  # a zero where no noise is added
-    euler_state: list[Block]
+    euler_state: list[Block]  # of Heun's step, too
     euler_score: list[Block]
-    heun_state: list[Block]
     heun_first: list[Block]
     heun_second: list[Block]
     evaluations: list[int]  # number of the first evaluation of each step, and of all
@@ -137,7 +136,6 @@ class EDMHeun(Solver):
             blocks(alpha_hat * self.noise_scale * added),
             blocks(following / alpha_hat),
             blocks(following * step * slope_hat),
-            blocks(following / alpha_hat),
             blocks(following * step * slope_hat * 0.5),
             blocks(following * step * slope * 0.5),
             [0, *(2 - to_end.to(torch.int64)).cumsum(0).tolist()],
@@ -163,7 +161,7 @@ class EDMHeun(Solver):
             return guess, ()
         second = score(guess, asked + 1)
         return combine(
-            (tables.heun_state[i], z),
+            (tables.euler_state[i], z),
             (tables.heun_first[i], first),
             (tables.heun_second[i], second),
         ), ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 
-from .adaptive import ActiveSamples, Callback, Integration, Integrator, common_time
+from .adaptive import LOOSE, ActiveSamples, Callback, Integration, Integrator, common_time
 from .base import Facts
 from .combine import per_sample
 from .noise import NoiseSource
@@ -50,6 +51,10 @@ class ProbabilityFlow(Integrator):
         Tolerances, > 0.
     max_nfev
         Evaluations of a sample after which to give up.
+    first_step
+        Length of the first step, > 0; None chooses one.
+    max_step
+        Length of the longest step, > 0.
 
     Raises
     ------
@@ -61,6 +66,8 @@ class ProbabilityFlow(Integrator):
     rtol: float = 1e-5
     atol: float = 1e-5
     max_nfev: int = 10_000
+    first_step: float | None = None
+    max_step: float = math.inf
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
@@ -71,6 +78,10 @@ class ProbabilityFlow(Integrator):
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_at_least(self.max_nfev, 1, "max_nfev")
+        if self.first_step is not None:
+            check_positive(self.first_step, "first_step")
+        if self.max_step != math.inf:
+            check_positive(self.max_step, "max_step")
 
     @property
     def facts(self) -> Facts:
@@ -82,6 +93,10 @@ class ProbabilityFlow(Integrator):
             ode_order=tableau.order,
             adaptive=True,
         )
+
+    def with_step(self, h: float) -> ProbabilityFlow:
+        """The same method with steps of length h and no control of its error."""
+        return replace(self, rtol=LOOSE, atol=LOOSE, first_step=h, max_step=h)
 
     def integrate(
         self,
@@ -112,17 +127,21 @@ class ProbabilityFlow(Integrator):
         )
         f, h = torch.zeros_like(z), samples.t - end
         rejected = torch.zeros(len(z), dtype=torch.bool)
-        going = samples.screen(h, cost=2)
+        at_start = 2 if self.first_step is None else 1
+        going = samples.screen(h, cost=at_start)
         if samples.on_their_way():
-            samples.spend(2)
+            samples.spend(at_start)
             f = flow(z, samples.t)
-            h = self._first_step(flow, z, samples.t, f, end)
+            if self.first_step is None:
+                h = self._first_step(flow, z, samples.t, f, end)
+            else:
+                h = torch.full_like(samples.t, self.first_step)
             going = samples.screen(h, tableau.n_stages)
         while samples.on_their_way():
             if going is not None:
                 on_device = going.to(z.device)
                 h, rejected, z, f = h[going], rejected[going], z[on_device], f[on_device]
-            h, after = samples.attempt(h)
+            h, after = samples.attempt(h.clamp_max(self.max_step))
             samples.spend(tableau.n_stages)
             stages, dt = [f], per_sample(h, z)
             for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):

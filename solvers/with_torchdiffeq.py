@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .adaptive import Callback, Integration, Integrator
+from .adaptive import LOOSE, Callback, Integration, Integrator
 from .base import Facts
 from .noise import NoiseSource
 from .progress import progress_bar
@@ -106,7 +106,7 @@ class TorchDiffEq(Integrator):
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_at_least(self.max_nfev, 1, "max_nfev")
-        own = {"step_t", "step_size", "grid_constructor"} & set(self.options)
+        own = {"step_t", "step_size", "grid_constructor", "dtype"} & set(self.options)
         if own:
             msg = f"options must leave {', '.join(sorted(own))} to the grid; got {self.options!r}"
             raise ValueError(msg)
@@ -122,6 +122,20 @@ class TorchDiffEq(Integrator):
             adaptive=self.method in _ADAPTIVE,
         )
 
+    def with_step(self, h: float) -> TorchDiffEq:
+        """The same method with steps of length h and no control of its error.
+
+        Raises
+        ------
+        ValueError
+            If the method steps through the grid that is given.
+        """
+        if self.method in _FIXED:
+            msg = f"method {self.method!r} steps through the grid that is given"
+            raise ValueError(msg)
+        options = {**self.options, "first_step": h, "max_step": h}
+        return replace(self, rtol=LOOSE, atol=LOOSE, options=options)
+
     def integrate(
         self,
         process: ReverseProcess,
@@ -136,10 +150,12 @@ class TorchDiffEq(Integrator):
         """Run all samples from ``times[0]`` down to ``times[-1]`` by one call of torchdiffeq."""
         from torchdiffeq import odeint  # slow to import, and seldom wanted
 
-        grid = times.to(z.device)
+        # Apple's devices have no float64.
+        precision = torch.float32 if z.device.type == "mps" else torch.float64
+        grid, ahead = times.to(z.device, precision), stops.to(z.device, precision)
         options = dict(self.options)
         if self.method in _ADAPTIVE:
-            options["step_t"] = stops.to(z.device)
+            options.update(step_t=ahead, dtype=precision)
             if torch.is_grad_enabled():
                 # torchdiffeq would take its guess of the first step for a function of the state.
                 options.setdefault("first_step", 1e-3 * float(times[0] - times[-1]))
@@ -153,7 +169,7 @@ class TorchDiffEq(Integrator):
                     found = odeint(
                         flow,
                         z,
-                        torch.cat([grid[:1], stops.to(z.device)]),
+                        torch.cat([grid[:1], ahead]),
                         rtol=self.rtol,
                         atol=self.atol,
                         method=self.method,

@@ -45,7 +45,7 @@ _QUARTERS = 4  # the diffusion is asked for at quarters of a step
 class _Tables(NamedTuple):
     state: list[Block]  # of the drift in the reverse clock, one for each evaluation
     score: list[Block]
-    diffusion: list[Tensor]  # at the quarters of all steps, (k, m)
+    diffusion: list[Block]  # at the quarters of all steps
     times: list[float]
 
 
@@ -112,7 +112,7 @@ class TorchSDE(Solver):
         return _Tables(
             as_blocks(-sde.drift(asked)),
             as_blocks((G @ G.mT)[..., list(sde.driven)]),
-            list(sde.diffusion(at.clamp(times[-1], times[0])).flatten(0, 1)),
+            as_blocks(sde.diffusion(at.clamp(times[-1], times[0])).flatten(0, 1)),
             times.tolist(),
         )
 
@@ -147,7 +147,7 @@ class TorchSDE(Solver):
         reverse = _Step(method.calculus, tables, i, evaluations, score, z)
         solver = methods.select(self.method, method.calculus)(
             sde=base_sde.ForwardSDE(reverse),
-            bm=_Increments(noise, z, tables.diffusion[0].shape[-1]),
+            bm=_Increments(noise, z, len(tables.diffusion[0][0])),
             dt=1.0,
             adaptive=False,
             rtol=0.0,
@@ -177,11 +177,11 @@ class _Step:
         z = _unpack(y, self._like)
         return _pack(combine((tables.state[j], z), (tables.score[j], self._score(z, j))))
 
-    def g(self, s: float, y: Tensor) -> Tensor:
+    def g_prod(self, s: float, y: Tensor, v: Tensor) -> Tensor:
         start, end = self._tables.times[self._i], self._tables.times[self._i + 1]
         quarter = round(_QUARTERS * (start + s) / (start - end))
         G = self._tables.diffusion[self._i * (_QUARTERS + 1) + quarter]
-        return G.to(y).expand(len(y), -1, -1)
+        return _pack(combine((G, _unpack(v, self._like))))
 
 
 class _Increments:
@@ -212,7 +212,7 @@ def _pack(z: Tensor) -> Tensor:
 
 
 def _unpack(y: Tensor, like: Tensor) -> Tensor:
-    return y.reshape(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    return y.reshape(len(like), *like.shape[2:], y.shape[1]).movedim(-1, 1)
 
 
 class _TorchSDEForm(torch.nn.Module):

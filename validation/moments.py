@@ -114,7 +114,9 @@ def propagate_moments(
         rows = [tensor.shape[1] for tensor in (z, *kept)]
         out = torch.cat([z, *kept], dim=1).flatten(1)
         b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size :] - out[0]).T
-        if float((out[1 + size] - b - 2 * X.sum(1)).abs().max()) > 1e-9 * float(out.abs().max()):
+        rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
+        # Where the step is not finite the moments will not be, either.
+        if rest > 1e-9 * float(out.abs().max()):
             msg = (
                 f"process: its score is not affine in the state at step {i}, so the solver's step "
                 "is not; take Gaussian data"

@@ -60,17 +60,12 @@ class Problem:
         """The reverse process with the exact score."""
         return ReverseProcess(self.sde, self.data.score(self.sde))
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw states of the exact law at the start, ``(n, k, D)`` float64."""
+    def sample(self, n: int, generator: torch.Generator, *, at: float | None = None) -> Tensor:
+        """Draw states of the exact law at a time, None for the start, ``(n, k, D)`` float64."""
         x = self.data.sample(n, generator=generator, dtype=torch.float64)
         z = self.sde.augment(x, generator=generator)
-        return self.sde.transition(0.0, self.start).sample(z, generator=generator)
-
-    def sample_end(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw data of the exact law at the end, ``(n, D)`` float64."""
-        x = self.data.sample(n, generator=generator, dtype=torch.float64)
-        z = self.sde.augment(x, generator=generator)
-        return self.sde.transition(0.0, self.end).sample(z, generator=generator)[:, 0]
+        kernel = self.sde.transition(0.0, self.start if at is None else at)
+        return kernel.sample(z, generator=generator)
 
 
 def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
@@ -111,12 +106,16 @@ def problems() -> dict[str, Problem]:
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     families = {
         "VP": VPSDE(0.1, 8.0),
+        "sub-VP": SubVPSDE(0.1, 8.0),
         "VE": VESDE(0.1, 5.0),
         "CLD": CLD(),
         "CLD, linear schedule": CLD(beta=(1.0, 7.0)),
         "CLD, underdamped": CLD(friction=0.3),
+        "CLD, overdamped": CLD(friction=3.0),
         "PSLD": PSLD(),
         "HOLD": HOLD(),
+        "four components": _four_components(),
+        "non-commuting": _non_commuting(),
     }
     cases = [Problem(name, sde, gaussian) for name, sde in families.items()]
     cases += [

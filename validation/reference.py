@@ -160,7 +160,11 @@ class GaussianReference:
         self._psi, self._flow, self._reverse = found[:, 1], found[:, 2], found[:, 3]
 
     def _index(self, t: float) -> int:
-        return bisect.bisect_left(self._times, t)
+        i = bisect.bisect_left(self._times, t)
+        if i == len(self._times) or self._times[i] != t:
+            msg = f"t must be one of the {len(self._times)} times that were given; got {t!r}"
+            raise ValueError(msg)
+        return i
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
         """Mean ``(k, 1)`` and covariance ``(k, k)`` at a time."""

@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cldsde.solvers import Integrator, Solver
 
 from .order_estimate import OrderEstimate, Verdict
-from .suite import Check, summarise
+from .suite import Check, declared_too_low, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["Report"]
@@ -72,7 +73,7 @@ class Report:
             own = [check for check in self.checks if check.subject == subject]
             if subject == "kernels":
                 own = [check for check in self.checks if check.kind == "kernel"]
-                worst = max(check.measured or 0.0 for check in own)
+                worst = float(np.max([check.measured for check in own]))
                 rows.append(
                     ("kernels", "≤ 1e-10", f"{worst:.0e}", f"{len(own)} processes", str(verdict))
                 )
@@ -91,11 +92,16 @@ class Report:
 
     def failures(self) -> list[str]:
         """What failed, a line each."""
-        return [
+        lines = [
             f"{check.subject}, {check.kind} on {check.problem}: {check.message}"
             for check in self.checks
-            if str(check.verdict) == "FAIL"
+            if check.verdict is Verdict.FAIL
         ]
+        for name in self.solvers:
+            kind = declared_too_low([check for check in self.checks if check.subject == name])
+            if kind:
+                lines.append(f"{name}, {kind}: above what is declared on every problem")
+        return lines
 
     def solver_table(self) -> list[dict[str, str]]:
         """What each solver declares beside what was measured, for the documentation."""

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         work()
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{program}: {_COMMANDS[options.command].INTERRUPTED}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
         _complain(program, error)

@@ -15,7 +15,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.devices import resolve_device
 
-__all__ = ["add_arguments", "prepare"]
+__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
+
+INTERRUPTED = "interrupted; the same command goes on"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -21,15 +21,17 @@ from cldsde.validation import Problem, Report, Verdict, WorkPrecision, problems,
 from cldsde.validation.suite import (
     QUICK_PROBLEMS,
     Check,
-    applies,
     checks,
     count,
     find_solver,
     named_solvers,
+    refusal,
 )
 
-__all__ = ["add_arguments", "prepare"]
+__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
+
+INTERRUPTED = "interrupted; results so far are in the file of --json and the page of --out"
 
 _DIAGRAMS = ("VP", "CLD")  # problems that work–precision diagrams are drawn of
 
@@ -114,13 +116,25 @@ def prepare(options: Namespace) -> Callable[[], None]:
                 report.write_html(folder)
                 print(f"The page is {(folder / 'index.html').resolve()}")
             print(report.to_text())
-        failed = [name for name, verdict in report.summary().items() if verdict is Verdict.FAIL]
-        if failed:
-            print("\n" + "\n".join(report.failures()), file=sys.stderr)
-            msg = f"{len(failed)} of {len(report.summary())} failed: {', '.join(failed)}"
-            raise ArithmeticError(msg)
+        _judge(report, options.solver or [], cases)
 
     return work
+
+
+def _judge(report: Report, named: list[str], cases: dict[str, Problem]) -> None:
+    """Raise where a solver failed, or one that was named was not measured at all."""
+    summary = report.summary()
+    idle = [name for name in named if name not in summary]
+    if idle:
+        reasons = [refusal(report.solvers[idle[0]], problem) for problem in cases.values()]
+        why = next(filter(None, reasons), "it declares nothing that these problems measure")
+        msg = f"--solver {idle[0]}: no problem to measure it on: {why}"
+        raise ValueError(msg)
+    failed = [name for name, verdict in summary.items() if verdict is Verdict.FAIL]
+    if failed:
+        print("\n" + "\n".join(report.failures()), file=sys.stderr)
+        msg = f"{len(failed)} of {len(summary)} failed: {', '.join(failed)}"
+        raise ArithmeticError(msg)
 
 
 def _diagrams(
@@ -132,7 +146,7 @@ def _diagrams(
             fitting = {
                 name: solver
                 for name, solver in chosen.items()
-                if isinstance(solver, Solver) and applies(solver, problem)
+                if isinstance(solver, Solver) and not refusal(solver, problem)
             }
             tables.append(work_precision(problem, fitting, progress=True))
     return tables
