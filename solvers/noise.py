@@ -128,8 +128,8 @@ class SampleNoise(NoiseSource):
     True
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.seeds = tuple(seeds)
+    def __init__(self, seeds: Sequence[int] | Tensor) -> None:
+        self.seeds = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, Integral):
                 msg = f"seeds must be integers, one a sample; got {seed!r}"

@@ -222,7 +222,10 @@ class _WatchedFlow:
             raise _EndError(msg)
         at = t.detach().to("cpu", torch.float64)
         if not bool(at.isfinite()):
-            msg = "the step length is not finite: the score is not"
+            msg = (
+                "the step length is not finite: the score is not, or rtol and atol cannot be met "
+                f"in {z.dtype}"
+            )
             raise _EndError(msg)
         self.nfev += 1
         try:

@@ -72,7 +72,8 @@ def sliced_wasserstein(
         msg = "POT is missing; install the extra: pip install 'cldsde[validation]'"
         raise ImportError(msg) from error
     if x.shape[1] == 1:
-        return float(np.sqrt(ot.wasserstein_1d(x[:, 0].numpy(), y[:, 0].numpy(), p=2)))
+        squared = ot.wasserstein_1d(x[:, 0].double().numpy(), y[:, 0].double().numpy(), p=2)
+        return float(np.sqrt(squared))
     draw = torch.randn(projections, x.shape[1], dtype=torch.float64, generator=generator)
     directions = (draw / draw.norm(dim=1, keepdim=True)).T.numpy()
     found = ot.sliced_wasserstein_distance(

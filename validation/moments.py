@@ -41,7 +41,10 @@ class _BasisNoise(NoiseSource):
         self._draws = iter(parts)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        draw = next(self._draws)
+        draw = next(self._draws, None)
+        if draw is None or draw.shape[1] != rows:
+            msg = "solver: the noise that its step draws depends on the state"
+            raise ValueError(msg)
         return torch.cat([draw.new_zeros(len(z) - len(draw), *draw.shape[1:]), draw])
 
 

@@ -147,7 +147,7 @@ class Report:
             curves=[
                 (subject, _curves(subject, self.checks))
                 for subject in summarise(self.checks)
-                if any(c.estimate is not None and c.subject == subject for c in self.checks)
+                if any(c.subject == subject and _drawable(c) for c in self.checks)
             ],
             diagrams=[(table.problem, _diagram(table)) for table in self.tables],
         )
@@ -207,13 +207,19 @@ def _html_row(check: Check) -> dict[str, str]:
     }
 
 
+def _drawable(check: Check) -> bool:
+    """Whether there is a level to draw."""
+    levels = () if check.estimate is None else check.estimate.levels
+    return any(math.isfinite(level.error) and level.error > 0 for level in levels)
+
+
 def _curves(subject: str, found: Sequence[Check]) -> str:
     """Errors against steps of one solver, levels that were dropped hollow."""
     figure, axes = _canvas()
-    own = [c for c in found if c.subject == subject and c.estimate is not None]
+    own = [c for c in found if c.subject == subject and _drawable(c)]
     for i, check in enumerate(own):
         assert check.estimate is not None
-        levels = [level for level in check.estimate.levels if math.isfinite(level.error)]
+        levels = [x for x in check.estimate.levels if math.isfinite(x.error) and x.error > 0]
         kept = [level for level in levels if level.kept]
         colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
         axes.plot(

@@ -40,7 +40,6 @@ QUICK_PROBLEMS = ("VP", "VE", "CLD", "CLD, linear schedule", "VP, two points")
 
 
 _KERNEL_TOLERANCE = 1e-10
-_FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError)
 
 
 def named_solvers() -> dict[str, Solver | Integrator]:
@@ -117,8 +116,8 @@ class Check:
     Attributes
     ----------
     kind
-        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"bias"`` or
-        ``"error at 100 steps"``.
+        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"NFE a step"``,
+        ``"bias"`` or ``"error at 100 steps"``.
     subject
         Name of the solver, or of the process whose kernel it is.
     problem
@@ -235,6 +234,7 @@ def _kernel_check(name: str, sde: LinearSDE) -> Check:
 
 _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
 _RINGS = ("CLD, ring", "VP, ring")
+_COUNTED = ("VP", "CLD")  # where evaluations are counted
 
 
 def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> list[str]:
@@ -245,8 +245,8 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
         return ["bias"] if noisy else []
     if facts.adaptive and facts.ode_order is None:
         return []
-    # On rings single samples rule the errors; they are for work and precision. Functions of time are
-    # evaluated one by one, which takes integrators minutes.
+    # On rings single samples rule the errors; they are for work and precision. Functions of time
+    # are evaluated one by one, which takes integrators minutes.
     slow = problem.name == "non-commuting" and isinstance(solver, Integrator)
     if problem.name in _RINGS or slow:
         return []
@@ -259,8 +259,10 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
         kinds.append("weak order")
     if isinstance(solver, Solver) and not problem.gaussian and problem.dimension == 1 and not quick:
         kinds += ["weak order"] if isinstance(solver, PathDriven) and facts.weak_order else []
-    if isinstance(solver, PathDriven) and problem.gaussian and facts.strong_order is not None:
+    if isinstance(solver, Solver) and problem.gaussian and facts.strong_order is not None:
         kinds.append("strong order")
+    if isinstance(solver, Solver) and problem.name in _COUNTED:
+        kinds.append("NFE a step")
     return kinds
 
 
@@ -278,26 +280,35 @@ def _check(
     began = time.perf_counter()
     g = torch.Generator().manual_seed(seed)
     try:
-        if refusal(solver, problem) or (kind == "strong order" and not _follows(solver, problem)):
+        if refusal(solver, problem):
             return None
         if kind == "bias":
             return _bias_check(name, solver, problem, g, began, quick=quick)
-        if kind == "error at 100 steps":
-            return _stiff_check(name, solver, problem, began)
-        estimate = _estimate(kind, solver, problem, shared, g)
-    except _FAILURES as error:
+        if kind in _SIMPLE:
+            return _SIMPLE[kind](name, solver, problem, began)
+        followed = kind != "strong order" or _follows(solver, problem)
+        estimate = _estimate(kind, solver, problem, shared, g) if followed else None
+    except Exception as error:  # noqa: BLE001 a user's solver may raise anything
         text = f"{type(error).__name__}: {error}"
         seconds = time.perf_counter() - began
         return Check(kind, name, problem.name, None, None, Verdict.FAIL, text, seconds)
-    verdict, message = estimate.verdict, estimate.message
-    if not math.isfinite(estimate.levels[-1].error):
-        verdict, message = Verdict.FAIL, "diverges: the error at the finest level is not finite"
+    verdict: Verdict | None
+    if estimate is None:
+        declared, order = solver.facts.strong_order, None
+        verdict = Verdict.INCONCLUSIVE
+        message = "declared, but not to be measured: it follows no Brownian path (path_noise)"
+    else:
+        declared, verdict, message = estimate.expected, estimate.verdict, estimate.message
+        order = estimate.order if math.isfinite(estimate.order) else None
+        if not math.isfinite(estimate.levels[-1].error):
+            verdict = Verdict.FAIL
+            message = "diverges: the error at the finest level is not finite"
     return Check(
         kind=kind,
         subject=name,
         problem=problem.name,
-        declared=estimate.expected,
-        measured=estimate.order if math.isfinite(estimate.order) else None,
+        declared=declared,
+        measured=order,
         verdict=verdict,
         message=message,
         seconds=time.perf_counter() - began,
@@ -376,6 +387,24 @@ def _stiff_check(name: str, solver: Solver | Integrator, problem: Problem, began
     )
 
 
+def _count_check(name: str, solver: Solver | Integrator, problem: Problem, began: float) -> Check:
+    """Whether a solver asks for the score as often as it says."""
+    steps, g = 8, torch.Generator().manual_seed(0)
+    times = quadratic_times(problem.start, problem.end, steps)
+    found = solve(problem.process, solver, problem.sample(2, g), times, generator=g)
+    declared, measured = solver.facts.nfe_per_step, found.nfev / steps
+    return Check(
+        kind="NFE a step",
+        subject=name,
+        problem=problem.name,
+        declared=declared,
+        measured=measured,
+        verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
+        message=f"{found.nfev} evaluations in {steps} steps",
+        seconds=time.perf_counter() - began,
+    )
+
+
 def _bias_check(
     name: str,
     solver: Solver | Integrator,
@@ -404,6 +433,9 @@ def _bias_check(
         message=f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}",
         seconds=time.perf_counter() - began,
     )
+
+
+_SIMPLE = {"error at 100 steps": _stiff_check, "NFE a step": _count_check}
 
 
 def refusal(solver: Solver | Integrator, problem: Problem) -> str:

@@ -130,7 +130,9 @@ class WorkPrecision:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for i, name in enumerate(dict.fromkeys(point.solver for point in self.points)):
-            own = [p for p in self.points if p.solver == name and math.isfinite(p.error)]
+            own = [p for p in self.points if p.solver == name and 0 < p.error < math.inf]
+            if not own:
+                continue
             axes.errorbar(
                 [getattr(point, against) for point in own],
                 [point.error for point in own],
@@ -140,10 +142,12 @@ class WorkPrecision:
                 linewidth=1.2,
                 label=name,
             )
-        axes.set(xscale="log", yscale="log", ylabel=self.metric, title=self.problem)
+        axes.set(ylabel=self.metric, title=self.problem)
         axes.set_xlabel("score evaluations" if against == "nfe" else "seconds")
         axes.grid(visible=True, which="major", alpha=0.3)
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        if axes.has_data():
+            axes.set(xscale="log", yscale="log")
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         figure.savefig(file, format=file_format)
 
 

@@ -26,6 +26,7 @@ from cldsde.validation.suite import (
     find_solver,
     named_solvers,
     refusal,
+    summarise,
 )
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -87,8 +88,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         raise ValueError(msg)
     asked = options.problem or (QUICK_PROBLEMS if options.quick else known)
     cases = {name: known[name] for name in asked}
-    file = _writable_file(options.json)
     folder = _writable_folder(options.out)
+    file = _writable_file(options.json)
     kernels = options.solver is None
 
     def work() -> None:
@@ -106,7 +107,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
                     if file is not None:
                         Report(found, complete=False, solvers=chosen).write_json(file)
             if folder is not None:
-                tables += _diagrams(chosen, cases)
+                kept = summarise(found)
+                drawn = {name: chosen[name] for name in chosen if kept.get(name) is Verdict.PASS}
+                tables += _diagrams(drawn, cases)
             complete = True
         finally:
             report = Report(found, tables, complete, chosen)
@@ -155,8 +158,8 @@ def _diagrams(
 def _writable_file(name: str | None) -> Path | None:
     if name is None:
         return None
-    file = Path(name).expanduser()
-    if not name.strip() or file.is_dir():
+    file = Path(name).expanduser().resolve()
+    if not name.strip() or (file.exists() and not file.is_file()):
         msg = f"--json must be the name of a file; got {name!r}"
         raise ValueError(msg)
     _try_to_write(file.parent)
@@ -173,6 +176,9 @@ def _writable_folder(name: str | None) -> Path | None:
         msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
         raise ImportError(msg)
     folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        msg = f"--out must be the name of a folder; {name!r} is a file"
+        raise ValueError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     _try_to_write(folder)
     return folder
@@ -180,5 +186,8 @@ def _writable_folder(name: str | None) -> Path | None:
 
 def _try_to_write(folder: Path) -> None:
     """Raise OSError now rather than after the work."""
+    if not folder.is_dir():
+        msg = f"{folder} is no folder"
+        raise NotADirectoryError(msg)
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -20,7 +20,8 @@ __all__ = ["ReverseProcess", "Score", "TabulatedScore", "check_reverse_process"]
 class Score(Protocol):
     """Score of the driven components: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``.
 
-    The times have the dtype of the state, float32 at least, and its device. They are a view of one
+    The times are rounded to the dtype of the state, float32 at least, and on its device: one may be
+    less than the grid's by half a unit in its last place. They are a view of one
     number where the batch shares it, and not to be written to; nor is the state.
     """
 
@@ -68,7 +69,7 @@ def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
-    """Return what a score returned if it is a tensor ``(B, driven, *D)``; raise otherwise."""
+    """What a score returned, in the state's dtype, if it is ``(B, driven, *D)``; or raise."""
     if not isinstance(value, Tensor):
         msg = f"score must return a tensor; got {type(value).__name__}"
         raise TypeError(msg)
@@ -78,7 +79,7 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
             f"score must return shape {shape}, one row a driven component; got {tuple(value.shape)}"
         )
         raise ValueError(msg)
-    return value
+    return value.to(z.dtype)
 
 
 class ReverseProcess:

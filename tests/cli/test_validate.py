@@ -1,0 +1,347 @@
+"""The command ``cldsde validate``: verdicts as exit codes, files, refusals, and interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cldsde
+from cldsde.cli import main, validate
+from cldsde.validation import named_solvers, problems
+
+# What a user may write: Euler–Maruyama with coefficients of mid time.
+EXAMPLE = '''\
+from dataclasses import dataclass
+
+import torch
+
+from cldsde import solvers
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentredEuler(solvers.AffineSolver):
+    """Euler–Maruyama with coefficients of mid time."""
+
+    @property
+    def facts(self):
+        return solvers.Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
+
+    def prepare(self, process, times):
+        sde, middle = process.sde, (times[:-1] + times[1:]) / 2
+        h = -times.diff()[:, None, None]
+        F, G = sde.drift(middle), sde.diffusion(middle)
+        state = torch.eye(sde.components, dtype=torch.float64) - h * F
+        score = h * (G @ G.mT)[..., list(sde.driven)]
+        return solvers.Affine(state.tolist(), score.tolist(), (h.sqrt() * G).tolist())
+'''
+QUICK = ("validate", "--quick", "--problem", "CLD")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to stand in; what the command does to the search path is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys: Any, *arguments: str) -> str:
+    """Run the command; return its error, which must be one line."""
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A report, strictly."""
+
+    def refuse(token: str) -> None:
+        pytest.fail(f"{token} is no JSON")
+
+    result: dict[str, Any] = json.loads(file.read_text(), parse_constant=refuse)
+    return result
+
+
+@pytest.fixture
+def unworkable(monkeypatch):
+    """Fail on any work."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("work was done")
+
+    monkeypatch.setattr(validate, "checks", fail)
+
+
+def test_a_solver_that_keeps_its_word_passes(capsys, here):
+    assert run(*QUICK, "--solver", "sscs") == 0
+    captured = capsys.readouterr()
+    line, count = [line for line in captured.out.splitlines() if line.startswith("sscs")]
+    assert line.split("  ")[0] == "sscs: weak order"
+    assert count.split("  ")[0] == "sscs: NFE a step"
+    assert "1 PASS" in line
+    assert "CLD" in line
+    assert "checks" in captured.err
+    assert not list(here.iterdir())
+
+
+def test_a_solver_that_claims_too_much_fails_with_a_reason(capsys, here):
+    (here / "my_claim.py").write_text(EXAMPLE.replace("weak_order=1", "weak_order=2"))
+    code = run(*QUICK, "--solver", "my_claim:CentredEuler", "--json", "claim.json")
+    captured = capsys.readouterr()
+    assert code == 1
+    assert "1 FAIL" in captured.out
+    assert captured.err.splitlines()[-1] == (
+        "cldsde validate: error: 1 of 1 failed: my_claim:CentredEuler"
+    )
+    reason = captured.err.splitlines()[-2]
+    assert reason.startswith("my_claim:CentredEuler, weak order on CLD: The order ")
+    assert "below the declared 2" in reason
+    report = read(here / "claim.json")
+    assert report["complete"] is True
+    assert report["summary"] == {"my_claim:CentredEuler": "FAIL"}
+
+
+def test_a_solver_of_ones_own_is_found_where_the_user_stands(tmp_path):
+    """Through a process of its own, isolated, so that only the command looks in the folder."""
+    (tmp_path / "my_solver.py").write_text(EXAMPLE)
+    solvers = ["--solver", "my_solver:CentredEuler", "--solver", "euler-maruyama"]
+    result = subprocess.run(
+        [sys.executable, "-I", "-m", "cldsde", *QUICK, *solvers, "--json", "report.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "my_solver:CentredEuler: weak order" in result.stdout
+    report = read(tmp_path / "report.json")
+    assert report["summary"] == {"my_solver:CentredEuler": "PASS", "euler-maruyama": "PASS"}
+    assert report["complete"] is True
+    assert report["cldsde"] == cldsde.__version__
+    assert [(c["subject"], c["kind"]) for c in report["checks"]] == [
+        ("my_solver:CentredEuler", "weak order"),
+        ("my_solver:CentredEuler", "NFE a step"),
+        ("euler-maruyama", "weak order"),
+        ("euler-maruyama", "strong order"),
+        ("euler-maruyama", "NFE a step"),
+    ]
+    for check in [c for c in report["checks"] if c["estimate"]]:
+        assert check["verdict"] == "PASS"
+        assert abs(check["measured"] - 1) < 0.1
+        assert check["problem"] == "CLD"
+        assert len(check["estimate"]["levels"]) == 4
+
+
+def test_a_page_is_written_with_a_diagram_of_work(capsys, here):
+    assert run(*QUICK, "--solver", "sscs", "--out", "deep/page", "--json", "report.json") == 0
+    captured = capsys.readouterr()
+    page = here / "deep" / "page" / "index.html"
+    assert str(page.resolve()) in captured.out
+    assert sorted(file.name for file in page.parent.iterdir()) == ["index.html"]
+    text = page.read_text(encoding="utf-8")
+    # Work and precision on CLD, and the errors of the solver.
+    assert text.count("data:image/svg+xml;base64,") == 2
+    (table,) = read(here / "report.json")["work_precision"]
+    assert (table["problem"], table["metric"]) == ("CLD", "moments")
+    assert {point["solver"] for point in table["points"]} == {"sscs"}
+
+
+def test_a_seed_decides_what_is_sampled(capsys, here):
+    for file, seed in (("a.json", "5"), ("b.json", "5"), ("c.json", "6")):
+        assert run(*QUICK, "--solver", "euler-maruyama", "--seed", seed, "--json", file) == 0
+    first, again, other = (
+        [check["measured"] for check in read(here / file)["checks"]]
+        for file in ("a.json", "b.json", "c.json")
+    )
+    assert first == again
+    assert first[0] == other[0]
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--solver", "sscss"], ["'sscss'", "module:ClassName", *named_solvers()]),
+        (["--solver", "no_such_module_here:Solver"], ["no_such_module_here"]),
+        (["--solver", "cldsde.solvers:NoSuchSolver"], ["NoSuchSolver"]),
+        (["--solver", "json:JSONDecoder"], ["must be a Solver or an Integrator"]),
+        (["--solver", "cldsde.solvers:Solver"], ["cldsde.solvers:Solver"]),
+        (["--solver", "my_needy:Needy"], ["my_needy:Needy"]),
+        (["--solver", "my_typo:Mine"], ["my_typo"]),
+        (["--problem", "CLDD"], ["'CLDD'", *map(repr, problems())]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--seed", "9223372036854775808"], ["--seed"]),
+        (["--seed", "x"], ["seed"]),
+        (["--json", ""], ["--json"]),
+        (["--json", "."], ["--json"]),
+        (["--json", "no_such_folder/report.json"], ["no_such_folder"]),
+        (["--json", "file/report.json"], ["file"]),
+        (["--out", ""], ["--out"]),
+        (["--out", "file"], ["file"]),
+        (["--out", "file/page"], ["file"]),
+        (["--quik"], ["quik"]),
+    ],
+    ids=lambda words: " ".join(words) if words[0].startswith("--") else None,
+)
+def test_what_is_not_understood_is_refused_before_any_work(
+    capsys, here, unworkable, arguments, words
+):
+    (here / "file").write_text("text")
+    (here / "my_typo.py").write_text("class Mine(:\n")
+    (here / "my_needy.py").write_text(
+        EXAMPLE.replace("CentredEuler", "Needy").replace(
+            "    @property", "    option: float\n\n    @property"
+        )
+    )
+    before = sorted(here.iterdir())
+    message = refused(capsys, "validate", "--quick", *arguments)
+    assert message.startswith("cldsde")
+    assert all(word in message for word in words)
+    left = sorted(file for file in here.iterdir() if file.name != "__pycache__")
+    assert left == before
+    assert (here / "file").read_text() == "text"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which takes no new files")
+def test_what_cannot_be_written_even_by_root_is_refused_before_any_work(capsys, here, unworkable):
+    assert "/proc" in refused(capsys, *QUICK, "--solver", "sscs", "--json", "/proc/report.json")
+    assert "/proc" in refused(capsys, *QUICK, "--solver", "sscs", "--out", "/proc/page")
+
+
+def test_a_file_in_the_folder_of_the_page_is_written(capsys, here):
+    """The folder is made by the same command."""
+    code = run(*QUICK, "--solver", "sscs", "--out", "page", "--json", "page/report.json")
+    assert code == 0, capsys.readouterr().err
+    assert sorted(file.name for file in (here / "page").iterdir()) == ["index.html", "report.json"]
+
+
+INTERRUPTED = (
+    EXAMPLE
+    + '''
+
+class Interrupted(CentredEuler):
+    """The user loses patience during the second problem."""
+
+    def step(self, z, memory, tables, i, score, noise):
+        if len(tables.state[0]) == 2:
+            raise KeyboardInterrupt
+        return super().step(z, memory, tables, i, score, noise)
+'''
+)
+
+
+def test_an_interruption_keeps_what_was_found(capsys, here):
+    (here / "my_long.py").write_text(INTERRUPTED)
+    (here / "report.json").write_text("of another time")
+    code = run(
+        *("validate", "--quick", "--problem", "VP", "--problem", "CLD"),
+        *("--solver", "my_long:Interrupted", "--json", "report.json", "--out", "page"),
+    )
+    captured = capsys.readouterr()
+    assert code == 130
+    assert captured.err.splitlines()[-1].startswith("cldsde validate: interrupted")
+    assert "Traceback" not in captured.err
+    report = read(here / "report.json")
+    assert report["complete"] is False
+    made = [(c["problem"], c["kind"], c["verdict"]) for c in report["checks"]]
+    assert made == [("VP", "weak order", "PASS"), ("VP", "NFE a step", "PASS")]
+    assert "my_long:Interrupted: weak order" in captured.out
+    assert "not all that were asked" in (here / "page" / "index.html").read_text()
+    assert not list(here.glob("*.part"))
+
+
+def test_an_interruption_before_the_first_check_leaves_a_report_of_nothing(capsys, here):
+    (here / "my_long.py").write_text(INTERRUPTED)
+    code = run(*QUICK, "--solver", "my_long:Interrupted", "--json", "report.json")
+    assert code == 130
+    report = read(here / "report.json")
+    assert report["complete"] is False
+    assert report["checks"] == []
+    assert capsys.readouterr().out.split()[:2] == ["declared", "measured"]
+
+
+BROKEN = (
+    EXAMPLE
+    + '''
+
+class Broken(CentredEuler):
+    """States that are no numbers."""
+
+    def step(self, z, memory, tables, i, score, noise):
+        z, memory = super().step(z, memory, tables, i, score, noise)
+        return z * float("nan"), memory
+
+
+class Raising(CentredEuler):
+    """A slip in a step."""
+
+    def step(self, z, memory, tables, i, score, noise):
+        return z[:, 7], ()
+'''
+)
+
+
+@pytest.mark.parametrize("name", ["Broken", "Raising"])
+def test_a_broken_solver_does_not_keep_the_others_from_their_report(capsys, here, name):
+    (here / "my_broken.py").write_text(BROKEN)
+    code = run(
+        *QUICK,
+        *("--solver", f"my_broken:{name}", "--solver", "sscs"),
+        *("--json", "report.json", "--out", "page"),
+    )
+    captured = capsys.readouterr()
+    assert code in (0, 1)
+    assert "Traceback" not in captured.err
+    report = read(here / "report.json")
+    assert report["complete"] is True
+    assert report["summary"]["sscs"] == "PASS"
+    assert report["summary"][f"my_broken:{name}"] in ("FAIL", "INCONCLUSIVE")
+    assert (code == 1) == ("FAIL" in report["summary"].values())
+    assert "sscs: weak order" in captured.out
+    assert (here / "page" / "index.html").exists()
+
+
+def test_a_solver_that_was_measured_nowhere_is_not_said_to_pass(capsys, here):
+    """SSCS does not apply to VE: nothing is measured, and the user must learn so."""
+    code = run("validate", "--quick", "--solver", "sscs", "--problem", "VE")
+    captured = capsys.readouterr()
+    assert code != 0 or "sscs" in captured.out
+
+
+@pytest.mark.slow
+def test_the_quick_validation_of_the_package_passes(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-I", "-m", "cldsde", "validate", "--quick", "--json", "all.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    report = read(tmp_path / "all.json")
+    assert set(report["summary"]) == {"kernels", *named_solvers()}
+    assert "FAIL" not in report["summary"].values()

@@ -1,0 +1,407 @@
+"""Distances between laws against closed forms, and tables of error against work."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+
+from cldsde import GaussianMixture
+from cldsde.solvers import (
+    SSCS,
+    EulerMaruyama,
+    ExponentialMultistep,
+    ProbabilityFlow,
+    StochasticHeun,
+    quadratic_times,
+)
+from cldsde.validation import (
+    WorkPrecision,
+    WorkPrecisionPoint,
+    bures_wasserstein,
+    mode_spread_error,
+    moment_error,
+    problems,
+    sliced_wasserstein,
+    work_precision,
+)
+
+PROBLEMS = problems()
+SEEDS = st.integers(0, 2**32 - 1)
+DIMENSIONS = st.integers(1, 6)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
+
+
+def laws(d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two means and two covariances with eigenvalues of at least 0.1."""
+    roots = draw(2, d, d, seed=seed)
+    means = draw(2, d, seed=seed + 1)
+    covariances = roots @ roots.mT + 0.1 * torch.eye(d, dtype=torch.float64)
+    return means[0], covariances[0], means[1], covariances[1]
+
+
+# Rounding in the squares is a few units of 1e-16 times their size.
+@given(d=DIMENSIONS, seed=SEEDS)
+def test_bures_wasserstein_is_the_formula_with_scipys_roots(d, seed):
+    m, C, n, D = laws(d, seed)
+    root = sqrtm(C.numpy())
+    cross = np.real(np.trace(sqrtm(root @ D.numpy() @ root)))
+    squared = float((m - n).square().sum()) + np.trace(C.numpy()) + np.trace(D.numpy()) - 2 * cross
+    assert bures_wasserstein(m, C, n, D) ** 2 == pytest.approx(
+        squared, rel=1e-12, abs=1e-12 * np.trace((C + D).numpy())
+    )
+
+
+@given(d=DIMENSIONS, seed=SEEDS, stretch=st.floats(0.2, 5.0))
+def test_bures_wasserstein_is_the_cost_of_the_optimal_map(d, seed, stretch):
+    """x ↦ n + T (x − m) with T symmetric and positive is optimal: it takes C to T C T."""
+    m, C, n, T = laws(d, seed)
+    T = T * stretch / T.trace()
+    eye = torch.eye(d, dtype=torch.float64)
+    squared = float((m - n).square().sum() + ((eye - T) @ C @ (eye - T)).trace())
+    size = float(C.trace() + (T @ C @ T).trace())
+    assert bures_wasserstein(m, C, n, T @ C @ T) ** 2 == pytest.approx(
+        squared, rel=1e-12, abs=1e-12 * size
+    )
+
+
+@given(d=DIMENSIONS, seed=SEEDS)
+def test_bures_wasserstein_is_a_distance(d, seed):
+    m, C, n, D = laws(d, seed)
+    o, E = laws(d, seed + 7)[:2]
+    assert bures_wasserstein(m, C, n, D) == pytest.approx(bures_wasserstein(n, D, m, C), rel=1e-9)
+    # Rounding in the square, of 1e-15 times the trace, is 3e-8 in the root.
+    assert bures_wasserstein(m, C, m, C) <= 1e-7 * float(C.trace()) ** 0.5
+    detour = bures_wasserstein(m, C, o, E) + bures_wasserstein(o, E, n, D)
+    assert bures_wasserstein(m, C, n, D) <= detour * (1 + 1e-12)
+
+
+def test_bures_wasserstein_of_diagonal_and_of_degenerate_laws():
+    zero = torch.zeros(3, dtype=torch.float64)
+    first, second = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 1.0, 0.0])
+    found = bures_wasserstein(zero, first.diag(), zero, second.diag())
+    assert found == pytest.approx(math.sqrt(1 + 1 + 9), rel=1e-12)
+    # Of one direction each: |a|² + |b|² − 2 |a·b|.
+    a, b = draw(3, seed=1), draw(3, seed=2)
+    found = bures_wasserstein(zero, torch.outer(a, a), zero, torch.outer(b, b))
+    squared = float(a @ a + b @ b - 2 * (a @ b).abs())
+    # The root of an eigenvalue that rounding makes 1e-16 is 1e-8.
+    assert found**2 == pytest.approx(squared, abs=1e-6)
+    # Points.
+    still = torch.zeros(3, 3, dtype=torch.float64)
+    assert bures_wasserstein(a, still, b, still) == pytest.approx(float((a - b).norm()), rel=1e-12)
+
+
+def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_sorted_samples():
+    x = draw(1001, 1)
+    shuffled = torch.randperm(1001, generator=generator(1))
+    # An increasing map is optimal: the cost is the mean of its squares.
+    for y in (x + 0.7, 2 * x - 1, x.exp()):
+        cost = float((x - y).square().mean().sqrt())
+        assert sliced_wasserstein(x, y[shuffled]) == pytest.approx(cost, rel=1e-12)
+    assert sliced_wasserstein(x, x[shuffled]) == pytest.approx(0.0, abs=1e-12)
+    # Two points against three: mass 1/3, 1/6, 1/6, 1/3 moves by 0, 1, 1, 0.
+    few = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+    more = torch.tensor([[2.0], [0.0], [1.0]], dtype=torch.float64)
+    assert sliced_wasserstein(few, more) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
+
+
+def test_sliced_wasserstein_of_normal_samples_goes_to_that_of_their_laws():
+    # N(0, 1) and N(1, 4): 1 + 1. At 10⁵ samples a standard error is below 0.01: the variances of
+    # the mean and of the standard deviation are those of n samples over n, and for N(1, 4) at most
+    # 4/n each.
+    x, y = draw(100_000, 1), 1 + 2 * draw(100_000, 1, seed=5)
+    assert sliced_wasserstein(x, y) == pytest.approx(math.sqrt(2), abs=5 * math.sqrt(10 / 100_000))
+
+
+@pytest.mark.parametrize("d", [2, 5])
+def test_sliced_wasserstein_of_a_shift_is_the_shift_as_directions_see_it(d):
+    """Along a direction θ the cost of a shift c is (θ·c)², of the mean |c|²/d over directions."""
+    x, c = draw(300, d), torch.arange(1.0, d + 1, dtype=torch.float64)
+    y = (x + c)[torch.randperm(300, generator=generator(1))]
+    count = 4000
+    found = sliced_wasserstein(x, y, projections=count, generator=generator(2))
+    # (θ·c)²/|c|² is of the law Beta(1/2, (d − 1)/2).
+    size = float(c.square().sum())
+    spread = size * math.sqrt(2 * (d - 1) / (d**2 * (d + 2)) / count)
+    assert abs(found**2 - size / d) <= 5 * spread
+    assert spread < 0.05 * size / d
+    again = sliced_wasserstein(x, y, projections=count, generator=generator(2))
+    other = sliced_wasserstein(x, y, projections=count, generator=generator(3))
+    assert found == again != other
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_sliced_wasserstein_takes_single_precision_and_unequal_numbers(d):
+    """Rounding moves points by 1e-7, and so no distance by more."""
+    x, y = draw(8192, d), draw(8000, d, seed=3)
+    exact = sliced_wasserstein(x, y, projections=5, generator=generator())
+    assert 0.01 < exact < 0.1
+    for first, second in ((x.float(), y.float()), (x.float(), y), (x, y.float())):
+        found = sliced_wasserstein(first, second, projections=5, generator=generator())
+        assert abs(found - exact) <= 1e-6
+
+
+MODES = GaussianMixture([0.2, 0.3, 0.5], [[-10.0], [0.0], [10.0]], [[[0.04]], [[0.25]], [[1.0]]])
+
+
+def mode(centre: float, deviation: float, n: int = 2) -> torch.Tensor:
+    """Points around a centre whose standard deviation is the given one."""
+    x = torch.linspace(-1, 1, n, dtype=torch.float64)
+    return (centre + deviation * x / x.std()).unsqueeze(1)
+
+
+@pytest.mark.parametrize(("scale", "noise"), [(1.0, 0.0), (0.5, 0.3)])
+@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0), (1.1, 1.0, 0.7), (0.5, 2.0, 1.0)])
+def test_the_error_of_modes_is_that_of_their_deviations(scale, noise, factors):
+    deviations = [math.sqrt(scale**2 * v + noise) for v in (0.04, 0.25, 1.0)]
+    x = torch.cat(
+        [
+            mode(scale * centre, factor * deviation, n)
+            for centre, factor, deviation, n in zip(
+                (-10, 0, 10), factors, deviations, (2, 5, 9), strict=True
+            )
+        ]
+    )
+    x = x[torch.randperm(len(x), generator=generator())]
+    expected = math.sqrt(sum((factor - 1) ** 2 for factor in factors) / 3)
+    assert mode_spread_error(x, MODES, scale, noise) == pytest.approx(
+        expected, rel=1e-12, abs=1e-12
+    )
+
+
+def test_a_mode_without_two_points_is_wholly_wrong():
+    x = torch.cat([mode(-10, 0.2), mode(0, 0.5)])
+    assert mode_spread_error(x, MODES, 1.0, 0.0) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
+    x = torch.cat([x, torch.tensor([[10.0]], dtype=torch.float64)])
+    assert mode_spread_error(x, MODES, 1.0, 0.0) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
+
+
+def test_the_spread_of_a_mode_in_two_dimensions_is_of_both():
+    data = GaussianMixture([1.0, 1.0], [[-5.0, 0.0], [5.0, 0.0]], [[[0.09, 0.0], [0.0, 0.09]]] * 2)
+    # Four points (±a, 0), (0, ±b) have variances 2a²/3 and 2b²/3.
+    a, b = 0.3 * 1.2 * math.sqrt(1.5), 0.3 * math.sqrt(1.5)
+    points = torch.tensor([[a, 0], [-a, 0], [0, b], [0, -b]], dtype=torch.float64)
+    x = torch.cat([points + data.means[0], points + data.means[1]])
+    expected = math.sqrt((1.2**2 + 1) / 2) - 1
+    assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return work_precision(
+        PROBLEMS["CLD"],
+        {"EM": EulerMaruyama(), "SSCS": SSCS(), "Heun": StochasticHeun()},
+        budgets=(12, 25),
+        samples=16,
+    )
+
+
+def test_a_table_has_each_solver_at_each_budget_with_its_exact_error(table):
+    problem = PROBLEMS["CLD"]
+    assert (table.problem, table.metric) == ("CLD", "moments")
+    assert [(p.solver, p.nfe) for p in table.points] == [
+        ("EM", 12),
+        ("EM", 25),
+        ("SSCS", 12),
+        ("SSCS", 25),
+        ("Heun", 12),
+        ("Heun", 24),
+    ]
+    for point in table.points:
+        solver = {"EM": EulerMaruyama(), "SSCS": SSCS(), "Heun": StochasticHeun()}[point.solver]
+        steps = point.nfe // solver.facts.nfe_per_step
+        times = quadratic_times(problem.start, problem.end, steps)
+        assert point.error == pytest.approx(moment_error(solver, problem, times), rel=1e-9)
+        assert point.standard_error == 0
+        assert 0 < point.seconds < 5
+
+
+def test_the_front_is_what_no_other_point_beats(table):
+    for point in table.points:
+        beaten = any(
+            other.nfe <= point.nfe
+            and other.error <= point.error
+            and (other.nfe < point.nfe or other.error < point.error)
+            for other in table.points
+        )
+        assert point.pareto is not beaten
+    assert {point.pareto for point in table.points} == {True, False}
+
+
+def test_the_metric_of_gaussian_laws_is_theirs():
+    found = work_precision(
+        PROBLEMS["CLD"], {"EM": EulerMaruyama()}, budgets=(12,), metric="bures", samples=16
+    )
+    (point,) = found.points
+    assert found.metric == "bures"
+    # In two dimensions moments off by at most e have W₂² ≤ 2 e² + 2 e for covariances: trace norm.
+    error = moment_error(EulerMaruyama(), PROBLEMS["CLD"], quadratic_times(1.0, 0.05, 12))
+    assert 0 < point.error**2 <= 2 * error**2 + 4 * error
+
+
+def test_a_solver_that_chooses_its_times_is_run_once():
+    flow = ProbabilityFlow(rtol=1e-3, atol=1e-3)
+    found = work_precision(
+        PROBLEMS["CLD, ring"],
+        {"flow": flow, "multistep": ExponentialMultistep()},
+        budgets=(5, 10),
+        samples=64,
+        repeats=3,
+    )
+    assert [point.solver for point in found.points] == ["flow", "multistep", "multistep"]
+    assert found.metric == "sliced"
+    assert found.points[0].nfe > 10
+    for point in found.points:
+        assert 0 < point.standard_error < point.error
+
+
+@pytest.mark.parametrize("metric", [None, "moments", "bures"])
+def test_all_points_of_a_table_are_in_its_metric(metric):
+    """An adaptive solver has no exact moments: either it is refused, or all points are sampled."""
+    solvers = {"flow": ProbabilityFlow(rtol=1e-3, atol=1e-3), "EM": EulerMaruyama()}
+
+    def exact() -> set[bool]:
+        try:
+            found = work_precision(
+                PROBLEMS["CLD"], solvers, budgets=(10,), metric=metric, samples=32, repeats=2
+            )
+        except ValueError:
+            return set()
+        return {point.standard_error == 0 for point in found.points}
+
+    assert len(exact()) <= 1
+
+
+def test_the_spread_of_modes_is_a_metric_of_samples():
+    found = work_precision(
+        PROBLEMS["VP, ring"],
+        {"EM": EulerMaruyama(), "multistep": ExponentialMultistep(order=2, stochasticity=1.0)},
+        budgets=(10,),
+        metric="spread",
+        samples=4000,
+        repeats=2,
+    )
+    assert found.metric == "spread"
+    # From 500 points in two dimensions a standard deviation is known to 1/√(4 · 500) = 0.02.
+    blurred, exact = (point.error for point in found.points)
+    assert blurred > 0.1 > exact
+
+
+def test_samples_come_from_the_generator():
+    def errors(seed: int) -> list[float]:
+        found = work_precision(
+            PROBLEMS["VP, ring"],
+            {"EM": EulerMaruyama()},
+            budgets=(5,),
+            samples=64,
+            repeats=2,
+            generator=generator(seed),
+        )
+        return [point.error for point in found.points]
+
+    assert errors(1) == errors(1) != errors(2)
+
+
+def test_a_sampled_error_is_that_of_the_solver_until_it_is_that_of_samples():
+    found = work_precision(
+        PROBLEMS["VP, ring"], {"EM": EulerMaruyama()}, budgets=(2, 100), samples=1000, repeats=4
+    )
+    few, many = (point.error for point in found.points)
+    # 1000 samples of a law of unit size are about 1000^(-1/2) from another 1000; two steps are
+    # off by a good part of the size.
+    assert 0.02 < many < 0.12
+    assert few > 3 * many
+
+
+@pytest.mark.parametrize(
+    ("problem", "metric", "words"),
+    [
+        ("CLD", "kl", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got 'kl'"),
+        ("CLD", "", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got ''"),
+        ("CLD, three modes", "moments", "take 'sliced'"),
+        ("CLD, ring", "bures", "take 'sliced'"),
+    ],
+)
+def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
+    with pytest.raises(ValueError, match=words):
+        work_precision(PROBLEMS[problem], {"EM": EulerMaruyama()}, metric=metric)
+
+
+def test_a_solver_that_does_not_apply_is_refused():
+    with pytest.raises(ValueError, match="SSCS needs"):
+        work_precision(PROBLEMS["VE"], {"SSCS": SSCS()}, budgets=(5,), samples=4)
+
+
+POINTS = (
+    WorkPrecisionPoint("first", 10, 0.1, 0.5, 0.0, pareto=True),
+    WorkPrecisionPoint("first", 20, 0.2, 0.02, 0.001, pareto=True),
+    WorkPrecisionPoint("second", 20, 0.3, 0.3, 0.0),
+    WorkPrecisionPoint("second", 40, 0.4, math.nan, math.nan),
+)
+SYNTHETIC = WorkPrecision("CLD", "moments", POINTS)
+
+
+def test_markdown_has_a_line_a_solver_and_a_column_a_budget():
+    assert SYNTHETIC.to_markdown().splitlines() == [
+        "| moments at NFE | 10 | 20 | 40 |",
+        "| --- | ---: | ---: | ---: |",
+        "| first | **5.0e-01** | **2.0e-02** |  |",
+        "| second |  | 3.0e-01 | nan |",
+    ]
+
+
+def test_json_holds_all_points(table):
+    read = json.loads(table.to_json())
+    assert (read["problem"], read["metric"]) == ("CLD", "moments")
+    assert [WorkPrecisionPoint(**point) for point in read["points"]] == list(table.points)
+
+
+@pytest.mark.parametrize("against", ["nfe", "seconds"])
+@pytest.mark.parametrize(("name", "head"), [("a.svg", b"<?xml"), ("a.png", b"\x89PNG")])
+def test_a_diagram_is_written_to_a_file(tmp_path, against, name, head):
+    SYNTHETIC.plot(tmp_path / name, against=against)
+    assert (tmp_path / name).read_bytes().startswith(head)
+    buffer = io.BytesIO()
+    SYNTHETIC.plot(buffer, against=against, file_format=name[2:])
+    assert buffer.getvalue().startswith(head)
+
+
+def test_a_diagram_against_anything_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'nfe' or 'seconds'"):
+        SYNTHETIC.plot(tmp_path / "a.svg", against="steps")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_front_leaves_out_what_is_not_finite():
+    """A solver that blows up is in the table, with an error that is no number, and on no front."""
+
+    class Exploding(EulerMaruyama):
+        def step(self, z, memory, tables, i, score, noise):
+            z, memory = super().step(z, memory, tables, i, score, noise)
+            return z * math.nan, memory
+
+    found = work_precision(
+        PROBLEMS["CLD"],
+        {"broken": Exploding(), "EM": EulerMaruyama()},
+        budgets=(5,),
+        samples=4,
+    )
+    assert [(p.solver, math.isnan(p.error), p.pareto) for p in found.points] == [
+        ("broken", True, False),
+        ("EM", False, True),
+    ]

@@ -1,0 +1,655 @@
+"""The suite against planted faults: each must fail, and the healthy solver must pass the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cldsde import VPSDE, LinearSDE
+from cldsde.linear import Kernel
+from cldsde.solvers import (
+    SSCS,
+    EulerMaruyama,
+    ExponentialMultistep,
+    Facts,
+    GottaGoFast,
+    Integrator,
+    Solver,
+    StochasticHeun,
+)
+from cldsde.validation import (
+    Check,
+    OrderEstimate,
+    Report,
+    Verdict,
+    WorkPrecision,
+    WorkPrecisionPoint,
+    checks,
+    estimate_order,
+    find_solver,
+    forward_processes,
+    named_solvers,
+    problems,
+    suite,
+    summarise,
+)
+
+PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
+PROBLEMS = problems()
+VP, CLD, LINEAR, POINTS = "VP", "CLD", "CLD, linear schedule", "VP, two points"
+
+Block = list[list[float]]
+
+
+def measured(solver: Any, names: Sequence[str], name: str = "it") -> list[Check]:
+    """The quick checks of one solver."""
+    return list(checks({name: solver}, {p: PROBLEMS[p] for p in names}, kernels=False, quick=True))
+
+
+def of_orders(found: Sequence[Check]) -> list[Check]:
+    """Without counts of evaluations, which have tests of their own."""
+    return [check for check in found if check.kind != "NFE a step"]
+
+
+def verdicts(found: Sequence[Check]) -> set[tuple[str, str, Verdict | None]]:
+    return {(check.kind, check.problem, check.verdict) for check in of_orders(found)}
+
+
+def scaled(block: Block, factor: float) -> Block:
+    return [[factor * x for x in row] for row in block]
+
+
+def declaring(solver: type[Solver], **orders: float) -> type[Solver]:
+    """The same solver with other facts."""
+
+    class Declaring(solver):  # type: ignore[misc, valid-type]
+        @property
+        def facts(self) -> Facts:
+            return replace(super().facts, **orders)
+
+    return Declaring
+
+
+class NoiseByLength(EulerMaruyama):
+    """Euler–Maruyama with noise h G ξ where √h G ξ belongs."""
+
+    def prepare(self, process, times):
+        tables = super().prepare(process, times)
+        roots = (-times.diff()).sqrt().tolist()
+        return tables._replace(
+            noise=[scaled(block, root) for block, root in zip(tables.noise, roots, strict=True)]
+        )
+
+
+class WrongWeights(ExponentialMultistep):
+    """The second weight of each step is 10 % too large."""
+
+    def prepare(self, process, times):
+        tables = super().prepare(process, times)
+        return tables._replace(
+            weights=[
+                [scaled(block, 1.1) if j == 1 else block for j, block in enumerate(blocks)]
+                for blocks in tables.weights
+            ]
+        )
+
+
+class WrongShares(ExponentialMultistep):
+    """The second weight is 10 % too large and the first makes up for it: still of order 1."""
+
+    def prepare(self, process, times):
+        tables = super().prepare(process, times)
+        wrong = []
+        for blocks in tables.weights:
+            if len(blocks) > 1:
+                first, second, *others = (torch.tensor(b, dtype=torch.float64) for b in blocks)
+                new = [first - 0.1 * second, 1.1 * second, *others]
+                wrong.append([block.tolist() for block in new])
+            else:
+                wrong.append(blocks)
+        return tables._replace(weights=wrong)
+
+
+class WrongPart(SSCS):
+    """The closing half-step moves over the time of the opening one.
+
+    Where the schedule is constant the two are alike. An order of 1 would not show it either: the
+    clocks of the halves of a step differ by O(h²).
+    """
+
+    def prepare(self, process, times):
+        tables = super().prepare(process, times)
+        opening = [i - i % 2 for i in range(len(tables.mean))]
+        return tables._replace(
+            mean=[tables.mean[i] for i in opening], root=[tables.root[i] for i in opening]
+        )
+
+
+SPLIT: dict[str, Any] = {"score_step": "midpoint", "merge": False}
+WEAK, STRONG, ODE = "weak order", "strong order", "ODE order"
+
+
+@pytest.mark.parametrize(
+    ("faulty", "healthy", "kinds", "failing", "passing"),
+    [
+        (NoiseByLength(), EulerMaruyama(), [WEAK, STRONG], [VP, LINEAR], []),
+        (declaring(SSCS, weak_order=2)(), SSCS(), [WEAK], [VP, CLD], []),
+        (WrongWeights(), ExponentialMultistep(), [ODE], [VP], []),
+        (WrongShares(), ExponentialMultistep(), [ODE], [CLD], []),
+        (
+            WrongWeights(stochasticity=1.0),
+            ExponentialMultistep(stochasticity=1.0),
+            [WEAK],
+            [VP, CLD],
+            [],
+        ),
+        (WrongPart(**SPLIT), SSCS(**SPLIT), [WEAK], [LINEAR], [CLD]),
+    ],
+    ids=["noise", "claim", "weights", "shares", "weights of the SDE", "part of a step"],
+)
+def test_a_planted_fault_fails_and_the_healthy_solver_passes(
+    faulty, healthy, kinds, failing, passing
+):
+    found = measured(faulty, [*failing, *passing])
+    assert summarise(found) == {"it": FAIL}
+    assert verdicts(found) == {
+        (kind, problem, verdict)
+        for kind in kinds
+        for problem, verdict in [*((p, FAIL) for p in failing), *((p, PASS) for p in passing)]
+    }
+    found = measured(healthy, [*failing, *passing])
+    assert summarise(found) == {"it": PASS}
+    assert verdicts(found) == {(k, p, PASS) for k in kinds for p in [*failing, *passing]}
+
+
+def test_noise_redrawn_after_a_rejection_is_biased_and_a_bridge_is_not():
+    fresh, bridge = (
+        measured(GottaGoFast(noise_on_reject=how), [POINTS]) for how in ("fresh", "bridge")
+    )
+    assert verdicts(fresh) == {("bias", POINTS, FAIL)}
+    assert verdicts(bridge) == {("bias", POINTS, PASS)}
+    assert summarise(fresh) == {"it": FAIL}
+    # Small increments are accepted more often: too little noise, so that points stay further out.
+    assert fresh[0].measured > 1.005 > bridge[0].measured
+
+
+def perturbed(mean: float, root: float) -> LinearSDE:
+    """VP whose kernel is off by relative amounts."""
+
+    class Perturbed(VPSDE):
+        def transition(self, s, t):
+            exact = super().transition(s, t)
+            return Kernel(exact.mean * (1 + mean), exact.root * (1 + root))
+
+    return Perturbed()
+
+
+@pytest.mark.parametrize(
+    ("mean", "root", "verdict"),
+    [
+        (0.0, 0.0, PASS),
+        (1e-6, 0.0, FAIL),
+        (0.0, 5e-7, FAIL),  # 1e-6 of the covariance
+        (-2e-10, 0.0, FAIL),  # twice the tolerance
+        (5e-11, 0.0, PASS),
+        (math.nan, 0.0, FAIL),
+        (0.0, math.nan, FAIL),
+        (math.inf, 0.0, FAIL),
+    ],
+)
+def test_a_kernel_with_a_small_error_or_none_at_all_fails(monkeypatch, mean, root, verdict):
+    monkeypatch.setattr(
+        suite,
+        "forward_processes",
+        lambda: {"healthy": VPSDE, "perturbed": lambda: perturbed(mean, root)},
+    )
+    healthy, found = checks({}, {})
+    assert (healthy.subject, healthy.verdict) == ("healthy", PASS)
+    assert (found.kind, found.subject, found.verdict) == ("kernel", "perturbed", verdict)
+    assert summarise([healthy, found]) == {"kernels": verdict}
+
+
+def test_an_error_of_one_entry_of_a_kernel_is_seen_at_its_own_scale(monkeypatch):
+    """The variance of CLD's position over a short time is tiny beside that of its velocity."""
+
+    class Perturbed(forward_processes()["CLD, critical"]):  # type: ignore[misc]
+        def transition(self, s, t):
+            exact = super().transition(s, t)
+            root = exact.root.clone()
+            root[..., 0, :] *= 1 + 1e-6
+            return Kernel(exact.mean, root)
+
+    monkeypatch.setattr(suite, "forward_processes", lambda: {"perturbed": Perturbed})
+    (found,) = checks({}, {})
+    assert found.verdict is FAIL
+    assert found.measured == pytest.approx(2e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("solver", "orders"),
+    [(EulerMaruyama, {"weak_order": 0.5}), (StochasticHeun, {"weak_order": 1.5})],
+)
+def test_an_order_that_is_declared_a_half_too_low_on_every_problem_fails(solver, orders):
+    found = measured(declaring(solver, **orders)(), [VP, CLD])
+    assert summarise(found) == {"it": FAIL}
+    assert summarise(measured(solver(), [VP, CLD])) == {"it": PASS}
+
+
+H = [2.0**-level for level in range(4, 10)]
+
+
+def estimated(order: float | None, expected: float) -> OrderEstimate:
+    """An estimate of a given order; None for one that comes to no conclusion."""
+    errors = [math.nan] * len(H) if order is None else [h**order for h in H]
+    return estimate_order(H, errors, expected=expected)
+
+
+def check(
+    order: float | None, expected: float, *, kind: str = WEAK, problem: str = "p", name: str = "it"
+) -> Check:
+    estimate = estimated(order, expected)
+    value = estimate.order if math.isfinite(estimate.order) else None
+    return Check(
+        kind, name, problem, expected, value, estimate.verdict, estimate.message, 0.1, estimate
+    )
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected", "verdict"),
+    [
+        ([2, 2, 2], 2, PASS),
+        ([2, 2, 1], 2, FAIL),
+        ([3, 3, 3], 2, FAIL),
+        ([2.5, 2.5, 2.5], 2, FAIL),
+        ([3, 3, 2], 2, PASS),  # some problems are easy
+        ([3, 3, None], 2, FAIL),
+        ([3, None, None], 2, PASS),  # of one problem it cannot be said
+        ([None, None], 2, INCONCLUSIVE),
+        ([2, None], 2, PASS),
+    ],
+)
+def test_a_summary_is_made_of_all_problems(orders, expected, verdict):
+    found = [check(order, expected, problem=str(i)) for i, order in enumerate(orders)]
+    assert summarise(found) == {"it": verdict}
+
+
+def test_kinds_of_orders_are_not_mixed_and_solvers_are_apart():
+    found = [
+        check(3, 2, kind=WEAK, problem="a"),
+        check(3, 2, kind=STRONG, problem="a"),
+        check(1, 2, kind=ODE, name="other"),
+        Check("error at 100 steps", "third", "p", None, 0.1, None, "off", 0.1),
+    ]
+    assert summarise(found) == {"it": PASS, "other": FAIL, "third": INCONCLUSIVE}
+    assert summarise([]) == {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(EulerMaruyama):
+    """Euler–Maruyama whose step goes wrong."""
+
+    how: Callable[[torch.Tensor], torch.Tensor]
+
+    def step(self, z, memory, tables, i, score, noise):
+        z, memory = super().step(z, memory, tables, i, score, noise)
+        return self.how(z), memory
+
+
+ERRORS = (
+    ValueError,
+    RuntimeError,
+    ZeroDivisionError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+)
+
+
+def raising(kind: type[BaseException]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fail(z: torch.Tensor) -> torch.Tensor:
+        raise kind("no such step")
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(lambda z: z * math.nan, id="NaN"),
+        pytest.param(lambda z: z * 1e3, id="diverging"),
+        pytest.param(lambda z: z / 0.0, id="infinite"),
+        *(pytest.param(raising(kind), id=kind.__name__) for kind in ERRORS),
+    ],
+)
+def test_a_solver_that_breaks_does_not_pass_and_the_others_go_on(how):
+    solvers = {"broken": Broken(how=how), "healthy": SSCS()}
+    found = of_orders(list(checks(solvers, {VP: PROBLEMS[VP]}, kernels=False, quick=True)))
+    assert [(c.subject, c.kind) for c in found] == [
+        ("broken", WEAK),
+        ("broken", STRONG),
+        ("healthy", WEAK),
+    ]
+    for broken in found[:2]:
+        assert broken.verdict in (FAIL, INCONCLUSIVE)
+        assert broken.message
+        if broken.estimate is None:
+            assert "no such step" in broken.message or "finite" in broken.message
+    assert {c.verdict for c in found[2:]} == {PASS}
+    assert summarise(found)["broken"] is not PASS
+    assert summarise(found)["healthy"] is PASS
+    strict(Report(found).to_dict())
+
+
+class Unprepared(EulerMaruyama):
+    def prepare(self, process, times):
+        msg = "no tables"
+        raise TypeError(msg)
+
+
+class Pathless(EulerMaruyama):
+    def path_noise(self, process, times):
+        msg = "no path"
+        raise TypeError(msg)
+
+
+class Undecided(EulerMaruyama):
+    """Draws more noise where a state is not 0."""
+
+    def step(self, z, memory, tables, i, score, noise):
+        if bool((z != 0).any()):
+            noise.normal(z, 1)
+        return super().step(z, memory, tables, i, score, noise)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"), [(Unprepared(), "no tables"), (Pathless(), "no path"), (Undecided(), "")]
+)
+def test_a_solver_that_breaks_elsewhere_does_not_pass_and_the_others_go_on(broken, words):
+    solvers = {"broken": broken, "healthy": SSCS()}
+    found = list(checks(solvers, {VP: PROBLEMS[VP]}, kernels=False, quick=True))
+    summary = summarise(found)
+    assert summary["broken"] is FAIL
+    assert summary["healthy"] is PASS
+    reasons = [c.message for c in found if c.subject == "broken" and c.verdict is FAIL]
+    assert any(reason and words in reason for reason in reasons)
+
+
+def test_an_interruption_is_no_failure_of_a_solver():
+    with pytest.raises(KeyboardInterrupt):
+        measured(Broken(how=raising(KeyboardInterrupt)), [VP])
+
+
+def test_a_solver_is_not_measured_where_it_does_not_apply():
+    assert measured(SSCS(), ["VE"]) == []
+    assert {c.problem for c in measured(SSCS(), ["VE", VP])} == {VP}
+
+
+def test_there_are_as_many_checks_as_are_counted_for_a_solver_that_applies_everywhere():
+    solvers = {"em": EulerMaruyama(), "multistep": ExponentialMultistep()}
+    cases = {name: PROBLEMS[name] for name in (VP, "CLD, stiff end", POINTS, "CLD, ring")}
+    made = list(checks(solvers, cases, kernels=False, quick=True))
+    assert len(made) == suite.count(solvers, cases, kernels=False, quick=True) == 7
+    assert suite.count({}, cases, kernels=True) == len(forward_processes())
+    stiff = [c for c in made if c.kind == "error at 100 steps"]
+    assert [c.verdict for c in stiff] == [None, None]
+    assert all(0 < c.measured < 1 for c in stiff if c.measured is not None)
+
+
+def test_evaluations_are_counted_against_the_declaration():
+    class Modest(EulerMaruyama):
+        @property
+        def facts(self) -> Facts:
+            return replace(super().facts, nfe_per_step=2)
+
+    solvers = {"em": EulerMaruyama(), "heun": StochasticHeun(), "modest": Modest()}
+    made = checks(solvers, {VP: PROBLEMS[VP]}, kernels=False, quick=True)
+    counted = {
+        c.subject: (c.declared, c.measured, c.verdict) for c in made if c.kind == "NFE a step"
+    }
+    assert counted == {"em": (1, 1, PASS), "heun": (2, 2, PASS), "modest": (2, 1, FAIL)}
+
+
+def test_a_strong_order_that_cannot_be_measured_is_not_passed_over():
+    class Claims(SSCS):
+        @property
+        def facts(self) -> Facts:
+            return replace(super().facts, strong_order=3)
+
+    made = list(checks({"sscs": Claims()}, {VP: PROBLEMS[VP]}, kernels=False, quick=True))
+    (strong,) = [check for check in made if check.kind == STRONG]
+    assert strong.verdict is INCONCLUSIVE
+    assert "path_noise" in strong.message
+
+
+def test_the_seed_decides_what_is_sampled():
+    def run(seed: int) -> list[float | None]:
+        made = checks(
+            {"em": EulerMaruyama()}, {VP: PROBLEMS[VP]}, kernels=False, quick=True, seed=seed
+        )
+        return [c.measured for c in made]
+
+    first, again, other = run(3), run(3), run(4)
+    assert first == again
+    assert first[0] == other[0]  # exact moments
+    assert first[1] != other[1]  # sampled paths
+
+
+@pytest.mark.slow
+def test_every_solver_of_the_package_passes_the_quick_suite():
+    cases = {name: PROBLEMS[name] for name in suite.QUICK_PROBLEMS}
+    found = list(checks(named_solvers(), cases, quick=True))
+    assert [c for c in found if c.verdict is FAIL] == []
+    summary = summarise(found)
+    assert FAIL not in summary.values()
+    assert set(summary) == {"kernels", *named_solvers()}
+
+
+def test_every_name_finds_its_solver():
+    for name, solver in named_solvers().items():
+        assert find_solver(name) == solver
+        assert isinstance(solver, Solver | Integrator)
+
+
+def test_a_solver_is_found_by_its_class_or_as_an_object(tmp_path, monkeypatch):
+    (tmp_path / "my_solvers_found.py").write_text(
+        "from cldsde.solvers import SSCS\nmine = SSCS(score_step='midpoint')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_solver("cldsde.solvers:StochasticHeun") == StochasticHeun()
+    assert find_solver("my_solvers_found:mine") == SSCS(score_step="midpoint")
+    sys.modules.pop("my_solvers_found")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eulr", ["'eulr'", "module:ClassName", "euler-maruyama", "gotta-go-fast"]),
+        ("", ["''", "module:ClassName"]),
+        ("no_such_module_here:Solver", ["no_such_module_here", "cannot be loaded"]),
+        ("cldsde.solvers:NoSuchSolver", ["NoSuchSolver", "cannot be loaded"]),
+        (":SSCS", [":SSCS"]),
+        ("json:JSONDecoder", ["must be a Solver or an Integrator"]),
+        ("json:loads", ["must be a Solver or an Integrator"]),
+        ("cldsde.solvers:Solver", ["cldsde.solvers:Solver"]),  # abstract
+        ("cldsde.solvers:PredictorCorrector", ["cldsde.solvers:PredictorCorrector"]),  # of two
+        (".solvers:SSCS", [".solvers:SSCS"]),
+    ],
+)
+def test_what_is_no_solver_is_refused(name, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as refusal:
+        find_solver(name)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_a_file_that_cannot_be_read_as_python_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_solvers.py").write_text("class Mine(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="my_broken_solvers"):
+        find_solver("my_broken_solvers:Mine")
+
+
+def strict(content: Any) -> Any:
+    """Through JSON as the standard has it: no NaN, no infinity."""
+
+    def refuse(token: str) -> None:
+        pytest.fail(f"{token} is no JSON")
+
+    return json.loads(json.dumps(content), parse_constant=refuse)
+
+
+@functools.cache
+def diverse() -> tuple[Check, ...]:
+    """Checks of every sort: passed, failed, without conclusion, only reported, and of a kernel."""
+    return (
+        Check("kernel", "VP", "transition", 1e-10, 3e-14, PASS, "fine", 0.1),
+        Check("kernel", "VE", "transition", 1e-10, 5e-13, PASS, "fine", 0.1),
+        check(1, 1, problem=VP, name="first"),
+        check(1.2, 1, problem=CLD, name="first"),
+        check(2, 2, problem=CLD, kind=STRONG, name="first"),
+        check(0.5, 1, problem=CLD, name="second"),
+        check(None, 1, problem=VP, name="third"),
+        Check("error at 100 steps", "third", "CLD, stiff end", None, 0.25, None, "off", 0.1),
+        Check("error at 100 steps", "fourth", "CLD, stiff end", None, math.nan, None, "off", 0.1),
+        Check("bias", "fifth", POINTS, 1.0, 1.004, FAIL, "E|x| is off", 0.1),
+    )
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 3, 10])
+def test_a_report_goes_through_json_and_back_whole_or_in_part(tmp_path, count, complete):
+    found = diverse()[:count]
+    points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0, pareto=True),)
+    report = Report(found, [WorkPrecision(CLD, "moments", points)], complete)
+    file = tmp_path / "report.json"
+    report.write_json(file)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    read = strict(json.loads(file.read_text()))
+    assert read["complete"] is complete
+    assert read["summary"] == {name: str(v) for name, v in summarise(found).items()}
+    assert len(read["checks"]) == count
+    for entry, made in zip(read["checks"], found, strict=True):
+        fields = ("kind", "subject", "problem", "declared", "message", "seconds")
+        assert all(entry[name] == getattr(made, name) for name in fields)
+        assert entry["verdict"] == (None if made.verdict is None else str(made.verdict))
+        if made.measured is not None and math.isfinite(made.measured):
+            assert entry["measured"] == made.measured
+        else:
+            assert entry["measured"] is None
+        if made.estimate is None:
+            assert entry["estimate"] is None
+        else:
+            levels = [level["error"] for level in entry["estimate"]["levels"]]
+            assert len(levels) == len(H)
+    assert read["work_precision"][0]["points"][0]["error"] == 0.2
+    assert {"cldsde", "torch", "machine"} <= set(read)
+
+
+def test_an_error_that_is_no_number_is_null_in_a_table(tmp_path):
+    points = (
+        WorkPrecisionPoint("first", 10, 0.1, math.nan, 0.0),
+        WorkPrecisionPoint("first", 20, 0.1, math.inf, math.nan),
+    )
+    table = WorkPrecision(CLD, "moments", points)
+    read = strict(json.loads(table.to_json()))
+    assert [point["error"] for point in read["points"]] == [None, None]
+    strict(Report((), [table]).to_dict())
+
+
+def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    file.write_text("before")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Report(diverse()).write_json(file)
+    assert file.read_text() == "before"
+
+
+def test_the_text_has_a_line_for_each_solver_and_kind():
+    lines = Report(diverse()).to_text().splitlines()
+    assert lines[0].split() == ["declared", "measured", "on", "verdict"]
+    heads = [line.split("  ")[0] for line in lines[1:]]
+    assert heads == [
+        "kernels",
+        "first: weak order",
+        "first: strong order",
+        "second: weak order",
+        "third: weak order",
+        "third: error at 100 steps",
+        "fourth: error at 100 steps",
+        "fifth: bias",
+    ]
+    text = dict(zip(heads, lines[1:], strict=True))
+    assert "5e-13" in text["kernels"]
+    assert "2 processes" in text["kernels"]
+    assert "1.00 … 1.20" in text["first: weak order"]
+    assert "2 PASS" in text["first: weak order"]
+    assert "VP, CLD" in text["first: weak order"]
+    assert "1 FAIL" in text["second: weak order"]
+    assert "1 INCONCLUSIVE" in text["third: weak order"]
+    assert "0.25" in text["third: error at 100 steps"]
+    assert Report(()).to_text().split() == ["declared", "measured", "on", "verdict"]
+
+
+def test_failures_are_named_with_their_message():
+    lines = Report(diverse()).failures()
+    assert [line.split(",")[0] for line in lines] == ["second", "fifth"]
+    assert lines[1] == f"fifth, bias on {POINTS}: E|x| is off"
+
+
+def test_the_table_for_the_documentation_has_declared_beside_measured():
+    solvers = {"first": StochasticHeun(), "third": ExponentialMultistep(), "unmeasured": SSCS()}
+    table = Report(diverse(), solvers=solvers).solver_table()
+    assert [row["solver"] for row in table] == [repr(solver) for solver in solvers.values()]
+    first, third, unmeasured = table
+    assert first["NFE a step"] == "2"
+    assert first["applies to"] == "every linear SDE"
+    assert (first[WEAK], first[STRONG], first[ODE]) == ("2", "1", "")
+    low = min(estimated(order, 1).low for order in (1, 1.2))
+    high = max(estimated(order, 1).high for order in (1, 1.2))
+    assert first[f"{WEAK}, measured"] == f"1.00 … 1.20 [{low:.2f}, {high:.2f}]"
+    assert first[f"{STRONG}, measured"].startswith("2.00 [")
+    assert first[f"{ODE}, measured"] == first["error at 100 steps"] == ""
+    assert (third[WEAK], third[ODE]) == ("", "2")
+    assert third[f"{WEAK}, measured"] == "—"
+    assert third["error at 100 steps"] == "2.5e-01"
+    assert unmeasured[WEAK] == "1"
+    assert unmeasured[f"{WEAK}, measured"] == unmeasured["error at 100 steps"] == ""
+    assert Report(diverse()).solver_table() == []
+
+
+def test_a_broken_solver_keeps_its_place_on_the_page(tmp_path):
+    """A check without a level that could be drawn, and tables with errors that are not finite."""
+    points = (WorkPrecisionPoint("third", 10, 0.1, math.nan, math.nan),)
+    report = Report([check(None, 1, name="third")], [WorkPrecision(CLD, "moments", points)])
+    page = report.write_html(tmp_path).read_text(encoding="utf-8")
+    assert "INCONCLUSIVE" in page
+    assert "third" in page
+
+
+def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
+    points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0),)
+    found = [c for c in diverse() if c.subject != "third"]
+    report = Report(found, [WorkPrecision("<CLD>", "moments", points)], complete=False)
+    file = report.write_html(tmp_path)
+    page = file.read_text(encoding="utf-8")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
+    # A diagram of work, and errors of the two solvers with an order.
+    assert page.count("data:image/svg+xml;base64,") == 3
+    assert "not all that were asked" in page
+    assert "&lt;CLD&gt;" in page
+    assert "<CLD>" not in page
