@@ -19,6 +19,7 @@ import torch
 from cldsde.solvers import Integrator, Solver
 
 from .order_estimate import OrderEstimate, Verdict
+from .plots import canvas
 from .suite import Check, declared_too_low, summarise
 from .work_precision import WorkPrecision
 
@@ -215,7 +216,7 @@ def _drawable(check: Check) -> bool:
 
 def _curves(subject: str, found: Sequence[Check]) -> str:
     """Errors against steps of one solver, levels that were dropped hollow."""
-    figure, axes = _canvas()
+    figure, axes = canvas(8, 3.6)
     own = [c for c in found if c.subject == subject and _drawable(c)]
     for i, check in enumerate(own):
         assert check.estimate is not None
@@ -243,16 +244,6 @@ def _curves(subject: str, found: Sequence[Check]) -> str:
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _as_image(figure)
-
-
-def _canvas() -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure  # an extra
-    except ImportError as error:
-        msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
-        raise ImportError(msg) from error
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    return figure, figure.subplots()
 
 
 def _diagram(table: WorkPrecision) -> str:

@@ -20,6 +20,7 @@ from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import moment_error
 from .plain import plain
+from .plots import canvas
 from .problems import Problem
 from .reference import GaussianReference
 
@@ -122,13 +123,7 @@ class WorkPrecision:
         if against not in ("nfe", "seconds"):
             msg = f"against must be 'nfe' or 'seconds'; got {against!r}"
             raise ValueError(msg)
-        try:
-            from matplotlib.figure import Figure  # an extra
-        except ImportError as error:
-            msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
-            raise ImportError(msg) from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = canvas(7, 4.5)
         for i, name in enumerate(dict.fromkeys(point.solver for point in self.points)):
             own = [p for p in self.points if p.solver == name and 0 < p.error < math.inf]
             if not own:
