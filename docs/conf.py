@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # with tables
 nb_execution_timeout = 600  # seconds a cell; some train
 
 bibtex_bibfiles = ["references.bib"]

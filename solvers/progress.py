@@ -21,7 +21,10 @@ def progress_bar(items: Iterable[Any] | None, *, shown: bool, **options: Any) ->
     options
         Passed to tqdm, e.g. ``desc``.
     """
-    from tqdm.auto import tqdm  # warns on import in notebooks without widgets
-
+    # The one for notebooks warns on import where there are no widgets.
+    if shown:
+        from tqdm.auto import tqdm
+    else:
+        from tqdm import tqdm
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(items, disable=not shown, mininterval=interval, maxinterval=interval, **options)

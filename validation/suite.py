@@ -233,7 +233,8 @@ def _kernel_check(name: str, sde: LinearSDE) -> Check:
 
 
 _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
-_RINGS = ("CLD, ring", "VP, ring")
+_RINGS = ("CLD, ring", "VP, ring")  # for work and precision: single samples rule their errors
+_SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
 _COUNTED = ("VP", "CLD")  # where evaluations are counted
 
 
@@ -245,15 +246,12 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
         return ["bias"] if noisy else []
     if facts.adaptive and facts.ode_order is None:
         return []
-    # On rings single samples rule the errors; they are for work and precision. Functions of time
-    # are evaluated one by one, which takes integrators minutes.
-    slow = problem.name == "non-commuting" and isinstance(solver, Integrator)
-    if problem.name in _RINGS or slow:
+    if problem.name in _RINGS:
         return []
     if problem.name == _STIFF:
         return ["error at 100 steps"] if isinstance(solver, Solver) else []
     kinds = []
-    if facts.ode_order is not None:
+    if facts.ode_order is not None and problem.name not in _SLOW:
         kinds.append("ODE order")
     if isinstance(solver, Solver) and problem.gaussian and facts.weak_order is not None:
         kinds.append("weak order")
@@ -280,7 +278,7 @@ def _check(
     began = time.perf_counter()
     g = torch.Generator().manual_seed(seed)
     try:
-        if refusal(solver, problem):
+        if shared.refused(name, solver, problem):
             return None
         if kind == "bias":
             return _bias_check(name, solver, problem, g, began, quick=quick)
@@ -322,6 +320,10 @@ class _Cases:
     def __init__(self, *, quick: bool, seed: int) -> None:
         self.quick, self._seed = quick, seed
         self._made: dict[tuple[str, str], Any] = {}
+
+    def refused(self, name: str, solver: Solver | Integrator, problem: Problem) -> bool:
+        """Whether a solver does not take a problem, found out once."""
+        return bool(self.get(f"refusal of {name}", problem, lambda g: refusal(solver, problem)))
 
     def get(self, kind: str, problem: Problem, make: Callable[[torch.Generator], Any]) -> Any:
         """What ``make`` makes of a fresh generator, once."""
