@@ -30,7 +30,7 @@ def bures_wasserstein(
     --------
     >>> import torch
     >>> one = torch.eye(1)
-    >>> bures_wasserstein(torch.zeros(1), one, torch.ones(1), 4 * one) ** 2
+    >>> round(bures_wasserstein(torch.zeros(1), one, torch.ones(1), 4 * one) ** 2, 12)
     2.0
     """
     first, second = covariance.to(torch.float64), other_covariance.to(torch.float64)
