@@ -348,7 +348,8 @@ def _estimate(
         if solver.facts.adaptive:
             # Of high orders halved steps leave few levels above rounding.
             coarsest = 16 if (solver.facts.ode_order or 0) <= 5 else 8
-            steps = [round(coarsest * 2 ** (level / 2)) for level in range(9)]
+            levels = range(6 if cases.quick else 9)
+            steps = [round(coarsest * 2 ** (level / 2)) for level in levels]
         return ode_order(solver, problem, steps=steps, case=flow)
     assert isinstance(solver, Solver)
     if kind == "strong order":
@@ -444,7 +445,7 @@ def refusal(solver: Solver | Integrator, problem: Problem) -> str:
     """Why a solver does not take a problem's process; empty where it does."""
     if isinstance(solver, Solver):
         try:
-            solver.prepare(problem.process, uniform_times(problem.start, problem.end, 1024))
+            solver.prepare(problem.process, uniform_times(problem.start, problem.end, 512))
         except ValueError as error:
             return str(error)
     return ""
