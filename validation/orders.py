@@ -310,7 +310,9 @@ class PathCase:
     """Exact paths of the reverse SDE over a grid, with what a solver sees of their noise.
 
     With Gaussian data the reverse SDE is linear. What noise adds to it over each cell is drawn
-    jointly with the Brownian increment and the process's own integral of it.
+    jointly with the Brownian increment and the process's own integral of it. Moments are those of
+    `GaussianReference`; transitions within a cell are the package's, which are checked by
+    themselves.
 
     Parameters
     ----------
@@ -342,18 +344,24 @@ class PathCase:
         G = sde.diffusion(nodes)
         cells, count, m = len(t), len(x), G.shape[-1]
 
-        def spread(at: Tensor) -> Tensor:
-            return at.unsqueeze(1).expand(-1, count).flatten()
+        def covariances(at: Tensor) -> Tensor:
+            found = [reference.moments(moment)[1] for moment in at.flatten().tolist()]
+            return torch.stack(found).reshape(*at.shape, k, k)
 
-        back = reference.reverse_transition(nodes.flatten(), spread(u))
-        forth = reference.transition(nodes.flatten(), spread(t))
-        shape = (cells, count, k, k)
+        def reverse(end: Tensor, at: Tensor) -> Tensor:
+            """Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹."""
+            psi = sde.transition(end.expand(at.shape), at).mean
+            found: Tensor = covariances(end) @ psi.mT @ torch.linalg.inv(covariances(at))
+            return found
+
         eye = torch.eye(m, dtype=torch.float64).expand(cells, count, m, m)
-        functional = torch.cat([eye, forth.reshape(shape) @ G, back.reshape(shape) @ G], dim=-2)
+        forth = sde.transition(nodes, t.unsqueeze(1).expand(-1, count)).mean
+        back = reverse(u.unsqueeze(1), nodes)
+        functional = torch.cat([eye, forth @ G, back @ G], dim=-2)
         columns = ((t - u).unsqueeze(1) * w).sqrt()[..., None, None] * functional
         roots = joint_root(columns.movedim(1, 2).flatten(2))
-        move = reference.reverse_transition(t, u)
-        self._psi = reference.transition(u, t)
+        move = reverse(u, t)
+        self._psi = sde.transition(u, t).mean
         self._increments: list[Tensor] = []
         self._integrals: list[Tensor] = []
         z = self.start
