@@ -43,7 +43,7 @@ class Facts:
     applies_to
         The processes it works for, in words.
     nfe_per_step
-        Score evaluations a step.
+        Score evaluations a step; `Splitting` takes more where positions are noisy, too.
     weak_order, strong_order
         Orders of convergence in law and along paths for the reverse SDE; None where not claimed.
     ode_order
