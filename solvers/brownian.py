@@ -173,7 +173,7 @@ class BrownianPath(NoiseSource):
         return self._read([(s, t)], [eye])[0].value(self)
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
-        """The process at time t ≥ s exactly, from states ``(B, k, *D)`` at s, along the path.
+        """The process at time t > s exactly, from states ``(B, k, *D)`` at s, along the path.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Splitting integrators of the reverse SDE with velocity, composed from three exact letters."""
+"""Splitting integrators of the reverse SDE with velocity, composed from three letters."""
 
 from __future__ import annotations
 
