@@ -103,14 +103,12 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
 
 class GaussianReference:
-    r"""Law and flows of a problem with Gaussian data of one dimension, at given times.
+    r"""Law and probability flow of a problem with Gaussian data of one dimension, at given times.
 
     .. math::
         m_t = Ψ(t, 0)\,m_0, \qquad Σ_t = Ψ Σ_0 Ψ^⊤ + Q, \qquad
-        z_u = m_u + Φ_λ(u, t)(z_t − m_t) + \text{noise}, \qquad
-        \dotΦ_λ = \bigl(F + \tfrac{1+λ^2}2 G G^⊤ Σ^{-1}\bigr) Φ_λ
-
-    with λ = 0 the probability flow and λ = 1 the reverse SDE.
+        z_u = m_u + Φ(u, t)(z_t − m_t), \qquad
+        \dotΦ = \bigl(F + \tfrac12 G G^⊤ Σ^{-1}\bigr) Φ
 
     Parameters
     ----------
@@ -146,18 +144,15 @@ class GaussianReference:
         laws = _integrate(law, (0.0, at[-1]), np.concatenate([covariance, mean], axis=1), at)
         self._covariance, self._mean = laws[:, :, :k], laws[:, :, k:]
 
-        def flows(time: float, y: Array) -> Array:
-            # Σ, Ψ, Φ_0 and Φ_1 from the first time on.
+        def flow(time: float, y: Array) -> Array:
+            # Σ and Φ from the first time on.
             F, noise = _coefficients(sde, time)
-            moved, pull = F @ y[0], noise @ np.linalg.inv(y[0])
-            return np.stack(
-                [moved + moved.T + noise, F @ y[1], (F + pull / 2) @ y[2], (F + pull) @ y[3]]
-            )
+            moved = F @ y[0]
+            pull = noise @ np.linalg.inv(y[0]) / 2
+            return np.stack([moved + moved.T + noise, (F + pull) @ y[1]])
 
-        eye = np.eye(k)
-        start = np.stack([self._covariance[0], eye, eye, eye])
-        found = _integrate(flows, (at[0], at[-1]), start, at)
-        self._psi, self._flow, self._reverse = found[:, 1], found[:, 2], found[:, 3]
+        start = np.stack([self._covariance[0], np.eye(k)])
+        self._flow = _integrate(flow, (at[0], at[-1]), start, at)[:, 1]
 
     def _index(self, t: float) -> int:
         i = bisect.bisect_left(self._times, t)
@@ -176,15 +171,3 @@ class GaussianReference:
         i, j = self._index(t), self._index(u)
         move = torch.from_numpy(self._flow[j] @ np.linalg.inv(self._flow[i]))
         return self.moments(u)[0] + move @ (z - self.moments(t)[0])
-
-    def reverse_transition(self, t: Tensor, u: Tensor) -> Tensor:
-        """Φ_1(u, t) for times ``(n,)`` each, ``(n, k, k)``."""
-        i = [self._index(x) for x in t.tolist()]
-        j = [self._index(x) for x in u.tolist()]
-        return torch.from_numpy(self._reverse[j] @ np.linalg.inv(self._reverse[i]))
-
-    def transition(self, s: Tensor, t: Tensor) -> Tensor:
-        """Ψ(t, s) for times ``(n,)`` each, ``(n, k, k)``."""
-        i = [self._index(x) for x in s.tolist()]
-        j = [self._index(x) for x in t.tolist()]
-        return torch.from_numpy(self._psi[j] @ np.linalg.inv(self._psi[i]))

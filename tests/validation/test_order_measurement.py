@@ -150,7 +150,7 @@ class Closed:
 def test_laws_and_flows_of_the_reference_are_the_closed_forms(name, many):
     """Also where times are many and are reached in one go.
 
-    For Gaussian laws Φ_1(u, t) = Σ_u Ψ(t, u)ᵀ Σ_t⁻¹, and Φ_0 takes the law at t to that at u.
+    The flow takes the law at t to that at u.
     """
     problem = gaussian_problem(name)
     closed, k = Closed(problem), problem.sde.components
@@ -166,16 +166,8 @@ def test_laws_and_flows_of_the_reference_are_the_closed_forms(name, many):
     for t, u in [(1.0, 0.05), (0.6, 0.2), (0.2, 0.05), (0.6, 0.6)]:
         psi = KERNELS[name](u, t)[0] if t > u else np.eye(k)
         (m_t, C_t), (m_u, C_u) = closed.moments(t), closed.moments(u)
-        times = torch.tensor([t], dtype=torch.float64), torch.tensor([u], dtype=torch.float64)
         # Inverses of Ψ and Σ cost their condition.
         loss = np.linalg.cond(C_t) * np.linalg.cond(psi)
-        np.testing.assert_allclose(
-            reference.transition(*reversed(times))[0], psi, rtol=0, atol=TOLERANCE * loss
-        )
-        back = C_u @ psi.T @ np.linalg.inv(C_t)
-        np.testing.assert_allclose(
-            reference.reverse_transition(*times)[0], back, rtol=0, atol=TOLERANCE * loss
-        )
         # The flow as an affine map, from where it takes the mean and unit vectors.
         origin = reference.flow(torch.from_numpy(m_t)[None], t, u)[0]
         np.testing.assert_allclose(origin, m_u, rtol=0, atol=TOLERANCE)
