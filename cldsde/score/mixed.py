@@ -63,7 +63,8 @@ class MixedScore(nn.Module):
     network
         Module of (state, clock): ``(B, k·C, *S)`` and ``(B,)`` to ``(B, len(driven)·C, *S)`` for
         data ``(B, C, *S)``. It sees the state scaled to unit size a component and κ(t), half the
-        log of the signal-to-noise ratio of the process, as its clock.
+        log of the signal-to-noise ratio of the process, as its clock. A conditional one is called
+        as (state, clock, condition).
     sde
         The forward process.
     data_mean, data_variance
@@ -132,7 +133,14 @@ class MixedScore(nn.Module):
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.cpu().to(torch.float64)
 
-    def forward(self, z: Tensor, t: TimeLike, *, prediction: Output = "score") -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: TimeLike,
+        *,
+        prediction: Output = "score",
+        condition: Tensor | None = None,
+    ) -> Tensor:
         """Score, or predicted noise, of the driven components, ``(B, len(driven), *D)``.
 
         Parameters
@@ -143,11 +151,14 @@ class MixedScore(nn.Module):
             One time or ``(B,)``, above 0.
         prediction
             ``"score"`` or ``"noise"``, which training compares.
+        condition
+            Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
         """
         one_of(prediction, Output, "prediction")
         times = score_times(t, check_state(z, self.sde.components))
         table = self._coefficients(times).to(z)
-        return self._score(z, table) if prediction == "score" else self._noise(z, table)
+        part = self._score if prediction == "score" else self._noise
+        return part(z, table, condition)
 
     def residual_variance(self, t: Tensor) -> Tensor:
         """Mean squared noise that the reference leaves open, at times ``(n,)``.
@@ -157,12 +168,14 @@ class MixedScore(nn.Module):
         """
         return self._coefficients(t).residual.square().flatten(1).mean(1)
 
-    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
+    def tabulate(
+        self, times: Tensor, like: Tensor, *, condition: Tensor | None = None
+    ) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
         table = self._coefficients(times).to(like)
 
         def score(z: Tensor, i: int) -> Tensor:
-            return self._score(z, _Coefficients(*(field[i] for field in table)))
+            return self._score(z, _Coefficients(*(field[i] for field in table)), condition)
 
         return score
 
@@ -204,7 +217,7 @@ class MixedScore(nn.Module):
             to_score,
         )
 
-    def _noise(self, z: Tensor, c: _Coefficients) -> Tensor:
+    def _noise(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
         axes = z.ndim - 2
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
@@ -227,7 +240,11 @@ class MixedScore(nn.Module):
         reference = (spread(c.reference, 2) * (z - mean).unsqueeze(1)).sum(2)
         clock = c.log_snr.expand(len(z))
         inputs = ((z - mean) * spread(c.scale, 1)).flatten(1, 2)
-        learnt: Tensor = self.network(inputs, clock)
+        learnt: Tensor
+        if condition is None:
+            learnt = self.network(inputs, clock)
+        else:
+            learnt = self.network(inputs, clock, condition.expand(len(z), *condition.shape[1:]))
         driven = len(self.sde.driven)
         wanted = (len(z), driven * z.shape[2], *z.shape[3:])
         if learnt.shape != wanted:
@@ -245,5 +262,5 @@ class MixedScore(nn.Module):
             raise ValueError(msg)
         return reference.lerp(learnt, share.expand_as(learnt))
 
-    def _score(self, z: Tensor, c: _Coefficients) -> Tensor:
-        return apply_blocks(c.to_score, self._noise(z, c))
+    def _score(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
+        return apply_blocks(c.to_score, self._noise(z, c, condition))
