@@ -1,21 +1,87 @@
-"""Score networks."""
+"""Score networks: a U-Net and the NCSN++, both put together of parts of the library diffusers.
+
+A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
+of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. What
+it returns is zero before it is trained, so that a mixed score starts at its Gaussian reference.
+
+A network of labelled images takes the label of each image, too: 0 … classes − 1, or ``classes``,
+the null label, which stands for no class. It is what classifier-free guidance trains and asks for
+beside the labels.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["UNet"]
+from cldsde.linear.checks import check_at_least, check_positive
+
+__all__ = ["NETWORKS", "NCSNpp", "UNet", "parameter_count"]
+
+# diffusers embeds integer steps up to 1,000; the clock runs over about ±8.
+_CLOCK_SCALE = 50.0
 
 
-class UNet(nn.Module):
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters that are learnt."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+class _ScoreNetwork(nn.Module):
+    """What the networks share: a `UNet2DModel`, and labels around it."""
+
+    def __init__(self, network: UNet2DModel, classes: int | None) -> None:
+        super().__init__()
+        self.network = network
+        self.classes = classes
+        if classes is not None:
+            width = network.time_embedding.linear_2.out_features
+            network.class_embedding = _ClassEmbedding(classes + 1, width)
+
+    def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
+        """Noise prediction of the driven components.
+
+        Parameters
+        ----------
+        z
+            States ``(B, inputs·C, H, W)``.
+        clock
+            ``(B,)``.
+        label
+            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None is that for all.
+            Labels on the host are checked, and copied to the device of ``z``. To look at those on
+            another device would wait for it in every step of a sampler: there an image whose label
+            is out of range comes out as NaN.
+
+        Returns
+        -------
+        Tensor
+            ``(B, outputs·C, H, W)``.
+
+        Raises
+        ------
+        ValueError
+            If there are labels but no classes, or they are not ``(B,)`` int64 in [0, classes].
+        """
+        if self.classes is not None:
+            label = _checked_label(label, len(z), self.classes, z.device)
+        elif label is not None:
+            msg = "label must be None: the network has no classes; make it with classes=…"
+            raise ValueError(msg)
+        out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]
+        return out
+
+
+class UNet(_ScoreNetwork):
     """A U-Net of the library diffusers with the interface of a score network.
-
-    Maps a state ``(B, inputs·C, H, W)`` and a clock ``(B,)`` of order 1, as `MixedScore` supplies
-    them, to ``(B, outputs·C, H, W)``. The last layer starts at zero, so that a mixed score starts
-    at its Gaussian reference.
 
     Parameters
     ----------
@@ -29,10 +95,24 @@ class UNet(nn.Module):
         Residual blocks a level.
     groups
         Groups of the group normalisation.
-    """
+    attention
+        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. If there is
+        one, the middle of the network has attention, too.
+    head_channels
+        Channels of an attention head, a divisor of the channels; None is one head of them all.
+    dropout
+        Probability in [0, 1) with which a residual block drops a number in training.
+    classes
+        Number of classes; None for images without labels.
+    gradient_checkpointing
+        Compute what is inside a residual block again for its gradient instead of keeping it: less
+        memory, and about a third more time.
 
-    # diffusers embeds integer steps up to 1,000; κ runs over about ±8.
-    _CLOCK_SCALE = 50.0
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or does not fit the others.
+    """
 
     def __init__(
         self,
@@ -43,23 +123,331 @@ class UNet(nn.Module):
         channels: Sequence[int],
         blocks: int = 1,
         groups: int = 8,
+        attention: Sequence[int] = (),
+        head_channels: int | None = None,
+        dropout: float = 0.0,
+        classes: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.network = UNet2DModel(
+        _check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
+        attends = _levels(shape, channels, attention)
+        if any(width % groups for width in channels):
+            msg = f"groups must divide each of the channels, {list(channels)}; got {groups}"
+            raise ValueError(msg)
+        _check_heads(head_channels, channels, attends)
+        _check_dropout(dropout)
+        network = UNet2DModel(
             sample_size=tuple(shape[1:]),
             in_channels=inputs * shape[0],
             out_channels=outputs * shape[0],
             block_out_channels=tuple(channels),
-            down_block_types=("DownBlock2D",) * len(channels),
-            up_block_types=("UpBlock2D",) * len(channels),
+            down_block_types=_block_types("DownBlock2D", attends),
+            up_block_types=_block_types("UpBlock2D", attends[::-1]),
             layers_per_block=blocks,
             norm_num_groups=groups,
-            add_attention=False,
+            add_attention=any(attends),
+            attention_head_dim=head_channels,
+            dropout=dropout,
         )
-        nn.init.zeros_(self.network.conv_out.weight)
-        nn.init.zeros_(self.network.conv_out.bias)
+        _zero(network.conv_out)
+        super().__init__(network, classes)
+        if gradient_checkpointing:
+            _recompute(network)
 
-    def forward(self, z: Tensor, clock: Tensor) -> Tensor:
-        """Noise prediction of the driven components."""
-        out: Tensor = self.network(z, self._CLOCK_SCALE * clock, return_dict=False)[0]
-        return out
+
+class NCSNpp(_ScoreNetwork):
+    """The NCSN++ of Song et al. (2021), from blocks of the library diffusers.
+
+    A U-Net of residual blocks in the manner of BigGAN, which halve and double the resolution
+    themselves, with an anti-aliasing filter (1, 3, 3, 1) and sums divided by √2. The filtered input
+    enters at each level, and the output is a sum over the levels.
+
+    Parameters
+    ----------
+    shape
+        Shape ``(C, H, W)`` of the data; H and W divisible by 2 to the number of levels less one.
+    inputs, outputs
+        Components of the state and driven components.
+    channels
+        Channels of each level, from full resolution down: multiples of 32, or, without attention
+        and up to 64, of 4. A level has c/4 groups of the group normalisation, 32 at most.
+    blocks
+        Residual blocks a level, beside the one that halves the resolution.
+    attention
+        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``; on the way
+        up after the last. The middle of the network always has attention.
+    head_channels
+        Channels of an attention head, a divisor of the channels; None is one head of them all, as
+        published.
+    dropout
+        Probability in [0, 1) with which a residual block drops a number in training.
+    fourier_scale
+        None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
+        frequencies 2π N(0, σ²), drawn with the weights and kept with them. Song et al. take 16 for
+        VE's log noise level; Karras et al. (2022), who divide its log by 4, in effect 4.
+    classes
+        Number of classes; None for images without labels.
+    gradient_checkpointing
+        Compute what is inside a residual block again for its gradient instead of keeping it: less
+        memory, and about a third more time.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or does not fit the others.
+
+    Notes
+    -----
+    For CIFAR-10: ``channels=(128, 256, 256, 256), blocks=8, attention=(16,), dropout=0.1,
+    fourier_scale=16``, 106.7 million parameters for CLD. For CelebA-HQ of 256 × 256:
+    ``channels=(128, 128, 256, 256, 256, 256, 256), blocks=2, attention=(16,)``, 65.5 million.
+
+    Weights start as published: Glorot uniform, biases zero, and the last convolution of a residual
+    or attention block so small that the block starts as its shortcut.
+
+    The input enters, and the output is summed, as in the published networks for 256 × 256
+    (``input_skip``, ``output_skip``). That for CIFAR-10 passes the filtered input on through 3 × 3
+    convolutions (``residual``) and has its output at full resolution alone; that makes 0.9 million
+    parameters more.
+
+    References
+    ----------
+    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
+    2021, appendix H. T. Dockhorn et al., *Score-based generative modeling with critically-damped
+    Langevin diffusion*, 2022, appendix E.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        inputs: int,
+        outputs: int,
+        *,
+        channels: Sequence[int],
+        blocks: int = 2,
+        attention: Sequence[int] = (),
+        head_channels: int | None = None,
+        dropout: float = 0.0,
+        fourier_scale: float | None = None,
+        classes: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        _check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
+        attends = _levels(shape, channels, attention)
+        unit = 32 if any(attends) or max(channels) > 64 else 4
+        if any(width % unit for width in channels):
+            msg = (
+                "channels must be multiples of 32, or, without attention and up to 64, of 4; "
+                f"got {list(channels)}"
+            )
+            raise ValueError(msg)
+        _check_heads(head_channels, channels, [*attends[:-1], True])
+        _check_dropout(dropout)
+        if fourier_scale is not None:
+            check_positive(fourier_scale, "fourier_scale")
+        network = UNet2DModel(
+            sample_size=tuple(shape[1:]),
+            in_channels=inputs * shape[0],
+            out_channels=outputs * shape[0],
+            block_out_channels=tuple(channels),
+            down_block_types=_block_types("SkipDownBlock2D", attends),
+            up_block_types=_block_types("SkipUpBlock2D", attends[::-1]),
+            layers_per_block=blocks,
+            norm_num_groups=None,
+            norm_eps=1e-6,
+            mid_block_scale_factor=math.sqrt(2),
+            attention_head_dim=head_channels,
+            dropout=dropout,
+        )
+        # diffusers divides the output by the clock where it makes Fourier features itself.
+        if fourier_scale is not None:
+            embedding = network.time_embedding
+            network.time_proj = _FourierFeatures(channels[0], fourier_scale)
+            embedding.linear_1 = nn.Linear(2 * channels[0], embedding.linear_1.out_features)
+        # The blocks' own convolutions are for images of three channels.
+        for block, width in zip(network.down_blocks[:-1], channels, strict=False):
+            block.skip_conv = nn.Conv2d(inputs * shape[0], width, 1)
+            block.downsamplers = nn.ModuleList([_Halve()])
+            block.resnet_down.downsample = _Halve()
+        for block, width in zip(network.up_blocks, reversed(channels), strict=True):
+            block.upsampler = _Double()
+            if block.resnet_up is not None:
+                block.skip_conv = nn.Conv2d(width, outputs * shape[0], 3, padding=1)
+                block.resnet_up.upsample = _Double()
+        _initialise(network)
+        super().__init__(network, classes)
+        if gradient_checkpointing:
+            _recompute(network)
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
+"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``."""
+
+
+class _ClassEmbedding(nn.Embedding):
+    """An embedding that answers a label out of range with NaN, and never waits for its device."""
+
+    def forward(self, label: Tensor) -> Tensor:
+        last = self.num_embeddings - 1
+        rows = super().forward(label.clamp(0, last))
+        return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
+
+
+class _FourierFeatures(nn.Module):
+    """Sines and cosines of the clock in random frequencies."""
+
+    frequencies: Tensor
+
+    def __init__(self, count: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * scale / _CLOCK_SCALE * torch.randn(count))
+
+    def forward(self, clock: Tensor) -> Tensor:
+        phase = clock[:, None] * self.frequencies
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class _Filter(nn.Module):
+    """The filter (1, 3, 3, 1) in both directions, of sum 1.
+
+    It does what diffusers' own does, to rounding, in place of which it stands: that one brings its
+    kernel to the device at every call, waits for it, and filters numbers that it then drops.
+    """
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(line, line)[None, None], persistent=False)
+
+    def weight(self, x: Tensor) -> Tensor:
+        return self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+
+
+class _Halve(_Filter):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight(x), stride=2, padding=1, groups=x.shape[1])
+
+
+class _Double(_Filter):
+    def forward(self, x: Tensor) -> Tensor:
+        # Three of four numbers that the filter sees are zeros put between the pixels.
+        return F.conv_transpose2d(x, 4 * self.weight(x), stride=2, padding=1, groups=x.shape[1])
+
+
+class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
+    """A residual block that keeps nothing but its input for the gradient."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        forward = super().forward
+        if not torch.is_grad_enabled():
+            return forward(input_tensor, temb)  # type: ignore[no-any-return]
+        return checkpoint(forward, input_tensor, temb, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _recompute(network: nn.Module) -> None:
+    """Turn residual blocks into such that keep less, of the same weights by the same names.
+
+    diffusers' own switch reaches the middle block alone where blocks are skip blocks.
+    """
+    for module in network.modules():
+        if type(module) is ResnetBlock2D:
+            module.__class__ = _RecomputedBlock
+
+
+def _initialise(network: UNet2DModel) -> None:
+    """Initialise the weights as Song et al.'s code does; see the notes of `NCSNpp`."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in network.modules():
+            # Their variance is scaled by 1e-10, for a gradient that is not zero.
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.mul_(1e-5)
+            elif isinstance(module, Attention):
+                module.to_out[0].weight.mul_(1e-5)
+    _zero(network.conv_out)
+    for block in network.up_blocks[:-1]:
+        _zero(block.skip_conv)
+
+
+def _zero(layer: nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _block_types(name: str, attends: Sequence[bool]) -> tuple[str, ...]:
+    return tuple(f"Attn{name}" if with_attention else name for with_attention in attends)
+
+
+def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch.device) -> Tensor:
+    if label is None:
+        return torch.full((batch,), classes, device=device)
+    if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (batch,):
+        got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
+        msg = f"label must be an int64 tensor ({batch},), one a state; got {got}"
+        raise ValueError(msg)
+    if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
+        msg = f"label must lie in [0, {classes}], where {classes} is no class; got {label.tolist()}"
+        raise ValueError(msg)
+    return label.to(device)
+
+
+def _check_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if value is None and name == "classes":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            msg = f"{name} must be a positive integer; got {value!r}"
+            raise ValueError(msg)
+
+
+def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
+    """Which levels have attention, if sizes and resolutions fit the levels."""
+    for name, sizes in (("shape", shape), ("channels", channels)):
+        integers = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+        if not integers or not sizes or (name == "shape" and len(sizes) != 3):
+            wanted = "three positive integers (C, H, W)" if name == "shape" else "positive integers"
+            msg = f"{name} must be {wanted}; got {sizes!r}"
+            raise ValueError(msg)
+    factor = 2 ** (len(channels) - 1)
+    if shape[1] % factor or shape[2] % factor:
+        msg = (
+            f"shape must have H and W divisible by {factor}, for the {len(channels)} levels that "
+            f"channels asks for; got {tuple(shape)}"
+        )
+        raise ValueError(msg)
+    heights = [shape[1] >> level for level in range(len(channels))]
+    missing = [height for height in attention if height not in heights]
+    if missing:
+        msg = f"attention must be at heights of levels, {heights}; got {missing}"
+        raise ValueError(msg)
+    return [height in attention for height in heights]
+
+
+def _check_heads(
+    head_channels: int | None, channels: Sequence[int], attends: Sequence[bool]
+) -> None:
+    if head_channels is None:
+        return
+    _check_counts(head_channels=head_channels)
+    # The middle of the network has the channels of the last level.
+    last = [channels[-1]] if any(attends) else []
+    widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
+    if any(width % head_channels for width in widths):
+        msg = (
+            "head_channels must divide the channels where there is attention, "
+            f"{sorted(set(widths))}; got {head_channels}"
+        )
+        raise ValueError(msg)
+
+
+def _check_dropout(dropout: float) -> None:
+    if not check_at_least(dropout, 0, "dropout") < 1:
+        msg = f"dropout must lie in [0, 1); got {dropout}"
+        raise ValueError(msg)
