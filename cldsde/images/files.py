@@ -1,0 +1,137 @@
+"""Files that are whole or not there: whatever happens while they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = [
+    "PARTIAL",
+    "brief",
+    "load_tensors",
+    "save_tensors",
+    "tensors_digest",
+    "write_whole",
+]
+
+PARTIAL = ".partial-"
+"""Beginning of the names of files that are being written."""
+
+
+def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved.
+
+    Parameters
+    ----------
+    target
+        The file; what is there is replaced.
+    writer
+        Writes to the path that it is given, which has the suffix of the target.
+    """
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=PARTIAL, suffix=target.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        writer(temporary)
+        _to_disk(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(
+    file: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, whole or not at all, with a digest of all that it holds.
+
+    Parameters
+    ----------
+    file
+        Where to.
+    kind
+        What the file is; `load_tensors` refuses others.
+    tensors, metadata
+        What to write.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    hosted = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+    notes = {**metadata, "kind": kind}
+    notes["sha256"] = tensors_digest(hosted, notes)
+    try:
+        write_whole(file, lambda path: save_file(hosted, path, metadata=notes))
+    except (OSError, SafetensorError) as error:
+        msg = f"{file} cannot be written ({brief(error)})"
+        raise OSError(msg) from error
+
+
+def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that `save_tensors` wrote; ``"sha256"`` is its digest.
+
+    No code of the file's is run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged or of another kind.
+    """
+    if not file.is_file():
+        msg = f"there is no file {file}"
+        raise FileNotFoundError(msg)
+    try:
+        with safe_open(file, framework="pt") as source:
+            tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
+            notes: dict[str, str] = source.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        msg = f"{file} is damaged or no safetensors file ({brief(error)})"
+        raise ValueError(msg) from error
+    if notes.get("kind") != kind:
+        msg = f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}"
+        raise ValueError(msg)
+    written = notes.pop("sha256", None)
+    if written != tensors_digest(tensors, notes):
+        msg = f"{file} is damaged: its contents differ from the digest written with them"
+        raise ValueError(msg)
+    del notes["kind"]
+    assert written is not None
+    return tensors, {**notes, "sha256": written}
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of tensors on the host and their notes."""
+    total = hashlib.sha256(json.dumps(sorted((notes or {}).items())).encode())
+    for key in sorted(tensors):
+        x = tensors[key]
+        total.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
+        total.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _to_disk(file: Path) -> None:
+    """Wait until a file is on the disk: a name must never be given to what may be lost."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def brief(error: BaseException) -> str:
+    """First line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,56 @@
+"""Tensor files are what was written or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cldsde.images.files import load_tensors, save_tensors
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b": torch.tensor(3, dtype=torch.int64),
+    "c": torch.empty(0, 2),
+}
+
+
+def test_tensors_and_notes_come_back(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_tensors(file, "numbers", TENSORS, {"note": "é"})
+    tensors, notes = load_tensors(file, "numbers")
+    assert notes["note"] == "é"
+    assert tensors.keys() == TENSORS.keys()
+    for name, x in TENSORS.items():
+        assert torch.equal(tensors[name], x)
+        assert tensors[name].dtype == x.dtype
+
+
+def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_tensors(file, "numbers", TENSORS, {"note": "x"})
+    whole = file.read_bytes()
+    for i in range(0, len(whole), 3):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        with pytest.raises(ValueError, match=r"x\.safetensors (is damaged|must hold)"):
+            load_tensors(file, "numbers")
+        file.write_bytes(whole[:i])
+        with pytest.raises(ValueError, match=r"x\.safetensors (is damaged|must hold)"):
+            load_tensors(file, "numbers")
+
+
+def test_other_files_are_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_tensors(file, "numbers", TENSORS, {})
+    with pytest.raises(ValueError, match="must hold letters; it holds numbers"):
+        load_tensors(file, "letters")
+    save_file(TENSORS, file)
+    with pytest.raises(ValueError, match="must hold numbers; it holds something else"):
+        load_tensors(file, "numbers")
+    torch.save(TENSORS, file)
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        load_tensors(file, "numbers")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_tensors(tmp_path / "y", "numbers")
+    with pytest.raises(OSError, match="cannot be written"):
+        save_tensors(tmp_path / "nowhere" / "x", "numbers", TENSORS, {})
