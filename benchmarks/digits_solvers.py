@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cldsde import ReverseProcess, solvers
-from cldsde.images.data import digits
+from cldsde.images.data import digits, pixels_of
 from cldsde.images.demo import DemoConfig, trained_model
 from cldsde.images.metrics import frechet_distance, train_classifier
 from cldsde.images.runs import RunFolder
@@ -91,14 +91,14 @@ def main() -> None:
     arguments = parser.parse_args()
     data = digits()
     classifier, _ = train_classifier(data, seed=0)
-    real = classifier.features(torch.cat([data.train, data.held_out]))
+    real = classifier.features(torch.cat([pixels_of(data.train), pixels_of(data.held_out)]))
     results: dict[str, dict[str, dict[str, float]]] = {}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
     for model_seed in arguments.models:
         config = DemoConfig(seed=model_seed)
         run = RunFolder(arguments.runs / str(model_seed), config.resolved())
-        model = trained_model(config, data, run, progress=True)
+        model = trained_model(config, run, progress=True)
         process, sde = ReverseProcess(model.sde, model), model.sde
         for name, (solver, grid_name, eps, T) in progress_bar(list(RECIPES.items()), shown=True):
             row = results.setdefault(name, {})

@@ -12,11 +12,11 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from cldsde.cli import demo, validate
+from cldsde.cli import demo, sample, train, validate
 
 __all__ = ["main"]
 
-_COMMANDS = {"demo": demo, "validate": validate}
+_COMMANDS = {"demo": demo, "train": train, "sample": sample, "validate": validate}
 
 
 class _Parser(ArgumentParser):

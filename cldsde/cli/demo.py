@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.devices import resolve_device
+from cldsde.cli.extras import needs_images
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
@@ -47,12 +48,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
     OSError
         If the folder cannot be written.
     """
-    try:
+    with needs_images():
         from cldsde.images.demo import DemoConfig, run_demo
         from cldsde.images.runs import RunFolder
-    except ImportError as error:
-        msg = f"{error.name} is missing; install the extra: pip install 'cldsde[images]'"
-        raise ImportError(msg) from error
     if not 0 <= options.seed < 2**63:
         msg = f"--seed must lie between 0 and 2^63 - 1; got {options.seed}"
         raise ValueError(msg)
@@ -83,7 +81,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             "  trajectories.png  data and velocity, diffused and generated\n"
             "  distances.png     FD against score evaluations (table.md, results.json)\n"
             "  samples.npz       the generated images\n"
-            "  model.safetensors, config.json, metrics.jsonl"
+            "  model             the trained model: cldsde sample takes that folder"
         )
 
     return work

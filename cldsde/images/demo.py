@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from cldsde import solvers
-from cldsde.images.data import ImageData, digits
+from cldsde.images.config import NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
+from cldsde.images.data import DataSet, digits, pixels_of
 from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
 from cldsde.images.metrics import DigitClassifier, frechet_distance, train_classifier
-from cldsde.images.networks import UNet
 from cldsde.images.runs import RunFolder
-from cldsde.images.training import STATE, TrainingConfig, train
-from cldsde.linear import CLD
+from cldsde.images.training import train
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
 
-_CHECKPOINT = "model.safetensors"
 _RESULTS = (
     "results.json",
     "table.md",
@@ -41,14 +39,16 @@ _SOLVERS: dict[str, solvers.Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": so
 
 def _full_training() -> TrainingConfig:
     return TrainingConfig(
-        steps=3000,
+        images=192_000,
         batch=64,
         learning_rate=1e-3,
-        warmup=100,
+        warmup=6_400,
+        decay="cosine",
         ema_decay=0.998,
         t_min=1e-3,
-        log_every=100,
-        save_every=500,
+        log_every=6_400,
+        save_every=32_000,
+        sample_every=96_000,
     )
 
 
@@ -87,13 +87,23 @@ class DemoConfig:
         """The same in small, for a first look and for tests."""
         training = dataclasses.replace(
             _full_training(),
-            steps=800,
+            images=51_200,
             learning_rate=2e-3,
-            warmup=50,
+            warmup=3_200,
             ema_decay=0.99,
-            save_every=100,
+            save_every=6_400,
+            sample_every=51_200,
         )
         return cls(**{"training": training, "nfe": (25, 50), "samples": 500, **changes})
+
+    def model(self) -> RunConfig:
+        """The configuration of the model's own run."""
+        return RunConfig(
+            seed=self.seed,
+            network=NetworkConfig(options={"channels": list(self.channels)}),
+            training=self.training,
+            sampling=SamplingConfig(solver="sscs", nfe=50, t_end=self.t_end),
+        )
 
     def resolved(self) -> dict[str, Any]:
         """The configuration in JSON types."""
@@ -154,10 +164,10 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     began = time.monotonic()
     data = digits()
     classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
-    model = trained_model(config, data, run, progress=progress)
+    model = trained_model(config, run, progress=progress)
     process = ReverseProcess(model.sde, model)
 
-    real = torch.cat([data.train, data.held_out])
+    real = torch.cat([pixels_of(data.train), pixels_of(data.held_out)])
     features = classifier.features(real)
     distances: dict[str, dict[int, float]] = {name: {} for name in _SOLVERS}
     cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
@@ -183,7 +193,9 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
         lambda file: np.savez(file, images=images[:, 0].numpy(), labels=labels.numpy()),
     )
     caption = f"generated, {name} at {nfe} NFE"
-    run.write("samples.png", lambda file: plot_samples(file, data.held_out, images, caption))
+    run.write(
+        "samples.png", lambda file: plot_samples(file, pixels_of(data.held_out), images, caption)
+    )
     run.write("trajectories.png", lambda file: _draw_trajectories(file, process, data, config))
     run.write(
         "distances.png",
@@ -204,56 +216,26 @@ def _stored_report(run: RunFolder) -> DemoReport:
         raise ValueError(run.damaged("results.json", error)) from error
 
 
-def trained_model(
-    config: DemoConfig, data: ImageData, run: RunFolder, *, progress: bool
-) -> MixedScore:
-    """Train the demonstration's network, or load it where the run has it.
+def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> MixedScore:
+    """Train the demonstration's network in the folder ``model`` of the run, or load it from there.
 
     Parameters
     ----------
     config
         What to train.
-    data
-        The digits.
     run
-        Where the checkpoint is.
+        The demonstration's run; its folder ``model`` is a run of ``cldsde train``.
     progress
         Show a progress bar on stderr.
 
     Raises
     ------
     ValueError
-        If the checkpoint is damaged.
+        If a checkpoint is damaged.
     """
-    sde = CLD()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = UNet(
-            data.train.shape[1:],
-            sde.components,
-            len(sde.driven),
-            channels=config.channels,
-        )
-    model = MixedScore(network, sde, data.train.mean(), data.train.var()).to(config.device)
-    if (run / _CHECKPOINT).exists():
-        tensors, _ = run.load_tensors(_CHECKPOINT)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(run.damaged(_CHECKPOINT, error)) from error
-        return model.eval().requires_grad_(False)
-    averaged = train(
-        model,
-        data.train,
-        data.held_out,
-        config.training,
-        run,
-        seed=config.seed,
-        progress=progress,
-    )
-    run.save_tensors(_CHECKPOINT, averaged.state_dict())
-    (run / STATE).unlink(missing_ok=True)
-    return averaged
+    model = config.model()
+    folder = RunFolder(run / "model", model.to_dict())
+    return train(model, model.data.load(), folder, device=config.device, progress=progress)
 
 
 def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) -> Tensor:
@@ -272,8 +254,8 @@ def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) 
     return solution.data.clamp(-1, 1).cpu()
 
 
-def _gaussian_features(data: ImageData, classifier: DigitClassifier, config: DemoConfig) -> Tensor:
-    pixels = data.train.flatten(1).double()
+def _gaussian_features(data: DataSet, classifier: DigitClassifier, config: DemoConfig) -> Tensor:
+    pixels = pixels_of(data.train).flatten(1).double()
     fitted = GaussianMixture([1.0], pixels.mean(0, keepdim=True), torch.cov(pixels.T)[None])
     generator = torch.Generator().manual_seed(config.seed)
     images = fitted.sample(config.samples, generator=generator).reshape(-1, 1, 8, 8)
@@ -281,7 +263,7 @@ def _gaussian_features(data: ImageData, classifier: DigitClassifier, config: Dem
 
 
 def _draw_trajectories(
-    file: Path, process: ReverseProcess, data: ImageData, config: DemoConfig
+    file: Path, process: ReverseProcess, data: DataSet, config: DemoConfig
 ) -> None:
     sde = process.sde
     generator = torch.Generator().manual_seed(config.seed)
@@ -289,7 +271,7 @@ def _draw_trajectories(
     grid = solvers.root_times(sde.T, config.t_end, (columns - 1) * refinement)
     stops = grid[::refinement].flip(0)
 
-    z = sde.marginal(stops[0]).sample(sde.embed(data.train[:1]), generator=generator)
+    z = sde.marginal(stops[0]).sample(sde.embed(pixels_of(data.train)[:1]), generator=generator)
     forward = [z]
     for s, t in pairwise(stops):
         forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))

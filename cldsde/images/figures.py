@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,9 +10,38 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-__all__ = ["plot_distances", "plot_samples", "plot_trajectories"]
+__all__ = ["picture", "plot_distances", "plot_samples", "plot_trajectories", "save_grid"]
+
+
+def save_grid(file: Path, images: Tensor, levels: int = 256) -> None:
+    """Images in a grid as nearly square as may be, pixel for pixel, as a picture.
+
+    Parameters
+    ----------
+    file
+        Picture to write; its suffix gives the format.
+    images
+        ``(N, C, H, W)`` uint8, C = 1 or 3.
+    levels
+        Grey levels of the images.
+    """
+    n, channels, height, width = images.shape
+    columns = math.isqrt(n - 1) + 1
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), np.uint8)
+    for i, image in enumerate(images.movedim(1, -1).cpu().numpy()):
+        top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
+        sheet[top : top + height, left : left + width] = image
+    picture(sheet.transpose(2, 0, 1), levels).save(file)
+
+
+def picture(image: NDArray[np.uint8], levels: int = 256) -> Image.Image:
+    """An image ``(C, H, W)`` of so many grey levels, C = 1 or 3, as one of Pillow's."""
+    scaled = np.rint(image * (255 / (levels - 1))).astype(np.uint8)
+    return Image.fromarray(scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0))
 
 
 def _montage(images: Tensor, columns: int, gap: int = 1) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldsde.images.data import ImageData
+from cldsde.images.data import DataSet, pixels_of
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DigitClassifier", "frechet_distance", "train_classifier"]
@@ -95,14 +95,14 @@ class DigitClassifier(nn.Module):
 
 
 def train_classifier(
-    data: ImageData, *, epochs: int = 20, batch: int = 64, seed: int = 0, progress: bool = False
+    data: DataSet, *, epochs: int = 20, batch: int = 64, seed: int = 0, progress: bool = False
 ) -> tuple[DigitClassifier, float]:
     """Train a `DigitClassifier`; return it in evaluation mode with its held-out accuracy.
 
     Parameters
     ----------
     data
-        Images and labels.
+        Digits with labels.
     epochs
         Passes over the training images.
     batch
@@ -112,22 +112,26 @@ def train_classifier(
     progress
         Show a progress bar on stderr.
     """
+    images, labels = pixels_of(data.train), data.train.labels
+    held_out, held_out_labels = pixels_of(data.held_out), data.held_out.labels
+    assert labels is not None
+    assert held_out_labels is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitClassifier()
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    steps = epochs * (len(data.train) // batch)
+    steps = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for _ in progress_bar(range(epochs), shown=progress, desc="classifier"):
-        order = torch.randperm(len(data.train), generator=generator)
+        order = torch.randperm(len(images), generator=generator)
         for rows in order[: len(order) // batch * batch].reshape(-1, batch):
-            logits = model(data.train[rows])
-            loss = functional.cross_entropy(logits, data.train_labels[rows], label_smoothing=0.05)
+            logits = model(images[rows])
+            loss = functional.cross_entropy(logits, labels[rows], label_smoothing=0.05)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
     model.eval().requires_grad_(False)
-    hits = model(data.held_out).argmax(1) == data.held_out_labels
+    hits = model(held_out).argmax(1) == held_out_labels
     return model, float(hits.double().mean())

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from cldsde.images.files import PARTIAL, write_whole
 
-__all__ = ["RunFolder"]
+__all__ = ["CONFIG", "RunFolder"]
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
+"""File of a run that holds its configuration."""
 _METRICS = "metrics.jsonl"
 
 
@@ -34,6 +32,8 @@ class RunFolder:
         The folder; made, with its parents, if it does not exist.
     config
         The resolved configuration, JSON types only.
+    shared
+        Whether another process of the same run has opened the folder, and this one only reads it.
 
     Raises
     ------
@@ -43,15 +43,19 @@ class RunFolder:
         If the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], *, shared: bool = False) -> None:
         self.path = path
+        if shared:
+            return
         _check_vacant(path, config)
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / _CONFIG).exists():
-                self.write_json(_CONFIG, config)
-            weakref.finalize(self, os.close, _lock(path / _CONFIG))
+            if not (path / CONFIG).exists():
+                self.write_json(CONFIG, config)
+            weakref.finalize(self, os.close, _lock(path / CONFIG))
+            for left in path.rglob(f"{PARTIAL}*"):  # by a process that was killed
+                left.unlink()
         except BlockingIOError:
             msg = f"--out: {path} is in use by another process"
             raise ValueError(msg) from None
@@ -69,19 +73,8 @@ class RunFolder:
 
     def write(self, name: str, writer: Callable[[Path], object]) -> Path:
         """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved."""
-        target = self.path / name
-        handle, temporary = tempfile.mkstemp(
-            dir=self.path, prefix=".partial-", suffix=target.suffix
-        )
-        os.close(handle)
-        try:
-            writer(Path(temporary))
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
+        write_whole(self.path / name, writer)
+        return self.path / name
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write JSON, whole or not at all."""
@@ -92,57 +85,23 @@ class RunFolder:
         with (self.path / _METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of a safetensors file of the run.
-
-        Raises
-        ------
-        ValueError
-            If the file is not whole; says what to do.
-        """
-        file = self.path / name
-        try:
-            with safe_open(file, framework="pt") as source:
-                tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
-                return tensors, source.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(self.damaged(name, error)) from error
-
-    def save_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Write a safetensors file, whole or not at all.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
-        hosted = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
-        notes = dict(metadata or {})
-        try:
-            self.write(name, lambda file: save_file(hosted, file, metadata=notes))
-        except SafetensorError as error:
-            msg = f"{self.path / name} cannot be written ({error})"
-            raise OSError(msg) from error
-
     def damaged(self, name: str, reason: object) -> str:
         """Message for a file of the run that cannot be used."""
         return f"{self.path / name} is damaged ({reason}); delete it to have it made again"
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop lines of ``metrics.jsonl`` beyond ``step``: a continued run writes them again."""
+    def forget_metrics_after(self, images: int) -> None:
+        """Drop lines of ``metrics.jsonl`` beyond ``images``: a continued run writes them again."""
         metrics = self.path / _METRICS
         if metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _step(line) <= step]
+            kept = [line for line in lines if _images(line) <= images]
             self.write(_METRICS, lambda file: file.write_text("".join(kept)))
 
 
-def _step(line: str) -> float:
-    """Step of a line of metrics; infinite for one that was cut off while it was written."""
+def _images(line: str) -> float:
+    """Images seen at a line of metrics; infinite for one that was cut off while it was written."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        return float(json.loads(line)["images"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 
@@ -178,23 +137,35 @@ def _check_vacant(path: Path, config: Mapping[str, Any]) -> None:
     if not path.is_dir():
         msg = f"--out: {path} is not a folder"
         raise ValueError(msg)
-    if not any(path.iterdir()):
+    if all(entry.name.startswith(PARTIAL) for entry in path.iterdir()):
         return
-    if not (path / _CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         msg = f"--out: {path} holds files that are no run of cldsde; choose another folder"
         raise ValueError(msg)
     try:
-        found = json.loads((path / _CONFIG).read_text())
+        found = json.loads((path / CONFIG).read_text())
     except ValueError as error:
-        msg = f"--out: {path / _CONFIG} is not valid JSON ({error}); choose another folder"
+        msg = f"--out: {path / CONFIG} is not valid JSON ({error}); choose another folder"
         raise ValueError(msg) from None
     if not isinstance(found, dict):
-        msg = f"--out: {path / _CONFIG} is no configuration of cldsde; choose another folder"
+        msg = f"--out: {path / CONFIG} is no configuration of cldsde; choose another folder"
         raise ValueError(msg)  # noqa: TRY004
     if found != config:
-        names = [key for key in {**config, **found} if config.get(key) != found.get(key)]
+        wanted, there = _leaves(config), _leaves(found)
+        names = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
         msg = (
             f"--out: {path} holds a run with other settings ({', '.join(names)}); "
             "choose another folder"
         )
         raise ValueError(msg)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their full names, ``section.key``."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

@@ -15,7 +15,9 @@ from cldsde.images.runs import RunFolder
 def tiny(seed: int) -> DemoConfig:
     """Everything runs, nothing is learnt."""
     config = DemoConfig.quick(seed=seed, channels=(8, 8), nfe=(3, 5), samples=80)
-    training = dataclasses.replace(config.training, steps=6, log_every=2, save_every=2)
+    training = dataclasses.replace(
+        config.training, images=48, batch=8, log_every=16, save_every=16, sample_every=48
+    )
     return dataclasses.replace(config, training=training)
 
 

@@ -60,22 +60,6 @@ def test_distance_refuses_what_has_no_covariance(first, second, message):
         frechet_distance(first, second)
 
 
-def test_digits_are_split_into_disjoint_parts_that_do_not_change():
-    data = digits()
-    assert data.train.shape[1:] == (1, 8, 8)
-    assert len(data.train) + len(data.held_out) == 1797
-    assert data.train.min() == -1
-    assert data.train.max() == 1
-    assert torch.equal(digits().train, data.train)
-    assert not torch.equal(digits(seed=1).train, data.train)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
-def test_a_split_with_an_empty_part_is_refused(share):
-    with pytest.raises(ValueError, match="held_out"):
-        digits(share)
-
-
 def test_classifier_reaches_97_percent_on_held_out_digits_and_obeys_its_seed():
     data = digits()
     state = torch.get_rng_state()

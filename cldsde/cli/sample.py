@@ -1,0 +1,183 @@
+"""Draw images from a trained run.
+
+Image i is that of seed i, whatever batch or process it is drawn in. A folder beside the output
+keeps what is done, so that an interrupted command goes on where it was left, and that several
+processes, started by ``torchrun``, share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cldsde.cli.devices import resolve_device
+from cldsde.cli.extras import needs_images
+
+__all__ = ["INTERRUPTED", "add_arguments", "add_sampling_arguments", "prepare", "sampling_of"]
+
+INTERRUPTED = "interrupted; the same command goes on"
+
+
+def add_sampling_arguments(parser: ArgumentParser) -> None:
+    """Declare what says how to sample; what is left out is taken from the run's configuration."""
+    parser.add_argument("--solver", type=str, metavar="NAME", help="such as em, sscs, multistep-2")
+    parser.add_argument("--nfe", type=int, metavar="N", help="score evaluations an image")
+    parser.add_argument(
+        "--grid",
+        type=str,
+        metavar="NAME",
+        help="of times: uniform, quadratic, root, log_snr or logistic",
+    )
+    parser.add_argument("--t-end", type=float, metavar="EPS", help="where sampling ends")
+    parser.add_argument(
+        "--denoise", type=bool, metavar="BOOL", help="end with the prediction of the data"
+    )
+    parser.add_argument(
+        "--set",
+        type=str,
+        action="append",
+        metavar="OPTION=VALUE",
+        help="option of the solver, such as rtol=0.01; may be repeated",
+    )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of ``cldsde sample``."""
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run of cldsde train")
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--seeds", type=str, metavar="A-B", default="0-63", help="of the images, such as 0-49999"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="one image, that of this seed; same as --seeds N"
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        metavar="PATH",
+        default="samples.png",
+        help="FILE.npz, a picture of a grid (FILE.png), or a folder for one picture an image",
+    )
+    parser.add_argument("--batch", type=int, metavar="N", default=64, help="images drawn at once")
+    parser.add_argument(
+        "--class",
+        dest="label",
+        type=str,
+        metavar="N",
+        help="of the images, or 'all': class i modulo their number for seed i",
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", default=1.0, help="weight of the class"
+    )
+    parser.add_argument(
+        "--known", type=str, metavar="IMAGE", help="picture of which a part is kept"
+    )
+    parser.add_argument(
+        "--mask", type=str, metavar="IMAGE", help="white where the known picture is kept"
+    )
+    parser.add_argument(
+        "--colourise", action="store_true", help="keep the grey levels of the known picture"
+    )
+    parser.add_argument(
+        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
+
+
+def sampling_of(options: Namespace, configured: Any) -> Any:
+    """The run's sampling section with what the command line says otherwise."""
+    from cldsde.images.config import SamplingConfig
+    from cldsde.images.config_files import from_dict, parse_overrides
+    from cldsde.images.sampling import make_solver
+    from cldsde.solvers import Solver
+
+    names = ("solver", "nfe", "grid", "t_end", "denoise")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    values = dataclasses.asdict(configured) | given
+    if "solver" in given:
+        values["options"] = {}
+    values["options"] = {**values["options"], **parse_overrides(options.set or [])}
+    sampling = from_dict(SamplingConfig, values)
+    if "nfe" in given and not isinstance(make_solver(sampling), Solver):
+        msg = (
+            f"--nfe: {sampling.solver} chooses its own times; "
+            "take --set rtol=... and --set atol=... instead"
+        )
+        raise ValueError(msg)
+    return sampling
+
+
+def prepare(options: Namespace) -> Callable[[], None]:
+    """Check the options and load the model; return the work that is left.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``images`` is not installed.
+    ValueError
+        If the run cannot be used, or an option does not fit it.
+    OSError
+        If the output cannot be written.
+    """
+    with needs_images():
+        from accelerate import PartialState
+
+        from cldsde.images.model import load_model
+        from cldsde.images.sample_files import SampleRequest, draw_to
+    seeds = _seeds(options.seeds if options.seed is None else str(options.seed))
+    device = resolve_device(options.device)
+    state = PartialState(cpu=device == "cpu")
+    model = load_model(Path(options.run).expanduser(), state.device if device == "cuda" else device)
+    request = SampleRequest(
+        model=model,
+        sampling=sampling_of(options, model.config.sampling),
+        seeds=seeds,
+        batch=options.batch,
+        label=_label(options.label, model.space.classes),
+        guidance=options.guidance,
+        known=None if options.known is None else Path(options.known).expanduser(),
+        mask=None if options.mask is None else Path(options.mask).expanduser(),
+        colourise=options.colourise,
+    )
+    out = Path(options.out).expanduser()
+    request.check(out)
+
+    def work() -> None:
+        draw_to(
+            out,
+            request,
+            process=state.process_index,
+            processes=state.num_processes,
+            wait=state.wait_for_everyone,
+        )
+        if state.is_main_process:
+            print(f"{len(seeds):,} images are in {out.resolve()}")
+
+    return work
+
+
+def _seeds(text: str) -> range:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+    if not first <= last < 2**32:
+        msg = f"--seeds must be A-B with 0 ≤ A ≤ B < 2³²; got {text!r}"
+        raise ValueError(msg)
+    return range(first, last + 1)
+
+
+def _label(text: str | None, classes: int | None) -> int | Literal["all"] | None:
+    if text is None:
+        return None
+    if classes is None:
+        msg = "--class: the run's network was not told of classes (network.conditional)"
+        raise ValueError(msg)
+    if text == "all":
+        return "all"
+    if not text.isdigit() or int(text) >= classes:
+        msg = f"--class must be 'all' or an integer from 0 to {classes - 1}; got {text!r}"
+        raise ValueError(msg)
+    return int(text)

@@ -1,0 +1,97 @@
+"""Train a score model on images, from a configuration file.
+
+Writes a run folder: the resolved configuration, metrics, grids of samples and checkpoints. The same
+command goes on where an interrupted run was left. On several GPUs or machines: ``torchrun
+--nproc-per-node 8 -m cldsde train CONFIG …``, or ``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cldsde.cli.devices import resolve_device
+from cldsde.cli.extras import needs_images
+
+__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
+
+INTERRUPTED = "interrupted; the same command goes on"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of ``cldsde train``."""
+    parser.add_argument("config", type=str, metavar="CONFIG", help="file in TOML, YAML or JSON")
+    parser.add_argument(
+        "--set",
+        type=str,
+        action="append",
+        metavar="KEY=VALUE",
+        help="override of a key, such as training.batch=64; may be repeated",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of weights, data order, times and noise"
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        metavar="DIR",
+        help="run folder, made if missing; the name of the configuration by default",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="refuse to begin a new run where there is none"
+    )
+    parser.add_argument(
+        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+
+
+def prepare(options: Namespace) -> Callable[[], None]:
+    """Check the configuration, read the data, open the run folder; return the work that is left.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``images`` is not installed.
+    ValueError
+        If the configuration is refused, the data are not there, or the folder belongs to another
+        run.
+    OSError
+        If the folder cannot be written.
+    """
+    with needs_images():
+        from cldsde.images.config import load_config
+    overrides = list(options.set or [])
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    path = Path(options.config).expanduser()
+    config = load_config(path, overrides)
+    if options.print_config:
+        return lambda: print(config.to_toml(), end="")
+    if options.device != "auto":
+        resolve_device(options.device)
+    with needs_images():
+        from accelerate import PartialState
+
+        from cldsde.images.runs import CONFIG, RunFolder
+        from cldsde.images.training import check_run, train
+    out = Path(options.out).expanduser() if options.out else Path(path.stem)
+    if options.resume and not (out / CONFIG).exists():
+        msg = f"--resume: {out} holds no run to go on with"
+        raise ValueError(msg)
+    data = config.data.load()
+    check_run(config, data)
+    state = PartialState(cpu=options.device == "cpu")
+    with state.main_process_first():
+        run = RunFolder(out, config.to_dict(), shared=not state.is_main_process)
+
+    def work() -> None:
+        train(config, data, run, device=options.device, progress=True)
+        if state.is_main_process:
+            print(f"Trained on {config.training.images:,} images. The run is in {out.resolve()}")
+
+    return work

@@ -1,0 +1,384 @@
+"""Configurations of image models: typed, checked, from TOML, YAML or JSON files and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from cldsde import linear
+from cldsde.images.config_files import (
+    check_keys,
+    check_name,
+    checked_options,
+    from_dict,
+    read_file,
+    with_overrides,
+)
+from cldsde.images.data import DATA_SETS, DataSet
+from cldsde.images.networks import NETWORKS
+from cldsde.linear import LinearSDE, Schedule
+from cldsde.linear.checks import check_at_least, check_between, check_positive
+
+__all__ = [
+    "DataConfig",
+    "NetworkConfig",
+    "ProcessConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "TrainingConfig",
+    "load_config",
+]
+
+PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images to train on, and how they are presented.
+
+    Attributes
+    ----------
+    name
+        ``"digits"``, ``"fashion_mnist"``, ``"torchvision"``, ``"folder"`` or ``"array"``.
+    options
+        Arguments of the function of that name in `cldsde.images.data`.
+    flip
+        Mirror each image, left to right, with probability one half.
+    dequantise
+        Spread each grey level uniformly over its bin; what likelihoods are bounds of.
+    """
+
+    name: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    flip: bool = False
+    dequantise: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse unknown data sets and options."""
+        check_name(self.name, DATA_SETS, "name")
+        object.__setattr__(self, "options", checked_options(DATA_SETS[self.name], self.options))
+
+    def load(self) -> DataSet:
+        """The images."""
+        return DATA_SETS[self.name](**self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """The forward process.
+
+    Attributes
+    ----------
+    name
+        A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``
+        or ``"VESDE"``.
+    options
+        Its arguments: numbers; for a rate β that is linear in time a pair; ``"cosine"`` for the
+        argument ``schedule``.
+    """
+
+    name: str = "CLD"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown processes and options."""
+        check_name(self.name, PROCESSES, "name")
+        self.make()
+
+    def make(self) -> LinearSDE:
+        """The process."""
+        kind = getattr(linear, self.name)
+        check_keys(self.options, inspect.signature(kind).parameters, "options.")
+        arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
+        try:
+            process: LinearSDE = kind(**arguments)
+        except (TypeError, ValueError) as error:
+            msg = f"options.{', '.join(arguments)}: {error}"
+            raise ValueError(msg) from error
+        return process
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The score network.
+
+    Attributes
+    ----------
+    name
+        ``"UNet"`` or ``"NCSNpp"``.
+    options
+        Arguments of the class of that name in `cldsde.images.networks`.
+    conditional
+        Whether the network sees the images' classes.
+    label_dropout
+        Share of the images whose class is hidden from it, which guidance needs.
+    """
+
+    name: str = "UNet"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"channels": (32, 64)})
+    conditional: bool = False
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse unknown networks and options."""
+        check_name(self.name, NETWORKS, "name")
+        given = ("shape", "inputs", "outputs", "classes")
+        checked = checked_options(NETWORKS[self.name], self.options, given=given)
+        object.__setattr__(self, "options", checked)
+        check_between(self.label_dropout, 0, 1, "label_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How the score is put together.
+
+    Attributes
+    ----------
+    reference
+        Gaussian whose score is given in closed form beside the network's part, see
+        `cldsde.MixedScore`: with one mean and variance for the whole set (``"scalar"``), for each
+        channel or for each pixel.
+    """
+
+    reference: Literal["scalar", "channel", "pixel"] = "scalar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a score model is trained. Lengths are in images seen, whatever the number of processes.
+
+    Attributes
+    ----------
+    images
+        Images to train on, repetitions counted.
+    batch
+        Images of an optimiser step, over all processes.
+    micro_batch
+        Images that a process takes through the network at once; None: all of the batch. The noise
+        is drawn for a micro-batch at a time, so that results depend on this number, but not on how
+        many processes share them.
+    learning_rate
+        Peak of Adam's.
+    warmup
+        Images over which the learning rate rises linearly.
+    decay
+        What follows: ``"cosine"`` to zero at the end, or ``"constant"``.
+    weight_decay
+        Of Adam, decoupled (AdamW).
+    clip
+        Largest norm of the gradient; None does not limit it.
+    ema_decay
+        Decay a step of the exponential moving average of the weights, which is what is sampled; at
+        first that of (n + 1)/(n + 10) after n steps, if it is smaller.
+    conditioning
+        ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
+    weighting
+        ``"reweighted"`` for quality, or ``"likelihood"``.
+    times
+        ``"importance"``: drawn in proportion to the loss of the untrained model, with the weights
+        that undo it; or ``"uniform"``.
+    t_min
+        Smallest time; the loss is the mean over [t_min, 1].
+    precision
+        Of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    compile
+        Compile the network with ``torch.compile``.
+    held_out
+        Images of the held-out set whose loss is logged, at most.
+    log_every, save_every, sample_every
+        Images between lines of metrics, states saved to resume from, and grids of samples.
+    """
+
+    images: int
+    batch: int = 128
+    micro_batch: int | None = None
+    learning_rate: float = 2e-4
+    warmup: int = 0
+    decay: Literal["cosine", "constant"] = "constant"
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    ema_decay: float = 0.9999
+    conditioning: Literal["data", "all"] = "data"
+    weighting: Literal["reweighted", "likelihood"] = "reweighted"
+    times: Literal["importance", "uniform"] = "importance"
+    t_min: float = 1e-3
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    held_out: int = 1000
+    log_every: int = 10_000
+    save_every: int = 100_000
+    sample_every: int = 100_000
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        for name in ("images", "batch", "held_out", "log_every", "save_every", "sample_every"):
+            check_at_least(getattr(self, name), 1, name)
+        if self.micro_batch is not None:
+            check_at_least(self.micro_batch, 1, "micro_batch")
+            if self.batch % self.micro_batch:
+                msg = f"micro_batch must divide batch, {self.batch}; got {self.micro_batch}"
+                raise ValueError(msg)
+        check_positive(self.learning_rate, "learning_rate")
+        check_at_least(self.warmup, 0, "warmup")
+        check_at_least(self.weight_decay, 0, "weight_decay")
+        if self.clip is not None:
+            check_positive(self.clip, "clip")
+        if not 0 <= self.ema_decay < 1:
+            msg = f"ema_decay must lie in [0, 1); got {self.ema_decay}"
+            raise ValueError(msg)
+        check_between(self.t_min, 1e-8, 0.5, "t_min")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return -(-self.images // self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How grids of samples are drawn in training, and what ``cldsde sample`` does by default.
+
+    Attributes
+    ----------
+    solver
+        Name of a solver.
+    nfe
+        Score evaluations an image, the last denoising included.
+    grid
+        Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``
+        or ``"logistic"``.
+    t_end
+        ε, where sampling ends.
+    denoise
+        Whether the data prediction at ε is the image, rather than the state there.
+    options
+        Fields of the solver that are to differ, such as ``rtol``.
+    """
+
+    solver: str = "multistep-2-sde"
+    nfe: int = 50
+    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic"] = "root"
+    t_end: float = 1e-3
+    denoise: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot sample."""
+        check_at_least(self.nfe, 2, "nfe")
+        check_between(self.t_end, 1e-8, 0.5, "t_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a trained model depends on.
+
+    Attributes
+    ----------
+    seed
+        Of weights, order of the images, times and noise.
+    data, process, network, score, training, sampling
+        The sections.
+    """
+
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    training: TrainingConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that generators do not take."""
+        if not 0 <= self.seed < 2**63:
+            msg = f"seed must lie between 0 and 2^63 - 1; got {self.seed}"
+            raise ValueError(msg)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Check and build a configuration from plain types.
+
+        Raises
+        ------
+        ValueError
+            If a key is unknown, missing or of the wrong type, or a value out of range; the message
+            names the key.
+        """
+        config: RunConfig = from_dict(cls, values, "")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types, defaults included."""
+        plain: dict[str, Any] = json.loads(json.dumps(_plain(dataclasses.asdict(self))))
+        return plain
+
+    def to_toml(self) -> str:
+        """As a TOML file that `load_config` reads; what is None is left out."""
+        return tomli_w.dumps(_without_none(self.to_dict()))
+
+    def model_digest(self) -> str:
+        """Digest of what the weights mean: process, network and reference."""
+        values = self.to_dict()
+        parts = {name: values[name] for name in ("process", "network", "score")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration from a file, with overrides.
+
+    Parameters
+    ----------
+    path
+        File in TOML, YAML or JSON, by its suffix.
+    overrides
+        ``section.key=value``, the value as TOML writes it, or else a bare word.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or for the reasons of `RunConfig.from_dict`.
+    """
+    values = with_overrides(read_file(path), overrides)
+    try:
+        return RunConfig.from_dict(values)
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise ValueError(msg) from error
+
+
+def _rate_or_number(name: str, value: object) -> Any:
+    if name == "schedule":
+        if value != "cosine":
+            msg = f"options.schedule must be 'cosine'; got {value!r}"
+            raise ValueError(msg)
+        return Schedule.cosine()
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+        msg = f"options.{name} must be a number, or a pair for a rate; got {value!r}"
+        raise ValueError(msg)
+    return tuple(numbers) if len(numbers) == 2 else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }

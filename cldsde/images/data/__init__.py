@@ -1,0 +1,47 @@
+"""Image data sets as bytes with labels, and their way to numbers in [−1, 1] and back.
+
+A data set is two `Images`, one to train on and one held out. `Images` answer one question: the
+bytes of the images with these row numbers. Whether they lie in memory or are decoded when asked
+for is their own business, so that a data set may be larger than memory.
+
+Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
+`augment` can instead spread every level over its bin, as likelihoods of discrete data need.
+"""
+
+from cldsde.images.data.folder import FolderImages
+from cldsde.images.data.images import ArrayImages, Images, Subset
+from cldsde.images.data.pixels import (
+    augment,
+    channel_statistics,
+    pixels_of,
+    to_levels,
+    to_unit,
+)
+from cldsde.images.data.sets import (
+    DATA_SETS,
+    DataSet,
+    array_file,
+    digits,
+    fashion_mnist,
+    image_folder,
+    torchvision_set,
+)
+
+__all__ = [
+    "DATA_SETS",
+    "ArrayImages",
+    "DataSet",
+    "FolderImages",
+    "Images",
+    "Subset",
+    "array_file",
+    "augment",
+    "channel_statistics",
+    "digits",
+    "fashion_mnist",
+    "image_folder",
+    "pixels_of",
+    "to_levels",
+    "to_unit",
+    "torchvision_set",
+]

@@ -1,0 +1,201 @@
+"""Bytes to numbers in [−1, 1] and back, and the statistics of these numbers.
+
+Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
+`augment` can instead spread every level over its bin, as likelihoods of discrete data need.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cldsde.images.data.checks import as_whole, check_choice, check_values
+from cldsde.images.data.images import CHUNK, Images
+from cldsde.score import quantisation
+
+__all__ = ["augment", "channel_statistics", "pixels_of", "to_levels", "to_unit"]
+
+
+def to_unit(images: Tensor, levels: int = 256) -> Tensor:
+    """Put levels on [−1, 1], both ends included: 2x/(levels − 1) − 1.
+
+    Parameters
+    ----------
+    images
+        uint8 of any shape, values 0 … levels − 1.
+    levels
+        Number of grey levels.
+
+    Returns
+    -------
+    Tensor
+        float32 on the device of the images.
+
+    Raises
+    ------
+    TypeError
+        If the images are not uint8.
+    ValueError
+        If a value is out of range.
+
+    Examples
+    --------
+    >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    levels = as_whole(levels, "levels", 2, 256)
+    check_values(images, levels)
+    # In this order both ends are exact.
+    return 2 * images.to(torch.float32) / (levels - 1) - 1
+
+
+def pixels_of(images: Images) -> Tensor:
+    """All images of a set that fits into memory, ``(N, C, H, W)`` float32 in [−1, 1]."""
+    return to_unit(images.load(torch.arange(len(images))), images.levels)
+
+
+def to_levels(images: Tensor, levels: int = 256) -> Tensor:
+    """Round numbers to the nearest level of [−1, 1], the inverse of `to_unit`.
+
+    Parameters
+    ----------
+    images
+        Floating-point numbers of any shape; what lies outside of [−1, 1] goes to its ends.
+    levels
+        Number of grey levels.
+
+    Returns
+    -------
+    Tensor
+        uint8 on the device of the images.
+
+    Raises
+    ------
+    TypeError
+        If the images are not floating-point numbers.
+    ValueError
+        If there is a NaN.
+    """
+    levels = as_whole(levels, "levels", 2, 256)
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        msg = f"images must be a floating-point tensor; got {got}"
+        raise TypeError(msg)
+    if bool(images.isnan().any()):
+        msg = f"images must be numbers; got {int(images.isnan().sum())} NaN of {images.numel()}"
+        raise ValueError(msg)
+    # Half precision cannot tell 256 levels from the values between them.
+    fine = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    return ((fine.clamp(-1, 1) + 1) * (levels - 1) / 2).round().to(torch.uint8)
+
+
+def augment(
+    images: Tensor,
+    levels: int,
+    *,
+    flip: bool,
+    dequantise: bool,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Make training data of bytes: mirror half of the images, and put them on [−1, 1].
+
+    Parameters
+    ----------
+    images
+        ``(n, C, H, W)`` uint8, values 0 … levels − 1.
+    levels
+        Number of grey levels.
+    flip
+        Mirror each image, left to right, with probability 1/2.
+    dequantise
+        Spread each level uniformly over its bin, of width 2/levels
+        (`cldsde.score.dequantise`). Otherwise `to_unit`.
+    generator
+        Source of the draws.
+
+    Returns
+    -------
+    Tensor
+        ``(n, C, H, W)`` float32 on the device of the images.
+
+    Raises
+    ------
+    TypeError
+        If the images are not uint8.
+    ValueError
+        If they do not have four axes, or a value is out of range.
+
+    Notes
+    -----
+    Draws, in this order: if ``flip``, n uniform numbers, one an image, mirrored where below 1/2;
+    then, if ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They
+    depend on nothing but the shape and these two flags.
+    """
+    levels = as_whole(levels, "levels", 2, 256)
+    check_values(images, levels)
+    if images.ndim != 4:
+        msg = f"images must have shape (n, C, H, W); got {tuple(images.shape)}"
+        raise ValueError(msg)
+    if flip:
+        source = images.device if generator is None else generator.device
+        uniform = torch.rand(len(images), generator=generator, device=source).to(images.device)
+        images = torch.where((uniform < 0.5).reshape(-1, 1, 1, 1), images.flip(-1), images)
+    if dequantise:
+        return quantisation.dequantise(images, count=levels, generator=generator)
+    return to_unit(images, levels)
+
+
+def channel_statistics(
+    images: Images,
+    *,
+    per: Literal["scalar", "channel", "pixel"] = "channel",
+    dequantise: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the numbers in [−1, 1], the latter divided by their count.
+
+    Sums of levels and of their squares are integers, so that both results are exact but for one
+    rounding, however many images there are. A channel or pixel that never changes has variance 0,
+    which is returned as it is: whoever divides by it must see to that.
+
+    Parameters
+    ----------
+    images
+        The images; they are loaded in chunks.
+    per
+        "scalar": over everything, results of shape ``()``; "channel": ``(C, 1, 1)``;
+        "pixel": ``(C, H, W)``.
+    dequantise
+        For images that `augment` dequantises, in expectation, rather than for `to_unit`.
+
+    Returns
+    -------
+    mean, variance : Tensor
+        float64 on the host.
+    """
+    check_choice(per, ("scalar", "channel", "pixel"), "per")
+    c, h, w = images.shape
+    shapes = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}
+    axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
+    total = torch.zeros(shapes[per], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    chunk = max(1, CHUNK // (c * h * w))
+    for first in range(0, len(images), chunk):
+        rows = torch.arange(first, min(first + chunk, len(images)))
+        levels = images.load(rows).to(torch.int32)
+        total += levels.sum(axes[per], dtype=torch.int64).reshape(total.shape)
+        squares += levels.square().sum(axes[per], dtype=torch.int64).reshape(total.shape)
+
+    # x ↦ 2x/d − 1 with d = levels − 1, or (2x + 1)/d − 1 ± 1/d with d = levels. Python's integers
+    # do not overflow, and their quotient is the float64 nearest to the true one.
+    n = len(images) * c * h * w // total.numel()
+    spread = int(dequantise)
+    d = images.levels - 1 + spread
+    sums = list(zip(total.flatten().tolist(), squares.flatten().tolist(), strict=True))
+    mean = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
+    variance = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
+    return (
+        torch.tensor(mean, dtype=torch.float64).reshape(total.shape),
+        torch.tensor(variance, dtype=torch.float64).reshape(total.shape),
+    )

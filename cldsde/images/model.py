@@ -1,0 +1,237 @@
+"""Score models of images: made from a configuration, and loaded from a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cldsde.images.config import RunConfig
+from cldsde.images.data import Images, channel_statistics
+from cldsde.images.files import load_tensors, save_tensors
+from cldsde.images.networks import NETWORKS
+from cldsde.images.runs import CONFIG, RunFolder
+from cldsde.score import MixedScore
+
+__all__ = [
+    "MODEL",
+    "ImageModel",
+    "ImageSpace",
+    "load_model",
+    "make_model",
+    "make_model_of",
+    "make_network",
+    "read_model",
+    "save_model",
+]
+
+MODEL = "model.safetensors"
+"""File of a run that holds the averaged weights."""
+
+_KIND = "an image model of cldsde, version 1"
+
+
+@dataclass(frozen=True)
+class ImageSpace:
+    """What kind of images a model makes.
+
+    Attributes
+    ----------
+    shape
+        ``(C, H, W)``.
+    levels
+        Grey levels.
+    classes
+        Number of classes that the network is told of; None where it is told none.
+    """
+
+    shape: tuple[int, int, int]
+    levels: int = 256
+    classes: int | None = None
+
+    @classmethod
+    def of(cls, images: Images, *, conditional: bool) -> ImageSpace:
+        """That of a data set.
+
+        Raises
+        ------
+        ValueError
+            If classes are wanted of images that have none.
+        """
+        if conditional and (images.labels is None or images.classes is None):
+            msg = "network.conditional: the images have no classes"
+            raise ValueError(msg)
+        return cls(images.shape, images.levels, images.classes if conditional else None)
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """A trained model and what it was trained to make.
+
+    Attributes
+    ----------
+    score
+        Its score, with averaged weights, in evaluation mode.
+    space
+        The images it makes.
+    config
+        The configuration of its run.
+    images_seen
+        How long it was trained.
+    digest
+        Of the weights: sha256.
+    """
+
+    score: MixedScore
+    space: ImageSpace
+    config: RunConfig
+    images_seen: int
+    digest: str
+
+
+def make_network(config: RunConfig, space: ImageSpace, device: str = "cpu") -> nn.Module:
+    """The network, with the weights of the configuration's seed; none on the device ``"meta"``.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit the images.
+    """
+    sde = config.process.make()
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(config.seed)
+        try:
+            return NETWORKS[config.network.name](
+                space.shape,
+                sde.components,
+                len(sde.driven),
+                classes=space.classes,
+                **config.network.options,
+            )
+        except ValueError as error:
+            msg = f"network.options: {error}"
+            raise ValueError(msg) from error
+
+
+def make_model(
+    config: RunConfig, space: ImageSpace, mean: Tensor | None = None, variance: Tensor | None = None
+) -> MixedScore:
+    """An untrained model; its weights are those of the configuration's seed.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    space
+        The images.
+    mean, variance
+        Of the data, see `cldsde.images.data.channel_statistics`; None where weights are going
+        to be loaded.
+
+    Raises
+    ------
+    ValueError
+        If the network does not fit the images, or the data do not vary.
+    """
+    sde, network = config.process.make(), make_network(config, space)
+    if mean is None or variance is None:
+        shape = {"scalar": (), "channel": (space.shape[0], 1, 1), "pixel": space.shape}
+        mean = torch.zeros(shape[config.score.reference])
+        variance = torch.ones(shape[config.score.reference])
+    if not bool((variance > 0).all()):
+        msg = (
+            f"score.reference: with {config.score.reference!r} some variance of the data is 0; "
+            "take a coarser one"
+        )
+        raise ValueError(msg)
+    return MixedScore(network, sde, mean, variance)
+
+
+def make_model_of(config: RunConfig, images: Images) -> MixedScore:
+    """An untrained model for a data set, whose mean and variance its reference takes."""
+    space = ImageSpace.of(images, conditional=config.network.conditional)
+    mean, variance = channel_statistics(
+        images, per=config.score.reference, dequantise=config.data.dequantise
+    )
+    return make_model(config, space, mean, variance)
+
+
+def save_model(
+    run: RunFolder,
+    weights: Mapping[str, Tensor],
+    config: RunConfig,
+    space: ImageSpace,
+    images_seen: int,
+) -> None:
+    """Write ``model.safetensors``, whole or not at all."""
+    metadata = {
+        "shape": json.dumps(space.shape),
+        "levels": str(space.levels),
+        "classes": json.dumps(space.classes),
+        "images_seen": str(images_seen),
+        "config": config.model_digest(),
+    }
+    save_tensors(run / MODEL, _KIND, weights, metadata)
+
+
+def load_model(run: Path, device: torch.device | str = "cpu") -> ImageModel:
+    """Load the model of a run; runs no code of the file's.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    device
+        Where to put the model.
+
+    Raises
+    ------
+    ValueError
+        If there is no such run, it has no model yet, the file is damaged, or was written for
+        another configuration.
+    """
+    if not (run / CONFIG).is_file():
+        state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
+        msg = f"{run} is no run of cldsde train: it {state}"
+        raise ValueError(msg)
+    file = run / MODEL
+    if not file.is_file():
+        msg = f"{run} has no {MODEL} yet: its training has not come to the first checkpoint"
+        raise ValueError(msg)
+    try:
+        config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        msg = f"{run / CONFIG} is no configuration of an image model ({error})"
+        raise ValueError(msg) from error
+    return read_model(file, config, device)
+
+
+def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
+    """Load a model file that was written for a configuration; runs no code of the file's.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or was written for another configuration.
+    """
+    try:
+        tensors, metadata = load_tensors(file, _KIND)
+        if metadata["config"] != config.model_digest():
+            msg = "it was written for another process, network or reference than those configured"
+            raise ValueError(msg)
+        channels, height, width = json.loads(metadata["shape"])
+        space = ImageSpace(
+            (channels, height, width), int(metadata["levels"]), json.loads(metadata["classes"])
+        )
+        score = make_model(config, space)
+        score.load_state_dict(tensors)
+        seen = int(metadata["images_seen"])
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        msg = f"{file} cannot be used: {' '.join(str(error).split())}"
+        raise ValueError(msg) from error
+    score = score.to(device).eval().requires_grad_(requires_grad=False)
+    return ImageModel(score, space, config, seen, metadata["sha256"])

@@ -1,0 +1,307 @@
+"""Samples of a trained model in files: in parts that survive an interruption and can be shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_unit
+from cldsde.images.figures import picture, save_grid
+from cldsde.images.files import write_whole
+from cldsde.images.imputation import Imputation, grey_basis
+from cldsde.images.model import ImageModel
+from cldsde.images.sampling import GuidedScore, draw_images, make_solver, time_grid
+from cldsde.score import ReverseProcess, Score
+from cldsde.solvers import Solver
+from cldsde.solvers.progress import progress_bar
+
+__all__ = ["SampleRequest", "draw_to"]
+
+_GRID_LIMIT = 4096  # images that a picture of a grid may hold
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SampleRequest:
+    """What to draw from a trained model.
+
+    Attributes
+    ----------
+    model
+        The model.
+    sampling
+        Solver and budget.
+    seeds
+        One for each image.
+    batch
+        Images drawn at once.
+    label
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
+    guidance
+        Weight of the class, see `GuidedScore`.
+    known, mask
+        Pictures of the image of which a part is kept, and of that part in white.
+    colourise
+        Keep the grey levels of the known picture instead of a part.
+    """
+
+    model: ImageModel
+    sampling: SamplingConfig
+    seeds: range
+    batch: int = 64
+    label: int | Literal["all"] | None = None
+    guidance: float = 1.0
+    known: Path | None = None
+    mask: Path | None = None
+    colourise: bool = False
+
+    def check(self, out: Path) -> None:
+        """Refuse what cannot be drawn or written, before any work is done.
+
+        Raises
+        ------
+        ValueError
+            If the options do not fit the model or each other, or the output is of no known kind.
+        OSError
+            If the output cannot be written.
+        """
+        if self.batch < 1:
+            msg = f"--batch must be at least 1; got {self.batch}"
+            raise ValueError(msg)
+        if self.guidance != 1 and self.label is None:
+            msg = f"--guidance: there is no class to stress; give --class. Got {self.guidance}"
+            raise ValueError(msg)
+        if self.guidance < 0 or not np.isfinite(self.guidance):
+            msg = f"--guidance must be finite and at least 0; got {self.guidance}"
+            raise ValueError(msg)
+        if self.known is None and (self.mask is not None or self.colourise):
+            msg = "--mask and --colourise need --known, the picture of which a part is kept"
+            raise ValueError(msg)
+        if self.known is not None and (self.mask is None) != self.colourise:
+            msg = "--known takes either --mask or --colourise"
+            raise ValueError(msg)
+        if out.suffix == ".png" and len(self.seeds) > _GRID_LIMIT:
+            msg = (
+                f"--out: a picture holds {_GRID_LIMIT} images at most; got {len(self.seeds)} "
+                "seeds. Take FILE.npz or a folder"
+            )
+            raise ValueError(msg)
+        if out.suffix not in {"", ".png", ".npz"}:
+            msg = f"--out must be FILE.npz, FILE.png or a folder; got {out}"
+            raise ValueError(msg)
+        if out.exists() and out.is_dir() == bool(out.suffix):
+            msg = f"--out: {out} is there already, as another kind of file"
+            raise ValueError(msg)
+        process = ReverseProcess(self.model.score.sde, self.model.score)
+        solver = make_solver(self.sampling)
+        times = time_grid(process, solver, self.sampling)
+        if isinstance(solver, Solver):
+            wrap = self._around()
+            (solver if wrap is None else wrap(solver)).prepare(process, times)
+        elif self.known is not None:
+            msg = f"--known: {self.sampling.solver} chooses its times; take a solver on a grid"
+            raise ValueError(msg)
+        _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
+
+    def batches(self) -> list[tuple[int | None, list[int]]]:
+        """Classes and seeds of the batches; all images of a batch are of one class."""
+        classes = self.model.space.classes
+        groups: list[tuple[int | None, list[int]]]
+        if self.label == "all":
+            assert classes is not None
+            groups = [
+                (c, [seed for seed in self.seeds if seed % classes == c]) for c in range(classes)
+            ]
+        else:
+            groups = [(self.label, list(self.seeds))]
+        return [
+            (label, seeds[first : first + self.batch])
+            for label, seeds in groups
+            for first in range(0, len(seeds), self.batch)
+        ]
+
+    def draw(self, label: int | None, seeds: list[int]) -> Tensor:
+        """Images of one batch, uint8."""
+        space, model = self.model.space, self.model.score
+        score: Score = model
+        if label is not None:
+            assert space.classes is not None
+            score = GuidedScore(model, label, space.classes, self.guidance)
+        return draw_images(
+            score, space, seeds, self.sampling, around=self._around(), batch=len(seeds)
+        )
+
+    def digest(self) -> str:
+        """Of everything that the images depend on, but for their seeds."""
+        pictures = [
+            None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in (self.known, self.mask)
+        ]
+        parts = [
+            self.model.digest,
+            dataclasses.asdict(self.sampling),
+            self.batch,
+            self.label,
+            self.guidance,
+            pictures,
+            self.colourise,
+            [self.seeds.start, self.seeds.stop],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _around(self) -> Callable[[Solver], Imputation] | None:
+        if self.known is None:
+            return None
+        shape = self.model.space.shape
+        known = to_unit(_picture_of(self.known, shape, "--known"))
+        if self.colourise:
+            if shape[0] != 3:
+                msg = f"--colourise needs a model of colour images; this one makes {shape}"
+                raise ValueError(msg)
+            grey = torch.tensor([True, False, False]).reshape(3, 1, 1)
+            return lambda solver: Imputation(solver, known, grey, basis=grey_basis())
+        assert self.mask is not None
+        mask = _picture_of(self.mask, (1, *shape[1:]), "--mask") >= 128
+        return lambda solver: Imputation(solver, known, mask)
+
+
+def draw_to(
+    out: Path,
+    request: SampleRequest,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Draw images into a file or folder.
+
+    Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: whoever
+    asks for the same again goes on from them.
+
+    Parameters
+    ----------
+    out
+        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``seeds`` and, where there are classes,
+        ``labels``; ``FILE.png``, a grid; or a folder of pictures named by their seeds.
+    request
+        What to draw.
+    process, processes
+        Which share of the batches to draw: every ``processes``-th, beginning with ``process``.
+    wait
+        Returns when all processes have called it.
+
+    Raises
+    ------
+    FloatingPointError
+        If an image is not finite.
+    OSError
+        If a file cannot be written; what was drawn is kept.
+    """
+    parts = _parts_folder(out)
+    digest = request.digest()
+    if process == 0:
+        _open_parts(parts, digest)
+    wait()
+    batches = request.batches()
+    mine = range(process, len(batches), processes)
+    bar = progress_bar(
+        None,
+        shown=process == 0,
+        total=sum(len(batches[i][1]) for i in mine),
+        desc="sampling",
+        unit="image",
+    )
+    with bar:
+        for i in mine:
+            label, seeds = batches[i]
+            file = parts / f"{i:08d}.npy"
+            if not file.exists():
+                images = request.draw(label, seeds)
+                write_whole(file, partial(_save_array, array=images.numpy()))
+            bar.update(len(seeds))
+    wait()
+    if process == 0:
+        levels = request.model.space.levels
+        _gather(out, parts, batches, levels)
+        shutil.rmtree(parts)
+    wait()
+
+
+def _gather(
+    out: Path, parts: Path, batches: list[tuple[int | None, list[int]]], levels: int
+) -> None:
+    """Put the parts together, in the order of the seeds."""
+
+    def read() -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
+        for i, (_, seeds) in enumerate(batches):
+            yield np.load(parts / f"{i:08d}.npy", allow_pickle=False), seeds
+
+    if not out.suffix:
+        out.mkdir(parents=True, exist_ok=True)
+        digits = len(str(max(max(seeds) for _, seeds in batches)))
+        for images, seeds in read():
+            for image, seed in zip(images, seeds, strict=True):
+                file = out / f"{seed:0{digits}d}.png"
+                write_whole(file, picture(image, levels).save)
+        return
+    drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
+    order = np.argsort(drawn)
+    images = np.concatenate([part for part, _ in read()])[order]
+    if out.suffix == ".png":
+        write_whole(out, lambda path: save_grid(path, torch.from_numpy(images), levels))
+        return
+    arrays: dict[str, Any] = {"images": images.transpose(0, 2, 3, 1), "seeds": drawn[order]}
+    if batches[0][0] is not None:
+        labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
+        arrays["labels"] = labels[order]
+    write_whole(out, lambda path: np.savez_compressed(path, **arrays))
+
+
+def _parts_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+def _open_parts(parts: Path, digest: str) -> None:
+    """Make the folder of parts, or go on with it; what other settings left there is dropped."""
+    note = parts / "request"
+    if parts.exists() and not (note.exists() and note.read_text() == digest):
+        shutil.rmtree(parts)
+    parts.mkdir(exist_ok=True)
+    note.write_text(digest)
+
+
+def _save_array(path: Path, array: NDArray[np.uint8]) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def _picture_of(file: Path, shape: tuple[int, int, int], option: str) -> Tensor:
+    """A picture as ``(C, H, W)`` uint8."""
+    channels, height, width = shape
+    try:
+        with Image.open(file) as source:
+            image = source.convert("L" if channels == 1 else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        msg = f"{option}: {file} cannot be read as a picture ({error})"
+        raise ValueError(msg) from error
+    if image.size != (width, height):
+        msg = (
+            f"{option}: {file} must have {height} rows and {width} columns; got "
+            f"{image.size[1]} and {image.size[0]}"
+        )
+        raise ValueError(msg)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.reshape(height, width, channels).movedim(-1, 0).contiguous()

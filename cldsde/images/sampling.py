@@ -1,0 +1,214 @@
+"""Images from a score model: one seed an image, whatever batch or process it is drawn in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_levels
+from cldsde.images.imputation import Imputation
+from cldsde.images.model import ImageSpace
+from cldsde.linear import LinearSDE
+from cldsde.linear.checks import TimeLike
+from cldsde.score import MixedScore, ReverseProcess, Score
+from cldsde.solvers import Integrator, SampleNoise, Solver, grids, solve
+from cldsde.solvers.progress import progress_bar
+from cldsde.validation.suite import find_solver
+
+__all__ = ["GuidedScore", "draw_images", "make_solver", "time_grid"]
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedScore:
+    r"""Score given a class, with classifier-free guidance (Ho and Salimans 2021).
+
+    .. math:: s = (1 − w)\, s(z) + w\, s(z \mid y)
+
+    Two evaluations of the network make one of the score, unless w = 1.
+
+    Parameters
+    ----------
+    model
+        A model of a conditional network.
+    label
+        y, one class for all samples.
+    no_label
+        The label that stands for no class.
+    guidance
+        w: 0 leaves the class out, 1 is the score given the class, above it is stressed.
+    """
+
+    model: MixedScore
+    label: int
+    no_label: int
+    guidance: float = 1.0
+
+    @property
+    def sde(self) -> LinearSDE:
+        """The forward process."""
+        return self.model.sde
+
+    def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
+        """Score of the driven components, ``(B, d, *D)``."""
+        return self._combined(lambda y: self.model(z, t, condition=y), z)
+
+    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
+        device = like.device
+        given, free = (
+            self.model.tabulate(times, like, condition=torch.tensor(label, device=device))
+            for label in (self.label, self.no_label)
+        )
+        if self.guidance == 1:
+            return given
+
+        def score(z: Tensor, i: int) -> Tensor:
+            return free(z, i).lerp(given(z, i), self.guidance)
+
+        return score
+
+    def _combined(self, evaluate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        given = evaluate(torch.tensor(self.label, device=z.device))
+        if self.guidance == 1:
+            return given
+        return evaluate(torch.tensor(self.no_label, device=z.device)).lerp(given, self.guidance)
+
+
+def make_solver(sampling: SamplingConfig) -> Solver | Integrator:
+    """The solver of a configuration.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, or it has no such option.
+    """
+    solver = find_solver(sampling.solver)
+    try:
+        made: Any = dataclasses.replace(solver, **sampling.options)  # type: ignore[type-var]
+    except TypeError as error:
+        known = ", ".join(entry.name for entry in dataclasses.fields(solver))  # type: ignore[arg-type]
+        msg = f"sampling.options: {type(solver).__name__} takes {known or 'none'}; {error}"
+        raise ValueError(msg) from error
+    assert isinstance(made, Solver | Integrator)
+    return made
+
+
+def time_grid(
+    process: ReverseProcess, solver: Solver | Integrator, sampling: SamplingConfig
+) -> Tensor:
+    """The longest grid on which a solver evaluates the score at most ``nfe`` times.
+
+    The evaluation that denoises counts. Solvers that choose their times get its two ends.
+
+    Raises
+    ------
+    ValueError
+        If no step fits, or the solver does not take the process.
+    """
+    sde, end = process.sde, sampling.t_end
+    if not isinstance(solver, Solver):
+        return torch.tensor([sde.T, end], dtype=torch.float64)
+    budget = sampling.nfe - int(sampling.denoise)
+    n = budget // max(1, solver.facts.nfe_per_step)
+    while n >= 1:
+        times = _grid(sde, sampling.grid, end, n)
+        count = len(solver.evaluation_times(process, times))
+        if count <= budget:
+            return times
+        n = min(n - 1, n * budget // count)
+    msg = f"nfe: {sampling.nfe} evaluations are too few for a step of {sampling.solver}"
+    raise ValueError(msg)
+
+
+def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
+    of_process = {"log_snr": grids.log_snr_times, "logistic": grids.logistic_times}
+    if name in of_process:
+        return of_process[name](sde, sde.T, end, n)
+    of_time = {
+        "uniform": grids.uniform_times,
+        "quadratic": grids.quadratic_times,
+        "root": grids.root_times,
+    }
+    return of_time[name](sde.T, end, n)
+
+
+def draw_images(
+    score: Score,
+    space: ImageSpace,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    sde: LinearSDE | None = None,
+    around: Callable[[Solver], Imputation] | None = None,
+    batch: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Draw one image for each seed.
+
+    Parameters
+    ----------
+    score
+        A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
+    space
+        What the images are.
+    seeds
+        Integers in [0, 2³²): an image depends on its own alone, but for the rounding of the
+        network, which may depend on the size of the batch.
+    sampling
+        Solver and budget.
+    sde
+        The forward process; that of the score if None.
+    around
+        Makes of the solver an `Imputation`, where a part of the images is known.
+    batch
+        Images drawn at once.
+    device
+        Of the states; that of the score's buffers if None.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    Tensor
+        ``(len(seeds), C, H, W)`` uint8 on the host.
+
+    Raises
+    ------
+    ValueError
+        If solver, budget and process do not fit, or a seed is out of range.
+    FloatingPointError
+        If an image is not finite.
+    """
+    sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
+    if device is None:
+        model = score.model if isinstance(score, GuidedScore) else score
+        device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
+    process = ReverseProcess(sde, score)
+    solver = make_solver(sampling)
+    times = time_grid(process, solver, sampling)
+    if around is not None:
+        if not isinstance(solver, Solver):
+            msg = f"solver must work on a fixed grid here; {sampling.solver} chooses its times"
+            raise ValueError(msg)
+        solver = around(solver)
+    images = []
+    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+        for first in range(0, len(seeds), batch):
+            noise = SampleNoise(seeds[first : first + batch])
+            start = noise.start(sde, space.shape, device=device)
+            with torch.no_grad():
+                found = solve(process, solver, start, times, noise=noise, denoise=sampling.denoise)
+            if not found.success:
+                msg = f"{sampling.solver} failed: {found.message}"
+                raise FloatingPointError(msg)
+            data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
+            images.append(to_levels(data.cpu(), space.levels))
+            bar.update(len(start))
+    return torch.cat(images)

@@ -1,0 +1,53 @@
+"""Randomness of training as a function of the seed and of the place where it is used.
+
+Nothing is carried from step to step: a run that resumes, or that is shared by other processes,
+draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["image_order", "stream", "stream_seed"]
+
+
+def stream_seed(seed: int, purpose: str, *place: int) -> int:
+    """A seed in [0, 2³²) for one purpose at one place, e.g. ``("noise", step, part)``."""
+    text = "/".join([str(seed), purpose, *map(str, place)])
+    # torch's generator on the host looks at 32 bits of its seed.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def stream(
+    seed: int, purpose: str, *place: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator of its own for one purpose at one place."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *place))
+
+
+def image_order(seed: int, images: int, first: int, count: int) -> Tensor:
+    """Rows of the data set that are seen at positions ``first`` … ``first + count - 1``.
+
+    Each pass over the data has an order of its own.
+
+    Returns
+    -------
+    Tensor
+        ``(count,)`` int64.
+    """
+    positions = torch.arange(first, first + count)
+    passes, rows = positions // images, positions % images
+    order = torch.empty_like(rows)
+    for epoch in range(int(passes[0]), int(passes[-1]) + 1):
+        chosen = passes == epoch
+        order[chosen] = _permutation(seed, images, epoch)[rows[chosen]]
+    return order
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, images: int, epoch: int) -> Tensor:
+    return torch.randperm(images, generator=stream(seed, "order", epoch))

@@ -1,0 +1,193 @@
+"""Configurations are read whole or refused with an error that names the key."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cldsde import CLD
+from cldsde.images.config import RunConfig, load_config
+from cldsde.images.training import check_run
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+VALID = {
+    "seed": 3,
+    "data": {"name": "digits", "options": {"held_out": 0.25}, "flip": False, "dequantise": True},
+    "process": {"name": "CLD", "options": {"beta": [1.0, 7.0], "mass": 0.3}},
+    "network": {
+        "name": "UNet",
+        "options": {"channels": [8, 16], "dropout": 0.1},
+        "conditional": True,
+        "label_dropout": 0.2,
+    },
+    "score": {"reference": "channel"},
+    "training": {
+        "images": 1000,
+        "batch": 64,
+        "micro_batch": 32,
+        "learning_rate": 1e-3,
+        "decay": "cosine",
+        "clip": 0.5,
+        "precision": "bf16",
+    },
+    "sampling": {"solver": "sscs", "nfe": 20, "grid": "quadratic", "t_end": 1e-3},
+}
+
+
+def leaves(values, prefix=()):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def with_value(path, value):
+    changed = copy.deepcopy(VALID)
+    section = changed
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    return changed
+
+
+def prepare(values):
+    """What ``cldsde train`` does before it makes anything."""
+    config = RunConfig.from_dict(values)
+    check_run(config, config.data.load())
+
+
+WRONG = st.one_of(
+    st.none(),
+    st.just({}),
+    st.just([]),
+    st.just([[1.0]]),
+    st.text(max_size=5),
+    st.just(float("nan")),
+    st.just(float("-inf")),
+    st.just(-1),
+    st.just(2.5),
+    st.just(True),
+)
+# What is wrong of every kind above may be right for one key: these are, and are left out.
+ALLOWED = {
+    "data.options.held_out": (),
+    "data.flip": (True,),
+    "data.dequantise": (True,),
+    "network.conditional": (True,),
+    "network.options.channels": ([],),
+    "training.micro_batch": (None,),
+    "training.clip": (None, 2.5),
+    "network.label_dropout": (),
+    "process.options.mass": (2.5,),
+    "process.options.beta": (2.5,),
+    "training.learning_rate": (2.5,),
+}
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_malformed_configurations_are_refused_naming_the_key(data):
+    """One fault in a valid configuration: a wrong value, an unknown key or a missing one."""
+    path = data.draw(st.sampled_from(sorted(leaves(VALID))))
+    fault = data.draw(st.sampled_from(["value", "unknown", "section"]))
+    if fault == "value":
+        value = data.draw(WRONG)
+        name = ".".join(path)
+        if any(value is right or value == right for right in ALLOWED.get(name, ())):
+            return
+        if path[-1] == "channels" and value == []:
+            return
+        changed, key = with_value(path, value), path[-1]
+    elif fault == "unknown":
+        letters = st.characters(codec="ascii", categories=["Ll"])
+        key = path[-1] + data.draw(st.text(letters, min_size=1, max_size=3))
+        changed = with_value((*path[:-1], key), 1)
+    else:
+        key = path[0]
+        if key == "seed":
+            return
+        changed = copy.deepcopy(VALID)
+        changed[key] = data.draw(st.one_of(st.none(), st.integers(), st.text(max_size=3)))
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
+        prepare(changed)
+
+
+def test_the_valid_configuration_is_valid_and_goes_through_every_format(tmp_path):
+    config = RunConfig.from_dict(VALID)
+    assert config.training.steps == 16
+    assert config.process.make().drift(0.5).tolist() == CLD((1.0, 7.0), 0.3).drift(0.5).tolist()
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig.from_dict(tomllib.loads(config.to_toml())).to_dict() == config.to_dict()
+    for suffix, write in ((".json", json.dumps), (".yaml", yaml.safe_dump)):
+        file = tmp_path / f"config{suffix}"
+        file.write_text(write(config.to_dict()))
+        assert load_config(file).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_the_configurations_of_the_repository_are_valid(file):
+    load_config(file)
+
+
+def test_overrides_are_put_in_place_and_checked(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[training]\nimages = 100\n")
+    config = load_config(
+        file,
+        [
+            "training.batch=32",
+            "sampling.solver=sscs",
+            "training.clip=none",
+            "process.options.beta=[1, 3]",
+        ],
+    )
+    assert config.training.batch == 32
+    assert config.sampling.solver == "sscs"
+    assert config.training.clip is None
+    assert config.process.options == {"beta": [1, 3]}
+    with pytest.raises(ValueError, match=r"training\.btch is not known; did you mean batch\?"):
+        load_config(file, ["training.btch=32"])
+    with pytest.raises(ValueError, match="key=value"):
+        load_config(file, ["training.batch"])
+    with pytest.raises(ValueError, match="no section"):
+        load_config(file, ["seed.x=1", "seed.x.y=3"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "training = ["),
+        ("a.json", "{"),
+        ("a.yaml", "a: [1"),
+        ("a.yaml", "- 1\n- 2"),
+        ("a.txt", "seed = 1"),
+        ("a.toml", "\ufeffseed = é"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=name):
+        load_config(tmp_path / name)
+    with pytest.raises(ValueError, match="missing"):
+        load_config(tmp_path / "missing.toml")
+
+
+def test_yaml_runs_no_code(tmp_path):
+    (tmp_path / "a.yaml").write_text("training: !!python/object/apply:os.getcwd []")
+    with pytest.raises(ValueError, match="is no yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_the_digest_of_a_model_does_not_depend_on_training():
+    config = RunConfig.from_dict(VALID)
+    longer = RunConfig.from_dict(with_value(("training", "images"), 2000))
+    other = RunConfig.from_dict(with_value(("process", "options", "mass"), 0.31))
+    assert config.model_digest() == longer.model_digest() != other.model_digest()

@@ -1,0 +1,83 @@
+"""Images are found by row number, and refuse what does not fit together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cldsde.images.data import ArrayImages, Subset
+from image_data import PIXELS, random_bytes, whole
+
+
+def test_rows_are_loaded_in_any_order_and_again():
+    pixels = torch.from_numpy(random_bytes(7, 2, 3, 4))
+    images = ArrayImages(pixels)
+    rows = torch.tensor([6, 0, 0, 3])
+    assert torch.equal(images.load(rows), torch.stack([pixels[i] for i in (6, 0, 0, 3)]))
+    assert images.load(rows[:0]).shape == (0, 2, 3, 4)
+    assert (len(images), images.shape, images.levels, images.labels) == (7, (2, 3, 4), 256, None)
+
+
+def test_what_is_loaded_belongs_to_the_caller():
+    pixels = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
+    images = ArrayImages(pixels)
+    images.load(torch.tensor([0, 1])).fill_(9)
+    assert not whole(images).any()
+
+
+@pytest.mark.parametrize("row", [-1, 7, 2**40])
+def test_a_row_out_of_range_is_an_index_error(row):
+    images = ArrayImages(torch.from_numpy(random_bytes(7, 1, 2, 2)))
+    for source in (images, Subset(images, torch.arange(7))):
+        with pytest.raises(IndexError, match=f"rows must lie in 0 … 6; got .*{row}"):
+            source.load(torch.tensor([3, row]))
+    with pytest.raises(IndexError, match=f"rows must lie in 0 … 6; got {row}"):
+        Subset(images, torch.tensor([row]))
+    with pytest.raises(ValueError, match="at least one row"):
+        Subset(images, torch.arange(0))
+
+
+@pytest.mark.parametrize("rows", [[0], torch.tensor([0.0]), torch.tensor([True]), 0])
+def test_rows_of_another_type_are_refused(rows):
+    with pytest.raises(TypeError, match="rows must be a tensor of int64"):
+        ArrayImages(torch.zeros(1, 1, 1, 1, dtype=torch.uint8)).load(rows)
+
+
+def test_rows_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="rows must have one axis"):
+        ArrayImages(torch.zeros(1, 1, 1, 1, dtype=torch.uint8)).load(torch.tensor([[0]]))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "error", "message"),
+    [
+        (PIXELS.float(), {}, TypeError, "images must be a tensor of uint8; got torch.float32"),
+        (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
+        (PIXELS[:0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
+        (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
+        (PIXELS, {"levels": 1}, ValueError, "levels must be in 2 … 256; got 1"),
+        (PIXELS, {"levels": 257}, ValueError, "levels must be in 2 … 256; got 257"),
+        (PIXELS, {"levels": 16.0}, TypeError, "levels must be a whole number"),
+        (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of int64"),
+        (PIXELS, {"labels": torch.arange(2)}, ValueError, r"labels must have shape \(3,\)"),
+        (PIXELS, {"labels": torch.arange(3) - 1}, ValueError, r"labels must lie in .* -1 to 1"),
+        (PIXELS, {"labels": torch.arange(3), "classes": 2}, ValueError, "0 … 1; got 0 to 2"),
+        (PIXELS, {"labels": torch.arange(3), "classes": "ab"}, ValueError, "0 … 1; got 0 to 2"),
+        (PIXELS, {"classes": 2}, ValueError, "classes needs labels"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(pixels, options, error, message):
+    with pytest.raises(error, match=message):
+        ArrayImages(pixels, **options)
+
+
+def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
+    pixels = torch.from_numpy(random_bytes(5, 1, 2, 2, levels=4))
+    images = ArrayImages(
+        pixels, levels=4, labels=torch.tensor([0, 1, 2, 1, 0]), classes=["a", "b", "c"]
+    )
+    part = Subset(images, torch.tensor([4, 1, 0]))
+    assert torch.equal(whole(part), pixels[[4, 1, 0]])
+    assert part.labels.tolist() == [0, 1, 0]
+    assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
+    assert repr(part) == "Subset(3 of 1×2×2, 4 levels, 3 classes)"

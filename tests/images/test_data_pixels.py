@@ -1,0 +1,169 @@
+"""Bytes become numbers in [−1, 1] and come back, and their statistics are exact."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from cldsde.images.data import ArrayImages, augment, channel_statistics, to_levels, to_unit
+from image_data import PIXELS, random_bytes
+from probes import generator
+
+# Bytes and numbers.
+
+
+@pytest.mark.parametrize("levels", [*range(2, 257)])
+def test_every_level_comes_back(levels):
+    x = torch.arange(levels, dtype=torch.uint8)
+    unit = to_unit(x, levels)
+    assert unit.dtype == torch.float32
+    assert (unit[0], unit[-1]) == (-1, 1)
+    want = 2 * x.double() / (levels - 1) - 1
+    assert (unit - want).abs().max() <= 2**-23  # of two roundings below 2
+    assert torch.equal(to_levels(unit, levels), x)
+    assert torch.equal(to_levels(unit.double(), levels), x)
+
+
+@given(
+    values=st_numpy.arrays(np.float64, 20, elements=st.floats(allow_nan=False)),
+    levels=st.integers(2, 256),
+)
+def test_numbers_go_to_the_nearest_level(values, levels):
+    got = to_levels(torch.from_numpy(values), levels)
+    assert got.dtype == torch.uint8
+    scale = 2 * np.arange(levels) / (levels - 1) - 1
+    clamped = np.clip(values, -1, 1)
+    nearest = np.abs(scale - clamped[:, None]).min(1)
+    # Ties go either way; distances carry the rounding of numbers of size 1.
+    assert (np.abs(scale[got.numpy()] - clamped) <= nearest + 1e-15).all()
+
+
+def test_half_precision_is_rounded_to_levels_as_exactly_as_its_numbers():
+    x = torch.linspace(-1, 1, 999).to(torch.float16)
+    assert torch.equal(to_levels(x), to_levels(x.double()))
+
+
+def test_numbers_that_are_none_are_refused():
+    x = torch.tensor([0.0, float("nan"), float("inf")])
+    with pytest.raises(ValueError, match="images must be numbers; got 1 NaN of 3"):
+        to_levels(x)
+    assert to_levels(torch.tensor([float("inf"), -float("inf")])).tolist() == [255, 0]
+    with pytest.raises(TypeError, match="images must be a floating-point tensor"):
+        to_levels(torch.zeros(1, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="images must be a tensor of uint8"):
+        to_unit(torch.zeros(1))
+    with pytest.raises(ValueError, match="values in 0 … 16; got 17"):
+        to_unit(torch.tensor([17], dtype=torch.uint8), 17)
+
+
+# Augmentation.
+
+
+def test_each_image_is_mirrored_whole_or_not_at_all_half_of_the_time():
+    n = 4000
+    x = torch.from_numpy(random_bytes(1, 3, 4, 5)).expand(n, -1, -1, -1)
+    out = augment(x, 256, flip=True, dequantise=False, generator=generator())
+    plain, mirrored = to_unit(x[0]), to_unit(x[0]).flip(-1)
+    is_plain = (out == plain).flatten(1).all(1)
+    is_mirrored = (out == mirrored).flatten(1).all(1)
+    assert bool((is_plain ^ is_mirrored).all())
+    # 4.5 deviations of a binomial number.
+    assert abs(float(is_mirrored.double().mean()) - 0.5) < 4.5 * 0.5 / n**0.5
+
+
+def test_draws_are_the_flips_and_then_the_bins():
+    x = torch.from_numpy(random_bytes(6, 2, 3, 4, levels=17))
+    source = generator(5)
+    mirrored = torch.rand(6, generator=source) < 0.5
+    uniform = torch.rand(x.shape, generator=source)
+    want = torch.stack([a.flip(-1) if b else a for a, b in zip(x, mirrored, strict=True)])
+    want = 2 * (want + uniform) / 17 - 1
+    out = augment(x, 17, flip=True, dequantise=True, generator=generator(5))
+    assert torch.allclose(out, want, atol=3e-7, rtol=0)
+    again = augment(x, 17, flip=True, dequantise=True, generator=generator(5))
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_what_is_drawn_does_not_depend_on_the_images(flip, dequantise):
+    states = []
+    for fill in (0, 200):
+        source = generator()
+        x = torch.full((5, 1, 2, 2), fill, dtype=torch.uint8)
+        augment(x, 256, flip=flip, dequantise=dequantise, generator=source)
+        states.append(source.get_state())
+    assert torch.equal(*states)
+    assert torch.equal(states[0], generator().get_state()) == (not flip and not dequantise)
+
+
+def test_dequantised_levels_are_uniform_over_their_bins():
+    x = torch.full((1000, 1, 8, 8), 3, dtype=torch.uint8)
+    out = augment(x, 17, flip=False, dequantise=True, generator=generator()).double()
+    within = ((out + 1) / 2 * 17 - 3).flatten()
+    assert float(within.min()) > -1e-5
+    assert float(within.max()) < 1 + 1e-5
+    # 4.5 deviations of the mean, and of the variance, of 64,000 uniform numbers.
+    assert abs(float(within.mean()) - 1 / 2) < 4.5 * (1 / 12 / 64000) ** 0.5
+    assert abs(float(within.var()) - 1 / 12) < 4.5 * (1 / 180 / 64000) ** 0.5
+
+
+def test_images_that_cannot_be_augmented_are_refused():
+    options = {"flip": True, "dequantise": True}
+    with pytest.raises(TypeError, match="images must be a tensor of uint8"):
+        augment(torch.zeros(1, 1, 2, 2), 256, **options)
+    with pytest.raises(ValueError, match=r"images must have shape \(n, C, H, W\)"):
+        augment(torch.zeros(1, 2, 2, dtype=torch.uint8), 256, **options)
+    with pytest.raises(ValueError, match="values in 0 … 3; got 4"):
+        augment(torch.full((1, 1, 2, 2), 4, dtype=torch.uint8), 4, **options)
+
+
+# Statistics.
+
+AXES = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
+
+
+@pytest.mark.parametrize("per", AXES)
+@pytest.mark.parametrize("levels", [17, 256])
+def test_statistics_are_those_of_the_whole_array(per, levels, monkeypatch):
+    pixels = random_bytes(50, 3, 4, 5, levels=levels)
+    images = ArrayImages(torch.from_numpy(pixels), levels=levels)
+    monkeypatch.setattr(
+        "cldsde.images.data.pixels.CHUNK", 7 * 60
+    )  # 8 chunks, the last one not full
+    mean, variance = channel_statistics(images, per=per)
+    unit = 2 * pixels.astype(np.longdouble) / (levels - 1) - 1
+    shape = {"scalar": (), "channel": (3, 1, 1), "pixel": (3, 4, 5)}[per]
+    for got, want in ((mean, unit.mean(AXES[per])), (variance, unit.var(AXES[per]))):
+        assert (got.dtype, tuple(got.shape)) == (torch.float64, shape)
+        np.testing.assert_allclose(got.numpy(), want.reshape(shape), rtol=1e-15, atol=1e-17)
+
+
+@pytest.mark.parametrize("per", AXES)
+def test_statistics_of_dequantised_images_are_expectations(per):
+    pixels = random_bytes(50, 3, 4, 5)
+    mean, variance = channel_statistics(
+        ArrayImages(torch.from_numpy(pixels)), per=per, dequantise=True
+    )
+    centre = (2 * pixels.astype(np.float64) + 1) / 256 - 1
+    want = centre.mean(AXES[per]), centre.var(AXES[per]) + (2 / 256) ** 2 / 12
+    for got, value in zip((mean, variance), want, strict=True):
+        np.testing.assert_allclose(got.numpy(), value.reshape(got.shape), rtol=1e-13, atol=1e-15)
+
+
+def test_a_constant_channel_has_variance_zero_exactly():
+    pixels = torch.full((1000, 1, 3, 3), 77, dtype=torch.uint8)
+    mean, variance = channel_statistics(ArrayImages(pixels))
+    assert float(variance) == 0
+    assert float(mean) == float(Fraction(2 * 77, 255) - 1)
+
+
+def test_statistics_of_an_unknown_kind_are_refused():
+    with pytest.raises(ValueError, match="per must be scalar, channel or pixel; got 'image'"):
+        channel_statistics(ArrayImages(PIXELS), per="image")
