@@ -12,11 +12,17 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from cldsde.cli import demo, sample, train, validate
+from cldsde.cli import demo, evaluate, sample, train, validate
 
 __all__ = ["main"]
 
-_COMMANDS = {"demo": demo, "train": train, "sample": sample, "validate": validate}
+_COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "validate": validate,
+}
 
 
 class _Parser(ArgumentParser):

@@ -23,10 +23,15 @@ __all__ = ["INTERRUPTED", "add_arguments", "add_sampling_arguments", "prepare", 
 INTERRUPTED = "interrupted; the same command goes on"
 
 
-def add_sampling_arguments(parser: ArgumentParser) -> None:
+def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> None:
     """Declare what says how to sample; what is left out is taken from the run's configuration."""
-    parser.add_argument("--solver", type=str, metavar="NAME", help="such as em, sscs, multistep-2")
-    parser.add_argument("--nfe", type=int, metavar="N", help="score evaluations an image")
+    more = ", or several with commas" if several else ""
+    parser.add_argument(
+        "--solver", type=str, metavar="NAME", help=f"such as sscs or multistep-2-sde{more}"
+    )
+    parser.add_argument(
+        "--nfe", type=str if several else int, metavar="N", help=f"score evaluations{more}"
+    )
     parser.add_argument(
         "--grid",
         type=str,

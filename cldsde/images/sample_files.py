@@ -24,8 +24,8 @@ from cldsde.images.figures import picture, save_grid
 from cldsde.images.files import write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
-from cldsde.images.sampling import GuidedScore, draw_images, make_solver, time_grid
-from cldsde.score import ReverseProcess, Score
+from cldsde.images.sampling import GuidedScore, check_sampling, draw_images, make_solver
+from cldsde.score import Score
 from cldsde.solvers import Solver
 from cldsde.solvers.progress import progress_bar
 
@@ -105,15 +105,14 @@ class SampleRequest:
         if out.exists() and out.is_dir() == bool(out.suffix):
             msg = f"--out: {out} is there already, as another kind of file"
             raise ValueError(msg)
-        process = ReverseProcess(self.model.score.sde, self.model.score)
+        check_sampling(self.model.score, self.sampling)
         solver = make_solver(self.sampling)
-        times = time_grid(process, solver, self.sampling)
-        if isinstance(solver, Solver):
-            wrap = self._around()
-            (solver if wrap is None else wrap(solver)).prepare(process, times)
-        elif self.known is not None:
+        if self.known is not None and not isinstance(solver, Solver):
             msg = f"--known: {self.sampling.solver} chooses its times; take a solver on a grid"
             raise ValueError(msg)
+        wrap = self._around()
+        if wrap is not None and isinstance(solver, Solver):
+            check_sampling(self.model.score, self.sampling, around=wrap)
         _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
 
     def batches(self) -> list[tuple[int | None, list[int]]]:

@@ -21,7 +21,7 @@ from cldsde.solvers import Integrator, SampleNoise, Solver, grids, solve
 from cldsde.solvers.progress import progress_bar
 from cldsde.validation.suite import find_solver
 
-__all__ = ["GuidedScore", "draw_images", "make_solver", "time_grid"]
+__all__ = ["GuidedScore", "check_sampling", "draw_images", "make_solver", "time_grid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,26 @@ def time_grid(
         n = min(n - 1, n * budget // count)
     msg = f"nfe: {sampling.nfe} evaluations are too few for a step of {sampling.solver}"
     raise ValueError(msg)
+
+
+def check_sampling(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None = None,
+    around: Callable[[Solver], Imputation] | None = None,
+) -> None:
+    """Refuse a recipe that cannot sample, before anything is drawn.
+
+    Raises
+    ------
+    ValueError
+        If solver, options, budget and process do not fit.
+    """
+    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    solver = make_solver(sampling)
+    times = time_grid(process, solver, sampling)
+    if isinstance(solver, Solver):
+        (solver if around is None else around(solver)).prepare(process, times)
 
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:

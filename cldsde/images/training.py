@@ -35,9 +35,9 @@ from cldsde.images.model import (
     save_model,
 )
 from cldsde.images.runs import RunFolder
-from cldsde.images.sampling import draw_images, make_solver, time_grid
+from cldsde.images.sampling import check_sampling, draw_images
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.score import MixedScore, PerturbedData, ReverseProcess, TimeSampler
+from cldsde.score import MixedScore, PerturbedData, TimeSampler
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["STATE", "check_run", "train"]
@@ -59,9 +59,8 @@ def check_run(config: RunConfig, data: DataSet) -> None:
     """
     space = ImageSpace.of(data.train, conditional=config.network.conditional)
     make_network(config, space, device="meta")
-    process = ReverseProcess(config.process.make(), lambda z, t: z)
     try:
-        time_grid(process, make_solver(config.sampling), config.sampling)
+        check_sampling(lambda z, t: z, config.sampling, config.process.make())
     except ValueError as error:
         msg = f"sampling: {error}"
         raise ValueError(msg) from error

@@ -1,0 +1,205 @@
+"""Measure a trained run, or samples in files: distances, FID and its like, bits a dimension.
+
+A run is sampled with each recipe, solvers times budgets, and compared with its own data set;
+samples are compared with the data set of ``--reference``. Distances are biased by the number of
+images: compare equal numbers only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cldsde.cli.devices import resolve_device
+from cldsde.cli.extras import needs_images
+from cldsde.cli.sample import add_sampling_arguments, sampling_of
+
+if TYPE_CHECKING:
+    from cldsde.images.config import RunConfig, SamplingConfig
+    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.model import ImageModel
+
+__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
+
+INTERRUPTED = "interrupted; the same command goes on"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options of ``cldsde evaluate``."""
+    parser.add_argument(
+        "target",
+        type=str,
+        metavar="RUN|SAMPLES",
+        help="a run; or FILE.npz, or a folder of pictures",
+    )
+    add_sampling_arguments(parser, several=True)
+    parser.add_argument(
+        "--metrics",
+        type=str,
+        metavar="LIST",
+        default="fd",
+        help="of fd, fid, kid, isc, prc, bpd, with commas",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", default=1000, help="images of each repetition"
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", default=1, help="repetitions with other seeds"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="seeds count from here")
+    parser.add_argument(
+        "--reference",
+        type=str,
+        metavar="RUN|CONFIG",
+        help="whose data set samples in files are compared with",
+    )
+    parser.add_argument(
+        "--part", type=str, metavar="NAME", default="train", help="of the data: train or held_out"
+    )
+    parser.add_argument(
+        "--features",
+        type=str,
+        metavar="NAME",
+        default="classifier",
+        help="for fd: classifier, trained on the data's classes, or module:attribute",
+    )
+    parser.add_argument(
+        "--weights", type=str, metavar="FILE", help="Inception weights, for fid, kid, isc and prc"
+    )
+    parser.add_argument(
+        "--likelihood-images", type=int, metavar="N", default=64, help="held-out images for bpd"
+    )
+    parser.add_argument("--batch", type=int, metavar="N", default=64, help="images at once")
+    parser.add_argument(
+        "--out", type=str, metavar="FILE", help="results, RUN/evaluation.json by default"
+    )
+    parser.add_argument(
+        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
+
+
+def prepare(options: Namespace) -> Callable[[], None]:
+    """Check the options, load model and data; return the work that is left.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``images`` is not installed.
+    ValueError
+        If the run or the samples cannot be used, or an option does not fit.
+    """
+    with needs_images():
+        from cldsde.images.runs import CONFIG
+    target = Path(options.target).expanduser()
+    if not target.exists():
+        msg = f"there is no run and no file {target}"
+        raise ValueError(msg)
+    if options.part not in {"train", "held_out"}:
+        msg = f"--part must be train or held_out; got {options.part!r}"
+        raise ValueError(msg)
+    is_run = (target / CONFIG).is_file()
+    if is_run and options.reference is not None:
+        msg = "--reference is for samples; a run is compared with its own data"
+        raise ValueError(msg)
+    if not is_run and options.reference is None:
+        msg = "--reference is missing: the run or configuration whose data to compare with"
+        raise ValueError(msg)
+    return _of_run(options, target) if is_run else _of_samples(options, target)
+
+
+def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
+    from cldsde.images.evaluation_table import markdown_table
+    from cldsde.images.model import load_model
+
+    model = load_model(run, resolve_device(options.device))
+    evaluation = _evaluation(options, model.config, run)
+    recipes = _recipes(options, model)
+    out = Path(options.out).expanduser() if options.out else run / "evaluation.json"
+
+    def work() -> None:
+        found = evaluation.of_run(model, recipes, out)
+        if found["recipes"]:
+            print(markdown_table(found))
+        bits = found["likelihood"]
+        if bits is not None:
+            spread = bits["standard_error"] or 0
+            value = f"{bits['bits_per_dim']:.3f} ± {spread:.3f}"
+            print(f"{value} bits a dimension ({bits['quantity']})")
+        print(f"All is in {out.resolve()}")
+
+    return work
+
+
+def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
+    from cldsde.images.config import load_config
+    from cldsde.images.evaluation_table import load_samples, markdown_table
+    from cldsde.images.files import write_whole
+    from cldsde.images.runs import CONFIG
+
+    source = Path(options.reference).expanduser()
+    config = load_config(source / CONFIG if source.is_dir() else source)
+    folder = source if source.is_dir() else samples.parent
+    evaluation = _evaluation(options, config, folder)
+    if "bpd" in evaluation.metrics:
+        msg = "--metrics: samples have no likelihood; bpd is for runs"
+        raise ValueError(msg)
+    images = load_samples(samples)
+    name = f"{samples.stem}-evaluation.json"
+    out = Path(options.out).expanduser() if options.out else samples.with_name(name)
+
+    def work() -> None:
+        cell = evaluation.measure(images, evaluation.metrics)
+        text = json.dumps({"samples": str(samples), "measures": cell}, indent=1) + "\n"
+        write_whole(out, lambda path: path.write_text(text))
+        row = {"sampling": {"solver": samples.name, "nfe": ""}, "cells": {"": cell}}
+        print(markdown_table({"recipes": [row]}))
+        print(f"All is in {out.resolve()}")
+
+    return work
+
+
+def _evaluation(options: Namespace, config: RunConfig, folder: Path) -> Evaluation:
+    from cldsde.images.evaluation_table import Evaluation
+
+    evaluation = Evaluation(
+        data=config.data.load(),
+        part=options.part,
+        metrics=[name.strip() for name in options.metrics.split(",")],
+        samples=options.samples,
+        repeats=options.repeats,
+        first_seed=options.seed,
+        batch=options.batch,
+        features=options.features,
+        weights=None if options.weights is None else Path(options.weights).expanduser(),
+        likelihood_images=options.likelihood_images,
+        folder=folder,
+        device=resolve_device(options.device),
+        progress=True,
+    )
+    evaluation.check()
+    return evaluation
+
+
+def _recipes(options: Namespace, model: ImageModel) -> list[SamplingConfig]:
+    """Each solver with each budget."""
+    from cldsde.images.sampling import check_sampling
+
+    configured = model.config.sampling
+    words = [] if options.nfe is None else options.nfe.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        msg = f"--nfe must be numbers with commas; got {options.nfe!r}"
+        raise ValueError(msg)
+    budgets: list[int | None] = [int(word) for word in words] or [None]
+    recipes = []
+    for solver in (options.solver or configured.solver).split(","):
+        for nfe in budgets:
+            one = options.clone()
+            one.solver, one.nfe = solver.strip(), nfe
+            recipe = sampling_of(one, configured)
+            check_sampling(model.score, recipe)
+            recipes.append(recipe)
+    return recipes

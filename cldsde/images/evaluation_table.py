@@ -1,0 +1,346 @@
+"""Evaluation of a trained run, or of samples in files: recipes of sampling against measures.
+
+Every finished cell is in the file of results at once: who asks again goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import DataSet, Images, array_file
+from cldsde.images.evaluation import (
+    FeatureStatistics,
+    frechet,
+    inception_metrics,
+    likelihood,
+)
+from cldsde.images.features import (
+    ClassifierFeatures,
+    FeatureNetwork,
+    load_classifier,
+    load_features,
+    save_classifier,
+    train_classifier,
+)
+from cldsde.images.files import write_whole
+from cldsde.images.model import ImageModel
+from cldsde.images.sampling import draw_images
+
+__all__ = ["METRICS", "Evaluation", "as_bytes", "load_samples", "markdown_table"]
+
+Metric = Literal["fd", "fid", "kid", "isc", "prc", "bpd"]
+METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
+"""Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
+in Inception's; bits a dimension."""
+
+_CLASSIFIER = "classifier.safetensors"
+_TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes
+    ----------
+    data
+        The data set that samples are compared with.
+    part
+        ``"train"``, as published distances are, or ``"held_out"``.
+    metrics
+        Which, of `METRICS`.
+    samples
+        Images of each repetition.
+    repeats
+        Repetitions, with seeds of their own, whose spread is reported.
+    first_seed
+        Seeds count from here.
+    batch
+        Images at once.
+    features
+        ``"classifier"``: of a classifier trained on the data's classes and kept in ``folder``; or
+        ``module:attribute`` of a network of the user's.
+    weights
+        File of Inception weights, for fid, kid, isc and prc.
+    likelihood_images
+        Held-out images whose likelihood is computed.
+    folder
+        Where results and the classifier are kept.
+    device
+        Where to compute.
+    progress
+        Show progress bars on stderr.
+    """
+
+    data: DataSet
+    part: Literal["train", "held_out"] = "train"
+    metrics: Sequence[str] = ("fd",)
+    samples: int = 1000
+    repeats: int = 1
+    first_seed: int = 0
+    batch: int = 64
+    features: str = "classifier"
+    weights: Path | None = None
+    likelihood_images: int = 64
+    folder: Path
+    device: str = "cpu"
+    progress: bool = False
+
+    def check(self, images: Images | None = None) -> None:
+        """Refuse what cannot be measured, before any work is done.
+
+        Raises
+        ------
+        ValueError
+            If a metric is unknown, a number out of range, or what a metric needs is missing.
+        """
+        for metric in self.metrics:
+            if metric not in METRICS:
+                msg = f"--metrics must be of {', '.join(METRICS)}; got {metric!r}"
+                raise ValueError(msg)
+        for name in ("samples", "repeats", "batch", "likelihood_images"):
+            if getattr(self, name) < (2 if name == "samples" else 1):
+                msg = f"--{name.replace('_', '-')} is too small; got {getattr(self, name)}"
+                raise ValueError(msg)
+        if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
+            msg = f"--seed must leave room for all seeds below 2³²; got {self.first_seed}"
+            raise ValueError(msg)
+        inception = {"fid", "kid", "isc", "prc"} & set(self.metrics)
+        if inception and self.weights is None:
+            msg = (
+                f"--weights: {', '.join(sorted(inception))} need the file of Inception weights; "
+                "take --metrics fd for features of a classifier of the data"
+            )
+            raise ValueError(msg)
+        if "fd" in self.metrics and self.features == "classifier":
+            trained_on = images if images is not None else self.data.train
+            if trained_on.labels is None:
+                msg = "--features: the data have no classes; name a network, module:attribute"
+                raise ValueError(msg)
+        elif "fd" in self.metrics:
+            load_features(self.features)
+
+    def of_run(
+        self, model: ImageModel, recipes: Sequence[SamplingConfig], results: Path
+    ) -> dict[str, Any]:
+        """Measure each recipe on a trained model; return what the file of results then holds."""
+        found = _stored(results, model.digest)
+        bits = found["likelihood"]
+        if "bpd" in self.metrics and bits is None:
+            found["likelihood"] = self._bits(model)
+            _store(results, found)
+        measures = [metric for metric in self.metrics if metric != "bpd"]
+        for recipe in recipes if measures else ():
+            row = _row(found, recipe)
+            for repeat in range(self.repeats):
+                first = self.first_seed + repeat * self.samples
+                key = f"{first}-{first + self.samples - 1}"
+                cell = row["cells"].setdefault(key, {})
+                missing = [metric for metric in measures if self._name(metric) not in cell]
+                if missing:
+                    seeds = range(first, first + self.samples)
+                    images = draw_images(
+                        model.score,
+                        model.space,
+                        seeds,
+                        recipe,
+                        batch=self.batch,
+                        progress=self.progress,
+                    )
+                    cell |= self.measure(as_bytes(images, model.space.levels), missing)
+                    _store(results, found)
+        return found
+
+    def measure(self, images: Tensor, metrics: Sequence[str]) -> dict[str, Any]:
+        """Measures of images, uint8 with 256 levels, by name."""
+        cell: dict[str, Any] = {}
+        if "fd" in metrics:
+            cell[self._name("fd")] = frechet(
+                images, self._reference_statistics(), self._network(), progress=self.progress
+            )
+        inception = [metric for metric in metrics if metric in {"fid", "kid", "isc", "prc"}]
+        if inception:
+            assert self.weights is not None
+            found = inception_metrics(
+                images,
+                self._reference(),
+                self.weights,
+                metrics=inception,  # type: ignore[arg-type]
+                device=self.device,
+                cache=self.folder / "inception",
+                kid_subset_size=min(1000, len(images)),
+                progress=self.progress,
+            )
+            cell |= dict.fromkeys(inception, found)
+        return cell
+
+    def _name(self, metric: str) -> str:
+        """Key of a measure: distances in other features, or to other images, are others."""
+        return f"fd {self.features} {self.part}" if metric == "fd" else metric
+
+    def _bits(self, model: ImageModel) -> dict[str, Any]:
+        images = self.data.held_out
+        rows = torch.arange(min(len(images), self.likelihood_images))
+        return likelihood(
+            model.score,
+            images.load(rows),
+            levels=images.levels,
+            scale="bins" if model.config.data.dequantise else "ends",
+            t_min=model.config.training.t_min,
+            batch=self.batch,
+            device=self.device,
+            progress=self.progress,
+        )
+
+    def _reference(self) -> Tensor:
+        images: Images = getattr(self.data, self.part)
+        return as_bytes(images.load(torch.arange(len(images))), images.levels)
+
+    def _reference_statistics(self) -> FeatureStatistics:
+        network = self._network()
+        return FeatureStatistics.of(self._reference(), network, progress=self.progress)
+
+    def _network(self) -> FeatureNetwork:
+        if self.features != "classifier":
+            return load_features(self.features)
+        file = self.folder / _CLASSIFIER
+        if file.exists():
+            classifier, _ = load_classifier(file, device=self.device)
+        else:
+            train, held_out = self.data
+            assert train.labels is not None
+            assert held_out.labels is not None
+            images, others = (
+                as_bytes(part.load(torch.arange(len(part))), part.levels) for part in self.data
+            )
+            classifier, accuracy = train_classifier(
+                images,
+                train.labels,
+                others,
+                held_out.labels,
+                epochs=max(3, round(_TRAINED_ON / len(images))),
+                device=self.device,
+                progress=self.progress,
+            )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_classifier(classifier, file, metadata={"held_out_accuracy": f"{accuracy:.4f}"})
+        return ClassifierFeatures(classifier, device=self.device)
+
+
+def as_bytes(images: Tensor, levels: int) -> Tensor:
+    """Images of fewer grey levels as bytes from 0 to 255."""
+    if levels == 256:
+        return images
+    return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def load_samples(path: Path) -> Tensor:
+    """Samples from an array file, or from a folder of pictures, ``(N, C, H, W)`` uint8.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or they are not of one size.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        if not files:
+            msg = f"{path} holds no pictures (*.png)"
+            raise ValueError(msg)
+        return torch.stack(list(_pixels(files)))
+    if path.suffix not in {".npz", ".npy"}:
+        msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
+        raise ValueError(msg)
+    found = array_file(path=path, held_out=1)
+    train, held_out = (part.load(torch.arange(len(part))) for part in found)
+    return torch.cat([train, held_out])
+
+
+def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
+    shape = None
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                array = np.array(picture.convert("L" if picture.mode == "L" else "RGB"))
+        except OSError as error:
+            msg = f"{file} cannot be read as a picture ({error})"
+            raise ValueError(msg) from error
+        shape = shape or array.shape
+        if array.shape != shape:
+            msg = f"{file} must have the shape of {files[0].name}, {shape}; got {array.shape}"
+            raise ValueError(msg)
+        yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
+
+
+def _stored(results: Path, digest: str) -> dict[str, Any]:
+    """The results so far, if they are of this model."""
+    fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
+    if not results.exists():
+        return fresh
+    try:
+        found = json.loads(results.read_text())
+        assert isinstance(found, dict)
+    except (ValueError, AssertionError) as error:
+        msg = f"{results} is damaged ({error}); delete it to have it made again"
+        raise ValueError(msg) from error
+    if found.get("model") != digest:
+        msg = f"{results} holds results of other weights; name another file with --out"
+        raise ValueError(msg)
+    return fresh | found
+
+
+def _store(results: Path, found: Mapping[str, Any]) -> None:
+    text = json.dumps(found, indent=1) + "\n"
+    write_whole(results, lambda path: path.write_text(text))
+
+
+def _row(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for row in found["recipes"]:
+        if row["sampling"] == settings:
+            stored: dict[str, Any] = row
+            return stored
+    row = {"sampling": settings, "cells": {}}
+    found["recipes"].append(row)
+    return row
+
+
+def markdown_table(found: Mapping[str, Any]) -> str:
+    """Recipes against measures: means over repetitions, with their spread."""
+    rows = found["recipes"]
+    names = list(dict.fromkeys(name for row in rows for c in row["cells"].values() for name in c))
+    lines = [
+        "| solver | NFE | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+    for row in rows:
+        cells = []
+        for name in names:
+            values = [_number(cell[name], name) for cell in row["cells"].values() if name in cell]
+            if not values:
+                cells.append("")
+            elif len(values) == 1:
+                cells.append(f"{values[0]:.3f}")
+            else:
+                cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        sampling = row["sampling"]
+        lines.append(f"| {sampling['solver']} | {sampling['nfe']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(measure: Mapping[str, Any], name: str) -> float:
+    if name.startswith("fd "):
+        return float(measure["frechet_distance"])
+    return float(measure["metrics"]["precision" if name == "prc" else name]["value"])
