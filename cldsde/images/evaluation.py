@@ -43,6 +43,7 @@ __all__ = [
     "INCEPTION_FILE",
     "FeatureStatistics",
     "InceptionMetric",
+    "check_inception_weights",
     "frechet",
     "frechet_of",
     "images_sha256",
@@ -430,7 +431,7 @@ def inception_metrics(
     except ImportError as error:
         msg = "inception_metrics needs torch-fidelity: pip install 'cldsde[images]'"
         raise ImportError(msg) from error
-    weights_sha256 = _check_weights(weights)
+    weights_sha256 = check_inception_weights(weights)
     hashes = images_sha256(images), images_sha256(reference)
     cached: dict[str, Any] = {"cache": False}
     if cache is not None:
@@ -547,7 +548,7 @@ def _check_device(device: torch.device | str) -> torch.device:
     return on
 
 
-def _check_weights(weights: Path) -> str:
+def check_inception_weights(weights: Path) -> str:
     """Refuse a file that is not of the network, without running what it may hold; its SHA-256."""
     if not weights.is_file():
         msg = (

@@ -22,6 +22,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images, array_file
 from cldsde.images.evaluation import (
     FeatureStatistics,
+    check_inception_weights,
     frechet,
     inception_metrics,
     likelihood,
@@ -98,7 +99,7 @@ class Evaluation:
     device: str = "cpu"
     progress: bool = False
 
-    def check(self, images: Images | None = None) -> None:
+    def check(self) -> None:
         """Refuse what cannot be measured, before any work is done.
 
         Raises
@@ -124,9 +125,10 @@ class Evaluation:
                 "take --metrics fd for features of a classifier of the data"
             )
             raise ValueError(msg)
+        if inception and self.weights is not None:
+            check_inception_weights(self.weights)
         if "fd" in self.metrics and self.features == "classifier":
-            trained_on = images if images is not None else self.data.train
-            if trained_on.labels is None:
+            if self.data.train.labels is None:
                 msg = "--features: the data have no classes; name a network, module:attribute"
                 raise ValueError(msg)
         elif "fd" in self.metrics:

@@ -218,8 +218,8 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     ValueError
         If the file is damaged, or was written for another configuration.
     """
+    tensors, metadata = load_tensors(file, _KIND)
     try:
-        tensors, metadata = load_tensors(file, _KIND)
         if metadata["config"] != config.model_digest():
             msg = "it was written for another process, network or reference than those configured"
             raise ValueError(msg)
@@ -230,7 +230,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         score = make_model(config, space)
         score.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         msg = f"{file} cannot be used: {' '.join(str(error).split())}"
         raise ValueError(msg) from error
     score = score.to(device).eval().requires_grad_(requires_grad=False)

@@ -199,7 +199,10 @@ class _Trainer:
     def _finished(self) -> bool:
         if not (self.folder / MODEL).exists() or self._interrupted():
             return False
-        seen = read_model(self.folder / MODEL, self.config).images_seen
+        try:
+            seen = read_model(self.folder / MODEL, self.config).images_seen
+        except ValueError as error:
+            raise ValueError(self.folder.damaged(MODEL, error)) from error
         return seen >= self.settings.steps * self.settings.batch
 
     def _interrupted(self) -> bool:

@@ -17,8 +17,7 @@ from cldsde.cli import main
 RUN = [
     "config.json",
     "distances.png",
-    "metrics.jsonl",
-    "model.safetensors",
+    "model",
     "results.json",
     "samples.npz",
     "samples.png",
@@ -140,7 +139,7 @@ def test_the_quick_demonstration_draws_digits(quick):
 
 def test_the_held_out_loss_falls(quick):
     folder, _ = quick
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "model" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["held_out_loss"] for line in lines]
     assert losses == sorted(losses, reverse=True)
 
@@ -157,7 +156,7 @@ def test_the_same_command_goes_on_from_the_checkpoint_to_the_same_images(quick, 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("model.safetensors", b"short"), ("results.json", b"[1]"), ("results.json", b"{")],
+    [("model/model.safetensors", b"short"), ("results.json", b"[1]"), ("results.json", b"{")],
 )
 def test_a_damaged_file_of_a_finished_run_is_named(quick, capsys, tmp_path, name, content):
     folder = tmp_path / "run"

@@ -1,0 +1,183 @@
+"""Train, sample and evaluate from the command line."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+
+from cldsde.cli import main
+
+CONFIG = """
+[network]
+options = { channels = [8, 8] }
+
+[training]
+images = 64
+batch = 16
+learning_rate = 1e-3
+log_every = 32
+save_every = 32
+sample_every = 64
+
+[sampling]
+solver = "sscs"
+nfe = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "tiny.toml"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", str(config), "--out", str(folder), "--device", "cpu"]) == 0
+    return folder
+
+
+def refused(capsys, *arguments: str) -> str:
+    try:
+        code = main([str(word) for word in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    return captured.err
+
+
+def test_a_run_holds_its_configuration_metrics_samples_and_model(run):
+    names = {file.name for file in run.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "model.safetensors", "samples", "tensorboard"}
+    assert json.loads((run / "config.json").read_text())["training"]["images"] == 64
+
+
+def test_the_printed_configuration_is_complete_and_can_be_used(config, run, capsys, tmp_path):
+    assert main(["train", str(config), "--print-config", "--set", "training.batch=32"]) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["training"]["batch"] == 32
+    assert tomllib.loads(text)["training"]["ema_decay"] == 0.9999
+    (tmp_path / "again.toml").write_text(text)
+    assert main(["train", str(tmp_path / "again.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(config, run, capsys):
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    assert main(["train", str(config), "--out", str(run), "--resume", "--device", "cpu"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
+def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        ([tmp_path / "missing.toml"], "missing.toml cannot be read"),
+        ([config, "--set", "training.btch=3"], "training.btch is not known; did you mean batch?"),
+        ([config, "--set", "training.precision=fp8"], "training.precision must be one of"),
+        ([config, "--set", "sampling.solver=ssc"], "sampling: solver must be"),
+        ([config, "--set", "network.options.channels=[8, 9]"], "network.options: groups"),
+        ([config, "--set", "data.name=folder"], "data.options.path is missing"),
+        ([config, "--resume"], "--resume"),
+        ([config, "--seed", "-1"], "seed must lie"),
+        ([config, "--device", "gpu"], "--device must be"),
+    ]
+    for arguments, words in cases:
+        assert words in refused(capsys, "train", *arguments, "--out", out), arguments
+        assert not out.exists()
+    message = refused(capsys, "train", config, "--set", "training.batch=32", "--out", run)
+    assert "other settings (training.batch)" in message
+
+
+def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
+    arguments = ["sample", str(run), "--seeds", "3-7", "--device", "cpu", "--out"]
+    for name in ("a.npz", "a.png", "a"):
+        assert main([*arguments, str(tmp_path / name)]) == 0
+        assert "5 images" in capsys.readouterr().out
+    found = np.load(tmp_path / "a.npz")
+    assert found["images"].shape == (5, 8, 8, 1)
+    assert found["images"].max() <= 16  # digits have 17 levels
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        f"{i}.png" for i in range(3, 8)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--solver", "sscz"], "solver must be"),
+        (["--nfe", "1"], "nfe must be"),
+        (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
+        (["--seeds", "5-3"], "--seeds must be A-B"),
+        (["--seeds", "x"], "--seeds must be A-B"),
+        (["--grid", "cubic"], "grid must be one of"),
+        (["--t-end", "0"], "t_end must lie"),
+        (["--set", "rtol"], "--set takes"),
+        (["--set", "order=3"], "takes"),
+        (["--class", "1"], "was not told of classes"),
+        (["--known", "x.png"], "--known takes"),
+        (["--out", "x.gif"], "--out must be"),
+    ],
+)
+def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, "sample", run, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):
+    assert "is no folder" in refused(capsys, "sample", tmp_path / "mistyped")
+    assert "holds no config.json" in refused(capsys, "sample", tmp_path)
+
+
+def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    arguments = ["evaluate", str(run), "--out", str(out), "--device", "cpu", "--samples", "30"]
+    arguments += ["--solver", "sscs,euler-maruyama", "--nfe", "3,5", "--repeats", "2"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in table[2:6]] == [
+        [f" {solver} ", f" {nfe} "] for solver in ("sscs", "euler-maruyama") for nfe in (3, 5)
+    ]
+    found = json.loads(out.read_text())
+    assert [list(row["cells"]) for row in found["recipes"]] == [["0-29", "30-59"]] * 4
+    before = out.read_text()
+    assert main(arguments) == 0
+    assert out.read_text() == before
+    assert main([*arguments, "--metrics", "bpd", "--likelihood-images", "2"]) == 0
+    bits = json.loads(out.read_text())["likelihood"]
+    assert bits["images"] == 2
+    assert "bits a dimension" in capsys.readouterr().out
+
+
+def test_samples_in_files_are_measured_against_a_run(run, tmp_path, capsys):
+    samples = tmp_path / "x"
+    assert main(["sample", str(run), "--seeds", "0-29", "--out", str(samples)]) == 0
+    arguments = ["evaluate", str(samples), "--reference", str(run), "--device", "cpu"]
+    assert main(arguments) == 0
+    measured = json.loads((tmp_path / "x-evaluation.json").read_text())["measures"]
+    assert measured["fd classifier train"]["samples"] == 30
+
+
+def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
+    cases = [
+        ([tmp_path / "nothing"], "there is no run"),
+        ([run, "--metrics", "fdd"], "--metrics must be of"),
+        ([run, "--metrics", "fid"], "--weights"),
+        ([run, "--metrics", "fid", "--weights", tmp_path / "w.pth"], "w.pth"),
+        ([run, "--samples", "1"], "--samples is too small"),
+        ([run, "--features", "nowhere:thing"], "nowhere"),
+        ([run, "--part", "test"], "--part must be"),
+        ([run, "--reference", run], "--reference is for samples"),
+        ([run, "--solver", "sscs,ssc"], "solver must be"),
+        ([run, "--nfe", "3,x"], "--nfe must be numbers"),
+    ]
+    for arguments, words in cases:
+        assert words in refused(capsys, "evaluate", *arguments), arguments

@@ -1,0 +1,275 @@
+"""Images from seeds: the same in any batch, of the class and picture that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.images.config import RunConfig, SamplingConfig
+from cldsde.images.data import ArrayImages, DataSet
+from cldsde.images.model import ImageSpace, load_model
+from cldsde.images.runs import RunFolder
+from cldsde.images.sample_files import SampleRequest, draw_to
+from cldsde.images.sampling import GuidedScore, draw_images, make_solver, time_grid
+from cldsde.images.training import train
+
+SPACE = ImageSpace((3, 4, 4))
+FIXED = SamplingConfig(solver="sscs", nfe=6, t_end=1e-2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A conditional model of colour images, hardly trained."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (64, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(64) % 3
+    data = DataSet(*(ArrayImages(pixels, labels=labels, classes=3) for _ in range(2)))
+    config = RunConfig.from_dict(
+        {
+            "network": {"options": {"channels": [8, 8]}, "conditional": True},
+            "training": {"images": 256, "batch": 32, "learning_rate": 0.01, "ema_decay": 0.5},
+            "sampling": dataclasses.asdict(FIXED),
+        }
+    )
+    folder = tmp_path_factory.mktemp("run")
+    train(config, data, RunFolder(folder, config.to_dict()), device="cpu")
+    return load_model(folder)
+
+
+def exact_score(sde):
+    """Score of images of independent Gaussian pixels, a mean and a variance for all."""
+    return GaussianMixture([1.0], [[0.2]], [[[0.09]]]).score(sde)
+
+
+def pixel_score(sde):
+    score = exact_score(sde)
+
+    def of_pixels(z, t):
+        flat = z.movedim(1, -1).reshape(-1, z.shape[1], 1)
+        times = t.repeat_interleave(z[0, 0].numel())
+        found = score(flat, times)
+        return found.reshape(len(z), *z.shape[2:], -1).movedim(-1, 1)
+
+    return of_pixels
+
+
+@pytest.mark.parametrize("sde", [CLD(), VPSDE()], ids=["CLD", "VP"])
+def test_images_have_the_law_of_the_exact_score(sde):
+    sampling = dataclasses.replace(FIXED, solver="multistep-2-sde", nfe=40)
+    images = draw_images(pixel_score(sde), SPACE, range(400), sampling, sde=sde)
+    x = images.double() / 127.5 - 1
+    n = x.numel()
+    # Five standard errors, the rounding to bytes and the solver's error (2e-3 at 40 evaluations).
+    assert float(x.mean()) == pytest.approx(0.2, abs=5 * 0.3 / n**0.5 + 5e-3)
+    assert float(x.std()) == pytest.approx(0.3, rel=5 / (2 * n) ** 0.5 + 1e-2)
+
+
+def test_an_image_depends_on_its_seed_alone():
+    score = pixel_score(CLD())
+    together = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=10)
+    apart = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=3)
+    some = draw_images(score, SPACE, [7, 2], FIXED, sde=CLD())
+    assert torch.equal(together, apart)
+    assert torch.equal(some, together[[7, 2]])
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("name", ["euler-maruyama", "sscs", "stochastic-heun", "splitting-obab"])
+@pytest.mark.parametrize("nfe", [5, 12, 31])
+def test_budgets_are_used_and_not_exceeded(name, nfe):
+    sampling = SamplingConfig(solver=name, nfe=nfe, t_end=1e-2)
+    process = ReverseProcess(CLD(), pixel_score(CLD()))
+    solver = make_solver(sampling)
+    times = time_grid(process, solver, sampling)
+    start = torch.zeros(1, 2, 3, 4, 4)
+    found = solvers.solve(process, solver, start, times, denoise=True)
+    assert found.nfev <= nfe
+    longer = dataclasses.replace(sampling, nfe=nfe + solver.facts.nfe_per_step)
+    assert len(time_grid(process, solver, longer)) == len(times) + 1
+
+
+def test_budgets_too_small_for_a_step_are_refused():
+    sampling = SamplingConfig(solver="stochastic-heun", nfe=2)
+    process = ReverseProcess(CLD(), pixel_score(CLD()))
+    with pytest.raises(ValueError, match="nfe: 2 evaluations are too few"):
+        time_grid(process, make_solver(sampling), sampling)
+
+
+def test_options_of_solvers_are_passed_on_or_refused():
+    options = {"rtol": 0.5}
+    solver = make_solver(SamplingConfig(solver="gotta-go-fast", options=options))
+    assert solver.rtol == 0.5
+    with pytest.raises(ValueError, match=r"sampling\.options: SSCS takes .*rtl"):
+        make_solver(SamplingConfig(solver="sscs", options={"rtl": 0.5}))
+    with pytest.raises(ValueError, match="one of"):
+        make_solver(SamplingConfig(solver="sscz"))
+
+
+def test_guidance_is_linear_in_the_scores(run):
+    z = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    with torch.no_grad():
+        given, free = (
+            run.score(z, 0.3, condition=torch.tensor([label, label])) for label in (1, 3)
+        )
+        for w in (0.0, 1.0, 2.5):
+            guided = GuidedScore(run.score, 1, 3, w)
+            expected = free + w * (given - free)
+            tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(given.abs().max())}
+            found = guided(z, torch.full((2,), 0.3))
+            torch.testing.assert_close(found, expected, **tolerance)
+            torch.testing.assert_close(guided.tabulate(times, z)(z, 1), expected, **tolerance)
+    assert not torch.equal(given, free)
+
+
+def test_classes_of_all_images_and_of_each(run, tmp_path):
+    everything = SampleRequest(model=run, sampling=FIXED, seeds=range(6), label="all", guidance=2)
+    everything.check(tmp_path / "all.npz")
+    draw_to(tmp_path / "all.npz", everything)
+    found = np.load(tmp_path / "all.npz")
+    assert found["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert found["seeds"].tolist() == list(range(6))
+    for label in range(3):
+        one = dataclasses.replace(everything, label=label)
+        draw_to(tmp_path / "one.npz", one)
+        images = np.load(tmp_path / "one.npz")["images"]
+        assert np.array_equal(images[[label, label + 3]], found["images"][[label, label + 3]])
+
+
+def test_an_interrupted_drawing_goes_on_and_other_settings_start_again(run, tmp_path, monkeypatch):
+    out = tmp_path / "x.npz"
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(9), batch=2)
+    draw_to(tmp_path / "whole.npz", request)
+    drawn: list[list[int]] = []
+    draw = SampleRequest.draw
+
+    def interrupted(self, label, seeds):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(seeds)
+        return draw(self, label, seeds)
+
+    monkeypatch.setattr(SampleRequest, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw_to(out, request)
+    assert not out.exists()
+    drawn[:] = [[], []]
+    monkeypatch.setattr(SampleRequest, "draw", lambda *a: drawn.append(a[2]) or draw(*a))
+    draw_to(out, request)
+    assert drawn[2:] == [[4, 5], [6, 7], [8]]
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"x.npz", "whole.npz"}
+
+
+def test_processes_share_the_work(run, tmp_path):
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(7), batch=2)
+    draw_to(tmp_path / "one", request)
+
+    calls = []
+
+    def other_first():
+        """When the first process has opened the folder, the second draws its share."""
+        calls.append(None)
+        if len(calls) == 1:
+            draw_to(tmp_path / "two", request, process=1, processes=2)
+
+    draw_to(tmp_path / "two", request, process=0, processes=2, wait=other_first)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def picture(path, array):
+    Image.fromarray(array).save(path)
+    return path
+
+
+def test_known_parts_and_greys_are_kept(run, tmp_path):
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(60, 200, (8, 8, 3)).astype(np.uint8)
+    known = picture(tmp_path / "known.png", pixels)
+    half = np.zeros((8, 8), np.uint8)
+    half[:, :4] = 255
+    mask = picture(tmp_path / "mask.png", half)
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(3), known=known, mask=mask)
+    request.check(tmp_path / "x.npz")
+    draw_to(tmp_path / "x.npz", request)
+    images = np.load(tmp_path / "x.npz")["images"]
+    assert (images[:, :, :4] == pixels[None, :, :4]).all()
+    assert (images[0, :, 4:] != images[1, :, 4:]).any()
+
+    coloured = dataclasses.replace(request, mask=None, colourise=True)
+    coloured.check(tmp_path / "y.npz")
+    draw_to(tmp_path / "y.npz", coloured)
+    images = np.load(tmp_path / "y.npz")["images"].astype(float)
+    inside = (images > 0) & (images < 255)
+    free = inside.all(-1)
+    # Three roundings to bytes move a mean by half a level at most.
+    error = np.abs(images.mean(-1) - pixels.astype(float).mean(-1)[None])
+    assert error[free].max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "out", "message"),
+    [
+        ({"batch": 0}, "x.npz", "--batch"),
+        ({"guidance": 2.0}, "x.npz", "--guidance: there is no class"),
+        ({"guidance": float("nan"), "label": 0}, "x.npz", "--guidance must be finite"),
+        ({"colourise": True}, "x.npz", "need --known"),
+        ({}, "x.jpg", "--out must be"),
+        ({"seeds": range(5000)}, "x.png", "a picture holds"),
+        ({"sampling": SamplingConfig(solver="nothing")}, "x.npz", "one of"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(run, tmp_path, changes, out, message):
+    request = SampleRequest(**{"model": run, "sampling": FIXED, "seeds": range(4), **changes})
+    with pytest.raises(ValueError, match=message):
+        request.check(tmp_path / out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_another_size_and_other_files_are_refused(run, tmp_path):
+    small = picture(tmp_path / "small.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "text.png").write_text("no picture")
+    right = picture(tmp_path / "right.png", np.zeros((8, 8, 3), np.uint8))
+    for known, message in ((small, "8 rows"), (tmp_path / "text.png", "cannot be read")):
+        request = SampleRequest(
+            model=run, sampling=FIXED, seeds=range(4), known=known, colourise=True
+        )
+        with pytest.raises(ValueError, match=message):
+            request.check(tmp_path / "x.npz")
+    adaptive = SamplingConfig(solver="gotta-go-fast")
+    request = SampleRequest(
+        model=run, sampling=adaptive, seeds=range(4), known=right, colourise=True
+    )
+    with pytest.raises(ValueError, match="chooses its times"):
+        request.check(tmp_path / "x.npz")
+
+
+def test_models_are_refused_where_anything_is_wrong(run, tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        load_model(tmp_path / "mistyped")
+    (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
+    with pytest.raises(ValueError, match=r"has no model\.safetensors yet"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_configuration_are_refused(run, tmp_path):
+    from cldsde.images.model import save_model
+
+    config = run.config
+    folder = RunFolder(tmp_path, config.to_dict())
+    save_model(folder, run.score.state_dict(), config, run.space, 1)
+    assert load_model(tmp_path).images_seen == 1
+    other = {**config.to_dict(), "process": {"name": "CLD", "options": {"mass": 0.3}}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="another process, network or reference"):
+        load_model(tmp_path)
