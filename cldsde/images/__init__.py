@@ -1,4 +1,4 @@
-"""Image models: data, networks, training, metrics and the demonstration on handwritten digits.
+"""Image models: configuration, data, networks, training, sampling, evaluation, demonstration.
 
 Needs the extra ``images``: ``pip install 'cldsde[images]'``.
 """

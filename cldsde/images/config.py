@@ -196,6 +196,8 @@ class TrainingConfig:
         Images of the held-out set whose loss is logged, at most.
     log_every, save_every, sample_every
         Images between lines of metrics, states saved to resume from, and grids of samples.
+    sample_grid
+        Images of a grid.
     """
 
     images: int
@@ -217,10 +219,12 @@ class TrainingConfig:
     log_every: int = 10_000
     save_every: int = 100_000
     sample_every: int = 100_000
+    sample_grid: int = 64
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        for name in ("images", "batch", "held_out", "log_every", "save_every", "sample_every"):
+        counts = ("images", "batch", "held_out", "sample_grid")
+        for name in (*counts, "log_every", "save_every", "sample_every"):
             check_at_least(getattr(self, name), 1, name)
         if self.micro_batch is not None:
             check_at_least(self.micro_batch, 1, "micro_batch")

@@ -46,7 +46,6 @@ STATE = "training.safetensors"
 """File of a run that holds the state of its training until it is done."""
 
 _KIND = "a training state of cldsde, version 1"
-_GRID = 64  # images of a grid of samples
 
 
 def check_run(config: RunConfig, data: DataSet) -> None:
@@ -382,7 +381,8 @@ class _Trainer:
     def _draw(self, done: int) -> None:
         if self.engine.is_main_process:
             seen = done * self.settings.batch
-            images = draw_images(self._averaged(), self.space, range(_GRID), self.config.sampling)
+            seeds = range(self.settings.sample_grid)
+            images = draw_images(self._averaged(), self.space, seeds, self.config.sampling)
             (self.folder / "samples").mkdir(exist_ok=True)
             name = f"samples/{seen:010d}.png"
             self.folder.write(name, lambda file: save_grid(file, images, self.space.levels))
