@@ -18,6 +18,7 @@ from .grids import (
     root_times,
     uniform_times,
 )
+from .named import find_solver, named_solvers
 from .noise import FreshNoise, GridNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
@@ -64,9 +65,11 @@ __all__ = [
     "TorchSDE",
     "as_torchdiffeq",
     "as_torchsde",
+    "find_solver",
     "karras_times",
     "log_snr_times",
     "logistic_times",
+    "named_solvers",
     "quadratic_times",
     "root_times",
     "solve",

@@ -66,19 +66,24 @@ class Facts:
 
 
 class PathNoise(NamedTuple):
-    """A step's normals as functionals of one Brownian path, ξ = increment ΔW + integral I.
+    """A step's normals as functionals of one Brownian path.
 
-    ΔW is the increment of w over the step and I = ∫Ψ(t, τ) G dw over it, t its noisier end.
+    ξ = increment ΔW + integral I + time_integral U with the increment ΔW of w over a step from t
+    down to u, I = ∫Ψ(t, τ) G dw and U = ∫(τ − u) dw, the integral over the time of the step of what
+    has come so far.
 
     Attributes
     ----------
     increment, integral
         ``(n, r, m)`` and ``(n, r, k)`` float64, one of each a step, for r normals, m columns of G
         and k components.
+    time_integral
+        ``(n, r, m)``; None where U does not enter. `BrownianPath` does not know U.
     """
 
     increment: Tensor
     integral: Tensor
+    time_integral: Tensor | None = None
 
     @classmethod
     def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:

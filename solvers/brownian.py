@@ -213,6 +213,9 @@ class BrownianPath(NoiseSource):
                 "EulerMaruyama, StochasticHeun, ExponentialEuler and ReverseDiffusion do"
             )
             raise ValueError(msg)
+        if noise.time_integral is not None:
+            msg = f"noise: {solver!r} needs the integral of the Brownian path over time, too"
+            raise ValueError(msg)
         if process.sde is not self._sde:
             msg = "noise: the path is that of another process; make it with process.sde"
             raise ValueError(msg)

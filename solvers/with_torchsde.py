@@ -123,17 +123,19 @@ class TorchSDE(Solver):
         return torch.stack(stages, dim=1).flatten()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
-        """Increments ΔW/√h.
-
-        Raises
-        ------
-        ValueError
-            For ``"srk"``, which needs the path's integral over time too.
-        """
-        if self.method == "srk":
-            msg = f"noise: {self!r} needs the integral of the Brownian path over time, too"
-            raise ValueError(msg)
-        return PathNoise.increments(process.sde, times)
+        """Increments ΔW/√h; for ``"srk"`` also the time integral less what they tell of it."""
+        plain = PathNoise.increments(process.sde, times)
+        if self.method != "srk":
+            return plain
+        h = -times.diff()[:, None, None]
+        increment, integral = plain.increment, plain.integral
+        zero = torch.zeros_like(increment)
+        # H = U/h − ΔW/2 is of variance h/12, see `_Increments`.
+        return PathNoise(
+            torch.cat([increment, -math.sqrt(3) * increment], dim=1),
+            torch.cat([integral, integral], dim=1),
+            torch.cat([zero, math.sqrt(12) / h * increment], dim=1),
+        )
 
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource

@@ -1,5 +1,6 @@
 """Measurement of solvers against exact answers."""
 
+from .checks import Check
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .order_estimate import Level, OrderEstimate, Verdict, estimate_order
@@ -7,7 +8,7 @@ from .orders import moment_error, ode_order, strong_order, weak_order
 from .problems import Problem, forward_processes, problems
 from .reference import GaussianReference, reference_kernel
 from .report import Report
-from .suite import Check, checks, find_solver, named_solvers, summarise
+from .suite import checks, summarise
 from .work_precision import WorkPrecision, WorkPrecisionPoint, work_precision
 
 __all__ = [
@@ -23,11 +24,9 @@ __all__ = [
     "bures_wasserstein",
     "checks",
     "estimate_order",
-    "find_solver",
     "forward_processes",
     "mode_spread_error",
     "moment_error",
-    "named_solvers",
     "ode_order",
     "problems",
     "propagate_moments",

@@ -11,31 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.covariance import joint_root
-from cldsde.linear.schedule import gauss_legendre
-from cldsde.solvers import (
-    BrownianPath,
-    EvenSteps,
-    Integrator,
-    PathDriven,
-    PathNoise,
-    RecordedNoise,
-    Solver,
-    solve,
-)
+from cldsde.solvers import EvenSteps, Integrator, PathDriven, RecordedNoise, Solver, solve
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
+from .cases import FlowCase, PathCase
 from .moments import propagate_moments
 from .order_estimate import OrderEstimate, Verdict, estimate_order
 from .problems import Problem
 from .reference import GaussianReference
 
-__all__ = ["FlowCase", "PathCase", "moment_error", "ode_order", "strong_order", "weak_order"]
+__all__ = ["moment_error", "ode_order", "strong_order", "weak_order"]
 
 Grid = Callable[[float, float, int], Tensor]
 
-_ROUNDING = 1e-12  # of moments and states, whose references are good to 1e-13
+_ROUNDING = 1e-12  # of moments, whose references are good to 1e-13
+_BATCH = 10_000  # samples whose paths are held at a time
+_ROUNDING_OF_A_STEP = 1e-15  # of states of size 1 to 5
 
 
 def moment_error(
@@ -101,7 +92,7 @@ def weak_order(
     problem
         Where to measure.
     steps
-        Numbers of steps, increasing.
+        Numbers of steps, increasing; for mixtures each a divisor of the last.
     grid
         Function of (T, ε, n) that makes the grids.
     tolerance
@@ -116,7 +107,8 @@ def weak_order(
     TypeError
         If the solver has no fixed grid, or for mixtures follows no Brownian path.
     ValueError
-        If it does not apply to the problem.
+        If it does not apply to the problem, or, for mixtures, a number of steps does not divide the
+        last.
 
     Examples
     --------
@@ -139,6 +131,7 @@ def weak_order(
         expected=declared,
         tolerance=tolerance,
         rounding=[_ROUNDING * math.sqrt(n) for n in steps],
+        spacing=1.0,
     )
 
 
@@ -158,17 +151,14 @@ def _sampled_weak_order(
         )
         raise TypeError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
-    finest = grids[-1]
-    batches, size = 20, -(-samples // 20)
+    strides = _strides([len(times) - 1 for times in grids], len(grids[-1]) - 1)
+    batches = max(20, -(-samples // _BATCH))
+    size = -(-samples // batches)
     values = np.zeros((len(grids), batches, 4))
     for batch in range(batches):
-        start = problem.sample(size, g)
-        path = BrownianPath(
-            problem.sde, finest, (size, problem.dimension), generator=g, dtype=torch.float64
-        )
-        for level, times in enumerate(grids):
-            x = solve(problem.process, solver, start, times, noise=path).data
-            values[level, batch] = _observables(x)
+        paths = PathCase(problem, grids[-1], size, g)
+        for level, stride in enumerate(strides):
+            values[level, batch] = _observables(_along(solver, problem, paths, stride)[:, 0])
     differences = values[:-1] - values[1:]
     means = differences.mean(1)
     errors = np.sqrt((means**2).sum(-1))
@@ -196,27 +186,6 @@ def _observables(x: Tensor) -> Any:
     """Means of smooth functions of the data, over samples and dimensions."""
     functions = (x, x.square(), torch.cos(2 * x), torch.exp(-x.square()))
     return np.array([float(f.mean()) for f in functions])
-
-
-class FlowCase:
-    """Start states of a problem and where the probability flow takes them.
-
-    With Gaussian data the flow is known; for mixtures the reference is scipy's method of order 8 at
-    a tolerance of 1e-12.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    samples
-        Number of states.
-    generator
-        Where they come from.
-    """
-
-    def __init__(self, problem: Problem, samples: int, generator: torch.Generator) -> None:
-        self.start = problem.sample(samples, generator)
-        self.end = _exact_flow(problem, self.start)
 
 
 def ode_order(
@@ -279,115 +248,9 @@ def ode_order(
         errors,
         expected=facts.ode_order,
         tolerance=tolerance,
-        rounding=[_ROUNDING * math.sqrt(n) for n in steps],
+        rounding=[flow.accuracy + _ROUNDING_OF_A_STEP * math.sqrt(n) for n in steps],
+        spacing=1.0,
     )
-
-
-def _exact_flow(problem: Problem, start: Tensor) -> Tensor:
-    if problem.gaussian and problem.dimension == 1:
-        ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
-        return GaussianReference(problem, ends).flow(start, problem.start, problem.end)
-    from scipy.integrate import solve_ivp  # slow to import, and seldom wanted
-
-    def slope(x: float, flat: Any) -> Any:
-        # In log t the flow near the data is as smooth as elsewhere.
-        t = min(max(math.exp(x), problem.end), problem.start)
-        state = torch.from_numpy(flat.copy()).reshape(start.shape)
-        return t * problem.process.probability_flow(state, t).flatten().numpy()
-
-    found = solve_ivp(
-        slope,
-        (math.log(problem.start), math.log(problem.end)),
-        start.flatten().numpy(),
-        method="DOP853",
-        rtol=1e-12,
-        atol=1e-12,
-    )
-    return torch.from_numpy(found.y[:, -1].copy()).reshape(start.shape)
-
-
-class PathCase:
-    """Exact paths of the reverse SDE over a grid, with what a solver sees of their noise.
-
-    With Gaussian data the reverse SDE is linear. What noise adds to it over each cell is drawn
-    jointly with the Brownian increment and the process's own integral of it. Moments are those of
-    `GaussianReference`; transitions within a cell are the package's, which are checked by
-    themselves.
-
-    Parameters
-    ----------
-    problem
-        Gaussian data of one dimension.
-    times
-        Decreasing grid, the finest to be solved on.
-    samples
-        Number of paths.
-    generator
-        Where they come from.
-
-    Attributes
-    ----------
-    start, end
-        States ``(samples, k, 1)`` at the ends of the paths.
-    """
-
-    def __init__(
-        self, problem: Problem, times: Tensor, samples: int, generator: torch.Generator
-    ) -> None:
-        sde, k = problem.sde, problem.sde.components
-        self.times = times
-        self.start = problem.sample(samples, generator)
-        t, u = times[:-1], times[1:]
-        x, w = gauss_legendre(4)
-        nodes = u.unsqueeze(1) + (t - u).unsqueeze(1) * x
-        reference = GaussianReference(problem, torch.cat([times, nodes.flatten()]))
-        G = sde.diffusion(nodes)
-        cells, count, m = len(t), len(x), G.shape[-1]
-
-        def covariances(at: Tensor) -> Tensor:
-            found = [reference.moments(moment)[1] for moment in at.flatten().tolist()]
-            return torch.stack(found).reshape(*at.shape, k, k)
-
-        def reverse(end: Tensor, at: Tensor) -> Tensor:
-            """Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹."""
-            psi = sde.transition(end.expand(at.shape), at).mean
-            found: Tensor = covariances(end) @ psi.mT @ torch.linalg.inv(covariances(at))
-            return found
-
-        eye = torch.eye(m, dtype=torch.float64).expand(cells, count, m, m)
-        forth = sde.transition(nodes, t.unsqueeze(1).expand(-1, count)).mean
-        back = reverse(u.unsqueeze(1), nodes)
-        functional = torch.cat([eye, forth @ G, back @ G], dim=-2)
-        columns = ((t - u).unsqueeze(1) * w).sqrt()[..., None, None] * functional
-        roots = joint_root(columns.movedim(1, 2).flatten(2))
-        move = reverse(u, t)
-        self._psi = sde.transition(u, t).mean
-        self._increments: list[Tensor] = []
-        self._integrals: list[Tensor] = []
-        z = self.start
-        for i in range(cells):
-            xi = torch.randn(samples, m + 2 * k, 1, dtype=torch.float64, generator=generator)
-            drawn = apply_blocks(roots[i], xi)
-            self._increments.append(drawn[:, :m])
-            self._integrals.append(drawn[:, m : m + k])
-            mean, following = (reference.moments(float(s))[0] for s in (t[i], u[i]))
-            z = following + apply_blocks(move[i], z - mean) + drawn[:, m + k :]
-        self.end = z
-
-    def draws(self, noise: PathNoise, every: int) -> list[Tensor]:
-        """The normals of a solver that steps over so many cells at a time."""
-        draws = []
-        for i, first in enumerate(range(0, len(self._increments), every)):
-            cells = range(first, first + every)
-            integral = torch.zeros_like(self._integrals[first])
-            for cell in reversed(cells):
-                integral = apply_blocks(self._psi[cell], integral) + self._integrals[cell]
-            increment = torch.stack([self._increments[cell] for cell in cells]).sum(0)
-            draw = torch.zeros(len(integral), noise.integral.shape[1], 1, dtype=torch.float64)
-            if noise.increment.shape[-1]:
-                draw = draw + apply_blocks(noise.increment[i], increment)
-            draws.append(draw + apply_blocks(noise.integral[i], integral))
-        return draws
 
 
 def strong_order(
@@ -401,14 +264,17 @@ def strong_order(
     samples: int = 2000,
     generator: torch.Generator | None = None,
 ) -> OrderEstimate:
-    """Order of a solver along exact paths, against the order that it declares.
+    """Order of a solver along Brownian paths, against the order that it declares.
+
+    With Gaussian data the exact ends of the paths are known. For mixtures the order is that of the
+    distances between neighbouring levels; it may be lower there, where the score bends.
 
     Parameters
     ----------
     solver
         A solver that follows a Brownian path (`PathDriven`).
     problem
-        Gaussian data of one dimension.
+        Where to measure.
     steps
         Numbers of steps, increasing, each a divisor of the last.
     grid
@@ -416,7 +282,7 @@ def strong_order(
     tolerance
         How far the order may be below what is declared.
     case
-        Exact paths over the finest grid, if they are at hand.
+        Paths over the finest grid, if they are at hand.
     samples, generator
         Otherwise, how many, and where they come from.
 
@@ -434,31 +300,42 @@ def strong_order(
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     finest = grid(problem.start, problem.end, steps[-1])
     paths = case if case is not None else PathCase(problem, finest, samples, g)
-    cells = len(paths.times) - 1
-    uneven = [n for n in steps if n < 1 or cells % n]
-    if uneven:
-        msg = f"steps must be divisors of the finest, {cells}; got {uneven[0]}"
-        raise ValueError(msg)
+    strides = _strides(steps, len(paths.times) - 1)
+    found = [_along(solver, problem, paths, stride) for stride in strides]
+    targets = found[1:] if paths.end is None else [paths.end] * len(found)
     batches = 10
     size = len(paths.start) // batches
     errors, spreads = [], []
-    for n in steps:
-        every = cells // n
-        times = paths.times[::every]
-        noise = RecordedNoise(paths.draws(solver.path_noise(problem.process, times), every))
-        found = solve(problem.process, solver, paths.start, times, noise=noise).state
-        squares = (found - paths.end).square().flatten(1).sum(1)
+    for ends, target in zip(found, targets, strict=False):
+        squares = (ends - target).square().flatten(1).sum(1)
         means = squares[: batches * size].reshape(batches, size).mean(1)
         errors.append(float(means.mean().sqrt()))
         # The error of a root is that of its square over twice the root.
         spreads.append(float(means.std() / math.sqrt(batches)) / (2 * errors[-1]))
     return estimate_order(
-        [1 / n for n in steps],
+        [1 / n for n in steps[: len(errors)]],
         errors,
         spreads,
         expected=solver.facts.strong_order,
         tolerance=tolerance,
     )
+
+
+def _strides(steps: Sequence[int], cells: int) -> list[int]:
+    """Over how many cells of the finest grid the steps of each level go."""
+    uneven = [n for n in steps if n < 1 or cells % n]
+    if uneven:
+        msg = f"steps must be divisors of the finest, {cells}; got {uneven[0]}"
+        raise ValueError(msg)
+    return [cells // n for n in steps]
+
+
+def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
+    """States that a solver ends with along paths, ``(samples, k, D)``."""
+    assert isinstance(solver, PathDriven)
+    times = paths.times[::stride]
+    noise = RecordedNoise(paths.draws(solver.path_noise(problem.process, times), stride))
+    return solve(problem.process, solver, paths.start, times, noise=noise).state
 
 
 def _check_solver(solver: object) -> None:

@@ -124,7 +124,7 @@ class GaussianReference:
     """
 
     def __init__(self, problem: Problem, times: Tensor) -> None:
-        if not problem.gaussian or problem.dimension != 1:
+        if not problem.exact:
             msg = f"problem must have Gaussian data of one dimension; {problem.name!r} has not"
             raise ValueError(msg)
         self.problem = problem

@@ -18,9 +18,10 @@ import torch
 
 from cldsde.solvers import Integrator, Solver
 
+from .checks import Check
 from .order_estimate import OrderEstimate, Verdict
 from .plots import canvas
-from .suite import Check, declared_too_low, summarise
+from .suite import declared_too_low, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["Report"]

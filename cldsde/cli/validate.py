@@ -15,16 +15,21 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.solvers import Integrator, Solver
+from cldsde.solvers import Integrator, Solver, find_solver, named_solvers
 from cldsde.solvers.progress import progress_bar
-from cldsde.validation import Problem, Report, Verdict, WorkPrecision, problems, work_precision
+from cldsde.validation import (
+    Check,
+    Problem,
+    Report,
+    Verdict,
+    WorkPrecision,
+    problems,
+    work_precision,
+)
 from cldsde.validation.suite import (
     QUICK_PROBLEMS,
-    Check,
     checks,
     count,
-    find_solver,
-    named_solvers,
     refusal,
     summarise,
 )

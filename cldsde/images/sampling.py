@@ -17,9 +17,8 @@ from cldsde.images.model import ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
 from cldsde.score import MixedScore, ReverseProcess, Score
-from cldsde.solvers import Integrator, SampleNoise, Solver, grids, solve
+from cldsde.solvers import Integrator, SampleNoise, Solver, find_solver, grids, solve
 from cldsde.solvers.progress import progress_bar
-from cldsde.validation.suite import find_solver
 
 __all__ = ["GuidedScore", "check_sampling", "draw_images", "make_solver", "time_grid"]
 

@@ -87,6 +87,56 @@ def test_the_true_order_hardly_ever_fails_and_one_higher_by_a_half_hardly_ever_p
     assert np.mean(passed) <= 0.05
 
 
+def wide_curve(rng: np.random.Generator, spacing: float, kind: str) -> Curve:
+    """C h^p (1 + a h) whose correction at the coarsest level is between −0.9 and 4.
+
+    Levels cover four octaves or more, twice as dense or not; then a correction is at most twice
+    the error, as over few octaves a large one looks like another power.
+    """
+    dense = kind.startswith("dense")
+    p = float(rng.choice([*ORDERS, 8.0]))
+    ratio, count = (2**0.5, rng.integers(8, 13)) if dense else (2.0, rng.integers(5, 9))
+    x = ratio ** -np.arange(float(count))
+    error = 10 ** rng.uniform(-3, 2) * x**p * (1 + rng.uniform(-0.9, 2 if dense else 4) * x)
+    relative = 10 ** rng.uniform(-3, math.log10(0.03)) if kind.endswith("noisy") else 0.0
+    measured = np.abs(error * (1 + relative * rng.standard_normal(len(x))))
+    h = x / rng.choice([8, 16])
+    return Curve(
+        p,
+        estimate_order(
+            h, measured, relative * error, expected=p + 0.5, rounding=0.0, spacing=spacing
+        ),
+    )
+
+
+# As above; an order declared too high by a half is at a distance of the tolerance from one that
+# passes, and the true order may fall short of the declared one by no more than that.
+@pytest.mark.parametrize("kind", ["halved", "dense", "halved, noisy", "dense, noisy"])
+@pytest.mark.parametrize("spacing", [0.5, 1.0])
+def test_intervals_cover_the_true_order_whatever_precedes_it(spacing, kind):
+    rng = np.random.default_rng(21)
+    curves = [wide_curve(rng, spacing, kind) for _ in range(CURVES // 2)]
+    known = [curve for curve in curves if not math.isnan(curve.estimate.order)]
+    assert len(known) >= 0.9 * len(curves)
+    assert np.mean([c.estimate.low <= c.order <= c.estimate.high for c in known]) >= 0.9
+    assert np.mean([c.estimate.verdict is Verdict.PASS for c in curves]) <= 0.05
+    assert np.mean([c.estimate.high < c.order - TOLERANCE for c in known]) <= 0.05
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("correction", [lambda x: 1 + 0.3 * x, np.exp, lambda x: 1 / (1 + x)])
+def test_whole_powers_give_narrower_intervals_that_still_cover(order, correction):
+    errors = 0.3 * STEPS**order * correction(STEPS / STEPS[0])
+    half, whole = (estimate_order(STEPS, errors, spacing=q) for q in (0.5, 1.0))
+    assert half_width(whole) < half_width(half)
+    assert whole.low <= order <= whole.high
+
+
+def test_half_powers_are_what_the_estimate_allows_for_unless_told():
+    errors = STEPS * (1 + STEPS)
+    assert estimate_order(STEPS, errors) == estimate_order(STEPS, errors, spacing=0.5)
+
+
 # Corrections other than 1 + a h: in half powers, in even powers, in all powers.
 @pytest.mark.parametrize(
     "correction",
@@ -439,6 +489,10 @@ def test_arguments_are_left_as_they_were():
         ({"confidence": 0.0}, "confidence"),
         ({"confidence": 1.0}, "confidence"),
         ({"confidence": math.nan}, "confidence"),
+        ({"spacing": 0.0}, "spacing"),
+        ({"spacing": -1.0}, "spacing"),
+        ({"spacing": math.inf}, "spacing"),
+        ({"spacing": math.nan}, "spacing"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -21,6 +21,7 @@ from cldsde.solvers import (
     ExponentialMultistep,
     Facts,
     GottaGoFast,
+    PathNoise,
     ProbabilityFlow,
     Solver,
     StochasticHeun,
@@ -42,7 +43,7 @@ from cldsde.validation import (
     strong_order,
     weak_order,
 )
-from cldsde.validation.orders import FlowCase, PathCase
+from cldsde.validation.cases import FlowCase, PathCase
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -462,6 +463,116 @@ def test_ode_orders_are_those_declared_and_no_higher(solver, problem, order, nea
     assert ode_order(wrong, PROBLEMS[problem], steps=steps, case=case).verdict is FAIL
 
 
+def test_srk_is_of_strong_order_two_along_lines_and_of_three_halves_where_the_score_bends():
+    """Along lines what limits it to 3/2, the second derivative of the drift, is nought."""
+    solver = TorchSDE(method="srk")
+    assert solver.facts.strong_order == 1.5
+    straight = strong_order(solver, PROBLEMS["VP"], steps=QUICK, samples=1000)
+    assert straight.verdict is PASS
+    assert straight.order == pytest.approx(2, abs=0.1)
+    wrong = declaring(solver, strong_order=2.5)
+    assert strong_order(wrong, PROBLEMS["VP"], steps=QUICK, samples=1000).verdict is FAIL
+    bent = strong_order(
+        solver, PROBLEMS["VP, three modes"], steps=(16, *QUICK), samples=2000, tolerance=0.3
+    )
+    # A quarter from 3/2, half way to 2.
+    assert bent.order == pytest.approx(1.5, abs=0.25)
+    assert len(bent.levels) == 4
+
+
+def test_a_strong_order_on_a_mixture_is_that_of_distances_between_levels():
+    problem = PROBLEMS["VP, three modes"]
+    paths = PathCase(problem, uniform_times(1.0, 0.05, 128), 1000, generator(3))
+    assert paths.end is None
+    steps = (8, 16, 32, 64, 128)
+    found = strong_order(EulerMaruyama(), problem, steps=steps, case=paths)
+    assert [level.step for level in found.levels] == [1 / n for n in steps[:-1]]
+    assert found.order == pytest.approx(1, abs=0.25)
+    wrong = declaring(EulerMaruyama(), strong_order=1.5)
+    assert strong_order(wrong, problem, steps=steps, case=paths).verdict is FAIL
+
+
+class TwoNormals(EulerMaruyama):
+    """Shows the increment of each step over √h, and its time integral over √(h³/3)."""
+
+    def path_noise(self, process, times):
+        plain = super().path_noise(process, times)
+        h = -times.diff()[:, None, None]
+        zero = torch.zeros_like(plain.increment)
+        return PathNoise(
+            torch.cat([plain.increment, zero], dim=1),
+            torch.cat([plain.integral, plain.integral], dim=1),
+            torch.cat([zero, math.sqrt(3) / h * plain.increment], dim=1),
+        )
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+def test_the_time_integral_of_a_path_hangs_together_with_its_increment(every):
+    """W and U of a step have the covariance h, h²/2, h³/3, whatever cells it is made of."""
+    problem, n = PROBLEMS["CLD"], 20_000
+    times = uniform_times(1.0, 0.05, 32)
+    case = PathCase(problem, times, n, generator(5))
+    noise = TwoNormals().path_noise(problem.process, times[::every])
+    draws = torch.stack(case.draws(noise, every))[..., 0].numpy()
+    expected = np.array([[1, math.sqrt(3) / 2], [math.sqrt(3) / 2, 1]])
+    for step in draws:
+        assert np.abs(np.cov(step.T) - expected).max() <= 5 * math.sqrt(2 / n)
+    # Over different steps they are independent.
+    assert np.abs(draws[0].T @ draws[-1] / n).max() <= 5 / math.sqrt(n)
+
+
+def test_srk_sees_of_a_path_what_its_method_is_made_for():
+    """ΔW/√h and (U/h − ΔW/2)/√(h/12): independent standard normals."""
+    problem, n = PROBLEMS["VP"], 20_000
+    times = uniform_times(1.0, 0.05, 16)
+    case = PathCase(problem, times, n, generator(6))
+    noise = TorchSDE(method="srk").path_noise(problem.process, times[::4])
+    draws = torch.cat(case.draws(noise, 4), dim=1)[..., 0].numpy()
+    assert draws.shape == (n, 8)
+    assert np.abs(np.cov(draws.T) - np.eye(8)).max() <= 5 * math.sqrt(2 / n)
+
+
+def test_an_order_of_eight_shows_where_the_flow_turns():
+    problem = PROBLEMS["CLD, rotation"]
+    case = FlowCase(problem, 10, generator(1))
+    solver, steps = ProbabilityFlow(method="dopri8"), (20, 28, 40, 57, 80)
+    found = ode_order(solver, problem, steps=steps, case=case)
+    assert found.verdict is PASS
+    assert found.order == pytest.approx(8, abs=0.15)
+    # All far above rounding.
+    assert min(level.error for level in found.levels) > 1e4 * case.accuracy
+    wrong = declaring(solver, ode_order=9)
+    assert ode_order(wrong, problem, steps=steps, case=case).verdict is FAIL
+
+
+def test_the_rotation_is_stationary_and_its_flow_keeps_what_it_turns():
+    """Φ of the flow keeps zᵀ Σ⁻¹ z with Σ = diag(1, M)."""
+    problem = PROBLEMS["CLD, rotation"]
+    ends = torch.tensor([problem.end, problem.start], dtype=torch.float64)
+    reference = GaussianReference(problem, ends)
+    scale = torch.tensor([1.0, 0.25], dtype=torch.float64)
+    case = FlowCase(problem, 50, generator(1))
+    sizes = []
+    for z, t in ((case.start, problem.start), (case.end, problem.end)):
+        mean, covariance = reference.moments(t)
+        torch.testing.assert_close(covariance, scale.diag(), rtol=0, atol=TOLERANCE)
+        sizes.append(((z - mean)[..., 0].square() / scale).sum(1))
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=0, atol=20 * TOLERANCE)
+    assert float((case.start - case.end).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "CLD", "CLD, rotation", "VP, three modes"])
+def test_the_end_of_a_flow_is_as_accurate_as_it_says(name):
+    """Against a solver of the package at a tolerance near rounding."""
+    problem = PROBLEMS[name]
+    case = FlowCase(problem, 10, generator(2))
+    strict = ProbabilityFlow(method="dopri8", rtol=3e-14, atol=3e-14)
+    found = solve(problem.process, strict, case.start, uniform_times(1.0, 0.05, 1))
+    error = float((found.state - case.end).square().mean().sqrt())
+    steps = found.nfev / strict.facts.nfe_per_step
+    assert error <= case.accuracy + 1e-15 * math.sqrt(steps)
+
+
 def test_the_start_of_a_flow_is_of_the_exact_law_and_its_end_of_the_flow():
     problem = PROBLEMS["CLD"]
     case = FlowCase(problem, 10, generator(1))
@@ -506,8 +617,6 @@ def test_the_weak_order_on_a_mixture_is_measured_along_shared_paths():
         (strong_order, SSCS(), "CLD", TypeError, "does not"),
         (strong_order, GottaGoFast(), "CLD", TypeError, "fixed grid"),
         (strong_order, TorchDiffEq(method="rk4"), "CLD", TypeError, "fixed grid"),
-        (strong_order, TorchSDE(method="srk"), "CLD", ValueError, "integral of the Brownian path"),
-        (strong_order, EulerMaruyama(), "CLD, three modes", ValueError, "Gaussian data"),
         (weak_order, SSCS(), "CLD, three modes", TypeError, "shared Brownian paths"),
         (weak_order, GottaGoFast(), "CLD", TypeError, "fixed grid"),
         (weak_order, ProbabilityFlow(), "VP, three modes", TypeError, "fixed grid"),
@@ -522,10 +631,18 @@ def test_what_cannot_be_measured_is_refused(measure, solver, problem, error, wor
         measure(solver, PROBLEMS[problem], *extra)
 
 
-def test_steps_that_do_not_divide_the_finest_are_refused():
+@pytest.mark.parametrize(
+    ("measure", "problem"),
+    [
+        (strong_order, "VP"),
+        (strong_order, "VP, three modes"),
+        (weak_order, "VP, three modes"),
+    ],
+)
+def test_steps_that_do_not_divide_the_finest_are_refused(measure, problem):
     """Over 30 steps there is no grid of the 128 cells."""
     with pytest.raises(ValueError, match="30"):
-        strong_order(EulerMaruyama(), PROBLEMS["VP"], steps=(30, 64, 128), samples=20)
+        measure(EulerMaruyama(), PROBLEMS[problem], steps=(30, 64, 128), samples=20)
 
 
 def test_a_time_that_a_reference_was_not_made_for_is_refused():

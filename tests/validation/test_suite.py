@@ -24,8 +24,11 @@ from cldsde.solvers import (
     Facts,
     GottaGoFast,
     Integrator,
+    ProbabilityFlow,
     Solver,
     StochasticHeun,
+    find_solver,
+    named_solvers,
 )
 from cldsde.validation import (
     Check,
@@ -36,9 +39,7 @@ from cldsde.validation import (
     WorkPrecisionPoint,
     checks,
     estimate_order,
-    find_solver,
     forward_processes,
-    named_solvers,
     problems,
     suite,
     summarise,
@@ -432,6 +433,57 @@ def test_a_strong_order_that_cannot_be_measured_is_not_passed_over():
     assert "path_noise" in strong.message
 
 
+def test_a_high_order_is_measured_where_it_rises_above_rounding():
+    high, low = ProbabilityFlow(method="dopri8"), ProbabilityFlow()
+    for solver, name, expected in (
+        (high, "CLD, rotation", [ODE]),
+        (low, "CLD, rotation", []),
+        (high, CLD, []),
+        (low, CLD, [ODE]),
+    ):
+        assert suite._kinds(solver, PROBLEMS[name], quick=True) == expected
+    # Where the score bends it is looked at, too.
+    assert suite._kinds(high, PROBLEMS["VP, three modes"], quick=False) == [ODE]
+
+
+def test_exact_errors_are_looked_at_once_more_where_they_are_inconclusive():
+    asked = []
+
+    def measure(order: float, *, diverging: bool) -> Callable[[Sequence[int]], OrderEstimate]:
+        def run(steps: Sequence[int]) -> OrderEstimate:
+            asked.append(list(steps))
+            errors = [(1 / n) ** order for n in steps]
+            if diverging:
+                errors[-1] = math.nan
+            return estimate_order([1 / n for n in steps], errors, expected=1, spacing=1.0)
+
+        return run
+
+    steps = [32, 64, 128, 256]
+    finer = [64, 91, 128, 181, 256, 362, 512, 724, 1024]
+    # An order of 3/4 lies at the limit of what passes.
+    for order, diverging, looks in (
+        (0.75, False, [steps, finer]),
+        (0.75, True, [steps]),
+        (1.0, False, [steps]),
+        (0.5, False, [steps]),
+    ):
+        asked.clear()
+        found = suite._refined(measure(order, diverging=diverging), steps)
+        assert asked == looks
+        assert [1 / level.step for level in found.levels] == looks[-1]
+
+
+def test_a_solver_that_refuses_a_path_has_no_weak_order_on_a_mixture_and_does_not_fail():
+    class Refusing(EulerMaruyama):
+        def path_noise(self, process, times):
+            msg = "no path with these options"
+            raise ValueError(msg)
+
+    made = list(checks({"it": Refusing()}, {"m": PROBLEMS["VP, three modes"]}, kernels=False))
+    assert [(c.kind, c.verdict) for c in made] == [(STRONG, INCONCLUSIVE)]
+
+
 def test_the_seed_decides_what_is_sampled():
     def run(seed: int) -> list[float | None]:
         made = checks(
@@ -453,6 +505,12 @@ def test_every_solver_of_the_package_passes_the_quick_suite():
     summary = summarise(found)
     assert FAIL not in summary.values()
     assert set(summary) == {"kernels", *named_solvers()}
+    # Of each kind of order that it declares.
+    for name, solver in named_solvers().items():
+        facts = solver.facts
+        declared = {WEAK: facts.weak_order, STRONG: facts.strong_order, ODE: facts.ode_order}
+        passed = {c.kind for c in found if c.subject == name and c.verdict is PASS}
+        assert {kind for kind, order in declared.items() if order is not None} <= passed
 
 
 def test_every_name_finds_its_solver():

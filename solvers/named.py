@@ -1,0 +1,89 @@
+"""The solvers of the package by name, for the command line and for configurations."""
+
+from __future__ import annotations
+
+import importlib
+
+from .adaptive import Integrator
+from .base import Solver
+from .edm_heun import EDMHeun
+from .euler_maruyama import EulerMaruyama
+from .exponential_euler import ExponentialEuler
+from .exponential_multistep import ExponentialMultistep
+from .gotta_go_fast import GottaGoFast
+from .predictors import Ancestral, ReverseDiffusion
+from .probability_flow import ProbabilityFlow
+from .splitting import Splitting
+from .sscs import SSCS
+from .stochastic_heun import StochasticHeun
+from .with_torchdiffeq import TorchDiffEq
+from .with_torchsde import TorchSDE
+
+__all__ = ["find_solver", "named_solvers"]
+
+
+def named_solvers() -> dict[str, Solver | Integrator]:
+    """The solvers of the package, with their usual options, by the names that commands know."""
+    multistep = ExponentialMultistep
+    return {
+        "euler-maruyama": EulerMaruyama(),
+        "stochastic-heun": StochasticHeun(),
+        "exponential-euler": ExponentialEuler(),
+        "sscs": SSCS(),
+        "sscs-midpoint": SSCS(score_step="midpoint"),
+        "sscs-gaussian": SSCS(score_step="gaussian"),
+        **{
+            f"splitting-{word.lower()}": Splitting(scheme=word)
+            for word in ("OBA", "BAO", "OBAB", "BAOAB", "OABAO")
+        },
+        "splitting-obab-shared": Splitting(scheme="OBAB", shared_score=True),
+        "reverse-diffusion": ReverseDiffusion(),
+        "ancestral": Ancestral(),
+        "multistep-1-sde": multistep(order=1, stochasticity=1.0),
+        "multistep-2-sde": multistep(order=2, stochasticity=1.0),
+        "multistep-3-sde": multistep(order=3, stochasticity=1.0),
+        "multistep-1": multistep(order=1),
+        "multistep-2": multistep(order=2),
+        "multistep-3": multistep(order=3),
+        "multistep-1-corrector": multistep(order=1, corrector=True),
+        "multistep-2-corrector": multistep(order=2, corrector=True),
+        "multistep-3-corrector": multistep(order=3, corrector=True),
+        "multistep-2-noise": multistep(order=2, prediction="noise"),
+        "edm-heun": EDMHeun(),
+        "edm-heun-churn": EDMHeun(churn=10.0),
+        "probability-flow": ProbabilityFlow(),
+        "probability-flow-bosh3": ProbabilityFlow(method="bosh3"),
+        "probability-flow-dopri8": ProbabilityFlow(method="dopri8"),
+        "gotta-go-fast": GottaGoFast(),
+        "torchsde-euler": TorchSDE(method="euler"),
+        "torchsde-srk": TorchSDE(method="srk"),
+        "torchdiffeq-rk4": TorchDiffEq(method="rk4"),
+        "torchdiffeq-dopri5": TorchDiffEq(method="dopri5"),
+    }
+
+
+def find_solver(name: str) -> Solver | Integrator:
+    """A solver by its name, or a user's by ``module:ClassName``, made without arguments.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, or what is there is no solver.
+    """
+    if ":" not in name:
+        known = named_solvers()
+        if name not in known:
+            msg = f"solver must be module:ClassName or one of {', '.join(known)}; got {name!r}"
+            raise ValueError(msg)
+        return known[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        solver: object = found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
+        msg = f"solver {name!r} cannot be loaded and made without arguments: {error}"
+        raise ValueError(msg) from error
+    if isinstance(solver, Solver | Integrator):
+        return solver
+    msg = f"solver {name!r} must be a Solver or an Integrator of cldsde.solvers; got {solver!r}"
+    raise ValueError(msg)

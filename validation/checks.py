@@ -1,0 +1,159 @@
+"""Single measurements of a solver, or of a process's kernel, against what is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from cldsde.linear import LinearSDE
+from cldsde.solvers import Integrator, Solver, solve
+from cldsde.solvers.grids import quadratic_times
+
+from .order_estimate import OrderEstimate, Verdict
+from .orders import moment_error
+from .plain import plain
+from .problems import Problem
+from .reference import reference_kernel
+
+__all__ = ["Check", "bias_check", "count_check", "kernel_check", "stiff_check"]
+
+_KERNEL_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measurement against what is declared.
+
+    Attributes
+    ----------
+    kind
+        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"NFE a step"``,
+        ``"bias"`` or ``"error at 100 steps"``.
+    subject
+        Name of the solver, or of the process whose kernel it is.
+    problem
+        Name of the problem.
+    declared, measured
+        Numbers: orders, or errors; None where there is none.
+    verdict
+        PASS, FAIL or INCONCLUSIVE; None for what is only reported.
+    message
+        What was found, in words.
+    seconds
+        Time it took.
+    estimate
+        The levels behind an order; None for other kinds.
+    """
+
+    kind: str
+    subject: str
+    problem: str
+    declared: float | None
+    measured: float | None
+    verdict: Verdict | None
+    message: str
+    seconds: float
+    estimate: OrderEstimate | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        estimate = None if self.estimate is None else self.estimate.to_dict()
+        result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
+        return result
+
+
+def kernel_check(name: str, sde: LinearSDE) -> Check:
+    """Whether a process's transition kernels solve its differential equations."""
+    began, found = time.perf_counter(), []
+    for s, t in ((0.0, 0.01), (0.3, 0.35), (0.1, 0.9), (0.0, 1.0)):
+        psi, covariance = reference_kernel(sde, s, t)
+        kernel = sde.transition(s, t)
+        deviation = covariance.diagonal().sqrt()
+        scale = torch.outer(deviation, deviation)
+        errors = (
+            (kernel.mean - psi).abs() / psi.abs().max(),
+            (kernel.covariance - covariance).abs() / torch.where(scale > 0, scale, 1.0),
+        )
+        found.append(torch.stack([error.max() for error in errors]).max())
+    # Not Python's max, which would drop what is not a number.
+    worst = float(torch.stack(found).max())
+    passed = worst <= _KERNEL_TOLERANCE
+    return Check(
+        kind="kernel",
+        subject=name,
+        problem="transition",
+        declared=_KERNEL_TOLERANCE,
+        measured=worst,
+        verdict=Verdict.PASS if passed else Verdict.FAIL,
+        message=f"relative error {worst:.1e} against the differential equations",
+        seconds=time.perf_counter() - began,
+    )
+
+
+def stiff_check(name: str, solver: Solver | Integrator, problem: Problem, began: float) -> Check:
+    """Near the data orders show at unaffordable steps only; what counts is the error itself."""
+    assert isinstance(solver, Solver)
+    error = moment_error(solver, problem, quadratic_times(problem.start, problem.end, 100))
+    return Check(
+        kind="error at 100 steps",
+        subject=name,
+        problem=problem.name,
+        declared=None,
+        measured=error,
+        verdict=None,
+        message=f"moments off by {error:.1e}",
+        seconds=time.perf_counter() - began,
+    )
+
+
+def count_check(name: str, solver: Solver | Integrator, problem: Problem, began: float) -> Check:
+    """Whether a solver asks for the score as often as it says."""
+    steps, g = 8, torch.Generator().manual_seed(0)
+    times = quadratic_times(problem.start, problem.end, steps)
+    found = solve(problem.process, solver, problem.sample(2, g), times, generator=g)
+    declared, measured = solver.facts.nfe_per_step, found.nfev / steps
+    return Check(
+        kind="NFE a step",
+        subject=name,
+        problem=problem.name,
+        declared=declared,
+        measured=measured,
+        verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
+        message=f"{found.nfev} evaluations in {steps} steps",
+        seconds=time.perf_counter() - began,
+    )
+
+
+def bias_check(
+    name: str,
+    solver: Solver | Integrator,
+    problem: Problem,
+    g: torch.Generator,
+    began: float,
+    *,
+    quick: bool,
+) -> Check:
+    """Whether an adaptive solver with noise leaves two points where they are."""
+    n = 5000 if quick else 40_000
+    strict = dataclasses.replace(solver, rtol=0.01, atol=0.002)  # type: ignore[type-var]
+    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
+    found = solve(problem.process, strict, problem.sample(n, g), ends, generator=g)
+    x = found.data.abs() / float(problem.sde.marginal(problem.end).mean)
+    ratio, spread = float(x.mean()), float(x.std()) / math.sqrt(n)
+    # What such tolerances leave is a thousandth.
+    passed = found.success and abs(ratio - 1) <= 5 * spread + 1e-3
+    return Check(
+        kind="bias",
+        subject=name,
+        problem=problem.name,
+        declared=1.0,
+        measured=ratio,
+        verdict=Verdict.PASS if passed else Verdict.FAIL,
+        message=f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}",
+        seconds=time.perf_counter() - began,
+    )
