@@ -17,7 +17,8 @@ import torch
 from cldsde import ReverseProcess, solvers
 from cldsde.images.data import digits, pixels_of
 from cldsde.images.demo import DemoConfig, trained_model
-from cldsde.images.metrics import frechet_distance, train_classifier
+from cldsde.images.digit_classifier import train_classifier
+from cldsde.images.evaluation import frechet_distance
 from cldsde.images.runs import RunFolder
 from cldsde.solvers.progress import progress_bar
 

@@ -19,6 +19,11 @@ def random_bytes(*shape, levels=256, seed=0):
     return np.random.default_rng(seed).integers(0, levels, shape, dtype=np.uint8)
 
 
+def noise(count: int, seed: int, shape: tuple[int, ...] = (1, 4, 4), top: int = 256):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, top, (count, *shape), generator=generator).to(torch.uint8)
+
+
 def whole(images: Images) -> torch.Tensor:
     return images.load(torch.arange(len(images)))
 

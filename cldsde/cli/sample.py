@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +136,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.sample_files import SampleRequest, draw_to
     seeds = _seeds(options.seeds if options.seed is None else str(options.seed))
     device = resolve_device(options.device)
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     model = load_model(Path(options.run).expanduser(), state.device if device == "cuda" else device)
     request = SampleRequest(
         model=model,

@@ -83,15 +83,16 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.resume and not (out / CONFIG).exists():
         msg = f"--resume: {out} holds no run to go on with"
         raise ValueError(msg)
-    data = config.data.load()
-    check_run(config, data)
     state = PartialState(cpu=options.device == "cpu")
+    data = config.data.load()
+    statistics = check_run(config, data, device=options.device, processes=state.num_processes)
     with state.main_process_first():
         run = RunFolder(out, config.to_dict(), shared=not state.is_main_process)
 
     def work() -> None:
-        train(config, data, run, device=options.device, progress=True)
+        train(config, data, run, device=options.device, statistics=statistics, progress=True)
         if state.is_main_process:
-            print(f"Trained on {config.training.images:,} images. The run is in {out.resolve()}")
+            seen = config.training.steps * config.training.batch
+            print(f"Trained on {seen:,} images. The run is in {out.resolve()}")
 
     return work

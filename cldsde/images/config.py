@@ -69,7 +69,12 @@ class DataConfig:
 
     def load(self) -> DataSet:
         """The images."""
-        return DATA_SETS[self.name](**self.options)
+        try:
+            return DATA_SETS[self.name](**self.options)
+        except ValueError as error:
+            named = str(error).split()[0] in self.options
+            msg = f"data.options.{error}" if named else f"data.options: {error}"
+            raise ValueError(msg) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class ProcessConfig:
         arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
         try:
             process: LinearSDE = kind(**arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             msg = f"options.{', '.join(arguments)}: {error}"
             raise ValueError(msg) from error
         return process
@@ -120,7 +125,8 @@ class NetworkConfig:
     conditional
         Whether the network sees the images' classes.
     label_dropout
-        Share of the images whose class is hidden from it, which guidance needs.
+        Share of the images whose class is hidden from it, which images of no class and guidance
+        need.
     """
 
     name: str = "UNet"
@@ -134,7 +140,9 @@ class NetworkConfig:
         given = ("shape", "inputs", "outputs", "classes")
         checked = checked_options(NETWORKS[self.name], self.options, given=given)
         object.__setattr__(self, "options", checked)
-        check_between(self.label_dropout, 0, 1, "label_dropout")
+        if not 0 <= self.label_dropout < 1:
+            msg = f"label_dropout must lie in [0, 1); got {self.label_dropout}"
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +171,7 @@ class TrainingConfig:
     batch
         Images of an optimiser step, over all processes.
     micro_batch
-        Images that a process takes through the network at once; None: all of the batch. The noise
-        is drawn for a micro-batch at a time, so that results depend on this number, but not on how
-        many processes share them.
+        Images that a process takes through the network at once, at most; None: its whole share.
     learning_rate
         Peak of Adam's.
     warmup
@@ -228,9 +234,6 @@ class TrainingConfig:
             check_at_least(getattr(self, name), 1, name)
         if self.micro_batch is not None:
             check_at_least(self.micro_batch, 1, "micro_batch")
-            if self.batch % self.micro_batch:
-                msg = f"micro_batch must divide batch, {self.batch}; got {self.micro_batch}"
-                raise ValueError(msg)
         check_positive(self.learning_rate, "learning_rate")
         check_at_least(self.warmup, 0, "warmup")
         check_at_least(self.weight_decay, 0, "weight_decay")

@@ -183,8 +183,19 @@ def _checked_value(value: object, hint: Any, name: str) -> Any:
             raise TypeError
         return None if value is None else _parser(hint).parse_object({"value": value}).value
     except Exception as error:  # the parser's errors are of several kinds
-        msg = f"{name} must be {_words(hint)}; got {value!r}"
+        hint_on_yaml = ""
+        if isinstance(value, str) and {int, float} & leaves and _is_number(value):
+            hint_on_yaml = ", a text: YAML wants 1.0e-3, not 1e-3, and no quotes"
+        msg = f"{name} must be {_words(hint)}; got {value!r}{hint_on_yaml}"
         raise ValueError(msg) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @cache

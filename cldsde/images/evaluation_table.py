@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +22,13 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images, array_file
 from cldsde.images.evaluation import (
+    ClassifierFeatures,
+    FeatureNetwork,
     FeatureStatistics,
     check_inception_weights,
     frechet,
     inception_metrics,
     likelihood,
-)
-from cldsde.images.features import (
-    ClassifierFeatures,
-    FeatureNetwork,
     load_classifier,
     load_features,
     save_classifier,
@@ -37,7 +36,7 @@ from cldsde.images.features import (
 )
 from cldsde.images.files import write_whole
 from cldsde.images.model import ImageModel
-from cldsde.images.sampling import draw_images
+from cldsde.images.sampling import draw_of_classes
 
 __all__ = ["METRICS", "Evaluation", "as_bytes", "load_samples", "markdown_table"]
 
@@ -125,8 +124,8 @@ class Evaluation:
                 "take --metrics fd for features of a classifier of the data"
             )
             raise ValueError(msg)
-        if inception and self.weights is not None:
-            check_inception_weights(self.weights)
+        if inception:
+            _ = self._weights_digest
         if "fd" in self.metrics and self.features == "classifier":
             if self.data.train.labels is None:
                 msg = "--features: the data have no classes; name a network, module:attribute"
@@ -138,9 +137,12 @@ class Evaluation:
         self, model: ImageModel, recipes: Sequence[SamplingConfig], results: Path
     ) -> dict[str, Any]:
         """Measure each recipe on a trained model; return what the file of results then holds."""
+        if "bpd" in self.metrics and model.space.always_classes:
+            msg = "--metrics: bpd needs a network trained without classes, too"
+            raise ValueError(msg)
         found = _stored(results, model.digest)
         bits = found["likelihood"]
-        if "bpd" in self.metrics and bits is None:
+        if "bpd" in self.metrics and (bits is None or bits["asked"] != self.likelihood_images):
             found["likelihood"] = self._bits(model)
             _store(results, found)
         measures = [metric for metric in self.metrics if metric != "bpd"]
@@ -153,7 +155,7 @@ class Evaluation:
                 missing = [metric for metric in measures if self._name(metric) not in cell]
                 if missing:
                     seeds = range(first, first + self.samples)
-                    images = draw_images(
+                    images = draw_of_classes(
                         model.score,
                         model.space,
                         seeds,
@@ -170,14 +172,14 @@ class Evaluation:
         cell: dict[str, Any] = {}
         if "fd" in metrics:
             cell[self._name("fd")] = frechet(
-                images, self._reference_statistics(), self._network(), progress=self.progress
+                images, self._reference_statistics, self._network, progress=self.progress
             )
         inception = [metric for metric in metrics if metric in {"fid", "kid", "isc", "prc"}]
         if inception:
             assert self.weights is not None
             found = inception_metrics(
                 images,
-                self._reference(),
+                self._reference,
                 self.weights,
                 metrics=inception,  # type: ignore[arg-type]
                 device=self.device,
@@ -185,17 +187,24 @@ class Evaluation:
                 kid_subset_size=min(1000, len(images)),
                 progress=self.progress,
             )
-            cell |= dict.fromkeys(inception, found)
+            cell |= {self._name(metric): found for metric in inception}
         return cell
 
     def _name(self, metric: str) -> str:
-        """Key of a measure: distances in other features, or to other images, are others."""
-        return f"fd {self.features} {self.part}" if metric == "fd" else metric
+        """Key of a measure: in other features, or to other images, it is another."""
+        if metric == "fd":
+            return f"fd {self.features} {self.part}"
+        return f"{metric} {self._weights_digest[:8]} {self.part}"
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        assert self.weights is not None
+        return check_inception_weights(self.weights)
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         images = self.data.held_out
         rows = torch.arange(min(len(images), self.likelihood_images))
-        return likelihood(
+        return {"asked": self.likelihood_images} | likelihood(
             model.score,
             images.load(rows),
             levels=images.levels,
@@ -206,14 +215,16 @@ class Evaluation:
             progress=self.progress,
         )
 
+    @cached_property
     def _reference(self) -> Tensor:
         images: Images = getattr(self.data, self.part)
         return as_bytes(images.load(torch.arange(len(images))), images.levels)
 
+    @cached_property
     def _reference_statistics(self) -> FeatureStatistics:
-        network = self._network()
-        return FeatureStatistics.of(self._reference(), network, progress=self.progress)
+        return FeatureStatistics.of(self._reference, self._network, progress=self.progress)
 
+    @cached_property
     def _network(self) -> FeatureNetwork:
         if self.features != "classifier":
             return load_features(self.features)
@@ -322,27 +333,33 @@ def _row(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
 def markdown_table(found: Mapping[str, Any]) -> str:
     """Recipes against measures: means over repetitions, with their spread."""
     rows = found["recipes"]
-    names = list(dict.fromkeys(name for row in rows for c in row["cells"].values() for name in c))
+    numbers = [[_numbers(cell) for cell in row["cells"].values()] for row in rows]
+    names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
     lines = [
         "| solver | NFE | " + " | ".join(names) + " |",
         "| --- | ---: |" + " ---: |" * len(names),
     ]
-    for row in rows:
+    for row, found_numbers in zip(rows, numbers, strict=True):
         cells = []
         for name in names:
-            values = [_number(cell[name], name) for cell in row["cells"].values() if name in cell]
-            if not values:
-                cells.append("")
-            elif len(values) == 1:
-                cells.append(f"{values[0]:.3f}")
-            else:
+            values = [cell[name] for cell in found_numbers if name in cell]
+            if len(values) > 1:
                 cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+            else:
+                cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
         lines.append(f"| {sampling['solver']} | {sampling['nfe']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _number(measure: Mapping[str, Any], name: str) -> float:
-    if name.startswith("fd "):
-        return float(measure["frechet_distance"])
-    return float(measure["metrics"]["precision" if name == "prc" else name]["value"])
+def _numbers(cell: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a cell, by what they are called in a table."""
+    numbers = {}
+    for key, measure in cell.items():
+        metric, _, rest = key.partition(" ")
+        if metric == "fd":
+            numbers[key] = float(measure["frechet_distance"])
+            continue
+        for name in ("precision", "recall") if metric == "prc" else (metric,):
+            numbers[f"{name} {rest}"] = float(measure["metrics"][name]["value"])
+    return numbers

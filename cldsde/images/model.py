@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ __all__ = [
     "MODEL",
     "ImageModel",
     "ImageSpace",
+    "Statistics",
+    "data_statistics",
     "load_model",
     "make_model",
-    "make_model_of",
     "make_network",
     "read_model",
     "save_model",
@@ -45,27 +47,73 @@ class ImageSpace:
         ``(C, H, W)``.
     levels
         Grey levels.
+    dequantised
+        Whether the model saw levels spread over their bins.
     classes
         Number of classes that the network is told of; None where it is told none.
+    always_classes
+        Whether it always is: then it cannot draw an image of no class.
     """
 
     shape: tuple[int, int, int]
     levels: int = 256
+    dequantised: bool = False
     classes: int | None = None
+    always_classes: bool = False
 
     @classmethod
-    def of(cls, images: Images, *, conditional: bool) -> ImageSpace:
-        """That of a data set.
+    def of(cls, images: Images, config: RunConfig) -> ImageSpace:
+        """That of a configuration's data.
 
         Raises
         ------
         ValueError
             If classes are wanted of images that have none.
         """
+        conditional = config.network.conditional
         if conditional and (images.labels is None or images.classes is None):
             msg = "network.conditional: the images have no classes"
             raise ValueError(msg)
-        return cls(images.shape, images.levels, images.classes if conditional else None)
+        return cls(
+            images.shape,
+            images.levels,
+            config.data.dequantise,
+            images.classes if conditional else None,
+            conditional and config.network.label_dropout == 0,
+        )
+
+
+class Statistics(NamedTuple):
+    """Mean and variance of the data in [−1, 1], for the reference of the score.
+
+    Attributes
+    ----------
+    data_mean, data_variance
+        ``()``, ``(C, 1, 1)`` or ``(C, H, W)``, float64.
+    """
+
+    data_mean: Tensor
+    data_variance: Tensor
+
+
+def data_statistics(config: RunConfig, images: Images) -> Statistics:
+    """Mean and variance as a configuration's reference takes them.
+
+    Raises
+    ------
+    ValueError
+        If some variance is 0.
+    """
+    found = Statistics(
+        *channel_statistics(images, per=config.score.reference, dequantise=config.data.dequantise)
+    )
+    if not bool((found.data_variance > 0).all()):
+        msg = (
+            f"score.reference: with {config.score.reference!r} some variance of the data is 0; "
+            "take a coarser one"
+        )
+        raise ValueError(msg)
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,12 +161,12 @@ def make_network(config: RunConfig, space: ImageSpace, device: str = "cpu") -> n
                 **config.network.options,
             )
         except ValueError as error:
-            msg = f"network.options: {error}"
+            msg = f"network.options.{error}"
             raise ValueError(msg) from error
 
 
 def make_model(
-    config: RunConfig, space: ImageSpace, mean: Tensor | None = None, variance: Tensor | None = None
+    config: RunConfig, space: ImageSpace, statistics: Statistics | None = None
 ) -> MixedScore:
     """An untrained model; its weights are those of the configuration's seed.
 
@@ -128,36 +176,19 @@ def make_model(
         The configuration.
     space
         The images.
-    mean, variance
-        Of the data, see `cldsde.images.data.channel_statistics`; None where weights are going
-        to be loaded.
+    statistics
+        Of the data; None where weights are going to be loaded, which bring their own.
 
     Raises
     ------
     ValueError
-        If the network does not fit the images, or the data do not vary.
+        If the network does not fit the images.
     """
-    sde, network = config.process.make(), make_network(config, space)
-    if mean is None or variance is None:
+    if statistics is None:
         shape = {"scalar": (), "channel": (space.shape[0], 1, 1), "pixel": space.shape}
-        mean = torch.zeros(shape[config.score.reference])
-        variance = torch.ones(shape[config.score.reference])
-    if not bool((variance > 0).all()):
-        msg = (
-            f"score.reference: with {config.score.reference!r} some variance of the data is 0; "
-            "take a coarser one"
-        )
-        raise ValueError(msg)
-    return MixedScore(network, sde, mean, variance)
-
-
-def make_model_of(config: RunConfig, images: Images) -> MixedScore:
-    """An untrained model for a data set, whose mean and variance its reference takes."""
-    space = ImageSpace.of(images, conditional=config.network.conditional)
-    mean, variance = channel_statistics(
-        images, per=config.score.reference, dequantise=config.data.dequantise
-    )
-    return make_model(config, space, mean, variance)
+        size = shape[config.score.reference]
+        statistics = Statistics(torch.zeros(size), torch.ones(size))
+    return MixedScore(make_network(config, space), config.process.make(), *statistics)
 
 
 def save_model(
@@ -170,8 +201,7 @@ def save_model(
     """Write ``model.safetensors``, whole or not at all."""
     metadata = {
         "shape": json.dumps(space.shape),
-        "levels": str(space.levels),
-        "classes": json.dumps(space.classes),
+        "space": json.dumps([space.levels, space.dequantised, space.classes, space.always_classes]),
         "images_seen": str(images_seen),
         "config": config.model_digest(),
     }
@@ -224,9 +254,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
             msg = "it was written for another process, network or reference than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
-        space = ImageSpace(
-            (channels, height, width), int(metadata["levels"]), json.loads(metadata["classes"])
-        )
+        space = ImageSpace((channels, height, width), *json.loads(metadata["space"]))
         score = make_model(config, space)
         score.load_state_dict(tensors)
         seen = int(metadata["images_seen"])

@@ -90,7 +90,7 @@ class UNet(_ScoreNetwork):
     inputs, outputs
         Components of the state and driven components.
     channels
-        Channels of each level, from full resolution down, each divisible by ``groups``.
+        Channels of each level, from full resolution down; each of the groups has two or more.
     blocks
         Residual blocks a level.
     groups
@@ -131,8 +131,12 @@ class UNet(_ScoreNetwork):
     ) -> None:
         _check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
         attends = _levels(shape, channels, attention)
-        if any(width % groups for width in channels):
-            msg = f"groups must divide each of the channels, {list(channels)}; got {groups}"
+        if any(width % groups or width == groups for width in channels):
+            # A norm of single channels would take out what the clock adds to them.
+            msg = (
+                f"groups must divide each of the channels, {list(channels)}, into two or more; got "
+                f"{groups}"
+            )
             raise ValueError(msg)
         _check_heads(head_channels, channels, attends)
         _check_dropout(dropout)

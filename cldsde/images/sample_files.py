@@ -24,8 +24,7 @@ from cldsde.images.figures import picture, save_grid
 from cldsde.images.files import write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
-from cldsde.images.sampling import GuidedScore, check_sampling, draw_images, make_solver
-from cldsde.score import Score
+from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
 from cldsde.solvers import Solver
 from cldsde.solvers.progress import progress_bar
 
@@ -78,6 +77,10 @@ class SampleRequest:
         OSError
             If the output cannot be written.
         """
+        space = self.model.space
+        if self.guidance != 1 and space.always_classes:
+            msg = "--guidance needs a network trained without classes, too (network.label_dropout)"
+            raise ValueError(msg)
         if self.batch < 1:
             msg = f"--batch must be at least 1; got {self.batch}"
             raise ValueError(msg)
@@ -105,6 +108,9 @@ class SampleRequest:
         if out.exists() and out.is_dir() == bool(out.suffix):
             msg = f"--out: {out} is there already, as another kind of file"
             raise ValueError(msg)
+        if out.is_dir() and any(out.iterdir()) and not _parts_folder(out).exists():
+            msg = f"--out: {out} holds files already; name another folder"
+            raise ValueError(msg)
         check_sampling(self.model.score, self.sampling)
         solver = make_solver(self.sampling)
         if self.known is not None and not isinstance(solver, Solver):
@@ -117,28 +123,12 @@ class SampleRequest:
 
     def batches(self) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of the batches; all images of a batch are of one class."""
-        classes = self.model.space.classes
-        groups: list[tuple[int | None, list[int]]]
-        if self.label == "all":
-            assert classes is not None
-            groups = [
-                (c, [seed for seed in self.seeds if seed % classes == c]) for c in range(classes)
-            ]
-        else:
-            groups = [(self.label, list(self.seeds))]
-        return [
-            (label, seeds[first : first + self.batch])
-            for label, seeds in groups
-            for first in range(0, len(seeds), self.batch)
-        ]
+        return class_batches(self.model.space, self.seeds, self.batch, self.label)
 
     def draw(self, label: int | None, seeds: list[int]) -> Tensor:
         """Images of one batch, uint8."""
-        space, model = self.model.space, self.model.score
-        score: Score = model
-        if label is not None:
-            assert space.classes is not None
-            score = GuidedScore(model, label, space.classes, self.guidance)
+        space = self.model.space
+        score = guided(self.model.score, space, label, self.guidance)
         return draw_images(
             score, space, seeds, self.sampling, around=self._around(), batch=len(seeds)
         )
@@ -165,7 +155,8 @@ class SampleRequest:
         if self.known is None:
             return None
         shape = self.model.space.shape
-        known = to_unit(_picture_of(self.known, shape, "--known"))
+        known = _picture_of(self.known, shape, "--known")
+        known = (known + 0.5) / 128 - 1 if self.model.space.dequantised else to_unit(known)
         if self.colourise:
             if shape[0] != 3:
                 msg = f"--colourise needs a model of colour images; this one makes {shape}"
@@ -215,7 +206,9 @@ def draw_to(
         _open_parts(parts, digest)
     wait()
     batches = request.batches()
-    mine = range(process, len(batches), processes)
+    missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
+    wait()
+    mine = missing[process::processes]
     bar = progress_bar(
         None,
         shown=process == 0,
@@ -226,10 +219,9 @@ def draw_to(
     with bar:
         for i in mine:
             label, seeds = batches[i]
+            images = request.draw(label, seeds)
             file = parts / f"{i:08d}.npy"
-            if not file.exists():
-                images = request.draw(label, seeds)
-                write_whole(file, partial(_save_array, array=images.numpy()))
+            write_whole(file, partial(_save_array, array=images.numpy()))
             bar.update(len(seeds))
     wait()
     if process == 0:
@@ -254,7 +246,7 @@ def _gather(
         for images, seeds in read():
             for image, seed in zip(images, seeds, strict=True):
                 file = out / f"{seed:0{digits}d}.png"
-                write_whole(file, picture(image, levels).save)
+                picture(image, levels).save(file)  # whole from the parts, if this is cut off
         return
     drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
     order = np.argsort(drawn)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
+from cldsde.images.config_files import checked_options
 from cldsde.images.data import to_levels
 from cldsde.images.imputation import Imputation
 from cldsde.images.model import ImageSpace
@@ -20,7 +21,16 @@ from cldsde.score import MixedScore, ReverseProcess, Score
 from cldsde.solvers import Integrator, SampleNoise, Solver, find_solver, grids, solve
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["GuidedScore", "check_sampling", "draw_images", "make_solver", "time_grid"]
+__all__ = [
+    "GuidedScore",
+    "check_sampling",
+    "class_batches",
+    "draw_images",
+    "draw_of_classes",
+    "guided",
+    "make_solver",
+    "time_grid",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +47,15 @@ class GuidedScore:
         A model of a conditional network.
     label
         y, one class for all samples.
-    no_label
-        The label that stands for no class.
+    classes
+        Number of classes; the label of that number stands for no class.
     guidance
         w: 0 leaves the class out, 1 is the score given the class, above it is stressed.
     """
 
     model: MixedScore
     label: int
-    no_label: int
+    classes: int
     guidance: float = 1.0
 
     @property
@@ -62,7 +72,7 @@ class GuidedScore:
         device = like.device
         given, free = (
             self.model.tabulate(times, like, condition=torch.tensor(label, device=device))
-            for label in (self.label, self.no_label)
+            for label in (self.label, self.classes)
         )
         if self.guidance == 1:
             return given
@@ -76,7 +86,7 @@ class GuidedScore:
         given = evaluate(torch.tensor(self.label, device=z.device))
         if self.guidance == 1:
             return given
-        return evaluate(torch.tensor(self.no_label, device=z.device)).lerp(given, self.guidance)
+        return evaluate(torch.tensor(self.classes, device=z.device)).lerp(given, self.guidance)
 
 
 def make_solver(sampling: SamplingConfig) -> Solver | Integrator:
@@ -88,12 +98,8 @@ def make_solver(sampling: SamplingConfig) -> Solver | Integrator:
         If there is none of that name, or it has no such option.
     """
     solver = find_solver(sampling.solver)
-    try:
-        made: Any = dataclasses.replace(solver, **sampling.options)  # type: ignore[type-var]
-    except TypeError as error:
-        known = ", ".join(entry.name for entry in dataclasses.fields(solver))  # type: ignore[arg-type]
-        msg = f"sampling.options: {type(solver).__name__} takes {known or 'none'}; {error}"
-        raise ValueError(msg) from error
+    options = checked_options(type(solver), sampling.options)
+    made: Any = dataclasses.replace(solver, **options)  # type: ignore[type-var]
     assert isinstance(made, Solver | Integrator)
     return made
 
@@ -139,10 +145,14 @@ def check_sampling(
         If solver, options, budget and process do not fit.
     """
     process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
-    solver = make_solver(sampling)
-    times = time_grid(process, solver, sampling)
-    if isinstance(solver, Solver):
-        (solver if around is None else around(solver)).prepare(process, times)
+    try:
+        solver = make_solver(sampling)
+        times = time_grid(process, solver, sampling)
+        if isinstance(solver, Solver):
+            (solver if around is None else around(solver)).prepare(process, times)
+    except ValueError as error:
+        msg = f"sampling.{error}"
+        raise ValueError(msg) from error
 
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
@@ -228,6 +238,70 @@ def draw_images(
                 msg = f"{sampling.solver} failed: {found.message}"
                 raise FloatingPointError(msg)
             data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
-            images.append(to_levels(data.cpu(), space.levels))
+            images.append(to_levels(data.cpu(), space.levels, dequantised=space.dequantised))
             bar.update(len(start))
     return torch.cat(images)
+
+
+def class_batches(
+    space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
+) -> list[tuple[int | None, list[int]]]:
+    """Classes and seeds of batches, all images of one of which are of one class.
+
+    Parameters
+    ----------
+    space
+        The images.
+    seeds
+        Of the images.
+    batch
+        Images of a batch, at most.
+    label
+        The class of all; ``"all"``, or None where the model knows no other than images of a class:
+        class i modulo their number for seed i.
+    """
+    groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
+    if label is not None and label != "all":
+        groups = [(label, list(seeds))]
+    elif space.classes is not None and (label == "all" or space.always_classes):
+        groups = [
+            (c, [seed for seed in seeds if seed % space.classes == c]) for c in range(space.classes)
+        ]
+    return [
+        (label, some[first : first + batch])
+        for label, some in groups
+        for first in range(0, len(some), batch)
+    ]
+
+
+def draw_of_classes(
+    model: MixedScore,
+    space: ImageSpace,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    batch: int = 64,
+    progress: bool = False,
+) -> Tensor:
+    """Images of a model as it was trained: of no class, or else of all classes in turn.
+
+    Parameters and result are those of `draw_images`.
+    """
+    drawn: dict[int, Tensor] = {}
+    batches = class_batches(space, seeds, batch)
+    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+        for label, some in batches:
+            score = guided(model, space, label)
+            drawn |= dict(zip(some, draw_images(score, space, some, sampling), strict=True))
+            bar.update(len(some))
+    return torch.stack([drawn[seed] for seed in seeds])
+
+
+def guided(
+    model: MixedScore, space: ImageSpace, label: int | None, guidance: float = 1.0
+) -> MixedScore | GuidedScore:
+    """The score of a class, or of none."""
+    if label is None:
+        return model
+    assert space.classes is not None
+    return GuidedScore(model, label, space.classes, guidance)

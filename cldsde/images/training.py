@@ -1,68 +1,89 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
 All randomness is a function of the seed and of the number of images seen (`cldsde.images.streams`),
-so that a run does not depend on how many processes share it, nor on where it was interrupted.
+so that a run depends neither on how many processes share it nor on where it was interrupted.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DynamoBackend
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from accelerate.utils import DynamoBackend, broadcast_object_list
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
 from cldsde.images.figures import save_grid
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import (
     MODEL,
     ImageSpace,
-    make_model_of,
+    Statistics,
+    data_statistics,
+    make_model,
     make_network,
     read_model,
     save_model,
 )
 from cldsde.images.runs import RunFolder
-from cldsde.images.sampling import check_sampling, draw_images
+from cldsde.images.sampling import check_sampling, draw_of_classes
 from cldsde.images.streams import image_order, stream, stream_seed
+from cldsde.images.training_state import STATE, Meter, TrainingState
 from cldsde.score import MixedScore, PerturbedData, TimeSampler
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["STATE", "check_run", "train"]
 
-STATE = "training.safetensors"
-"""File of a run that holds the state of its training until it is done."""
-
-_KIND = "a training state of cldsde, version 1"
+_BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
+_PATIENCE = timedelta(hours=12)  # of processes that wait for the one that writes
 
 
-def check_run(config: RunConfig, data: DataSet) -> None:
+def check_run(
+    config: RunConfig, data: DataSet, *, device: str = "auto", processes: int = 1
+) -> Statistics:
     """Refuse what cannot be trained or sampled, before anything is made.
+
+    Parameters
+    ----------
+    config, data, device
+        As `train` takes them.
+    processes
+        How many processes will share the work.
+
+    Returns
+    -------
+    Statistics
+        Mean and variance of the data, for `train`.
 
     Raises
     ------
     ValueError
-        If network, process, solver and images do not fit; the message names the key.
+        If network, process, solver, images, device and processes do not fit; the message names the
+        key.
     """
-    space = ImageSpace.of(data.train, conditional=config.network.conditional)
+    space = ImageSpace.of(data.train, config)
     make_network(config, space, device="meta")
-    try:
-        check_sampling(lambda z, t: z, config.sampling, config.process.make())
-    except ValueError as error:
-        msg = f"sampling: {error}"
-        raise ValueError(msg) from error
+    check_sampling(lambda z, t: z, config.sampling, config.process.make())
+    _shares(config, processes)
+    if device.startswith("cuda:") and processes > 1:
+        msg = f"device: {device} cannot be that of {processes} processes; take 'auto'"
+        raise ValueError(msg)
+    if config.training.precision == "fp16" and (
+        device in {"cpu", "mps"} or not torch.cuda.is_available()
+    ):
+        msg = "training.precision: 'fp16' needs a GPU; take 'fp32' or 'bf16'"
+        raise ValueError(msg)
+    return data_statistics(config, data.train)
 
 
 def train(
@@ -71,15 +92,17 @@ def train(
     run: RunFolder,
     *,
     device: str = "auto",
+    statistics: Statistics | None = None,
     progress: bool = False,
 ) -> MixedScore:
     """Train a model; return it with averaged weights, in evaluation mode.
 
     Writes to the run folder lines of ``metrics.jsonl`` and TensorBoard's events, grids of samples,
     ``model.safetensors`` with the averaged weights, and until it is done the whole training state.
-    A run that was interrupted goes on from the last state and ends with the same bits, on the same
-    machine, as one that was not; a run that is done is loaded. Under ``torchrun`` or ``accelerate
-    launch`` the processes share each batch.
+    A run that was interrupted goes on from the last state and on the host ends with the same bits,
+    on the same machine, as one that was not; on a GPU up to kernels that are not deterministic
+    themselves. A run that is done is loaded. Under ``torchrun`` or ``accelerate launch`` the
+    processes share each batch.
 
     Parameters
     ----------
@@ -91,6 +114,8 @@ def train(
         Where to write.
     device
         ``"auto"``: the GPU that the process is given, or the host; or the name of a device.
+    statistics
+        What `check_run` returned, if it was called.
     progress
         Show a progress bar with loss and time left on stderr.
 
@@ -102,24 +127,29 @@ def train(
     Raises
     ------
     ValueError
-        If configuration, data and device do not fit, or a file of the run is damaged.
+        If configuration, data and device do not fit, or a file of the run cannot be used.
     FloatingPointError
         If the loss or a weight is not finite; the last state saved stays.
     OSError
         If a file cannot be written; the last state saved stays.
     """
-    trainer = _Trainer(config, data, run, device)
+    if statistics is None:
+        statistics = check_run(config, data, device=device)
     try:
-        with torch.random.fork_rng():  # dropout draws from the global generator
+        engine = _engine(config, device)
+        trainer = _Trainer(config, data, statistics, run, engine)
+        gpus = [engine.device] if engine.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # dropout draws from the global generators
             return trainer.run(progress=progress)
     finally:
-        trainer.close()
+        # Another training of this process may take another precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 class _Part(NamedTuple):
-    """A micro-batch of one process: images in [−1, 1], classes, times, and weights of the times."""
+    """What goes through the network at once; images in [−1, 1]."""
 
-    number: int
+    first: int
     images: Tensor
     labels: Tensor | None
     t: Tensor
@@ -129,83 +159,107 @@ class _Part(NamedTuple):
 class _Trainer:
     """One process of a training."""
 
-    def __init__(self, config: RunConfig, data: DataSet, run: RunFolder, device: str) -> None:
-        self.config, self.data, self.folder = config, data, run
+    def __init__(
+        self,
+        config: RunConfig,
+        data: DataSet,
+        statistics: Statistics,
+        run: RunFolder,
+        engine: Accelerator,
+    ) -> None:
+        self.config, self.data, self.folder, self.engine = config, data, run, engine
         self.settings = settings = config.training
-        self.space = ImageSpace.of(data.train, conditional=config.network.conditional)
-        self.engine = _engine(settings.precision, compiled=settings.compile, device=device)
-        self.parts = _parts(config, self.engine)
+        self.space = ImageSpace.of(data.train, config)
+        self.share, self.part_size, self.block = _shares(config, engine.num_processes)
 
-        self.model = make_model_of(config, data.train).to(self.engine.device)
+        self.model = make_model(config, self.space, statistics).to(engine.device)
         self.network = self.model.network
-        self.average = AveragedModel(self.network)
-        fused = self.engine.device.type in {"cpu", "cuda"}
+        self.average: MixedScore = (
+            copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+        )
         optimiser = torch.optim.AdamW(
             self.network.parameters(),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            fused=fused,
+            fused=engine.device.type in {"cpu", "cuda"},
         )
         # Wrapped are the network and the optimiser alone: times, kernels, noise and loss keep
         # their precision.
-        self.wrapped, self.optimiser = self.engine.prepare(self.network, optimiser)
+        self.wrapped, self.optimiser = engine.prepare(self.network, optimiser)
         self.sampler = _time_sampler(self.model, config)
-        self.state = _State(self.network, self.average, optimiser, self.engine)
-        self.board: Any = None
-
-    def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
-        self.engine.free_memory()
-        # Another training of this process may take another precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
+        self.meter = Meter(engine)
+        self.state = TrainingState(
+            config,
+            statistics,
+            {"network": self.network, "average": self.average.network},
+            optimiser,
+            self.meter,
+            engine,
+        )
 
     def run(self, *, progress: bool) -> MixedScore:
-        total = self.settings.steps
-        if self._finished():
+        total, batch = self.settings.steps, self.settings.batch
+        start, seconds = self._start()
+        if start == total:
             return read_model(self.folder / MODEL, self.config, self.engine.device).score
-        start, seconds = self.state.load(self.folder) if self._interrupted() else (0, 0.0)
-        self._open_logs(start)
+        board = self._open_logs(start)
         began = time.monotonic() - seconds
-        meter = _Meter(self.engine)
         bar = progress_bar(
             None,
             shown=progress and self.engine.is_main_process,
-            initial=start * self.settings.batch,
-            total=total * self.settings.batch,
+            initial=start * batch,
+            total=total * batch,
             unit="image",
             unit_scale=True,
             desc="training",
         )
         with bar, ThreadPoolExecutor(1) as loader:
             for step, parts in enumerate(self._batches(loader, start), start):
-                loss, norm = self._step(step, parts)
-                meter.add(loss, norm)
+                self.meter.add(*self._step(step, parts))
                 done = step + 1
-                bar.update(self.settings.batch)
+                bar.update(batch)
                 if self._due(self.settings.log_every, done):
-                    self._log(done, meter, time.monotonic() - began, bar)
-                if self._due(self.settings.save_every, done):
-                    self._save(done, meter, time.monotonic() - began)
+                    self._log(done, time.monotonic() - began, bar, board)
                 if self._due(self.settings.sample_every, done):
                     self._draw(done)
+                if self._due(self.settings.save_every, done):
+                    self._save(done, time.monotonic() - began)
+        if board is not None:
+            board.close()
         self.engine.wait_for_everyone()
         if self.engine.is_main_process:
             (self.folder / STATE).unlink(missing_ok=True)
         self.engine.wait_for_everyone()
-        return self._averaged()
+        return self.average
 
-    def _finished(self) -> bool:
-        if not (self.folder / MODEL).exists() or self._interrupted():
-            return False
+    def _start(self) -> tuple[int, float]:
+        """Steps done, and seconds spent on them, on which all processes agree."""
+        if (self.folder / STATE).exists():
+            found = self.state.load(self.folder)
+        elif (self.folder / MODEL).exists():
+            found = self._finished(), 0.0
+        else:
+            found = 0, 0.0
+        [first] = broadcast_object_list([found])
+        if first[0] != found[0]:
+            msg = f"{self.folder.path} must be one folder for all processes: they see other states"
+            raise ValueError(msg)
+        return found
+
+    def _finished(self) -> int:
+        file = self.folder / MODEL
         try:
-            seen = read_model(self.folder / MODEL, self.config).images_seen
+            seen = read_model(file, self.config).images_seen
         except ValueError as error:
             raise ValueError(self.folder.damaged(MODEL, error)) from error
-        return seen >= self.settings.steps * self.settings.batch
-
-    def _interrupted(self) -> bool:
-        return (self.folder / STATE).exists()
+        steps = self.settings.steps
+        if seen != steps * self.settings.batch:
+            msg = (
+                f"{file} is of {seen} images, and the state to go on from, {STATE}, is missing; "
+                "put it back, or begin again in another folder"
+            )
+            raise ValueError(msg)
+        return steps
 
     def _due(self, every: int, done: int) -> bool:
         """Whether a multiple of so many images was passed in the last step, or all are done."""
@@ -215,57 +269,64 @@ class _Trainer:
 
     def _batches(self, loader: ThreadPoolExecutor, start: int) -> Iterator[list[_Part]]:
         """Batches of this process, the next of which is read while one is trained on."""
-        steps = range(start, self.settings.steps)
-        coming = loader.submit(self._load, start) if steps else None
-        for step in steps:
-            assert coming is not None
+        coming = loader.submit(self._load, start)
+        for step in range(start, self.settings.steps):
             ready = coming.result()
-            coming = loader.submit(self._load, step + 1) if step + 1 in steps else None
+            if step + 1 < self.settings.steps:
+                coming = loader.submit(self._load, step + 1)
             yield ready
 
     def _load(self, step: int) -> list[_Part]:
-        settings, seed = self.settings, self.config.seed
-        size = settings.batch // self.parts
-        images = self.data.train
-        t, weight = self.sampler.sample(settings.batch, generator=stream(seed, "times", step))
-        order = image_order(seed, len(images), step * settings.batch, settings.batch)
+        batch, seed = self.settings.batch, self.config.seed
+        t, weight = self.sampler.sample(batch, generator=stream(seed, "times", step))
+        order = image_order(seed, len(self.data.train), step * batch, batch)
+        begin = self.engine.process_index * self.share
         loaded = []
-        for part in range(self.engine.process_index, self.parts, self.engine.num_processes):
-            mine = slice(part * size, (part + 1) * size)
-            draw = stream(seed, "presentation", step, part)
-            x = augment(
-                images.load(order[mine]),
-                images.levels,
-                flip=self.config.data.flip,
-                dequantise=self.config.data.dequantise,
-                generator=draw,
-            )
-            labels = None
-            if self.space.classes is not None:
-                assert images.labels is not None
-                hidden = torch.rand(size, generator=draw) < self.config.network.label_dropout
-                labels = images.labels[order[mine]].masked_fill(hidden, self.space.classes)
-            loaded.append(_Part(part, x, labels, t[mine], weight[mine]))
+        for first in range(begin, begin + self.share, self.part_size):
+            mine = slice(first, first + self.part_size)
+            x, labels = self._present(step, first, order[mine])
+            loaded.append(_Part(first, x, labels, t[mine], weight[mine].to(torch.float32)))
         return loaded
+
+    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images as they are shown, and their classes, some of them hidden."""
+        images, classes = self.data.train, self.space.classes
+        shown, labels = [], []
+        for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
+            draw = stream(self.config.seed, "presentation", step, first // self.block + block)
+            shown.append(
+                augment(
+                    images.load(some),
+                    images.levels,
+                    flip=self.config.data.flip,
+                    dequantise=self.config.data.dequantise,
+                    generator=draw,
+                )
+            )
+            if classes is not None:
+                assert images.labels is not None
+                hidden = torch.rand(len(some), generator=draw) < self.config.network.label_dropout
+                labels.append(images.labels[some].masked_fill(hidden, classes))
+        return torch.cat(shown), torch.cat(labels) if labels else None
 
     def _step(self, step: int, parts: list[_Part]) -> tuple[Tensor, Tensor]:
         """Update the weights; return this process's mean loss and the gradient's norm."""
+        seed, device = self.config.seed, self.engine.device
         self.network.train()
         self.model.network = self.wrapped
         rate = _learning_rate(self.config, step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        total = torch.zeros((), device=self.engine.device)
+        total = torch.zeros((), device=device)
         for part in parts:
+            blocks = range(part.first // self.block, (part.first + len(part.t)) // self.block)
+            noise = [stream(seed, "noise", step, block, device=device) for block in blocks]
+            torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
+            weight = part.weight.to(device, non_blocking=True)
             last = part is parts[-1]
-            torch.manual_seed(stream_seed(self.config.seed, "dropout", step, part.number))
             with nullcontext() if last else self.engine.no_sync(self.wrapped):
-                noise = stream(
-                    self.config.seed, "noise", step, part.number, device=self.engine.device
-                )
-                losses = self._losses(self.model, part, noise)
-                loss = (part.weight.to(losses) * losses).mean() / len(parts)
+                loss = (weight * self._losses(self.model, part, noise)).mean() / len(parts)
                 self.engine.backward(loss)
             total += loss.detach()
         self.model.network = self.network
@@ -273,11 +334,13 @@ class _Trainer:
         norm = self.engine.clip_grad_norm_(self.network.parameters(), bound)
         self.optimiser.step()
         decay = min(self.settings.ema_decay, (step + 1) / (step + 10))
-        self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.average.update_parameters(self.network)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.average.network.parameters()), list(self.network.parameters()), None)
         return total, cast(Tensor, norm)
 
-    def _losses(self, model: MixedScore, part: _Part, generator: torch.Generator) -> Tensor:
+    def _losses(
+        self, model: MixedScore, part: _Part, generator: torch.Generator | list[torch.Generator]
+    ) -> Tensor:
         """Loss of each image, ``(B,)``."""
         device = self.engine.device
         pair = PerturbedData.draw(
@@ -288,49 +351,47 @@ class _Trainer:
             generator=generator,
         )
         labels = None if part.labels is None else part.labels.to(device, non_blocking=True)
-        output = model(pair.z, pair.t, prediction="noise", condition=labels)
-        return pair.loss(output, "noise", weighting=self.settings.weighting)
+        return model.loss(pair, weighting=self.settings.weighting, condition=labels)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         """Loss of the averaged model on images not trained on, at times and noise that stay."""
         images = self.data.held_out
         count = min(len(images), self.settings.held_out)
-        size = self.settings.batch // self.parts
         # Neighbours in the data set get times that are far apart.
         order = torch.randperm(count, generator=stream(0, "held-out times"))
         t, weight = self.sampler.quantiles((order + 0.5) / count)
         noise = stream(0, "held-out noise", device=self.engine.device)
-        model = self._averaged()
+        draw = stream(0, "held-out presentation")
         sums = []
-        for rows in torch.arange(count).split(size):  # type: ignore[no-untyped-call]
-            x = augment(images.load(rows), images.levels, flip=False, dequantise=False)
-            labels = None
-            if self.space.classes is not None and images.labels is not None:
-                labels = images.labels[rows]
+        for rows in torch.arange(count).split(self.part_size):  # type: ignore[no-untyped-call]
+            x = augment(
+                images.load(rows),
+                images.levels,
+                flip=False,
+                dequantise=self.config.data.dequantise,
+                generator=draw,
+            )
+            conditional = self.space.classes is not None and images.labels is not None
+            labels = cast(Tensor, images.labels)[rows] if conditional else None
             part = _Part(0, x, labels, t[rows], weight[rows])
-            losses = self._losses(model, part, noise)
+            losses = self._losses(self.average, part, noise)
             sums.append((weight[rows].to(losses) * losses).double().sum())
         return float(torch.stack(sums).sum()) / count
 
-    def _averaged(self) -> MixedScore:
-        """The model with averaged weights, which it shares with the average."""
-        model = MixedScore(
-            self.average.module, self.model.sde, self.model.data_mean, self.model.data_variance
-        )
-        return model.eval().requires_grad_(requires_grad=False)
-
-    def _open_logs(self, start: int) -> None:
+    def _open_logs(self, start: int) -> Any:
+        """TensorBoard's writer, of the process that writes; lines of steps to come are dropped."""
         if not self.engine.is_main_process:
-            return
+            return None
         from torch.utils.tensorboard import SummaryWriter
 
         seen = start * self.settings.batch
         self.folder.forget_metrics_after(seen)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=seen + 1)
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=seen + 1)
 
-    def _log(self, done: int, meter: _Meter, seconds: float, bar: Any) -> None:
-        loss, norm = meter.read()
+    def _log(self, done: int, seconds: float, bar: Any, board: Any) -> None:
+        loss, norm = self.meter.means()
+        self.meter.clear()
         seen = done * self.settings.batch
         self._check_finite(loss, seen)
         if not self.engine.is_main_process:
@@ -346,20 +407,18 @@ class _Trainer:
         self.folder.log(record)
         for name, value in record.items():
             if name != "images":
-                self.board.add_scalar(f"training/{name}", value, seen)
-        self.board.flush()
+                board.add_scalar(f"training/{name}", value, seen)
+        board.flush()
         bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{record['held_out_loss']:.4f}")
 
-    def _save(self, done: int, meter: _Meter, seconds: float) -> None:
+    def _save(self, done: int, seconds: float) -> None:
         seen = done * self.settings.batch
-        self._check_finite(meter.peek(), seen)
+        self._check_finite(self.meter.means()[0], seen)
         if self.engine.is_main_process:
             try:
                 if done < self.settings.steps:
                     self.state.save(self.folder, done, seconds)
-                save_model(
-                    self.folder, self._averaged().state_dict(), self.config, self.space, seen
-                )
+                save_model(self.folder, self.average.state_dict(), self.config, self.space, seen)
             except OSError as error:
                 msg = f"the state of {seen} images could not be saved; the last one stays: {error}"
                 raise OSError(msg) from error
@@ -367,11 +426,8 @@ class _Trainer:
 
     def _check_finite(self, loss: float, seen: int) -> None:
         """Raise before weights that are no numbers reach a file."""
-        weights = [x.detach() for x in self.average.parameters()]
-        finite = math.isfinite(loss) and bool(
-            torch.stack([x.isfinite().all() for x in weights]).all()
-        )
-        if not finite:
+        finite = torch.stack([x.isfinite().all() for x in self.average.parameters()])
+        if not (math.isfinite(loss) and bool(finite.all())):
             msg = (
                 f"the loss became {loss} before {seen} images, or a weight did; the last state "
                 "saved stays. Lower training.learning_rate"
@@ -380,40 +436,53 @@ class _Trainer:
 
     def _draw(self, done: int) -> None:
         if self.engine.is_main_process:
-            seen = done * self.settings.batch
             seeds = range(self.settings.sample_grid)
-            images = draw_images(self._averaged(), self.space, seeds, self.config.sampling)
+            sheet = draw_of_classes(
+                self.average, self.space, seeds, self.config.sampling, batch=self.part_size
+            )
             (self.folder / "samples").mkdir(exist_ok=True)
-            name = f"samples/{seen:010d}.png"
-            self.folder.write(name, lambda file: save_grid(file, images, self.space.levels))
+            name = f"samples/{done * self.settings.batch:010d}.png"
+            self.folder.write(name, lambda file: save_grid(file, sheet, self.space.levels))
         self.engine.wait_for_everyone()
 
 
-def _engine(precision: str, *, compiled: bool, device: str) -> Accelerator:
+def _engine(config: RunConfig, device: str) -> Accelerator:
+    settings = config.training
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        msg = "training.precision: 'fp16' needs a GPU; take 'fp32' or 'bf16'"
-        raise ValueError(msg)
-    return Accelerator(
+    engine = Accelerator(
         cpu=device == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        dynamo_backend=DynamoBackend.INDUCTOR if compiled else DynamoBackend.NO,
+        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+        dynamo_backend=DynamoBackend.INDUCTOR if settings.compile else DynamoBackend.NO,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
+    wanted = device.partition(":")[0]
+    if wanted not in {"auto", engine.device.type}:
+        # accelerate settles on a device once for each process.
+        msg = f"device: this process has settled on {engine.device}; {device!r} needs a new one"
+        raise ValueError(msg)
+    return engine
 
 
-def _parts(config: RunConfig, engine: Accelerator) -> int:
-    """Micro-batches of a batch, which the processes share evenly."""
-    settings = config.training
-    parts = settings.batch // (settings.micro_batch or settings.batch)
-    if parts % engine.num_processes:
+def _shares(config: RunConfig, processes: int) -> tuple[int, int, int]:
+    """Images of a process, of one pass through the network, and of a block, in each batch."""
+    batch, most = config.training.batch, config.training.micro_batch
+    block = math.gcd(batch, _BLOCK)
+    if batch % (block * processes):
         msg = (
-            f"training.micro_batch must split the batch of {settings.batch} into a multiple of "
-            f"{engine.num_processes} parts, one or more for each process; got "
-            f"{settings.micro_batch}, which makes {parts}"
+            f"training.batch must be a multiple of {block * processes} for {processes} processes, "
+            f"which take {block} images or a multiple each; got {batch}"
         )
         raise ValueError(msg)
-    return parts
+    share = batch // processes
+    part = share if most is None or most >= share else most
+    if share % part or part % block:
+        msg = (
+            f"training.micro_batch must divide the {share} images of a process, and be a multiple "
+            f"of {block}; got {most}"
+        )
+        raise ValueError(msg)
+    return share, part, block
 
 
 def _time_sampler(model: MixedScore, config: RunConfig) -> TimeSampler:
@@ -438,81 +507,3 @@ def _learning_rate(config: RunConfig, step: int) -> float:
     if settings.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     return rate
-
-
-class _Meter:
-    """Means of the loss and of the gradient's norm, read seldom: reading waits for the device."""
-
-    def __init__(self, engine: Accelerator) -> None:
-        self._engine = engine
-        self._sum = torch.zeros(2, device=engine.device)
-        self._count = 0
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._sum += torch.stack([loss, norm.detach().to(loss)])
-        self._count += 1
-
-    def peek(self) -> float:
-        """Mean loss since the last reading; 0 where there was no step."""
-        return self._means()[0]
-
-    def read(self) -> tuple[float, float]:
-        """Mean loss and norm over all processes since the last reading."""
-        means = self._means()
-        self._sum.zero_()
-        self._count = 0
-        return means
-
-    def _means(self) -> tuple[float, float]:
-        if not self._count:
-            return 0.0, 0.0
-        means = self._engine.reduce(self._sum / self._count, "mean")
-        loss, norm = cast(Tensor, means).tolist()
-        return loss, norm
-
-
-@dataclass(frozen=True)
-class _State:
-    """Everything that training depends on, to and from one file without code in it."""
-
-    network: nn.Module
-    average: AveragedModel
-    optimiser: torch.optim.Optimizer
-    engine: Accelerator
-
-    def save(self, run: RunFolder, step: int, seconds: float) -> None:
-        tensors = {f"network.{name}": x for name, x in self.network.state_dict().items()}
-        tensors |= {f"average.{name}": x for name, x in self.average.state_dict().items()}
-        for index, values in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
-        scaler = None if self.engine.scaler is None else self.engine.scaler.state_dict()
-        metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
-        save_tensors(run / STATE, _KIND, tensors, metadata)
-
-    def load(self, run: RunFolder) -> tuple[int, float]:
-        try:
-            tensors, metadata = load_tensors(run / STATE, _KIND)
-        except ValueError as error:
-            raise ValueError(run.damaged(STATE, error)) from error
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): x
-                for name, x in tensors.items()
-                if name.startswith(prefix)
-            }
-
-        try:
-            self.network.load_state_dict(part("network."))
-            self.average.load_state_dict(part("average."))
-            optimiser = self.optimiser.state_dict()
-            for key, x in part("optimiser.").items():
-                index, name = key.split(".")
-                optimiser["state"].setdefault(int(index), {})[name] = x
-            self.optimiser.load_state_dict(optimiser)
-            scaler = json.loads(metadata["scaler"])
-            if self.engine.scaler is not None and scaler is not None:
-                self.engine.scaler.load_state_dict(scaler)
-            return int(metadata["step"]), float(metadata["seconds"])
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise ValueError(run.damaged(STATE, error)) from error

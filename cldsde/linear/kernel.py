@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_state
-from cldsde.linear.random import standard_normal
+from cldsde.linear.random import Generators, standard_normal
 
 __all__ = ["Gaussian", "Kernel", "check_density", "check_kernel_shape", "log_density"]
 
@@ -91,9 +91,7 @@ class Kernel:
         """Draw z_t given z_s; see `perturb`, which also returns the noise."""
         return self.perturb(z, generator=generator)[0]
 
-    def perturb(
-        self, z: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def perturb(self, z: Tensor, *, generator: Generators | None = None) -> tuple[Tensor, Tensor]:
         """Draw z_t = mean z_s + root ε.
 
         Parameters
@@ -102,7 +100,7 @@ class Kernel:
             z_s, ``(B, k, *D)``. A kernel of batch shape ``()`` serves the whole batch, one of
             shape ``(B,)`` gives each sample its own.
         generator
-            Source of the normals.
+            Source of the normals; several draw for even shares of the batch.
 
         Returns
         -------

@@ -15,7 +15,7 @@ from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel, check_density
 from cldsde.linear.posterior import Posterior, bayes, flow_rotations, reverse_family
-from cldsde.linear.random import standard_normal
+from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.schedule import Schedule
 
 __all__ = ["LinearSDE"]
@@ -482,7 +482,7 @@ class LinearSDE:
             return None
         return LinearSDE(dynamics, stationary_covariance=self.stationary_covariance)
 
-    def augment(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def augment(self, x: Tensor, generator: Generators | None = None) -> Tensor:
         """Draw z_0 = (x, 0, …) plus noise of the initial covariance.
 
         Parameters

@@ -21,6 +21,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times, check_positive
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
+from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
 from cldsde.score.conversion import (
@@ -84,7 +85,7 @@ class PerturbedData:
         t: TimeLike,
         *,
         conditioning: Conditioning = "data",
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> PerturbedData:
         """Draw z_t from the forward process started at data.
 
@@ -100,7 +101,7 @@ class PerturbedData:
             ``"data"``: the targets of hybrid score matching. ``"all"``: those of denoising score
             matching; z_0 is drawn first.
         generator
-            Source of the normals.
+            Source of the normals; several draw for even shares of the batch.
 
         Raises
         ------

@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
+from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
-from cldsde.score.conversion import whiten
+from cldsde.score.conversion import WhitenedLaw, whiten
+from cldsde.score.matching import PerturbedData, Weighting
 
 __all__ = ["MixedScore"]
 
@@ -160,6 +162,32 @@ class MixedScore(nn.Module):
         part = self._score if prediction == "score" else self._noise
         return part(z, table, condition)
 
+    def loss(
+        self,
+        pair: PerturbedData,
+        *,
+        weighting: Weighting = "reweighted",
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
+
+        Parameters
+        ----------
+        pair
+            States and what is to be learnt there. Hybrid score matching shares its kernels with
+            the score, so that they are computed once.
+        weighting
+            See `Weighting`.
+        condition
+            As `forward` takes it.
+        """
+        if pair.conditioning == "all":
+            # The noise given all of z_0 is in units of another root: only the score is the same.
+            score = self(pair.z, pair.t, condition=condition)
+            return pair.loss(score, "score", weighting=weighting)
+        table = self._coefficients(pair.t, pair.kernel, pair.law).to(pair.z)
+        return pair.loss(self._noise(pair.z, table, condition), "noise", weighting=weighting)
+
     def residual_variance(self, t: Tensor) -> Tensor:
         """Mean squared noise that the reference leaves open, at times ``(n,)``.
 
@@ -183,9 +211,12 @@ class MixedScore(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._variance = self.data_variance.cpu().to(torch.float64)
 
-    def _coefficients(self, times: Tensor) -> _Coefficients:
-        kernel = self.sde.marginal(times)
-        law = whiten(self.sde, kernel, times)
+    def _coefficients(
+        self, times: Tensor, kernel: Kernel | None = None, law: WhitenedLaw | None = None
+    ) -> _Coefficients:
+        if kernel is None or law is None:
+            kernel = self.sde.marginal(times)
+            law = whiten(self.sde, kernel, times)
         psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
         log_snr = 0.5 * law.information().log()
         to_score = -triangular_inverse(noise_root).mT

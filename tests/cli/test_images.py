@@ -12,7 +12,7 @@ from cldsde.cli import main
 
 CONFIG = """
 [network]
-options = { channels = [8, 8] }
+options = { channels = [16, 16] }
 
 [training]
 images = 64
@@ -82,8 +82,11 @@ def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
         ([tmp_path / "missing.toml"], "missing.toml cannot be read"),
         ([config, "--set", "training.btch=3"], "training.btch is not known; did you mean batch?"),
         ([config, "--set", "training.precision=fp8"], "training.precision must be one of"),
-        ([config, "--set", "sampling.solver=ssc"], "sampling: solver must be"),
-        ([config, "--set", "network.options.channels=[8, 9]"], "network.options: groups"),
+        ([config, "--set", "sampling.solver=ssc"], "sampling.solver must be"),
+        (
+            [config, "--set", "network.options.channels=[16, 17]"],
+            "network.options.groups must divide",
+        ),
         ([config, "--set", "data.name=folder"], "data.options.path is missing"),
         ([config, "--resume"], "--resume"),
         ([config, "--seed", "-1"], "seed must lie"),
@@ -120,7 +123,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
         (["--grid", "cubic"], "grid must be one of"),
         (["--t-end", "0"], "t_end must lie"),
         (["--set", "rtol"], "--set takes"),
-        (["--set", "order=3"], "takes"),
+        (["--set", "order=3"], "sampling.options.order is not known"),
         (["--class", "1"], "was not told of classes"),
         (["--known", "x.png"], "--known takes"),
         (["--out", "x.gif"], "--out must be"),

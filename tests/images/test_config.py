@@ -23,7 +23,7 @@ VALID = {
     "process": {"name": "CLD", "options": {"beta": [1.0, 7.0], "mass": 0.3}},
     "network": {
         "name": "UNet",
-        "options": {"channels": [8, 16], "dropout": 0.1},
+        "options": {"channels": [16, 32], "dropout": 0.1},
         "conditional": True,
         "label_dropout": 0.2,
     },

@@ -167,3 +167,11 @@ def test_a_constant_channel_has_variance_zero_exactly():
 def test_statistics_of_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match="per must be scalar, channel or pixel; got 'image'"):
         channel_statistics(ArrayImages(PIXELS), per="image")
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_dequantised_levels_come_back_whatever_was_added(levels):
+    x = torch.arange(levels, dtype=torch.uint8).repeat(200)
+    g = torch.Generator().manual_seed(0)
+    spread = augment(x.reshape(1, 1, 1, -1), levels, flip=False, dequantise=True, generator=g)
+    assert torch.equal(to_levels(spread, levels, dequantised=True).flatten(), x)

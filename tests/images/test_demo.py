@@ -14,7 +14,7 @@ from cldsde.images.runs import RunFolder
 
 def tiny(seed: int) -> DemoConfig:
     """Everything runs, nothing is learnt."""
-    config = DemoConfig.quick(seed=seed, channels=(8, 8), nfe=(3, 5), samples=80)
+    config = DemoConfig.quick(seed=seed, channels=(16, 16), nfe=(3, 5), samples=80)
     training = dataclasses.replace(
         config.training, images=48, batch=8, log_every=16, save_every=16, sample_every=48
     )

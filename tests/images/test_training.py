@@ -17,18 +17,27 @@ import torch
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.files import load_tensors
-from cldsde.images.model import MODEL, load_model, make_model_of
+from cldsde.images.model import (
+    MODEL,
+    ImageSpace,
+    data_statistics,
+    load_model,
+    make_model,
+    make_network,
+)
 from cldsde.images.runs import RunFolder
-from cldsde.images.training import STATE, train
+from cldsde.images.sampling import class_batches
+from cldsde.images.training import STATE, check_run, train
+from cldsde.images.training_state import KIND, TrainingState
 
 CONFIG = {
     "seed": 5,
     "data": {"flip": True, "dequantise": True},
-    "network": {"options": {"channels": [8, 8], "dropout": 0.1}},
+    "network": {"options": {"channels": [16, 16], "dropout": 0.1}},
     "training": {
         "images": 96,
-        "batch": 8,
-        "micro_batch": 4,
+        "batch": 16,
+        "micro_batch": 8,
         "learning_rate": 1e-3,
         "warmup": 16,
         "decay": "cosine",
@@ -129,7 +138,7 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
     gaussian = ArrayImages(pixels.round().clamp(0, 255).to(torch.uint8))
     settings = RunConfig.from_dict(
         {
-            "network": {"options": {"channels": [8, 8]}},
+            "network": {"options": {"channels": [16, 16]}},
             "training": {
                 **CONFIG["training"],
                 "images": 16,
@@ -141,7 +150,8 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
         }
     )
     data = DataSet(gaussian, gaussian)
-    model = make_model_of(settings, gaussian)
+    space = ImageSpace.of(gaussian, settings)
+    model = make_model(settings, space, data_statistics(settings, gaussian))
     trained(tmp_path, settings, data)
     measured = metrics(tmp_path)[-1]["held_out_loss"]
     t = torch.linspace(1e-3, 1, 20001, dtype=torch.float64)
@@ -152,8 +162,7 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(tmp_path):
-    with pytest.raises(StopTrainingError):
-        train(config(), DATA, InterruptedRun(tmp_path, config().to_dict()), device="cpu")
+    interrupted(tmp_path, config())
     before = (tmp_path / STATE).read_bytes()
 
     run = RunFolder(tmp_path, config().to_dict())
@@ -183,19 +192,18 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
     monkeypatch.setattr("cldsde.images.files.save_file", full)
     with pytest.raises(OSError, match=r"64 images could not be saved.*No space left"):
         trained(tmp_path, config())
-    assert load_tensors(tmp_path / STATE, "a training state of cldsde, version 1")[1]["step"] == "4"
+    assert load_tensors(tmp_path / STATE, KIND)[1]["step"] == "2"
     assert not list(tmp_path.glob(".partial-*"))
     monkeypatch.undo()
     assert_same_bits(trained(tmp_path / "whole", config()), trained(tmp_path, config()))
 
 
 def test_a_damaged_state_is_refused_by_name(tmp_path):
-    with pytest.raises(StopTrainingError):
-        train(config(), DATA, InterruptedRun(tmp_path, config().to_dict()), device="cpu")
+    interrupted(tmp_path, config())
     whole = (tmp_path / STATE).read_bytes()
     for damaged in (whole[:-100], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         (tmp_path / STATE).write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"{STATE} is damaged"):
+        with pytest.raises(ValueError, match=rf"{STATE} cannot be used"):
             trained(tmp_path, config())
 
 
@@ -204,12 +212,109 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     settings = RunConfig.from_dict(values)
     model = trained(tmp_path, settings)
     assert load_model(tmp_path).space.classes == 3
-    z, t = torch.zeros(1, 2, 1, 8, 8), torch.tensor([0.5])
-    outputs = [model(z, t, condition=torch.tensor([label])) for label in (0, 3)]
-    assert not torch.equal(*outputs)
-    unlabelled = DataSet(ArrayImages(DATA.train.load(torch.arange(8))), DATA.held_out)
-    with pytest.raises(ValueError, match="conditional"):
-        trained(tmp_path / "b", settings, unlabelled)
+    z = torch.randn(1, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given, hidden = (
+        model(z, 0.5, condition=torch.tensor([label]), prediction="noise") for label in (0, 3)
+    )
+    # Each embedding was trained: the class's own and the one that stands for no class.
+    assert float((given - hidden).norm() / given.norm()) > 1e-4
+    fresh = make_network(settings, load_model(tmp_path).space)
+    before, after = (
+        n.state_dict()["network.class_embedding.weight"] for n in (fresh, model.network)
+    )
+    assert ((before - after).abs().amax(1) > 1e-4).all()
+
+
+def test_a_network_that_is_always_told_of_a_class_draws_no_image_of_none(tmp_path):
+    network = {**CONFIG["network"], "conditional": True, "label_dropout": 0.0}
+    settings = RunConfig.from_dict({**CONFIG, "network": network})
+    trained(tmp_path, settings)
+    space = load_model(tmp_path).space
+    assert space.always_classes
+    assert class_batches(space, range(5), 2) == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
+
+
+def test_metrics_of_a_resumed_run_are_those_of_a_whole_one(tmp_path):
+    """Where states are saved between two lines of metrics, too."""
+    settings = config(save_every=32, log_every=48)
+    whole = trained(tmp_path / "a", settings)
+    with pytest.MonkeyPatch.context() as patch:
+        save = TrainingState.save
+
+        def stop(self, run, step, seconds):
+            save(self, run, step, seconds)
+            if step == 4:
+                raise StopTrainingError
+
+        patch.setattr(TrainingState, "save", stop)
+        with pytest.raises(StopTrainingError):
+            trained(tmp_path / "b", settings)
+    assert_same_bits(whole, trained(tmp_path / "b", settings))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def interrupted(folder, settings: RunConfig, data: DataSet = DATA):
+    with pytest.raises(StopTrainingError):
+        train(settings, data, InterruptedRun(folder, settings.to_dict()), device="cpu")
+
+
+def test_a_state_of_other_settings_or_other_data_is_refused(tmp_path):
+    interrupted(tmp_path / "a", config())
+    interrupted(tmp_path / "b", config(learning_rate=2e-3))
+    (tmp_path / "b" / STATE).write_bytes((tmp_path / "a" / STATE).read_bytes())
+    with pytest.raises(ValueError, match="written for other settings"):
+        trained(tmp_path / "b", config(learning_rate=2e-3))
+    with pytest.raises(ValueError, match="the data have changed"):
+        trained(tmp_path / "a", config(), DataSet(images(2), images(1, 16)))
+    assert (tmp_path / "a" / STATE).exists()
+
+
+def test_a_run_whose_state_is_lost_does_not_begin_again(tmp_path):
+    interrupted(tmp_path, config())
+    model = (tmp_path / MODEL).read_bytes()
+    (tmp_path / STATE).unlink()
+    with pytest.raises(ValueError, match=rf"{STATE}, is missing"):
+        trained(tmp_path, config())
+    assert (tmp_path / MODEL).read_bytes() == model
+
+
+def test_a_smaller_micro_batch_accumulates_the_same_gradient(tmp_path):
+    """Noise does not depend on it; without dropout only the order of sums does."""
+    values = {**config().to_dict(), "network": {"options": {"channels": [16, 16]}}}
+    losses = []
+    for micro in (None, 8):
+        values["training"]["micro_batch"] = micro
+        trained(tmp_path / str(micro), RunConfig.from_dict(values))
+        losses.append([line["loss"] for line in metrics(tmp_path / str(micro))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "key"),
+    [
+        ({"batch": 16}, 3, "training.batch"),
+        ({"batch": 8}, 2, "training.batch"),
+        ({"batch": 32, "micro_batch": 12}, 1, "training.micro_batch"),
+        ({"precision": "fp16"}, 1, "training.precision"),
+    ],
+)
+def test_what_does_not_fit_the_machine_is_refused(changes, processes, key):
+    with pytest.raises(ValueError, match=rf"{key}\b"):
+        check_run(config(**changes), DATA, device="cpu", processes=processes)
+
+
+def test_a_refused_training_leaves_the_next_one_alone(tmp_path):
+    values = config(precision="bf16").to_dict()
+    values["network"] = {**values["network"], "conditional": True}
+    conditional = RunConfig.from_dict(values)
+    with pytest.raises(ValueError, match="the images have no classes"):
+        trained(tmp_path / "a", conditional, unlabelled())
+    trained(tmp_path / "b", conditional)
+    trained(tmp_path / "c", config())
+
+
+def unlabelled() -> DataSet:
+    return DataSet(ArrayImages(DATA.train.load(torch.arange(8))), DATA.held_out)
 
 
 @pytest.mark.parametrize(
@@ -301,10 +406,10 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        kinds = {STATE: "a training state", MODEL: "an image model"}
-        for name, kind in kinds.items():
-            if (killed / name).exists():
-                load_tensors(killed / name, f"{kind} of cldsde, version 1")
+        if (killed / STATE).exists():
+            load_tensors(killed / STATE, KIND)
+        if (killed / MODEL).exists():
+            load_model(killed)
     assert kills == 20
     run_command(words)
     assert_same_bits(load_model(out).score, load_model(killed).score)

@@ -56,8 +56,8 @@ def pixels_of(images: Images) -> Tensor:
     return to_unit(images.load(torch.arange(len(images))), images.levels)
 
 
-def to_levels(images: Tensor, levels: int = 256) -> Tensor:
-    """Round numbers to the nearest level of [−1, 1], the inverse of `to_unit`.
+def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -> Tensor:
+    """Round numbers of [−1, 1] to levels: the inverse of `to_unit`, or of dequantisation.
 
     Parameters
     ----------
@@ -65,6 +65,9 @@ def to_levels(images: Tensor, levels: int = 256) -> Tensor:
         Floating-point numbers of any shape; what lies outside of [−1, 1] goes to its ends.
     levels
         Number of grey levels.
+    dequantised
+        Whether the numbers are levels spread over their bins, (2x + 2U)/levels − 1, and not
+        2x/(levels − 1) − 1.
 
     Returns
     -------
@@ -88,7 +91,10 @@ def to_levels(images: Tensor, levels: int = 256) -> Tensor:
         raise ValueError(msg)
     # Half precision cannot tell 256 levels from the values between them.
     fine = images.detach().to(torch.promote_types(images.dtype, torch.float32))
-    return ((fine.clamp(-1, 1) + 1) * (levels - 1) / 2).round().to(torch.uint8)
+    unit = (fine.clamp(-1, 1) + 1) / 2
+    if dequantised:
+        return (unit * levels).floor().clamp_max(levels - 1).to(torch.uint8)
+    return (unit * (levels - 1)).round().to(torch.uint8)
 
 
 def augment(

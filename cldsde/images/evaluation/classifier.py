@@ -1,45 +1,31 @@
-"""Feature networks: what two sets of images are compared in.
-
-A feature network is any callable from uint8 images ``(B, C, H, W)`` to features ``(B, F)``; a user
-names one as ``module:attribute`` and `load_features` finds it. `ImageClassifier` is one to train on
-the data at hand, where no pretrained network fits them.
-"""
+"""A classifier of the data at hand, whose last hidden layer is a feature space that fits them."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cldsde.images.evaluation.shared import check_count, check_images, parts
 from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
 from cldsde.linear.checks import check_positive
 from cldsde.solvers.progress import progress_bar
 
 __all__ = [
     "ClassifierFeatures",
-    "FeatureNetwork",
     "ImageClassifier",
-    "check_count",
-    "check_images",
-    "feature_name",
     "load_classifier",
-    "load_features",
-    "parts",
     "save_classifier",
     "train_classifier",
 ]
 
-FeatureNetwork = Callable[[Tensor], Tensor]
-"""uint8 images ``(B, C, H, W)`` on the host to features ``(B, F)``, on any device. An attribute
-``name``, a string, tells it from others of its kind, e.g. by a hash of its weights."""
+_NAME = "cldsde.images.evaluation:ImageClassifier"
+"""Files of results and of statistics know the features by this name: it outlasts the module's."""
 
 _SMALLEST = 8
 _LARGEST_WIDTH = 4096
@@ -130,7 +116,7 @@ class ClassifierFeatures:
         self.classifier = classifier.to(device).eval().requires_grad_(False)
         self.device = device
         weights = {key: x.detach().cpu() for key, x in classifier.state_dict().items()}
-        self.name = f"{_path_of(ImageClassifier)}:{tensors_digest(weights)[:16]}"
+        self.name = f"{_NAME}:{tensors_digest(weights)[:16]}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -277,135 +263,6 @@ def load_classifier(
     return model.to(device).eval().requires_grad_(False), notes
 
 
-def load_features(name: str) -> FeatureNetwork:
-    """Find a feature network by name.
-
-    Parameters
-    ----------
-    name
-        ``module:attribute``. A class is made without arguments; anything else that can be called
-        is taken as it is. PyTorch modules are put into evaluation mode.
-
-    Returns
-    -------
-    FeatureNetwork
-        Takes uint8 images ``(B, C, H, W)``, returns features ``(B, F)``.
-
-    Raises
-    ------
-    TypeError
-        If what was found cannot be called, or a class cannot be made without arguments.
-    ValueError
-        If the name is not of that form, or there is no such module or attribute.
-
-    Examples
-    --------
-    >>> load_features("torch:flatten").__name__
-    'flatten'
-    """
-    form = "features must be 'module:attribute', e.g. 'my_package.features:Network'"
-    if not isinstance(name, str):
-        msg = f"{form}; got {name!r}"
-        raise TypeError(msg)
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        msg = f"{form}; got {name!r}"
-        raise ValueError(msg)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, one that it imports is not
-        msg = (
-            f"features: there is no module {error.name!r}; install it or put its folder on "
-            f"PYTHONPATH; got {name!r}"
-        )
-        raise ValueError(msg) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            msg = f"features: {module_name!r} has no attribute {attribute!r}; got {name!r}"
-            raise ValueError(msg)
-        found = getattr(found, part)
-    if isinstance(found, type):
-        found = _made(found, name)
-    if not callable(found):
-        msg = (
-            "features must be callable, uint8 images (B, C, H, W) to features (B, F); "
-            f"{name!r} is {type(found).__name__}"
-        )
-        raise TypeError(msg)
-    if isinstance(found, nn.Module):
-        found.eval().requires_grad_(False)
-    network: FeatureNetwork = found
-    return network
-
-
-def _made(kind: type, name: str) -> Any:
-    try:
-        inspect.signature(kind).bind()
-    except TypeError as error:
-        msg = f"features: {name!r} must be made without arguments ({error})"
-        raise TypeError(msg) from error
-    except ValueError:  # no signature to be had, as for some classes written in C
-        pass
-    return kind()
-
-
-def feature_name(features: FeatureNetwork) -> str:
-    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code.
-
-    Raises
-    ------
-    TypeError
-        If it cannot be called.
-    """
-    if not callable(features) or isinstance(features, type):
-        got = repr(features) if isinstance(features, type) else type(features).__name__
-        msg = (
-            "features must be a callable from uint8 images (B, C, H, W) to features (B, F); "
-            f"got {got}"
-        )
-        raise TypeError(msg)
-    name = getattr(features, "name", None)
-    return name if isinstance(name, str) else _path_of(features)
-
-
-def _path_of(item: Any) -> str:
-    owner = item if hasattr(item, "__qualname__") else type(item)
-    return f"{owner.__module__}:{owner.__qualname__}"
-
-
-def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:
-    """Return ``images`` if they are uint8 ``(N, C, H, W)`` on the host; raise otherwise.
-
-    Parameters
-    ----------
-    images
-        What to check.
-    name
-        Of the argument, for the error.
-    smallest
-        Least height and width.
-    least
-        Least number of images.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        msg = f"{name} must be a uint8 tensor (N, C, H, W); got {got}"
-        raise TypeError(msg)
-    if images.ndim != 4 or images.shape[1] < 1 or min(images.shape[2:]) < smallest:
-        size = f" with H and W at least {smallest}" if smallest > 1 else ""
-        msg = f"{name} must have shape (N, C, H, W){size}; got {tuple(images.shape)}"
-        raise ValueError(msg)
-    if images.device.type != "cpu":
-        msg = f"{name} must be on the host; got {images.device}; call .cpu()"
-        raise ValueError(msg)
-    if len(images) < least:
-        msg = f"{name} must hold at least {least} images; got {len(images)}"
-        raise ValueError(msg)
-    return images
-
-
 def _check_labels(labels: object, name: str, count: int, classes: int | None) -> int:
     """Check labels and return the number of classes."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
@@ -421,19 +278,6 @@ def _check_labels(labels: object, name: str, count: int, classes: int | None) ->
         msg = f"{name} must lie in 0 … {limit - 1}; got {low} to {high}"
         raise ValueError(msg)
     return high + 1
-
-
-def check_count(value: object, name: str, *, least: int = 1) -> int:
-    """Return ``value`` if it is an integer ≥ ``least``; raise otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        msg = f"{name} must be an integer of at least {least}; got {value!r}"
-        raise ValueError(msg)
-    return value
-
-
-def parts(rows: Tensor, batch: int) -> Iterator[Tensor]:
-    """Views of ``batch`` rows at a time, the last of what is left."""
-    return (rows[first : first + batch] for first in range(0, len(rows), batch))
 
 
 def _scaled(images: Tensor) -> Tensor:

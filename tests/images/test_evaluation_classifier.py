@@ -1,22 +1,19 @@
-"""Feature networks: the classifier, its files, and finding a user's network."""
+"""The classifier whose features fit the data: training, features, files."""
 
 from __future__ import annotations
 
 import json
-import sys
-import textwrap
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cldsde.images.features import (
+from cldsde.images.evaluation import (
     ClassifierFeatures,
     ImageClassifier,
     feature_name,
     load_classifier,
-    load_features,
     save_classifier,
     train_classifier,
 )
@@ -119,7 +116,7 @@ def test_features_take_bytes_and_are_named_by_their_weights(trained):
     features = ClassifierFeatures(trained[0])
     expected = trained[0].features(images.float() / 127.5 - 1)
     assert torch.equal(features(images), expected)
-    assert feature_name(features).startswith("cldsde.images.features:ImageClassifier:")
+    assert feature_name(features).startswith("cldsde.images.evaluation:ImageClassifier:")
     assert feature_name(ClassifierFeatures(trained[0])) == feature_name(features)
     other = ClassifierFeatures(ImageClassifier(1, 3, width=8, size=16))
     assert feature_name(other) != feature_name(features)
@@ -180,79 +177,3 @@ def test_architecture_that_does_not_fit_the_weights_is_refused(trained, tmp_path
 def test_file_that_cannot_be_written_is_named(trained, tmp_path):
     with pytest.raises(OSError, match=r"absent/x\.safetensors cannot be written"):
         save_classifier(trained[0], tmp_path / "absent" / "x.safetensors")
-
-
-@pytest.fixture
-def networks(tmp_path, monkeypatch):
-    """A module of a user's."""
-    (tmp_path / "user_networks.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-
-            def flat(images):
-                return images.flatten(1).double()
-
-            class Network(torch.nn.Module):
-                def __init__(self, width=3):
-                    super().__init__()
-                    self.layer = torch.nn.Linear(width, width)
-
-                def forward(self, images):
-                    return images.float().mean((2, 3))
-
-            class Needy:
-                def __init__(self, weights):
-                    pass
-
-            class Box:
-                flat = staticmethod(flat)
-
-            number = 3
-            """
-        )
-    )
-    (tmp_path / "user_broken.py").write_text("import a_module_that_is_not_there\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("user_networks", None)
-
-
-@pytest.mark.usefixtures("networks")
-def test_functions_and_classes_are_found():
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    flat = load_features("user_networks:flat")
-    assert flat(images).shape == (2, 48)
-    assert feature_name(flat) == "user_networks:flat"
-    network = load_features("user_networks:Network")
-    assert network(images).shape == (2, 3)
-    assert feature_name(network) == "user_networks:Network"
-    assert not network.training
-    assert not any(x.requires_grad for x in network.parameters())
-    assert load_features("user_networks:Box.flat")(images).shape == (2, 48)
-
-
-@pytest.mark.usefixtures("networks")
-@pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        ("user_networks", ValueError, "must be 'module:attribute'"),
-        ("user_networks:", ValueError, "must be 'module:attribute'"),
-        ("./user_networks.py:flat", ValueError, "must be 'module:attribute'"),
-        (None, TypeError, "must be 'module:attribute'.*got None"),
-        ("no_such_module:flat", ValueError, "no module 'no_such_module'.*PYTHONPATH"),
-        ("user_networks.sub:flat", ValueError, "no module"),
-        ("user_networks:round", ValueError, "'user_networks' has no attribute 'round'"),
-        ("user_networks:number", TypeError, "must be callable.*is int"),
-        ("user_networks:Needy", TypeError, "made without arguments.*weights"),
-        ("user_broken:flat", ModuleNotFoundError, "a_module_that_is_not_there"),
-    ],
-)
-def test_names_that_lead_nowhere_are_refused(name, error, message):
-    with pytest.raises(error, match=message):
-        load_features(name)
-
-
-def test_class_instead_of_a_network_is_refused():
-    with pytest.raises(TypeError, match="features must be a callable"):
-        feature_name(ImageClassifier)

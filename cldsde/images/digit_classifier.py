@@ -1,4 +1,4 @@
-"""How alike two sets of images are, in the features of a classifier."""
+"""The classifier of the demonstration, of 8 × 8 digits."""
 
 from __future__ import annotations
 
@@ -9,58 +9,7 @@ from torch.nn import functional
 from cldsde.images.data import DataSet, pixels_of
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["DigitClassifier", "frechet_distance", "train_classifier"]
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    r"""Fréchet distance between Gaussians fitted to two sets of features.
-
-    .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
-
-    The squared Wasserstein-2 distance of the two normal laws (Dowson and Landau 1982). It is
-    called FID only with the features of Inception-v3 (Heusel et al. 2017).
-
-    Parameters
-    ----------
-    first, second
-        Features ``(n, F)`` and ``(m, F)``, at least two rows each.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit or a feature is not finite.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    >>> round(frechet_distance(x, x + 2), 6)  # three features moved by 2
-    12.0
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        msg = (
-            "first and second must be (n, F) and (m, F); got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}"
-        )
-        raise ValueError(msg)
-    if min(len(first), len(second)) < 2:
-        msg = f"first and second need two rows each; got {len(first)} and {len(second)}"
-        raise ValueError(msg)
-    if not bool(first.isfinite().all() and second.isfinite().all()):
-        msg = "first and second must be finite"
-        raise ValueError(msg)
-    a, b = first.to("cpu", torch.float64), second.to("cpu", torch.float64)
-    shift = a.mean(0) - b.mean(0)
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
-    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float(shift.square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return root
+__all__ = ["DigitClassifier", "train_classifier"]
 
 
 class DigitClassifier(nn.Module):

@@ -1,0 +1,77 @@
+"""A training step: all of it, and what of it is not the network.
+
+Times, kernels, noise, targets and weights are timed with a network that does nothing; the optimiser
+and the average of the weights belong to neither.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from cldsde import CLD, VPSDE, MixedScore, PerturbedData, TimeSampler
+from cldsde.images.networks import UNet, parameter_count
+
+SHAPE, BATCH = (1, 16, 16), 64
+PROCESSES = {"VP": VPSDE(), "CLD": CLD()}
+
+
+class Nothing(nn.Module):
+    """The driven part of the state, times a parameter."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs, self.scale = outputs, nn.Parameter(torch.zeros(()))
+
+    def forward(self, z, clock):
+        del clock
+        return self.scale * z[:, -self.outputs :]
+
+
+def make_step(sde, network):
+    model = MixedScore(network, sde, torch.tensor(0.0), torch.tensor(0.25))
+    sampler = TimeSampler(model.residual_variance, 1e-3)
+    data = torch.rand(BATCH, *SHAPE) * 2 - 1
+    generator = torch.Generator().manual_seed(0)
+
+    def step():
+        t, weight = sampler.sample(BATCH, generator=generator)
+        pair = PerturbedData.draw(sde, data, t, generator=generator)
+        losses = pair.loss(model(pair.z, pair.t, prediction="noise"), "noise")
+        network.zero_grad()
+        (weight.to(losses) * losses).mean().backward()
+
+    return step
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("network", ["UNet of 1 M", "nothing"])
+def test_training_step(benchmark, name, network):
+    sde = PROCESSES[name]
+    benchmark.group = f"a training step of {name}, {BATCH} images of 16 × 16"
+    if network == "nothing":
+        module = Nothing(len(sde.driven))
+    else:
+        module = UNet(SHAPE, sde.components, len(sde.driven), channels=(32, 48, 80))
+        assert 0.8e6 < parameter_count(module) < 1.2e6
+    benchmark(make_step(sde, module))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_at_most_3_percent_of_a_training_step_are_not_the_network(name):
+    sde = PROCESSES[name]
+    network = UNet(SHAPE, sde.components, len(sde.driven), channels=(32, 48, 80))
+    steps = make_step(sde, network), make_step(sde, Nothing(len(sde.driven)))
+    rounds = []
+    for _ in range(10):
+        seconds = []
+        for step in steps:
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        rounds.append(seconds[1] / seconds[0])
+    assert statistics.median(rounds) <= 0.03

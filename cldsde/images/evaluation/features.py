@@ -1,0 +1,119 @@
+"""Feature networks: what two sets of images are compared in.
+
+A feature network is any callable from uint8 images ``(B, C, H, W)`` to features ``(B, F)``; a user
+names one as ``module:attribute`` and `load_features` finds it. `ImageClassifier` is one to train on
+the data at hand, where no pretrained network fits them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["FeatureNetwork", "feature_name", "load_features"]
+
+FeatureNetwork = Callable[[Tensor], Tensor]
+"""uint8 images ``(B, C, H, W)`` on the host to features ``(B, F)``, on any device. An attribute
+``name``, a string, tells it from others of its kind, e.g. by a hash of its weights."""
+
+
+def load_features(name: str) -> FeatureNetwork:
+    """Find a feature network by name.
+
+    Parameters
+    ----------
+    name
+        ``module:attribute``. A class is made without arguments; anything else that can be called
+        is taken as it is. PyTorch modules are put into evaluation mode.
+
+    Returns
+    -------
+    FeatureNetwork
+        Takes uint8 images ``(B, C, H, W)``, returns features ``(B, F)``.
+
+    Raises
+    ------
+    TypeError
+        If what was found cannot be called, or a class cannot be made without arguments.
+    ValueError
+        If the name is not of that form, or there is no such module or attribute.
+
+    Examples
+    --------
+    >>> load_features("torch:flatten").__name__
+    'flatten'
+    """
+    form = "features must be 'module:attribute', e.g. 'my_package.features:Network'"
+    if not isinstance(name, str):
+        msg = f"{form}; got {name!r}"
+        raise TypeError(msg)
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        msg = f"{form}; got {name!r}"
+        raise ValueError(msg)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, one that it imports is not
+        msg = (
+            f"features: there is no module {error.name!r}; install it or put its folder on "
+            f"PYTHONPATH; got {name!r}"
+        )
+        raise ValueError(msg) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            msg = f"features: {module_name!r} has no attribute {attribute!r}; got {name!r}"
+            raise ValueError(msg)
+        found = getattr(found, part)
+    if isinstance(found, type):
+        found = _made(found, name)
+    if not callable(found):
+        msg = (
+            "features must be callable, uint8 images (B, C, H, W) to features (B, F); "
+            f"{name!r} is {type(found).__name__}"
+        )
+        raise TypeError(msg)
+    if isinstance(found, nn.Module):
+        found.eval().requires_grad_(False)
+    network: FeatureNetwork = found
+    return network
+
+
+def _made(kind: type, name: str) -> Any:
+    try:
+        inspect.signature(kind).bind()
+    except TypeError as error:
+        msg = f"features: {name!r} must be made without arguments ({error})"
+        raise TypeError(msg) from error
+    except ValueError:  # no signature to be had, as for some classes written in C
+        pass
+    return kind()
+
+
+def feature_name(features: FeatureNetwork) -> str:
+    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be called.
+    """
+    if not callable(features) or isinstance(features, type):
+        got = repr(features) if isinstance(features, type) else type(features).__name__
+        msg = (
+            "features must be a callable from uint8 images (B, C, H, W) to features (B, F); "
+            f"got {got}"
+        )
+        raise TypeError(msg)
+    name = getattr(features, "name", None)
+    return name if isinstance(name, str) else _path_of(features)
+
+
+def _path_of(item: Any) -> str:
+    owner = item if hasattr(item, "__qualname__") else type(item)
+    return f"{owner.__module__}:{owner.__qualname__}"
