@@ -93,6 +93,7 @@ _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
 _RINGS = ("CLD, ring", "VP, ring")  # for work and precision: single samples rule their errors
 _SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
 _ROTATION, _HIGH = "CLD, rotation", 5  # for orders above 5
+_LEFT_TO_FULL = ("CLD, linear schedule", "VP, three modes")  # of flows, in a quick validation
 _COUNTED = ("VP", "CLD")  # where evaluations are counted
 
 
@@ -113,7 +114,8 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
     kinds = []
     modes = not problem.gaussian
     # With lines high orders hardly show between the first asymptotic steps and rounding.
-    if facts.ode_order is not None and problem.name not in _SLOW and not (modes and quick):
+    left_out = _SLOW if not quick else (*_SLOW, *_LEFT_TO_FULL)
+    if facts.ode_order is not None and problem.name not in left_out:
         kinds += ["ODE order"] if modes or not _high_order(solver) else []
     if isinstance(solver, Solver) and problem.dimension == 1:
         followed = isinstance(solver, PathDriven)
@@ -217,7 +219,8 @@ def _estimate(
     if kind == "ODE order":
         samples = 20 if cases.quick else 200
         flow = cases.get(kind, problem, lambda g: FlowCase(problem, samples, g))
-        steps = _halved(finest[kind], 5 if cases.quick else 6)
+        fast = cases.quick and (solver.facts.ode_order or 0) > 3  # and soon at rounding
+        steps = _halved(finest[kind] // (2 if fast else 1), 5 if cases.quick else 6)
         if solver.facts.adaptive:
             # Of high orders halved steps leave few levels above rounding.
             high = _denser(20, 5 if cases.quick else 7)
