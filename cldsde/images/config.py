@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,9 @@ class ProcessConfig:
         try:
             process: LinearSDE = kind(**arguments)
         except (TypeError, ValueError, OverflowError) as error:
-            msg = f"options.{', '.join(arguments)}: {error}"
+            named = str(error).split(" ")[0] in arguments
+            keys = ", ".join(f"options.{key}" for key in arguments)
+            msg = f"options.{error}" if named else f"{keys}: {error}"
             raise ValueError(msg) from error
         return process
 
@@ -369,8 +372,11 @@ def _rate_or_number(name: str, value: object) -> Any:
             raise ValueError(msg)
         return Schedule.cosine()
     numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
-        msg = f"options.{name} must be a number, or a pair for a rate; got {value!r}"
+    if any(
+        isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < math.inf
+        for x in numbers
+    ):
+        msg = f"options.{name} must be a finite number, or a pair for a rate; got {value!r}"
         raise ValueError(msg)
     return tuple(numbers) if len(numbers) == 2 else value
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
-from cldsde.score import Conversion, PerturbedData
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
+from cldsde.score import Conversion, PerturbedData, optimal_loss
 from score import exact
 from score.exact import EPS, FAMILIES, Constant
 
@@ -627,6 +627,58 @@ class TestLoss:
         model = MixedScore(Constant(sde), sde, *reference("channel"))
         with pytest.raises(ValueError, match=r"^t: |^t must"):
             hybrid_score_matching(model, torch.zeros(2, *SHAPE), torch.tensor(t).double())
+
+
+class TestItsOwnLoss:
+    """`MixedScore.loss` compares what can be compared, whatever the targets are conditioned on."""
+
+    @pytest.mark.parametrize("weighting", ["reweighted", "likelihood"])
+    @pytest.mark.parametrize("conditioning", ["data", "all"])
+    @pytest.mark.parametrize("name", ["CLD", "PSLD", "HOLD", "VE"])
+    def test_the_exact_score_of_gaussian_data_attains_the_least_loss(
+        self, name, conditioning, weighting
+    ):
+        sde, variance = {"CLD": CLD, "PSLD": PSLD, "HOLD": HOLD, "VE": VESDE}[name](), 0.3
+        model = MixedScore(Constant(sde), sde, torch.tensor(0.25), torch.tensor(variance)).double()
+        g = torch.Generator().manual_seed(0)
+        n, t = 40_000, 0.02
+        x0 = 0.25 + variance**0.5 * torch.randn(n, 1, generator=g, dtype=torch.float64)
+        pair = PerturbedData.draw(sde, x0, t, conditioning=conditioning, generator=g)
+        losses = model.loss(pair, weighting=weighting)
+        least = optimal_loss(
+            sde, t, data_variance=variance, conditioning=conditioning, weighting=weighting
+        )
+        # The buffers of the reference are in single precision.
+        error = 5 * float(losses.std()) / n**0.5 + 1e-5 * float(least)
+        assert float(losses.mean()) == pytest.approx(float(least), abs=error)
+
+    def test_hybrid_score_matching_is_the_loss_of_the_predicted_noise(self):
+        sde, g = CLD(), torch.Generator().manual_seed(1)
+        model = MixedScore(Constant(sde, 0.3), sde, torch.tensor(0.25), torch.tensor(0.5))
+        x0 = torch.randn(6, 1, generator=g)
+        t = torch.linspace(0.01, 1, 6, dtype=torch.float64)
+        pair = PerturbedData.draw(sde, x0, t, generator=g)
+        expected = pair.loss(model(pair.z, pair.t, prediction="noise"))
+        assert torch.equal(model.loss(pair), expected)
+
+    def test_a_condition_reaches_the_network(self):
+        seen = []
+
+        class Network(nn.Module):
+            def forward(self, z, clock, label):
+                seen.append(label)
+                return torch.zeros(len(z), 1)
+
+        model = MixedScore(Network(), CLD(), torch.tensor(0.0), torch.tensor(0.5))
+        x0 = torch.zeros(3, 1)
+        for conditioning in ("data", "all"):
+            pair = PerturbedData.draw(CLD(), x0, 0.5, conditioning=conditioning)
+            model.loss(pair, condition=torch.tensor([2, 0, 1]))
+        model(pair.z, 0.5, condition=torch.tensor(4))
+        model.tabulate(torch.tensor([0.5], dtype=torch.float64), x0, condition=torch.tensor(5))(
+            pair.z, 0
+        )
+        assert [label.tolist() for label in seen] == [[2, 0, 1], [2, 0, 1], [4] * 3, [5] * 3]
 
 
 class TestRefusals:

@@ -1,0 +1,29 @@
+"""Normals from one generator or from several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cldsde.linear.random import standard_normal
+
+
+def draw(n: int, generator):
+    return standard_normal((n, 3), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_several_generators_draw_for_even_shares_of_the_batch():
+    together = draw(6, seeded(1, 2, 3))
+    apart = [draw(2, generator) for generator in seeded(1, 2, 3)]
+    assert torch.equal(together, torch.cat(apart))
+    assert torch.equal(draw(6, seeded(1)), draw(6, seeded(1)[0]))
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_uneven_shares_are_refused(count):
+    with pytest.raises(ValueError, match="no even shares"):
+        draw(6, seeded(*range(count)))
