@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, VPSDE, MixedScore, PerturbedData, TimeSampler
+from cldsde import CLD, VPSDE, MixedScore
 from cldsde.images.networks import UNet, parameter_count
+from cldsde.score import PerturbedData, TimeSampler
 
 SHAPE, BATCH = (1, 16, 16), 64
 PROCESSES = {"VP": VPSDE(), "CLD": CLD()}
@@ -41,7 +42,7 @@ def make_step(sde, network):
     def step():
         t, weight = sampler.sample(BATCH, generator=generator)
         pair = PerturbedData.draw(sde, data, t, generator=generator)
-        losses = pair.loss(model(pair.z, pair.t, prediction="noise"), "noise")
+        losses = model.loss(pair)
         network.zero_grad()
         (weight.to(losses) * losses).mean().backward()
 

@@ -337,6 +337,17 @@ def test_half_precision_needs_a_gpu(tmp_path):
         trained(tmp_path, config(precision="fp16"))
 
 
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_losses(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        values = config(compile=compiled).to_dict()
+        values["network"] = {"options": {"channels": [16, 16]}}  # masks of dropout differ
+        trained(tmp_path / str(compiled), RunConfig.from_dict(values))
+        losses.append([line["loss"] for line in metrics(tmp_path / str(compiled))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def command(folder, *arguments, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:
