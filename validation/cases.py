@@ -134,9 +134,9 @@ class PathCase:
         for i in range(cells):
             xi = torch.randn(size, dtype=torch.float64, generator=generator)
             drawn = apply_blocks(roots[i], xi)
-            self._increments.append(drawn[:, :m])
+            self._increments.append(drawn[:, :m].clone())
             self._time_integrals.append(length[i] * drawn[:, m : 2 * m])
-            self._integrals.append(drawn[:, 2 * m : 2 * m + k])
+            self._integrals.append(drawn[:, 2 * m : 2 * m + k].clone())
             if exact is not None:
                 z = exact.step(i, z) + drawn[:, 2 * m + k :]
         if exact is not None:

@@ -194,7 +194,8 @@ def estimate_order(
        with :math:`h_1` the coarsest kept step. The second part is the covariance of
        :math:`\sum_{k≥1} c_k (h/h_1)^{kq}` with independent :math:`c_k` of standard deviation
        :math:`2^{-k}`: terms that precede the asymptotic range are allowed for, and where the
-       errors are precise enough they are extrapolated away.
+       errors are precise enough they are extrapolated away. Where local orders do not go one way by
+       less and less, as one leading term makes them, q is 1/2 at most.
     5. The interval is the normal one, widened by :math:`\sqrt{χ^2/(n - 2)}` where the residuals'
        :math:`χ^2` is larger than n − 2.
 
@@ -240,6 +241,8 @@ def estimate_order(
 
     order = low = high = math.nan
     if len(kept) >= 3:
+        if not _steady(x[kept], y[kept], variances[kept], quantile):
+            spacing = min(spacing, 0.5)
         order, deviation = _slope(x[kept], y[kept], variances[kept], spacing)
         low, high = order - quantile * deviation, order + quantile * deviation
     local, covariance = _local_orders(x[kept], y[kept], variances[kept])
@@ -286,6 +289,25 @@ def _local_orders(
     """Slopes between neighbours, and their covariance matrix."""
     differences = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]
     return differences @ y, (differences * variances) @ differences.T
+
+
+def _steady(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    variances: NDArray[np.float64],
+    quantile: float,
+) -> bool:
+    """Whether local orders go one way, by less and less, up to their sampling errors."""
+    local, covariance = _local_orders(x, y, variances)
+    changes = np.diff(local)
+    differences = np.diff(np.eye(len(local)), axis=0)
+    spread = differences @ covariance @ differences.T
+    noise = quantile * np.sqrt(spread.diagonal())
+    seen = np.sign(changes) * (np.abs(changes) > noise)
+    turns = bool((seen > 0).any() and (seen < 0).any())
+    growth = np.diff(np.abs(changes))
+    grows = bool((growth > noise[1:] + noise[:-1]).any())
+    return not (turns or grows)
 
 
 def _slope(

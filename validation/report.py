@@ -289,7 +289,8 @@ img { max-width: 100%; background: white; border-radius: 4px; }
 <h1>Validation of cldsde {{ report.cldsde }}</h1>
 <p>{{ report.checks | length }} checks{% if not report.complete %}, not all that were asked
 for{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders are given with their
-confidence intervals; one passes where its interval is narrow and not below what is declared.</p>
+confidence intervals; one passes where its interval is narrow and at most a quarter below what is
+declared.</p>
 <h2>Summary</h2>
 <div class="scroll"><table>
 {% for name, verdict in summary.items() %}

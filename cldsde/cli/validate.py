@@ -143,6 +143,9 @@ def _judge(report: Report, named: list[str], cases: dict[str, Problem]) -> None:
         print("\n" + "\n".join(report.failures()), file=sys.stderr)
         msg = f"{len(failed)} of {len(summary)} failed: {', '.join(failed)}"
         raise ArithmeticError(msg)
+    open_ones = [name for name, verdict in summary.items() if verdict is Verdict.INCONCLUSIVE]
+    if open_ones:
+        print(f"\nNeither passed nor failed: {', '.join(open_ones)}", file=sys.stderr)
 
 
 def _diagrams(

@@ -499,3 +499,21 @@ def test_wrong_arguments_are_named(arguments, message):
     valid = {"steps": [0.1, 0.05, 0.025], "errors": [0.1, 0.05, 0.025]}
     with pytest.raises(ValueError, match=rf"^{message} must "):
         estimate_order(**(valid | arguments))
+
+
+@pytest.mark.parametrize("small", [0.1, 0.2, 0.3])
+def test_a_small_leading_term_under_a_large_one_is_not_taken_for_an_order_between(small):
+    """h² under h³: local orders are far from 2 on these grids and turn before they get there."""
+    steps = 1 / np.array([64.0, 128, 256, 512])
+    errors = 10 * (small / 50 * steps**2 + steps**3 * (1 - 12 * steps))
+    estimate = estimate_order(steps, errors, expected=2.75, spacing=1.0, rounding=0.0)
+    assert estimate.verdict is not Verdict.PASS
+
+
+def test_whole_powers_are_given_up_where_local_orders_turn():
+    steps = STEPS
+    smooth = steps * (1 + steps)
+    turning = smooth * np.exp(0.02 * np.array([0, 1, -1, 1, -1, 1]))
+    for errors, same in ((smooth, False), (turning, True)):
+        whole, half = (estimate_order(steps, errors, spacing=q, rounding=0.0) for q in (1.0, 0.5))
+        assert ((whole.low, whole.high) == (half.low, half.high)) is same

@@ -711,3 +711,28 @@ def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
     assert "not all that were asked" in page
     assert "&lt;CLD&gt;" in page
     assert "<CLD>" not in page
+
+
+@pytest.mark.parametrize(
+    ("solver", "claim"),
+    [
+        (EulerMaruyama(), {"weak_order": 1.25, "strong_order": 1.25}),
+        (SSCS(), {"strong_order": 3}),
+    ],
+)
+def test_a_solver_none_of_whose_orders_of_a_kind_is_conclusive_does_not_pass(solver, claim):
+    class Claims(type(solver)):
+        @property
+        def facts(self) -> Facts:
+            return replace(super().facts, **claim)
+
+    assert summarise(measured(Claims(), [VP])) == {"it": INCONCLUSIVE}
+
+
+def test_levels_that_do_not_differ_have_no_order():
+    class Still(EulerMaruyama):
+        def step(self, z, memory, tables, i, score, noise):
+            noise.normal(z, tables.noise.shape[-1] if hasattr(tables, "noise") else 1)
+            return z, memory
+
+    assert all(check.verdict is not PASS for check in of_orders(measured(Still(), [VP])))
