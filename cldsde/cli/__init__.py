@@ -69,18 +69,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         Exit code.
     """
-    options = _build_parser().parse_args(None if arguments is None else list(arguments))
-    program = f"cldsde {options.command}"
+    program, interrupted = "cldsde", "interrupted"
     try:
-        # Everything that can be refused is refused here, before any work is done.
-        work = _COMMANDS[options.command].prepare(options[options.command])
-    except (ValueError, ImportError, OSError) as error:
-        _complain(program, error)
-        return 2
-    try:
+        options = _build_parser().parse_args(None if arguments is None else list(arguments))
+        program = f"cldsde {options.command}"
+        try:
+            # Everything that can be refused is refused here, before any work is done.
+            work = _COMMANDS[options.command].prepare(options[options.command])
+        except (ValueError, ImportError, OSError) as error:
+            _complain(program, error)
+            return 2
+        interrupted = _COMMANDS[options.command].INTERRUPTED
         work()
     except KeyboardInterrupt:
-        print(f"{program}: {_COMMANDS[options.command].INTERRUPTED}", file=sys.stderr)
+        print(f"{program}: {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
         _complain(program, error)

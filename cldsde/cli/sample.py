@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run of cldsde train")
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--seeds", type=str, metavar="A-B", default="0-63", help="of the images, such as 0-49999"
+        "--seeds", type=str, metavar="A-B", help="of the images, such as 0-49999; 0-63 by default"
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="one image, that of this seed; same as --seeds N"
@@ -134,7 +134,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
         from cldsde.images.model import load_model
         from cldsde.images.sample_files import SampleRequest, draw_to
-    seeds = _seeds(options.seeds if options.seed is None else str(options.seed))
+    if options.seeds is not None and options.seed is not None:
+        msg = "--seed and --seeds are alternatives; got both"
+        raise ValueError(msg)
+    one = None if options.seed is None else str(options.seed)
+    seeds = _seeds(options.seeds or one or "0-63")
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     model = load_model(Path(options.run).expanduser(), state.device if device == "cuda" else device)
@@ -161,7 +165,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             wait=state.wait_for_everyone,
         )
         if state.is_main_process:
-            print(f"{len(seeds):,} images are in {out.resolve()}")
+            print(f"Images of {len(seeds):,} seeds are in {out.resolve()}")
 
     return work
 

@@ -7,7 +7,9 @@ command goes on where an interrupted run was left. On several GPUs or machines: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -72,8 +74,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
     config = load_config(path, overrides)
     if options.print_config:
         return lambda: print(config.to_toml(), end="")
-    if options.device != "auto":
-        resolve_device(options.device)
+    resolved = resolve_device(options.device)
+    # Without a GPU processes find each other only where they are told that there is none.
+    device = "cpu" if resolved == "cpu" else options.device
     with needs_images():
         from accelerate import PartialState
 
@@ -83,14 +86,20 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.resume and not (out / CONFIG).exists():
         msg = f"--resume: {out} holds no run to go on with"
         raise ValueError(msg)
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        msg = (
+            f"--device {options.device}: {started} processes were started, and do not form a group"
+        )
+        raise ValueError(msg)
     data = config.data.load()
-    statistics = check_run(config, data, device=options.device, processes=state.num_processes)
+    statistics = check_run(config, data, device=device, processes=state.num_processes)
     with state.main_process_first():
         run = RunFolder(out, config.to_dict(), shared=not state.is_main_process)
 
     def work() -> None:
-        train(config, data, run, device=options.device, statistics=statistics, progress=True)
+        train(config, data, run, device=device, statistics=statistics, progress=True)
         if state.is_main_process:
             seen = config.training.steps * config.training.batch
             print(f"Trained on {seen:,} images. The run is in {out.resolve()}")

@@ -72,7 +72,7 @@ class DataConfig:
         """The images."""
         try:
             return DATA_SETS[self.name](**self.options)
-        except ValueError as error:
+        except (ValueError, TypeError, OSError) as error:
             named = str(error).split()[0] in self.options
             msg = f"data.options.{error}" if named else f"data.options: {error}"
             raise ValueError(msg) from error

@@ -42,8 +42,8 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     readers: dict[str, Callable[[str], Any]] = {
         ".toml": tomllib.loads,
-        ".yaml": yaml.safe_load,
-        ".yml": yaml.safe_load,
+        ".yaml": _load_yaml,
+        ".yml": _load_yaml,
         ".json": json.loads,
     }
     if path.suffix not in readers:
@@ -61,6 +61,23 @@ def read_file(path: Path) -> dict[str, Any]:
         msg = f"{path} must hold sections such as [training]; got {type(values).__name__}"
         raise ValueError(msg)  # noqa: TRY004 one kind of error for whatever a file holds
     return values
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which a key stands once, as in TOML."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            msg = f"{twice[0]} stands there twice"
+            raise ValueError(msg)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dict[str, Any]:

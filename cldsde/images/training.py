@@ -38,7 +38,7 @@ from cldsde.images.model import (
 from cldsde.images.runs import RunFolder
 from cldsde.images.sampling import check_sampling, draw_of_classes
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.images.training_state import STATE, Meter, TrainingState
+from cldsde.images.training_state import STATE, Meter, StopRequest, TrainingState
 from cldsde.score import MixedScore, PerturbedData, TimeSampler
 from cldsde.solvers.progress import progress_bar
 
@@ -99,10 +99,11 @@ def train(
 
     Writes to the run folder lines of ``metrics.jsonl`` and TensorBoard's events, grids of samples,
     ``model.safetensors`` with the averaged weights, and until it is done the whole training state.
-    A run that was interrupted goes on from the last state and on the host ends with the same bits,
-    on the same machine, as one that was not; on a GPU up to kernels that are not deterministic
-    themselves. A run that is done is loaded. Under ``torchrun`` or ``accelerate launch`` the
-    processes share each batch.
+    SIGINT and SIGTERM end a training that one process does after its step, with its state saved; a
+    second one ends it at once. A run that was interrupted goes on from the last state, and on the
+    host ends with the same bits, on the same machine, as one that was not; on a GPU up to kernels
+    that are not deterministic themselves. A run that is done is loaded. Under ``torchrun`` or
+    ``accelerate launch`` the processes share each batch.
 
     Parameters
     ----------
@@ -213,7 +214,7 @@ class _Trainer:
             unit_scale=True,
             desc="training",
         )
-        with bar, ThreadPoolExecutor(1) as loader:
+        with bar, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
             for step, parts in enumerate(self._batches(loader, start), start):
                 self.meter.add(*self._step(step, parts))
                 done = step + 1
@@ -222,8 +223,10 @@ class _Trainer:
                     self._log(done, time.monotonic() - began, bar, board)
                 if self._due(self.settings.sample_every, done):
                     self._draw(done)
-                if self._due(self.settings.save_every, done):
+                if self._due(self.settings.save_every, done) or stop.wanted:
                     self._save(done, time.monotonic() - began)
+                if stop.wanted and done < total:
+                    stop.obey()
         if board is not None:
             board.close()
         self.engine.wait_for_everyone()
@@ -450,6 +453,8 @@ def _engine(config: RunConfig, device: str) -> Accelerator:
     settings = config.training
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
+    if device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        device = "cpu"
     engine = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import sys
+import threading
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +19,7 @@ from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
 
-__all__ = ["KIND", "STATE", "Meter", "TrainingState"]
+__all__ = ["KIND", "STATE", "Meter", "StopRequest", "TrainingState"]
 
 STATE = "training.safetensors"
 """File of a run that holds the state of its training until it is done."""
@@ -44,6 +47,55 @@ class Meter:
     def clear(self) -> None:
         """Forget what was counted."""
         self.sums.zero_()
+
+
+class StopRequest:
+    """SIGINT and SIGTERM, heard while a training goes on, to be obeyed between two steps.
+
+    Of several processes each would hear them at another step: there they end the process as ever,
+    as they do where this is not the main thread. A second signal ends it as ever, too.
+    """
+
+    def __init__(self, engine: Accelerator) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        self._heard: int | None = None
+        self._signals = (
+            (signal.SIGINT, signal.SIGTERM) if main and engine.num_processes == 1 else ()
+        )
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._hear) for number in self._signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal was heard."""
+        return self._heard is not None
+
+    def obey(self) -> None:
+        """End as the signal would have ended the process.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            For SIGINT.
+        SystemExit
+            For SIGTERM.
+        """
+        if self._heard == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + signal.SIGTERM)
+
+    def _hear(self, number: int, frame: object) -> None:
+        del frame
+        self._heard = number
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
 
 
 class TrainingState:

@@ -103,7 +103,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
     arguments = ["sample", str(run), "--seeds", "3-7", "--device", "cpu", "--out"]
     for name in ("a.npz", "a.png", "a"):
         assert main([*arguments, str(tmp_path / name)]) == 0
-        assert "5 images" in capsys.readouterr().out
+        assert "5 seeds" in capsys.readouterr().out
     found = np.load(tmp_path / "a.npz")
     assert found["images"].shape == (5, 8, 8, 1)
     assert found["images"].max() <= 16  # digits have 17 levels
@@ -120,6 +120,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
         (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
         (["--seeds", "x"], "--seeds must be A-B"),
+        (["--seeds", "0-3", "--seed", "5"], "alternatives"),
         (["--grid", "cubic"], "grid must be one of"),
         (["--t-end", "0"], "t_end must lie"),
         (["--set", "rtol"], "--set takes"),

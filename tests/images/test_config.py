@@ -166,6 +166,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
         ("a.json", "{"),
         ("a.yaml", "a: [1"),
         ("a.yaml", "- 1\n- 2"),
+        ("a.yaml", "training: {images: 640, images: 3}"),
         ("a.txt", "seed = 1"),
         ("a.toml", "\ufeffseed = é"),
     ],

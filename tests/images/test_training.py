@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from cldsde.images.config import RunConfig
+from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.files import load_tensors
 from cldsde.images.model import (
@@ -369,12 +369,32 @@ def run_command(words: list[str]) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(tmp_path, number, code):
+    file = write_config(tmp_path, images=480, save_every=480, log_every=160, sample_every=480)
+    out = tmp_path / "run"
+    words = command(tmp_path, "train", str(file), "--out", str(out), "--device", "cpu")
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    while not (out / "metrics.jsonl").exists() and time.monotonic() - began < 120:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    assert (out / STATE).exists()
+    settings = load_config(file)
+    data = settings.data.load()
+    resumed = train(settings, data, RunFolder(out, settings.to_dict()), device="cpu")
+    whole = trained(tmp_path / "whole", settings, data)
+    assert_same_bits(whole, resumed)
+    assert metrics(tmp_path / "whole") == metrics(out)
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_sample_as_one(tmp_path):
     file = write_config(tmp_path)
     for processes in (1, 2):
         out = str(tmp_path / str(processes))
-        arguments = ("train", str(file), "--out", out, "--device", "cpu")
+        arguments = ("train", str(file), "--out", out)
         run_command(command(tmp_path, *arguments, processes=processes))
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for first, second in zip(one, two, strict=True):
