@@ -58,7 +58,10 @@ if os.environ.get("CLDSDE_DOCS_INTERSPHINX"):
     }
 
 # Every reference into cldsde has to resolve; those into other packages need not.
-_foreign = [*sys.stdlib_module_names, "matplotlib", "numpy", "scipy", "sklearn", "torch", "tqdm"]
+_foreign = [
+    *sys.stdlib_module_names,
+    *("PIL", "matplotlib", "numpy", "scipy", "sklearn", "torch", "tqdm"),
+]
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them

@@ -93,7 +93,7 @@ _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
 _RINGS = ("CLD, ring", "VP, ring")  # for work and precision: single samples rule their errors
 _SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
 _ROTATION, _HIGH = "CLD, rotation", 5  # for orders above 5
-_LEFT_TO_FULL = ("CLD, linear schedule", "VE")  # of flows, in a quick validation
+_FLOWS, _LONG = ("VP", "CLD", "VP, three modes"), ("VE",)  # in a quick validation
 _COUNTED = ("VP", "CLD")  # where evaluations are counted
 
 
@@ -114,8 +114,11 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
     kinds = []
     modes = not problem.gaussian
     # With lines high orders hardly show between the first asymptotic steps and rounding.
-    left_out = _SLOW if not quick else (*_SLOW, *_LEFT_TO_FULL)
-    if facts.ode_order is not None and problem.name not in left_out:
+    wanted = problem.name not in _SLOW
+    if quick:
+        # Order 5 shows where the flow is long, at steps that would be too many elsewhere.
+        wanted = problem.name in (_LONG if (facts.ode_order or 0) > 4 else _FLOWS)
+    if facts.ode_order is not None and wanted:
         kinds += ["ODE order"] if modes or not _high_order(solver) else []
     if isinstance(solver, Solver) and problem.dimension == 1:
         followed = isinstance(solver, PathDriven)
@@ -264,7 +267,7 @@ def _refined(
 
 _ORDERS = ("weak order", "strong order", "ODE order")
 _FINEST = {"ODE order": 512, "strong order": 512, "weak order": 1024}
-_FINEST_QUICK = {"ODE order": 256, "strong order": 256, "weak order": 512}
+_FINEST_QUICK = {"ODE order": 256, "strong order": 256, "weak order": 256}
 
 
 # For a mixture under a process with velocities or without, and a solver of weak order 2 or below:
