@@ -439,9 +439,11 @@ def test_a_high_order_is_measured_where_it_rises_above_rounding():
         (high, "CLD, rotation", [ODE]),
         (low, "CLD, rotation", []),
         (high, CLD, []),
-        (low, CLD, [ODE]),
+        (low, CLD, []),
+        (low, "VE", [ODE]),
     ):
         assert suite._kinds(solver, PROBLEMS[name], quick=True) == expected
+    assert suite._kinds(low, PROBLEMS[CLD], quick=False) == [ODE]
     # Where the score bends it is looked at, too.
     assert suite._kinds(high, PROBLEMS["VP, three modes"], quick=False) == [ODE]
 
