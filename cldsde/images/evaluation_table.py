@@ -336,8 +336,8 @@ def markdown_table(found: Mapping[str, Any]) -> str:
     numbers = [[_numbers(cell) for cell in row["cells"].values()] for row in rows]
     names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
     lines = [
-        "| solver | NFE | " + " | ".join(names) + " |",
-        "| --- | ---: |" + " ---: |" * len(names),
+        "| solver | NFE | grid, ε | " + " | ".join(names) + " |",
+        "| --- | ---: | --- |" + " ---: |" * len(names),
     ]
     for row, found_numbers in zip(rows, numbers, strict=True):
         cells = []
@@ -348,7 +348,9 @@ def markdown_table(found: Mapping[str, Any]) -> str:
             else:
                 cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
-        lines.append(f"| {sampling['solver']} | {sampling['nfe']} | " + " | ".join(cells) + " |")
+        times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
+        head = [sampling["solver"], str(sampling["nfe"]), times]
+        lines.append("| " + " | ".join([*head, *cells]) + " |")
     return "\n".join(lines)
 
 
