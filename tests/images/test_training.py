@@ -371,7 +371,7 @@ def run_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(tmp_path, number, code):
-    file = write_config(tmp_path, images=480, save_every=480, log_every=160, sample_every=480)
+    file = write_config(tmp_path, images=1600, save_every=1600, log_every=160, sample_every=1600)
     out = tmp_path / "run"
     words = command(tmp_path, "train", str(file), "--out", str(out), "--device", "cpu")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
