@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import resolve_device
+from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -30,9 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, metavar="N", default=0, help="of weights, training and sampling"
     )
-    parser.add_argument(
-        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import re
 
 import torch
+from jsonargparse import ArgumentParser
 
-__all__ = ["resolve_device"]
+__all__ = ["add_device_argument", "resolve_device"]
+
+
+def add_device_argument(parser: ArgumentParser) -> None:
+    """Declare the option."""
+    parser.add_argument(
+        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
 
 
 def resolve_device(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import resolve_device
+from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 from cldsde.cli.sample import add_sampling_arguments, sampling_of
 
@@ -77,9 +77,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=str, metavar="FILE", help="results, RUN/evaluation.json by default"
     )
-    parser.add_argument(
-        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import resolve_device
+from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
 __all__ = ["INTERRUPTED", "add_arguments", "add_sampling_arguments", "prepare", "sampling_of"]
@@ -89,9 +89,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--colourise", action="store_true", help="keep the grey levels of the known picture"
     )
-    parser.add_argument(
-        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser)
 
 
 def sampling_of(options: Namespace, configured: Any) -> Any:

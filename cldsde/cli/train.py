@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import resolve_device
+from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -44,9 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="refuse to begin a new run where there is none"
     )
-    parser.add_argument(
-        "--device", type=str, metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser)
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )

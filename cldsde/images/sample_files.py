@@ -134,7 +134,7 @@ class SampleRequest:
         )
 
     def digest(self) -> str:
-        """Of everything that the images depend on, but for their seeds."""
+        """Of everything that the images and their parts depend on."""
         pictures = [
             None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
             for file in (self.known, self.mask)

@@ -69,18 +69,21 @@ class GuidedScore:
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
-        device = like.device
-        given, free = (
-            self.model.tabulate(times, like, condition=torch.tensor(label, device=device))
-            for label in (self.label, self.classes)
-        )
+        given = self._tabulated(self.label, times, like)
         if self.guidance == 1:
             return given
+        free = self._tabulated(self.classes, times, like)
 
         def score(z: Tensor, i: int) -> Tensor:
             return free(z, i).lerp(given(z, i), self.guidance)
 
         return score
+
+    def _tabulated(
+        self, label: int, times: Tensor, like: Tensor
+    ) -> Callable[[Tensor, int], Tensor]:
+        condition = torch.tensor(label, device=like.device)
+        return self.model.tabulate(times, like, condition=condition)
 
     def _combined(self, evaluate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         given = evaluate(torch.tensor(self.label, device=z.device))

@@ -13,6 +13,7 @@ import torch
 
 import cldsde
 from cldsde.cli import main
+from command import refused
 
 RUN = [
     "config.json",
@@ -24,19 +25,6 @@ RUN = [
     "table.md",
     "trajectories.png",
 ]
-
-
-def refused(capsys, *arguments: str) -> str:
-    """Run the command; return its error, which must be one line."""
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1, captured.err
-    return captured.err
 
 
 def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):

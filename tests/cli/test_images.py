@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
+from command import refused
 
 CONFIG = """
 [network]
@@ -40,18 +41,6 @@ def run(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", str(config), "--out", str(folder), "--device", "cpu"]) == 0
     return folder
-
-
-def refused(capsys, *arguments: str) -> str:
-    try:
-        code = main([str(word) for word in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1, captured.err
-    return captured.err
 
 
 def test_a_run_holds_its_configuration_metrics_samples_and_model(run):

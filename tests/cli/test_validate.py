@@ -15,6 +15,7 @@ import cldsde
 from cldsde.cli import main, validate
 from cldsde.solvers import named_solvers
 from cldsde.validation import problems
+from command import refused
 
 # What a user may write: Euler–Maruyama with coefficients of mid time.
 EXAMPLE = '''\
@@ -61,17 +62,6 @@ def run(*arguments: str) -> int:
         return main(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
-
-
-def refused(capsys: Any, *arguments: str) -> str:
-    """Run the command; return its error, which must be one line."""
-    code = run(*arguments)
-    captured = capsys.readouterr()
-    assert code == 2
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -1,0 +1,21 @@
+"""What tests of the commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cldsde.cli import main
+
+
+def refused(capsys: Any, *arguments: object) -> str:
+    """Run the command; return its error, which must be one line."""
+    try:
+        code = main([str(word) for word in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
