@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -348,12 +347,23 @@ def test_a_compiled_network_trains_to_the_same_losses(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def command(folder, *arguments, processes: int = 1) -> list[str]:
+def command(*arguments: object, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         start += [*launcher, str(processes)]
-    return [*start, "-m", "cldsde", *arguments]
+    return [*start, "-m", "cldsde", *map(str, arguments)]
+
+
+def start_command(folder, words: list[str]) -> subprocess.Popen:
+    # In the repository `python -m` would take the folder cldsde/ for the whole package.
+    with (folder / "stderr.txt").open("w") as errors:
+        return subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def run_command(folder, words: list[str]) -> None:
+    code = start_command(folder, words).wait(timeout=300)
+    assert code == 0, (folder / "stderr.txt").read_text()[-3000:]
 
 
 def write_config(folder, **training):
@@ -364,22 +374,17 @@ def write_config(folder, **training):
     return file
 
 
-def run_command(words: list[str]) -> None:
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(tmp_path, number, code):
     file = write_config(tmp_path, images=1600, save_every=1600, log_every=160, sample_every=1600)
     out = tmp_path / "run"
-    words = command(tmp_path, "train", str(file), "--out", str(out), "--device", "cpu")
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = command("train", file, "--out", out, "--device", "cpu")
+    process = start_command(tmp_path, words)
     began = time.monotonic()
     while not (out / "metrics.jsonl").exists() and time.monotonic() - began < 120:
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=60) == code, (tmp_path / "stderr.txt").read_text()[-3000:]
     assert (out / STATE).exists()
     settings = load_config(file)
     data = settings.data.load()
@@ -393,20 +398,17 @@ def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(tmp_path,
 def test_two_processes_train_and_sample_as_one(tmp_path):
     file = write_config(tmp_path)
     for processes in (1, 2):
-        out = str(tmp_path / str(processes))
-        arguments = ("train", str(file), "--out", out)
-        run_command(command(tmp_path, *arguments, processes=processes))
+        arguments = ("train", file, "--out", tmp_path / str(processes))
+        run_command(tmp_path, command(*arguments, processes=processes))
     one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for first, second in zip(one, two, strict=True):
         # Sums of float32 in another order, over a dozen steps of Adam.
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
         assert first["held_out_loss"] == pytest.approx(second["held_out_loss"], rel=1e-4)
     for processes in (1, 2):
-        out = str(tmp_path / f"samples-{processes}")
-        arguments = ("sample", str(tmp_path / "1"), "--seeds", "0-20", "--batch", "4")
-        run_command(
-            command(tmp_path, *arguments, "--out", out, "--device", "cpu", processes=processes)
-        )
+        arguments = ("sample", tmp_path / "1", "--seeds", "0-20", "--batch", "4")
+        arguments += ("--out", tmp_path / f"samples-{processes}", "--device", "cpu")
+        run_command(tmp_path, command(*arguments, processes=processes))
     first, second = (sorted((tmp_path / f"samples-{n}").iterdir()) for n in (1, 2))
     assert len(first) == 21
     assert [a.read_bytes() for a in first] == [b.read_bytes() for b in second]
@@ -416,15 +418,13 @@ def test_two_processes_train_and_sample_as_one(tmp_path):
 def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
     file = write_config(tmp_path, images=1600, save_every=16, log_every=16, sample_every=160)
     out = tmp_path / "whole"
-    run_command(command(tmp_path, "train", str(file), "--out", str(out), "--device", "cpu"))
+    run_command(tmp_path, command("train", file, "--out", out, "--device", "cpu"))
     killed = tmp_path / "killed"
-    words = command(tmp_path, "train", str(file), "--out", str(killed), "--device", "cpu")
+    words = command("train", file, "--out", killed, "--device", "cpu")
     draw = random.Random(0)
     kills = 0
     while kills < 20:
-        process = subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-        )
+        process = start_command(tmp_path, words)
         state = killed / STATE
         began, before = time.monotonic(), state.stat().st_mtime_ns if state.exists() else 0
         while time.monotonic() - began < 60 and process.poll() is None:
@@ -442,6 +442,6 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
         if (killed / MODEL).exists():
             load_model(killed)
     assert kills == 20
-    run_command(words)
+    run_command(tmp_path, words)
     assert_same_bits(load_model(out).score, load_model(killed).score)
     assert metrics(out) == metrics(killed)
