@@ -9,7 +9,7 @@ from cldsde.score.mixture import GaussianMixture, MixtureScore
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score, TabulatedScore
 from cldsde.score.time_sampling import TimeSampler
-from cldsde.score.variational import evidence_lower_bound
+from cldsde.score.variational import cross_entropy, evidence_lower_bound
 
 __all__ = [
     "Conversion",
@@ -24,6 +24,7 @@ __all__ = [
     "TabulatedScore",
     "TimeSampler",
     "bits_per_dim",
+    "cross_entropy",
     "dequantise",
     "evidence_lower_bound",
     "flow_log_prob",
