@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,8 @@ METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 in Inception's; bits a dimension."""
 
 _CLASSIFIER = "classifier.safetensors"
+_SAMPLING = "sampling"
+"""Key of a cell for what its images cost; all other keys are measures."""
 _TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
 
 
@@ -154,16 +157,20 @@ class Evaluation:
                 cell = row["cells"].setdefault(key, {})
                 missing = [metric for metric in measures if self._name(metric) not in cell]
                 if missing:
-                    seeds = range(first, first + self.samples)
-                    images = draw_of_classes(
+                    began = time.monotonic()
+                    drawn = draw_of_classes(
                         model.score,
                         model.space,
-                        seeds,
+                        range(first, first + self.samples),
                         recipe,
                         batch=self.batch,
                         progress=self.progress,
                     )
-                    cell |= self.measure(as_bytes(images, model.space.levels), missing)
+                    cell[_SAMPLING] = {
+                        "nfe": float(drawn.evaluations.double().mean()),
+                        "seconds": time.monotonic() - began,
+                    }
+                    cell |= self.measure(as_bytes(drawn.images, model.space.levels), missing)
                     _store(results, found)
         return found
 
@@ -331,7 +338,10 @@ def _row(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
 
 
 def markdown_table(found: Mapping[str, Any]) -> str:
-    """Recipes against measures: means over repetitions, with their spread."""
+    """Recipes against measures: means over repetitions, with their spread.
+
+    NFE is what an image took in the mean, where that was measured.
+    """
     rows = found["recipes"]
     numbers = [[_numbers(cell) for cell in row["cells"].values()] for row in rows]
     names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
@@ -349,7 +359,9 @@ def markdown_table(found: Mapping[str, Any]) -> str:
                 cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
         times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
-        head = [sampling["solver"], str(sampling["nfe"]), times]
+        spent = [cell[_SAMPLING]["nfe"] for cell in row["cells"].values() if _SAMPLING in cell]
+        nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
+        head = [sampling["solver"], nfe, times]
         lines.append("| " + " | ".join([*head, *cells]) + " |")
     return "\n".join(lines)
 
@@ -358,6 +370,8 @@ def _numbers(cell: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a cell, by what they are called in a table."""
     numbers = {}
     for key, measure in cell.items():
+        if key == _SAMPLING:
+            continue
         metric, _, rest = key.partition(" ")
         if metric == "fd":
             numbers[key] = float(measure["frechet_distance"])

@@ -131,7 +131,7 @@ class SampleRequest:
         score = guided(self.model.score, space, label, self.guidance)
         return draw_images(
             score, space, seeds, self.sampling, around=self._around(), batch=len(seeds)
-        )
+        ).images
 
     def digest(self) -> str:
         """Of everything that the images and their parts depend on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from cldsde.solvers.progress import progress_bar
 
 __all__ = [
     "GuidedScore",
+    "Samples",
     "check_sampling",
     "class_batches",
     "draw_images",
@@ -170,6 +171,21 @@ def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
     return of_time[name](sde.T, end, n)
 
 
+class Samples(NamedTuple):
+    """Images and what they cost.
+
+    Attributes
+    ----------
+    images
+        ``(N, C, H, W)`` uint8 on the host.
+    evaluations
+        Score evaluations of each, ``(N,)`` int64.
+    """
+
+    images: Tensor
+    evaluations: Tensor
+
+
 def draw_images(
     score: Score,
     space: ImageSpace,
@@ -181,7 +197,7 @@ def draw_images(
     batch: int = 64,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> Tensor:
+) -> Samples:
     """Draw one image for each seed.
 
     Parameters
@@ -208,8 +224,8 @@ def draw_images(
 
     Returns
     -------
-    Tensor
-        ``(len(seeds), C, H, W)`` uint8 on the host.
+    Samples
+        In the order of the seeds.
 
     Raises
     ------
@@ -230,7 +246,7 @@ def draw_images(
             msg = f"solver must work on a fixed grid here; {sampling.solver} chooses its times"
             raise ValueError(msg)
         solver = around(solver)
-    images = []
+    images, evaluations = [], []
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for first in range(0, len(seeds), batch):
             noise = SampleNoise(seeds[first : first + batch])
@@ -242,8 +258,9 @@ def draw_images(
                 raise FloatingPointError(msg)
             data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
             images.append(to_levels(data.cpu(), space.levels, dequantised=space.dequantised))
+            evaluations.append(found.stats.get("nfev", torch.full((len(start),), found.nfev)))
             bar.update(len(start))
-    return torch.cat(images)
+    return Samples(torch.cat(images), torch.cat(evaluations))
 
 
 def class_batches(
@@ -285,19 +302,20 @@ def draw_of_classes(
     *,
     batch: int = 64,
     progress: bool = False,
-) -> Tensor:
+) -> Samples:
     """Images of a model as it was trained: of no class, or else of all classes in turn.
 
     Parameters and result are those of `draw_images`.
     """
-    drawn: dict[int, Tensor] = {}
+    drawn: dict[int, tuple[Tensor, Tensor]] = {}
     batches = class_batches(space, seeds, batch)
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for label, some in batches:
             score = guided(model, space, label)
-            drawn |= dict(zip(some, draw_images(score, space, some, sampling), strict=True))
+            found = draw_images(score, space, some, sampling)
+            drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
             bar.update(len(some))
-    return torch.stack([drawn[seed] for seed in seeds])
+    return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
 
 
 def guided(

@@ -442,7 +442,7 @@ class _Trainer:
             seeds = range(self.settings.sample_grid)
             sheet = draw_of_classes(
                 self.average, self.space, seeds, self.config.sampling, batch=self.part_size
-            )
+            ).images
             (self.folder / "samples").mkdir(exist_ok=True)
             name = f"samples/{done * self.settings.batch:010d}.png"
             self.folder.write(name, lambda file: save_grid(file, sheet, self.space.levels))

@@ -141,6 +141,8 @@ def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
     ]
     found = json.loads(out.read_text())
     assert [list(row["cells"]) for row in found["recipes"]] == [["0-29", "30-59"]] * 4
+    spent = [cell["sampling"]["nfe"] for row in found["recipes"] for cell in row["cells"].values()]
+    assert spent == [3, 3, 5, 5] * 2
     before = out.read_text()
     assert main(arguments) == 0
     assert out.read_text() == before

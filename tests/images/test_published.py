@@ -54,5 +54,5 @@ def test_one_step_of_training_and_one_of_sampling_at_batch_one(name, tmp_path):
     pixels = torch.randint(256, (2, *shape), generator=generator, dtype=torch.uint8)
     data = DataSet(ArrayImages(pixels), ArrayImages(pixels))
     model = train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu")
-    images = draw_images(model, ImageSpace(shape), [0], dataclasses.replace(config.sampling, nfe=2))
-    assert images.shape == (1, *shape)
+    recipe = dataclasses.replace(config.sampling, nfe=2)
+    assert draw_images(model, ImageSpace(shape), [0], recipe).images.shape == (1, *shape)

@@ -18,7 +18,14 @@ from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample_files import SampleRequest, draw_to
-from cldsde.images.sampling import GuidedScore, draw_images, make_solver, time_grid
+from cldsde.images.sampling import (
+    GuidedScore,
+    draw_images,
+    draw_of_classes,
+    guided,
+    make_solver,
+    time_grid,
+)
 from cldsde.images.training import train
 
 SPACE = ImageSpace((3, 4, 4))
@@ -64,7 +71,8 @@ def pixel_score(sde):
 @pytest.mark.parametrize("sde", [CLD(), VPSDE()], ids=["CLD", "VP"])
 def test_images_have_the_law_of_the_exact_score(sde):
     sampling = dataclasses.replace(FIXED, solver="multistep-2-sde", nfe=40)
-    images = draw_images(pixel_score(sde), SPACE, range(400), sampling, sde=sde)
+    images, evaluations = draw_images(pixel_score(sde), SPACE, range(400), sampling, sde=sde)
+    assert (evaluations == 40).all()
     x = images.double() / 127.5 - 1
     n = x.numel()
     # Five standard errors, the rounding to bytes and the solver's error (2e-3 at 40 evaluations).
@@ -74,9 +82,9 @@ def test_images_have_the_law_of_the_exact_score(sde):
 
 def test_an_image_depends_on_its_seed_alone():
     score = pixel_score(CLD())
-    together = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=10)
-    apart = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=3)
-    some = draw_images(score, SPACE, [7, 2], FIXED, sde=CLD())
+    together = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=10).images
+    apart = draw_images(score, SPACE, range(10), FIXED, sde=CLD(), batch=3).images
+    some = draw_images(score, SPACE, [7, 2], FIXED, sde=CLD()).images
     assert torch.equal(together, apart)
     assert torch.equal(some, together[[7, 2]])
     assert not torch.equal(together[0], together[1])
@@ -110,8 +118,28 @@ def test_models_of_dequantised_levels_draw_the_levels_back():
 
     space = ImageSpace((1, 4, 4), levels, dequantised=True)
     sampling = SamplingConfig(solver="multistep-2", nfe=20)
-    images = draw_images(score, space, range(4), sampling, sde=VPSDE())
+    images = draw_images(score, space, range(4), sampling, sde=VPSDE()).images
     assert (images == level).all()
+
+
+def test_evaluations_of_adaptive_solvers_are_those_of_each_image():
+    sampling = SamplingConfig(solver="probability-flow", options={"rtol": 1e-2, "atol": 1e-2})
+    score = pixel_score(VPSDE())
+    together = draw_images(score, SPACE, range(6), sampling, sde=VPSDE(), batch=6)
+    apart = draw_images(score, SPACE, range(6), sampling, sde=VPSDE(), batch=4)
+    assert together.evaluations.dtype == torch.int64
+    assert torch.equal(together.evaluations, apart.evaluations)
+    assert (together.evaluations > 6).all()
+
+
+def test_images_and_evaluations_of_all_classes_are_in_the_order_of_the_seeds(run):
+    space = dataclasses.replace(run.space, always_classes=True)
+    found = draw_of_classes(run.score, space, range(7), FIXED)
+    assert found.evaluations.tolist() == [FIXED.nfe] * 7
+    for label in range(3):
+        score = guided(run.score, space, label)
+        own = draw_images(score, space, range(label, 7, 3), FIXED).images
+        assert torch.equal(own, found.images[label::3])
 
 
 def test_budgets_too_small_for_a_step_are_refused():
