@@ -21,6 +21,7 @@ from cldsde.linear.checks import (
 )
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
+from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
 
@@ -125,7 +126,7 @@ class _SubVPDynamics(Dynamics):
         # ∫ β (1 − e^{−2B}) dt = f(2B(0,t)) / 2 − f(2B(0,s)) / 2, f(y) = y + e^{−y} − 1; with b for
         # 2B(s,t) the difference is [b + e^{−b} − 1 + (1 − e^{−2B(0,s)}) (1 − e^{−b})] / 2.
         b, since = 2 * self.schedule.integral(s, t), 2 * self._clock(s)
-        squared = 0.5 * (_exponential_rest(b) + torch.expm1(-since) * torch.expm1(-b))
+        squared = 0.5 * (exponential_rest(b) + torch.expm1(-since) * torch.expm1(-b))
         return safe_sqrt(squared)[..., None, None]
 
     @override
@@ -135,14 +136,6 @@ class _SubVPDynamics(Dynamics):
     @override
     def stationary_reversal(self, covariance: Tensor) -> None:
         return None
-
-
-def _exponential_rest(y: Tensor) -> Tensor:
-    """Y + e^{−y} − 1 ≥ 0, by its series y²/2 − y³/6 + … where the terms would cancel."""
-    series = torch.zeros_like(y)
-    for n in range(20, 1, -1):
-        series = (1 - series) * y / n if n > 2 else y * y / 2 * (1 - series)
-    return torch.where(y < 1, series, y + torch.expm1(-y))
 
 
 class VESDE(LinearSDE):
