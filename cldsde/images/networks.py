@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cldsde.images.checks import check_counts, check_groups, check_levels
 from cldsde.linear.checks import check_at_least, check_positive
 
 __all__ = ["NETWORKS", "NCSNpp", "UNet", "parameter_count"]
@@ -129,15 +130,9 @@ class UNet(_ScoreNetwork):
         classes: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        _check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
+        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
         attends = _levels(shape, channels, attention)
-        if any(width % groups or width == groups for width in channels):
-            # A norm of single channels would take out what the clock adds to them.
-            msg = (
-                f"groups must divide each of the channels, {list(channels)}, into two or more; got "
-                f"{groups}"
-            )
-            raise ValueError(msg)
+        check_groups(groups, channels)
         _check_heads(head_channels, channels, attends)
         _check_dropout(dropout)
         network = UNet2DModel(
@@ -236,7 +231,7 @@ class NCSNpp(_ScoreNetwork):
         classes: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        _check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
+        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
         attends = _levels(shape, channels, attention)
         unit = 32 if any(attends) or max(channels) > 64 else 4
         if any(width % unit for width in channels):
@@ -402,30 +397,9 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
     return label.to(device)
 
 
-def _check_counts(**counts: object) -> None:
-    for name, value in counts.items():
-        if value is None and name == "classes":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            msg = f"{name} must be a positive integer; got {value!r}"
-            raise ValueError(msg)
-
-
 def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
     """Which levels have attention, if sizes and resolutions fit the levels."""
-    for name, sizes in (("shape", shape), ("channels", channels)):
-        integers = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
-        if not integers or not sizes or (name == "shape" and len(sizes) != 3):
-            wanted = "three positive integers (C, H, W)" if name == "shape" else "positive integers"
-            msg = f"{name} must be {wanted}; got {sizes!r}"
-            raise ValueError(msg)
-    factor = 2 ** (len(channels) - 1)
-    if shape[1] % factor or shape[2] % factor:
-        msg = (
-            f"shape must have H and W divisible by {factor}, for the {len(channels)} levels that "
-            f"channels asks for; got {tuple(shape)}"
-        )
-        raise ValueError(msg)
+    check_levels(shape, channels)
     heights = [shape[1] >> level for level in range(len(channels))]
     missing = [height for height in attention if height not in heights]
     if missing:
@@ -439,7 +413,7 @@ def _check_heads(
 ) -> None:
     if head_channels is None:
         return
-    _check_counts(head_channels=head_channels)
+    check_counts(head_channels=head_channels)
     # The middle of the network has the channels of the last level.
     last = [channels[-1]] if any(attends) else []
     widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
