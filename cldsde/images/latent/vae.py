@@ -1,0 +1,267 @@
+"""A convolutional variational autoencoder, put together of parts of the library diffusers.
+
+An image x has a Gaussian `Posterior` q(z | x) over maps z of latent channels, and a latent map has
+a law p(x | z) of the image, of which the decoder returns the parameters. With a prior p(z),
+
+    log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from torch import Tensor, nn
+
+from cldsde.images.checks import check_counts, check_groups, check_levels
+from cldsde.images.data.checks import as_whole, check_choice
+from cldsde.images.latent.likelihoods import Bernoulli, DiscretisedLogistic, PixelLikelihood
+from cldsde.images.latent.soft_clamp import soft_clamp
+from cldsde.linear.elementary import exponential_rest
+from cldsde.linear.random import Generators, standard_normal
+
+__all__ = ["VAE", "Posterior"]
+
+# Of the posterior's mean and of the logarithm of its standard deviation.
+_BOUND = 5.0
+
+_LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
+    "logistic": DiscretisedLogistic,
+    "bernoulli": lambda levels: Bernoulli(),
+}
+
+
+class Posterior(NamedTuple):
+    """q(z | x): independent normals, one for each number of the latent maps of a batch.
+
+    Its logarithms are in nats, summed over the latent map.
+
+    Parameters
+    ----------
+    mean
+        ``(B, *D)``.
+    log_std
+        Logarithm of the standard deviation, ``(B, *D)``.
+    """
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, generator: Generators | None = None) -> Tensor:
+        """Draw a latent map for each image, z = μ + σ n, through which gradients flow.
+
+        Parameters
+        ----------
+        generator
+            Source of the normal numbers n, or several, each for its even share of the batch.
+
+        Returns
+        -------
+        Tensor
+            ``(B, *D)``.
+
+        Raises
+        ------
+        ValueError
+            If the batch has no even shares for the generators.
+        """
+        noise = standard_normal(
+            self.mean.shape,
+            generator=generator,
+            dtype=self.mean.dtype,
+            device=self.mean.device,
+        )
+        return self.mean + self.log_std.exp() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latent maps ``(B, *D)``, one for each image, ``(B,)``."""
+        if z.shape != self.mean.shape:
+            msg = (
+                f"z must have the shape of the mean, {tuple(self.mean.shape)}; got {tuple(z.shape)}"
+            )
+            raise ValueError(msg)
+        square = ((z - self.mean) * torch.exp(-self.log_std)).square()
+        return -_total(0.5 * square + self.log_std + 0.5 * math.log(2 * math.pi))
+
+    def entropy(self) -> Tensor:
+        """H(q) = −E log q(z | x), ``(B,)``."""
+        return _total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
+
+    def kl_to_standard_normal(self) -> Tensor:
+        """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``.
+
+        The sum is one of numbers that are not negative, each to a few roundings.
+        """
+        return _total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of residual convolutional blocks.
+
+    Each level but the first has half the resolution of the one before, so that latent maps have the
+    shape ``latent_shape`` = ``(latent_channels, H / 2ⁿ⁻¹, W / 2ⁿ⁻¹)`` with n levels.
+
+    Parameters
+    ----------
+    shape
+        Shape ``(C, H, W)`` of the images; H and W divisible by 2 to the number of levels less one.
+    levels
+        Number of grey levels of the images, 2 … 256.
+    latent_channels
+        Channels of the latent maps.
+    channels
+        Channels of each level, from full resolution down; each of the groups has two or more.
+    blocks
+        Residual blocks a level in the encoder; the decoder has one more.
+    groups
+        Groups of the group normalisation.
+    likelihood
+        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, exact for two levels.
+
+    Attributes
+    ----------
+    shape, latent_shape : tuple of int
+        Of an image and of its latent map.
+    likelihood : PixelLikelihood
+        The law of the pixels.
+
+    Raises
+    ------
+    TypeError
+        If ``levels`` is no whole number.
+    ValueError
+        If an argument is out of range or does not fit the others.
+
+    Notes
+    -----
+    Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
+    (`soft_clamp`): a deviation lies in [0.0067, 148.5]. So neither the posterior nor its divergence
+    from the prior can run away in training.
+
+    All blocks are convolutions, without attention, so that time and memory grow as the number of
+    pixels does.
+
+    References
+    ----------
+    A. Vahdat and J. Kautz, *NVAE: a deep hierarchical variational autoencoder*, 2020. A. Vahdat,
+    K. Kreis and J. Kautz, *Score-based generative modeling in latent space*, 2021.
+
+    Examples
+    --------
+    >>> vae = VAE((1, 28, 28), 256, channels=(16, 32))
+    >>> x = torch.zeros(5, 1, 28, 28)
+    >>> z = vae.encode(x).sample()
+    >>> z.shape, vae.log_likelihood(x, z).shape, vae.images(z).shape
+    (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        levels: int,
+        *,
+        latent_channels: int = 4,
+        channels: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        groups: int = 8,
+        likelihood: Literal["logistic", "bernoulli"] = "logistic",
+    ) -> None:
+        as_whole(levels, "levels", 2, 256)
+        check_counts(latent_channels=latent_channels, blocks=blocks, groups=groups)
+        check_levels(shape, channels)
+        check_groups(groups, channels)
+        check_choice(likelihood, list(_LIKELIHOODS), "likelihood")
+        super().__init__()
+        data, height, width = shape
+        factor = 2 ** (len(channels) - 1)
+        self.shape = (data, height, width)
+        self.latent_shape = (latent_channels, height // factor, width // factor)
+        self.likelihood = _LIKELIHOODS[likelihood](levels)
+        self.encoder = Encoder(
+            in_channels=data,
+            out_channels=latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            block_out_channels=tuple(channels),
+            layers_per_block=blocks,
+            norm_num_groups=groups,
+            double_z=True,
+            mid_block_add_attention=False,
+        )
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=self.likelihood.channels(data),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=tuple(channels),
+            layers_per_block=blocks,
+            norm_num_groups=groups,
+            mid_block_add_attention=False,
+        )
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q(z | x).
+
+        Parameters
+        ----------
+        x
+            Images ``(B, C, H, W)`` in [−1, 1].
+
+        Returns
+        -------
+        Posterior
+            Over ``(B, *latent_shape)``, its parameters float32 at least and within ±5.
+
+        Raises
+        ------
+        ValueError
+            If the images do not have the model's shape.
+        """
+        _check_shape(x, self.shape, "x")
+        out: Tensor = self.encoder(x)
+        # Under autocast the network returns half precision.
+        fine = out.to(torch.promote_types(out.dtype, torch.float32))
+        return Posterior(*soft_clamp(fine, _BOUND).chunk(2, dim=1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Parameters of the law of the pixels.
+
+        Parameters
+        ----------
+        z
+            Latent maps ``(B, *latent_shape)``.
+
+        Returns
+        -------
+        Tensor
+            ``(B, likelihood.channels(C), H, W)``, as the methods of ``likelihood`` take it.
+
+        Raises
+        ------
+        ValueError
+            If the latent maps do not have the model's shape.
+        """
+        _check_shape(z, self.latent_shape, "z")
+        out: Tensor = self.decoder(z)
+        return out
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """Log-likelihood in nats, ``(B,)``: how well each latent map tells its image."""
+        return self.likelihood.log_likelihood(self.decode(z), x)
+
+    def images(self, z: Tensor) -> Tensor:
+        """Mean images of latent maps, ``(B, C, H, W)`` in [−1, 1]."""
+        return self.likelihood.mean(self.decode(z))
+
+
+def _total(terms: Tensor) -> Tensor:
+    total: Tensor = terms.flatten(1).sum(1)
+    return total
+
+
+def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
+    if x.shape[1:] != torch.Size(shape):
+        wanted = ", ".join(str(n) for n in shape)
+        msg = f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}"
+        raise ValueError(msg)
