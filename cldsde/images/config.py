@@ -30,6 +30,7 @@ from cldsde.linear.checks import check_at_least, check_between, check_positive
 
 __all__ = [
     "DataConfig",
+    "LatentConfig",
     "NetworkConfig",
     "ProcessConfig",
     "RunConfig",
@@ -157,10 +158,50 @@ class ScoreConfig:
     reference
         Gaussian whose score is given in closed form beside the network's part, see
         `cldsde.MixedScore`: with one mean and variance for the whole set (``"scalar"``), for each
-        channel or for each pixel.
+        channel or for each pixel. That of a latent model is standard normal.
+    mixing
+        None: the network's part is added to the reference's. A number: each channel weighs the
+        two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
+    mixing: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The autoencoder of a model whose process lives in a latent space (LSGM).
+
+    Attributes
+    ----------
+    latent_channels, channels, blocks, groups, likelihood
+        Of the autoencoder, see `cldsde.images.latent.VAE`.
+    pretraining
+        Images of the first stage, in which the prior is standard normal. In the second, which
+        takes what is left of ``training.images``, autoencoder and prior are trained together.
+    annealing
+        Images over which the weight of the divergence from the prior rises from 0 to 1 at first.
+    learning_rate, joint_learning_rate
+        Peak of Adam's for the autoencoder in the first and in the second stage; warm-up and decay
+        are those of ``training`` in each.
+    """
+
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (32, 64)
+    blocks: int = 1
+    groups: int = 8
+    likelihood: Literal["logistic", "bernoulli"] = "logistic"
+    pretraining: int
+    annealing: int = 0
+    learning_rate: float = 1e-3
+    joint_learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot train."""
+        check_at_least(self.pretraining, 1, "pretraining")
+        check_at_least(self.annealing, 0, "annealing")
+        check_positive(self.learning_rate, "learning_rate")
+        check_positive(self.joint_learning_rate, "joint_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +338,9 @@ class RunConfig:
         Of weights, order of the images, times and noise.
     data, process, network, score, training, sampling
         The sections.
+    latent
+        The autoencoder in whose latent space the process lives; None: there is none, and it lives
+        among the pixels.
     """
 
     seed: int = 0
@@ -306,11 +350,29 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     training: TrainingConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a seed that generators do not take."""
+        """Refuse a seed that generators do not take, and what a latent space does not go with."""
         if not 0 <= self.seed < 2**63:
             msg = f"seed must lie between 0 and 2^63 - 1; got {self.seed}"
+            raise ValueError(msg)
+        if self.latent is None:
+            return
+        if self.data.dequantise:
+            msg = "data.dequantise must be false: a latent model has a law of grey levels"
+            raise ValueError(msg)
+        if self.score.reference != "scalar":
+            msg = (
+                "score.reference must be 'scalar': that of a latent model is standard normal; got "
+                f"{self.score.reference!r}"
+            )
+            raise ValueError(msg)
+        if self.pretraining_steps >= self.training.steps:
+            msg = (
+                f"latent.pretraining must leave some of training.images, {self.training.images}, "
+                f"to the second stage; got {self.latent.pretraining}"
+            )
             raise ValueError(msg)
 
     @classmethod
@@ -335,10 +397,15 @@ class RunConfig:
         """As a TOML file that `load_config` reads; what is None is left out."""
         return tomli_w.dumps(_without_none(self.to_dict()))
 
+    @property
+    def pretraining_steps(self) -> int:
+        """Optimiser steps of the first stage of a latent model; 0 of any other."""
+        return 0 if self.latent is None else -(-self.latent.pretraining // self.training.batch)
+
     def model_digest(self) -> str:
-        """Digest of what the weights mean: process, network and reference."""
+        """Digest of what the weights mean: process, network, reference and autoencoder."""
         values = self.to_dict()
-        parts = {name: values[name] for name in ("process", "network", "score")}
+        parts = {name: values[name] for name in ("process", "network", "score", "latent")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

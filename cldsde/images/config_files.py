@@ -161,9 +161,12 @@ def from_dict(kind: type[Any], values: object, prefix: str = "") -> Any:
     made = {}
     for name, entry in fields.items():
         hint = hints[name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        section = _section(hint)
+        if section is not None and section is not hint and values.get(name) is None:
+            continue
+        if section is not None:
             if name in values or _is_required(entry):
-                made[name] = from_dict(hint, values.get(name, {}), f"{prefix}{name}.")
+                made[name] = from_dict(section, values.get(name, {}), f"{prefix}{name}.")
         elif name in values:
             made[name] = _checked_value(values[name], hint, f"{prefix}{name}")
         elif _is_required(entry):
@@ -174,6 +177,14 @@ def from_dict(kind: type[Any], values: object, prefix: str = "") -> Any:
     except (TypeError, ValueError) as error:
         msg = f"{prefix}{error}"
         raise ValueError(msg) from error
+
+
+def _section(hint: Any) -> type[Any] | None:
+    """The dataclass that an annotation asks for, or allows."""
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            return part
+    return None
 
 
 def _is_required(entry: dataclasses.Field[Any]) -> bool:

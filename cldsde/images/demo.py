@@ -236,7 +236,8 @@ def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> Mixe
     """
     model = config.model()
     folder = RunFolder(run / "model", model.to_dict())
-    return train(model, model.data.load(), folder, device=config.device, progress=progress)
+    data = model.data.load()
+    return train(model, data, folder, device=config.device, progress=progress).score
 
 
 def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) -> Tensor:

@@ -29,6 +29,7 @@ from cldsde.images.evaluation import (
     check_inception_weights,
     frechet,
     inception_metrics,
+    latent_likelihood,
     likelihood,
     load_classifier,
     load_features,
@@ -159,7 +160,7 @@ class Evaluation:
                 if missing:
                     began = time.monotonic()
                     drawn = draw_of_classes(
-                        model.score,
+                        model.model,
                         model.space,
                         range(first, first + self.samples),
                         recipe,
@@ -211,16 +212,19 @@ class Evaluation:
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         images = self.data.held_out
         rows = torch.arange(min(len(images), self.likelihood_images))
-        return {"asked": self.likelihood_images} | likelihood(
-            model.score,
-            images.load(rows),
-            levels=images.levels,
-            scale="bins" if model.config.data.dequantise else "ends",
-            t_min=model.config.training.t_min,
-            batch=self.batch,
-            device=self.device,
-            progress=self.progress,
-        )
+        options: dict[str, Any] = {
+            "levels": images.levels,
+            "t_min": model.config.training.t_min,
+            "batch": self.batch,
+            "device": self.device,
+            "progress": self.progress,
+        }
+        if model.vae is not None:
+            found = latent_likelihood(model.model, images.load(rows), **options)
+        else:
+            scale = "bins" if model.config.data.dequantise else "ends"
+            found = likelihood(model.score, images.load(rows), scale=scale, **options)
+        return {"asked": self.likelihood_images} | found
 
     @cached_property
     def _reference(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,19 +14,24 @@ from torch import Tensor, nn
 from cldsde.images.config import RunConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.files import load_tensors, save_tensors
+from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG, RunFolder
+from cldsde.images.streams import stream_seed
 from cldsde.score import MixedScore
 
 __all__ = [
     "MODEL",
+    "DiffusionModel",
     "ImageModel",
     "ImageSpace",
     "Statistics",
+    "check_model",
     "data_statistics",
     "load_model",
     "make_model",
     "make_network",
+    "make_vae",
     "read_model",
     "save_model",
 ]
@@ -34,7 +39,24 @@ __all__ = [
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
 
-_KIND = "an image model of cldsde, version 1"
+_KIND = "an image model of cldsde, version 2"
+
+
+class DiffusionModel(nn.Module):
+    """What is trained: a score, and for a latent model the autoencoder in whose space it lives.
+
+    Parameters
+    ----------
+    score
+        Of images, or of latent variables.
+    vae
+        The autoencoder; None where the process lives among the pixels.
+    """
+
+    def __init__(self, score: MixedScore, vae: VAE | None = None) -> None:
+        super().__init__()
+        self.score = score
+        self.vae = vae
 
 
 @dataclass(frozen=True)
@@ -122,8 +144,8 @@ class ImageModel:
 
     Attributes
     ----------
-    score
-        Its score, with averaged weights, in evaluation mode.
+    model
+        Score and autoencoder, with averaged weights, in evaluation mode.
     space
         The images it makes.
     config
@@ -134,30 +156,81 @@ class ImageModel:
         Of the weights: sha256.
     """
 
-    score: MixedScore
+    model: DiffusionModel
     space: ImageSpace
     config: RunConfig
     images_seen: int
     digest: str
 
+    @property
+    def score(self) -> MixedScore:
+        """The score."""
+        return self.model.score
 
-def make_network(config: RunConfig, space: ImageSpace, device: str = "cpu") -> nn.Module:
-    """The network, with the weights of the configuration's seed; none on the device ``"meta"``.
+    @property
+    def vae(self) -> VAE | None:
+        """The autoencoder; None where there is none."""
+        return self.model.vae
+
+
+def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE | None:
+    """The autoencoder, with the weights of the configuration's seed; None where there is none.
 
     Raises
     ------
     ValueError
         If it does not fit the images.
     """
+    latent = config.latent
+    if latent is None:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(stream_seed(config.seed, "autoencoder"))
+        try:
+            return VAE(
+                space.shape,
+                space.levels,
+                latent_channels=latent.latent_channels,
+                channels=latent.channels,
+                blocks=latent.blocks,
+                groups=latent.groups,
+                likelihood=latent.likelihood,
+            )
+        except ValueError as error:
+            msg = f"latent.{error}"
+            raise ValueError(msg) from error
+
+
+def make_network(
+    config: RunConfig, shape: Sequence[int], classes: int | None, device: str = "cpu"
+) -> nn.Module:
+    """The network, with the weights of the configuration's seed; none on the device ``"meta"``.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    shape
+        ``(C, H, W)`` of what the process is of: images or latent variables.
+    classes
+        Number of classes that it is told of; None: none.
+    device
+        Where to make it.
+
+    Raises
+    ------
+    ValueError
+        If it does not fit the shape.
+    """
     sde = config.process.make()
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(config.seed)
         try:
             return NETWORKS[config.network.name](
-                space.shape,
+                shape,
                 sde.components,
                 len(sde.driven),
-                classes=space.classes,
+                classes=classes,
                 **config.network.options,
             )
         except ValueError as error:
@@ -165,9 +238,21 @@ def make_network(config: RunConfig, space: ImageSpace, device: str = "cpu") -> n
             raise ValueError(msg) from error
 
 
+def check_model(config: RunConfig, space: ImageSpace) -> None:
+    """Refuse networks that do not fit the images, before any weight is made.
+
+    Raises
+    ------
+    ValueError
+        If one does not.
+    """
+    vae = make_vae(config, space, device="meta")
+    make_network(config, space.shape if vae is None else vae.latent_shape, space.classes, "meta")
+
+
 def make_model(
     config: RunConfig, space: ImageSpace, statistics: Statistics | None = None
-) -> MixedScore:
+) -> DiffusionModel:
     """An untrained model; its weights are those of the configuration's seed.
 
     Parameters
@@ -182,13 +267,20 @@ def make_model(
     Raises
     ------
     ValueError
-        If the network does not fit the images.
+        If a network does not fit the images.
     """
-    if statistics is None:
-        shape = {"scalar": (), "channel": (space.shape[0], 1, 1), "pixel": space.shape}
-        size = shape[config.score.reference]
+    vae = make_vae(config, space)
+    shape = space.shape if vae is None else vae.latent_shape
+    if statistics is None or vae is not None:
+        sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
+        size = sizes[config.score.reference]
         statistics = Statistics(torch.zeros(size), torch.ones(size))
-    return MixedScore(make_network(config, space), config.process.make(), *statistics)
+    mixing = config.score.mixing
+    logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing)
+    network = make_network(config, shape, space.classes)
+    return DiffusionModel(
+        MixedScore(network, config.process.make(), *statistics, mixing_logits=logits), vae
+    )
 
 
 def save_model(
@@ -251,15 +343,15 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     tensors, metadata = load_tensors(file, _KIND)
     try:
         if metadata["config"] != config.model_digest():
-            msg = "it was written for another process, network or reference than those configured"
+            msg = "it was written for another process or other networks than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
         space = ImageSpace((channels, height, width), *json.loads(metadata["space"]))
-        score = make_model(config, space)
-        score.load_state_dict(tensors)
+        model = make_model(config, space)
+        model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         msg = f"{file} cannot be used: {' '.join(str(error).split())}"
         raise ValueError(msg) from error
-    score = score.to(device).eval().requires_grad_(requires_grad=False)
-    return ImageModel(score, space, config, seen, metadata["sha256"])
+    model = model.to(device).eval().requires_grad_(requires_grad=False)
+    return ImageModel(model, space, config, seen, metadata["sha256"])

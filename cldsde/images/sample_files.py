@@ -90,12 +90,7 @@ class SampleRequest:
         if self.guidance < 0 or not np.isfinite(self.guidance):
             msg = f"--guidance must be finite and at least 0; got {self.guidance}"
             raise ValueError(msg)
-        if self.known is None and (self.mask is not None or self.colourise):
-            msg = "--mask and --colourise need --known, the picture of which a part is kept"
-            raise ValueError(msg)
-        if self.known is not None and (self.mask is None) != self.colourise:
-            msg = "--known takes either --mask or --colourise"
-            raise ValueError(msg)
+        self._check_known()
         if out.suffix == ".png" and len(self.seeds) > _GRID_LIMIT:
             msg = (
                 f"--out: a picture holds {_GRID_LIMIT} images at most; got {len(self.seeds)} "
@@ -121,6 +116,18 @@ class SampleRequest:
             check_sampling(self.model.score, self.sampling, around=wrap)
         _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
 
+    def _check_known(self) -> None:
+        """Refuse options of what is known that do not fit the model or each other."""
+        if self.known is None and (self.mask is not None or self.colourise):
+            msg = "--mask and --colourise need --known, the picture of which a part is kept"
+            raise ValueError(msg)
+        if self.known is not None and self.model.vae is not None:
+            msg = "--known: pixels are kept where the process is of pixels, not in a latent space"
+            raise ValueError(msg)
+        if self.known is not None and (self.mask is None) != self.colourise:
+            msg = "--known takes either --mask or --colourise"
+            raise ValueError(msg)
+
     def batches(self) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of the batches; all images of a batch are of one class."""
         return class_batches(self.model.space, self.seeds, self.batch, self.label)
@@ -130,7 +137,13 @@ class SampleRequest:
         space = self.model.space
         score = guided(self.model.score, space, label, self.guidance)
         return draw_images(
-            score, space, seeds, self.sampling, around=self._around(), batch=len(seeds)
+            score,
+            space,
+            seeds,
+            self.sampling,
+            vae=self.model.vae,
+            around=self._around(),
+            batch=len(seeds),
         ).images
 
     def digest(self) -> str:

@@ -14,7 +14,8 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.config_files import checked_options
 from cldsde.images.data import to_levels
 from cldsde.images.imputation import Imputation
-from cldsde.images.model import ImageSpace
+from cldsde.images.latent import VAE
+from cldsde.images.model import DiffusionModel, ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
 from cldsde.score import MixedScore, ReverseProcess, Score
@@ -193,6 +194,7 @@ def draw_images(
     sampling: SamplingConfig,
     *,
     sde: LinearSDE | None = None,
+    vae: VAE | None = None,
     around: Callable[[Solver], Imputation] | None = None,
     batch: int = 64,
     device: torch.device | str | None = None,
@@ -213,6 +215,8 @@ def draw_images(
         Solver and budget.
     sde
         The forward process; that of the score if None.
+    vae
+        The autoencoder that decodes what is drawn, where the process is of latent variables.
     around
         Makes of the solver an `Imputation`, where a part of the images is known.
     batch
@@ -246,17 +250,21 @@ def draw_images(
             msg = f"solver must work on a fixed grid here; {sampling.solver} chooses its times"
             raise ValueError(msg)
         solver = around(solver)
+    shape = space.shape if vae is None else vae.latent_shape
     images, evaluations = [], []
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for first in range(0, len(seeds), batch):
             noise = SampleNoise(seeds[first : first + batch])
-            start = noise.start(sde, space.shape, device=device)
+            start = noise.start(sde, shape, device=device)
             with torch.no_grad():
                 found = solve(process, solver, start, times, noise=noise, denoise=sampling.denoise)
             if not found.success:
                 msg = f"{sampling.solver} failed: {found.message}"
                 raise FloatingPointError(msg)
             data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
+            if vae is not None:
+                with torch.no_grad():
+                    data = vae.images(data)
             images.append(to_levels(data.cpu(), space.levels, dequantised=space.dequantised))
             evaluations.append(found.stats.get("nfev", torch.full((len(start),), found.nfev)))
             bar.update(len(start))
@@ -295,7 +303,7 @@ def class_batches(
 
 
 def draw_of_classes(
-    model: MixedScore,
+    model: DiffusionModel,
     space: ImageSpace,
     seeds: Sequence[int],
     sampling: SamplingConfig,
@@ -311,8 +319,8 @@ def draw_of_classes(
     batches = class_batches(space, seeds, batch)
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for label, some in batches:
-            score = guided(model, space, label)
-            found = draw_images(score, space, some, sampling)
+            score = guided(model.score, space, label)
+            found = draw_images(score, space, some, sampling, vae=model.vae)
             drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
             bar.update(len(some))
     return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend, broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
@@ -27,19 +27,20 @@ from cldsde.images.data import DataSet, augment
 from cldsde.images.figures import save_grid
 from cldsde.images.model import (
     MODEL,
+    DiffusionModel,
     ImageSpace,
     Statistics,
+    check_model,
     data_statistics,
     make_model,
-    make_network,
     read_model,
     save_model,
 )
+from cldsde.images.objectives import Batch, Times, make_objective
 from cldsde.images.runs import RunFolder
 from cldsde.images.sampling import check_sampling, draw_of_classes
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.training_state import STATE, Meter, StopRequest, TrainingState
-from cldsde.score import MixedScore, PerturbedData, TimeSampler
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["STATE", "check_run", "train"]
@@ -72,7 +73,7 @@ def check_run(
         key.
     """
     space = ImageSpace.of(data.train, config)
-    make_network(config, space, device="meta")
+    check_model(config, space)
     check_sampling(lambda z, t: z, config.sampling, config.process.make())
     _shares(config, processes)
     if device.startswith("cuda:") and processes > 1:
@@ -94,7 +95,7 @@ def train(
     device: str = "auto",
     statistics: Statistics | None = None,
     progress: bool = False,
-) -> MixedScore:
+) -> DiffusionModel:
     """Train a model; return it with averaged weights, in evaluation mode.
 
     Writes to the run folder lines of ``metrics.jsonl`` and TensorBoard's events, grids of samples,
@@ -122,7 +123,7 @@ def train(
 
     Returns
     -------
-    MixedScore
+    DiffusionModel
         The exponential moving average of the model.
 
     Raises
@@ -148,13 +149,26 @@ def train(
 
 
 class _Part(NamedTuple):
-    """What goes through the network at once; images in [−1, 1]."""
+    """What goes through the network at once, and its place in the batch."""
 
     first: int
-    images: Tensor
-    labels: Tensor | None
-    t: Tensor
-    weight: Tensor
+    batch: Batch
+
+
+class _Core(NamedTuple):
+    """A network as part of the model: the module that it belongs to, and its name there.
+
+    Networks alone are wrapped for several processes, half precision and compilation: times,
+    kernels, noise and loss keep their precision.
+    """
+
+    owner: nn.Module
+    name: str
+    network: nn.Module
+    wrapped: nn.Module
+
+    def use(self, network: nn.Module) -> None:
+        setattr(self.owner, self.name, network)
 
 
 class _Trainer:
@@ -174,35 +188,38 @@ class _Trainer:
         self.share, self.part_size, self.block = _shares(config, engine.num_processes)
 
         self.model = make_model(config, self.space, statistics).to(engine.device)
-        self.network = self.model.network
-        self.average: MixedScore = (
+        self.average: DiffusionModel = (
             copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
         )
+        self.objective = make_objective(self.model, config)
         optimiser = torch.optim.AdamW(
-            self.network.parameters(),
+            [{"params": list(part.parameters())} for part in self.model.children()],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=engine.device.type in {"cpu", "cuda"},
         )
-        # Wrapped are the network and the optimiser alone: times, kernels, noise and loss keep
-        # their precision.
-        self.wrapped, self.optimiser = engine.prepare(self.network, optimiser)
-        self.sampler = _time_sampler(self.model, config)
+        self.optimiser = engine.prepare_optimizer(optimiser)
+        self.cores = [
+            _Core(owner, name, network, engine.prepare_model(network))
+            for owner, name, network in _networks(self.model)
+        ]
+        within = {id(p) for core in self.cores for p in core.network.parameters()}
+        self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine)
         self.state = TrainingState(
             config,
             statistics,
-            {"network": self.network, "average": self.average.network},
+            {"model": self.model, "average": self.average},
             optimiser,
             self.meter,
             engine,
         )
 
-    def run(self, *, progress: bool) -> MixedScore:
+    def run(self, *, progress: bool) -> DiffusionModel:
         total, batch = self.settings.steps, self.settings.batch
         start, seconds = self._start()
         if start == total:
-            return read_model(self.folder / MODEL, self.config, self.engine.device).score
+            return read_model(self.folder / MODEL, self.config, self.engine.device).model
         board = self._open_logs(start)
         began = time.monotonic() - seconds
         bar = progress_bar(
@@ -265,10 +282,10 @@ class _Trainer:
         return steps
 
     def _due(self, every: int, done: int) -> bool:
-        """Whether a multiple of so many images was passed in the last step, or all are done."""
+        """Whether a multiple of so many images was passed in the last step, or a stage is done."""
         batch = self.settings.batch
         passed = done * batch // every > (done - 1) * batch // every
-        return passed or done == self.settings.steps
+        return passed or done in {self.config.pretraining_steps, self.settings.steps}
 
     def _batches(self, loader: ThreadPoolExecutor, start: int) -> Iterator[list[_Part]]:
         """Batches of this process, the next of which is read while one is trained on."""
@@ -281,14 +298,17 @@ class _Trainer:
 
     def _load(self, step: int) -> list[_Part]:
         batch, seed = self.settings.batch, self.config.seed
-        t, weight = self.sampler.sample(batch, generator=stream(seed, "times", step))
+        times = tuple(
+            Times(*sampler.sample(batch, generator=stream(seed, "times", step, *which)))
+            for sampler, which in zip(self.objective.samplers, ((), (1,)), strict=False)
+        )
         order = image_order(seed, len(self.data.train), step * batch, batch)
         begin = self.engine.process_index * self.share
         loaded = []
         for first in range(begin, begin + self.share, self.part_size):
             mine = slice(first, first + self.part_size)
             x, labels = self._present(step, first, order[mine])
-            loaded.append(_Part(first, x, labels, t[mine], weight[mine].to(torch.float32)))
+            loaded.append(_Part(first, Batch(x, labels, tuple(some.take(mine) for some in times))))
         return loaded
 
     def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -315,55 +335,76 @@ class _Trainer:
     def _step(self, step: int, parts: list[_Part]) -> tuple[Tensor, Tensor]:
         """Update the weights; return this process's mean loss and the gradient's norm."""
         seed, device = self.config.seed, self.engine.device
-        self.network.train()
-        self.model.network = self.wrapped
-        rate = _learning_rate(self.config, step)
-        for group in self.optimiser.param_groups:
+        self.model.train()
+        for core in self.cores:
+            core.use(core.wrapped)
+        for group, rate in zip(
+            self.optimiser.param_groups, _learning_rates(self.config, step), strict=True
+        ):
             group["lr"] = rate
         self.optimiser.zero_grad()
         total = torch.zeros((), device=device)
         for part in parts:
-            blocks = range(part.first // self.block, (part.first + len(part.t)) // self.block)
+            count = len(part.batch.images)
+            blocks = range(part.first // self.block, (part.first + count) // self.block)
             noise = [stream(seed, "noise", step, block, device=device) for block in blocks]
             torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
-            weight = part.weight.to(device, non_blocking=True)
-            last = part is parts[-1]
-            with nullcontext() if last else self.engine.no_sync(self.wrapped):
-                loss = (weight * self._losses(self.model, part, noise)).mean() / len(parts)
-                self.engine.backward(loss)
-            total += loss.detach()
-        self.model.network = self.network
+            batch = self._to_device(part.batch)
+            with ExitStack() as together:
+                if part is not parts[-1]:
+                    for core in self.cores:
+                        together.enter_context(self.engine.no_sync(core.wrapped))
+                losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
+                for some in losses:
+                    loss = some.mean() / len(parts)
+                    self.engine.backward(loss)
+                    total += loss.detach()
+        for core in self.cores:
+            core.use(core.network)
+        for parameter in self.unshared:
+            if parameter.grad is not None:
+                parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
         bound = math.inf if self.settings.clip is None else self.settings.clip
-        norm = self.engine.clip_grad_norm_(self.network.parameters(), bound)
+        norm = self.engine.clip_grad_norm_(self.model.parameters(), bound)
         self.optimiser.step()
-        decay = min(self.settings.ema_decay, (step + 1) / (step + 10))
+        done = _step_of_stage(self.config, step) + 1
+        decay = min(self.settings.ema_decay, done / (done + 9))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        average(list(self.average.network.parameters()), list(self.network.parameters()), None)
+        average(list(self.average.parameters()), list(self.model.parameters()), None)
         return total, cast(Tensor, norm)
 
-    def _losses(
-        self, model: MixedScore, part: _Part, generator: torch.Generator | list[torch.Generator]
-    ) -> Tensor:
-        """Loss of each image, ``(B,)``."""
+    @contextmanager
+    def _frozen_score(self) -> Iterator[None]:
+        """Hold the weights of the score fast, and share no gradients of theirs, for a while."""
+        score = self.model.score
+        own = [core for core in self.cores if core.owner is score]
+        for core in own:
+            core.use(core.network)
+        score.requires_grad_(requires_grad=False)
+        try:
+            yield
+        finally:
+            score.requires_grad_(requires_grad=True)
+            for core in own:
+                core.use(core.wrapped)
+
+    def _to_device(self, batch: Batch) -> Batch:
         device = self.engine.device
-        pair = PerturbedData.draw(
-            model.sde,
-            part.images.to(device, non_blocking=True),
-            part.t,
-            conditioning=self.settings.conditioning,
-            generator=generator,
+        images, labels, times = batch
+        return Batch(
+            images.to(device, non_blocking=True),
+            None if labels is None else labels.to(device, non_blocking=True),
+            times,
         )
-        labels = None if part.labels is None else part.labels.to(device, non_blocking=True)
-        return model.loss(pair, weighting=self.settings.weighting, condition=labels)
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Loss of the averaged model on images not trained on, at times and noise that stay."""
+    def _held_out(self, step: int) -> float:
+        """Mean of the objective over images not trained on, at times and noise that stay."""
         images = self.data.held_out
         count = min(len(images), self.settings.held_out)
         # Neighbours in the data set get times that are far apart.
         order = torch.randperm(count, generator=stream(0, "held-out times"))
-        t, weight = self.sampler.quantiles((order + 0.5) / count)
+        times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
         noise = stream(0, "held-out noise", device=self.engine.device)
         draw = stream(0, "held-out presentation")
         sums = []
@@ -377,9 +418,8 @@ class _Trainer:
             )
             conditional = self.space.classes is not None and images.labels is not None
             labels = cast(Tensor, images.labels)[rows] if conditional else None
-            part = _Part(0, x, labels, t[rows], weight[rows])
-            losses = self._losses(self.average, part, noise)
-            sums.append((weight[rows].to(losses) * losses).double().sum())
+            batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
+            sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
 
     def _open_logs(self, start: int) -> Any:
@@ -402,9 +442,9 @@ class _Trainer:
         record = {
             "images": seen,
             "loss": loss,
-            "held_out_loss": self._held_out_loss(),
+            "held_out_loss": self._held_out(done - 1),
             "gradient_norm": norm,
-            "learning_rate": _learning_rate(self.config, done - 1),
+            "learning_rate": _learning_rates(self.config, done - 1)[0],
             "seconds": round(seconds, 3),
         }
         self.folder.log(record)
@@ -490,25 +530,29 @@ def _shares(config: RunConfig, processes: int) -> tuple[int, int, int]:
     return share, part, block
 
 
-def _time_sampler(model: MixedScore, config: RunConfig) -> TimeSampler:
-    settings = config.training
-    if settings.times == "uniform":
-        return TimeSampler(torch.ones_like, settings.t_min)
-    if settings.conditioning == "data" and settings.weighting == "reweighted":
-        return TimeSampler(model.residual_variance, settings.t_min)
-    return TimeSampler.importance(
-        model.sde,
-        settings.t_min,
-        data_variance=float(model.data_variance.mean()),
-        conditioning=settings.conditioning,
-        weighting=settings.weighting,
-    )
+def _networks(model: DiffusionModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The networks of a model, each with the module that it belongs to and its name there."""
+    found: list[tuple[nn.Module, str, nn.Module]] = [(model.score, "network", model.score.network)]
+    if model.vae is not None:
+        found += [(model.vae, name, getattr(model.vae, name)) for name in ("encoder", "decoder")]
+    return found
 
 
-def _learning_rate(config: RunConfig, step: int) -> float:
-    settings = config.training
-    seen = (step + 1) * settings.batch
-    rate = settings.learning_rate * min(1.0, seen / max(1, settings.warmup))
+def _step_of_stage(config: RunConfig, step: int) -> int:
+    """Steps since the stage began."""
+    first = config.pretraining_steps
+    return step if step < first else step - first
+
+
+def _learning_rates(config: RunConfig, step: int) -> list[float]:
+    """That of the score, and of the autoencoder if there is one."""
+    settings, latent, first = config.training, config.latent, config.pretraining_steps
+    steps = first if step < first else settings.steps - first
+    done = _step_of_stage(config, step)
+    share = min(1.0, (done + 1) * settings.batch / max(1, settings.warmup))
     if settings.decay == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    return rate
+        share *= 0.5 * (1 + math.cos(math.pi * done / steps))
+    peaks = [settings.learning_rate]
+    if latent is not None:
+        peaks.append(latent.learning_rate if step < first else latent.joint_learning_rate)
+    return [share * peak for peak in peaks]

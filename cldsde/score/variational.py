@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,11 +44,13 @@ from cldsde.linear.checks import TimeLike, check_between, check_positive
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process
+from cldsde.score.checks import check_process, one_of
 from cldsde.score.matching import PerturbedData, Target
 from cldsde.score.reverse import Score, score_argument
 
 __all__ = ["cross_entropy", "evidence_lower_bound"]
+
+CrossEntropyOf = Literal["state", "data"]
 
 
 def evidence_lower_bound(
@@ -111,7 +114,6 @@ def evidence_lower_bound(
     '-1.4...'
     """
     check_process(sde)
-    check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
     pair = PerturbedData.draw(sde, x0, t, generator=generator)
     _check_times(pair, weight, t_min)
     output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
@@ -126,9 +128,7 @@ def evidence_lower_bound(
         guess = reference.noise_prediction(pair)
         losses = losses - pair.loss(guess, "noise", weighting="likelihood")
         known = reference.diffusion_term(sde, x0, t_min)
-    divergence = _path_divergence(pair, losses, weight, t_min, sde.prior) + known
-    decoder = 0.5 + 0.5 * math.log(2 * math.pi) - sde.log_snr(t_min)
-    return -(divergence + (math.prod(x0.shape[1:]) * decoder).to(losses))
+    return -(cross_entropy(pair, losses, weight, t_min=t_min, of="data") + known)
 
 
 def cross_entropy(
@@ -137,6 +137,7 @@ def cross_entropy(
     weight: Tensor | float = 1.0,
     *,
     t_min: float,
+    of: CrossEntropyOf = "state",
     prior: Gaussian | None = None,
 ) -> Tensor:
     r"""Estimate −E log p(z) at t_min for z drawn given each datum, ``(B,)`` nats.
@@ -157,6 +158,9 @@ def cross_entropy(
         that of f over uniform times.
     t_min
         Time at which the model stops, 0 < t_min < T.
+    of
+        ``"state"``: of all components at t_min. ``"data"``: of the data, the model decoding them
+        at t_min; minus the evidence lower bound. The two differ by a constant.
     prior
         Law that the model starts from; None: the process's own.
 
@@ -168,12 +172,11 @@ def cross_entropy(
 
     Notes
     -----
-    The cross-entropy is that of all components. Auxiliary components of the data's process are
-    independent of the data at first, and bring their own entropy along: ½ log(2πeγM) nats a data
-    dimension for CLD, which `LinearSDE.initial_root` tells. Where they start far from equilibrium,
-    the cross-entropy at t_min > 0 less that entropy is far above that of the data: by 0.3 nats a
-    dimension for CLD with ``velocity_scale=0.04`` at 1e-3, and not at all with 1 (the process of
-    choice for latent variables). The evidence lower bound does not have this gap.
+    Auxiliary components start independent of the data, and bring their own entropy along: for CLD
+    ½ log(2πeγM) nats a data dimension. Where they start far from equilibrium, the cross-entropy of
+    the state at t_min > 0 less that entropy is far above that of the data: by 0.3 nats a dimension
+    for CLD with ``velocity_scale=0.04`` at 1e-3, and not at all with 1, the process of choice for
+    latent variables. That of the data does not have this gap.
 
     References
     ----------
@@ -203,21 +206,36 @@ def cross_entropy(
         got = f"conditioning={pair.conditioning!r}" if isinstance(pair, PerturbedData) else pair
         msg = f"pair must be PerturbedData conditioned on the data; got {got}"
         raise ValueError(msg)
+    one_of(of, CrossEntropyOf, "of")
     sde = pair.sde
-    check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
     _check_times(pair, weight, t_min)
     if losses.shape != (len(pair.x0),):
         msg = f"losses must have shape ({len(pair.x0)},); got {tuple(losses.shape)}"
         raise ValueError(msg)
-    divergence = _path_divergence(pair, losses, weight, t_min, prior or sde.prior)
-    root = sde.marginal(t_min).root
-    check_density(root, torch.tensor(t_min), "t_min")
-    entropy = 0.5 * sde.components * math.log(2 * math.pi * math.e) + root.diagonal().log().sum()
-    return divergence + (math.prod(pair.x0.shape[1:]) * entropy).to(losses)
+    if isinstance(weight, Tensor):
+        weight = weight.to(losses)
+    dimension = math.prod(pair.x0.shape[1:])
+    divergence = _prior_divergence(sde, pair.x0, prior or sde.prior)
+    diffusion = dimension * (sde.T - t_min) * weight * losses
+    last = _state_entropy(sde, t_min) if of == "state" else _decoder_entropy(sde, t_min)
+    return divergence + diffusion + (dimension * last).to(losses)
+
+
+def _state_entropy(sde: LinearSDE, t: float) -> Tensor:
+    """Entropy of the state given the data, a data dimension."""
+    root = sde.marginal(t).root
+    check_density(root, torch.tensor(t), "t_min")
+    return 0.5 * sde.components * math.log(2 * math.pi * math.e) + root.diagonal().log().sum()
+
+
+def _decoder_entropy(sde: LinearSDE, t: float) -> Tensor:
+    """½ log(2πe/I), of the decoder N(x̃, 1/I), a data dimension."""
+    return 0.5 * math.log(2 * math.pi * math.e) - sde.log_snr(t)
 
 
 def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> None:
     """Raise ValueError for times outside [t_min, T], and for weights that do not fit."""
+    check_between(t_min, 1e-300, pair.sde.T * (1 - 1e-9), "t_min")
     times = pair.t
     # A time in single precision may round below the smallest.
     if times.numel() and float(times.min()) < t_min * (1 - 1e-6):
@@ -230,21 +248,6 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
             f"weight must be one number or have shape ({len(pair.x0)},); got {tuple(weight.shape)}"
         )
         raise ValueError(msg)
-
-
-def _path_divergence(
-    pair: PerturbedData,
-    losses: Tensor,
-    weight: Tensor | float,
-    t_min: float,
-    prior: Gaussian,
-) -> Tensor:
-    """KL(q(z_T | x_0) ‖ prior) + ½ ∫ E ‖Gᵀ(s − ∇log q)‖² dt, ``(B,)`` nats."""
-    if isinstance(weight, Tensor):
-        weight = weight.to(losses)
-    dimension = math.prod(pair.x0.shape[1:])
-    diffusion = dimension * (pair.sde.T - t_min) * weight * losses
-    return _prior_divergence(pair.sde, pair.x0, prior) + diffusion
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ PUBLISHED = {
 def test_networks_have_the_published_size(name):
     shape, count = PUBLISHED[name]
     config = load_config(CONFIGS / f"{name}.toml")
-    network = make_network(config, ImageSpace(shape), device="meta")
+    network = make_network(config, shape, None, device="meta")
     # diffusers' skip blocks replace convolutions of 0.9 M parameters.
     assert parameter_count(network) == pytest.approx(count, rel=0.01)
 
@@ -53,6 +53,6 @@ def test_one_step_of_training_and_one_of_sampling_at_batch_one(name, tmp_path):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, *shape), generator=generator, dtype=torch.uint8)
     data = DataSet(ArrayImages(pixels), ArrayImages(pixels))
-    model = train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu")
+    model = train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu").score
     recipe = dataclasses.replace(config.sampling, nfe=2)
     assert draw_images(model, ImageSpace(shape), [0], recipe).images.shape == (1, *shape)

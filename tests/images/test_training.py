@@ -22,7 +22,6 @@ from cldsde.images.model import (
     data_statistics,
     load_model,
     make_model,
-    make_network,
 )
 from cldsde.images.runs import RunFolder
 from cldsde.images.sampling import class_batches
@@ -108,13 +107,13 @@ def test_a_finished_run_is_loaded(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_text()
     assert_same_bits(whole, trained(tmp_path, config()))
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert_same_bits(whole, load_model(tmp_path).score)
+    assert_same_bits(whole, load_model(tmp_path).model)
 
 
 def test_another_seed_trains_another_model(tmp_path):
     a = trained(tmp_path / "a", config())
     b = trained(tmp_path / "b", dataclasses.replace(config(), seed=6))
-    assert not torch.equal(a.network.network.conv_in.weight, b.network.network.conv_in.weight)
+    assert not torch.equal(*(m.score.network.network.conv_in.weight for m in (a, b)))
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path):
@@ -154,7 +153,7 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
     trained(tmp_path, settings, data)
     measured = metrics(tmp_path)[-1]["held_out_loss"]
     t = torch.linspace(1e-3, 1, 20001, dtype=torch.float64)
-    expected = torch.trapezoid(model.residual_variance(t), t) / (1 - 1e-3)
+    expected = torch.trapezoid(model.score.residual_variance(t), t) / (1 - 1e-3)
     # 4,000 images of 64 pixels, weighted so that each has the same expected share, relative
     # standard deviation √2 a pixel: five standard errors.
     assert measured == pytest.approx(float(expected), rel=5 * 2**0.5 / (4000 * 64) ** 0.5)
@@ -213,13 +212,13 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     assert load_model(tmp_path).space.classes == 3
     z = torch.randn(1, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     given, hidden = (
-        model(z, 0.5, condition=torch.tensor([label]), prediction="noise") for label in (0, 3)
+        model.score(z, 0.5, condition=torch.tensor([label]), prediction="noise") for label in (0, 3)
     )
     # Each embedding was trained: the class's own and the one that stands for no class.
     assert float((given - hidden).norm() / given.norm()) > 1e-4
-    fresh = make_network(settings, load_model(tmp_path).space)
+    fresh = make_model(settings, load_model(tmp_path).space)
     before, after = (
-        n.state_dict()["network.class_embedding.weight"] for n in (fresh, model.network)
+        m.state_dict()["score.network.network.class_embedding.weight"] for m in (fresh, model)
     )
     assert ((before - after).abs().amax(1) > 1e-4).all()
 
@@ -443,5 +442,5 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
             load_model(killed)
     assert kills == 20
     run_command(tmp_path, words)
-    assert_same_bits(load_model(out).score, load_model(killed).score)
+    assert_same_bits(load_model(out).model, load_model(killed).model)
     assert metrics(out) == metrics(killed)

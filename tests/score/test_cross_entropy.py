@@ -172,6 +172,24 @@ def test_the_evidence_lower_bound_has_a_decoder_where_it_has_an_entropy(name: st
     # Two directions of half each; solving with a covariance loses its condition, below 1e8.
     expected = entropy - decoder
     assert torch.allclose(found + bound, expected.expand(n), rtol=1e-6, atol=1e-6)
+    assert torch.equal(cross_entropy(pair, losses, 0.7, t_min=T_MIN, of="data"), -bound)
+
+
+@pytest.mark.parametrize("scale", [0.04, 1.0])
+def test_that_of_the_data_has_no_gap_from_a_velocity_out_of_equilibrium(scale: float) -> None:
+    """Of the state less the velocity's entropy against −E log p(z_0) of the encoder."""
+    sde = CLD(velocity_scale=scale)
+    pair, weight = cubature(sde, 60)
+    losses = pair.loss(prior_score(sde)(pair.z, pair.t), "score", weighting="likelihood")
+    state, data = (
+        float(cross_entropy(pair, losses, weight, t_min=T_MIN, of=of, prior=terminal(sde)).mean())
+        for of in ("state", "data")
+    )
+    velocity = math.log(2 * math.pi * math.e * scale * 0.25)
+    exact = math.log(2 * math.pi * P) + 0.5 * float((MEAN**2 + SCALE**2).sum()) / P
+    # Decoding adds noise of variance 1/I, below 1e-3 of P at 1e-3: half of it a direction, twice.
+    assert exact - 1e-6 <= data <= exact + 2e-3
+    assert (state - velocity - exact > 0.4) == (scale == 0.04)
 
 
 class TestGradients:
@@ -226,6 +244,10 @@ class TestRefusals:
     def test_a_pair_given_all_of_the_start(self) -> None:
         with pytest.raises(ValueError, match="conditioned on the data"):
             cross_entropy(self.pair(conditioning="all"), torch.zeros(2), t_min=1e-3)
+
+    def test_what_it_is_not_of(self) -> None:
+        with pytest.raises(ValueError, match="of must be"):
+            cross_entropy(self.pair(), torch.zeros(2), t_min=1e-3, of="velocity")  # type: ignore[arg-type]
 
     def test_times_before_the_smallest(self) -> None:
         with pytest.raises(ValueError, match="t must lie in"):

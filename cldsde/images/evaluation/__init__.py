@@ -24,6 +24,7 @@ from cldsde.images.evaluation.feature_distances import (
 from cldsde.images.evaluation.features import FeatureNetwork, feature_name, load_features
 from cldsde.images.evaluation.inception import InceptionMetric, inception_metrics
 from cldsde.images.evaluation.inception_files import INCEPTION_FILE, check_inception_weights
+from cldsde.images.evaluation.latent_likelihoods import latent_likelihood
 from cldsde.images.evaluation.likelihoods import likelihood
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "frechet_of",
     "images_sha256",
     "inception_metrics",
+    "latent_likelihood",
     "likelihood",
     "load_classifier",
     "load_features",

@@ -21,7 +21,7 @@ from cldsde.score.checks import one_of
 from cldsde.score.flow_density import Divergence
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["likelihood"]
+__all__ = ["check_levels", "likelihood", "mean_bits"]
 
 Kind = Literal["auto", "exact", "bound"]
 Scale = Literal["bins", "ends"]
@@ -108,7 +108,7 @@ def likelihood(
     one_of(kind, Kind, "kind")
     one_of(scale, Scale, "scale")
     one_of(divergence, Divergence, "divergence")
-    _check_levels(images, levels)
+    check_levels(images, levels)
     _check_numbers(
         process,
         {"batch": batch, "samples": samples, "max_nfev": max_nfev},
@@ -153,7 +153,7 @@ def likelihood(
         "device": str(device),
     }
     return {
-        **_mean(torch.cat(bits)),
+        **mean_bits(torch.cat(bits)),
         "quantity": _QUANTITY[kind],
         "is_bound": found.is_bound,
         "nfev": nfev / len(images),
@@ -164,13 +164,14 @@ def likelihood(
     }
 
 
-def _mean(bits: Tensor) -> dict[str, Any]:
+def mean_bits(bits: Tensor) -> dict[str, Any]:
     """Mean over images and its standard error."""
     error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else None
     return {"bits_per_dim": float(bits.mean()), "standard_error": error, "images": len(bits)}
 
 
-def _check_levels(images: Tensor, levels: int) -> None:
+def check_levels(images: Tensor, levels: int) -> None:
+    """Raise unless images are uint8 ``(N, C, H, W)`` with values below ``levels``."""
     check_images(images, "images", least=1)
     if check_count(levels, "levels", least=2) > 256:
         msg = f"levels must be at most 256, the number of uint8 values; got {levels}"

@@ -1,0 +1,246 @@
+r"""What models of images are trained for: score matching, and bounds of latent models.
+
+A latent model (Vahdat, Kreis and Kautz 2021) draws z_0 ~ q(z_0 | x), and its process starts there.
+Its negative evidence lower bound
+
+.. math::
+    \mathbb{E}_q[−\log p(x | z_0)] − H(q(z_0 | x)) + \mathrm{CE}(q(z_0 | x) ‖ p(z_0))
+
+trains encoder and decoder; the cross-entropy is `cldsde.score.cross_entropy`, the same for every
+process, and its gradient goes through the states into the encoder, with the weights of the score
+held fast. The score itself is trained on the same latent variables, which are constants then, with
+a weighting of its own. In the first stage the prior is standard normal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import RunConfig, TrainingConfig
+from cldsde.images.model import DiffusionModel
+from cldsde.linear.random import Generators
+from cldsde.score import MixedScore, PerturbedData, TimeSampler, cross_entropy
+
+__all__ = [
+    "Batch",
+    "LatentObjective",
+    "Objective",
+    "ScoreMatching",
+    "Times",
+    "bit_per_dim",
+    "make_objective",
+    "negative_evidence_lower_bound",
+]
+
+
+class Times(NamedTuple):
+    """Times ``(B,)``, float64 on the host, and the weights that undo their density."""
+
+    t: Tensor
+    weight: Tensor
+
+    def take(self, rows: slice | Tensor) -> Times:
+        """Those of some images."""
+        return Times(self.t[rows], self.weight[rows])
+
+
+class Batch(NamedTuple):
+    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times by each sampler."""
+
+    images: Tensor
+    labels: Tensor | None
+    times: tuple[Times, ...]
+
+
+class Objective(Protocol):
+    """What a training minimises.
+
+    Attributes
+    ----------
+    samplers
+        Of the times that a batch brings.
+    """
+
+    samplers: tuple[TimeSampler, ...]
+
+    def losses(
+        self,
+        model: DiffusionModel,
+        batch: Batch,
+        generator: Generators,
+        step: int,
+        frozen_score: Callable[[], AbstractContextManager[None]],
+    ) -> Iterator[Tensor]:
+        """Losses of each image, ``(B,)``, whose gradients add up.
+
+        Each is to be differentiated before the next is asked for: within ``frozen_score`` the
+        weights of the score are constants.
+        """
+
+    def held_out(
+        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
+    ) -> Tensor:
+        """What is reported of each image not trained on, ``(B,)``."""
+
+
+class ScoreMatching:
+    """Score matching on images."""
+
+    def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
+        self._settings = config.training
+        self.samplers = (_score_times(model.score, config),)
+
+    def losses(
+        self,
+        model: DiffusionModel,
+        batch: Batch,
+        generator: Generators,
+        step: int,
+        frozen_score: Callable[[], AbstractContextManager[None]],
+    ) -> Iterator[Tensor]:
+        """See `Objective.losses`."""
+        del frozen_score
+        yield self.held_out(model, batch, generator, step)
+
+    def held_out(
+        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
+    ) -> Tensor:
+        """Weighted loss; see `Objective.held_out`."""
+        del step
+        return _score_loss(model, batch.images, batch, generator, self._settings)
+
+
+class LatentObjective:
+    """Bounds of a latent model: first with a standard normal prior, then with the learnt one."""
+
+    def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
+        assert config.latent is not None
+        self._settings, self._latent = config.training, config.latent
+        self._pretraining = config.pretraining_steps
+        score = model.score
+        self.samplers = (
+            _score_times(score, config),
+            TimeSampler.importance(score.sde, self._settings.t_min, weighting="likelihood"),
+        )
+
+    def losses(
+        self,
+        model: DiffusionModel,
+        batch: Batch,
+        generator: Generators,
+        step: int,
+        frozen_score: Callable[[], AbstractContextManager[None]],
+    ) -> Iterator[Tensor]:
+        """See `Objective.losses`: the bound in bits a dimension, and the loss of the score."""
+        vae = model.vae
+        assert vae is not None
+        unit = bit_per_dim(batch.images)
+        posterior = vae.encode(batch.images)
+        z0 = posterior.sample(generator)
+        reconstruction = -vae.log_likelihood(batch.images, z0)
+        if step < self._pretraining:
+            seen = (step + 1) * self._settings.batch
+            share = min(1.0, seen / max(1, self._latent.annealing))
+            yield unit * (reconstruction + share * posterior.kl_to_standard_normal())
+            return
+        with frozen_score():
+            bound = _prior_bound(model, z0, batch, generator, self._settings.t_min)
+            yield unit * (reconstruction - posterior.entropy() + bound)
+        yield _score_loss(model, z0.detach(), batch, generator, self._settings)
+
+    def held_out(
+        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
+    ) -> Tensor:
+        """Negative evidence lower bound in bits a dimension; see `Objective.held_out`."""
+        learnt = step >= self._pretraining
+        bound = negative_evidence_lower_bound(
+            model, batch, generator, self._settings.t_min, learnt_prior=learnt
+        )
+        return bit_per_dim(batch.images) * bound
+
+
+def make_objective(model: DiffusionModel, config: RunConfig) -> Objective:
+    """What a configuration trains its model for."""
+    return (ScoreMatching if config.latent is None else LatentObjective)(model, config)
+
+
+def bit_per_dim(images: Tensor) -> float:
+    """A nat an image ``(B, C, H, W)`` in bits a dimension."""
+    return 1 / (math.prod(images.shape[1:]) * math.log(2))
+
+
+def negative_evidence_lower_bound(
+    model: DiffusionModel,
+    batch: Batch,
+    generator: Generators,
+    t_min: float,
+    *,
+    learnt_prior: bool = True,
+) -> Tensor:
+    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats.
+
+    Parameters
+    ----------
+    model
+        A model with an autoencoder.
+    batch
+        Images, and times as `LatentObjective` has them drawn.
+    generator
+        Source of the latent variables and the noise.
+    t_min
+        Time at which the prior's process ends.
+    learnt_prior
+        Whether the prior is that of the process; else it is standard normal.
+    """
+    vae = model.vae
+    assert vae is not None
+    posterior = vae.encode(batch.images)
+    z0 = posterior.sample(generator)
+    reconstruction = -vae.log_likelihood(batch.images, z0)
+    if not learnt_prior:
+        return reconstruction + posterior.kl_to_standard_normal()
+    bound = _prior_bound(model, z0, batch, generator, t_min)
+    return reconstruction - posterior.entropy() + bound
+
+
+def _prior_bound(
+    model: DiffusionModel, z0: Tensor, batch: Batch, generator: Generators, t_min: float
+) -> Tensor:
+    """Bound on −E log p(z_0), ``(B,)`` nats."""
+    t, weight = batch.times[1]
+    pair = PerturbedData.draw(model.score.sde, z0, t, generator=generator)
+    losses = model.score.loss(pair, weighting="likelihood", condition=batch.labels)
+    return cross_entropy(pair, losses, weight, t_min=t_min, of="data")
+
+
+def _score_loss(
+    model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators, settings: TrainingConfig
+) -> Tensor:
+    """Weighted loss of score matching on images or latent variables, ``(B,)``."""
+    t, weight = batch.times[0]
+    pair = PerturbedData.draw(
+        model.score.sde, x0, t, conditioning=settings.conditioning, generator=generator
+    )
+    losses = model.score.loss(pair, weighting=settings.weighting, condition=batch.labels)
+    return weight.to(losses) * losses
+
+
+def _score_times(score: MixedScore, config: RunConfig) -> TimeSampler:
+    settings = config.training
+    if settings.times == "uniform":
+        return TimeSampler(torch.ones_like, settings.t_min)
+    if settings.conditioning == "data" and settings.weighting == "reweighted":
+        return TimeSampler(score.residual_variance, settings.t_min)
+    return TimeSampler.importance(
+        score.sde,
+        settings.t_min,
+        data_variance=float(score.data_variance.mean()),
+        conditioning=settings.conditioning,
+        weighting=settings.weighting,
+    )

@@ -1,0 +1,303 @@
+"""Latent models: what they are trained for, and that they train, resume and sample."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cldsde.images.config import RunConfig
+from cldsde.images.data import ArrayImages, DataSet, to_unit
+from cldsde.images.evaluation import latent_likelihood
+from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
+from cldsde.images.objectives import (
+    Batch,
+    Times,
+    make_objective,
+    negative_evidence_lower_bound,
+)
+from cldsde.images.runs import RunFolder
+from cldsde.images.sampling import draw_images, draw_of_classes
+from cldsde.images.training import check_run, train
+from cldsde.score import TimeSampler
+
+CONFIG = {
+    "seed": 5,
+    "data": {"flip": True},
+    "process": {"name": "CLD", "options": {"velocity_scale": 1.0}},
+    "network": {"options": {"channels": [16, 16]}},
+    "latent": {"latent_channels": 2, "channels": [16, 16], "pretraining": 32, "annealing": 32},
+    "training": {
+        "images": 96,
+        "batch": 16,
+        "micro_batch": 8,
+        "ema_decay": 0.9,
+        "log_every": 16,
+        "save_every": 32,
+        "sample_every": 96,
+        "t_min": 1e-2,
+    },
+    "sampling": {"solver": "euler-maruyama", "nfe": 3},
+}
+# Score of the reference alone, of the data's law at each time, and of every process.
+PROCESSES = {
+    "VP": {"name": "VPSDE"},
+    "CLD": {"name": "CLD"},
+    "CLD, γ = 1": {"name": "CLD", "options": {"velocity_scale": 1.0}},
+    "PSLD": {"name": "PSLD"},
+}
+T_MIN = 1e-2
+
+
+def config(**sections) -> RunConfig:
+    changed = {name: {**CONFIG.get(name, {}), **values} for name, values in sections.items()}
+    return RunConfig.from_dict({**CONFIG, **changed})
+
+
+def images(seed: int = 0, count: int = 64, *, labels: bool = False) -> ArrayImages:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    if not labels:
+        return ArrayImages(pixels)
+    return ArrayImages(pixels, labels=torch.arange(count) % 3, classes=3)
+
+
+DATA = DataSet(images(0), images(1, 16))
+SPACE = ImageSpace((1, 8, 8))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(folder, settings: RunConfig, data: DataSet = DATA) -> DiffusionModel:
+    return train(settings, data, RunFolder(folder, settings.to_dict()), device="cpu")
+
+
+def batch(model: DiffusionModel, settings: RunConfig, count: int, dtype=torch.float32) -> Batch:
+    x = to_unit(images(2, count).load(torch.arange(count)), 256).to(dtype)
+    samplers = make_objective(model, settings).samplers
+    times = tuple(Times(*sampler.sample(count, generator=seeded(3))) for sampler in samplers)
+    return Batch(x, None, times)
+
+
+@contextmanager
+def nothing():
+    yield
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_with_an_exact_prior_the_bound_is_that_of_the_autoencoder(name):
+    """The untrained score is that of a standard normal law, which the first stage has."""
+    settings = config(process={"options": {}, **PROCESSES[name]})
+    model, n = make_model(settings, SPACE).eval(), 1000
+    given = batch(model, settings, 1)
+    x = given.images.expand(n, *given.images.shape[1:])
+    sampler = TimeSampler.importance(model.score.sde, T_MIN, weighting="likelihood")
+    times = Times(*sampler.sample(n, generator=seeded()))
+    with torch.no_grad():
+        bound, known = (
+            negative_evidence_lower_bound(
+                model, Batch(x, None, (times, times)), seeded(1), T_MIN, learnt_prior=learnt
+            ).double()
+            for learnt in (True, False)
+        )
+    # Both draw the same latent variables first; what is left is the prior's part.
+    difference = bound - known
+    dimension = math.prod(model.vae.latent_shape)
+    # Decoding at t_min adds noise of variance 1/I to z_0 of variance 1, and the prior is the
+    # process's, not the law at T: mean and spread e^{−B/2} = 0.007 of both for VP.
+    noise = math.exp(-2 * float(model.score.sde.log_snr(T_MIN)))
+    slack = dimension * (noise + 1e-3)
+    error = 5 * float(difference.std()) / math.sqrt(n)
+    assert abs(float(difference.mean())) <= error + slack
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gradients_of_the_encoder_agree_with_differences(name):
+    settings = config(process={"options": {}, **PROCESSES[name]}, score={"mixing": -1.0})
+    model = make_model(settings, SPACE).double().eval()
+    generator = seeded(4)
+    with torch.no_grad():  # the network's output is zero at first
+        for parameter in model.score.network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    given = batch(model, settings, 4, torch.float64)
+
+    def bound() -> torch.Tensor:
+        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN).mean()
+
+    last = model.vae.encoder.conv_out
+    gradient = torch.autograd.grad(bound(), [last.weight, last.bias])
+    h = 1e-5
+    for parameter, slope in zip((last.weight, last.bias), gradient, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                parameter.add_(sign * h * direction)
+                values.append(float(bound()))
+        # Central differences: h² f'''/6 and eps f/h, of bounds near 10³.
+        wanted = (values[0] - values[1]) / (2 * h)
+        assert float((slope * direction).sum()) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_the_bound_trains_the_autoencoder_and_its_own_loss_the_score():
+    settings = config()
+    model = make_model(settings, SPACE)
+    # The last convolution passes nothing on at first.
+    torch.nn.init.normal_(model.score.network.network.conv_out.weight)
+    held: list[bool] = []
+
+    @contextmanager
+    def frozen():
+        model.score.requires_grad_(requires_grad=False)
+        held.append(True)
+        yield
+        model.score.requires_grad_(requires_grad=True)
+
+    losses = make_objective(model, settings).losses(
+        model, batch(model, settings, 8), seeded(), settings.pretraining_steps, frozen
+    )
+    next(losses).sum().backward()
+    assert held == [True]
+    assert all(p.grad is None for p in model.score.parameters())
+    assert all(bool(p.grad.any()) for p in model.vae.encoder.parameters() if p.ndim > 1)
+    before = [p.grad.clone() for p in model.vae.parameters()]
+    next(losses).sum().backward()
+    assert any(bool(p.grad.any()) for p in model.score.parameters())
+    assert all(
+        torch.equal(p.grad, old) for p, old in zip(model.vae.parameters(), before, strict=True)
+    )
+    assert next(losses, None) is None
+
+
+def test_the_divergence_is_annealed_in_the_first_stage():
+    settings = config(latent={"annealing": 64})
+    model = make_model(settings, SPACE)
+    objective, given = make_objective(model, settings), batch(model, settings, 8)
+
+    def loss(step: int) -> torch.Tensor:
+        [found] = objective.losses(model, given, seeded(), step, nothing)
+        return found.detach()
+
+    posterior = model.vae.encode(given.images)
+    unit = 1 / (64 * math.log(2))
+    step = 16 / 64 * unit * posterior.kl_to_standard_normal().detach()
+    assert torch.allclose(loss(1) - loss(0), step, rtol=1e-4, atol=1e-6)
+
+
+def test_a_latent_model_that_was_interrupted_ends_with_the_same_bits(tmp_path):
+    """In either stage."""
+
+    class StopTrainingError(Exception):
+        pass
+
+    class InterruptedRun(RunFolder):
+        def log(self, record):
+            super().log(record)
+            if record["images"] in stops:
+                stops.remove(record["images"])
+                raise StopTrainingError
+
+    stops = [48, 80]
+    settings = config(score={"mixing": -3.0})
+    whole = trained(tmp_path / "a", settings)
+    while stops:
+        with pytest.raises(StopTrainingError):
+            train(settings, DATA, InterruptedRun(tmp_path / "b", settings.to_dict()), device="cpu")
+    resumed = trained(tmp_path / "b", settings)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    loaded = load_model(tmp_path / "a")
+    assert torch.equal(loaded.score.mixing_logits, whole.score.mixing_logits)
+    assert bool((whole.score.mixing_logits != -3).any())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"weighting": "likelihood"}},
+        {"training": {"conditioning": "all", "times": "uniform"}},
+        {"training": {"precision": "bf16"}},
+        {"latent": {"likelihood": "bernoulli"}},
+        {"network": {"options": {"channels": [16, 16], "gradient_checkpointing": True}}},
+    ],
+)
+def test_every_way_to_train_a_latent_model_trains(tmp_path, changes):
+    model = trained(tmp_path, config(**changes))
+    assert all(bool(x.isfinite().all()) for x in model.state_dict().values())
+
+
+def test_classes_reach_the_prior_of_a_latent_model(tmp_path):
+    settings = config(network={**CONFIG["network"], "conditional": True})
+    data = DataSet(images(0, labels=True), images(1, 16, labels=True))
+    trained(tmp_path, settings, data)
+    assert load_model(tmp_path).space.classes == 3
+
+
+def test_an_image_depends_on_its_seed_alone(tmp_path):
+    trained(tmp_path, config())
+    model = load_model(tmp_path)
+    assert model.vae is not None
+    recipe = model.config.sampling
+    together = draw_of_classes(model.model, model.space, range(5), recipe)
+    alone = torch.cat(
+        [
+            draw_images(model.score, model.space, [seed], recipe, vae=model.vae).images
+            for seed in range(5)
+        ]
+    )
+    assert together.images.shape == (5, 1, 8, 8)
+    # The networks round as their batch is.
+    assert int((together.images.int() - alone.int()).abs().max()) <= 1
+
+
+def test_bits_of_a_latent_model_are_its_bound_on_the_images(tmp_path):
+    trained(tmp_path, config())
+    model = load_model(tmp_path).model
+    pixels = DATA.held_out.load(torch.arange(16))
+    found = latent_likelihood(model, pixels, t_min=T_MIN, samples=2)
+    again = latent_likelihood(model, pixels, t_min=T_MIN, samples=2)
+    assert found == again
+    assert found["is_bound"]
+    # No less than the eight bits of uniform noise, which no model knows anything about, but for
+    # the estimate's own error.
+    assert found["bits_per_dim"] >= 8 - 5 * found["standard_error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"data": {"dequantise": True}}, r"data\.dequantise"),
+        ({"score": {"reference": "pixel"}}, r"score\.reference"),
+        ({"latent": {"pretraining": 96}}, r"latent\.pretraining"),
+        ({"latent": {"pretraining": 0}}, r"latent\.pretraining"),
+        ({"latent": {"likelihood": "normal"}}, r"latent\.likelihood"),
+        ({"latent": {"channel": 3}}, r"latent\.channel is not known; did you mean channels"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, key):
+    with pytest.raises(ValueError, match=key):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"latent": {"latent_channels": 0}}, r"latent\.latent_channels"),
+        ({"latent": {"channels": [16, 17]}}, r"latent\.groups"),
+        ({"latent": {"channels": [16] * 5}}, r"latent\.shape .* channels"),
+        ({"network": {"options": {"channels": [16] * 4}}}, r"network\.options"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_by_their_keys(changes, key):
+    with pytest.raises(ValueError, match=key):
+        check_run(config(**changes), DATA, device="cpu")
+
+
+def test_a_latent_section_may_be_left_out_or_none():
+    values = {**CONFIG, "latent": None}
+    assert RunConfig.from_dict(values).latent is None
+    assert RunConfig.from_dict(config().to_dict()) == config()
