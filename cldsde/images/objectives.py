@@ -94,7 +94,7 @@ class ScoreMatching:
 
     def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
         self._settings = config.training
-        self.samplers = (_score_times(model.score, config),)
+        self.samplers: tuple[TimeSampler, ...] = (_score_times(model.score, config),)
 
     def losses(
         self,
@@ -124,7 +124,7 @@ class LatentObjective:
         self._settings, self._latent = config.training, config.latent
         self._pretraining = config.pretraining_steps
         score = model.score
-        self.samplers = (
+        self.samplers: tuple[TimeSampler, ...] = (
             _score_times(score, config),
             TimeSampler.importance(score.sde, self._settings.t_min, weighting="likelihood"),
         )

@@ -84,18 +84,16 @@ def latent_likelihood(
     check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
     generator = torch.Generator().manual_seed(seed)
     sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
-    classes = model.score.network.classes
     found = []
     with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
         for part in parts(images, batch):
             x = to_unit(part, levels).to(device)
-            labels = None if classes is None else torch.full((len(x),), classes)
             total = torch.zeros(len(x), dtype=torch.float64)
             for _ in range(samples):
                 times = Times(*sampler.sample(len(x), generator=generator))
                 with torch.no_grad():
                     bound = negative_evidence_lower_bound(
-                        model, Batch(x, labels, (times, times)), generator, t_min
+                        model, Batch(x, None, (times, times)), generator, t_min
                     )
                 total += bound.cpu().double()
             found.append(bit_per_dim(x) * total / samples)
