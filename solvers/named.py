@@ -11,6 +11,7 @@ from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
 from .gotta_go_fast import GottaGoFast
+from .predictor_corrector import PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
@@ -39,6 +40,7 @@ def named_solvers() -> dict[str, Solver | Integrator]:
         "splitting-obab-shared": Splitting(scheme="OBAB", shared_score=True),
         "reverse-diffusion": ReverseDiffusion(),
         "ancestral": Ancestral(),
+        "predictor-corrector": PredictorCorrector(),
         "multistep-1-sde": multistep(order=1, stochasticity=1.0),
         "multistep-2-sde": multistep(order=2, stochasticity=1.0),
         "multistep-3-sde": multistep(order=3, stochasticity=1.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from cldsde.score import ReverseProcess
 
 from .base import Facts, Memory, ScoreAt, Solver
 from .noise import NoiseSource
+from .predictors import ReverseDiffusion
 
 __all__ = ["Langevin", "PredictorCorrector"]
 
@@ -90,7 +91,7 @@ class PredictorCorrector(Solver):
     Parameters
     ----------
     predictor
-        A one-step solver: `ReverseDiffusion`, `Ancestral`, `EulerMaruyama` …
+        A one-step solver: `ReverseDiffusion`, as published for VE, `Ancestral`, `EulerMaruyama` …
     corrector
         `Langevin`.
 
@@ -102,8 +103,8 @@ class PredictorCorrector(Solver):
         If the predictor's state between two steps belongs to no grid time, as that of `SSCS`.
     """
 
-    predictor: Solver
-    corrector: Langevin
+    predictor: Solver = field(default_factory=ReverseDiffusion)
+    corrector: Langevin = field(default_factory=Langevin)
 
     def __post_init__(self) -> None:
         """Refuse what is no solver or no corrector."""

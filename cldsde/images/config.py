@@ -22,6 +22,7 @@ from cldsde.images.config_files import (
     from_dict,
     read_file,
     with_overrides,
+    without_none,
 )
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
@@ -395,7 +396,7 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """As a TOML file that `load_config` reads; what is None is left out."""
-        return tomli_w.dumps(_without_none(self.to_dict()))
+        return tomli_w.dumps(without_none(self.to_dict()))
 
     @property
     def pretraining_steps(self) -> int:
@@ -454,11 +455,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value is not None
-    }

@@ -29,6 +29,7 @@ __all__ = [
     "parse_overrides",
     "read_file",
     "with_overrides",
+    "without_none",
 ]
 
 
@@ -119,6 +120,15 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return changed
 
 
+def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as TOML can hold it: what is None is left out."""
+    return {
+        key: without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _copied(value) if isinstance(value, Mapping) else value
@@ -180,11 +190,14 @@ def from_dict(kind: type[Any], values: object, prefix: str = "") -> Any:
 
 
 def _section(hint: Any) -> type[Any] | None:
-    """The dataclass that an annotation asks for, or allows."""
-    for part in (hint, *typing.get_args(hint)):
-        if isinstance(part, type) and dataclasses.is_dataclass(part):
-            return part
-    return None
+    """The dataclass that an annotation asks for, or allows beside None."""
+    union = typing.get_origin(hint) in {typing.Union, types.UnionType}
+    parts = typing.get_args(hint) if union else (hint,)
+    return next((part for part in parts if _is_section(part)), None)
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _is_required(entry: dataclasses.Field[Any]) -> bool:
@@ -194,6 +207,14 @@ def _is_required(entry: dataclasses.Field[Any]) -> bool:
 
 def _checked_value(value: object, hint: Any, name: str) -> Any:
     """The value as the type that an annotation asks for; numbers in quotes are no numbers."""
+    if _is_section(hint):
+        return from_dict(hint, value, f"{name}.")
+    if typing.get_origin(hint) is tuple and _is_section(typing.get_args(hint)[0]):
+        if not isinstance(value, list | tuple):
+            msg = f"{name} must be a list of sections; got {value!r}"
+            raise ValueError(msg)
+        kind = typing.get_args(hint)[0]
+        return tuple(from_dict(kind, part, f"{name}[{i}].") for i, part in enumerate(value))
     if typing.get_origin(hint) is typing.get_origin(Mapping[str, Any]):
         if not isinstance(value, Mapping):
             msg = f"{name} must be a section; got {value!r}"

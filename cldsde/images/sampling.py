@@ -320,7 +320,7 @@ def draw_of_classes(
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for label, some in batches:
             score = guided(model.score, space, label)
-            found = draw_images(score, space, some, sampling, vae=model.vae)
+            found = draw_images(score, space, some, sampling, vae=model.vae, batch=batch)
             drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
             bar.update(len(some))
     return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))

@@ -149,6 +149,21 @@ def test_budgets_too_small_for_a_step_are_refused():
         time_grid(process, make_solver(sampling), sampling)
 
 
+def test_options_of_parts_of_solvers_are_passed_on_or_refused():
+    def made(**corrector):
+        options = {"corrector": corrector}
+        return make_solver(SamplingConfig(solver="predictor-corrector", options=options))
+
+    corrector = solvers.Langevin(snr=0.1)
+    assert made(snr=0.1) == solvers.PredictorCorrector(solvers.ReverseDiffusion(), corrector)
+    with pytest.raises(
+        ValueError, match=r"options\.corrector\.snrr is not known; did you mean snr"
+    ):
+        made(snrr=0.1)
+    with pytest.raises(ValueError, match=r"options\.corrector\.snr must be finite and positive"):
+        made(snr=-1.0)
+
+
 def test_options_of_solvers_are_passed_on_or_refused():
     options = {"rtol": 0.5}
     solver = make_solver(SamplingConfig(solver="gotta-go-fast", options=options))
