@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from cldsde.solvers import Integrator, Solver
 
 from .checks import Check
 from .order_estimate import OrderEstimate, Verdict
+from .page import data_uri, figure_uri, render_page
 from .plots import canvas
 from .suite import declared_too_low, summarise
 from .work_precision import WorkPrecision
@@ -139,11 +139,11 @@ class Report:
         ImportError
             If matplotlib is not installed; it comes with the extra ``validation``.
         """
-        from jinja2 import Environment  # seldom wanted
-
-        environment = Environment(autoescape=True)
-        page = environment.from_string(_PAGE).render(
-            report=self.to_dict(),
+        report = self.to_dict()
+        page = render_page(
+            f"Validation of cldsde {report['cldsde']}",
+            _BODY,
+            report=report,
             summary=summarise(self.checks),
             rows=[_html_row(check) for check in self.checks],
             curves=[
@@ -244,49 +244,16 @@ def _curves(subject: str, found: Sequence[Check]) -> str:
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="error", title=subject)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _as_image(figure)
+    return figure_uri(figure)
 
 
 def _diagram(table: WorkPrecision) -> str:
     buffer = io.BytesIO()
     table.plot(buffer, file_format="svg")
-    return _encoded(buffer)
+    return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
-def _as_image(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return _encoded(buffer)
-
-
-def _encoded(buffer: io.BytesIO) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Validation of cldsde {{ report.cldsde }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid #8884;
-  vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.PASS { color: #1a7f37; } .FAIL { color: #cf222e; font-weight: bold; }
-.INCONCLUSIVE { color: #9a6700; }
-@media (prefers-color-scheme: dark) {
-  .PASS { color: #3fb950; } .FAIL { color: #ff7b72; } .INCONCLUSIVE { color: #d29922; }
-}
-img { max-width: 100%; background: white; border-radius: 4px; }
-</style>
-</head>
-<body>
-<h1>Validation of cldsde {{ report.cldsde }}</h1>
+_BODY = """\
 <p>{{ report.checks | length }} checks{% if not report.complete %}, not all that were asked
 for{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders are given with their
 confidence intervals; one passes where its interval is narrow and at most a quarter below what is
@@ -317,6 +284,4 @@ declared.</p>
 {% for name, image in curves %}
 <p><img src="{{ image }}" alt="Errors of {{ name }} against the step"></p>
 {% endfor %}
-</body>
-</html>
 """
