@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from jsonargparse import ArgumentParser
 
-from cldsde.cli import demo, evaluate, sample, train, validate
+from cldsde.cli import compare, demo, evaluate, sample, train, validate
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ _COMMANDS = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "compare": compare,
     "validate": validate,
 }
 

@@ -38,18 +38,27 @@ from cldsde.images.evaluation import (
 )
 from cldsde.images.files import write_whole
 from cldsde.images.model import ImageModel
-from cldsde.images.sampling import draw_of_classes
+from cldsde.images.sampling import Samples, draw_of_classes
 
-__all__ = ["METRICS", "Evaluation", "as_bytes", "load_samples", "markdown_table"]
+__all__ = [
+    "METRICS",
+    "SAMPLING",
+    "Evaluation",
+    "as_bytes",
+    "cell_numbers",
+    "load_samples",
+    "markdown_table",
+    "stored_results",
+]
 
 Metric = Literal["fd", "fid", "kid", "isc", "prc", "bpd"]
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 """Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
 in Inception's; bits a dimension."""
+SAMPLING = "sampling"
+"""Key of a cell for what its images cost; all other keys are measures."""
 
 _CLASSIFIER = "classifier.safetensors"
-_SAMPLING = "sampling"
-"""Key of a cell for what its images cost; all other keys are measures."""
 _TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
 
 
@@ -144,36 +153,38 @@ class Evaluation:
         if "bpd" in self.metrics and model.space.always_classes:
             msg = "--metrics: bpd needs a network trained without classes, too"
             raise ValueError(msg)
-        found = _stored(results, model.digest)
+        found = stored_results(results, model.digest)
         bits = found["likelihood"]
         if "bpd" in self.metrics and (bits is None or bits["asked"] != self.likelihood_images):
             found["likelihood"] = self._bits(model)
             _store(results, found)
-        measures = [metric for metric in self.metrics if metric != "bpd"]
-        for recipe in recipes if measures else ():
+        for recipe in recipes if self._measures else ():
             row = _row(found, recipe)
-            for repeat in range(self.repeats):
-                first = self.first_seed + repeat * self.samples
-                key = f"{first}-{first + self.samples - 1}"
-                cell = row["cells"].setdefault(key, {})
-                missing = [metric for metric in measures if self._name(metric) not in cell]
+            for seeds in self._seeds:
+                cell = row["cells"].setdefault(_key(seeds), {})
+                missing = self._missing(cell)
                 if missing:
                     began = time.monotonic()
-                    drawn = draw_of_classes(
-                        model.model,
-                        model.space,
-                        range(first, first + self.samples),
-                        recipe,
-                        batch=self.batch,
-                        progress=self.progress,
-                    )
-                    cell[_SAMPLING] = {
+                    drawn = self.draw(model, recipe, seeds)
+                    cell[SAMPLING] = {
                         "nfe": float(drawn.evaluations.double().mean()),
                         "seconds": time.monotonic() - began,
                     }
                     cell |= self.measure(as_bytes(drawn.images, model.space.levels), missing)
                     _store(results, found)
         return found
+
+    def cells(self, found: Mapping[str, Any], recipe: SamplingConfig) -> list[dict[str, Any]]:
+        """Finished cells of a recipe among results, in the order of the repetitions."""
+        stored = _row({"recipes": list(found["recipes"])}, recipe)["cells"]
+        cells = [stored.get(_key(seeds), {}) for seeds in self._seeds]
+        return [cell for cell in cells if not self._missing(cell)]
+
+    def draw(self, model: ImageModel, recipe: SamplingConfig, seeds: range) -> Samples:
+        """Images of a model with a recipe."""
+        return draw_of_classes(
+            model.model, model.space, seeds, recipe, batch=self.batch, progress=self.progress
+        )
 
     def measure(self, images: Tensor, metrics: Sequence[str]) -> dict[str, Any]:
         """Measures of images, uint8 with 256 levels, by name."""
@@ -197,6 +208,20 @@ class Evaluation:
             )
             cell |= {self._name(metric): found for metric in inception}
         return cell
+
+    @property
+    def _measures(self) -> list[str]:
+        """Metrics of samples."""
+        return [metric for metric in self.metrics if metric != "bpd"]
+
+    @property
+    def _seeds(self) -> list[range]:
+        """Those of each repetition."""
+        firsts = (self.first_seed + repeat * self.samples for repeat in range(self.repeats))
+        return [range(first, first + self.samples) for first in firsts]
+
+    def _missing(self, cell: Mapping[str, Any]) -> list[str]:
+        return [metric for metric in self._measures if self._name(metric) not in cell]
 
     def _name(self, metric: str) -> str:
         """Key of a measure: in other features, or to other images, it is another."""
@@ -308,8 +333,14 @@ def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
         yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
 
 
-def _stored(results: Path, digest: str) -> dict[str, Any]:
-    """The results so far, if they are of this model."""
+def stored_results(results: Path, digest: str) -> dict[str, Any]:
+    """What `Evaluation.of_run` has written so far.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or holds results of another model than that of the digest.
+    """
     fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
     if not results.exists():
         return fresh
@@ -320,9 +351,14 @@ def _stored(results: Path, digest: str) -> dict[str, Any]:
         msg = f"{results} is damaged ({error}); delete it to have it made again"
         raise ValueError(msg) from error
     if found.get("model") != digest:
-        msg = f"{results} holds results of other weights; name another file with --out"
+        msg = f"{results} holds results of other weights; delete it, or write to another file"
         raise ValueError(msg)
     return fresh | found
+
+
+def _key(seeds: range) -> str:
+    """Key of a cell."""
+    return f"{seeds[0]}-{seeds[-1]}"
 
 
 def _store(results: Path, found: Mapping[str, Any]) -> None:
@@ -347,7 +383,7 @@ def markdown_table(found: Mapping[str, Any]) -> str:
     NFE is what an image took in the mean, where that was measured.
     """
     rows = found["recipes"]
-    numbers = [[_numbers(cell) for cell in row["cells"].values()] for row in rows]
+    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in rows]
     names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
     lines = [
         "| solver | NFE | grid, ε | " + " | ".join(names) + " |",
@@ -363,18 +399,18 @@ def markdown_table(found: Mapping[str, Any]) -> str:
                 cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
         times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
-        spent = [cell[_SAMPLING]["nfe"] for cell in row["cells"].values() if _SAMPLING in cell]
+        spent = [cell[SAMPLING]["nfe"] for cell in row["cells"].values() if SAMPLING in cell]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
         head = [sampling["solver"], nfe, times]
         lines.append("| " + " | ".join([*head, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _numbers(cell: Mapping[str, Any]) -> dict[str, float]:
+def cell_numbers(cell: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a cell, by what they are called in a table."""
     numbers = {}
     for key, measure in cell.items():
-        if key == _SAMPLING:
+        if key == SAMPLING:
             continue
         metric, _, rest = key.partition(" ")
         if metric == "fd":

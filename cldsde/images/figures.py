@@ -16,8 +16,8 @@ from torch import Tensor
 __all__ = ["picture", "plot_distances", "plot_samples", "plot_trajectories", "save_grid"]
 
 
-def save_grid(file: Path, images: Tensor, levels: int = 256) -> None:
-    """Images in a grid as nearly square as may be, pixel for pixel, as a picture.
+def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | None = None) -> None:
+    """Images in a grid, pixel for pixel, as a picture.
 
     Parameters
     ----------
@@ -27,9 +27,11 @@ def save_grid(file: Path, images: Tensor, levels: int = 256) -> None:
         ``(N, C, H, W)`` uint8, C = 1 or 3.
     levels
         Grey levels of the images.
+    columns
+        Images of a line; None makes the grid as nearly square as may be.
     """
     n, channels, height, width = images.shape
-    columns = math.isqrt(n - 1) + 1
+    columns = math.isqrt(n - 1) + 1 if columns is None else columns
     rows = -(-n // columns)
     sheet = np.zeros((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), np.uint8)
     for i, image in enumerate(images.movedim(1, -1).cpu().numpy()):

@@ -6,17 +6,18 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from cldsde.images.files import PARTIAL, write_whole
 
-__all__ = ["CONFIG", "RunFolder"]
+__all__ = ["CONFIG", "METRICS", "RunFolder"]
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
-_METRICS = "metrics.jsonl"
+METRICS = "metrics.jsonl"
+"""File of a run that holds a line of numbers for every part of its training."""
 
 
 class RunFolder:
@@ -34,6 +35,8 @@ class RunFolder:
         The resolved configuration, JSON types only.
     shared
         Whether another process of the same run has opened the folder, and this one only reads it.
+    parts
+        Names of what may be there before the folder is anyone's.
 
     Raises
     ------
@@ -43,11 +46,18 @@ class RunFolder:
         If the folder cannot be made or written.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        shared: bool = False,
+        parts: Collection[str] = (),
+    ) -> None:
         self.path = path
         if shared:
             return
-        _check_vacant(path, config)
+        _check_vacant(path, config, parts)
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +92,7 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        with (self.path / _METRICS).open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def damaged(self, name: str, reason: object) -> str:
@@ -91,11 +101,11 @@ class RunFolder:
 
     def forget_metrics_after(self, images: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``images``: a continued run writes them again."""
-        metrics = self.path / _METRICS
+        metrics = self.path / METRICS
         if metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _images(line) <= images]
-            self.write(_METRICS, lambda file: file.write_text("".join(kept)))
+            self.write(METRICS, lambda file: file.write_text("".join(kept)))
 
 
 def _images(line: str) -> float:
@@ -131,13 +141,14 @@ def _dumps(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_vacant(path: Path, config: Mapping[str, Any]) -> None:
+def _check_vacant(path: Path, config: Mapping[str, Any], parts: Collection[str]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         msg = f"--out: {path} is not a folder"
         raise ValueError(msg)
-    if all(entry.name.startswith(PARTIAL) for entry in path.iterdir()):
+    held = [entry.name for entry in path.iterdir()]
+    if all(name.startswith(PARTIAL) or name in parts for name in held):
         return
     if not (path / CONFIG).is_file():
         msg = f"--out: {path} holds files that are no run of cldsde; choose another folder"

@@ -1,0 +1,247 @@
+"""Comparisons: one table whatever happens on the way, and reports from its file alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cldsde.images import evaluation_table
+from cldsde.images.comparison import Comparison
+from cldsde.images.comparison_config import ComparisonConfig
+from cldsde.images.comparison_report import RESULTS, read_results, write_report
+from cldsde.images.config import RunConfig
+from cldsde.images.data import digits
+from cldsde.images.evaluation import ImageClassifier
+from cldsde.images.model import MODEL, load_model
+from cldsde.images.runs import RunFolder
+from cldsde.images.training import STATE, train
+from comparisons import TINY, feature_module, numbers, tiny
+
+
+@pytest.fixture(autouse=True)
+def features(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(feature_module(tmp_path / "modules"))
+
+
+def compare(folder: Path, **changes) -> dict:
+    return Comparison(ComparisonConfig.from_dict(tiny(**changes)), folder).run()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(feature_module(folder.parent))
+        compare(folder)
+    return folder
+
+
+def test_every_cell_is_filled_with_its_mean_cost(finished):
+    found = read_results(finished / RESULTS)
+    assert found["complete"]
+    cells = {row["label"]: row["cells"] for row in found["rows"]}
+    assert [cell["nfe"] for cell in cells["EM"]] == [3, 5]
+    assert cells["SSCS | midpoint"][0]["nfe"] == 3  # a step of two, and one that denoises
+    adaptive = cells["ODE"][0]
+    assert adaptive["budget"] == 0.5
+    assert adaptive["nfe"] > 6
+    for cell in (cell for row in cells.values() for cell in row):
+        assert [len(values) for values in cell["measures"].values()] == [2]
+        assert cell["seconds"] > 0
+    assert set(found["models"]) == {"CLD", "VP"}
+    for name, model in found["models"].items():
+        loaded = load_model(finished / "models" / name)
+        assert model["weights"] == loaded.digest
+        assert model["parameters"] == sum(x.numel() for x in loaded.score.parameters())
+        assert model["seconds"] > 0
+        assert model["bits"] is None
+    assert found["reference"]["features"] == "flat_features:flat"
+
+
+def test_reports_are_made_again_from_the_results_alone(finished, tmp_path):
+    shutil.copy(finished / RESULTS, tmp_path)
+    write_report(tmp_path)
+    assert (tmp_path / "table.md").read_text() == (finished / "table.md").read_text()
+    for name in ("fd.svg", "fd.png", "report.html"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "data:image/png" not in (tmp_path / "report.html").read_text()
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png") == len(TINY["rows"])
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_table_has_a_line_for_each_row_and_model(finished):
+    text = (finished / "table.md").read_text()
+    assert "| CLD | SSCS \\| midpoint |" in text
+    assert "(3)" in text  # evaluations, where the budget was not used up
+    assert "| VP | ODE |" in text
+
+
+def test_metrics_and_repeats_that_are_added_leave_the_others_as_they_are(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    found = compare(folder, metrics=["fd", "bpd"], repeats=3)
+    assert {name: model["bits"]["is_bound"] for name, model in found["models"].items()} == {
+        "CLD": True,
+        "VP": False,
+    }
+    assert "≤ " in (folder / "table.md").read_text()
+    before = read_results(finished / RESULTS)
+    for row, old in zip(found["rows"], before["rows"], strict=True):
+        for cell, one in zip(row["cells"], old["cells"], strict=True):
+            assert len(cell["measures"]["fd"]) == 3
+            assert cell["measures"]["fd"][:2] == one["measures"]["fd"]
+
+
+class Killed(BaseException):
+    """Nothing catches it but what catches everything."""
+
+
+@pytest.mark.parametrize("survived", [2, 6, 10, 14])
+def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
+    finished, tmp_path, monkeypatch, survived
+):
+    """Files of training, of cells and of results, one after the other."""
+    left = survived
+    write = RunFolder.write
+    store = evaluation_table._store
+
+    def counted(function):
+        def wrapped(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return function(*arguments)
+
+        return wrapped
+
+    folder = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", counted(write))
+        patch.setattr(evaluation_table, "_store", counted(store))
+        patch.setattr("cldsde.images.comparison.write_report", lambda _: None)
+        with pytest.raises(Killed):
+            compare(folder)
+    compare(folder)
+    assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
+
+
+def test_a_finished_comparison_draws_nothing_again(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(evaluation_table, "draw_of_classes", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluation_table, "likelihood", lambda *_, **__: pytest.fail("computed"))
+    compare(folder)
+    assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
+
+
+def test_rows_and_models_that_are_added_leave_the_others_as_they_are(
+    finished, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    drawn = []
+    draw = evaluation_table.draw_of_classes
+    monkeypatch.setattr(
+        evaluation_table, "draw_of_classes", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+    )
+    rows = [*TINY["rows"], {"model": "VE", "solver": "reverse-diffusion", "nfe": [3]}]
+    models = {**TINY["models"], "VE": {"process": {"name": "VESDE"}}}
+    found = compare(folder, rows=rows, models=models)
+    assert {recipe.solver for recipe in drawn} == {"reverse-diffusion"}
+    before = numbers(finished / RESULTS)
+    assert [numbers(folder / RESULTS)["rows"][i] for i in range(3)] == before["rows"]
+    assert found["rows"][3]["cells"][0]["nfe"] == 3
+
+
+def test_a_model_that_was_trained_before_is_taken_up(tmp_path, monkeypatch):
+    config = ComparisonConfig.from_dict(tiny())
+    run = config.runs["VP"]
+    folder = tmp_path / "run" / "models" / "VP"
+    train(run, digits(), RunFolder(folder, run.to_dict()), device="cpu")
+    before = (folder / MODEL).read_bytes()
+    Comparison(config, tmp_path / "run").run()
+    assert (folder / MODEL).read_bytes() == before
+
+
+def test_one_classifier_serves_all_models_and_is_kept(tmp_path, monkeypatch):
+    trained = []
+
+    def untrained(*images, **options):
+        trained.append(options)
+        return ImageClassifier(1, 10).eval(), 0.1
+
+    monkeypatch.setattr(evaluation_table, "train_classifier", untrained)
+    found = compare(tmp_path / "run", features="classifier")
+    assert len(trained) == 1
+    assert found["reference"]["features"].startswith("cldsde.images.evaluation:ImageClassifier")
+    (tmp_path / "run" / "evaluations" / "VP.json").unlink()
+    again = compare(tmp_path / "run", features="classifier")
+    assert len(trained) == 1
+    assert again["reference"] == found["reference"]
+    (tmp_path / "run" / "classifier.safetensors").unlink()
+    (tmp_path / "run" / "evaluations" / "VP.json").unlink()
+    with pytest.raises(ValueError, match="features of different classifiers"):
+        compare(tmp_path / "run", features="classifier")
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
+    network = {"conditional": True, "label_dropout": 0.0}
+    rows = [
+        {
+            "model": "CLD",
+            "label": "short of breath",
+            "solver": "probability-flow",
+            "options": {"max_nfev": 20},
+            "tolerances": [1e-6, 1e3],
+        },
+        TINY["rows"][0],
+    ]
+    found = compare(
+        tmp_path / "run", metrics=["fd", "bpd"], models={"CLD": {"network": network}}, rows=rows
+    )
+    assert found["complete"]
+    failed, fine = found["rows"][0]["cells"]
+    assert "max_nfev: 20 evaluations did not reach the end" in failed["reason"]
+    assert "measures" in fine
+    assert "classes" in found["models"]["CLD"]["bits"]["reason"]
+    text = (tmp_path / "run" / "table.md").read_text()
+    assert failed["reason"] in text
+    assert "CLD has no bits a dimension" in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
+def test_results_that_are_damaged_or_of_something_else_are_refused(finished, tmp_path, content):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / RESULTS).write_text(content)
+    with pytest.raises(ValueError, match=r"comparison.json is (damaged|not a comparison)"):
+        compare(folder)
+    assert (folder / RESULTS).read_text() == content
+
+
+def test_folders_of_something_else_are_refused(finished, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are no run"):
+        compare(tmp_path / "notes")
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        compare(finished, seed=1)
+    base = {**TINY["base"], "training": {**TINY["base"]["training"], "batch": 8}}
+    with pytest.raises(ValueError, match=r"models/CLD holds a run with other settings \(training"):
+        compare(finished, base=base)
+
+
+def test_weights_that_are_not_those_that_were_measured_are_refused(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = RunConfig.from_dict(json.loads((folder / "models/CLD/config.json").read_text()))
+    (folder / "models/CLD" / MODEL).unlink()
+    train(run, digits(seed=1), RunFolder(folder / "models/CLD", run.to_dict()), device="cpu")
+    assert not (folder / "models/CLD" / STATE).exists()
+    with pytest.raises(ValueError, match=r"evaluations/CLD.json holds results of other weights"):
+        compare(folder)
