@@ -160,8 +160,9 @@ class Comparison:
         try:
             self.found[name] = self.distances.of_run(model, [recipe], self._evaluated(name))
         except FloatingPointError as error:
-            # That a sampler fails at a budget is a result, too.
+            # That a sampler fails at a budget is a result, too; repeats before it are kept.
             self.reasons[name, repr(recipe)] = str(error)
+            self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
     def _measure_bits(self, name: str, model: ImageModel) -> None:
@@ -241,7 +242,7 @@ class Comparison:
                 cell["measures"] = {
                     name.split()[0]: [one[name] for one in numbers] for name in numbers[0]
                 }
-            elif (row.model, repr(recipe)) in self.reasons:
+            if (row.model, repr(recipe)) in self.reasons:
                 cell["reason"] = self.reasons[row.model, repr(recipe)]
             cells.append(cell)
         picture = None

@@ -214,6 +214,25 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
     assert "CLD has no bits a dimension" in text
 
 
+def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
+    draw = evaluation_table.draw_of_classes
+    asked = []
+
+    def failing(model, space, seeds, *rest, **options):
+        asked.append(seeds)
+        if len(asked) == 2:
+            msg = "not finite"
+            raise FloatingPointError(msg)
+        return draw(model, space, seeds, *rest, **options)
+
+    monkeypatch.setattr(evaluation_table, "draw_of_classes", failing)
+    found = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
+    first, second = found["rows"][0]["cells"]
+    assert (first["repeats"], first["reason"], second["repeats"]) == (1, "not finite", 2)
+    again = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
+    assert [cell["repeats"] for cell in again["rows"][0]["cells"]] == [2, 2]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
 def test_results_that_are_damaged_or_of_something_else_are_refused(finished, tmp_path, content):
     folder = tmp_path / "run"
