@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import torch
 from jsonargparse import ArgumentParser
 
 from cldsde.cli import compare, demo, evaluate, sample, train, validate
@@ -88,4 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         _complain(program, error)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        _complain(program, f"out of memory; take smaller networks or batches ({_first(error)})")
+        return 1
     return 0
+
+
+def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error is that of an allocator: on the host torch has no class of its own."""
+    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return named or "can't allocate memory" in str(error)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -57,6 +57,18 @@ def test_words_that_are_not_understood_are_refused(capsys, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, tmp_path):
+    def hungry(options):
+        del options
+        return lambda: torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("cldsde.cli.demo.prepare", hungry)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cldsde demo: error: out of memory")
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(capsys, tmp_path):
     message = refused(capsys, "demo", "--device", "cuda", "--out", str(tmp_path / "run"))
