@@ -18,7 +18,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DynamoBackend, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -46,6 +51,7 @@ from cldsde.solvers.progress import progress_bar
 __all__ = ["STATE", "check_run", "train"]
 
 _BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
+_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that writes
 
 
@@ -74,7 +80,11 @@ def check_run(
     """
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
-    check_sampling(lambda z, t: z, config.sampling, config.process.make())
+    try:
+        check_sampling(lambda z, t: z, config.sampling, config.process.make())
+    except (ArithmeticError, RuntimeError) as error:
+        msg = f"process.options, or sampling: no grid can be computed for them ({error})"
+        raise ValueError(msg) from error
     _shares(config, processes)
     if device.startswith("cuda:") and processes > 1:
         msg = f"device: {device} cannot be that of {processes} processes; take 'auto'"
@@ -456,14 +466,18 @@ class _Trainer:
 
     def _save(self, done: int, seconds: float) -> None:
         seen = done * self.settings.batch
+        sums = self.meter.shared()
         self._check_finite(self.meter.means()[0], seen)
         if self.engine.is_main_process:
             try:
                 if done < self.settings.steps:
-                    self.state.save(self.folder, done, seconds)
+                    self.state.save(self.folder, done, seconds, sums)
                 save_model(self.folder, self.average.state_dict(), self.config, self.space, seen)
             except OSError as error:
-                msg = f"the state of {seen} images could not be saved; the last one stays: {error}"
+                msg = (
+                    f"not all of the state of {seen} images could be saved ({error}); "
+                    f"{self._what_stays()}"
+                )
                 raise OSError(msg) from error
         self.engine.wait_for_everyone()
 
@@ -472,10 +486,14 @@ class _Trainer:
         finite = torch.stack([x.isfinite().all() for x in self.average.parameters()])
         if not (math.isfinite(loss) and bool(finite.all())):
             msg = (
-                f"the loss became {loss} before {seen} images, or a weight did; the last state "
-                "saved stays. Lower training.learning_rate"
+                f"the loss became {loss} before {seen} images, or a weight did; "
+                f"{self._what_stays()}. Lower training.learning_rate"
             )
             raise FloatingPointError(msg)
+
+    def _what_stays(self) -> str:
+        there = (self.folder / STATE).exists()
+        return f"the last state saved stays, {STATE}" if there else "no state was saved before"
 
     def _draw(self, done: int) -> None:
         if self.engine.is_main_process:
@@ -500,7 +518,15 @@ def _engine(config: RunConfig, device: str) -> Accelerator:
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         dynamo_backend=DynamoBackend.INDUCTOR if settings.compile else DynamoBackend.NO,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        # Given, it is not taken from the environment: micro-batches are counted here.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if engine.distributed_type in _SHARDED:
+        msg = (
+            f"training: processes under {engine.distributed_type.value} are not supported; each "
+            "must hold the whole model. Start them with torchrun"
+        )
+        raise ValueError(msg)
     wanted = device.partition(":")[0]
     if wanted not in {"auto", engine.device.type}:
         # accelerate settles on a device once for each process.

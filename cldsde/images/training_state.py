@@ -39,9 +39,13 @@ class Meter:
         """Count a step of this process."""
         self.sums += torch.stack([loss, norm.detach().to(loss), torch.ones_like(loss)])
 
+    def shared(self) -> Tensor:
+        """Sums of losses, norms and steps, averaged over all processes; each has to ask for it."""
+        return cast(Tensor, self._engine.reduce(self.sums, "mean"))
+
     def means(self) -> tuple[float, float]:
         """Mean loss and norm over all processes since `clear`; 0 where there was no step."""
-        loss, norm, steps = cast(Tensor, self._engine.reduce(self.sums, "mean")).tolist()
+        loss, norm, steps = self.shared().tolist()
         return (loss / steps, norm / steps) if steps else (0.0, 0.0)
 
     def clear(self) -> None:
@@ -117,8 +121,18 @@ class TrainingState:
         self._modules, self._optimiser = modules, optimiser
         self._meter, self._engine = meter, engine
 
-    def save(self, run: RunFolder, step: int, seconds: float) -> None:
-        """Write the state after so many steps, whole or not at all."""
+    def save(self, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
+        """Write the state after so many steps, whole or not at all.
+
+        Parameters
+        ----------
+        run
+            Where to.
+        step, seconds
+            What was done, and what it took.
+        sums
+            `Meter.shared`, which every process takes up again.
+        """
         tensors = {
             f"{part}.{name}": x
             for part, module in self._modules.items()
@@ -126,7 +140,7 @@ class TrainingState:
         }
         for index, values in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
-        tensors |= {"meter": self._meter.sums, **self._statistics._asdict()}
+        tensors |= {"meter": sums, **self._statistics._asdict()}
         scaler = None if self._engine.scaler is None else self._engine.scaler.state_dict()
         metadata = {
             "step": str(step),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from cldsde.images.config import RunConfig, load_config
-from cldsde.images.data import ArrayImages, DataSet
+from cldsde.images.data import ArrayImages, DataSet, augment
 from cldsde.images.files import load_tensors
 from cldsde.images.model import (
     MODEL,
@@ -25,8 +26,10 @@ from cldsde.images.model import (
 )
 from cldsde.images.runs import RunFolder
 from cldsde.images.sampling import class_batches
+from cldsde.images.streams import image_order, stream
 from cldsde.images.training import STATE, check_run, train
-from cldsde.images.training_state import KIND, TrainingState
+from cldsde.images.training_state import KIND, Meter, TrainingState
+from cldsde.score import PerturbedData, TimeSampler
 
 CONFIG = {
     "seed": 5,
@@ -239,8 +242,8 @@ def test_metrics_of_a_resumed_run_are_those_of_a_whole_one(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         save = TrainingState.save
 
-        def stop(self, run, step, seconds):
-            save(self, run, step, seconds)
+        def stop(self, run, step, seconds, sums):
+            save(self, run, step, seconds, sums)
             if step == 4:
                 raise StopTrainingError
 
@@ -274,6 +277,97 @@ def test_a_run_whose_state_is_lost_does_not_begin_again(tmp_path):
     with pytest.raises(ValueError, match=rf"{STATE}, is missing"):
         trained(tmp_path, config())
     assert (tmp_path / MODEL).read_bytes() == model
+
+
+def test_three_steps_are_those_of_the_formulas(tmp_path):
+    """Weighted loss, clipped gradient, learning rate, Adam and the average, one by one."""
+    values = config(
+        images=48, clip=0.02, warmup=40, decay="cosine", ema_decay=0.3, weight_decay=0.1
+    ).to_dict()
+    values["network"] = {"options": {"channels": [16, 16]}}
+    settings = RunConfig.from_dict(values)
+    found = trained(tmp_path, settings)
+    space = ImageSpace.of(DATA.train, settings)
+    model = make_model(settings, space, data_statistics(settings, DATA.train))
+    weights = list(model.parameters())
+    average = [w.detach().clone() for w in weights]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    sampler = TimeSampler(model.score.residual_variance, settings.training.t_min)
+    for step in range(3):
+        t, weight = sampler.sample(16, generator=stream(5, "times", step))
+        rows = image_order(5, 64, 16 * step, 16).split(8)
+        x = torch.cat(
+            [
+                augment(
+                    DATA.train.load(some),
+                    256,
+                    flip=True,
+                    dequantise=True,
+                    generator=stream(5, "presentation", step, block),
+                )
+                for block, some in enumerate(rows)
+            ]
+        )
+        noise = [stream(5, "noise", step, block) for block in range(2)]
+        pair = PerturbedData.draw(model.score.sde, x, t, generator=noise)
+        error = model.score(pair.z, t, prediction="noise") - pair.target("noise")
+        loss = (weight * error.square().flatten(1).mean(1)).mean()
+        gradient = torch.autograd.grad(loss, weights)
+        norm = float(torch.stack([g.norm() for g in gradient]).norm())
+        assert norm > 0.02
+        rate = 1e-3 * min(1, 16 * (step + 1) / 40) * (1 + math.cos(math.pi * step / 3)) / 2
+        with torch.no_grad():
+            for w, g, a, m, v in zip(weights, gradient, average, first, second, strict=True):
+                m.lerp_(g * 0.02 / norm, 1 - 0.9)
+                v.lerp_((g * 0.02 / norm).square(), 1 - 0.999)
+                direction = m / (1 - 0.9 ** (step + 1))
+                size = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                w.mul_(1 - 0.1 * rate).sub_(rate * direction / size)
+                a.lerp_(w, 1 - min(0.3, (step + 1) / (step + 10)))
+    # Adam's step does not know how small a gradient is: where one is all rounding, so is its step.
+    start, expected, trained_to = (
+        torch.cat([w.detach().flatten() for w in each])
+        for each in (make_model(settings, space).parameters(), average, found.parameters())
+    )
+    assert float((trained_to - expected).norm()) < 1e-2 * float((expected - start).norm())
+
+
+def test_the_environment_does_not_change_a_training(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "a", config())
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert_same_bits(whole, trained(tmp_path / "b", config()))
+
+
+def test_losses_of_several_processes_are_taken_up_together():
+    """A state is written by one process, and read by all of them."""
+    meters: list[Meter] = []
+
+    class Engine:
+        device = torch.device("cpu")
+
+        def reduce(self, x, how):
+            assert how == "mean"
+            return torch.stack([meter.sums for meter in meters]).mean(0)
+
+    meters += [Meter(Engine()) for _ in range(2)]
+    for meter, loss in zip(meters, (1.0, 3.0), strict=True):
+        meter.add(torch.tensor(loss), torch.tensor(loss))
+    before, saved = meters[0].means(), meters[0].shared()
+    for meter in meters:
+        meter.sums.copy_(saved)
+    assert meters[1].means() == before == (2.0, 2.0)
+    for meter, loss in zip(meters, (4.0, 8.0), strict=True):
+        meter.add(torch.tensor(loss), torch.tensor(loss))
+    assert meters[0].means() == (4.0, 4.0)
+
+
+def test_what_was_never_saved_is_not_said_to_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "cldsde.images.training.augment",
+        lambda x, levels, **options: torch.full(x.shape, torch.nan),
+    )
+    with pytest.raises(FloatingPointError, match="no state was saved before"):
+        trained(tmp_path, config())
 
 
 def test_a_smaller_micro_batch_accumulates_the_same_gradient(tmp_path):
