@@ -193,10 +193,11 @@ def _recipes(options: Namespace, model: ImageModel) -> list[SamplingConfig]:
         raise ValueError(msg)
     budgets: list[int | None] = [int(word) for word in words] or [None]
     recipes = []
-    for solver in (options.solver or configured.solver).split(","):
+    solvers = [None] if options.solver is None else options.solver.split(",")
+    for solver in solvers:
         for nfe in budgets:
             one = options.clone()
-            one.solver, one.nfe = solver.strip(), nfe
+            one.solver, one.nfe = solver and solver.strip(), nfe
             recipe = sampling_of(one, configured)
             check_sampling(model.score, recipe)
             recipes.append(recipe)

@@ -93,12 +93,25 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def sampling_of(options: Namespace, configured: Any) -> Any:
-    """The run's sampling section with what the command line says otherwise."""
+    """The run's sampling section with what the command line says otherwise.
+
+    Raises
+    ------
+    ValueError
+        If something does not fit, or the run's own solver is code: a run's files never bring code
+        to be run.
+    """
     from cldsde.images.config import SamplingConfig
     from cldsde.images.config_files import from_dict, parse_overrides
     from cldsde.images.sampling import make_solver
     from cldsde.solvers import Solver
 
+    if options.solver is None and ":" in configured.solver:
+        msg = (
+            f"--solver: the run's own, {configured.solver}, is code outside of cldsde; name it "
+            "here if it is to be run, or take another"
+        )
+        raise ValueError(msg)
     names = ("solver", "nfe", "grid", "t_end", "denoise")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     values = dataclasses.asdict(configured) | given

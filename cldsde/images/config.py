@@ -325,7 +325,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot sample."""
-        check_at_least(self.nfe, 2, "nfe")
+        if not 2 <= self.nfe <= 1_000_000:
+            msg = f"nfe must lie between 2 and 1,000,000; got {self.nfe}"
+            raise ValueError(msg)
         check_between(self.t_end, 1e-8, 0.5, "t_end")
 
 
@@ -404,9 +406,14 @@ class RunConfig:
         return 0 if self.latent is None else -(-self.latent.pretraining // self.training.batch)
 
     def model_digest(self) -> str:
-        """Digest of what the weights mean: process, network, reference and autoencoder."""
+        """Digest of what the weights mean: process, networks, reference, data and smallest time.
+
+        Where files of the data lie is no part of it.
+        """
         values = self.to_dict()
-        parts = {name: values[name] for name in ("process", "network", "score", "latent")}
+        parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
+        parts["data"]["options"].pop("path", None)
+        parts["t_min"] = self.training.t_min
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

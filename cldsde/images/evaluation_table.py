@@ -247,7 +247,7 @@ class Evaluation:
         if model.vae is not None:
             found = latent_likelihood(model.model, images.load(rows), **options)
         else:
-            scale: Literal["bins", "ends"] = "bins" if model.config.data.dequantise else "ends"
+            scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
             found = likelihood(model.score, images.load(rows), scale=scale, **options)
         return {"asked": self.likelihood_images} | found
 

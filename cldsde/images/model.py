@@ -343,7 +343,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     tensors, metadata = load_tensors(file, _KIND)
     try:
         if metadata["config"] != config.model_digest():
-            msg = "it was written for another process or other networks than those configured"
+            msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
         space = ImageSpace((channels, height, width), *json.loads(metadata["space"]))

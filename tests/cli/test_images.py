@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -65,6 +66,18 @@ def test_the_same_command_on_a_finished_run_changes_nothing(config, run, capsys)
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_code_that_a_run_names_is_not_run(run, tmp_path, monkeypatch, capsys, command):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (tmp_path / "planted.py").write_text("raise SystemExit(99)")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["sampling"]["solver"] = "planted:Solver"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "planted:Solver, is code outside of cldsde" in refused(capsys, command, folder)
+
+
 def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
     out = tmp_path / "out"
     cases = [
@@ -72,6 +85,8 @@ def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
         ([config, "--set", "training.btch=3"], "training.btch is not known; did you mean batch?"),
         ([config, "--set", "training.precision=fp8"], "training.precision must be one of"),
         ([config, "--set", "sampling.solver=ssc"], "sampling.solver must be"),
+        ([config, "--set", "sampling.nfe=1000000000000"], "sampling.nfe must lie between"),
+        ([config, "--set", "process.options.friction=1e30"], "process.options"),
         (
             [config, "--set", "network.options.channels=[16, 17]"],
             "network.options.groups must divide",

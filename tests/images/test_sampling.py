@@ -331,9 +331,16 @@ def test_weights_of_another_configuration_are_refused(run, tmp_path):
 
     config = run.config
     folder = RunFolder(tmp_path, config.to_dict())
-    save_model(folder, run.score.state_dict(), config, run.space, 1)
+    save_model(folder, run.model.state_dict(), config, run.space, 1)
     assert load_model(tmp_path).images_seen == 1
-    other = {**config.to_dict(), "process": {"name": "CLD", "options": {"mass": 0.3}}}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="another process, network or reference"):
-        load_model(tmp_path)
+    values = config.to_dict()
+    for section, changes in (
+        ("process", {"options": {"mass": 0.3}}),
+        ("data", {"dequantise": not config.data.dequantise}),
+        ("data", {"options": {**config.data.options, "seed": 9}}),
+        ("training", {"t_min": 1e-2}),
+    ):
+        other = {**values, section: {**values[section], **changes}}
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="another process, other networks or data"):
+            load_model(tmp_path)
