@@ -9,6 +9,7 @@ import dataclasses
 import json
 import statistics
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -296,12 +297,23 @@ def as_bytes(images: Tensor, levels: int) -> Tensor:
 
 
 def load_samples(path: Path) -> Tensor:
-    """Samples from an array file, or from a folder of pictures, ``(N, C, H, W)`` uint8.
+    """Samples from an array file, or from a folder of pictures.
+
+    Parameters
+    ----------
+    path
+        A folder of ``*.png``, a ``.npy``, or a ``.npz``, whose number ``levels`` says how many grey
+        levels its images have; 256 where it is missing.
+
+    Returns
+    -------
+    Tensor
+        ``(N, C, H, W)`` uint8 with 256 levels.
 
     Raises
     ------
     ValueError
-        If there are none, or they are not of one size.
+        If there are none, they are not of one size, or they exceed their levels.
     """
     if path.is_dir():
         files = sorted(path.glob("*.png"))
@@ -313,8 +325,24 @@ def load_samples(path: Path) -> Tensor:
         msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
         raise ValueError(msg)
     found = array_file(path=path, held_out=1)
-    train, held_out = (part.load(torch.arange(len(part))) for part in found)
-    return torch.cat([train, held_out])
+    images = torch.cat([part.load(torch.arange(len(part))) for part in found])
+    levels = _levels_of(path)
+    if int(images.max()) >= levels:
+        msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"
+        raise ValueError(msg)
+    return as_bytes(images, levels)
+
+
+def _levels_of(path: Path) -> int:
+    """Grey levels of the images of an array file that could be read."""
+    if not zipfile.is_zipfile(path):
+        return 256
+    with np.load(path, allow_pickle=False) as archive:
+        levels = archive["levels"] if "levels" in archive else np.array(256)
+    if levels.ndim or levels.dtype.kind not in "iu" or not 2 <= levels <= 256:
+        msg = f"{path}: levels must be a number from 2 to 256; got {levels}"
+        raise ValueError(msg)
+    return int(levels)
 
 
 def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:

@@ -197,8 +197,9 @@ def draw_to(
     Parameters
     ----------
     out
-        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``seeds`` and, where there are classes,
-        ``labels``; ``FILE.png``, a grid; or a folder of pictures named by their seeds.
+        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``levels``, the number of their grey
+        levels, ``seeds`` and, where there are classes, ``labels``; ``FILE.png``, a grid; or a
+        folder of pictures named by their seeds.
     request
         What to draw.
     process, processes
@@ -267,7 +268,11 @@ def _gather(
     if out.suffix == ".png":
         write_whole(out, lambda path: save_grid(path, torch.from_numpy(images), levels))
         return
-    arrays: dict[str, Any] = {"images": images.transpose(0, 2, 3, 1), "seeds": drawn[order]}
+    arrays: dict[str, Any] = {
+        "images": images.transpose(0, 2, 3, 1),
+        "levels": np.array(levels),
+        "seeds": drawn[order],
+    }
     if batches[0][0] is not None:
         labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
         arrays["labels"] = labels[order]

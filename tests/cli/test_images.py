@@ -167,13 +167,21 @@ def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
     assert "bits a dimension" in capsys.readouterr().out
 
 
-def test_samples_in_files_are_measured_against_a_run(run, tmp_path, capsys):
-    samples = tmp_path / "x"
-    assert main(["sample", str(run), "--seeds", "0-29", "--out", str(samples)]) == 0
-    arguments = ["evaluate", str(samples), "--reference", str(run), "--device", "cpu"]
-    assert main(arguments) == 0
-    measured = json.loads((tmp_path / "x-evaluation.json").read_text())["measures"]
-    assert measured["fd classifier train"]["samples"] == 30
+def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run, tmp_path):
+    """Digits have 17 levels, which a file holds as they are and a picture as bytes."""
+    name, device = "fd classifier train", ["--device", "cpu"]
+    out = str(tmp_path / "run.json")
+    assert main(["evaluate", str(run), "--samples", "30", "--out", out, *device]) == 0
+    (cell,) = json.loads((tmp_path / "run.json").read_text())["recipes"][0]["cells"].values()
+    for samples in (tmp_path / "folder", tmp_path / "file.npz"):
+        assert main(["sample", str(run), "--seeds", "0-29", "--out", str(samples), *device]) == 0
+        assert main(["evaluate", str(samples), "--reference", str(run), *device]) == 0
+        text = samples.with_name(f"{samples.stem}-evaluation.json").read_text()
+        measured = json.loads(text)["measures"][name]
+        assert measured["samples"] == 30
+        # Rounding: a file gives them in another order, and features are of single precision.
+        distance = pytest.approx(cell[name]["frechet_distance"], rel=1e-4)
+        assert measured["frechet_distance"] == distance
 
 
 def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
