@@ -29,6 +29,7 @@ from cldsde.images.evaluation import (
     FeatureStatistics,
     check_inception_weights,
     frechet,
+    images_sha256,
     inception_metrics,
     latent_likelihood,
     likelihood,
@@ -37,7 +38,7 @@ from cldsde.images.evaluation import (
     save_classifier,
     train_classifier,
 )
-from cldsde.images.files import write_whole
+from cldsde.images.files import tensors_digest, write_whole
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import Samples, draw_of_classes
 
@@ -150,7 +151,14 @@ class Evaluation:
     def of_run(
         self, model: ImageModel, recipes: Sequence[SamplingConfig], results: Path
     ) -> dict[str, Any]:
-        """Measure each recipe on a trained model; return what the file of results then holds."""
+        """Measure each recipe on a trained model; return what the file of results then holds.
+
+        Raises
+        ------
+        ValueError
+            If the file of results or the classifier does not fit the model, the data or the
+            features.
+        """
         if "bpd" in self.metrics and model.space.always_classes:
             msg = "--metrics: bpd needs a network trained without classes, too"
             raise ValueError(msg)
@@ -165,6 +173,7 @@ class Evaluation:
                 cell = row["cells"].setdefault(_key(seeds), {})
                 missing = self._missing(cell)
                 if missing:
+                    self._check_beside(found, missing, results)
                     began = time.monotonic()
                     drawn = self.draw(model, recipe, seeds)
                     cell[SAMPLING] = {
@@ -230,6 +239,30 @@ class Evaluation:
             return f"fd {self.features} {self.part}"
         return f"{metric} {self._weights_digest[:8]} {self.part}"
 
+    def _check_beside(
+        self, found: Mapping[str, Any], metrics: Sequence[str], results: Path
+    ) -> None:
+        """Refuse to put distances beside some in other features, or to other images."""
+        if "fd" not in metrics:
+            return
+        name, own = self._name("fd"), self._reference_statistics
+        cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
+        measures = [cell[name] for cell in cells if name in cell]
+        for measure in measures:
+            if measure["features"] != own.features:
+                msg = (
+                    f"{results} holds distances in the features of different classifiers or "
+                    f"networks, {measure['features']} and now {own.features}; delete it, or write "
+                    "to another file"
+                )
+                raise ValueError(msg)
+            if measure["reference_sha256"] != own.data_sha256:
+                msg = (
+                    f"{results} holds distances to other images than those of the data now; "
+                    "delete it, or write to another file"
+                )
+                raise ValueError(msg)
+
     @cached_property
     def _weights_digest(self) -> str:
         assert self.weights is not None
@@ -254,8 +287,11 @@ class Evaluation:
 
     @cached_property
     def _reference(self) -> Tensor:
-        images: Images = getattr(self.data, self.part)
-        return as_bytes(images.load(torch.arange(len(images))), images.levels)
+        return self._training_images if self.part == "train" else _all_bytes(self.data.held_out)
+
+    @cached_property
+    def _training_images(self) -> Tensor:
+        return _all_bytes(self.data.train)
 
     @cached_property
     def _reference_statistics(self) -> FeatureStatistics:
@@ -266,27 +302,37 @@ class Evaluation:
         if self.features != "classifier":
             return load_features(self.features)
         file = self.folder / _CLASSIFIER
+        images, labels = self._training_images, self.data.train.labels
+        assert labels is not None
+        origin = {
+            "images_sha256": images_sha256(images),
+            "labels_sha256": tensors_digest({"labels": labels}),
+        }
         if file.exists():
-            classifier, _ = load_classifier(file, device=self.device)
+            classifier, notes = load_classifier(file, device=self.device)
+            if not origin.items() <= notes.items():
+                msg = f"{file} was trained on other images or classes; delete it, or move it away"
+                raise ValueError(msg)
         else:
-            train, held_out = self.data
-            assert train.labels is not None
+            held_out = self.data.held_out
             assert held_out.labels is not None
-            images, others = (
-                as_bytes(part.load(torch.arange(len(part))), part.levels) for part in self.data
-            )
             classifier, accuracy = train_classifier(
                 images,
-                train.labels,
-                others,
+                labels,
+                _all_bytes(held_out),
                 held_out.labels,
                 epochs=max(3, round(_TRAINED_ON / len(images))),
                 device=self.device,
                 progress=self.progress,
             )
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_classifier(classifier, file, metadata={"held_out_accuracy": f"{accuracy:.4f}"})
+            notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
+            save_classifier(classifier, file, metadata=notes)
         return ClassifierFeatures(classifier, device=self.device)
+
+
+def _all_bytes(images: Images) -> Tensor:
+    return as_bytes(images.load(torch.arange(len(images))), images.levels)
 
 
 def as_bytes(images: Tensor, levels: int) -> Tensor:

@@ -1,0 +1,85 @@
+"""Evaluations measure what they say, with a classifier of the very data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cldsde.images import evaluation_table
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import ArrayImages, DataSet
+from cldsde.images.evaluation import ImageClassifier
+from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.model import ImageSpace
+from cldsde.images.sampling import Samples
+
+MODEL = type("Model", (), {"digest": "abc", "space": ImageSpace((1, 8, 8))})()
+
+
+def data_set(seed=0, classes=2, count=40):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % classes
+    return DataSet(*(ArrayImages(pixels, labels=labels, classes=classes) for _ in range(2)))
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch):
+    """Classifiers that are not trained, and samples that are noise."""
+
+    def classifier(*images, **options):
+        return ImageClassifier(1, 2).eval(), 0.5
+
+    def noise(model, recipe, seeds):
+        generator = torch.Generator().manual_seed(recipe.nfe)
+        images = torch.randint(256, (len(seeds), 1, 8, 8), generator=generator, dtype=torch.uint8)
+        return Samples(images, torch.full((len(seeds),), recipe.nfe))
+
+    monkeypatch.setattr(evaluation_table, "train_classifier", classifier)
+    monkeypatch.setattr(Evaluation, "draw", lambda _, *arguments: noise(*arguments))
+
+
+def measured(evaluation, nfe=4):
+    """Measure a recipe, as in a process of its own."""
+    recipes = [SamplingConfig(solver="sscs", nfe=nfe)]
+    return evaluation.of_run(MODEL, recipes, evaluation.folder / "results.json")
+
+
+def test_a_classifier_is_used_for_the_data_that_it_was_trained_on_alone(tmp_path):
+    first = Evaluation(data=data_set(), samples=20, folder=tmp_path)
+    measured(first)
+    again = Evaluation(data=data_set(), samples=20, folder=tmp_path)
+    features = [
+        cell["fd classifier train"]["features"]
+        for row in measured(again, nfe=5)["recipes"]
+        for cell in row["cells"].values()
+    ]
+    assert len(features) == 2
+    assert len(set(features)) == 1
+    for other in (data_set(seed=1), data_set(classes=1)):
+        stale = Evaluation(data=other, samples=20, folder=tmp_path)
+        with pytest.raises(
+            ValueError, match=r"classifier\.safetensors was trained on other images"
+        ):
+            measured(stale, nfe=6)
+
+
+def test_distances_in_other_features_or_to_other_images_are_not_put_side_by_side(tmp_path):
+    measured(Evaluation(data=data_set(), samples=20, folder=tmp_path))
+    before = (tmp_path / "results.json").read_text()
+    (tmp_path / "classifier.safetensors").unlink()
+    again = Evaluation(data=data_set(), samples=20, folder=tmp_path)
+    with pytest.raises(ValueError, match="in the features of different classifiers"):
+        measured(again, nfe=5)
+    assert (tmp_path / "results.json").read_text() == before
+    found = json.loads(before)
+    (cell,) = found["recipes"][0]["cells"].values()
+    cell["fd classifier train"] |= {
+        "features": again._network.name,
+        "reference_sha256": "0" * 64,
+    }
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="distances to other images"):
+        measured(again, nfe=5)
