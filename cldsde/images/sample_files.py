@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import write_whole
+from cldsde.images.files import PARTIAL, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
@@ -31,6 +31,7 @@ from cldsde.solvers.progress import progress_bar
 __all__ = ["SampleRequest", "draw_to"]
 
 _GRID_LIMIT = 4096  # images that a picture of a grid may hold
+_REQUEST = "request"  # file of a folder of parts: of what they are
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,6 +115,7 @@ class SampleRequest:
         wrap = self._around()
         if wrap is not None and isinstance(solver, Solver):
             check_sampling(self.model.score, self.sampling, around=wrap)
+        _check_parts(_parts_folder(out))
         _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
 
     def _check_known(self) -> None:
@@ -211,6 +213,8 @@ def draw_to(
     ------
     FloatingPointError
         If an image is not finite.
+    ValueError
+        If the folder of parts is somebody else's.
     OSError
         If a file cannot be written; what was drawn is kept.
     """
@@ -241,7 +245,7 @@ def draw_to(
     if process == 0:
         levels = request.model.space.levels
         _gather(out, parts, batches, levels)
-        shutil.rmtree(parts)
+        _drop_parts(parts)
     wait()
 
 
@@ -283,13 +287,65 @@ def _parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+def _check_parts(parts: Path) -> None:
+    """Refuse a folder of parts that is not one: what is in it would be lost.
+
+    Raises
+    ------
+    ValueError
+        If it holds anything but what `draw_to` leaves there.
+    """
+    if not parts.exists():
+        return
+    if parts.is_dir():
+        # The note comes first and goes last, also where another process of ours is at it.
+        note = _note_of(parts)
+        names = [file.name for file in parts.iterdir()]
+        noted = not any(map(_is_part, names)) if note is None else _is_digest(note)
+        if noted and all(map(_is_ours, names)):
+            return
+    msg = f"--out: {parts} is needed, but holds other files; move it, or choose another name"
+    raise ValueError(msg)
+
+
 def _open_parts(parts: Path, digest: str) -> None:
     """Make the folder of parts, or go on with it; what other settings left there is dropped."""
-    note = parts / "request"
-    if parts.exists() and not (note.exists() and note.read_text() == digest):
-        shutil.rmtree(parts)
+    _check_parts(parts)
+    if _note_of(parts) == digest:
+        return
+    if parts.exists():
+        _drop_parts(parts)
     parts.mkdir(exist_ok=True)
-    note.write_text(digest)
+    write_whole(parts / _REQUEST, lambda path: path.write_text(digest))
+
+
+def _note_of(parts: Path) -> str | None:
+    """Digest of the request whose parts a folder holds."""
+    try:
+        return (parts / _REQUEST).read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _drop_parts(parts: Path) -> None:
+    """Delete a folder of parts, but nothing that somebody else put there."""
+    ours = [file for file in parts.iterdir() if _is_ours(file.name)]
+    for file in sorted(ours, key=lambda file: file.name == _REQUEST):
+        file.unlink()
+    if not any(parts.iterdir()):
+        parts.rmdir()
+
+
+def _is_digest(note: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", note) is not None
+
+
+def _is_part(name: str) -> bool:
+    return re.fullmatch(r"\d{8,}\.npy", name) is not None
+
+
+def _is_ours(name: str) -> bool:
+    return name == _REQUEST or name.startswith(PARTIAL) or _is_part(name)
 
 
 def _save_array(path: Path, array: NDArray[np.uint8]) -> None:

@@ -248,6 +248,26 @@ def test_processes_share_the_work(run, tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("names", [["notes.txt"], ["request"], ["00000000.npy"]])
+def test_folders_that_only_look_like_parts_are_left_alone(run, tmp_path, names):
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(1))
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    for name in names:
+        (parts / name).write_text("mine")
+    for attempt in (request.check, lambda out: draw_to(out, request)):
+        with pytest.raises(ValueError, match=r"x\.npz\.parts is needed, but holds other files"):
+            attempt(tmp_path / "x.npz")
+    assert {file.name: file.read_text() for file in parts.iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_files_that_were_put_beside_parts_meanwhile_are_left_alone(run, tmp_path):
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(1))
+    mine = tmp_path / "x.npz.parts" / "notes.txt"
+    draw_to(tmp_path / "x.npz", request, wait=lambda: mine.write_text("mine"))
+    assert [file.name for file in mine.parent.iterdir()] == ["notes.txt"]
+
+
 def picture(path, array):
     Image.fromarray(array).save(path)
     return path
