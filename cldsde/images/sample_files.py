@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -104,9 +105,6 @@ class SampleRequest:
         if out.exists() and out.is_dir() == bool(out.suffix):
             msg = f"--out: {out} is there already, as another kind of file"
             raise ValueError(msg)
-        if out.is_dir() and any(out.iterdir()) and not _parts_folder(out).exists():
-            msg = f"--out: {out} holds files already; name another folder"
-            raise ValueError(msg)
         check_sampling(self.model.score, self.sampling)
         solver = make_solver(self.sampling)
         if self.known is not None and not isinstance(solver, Solver):
@@ -116,6 +114,9 @@ class SampleRequest:
         if wrap is not None and isinstance(solver, Solver):
             check_sampling(self.model.score, self.sampling, around=wrap)
         _check_parts(_parts_folder(out))
+        if out.is_dir() and any(out.iterdir()) and not self.is_done(out):
+            msg = f"--out: {out} holds files already; name another folder"
+            raise ValueError(msg)
         _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
 
     def _check_known(self) -> None:
@@ -165,6 +166,17 @@ class SampleRequest:
             [self.seeds.start, self.seeds.stop],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def picture_names(self) -> list[str]:
+        """Names of the pictures in a folder, in the order of the seeds."""
+        digits = len(str(self.seeds[-1]))
+        return [f"{seed:0{digits}d}.png" for seed in self.seeds]
+
+    def is_done(self, out: Path) -> bool:
+        """Whether a folder was put in place, and the parts left, when an earlier call ended."""
+        if _note_of(_parts_folder(out)) != self.digest():
+            return False
+        return sorted(file.name for file in out.iterdir()) == self.picture_names()
 
     def _around(self) -> Callable[[Solver], Imputation] | None:
         if self.known is None:
@@ -243,32 +255,28 @@ def draw_to(
             bar.update(len(seeds))
     wait()
     if process == 0:
-        levels = request.model.space.levels
-        _gather(out, parts, batches, levels)
+        if out.suffix:
+            _gather(out, parts, batches, request.model.space.levels)
+        else:
+            _gather_pictures(out, parts, request)
         _drop_parts(parts)
     wait()
+
+
+def _read(
+    parts: Path, batches: list[tuple[int | None, list[int]]]
+) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
+    for i, (_, seeds) in enumerate(batches):
+        yield np.load(parts / f"{i:08d}.npy", allow_pickle=False), seeds
 
 
 def _gather(
     out: Path, parts: Path, batches: list[tuple[int | None, list[int]]], levels: int
 ) -> None:
-    """Put the parts together, in the order of the seeds."""
-
-    def read() -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-        for i, (_, seeds) in enumerate(batches):
-            yield np.load(parts / f"{i:08d}.npy", allow_pickle=False), seeds
-
-    if not out.suffix:
-        out.mkdir(parents=True, exist_ok=True)
-        digits = len(str(max(max(seeds) for _, seeds in batches)))
-        for images, seeds in read():
-            for image, seed in zip(images, seeds, strict=True):
-                file = out / f"{seed:0{digits}d}.png"
-                picture(image, levels).save(file)  # whole from the parts, if this is cut off
-        return
+    """Put the parts together in a file, in the order of the seeds."""
     drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
     order = np.argsort(drawn)
-    images = np.concatenate([part for part, _ in read()])[order]
+    images = np.concatenate([part for part, _ in _read(parts, batches)])[order]
     if out.suffix == ".png":
         write_whole(out, lambda path: save_grid(path, torch.from_numpy(images), levels))
         return
@@ -283,8 +291,29 @@ def _gather(
     write_whole(out, lambda path: np.savez_compressed(path, **arrays))
 
 
+def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
+    """Make pictures of the parts in a folder that is moved into place with all of them."""
+    if out.exists() and request.is_done(out):
+        return
+    whole = parts / f"{PARTIAL}whole"
+    if whole.exists():
+        shutil.rmtree(whole)
+    whole.mkdir()
+    names = dict(zip(request.seeds, request.picture_names(), strict=True))
+    for images, seeds in _read(parts, request.batches()):
+        for image, seed in zip(images, seeds, strict=True):
+            shown = picture(image, request.model.space.levels)
+            write_whole(whole / names[seed], shown.save)
+    place = out.resolve()
+    if place.exists():
+        place.rmdir()  # which the system refuses if it is not empty
+    whole.replace(place)
+
+
 def _parts_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parts")
+    """Beside the output itself, where that is a link, so that all can be moved into place."""
+    place = out.resolve()
+    return place.with_name(f"{place.name}.parts")
 
 
 def _check_parts(parts: Path) -> None:
@@ -331,7 +360,10 @@ def _drop_parts(parts: Path) -> None:
     """Delete a folder of parts, but nothing that somebody else put there."""
     ours = [file for file in parts.iterdir() if _is_ours(file.name)]
     for file in sorted(ours, key=lambda file: file.name == _REQUEST):
-        file.unlink()
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
     if not any(parts.iterdir()):
         parts.rmdir()
 

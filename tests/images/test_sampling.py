@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.images import sample_files
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
@@ -246,6 +247,51 @@ def test_processes_share_the_work(run, tmp_path):
         share.result()
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_folder_holds_the_pictures_of_one_request_whatever_was_cut_off_before(
+    run, tmp_path, monkeypatch
+):
+    out = tmp_path / "x"
+    first = SampleRequest(model=run, sampling=FIXED, seeds=range(4), batch=2)
+    with monkeypatch.context() as patch:
+        turns = iter((sample_files.picture, interrupt))
+
+        def in_turn(*arguments):
+            return next(turns)(*arguments)
+
+        patch.setattr(sample_files, "picture", in_turn)
+        with pytest.raises(KeyboardInterrupt):
+            draw_to(out, first)
+    assert not out.exists()
+    out.mkdir()  # an empty folder is taken
+    second = dataclasses.replace(first, seeds=range(2, 4))
+    second.check(out)
+    draw_to(out, second)
+    assert sorted(file.name for file in out.iterdir()) == ["2.png", "3.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(run, tmp_path, monkeypatch):
+    out = tmp_path / "x"
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(9, 12))
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "_drop_parts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw_to(out, request)
+    assert sorted(file.name for file in out.iterdir()) == ["09.png", "10.png", "11.png"]
+    other = dataclasses.replace(request, seeds=range(9, 13))
+    with pytest.raises(ValueError, match="x holds files already"):
+        other.check(out)
+    request.check(out)
+    monkeypatch.setattr(SampleRequest, "draw", interrupt)
+    draw_to(out, request)
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+    assert len(list(out.iterdir())) == 3
 
 
 @pytest.mark.parametrize("names", [["notes.txt"], ["request"], ["00000000.npy"]])
