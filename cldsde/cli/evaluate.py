@@ -89,6 +89,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         If the extra ``images`` is not installed.
     ValueError
         If the run or the samples cannot be used, or an option does not fit.
+    OSError
+        If results, or what is kept beside them, cannot be written.
     """
     with needs_images():
         from cldsde.images.runs import CONFIG
@@ -116,7 +118,7 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
     model = load_model(run, resolve_device(options.device))
     evaluation = _evaluation(options, model.config, run)
     recipes = _recipes(options, model)
-    out = Path(options.out).expanduser() if options.out else run / "evaluation.json"
+    out = _results(options, run / "evaluation.json", evaluation)
 
     def work() -> None:
         found = evaluation.of_run(model, recipes, out)
@@ -141,13 +143,12 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     source = Path(options.reference).expanduser()
     config = load_config(source / CONFIG if source.is_dir() else source)
     folder = source if source.is_dir() else samples.parent
-    evaluation = _evaluation(options, config, folder)
+    images = load_samples(samples)
+    evaluation = _evaluation(options, config, folder, len(images))
     if "bpd" in evaluation.metrics:
         msg = "--metrics: samples have no likelihood; bpd is for runs"
         raise ValueError(msg)
-    images = load_samples(samples)
-    name = f"{samples.stem}-evaluation.json"
-    out = Path(options.out).expanduser() if options.out else samples.with_name(name)
+    out = _results(options, samples.with_name(f"{samples.stem}-evaluation.json"), evaluation)
 
     def work() -> None:
         cell = evaluation.measure(images, evaluation.metrics)
@@ -160,7 +161,23 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     return work
 
 
-def _evaluation(options: Namespace, config: RunConfig, folder: Path) -> Evaluation:
+def _results(options: Namespace, default: Path, evaluation: Evaluation) -> Path:
+    """The file of results; it can be written, as can what else is kept."""
+    from cldsde.images.files import check_writable
+
+    out = Path(options.out).expanduser() if options.out else default
+    if out.is_dir():
+        msg = f"--out must name a file; {out} is a folder"
+        raise ValueError(msg)
+    check_writable(out.parent)
+    if evaluation.fills_folder:
+        check_writable(evaluation.folder)
+    return out
+
+
+def _evaluation(
+    options: Namespace, config: RunConfig, folder: Path, images: int | None = None
+) -> Evaluation:
     from cldsde.images.evaluation_table import Evaluation
 
     evaluation = Evaluation(
@@ -178,7 +195,7 @@ def _evaluation(options: Namespace, config: RunConfig, folder: Path) -> Evaluati
         device=resolve_device(options.device),
         progress=True,
     )
-    evaluation.check()
+    evaluation.check(images)
     return evaluation
 
 

@@ -60,7 +60,10 @@ in Inception's; bits a dimension."""
 SAMPLING = "sampling"
 """Key of a cell for what its images cost; all other keys are measures."""
 
+_INCEPTION = {"fid", "kid", "isc", "prc"}
+_LEAST = {"prc": 4, "isc": 10}  # images that it needs: three neighbours, ten splits; others two
 _CLASSIFIER = "classifier.safetensors"
+_CACHE = "inception"
 _TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
 
 
@@ -113,13 +116,19 @@ class Evaluation:
     device: str = "cpu"
     progress: bool = False
 
-    def check(self) -> None:
+    def check(self, images: int | None = None) -> None:
         """Refuse what cannot be measured, before any work is done.
+
+        Parameters
+        ----------
+        images
+            Number of images to be measured; that of a repetition if None.
 
         Raises
         ------
         ValueError
-            If a metric is unknown, a number out of range, or what a metric needs is missing.
+            If a metric is unknown, a number out of range, what a metric needs is missing, or images
+            are too few for it.
         """
         for metric in self.metrics:
             if metric not in METRICS:
@@ -132,7 +141,8 @@ class Evaluation:
         if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
             msg = f"--seed must leave room for all seeds below 2³²; got {self.first_seed}"
             raise ValueError(msg)
-        inception = {"fid", "kid", "isc", "prc"} & set(self.metrics)
+        self._check_counts(self.samples if images is None else images)
+        inception = _INCEPTION & set(self.metrics)
         if inception and self.weights is None:
             msg = (
                 f"--weights: {', '.join(sorted(inception))} need the file of Inception weights; "
@@ -147,6 +157,31 @@ class Evaluation:
                 raise ValueError(msg)
         elif "fd" in self.metrics:
             load_features(self.features)
+
+    def _check_counts(self, images: int) -> None:
+        reference = len(getattr(self.data, self.part))
+        for metric in self._measures:
+            least = _LEAST.get(metric, 2)
+            if images < least:
+                msg = f"--metrics: {metric} needs at least {least} images; got {images}"
+                raise ValueError(msg)
+            least = 2 if metric == "isc" else least  # which looks at no reference
+            if reference < least:
+                msg = (
+                    f"--metrics: {metric} needs at least {least} images to compare with; "
+                    f"{self.part} has {reference}"
+                )
+                raise ValueError(msg)
+
+    @property
+    def fills_folder(self) -> bool:
+        """Whether something is going to be kept in the folder that is not there yet."""
+        kept = []
+        if "fd" in self.metrics and self.features == "classifier":
+            kept.append(_CLASSIFIER)
+        if _INCEPTION & set(self.metrics):
+            kept.append(_CACHE)
+        return not all((self.folder / name).exists() for name in kept)
 
     def of_run(
         self, model: ImageModel, recipes: Sequence[SamplingConfig], results: Path
@@ -203,7 +238,7 @@ class Evaluation:
             cell[self._name("fd")] = frechet(
                 images, self._reference_statistics, self._network, progress=self.progress
             )
-        inception = [metric for metric in metrics if metric in {"fid", "kid", "isc", "prc"}]
+        inception = [metric for metric in metrics if metric in _INCEPTION]
         if inception:
             assert self.weights is not None
             found = inception_metrics(
@@ -212,8 +247,8 @@ class Evaluation:
                 self.weights,
                 metrics=inception,  # type: ignore[arg-type]
                 device=self.device,
-                cache=self.folder / "inception",
-                kid_subset_size=min(1000, len(images)),
+                cache=self.folder / _CACHE,
+                kid_subset_size=min(1000, len(images), len(self._reference)),
                 progress=self.progress,
             )
             cell |= {self._name(metric): found for metric in inception}

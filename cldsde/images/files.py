@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "PARTIAL",
     "brief",
+    "check_writable",
     "load_tensors",
     "save_tensors",
     "tensors_digest",
@@ -48,6 +49,23 @@ def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that no file can be put into; it is made, with its parents, if missing.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
+            pass
+    except OSError as error:
+        msg = f"{folder} cannot be made or written ({error.strerror or brief(error)})"
+        raise OSError(msg) from error
 
 
 def save_tensors(

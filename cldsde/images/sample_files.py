@@ -22,7 +22,7 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import PARTIAL, write_whole
+from cldsde.images.files import PARTIAL, check_writable, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
@@ -117,7 +117,7 @@ class SampleRequest:
         if out.is_dir() and any(out.iterdir()) and not self.is_done(out):
             msg = f"--out: {out} holds files already; name another folder"
             raise ValueError(msg)
-        _parts_folder(out).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(_parts_folder(out).parent)
 
     def _check_known(self) -> None:
         """Refuse options of what is known that do not fit the model or each other."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import tempfile
 import tomllib
 
 import numpy as np
@@ -199,3 +201,34 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
     ]
     for arguments, words in cases:
         assert words in refused(capsys, "evaluate", *arguments), arguments
+
+
+def test_evaluation_refuses_what_cannot_be_written_before_any_work(
+    run, tmp_path, capsys, monkeypatch
+):
+    from cldsde.images.evaluation_table import Evaluation
+
+    monkeypatch.setattr(Evaluation, "of_run", lambda *_: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for out, words in (("file/x.json", "file cannot be made"), ("folder", "must name a file")):
+        assert words in refused(capsys, "evaluate", run, "--out", tmp_path / out)
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    probe = tempfile.NamedTemporaryFile
+
+    def read_only(*arguments, dir, **options):  # noqa: A002
+        if dir == copy:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return probe(*arguments, dir=dir, **options)
+
+    # Root may write where the mode of a folder forbids it.
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
+    message = refused(capsys, "evaluate", copy, "--out", tmp_path / "x.json")
+    assert "run cannot be made or written (Permission denied)" in message
+    assert sorted(file.name for file in copy.iterdir()) == ["config.json", "model.safetensors"]
+    (copy / "classifier.safetensors").write_text("")
+    with pytest.raises(pytest.fail.Exception, match="worked"):  # all that is needed is there
+        main(["evaluate", str(copy), "--out", str(tmp_path / "x.json")])

@@ -83,3 +83,41 @@ def test_distances_in_other_features_or_to_other_images_are_not_put_side_by_side
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="distances to other images"):
         measured(again, nfe=5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "images", "reference", "words"),
+    [
+        ("fd", 20, 1, "fd needs at least 2 images to compare with; train has 1"),
+        ("prc", 3, 40, "prc needs at least 4 images; got 3"),
+        ("prc", 20, 3, "prc needs at least 4 images to compare with; train has 3"),
+        ("isc", 9, 40, "isc needs at least 10 images; got 9"),
+    ],
+)
+def test_too_few_images_for_a_metric_are_refused(tmp_path, metric, images, reference, words):
+    evaluation = Evaluation(
+        data=data_set(count=reference),
+        metrics=[metric],
+        weights=tmp_path / "unread",
+        folder=tmp_path,
+    )
+    with pytest.raises(ValueError, match=words):
+        evaluation.check(images)
+
+
+@pytest.mark.parametrize(("images", "reference", "size"), [(20, 40, 20), (20, 6, 6)])
+def test_subsets_of_kid_fit_into_both_sets(tmp_path, monkeypatch, images, reference, size):
+    asked = []
+    monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
+    monkeypatch.setattr(
+        evaluation_table, "inception_metrics", lambda *_, **options: asked.append(options) or {}
+    )
+    evaluation = Evaluation(
+        data=data_set(count=reference),
+        metrics=["kid"],
+        weights=tmp_path / "unread",
+        folder=tmp_path,
+    )
+    evaluation.check(images)
+    evaluation.measure(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), ["kid"])
+    assert [options["kid_subset_size"] for options in asked] == [size]
