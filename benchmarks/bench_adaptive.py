@@ -1,0 +1,61 @@
+"""The probability flow with adaptive steps: ours, scipy's, torchdiffeq's and torchode's.
+
+All integrate one and the same right-hand side, `ReverseProcess.probability_flow`, to the same
+tolerance; reported is the time of one evaluation, all of the solver's work included.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cldsde import CLD, ReverseProcess, solvers
+from problems import gaussian, ring
+
+BATCH, TOLERANCE = 4096, 1e-5
+SDE = CLD()
+ENDS = torch.tensor([SDE.T, 1e-3], dtype=torch.float64)
+PROBLEMS = {"Gaussian": gaussian(), "ring of 8": ring()}
+
+
+class Counted:
+    """The flow of a problem and how often it was asked for in the last solve."""
+
+    def __init__(self, name):
+        self.process = ReverseProcess(SDE, PROBLEMS[name].score(SDE))
+        generator = torch.Generator().manual_seed(0)
+        self.start = SDE.prior.sample((BATCH, 2), generator=generator, dtype=torch.float64)
+        self.nfev = {}
+
+    def ours(self):
+        solver = solvers.ProbabilityFlow(rtol=TOLERANCE, atol=TOLERANCE)
+        self.nfev["cldsde"] = solvers.solve(self.process, solver, self.start, ENDS).nfev
+
+    def scipy(self):
+        from scipy.integrate import solve_ivp
+
+        def flow(t, y):
+            z = torch.from_numpy(y).view(self.start.shape)
+            return self.process.probability_flow(z, t).numpy().ravel()
+
+        found = solve_ivp(
+            flow, ENDS.tolist(), self.start.numpy().ravel(), rtol=TOLERANCE, atol=TOLERANCE
+        )
+        self.nfev["scipy"] = found.nfev
+
+    def torchdiffeq(self):
+        solver = solvers.TorchDiffEq(rtol=TOLERANCE, atol=TOLERANCE)
+        self.nfev["torchdiffeq"] = solvers.solve(self.process, solver, self.start, ENDS).nfev
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_dopri5(race, name):
+    flow = Counted(name)
+    race(
+        f"dopri5, {BATCH} × 2 × 2, float64, score: {name}",
+        {"cldsde": flow.ours, "scipy": flow.scipy, "torchdiffeq": flow.torchdiffeq},
+        at_most={"scipy": 1.1, "torchdiffeq": 0.5},
+        unit="evaluation",
+        units=flow.nfev.__getitem__,
+        rounds=3,
+    )

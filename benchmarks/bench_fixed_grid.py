@@ -1,0 +1,163 @@
+"""Loops over a fixed grid: ours, one tuned by hand, torchsde's and diffrax's.
+
+All rivals of a race call the same tabulated score, so that what differs is the loop: noise,
+arithmetic and bookkeeping.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from by_hand import BETA, FRICTION, INVERSE_MASS, euler_maruyama
+from cldsde import CLD, ReverseProcess, solvers
+from problems import VelocityScore, gaussian, ring
+
+STEPS = 1000
+SDE = CLD(beta=BETA, mass=1 / INVERSE_MASS, friction=FRICTION)
+TIMES = solvers.uniform_times(SDE.T, 1e-3, STEPS)
+SCORES = {
+    "Gaussian": gaussian().score(SDE),
+    "ring of 8": ring().score(SDE),
+    "free": VelocityScore(),
+}
+BATCH, DIMENSION = 4096, 2
+
+
+def start(batch, *shape):
+    return SDE.prior.sample((batch, *shape), generator=torch.Generator().manual_seed(0))
+
+
+def ours(score, solver, state, times=TIMES):
+    generator = torch.Generator().manual_seed(1)
+    process = ReverseProcess(SDE, score)
+    return partial(solvers.solve, process, solver, state, times, generator=generator)
+
+
+def by_hand(score, state, times=TIMES):
+    generator = torch.Generator().manual_seed(1)
+    table = score.tabulate(times[:-1], state)
+    return partial(euler_maruyama, table, state, times, generator)
+
+
+class ByTorchSDE:
+    """The reverse SDE in torchsde's clock and layout, (B·D, 2), with all that can be tabulated."""
+
+    noise_type, sde_type = "additive", "ito"
+
+    def __init__(self, score, state):
+        self.table = score.tabulate(TIMES[:-1], state)
+        self.shape = (len(state), *state.shape[2:], 2)
+        self.h = float(TIMES[0] - TIMES[1])
+        self.y0 = state.movedim(1, -1).reshape(-1, 2)
+        root = torch.tensor([[0.0], [math.sqrt(2 * FRICTION * BETA)]])
+        self.root = root.expand(len(self.y0), 2, 1)
+
+    def f(self, s, y):
+        x, v = y[:, 0], y[:, 1]
+        z = y.reshape(self.shape).movedim(-1, 1)
+        # torchsde adds up its steps, and may take a 1,001st.
+        i = min(round((float(s) + 1) / self.h), STEPS - 1)
+        pull = self.table(z, i).reshape(-1)
+        drift = BETA * x + BETA * FRICTION * INVERSE_MASS * v
+        return torch.stack(
+            [-BETA * INVERSE_MASS * v, drift.add_(pull, alpha=2 * FRICTION * BETA)], dim=1
+        )
+
+    def g(self, s, y):
+        return self.root
+
+    @torch.no_grad()
+    def run(self, *, informed):
+        import torchsde
+
+        ends = torch.tensor([-float(TIMES[0]), -float(TIMES[-1])], dtype=torch.float64)
+        bm = None  # torchsde's default
+        if informed:
+            bm = torchsde.BrownianInterval(ends[0], ends[1], size=(len(self.y0), 1), dt=self.h)
+        return torchsde.sdeint(self, self.y0, ends, bm=bm, dt=self.h, method="euler")
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_euler_maruyama_against_a_loop_by_hand(race, name):
+    state, score = start(BATCH, DIMENSION), SCORES[name]
+    race(
+        f"Euler–Maruyama, {BATCH} × 2 × {DIMENSION}, score: {name}",
+        {
+            "cldsde": ours(score, solvers.EulerMaruyama(), state),
+            "by hand": by_hand(score, state),
+        },
+        at_most={"by hand": 1.15} if name == "Gaussian" else {},
+        unit="step",
+        units=STEPS,
+        rounds=5,
+    )
+
+
+def test_sscs_against_euler_maruyama(race):
+    state, score = start(BATCH, DIMENSION), SCORES["Gaussian"]
+    race(
+        f"SSCS, {BATCH} × 2 × {DIMENSION}, score: Gaussian",
+        {
+            "SSCS": ours(score, solvers.SSCS(), state),
+            "Euler–Maruyama": ours(score, solvers.EulerMaruyama(), state),
+        },
+        at_most={"Euler–Maruyama": 1.6},
+        unit="step",
+        units=STEPS,
+        rounds=5,
+    )
+
+
+def test_euler_maruyama_against_torchsde(race):
+    state, score = start(BATCH, DIMENSION), SCORES["Gaussian"]
+    form = ByTorchSDE(score, state)
+    race(
+        f"Euler–Maruyama against torchsde, {BATCH} × 2 × {DIMENSION}, score: Gaussian",
+        {
+            "cldsde": ours(score, solvers.EulerMaruyama(), state),
+            "torchsde": partial(form.run, informed=False),
+            "torchsde, given dt": partial(form.run, informed=True),
+        },
+        at_most={"torchsde": 1 / 10, "torchsde, given dt": 1 / 3},
+        unit="step",
+        units=STEPS,
+        rounds=3,
+    )
+
+
+@pytest.mark.parametrize(("name", "limit"), [("EulerMaruyama", 25e-6), ("SSCS", 40e-6)])
+def test_overhead_at_batch_1(race, name, limit):
+    state = start(1, DIMENSION)
+    race(
+        f"{name}, 1 × 2 × {DIMENSION}, score: free",
+        {
+            "cldsde": ours(SCORES["free"], getattr(solvers, name)(), state),
+            "by hand": by_hand(SCORES["free"], state),
+        },
+        below=limit,
+        unit="step",
+        units=STEPS,
+    )
+
+
+@pytest.mark.parametrize(("name", "rows"), [("EulerMaruyama", 1), ("SSCS", 2)])
+def test_steps_of_images_against_their_normals(race, name, rows):
+    steps, shape = 200, (3, 32, 32)
+    state, times = start(16, *shape), solvers.uniform_times(SDE.T, 1e-3, steps)
+    generator = torch.Generator().manual_seed(1)
+    race(
+        f"{name}, 16 × 2 × 3 × 32 × 32, score: free",
+        {
+            "cldsde": ours(SCORES["free"], getattr(solvers, name)(), state, times),
+            "normals": lambda: [
+                torch.randn(16, rows, *shape, generator=generator) for _ in range(steps)
+            ],
+        },
+        at_most={"normals": 1.5},
+        unit="step",
+        units=steps,
+    )

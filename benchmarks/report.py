@@ -1,0 +1,84 @@
+"""What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
+
+``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def results(raw: dict[str, Any]) -> dict[str, Any]:
+    """The machine in a few words, and each race with its medians, ratios and targets."""
+    machine, cpu = raw["machine_info"], raw["machine_info"]["cpu"]
+    return {
+        "machine": {
+            "processor": cpu.get("brand_raw", machine["machine"]),
+            "system": f"{machine['system']} {machine['machine']}",
+            "threads": machine["threads"],
+            "python": machine["python"],
+            "torch": machine["torch"],
+            "date": raw["datetime"][:10],
+        },
+        "races": [
+            rounded(entry["extra_info"])
+            for entry in raw["benchmarks"]
+            if "question" in entry["extra_info"]
+        ],
+    }
+
+
+def rounded(race: dict[str, Any]) -> dict[str, Any]:
+    """Three digits, which is what a median of few rounds has."""
+    shown = {
+        key: {name: float(f"{value:.3g}") for name, value in race[key].items()}
+        for key in ("seconds", "ratios", "at_most")
+    }
+    return {**race, **shown}
+
+
+def table(found: dict[str, Any]) -> str:
+    """One row a rival: time, ratio of the first one's time to its, and the target."""
+    machine = found["machine"]
+    described = ("processor", "system", "python", "torch", "threads", "date")
+    lines = [
+        "; ".join(f"{what}: {machine[what]}" for what in described),
+        "",
+        "| race | who | time | first / this | target |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for race in found["races"]:
+        for place, (name, seconds) in enumerate(race["seconds"].items()):
+            label = race["question"] if place == 0 else ""
+            time = f"{1e6 * seconds:,.4g} µs a {race['unit']}"
+            ratio, target = race["ratios"].get(name), race["at_most"].get(name)
+            goal = "" if target is None else verdict(ratio <= target, f"≤ {target:g}")
+            if place == 0 and race["below"] is not None:
+                goal = verdict(seconds <= race["below"], f"≤ {1e6 * race['below']:g} µs")
+            shown = "" if ratio is None else f"{ratio:.3g}"
+            lines.append(f"| {label} | {name} | {time} | {shown} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(holds: bool, target: str) -> str:
+    return f"{target}, holds" if holds else f"{target}, **missed**"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("raw", type=Path, help="what pytest-benchmark wrote")
+    parser.add_argument("results", type=Path, help="JSON to write")
+    parser.add_argument("table", type=Path, help="Markdown to write")
+    arguments = parser.parse_args()
+    found = results(json.loads(arguments.raw.read_text()))
+    arguments.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    text = table(found)
+    arguments.table.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
