@@ -17,6 +17,7 @@ __all__ = ["euler_maruyama"]
 BETA, INVERSE_MASS, FRICTION = 4.0, 4.0, 1.0
 
 
+@torch.no_grad()
 def euler_maruyama(
     score: Callable[[Tensor, int], Tensor],
     start: Tensor,

@@ -16,7 +16,7 @@ from cldsde.score.reverse import check_reverse_process, checked_score, score_arg
 
 from .adaptive import Callback, Integrator
 from .base import Memory, OffGrid, Solver
-from .combine import Block, combine
+from .combine import Block, batch_first, combine, component_first
 from .noise import FreshNoise, GridNoise, NoiseSource
 from .progress import progress_bar
 
@@ -84,7 +84,7 @@ class _CountedScore:
             self._evaluate = score.tabulate(times, z)
         else:
             table = score_argument(times, z)
-            self._evaluate = lambda z, i: score(z, table[i].expand(len(z)))
+            self._evaluate = lambda z, i: score(batch_first(z), table[i].expand(len(z)))
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
         self.nfev += 1
@@ -173,7 +173,7 @@ def solve(
     check_arguments(process, solver)
     sde = process.sde
     # A copy, so that not even a score that writes to its argument changes the caller's state.
-    z = check_state(state, sde.components, "state").clone()
+    z = component_first(check_state(state, sde.components, "state"))
     if not bool(z.isfinite().all()):
         msg = "state must be finite; it holds NaN or infinity"
         raise ValueError(msg)
@@ -328,7 +328,8 @@ def _integrate(
 
 
 def _finish(run: _Run, final: _Final | None) -> Solution:
-    z, nfev, data = run.state, run.nfev, run.state[:, 0]
+    nfev, z = run.nfev, batch_first(run.state)
+    data = z[:, 0]
     if final is not None and bool(run.arrived.any()):
         nfev = nfev + run.arrived
         if bool(run.arrived.all()):

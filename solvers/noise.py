@@ -66,8 +66,11 @@ class FreshNoise(NoiseSource):
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Draw ``(B, rows, *D)``."""
-        shape = (len(z), rows, *z.shape[2:])
-        return standard_normal(shape, generator=self.generator, dtype=z.dtype, device=z.device)
+        batch, _, *data = z.shape
+        drawn = standard_normal(
+            (rows, batch, *data), generator=self.generator, dtype=z.dtype, device=z.device
+        )
+        return drawn.transpose(0, 1)  # each component in one piece, as of states
 
 
 class RecordedNoise(NoiseSource):

@@ -22,15 +22,24 @@ __all__ = ["SSCS"]
 class _Kick(NamedTuple):
     """Blocks of z ← z + state z' + score s(z'), with z' the stage before, one of each a step."""
 
+    state: Tensor
+    score: Tensor
+
+
+class _Stage(NamedTuple):
+    """Blocks of z' ← base z + state z' + score s(z'), one of each a step; at first z' is z."""
+
+    base: list[Block]
     state: list[Block]
     score: list[Block]
 
 
 class _Tables(NamedTuple):
-    # Exact moves: a half-step, merged neighbours, a half-step; or two a step.
-    mean: list[Block]
+    """Stages of a step, the last together with the exact move (mean, root) that follows it."""
+
+    opening: tuple[list[Block], list[Block]]  # the moves ahead of stages; merged, the first alone
+    stages: list[_Stage]
     root: list[Block]
-    kicks: list[_Kick]  # one for each stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +130,9 @@ class SSCS(Solver):
         if not self.merge:
             stops = torch.cat([torch.stack([start, middle], dim=1).flatten(), times[-1:]])
         move = reversal.transition(stops[1:], stops[:-1])
+        opening, closing = (
+            (slice(1), slice(1, None)) if self.merge else (slice(0, None, 2), slice(1, None, 2))
+        )
         precision = torch.linalg.inv(sde.stationary_covariance)
         whole = sde.accumulated_noise(end, start)
         if self.score_step == "midpoint":
@@ -130,7 +142,11 @@ class SSCS(Solver):
             kicks = [self._gaussian_kick(sde, whole, middle, precision)]
         else:
             kicks = [_kick(sde, whole, precision)]
-        return _Tables(as_blocks(move.mean), as_blocks(move.root), kicks)
+        return _Tables(
+            (as_blocks(move.mean[opening]), as_blocks(move.root[opening])),
+            _stages(kicks, move.mean[closing]),
+            as_blocks(move.root[closing]),
+        )
 
     def _gaussian_kick(self, sde: LinearSDE, noise: Tensor, t: Tensor, precision: Tensor) -> _Kick:
         r"""Exact flow of ż = N(Λz + r), Λ = Σ∞⁻¹ − Σ_ref⁻¹, with r = s + Σ_ref⁻¹z frozen."""
@@ -146,7 +162,7 @@ class SSCS(Solver):
         frozen = flow[..., k:][..., driven]
         eye = torch.eye(k, dtype=torch.float64)
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
-        return _Kick(as_blocks(state), as_blocks(frozen))
+        return _Kick(state, frozen)
 
     def on_grid(self) -> SSCS:
         """Without merging."""
@@ -162,23 +178,32 @@ class SSCS(Solver):
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """Exact move, kick; after the last kick, or unmerged after each, the closing exact move."""
-        z = self._move(z, tables, i if self.merge else 2 * i, noise)
-        at = z
-        for stage, kick in enumerate(tables.kicks):
-            pull = score(at, i * len(tables.kicks) + stage)
-            at = combine((kick.state[i], at), (kick.score[i], pull)).add_(z)
-        if not self.merge:
-            at = self._move(at, tables, 2 * i + 1, noise)
-        elif i == len(tables.kicks[0].score) - 1:
-            at = self._move(at, tables, i + 1, noise)
+        """Unless done by the step before, an exact move; then kicks and the next exact move."""
+        if i == 0 or not self.merge:
+            mean, root = tables.opening
+            z = combine((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
+        at, count = z, len(tables.stages)
+        for number, stage in enumerate(tables.stages):
+            terms = [(stage.state[i], at), (stage.score[i], score(at, i * count + number))]
+            if number:
+                terms.append((stage.base[i], z))
+            if number == count - 1:
+                terms.append((tables.root[i], noise.normal(z, z.shape[1])))
+            at = combine(*terms)
         return at, ()
-
-    def _move(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
-        xi = noise.normal(z, z.shape[1])
-        return combine((tables.mean[i], z), (tables.root[i], xi))
 
 
 def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:
     """The Euler step of ż = N(s + Σ∞⁻¹z)."""
-    return _Kick(as_blocks(noise @ precision), as_blocks(noise[..., list(sde.driven)]))
+    return _Kick(noise @ precision, noise[..., list(sde.driven)])
+
+
+def _stages(kicks: list[_Kick], move: Tensor) -> list[_Stage]:
+    """Kicks, the first of which starts from z itself, and a move after the last."""
+    eye = torch.eye(move.shape[-1], dtype=torch.float64).expand_as(move)
+    stages = []
+    for number, kick in enumerate(kicks):
+        after = move if number == len(kicks) - 1 else eye
+        state = kick.state if number else eye + kick.state
+        stages.append(_Stage(*(as_blocks(after @ part) for part in (eye, state, kick.score))))
+    return stages

@@ -32,7 +32,8 @@ def standard_normal(
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
+        drawn = torch.randn(shape, generator=generator, dtype=dtype, device=source)
+        return drawn if source == device else drawn.to(device)
     if not generator or shape[0] % len(generator):
         msg = f"generator: a batch of {shape[0]} has no even shares for {len(generator)} generators"
         raise ValueError(msg)

@@ -16,11 +16,14 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
+from cldsde.score.dense_mixture import DenseScore
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
 
 Rows = Literal["driven", "all", "auxiliary"]
 """Components whose score is wanted."""
+
+_DENSE = 32  # numbers of a state up to which matrices over all of them are small
 
 
 class _Marginal(NamedTuple):
@@ -338,17 +341,33 @@ class MixtureScore:
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score at one time or ``(B,)`` times."""
         check_state(z, self.sde.components)
-        law = self.data._marginal(self.sde, score_times(t, z))
-        return self.data._score(self.sde, self.rows, z, law)
+        times = score_times(t, z)
+        if times.ndim == 0:
+            return self.tabulate(times.unsqueeze(0), z)(z, 0)
+        return self.data._score(self.sde, self.rows, z, self.data._marginal(self.sde, times))
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
-        law = self.data._marginal(self.sde, times)
+        data = self.data
+        law = data._marginal(self.sde, times)
         # Half precision is for states; densities are compared in single precision at least.
-        table = law.to(like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32)))
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        if self.sde.components * data.dimension <= _DENSE:
+            dense = DenseScore.of(
+                law.psi, law.whitening, law.log_scale, data.means, data._axes, self.rows
+            ).to(like)
+
+            def small(z: Tensor, i: int) -> Tensor:
+                flat = data._flat_state(self.sde, z)
+                with torch.autocast(z.device.type, enabled=False):
+                    score = dense(flat, i)
+                return score.to(z.dtype).unflatten(1, (len(self.rows), *z.shape[2:]))
+
+            return small
+        table = law.to(like)
 
         def score(z: Tensor, i: int) -> Tensor:
             row = _Marginal(*(field[i] for field in table))
-            return self.data._score(self.sde, self.rows, z, row)
+            return data._score(self.sde, self.rows, z, row)
 
         return score

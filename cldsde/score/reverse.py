@@ -73,13 +73,13 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     if not isinstance(value, Tensor):
         msg = f"score must return a tensor; got {type(value).__name__}"
         raise TypeError(msg)
-    shape = (len(z), driven, *z.shape[2:])
-    if value.shape != shape:
+    batch, _, *data = z.shape
+    if value.shape != (shape := (batch, driven, *data)):
         msg = (
             f"score must return shape {shape}, one row a driven component; got {tuple(value.shape)}"
         )
         raise ValueError(msg)
-    return value.to(z.dtype)
+    return value if value.dtype == z.dtype else value.to(z.dtype)
 
 
 class ReverseProcess:
