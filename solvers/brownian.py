@@ -393,15 +393,21 @@ class BrownianPath(NoiseSource):
 
 def _normals(key: np.random.SeedSequence, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Standard normals of a key, by Box and Muller: numpy's own take three times as long."""
-    count = math.prod(size)
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    uniform = np.random.Generator(np.random.PCG64DXSM(key)).random(
-        (2, (count + 1) // 2), dtype=kind
-    )
-    first, second = torch.from_numpy(uniform)
+    half = (math.prod(size) + 1) // 2
+    bits = np.random.PCG64DXSM(key)
+    if dtype == torch.float64:
+        uniform = torch.from_numpy(np.random.Generator(bits).random((2, half)))
+    else:
+        # 24 bits each, as numpy takes one by one, at twice the time.
+        words = torch.from_numpy(bits.random_raw(half).view(np.int32)).view(2, half)
+        uniform = words.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)
+    first, angle = uniform
     radius = first.neg_().log1p_().mul_(-2).sqrt_()
-    angle = second.mul_(2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].reshape(size)
+    angle.mul_(2 * math.pi)
+    normals = torch.empty(2, *angle.shape, dtype=angle.dtype)
+    torch.cos(angle, out=normals[0])
+    torch.sin(angle, out=normals[1])
+    return normals.mul_(radius).flatten()[: math.prod(size)].reshape(size)
 
 
 def _root(node: _Node) -> Tensor:

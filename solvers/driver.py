@@ -11,13 +11,14 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_times, check_state
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import Conversion, ReverseProcess, TabulatedScore
-from cldsde.score.reverse import check_reverse_process, checked_score, score_argument
+from cldsde.score import Conversion, ReverseProcess
+from cldsde.score.reverse import check_reverse_process
 
 from .adaptive import Callback, Integrator
 from .base import Memory, OffGrid, Solver
 from .combine import Block, batch_first, combine, component_first
 from .noise import FreshNoise, GridNoise, NoiseSource
+from .numbered_score import NumberedScore
 from .progress import progress_bar
 
 __all__ = ["Solution", "check_arguments", "checked_grid", "solve"]
@@ -71,24 +72,6 @@ class Solution:
             f"Solution(success={self.success}, nfev={self.nfev}, state={tuple(self.state.shape)}, "
             f"message={self.message!r})"
         )
-
-
-class _CountedScore:
-    """The score at numbered times; counts its evaluations and checks what it returns."""
-
-    def __init__(self, process: ReverseProcess, times: Tensor, z: Tensor) -> None:
-        self.nfev = 0
-        self._driven = len(process.sde.driven)
-        score = process.score
-        if isinstance(score, TabulatedScore):
-            self._evaluate = score.tabulate(times, z)
-        else:
-            table = score_argument(times, z)
-            self._evaluate = lambda z, i: score(batch_first(z), table[i].expand(len(z)))
-
-    def __call__(self, z: Tensor, i: int) -> Tensor:
-        self.nfev += 1
-        return checked_score(self._evaluate(z, i), z, self._driven)
 
 
 def solve(
@@ -172,9 +155,7 @@ def solve(
     """
     check_arguments(process, solver)
     sde = process.sde
-    # A copy, so that not even a score that writes to its argument changes the caller's state.
-    z = component_first(check_state(state, sde.components, "state"))
-    if not bool(z.isfinite().all()):
+    if not bool(_finite(check_state(state, sde.components, "state")).all()):
         msg = "state must be finite; it holds NaN or infinity"
         raise ValueError(msg)
     if callback is not None and not callable(callback):
@@ -190,8 +171,11 @@ def solve(
             if watched and isinstance(solver, OffGrid):
                 solver = solver.on_grid()
             last = grid[-1:] if final is not None else grid[:0]
-            run = _step_through(process, solver, z, grid, source, kept, callback, progress, last)
+            run = _step_through(
+                process, solver, state, grid, source, kept, callback, progress, last
+            )
         else:
+            z = state.clone()
             run = _integrate(process, solver, z, grid, source, kept, callback, progress)
         return _finish(run, final)
 
@@ -245,7 +229,7 @@ class _Run(NamedTuple):
 def _step_through(
     process: ReverseProcess,
     solver: Solver,
-    z: Tensor,
+    start: Tensor,
     grid: Tensor,
     noise: NoiseSource,
     kept: Tensor | None,
@@ -257,17 +241,23 @@ def _step_through(
         noise = noise.along(process, solver, grid)
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(process, grid)
-    score = _CountedScore(process, torch.cat([asked, also_asked]), z)
+    score = NumberedScore(process, torch.cat([asked, also_asked]), start)
     instants = grid.tolist()
     wanted = set(instants[-1:] if kept is None else kept.tolist())
 
+    # A copy, so that not even a score that writes to its argument changes the caller's state.
+    z = component_first(start)
     memory: Memory = ()
-    saved = [(instants[0], z)] if instants[0] in wanted else []
+    saved = [(instants[0], batch_first(z))] if instants[0] in wanted else []
     steps, stopped = 0, False
     for i in progress_bar(range(len(grid) - 1), shown=progress, desc=type(solver).__name__):
-        z, memory = solver.step(z, memory, tables, i, score, noise)
+        # Handed over, not held, so that a step can let go of the state that it starts from.
+        held = [z]
+        del z
+        z, memory = solver.step(held.pop(), memory, tables, i, score, noise)
         steps, at = i + 1, instants[i + 1]
         if at in wanted:
+            z = batch_first(z)
             saved.append((at, z))
         if callback is not None and callback(steps, at, z):
             stopped = steps < len(grid) - 1
@@ -275,7 +265,7 @@ def _step_through(
     return _Run(
         state=z,
         t=torch.tensor([t for t, _ in saved], dtype=torch.float64),
-        y=torch.stack([y for _, y in saved]) if saved else z.new_empty(0, *z.shape),
+        y=_stacked([y for _, y in saved], z),
         nfev=torch.full((len(z),), score.nfev),
         arrived=torch.full((len(z),), not stopped),
         stopped=stopped,
@@ -338,10 +328,7 @@ def _finish(run: _Run, final: _Final | None) -> Solution:
             rows = run.arrived.to(z.device)
             data = data.clone()
             data[rows] = final(z[rows], run.last_score(z[rows]))
-    success = (
-        run.arrived
-        & (z.isfinite().flatten(1).all(1) & data.unsqueeze(1).isfinite().flatten(1).all(1)).cpu()
-    )
+    success = run.arrived & (_finite(z) & _finite(data)).cpu()
     message = run.message
     if bool(run.arrived.all()) and not bool(success.all()):
         message = "the state is not finite: the score is not, or the steps are too long"
@@ -358,6 +345,22 @@ def _finish(run: _Run, final: _Final | None) -> Solution:
         message=message,
         stats=stats,
     )
+
+
+def _stacked(states: list[Tensor], like: Tensor) -> Tensor:
+    """States in a new axis; of a single one no copy."""
+    if len(states) == 1:
+        return states[0].unsqueeze(0)
+    return torch.stack(states) if states else like.new_empty(0, *like.shape)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Which samples hold finite numbers only, ``(B,)``, without a tensor of the size of x."""
+    if not x.numel():
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    # NaN is the least and the largest of numbers that it is among.
+    low, high = x.reshape(len(x), -1).aminmax(dim=1)
+    return low.isfinite() & high.isfinite()
 
 
 def _checked_stops(t_eval: object, grid: Tensor, *, of_grid: bool) -> Tensor | None:

@@ -142,7 +142,8 @@ class SampleNoise(NoiseSource):
             msg = f"seeds must be integers in [0, 2³²), one a sample; got {self.seeds}"
             raise ValueError(msg)
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        self._left = torch.empty(len(self.seeds), 0)
+        self._block = torch.empty(len(self.seeds), _BLOCK)
+        self._used = _BLOCK  # numbers of the block, that is none is left
 
     def start(
         self,
@@ -175,11 +176,14 @@ class SampleNoise(NoiseSource):
             raise ValueError(msg)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
-        missing = math.ceil((wanted - self._left.shape[1]) / _BLOCK)
-        drawn = [
-            torch.stack([torch.randn(_BLOCK, generator=g) for g in self._generators])
-            for _ in range(missing)
-        ]
-        self._left = torch.cat([self._left, *drawn], dim=1)
-        draw, self._left = self._left[:, :wanted], self._left[:, wanted:]
-        return draw.reshape(len(z), *shape).to(z)
+        numbers = torch.empty(len(z), wanted)
+        done = 0
+        while done < wanted:
+            if self._used == _BLOCK:
+                for row, generator in zip(self._block.unbind(), self._generators, strict=True):
+                    row.normal_(generator=generator)
+                self._used = 0
+            count = min(wanted - done, _BLOCK - self._used)
+            numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
+            done, self._used = done + count, self._used + count
+        return numbers.reshape(len(z), *shape).to(z)

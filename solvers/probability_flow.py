@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from torch import Tensor
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 
-from .adaptive import LOOSE, ActiveSamples, Callback, Integration, Integrator, common_time
+from .adaptive import LOOSE, ActiveSamples, Callback, Integration, Integrator
 from .base import Facts
-from .combine import per_sample
+from .combine import as_blocks, combine, per_sample
 from .noise import NoiseSource
+from .numbered_score import NumberedScore
 
 __all__ = ["ProbabilityFlow"]
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, int], Tensor]
+"""dz/dt at a state, at the time of the given number."""
 
 _METHODS = ("bosh3", "dopri5", "dopri8")
 
@@ -55,6 +57,11 @@ class ProbabilityFlow(Integrator):
         Length of the first step, > 0; None chooses one.
     max_step
         Length of the longest step, > 0.
+    pace
+        ``"sample"``: as above. ``"batch"``: one step size, by the root mean square over the whole
+        batch, as scipy and torchdiffeq have it. Samples then depend on each other, and one that
+        fails takes all with it; but they share their times, so that coefficients, of an exact score
+        above all, are computed once a step and not for each sample.
 
     Raises
     ------
@@ -68,12 +75,16 @@ class ProbabilityFlow(Integrator):
     max_nfev: int = 10_000
     first_step: float | None = None
     max_step: float = math.inf
+    pace: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
         if self.method not in _METHODS:
             names = ", ".join(map(repr, _METHODS))
             msg = f"method must be one of {names}; got {self.method!r}"
+            raise ValueError(msg)
+        if self.pace not in ("sample", "batch"):
+            msg = f"pace must be 'sample' or 'batch'; got {self.pace!r}"
             raise ValueError(msg)
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
@@ -112,10 +123,6 @@ class ProbabilityFlow(Integrator):
         """Run each sample from ``times[0]`` down to ``times[-1]``."""
         tableau = _tableau(self.method)
         start, end = float(times[0]), float(times[-1])
-
-        def flow(z: Tensor, t: Tensor) -> Tensor:
-            return process.probability_flow(z, common_time(t))
-
         samples = ActiveSamples(
             z,
             start,
@@ -131,9 +138,9 @@ class ProbabilityFlow(Integrator):
         going = samples.screen(h, cost=at_start)
         if samples.on_their_way():
             samples.spend(at_start)
-            f = flow(z, samples.t)
+            f = _flow(process, [samples.t], z)(z, 0)
             if self.first_step is None:
-                h = self._first_step(flow, z, samples.t, f, end)
+                h = self._first_step(process, z, samples.t, f, end)
             else:
                 h = torch.full_like(samples.t, self.first_step)
             going = samples.screen(h, tableau.n_stages)
@@ -144,12 +151,13 @@ class ProbabilityFlow(Integrator):
             h, after = samples.attempt(h.clamp_max(self.max_step))
             samples.spend(tableau.n_stages)
             stages, dt = [f], per_sample(h, z)
-            for a, c in zip(tableau.A[1:], tableau.C[1:], strict=True):
-                at = (samples.t - float(c) * h).clamp_min(end)
-                stages.append(flow(z - _weighted(a, stages) * dt, at))
+            within = [(samples.t - float(c) * h).clamp_min(end) for c in tableau.C[1:]]
+            flow = _flow(process, [*within, after], z)
+            for number, a in enumerate(tableau.A[1:]):
+                stages.append(flow(z - _weighted(a, stages) * dt, number))
             new = z - _weighted(tableau.B, stages) * dt
-            stages.append(flow(new, after))
-            error = self._error(tableau, stages, dt, z, new).detach().cpu().to(torch.float64)
+            stages.append(flow(new, len(within)))
+            error = self._error(tableau, stages, dt, z, new)
             accept = error <= 1
             growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
             keep = per_sample(accept, z)
@@ -166,7 +174,7 @@ class ProbabilityFlow(Integrator):
         scale = self.atol + self.rtol * torch.maximum(z.abs(), new.abs())
 
         def size(weights: Any) -> Tensor:
-            return (_weighted(weights, stages) * dt / scale).square().flatten(1).mean(1).sqrt()
+            return self._size(_weighted(weights, stages) * dt / scale)
 
         if self.method != "dopri8":
             return size(tableau.E)
@@ -174,24 +182,40 @@ class ProbabilityFlow(Integrator):
         total = (fifth.square() + 0.01 * third.square()).sqrt()
         return torch.where(total == 0, 0.0, fifth.square() / total)
 
-    def _first_step(self, flow: Velocity, z: Tensor, t: Tensor, f: Tensor, end: float) -> Tensor:
+    def _size(self, x: Tensor) -> Tensor:
+        """Root mean square of each sample, or of all alike, float64 on the host."""
+        squares = x.square().flatten(1).mean(1).detach().cpu().to(torch.float64)
+        return (squares if self.pace == "sample" else squares.mean().expand(len(x))).sqrt()
+
+    def _first_step(
+        self, process: ReverseProcess, z: Tensor, t: Tensor, f: Tensor, end: float
+    ) -> Tensor:
         """Step length from the size of the slope and its change (Hairer et al. 1993, II.4)."""
         scale = self.atol + self.rtol * z.abs()
-
-        def size(x: Tensor) -> Tensor:
-            return (x / scale).square().flatten(1).mean(1).sqrt().detach().cpu().to(torch.float64)
-
-        d0, d1 = size(z), size(f)
+        d0, d1 = self._size(z / scale), self._size(f / scale)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # A slope that is not finite is found out by the first step.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
-        d2 = size(flow(z - f * per_sample(h0, z), t - h0) - f) / h0
+        nearby = _flow(process, [t - h0], z)(z - f * per_sample(h0, z), 0)
+        d2 = self._size((nearby - f) / scale) / h0
         steepest = torch.maximum(d1, d2)
         order = _tableau(self.method).error_estimator_order + 1
         h1 = torch.where(
             steepest <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / steepest) ** (1 / order)
         )
         return torch.minimum(100 * h0, h1)
+
+
+def _flow(process: ReverseProcess, times: list[Tensor], z: Tensor) -> Velocity:
+    """The flow at times ``(B,)`` each; where samples share them, with its coefficients ready."""
+    if not all(bool((t == t[0]).all()) for t in times):
+        return lambda z, i: process.probability_flow(z, times[i])
+    shared = torch.stack([t[0] for t in times])
+    G = process.sde.diffusion(shared)
+    state = as_blocks(process.sde.drift(shared))
+    pull = as_blocks(-0.5 * (G @ G.mT)[..., list(process.sde.driven)])
+    score = NumberedScore(process, shared, z)
+    return lambda z, i: combine((state[i], z), (pull[i], score(z, i)))
 
 
 def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:

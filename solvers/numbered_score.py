@@ -1,0 +1,31 @@
+"""The score at times that are known in advance."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cldsde.score import ReverseProcess, TabulatedScore
+from cldsde.score.reverse import checked_score, score_argument
+
+from .combine import batch_first
+
+__all__ = ["NumberedScore"]
+
+
+class NumberedScore:
+    """The score at numbered times; counts its evaluations and checks what it returns."""
+
+    def __init__(self, process: ReverseProcess, times: Tensor, z: Tensor) -> None:
+        self.nfev = 0
+        self._driven = len(process.sde.driven)
+        score = process.score
+        if isinstance(score, TabulatedScore):
+            self._evaluate = score.tabulate(times, z)
+        else:
+            table = score_argument(times, z)
+            self._evaluate = lambda z, i: score(batch_first(z), table[i].expand(len(z)))
+
+    def __call__(self, z: Tensor, i: int) -> Tensor:
+        """Score ``(B, d, *D)`` of states at the time of the given number."""
+        self.nfev += 1
+        return checked_score(self._evaluate(z, i), z, self._driven)
