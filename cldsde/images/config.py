@@ -325,8 +325,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot sample."""
-        if not 2 <= self.nfe <= 1_000_000:
-            msg = f"nfe must be between 2 and 1,000,000; got {self.nfe}"
+        check_at_least(self.nfe, 2, "nfe")
+        if self.nfe > 1_000_000:
+            msg = f"nfe must be at most 1,000,000; got {self.nfe}"
             raise ValueError(msg)
         check_between(self.t_end, 1e-8, 0.5, "t_end")
 
