@@ -361,7 +361,7 @@ class MixtureScore:
                 flat = data._flat_state(self.sde, z)
                 with torch.autocast(z.device.type, enabled=False):
                     score = dense(flat, i)
-                return score.to(z.dtype).unflatten(1, (len(self.rows), *z.shape[2:]))
+                return score.to(z.dtype).reshape(len(z), len(self.rows), *z.shape[2:])
 
             return small
         table = law.to(like)

@@ -135,7 +135,7 @@ def test_evaluations_of_adaptive_solvers_are_those_of_each_image():
 
 def test_images_and_evaluations_of_all_classes_are_in_the_order_of_the_seeds(run):
     space = dataclasses.replace(run.space, always_classes=True)
-    found = draw_of_classes(run.score, space, range(7), FIXED)
+    found = draw_of_classes(run.model, space, range(7), FIXED)
     assert found.evaluations.tolist() == [FIXED.nfe] * 7
     for label in range(3):
         score = guided(run.score, space, label)

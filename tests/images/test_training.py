@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
     from safetensors.torch import save_file as save
 
     monkeypatch.setattr("cldsde.images.files.save_file", full)
-    with pytest.raises(OSError, match=r"64 images could not be saved.*No space left"):
+    with pytest.raises(OSError, match=r"64 images could be saved.*No space left"):
         trained(tmp_path, config())
     assert load_tensors(tmp_path / STATE, KIND)[1]["step"] == "2"
     assert not list(tmp_path.glob(".partial-*"))
