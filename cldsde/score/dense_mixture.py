@@ -65,7 +65,8 @@ class DenseScore(NamedTuple):
         if self.pull is None:
             flat: Tensor = whitened.mT
             return flat
-        by_mode = whitened.reshape(self.log_scale.shape[1], -1, whitened.shape[1])
+        modes = self.log_scale.shape[1]
+        by_mode = whitened.reshape(modes, len(whitened) // modes, whitened.shape[1])
         log_terms = self.log_scale[i] - 0.5 * by_mode.square().sum(1)
         weighted = by_mode * log_terms.softmax(0).unsqueeze(1)
         score: Tensor = (self.pull[i] @ weighted.flatten(0, 1)).mT
