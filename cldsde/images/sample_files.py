@@ -22,7 +22,7 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import PARTIAL, check_writable, write_whole
+from cldsde.images.files import PARTIAL, brief, check_writable, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
@@ -97,6 +97,12 @@ class SampleRequest:
             msg = (
                 f"--out: a picture holds {_GRID_LIMIT} images at most; got {len(self.seeds)} "
                 "seeds. Take FILE.npz or a folder"
+            )
+            raise ValueError(msg)
+        if out.name in {"", ".."} or out.resolve().is_mount():
+            msg = (
+                "--out must name a file, or a folder that can be moved into place; got "
+                f"{out}. Take one inside, such as {out / 'samples'}"
             )
             raise ValueError(msg)
         if out.suffix not in {"", ".png", ".npz"}:
@@ -251,7 +257,7 @@ def draw_to(
             label, seeds = batches[i]
             images = request.draw(label, seeds)
             file = parts / f"{i:08d}.npy"
-            write_whole(file, partial(_save_array, array=images.numpy()))
+            _write(file, partial(_save_array, array=images.numpy()))
             bar.update(len(seeds))
     wait()
     if process == 0:
@@ -278,7 +284,7 @@ def _gather(
     order = np.argsort(drawn)
     images = np.concatenate([part for part, _ in _read(parts, batches)])[order]
     if out.suffix == ".png":
-        write_whole(out, lambda path: save_grid(path, torch.from_numpy(images), levels))
+        _write(out, lambda path: save_grid(path, torch.from_numpy(images), levels))
         return
     arrays: dict[str, Any] = {
         "images": images.transpose(0, 2, 3, 1),
@@ -288,7 +294,7 @@ def _gather(
     if batches[0][0] is not None:
         labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
         arrays["labels"] = labels[order]
-    write_whole(out, lambda path: np.savez_compressed(path, **arrays))
+    _write(out, lambda path: np.savez_compressed(path, **arrays))
 
 
 def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
@@ -303,11 +309,14 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
     for images, seeds in _read(parts, request.batches()):
         for image, seed in zip(images, seeds, strict=True):
             shown = picture(image, request.model.space.levels)
-            write_whole(whole / names[seed], shown.save)
+            _write(whole / names[seed], shown.save)
     place = out.resolve()
-    if place.exists():
-        place.rmdir()  # which the system refuses if it is not empty
-    whole.replace(place)
+    try:
+        if place.exists():
+            place.rmdir()  # which the system refuses if it is not empty
+        whole.replace(place)
+    except OSError as error:
+        raise OSError(_unwritten(place, error)) from error
 
 
 def _parts_folder(out: Path) -> Path:
@@ -345,7 +354,7 @@ def _open_parts(parts: Path, digest: str) -> None:
     if parts.exists():
         _drop_parts(parts)
     parts.mkdir(exist_ok=True)
-    write_whole(parts / _REQUEST, lambda path: path.write_text(digest))
+    _write(parts / _REQUEST, lambda path: path.write_text(digest))
 
 
 def _note_of(parts: Path) -> str | None:
@@ -378,6 +387,19 @@ def _is_part(name: str) -> bool:
 
 def _is_ours(name: str) -> bool:
     return name == _REQUEST or name.startswith(PARTIAL) or _is_part(name)
+
+
+def _write(file: Path, writer: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and name it where that fails."""
+    try:
+        write_whole(file, writer)
+    except OSError as error:
+        raise OSError(_unwritten(file, error)) from error
+
+
+def _unwritten(file: Path, error: OSError) -> str:
+    reason = error.strerror or brief(error)
+    return f"{file} cannot be written ({reason}); what was drawn is kept, and the same call goes on"
 
 
 def _save_array(path: Path, array: NDArray[np.uint8]) -> None:

@@ -134,6 +134,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
         (["--class", "1"], "was not told of classes"),
         (["--known", "x.png"], "--known takes"),
         (["--out", "x.gif"], "--out must be"),
+        (["--out", "."], "--out must name a file, or a folder"),
     ],
 )
 def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, words):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
-from cldsde.images import sample_files
+from cldsde.images import files, sample_files
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
@@ -294,6 +296,34 @@ def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(run, tmp_
     assert len(list(out.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("out", "file"),
+    [
+        ("x.npz", "x.npz.parts/00000000.npy"),
+        ("x.png", "x.png"),
+        ("x", "x.parts/.partial-whole/0.png"),
+    ],
+)
+def test_a_full_disk_is_said_with_the_file_that_found_no_room(
+    run, tmp_path, monkeypatch, out, file
+):
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(2))
+    to_disk = files._to_disk
+
+    def full(path):
+        if path.suffix == Path(file).suffix:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        to_disk(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_to_disk", full)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left.*goes on") as caught:
+            draw_to(tmp_path / out, request)
+    assert str(caught.value).startswith(f"{tmp_path / file} ")
+    draw_to(tmp_path / out, request)
+    assert [left.name for left in tmp_path.iterdir()] == [out]
+
+
 @pytest.mark.parametrize("names", [["notes.txt"], ["request"], ["00000000.npy"]])
 def test_folders_that_only_look_like_parts_are_left_alone(run, tmp_path, names):
     request = SampleRequest(model=run, sampling=FIXED, seeds=range(1))
@@ -352,6 +382,8 @@ def test_known_parts_and_greys_are_kept(run, tmp_path):
         ({"guidance": float("nan"), "label": 0}, "x.npz", "--guidance must be finite"),
         ({"colourise": True}, "x.npz", "need --known"),
         ({}, "x.jpg", "--out must be"),
+        ({}, "/", "--out must name a file, or a folder"),
+        ({}, "..", "--out must name a file, or a folder"),
         ({"seeds": range(5000)}, "x.png", "a picture holds"),
         ({"sampling": SamplingConfig(solver="nothing")}, "x.npz", "one of"),
     ],
