@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ class SampleRequest:
         if self.known is not None and not isinstance(solver, Solver):
             msg = f"--known: {self.sampling.solver} chooses its times; take a solver on a grid"
             raise ValueError(msg)
-        wrap = self._around()
+        wrap = self._around
         if wrap is not None and isinstance(solver, Solver):
             check_sampling(self.model.score, self.sampling, around=wrap)
         _check_parts(_parts_folder(out))
@@ -151,7 +151,7 @@ class SampleRequest:
             seeds,
             self.sampling,
             vae=self.model.vae,
-            around=self._around(),
+            around=self._around,
             batch=len(seeds),
         ).images
 
@@ -184,20 +184,24 @@ class SampleRequest:
             return False
         return sorted(file.name for file in out.iterdir()) == self.picture_names()
 
+    @cached_property
     def _around(self) -> Callable[[Solver], Imputation] | None:
+        """What makes of a solver an imputation; its tensors are where the states will be."""
         if self.known is None:
             return None
         shape = self.model.space.shape
         known = _picture_of(self.known, shape, "--known")
         known = (known + 0.5) / 128 - 1 if self.model.space.dequantised else to_unit(known)
+        device = self.model.score.data_mean.device
+        known = known.to(device)
         if self.colourise:
             if shape[0] != 3:
                 msg = f"--colourise needs a model of colour images; this one makes {shape}"
                 raise ValueError(msg)
-            grey = torch.tensor([True, False, False]).reshape(3, 1, 1)
+            grey = torch.tensor([True, False, False], device=device).reshape(3, 1, 1)
             return lambda solver: Imputation(solver, known, grey, basis=grey_basis())
         assert self.mask is not None
-        mask = _picture_of(self.mask, (1, *shape[1:]), "--mask") >= 128
+        mask = _picture_of(self.mask, (1, *shape[1:]), "--mask").to(device) >= 128
         return lambda solver: Imputation(solver, known, mask)
 
 

@@ -8,6 +8,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -372,6 +373,27 @@ def test_known_parts_and_greys_are_kept(run, tmp_path):
     # Three roundings to bytes move a mean by half a level at most.
     error = np.abs(images.mean(-1) - pixels.astype(float).mean(-1)[None])
     assert error[free].max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("colourise", [True, False])
+def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monkeypatch, colourise):
+    made = []
+    monkeypatch.setattr(sample_files, "Imputation", lambda *a, **_: made.append(a))
+    score = SimpleNamespace(data_mean=torch.zeros(1, device="meta"))
+    request = SampleRequest(
+        model=SimpleNamespace(score=score, space=ImageSpace((3, 8, 8))),
+        sampling=FIXED,
+        seeds=range(1),
+        known=picture(tmp_path / "known.png", np.zeros((8, 8, 3), np.uint8)),
+        mask=None if colourise else picture(tmp_path / "mask.png", np.zeros((8, 8), np.uint8)),
+        colourise=colourise,
+    )
+    for _ in range(2):
+        request._around(make_solver(FIXED))
+    (_, known, mask), again = made
+    assert (known.device.type, mask.device.type) == ("meta", "meta")
+    assert known is again[1]
+    assert mask is again[2]
 
 
 @pytest.mark.parametrize(
