@@ -202,7 +202,17 @@ def estimate_order(
     The verdict is FAIL if the interval lies below ``expected - tolerance``; PASS if it lies at or
     above and its half-width is at most ``tolerance``; INCONCLUSIVE otherwise. An order above the
     declared one passes, see `OrderEstimate.exceeds`: on easy problems many solvers are better than
-    they promise.
+    they promise. Whatever the interval is, the verdict is FAIL where, of the levels that rule 1
+    leaves, the interval of the last local order lies
+
+    - below ``expected - 2 * tolerance``: errors stop falling above rounding and noise; or
+    - below ``expected - tolerance``, and the finest error exceeds the coarsest by more than the
+      interval of their difference: errors grow.
+
+    What precedes the asymptotic range may be large, but not without limit. Of exact errors
+    :math:`C h^p (1 + a (h/h_1)^r)` on halved steps the interval covers p for a between −0.9 and 4
+    where r = 1 and there are 5 levels or more, for a up to 2 with 4 levels, and for a up to 1 where
+    r = 1/2, with q = 1/2.
 
     An interval says nothing about finer grids than the measured ones. An error that approaches a
     constant well below the finest level is not noticed.
@@ -225,7 +235,7 @@ def estimate_order(
     _check_options(expected, tolerance, confidence, spacing)
     quantile = -NormalDist().inv_cdf((1 - confidence) / 2)
     reasons = [_reason(*level) for level in zip(e, s, floor, strict=True)]
-    kept = np.flatnonzero([not reason for reason in reasons])
+    kept = usable = np.flatnonzero([not reason for reason in reasons])
     x, y = np.log(h), np.log(np.where(np.isfinite(e) & (e > 0), e, 1.0))
 
     variances = np.zeros_like(e)
@@ -247,7 +257,17 @@ def estimate_order(
         low, high = order - quantile * deviation, order + quantile * deviation
     local, covariance = _local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
-    verdict = None if expected is None else _judge(low, high, expected, tolerance)
+    verdict, fault = None, ""
+    if expected is not None:
+        verdict = _judge(low, high, expected, tolerance)
+        if len(local):
+            ends = usable[[0, -1]]
+            noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
+            grown = e[ends[1]] - e[ends[0]] > noise
+            # Rule 2 drops coarse levels alone: the last two are those of rule 1.
+            fault = _fault(local[-1], local[-1] + margins[-1], grown, expected, tolerance)
+    if fault:
+        verdict = Verdict.FAIL
     return OrderEstimate(
         order=order,
         low=low,
@@ -270,7 +290,7 @@ def estimate_order(
             for i, reason in enumerate(reasons)
         ),
         verdict=verdict,
-        message=_message(order, low, high, expected, tolerance, verdict, reasons),
+        message=fault or _message(order, low, high, expected, tolerance, verdict, reasons),
     )
 
 
@@ -337,6 +357,18 @@ def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdic
     if low >= least and (high - low) / 2 <= tolerance:
         return Verdict.PASS
     return Verdict.INCONCLUSIVE
+
+
+def _fault(last: float, limit: float, grown: bool, expected: float, tolerance: float) -> str:
+    """What is wrong whatever the slope is, with the last local order and its upper limit."""
+    if grown and limit < expected - tolerance:
+        return f"The errors grow as steps shrink; the last local order is {last:.2f}."
+    if limit < expected - 2 * tolerance:
+        return (
+            f"The errors stop falling: the last local order is {last:.2f}, more than "
+            f"{2 * tolerance:g} below the declared {expected:g}."
+        )
+    return ""
 
 
 def _message(
