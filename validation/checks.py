@@ -6,12 +6,13 @@ import dataclasses
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from cldsde.linear import LinearSDE
-from cldsde.solvers import Integrator, Solver, solve
+from cldsde.solvers import Facts, Integrator, Solver, solve
 from cldsde.solvers.grids import quadratic_times
 
 from .order_estimate import OrderEstimate, Verdict
@@ -20,8 +21,18 @@ from .plain import plain
 from .problems import Problem
 from .reference import reference_kernel
 
-__all__ = ["Check", "bias_check", "count_check", "kernel_check", "stiff_check"]
+__all__ = [
+    "NOT_APPLICABLE",
+    "Check",
+    "bias_check",
+    "count_check",
+    "facts_fault",
+    "in_words",
+    "kernel_check",
+    "stiff_check",
+]
 
+NOT_APPLICABLE = "not applicable"
 _KERNEL_TOLERANCE = 1e-10
 
 
@@ -32,8 +43,9 @@ class Check:
     Attributes
     ----------
     kind
-        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"NFE a step"``,
-        ``"bias"`` or ``"error at 100 steps"``.
+        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"law"``,
+        ``"NFE a step"``, ``"bias"``, ``"error at 100 steps"``, or where nothing could be measured
+        ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
     subject
         Name of the solver, or of the process whose kernel it is.
     problem
@@ -43,7 +55,7 @@ class Check:
     verdict
         PASS, FAIL or INCONCLUSIVE; None for what is only reported.
     message
-        What was found, in words.
+        What was found, in words, on one line.
     seconds
         Time it took.
     estimate
@@ -65,6 +77,36 @@ class Check:
         estimate = None if self.estimate is None else self.estimate.to_dict()
         result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
         return result
+
+
+def in_words(error: BaseException) -> str:
+    """An error on one line."""
+    return _one_line(f"{type(error).__name__}: {error}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def facts_fault(solver: Solver | Integrator) -> str:
+    """What is wrong with what a solver declares; empty where nothing is."""
+    try:
+        facts: object = solver.facts
+    except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
+        return f"facts cannot be read: {in_words(error)}"
+    if not isinstance(facts, Facts):
+        return _one_line(f"facts must be a cldsde.solvers.Facts; got {facts!r}")
+    for name in ("weak_order", "strong_order", "ode_order"):
+        order = getattr(facts, name)
+        if order is not None and not (isinstance(order, Real) and 0 < float(order) < math.inf):
+            return _one_line(f"facts.{name} must be a positive number or None; got {order!r}")
+    count: object = facts.nfe_per_step
+    if not (isinstance(count, Integral) and int(count) > 0):
+        return _one_line(f"facts.nfe_per_step must be a positive integer; got {count!r}")
+    applies_to: object = facts.applies_to
+    if not isinstance(applies_to, str):
+        return _one_line(f"facts.applies_to must be a text; got {applies_to!r}")
+    return ""
 
 
 def kernel_check(name: str, sde: LinearSDE) -> Check:

@@ -118,7 +118,8 @@ def propagate_moments(
         out = torch.cat([z, *kept], dim=1).flatten(1)
         b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size :] - out[0]).T
         rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
-        # Where the step is not finite the moments will not be, either.
+        # Where the step is not finite the moments will not be, either. Rounding is 1e-15 of the
+        # largest number times the stages of a step; a score that bends is off by parts of it.
         if rest > 1e-9 * float(out.abs().max()):
             msg = (
                 f"process: its score is not affine in the state at step {i}, so the solver's step "

@@ -257,7 +257,7 @@ def estimate_order(
         low, high = order - quantile * deviation, order + quantile * deviation
     local, covariance = _local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
-    verdict, fault = None, ""
+    verdict, fault, grown = None, "", False
     if expected is not None:
         verdict = _judge(low, high, expected, tolerance)
         if len(local):
@@ -266,8 +266,10 @@ def estimate_order(
             grown = e[ends[1]] - e[ends[0]] > noise
             # Rule 2 drops coarse levels alone: the last two are those of rule 1.
             fault = _fault(local[-1], local[-1] + margins[-1], grown, expected, tolerance)
-    if fault:
-        verdict = Verdict.FAIL
+        if fault and (grown or verdict is not Verdict.FAIL):
+            verdict = Verdict.FAIL
+        else:
+            fault = ""
     return OrderEstimate(
         order=order,
         low=low,

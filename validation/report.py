@@ -17,14 +17,16 @@ import torch
 
 from cldsde.solvers import Integrator, Solver
 
-from .checks import Check
+from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .page import data_uri, figure_uri, render_page
 from .plots import canvas
-from .suite import declared_too_low, summarise
+from .suite import declared_too_low, inconclusive, summarise
 from .work_precision import WorkPrecision
 
-__all__ = ["Report"]
+__all__ = ["PAGE", "Report", "part_of"]
+
+PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Report:
             "machine": platform.platform(),
             "complete": self.complete,
             "summary": {name: str(verdict) for name, verdict in summarise(self.checks).items()},
+            "inconclusive": inconclusive(self.checks),
             "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
             "work_precision": [json.loads(table.to_json()) for table in self.tables],
@@ -63,21 +66,29 @@ class Report:
 
     def write_json(self, file: Path) -> None:
         """Write the report, or leave the file as it was."""
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        part = part_of(file)
+        part.write_text(
+            json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         part.replace(file)
 
     def to_text(self) -> str:
         """A line for each solver and kind of order, for the terminal."""
         rows = [("", "declared", "measured", "on", "verdict")]
         summary = summarise(self.checks)
-        for subject, verdict in summary.items():
+        for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
             own = [check for check in self.checks if check.subject == subject]
             if subject == "kernels":
                 own = [check for check in self.checks if check.kind == "kernel"]
                 worst = float(np.max([check.measured for check in own]))
                 rows.append(
-                    ("kernels", "≤ 1e-10", f"{worst:.0e}", f"{len(own)} processes", str(verdict))
+                    (
+                        "kernels",
+                        "≤ 1e-10",
+                        f"{worst:.0e}",
+                        f"{len(own)} processes",
+                        str(summary[subject]),
+                    )
                 )
                 continue
             rows += [
@@ -89,14 +100,32 @@ class Report:
         return "\n".join(line.rstrip() for line in lines)
 
     def summary(self) -> dict[str, Verdict]:
-        """A verdict for each solver and for the kernels."""
+        """A verdict for each solver that was measured and for the kernels."""
         return summarise(self.checks)
+
+    def inconclusive(self) -> dict[str, str]:
+        """How many checks of a solver came to no conclusion, where some did not."""
+        return inconclusive(self.checks)
+
+    def refusals(self, names: Sequence[str]) -> list[str]:
+        """Where solvers of these names do not apply and why, a line for each and each reason."""
+        problems: dict[tuple[str, str], list[str]] = {}
+        for check in [check for check in self._not_applicable() if check.subject in names]:
+            problems.setdefault((check.subject, check.message), []).append(check.problem)
+        return [
+            f"{subject} is not measured on {', '.join(names)}: {reason}"
+            for (subject, reason), names in problems.items()
+        ]
+
+    def _not_applicable(self) -> list[Check]:
+        return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
     def failures(self) -> list[str]:
         """What failed, a line each."""
         lines = [
-            f"{check.subject}, {check.kind} on {check.problem}: {check.message}"
+            f"{check.subject}, {check.kind}{where}: {check.message}"
             for check in self.checks
+            for where in [f" on {check.problem}" if check.problem else ""]
             if check.verdict is Verdict.FAIL
         ]
         for name in self.solvers:
@@ -110,6 +139,8 @@ class Report:
         rows = []
         for name, solver in self.solvers.items():
             own = [check for check in self.checks if check.subject == name]
+            if facts_fault(solver):
+                continue
             facts = solver.facts
             row = {
                 "solver": repr(solver),
@@ -145,37 +176,51 @@ class Report:
             _BODY,
             report=report,
             summary=summarise(self.checks),
+            inconclusive=self.inconclusive(),
             rows=[_html_row(check) for check in self.checks],
             curves=[
                 (subject, _curves(subject, self.checks))
                 for subject in summarise(self.checks)
                 if any(c.subject == subject and _drawable(c) for c in self.checks)
             ],
-            diagrams=[(table.problem, _diagram(table)) for table in self.tables],
+            diagrams=[(f"{t.problem}, {t.metric}", _diagram(t)) for t in self.tables],
         )
-        part = folder / "index.html.part"
+        file = folder / PAGE
+        part = part_of(file)
         part.write_text(page, encoding="utf-8")
-        return part.replace(folder / "index.html")
+        return part.replace(file)
+
+
+def part_of(file: Path) -> Path:
+    """What a file is called until it is complete."""
+    return file.with_name(file.name + ".part")
 
 
 def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
     kind = own[0].kind
     declared = {check.declared for check in own if check.declared is not None}
     estimates = [check.estimate for check in own if check.estimate is not None]
-    if estimates:
-        measured = _span(estimates)
-    else:
-        values = [check.measured for check in own if check.measured is not None]
-        measured = ", ".join(f"{value:.4g}" for value in values)
+    values = [check.measured for check in own if check.measured is not None]
+    measured = _span(estimates) if estimates else ", ".join(f"{value:.4g}" for value in values)
+    if kind == NOT_APPLICABLE and own[0].verdict is None:
+        reasons = "; ".join(dict.fromkeys(check.message for check in own))
+        return f"{subject}: {kind}", "", "", _names(own), reasons
+    if kind == "law":
+        declared = set()  # limits of errors, one of each problem
+        measured = f"W₂ {_range(values, '.2g')}" if values else ""
     verdicts = [str(check.verdict) for check in own if check.verdict is not None]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     return (
         f"{subject}: {kind}",
         ", ".join(f"{value:g}" for value in sorted(declared)),
         measured,
-        ", ".join(dict.fromkeys(check.problem for check in own)),
+        _names(own),
         counted,
     )
+
+
+def _names(own: Sequence[Check]) -> str:
+    return ", ".join(dict.fromkeys(check.problem for check in own))
 
 
 def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str:
@@ -183,13 +228,16 @@ def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str
     found = [estimate for estimate in estimates if math.isfinite(estimate.order)]
     if not found:
         return "—" if estimates else ""
-    orders = [estimate.order for estimate in found]
-    low, high = f"{min(orders):.2f}", f"{max(orders):.2f}"
-    text = low if low == high else f"{low} … {high}"
+    text = _range([estimate.order for estimate in found], ".2f")
     if intervals:
         ends = min(estimate.low for estimate in found), max(estimate.high for estimate in found)
         text += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
     return text
+
+
+def _range(values: Sequence[float], digits: str) -> str:
+    low, high = (f"{value:{digits}}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} … {high}"
 
 
 def _html_row(check: Check) -> dict[str, str]:
@@ -261,7 +309,8 @@ declared.</p>
 <h2>Summary</h2>
 <div class="scroll"><table>
 {% for name, verdict in summary.items() %}
-<tr><td>{{ name }}</td><td class="{{ verdict }}">{{ verdict }}</td></tr>
+<tr><td>{{ name }}</td><td class="{{ verdict }}">{{ verdict }}</td>
+<td>{% if name in inconclusive %}{{ inconclusive[name] }} checks inconclusive{% endif %}</td></tr>
 {% endfor %}
 </table></div>
 <h2>Checks</h2>

@@ -13,7 +13,17 @@ from cldsde.solvers import Integrator, PathDriven, Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
 from .cases import FlowCase, PathCase
-from .checks import Check, bias_check, count_check, kernel_check, stiff_check
+from .checks import (
+    NOT_APPLICABLE,
+    Check,
+    bias_check,
+    count_check,
+    facts_fault,
+    in_words,
+    kernel_check,
+    stiff_check,
+)
+from .law import LawCase, law_check
 from .order_estimate import OrderEstimate, Verdict
 from .orders import ode_order, strong_order, weak_order
 from .problems import Problem, forward_processes
@@ -24,13 +34,14 @@ __all__ = [
     "checks",
     "count",
     "declared_too_low",
+    "inconclusive",
     "refusal",
     "summarise",
 ]
 
 QUICK_PROBLEMS = (
     *("VP", "VE", "CLD", "CLD, linear schedule", "CLD, rotation", "VP, two points"),
-    "VP, three modes",
+    *("VP, three modes", "CLD, ring", "VP, ring"),
 )
 """What there is time for in a quick validation: a problem of each kind of difficulty."""
 
@@ -44,6 +55,9 @@ def checks(
     seed: int = 0,
 ) -> Iterator[Check]:
     """Measure kernels, and each solver on each problem that it applies to.
+
+    Where a solver refuses a problem a check of the kind ``"not applicable"`` has its reason; it
+    fails where the solver declares every linear SDE.
 
     Parameters
     ----------
@@ -66,11 +80,18 @@ def checks(
             yield kernel_check(name, make())
     shared = _Cases(quick=quick, seed=seed)
     for name, solver in chosen.items():
+        fault = facts_fault(solver)
+        if fault:
+            yield Check("facts", name, "", None, None, Verdict.FAIL, fault, 0.0)
+            continue
         for problem in cases.values():
-            for kind in _kinds(solver, problem, quick=quick):
-                found = _check(kind, name, solver, problem, shared, quick=quick, seed=seed)
-                if found is not None:
-                    yield found
+            kinds = _kinds(solver, problem, quick=quick)
+            refused = _refused(name, solver, problem, quick=quick) if kinds else None
+            if refused is not None:
+                yield refused
+                continue
+            for kind in kinds:
+                yield _check(kind, name, solver, problem, shared, quick=quick, seed=seed)
 
 
 def count(
@@ -82,15 +103,16 @@ def count(
 ) -> int:
     """How many checks there are at most, for a progress bar."""
     ours = sum(
-        len(_kinds(solver, problem, quick=quick))
+        1
+        if facts_fault(solver)
+        else sum(len(_kinds(solver, problem, quick=quick)) for problem in cases.values())
         for solver in chosen.values()
-        for problem in cases.values()
     )
     return ours + (len(forward_processes()) if kernels else 0)
 
 
 _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
-_RINGS = ("CLD, ring", "VP, ring")  # for work and precision: single samples rule their errors
+_RINGS = ("CLD, ring", "VP, ring")  # of two dimensions: laws alone
 _SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
 _ROTATION, _HIGH = "CLD, rotation", 5  # for orders above 5
 _FLOWS, _LONG = ("VP", "CLD", "VP, three modes"), ("VE",)  # in a quick validation
@@ -100,19 +122,18 @@ _COUNTED = ("VP", "CLD")  # where evaluations are counted
 def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> list[str]:
     """What there is to measure of a solver on a problem."""
     facts = solver.facts
+    noisy = facts.adaptive and facts.ode_order is None
     if problem.name == _BIASED:
-        noisy = facts.adaptive and facts.ode_order is None
         return ["bias"] if noisy else []
-    if facts.adaptive and facts.ode_order is None:
-        return []
-    if problem.name in _RINGS:
-        return []
+    modes = not problem.gaussian
+    laws = ["law"] if modes and not (quick and _seldom(solver, problem)) else []
+    if noisy or problem.name in _RINGS:
+        return laws
     if problem.name == _STIFF:
         return ["error at 100 steps"] if isinstance(solver, Solver) else []
     if problem.name == _ROTATION:
         return ["ODE order"] if _high_order(solver) else []
-    kinds = []
-    modes = not problem.gaussian
+    kinds = laws
     # With lines high orders hardly show between the first asymptotic steps and rounding.
     wanted = problem.name not in _SLOW
     if quick:
@@ -132,6 +153,11 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
     return kinds
 
 
+def _seldom(solver: Solver | Integrator, problem: Problem) -> bool:
+    """Whether a law is left out of a quick validation: steps of each sample's own take long."""
+    return problem.name not in (("VP, ring",) if solver.facts.adaptive else _RINGS)
+
+
 def _high_order(solver: Solver | Integrator) -> bool:
     return (solver.facts.ode_order or 0) > _HIGH
 
@@ -145,13 +171,15 @@ def _check(
     *,
     quick: bool,
     seed: int,
-) -> Check | None:
-    """One check; None where the solver says that it does not apply."""
+) -> Check:
+    """One check of a solver that does not refuse the problem."""
     began = time.perf_counter()
     g = torch.Generator().manual_seed(seed)
     try:
-        if shared.refused(name, solver, problem):
-            return None
+        if kind == "law":
+            steps = 64 if not quick or problem.sde.components > 1 else 32
+            case = shared.law(problem, _law_samples(solver, problem, quick=quick))
+            return law_check(name, solver, problem, case, g, began, steps=steps)
         if kind == "bias":
             return bias_check(name, solver, problem, g, began, quick=quick)
         if kind in _SIMPLE:
@@ -159,12 +187,12 @@ def _check(
         sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
         followed = not sampled or _follows(solver, problem)
         if not followed and kind == "weak order":
-            return None
+            text = "a weak order with modes, as it follows no Brownian path (path_noise)"
+            return Check(NOT_APPLICABLE, name, problem.name, None, None, None, text, 0.0)
         estimate = _estimate(kind, solver, problem, shared, g) if followed else None
-    except Exception as error:  # noqa: BLE001 a user's solver may raise anything
-        text = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         seconds = time.perf_counter() - began
-        return Check(kind, name, problem.name, None, None, Verdict.FAIL, text, seconds)
+        return Check(kind, name, problem.name, None, None, Verdict.FAIL, in_words(error), seconds)
     verdict: Verdict | None
     if estimate is None:
         declared, order = solver.facts.strong_order, None
@@ -196,12 +224,12 @@ class _Cases:
         self.quick, self._seed = quick, seed
         self._made: dict[tuple[str, str], Any] = {}
 
-    def refused(self, name: str, solver: Solver | Integrator, problem: Problem) -> bool:
-        """Whether a solver does not take a problem, found out once."""
-        steps = 64 if self.quick else 512
-        return bool(
-            self.get(f"refusal of {name}", problem, lambda g: refusal(solver, problem, steps))
+    def law(self, problem: Problem, samples: int) -> LawCase:
+        """The exact law for so many samples."""
+        found: LawCase = self.get(
+            f"law of {samples}", problem, lambda g: LawCase(problem, samples, g)
         )
+        return found
 
     def get(self, kind: str, problem: Problem, make: Callable[[torch.Generator], Any]) -> Any:
         """What ``make`` makes of a fresh generator, once."""
@@ -241,7 +269,7 @@ def _estimate(
     if problem.gaussian:
         ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
         reference = cases.get(kind, problem, lambda g: GaussianReference(problem, ends))
-        steps = _halved(finest[kind], 4 if cases.quick else 6)
+        steps = _halved(finest[kind], 5 if cases.quick else 6)
         return _refined(lambda n: weak_order(solver, problem, steps=n, reference=reference), steps)
     grid, last, samples = _SAMPLED[problem.sde.components > 1, (solver.facts.weak_order or 0) >= 2]
     return weak_order(
@@ -292,19 +320,49 @@ def _halved(finest: int, levels: int) -> list[int]:
     return [finest // 2**level for level in reversed(range(levels))]
 
 
+def _law_samples(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> int:
+    """As many as there is time for; steps of each sample's own, and many modes, take long."""
+    if solver.facts.adaptive:
+        return 500 if quick else 1000
+    if quick:
+        return 1200
+    return 6000 if problem.name in _RINGS else 20_000
+
+
 _SIMPLE = {"error at 100 steps": stiff_check, "NFE a step": count_check}
+
+
+_EVERYWHERE = "every linear SDE"  # of what a solver declares to apply to
+
+
+def _refused(
+    name: str, solver: Solver | Integrator, problem: Problem, *, quick: bool
+) -> Check | None:
+    """What a solver says where it does not apply; a fault where it declares to apply everywhere."""
+    began = time.perf_counter()
+    text = refusal(solver, problem, 64 if quick else 512)
+    if not text:
+        return None
+    verdict = None
+    if solver.facts.applies_to == _EVERYWHERE:
+        verdict, text = Verdict.FAIL, f"declared for {_EVERYWHERE}, but refuses: {text}"
+    seconds = time.perf_counter() - began
+    return Check(NOT_APPLICABLE, name, problem.name, None, None, verdict, text, seconds)
 
 
 def refusal(solver: Solver | Integrator, problem: Problem, steps: int = 512) -> str:
     """Why a solver does not take a problem's process on a grid; empty where it does.
 
-    Some processes are out of reach at single times only, which fine grids meet.
+    Some processes are out of reach at single times only, which fine grids meet. What else goes
+    wrong is no refusal, and left to the checks to find.
     """
     if isinstance(solver, Solver):
         try:
             solver.prepare(problem.process, uniform_times(problem.start, problem.end, steps))
         except ValueError as error:
-            return str(error)
+            return " ".join(str(error).split()) or "without a reason"
+        except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
+            return ""
     return ""
 
 
@@ -320,14 +378,15 @@ def _follows(solver: Solver | Integrator, problem: Problem) -> bool:
 
 
 def summarise(found: Sequence[Check]) -> dict[str, Verdict]:
-    """A verdict for each solver and for the kernels.
+    """A verdict for each solver that was measured, and for the kernels.
 
     FAIL where a check failed, or where an order is declared below what is measured on every
     problem; PASS where every kind of order that was looked at passed on some problem, or, where
     there is none, another check did.
     """
     summary = {}
-    for subject in dict.fromkeys(_group(check) for check in found):
+    measured = [c for c in found if c.kind != NOT_APPLICABLE or c.verdict is not None]
+    for subject in dict.fromkeys(_group(check) for check in measured):
         own = [check for check in found if _group(check) == subject]
         passed = {check.kind for check in own if check.verdict is Verdict.PASS}
         if any(check.verdict is Verdict.FAIL for check in own) or declared_too_low(own):
@@ -337,6 +396,16 @@ def summarise(found: Sequence[Check]) -> dict[str, Verdict]:
             settled = orders <= passed if orders else bool(passed)
             summary[subject] = Verdict.PASS if settled else Verdict.INCONCLUSIVE
     return summary
+
+
+def inconclusive(found: Sequence[Check]) -> dict[str, str]:
+    """How many of a solver's checks came to no conclusion, as "2 of 9", where some did not."""
+    counts = {}
+    for subject in summarise(found):
+        own = [c.verdict for c in found if _group(c) == subject and c.verdict is not None]
+        if Verdict.INCONCLUSIVE in own:
+            counts[subject] = f"{own.count(Verdict.INCONCLUSIVE)} of {len(own)}"
+    return counts
 
 
 def _group(check: Check) -> str:

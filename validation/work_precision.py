@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +73,12 @@ class WorkPrecision:
     problem: str
     metric: str
     points: tuple[WorkPrecisionPoint, ...]
+
+    @classmethod
+    def joined(cls, tables: Sequence[WorkPrecision]) -> WorkPrecision:
+        """One table of several, of one problem and metric, with the front of all."""
+        points = [point for table in tables for point in table.points]
+        return cls(tables[0].problem, tables[0].metric, tuple(_with_front(points)))
 
     def to_json(self) -> str:
         """The table as JSON; null for an error that is not finite."""
@@ -185,7 +192,10 @@ def work_precision(
     Raises
     ------
     ValueError
-        If the metric is unknown or does not fit the problem, or a solver does not apply.
+        If the metric is unknown or does not fit the problem, a solver does not apply, a budget is
+        no positive integer or allows a solver no step, or there are no samples or repeats.
+    TypeError
+        If the problem is no `Problem`, or solvers are no mapping of names to solvers.
 
     Examples
     --------
@@ -198,6 +208,7 @@ def work_precision(
     >>> [point.pareto for point in table.points]
     [False, False, True, True]
     """
+    _check_arguments(problem, solvers, budgets, samples, repeats)
     exact = problem.gaussian and problem.dimension == 1
     chosen = metric if metric is not None else "moments" if exact else "sliced"
     if chosen not in ("moments", "bures", "sliced", "spread"):
@@ -223,8 +234,16 @@ def work_precision(
         for name, solver in solvers.items()
         for budget in (budgets[:1] if solver.facts.adaptive else budgets)
     ]
+    evaluations = {name: _evaluations(solver, problem) for name, solver in solvers.items()}
+    for name, solver, budget in cells:
+        if budget < evaluations[name] and not solver.facts.adaptive:
+            msg = (
+                f"budgets must allow each solver a step; {name!r} takes {evaluations[name]} "
+                f"evaluations, got {budget}"
+            )
+            raise ValueError(msg)
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
-        steps = max(budget // _evaluations(solver, problem), 1)
+        steps = max(budget // evaluations[name], 1)
         times = grid(problem.start, problem.end, steps)
         if reference is not None and isinstance(solver, Solver):
             if chosen == "moments":
@@ -242,6 +261,28 @@ def work_precision(
         else:
             points.append(_sampled(name, solver, problem, times, chosen, samples, repeats, g))
     return WorkPrecision(problem.name, chosen, tuple(_with_front(points)))
+
+
+def _check_arguments(
+    problem: object, solvers: object, budgets: object, samples: object, repeats: object
+) -> None:
+    if not isinstance(problem, Problem):
+        msg = f"problem must be a Problem, such as problems()['CLD']; got {problem!r}"
+        raise TypeError(msg)
+    if not isinstance(solvers, Mapping) or not all(
+        isinstance(name, str) and isinstance(solver, Solver | Integrator)
+        for name, solver in solvers.items()
+    ):
+        msg = f"solvers must be a mapping of names to solvers; got {solvers!r}"
+        raise TypeError(msg)
+    valid = isinstance(budgets, Sequence) and len(budgets) > 0
+    if not valid or not all(isinstance(n, Integral) and int(n) > 0 for n in budgets):  # type: ignore[attr-defined]
+        msg = f"budgets must be positive integers, at least one; got {budgets!r}"
+        raise ValueError(msg)
+    for name, value in (("samples", samples), ("repeats", repeats)):
+        if not (isinstance(value, Integral) and int(value) > 0):
+            msg = f"{name} must be a positive integer; got {value!r}"
+            raise ValueError(msg)
 
 
 def _evaluations(solver: Solver | Integrator, problem: Problem) -> int:
