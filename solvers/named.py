@@ -70,7 +70,7 @@ def find_solver(name: str) -> Solver | Integrator:
     Raises
     ------
     ValueError
-        If there is none of that name, or what is there is no solver.
+        If there is none of that name, or what is there is no solver or cannot be made.
     """
     if ":" not in name:
         known = named_solvers()
@@ -82,8 +82,9 @@ def find_solver(name: str) -> Solver | Integrator:
     try:
         found = getattr(importlib.import_module(module), attribute)
         solver: object = found() if isinstance(found, type) else found
-    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
-        msg = f"solver {name!r} cannot be loaded and made without arguments: {error}"
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        msg = f"solver {name!r} cannot be loaded and made without arguments: {reason}"
         raise ValueError(msg) from error
     if isinstance(solver, Solver | Integrator):
         return solver

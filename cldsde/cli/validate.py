@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -26,6 +27,8 @@ from cldsde.validation import (
     problems,
     work_precision,
 )
+from cldsde.validation.checks import in_words
+from cldsde.validation.report import PAGE, part_of
 from cldsde.validation.suite import (
     QUICK_PROBLEMS,
     checks,
@@ -39,7 +42,14 @@ __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 INTERRUPTED = "interrupted; results so far are in the file of --json and the page of --out"
 
-_DIAGRAMS = ("VP", "CLD")  # problems that work–precision diagrams are drawn of
+# What work–precision diagrams are drawn of: problems, and how errors are measured. Of samples with
+# modes their spread tells solvers apart long after distances between laws are at their floor.
+_DIAGRAMS: dict[str, dict[str, Any]] = {
+    "VP": {},
+    "CLD": {},
+    "CLD, ring": {"metric": "spread", "budgets": (10, 20, 50, 100), "samples": 2048},
+}
+_FEW_SAMPLES = 512  # in a quick validation
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -76,7 +86,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     ImportError
         If a page is wanted and the extra ``validation`` is not installed.
     ValueError
-        If a solver or a problem does not exist, or the seed is out of range.
+        If a solver or a problem does not exist, nothing is measured on a problem that was asked
+        for, or the seed is out of range.
     OSError
         If a file or folder cannot be written.
     """
@@ -93,6 +104,17 @@ def prepare(options: Namespace) -> Callable[[], None]:
         raise ValueError(msg)
     asked = options.problem or (QUICK_PROBLEMS if options.quick else known)
     cases = {name: known[name] for name in asked}
+    idle = [
+        name
+        for name in options.problem or ()
+        if not count(chosen, {name: known[name]}, kernels=False, quick=options.quick)
+    ]
+    if idle:
+        msg = (
+            f"--problem {idle[0]!r}: there is nothing to measure on it of "
+            f"{', '.join(chosen)}; take another problem or solver"
+        )
+        raise ValueError(msg)
     folder = _writable_folder(options.out)
     file = _writable_file(options.json)
     kernels = options.solver is None
@@ -101,6 +123,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         found: list[Check] = []
         tables: list[WorkPrecision] = []
         complete = False
+        files = _Files(file, folder)
         total = count(chosen, cases, kernels=kernels, quick=options.quick)
         made = checks(chosen, cases, kernels=kernels, quick=options.quick, seed=options.seed)
         try:
@@ -109,58 +132,134 @@ def prepare(options: Namespace) -> Callable[[], None]:
                     found.append(check)
                     bar.set_postfix_str(check.subject)
                     bar.update()
-                    if file is not None:
-                        Report(found, complete=False, solvers=chosen).write_json(file)
+                    files.save(Report(found, complete=False, solvers=chosen))
             if folder is not None:
                 kept = summarise(found)
                 drawn = {name: chosen[name] for name in chosen if kept.get(name) is Verdict.PASS}
-                tables += _diagrams(drawn, cases)
+                for table in _diagrams(drawn, cases, found, quick=options.quick):
+                    tables.append(table)  # noqa: PERF402 one by one, for an interruption
             complete = True
         finally:
             report = Report(found, tables, complete, chosen)
-            if file is not None:
-                report.write_json(file)
-            if folder is not None:
-                report.write_html(folder)
-                print(f"The page is {(folder / 'index.html').resolve()}")
             print(report.to_text())
-        _judge(report, options.solver or [], cases)
+            files.finish(report)
+            if not complete:
+                for error in files.errors:
+                    print(error, file=sys.stderr)
+        _judge(report, options.solver or [], files.errors)
 
     return work
 
 
-def _judge(report: Report, named: list[str], cases: dict[str, Problem]) -> None:
-    """Raise where a solver failed, or one that was named was not measured at all."""
+def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> None:
+    """Say on stderr what is not as declared, and raise ArithmeticError if anything is.
+
+    A solver that was named and measured nowhere, a declared order that was confirmed nowhere, and a
+    file that could not be written are no success, either.
+    """
     summary = report.summary()
-    idle = [name for name in named if name not in summary]
-    if idle:
-        reasons = [refusal(report.solvers[idle[0]], problem) for problem in cases.values()]
-        why = next(filter(None, reasons), "it declares nothing that these problems measure")
-        msg = f"--solver {idle[0]}: no problem to measure it on: {why}"
-        raise ValueError(msg)
+    unsure = [f"{counted} of {name}" for name, counted in report.inconclusive().items()]
+    if unsure:
+        print(f"\nChecks without a conclusion: {', '.join(unsure)}", file=sys.stderr)
+    lines = [*report.refusals(named), *report.failures()]
+    if lines:
+        print("\n" + "\n".join(lines), file=sys.stderr)
+    complaints = []
+    for name in named:
+        if name not in summary:
+            reasons = [check.message for check in report.checks if check.subject == name]
+            why = next(iter(reasons), "it declares nothing that these problems measure")
+            complaints.append(f"--solver {name}: no problem to measure it on: {why}")
     failed = [name for name, verdict in summary.items() if verdict is Verdict.FAIL]
     if failed:
-        print("\n" + "\n".join(report.failures()), file=sys.stderr)
-        msg = f"{len(failed)} of {len(summary)} failed: {', '.join(failed)}"
-        raise ArithmeticError(msg)
-    open_ones = [name for name, verdict in summary.items() if verdict is Verdict.INCONCLUSIVE]
-    if open_ones:
-        print(f"\nNeither passed nor failed: {', '.join(open_ones)}", file=sys.stderr)
+        complaints.append(f"{len(failed)} of {len(summary)} failed: {', '.join(failed)}")
+    judged = {check.subject for check in report.checks if check.verdict is not None}
+    doubtful = [
+        name
+        for name, verdict in summary.items()
+        if verdict is Verdict.INCONCLUSIVE and name in judged
+    ]
+    if doubtful:
+        complaints.append(
+            f"{len(doubtful)} of {len(summary)} neither passed nor failed, as nothing confirmed "
+            f"what they declare: {', '.join(doubtful)}"
+        )
+    complaints += unwritten
+    if complaints:
+        raise ArithmeticError("; ".join(complaints))
 
 
 def _diagrams(
-    chosen: dict[str, Solver | Integrator], cases: dict[str, Problem]
-) -> list[WorkPrecision]:
-    tables = []
+    chosen: Mapping[str, Solver | Integrator],
+    cases: Mapping[str, Problem],
+    found: list[Check],
+    *,
+    quick: bool,
+) -> Iterator[WorkPrecision]:
+    """Work and precision of solvers on a grid; what one raises becomes a check that fails."""
     for problem in cases.values():
-        if problem.name in _DIAGRAMS:
-            fitting = {
-                name: solver
-                for name, solver in chosen.items()
-                if isinstance(solver, Solver) and not refusal(solver, problem)
-            }
-            tables.append(work_precision(problem, fitting, progress=True))
-    return tables
+        if problem.name not in _DIAGRAMS:
+            continue
+        options = dict(_DIAGRAMS[problem.name])
+        if quick and "samples" in options:
+            options["samples"] = _FEW_SAMPLES
+        tables = []
+        fitting = [
+            name
+            for name, solver in chosen.items()
+            if isinstance(solver, Solver) and not refusal(solver, problem)
+        ]
+        for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
+            began = time.perf_counter()
+            try:
+                tables.append(work_precision(problem, {name: chosen[name]}, **options))
+            except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
+                seconds = time.perf_counter() - began
+                kind, text = "work and precision", in_words(error)
+                found.append(
+                    Check(kind, name, problem.name, None, None, Verdict.FAIL, text, seconds)
+                )
+        if tables:
+            yield WorkPrecision.joined(tables)
+
+
+class _Files:
+    """Where results go. What cannot be written is said once, and again when the work is done."""
+
+    def __init__(self, file: Path | None, folder: Path | None) -> None:
+        self._file, self._folder = file, folder
+        self._warned = False
+        self.errors: list[str] = []
+
+    def save(self, report: Report) -> None:
+        """Write what there is so far."""
+        if self._file is None or self._warned:
+            return
+        try:
+            report.write_json(self._file)
+        except OSError as error:
+            self._warned = True
+            print(
+                f"\n--json cannot be written now and is tried again at the end: {error}",
+                file=sys.stderr,
+            )
+
+    def finish(self, report: Report) -> None:
+        """Write all that can be written."""
+        if self._file is not None:
+            self._try("--json", report.write_json, self._file)
+        if self._folder is not None:
+            page = self._try("--out", report.write_html, self._folder)
+            if page:
+                print(f"The page is {(self._folder / PAGE).resolve()}")
+
+    def _try(self, option: str, write: Callable[[Path], object], where: Path) -> bool:
+        try:
+            write(where)
+        except Exception as error:  # noqa: BLE001 one file must not cost the other
+            self.errors.append(f"{option} cannot be written: {in_words(error)}")
+            return False
+        return True
 
 
 def _writable_file(name: str | None) -> Path | None:
@@ -170,7 +269,7 @@ def _writable_file(name: str | None) -> Path | None:
     if not name.strip() or (file.exists() and not file.is_file()):
         msg = f"--json must be the name of a file; got {name!r}"
         raise ValueError(msg)
-    _try_to_write(file.parent)
+    _try_to_write(file)
     return file
 
 
@@ -188,14 +287,19 @@ def _writable_folder(name: str | None) -> Path | None:
         msg = f"--out must be the name of a folder; {name!r} is a file"
         raise ValueError(msg)
     folder.mkdir(parents=True, exist_ok=True)
-    _try_to_write(folder)
+    page = folder / PAGE
+    if page.exists() and not page.is_file():
+        msg = f"--out must be a folder for a page; {str(page)!r} is no file"
+        raise ValueError(msg)
+    _try_to_write(page)
     return folder
 
 
-def _try_to_write(folder: Path) -> None:
-    """Raise OSError now rather than after the work."""
-    if not folder.is_dir():
-        msg = f"{folder} is no folder"
+def _try_to_write(file: Path) -> None:
+    """Raise OSError now rather than after the work, under the name that will be written to."""
+    if not file.parent.is_dir():
+        msg = f"{file.parent} is no folder"
         raise NotADirectoryError(msg)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    part = part_of(file)
+    part.touch()
+    part.unlink()
