@@ -170,10 +170,13 @@ def _sampled_weak_order(
             values[level, batch] = _observables(_along(solver, problem, paths, stride)[:, 0])
     differences = values[:-1] - values[1:]
     means = differences.mean(1)
-    errors = np.sqrt((means**2).sum(-1))
-    # The scatter of batches along the mean, which counts how the functions vary together.
-    directions = means / np.where(errors > 0, errors, 1.0)[:, None]
+    # Along the direction of the next coarser level, whose own noise is small beside it: a length
+    # would be too long by the noise. The scatter counts how the functions vary together.
+    sizes = np.sqrt((means**2).sum(-1))
+    directions = means / np.where(sizes > 0, sizes, 1.0)[:, None]
+    directions = np.concatenate([directions[:1], directions[:-1]])
     along = (differences * directions[:, None]).sum(-1)
+    errors = np.abs(along.mean(1))
     noise = along.std(1, ddof=1) / math.sqrt(batches)
     h = [1 / (len(times) - 1) for times in grids]
     estimate = estimate_order(

@@ -342,6 +342,41 @@ def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
         work_precision(PROBLEMS[problem], {"EM": EulerMaruyama()}, metric=metric)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"budgets": ()}, ValueError, "budgets must be positive integers, at least one; got"),
+        ({"budgets": (0,)}, ValueError, "budgets must be positive"),
+        ({"budgets": (-3,)}, ValueError, "budgets must be positive"),
+        ({"budgets": (10.5,)}, ValueError, "budgets must be positive"),
+        ({"budgets": 10}, ValueError, "budgets must be positive"),
+        ({"budgets": (10, 1)}, ValueError, "budgets must allow each solver a step; 'heun' takes 2"),
+        ({"samples": 0}, ValueError, "samples must be a positive integer; got 0"),
+        ({"repeats": 0}, ValueError, "repeats must be a positive integer; got 0"),
+        ({"repeats": 1.5}, ValueError, "repeats must be"),
+        ({"solvers": [StochasticHeun()]}, TypeError, "solvers must be a mapping of names"),
+        ({"solvers": {"heun": StochasticHeun}}, TypeError, "solvers must be a mapping of names"),
+        ({"problem": "CLD"}, TypeError, "problem must be a Problem"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(changes, error, words):
+    valid = {"problem": PROBLEMS["CLD"], "solvers": {"heun": StochasticHeun()}, "budgets": (10,)}
+    with pytest.raises(error, match=words):
+        work_precision(**(valid | {"samples": 4} | changes))
+
+
+def test_joined_tables_have_the_front_of_all():
+    solvers = {"EM": EulerMaruyama(), "SSCS": SSCS()}
+    whole, *parts = (
+        work_precision(PROBLEMS["CLD"], chosen, (50, 100), samples=4)
+        for chosen in (solvers, *({name: solver} for name, solver in solvers.items()))
+    )
+    joined = WorkPrecision.joined(parts)
+    assert [(p.solver, p.nfe, p.error, p.pareto) for p in joined.points] == [
+        (p.solver, p.nfe, p.error, p.pareto) for p in whole.points
+    ]
+
+
 def test_a_solver_that_does_not_apply_is_refused():
     with pytest.raises(ValueError, match="SSCS needs"):
         work_precision(PROBLEMS["VE"], {"SSCS": SSCS()}, budgets=(5,), samples=4)

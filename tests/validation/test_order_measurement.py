@@ -37,6 +37,7 @@ from cldsde.validation import (
     forward_processes,
     moment_error,
     ode_order,
+    orders,
     problems,
     propagate_moments,
     reference_kernel,
@@ -590,7 +591,7 @@ class Drifting(EulerMaruyama):
         return tables._replace(state=(state - 0.2 * h * eye).tolist())
 
 
-MIXTURE: dict[str, Any] = {"steps": (16, 32, 64, 128, 256), "samples": 40_000}
+MIXTURE: dict[str, Any] = {"steps": (16, 32, 64, 128, 256, 512), "samples": 40_000}
 
 
 @pytest.mark.slow
@@ -599,7 +600,7 @@ def test_the_weak_order_on_a_mixture_is_measured_along_shared_paths():
     good = weak_order(EulerMaruyama(), problem, **MIXTURE)
     assert good.verdict is PASS
     assert good.order == pytest.approx(1, abs=0.25)
-    assert len(good.levels) == 4
+    assert len(good.levels) == 5
     claimed = weak_order(declaring(EulerMaruyama(), weak_order=2), problem, **MIXTURE)
     assert claimed.verdict is FAIL
     # It converges, at order 1, to another law.
@@ -641,6 +642,42 @@ def test_steps_that_do_not_divide_the_finest_are_refused(measure, problem):
     """Over 30 steps there is no grid of the 128 cells."""
     with pytest.raises(ValueError, match="30"):
         measure(EulerMaruyama(), PROBLEMS[problem], steps=(30, 64, 128), samples=20)
+
+
+@pytest.mark.parametrize("measure", [weak_order, strong_order, ode_order])
+@pytest.mark.parametrize("steps", [(), (64, 32), (32, 32), (0, 32), (32, 64.5)])
+def test_steps_that_do_not_increase_are_refused(measure, steps):
+    solver = ExponentialMultistep() if measure is ode_order else EulerMaruyama()
+    with pytest.raises(ValueError, match="steps must be positive integers that increase"):
+        measure(solver, PROBLEMS["VP"], steps=steps)
+
+
+@pytest.mark.parametrize("measure", [weak_order, strong_order])
+def test_samples_that_are_too_few_for_an_error_are_refused(measure):
+    with pytest.raises(ValueError, match="samples must be at least 20"):
+        measure(EulerMaruyama(), PROBLEMS["VP, three modes"], samples=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [3.0, 10.0])
+def test_the_law_of_wide_modes_is_met_within_the_scatter_of_their_own(scale):
+    """Squares of data vary by the fourth power of their scale."""
+    data = GaussianMixture(
+        [0.5, 0.2, 0.3], [[-scale], [0.2 * scale], [1.2 * scale]], [[[(0.35 * scale) ** 2]]] * 3
+    )
+    problem = Problem("wide", VPSDE(0.1, 8.0), data)
+    found = weak_order(StochasticHeun(), problem, **MIXTURE)
+    assert "not to the law" not in found.message
+
+
+@pytest.mark.parametrize(("variance", "reason"), [(1.0, ""), (1e8, "below rounding")])
+def test_rounding_is_relative_to_the_size_of_moments(monkeypatch, variance, reason):
+    """An error of 1e-9 is beyond the digits of moments of 1e8 alone."""
+    monkeypatch.setattr(orders, "moment_error", lambda *arguments: 1e-9)
+    data = GaussianMixture([1.0], [[0.0]], [[[variance]]])
+    problem = Problem("wide", VPSDE(0.1, 8.0), data)
+    found = weak_order(EulerMaruyama(), problem, steps=(32, 64))
+    assert [level.reason for level in found.levels] == [reason, reason]
 
 
 def test_a_time_that_a_reference_was_not_made_for_is_refused():
