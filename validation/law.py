@@ -118,9 +118,9 @@ def law_check(
 ) -> Check:
     """Whether samples of a solver are of the law at the end, but for the error of its order.
 
-    Each statistic of a `LawCase` may be off by 5 standard errors and twice what the difference of
-    two grids says is left at the finer one, for the order that the solver declares. Of solvers that
-    choose their times two tolerances take the place of grids.
+    Each statistic of a `LawCase` may be off by twice what the difference of two grids says is left
+    at the finer one, for the order that the solver declares, and by 5 standard errors of both. Of
+    solvers that choose their times two tolerances take the place of grids.
 
     Parameters
     ----------
@@ -147,18 +147,21 @@ def law_check(
             raise ArithmeticError(found.message)
         ends.append(found.state)
         evaluations = found.nfev
-    order = facts.weak_order or facts.ode_order or 1
+    # Where nothing is declared, the lowest order of the usual ones.
+    order = facts.weak_order or facts.ode_order or 0.5
     # The error of a step is held to the tolerance, so that four times the tolerance are at least
     # twice the step for a method whose error estimate is of order 2 or less, and what it leaves
     # halves.
-    left = _SLACK / (2 ** (1 if facts.adaptive else order) - 1)
+    left = 1 / (2 ** (1 if facts.adaptive else order) - 1)
     coarse, fine_ = (case.statistics(z) for z in ends)
-    allowed = _ERRORS * case.error + left * (coarse - fine_).abs()
+    # What is left has an error, too, that of a difference of two samples.
+    errors = case.error * math.sqrt(1 + 2 * left**2)
+    allowed = _ERRORS * errors + _SLACK * left * (coarse - fine_).abs()
     ratios = (fine_ - case.expected).abs() / allowed
     projected = [case.projected(z) for z in ends]
     distance = case.distance(projected[1])
     between = max(case.distance(*projected) ** 2 - case.floor**2, 0.0) ** 0.5
-    limit = case.floor + _ERRORS * case.spread + left * between
+    limit = case.floor + _ERRORS * case.spread + _SLACK * left * between
     worst = int(ratios.argmax())
     modes = len(problem.data.weights)
     off = float((fine_ / case.expected - 1)[-modes:].square().mean().sqrt())

@@ -250,14 +250,19 @@ def _estimate(
     if kind == "ODE order":
         samples = 20 if cases.quick else 200
         flow = cases.get(kind, problem, lambda g: FlowCase(problem, samples, g))
+        finer = None
         fast = cases.quick and (solver.facts.ode_order or 0) > 3  # and soon at rounding
         steps = _halved(finest[kind] // (2 if fast else 1), 5 if cases.quick else 6)
         if solver.facts.adaptive:
             # Of high orders halved steps leave few levels above rounding.
-            high = _denser(20, 5 if cases.quick else 7)
-            steps = high if _high_order(solver) else _denser(8, 7 if cases.quick else 9)
-            return ode_order(solver, problem, steps=steps, case=flow)
-        return _refined(lambda n: ode_order(solver, problem, steps=n, case=flow), steps)
+            if _high_order(solver):
+                steps = _denser(20, 5 if cases.quick else 7)
+                return ode_order(solver, problem, steps=steps, case=flow)
+            # Without velocities rounding is met soon; with them errors settle late.
+            coarsest = 32 if problem.sde.components > 1 else 16
+            steps = _denser(8 if cases.quick else coarsest, 7)
+            finer = _denser(16 if cases.quick else 2 * coarsest, 7)
+        return _refined(lambda n: ode_order(solver, problem, steps=n, case=flow), steps, finer)
     assert isinstance(solver, Solver)
     if kind == "strong order":
         times = uniform_times(problem.start, problem.end, finest[kind])
@@ -283,13 +288,15 @@ def _estimate(
 
 
 def _refined(
-    measure: Callable[[Sequence[int]], OrderEstimate], steps: Sequence[int]
+    measure: Callable[[Sequence[int]], OrderEstimate],
+    steps: Sequence[int],
+    finer: Sequence[int] | None = None,
 ) -> OrderEstimate:
     """An order from exact errors, once more at finer steps where the first are inconclusive."""
     estimate = measure(steps)
     if estimate.verdict is Verdict.INCONCLUSIVE and math.isfinite(estimate.levels[-1].error):
-        finer = measure(_denser(steps[-1] // 4, 9))
-        return finer if math.isfinite(finer.order) else estimate
+        again = measure(finer or _denser(steps[-1] // 4, 9))
+        return again if math.isfinite(again.order) else estimate
     return estimate
 
 

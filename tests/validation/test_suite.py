@@ -528,24 +528,24 @@ def straightened(solver: type[Solver]) -> type[Solver]:
 
 
 @pytest.mark.parametrize(
-    ("faulty", "healthy", "problem", "word"),
+    ("faulty", "healthy", "problem"),
     [
-        (SharedAmongDimensions(), EulerMaruyama(), "VP, ring", "share"),
-        (straightened(SSCS)(), SSCS(), "CLD, ring", "spread"),
-        (straightened(Ancestral)(), Ancestral(), "VP, ring", "spread"),
-        (straightened(Splitting)(), Splitting(), "CLD, ring", "spread"),
+        (SharedAmongDimensions(), EulerMaruyama(), "VP, ring"),
+        (straightened(SSCS)(), SSCS(), "CLD, ring"),
+        (straightened(Ancestral)(), Ancestral(), "VP, ring"),
+        (straightened(Splitting)(), Splitting(), "CLD, ring"),
         (
             straightened(ExponentialMultistep)(order=2, stochasticity=1.0),
             ExponentialMultistep(order=2, stochasticity=1.0),
-            *("VP, ring", "covariance"),
+            "VP, ring",
         ),
     ],
     ids=["shared noise", "SSCS", "ancestral", "splitting", "multistep"],
 )
-def test_faults_that_lines_do_not_show_change_the_law_with_modes(faulty, healthy, problem, word):
+def test_faults_that_lines_do_not_show_change_the_law_with_modes(faulty, healthy, problem):
     (found,) = measured(faulty, [problem])
     assert (found.kind, found.verdict) == ("law", FAIL)
-    assert word in found.message.split("not the law")[1]
+    assert "not the law" in found.message
     assert found.measured > found.declared  # the Wasserstein distance and its limit
     (found,) = measured(healthy, [problem])
     assert (found.kind, found.verdict) == ("law", PASS)
@@ -664,6 +664,8 @@ def test_exact_errors_are_looked_at_once_more_where_they_are_inconclusive():
 
         return run
 
+    assert suite._refined(measure(0.75, diverging=False), [8, 16, 32], [16, 32, 64]).order < 1
+    assert asked == [[8, 16, 32], [16, 32, 64]]
     steps = [32, 64, 128, 256]
     finer = [64, 91, 128, 181, 256, 362, 512, 724, 1024]
     # An order of 3/4 lies at the limit of what passes.
@@ -677,6 +679,16 @@ def test_exact_errors_are_looked_at_once_more_where_they_are_inconclusive():
         found = suite._refined(measure(order, diverging=diverging), steps)
         assert asked == looks
         assert [1 / level.step for level in found.levels] == looks[-1]
+
+
+@pytest.mark.slow
+def test_an_order_of_five_is_settled_on_denser_grids():
+    """Velocities make errors settle later than 16 steps."""
+    case = suite._Cases(quick=False, seed=0)
+    problem, solver = PROBLEMS["CLD, underdamped"], ProbabilityFlow()
+    found = suite._estimate(ODE, solver, problem, case, torch.Generator())
+    assert found.verdict is PASS
+    assert 1 / found.levels[0].step == 32
 
 
 @pytest.mark.slow
