@@ -39,13 +39,13 @@ class DenseScore(NamedTuple):
         whole = torch.einsum("tnjkl,nij->tnkjli", whitening, axes).flatten(4).flatten(2, 3)
         mean = torch.einsum("tl,ni->tnli", psi, means).flatten(2)
         centre = -(whole @ mean.unsqueeze(-1)).flatten(1, 2)
-        blocks = whole.reshape(*whole.shape[:-1], -1, dimension)
-        driven = blocks[..., rows, :].flatten(-2)
+        components = psi.shape[-1]
+        driven = whole.reshape(*whole.shape[:-1], components, dimension)[..., rows, :].flatten(-2)
         pull = -driven.flatten(1, 2).mT
         whole = whole.flatten(1, 2)
         if n == 1:
             whole, centre = pull @ whole, pull @ centre
-        parts = whole.reshape(*whole.shape[:-1], -1, dimension).unbind(-2)
+        parts = whole.reshape(*whole.shape[:-1], components, dimension).unbind(-2)
         return cls(parts, centre, log_scale.unsqueeze(-1), None if n == 1 else pull)
 
     def to(self, like: Tensor) -> DenseScore:
@@ -63,11 +63,9 @@ class DenseScore(NamedTuple):
         for part, x in zip(self.whitening, z.unbind(1), strict=True):
             whitened = torch.addmm(whitened, part[i], x.mT)
         if self.pull is None:
-            flat: Tensor = whitened.mT
-            return flat
+            return whitened.mT
         modes = self.log_scale.shape[1]
-        by_mode = whitened.reshape(modes, len(whitened) // modes, whitened.shape[1])
+        by_mode = whitened.reshape(modes, len(whitened) // modes, len(z))
         log_terms = self.log_scale[i] - 0.5 * by_mode.square().sum(1)
         weighted = by_mode * log_terms.softmax(0).unsqueeze(1)
-        score: Tensor = (self.pull[i] @ weighted.flatten(0, 1)).mT
-        return score
+        return (self.pull[i] @ weighted.flatten(0, 1)).mT
