@@ -112,11 +112,12 @@ def test_sscs_against_euler_maruyama(race):
     )
 
 
-def test_euler_maruyama_against_torchsde(race):
-    state, score = start(BATCH, DIMENSION), SCORES["Gaussian"]
+@pytest.mark.parametrize("name", ["Gaussian", "free"])
+def test_euler_maruyama_against_torchsde(race, name):
+    state, score = start(BATCH, DIMENSION), SCORES[name]
     form = ByTorchSDE(score, state)
     race(
-        f"Euler–Maruyama against torchsde, {BATCH} × 2 × {DIMENSION}, score: Gaussian",
+        f"Euler–Maruyama against torchsde, {BATCH} × 2 × {DIMENSION}, score: {name}",
         {
             "cldsde": ours(score, solvers.EulerMaruyama(), state),
             "torchsde": partial(form.run, informed=False),

@@ -67,10 +67,10 @@ class FreshNoise(NoiseSource):
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Draw ``(B, rows, *D)``."""
         batch, _, *data = z.shape
-        drawn = standard_normal(
-            (rows, batch, *data), generator=self.generator, dtype=z.dtype, device=z.device
-        )
-        return drawn.transpose(0, 1)  # each component in one piece, as of states
+        # Each component in one piece, as of states; one alone is so in any order.
+        shape = (batch, 1, *data) if rows == 1 else (rows, batch, *data)
+        drawn = standard_normal(shape, generator=self.generator, dtype=z.dtype, device=z.device)
+        return drawn if rows == 1 else drawn.transpose(0, 1)
 
 
 class RecordedNoise(NoiseSource):

@@ -353,15 +353,17 @@ class MixtureScore:
         # Half precision is for states; densities are compared in single precision at least.
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         if self.sde.components * data.dimension <= _DENSE:
-            dense = DenseScore.of(
-                law.psi, law.whitening, law.log_scale, data.means, data._axes, self.rows
-            ).to(like)
+            axes, rows = data._axes, self.rows
+            dense = DenseScore(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
 
             def small(z: Tensor, i: int) -> Tensor:
                 flat = data._flat_state(self.sde, z)
-                with torch.autocast(z.device.type, enabled=False):
+                if torch.is_autocast_enabled(z.device.type):
+                    with torch.autocast(z.device.type, enabled=False):
+                        score = dense(flat, i)
+                else:
                     score = dense(flat, i)
-                return score.to(z.dtype).reshape(len(z), len(self.rows), *z.shape[2:])
+                return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
             return small
         table = law.to(like)
