@@ -47,17 +47,18 @@ def combine(*terms: tuple[Block, Tensor]) -> Tensor:
     Returns
     -------
     Tensor
-        ``(B, k, *D)``, of its own memory, component first.
+        ``(B, k, *D)``, of its own memory; in the layout of the first tensor where that has k rows.
     """
     block, like = terms[0]
-    batch, _, *data = like.shape
+    rows = len(block)
     # Sums that are to be differentiated or traced are no slices of one tensor.
     apart = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if apart:
-        totals = [like.new_zeros(batch, *data) for _ in block]
+        totals = [like.new_zeros(like.shape[:1] + like.shape[2:]) for _ in block]
     else:
-        out = like.new_zeros(len(block), batch, *data)
-        totals = list(out.unbind())
+        # In the layout of a state, where the first tensor is one.
+        out = torch.zeros_like(like) if rows == like.shape[1] else _zeros(rows, like)
+        totals = list(out.unbind(1))
     columns = [column for _, tensor in terms for column in tensor.unbind(1)]
     for row, total in enumerate(totals):
         coefficients = [number for block, _ in terms for number in block[row]]
@@ -65,7 +66,11 @@ def combine(*terms: tuple[Block, Tensor]) -> Tensor:
         for coefficient, column in zip(coefficients, columns, strict=True):
             if coefficient:
                 total.add_(column, alpha=coefficient)
-    return (torch.stack(totals) if apart else out).transpose(0, 1)
+    return torch.stack(totals).transpose(0, 1) if apart else out
+
+
+def _zeros(rows: int, like: Tensor) -> Tensor:
+    return like.new_zeros(rows, len(like), *like.shape[2:]).transpose(0, 1)
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:

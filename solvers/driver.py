@@ -257,11 +257,12 @@ def _step_through(
         z, memory = solver.step(held.pop(), memory, tables, i, score, noise)
         steps, at = i + 1, instants[i + 1]
         if at in wanted:
-            z = batch_first(z)
-            saved.append((at, z))
+            saved.append((at, batch_first(z)))
         if callback is not None and callback(steps, at, z):
             stopped = steps < len(grid) - 1
             break
+    if saved and saved[-1][0] == at:
+        z = saved[-1][1]
     return _Run(
         state=z,
         t=torch.tensor([t for t, _ in saved], dtype=torch.float64),

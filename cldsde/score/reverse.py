@@ -35,7 +35,9 @@ class TabulatedScore(Protocol):
     """A score that can prepare for a grid of times.
 
     Solvers on a fixed grid call ``tabulate`` once, so that coefficients are computed in float64
-    on the host before the loop, and nothing in the loop waits for the device.
+    on the host before the loop, and nothing in the loop waits for the device. What it returns is
+    called with states as they lie in memory, each component in one piece: ``z.reshape`` and
+    ``z.flatten`` work, ``z.view`` may not. A plain score gets contiguous states.
     """
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:

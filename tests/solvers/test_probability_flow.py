@@ -373,6 +373,49 @@ class TestSamples:
             assert found.nfev == 0
 
 
+class TestBatch:
+    """One step size for the whole batch."""
+
+    @every_method
+    @every_family
+    def test_steps_are_those_of_scipy(self, name: str, method: str) -> None:
+        sde = FAMILIES[name]()
+        process = ReverseProcess(sde, exact.mixture().score(sde))
+        state = sde.prior.sample(
+            (20, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+
+        def velocity(t: float, y: Any) -> Any:
+            return process.probability_flow(torch.from_numpy(y).reshape(state.shape), t).flatten()
+
+        expected = solve_ivp(
+            velocity, (1.0, 1e-2), state.numpy().ravel(), METHODS[method][0], rtol=1e-4, atol=1e-4
+        )
+        solver = ProbabilityFlow(method=method, rtol=1e-4, atol=1e-4, pace="batch")
+        found = solve(process, solver, state, ends())
+        # The same formulas; a rejection may tip over by rounding, and is repeated within tolerance.
+        stages = METHODS[method][1]
+        assert abs(found.nfev - expected.nfev) <= max(stages, 0.05 * expected.nfev)
+        last = torch.from_numpy(expected.y[:, -1]).reshape(state.shape)
+        assert ((found.state - last).abs() <= 1e-4 * (1 + last.abs())).all()
+
+    def test_samples_share_their_evaluations(self) -> None:
+        sde = CLD()
+        found = run(sde, gaussian().score(sde), start(sde), pace="batch")
+        assert found.success
+        assert len(set(found.stats["nfev"].tolist())) == 1
+
+    def test_a_sample_that_fails_takes_the_others_with_it(self) -> None:
+        sde = CLD()
+
+        def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            value = -z[:, 1:]
+            value[0] = math.nan
+            return value
+
+        assert not run(sde, score, start(sde), pace="batch").stats["success"].any()
+
+
 class TestFailure:
     """What cannot be done ends soon, is said, and leaves a finite state."""
 
@@ -533,6 +576,10 @@ class TestRefusals:
     def test_options_that_are_no_numbers(self, option: str, value: Any) -> None:
         with pytest.raises(TypeError, match=f"{option} must be a real number"):
             ProbabilityFlow(**{option: value})
+
+    def test_unknown_paces(self) -> None:
+        with pytest.raises(ValueError, match="pace must be 'sample' or 'batch'; got 'both'"):
+            ProbabilityFlow(pace="both")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("value", [0, -1])
     def test_less_than_one_evaluation(self, value: int) -> None:
