@@ -134,10 +134,13 @@ class WrongPart(SSCS):
 
     def prepare(self, process, times):
         tables = super().prepare(process, times)
-        opening = [i - i % 2 for i in range(len(tables.mean))]
-        return tables._replace(
-            mean=[tables.mean[i] for i in opening], root=[tables.root[i] for i in opening]
-        )
+        middle = (times[:-1] + times[1:]) / 2
+        closing = process.sde.stationary_reversal.transition(times[1:], middle).mean
+        mean, root = tables.opening
+        wrong = torch.tensor(mean, dtype=torch.float64) @ torch.linalg.inv(closing)
+        *others, last = tables.stages
+        moved = [(wrong @ torch.tensor(part, dtype=torch.float64)).tolist() for part in last]
+        return tables._replace(stages=[*others, type(last)(*moved)], root=root)
 
 
 SPLIT: dict[str, Any] = {"score_step": "midpoint", "merge": False}
@@ -763,7 +766,6 @@ def test_a_solver_is_found_by_its_class_or_as_an_object(tmp_path, monkeypatch):
         ("json:JSONDecoder", ["must be a Solver or an Integrator"]),
         ("json:loads", ["must be a Solver or an Integrator"]),
         ("cldsde.solvers:Solver", ["cldsde.solvers:Solver"]),  # abstract
-        ("cldsde.solvers:PredictorCorrector", ["cldsde.solvers:PredictorCorrector"]),  # of two
         (".solvers:SSCS", [".solvers:SSCS"]),
     ],
 )
