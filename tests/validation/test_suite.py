@@ -485,6 +485,7 @@ APPLIES = {
     "sscs": ALL - {"sub-VP", "VE", "non-commuting"},
     "splitting": PAIRS,
     "reverse-diffusion": ALL - {"CLD, underdamped"},
+    "predictor-corrector": ALL - {"CLD, underdamped"},
     "ancestral": ALL - {"CLD, underdamped"},
     "multistep": ALL - {"CLD, underdamped"},
     "edm-heun": SINGLE,
