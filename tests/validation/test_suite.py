@@ -26,6 +26,7 @@ from cldsde.solvers import (
     GottaGoFast,
     Integrator,
     NoiseSource,
+    PredictorCorrector,
     ProbabilityFlow,
     Solver,
     Splitting,
@@ -558,6 +559,13 @@ def test_faults_that_lines_do_not_show_change_the_law_with_modes(faulty, healthy
 
 def test_a_linear_score_passes_where_the_score_is_a_line():
     assert summarise(of_orders(measured(straightened(SSCS)(), [CLD]))) == {"it": PASS}
+
+
+def test_a_solver_that_declares_no_order_is_not_held_to_the_law():
+    """A corrector of a set size has an error that no grid reduces."""
+    found = measured(PredictorCorrector(), ["VP", "VP, ring", "VP, three modes"])
+    assert {c.kind for c in found} == {"NFE a step"}
+    assert summarise(found) == {"it": PASS}
 
 
 def test_a_law_is_of_moments_shares_and_spreads_with_errors_that_cover():
