@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Memory, ScoreAt, Solver
-from .combine import Block, combine
+from .base import Memory, ScoreAt, Solver, Stepper
+from .combine import Block, Combine, CombineInTurn, combine
 from .noise import NoiseSource
 
 __all__ = ["Affine", "AffineSolver"]
@@ -42,9 +42,21 @@ class AffineSolver(Solver):
         return times[:-1]
 
     def step(
-        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
+        self,
+        z: Tensor,
+        memory: Memory,
+        tables: Affine,
+        i: int,
+        score: ScoreAt,
+        noise: NoiseSource,
+        combine: Combine = combine,
     ) -> tuple[Tensor, Memory]:
         """One step."""
         xi = noise.normal(z, len(tables.noise[i][0]))
         terms = (tables.state[i], z), (tables.score[i], score(z, i)), (tables.noise[i], xi)
         return combine(*terms), ()
+
+    def stepper(self, z: Tensor, tables: Affine, score: ScoreAt, noise: NoiseSource) -> Stepper:
+        """`step` that writes states into two pieces of memory in turn."""
+        in_turn = CombineInTurn(z, 2)
+        return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)

@@ -24,6 +24,7 @@ __all__ = [
     "PathNoise",
     "ScoreAt",
     "Solver",
+    "Stepper",
 ]
 
 Memory = tuple[Tensor, ...]
@@ -32,6 +33,10 @@ the score is affine."""
 
 ScoreAt = Callable[[Tensor, int], Tensor]
 """Score of the driven components at a state, at the evaluation time of the given number."""
+
+
+Stepper = Callable[[Tensor, Memory, int], tuple[Tensor, Memory]]
+"""The step of a given number, from a state and what the step before handed on."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,14 @@ class Solver(ABC):
         score, noise
             Where the score and standard normals come from.
         """
+
+    def stepper(self, z: Tensor, tables: Any, score: ScoreAt, noise: NoiseSource) -> Stepper | None:
+        """`step` for one solve from z, overwriting z and states that came before the last.
+
+        `solve` takes it where neither a callback nor a score of the user's sees states. None, as
+        here, where there is no such thing.
+        """
+        return None
 
 
 @runtime_checkable

@@ -11,10 +11,21 @@ at a time, at two to three times the cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "as_blocks", "batch_first", "combine", "component_first", "per_sample"]
+__all__ = [
+    "Block",
+    "Combine",
+    "CombineInTurn",
+    "as_blocks",
+    "batch_first",
+    "combine",
+    "component_first",
+    "per_sample",
+]
 
 Block = list[list[float]]
 """A k×m block as rows of Python floats."""
@@ -50,27 +61,92 @@ def combine(*terms: tuple[Block, Tensor]) -> Tensor:
         ``(B, k, *D)``, of its own memory; in the layout of the first tensor where that has k rows.
     """
     block, like = terms[0]
-    rows = len(block)
-    # Sums that are to be differentiated or traced are no slices of one tensor.
-    apart = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if apart:
-        totals = [like.new_zeros(like.shape[:1] + like.shape[2:]) for _ in block]
-    else:
-        # In the layout of a state, where the first tensor is one.
-        out = torch.zeros_like(like) if rows == like.shape[1] else _zeros(rows, like)
-        totals = list(out.unbind(1))
-    columns = [column for _, tensor in terms for column in tensor.unbind(1)]
-    for row, total in enumerate(totals):
-        coefficients = [number for block, _ in terms for number in block[row]]
-        # From zero on: a product with a number takes twice as long to launch as adding a multiple.
-        for coefficient, column in zip(coefficients, columns, strict=True):
-            if coefficient:
+    columns = [column for _, tensor in terms for column in _apart(tensor)]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Sums that are to be differentiated or traced are no slices of one tensor.
+        totals = [like.new_zeros(len(like), 1, *like.shape[2:]) for _ in block]
+        for row, total in enumerate(totals):
+            for coefficient, column in _products(row, terms, columns):
                 total.add_(column, alpha=coefficient)
-    return torch.stack(totals).transpose(0, 1) if apart else out
+        return torch.cat(totals, dim=1)
+    out = _empty(len(block), like)
+    _write(_apart(out), terms, columns)
+    return out
 
 
-def _zeros(rows: int, like: Tensor) -> Tensor:
-    return like.new_zeros(rows, len(like), *like.shape[2:]).transpose(0, 1)
+class CombineInTurn:
+    """`combine` for a loop that keeps no old state: into a few pieces of memory, in turn.
+
+    Taking a tensor apart into its components takes as long as a sum of two of them where there are
+    few numbers; here that of a state is done once.
+
+    Parameters
+    ----------
+    first
+        A state whose memory is one of the pieces.
+    pieces
+        How many, at least two; a result lasts until ``pieces − 1`` others have been made.
+    """
+
+    def __init__(self, first: Tensor, pieces: int) -> None:
+        self._pieces = [(first, _apart(first))]
+        self._count, self._next = pieces, 1
+
+    def __call__(self, *terms: tuple[Block, Tensor]) -> Tensor:
+        """Σ block · tensor over the component axis, as `combine` has it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return combine(*terms)
+        if len(self._pieces) < self._count:
+            piece = torch.empty_like(self._pieces[0][0])
+            self._pieces.append((piece, _apart(piece)))
+        out, totals = self._pieces[self._next]
+        self._next = (self._next + 1) % self._count
+        _write(totals, terms, [column for _, tensor in terms for column in self._apart(tensor)])
+        return out
+
+    def _apart(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        for piece, columns in self._pieces:
+            if tensor is piece:
+                return columns
+        return _apart(tensor)
+
+
+Combine = Callable[..., Tensor]
+"""`combine`, or one that writes where it is told to."""
+
+
+def _apart(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views ``(B, 1, *D)`` of the components; of a single one that is the tensor, for nothing."""
+    return (tensor,) if tensor.shape[1] == 1 else tensor.split(1, dim=1)
+
+
+def _products(
+    row: int, terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
+) -> list[tuple[float, Tensor]]:
+    coefficients = [number for block, _ in terms for number in block[row]]
+    return [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
+
+
+def _write(
+    totals: Sequence[Tensor], terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
+) -> None:
+    for row, total in enumerate(totals):
+        products = _products(row, terms, columns)
+        if len(products) > 1 and products[0][0] == 1:
+            (_, first), (coefficient, column), *products = products
+            torch.add(first, column, alpha=coefficient, out=total)
+        else:
+            # A product with a number takes twice as long to launch as adding a multiple to zero.
+            total.zero_()
+        for coefficient, column in products:
+            total.add_(column, alpha=coefficient)
+
+
+def _empty(rows: int, like: Tensor) -> Tensor:
+    """A state's worth of memory, in the layout of ``like`` where that has as many components."""
+    if rows == like.shape[1]:
+        return torch.empty_like(like)
+    return like.new_empty(rows, len(like), *like.shape[2:]).transpose(0, 1)
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cldsde.score import Conversion, ReverseProcess
 from cldsde.score.reverse import check_reverse_process
 
 from .adaptive import Callback, Integrator
-from .base import Memory, OffGrid, Solver
+from .base import Memory, OffGrid, Solver, Stepper
 from .combine import Block, batch_first, combine, component_first
 from .noise import FreshNoise, GridNoise, NoiseSource
 from .numbered_score import NumberedScore
@@ -248,16 +248,22 @@ def _step_through(
     # A copy, so that not even a score that writes to its argument changes the caller's state.
     z = component_first(start)
     memory: Memory = ()
-    saved = [(instants[0], batch_first(z))] if instants[0] in wanted else []
+    saved = [(instants[0], batch_first(z).clone())] if instants[0] in wanted else []
+    in_turn = None if callback is not None else _stepper(solver, z, tables, score, noise)
     steps, stopped = 0, False
     for i in progress_bar(range(len(grid) - 1), shown=progress, desc=type(solver).__name__):
         # Handed over, not held, so that a step can let go of the state that it starts from.
         held = [z]
         del z
-        z, memory = solver.step(held.pop(), memory, tables, i, score, noise)
+        if in_turn is None:
+            z, memory = solver.step(held.pop(), memory, tables, i, score, noise)
+        else:
+            z, memory = in_turn(held.pop(), memory, i)
         steps, at = i + 1, instants[i + 1]
         if at in wanted:
-            saved.append((at, batch_first(z)))
+            last = steps == len(grid) - 1
+            # The memory of a state that is not the last may be used again.
+            saved.append((at, batch_first(z) if last else batch_first(z).clone()))
         if callback is not None and callback(steps, at, z):
             stopped = steps < len(grid) - 1
             break
@@ -276,6 +282,20 @@ def _step_through(
         stats={"steps": steps},
         last_score=lambda z: score(z, len(asked)),
     )
+
+
+def _stepper(
+    solver: Solver, z: Tensor, tables: Any, score: NumberedScore, noise: NoiseSource
+) -> Stepper | None:
+    """The solver's `Solver.stepper`, unless a score of the user's might keep states."""
+
+    def first_with(name: str) -> type:
+        return next(kind for kind in type(solver).__mro__ if name in vars(kind))
+
+    # A class with a `step` of its own, but not a `stepper`, means the former.
+    if score.tabulated and issubclass(first_with("stepper"), first_with("step")):
+        return solver.stepper(z, tables, score, noise)
+    return None
 
 
 def _integrate(

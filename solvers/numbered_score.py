@@ -20,6 +20,7 @@ class NumberedScore:
         self._driven = len(process.sde.driven)
         self._shape, self._dtype = (len(z), self._driven, *z.shape[2:]), z.dtype
         score = process.score
+        self.tabulated = isinstance(score, TabulatedScore)
         if isinstance(score, TabulatedScore):
             self._evaluate = score.tabulate(times, z)
         else:

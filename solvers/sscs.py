@@ -12,8 +12,8 @@ from cldsde.linear.checks import check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
-from .combine import Block, as_blocks, combine
+from .base import Facts, Memory, ScoreAt, Solver, Stepper
+from .combine import Block, Combine, CombineInTurn, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["SSCS"]
@@ -176,7 +176,14 @@ class SSCS(Solver):
         return middle if self.score_step == "gaussian" else times[:-1]
 
     def step(
-        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
+        self,
+        z: Tensor,
+        memory: Memory,
+        tables: _Tables,
+        i: int,
+        score: ScoreAt,
+        noise: NoiseSource,
+        combine: Combine = combine,
     ) -> tuple[Tensor, Memory]:
         """Unless done by the step before, an exact move; then kicks and the next exact move."""
         if i == 0 or not self.merge:
@@ -191,6 +198,11 @@ class SSCS(Solver):
                 terms.append((tables.root[i], noise.normal(z, z.shape[1])))
             at = combine(*terms)
         return at, ()
+
+    def stepper(self, z: Tensor, tables: _Tables, score: ScoreAt, noise: NoiseSource) -> Stepper:
+        """`step` that writes states and stages into few pieces of memory in turn."""
+        in_turn = CombineInTurn(z, len(tables.stages) + 1)
+        return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)
 
 
 def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, PSLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector, SampleNoise
 from cldsde.validation import propagate_moments
 from probes import Recording, generator, initial, start, untouchable
@@ -315,6 +315,57 @@ class TestUnmerged:
         solution = solvers.solve(process, solver, z, GRID, generator=generator())
         assert solution.success
         assert solution.nfev == 2 * (len(GRID) - 1)
+
+
+class TestMemoryInTurn:
+    """Solvers that write states over older ones, where nobody can have kept those."""
+
+    KINDS = (
+        (solvers.EulerMaruyama, {}),
+        (solvers.ReverseDiffusion, {}),
+        (solvers.SSCS, {}),
+        (solvers.SSCS, {"score_step": "midpoint"}),
+        (solvers.SSCS, {"score_step": "midpoint", "merge": False}),
+    )
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("make", [VPSDE, CLD, HOLD])
+    @pytest.mark.parametrize("t_eval", [None, GRID[::2]], ids=["last", "some"])
+    def test_states_are_those_of_single_steps(
+        self, kind: tuple[type[solvers.Solver], dict[str, Any]], make: Any, t_eval: Any
+    ) -> None:
+        taken: list[int] = []
+
+        class StepByStep(kind[0]):  # type: ignore[misc]
+            def step(self, z: Any, memory: Any, tables: Any, i: int, *sources: Any) -> Any:
+                taken.append(i)
+                return super().step(z, memory, tables, i, *sources)
+
+        sde = make()
+        process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+        state = start(sde, (5, 1))
+        before = state.clone()
+        ends = [
+            solvers.solve(
+                process, cls(**kind[1]), state, GRID, generator=generator(), t_eval=t_eval
+            )
+            for cls in (kind[0], StepByStep)
+        ]
+        assert taken == list(range(len(GRID) - 1))  # what a subclass says a step is, it is
+        assert torch.equal(ends[0].state, ends[1].state)
+        assert torch.equal(ends[0].y, ends[1].y)
+        assert torch.equal(state, before)
+
+    def test_a_score_may_keep_the_states_that_it_is_given(self) -> None:
+        sde, seen = VPSDE(), []
+
+        def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append((z, z.clone()))
+            return -z
+
+        state = start(sde, (5, 1))
+        solvers.solve(ReverseProcess(sde, score), solvers.EulerMaruyama(), state, GRID)
+        assert all(torch.equal(kept, then) for kept, then in seen)
 
 
 class TestCallbacks:
