@@ -437,7 +437,10 @@ def test_a_compiled_network_trains_to_the_same_losses(tmp_path):
         values["network"] = {"options": {"channels": [16, 16]}}  # masks of dropout differ
         trained(tmp_path / str(compiled), RunConfig.from_dict(values))
         losses.append([line["loss"] for line in metrics(tmp_path / str(compiled))])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # Before the first update they differ by the rounding of float32. Adam's first updates are ±lr
+    # even where a gradient is mere rounding: from then on losses differ by a share of lr, 1e-3.
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def command(*arguments: object, processes: int = 1) -> list[str]:
