@@ -1,9 +1,15 @@
 """Sphinx configuration. The package is read as installed: `tox -e docs` installs it first."""
 
+import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
+import typing
+
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
 
 project = "cldsde"
 author = "The cldsde developers"
@@ -16,6 +22,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
 ]
@@ -70,6 +77,9 @@ nitpick_ignore_regex = [
 ]
 
 
+LAYERS = ("cldsde.linear", "cldsde.score", "cldsde.solvers", "cldsde.validation")
+
+
 def _public_reference(app, env, node, contnode):
     """Lead a reference to the module that defines a name to the layer that publishes it.
 
@@ -81,7 +91,9 @@ def _public_reference(app, env, node, contnode):
     target = node.get("reftarget", "")
     *path, name = target.split(".")
     objects = env.domaindata["py"]["objects"]
-    if path[:1] == ["cldsde"]:
+    if path == ["cldsde"]:
+        found = [full for layer in LAYERS if (full := f"{layer}.{name}") in objects]
+    elif path[:1] == ["cldsde"]:
         # cldsde.linear.sde.LinearSDE.drift: the class is published, the method goes with it
         found = [
             candidate
@@ -97,6 +109,45 @@ def _public_reference(app, env, node, contnode):
     )
 
 
+class PublicNames(SphinxDirective):
+    """A table of what a module publishes, each with its first line."""
+
+    required_arguments = 1
+
+    def run(self):
+        module = self.arguments[0]
+        public = importlib.import_module(module)
+        # Of names for types autosummary takes the signature of what they stand for, and fails.
+        names = [n for n in public.__all__ if typing.get_origin(getattr(public, n)) is None]
+        names.sort(key=str.lower)
+        table = "\n".join(["", *(f"   {name}" for name in names)])
+        text = f".. currentmodule:: {module}\n\n.. autosummary::\n{table}\n"
+        return self.parse_text_to_nodes(text)
+
+
+def _undocumented(app, env):
+    """Warn, which fails the build, of public names that no page has or no docstring explains."""
+    logger = logging.getLogger(__name__)
+    objects = env.domaindata["py"]["objects"]
+    for layer in ("cldsde", *LAYERS):
+        module = importlib.import_module(layer)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.ismodule(thing):
+                continue
+            places = [f"{layer}.{name}"] if layer != "cldsde" else [f"{x}.{name}" for x in LAYERS]
+            if not any(place in objects for place in places):
+                logger.warning("%s.%s is public and on no page", layer, name)
+            members = vars(thing).items() if inspect.isclass(thing) else ()
+            for member, value in [("", thing), *members]:
+                if member.startswith("_") or not (inspect.isroutine(value) or member == ""):
+                    continue
+                if callable(thing) and not inspect.getdoc(getattr(thing, member, thing)):
+                    logger.warning("%s.%s.%s has no docstring", layer, name, member)
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.connect("missing-reference", _public_reference)
+    app.connect("env-check-consistency", _undocumented)
+    app.add_directive("public-names", PublicNames)
