@@ -207,7 +207,9 @@ def _diagrams(
         fitting = [
             name
             for name, solver in chosen.items()
-            if isinstance(solver, Solver) and not refusal(solver, problem)
+            if isinstance(solver, Solver)
+            and not refusal(solver, problem)
+            and ("metric" in options or declares_order(solver))  # else it has no exact moments
         ]
         for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
             began = time.perf_counter()

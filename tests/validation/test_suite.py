@@ -635,10 +635,8 @@ def test_a_solver_that_declares_no_order_is_held_to_the_law_as_a_whole():
 
 @pytest.mark.parametrize("solver", [PredictorCorrector(), Nothing()])
 def test_how_often_the_score_is_asked_says_nothing_of_what_is_sampled(solver):
-    found = measured(solver, [VP, CLD])
-    assert {(c.kind, c.verdict) for c in found} - {("error at 100 steps", None)} == {
-        ("NFE a step", PASS)
-    }
+    found = measured(solver, [VP, CLD, "CLD, stiff end"])
+    assert {(c.kind, c.verdict) for c in found} == {("NFE a step", PASS)}
     assert summarise(found) == {"it": INCONCLUSIVE}
 
 
@@ -718,6 +716,29 @@ def test_there_are_as_many_checks_as_are_counted_for_a_solver_that_applies_every
     stiff = [c for c in made if c.kind == "error at 100 steps"]
     assert [c.verdict for c in stiff] == [None, None]
     assert all(0 < c.measured < 1 for c in stiff if c.measured is not None)
+
+
+class LostNearTheData(EulerMaruyama):
+    """A step of its own near the data, which is off by a factor or no number."""
+
+    factor = math.nan
+
+    def step(self, z, memory, tables, i, score, noise):
+        z, memory = super().step(z, memory, tables, i, score, noise)
+        return (self.factor * z if i == 99 else z), memory
+
+
+class OffNearTheData(LostNearTheData):
+    factor = 3.0
+
+
+@pytest.mark.parametrize(
+    ("solver", "verdict"),
+    [(LostNearTheData(), FAIL), (OffNearTheData(), FAIL), (ReverseDiffusion(), None)],
+)
+def test_moments_near_the_data_that_are_off_by_their_size_or_no_numbers_fail(solver, verdict):
+    (found,) = measured(solver, ["CLD, stiff end"])
+    assert found.verdict is verdict
 
 
 def test_evaluations_are_counted_against_the_declaration():
