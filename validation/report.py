@@ -21,7 +21,7 @@ from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .page import data_uri, figure_uri, render_page
 from .plots import canvas
-from .suite import declared_too_low, inconclusive, summarise
+from .suite import declared_too_low, declares_order, inconclusive, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["PAGE", "Report", "part_of"]
@@ -119,6 +119,17 @@ class Report:
 
     def _not_applicable(self) -> list[Check]:
         return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
+
+    def unmeasured(self) -> list[str]:
+        """Solvers without an order of which nothing tells what they sample, a line each."""
+        return [
+            f"{name} declares no order, and what it samples was not measured on these problems; "
+            "its law is held against that of 'VP, ring' and 'CLD, ring'"
+            for name, verdict in summarise(self.checks).items()
+            if name in self.solvers and verdict is Verdict.INCONCLUSIVE
+            for solver in [self.solvers[name]]
+            if not declares_order(solver) and not solver.facts.adaptive
+        ]
 
     def failures(self) -> list[str]:
         """What failed, a line each."""
