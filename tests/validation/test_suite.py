@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import math
@@ -1064,6 +1065,20 @@ def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
     assert "not all that were asked" in page
     assert "&lt;CLD&gt;" in page
     assert "<CLD>" not in page
+
+def test_the_page_names_the_axes_and_gives_sentences_room(tmp_path):
+    """Of a law it has the worst statistic as a part of its limit, and nothing as declared."""
+    law = Check("law", "first", "VP, ring", None, 0.634, PASS, "sliced W₂ 0.05", 0.1)
+    page = Report([*diverse()[2:4], law]).write_html(tmp_path).read_text(encoding="utf-8")
+    assert "0.63 of what is allowed" in page
+    assert ".words { min-width" in page
+    assert '<td class="words">sliced W₂ 0.05</td>' in page
+    (image,) = re.findall('svg\\+xml;base64,([^"]+)', page)
+    drawn = base64.b64decode(image).decode()
+    # Glyphs are drawn as paths, with what they say as a comment.
+    assert "1 / number of steps" in drawn
+    assert "error of moments or states" in drawn
+
 
 
 @pytest.mark.parametrize(
