@@ -868,6 +868,19 @@ def test_every_solver_of_the_package_passes_the_quick_suite():
         assert {kind for kind, order in declared.items() if order is not None} <= passed
 
 
+def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
+    """``cldsde validate --json docs/data/validation.json`` makes it anew."""
+    file = Path(__file__).parents[2] / "docs" / "data" / "validation.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["complete"] is True
+    assert set(report["summary"]) == {"kernels", *named_solvers()}
+    assert {row["solver"] for row in report["solvers"]} == {*map(repr, named_solvers().values())}
+    kinds = {"kernel", WEAK, STRONG, ODE, "law", "bias", "error at 100 steps", "NFE a step"}
+    assert {check["kind"] for check in report["checks"]} == {*kinds, "not applicable"}
+    law = {check["subject"] for check in report["checks"] if check["kind"] == "law"}
+    assert law == set(named_solvers())
+
+
 def test_every_name_finds_its_solver():
     for name, solver in named_solvers().items():
         assert find_solver(name) == solver
@@ -1053,19 +1066,6 @@ def test_a_broken_solver_keeps_its_place_on_the_page(tmp_path):
     assert "third" in page
 
 
-def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
-    points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0),)
-    found = [c for c in diverse() if c.subject != "third"]
-    report = Report(found, [WorkPrecision("<CLD>", "moments", points)], complete=False)
-    file = report.write_html(tmp_path)
-    page = file.read_text(encoding="utf-8")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
-    # A diagram of work, and errors of the two solvers with an order.
-    assert page.count("data:image/svg+xml;base64,") == 3
-    assert "not all that were asked" in page
-    assert "&lt;CLD&gt;" in page
-    assert "<CLD>" not in page
-
 def test_the_page_names_the_axes_and_gives_sentences_room(tmp_path):
     """Of a law it has the worst statistic as a part of its limit, and nothing as declared."""
     law = Check("law", "first", "VP, ring", None, 0.634, PASS, "sliced W₂ 0.05", 0.1)
@@ -1079,6 +1079,19 @@ def test_the_page_names_the_axes_and_gives_sentences_room(tmp_path):
     assert "1 / number of steps" in drawn
     assert "error of moments or states" in drawn
 
+
+def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
+    points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0),)
+    found = [c for c in diverse() if c.subject != "third"]
+    report = Report(found, [WorkPrecision("<CLD>", "moments", points)], complete=False)
+    file = report.write_html(tmp_path)
+    page = file.read_text(encoding="utf-8")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
+    # A diagram of work, and errors of the two solvers with an order.
+    assert page.count("data:image/svg+xml;base64,") == 3
+    assert "not all that were asked" in page
+    assert "&lt;CLD&gt;" in page
+    assert "<CLD>" not in page
 
 
 @pytest.mark.parametrize(
