@@ -20,7 +20,7 @@ from .problems import Problem
 __all__ = ["LawCase", "law_check"]
 
 _BATCHES = 20  # of a solver's samples
-_EXACT = 10  # exact samples for each of a solver's
+_EXACT = 20  # exact samples for each of a solver's
 _ERRORS = 5  # standard errors: of a thousand statistics one in a thousand runs falls out
 _SLACK = 2  # what is left out where an error is extrapolated from two grids
 _WIDE = 0.5  # of what one sample scatters: an extrapolated error above it says too little

@@ -161,6 +161,13 @@ def test_a_page_is_written_with_a_diagram_of_work(capsys, here):
     assert {point["solver"] for point in table["points"]} == {"sscs"}
 
 
+def test_the_help_names_what_makes_the_exit_code_1(capsys):
+    assert run("validate", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for cause in ("a check fails", "nothing confirms", "measured nowhere", "not be written"):
+        assert cause in text
+
+
 def test_a_seed_decides_what_is_sampled(capsys, here):
     for file, seed in (("a.json", "5"), ("b.json", "5"), ("c.json", "6")):
         assert run(*QUICK, "--solver", "euler-maruyama", "--seed", seed, "--json", file) == 0
