@@ -83,28 +83,58 @@ def sliced_wasserstein(
 
 
 def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: float) -> float:
-    """Root mean square over modes of the relative error of their standard deviation.
+    r"""Root mean square over modes of the relative error of their standard deviation.
 
-    A point belongs to the mode with the nearest mean. Errors of a solver that sharpens or blurs
-    show here long before they show in distances between laws.
+    A point belongs to modes by their posterior weights :math:`r_i(x)` under the exact law. There
+    :math:`\operatorname E r_i (x − m_i)(x − m_i)^⊤ / \operatorname E r_i = C_i`, however much modes
+    overlap, so that the error of exact samples goes to 0 with their number. Errors of a solver that
+    sharpens or blurs show here long before they show in distances between laws, the better the
+    further modes lie apart.
 
     Parameters
     ----------
     x
         Samples ``(n, D)`` of scale · data + N(0, noise).
     data
-        A mixture of isotropic modes that lie apart.
+        A mixture.
     scale, noise
         What the process has made of the data.
+
+    Raises
+    ------
+    ValueError
+        If a mode is flat: without noise there, points have no weights.
+
+    Examples
+    --------
+    >>> import torch
+    >>> data = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.25]], [[0.25]]])
+    >>> x = data.sample(100_000, generator=torch.Generator().manual_seed(0))
+    >>> mode_spread_error(x, data, 1.0, 0.0) < 0.01
+    True
     """
-    means = scale * data.means.to(x)
-    nearest = torch.cdist(x, means).argmin(1)
+    samples, n = x.to(torch.float64), len(data.weights)
+    covariances = scale**2 * data.covariances.to(samples)
+    covariances = covariances + noise * torch.eye(data.dimension).to(samples)
+    roots, faults = torch.linalg.cholesky_ex(covariances)
+    if bool(faults.any()):
+        msg = "data must have modes of positive width in all directions, or noise be positive"
+        raise ValueError(msg)
+    centred = samples - scale * data.means.to(samples).unsqueeze(1)
+    whitened = torch.linalg.solve_triangular(roots, centred.mT, upper=False)
+    volumes = roots.diagonal(dim1=1, dim2=2).log().sum(1)
+    logits = (data.weights.to(samples).log() - volumes)[:, None] - whitened.square().sum(1) / 2
+    weights = logits.softmax(0)
     errors = []
-    for i, covariance in enumerate(data.covariances):
-        own = x[nearest == i] - means[i]
-        expected = scale**2 * float(covariance.diagonal().mean()) + noise
-        if len(own) < 2:
+    for i in range(n):
+        own, total = weights[i], float(weights[i].sum())
+        if total < 1.5:  # fewer than two points
             errors.append(1.0)
             continue
-        errors.append(float(own.var(0).mean().sqrt()) / expected**0.5 - 1)
+        own = own / total
+        from_mean = samples - own @ samples
+        # The share that the mean takes up: 1/n of points with equal weights.
+        variance = (own @ from_mean.square()).mean() / (1 - own.square().sum())
+        expected = covariances[i].diagonal().mean()
+        errors.append(float((variance / expected).sqrt()) - 1)
     return float(np.sqrt(np.mean(np.square(errors))))

@@ -33,10 +33,14 @@ class _CountingNoise(NoiseSource):
 
 
 class _BasisNoise(NoiseSource):
-    """One unit vector of the step's whole noise for each of the last samples, zeros before."""
+    """Unit vectors of the step's whole noise for the last samples but one, then twice their sum.
+
+    Samples before have zeros.
+    """
 
     def __init__(self, rows: list[int], dimension: int) -> None:
-        basis = torch.eye(sum(rows) * dimension, dtype=torch.float64)
+        size = sum(rows) * dimension
+        basis = torch.cat([torch.eye(size), torch.full((1, size), 2.0)]).to(torch.float64)
         parts = torch.split(basis.reshape(len(basis), sum(rows), dimension), rows, dim=1)
         self._draws = iter(parts)
 
@@ -75,8 +79,8 @@ def propagate_moments(
     Raises
     ------
     ValueError
-        If the shapes of the moments do not fit, the grid does not decrease, or the score is not
-        affine.
+        If the shapes of the moments do not fit, the grid does not decrease, or the score or the
+        solver's step is not affine.
     """
     check_arguments(process, solver)
     if not isinstance(solver, Solver):
@@ -108,16 +112,19 @@ def propagate_moments(
         # Origin, unit vectors, and a point that an affine map takes to their combination.
         states = torch.cat([torch.zeros(1, size), torch.eye(size), torch.full((1, size), 2.0)])
         origin = torch.split(states[:1].to(m).reshape(1, -1, dimension), rows, dim=1)
-        solver.step(origin[0], origin[1:], tables, i, score, count)
+        alone, remembered = solver.step(origin[0], origin[1:], tables, i, score, count)
         draws = sum(count.rows) * dimension
-        probes = torch.cat([states, torch.zeros(draws, size)]).to(m)
+        probes = torch.cat([states, torch.zeros(draws + 1, size)]).to(m)
         z, *memory = torch.split(probes.reshape(-1, sum(rows), dimension), rows, dim=1)
         noise = _BasisNoise(count.rows, dimension)
         z, kept = solver.step(z, tuple(memory), tables, i, score, noise)
         rows = [tensor.shape[1] for tensor in (z, *kept)]
         out = torch.cat([z, *kept], dim=1).flatten(1)
-        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size :] - out[0]).T
+        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
         rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
+        # Where a step goes by means over a batch, as a corrector's may, it is another one alone.
+        single = torch.cat([alone, *remembered], dim=1).flatten()
+        bent = float(torch.stack([out[-1] - b - 2 * N.sum(1), b - single]).abs().max())
         # Where the step is not finite the moments will not be, either. Rounding is 1e-15 of the
         # largest number times the stages of a step; a score that bends is off by parts of it.
         if rest > 1e-9 * float(out.abs().max()):
@@ -125,6 +132,9 @@ def propagate_moments(
                 f"process: its score is not affine in the state at step {i}, so the solver's step "
                 "is not; take Gaussian data"
             )
+            raise ValueError(msg)
+        if bent > 1e-9 * float(out.abs().max()):
+            msg = f"solver: its step is not affine in its noise at step {i}; sample its law instead"
             raise ValueError(msg)
         m = b + X @ m
         C = X @ C @ X.T + N @ N.T

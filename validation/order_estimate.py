@@ -197,7 +197,8 @@ def estimate_order(
        errors are precise enough they are extrapolated away. Where local orders do not go one way by
        less and less, as one leading term makes them, q is 1/2 at most.
     5. The interval is the normal one, widened by :math:`\sqrt{χ^2/(n - 2)}` where the residuals'
-       :math:`χ^2` is larger than n − 2.
+       :math:`χ^2` is larger than n − 2. Then it is that of Student's law with n − 2 degrees of
+       freedom unless all levels have standard errors: scatter is known from residuals alone.
 
     The verdict is FAIL if the interval lies below ``expected - tolerance``; PASS if it lies at or
     above and its half-width is at most ``tolerance``; INCONCLUSIVE otherwise. An order above the
@@ -205,14 +206,16 @@ def estimate_order(
     they promise. Whatever the interval is, the verdict is FAIL where, of the levels that rule 1
     leaves, the interval of the last local order lies
 
-    - below ``expected - 2 * tolerance``: errors stop falling above rounding and noise; or
+    - below ``expected - 2 * tolerance``: errors stop falling above rounding and noise, unless no
+      level has a standard error and local orders go up and down, as those of noise do; or
     - below ``expected - tolerance``, and the finest error exceeds the coarsest by more than the
       interval of their difference: errors grow.
 
     What precedes the asymptotic range may be large, but not without limit. Of exact errors
     :math:`C h^p (1 + a (h/h_1)^r)` on halved steps the interval covers p for a between −0.9 and 4
     where r = 1 and there are 5 levels or more, for a up to 2 with 4 levels, and for a up to 1 where
-    r = 1/2, with q = 1/2.
+    r = 1/2, with q = 1/2. Noise whose standard errors are not given costs: of 5 % at each of 4 to 8
+    levels an interval of 95 % covers in about 85 of 100 cases. Give them where there are any.
 
     An interval says nothing about finer grids than the measured ones. An error that approaches a
     constant well below the finest level is not noticed.
@@ -253,8 +256,11 @@ def estimate_order(
     if len(kept) >= 3:
         if not _steady(x[kept], y[kept], variances[kept], quantile):
             spacing = min(spacing, 0.5)
-        order, deviation = _slope(x[kept], y[kept], variances[kept], spacing)
-        low, high = order - quantile * deviation, order + quantile * deviation
+        order, deviation, excess = _slope(x[kept], y[kept], variances[kept], spacing)
+        # Where scatter is known from residuals alone its own uncertainty counts, too.
+        known = excess <= 1 or bool((s[kept] > 0).all())
+        student = quantile if known else _student(confidence, len(kept) - 2)
+        low, high = order - student * deviation, order + student * deviation
     local, covariance = _local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     verdict, fault, grown = None, "", False
@@ -265,7 +271,10 @@ def estimate_order(
             noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
             grown = e[ends[1]] - e[ends[0]] > noise
             # Rule 2 drops coarse levels alone: the last two are those of rule 1.
-            fault = _fault(local[-1], local[-1] + margins[-1], grown, expected, tolerance)
+            limit = local[-1] + margins[-1]
+            if not s[usable].any() and _turns(x[usable], y[usable], variances[usable], quantile):
+                limit = math.inf  # noise that no standard error tells of
+            fault = _fault(local[-1], limit, grown, expected, tolerance)
         if fault and (grown or verdict is not Verdict.FAIL):
             verdict = Verdict.FAIL
         else:
@@ -320,16 +329,35 @@ def _steady(
     quantile: float,
 ) -> bool:
     """Whether local orders go one way, by less and less, up to their sampling errors."""
-    local, covariance = _local_orders(x, y, variances)
-    changes = np.diff(local)
-    differences = np.diff(np.eye(len(local)), axis=0)
-    spread = differences @ covariance @ differences.T
-    noise = quantile * np.sqrt(spread.diagonal())
-    seen = np.sign(changes) * (np.abs(changes) > noise)
-    turns = bool((seen > 0).any() and (seen < 0).any())
+    changes, noise = _changes(x, y, variances, quantile)
     growth = np.diff(np.abs(changes))
     grows = bool((growth > noise[1:] + noise[:-1]).any())
-    return not (turns or grows)
+    return not (grows or _turns(x, y, variances, quantile))
+
+
+def _turns(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    variances: NDArray[np.float64],
+    quantile: float,
+) -> bool:
+    """Whether local orders go up and down by more than their sampling errors."""
+    changes, noise = _changes(x, y, variances, quantile)
+    seen = np.sign(changes) * (np.abs(changes) > noise)
+    return bool((seen > 0).any() and (seen < 0).any())
+
+
+def _changes(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    variances: NDArray[np.float64],
+    quantile: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Changes of local orders, and the half-widths of their intervals."""
+    local, covariance = _local_orders(x, y, variances)
+    differences = np.diff(np.eye(len(local)), axis=0)
+    spread = differences @ covariance @ differences.T
+    return np.diff(local), quantile * np.sqrt(spread.diagonal())
 
 
 def _slope(
@@ -337,8 +365,8 @@ def _slope(
     y: NDArray[np.float64],
     variances: NDArray[np.float64],
     spacing: float,
-) -> tuple[float, float]:
-    """Slope of y on x by generalised least squares, and its standard deviation."""
+) -> tuple[float, float, float]:
+    """Slope of y on x by generalised least squares, its standard deviation, and χ²/(n − 2)."""
     power = np.exp(spacing * (x - x[0]))
     u = np.outer(power, power) / 4
     root = np.linalg.cholesky(np.diag(variances) + u / (1 - u))
@@ -348,8 +376,15 @@ def _slope(
     information = regressor @ regressor
     slope = regressor @ response / information
     residuals = response - slope * regressor
-    excess = max(1.0, float(residuals @ residuals) / (len(x) - 2))
-    return float(slope), math.sqrt(excess / float(information))
+    excess = float(residuals @ residuals) / (len(x) - 2)
+    return float(slope), math.sqrt(max(1.0, excess) / float(information)), excess
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """Quantile of Student's law."""
+    from scipy.stats import t  # slow to import, and seldom wanted
+
+    return float(t.ppf((1 + confidence) / 2, freedom))
 
 
 def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:

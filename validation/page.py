@@ -18,7 +18,7 @@ def render_page(title: str, body: str, **values: Any) -> str:
         What stands in its title and in its heading.
     body
         The rest, a template of jinja2. A table goes into ``<div class="scroll">``, numbers in it
-        are ``<td class="number">``.
+        are ``<td class="number">``, sentences ``<td class="words">``.
     values
         What the template names; text is escaped.
     """
@@ -55,6 +55,7 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; border-bottom: 1px solid #8884;
   vertical-align: top; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.words { min-width: 18rem; }
 .PASS { color: #1a7f37; } .FAIL { color: #cf222e; font-weight: bold; }
 .INCONCLUSIVE { color: #9a6700; }
 @media (prefers-color-scheme: dark) {

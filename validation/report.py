@@ -21,7 +21,7 @@ from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .page import data_uri, figure_uri, render_page
 from .plots import canvas
-from .suite import declared_too_low, inconclusive, summarise
+from .suite import declared_too_low, declares_order, inconclusive, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["PAGE", "Report", "part_of"]
@@ -120,6 +120,17 @@ class Report:
     def _not_applicable(self) -> list[Check]:
         return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
+    def unmeasured(self) -> list[str]:
+        """Solvers without an order of which nothing tells what they sample, a line each."""
+        return [
+            f"{name} declares no order, and what it samples was not measured on these problems; "
+            "its law is held against that of 'VP, ring' and 'CLD, ring'"
+            for name, verdict in summarise(self.checks).items()
+            if name in self.solvers and verdict is Verdict.INCONCLUSIVE
+            for solver in [self.solvers[name]]
+            if not declares_order(solver) and not solver.facts.adaptive
+        ]
+
     def failures(self) -> list[str]:
         """What failed, a line each."""
         lines = [
@@ -205,9 +216,8 @@ def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
     if kind == NOT_APPLICABLE and own[0].verdict is None:
         reasons = "; ".join(dict.fromkeys(check.message for check in own))
         return f"{subject}: {kind}", "", "", _names(own), reasons
-    if kind == "law":
-        declared = set()  # limits of errors, one of each problem
-        measured = f"W₂ {_range(values, '.2g')}" if values else ""
+    if kind == "law" and values:
+        measured = f"{_range(values, '.2f')} of what is allowed"
     verdicts = [str(check.verdict) for check in own if check.verdict is not None]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     return (
@@ -243,6 +253,8 @@ def _range(values: Sequence[float], digits: str) -> str:
 def _html_row(check: Check) -> dict[str, str]:
     estimate = check.estimate
     measured = "" if check.measured is None else f"{check.measured:.4g}"
+    if check.kind == "law" and measured:
+        measured = f"{check.measured:.2f} of what is allowed"
     if estimate is not None and math.isfinite(estimate.order):
         measured = f"{estimate.order:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
     return {
@@ -289,7 +301,13 @@ def _curves(subject: str, found: Sequence[Check]) -> str:
             linewidth=1,
             label=f"{check.kind} on {check.problem}: {check.estimate.order:.2f}",
         )
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="error", title=subject)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="1 / number of steps",
+        ylabel="error of moments or states",
+        title=subject,
+    )
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure_uri(figure)
@@ -305,7 +323,7 @@ _BODY = """\
 <p>{{ report.checks | length }} checks{% if not report.complete %}, not all that were asked
 for{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders are given with their
 confidence intervals; one passes where its interval is narrow and at most a quarter below what is
-declared.</p>
+declared. Of a law is given the statistic that is nearest to its limit, as a part of it.</p>
 <h2>Summary</h2>
 <div class="scroll"><table>
 {% for name, verdict in summary.items() %}
@@ -320,7 +338,7 @@ declared.</p>
 {% for row in rows %}
 <tr><td>{{ row.subject }}</td><td>{{ row.kind }}</td><td>{{ row.problem }}</td>
 <td class="number">{{ row.declared }}</td><td class="number">{{ row.measured }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td>{{ row.message }}</td>
+<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="words">{{ row.message }}</td>
 <td class="number">{{ row.seconds }}</td></tr>
 {% endfor %}
 </table></div>

@@ -29,6 +29,14 @@ __all__ = ["WorkPrecision", "WorkPrecisionPoint", "work_precision"]
 
 Grid = Callable[[float, float, int], Tensor]
 
+# What is on the axis of a diagram; data of the reference problems have no unit.
+_METRICS = {
+    "moments": "largest error of mean and covariance",
+    "bures": "Wasserstein-2 distance",
+    "sliced": "sliced Wasserstein-2 distance",
+    "spread": "relative error of the modes' standard deviations",
+}
+
 
 @dataclass(frozen=True)
 class WorkPrecisionPoint:
@@ -68,24 +76,33 @@ class WorkPrecision:
         What the errors are.
     points
         One for each solver and budget.
+    floor
+        Error of exact samples of the same number, below which errors say nothing; None where errors
+        are exact.
     """
 
     problem: str
     metric: str
     points: tuple[WorkPrecisionPoint, ...]
+    floor: float | None = None
 
     @classmethod
     def joined(cls, tables: Sequence[WorkPrecision]) -> WorkPrecision:
         """One table of several, of one problem and metric, with the front of all."""
         points = [point for table in tables for point in table.points]
-        return cls(tables[0].problem, tables[0].metric, tuple(_with_front(points)))
+        floors = [table.floor for table in tables if table.floor is not None]
+        floor = sum(floors) / len(floors) if floors else None
+        return cls(tables[0].problem, tables[0].metric, tuple(_with_front(points)), floor)
 
     def to_json(self) -> str:
         """The table as JSON; null for an error that is not finite."""
         return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """The table as Markdown: a line a solver, a column a budget; Pareto points are bold."""
+        """The table as Markdown: a line a solver, a column a budget; Pareto points are bold.
+
+        Where errors are of samples the last line is the floor.
+        """
         budgets = sorted({point.nfe for point in self.points})
         names = list(dict.fromkeys(point.solver for point in self.points))
         cells = {(point.solver, point.nfe): point for point in self.points}
@@ -100,6 +117,8 @@ class WorkPrecision:
                 text = "" if point is None else f"{point.error:.1e}"
                 row.append(f"**{text}**" if point is not None and point.pareto else text)
             lines.append(f"| {name} | " + " | ".join(row) + " |")
+        if self.floor is not None:
+            lines.append(f"| exact samples |{f' {self.floor:.1e} |' * len(budgets)}")
         return "\n".join(lines)
 
     def plot(
@@ -144,8 +163,10 @@ class WorkPrecision:
                 linewidth=1.2,
                 label=name,
             )
-        axes.set(ylabel=self.metric, title=self.problem)
-        axes.set_xlabel("score evaluations" if against == "nfe" else "seconds")
+        if self.floor is not None:
+            axes.axhline(self.floor, color="grey", linestyle="--", label="exact samples")
+        axes.set(ylabel=_METRICS.get(self.metric, self.metric), title=self.problem)
+        axes.set_xlabel("score evaluations" if against == "nfe" else "time of a solve (seconds)")
         axes.grid(visible=True, which="major", alpha=0.3)
         if axes.has_data():
             axes.set(xscale="log", yscale="log")
@@ -181,8 +202,8 @@ def work_precision(
         ``"moments"``: the largest error of mean and covariance, or ``"bures"``: the Wasserstein-2
         distance of the Gaussian that comes out, both exact and for Gaussian data and solvers on a
         grid; ``"sliced"``: the sliced Wasserstein-2 distance of samples, which does not fall below
-        that of two exact samples; ``"spread"``: the error of the modes' standard deviations. None
-        is the first that applies.
+        that of two exact samples; ``"spread"``: the error of the modes' standard deviations, of
+        samples too. None is the first that applies.
     samples, repeats, generator
         Samples that are timed, and measured where the metric is of samples; repeats of these, which
         give the standard error; and where they come from.
@@ -211,7 +232,7 @@ def work_precision(
     _check_arguments(problem, solvers, budgets, samples, repeats)
     exact = problem.gaussian and problem.dimension == 1
     chosen = metric if metric is not None else "moments" if exact else "sliced"
-    if chosen not in ("moments", "bures", "sliced", "spread"):
+    if chosen not in _METRICS:
         msg = f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}"
         raise ValueError(msg)
     sampled = chosen in ("sliced", "spread")
@@ -242,6 +263,7 @@ def work_precision(
                 f"evaluations, got {budget}"
             )
             raise ValueError(msg)
+    floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
         steps = max(budget // evaluations[name], 1)
         times = grid(problem.start, problem.end, steps)
@@ -260,7 +282,7 @@ def work_precision(
             points.append(WorkPrecisionPoint(name, nfe, seconds, error, 0.0))
         else:
             points.append(_sampled(name, solver, problem, times, chosen, samples, repeats, g))
-    return WorkPrecision(problem.name, chosen, tuple(_with_front(points)))
+    return WorkPrecision(problem.name, chosen, tuple(_with_front(points)), floor)
 
 
 def _check_arguments(
@@ -312,16 +334,27 @@ def _sampled(
         nfe = max(nfe, found.nfev)
         if not found.success:
             errors.append(math.nan)
-        elif metric == "sliced":
-            exact = problem.sample(samples, g, at=problem.end)[:, 0]
-            errors.append(sliced_wasserstein(found.data, exact, generator=g))
         else:
-            law = problem.sde.marginal(problem.end)
-            scale, noise = float(law.mean[0, 0]), float(law.covariance[0, 0])
-            errors.append(mode_spread_error(found.data, problem.data, scale, noise))
+            errors.append(_error(problem, metric, found.data, g))
     values = torch.tensor(errors, dtype=torch.float64)
     spread = float(values.std() / math.sqrt(repeats)) if repeats > 1 else 0.0
     return WorkPrecisionPoint(name, nfe, seconds, float(values.mean()), spread)
+
+
+def _error(problem: Problem, metric: str, x: Tensor, g: torch.Generator) -> float:
+    """Of samples ``(n, D)``, in a metric of samples."""
+    if metric == "sliced":
+        exact = problem.sample(len(x), g, at=problem.end)[:, 0]
+        return sliced_wasserstein(x, exact, generator=g)
+    law = problem.sde.marginal(problem.end)
+    scale, noise = float(law.mean[0, 0]), float(law.covariance[0, 0])
+    return mode_spread_error(x, problem.data, scale, noise)
+
+
+def _floor(problem: Problem, metric: str, samples: int, repeats: int, g: torch.Generator) -> float:
+    """Mean error of exact samples."""
+    drawn = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
+    return sum(_error(problem, metric, x, g) for x in drawn) / repeats
 
 
 def _with_front(points: list[WorkPrecisionPoint]) -> list[WorkPrecisionPoint]:

@@ -1,13 +1,17 @@
 """Measure the convergence order of every solver against what it declares.
 
 Checks the transition kernels, and each solver on each reference problem that it applies to, against
-answers that are known exactly. The exit code is 1 where a declared order fails. A solver of one's
-own is named as module:ClassName. Results so far are kept when the command is interrupted.
+answers that are known exactly. The exit code is 1 where a check fails, where nothing confirms what
+a solver declares or shows what it samples, where a solver that was named could be measured nowhere,
+and where the table could not be printed or a file not be written. A solver of one's own is named as
+module:ClassName. Results so far are kept when the command is interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +37,7 @@ from cldsde.validation.suite import (
     QUICK_PROBLEMS,
     checks,
     count,
+    declares_order,
     refusal,
     summarise,
 )
@@ -115,8 +120,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             f"{', '.join(chosen)}; take another problem or solver"
         )
         raise ValueError(msg)
-    folder = _writable_folder(options.out)
-    file = _writable_file(options.json)
+    folder, file = _writable(options.out, options.json)
     kernels = options.solver is None
 
     def work() -> None:
@@ -141,14 +145,30 @@ def prepare(options: Namespace) -> Callable[[], None]:
             complete = True
         finally:
             report = Report(found, tables, complete, chosen)
-            print(report.to_text())
+            # First what lasts: a terminal may be gone, or not know the letters of a table.
             files.finish(report)
+            _print(report.to_text(), files.errors)
+            if files.page is not None:
+                _print(f"The page is {files.page}", files.errors)
             if not complete:
                 for error in files.errors:
                     print(error, file=sys.stderr)
         _judge(report, options.solver or [], files.errors)
 
     return work
+
+
+def _print(text: str, errors: list[str]) -> None:
+    """Print what stdout has letters for; that nobody reads it is no error, another fault is."""
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            errors.append(f"the table cannot be printed: {in_words(error)}")
+        # Python would complain once more when it flushes stdout at its end.
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> None:
@@ -161,7 +181,7 @@ def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> No
     unsure = [f"{counted} of {name}" for name, counted in report.inconclusive().items()]
     if unsure:
         print(f"\nChecks without a conclusion: {', '.join(unsure)}", file=sys.stderr)
-    lines = [*report.refusals(named), *report.failures()]
+    lines = [*report.refusals(named), *report.unmeasured(), *report.failures()]
     if lines:
         print("\n" + "\n".join(lines), file=sys.stderr)
     complaints = []
@@ -207,7 +227,9 @@ def _diagrams(
         fitting = [
             name
             for name, solver in chosen.items()
-            if isinstance(solver, Solver) and not refusal(solver, problem)
+            if isinstance(solver, Solver)
+            and not refusal(solver, problem)
+            and ("metric" in options or declares_order(solver))  # else it has no exact moments
         ]
         for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
             began = time.perf_counter()
@@ -230,6 +252,7 @@ class _Files:
         self._file, self._folder = file, folder
         self._warned = False
         self.errors: list[str] = []
+        self.page: Path | None = None
 
     def save(self, report: Report) -> None:
         """Write what there is so far."""
@@ -248,10 +271,8 @@ class _Files:
         """Write all that can be written."""
         if self._file is not None:
             self._try("--json", report.write_json, self._file)
-        if self._folder is not None:
-            page = self._try("--out", report.write_html, self._folder)
-            if page:
-                print(f"The page is {(self._folder / PAGE).resolve()}")
+        if self._folder is not None and self._try("--out", report.write_html, self._folder):
+            self.page = (self._folder / PAGE).resolve()
 
     def _try(self, option: str, write: Callable[[Path], object], where: Path) -> bool:
         try:
@@ -260,6 +281,20 @@ class _Files:
             self.errors.append(f"{option} cannot be written: {in_words(error)}")
             return False
         return True
+
+
+def _writable(out: str | None, json: str | None) -> tuple[Path | None, Path | None]:
+    """Where results go; folders that are made are removed where anything is refused."""
+    where = Path(out or "").expanduser().absolute()
+    made = [folder for folder in (where, *where.parents) if not folder.exists()]
+    try:
+        # The file may lie in the folder.
+        return _writable_folder(out), _writable_file(json)
+    except (ValueError, OSError):
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+        raise
 
 
 def _writable_file(name: str | None) -> Path | None:

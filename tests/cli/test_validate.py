@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -160,6 +161,13 @@ def test_a_page_is_written_with_a_diagram_of_work(capsys, here):
     assert {point["solver"] for point in table["points"]} == {"sscs"}
 
 
+def test_the_help_names_what_makes_the_exit_code_1(capsys):
+    assert run("validate", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for cause in ("a check fails", "nothing confirms", "measured nowhere", "not be written"):
+        assert cause in text
+
+
 def test_a_seed_decides_what_is_sampled(capsys, here):
     for file, seed in (("a.json", "5"), ("b.json", "5"), ("c.json", "6")):
         assert run(*QUICK, "--solver", "euler-maruyama", "--seed", seed, "--json", file) == 0
@@ -170,6 +178,57 @@ def test_a_seed_decides_what_is_sampled(capsys, here):
     assert first == again
     assert first[0] == other[0]
     assert first[1] != other[1]
+
+
+class Limited(io.TextIOWrapper):
+    """A stdout of Windows before UTF-8."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="cp1252")
+
+
+def test_letters_that_the_terminal_does_not_know_cost_nothing(monkeypatch, here):
+    out = Limited()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(Report, "to_text", lambda self: "sscs: W₂ is 0.1")
+    assert run(*QUICK, "--solver", "sscs", "--json", "report.json", "--out", "page") == 0
+    assert read(here / "report.json")["complete"] is True
+    assert (here / "page" / "index.html").exists()
+    printed = out.buffer.getvalue().decode("cp1252")
+    assert printed.startswith("sscs: W? is 0.1")
+    assert "The page is" in printed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of Windows break otherwise")
+def test_results_are_written_where_nobody_reads_the_table(here):
+    """As of ``cldsde validate | head -0``."""
+    command = [sys.executable, "-m", "cldsde", *QUICK, "--solver", "sscs", "--json", "report.json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as broken:
+        result = subprocess.run(
+            command, stdout=broken, stderr=subprocess.PIPE, text=True, check=False, cwd=here
+        )
+    assert result.returncode == 0, result.stderr
+    assert "Broken" not in result.stderr
+    report = read(here / "report.json")
+    assert report["complete"] is True
+    assert report["summary"] == {"sscs": "PASS"}
+
+
+class Full(io.StringIO):
+    """A file on a disk without space."""
+
+    def flush(self) -> None:
+        if self.getvalue():
+            raise OSError(28, "No space left on device")
+
+
+def test_a_table_that_cannot_be_printed_is_no_success(capsys, monkeypatch, here):
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run(*QUICK, "--solver", "sscs", "--json", "report.json") == 1
+    assert "the table cannot be printed: OSError" in capsys.readouterr().err.splitlines()[-1]
+    assert read(here / "report.json")["complete"] is True
 
 
 UNMADE = (
@@ -215,6 +274,8 @@ class Leaving(CentredEuler):
         (["--json", "."], ["--json"]),
         (["--json", "no_such_folder/report.json"], ["no_such_folder"]),
         (["--json", "file/report.json"], ["file"]),
+        (["--out", "new/page", "--json", "no_such_folder/report.json"], ["no_such_folder"]),
+        (["--out", "new", "--json", f"new/{'x' * 252}"], ["name too long"]),
         (["--out", ""], ["--out"]),
         (["--out", "file"], ["file"]),
         (["--out", "file/page"], ["file"]),
@@ -394,6 +455,20 @@ def test_a_solver_that_was_measured_nowhere_is_not_said_to_pass(capsys, here):
     assert read(here / "a.json")["summary"] == {}
 
 
+def test_a_solver_without_an_order_is_not_said_to_pass_where_its_law_was_not_looked_at(
+    capsys, here
+):
+    code = run(*QUICK, "--solver", "predictor-corrector", "--json", "a.json")
+    captured = capsys.readouterr()
+    assert code == 1
+    assert "predictor-corrector declares no order, and what it samples was not measured" in (
+        captured.err
+    )
+    assert read(here / "a.json")["summary"] == {"predictor-corrector": "INCONCLUSIVE"}
+    arguments = ("validate", "--quick", "--problem", "VP, ring", "--problem", "VP")
+    assert run(*arguments, "--solver", "predictor-corrector", "--out", "page") == 0
+
+
 def test_orders_that_nothing_confirms_are_no_success(capsys, here):
     (here / "my_doubt.py").write_text(EXAMPLE.replace("weak_order=1", "weak_order=1.25"))
     code = run(*QUICK, "--solver", "my_doubt:CentredEuler", "--json", "doubt.json")
@@ -490,6 +565,11 @@ def test_rings_are_measured_and_drawn(capsys, here):
     report = read(here / "ring.json")
     (check,) = report["checks"]
     assert (check["kind"], check["problem"], check["verdict"]) == ("law", "CLD, ring", "PASS")
+    assert 0 < check["measured"] < 1  # of what is allowed
+    assert check["declared"] is None
+    assert f"{check['measured']:.2f} of what is allowed" in captured.out
+    page = (here / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"{check['measured']:.2f} of what is allowed" in page
     assert "sliced W₂" in check["message"]
     assert "spread of modes" in check["message"]
     (table,) = report["work_precision"]

@@ -554,6 +554,14 @@ class TestRefusals:
         with pytest.raises(TypeError, match="process must be a ReverseProcess"):
             propagate_moments(process, EM, GRID, ONE, torch.eye(2))
 
+    @pytest.mark.parametrize("norm", ["sample", "batch"])
+    def test_a_step_that_goes_by_the_length_of_its_noise_is_refused(self, norm: Any) -> None:
+        solver = solvers.PredictorCorrector(corrector=solvers.Langevin(norm=norm))
+        process = ReverseProcess(CLD(), DATA.score(CLD()))
+        times = solvers.uniform_times(1.0, END, 4)
+        with pytest.raises(ValueError, match="not affine"):
+            propagate_moments(process, solver, times, torch.zeros(2, 1), torch.eye(2))
+
     @pytest.mark.parametrize("method", ["EM", "SSCS"])
     def test_a_score_that_is_not_affine_is_refused(self, method: str) -> None:
         # Moments of a mixture do not close, and what the probes would give is the law of nothing.
