@@ -226,7 +226,7 @@ class TrainingConfig:
     weight_decay
         Of Adam, decoupled (AdamW).
     clip
-        Largest norm of the gradient; None does not limit it.
+        Largest norm of the gradient, of score and autoencoder each; None does not limit it.
     ema_decay
         Decay a step of the exponential moving average of the weights, which is what is sampled; at
         first that of (n + 1)/(n + 10) after n steps, if it is smaller.

@@ -349,16 +349,21 @@ def test_losses_of_several_processes_are_taken_up_together():
             assert how == "mean"
             return torch.stack([meter.sums for meter in meters]).mean(0)
 
-    meters += [Meter(Engine()) for _ in range(2)]
-    for meter, loss in zip(meters, (1.0, 3.0), strict=True):
-        meter.add(torch.tensor(loss), torch.tensor(loss))
+    def add(*losses):
+        for meter, loss in zip(meters, losses, strict=True):
+            meter.add(*[{"score": torch.tensor(loss), "autoencoder": torch.tensor(0.0)}] * 2)
+
+    meters += [Meter(Engine(), ["score", "autoencoder"]) for _ in range(2)]
+    add(1.0, 3.0)
     before, saved = meters[0].means(), meters[0].shared()
     for meter in meters:
         meter.sums.copy_(saved)
-    assert meters[1].means() == before == (2.0, 2.0)
-    for meter, loss in zip(meters, (4.0, 8.0), strict=True):
-        meter.add(torch.tensor(loss), torch.tensor(loss))
-    assert meters[0].means() == (4.0, 4.0)
+    assert meters[1].means() == before
+    assert (before["loss"], before["score_gradient_norm"]) == (2.0, 2.0)
+    add(4.0, 8.0)
+    found = meters[0].means()
+    assert (found["loss"], found["score_gradient_norm"]) == (4.0, 4.0)
+    assert found["autoencoder_loss"] == 0.0
 
 
 def test_what_was_never_saved_is_not_said_to_stay(tmp_path, monkeypatch):
