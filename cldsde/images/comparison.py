@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,15 @@ from torch import Tensor, nn
 from cldsde.images.comparison_config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.comparison_report import FORMAT, RESULTS, read_results, write_report
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.evaluation.shared import package_versions
-from cldsde.images.evaluation_table import SAMPLING, Evaluation, cell_numbers, stored_results
+from cldsde.images.evaluation import UndefinedLikelihoodError
+from cldsde.images.evaluation_results import (
+    FAILED,
+    SAMPLING,
+    cell_numbers,
+    resolved_solver,
+    stored_results,
+)
+from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.figures import save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder
@@ -78,7 +84,7 @@ class Comparison:
         }
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
-        self.reasons: dict[tuple[str, str], str] = {}
+        self.undefined: dict[str, str] = {}
         for name, run in self.runs.items():
             if (run / MODEL).exists() and not (run / STATE).exists():
                 self._take_up(name, load_model(run.path))
@@ -159,9 +165,8 @@ class Comparison:
     def _measure(self, name: str, model: ImageModel, recipe: SamplingConfig) -> None:
         try:
             self.found[name] = self.distances.of_run(model, [recipe], self._evaluated(name))
-        except FloatingPointError as error:
-            # That a sampler fails at a budget is a result, too; repeats before it are kept.
-            self.reasons[name, repr(recipe)] = str(error)
+        except FloatingPointError:
+            # That a sampler fails at a budget is a result, too, and kept beside the others.
             self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
@@ -171,8 +176,10 @@ class Comparison:
         try:
             evaluation = self._evaluation(self.folder.path, "bpd")
             self.found[name] = evaluation.of_run(model, [], self._evaluated(name))
-        except (ValueError, ArithmeticError) as error:
-            self.reasons[name, "bpd"] = str(error).removeprefix("--metrics: ")
+        except UndefinedLikelihoodError as error:
+            self.undefined[name] = str(error).removeprefix("--metrics: ")
+        except FloatingPointError:
+            self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
     def _draw(self, row: RowConfig, model: ImageModel) -> None:
@@ -207,13 +214,7 @@ class Comparison:
         results = {
             "format": FORMAT,
             "complete": self._is_complete(models, rows),
-            "versions": {
-                "python": platform.python_version(),
-                **package_versions("cldsde", "torch"),
-            },
-            "machine": platform.platform(),
-            "device": self.device,
-            "threads": torch.get_num_threads(),
+            "made": self._origins(),
             "reference": self._reference(),
             "models": models,
             "rows": rows,
@@ -232,8 +233,9 @@ class Comparison:
 
     def _row(self, row: RowConfig) -> dict[str, Any]:
         cells = []
+        found = self.found.get(row.model, {"recipes": []})
         for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
-            made = self.distances.cells(self.found.get(row.model, {"recipes": []}), recipe)
+            made = self.distances.cells(found, recipe)
             cell: dict[str, Any] = {"budget": budget, "repeats": len(made)}
             if made:
                 cell["nfe"] = statistics.mean(one[SAMPLING]["nfe"] for one in made)
@@ -242,8 +244,9 @@ class Comparison:
                 cell["measures"] = {
                     name.split()[0]: [one[name] for one in numbers] for name in numbers[0]
                 }
-            if (row.model, repr(recipe)) in self.reasons:
-                cell["reason"] = self.reasons[row.model, repr(recipe)]
+            failures = [x[FAILED] for x in self.distances.tried(found, recipe) if FAILED in x]
+            if failures:
+                cell["reason"] = failures[0]
             cells.append(cell)
         picture = None
         if row.model in self.models:
@@ -259,12 +262,32 @@ class Comparison:
         }
 
     def _bits(self, name: str) -> dict[str, Any] | None:
-        found = self.found[name]["likelihood"]
-        if found is not None and found["asked"] == self.config.likelihood_images:
-            kept = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nfev")
-            return {key: found[key] for key in kept}
-        reason = self.reasons.get((name, "bpd"))
-        return None if reason is None else {"reason": reason}
+        found = self._likelihood(name)
+        if found is None:
+            return {"reason": self.undefined[name]} if name in self.undefined else None
+        if FAILED in found:
+            return {"reason": found[FAILED]}
+        kept = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nfev")
+        return {key: found[key] for key in kept}
+
+    def _likelihood(self, name: str) -> dict[str, Any] | None:
+        """What is kept of a model's likelihood of as many images as are wanted."""
+        found: dict[str, Any] | None = self.found[name]["likelihood"]
+        wanted = found is not None and found["asked"] == self.config.likelihood_images
+        return found if wanted else None
+
+    def _origins(self) -> list[dict[str, Any]]:
+        """Versions, machines, devices and threads that the numbers are from: different ones."""
+        cells = [
+            cell[SAMPLING]
+            for row in self.config.rows
+            if row.model in self.found
+            for recipe in row.recipes()
+            for cell in self.distances.tried(self.found[row.model], recipe)
+        ]
+        bits = [self._likelihood(name) for name in self.found]
+        made = [one for record in [*cells, *filter(None, bits)] for one in record.get("made", [])]
+        return [one for i, one in enumerate(made) if one not in made[:i]]
 
     def _reference(self) -> dict[str, Any] | None:
         """What the distances of all cells are to, and in which features.
@@ -307,6 +330,8 @@ def _training_seconds(metrics: Path) -> float | None:
 
 def _picture_name(row: RowConfig, weights: str) -> str:
     """File of a row's picture; another recipe or model has another."""
-    digest = hashlib.sha256(f"{weights} {row.recipes()}".encode()).hexdigest()[:8]
+    recipes = row.recipes()
+    parts = f"{weights} {recipes} {[resolved_solver(recipe) for recipe in recipes]}"
+    digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
     slug = re.sub(r"\W+", "-", row.label.lower()).strip("-")
     return f"samples/{row.model}-{slug}-{digest}.png"

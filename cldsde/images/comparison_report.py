@@ -20,7 +20,7 @@ __all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
 
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
-FORMAT = "a comparison of cldsde, version 1"
+FORMAT = "a comparison of cldsde, version 2"
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -37,7 +37,10 @@ def read_results(file: Path) -> dict[str, Any]:
         msg = f"{file} is damaged ({error}); delete it to have it made again"
         raise ValueError(msg) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        msg = f"{file} is not {FORMAT}; choose another folder"
+        kind = found.get("format") if isinstance(found, dict) else None
+        older = str(kind).startswith(FORMAT.partition(",")[0])
+        advice = "delete it to have it made again" if older else "choose another folder"
+        msg = f"{file} is not {FORMAT}; {advice}"
         raise ValueError(msg)
     return found
 
@@ -149,9 +152,10 @@ _BODY = """\
 <p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
 {% if results.config.repeats == 1 %}set{% else %}sets{% endif %} of
 {{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
-standard deviation{% endif %}. cldsde {{ results.versions.cldsde }}, torch
-{{ results.versions.torch }}, {{ results.device }}, {{ results.threads }}
-{% if results.threads == 1 %}thread{% else %}threads{% endif %}, {{ results.machine }}.</p>
+standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
+with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
+{{ one.threads }} {% if one.threads == 1 %}thread{% else %}threads{% endif %}, {{ one.machine }}.
+{%- endfor %}</p>
 {% for title, image in plots %}
 <p class="scroll"><img class="plot" src="{{ image }}"
 alt="{{ title }} against score evaluations"></p>

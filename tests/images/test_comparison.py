@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from cldsde.images import evaluation_table
+from cldsde.images import evaluation_table, sampling
 from cldsde.images.comparison import Comparison
 from cldsde.images.comparison_config import ComparisonConfig
 from cldsde.images.comparison_report import RESULTS, read_results, write_report
@@ -18,6 +19,8 @@ from cldsde.images.evaluation import ImageClassifier
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.training import STATE, train
+from cldsde.score.flow_density import UnsolvedFlowError
+from cldsde.solvers import SSCS
 from comparisons import TINY, feature_module, numbers, tiny
 
 
@@ -107,7 +110,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     """Files of training, of cells and of results, one after the other."""
     left = survived
     write = RunFolder.write
-    store = evaluation_table._store
+    store = evaluation_table.store_results
 
     def counted(function):
         def wrapped(*arguments):
@@ -122,7 +125,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     folder = tmp_path / "again"
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(write))
-        patch.setattr(evaluation_table, "_store", counted(store))
+        patch.setattr(evaluation_table, "store_results", counted(store))
         patch.setattr("cldsde.images.comparison.write_report", lambda _: None)
         with pytest.raises(Killed):
             compare(folder)
@@ -229,8 +232,70 @@ def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
     found = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
     first, second = found["rows"][0]["cells"]
     assert (first["repeats"], first["reason"], second["repeats"]) == (1, "not finite", 2)
+    count = len(asked)
     again = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
-    assert [cell["repeats"] for cell in again["rows"][0]["cells"]] == [2, 2]
+    assert again["rows"] == found["rows"]
+    assert len(asked) == count  # a failure is a result
+    assert "not finite" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_numbers_keep_what_they_were_made_with(finished, tmp_path):
+    """Whoever opens a finished comparison made none of its numbers."""
+    folder, threads = tmp_path / "run", torch.get_num_threads()
+    shutil.copytree(finished, folder)
+    before = read_results(finished / RESULTS)["made"]
+    assert [(one["device"], one["threads"]) for one in before] == [("cpu", threads)]
+    assert set(before[0]["versions"]) == {"python", "cldsde", "torch"}
+    try:
+        torch.set_num_threads(threads + 1)
+        assert compare(folder)["made"] == before
+        row = {"model": "VP", "label": "EM", "solver": "euler-maruyama", "nfe": [3]}
+        made = compare(folder, rows=[*TINY["rows"], row])["made"]
+    finally:
+        torch.set_num_threads(threads)
+    assert [one["threads"] for one in made] == [threads, threads + 1]
+    page = " ".join((folder / "report.html").read_text().split())
+    assert all(f"cpu, {one['threads']} thread" in page for one in made)
+
+
+def test_cells_of_a_solver_whose_defaults_have_changed_are_measured_again(
+    finished, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    find, draw, drawn = sampling.find_solver, evaluation_table.draw_of_classes, []
+    changed = {"sscs-midpoint": SSCS(score_step="midpoint", merge=False)}
+    monkeypatch.setattr(sampling, "find_solver", lambda name: changed.get(name) or find(name))
+    monkeypatch.setattr(
+        evaluation_table, "draw_of_classes", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+    )
+    found = compare(folder)
+    assert {recipe.solver for recipe in drawn} == {"sscs-midpoint"}
+    assert len(drawn) == 3  # two repeats and the picture
+    before = read_results(finished / RESULTS)
+    assert found["rows"][:2] == before["rows"][:2]
+    stored = json.loads((folder / "evaluations/CLD.json").read_text())["recipes"]
+    solvers = {cell["sampling"]["solver"] for row in stored for cell in row["cells"].values()}
+    assert solvers == {"EulerMaruyama()", repr(changed["sscs-midpoint"])}
+
+
+def test_a_likelihood_that_fails_is_a_result_and_a_fault_is_none(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation_table, "likelihood", failing)
+    error: Exception = ValueError("a fault")
+    with pytest.raises(ValueError, match="a fault"):
+        compare(folder, metrics=["fd", "bpd"])
+    error = UnsolvedFlowError("did not reach T")
+    found = compare(folder, metrics=["fd", "bpd"])
+    assert found["complete"]
+    assert found["models"]["VP"]["bits"] == {"reason": "did not reach T"}
+    error = AssertionError("tried again")
+    assert compare(folder, metrics=["fd", "bpd"])["models"] == found["models"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
