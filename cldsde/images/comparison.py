@@ -257,6 +257,7 @@ class Comparison:
             "label": row.label,
             "solver": row.solver,
             "adaptive": not row.nfe,
+            "fixed": {} if row.nfe else row.fixed,
             "picture": picture,
             "cells": cells,
         }

@@ -118,9 +118,21 @@ def _measure_table(title: str, rows: Sequence[Mapping[str, Any]], measure: str) 
             if "reason" in cell:
                 remarks.append(f"{row['model']}, {row['label']}, {budget:g}: {cell['reason']}.")
         lines.append(line)
+    if rows[0]["adaptive"]:
+        remarks.insert(0, _of_tolerances(rows))
     if any("(" in entry.text for line in lines for entry in line[2:]):
         remarks.insert(0, "In brackets: score evaluations that an image took in the mean.")
     return Table(title, ["model", "sampler", *(f"{b:g}" for b in budgets)], lines, remarks)
+
+
+def _of_tolerances(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which of a solver's tolerances the columns are."""
+    remark = "A tolerance is rtol and atol of the solver."
+    for row in rows:
+        for name, value in row["fixed"].items():
+            other = "rtol" if name == "atol" else "atol"
+            remark += f" Of {row['model']}, {row['label']}, it is {other}: {name} = {value}."
+    return remark
 
 
 def _measured(cell: Mapping[str, Any], measure: str, budget: float) -> str:

@@ -61,7 +61,7 @@ def stored_results(results: Path, digest: str) -> dict[str, Any]:
     if found["model"] != digest:
         msg = f"{results} holds results of other weights; delete it, or write to another file"
         raise ValueError(msg)
-    return fresh | found
+    return {**fresh, **found}
 
 
 def store_results(results: Path, found: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ from cldsde.images.comparison_tables import measures_of, tables
 
 
 def row(model: str, label: str, *cells: dict, adaptive: bool = False) -> dict:
-    return {"model": model, "label": label, "adaptive": adaptive, "cells": list(cells)}
+    fixed = {"atol": 0.0078} if label == "GGF" else {}
+    about = {"model": model, "label": label, "adaptive": adaptive, "fixed": fixed}
+    return {**about, "cells": list(cells)}
 
 
 def cell(budget: float, nfe: float, *values: float, measure: str = "fd") -> dict:
@@ -45,6 +47,17 @@ def test_the_best_of_each_budget_is_marked_and_costs_are_told():
     assert fixed.remarks[1] == "VP, PC, 20: NaN."
     assert "| VP | ODE | 0.0123 (87) |" in adaptive.markdown()
     assert models.remarks == ["CLD has no bits a dimension: no."]
+
+
+def test_which_tolerance_a_column_is_stands_below_it():
+    rows = [
+        row("VP", "ODE", cell(0.1, 87.4, 0.01), adaptive=True),
+        row("VP", "GGF", cell(0.1, 30.2, 0.02), adaptive=True),
+    ]
+    [table] = tables({"rows": rows, "models": {}})
+    assert table.remarks[1] == (
+        "A tolerance is rtol and atol of the solver. Of VP, GGF, it is rtol: atol = 0.0078."
+    )
 
 
 def test_precision_is_better_where_it_is_higher():
