@@ -19,6 +19,8 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 """File of a run that holds a line of numbers for every part of its training."""
 
+_FOLDERS = ("evaluations", "samples")  # of a run, for files of its own
+
 
 class RunFolder:
     """A folder that belongs to one configuration.
@@ -64,8 +66,11 @@ class RunFolder:
             if not (path / CONFIG).exists():
                 self.write_json(CONFIG, config)
             weakref.finalize(self, os.close, _lock(path / CONFIG))
-            for left in path.rglob(f"{PARTIAL}*"):  # by a process that was killed
-                left.unlink()
+            # By a process that was killed. Runs below this one have locks of their own, and may be
+            # written to.
+            for folder in (path, *(path / name for name in _FOLDERS)):
+                for left in folder.glob(f"{PARTIAL}*"):
+                    left.unlink()
         except BlockingIOError:
             msg = f"--out: {path} is in use by another process"
             raise ValueError(msg) from None

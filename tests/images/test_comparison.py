@@ -320,6 +320,18 @@ def test_folders_of_something_else_are_refused(finished, tmp_path):
         compare(finished, base=base)
 
 
+def test_a_model_that_is_being_trained_is_left_alone(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = ComparisonConfig.from_dict(tiny()).runs["VP"]
+    elsewhere = RunFolder(folder / "models/VP", config.to_dict())
+    half = elsewhere / ".partial-model.safetensors"
+    half.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"models/VP is in use by another process"):
+        compare(folder)
+    assert half.exists()
+
+
 def test_weights_that_are_not_those_that_were_measured_are_refused(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
