@@ -2,8 +2,9 @@
 
 Whatever is done is in files at once: runs of the models in ``models``, cells as
 `Evaluation` keeps them in ``evaluations``, the classifier whose features all models are compared
-in. `RESULTS` is made of these after every cell, and the report of it alone; so a comparison that is
-cut off anywhere goes on, and one whose rows or models are added to keeps what it has.
+in. `RESULTS` is made of these after every cell, and the report of it alone, after every row; so a
+comparison that is cut off anywhere goes on, and one whose rows or models are added to keeps what it
+has.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Comparison:
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.undefined: dict[str, str] = {}
+        self.results: dict[str, Any] = {}
+        self.shown: dict[str, Any] = {}
         for name, run in self.runs.items():
             if (run / MODEL).exists() and not (run / STATE).exists():
                 self._take_up(name, load_model(run.path))
@@ -98,6 +101,9 @@ class Comparison:
             As `train` and `Evaluation.of_run` do; what is done is kept.
         """
         try:
+            if not self._are_filled([self._row(row) for row in self.config.rows]):
+                # All depends on the features: what is wrong with them is seen before any training.
+                self.distances.prepare(progress=self.progress)
             for name in self.config.models:
                 model = self._trained(name)
                 self._fill(name, model)
@@ -161,6 +167,7 @@ class Comparison:
                     bar.update()
                 self._draw(row, model)
                 self._write()
+                self._report()
 
     def _measure(self, name: str, model: ImageModel, recipe: SamplingConfig) -> None:
         try:
@@ -220,16 +227,26 @@ class Comparison:
             "rows": rows,
             "config": self.config.to_dict(),
         }
+        self.results = results
         self.folder.write_json(RESULTS, results)
 
+    def _report(self) -> None:
+        """Show what there is, if it is more than was shown: a kill leaves no time for it."""
+        if self.results != self.shown:
+            write_report(self.folder.path, pictures=False)
+            self.shown = self.results
+
     def _is_complete(self, models: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-        cells = [cell for row in rows for cell in row["cells"]]
         bits = [model["bits"] for model in models.values()]
         return (
             len(models) == len(self.config.models)
-            and all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
+            and self._are_filled(rows)
             and ("bpd" not in self.config.metrics or None not in bits)
         )
+
+    def _are_filled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        cells = [cell for row in rows for cell in row["cells"]]
+        return all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
 
     def _row(self, row: RowConfig) -> dict[str, Any]:
         cells = []

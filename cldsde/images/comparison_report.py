@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.images.comparison_tables import MEASURES, measures_of, tables
 from cldsde.images.files import write_whole
-from cldsde.validation.page import data_uri, figure_uri, render_page
+from cldsde.validation.page import data_uri, render_page
 
 __all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
 
@@ -45,22 +45,33 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
-def write_report(folder: Path) -> None:
-    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
+def write_report(folder: Path, *, pictures: bool = True) -> None:
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
+
+    Parameters
+    ----------
+    folder
+        Of the comparison.
+    pictures
+        Write the plots as PNG, too, which takes as long as all the rest.
+    """
     results = read_results(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
     write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    plots = {measure: plot_measure(results, measure) for measure in measures_of(results)}
-    for measure, figure in plots.items():
-        for suffix in ("svg", "png"):
-            _save(figure, folder / f"{measure}.{suffix}")
+    plots = []
+    for measure in measures_of(results):
+        figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
+        _save(figure, file)
+        plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
+        if pictures:
+            _save(figure, file.with_suffix(".png"))
     page = render_page(
         "Comparison of models and samplers",
         _BODY,
         results=results,
         tables=found,
-        plots=[(MEASURES[name], figure_uri(figure)) for name, figure in plots.items()],
+        plots=plots,
         pictures=[
             (row, data_uri((folder / row["picture"]).read_bytes(), "image/png"))
             for row in results["rows"]

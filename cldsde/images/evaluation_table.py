@@ -5,6 +5,7 @@ Every finished cell is in the file of results at once: who asks again goes on fr
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 import zipfile
@@ -179,6 +180,17 @@ class Evaluation:
                     f"{self.part} has {reference}"
                 )
                 raise ValueError(msg)
+
+    def prepare(self, *, progress: bool = False) -> None:
+        """Make what measuring samples needs, and keep it; nothing where that is done.
+
+        Raises
+        ------
+        ValueError
+            If a classifier in the folder is damaged, or of other data.
+        """
+        if "fd" in self.metrics:
+            _ = dataclasses.replace(self, progress=progress)._network
 
     @property
     def fills_folder(self) -> bool:

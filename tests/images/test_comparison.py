@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cldsde.images import evaluation_table, sampling
+from cldsde.images import comparison, evaluation_table, sampling
 from cldsde.images.comparison import Comparison
 from cldsde.images.comparison_config import ComparisonConfig
 from cldsde.images.comparison_report import RESULTS, read_results, write_report
@@ -126,7 +126,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(write))
         patch.setattr(evaluation_table, "store_results", counted(store))
-        patch.setattr("cldsde.images.comparison.write_report", lambda _: None)
+        patch.setattr("cldsde.images.comparison.write_report", lambda *_, **__: None)
         with pytest.raises(Killed):
             compare(folder)
     compare(folder)
@@ -190,6 +190,46 @@ def test_one_classifier_serves_all_models_and_is_kept(tmp_path, monkeypatch):
     (tmp_path / "run" / "evaluations" / "VP.json").unlink()
     with pytest.raises(ValueError, match="features of different classifiers"):
         compare(tmp_path / "run", features="classifier")
+
+
+def test_the_classifier_is_there_before_any_model_is_trained(tmp_path, monkeypatch):
+    order = []
+
+    def untrained(*_, progress, **__):
+        order.append(f"classifier, progress {progress}")
+        return ImageClassifier(1, 10).eval(), 0.1
+
+    training = comparison.train
+    monkeypatch.setattr(evaluation_table, "train_classifier", untrained)
+    monkeypatch.setattr(
+        comparison, "train", lambda *a, **k: order.append("model") or training(*a, **k)
+    )
+    config = ComparisonConfig.from_dict(tiny(features="classifier"))
+    Comparison(config, tmp_path / "run", progress=True).run()
+    assert order == ["classifier, progress True", "model", "model"]
+    (tmp_path / "run" / "classifier.safetensors").unlink()
+    Comparison(config, tmp_path / "run").run()  # nothing is left to be measured
+    assert len(order) == 5
+
+
+def test_the_report_follows_every_row(tmp_path, monkeypatch):
+    """A process that is killed writes none at its end."""
+    folder, seen = tmp_path / "run", []
+    training = comparison.train
+
+    def watched(*arguments, **options):
+        table = folder / "table.md"
+        seen.append(table.read_text() if table.exists() else "")
+        return training(*arguments, **options)
+
+    monkeypatch.setattr(comparison, "train", watched)
+    compare(folder)
+    assert seen[0] == ""
+    assert "| CLD | EM |" in seen[1]
+    reports = []
+    monkeypatch.setattr(comparison, "write_report", lambda *_, **options: reports.append(options))
+    compare(folder)
+    assert reports == [{"pictures": False}, {}]  # and not after each row that was there
 
 
 def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
