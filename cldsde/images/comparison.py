@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.images.comparison_config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.comparison_report import FORMAT, RESULTS, read_results, write_report
@@ -34,6 +34,7 @@ from cldsde.images.evaluation_results import (
 from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.figures import save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
+from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.training import STATE, train
 from cldsde.solvers.progress import progress_bar
@@ -146,12 +147,19 @@ class Comparison:
     def _take_up(self, name: str, model: ImageModel) -> None:
         """Note a trained model, and what was measured of it."""
         self.found[name] = stored_results(self._evaluated(name), model.digest)
-        modules = [part for part in vars(model).values() if isinstance(part, nn.Module)]
+        config, vae = model.config, model.vae
+        first = config.pretraining_steps * config.training.batch
         self.models[name] = {
-            "process": _words(model.config.process),
-            "parameters": sum(x.numel() for part in modules for x in part.parameters()),
+            "process": _words(config.process),
+            "parameters": {
+                "score": parameter_count(model.score),
+                "autoencoder": 0 if vae is None else parameter_count(vae),
+            },
             "weights": model.digest,
+            "shape": list(model.space.shape),
+            "latent_shape": None if vae is None else list(vae.latent_shape),
             "images": model.images_seen,
+            "prior_images": None if vae is None else max(0, model.images_seen - first),
             "seconds": _training_seconds(self.runs[name] / METRICS),
         }
 
@@ -286,7 +294,7 @@ class Comparison:
         if FAILED in found:
             return {"reason": found[FAILED]}
         kept = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nfev")
-        return {key: found[key] for key in kept}
+        return {**{key: found[key] for key in kept}, "t_min": found["settings"]["t_min"]}
 
     def _likelihood(self, name: str) -> dict[str, Any] | None:
         """What is kept of a model's likelihood of as many images as are wanted."""
