@@ -176,7 +176,8 @@ class LatentConfig:
     Attributes
     ----------
     latent_channels, channels, blocks, groups, likelihood
-        Of the autoencoder, see `cldsde.images.latent.VAE`.
+        Of the autoencoder, see `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"``
+        images of more than two grey levels can be trained on, but have no bits a dimension.
     pretraining
         Images of the first stage, in which the prior is standard normal. In the second, which
         takes what is left of ``training.images``, autoencoder and prior are trained together.

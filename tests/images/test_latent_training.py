@@ -11,7 +11,7 @@ import torch
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, to_unit
-from cldsde.images.evaluation import latent_likelihood
+from cldsde.images.evaluation import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.objectives import (
     Batch,
@@ -307,6 +307,21 @@ def test_bits_of_a_latent_model_are_its_bound_on_the_images(tmp_path):
     # No less than the eight bits of uniform noise, which no model knows anything about, but for
     # the estimate's own error.
     assert found["bits_per_dim"] >= 8 - 5 * found["standard_error"]
+
+
+def test_a_law_of_black_and_white_pixels_gives_no_bits_of_grey_ones():
+    """Of bytes it would give a tenth of the bits that any law of them needs."""
+    settings = config(latent={"likelihood": "bernoulli"})
+    model = make_model(settings, SPACE).eval()
+    grey = DATA.held_out.load(torch.arange(4))
+    with pytest.raises(UndefinedLikelihoodError, match="Bernoulli, is of 2 grey levels"):
+        latent_likelihood(model, grey, t_min=T_MIN)
+    binary = make_model(settings, ImageSpace((1, 8, 8), levels=2)).eval()
+    found = latent_likelihood(binary, grey // 128, levels=2, t_min=T_MIN, samples=2)
+    assert found["is_bound"]
+    logistic = make_model(config(), ImageSpace((1, 8, 8), levels=17)).eval()
+    with pytest.raises(UndefinedLikelihoodError, match="is of 17 grey levels"):
+        latent_likelihood(logistic, grey, t_min=T_MIN)
 
 
 @pytest.mark.parametrize(
