@@ -87,6 +87,7 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, expected):
         ({"rows": [{**EM, "nfe": [3, 3]}]}, r"rows\[0\].nfe must be different"),
         ({"rows": [{**EM, "nfe": [1]}]}, r"rows\[0\].nfe must be finite and at least 2"),
         ({"rows": [{**EM, "nfe": ["x"]}]}, r"rows\[0\].nfe must be a list, each an integer"),
+        ({"rows": [{**EM, "nfe": [3, "4"]}]}, r"rows\[0\].nfe must be a list, each an integer"),
         ({"rows": [{**EM, "options": {"ordr": 3}}]}, r"rows\[0\].options.ordr is not known"),
         ({"rows": [{**EM, "tolerances": [0.1]}]}, r"rows\[0\].nfe is what euler-maruyama needs"),
         ({"rows": [{**EM, "solver": "probability-flow"}]}, r"rows\[0\].tolerances is what"),
