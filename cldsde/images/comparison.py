@@ -81,7 +81,7 @@ class Comparison:
         for name in ("models", "evaluations", "samples"):
             (out / name).mkdir(exist_ok=True)
         self.runs = {
-            name: RunFolder(out / "models" / name, run.to_dict())
+            name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
             for name, run in config.runs.items()
         }
         self.models: dict[str, dict[str, Any]] = {}

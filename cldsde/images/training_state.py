@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import sys
@@ -167,7 +166,7 @@ class TrainingState:
             "step": str(step),
             "seconds": str(seconds),
             "scaler": json.dumps(scaler),
-            "config": self._digest(),
+            "config": self._config.training_digest(),
         }
         save_tensors(run / STATE, KIND, tensors, metadata)
 
@@ -181,7 +180,7 @@ class TrainingState:
         """
         try:
             tensors, metadata = load_tensors(run / STATE, KIND)
-            if metadata["config"] != self._digest():
+            if metadata["config"] != self._config.training_digest():
                 msg = "it was written for other settings than this run's"
                 raise ValueError(msg)
             for name, value in self._statistics._asdict().items():
@@ -219,7 +218,3 @@ class TrainingState:
         if self._engine.scaler is not None and scaler is not None:
             self._engine.scaler.load_state_dict(scaler)
         self._meter.sums.copy_(tensors["meter"])
-
-    def _digest(self) -> str:
-        text = json.dumps(self._config.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()

@@ -105,6 +105,21 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path):
     assert not (tmp_path / "b" / STATE).exists()
 
 
+def test_what_no_weight_depends_on_may_change_on_the_way(tmp_path):
+    whole = trained(tmp_path / "a", config())
+    with pytest.raises(StopTrainingError):
+        train(config(), DATA, InterruptedRun(tmp_path / "b", config().to_dict()), device="cpu")
+    training = {**CONFIG["training"], "log_every": 32, "save_every": 16, "sample_every": 48}
+    sampling = {"solver": "sscs", "nfe": 4, "t_end": 1e-2}
+    settings = RunConfig.from_dict({**CONFIG, "training": training, "sampling": sampling})
+    run = RunFolder(tmp_path / "b", settings.to_dict(), free=settings.FREE)
+    assert_same_bits(whole, train(settings, DATA, run, device="cpu"))
+    assert load_model(tmp_path / "b").config == settings
+    other = config(learning_rate=2e-3)
+    with pytest.raises(ValueError, match=r"other settings \(training.learning_rate\)"):
+        RunFolder(tmp_path / "b", other.to_dict(), free=other.FREE)
+
+
 def test_a_finished_run_is_loaded(tmp_path):
     whole = trained(tmp_path, config())
     before = (tmp_path / "metrics.jsonl").read_text()
