@@ -32,7 +32,7 @@ from cldsde.images.evaluation_results import (
     stored_results,
 )
 from cldsde.images.evaluation_table import Evaluation
-from cldsde.images.figures import save_grid
+from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder
@@ -91,7 +91,11 @@ class Comparison:
         self.shown: dict[str, Any] = {}
         for name, run in self.runs.items():
             if (run / MODEL).exists() and not (run / STATE).exists():
-                self._take_up(name, load_model(run.path))
+                try:
+                    model = load_model(run.path)
+                except ValueError as error:
+                    raise ValueError(run.damaged(MODEL, error)) from error
+                self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:
         """Train and measure what is missing; return what `RESULTS` then holds.
@@ -200,7 +204,7 @@ class Comparison:
     def _draw(self, row: RowConfig, model: ImageModel) -> None:
         """Keep a picture of a row's first images, a line for each budget."""
         name = _picture_name(row, model.digest)
-        if (self.folder / name).exists():
+        if is_whole_picture(self.folder / name):
             return
         first = self.distances.first_seed
         seeds = range(first, first + min(_COLUMNS, self.config.samples))

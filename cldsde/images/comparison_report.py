@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.images.comparison_tables import MEASURES, measures_of, tables
+from cldsde.images.figures import is_whole_picture
 from cldsde.images.files import write_whole
 from cldsde.validation.page import data_uri, render_page
 
@@ -75,7 +76,7 @@ def write_report(folder: Path, *, pictures: bool = True) -> None:
         pictures=[
             (row, data_uri((folder / row["picture"]).read_bytes(), "image/png"))
             for row in results["rows"]
-            if row["picture"] is not None and (folder / row["picture"]).exists()
+            if row["picture"] is not None and is_whole_picture(folder / row["picture"])
         ],
     )
     write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))

@@ -402,7 +402,11 @@ class Evaluation:
             "labels_sha256": tensors_digest({"labels": labels}),
         }
         if file.exists():
-            classifier, notes = load_classifier(file, device=self.device)
+            try:
+                classifier, notes = load_classifier(file, device=self.device)
+            except ValueError as error:
+                msg = f"{error}; delete it to have it made again"
+                raise ValueError(msg) from error
             if not origin.items() <= notes.items():
                 msg = f"{file} was trained on other images or classes; delete it, or move it away"
                 raise ValueError(msg)

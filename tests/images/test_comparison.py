@@ -15,7 +15,9 @@ from cldsde.images.comparison_config import ComparisonConfig
 from cldsde.images.comparison_report import RESULTS, read_results, write_report
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
-from cldsde.images.evaluation import ImageClassifier
+from cldsde.images.evaluation import ImageClassifier, save_classifier
+from cldsde.images.evaluation_results import stored_results
+from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.training import STATE, train
@@ -347,6 +349,88 @@ def test_results_that_are_damaged_or_of_something_else_are_refused(finished, tmp
     with pytest.raises(ValueError, match=r"comparison.json is (damaged|not a comparison)"):
         compare(folder)
     assert (folder / RESULTS).read_text() == content
+
+
+def halve(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edited(change):
+    def edit(file: Path) -> None:
+        found = json.loads(file.read_text())
+        change(found)
+        file.write_text(json.dumps(found))
+
+    return edit
+
+
+def cell_of(found) -> dict:
+    return next(iter(found["recipes"][0]["cells"].values()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        halve,
+        lambda file: file.write_text("[]"),
+        edited(lambda x: x.update(recipes=[5])),
+        edited(lambda x: x.update(recipes={})),
+        edited(lambda x: x.update(likelihood={"asked": 2})),
+        edited(lambda x: x.pop("model")),
+        edited(lambda x: x["recipes"][0].pop("cells")),
+        edited(lambda x: x["recipes"][0]["cells"].update({"0-5": 3})),
+        edited(lambda x: cell_of(x).pop("sampling")),
+        edited(lambda x: cell_of(x)["sampling"].pop("nfe")),
+        edited(lambda x: cell_of(x)["sampling"].update(made=[3])),
+        edited(lambda x: cell_of(x).update({"fd flat_features:flat train": {}})),
+        edited(lambda x: cell_of(x).update({"kid 0 train": {}})),
+        edited(lambda x: cell_of(x).update(failed=3)),
+    ],
+)
+def test_damaged_files_of_results_are_named_with_what_to_do(finished, tmp_path, damage):
+    file = tmp_path / "CLD.json"
+    shutil.copy(finished / "evaluations/CLD.json", file)
+    digest = json.loads(file.read_text())["model"]
+    stored_results(file, digest)
+    damage(file)
+    with pytest.raises(ValueError, match=r"CLD\.json is damaged \(.*\); delete it to have it made"):
+        stored_results(file, digest)
+
+
+@pytest.mark.parametrize("damage", [halve, flip])
+def test_damaged_weights_are_named_with_what_to_do(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage(folder / "models/CLD" / MODEL)
+    with pytest.raises(ValueError, match=r"CLD/model\.safetensors is damaged .*; delete it to"):
+        compare(folder)
+    file = folder / "classifier.safetensors"
+    save_classifier(ImageClassifier(1, 10), file)
+    damage(file)
+    evaluation = Evaluation(data=digits(), samples=6, folder=folder)
+    with pytest.raises(ValueError, match=r"classifier\.safetensors is damaged.*; delete it to"):
+        evaluation.prepare()
+
+
+@pytest.mark.parametrize("damage", [halve, flip, lambda file: file.write_bytes(b"")])
+def test_damaged_pictures_are_not_shown_and_made_again(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = next((folder / "samples").glob("CLD-em-*.png"))
+    whole = file.read_bytes()
+    damage(file)
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == len(TINY["rows"]) - 1
+    compare(folder)
+    assert file.read_bytes() == whole
 
 
 def test_folders_of_something_else_are_refused(finished, tmp_path):
