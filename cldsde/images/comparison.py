@@ -273,7 +273,8 @@ class Comparison:
                 cell["measures"] = {
                     name.split()[0]: [one[name] for one in numbers] for name in numbers[0]
                 }
-            failures = [x[FAILED] for x in self.distances.tried(found, recipe) if FAILED in x]
+            tried = self.distances.tried(found, recipe)
+            failures = [one[FAILED] for one in tried if FAILED in one and one not in made]
             if failures:
                 cell["reason"] = failures[0]
             cells.append(cell)

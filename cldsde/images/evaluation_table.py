@@ -230,10 +230,14 @@ class Evaluation:
                 cell = cells.get(key, {})
                 if _solver_of(cell) != solver:
                     cell = {}
-                if self._missing(cell) and FAILED not in cell:
-                    self._check_beside(found, self._missing(cell), results)
-                    cells[key] = cell = self._measured(model, recipe, seeds, cell)
-                    store_results(results, found)
+                missing = self._missing(cell)
+                if not missing:
+                    continue
+                if FAILED in cell:
+                    raise FloatingPointError(_kept(cell[FAILED], results))
+                self._check_beside(found, missing, results)
+                cells[key] = cell = self._measured(model, recipe, seeds, cell)
+                store_results(results, found)
                 if FAILED in cell:
                     raise FloatingPointError(cell[FAILED])
         return found
@@ -290,7 +294,7 @@ class Evaluation:
         try:
             drawn = self.draw(model, recipe, seeds)
         except FloatingPointError as error:
-            return {**cell, SAMPLING: made, FAILED: str(error)}
+            return {**cell, SAMPLING: cell.get(SAMPLING, {}) | made, FAILED: str(error)}
         cost = {
             "nfe": float(drawn.evaluations.double().mean()),
             "seconds": time.monotonic() - began,
@@ -360,8 +364,10 @@ class Evaluation:
             bits |= {"asked": self.likelihood_images, "made": [origin(self.device)]}
             found["likelihood"] = bits
             store_results(results, found)
+            if FAILED in bits:
+                raise FloatingPointError(bits[FAILED])
         if FAILED in bits:
-            raise FloatingPointError(bits[FAILED])
+            raise FloatingPointError(_kept(bits[FAILED], results))
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         images = self.data.held_out
@@ -502,6 +508,10 @@ def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
             msg = f"{file} must have the shape of {files[0].name}, {shape}; got {array.shape}"
             raise ValueError(msg)
         yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
+
+
+def _kept(reason: str, results: Path) -> str:
+    return f"{reason}; that was found before, delete {results} to have it tried again"
 
 
 def _solver_of(cell: Mapping[str, Any]) -> str | None:
