@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde.images.comparison_config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.comparison_report import FORMAT, RESULTS, read_results, write_report
@@ -34,7 +34,6 @@ from cldsde.images.evaluation_results import (
 from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
-from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.training import STATE, train
 from cldsde.solvers.progress import progress_bar
@@ -156,8 +155,8 @@ class Comparison:
         self.models[name] = {
             "process": _words(config.process),
             "parameters": {
-                "score": parameter_count(model.score),
-                "autoencoder": 0 if vae is None else parameter_count(vae),
+                "score": _numbers(model.score),
+                "autoencoder": 0 if vae is None else _numbers(vae),
             },
             "weights": model.digest,
             "shape": list(model.space.shape),
@@ -344,6 +343,10 @@ class Comparison:
             )
             raise ValueError(msg)
         return references[0] if references else None
+
+
+def _numbers(part: nn.Module) -> int:
+    return sum(x.numel() for x in part.parameters())
 
 
 def _words(process: ProcessConfig) -> str:
