@@ -94,7 +94,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)
     with state.main_process_first():
-        run = RunFolder(out, config.to_dict(), shared=not state.is_main_process)
+        shared = not state.is_main_process
+        run = RunFolder(out, config.to_dict(), shared=shared, free=config.FREE)
 
     def work() -> None:
         train(config, data, run, device=device, statistics=statistics, progress=True)

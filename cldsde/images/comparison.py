@@ -2,15 +2,15 @@
 
 Whatever is done is in files at once: runs of the models in ``models``, cells as
 `Evaluation` keeps them in ``evaluations``, the classifier whose features all models are compared
-in. `RESULTS` is made of these after every cell, and the report of it alone; so a comparison that is
-cut off anywhere goes on, and one whose rows or models are added to keeps what it has.
+in. `RESULTS` is made of these after every cell, and the report of it alone, after every row; so a
+comparison that is cut off anywhere goes on, and one whose rows or models are added to keeps what it
+has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,16 @@ from torch import Tensor, nn
 from cldsde.images.comparison_config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.comparison_report import FORMAT, RESULTS, read_results, write_report
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.evaluation.shared import package_versions
-from cldsde.images.evaluation_table import SAMPLING, Evaluation, cell_numbers, stored_results
-from cldsde.images.figures import save_grid
+from cldsde.images.evaluation import UndefinedLikelihoodError
+from cldsde.images.evaluation_results import (
+    FAILED,
+    SAMPLING,
+    cell_numbers,
+    resolved_solver,
+    stored_results,
+)
+from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.training import STATE, train
@@ -73,15 +80,21 @@ class Comparison:
         for name in ("models", "evaluations", "samples"):
             (out / name).mkdir(exist_ok=True)
         self.runs = {
-            name: RunFolder(out / "models" / name, run.to_dict())
+            name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
             for name, run in config.runs.items()
         }
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
-        self.reasons: dict[tuple[str, str], str] = {}
+        self.undefined: dict[str, str] = {}
+        self.results: dict[str, Any] = {}
+        self.shown: dict[str, Any] = {}
         for name, run in self.runs.items():
             if (run / MODEL).exists() and not (run / STATE).exists():
-                self._take_up(name, load_model(run.path))
+                try:
+                    model = load_model(run.path)
+                except ValueError as error:
+                    raise ValueError(run.damaged(MODEL, error)) from error
+                self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:
         """Train and measure what is missing; return what `RESULTS` then holds.
@@ -92,6 +105,9 @@ class Comparison:
             As `train` and `Evaluation.of_run` do; what is done is kept.
         """
         try:
+            if not self._are_filled([self._row(row) for row in self.config.rows]):
+                # All depends on the features: what is wrong with them is seen before any training.
+                self.distances.prepare(progress=self.progress)
             for name in self.config.models:
                 model = self._trained(name)
                 self._fill(name, model)
@@ -134,12 +150,19 @@ class Comparison:
     def _take_up(self, name: str, model: ImageModel) -> None:
         """Note a trained model, and what was measured of it."""
         self.found[name] = stored_results(self._evaluated(name), model.digest)
-        modules = [part for part in vars(model).values() if isinstance(part, nn.Module)]
+        config, vae = model.config, model.vae
+        first = config.pretraining_steps * config.training.batch
         self.models[name] = {
-            "process": _words(model.config.process),
-            "parameters": sum(x.numel() for part in modules for x in part.parameters()),
+            "process": _words(config.process),
+            "parameters": {
+                "score": _numbers(model.score),
+                "autoencoder": 0 if vae is None else _numbers(vae),
+            },
             "weights": model.digest,
+            "shape": list(model.space.shape),
+            "latent_shape": None if vae is None else list(vae.latent_shape),
             "images": model.images_seen,
+            "prior_images": None if vae is None else max(0, model.images_seen - first),
             "seconds": _training_seconds(self.runs[name] / METRICS),
         }
 
@@ -155,13 +178,13 @@ class Comparison:
                     bar.update()
                 self._draw(row, model)
                 self._write()
+                self._report()
 
     def _measure(self, name: str, model: ImageModel, recipe: SamplingConfig) -> None:
         try:
             self.found[name] = self.distances.of_run(model, [recipe], self._evaluated(name))
-        except FloatingPointError as error:
-            # That a sampler fails at a budget is a result, too; repeats before it are kept.
-            self.reasons[name, repr(recipe)] = str(error)
+        except FloatingPointError:
+            # That a sampler fails at a budget is a result, too, and kept beside the others.
             self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
@@ -171,14 +194,16 @@ class Comparison:
         try:
             evaluation = self._evaluation(self.folder.path, "bpd")
             self.found[name] = evaluation.of_run(model, [], self._evaluated(name))
-        except (ValueError, ArithmeticError) as error:
-            self.reasons[name, "bpd"] = str(error).removeprefix("--metrics: ")
+        except UndefinedLikelihoodError as error:
+            self.undefined[name] = str(error).removeprefix("--metrics: ")
+        except FloatingPointError:
+            self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
     def _draw(self, row: RowConfig, model: ImageModel) -> None:
         """Keep a picture of a row's first images, a line for each budget."""
         name = _picture_name(row, model.digest)
-        if (self.folder / name).exists():
+        if is_whole_picture(self.folder / name):
             return
         first = self.distances.first_seed
         seeds = range(first, first + min(_COLUMNS, self.config.samples))
@@ -207,33 +232,38 @@ class Comparison:
         results = {
             "format": FORMAT,
             "complete": self._is_complete(models, rows),
-            "versions": {
-                "python": platform.python_version(),
-                **package_versions("cldsde", "torch"),
-            },
-            "machine": platform.platform(),
-            "device": self.device,
-            "threads": torch.get_num_threads(),
+            "made": self._origins(),
             "reference": self._reference(),
             "models": models,
             "rows": rows,
             "config": self.config.to_dict(),
         }
+        self.results = results
         self.folder.write_json(RESULTS, results)
 
+    def _report(self) -> None:
+        """Show what there is, if it is more than was shown: a kill leaves no time for it."""
+        if self.results != self.shown:
+            write_report(self.folder.path, pictures=False)
+            self.shown = self.results
+
     def _is_complete(self, models: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-        cells = [cell for row in rows for cell in row["cells"]]
         bits = [model["bits"] for model in models.values()]
         return (
             len(models) == len(self.config.models)
-            and all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
+            and self._are_filled(rows)
             and ("bpd" not in self.config.metrics or None not in bits)
         )
 
+    def _are_filled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        cells = [cell for row in rows for cell in row["cells"]]
+        return all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
+
     def _row(self, row: RowConfig) -> dict[str, Any]:
         cells = []
+        found = self.found.get(row.model, {"recipes": []})
         for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
-            made = self.distances.cells(self.found.get(row.model, {"recipes": []}), recipe)
+            made = self.distances.cells(found, recipe)
             cell: dict[str, Any] = {"budget": budget, "repeats": len(made)}
             if made:
                 cell["nfe"] = statistics.mean(one[SAMPLING]["nfe"] for one in made)
@@ -242,8 +272,10 @@ class Comparison:
                 cell["measures"] = {
                     name.split()[0]: [one[name] for one in numbers] for name in numbers[0]
                 }
-            if (row.model, repr(recipe)) in self.reasons:
-                cell["reason"] = self.reasons[row.model, repr(recipe)]
+            tried = self.distances.tried(found, recipe)
+            failures = [one[FAILED] for one in tried if FAILED in one and one not in made]
+            if failures:
+                cell["reason"] = failures[0]
             cells.append(cell)
         picture = None
         if row.model in self.models:
@@ -254,17 +286,38 @@ class Comparison:
             "label": row.label,
             "solver": row.solver,
             "adaptive": not row.nfe,
+            "fixed": {} if row.nfe else row.fixed,
             "picture": picture,
             "cells": cells,
         }
 
     def _bits(self, name: str) -> dict[str, Any] | None:
-        found = self.found[name]["likelihood"]
-        if found is not None and found["asked"] == self.config.likelihood_images:
-            kept = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nfev")
-            return {key: found[key] for key in kept}
-        reason = self.reasons.get((name, "bpd"))
-        return None if reason is None else {"reason": reason}
+        found = self._likelihood(name)
+        if found is None:
+            return {"reason": self.undefined[name]} if name in self.undefined else None
+        if FAILED in found:
+            return {"reason": found[FAILED]}
+        kept = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nfev")
+        return {**{key: found[key] for key in kept}, "t_min": found["settings"]["t_min"]}
+
+    def _likelihood(self, name: str) -> dict[str, Any] | None:
+        """What is kept of a model's likelihood of as many images as are wanted."""
+        found: dict[str, Any] | None = self.found[name]["likelihood"]
+        wanted = found is not None and found["asked"] == self.config.likelihood_images
+        return found if wanted else None
+
+    def _origins(self) -> list[dict[str, Any]]:
+        """Versions, machines, devices and threads that the numbers are from: different ones."""
+        cells = [
+            cell[SAMPLING]
+            for row in self.config.rows
+            if row.model in self.found
+            for recipe in row.recipes()
+            for cell in self.distances.tried(self.found[row.model], recipe)
+        ]
+        bits = [self._likelihood(name) for name in self.found]
+        made = [one for record in [*cells, *filter(None, bits)] for one in record.get("made", [])]
+        return [one for i, one in enumerate(made) if one not in made[:i]]
 
     def _reference(self) -> dict[str, Any] | None:
         """What the distances of all cells are to, and in which features.
@@ -292,6 +345,10 @@ class Comparison:
         return references[0] if references else None
 
 
+def _numbers(part: nn.Module) -> int:
+    return sum(x.numel() for x in part.parameters())
+
+
 def _words(process: ProcessConfig) -> str:
     options = ", ".join(f"{key}={value}" for key, value in process.options.items())
     return f"{process.name}({options})"
@@ -307,6 +364,8 @@ def _training_seconds(metrics: Path) -> float | None:
 
 def _picture_name(row: RowConfig, weights: str) -> str:
     """File of a row's picture; another recipe or model has another."""
-    digest = hashlib.sha256(f"{weights} {row.recipes()}".encode()).hexdigest()[:8]
+    recipes = row.recipes()
+    parts = f"{weights} {recipes} {[resolved_solver(recipe) for recipe in recipes]}"
+    digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
     slug = re.sub(r"\W+", "-", row.label.lower()).strip("-")
     return f"samples/{row.model}-{slug}-{digest}.png"

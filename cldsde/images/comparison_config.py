@@ -42,6 +42,7 @@ PRESETS = {
 }
 """Comparisons that come with the package."""
 
+_TOLERANCES = ("rtol", "atol")  # what a tolerance of a row sets
 _IMAGES = 2**20  # with seeds of their own, for each seed of a comparison
 
 
@@ -62,8 +63,8 @@ class RowConfig:
     nfe
         Budgets of score evaluations an image, for solvers on a grid.
     tolerances
-        Each sets ``rtol`` and ``atol``, but those that ``options`` sets, for solvers that choose
-        their steps.
+        Each sets ``rtol`` and ``atol``, or the one of them that ``options`` does not set, for
+        solvers that choose their steps.
     """
 
     model: str
@@ -100,6 +101,9 @@ class RowConfig:
         if len(set(getattr(self, given))) < len(getattr(self, given)):
             msg = f"{given} must be different ones; got {list(getattr(self, given))}"
             raise ValueError(msg)
+        if self.tolerances and len(self.fixed) == len(_TOLERANCES):
+            msg = f"tolerances set nothing: options has {' and '.join(self.fixed)}; leave one out"
+            raise ValueError(msg)
         self.recipes()
 
     @property
@@ -107,12 +111,17 @@ class RowConfig:
         """Score evaluations, or tolerances."""
         return self.nfe or self.tolerances
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What ``options`` sets of what a tolerance would set."""
+        return {name: self.options[name] for name in _TOLERANCES if name in self.options}
+
     def recipes(self) -> list[SamplingConfig]:
         """One for each budget."""
         if self.nfe:
             return [self._recipe(nfe=nfe) for nfe in self.nfe]
         return [
-            self._recipe(options={"rtol": tolerance, "atol": tolerance, **self.options})
+            self._recipe(options={**dict.fromkeys(_TOLERANCES, tolerance), **self.options})
             for tolerance in self.tolerances
         ]
 

@@ -13,14 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.images.comparison_tables import MEASURES, measures_of, tables
+from cldsde.images.figures import is_whole_picture
 from cldsde.images.files import write_whole
-from cldsde.validation.page import data_uri, figure_uri, render_page
+from cldsde.validation.page import data_uri, render_page
 
 __all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
 
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
-FORMAT = "a comparison of cldsde, version 1"
+FORMAT = "a comparison of cldsde, version 2"
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -37,31 +38,45 @@ def read_results(file: Path) -> dict[str, Any]:
         msg = f"{file} is damaged ({error}); delete it to have it made again"
         raise ValueError(msg) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        msg = f"{file} is not {FORMAT}; choose another folder"
+        kind = found.get("format") if isinstance(found, dict) else None
+        older = str(kind).startswith(FORMAT.partition(",")[0])
+        advice = "delete it to have it made again" if older else "choose another folder"
+        msg = f"{file} is not {FORMAT}; {advice}"
         raise ValueError(msg)
     return found
 
 
-def write_report(folder: Path) -> None:
-    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
+def write_report(folder: Path, *, pictures: bool = True) -> None:
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
+
+    Parameters
+    ----------
+    folder
+        Of the comparison.
+    pictures
+        Write the plots as PNG, too, which takes as long as all the rest.
+    """
     results = read_results(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
     write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    plots = {measure: plot_measure(results, measure) for measure in measures_of(results)}
-    for measure, figure in plots.items():
-        for suffix in ("svg", "png"):
-            _save(figure, folder / f"{measure}.{suffix}")
+    plots = []
+    for measure in measures_of(results):
+        figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
+        _save(figure, file)
+        plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
+        if pictures:
+            _save(figure, file.with_suffix(".png"))
     page = render_page(
         "Comparison of models and samplers",
         _BODY,
         results=results,
         tables=found,
-        plots=[(MEASURES[name], figure_uri(figure)) for name, figure in plots.items()],
+        plots=plots,
         pictures=[
             (row, data_uri((folder / row["picture"]).read_bytes(), "image/png"))
             for row in results["rows"]
-            if row["picture"] is not None and (folder / row["picture"]).exists()
+            if row["picture"] is not None and is_whole_picture(folder / row["picture"])
         ],
     )
     write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
@@ -149,9 +164,10 @@ _BODY = """\
 <p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
 {% if results.config.repeats == 1 %}set{% else %}sets{% endif %} of
 {{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
-standard deviation{% endif %}. cldsde {{ results.versions.cldsde }}, torch
-{{ results.versions.torch }}, {{ results.device }}, {{ results.threads }}
-{% if results.threads == 1 %}thread{% else %}threads{% endif %}, {{ results.machine }}.</p>
+standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
+with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
+{{ one.threads }} {% if one.threads == 1 %}thread{% else %}threads{% endif %}, {{ one.machine }}.
+{%- endfor %}</p>
 {% for title, image in plots %}
 <p class="scroll"><img class="plot" src="{{ image }}"
 alt="{{ title }} against score evaluations"></p>

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tomli_w
 
@@ -176,7 +176,8 @@ class LatentConfig:
     Attributes
     ----------
     latent_channels, channels, blocks, groups, likelihood
-        Of the autoencoder, see `cldsde.images.latent.VAE`.
+        Of the autoencoder, see `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"``
+        images of more than two grey levels can be trained on, but have no bits a dimension.
     pretraining
         Images of the first stage, in which the prior is standard normal. In the second, which
         takes what is left of ``training.images``, autoencoder and prior are trained together.
@@ -226,7 +227,7 @@ class TrainingConfig:
     weight_decay
         Of Adam, decoupled (AdamW).
     clip
-        Largest norm of the gradient; None does not limit it.
+        Largest norm of the gradient, of score and autoencoder each; None does not limit it.
     ema_decay
         Decay a step of the exponential moving average of the weights, which is what is sampled; at
         first that of (n + 1)/(n + 10) after n steps, if it is smaller.
@@ -356,6 +357,14 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     latent: LatentConfig | None = None
 
+    FREE: ClassVar[tuple[str, ...]] = (
+        "sampling",
+        "training.log_every",
+        "training.save_every",
+        "training.sample_every",
+    )
+    """Settings that no weight depends on: a run may be gone on with others."""
+
     def __post_init__(self) -> None:
         """Refuse a seed that generators do not take, and what a latent space does not go with."""
         if not 0 <= self.seed < 2**63:
@@ -405,6 +414,17 @@ class RunConfig:
     def pretraining_steps(self) -> int:
         """Optimiser steps of the first stage of a latent model; 0 of any other."""
         return 0 if self.latent is None else -(-self.latent.pretraining // self.training.batch)
+
+    def training_digest(self) -> str:
+        """Digest of what the weights depend on: of everything that is not `FREE`."""
+        values = self.to_dict()
+        for path in self.FREE:
+            *outer, last = path.split(".")
+            section = values
+            for key in outer:
+                section = section[key]
+            del section[last]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def model_digest(self) -> str:
         """Digest of what the weights mean: process, networks, reference, data and smallest time.

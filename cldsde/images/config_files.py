@@ -224,7 +224,7 @@ def _checked_value(value: object, hint: Any, name: str) -> Any:
     if value is None:
         fits = type(None) in leaves
     else:
-        fits = not isinstance(value, str) or bool(leaves & {str, Path}) or _has_words(hint)
+        fits = not _holds_text(value) or bool(leaves & {str, Path}) or _has_words(hint)
     if isinstance(value, float) and not math.isfinite(value):
         fits = False
     try:
@@ -237,6 +237,12 @@ def _checked_value(value: object, hint: Any, name: str) -> Any:
             hint_on_yaml = ", a text: YAML wants 1.0e-3, not 1e-3, and no quotes"
         msg = f"{name} must be {_words(hint)}; got {value!r}{hint_on_yaml}"
         raise ValueError(msg) from error
+
+
+def _holds_text(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_text(part) for part in value)
+    return isinstance(value, str)
 
 
 def _is_number(text: str) -> bool:

@@ -6,7 +6,6 @@ Every finished cell is in the file of results at once: who asks again goes on fr
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 import zipfile
@@ -27,6 +26,7 @@ from cldsde.images.evaluation import (
     ClassifierFeatures,
     FeatureNetwork,
     FeatureStatistics,
+    UndefinedLikelihoodError,
     check_inception_weights,
     frechet,
     images_sha256,
@@ -38,27 +38,35 @@ from cldsde.images.evaluation import (
     save_classifier,
     train_classifier,
 )
-from cldsde.images.files import tensors_digest, write_whole
+from cldsde.images.evaluation_results import (
+    FAILED,
+    SAMPLING,
+    cell_numbers,
+    cells_of,
+    origin,
+    resolved_solver,
+    seeds_key,
+    store_results,
+    stored_results,
+    with_origin,
+)
+from cldsde.images.files import tensors_digest
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import Samples, draw_of_classes
+from cldsde.score.flow_density import UnsolvedFlowError
 
 __all__ = [
     "METRICS",
-    "SAMPLING",
     "Evaluation",
     "as_bytes",
-    "cell_numbers",
     "load_samples",
     "markdown_table",
-    "stored_results",
 ]
 
 Metric = Literal["fd", "fid", "kid", "isc", "prc", "bpd"]
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 """Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
 in Inception's; bits a dimension."""
-SAMPLING = "sampling"
-"""Key of a cell for what its images cost; all other keys are measures."""
 
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 _LEAST = {"prc": 4, "isc": 10}  # images that it needs: three neighbours, ten splits; others two
@@ -173,6 +181,17 @@ class Evaluation:
                 )
                 raise ValueError(msg)
 
+    def prepare(self, *, progress: bool = False) -> None:
+        """Make what measuring samples needs, and keep it; nothing where that is done.
+
+        Raises
+        ------
+        ValueError
+            If a classifier in the folder is damaged, or of other data.
+        """
+        if "fd" in self.metrics:
+            _ = dataclasses.replace(self, progress=progress)._network
+
     @property
     def fills_folder(self) -> bool:
         """Whether something is going to be kept in the folder that is not there yet."""
@@ -188,42 +207,51 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Measure each recipe on a trained model; return what the file of results then holds.
 
+        Cells that a solver with other options made are measured again, as where a default of an
+        option is another one now. Failures are results: they are not tried again.
+
         Raises
         ------
+        UndefinedLikelihoodError
+            If the model can give no bits a dimension.
         ValueError
             If the file of results or the classifier does not fit the model, the data or the
             features.
+        FloatingPointError
+            If images of a recipe, or the likelihood, are not finite, now or when they were tried.
         """
-        if "bpd" in self.metrics and model.space.always_classes:
-            msg = "--metrics: bpd needs a network trained without classes, too"
-            raise ValueError(msg)
         found = stored_results(results, model.digest)
-        bits = found["likelihood"]
-        if "bpd" in self.metrics and (bits is None or bits["asked"] != self.likelihood_images):
-            found["likelihood"] = self._bits(model)
-            _store(results, found)
+        if "bpd" in self.metrics:
+            self._measure_bits(model, found, results)
         for recipe in recipes if self._measures else ():
-            row = _row(found, recipe)
+            cells, solver = cells_of(found, recipe), resolved_solver(recipe)
             for seeds in self._seeds:
-                cell = row["cells"].setdefault(_key(seeds), {})
+                key = seeds_key(seeds)
+                cell = cells.get(key, {})
+                if _solver_of(cell) != solver:
+                    cell = {}
                 missing = self._missing(cell)
-                if missing:
-                    self._check_beside(found, missing, results)
-                    began = time.monotonic()
-                    drawn = self.draw(model, recipe, seeds)
-                    cell[SAMPLING] = {
-                        "nfe": float(drawn.evaluations.double().mean()),
-                        "seconds": time.monotonic() - began,
-                    }
-                    cell |= self.measure(as_bytes(drawn.images, model.space.levels), missing)
-                    _store(results, found)
+                if not missing:
+                    continue
+                if FAILED in cell:
+                    raise FloatingPointError(_kept(cell[FAILED], results))
+                self._check_beside(found, missing, results)
+                cells[key] = cell = self._measured(model, recipe, seeds, cell)
+                store_results(results, found)
+                if FAILED in cell:
+                    raise FloatingPointError(cell[FAILED])
         return found
 
+    def tried(self, found: Mapping[str, Any], recipe: SamplingConfig) -> list[dict[str, Any]]:
+        """Cells of a recipe's very solver among results, in the order of the repetitions."""
+        stored = cells_of({"recipes": list(found["recipes"])}, recipe)
+        cells = [stored.get(seeds_key(seeds), {}) for seeds in self._seeds]
+        solver = resolved_solver(recipe)
+        return [cell for cell in cells if _solver_of(cell) == solver]
+
     def cells(self, found: Mapping[str, Any], recipe: SamplingConfig) -> list[dict[str, Any]]:
-        """Finished cells of a recipe among results, in the order of the repetitions."""
-        stored = _row({"recipes": list(found["recipes"])}, recipe)["cells"]
-        cells = [stored.get(_key(seeds), {}) for seeds in self._seeds]
-        return [cell for cell in cells if not self._missing(cell)]
+        """The finished ones of them."""
+        return [cell for cell in self.tried(found, recipe) if not self._missing(cell)]
 
     def draw(self, model: ImageModel, recipe: SamplingConfig, seeds: range) -> Samples:
         """Images of a model with a recipe."""
@@ -253,6 +281,26 @@ class Evaluation:
             )
             cell |= {self._name(metric): found for metric in inception}
         return cell
+
+    def _measured(
+        self, model: ImageModel, recipe: SamplingConfig, seeds: range, cell: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A cell with what it lacks, or with the reason why it cannot be had."""
+        began = time.monotonic()
+        made = {
+            "solver": resolved_solver(recipe),
+            "made": with_origin(cell, origin(self.device)),
+        }
+        try:
+            drawn = self.draw(model, recipe, seeds)
+        except FloatingPointError as error:
+            return {**cell, SAMPLING: cell.get(SAMPLING, {}) | made, FAILED: str(error)}
+        cost = {
+            "nfe": float(drawn.evaluations.double().mean()),
+            "seconds": time.monotonic() - began,
+        }
+        images = as_bytes(drawn.images, model.space.levels)
+        return {**cell, SAMPLING: cost | made, **self.measure(images, self._missing(cell))}
 
     @property
     def _measures(self) -> list[str]:
@@ -303,6 +351,24 @@ class Evaluation:
         assert self.weights is not None
         return check_inception_weights(self.weights)
 
+    def _measure_bits(self, model: ImageModel, found: dict[str, Any], results: Path) -> None:
+        bits = found["likelihood"]
+        if bits is None or bits["asked"] != self.likelihood_images:
+            if model.space.always_classes:
+                msg = "--metrics: bpd needs a network trained without classes, too"
+                raise UndefinedLikelihoodError(msg)
+            try:
+                bits = self._bits(model)
+            except (FloatingPointError, UnsolvedFlowError) as error:
+                bits = {FAILED: str(error)}
+            bits |= {"asked": self.likelihood_images, "made": [origin(self.device)]}
+            found["likelihood"] = bits
+            store_results(results, found)
+            if FAILED in bits:
+                raise FloatingPointError(bits[FAILED])
+        if FAILED in bits:
+            raise FloatingPointError(_kept(bits[FAILED], results))
+
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         images = self.data.held_out
         rows = torch.arange(min(len(images), self.likelihood_images))
@@ -314,11 +380,9 @@ class Evaluation:
             "progress": self.progress,
         }
         if model.vae is not None:
-            found = latent_likelihood(model.model, images.load(rows), **options)
-        else:
-            scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
-            found = likelihood(model.score, images.load(rows), scale=scale, **options)
-        return {"asked": self.likelihood_images} | found
+            return latent_likelihood(model.model, images.load(rows), **options)
+        scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
+        return likelihood(model.score, images.load(rows), scale=scale, **options)
 
     @cached_property
     def _reference(self) -> Tensor:
@@ -344,7 +408,11 @@ class Evaluation:
             "labels_sha256": tensors_digest({"labels": labels}),
         }
         if file.exists():
-            classifier, notes = load_classifier(file, device=self.device)
+            try:
+                classifier, notes = load_classifier(file, device=self.device)
+            except ValueError as error:
+                msg = f"{error}; delete it to have it made again"
+                raise ValueError(msg) from error
             if not origin.items() <= notes.items():
                 msg = f"{file} was trained on other images or classes; delete it, or move it away"
                 raise ValueError(msg)
@@ -442,48 +510,14 @@ def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
         yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
 
 
-def stored_results(results: Path, digest: str) -> dict[str, Any]:
-    """What `Evaluation.of_run` has written so far.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or holds results of another model than that of the digest.
-    """
-    fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
-    if not results.exists():
-        return fresh
-    try:
-        found = json.loads(results.read_text())
-        assert isinstance(found, dict)
-    except (ValueError, AssertionError) as error:
-        msg = f"{results} is damaged ({error}); delete it to have it made again"
-        raise ValueError(msg) from error
-    if found.get("model") != digest:
-        msg = f"{results} holds results of other weights; delete it, or write to another file"
-        raise ValueError(msg)
-    return fresh | found
+def _kept(reason: str, results: Path) -> str:
+    return f"{reason}; that was found before, delete {results} to have it tried again"
 
 
-def _key(seeds: range) -> str:
-    """Key of a cell."""
-    return f"{seeds[0]}-{seeds[-1]}"
-
-
-def _store(results: Path, found: Mapping[str, Any]) -> None:
-    text = json.dumps(found, indent=1) + "\n"
-    write_whole(results, lambda path: path.write_text(text))
-
-
-def _row(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for row in found["recipes"]:
-        if row["sampling"] == settings:
-            stored: dict[str, Any] = row
-            return stored
-    row = {"sampling": settings, "cells": {}}
-    found["recipes"].append(row)
-    return row
+def _solver_of(cell: Mapping[str, Any]) -> str | None:
+    """The solver that made a cell, in words; None where nobody said."""
+    solver: str | None = cell.get(SAMPLING, {}).get("solver")
+    return solver
 
 
 def markdown_table(found: Mapping[str, Any]) -> str:
@@ -508,23 +542,9 @@ def markdown_table(found: Mapping[str, Any]) -> str:
                 cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
         times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
-        spent = [cell[SAMPLING]["nfe"] for cell in row["cells"].values() if SAMPLING in cell]
+        costs = [cell.get(SAMPLING, {}) for cell in row["cells"].values()]
+        spent = [cost["nfe"] for cost in costs if "nfe" in cost]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
         head = [sampling["solver"], nfe, times]
         lines.append("| " + " | ".join([*head, *cells]) + " |")
     return "\n".join(lines)
-
-
-def cell_numbers(cell: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a cell, by what they are called in a table."""
-    numbers = {}
-    for key, measure in cell.items():
-        if key == SAMPLING:
-            continue
-        metric, _, rest = key.partition(" ")
-        if metric == "fd":
-            numbers[key] = float(measure["frechet_distance"])
-            continue
-        for name in ("precision", "recall") if metric == "prc" else (metric,):
-            numbers[f"{name} {rest}"] = float(measure["metrics"][name]["value"])
-    return numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["picture", "plot_distances", "plot_samples", "plot_trajectories", "save_grid"]
+__all__ = [
+    "is_whole_picture",
+    "picture",
+    "plot_distances",
+    "plot_samples",
+    "plot_trajectories",
+    "save_grid",
+]
 
 
 def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | None = None) -> None:
@@ -38,6 +46,18 @@ def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | N
         top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
         sheet[top : top + height, left : left + width] = image
     picture(sheet.transpose(2, 0, 1), levels).save(file)
+
+
+def is_whole_picture(file: Path) -> bool:
+    """Whether a picture is there and can be read to its end."""
+    try:
+        with Image.open(file) as picture:
+            picture.verify()  # checksums, if the format has any
+        with Image.open(file) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error):
+        return False
+    return True
 
 
 def picture(image: NDArray[np.uint8], levels: int = 256) -> Image.Image:

@@ -9,7 +9,8 @@ Its negative evidence lower bound
 trains encoder and decoder; the cross-entropy is `cldsde.score.cross_entropy`, the same for every
 process, and its gradient goes through the states into the encoder, with the weights of the score
 held fast. The score itself is trained on the same latent variables, which are constants then, with
-a weighting of its own. In the first stage the prior is standard normal.
+a weighting of its own, so that either loss has gradients in one part of the model alone. In the
+first stage the prior is standard normal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "Batch",
     "LatentObjective",
     "Objective",
+    "PartLoss",
     "ScoreMatching",
     "Times",
     "bit_per_dim",
@@ -58,6 +60,13 @@ class Batch(NamedTuple):
     times: tuple[Times, ...]
 
 
+class PartLoss(NamedTuple):
+    """Losses of each image, ``(B,)``, and the part of the model that they train."""
+
+    part: Literal["score", "autoencoder"]
+    losses: Tensor
+
+
 class Objective(Protocol):
     """What a training minimises.
 
@@ -76,8 +85,8 @@ class Objective(Protocol):
         generator: Generators,
         step: int,
         frozen_score: Callable[[], AbstractContextManager[None]],
-    ) -> Iterator[Tensor]:
-        """Losses of each image, ``(B,)``, whose gradients add up.
+    ) -> Iterator[PartLoss]:
+        """Losses whose gradients add up, one for each part that is trained at that step.
 
         Each is to be differentiated before the next is asked for: within ``frozen_score`` the
         weights of the score are constants.
@@ -103,10 +112,10 @@ class ScoreMatching:
         generator: Generators,
         step: int,
         frozen_score: Callable[[], AbstractContextManager[None]],
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[PartLoss]:
         """See `Objective.losses`."""
         del frozen_score
-        yield self.held_out(model, batch, generator, step)
+        yield PartLoss("score", self.held_out(model, batch, generator, step))
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
@@ -136,7 +145,7 @@ class LatentObjective:
         generator: Generators,
         step: int,
         frozen_score: Callable[[], AbstractContextManager[None]],
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[PartLoss]:
         """See `Objective.losses`: the bound in bits a dimension, and the loss of the score."""
         vae = model.vae
         assert vae is not None
@@ -147,12 +156,15 @@ class LatentObjective:
         if step < self._pretraining:
             seen = (step + 1) * self._settings.batch
             share = min(1.0, seen / max(1, self._latent.annealing))
-            yield unit * (reconstruction + share * posterior.kl_to_standard_normal())
+            bound = reconstruction + share * posterior.kl_to_standard_normal()
+            yield PartLoss("autoencoder", unit * bound)
             return
         with frozen_score():
-            bound = _prior_bound(model, z0, batch, generator, self._settings.t_min)
-            yield unit * (reconstruction - posterior.entropy() + bound)
-        yield _score_loss(model, z0.detach(), batch, generator, self._settings)
+            cross = _prior_bound(model, z0, batch, generator, self._settings.t_min)
+            bound = reconstruction - posterior.entropy() + cross
+            yield PartLoss("autoencoder", unit * bound)
+        losses = _score_loss(model, z0.detach(), batch, generator, self._settings)
+        yield PartLoss("score", losses)
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int

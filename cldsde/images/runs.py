@@ -19,6 +19,8 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 """File of a run that holds a line of numbers for every part of its training."""
 
+_FOLDERS = ("evaluations", "samples")  # of a run, for files of its own
+
 
 class RunFolder:
     """A folder that belongs to one configuration.
@@ -37,6 +39,9 @@ class RunFolder:
         Whether another process of the same run has opened the folder, and this one only reads it.
     parts
         Names of what may be there before the folder is anyone's.
+    free
+        Settings, ``section.key`` or a whole section, that may differ from those that the folder
+        was made with: nothing in it depends on them. Those given here take their place.
 
     Raises
     ------
@@ -53,19 +58,27 @@ class RunFolder:
         *,
         shared: bool = False,
         parts: Collection[str] = (),
+        free: Collection[str] = (),
     ) -> None:
         self.path = path
         if shared:
             return
-        _check_vacant(path, config, parts)
+        _check_vacant(path, config, parts, free)
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists():
                 self.write_json(CONFIG, config)
             weakref.finalize(self, os.close, _lock(path / CONFIG))
-            for left in path.rglob(f"{PARTIAL}*"):  # by a process that was killed
-                left.unlink()
+            if json.loads((path / CONFIG).read_text()) != config:  # in what is free
+                self.write_json(CONFIG, config)
+                # The first lock is of the file that was replaced.
+                weakref.finalize(self, os.close, _lock(path / CONFIG))
+            # By a process that was killed. Runs below this one have locks of their own, and may be
+            # written to.
+            for folder in (path, *(path / name for name in _FOLDERS)):
+                for left in folder.glob(f"{PARTIAL}*"):
+                    left.unlink()
         except BlockingIOError:
             msg = f"--out: {path} is in use by another process"
             raise ValueError(msg) from None
@@ -141,7 +154,9 @@ def _dumps(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_vacant(path: Path, config: Mapping[str, Any], parts: Collection[str]) -> None:
+def _check_vacant(
+    path: Path, config: Mapping[str, Any], parts: Collection[str], free: Collection[str]
+) -> None:
     if not path.exists():
         return
     if not path.is_dir():
@@ -161,9 +176,14 @@ def _check_vacant(path: Path, config: Mapping[str, Any], parts: Collection[str])
     if not isinstance(found, dict):
         msg = f"--out: {path / CONFIG} is no configuration of cldsde; choose another folder"
         raise ValueError(msg)  # noqa: TRY004
-    if found != config:
-        wanted, there = _leaves(config), _leaves(found)
-        names = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+    wanted, there = _leaves(config), _leaves(found)
+    names = [
+        key
+        for key in {**wanted, **there}
+        if wanted.get(key) != there.get(key)
+        and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    if names:
         msg = (
             f"--out: {path} holds a run with other settings ({', '.join(names)}); "
             "choose another folder"

@@ -202,8 +202,9 @@ class _Trainer:
             copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
         )
         self.objective = make_objective(self.model, config)
+        self.parts = _parts(self.model)
         optimiser = torch.optim.AdamW(
-            [{"params": list(part.parameters())} for part in self.model.children()],
+            [{"params": list(part.parameters())} for part in self.parts.values()],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=engine.device.type in {"cpu", "cuda"},
@@ -215,7 +216,7 @@ class _Trainer:
         ]
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
-        self.meter = Meter(engine)
+        self.meter = Meter(engine, list(self.parts))
         self.state = TrainingState(
             config,
             statistics,
@@ -243,7 +244,7 @@ class _Trainer:
         )
         with bar, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
             for step, parts in enumerate(self._batches(loader, start), start):
-                self.meter.add(*self._step(step, parts))
+                self._step(step, parts)
                 done = step + 1
                 bar.update(batch)
                 if self._due(self.settings.log_every, done):
@@ -342,8 +343,8 @@ class _Trainer:
                 labels.append(images.labels[some].masked_fill(hidden, classes))
         return torch.cat(shown), torch.cat(labels) if labels else None
 
-    def _step(self, step: int, parts: list[_Part]) -> tuple[Tensor, Tensor]:
-        """Update the weights; return this process's mean loss and the gradient's norm."""
+    def _step(self, step: int, parts: list[_Part]) -> None:
+        """Update the weights, and meter this process's mean losses and the gradients' norms."""
         seed, device = self.config.seed, self.engine.device
         self.model.train()
         for core in self.cores:
@@ -353,7 +354,7 @@ class _Trainer:
         ):
             group["lr"] = rate
         self.optimiser.zero_grad()
-        total = torch.zeros((), device=device)
+        totals = {name: torch.zeros((), device=device) for name in self.parts}
         for part in parts:
             count = len(part.batch.images)
             blocks = range(part.first // self.block, (part.first + count) // self.block)
@@ -365,23 +366,33 @@ class _Trainer:
                     for core in self.cores:
                         together.enter_context(self.engine.no_sync(core.wrapped))
                 losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
-                for some in losses:
+                for name, some in losses:
                     loss = some.mean() / len(parts)
                     self.engine.backward(loss)
-                    total += loss.detach()
+                    totals[name] += loss.detach()
         for core in self.cores:
             core.use(core.network)
         for parameter in self.unshared:
             if parameter.grad is not None:
                 parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
-        bound = math.inf if self.settings.clip is None else self.settings.clip
-        norm = self.engine.clip_grad_norm_(self.model.parameters(), bound)
+        self.meter.add(totals, self._clip())
         self.optimiser.step()
         done = _step_of_stage(self.config, step) + 1
         decay = min(self.settings.ema_decay, done / (done + 9))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(self.average.parameters()), list(self.model.parameters()), None)
-        return total, cast(Tensor, norm)
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Limit the gradient of each part; return what its norm was before.
+
+        Together, the encoder's bound would rescale the step of the score, and the other way round.
+        """
+        bound = math.inf if self.settings.clip is None else self.settings.clip
+        self.engine.unscale_gradients()
+        return {
+            name: nn.utils.clip_grad_norm_(part.parameters(), bound)
+            for name, part in self.parts.items()
+        }
 
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
@@ -443,17 +454,18 @@ class _Trainer:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=seen + 1)
 
     def _log(self, done: int, seconds: float, bar: Any, board: Any) -> None:
-        loss, norm = self.meter.means()
+        means = self.meter.means()
         self.meter.clear()
         seen = done * self.settings.batch
-        self._check_finite(loss, seen)
+        self._check_finite(means["loss"], seen)
         if not self.engine.is_main_process:
             return
         record = {
             "images": seen,
-            "loss": loss,
+            "loss": means.pop("loss"),
             "held_out_loss": self._held_out(done - 1),
-            "gradient_norm": norm,
+            "gradient_norm": means.pop("gradient_norm"),
+            **(self._of_parts(means, done) if len(self.parts) > 1 else {}),
             "learning_rate": _learning_rates(self.config, done - 1)[0],
             "seconds": round(seconds, 3),
         }
@@ -462,12 +474,18 @@ class _Trainer:
             if name != "images":
                 board.add_scalar(f"training/{name}", value, seen)
         board.flush()
-        bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{record['held_out_loss']:.4f}")
+        shown = {"loss": record["loss"], "held_out": record["held_out_loss"]}
+        bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+
+    def _of_parts(self, means: dict[str, float], done: int) -> dict[str, float]:
+        """Without those of the score where it was not trained: no line is of two stages."""
+        trained = done > self.config.pretraining_steps
+        return {key: x for key, x in means.items() if trained or not key.startswith("score_")}
 
     def _save(self, done: int, seconds: float) -> None:
         seen = done * self.settings.batch
         sums = self.meter.shared()
-        self._check_finite(self.meter.means()[0], seen)
+        self._check_finite(self.meter.means()["loss"], seen)
         if self.engine.is_main_process:
             try:
                 if done < self.settings.steps:
@@ -562,6 +580,12 @@ def _networks(model: DiffusionModel) -> list[tuple[nn.Module, str, nn.Module]]:
     if model.vae is not None:
         found += [(model.vae, name, getattr(model.vae, name)) for name in ("encoder", "decoder")]
     return found
+
+
+def _parts(model: DiffusionModel) -> dict[str, nn.Module]:
+    """What has losses and a learning rate of its own, by name."""
+    parts: dict[str, nn.Module] = {"score": model.score}
+    return parts if model.vae is None else {**parts, "autoencoder": model.vae}
 
 
 def _step_of_stage(config: RunConfig, step: int) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,29 +23,50 @@ __all__ = ["KIND", "STATE", "Meter", "StopRequest", "TrainingState"]
 STATE = "training.safetensors"
 """File of a run that holds the state of its training until it is done."""
 
-KIND = "a training state of cldsde, version 1"
+KIND = "a training state of cldsde, version 2"
 
 
 class Meter:
-    """Means of the loss and of the gradient's norm, read seldom: reading waits for the device."""
+    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
 
-    def __init__(self, engine: Accelerator) -> None:
+    Parameters
+    ----------
+    engine
+        Of the training.
+    parts
+        Names of the parts of the model that have losses of their own.
+    """
+
+    def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
         self._engine = engine
-        self.sums = torch.zeros(3, dtype=torch.float64 if engine.device.type == "cpu" else None)
+        names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
+        self._names = ["loss", "gradient_norm", *names]
+        count = len(self._names) + 1
+        self.sums = torch.zeros(count, dtype=torch.float64 if engine.device.type == "cpu" else None)
         self.sums = self.sums.to(engine.device)
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Count a step of this process."""
-        self.sums += torch.stack([loss, norm.detach().to(loss), torch.ones_like(loss)])
+    def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Count a step of this process: losses and norms of each part, by its name."""
+        each = torch.stack(list(losses.values()))
+        sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
+        whole = torch.stack([each.sum(), sizes.norm()])
+        self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
 
     def shared(self) -> Tensor:
         """Sums of losses, norms and steps, averaged over all processes; each has to ask for it."""
         return cast(Tensor, self._engine.reduce(self.sums, "mean"))
 
-    def means(self) -> tuple[float, float]:
-        """Mean loss and norm over all processes since `clear`; 0 where there was no step."""
-        loss, norm, steps = self.shared().tolist()
-        return (loss / steps, norm / steps) if steps else (0.0, 0.0)
+    def means(self) -> dict[str, float]:
+        """Means over steps and processes since `clear`; 0 where there was no step.
+
+        ``loss``: the sum of all losses; ``gradient_norm``: that of all parts together;
+        ``PART_loss`` and ``PART_gradient_norm``: of each.
+        """
+        *sums, steps = self.shared().tolist()
+        return {
+            name: total / steps if steps else 0.0
+            for name, total in zip(self._names, sums, strict=True)
+        }
 
     def clear(self) -> None:
         """Forget what was counted."""
@@ -146,7 +166,7 @@ class TrainingState:
             "step": str(step),
             "seconds": str(seconds),
             "scaler": json.dumps(scaler),
-            "config": self._digest(),
+            "config": self._config.training_digest(),
         }
         save_tensors(run / STATE, KIND, tensors, metadata)
 
@@ -160,7 +180,7 @@ class TrainingState:
         """
         try:
             tensors, metadata = load_tensors(run / STATE, KIND)
-            if metadata["config"] != self._digest():
+            if metadata["config"] != self._config.training_digest():
                 msg = "it was written for other settings than this run's"
                 raise ValueError(msg)
             for name, value in self._statistics._asdict().items():
@@ -198,7 +218,3 @@ class TrainingState:
         if self._engine.scaler is not None and scaler is not None:
             self._engine.scaler.load_state_dict(scaler)
         self._meter.sums.copy_(tensors["meter"])
-
-    def _digest(self) -> str:
-        text = json.dumps(self._config.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()

@@ -30,11 +30,15 @@ from cldsde.score.reverse import (
     score_argument,
 )
 
-__all__ = ["Divergence", "FlowDensity", "flow_log_prob"]
+__all__ = ["Divergence", "FlowDensity", "UnsolvedFlowError", "flow_log_prob"]
 
 Divergence = Literal["exact", "hutchinson"]
 
 _BACKWARD_AT_ONCE = 64
+
+
+class UnsolvedFlowError(RuntimeError):
+    """The ODE of the flow could not be solved to its end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +113,8 @@ def flow_log_prob(
         If an argument is out of range or shapes do not fit.
     FloatingPointError
         If the score is not finite.
-    RuntimeError
-        If ``max_nfev`` is exhausted or the tolerances cannot be met.
+    UnsolvedFlowError
+        A RuntimeError, if ``max_nfev`` is exhausted or the tolerances cannot be met.
 
     Examples
     --------
@@ -155,7 +159,7 @@ def flow_log_prob(
         if "underflow" not in str(error):
             raise
         msg = f"rtol, atol: {rtol:g} and {atol:g} cannot be met; the step length underflowed"
-        raise RuntimeError(msg) from error
+        raise UnsolvedFlowError(msg) from error
     latent, integral = states[-1], integrals[-1]
     return FlowDensity(sde.prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
@@ -201,14 +205,14 @@ class _Flow:
         self.nfev += 1
         if self.nfev > self._max_nfev:
             msg = f"max_nfev: {self._max_nfev} evaluations did not reach T; relax rtol and atol"
-            raise RuntimeError(msg)
+            raise UnsolvedFlowError(msg)
         sde, z = self._process.sde, y[0]
         # The probe for the first step length may look beyond the interval.
         low, high = self._interval
         t = time.cpu().to(torch.float64).clamp(low, high)
         if not bool(t.isfinite()):
             msg = "rtol, atol: they cannot be met; the first step length is not finite"
-            raise RuntimeError(msg)
+            raise UnsolvedFlowError(msg)
         F, G = sde.drift(t), sde.diffusion(t)
         pull = (G @ G.mT)[..., self._driven]
         with torch.enable_grad():

@@ -296,6 +296,10 @@ class _GaussianReference:
 
 def _prior_divergence(sde: LinearSDE, x0: Tensor, prior: Gaussian) -> Tensor:
     """KL(q(z_T | x_0) ‖ prior), ``(B,)``."""
+    k = sde.components
+    if prior.root.shape != (k, k):
+        msg = f"prior must be of {k} components, those of {sde!r}; got {tuple(prior.root.shape)}"
+        raise ValueError(msg)
     kernel = sde.marginal(sde.T)
     inverse = triangular_inverse(prior.root)
     spread = (inverse @ kernel.root).square().sum()

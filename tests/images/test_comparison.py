@@ -7,17 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from cldsde.images import evaluation_table
+from cldsde.images import comparison, evaluation_table, sampling
 from cldsde.images.comparison import Comparison
 from cldsde.images.comparison_config import ComparisonConfig
 from cldsde.images.comparison_report import RESULTS, read_results, write_report
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
-from cldsde.images.evaluation import ImageClassifier
+from cldsde.images.evaluation import ImageClassifier, save_classifier
+from cldsde.images.evaluation_results import stored_results
+from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.training import STATE, train
+from cldsde.score.flow_density import UnsolvedFlowError
+from cldsde.solvers import SSCS
 from comparisons import TINY, feature_module, numbers, tiny
 
 
@@ -55,7 +60,8 @@ def test_every_cell_is_filled_with_its_mean_cost(finished):
     for name, model in found["models"].items():
         loaded = load_model(finished / "models" / name)
         assert model["weights"] == loaded.digest
-        assert model["parameters"] == sum(x.numel() for x in loaded.score.parameters())
+        count = sum(x.numel() for x in loaded.score.parameters())
+        assert model["parameters"] == {"score": count, "autoencoder": 0}
         assert model["seconds"] > 0
         assert model["bits"] is None
     assert found["reference"]["features"] == "flat_features:flat"
@@ -107,7 +113,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     """Files of training, of cells and of results, one after the other."""
     left = survived
     write = RunFolder.write
-    store = evaluation_table._store
+    store = evaluation_table.store_results
 
     def counted(function):
         def wrapped(*arguments):
@@ -122,8 +128,8 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     folder = tmp_path / "again"
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(write))
-        patch.setattr(evaluation_table, "_store", counted(store))
-        patch.setattr("cldsde.images.comparison.write_report", lambda _: None)
+        patch.setattr(evaluation_table, "store_results", counted(store))
+        patch.setattr("cldsde.images.comparison.write_report", lambda *_, **__: None)
         with pytest.raises(Killed):
             compare(folder)
     compare(folder)
@@ -189,6 +195,46 @@ def test_one_classifier_serves_all_models_and_is_kept(tmp_path, monkeypatch):
         compare(tmp_path / "run", features="classifier")
 
 
+def test_the_classifier_is_there_before_any_model_is_trained(tmp_path, monkeypatch):
+    order = []
+
+    def untrained(*_, progress, **__):
+        order.append(f"classifier, progress {progress}")
+        return ImageClassifier(1, 10).eval(), 0.1
+
+    training = comparison.train
+    monkeypatch.setattr(evaluation_table, "train_classifier", untrained)
+    monkeypatch.setattr(
+        comparison, "train", lambda *a, **k: order.append("model") or training(*a, **k)
+    )
+    config = ComparisonConfig.from_dict(tiny(features="classifier"))
+    Comparison(config, tmp_path / "run", progress=True).run()
+    assert order == ["classifier, progress True", "model", "model"]
+    (tmp_path / "run" / "classifier.safetensors").unlink()
+    Comparison(config, tmp_path / "run").run()  # nothing is left to be measured
+    assert len(order) == 5
+
+
+def test_the_report_follows_every_row(tmp_path, monkeypatch):
+    """A process that is killed writes none at its end."""
+    folder, seen = tmp_path / "run", []
+    training = comparison.train
+
+    def watched(*arguments, **options):
+        table = folder / "table.md"
+        seen.append(table.read_text() if table.exists() else "")
+        return training(*arguments, **options)
+
+    monkeypatch.setattr(comparison, "train", watched)
+    compare(folder)
+    assert seen[0] == ""
+    assert "| CLD | EM |" in seen[1]
+    reports = []
+    monkeypatch.setattr(comparison, "write_report", lambda *_, **options: reports.append(options))
+    compare(folder)
+    assert reports == [{"pictures": False}, {}]  # and not after each row that was there
+
+
 def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
     network = {"conditional": True, "label_dropout": 0.0}
     rows = [
@@ -229,8 +275,70 @@ def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
     found = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
     first, second = found["rows"][0]["cells"]
     assert (first["repeats"], first["reason"], second["repeats"]) == (1, "not finite", 2)
+    count = len(asked)
     again = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
-    assert [cell["repeats"] for cell in again["rows"][0]["cells"]] == [2, 2]
+    assert again["rows"] == found["rows"]
+    assert len(asked) == count  # a failure is a result
+    assert "not finite" in (tmp_path / "run" / "table.md").read_text()
+
+
+def test_numbers_keep_what_they_were_made_with(finished, tmp_path):
+    """Whoever opens a finished comparison made none of its numbers."""
+    folder, threads = tmp_path / "run", torch.get_num_threads()
+    shutil.copytree(finished, folder)
+    before = read_results(finished / RESULTS)["made"]
+    assert [(one["device"], one["threads"]) for one in before] == [("cpu", threads)]
+    assert set(before[0]["versions"]) == {"python", "cldsde", "torch"}
+    try:
+        torch.set_num_threads(threads + 1)
+        assert compare(folder)["made"] == before
+        row = {"model": "VP", "label": "EM", "solver": "euler-maruyama", "nfe": [3]}
+        made = compare(folder, rows=[*TINY["rows"], row])["made"]
+    finally:
+        torch.set_num_threads(threads)
+    assert [one["threads"] for one in made] == [threads, threads + 1]
+    page = " ".join((folder / "report.html").read_text().split())
+    assert all(f"cpu, {one['threads']} thread" in page for one in made)
+
+
+def test_cells_of_a_solver_whose_defaults_have_changed_are_measured_again(
+    finished, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    find, draw, drawn = sampling.find_solver, evaluation_table.draw_of_classes, []
+    changed = {"sscs-midpoint": SSCS(score_step="midpoint", merge=False)}
+    monkeypatch.setattr(sampling, "find_solver", lambda name: changed.get(name) or find(name))
+    monkeypatch.setattr(
+        evaluation_table, "draw_of_classes", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+    )
+    found = compare(folder)
+    assert {recipe.solver for recipe in drawn} == {"sscs-midpoint"}
+    assert len(drawn) == 3  # two repeats and the picture
+    before = read_results(finished / RESULTS)
+    assert found["rows"][:2] == before["rows"][:2]
+    stored = json.loads((folder / "evaluations/CLD.json").read_text())["recipes"]
+    solvers = {cell["sampling"]["solver"] for row in stored for cell in row["cells"].values()}
+    assert solvers == {"EulerMaruyama()", repr(changed["sscs-midpoint"])}
+
+
+def test_a_likelihood_that_fails_is_a_result_and_a_fault_is_none(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation_table, "likelihood", failing)
+    error: Exception = ValueError("a fault")
+    with pytest.raises(ValueError, match="a fault"):
+        compare(folder, metrics=["fd", "bpd"])
+    error = UnsolvedFlowError("did not reach T")
+    found = compare(folder, metrics=["fd", "bpd"])
+    assert found["complete"]
+    assert found["models"]["VP"]["bits"] == {"reason": "did not reach T"}
+    error = AssertionError("tried again")
+    assert compare(folder, metrics=["fd", "bpd"])["models"] == found["models"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}'])
@@ -243,6 +351,88 @@ def test_results_that_are_damaged_or_of_something_else_are_refused(finished, tmp
     assert (folder / RESULTS).read_text() == content
 
 
+def halve(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edited(change):
+    def edit(file: Path) -> None:
+        found = json.loads(file.read_text())
+        change(found)
+        file.write_text(json.dumps(found))
+
+    return edit
+
+
+def cell_of(found) -> dict:
+    return next(iter(found["recipes"][0]["cells"].values()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        halve,
+        lambda file: file.write_text("[]"),
+        edited(lambda x: x.update(recipes=[5])),
+        edited(lambda x: x.update(recipes={})),
+        edited(lambda x: x.update(likelihood={"asked": 2})),
+        edited(lambda x: x.pop("model")),
+        edited(lambda x: x["recipes"][0].pop("cells")),
+        edited(lambda x: x["recipes"][0]["cells"].update({"0-5": 3})),
+        edited(lambda x: cell_of(x).pop("sampling")),
+        edited(lambda x: cell_of(x)["sampling"].pop("nfe")),
+        edited(lambda x: cell_of(x)["sampling"].update(made=[3])),
+        edited(lambda x: cell_of(x).update({"fd flat_features:flat train": {}})),
+        edited(lambda x: cell_of(x).update({"kid 0 train": {}})),
+        edited(lambda x: cell_of(x).update(failed=3)),
+    ],
+)
+def test_damaged_files_of_results_are_named_with_what_to_do(finished, tmp_path, damage):
+    file = tmp_path / "CLD.json"
+    shutil.copy(finished / "evaluations/CLD.json", file)
+    digest = json.loads(file.read_text())["model"]
+    stored_results(file, digest)
+    damage(file)
+    with pytest.raises(ValueError, match=r"CLD\.json is damaged \(.*\); delete it to have it made"):
+        stored_results(file, digest)
+
+
+@pytest.mark.parametrize("damage", [halve, flip])
+def test_damaged_weights_are_named_with_what_to_do(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage(folder / "models/CLD" / MODEL)
+    with pytest.raises(ValueError, match=r"CLD/model\.safetensors is damaged .*; delete it to"):
+        compare(folder)
+    file = folder / "classifier.safetensors"
+    save_classifier(ImageClassifier(1, 10), file)
+    damage(file)
+    evaluation = Evaluation(data=digits(), samples=6, folder=folder)
+    with pytest.raises(ValueError, match=r"classifier\.safetensors is damaged.*; delete it to"):
+        evaluation.prepare()
+
+
+@pytest.mark.parametrize("damage", [halve, flip, lambda file: file.write_bytes(b"")])
+def test_damaged_pictures_are_not_shown_and_made_again(finished, tmp_path, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    file = next((folder / "samples").glob("CLD-em-*.png"))
+    whole = file.read_bytes()
+    damage(file)
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == len(TINY["rows"]) - 1
+    compare(folder)
+    assert file.read_bytes() == whole
+
+
 def test_folders_of_something_else_are_refused(finished, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text.txt").write_text("mine")
@@ -253,6 +443,18 @@ def test_folders_of_something_else_are_refused(finished, tmp_path):
     base = {**TINY["base"], "training": {**TINY["base"]["training"], "batch": 8}}
     with pytest.raises(ValueError, match=r"models/CLD holds a run with other settings \(training"):
         compare(finished, base=base)
+
+
+def test_a_model_that_is_being_trained_is_left_alone(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = ComparisonConfig.from_dict(tiny()).runs["VP"]
+    elsewhere = RunFolder(folder / "models/VP", config.to_dict())
+    half = elsewhere / ".partial-model.safetensors"
+    half.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"models/VP is in use by another process"):
+        compare(folder)
+    assert half.exists()
 
 
 def test_weights_that_are_not_those_that_were_measured_are_refused(finished, tmp_path):

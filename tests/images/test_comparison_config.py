@@ -14,9 +14,11 @@ from cldsde.images.comparison_config import (
     load_comparison,
 )
 from cldsde.images.config import RunConfig
+from cldsde.images.sampling import make_solver
 from comparisons import TINY, tiny
 
 EM = {"model": "CLD", "solver": "euler-maruyama", "nfe": [3]}
+ODE = {"model": "VP", "solver": "probability-flow"}
 
 
 def test_models_are_the_base_with_their_own_values_in_place():
@@ -85,6 +87,7 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, expected):
         ({"rows": [{**EM, "nfe": [3, 3]}]}, r"rows\[0\].nfe must be different"),
         ({"rows": [{**EM, "nfe": [1]}]}, r"rows\[0\].nfe must be finite and at least 2"),
         ({"rows": [{**EM, "nfe": ["x"]}]}, r"rows\[0\].nfe must be a list, each an integer"),
+        ({"rows": [{**EM, "nfe": [3, "4"]}]}, r"rows\[0\].nfe must be a list, each an integer"),
         ({"rows": [{**EM, "options": {"ordr": 3}}]}, r"rows\[0\].options.ordr is not known"),
         ({"rows": [{**EM, "tolerances": [0.1]}]}, r"rows\[0\].nfe is what euler-maruyama needs"),
         ({"rows": [{**EM, "solver": "probability-flow"}]}, r"rows\[0\].tolerances is what"),
@@ -92,6 +95,14 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, expected):
         (
             {"rows": [{"model": "VP", "solver": "probability-flow", "tolerances": [-1.0]}]},
             r"rows\[0\].tolerances must be finite and positive",
+        ),
+        (
+            {"rows": [{**ODE, "options": {"rtol": 0.1, "atol": 0.1}, "tolerances": [0.1, 0.01]}]},
+            r"rows\[0\].tolerances set nothing: options has rtol and atol; leave one out",
+        ),
+        (
+            {"rows": [{**ODE, "options": {"atol": 0.1, "rtol": 0.2}, "tolerances": [0.1]}]},
+            r"rows\[0\].tolerances set nothing",
         ),
     ],
 )
@@ -131,6 +142,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(changes, message):
 def test_the_comparisons_of_the_package_can_be_made(name):
     config = load_comparison(PRESETS[name], ["base.data.name=digits", "base.data.options={}"])
     check_comparison(config, device="cpu")
+    # The published solver draws fresh noise after a rejection.
+    [ggf] = [row for row in config.rows if row.solver == "gotta-go-fast"]
+    assert make_solver(ggf.recipes()[0]).noise_on_reject == "bridge"
+    assert ggf.label == "GGF (bridge)"
     # Networks of equal size, and models of pixels trained alike on the same images.
     runs = config.runs.values()
     assert len({repr(run.network) for run in runs}) == 1

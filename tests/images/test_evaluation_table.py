@@ -11,7 +11,8 @@ from cldsde.images import evaluation_table
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.evaluation import ImageClassifier
-from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.evaluation_results import stored_results
+from cldsde.images.evaluation_table import Evaluation, markdown_table
 from cldsde.images.model import ImageSpace
 from cldsde.images.sampling import Samples
 
@@ -83,6 +84,22 @@ def test_distances_in_other_features_or_to_other_images_are_not_put_side_by_side
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="distances to other images"):
         measured(again, nfe=5)
+
+
+def test_a_failure_that_was_kept_is_told_with_what_to_do(tmp_path, monkeypatch):
+    def failing(*_):
+        msg = "sscs failed: not finite"
+        raise FloatingPointError(msg)
+
+    monkeypatch.setattr(Evaluation, "draw", failing)
+    evaluation = Evaluation(data=data_set(), samples=20, folder=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"not finite$"):
+        measured(evaluation)
+    monkeypatch.setattr(Evaluation, "draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(FloatingPointError, match=r"found before, delete .*results\.json to have"):
+        measured(evaluation)
+    found = stored_results(tmp_path / "results.json", "abc")
+    assert "sscs" in markdown_table(found)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import torch
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, to_unit
-from cldsde.images.evaluation import latent_likelihood
+from cldsde.images.evaluation import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.objectives import (
     Batch,
@@ -18,7 +19,7 @@ from cldsde.images.objectives import (
     make_objective,
     negative_evidence_lower_bound,
 )
-from cldsde.images.runs import RunFolder
+from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.sampling import draw_images, draw_of_classes
 from cldsde.images.training import check_run, train
 from cldsde.score import TimeSampler
@@ -160,12 +161,15 @@ def test_the_bound_trains_the_autoencoder_and_its_own_loss_the_score():
     losses = make_objective(model, settings).losses(
         model, batch(model, settings, 8), seeded(), settings.pretraining_steps, frozen
     )
-    next(losses).sum().backward()
-    assert held == [True]
+    part, bound = next(losses)
+    bound.sum().backward()
+    assert (part, held) == ("autoencoder", [True])
     assert all(p.grad is None for p in model.score.parameters())
     assert all(bool(p.grad.any()) for p in model.vae.encoder.parameters() if p.ndim > 1)
     before = [p.grad.clone() for p in model.vae.parameters()]
-    next(losses).sum().backward()
+    part, loss = next(losses)
+    loss.sum().backward()
+    assert part == "score"
     assert any(bool(p.grad.any()) for p in model.score.parameters())
     assert all(
         torch.equal(p.grad, old) for p, old in zip(model.vae.parameters(), before, strict=True)
@@ -179,7 +183,8 @@ def test_the_divergence_is_annealed_in_the_first_stage():
     objective, given = make_objective(model, settings), batch(model, settings, 8)
 
     def loss(step: int) -> torch.Tensor:
-        [found] = objective.losses(model, given, seeded(), step, nothing)
+        [(part, found)] = objective.losses(model, given, seeded(), step, nothing)
+        assert part == "autoencoder"
         return found.detach()
 
     posterior = model.vae.encode(given.images)
@@ -213,6 +218,43 @@ def test_a_latent_model_that_was_interrupted_ends_with_the_same_bits(tmp_path):
     loaded = load_model(tmp_path / "a")
     assert torch.equal(loaded.score.mixing_logits, whole.score.mixing_logits)
     assert bool((whole.score.mixing_logits != -3).any())
+
+
+def test_the_gradients_of_score_and_autoencoder_are_limited_each(tmp_path, monkeypatch):
+    """A limit below both norms is then the norm of each, and neither scales the other."""
+    found = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments):
+        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        found.append(
+            [
+                float(torch.nn.utils.get_total_norm([g for g in some if g is not None]))
+                for some in gradients
+            ]
+        )
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    trained(tmp_path, config(training={"clip": 1e-3}))
+    first, second = found[:2], found[2:]
+    # To a rounding of single precision a weight, 1e5 of them, and the limit's own 1e-6.
+    assert first == [[0.0, pytest.approx(1e-3, rel=1e-2)]] * 2
+    assert second == [[pytest.approx(1e-3, rel=1e-2)] * 2] * 4
+
+
+def test_metrics_tell_the_losses_and_norms_of_score_and_autoencoder(tmp_path):
+    trained(tmp_path, config())
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    for line in lines[:2]:  # each is of one step
+        assert "score_loss" not in line
+        assert line["loss"] == line["autoencoder_loss"]
+        assert line["gradient_norm"] == line["autoencoder_gradient_norm"] > 0
+    for line in lines[2:]:
+        assert line["loss"] == pytest.approx(line["score_loss"] + line["autoencoder_loss"])
+        norms = line["score_gradient_norm"], line["autoencoder_gradient_norm"]
+        assert min(norms) > 0
+        assert line["gradient_norm"] == pytest.approx(math.hypot(*norms))
 
 
 @pytest.mark.parametrize(
@@ -265,6 +307,21 @@ def test_bits_of_a_latent_model_are_its_bound_on_the_images(tmp_path):
     # No less than the eight bits of uniform noise, which no model knows anything about, but for
     # the estimate's own error.
     assert found["bits_per_dim"] >= 8 - 5 * found["standard_error"]
+
+
+def test_a_law_of_black_and_white_pixels_gives_no_bits_of_grey_ones():
+    """Of bytes it would give a tenth of the bits that any law of them needs."""
+    settings = config(latent={"likelihood": "bernoulli"})
+    model = make_model(settings, SPACE).eval()
+    grey = DATA.held_out.load(torch.arange(4))
+    with pytest.raises(UndefinedLikelihoodError, match="Bernoulli, is of 2 grey levels"):
+        latent_likelihood(model, grey, t_min=T_MIN)
+    binary = make_model(settings, ImageSpace((1, 8, 8), levels=2)).eval()
+    found = latent_likelihood(binary, grey // 128, levels=2, t_min=T_MIN, samples=2)
+    assert found["is_bound"]
+    logistic = make_model(config(), ImageSpace((1, 8, 8), levels=17)).eval()
+    with pytest.raises(UndefinedLikelihoodError, match="is of 17 grey levels"):
+        latent_likelihood(logistic, grey, t_min=T_MIN)
 
 
 @pytest.mark.parametrize(

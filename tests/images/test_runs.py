@@ -57,6 +57,37 @@ def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
     RunFolder(tmp_path, CONFIG)
 
 
+def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tmp_path):
+    before = {"seed": 0, "sampling": {"nfe": 3, "options": {}}, "training": {"every": 1, "lr": 2}}
+    after = {"seed": 0, "sampling": {"nfe": 4}, "training": {"every": 5, "lr": 2}}
+    free = ("sampling", "training.every")
+    RunFolder(tmp_path, before)
+    with pytest.raises(ValueError, match=r"other settings \(sampling.nfe, "):
+        RunFolder(tmp_path, after)
+    run = RunFolder(tmp_path, after, free=free)
+    assert json.loads((run / "config.json").read_text()) == after
+    with pytest.raises(ValueError, match="in use by another process"):
+        RunFolder(tmp_path, after)
+    other = {**after, "training": {"every": 1, "lr": 3}}
+    with pytest.raises(ValueError, match=r"other settings \(training.lr\)"):
+        RunFolder(tmp_path, other, free=free)
+
+
+def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
+    """Below may be a run that another process is training: it holds a lock of its own."""
+    run = RunFolder(tmp_path, CONFIG)
+    del run
+    own = [tmp_path / name for name in (".partial-a", "samples/.partial-b.png")]
+    own.append(tmp_path / "evaluations/.partial-c.json")
+    below = tmp_path / "models/VP/.partial-d.safetensors"
+    for file in (*own, below):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    RunFolder(tmp_path, CONFIG)
+    assert not any(file.exists() for file in own)
+    assert below.exists()
+
+
 @pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b"\xff\xfe"])
 def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)

@@ -105,6 +105,21 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path):
     assert not (tmp_path / "b" / STATE).exists()
 
 
+def test_what_no_weight_depends_on_may_change_on_the_way(tmp_path):
+    whole = trained(tmp_path / "a", config())
+    with pytest.raises(StopTrainingError):
+        train(config(), DATA, InterruptedRun(tmp_path / "b", config().to_dict()), device="cpu")
+    training = {**CONFIG["training"], "log_every": 32, "save_every": 16, "sample_every": 48}
+    sampling = {"solver": "sscs", "nfe": 4, "t_end": 1e-2}
+    settings = RunConfig.from_dict({**CONFIG, "training": training, "sampling": sampling})
+    run = RunFolder(tmp_path / "b", settings.to_dict(), free=settings.FREE)
+    assert_same_bits(whole, train(settings, DATA, run, device="cpu"))
+    assert load_model(tmp_path / "b").config == settings
+    other = config(learning_rate=2e-3)
+    with pytest.raises(ValueError, match=r"other settings \(training.learning_rate\)"):
+        RunFolder(tmp_path / "b", other.to_dict(), free=other.FREE)
+
+
 def test_a_finished_run_is_loaded(tmp_path):
     whole = trained(tmp_path, config())
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -349,16 +364,21 @@ def test_losses_of_several_processes_are_taken_up_together():
             assert how == "mean"
             return torch.stack([meter.sums for meter in meters]).mean(0)
 
-    meters += [Meter(Engine()) for _ in range(2)]
-    for meter, loss in zip(meters, (1.0, 3.0), strict=True):
-        meter.add(torch.tensor(loss), torch.tensor(loss))
+    def add(*losses):
+        for meter, loss in zip(meters, losses, strict=True):
+            meter.add(*[{"score": torch.tensor(loss), "autoencoder": torch.tensor(0.0)}] * 2)
+
+    meters += [Meter(Engine(), ["score", "autoencoder"]) for _ in range(2)]
+    add(1.0, 3.0)
     before, saved = meters[0].means(), meters[0].shared()
     for meter in meters:
         meter.sums.copy_(saved)
-    assert meters[1].means() == before == (2.0, 2.0)
-    for meter, loss in zip(meters, (4.0, 8.0), strict=True):
-        meter.add(torch.tensor(loss), torch.tensor(loss))
-    assert meters[0].means() == (4.0, 4.0)
+    assert meters[1].means() == before
+    assert (before["loss"], before["score_gradient_norm"]) == (2.0, 2.0)
+    add(4.0, 8.0)
+    found = meters[0].means()
+    assert (found["loss"], found["score_gradient_norm"]) == (4.0, 4.0)
+    assert found["autoencoder_loss"] == 0.0
 
 
 def test_what_was_never_saved_is_not_said_to_stay(tmp_path, monkeypatch):

@@ -154,6 +154,15 @@ def test_the_process_s_own_prior_is_taken_where_none_is_given() -> None:
     assert torch.equal(own, same)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_prior_of_other_components_is_refused(k: int) -> None:
+    pair, weight = cubature(CLD(velocity_scale=1.0), 8)
+    losses = torch.zeros(len(pair.x0), dtype=torch.float64)
+    prior = Gaussian(torch.eye(k, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"prior must be of 2 components.*got \(\d, \d\)"):
+        cross_entropy(pair, losses, weight, t_min=T_MIN, prior=prior)
+
+
 @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
 def test_the_evidence_lower_bound_has_a_decoder_where_it_has_an_entropy(name: str) -> None:
     sde, n = PROCESSES[name](), 16

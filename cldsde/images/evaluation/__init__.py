@@ -26,6 +26,7 @@ from cldsde.images.evaluation.inception import InceptionMetric, inception_metric
 from cldsde.images.evaluation.inception_files import INCEPTION_FILE, check_inception_weights
 from cldsde.images.evaluation.latent_likelihoods import latent_likelihood
 from cldsde.images.evaluation.likelihoods import likelihood
+from cldsde.images.evaluation.shared import UndefinedLikelihoodError
 
 __all__ = [
     "INCEPTION_FILE",
@@ -34,6 +35,7 @@ __all__ = [
     "FeatureStatistics",
     "ImageClassifier",
     "InceptionMetric",
+    "UndefinedLikelihoodError",
     "check_inception_weights",
     "feature_name",
     "frechet",

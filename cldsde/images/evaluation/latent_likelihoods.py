@@ -10,7 +10,12 @@ from torch import Tensor
 from cldsde.images.data import to_unit
 from cldsde.images.evaluation.feature_distances import images_sha256
 from cldsde.images.evaluation.likelihoods import check_levels, mean_bits
-from cldsde.images.evaluation.shared import check_count, package_versions, parts
+from cldsde.images.evaluation.shared import (
+    UndefinedLikelihoodError,
+    check_count,
+    package_versions,
+    parts,
+)
 from cldsde.images.model import DiffusionModel
 from cldsde.images.objectives import Batch, Times, bit_per_dim, negative_evidence_lower_bound
 from cldsde.linear.checks import check_between
@@ -67,6 +72,8 @@ def latent_likelihood(
 
     Raises
     ------
+    UndefinedLikelihoodError
+        If the autoencoder's law of pixels is not one of so many levels.
     TypeError, ValueError
         If an argument is out of range, or the model has no autoencoder or is in training mode.
     """
@@ -78,6 +85,13 @@ def latent_likelihood(
         raise ValueError(msg)
     sde = model.score.sde
     check_levels(images, levels)
+    law = model.vae.likelihood
+    if law.levels != levels:
+        msg = (
+            f"the autoencoder's law of pixels, {type(law).__name__}, is of {law.levels} grey "
+            f"levels, and no bound on the bits of images of {levels} follows from it"
+        )
+        raise UndefinedLikelihoodError(msg)
     for name, value in {"batch": batch, "samples": samples}.items():
         check_count(value, name)
     check_count(seed, "seed", least=0)

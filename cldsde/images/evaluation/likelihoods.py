@@ -28,8 +28,9 @@ Scale = Literal["bins", "ends"]
 
 _QUANTITY = {
     "exact": (
-        "negative log-density of dequantised images by the probability-flow ODE, exact up to its "
-        "tolerance; an upper bound on the bits of the discrete images"
+        "negative log-density of dequantised images, taken as states at t_min, by the "
+        "probability-flow ODE, exact up to its tolerance; an upper bound on the bits of the "
+        "discrete images"
     ),
     "bound": (
         "negative lower bound on the log-density of dequantised images, of a model that stops at "

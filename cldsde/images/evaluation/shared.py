@@ -8,7 +8,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["check_count", "check_images", "check_pair", "package_versions", "parts"]
+__all__ = [
+    "UndefinedLikelihoodError",
+    "check_count",
+    "check_images",
+    "check_pair",
+    "package_versions",
+    "parts",
+]
+
+
+class UndefinedLikelihoodError(ValueError):
+    """What a model was trained for gives no likelihood of such images."""
 
 
 def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:

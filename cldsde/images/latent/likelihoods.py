@@ -28,6 +28,11 @@ _LOG_SCALE_BOUND = 7.0
 class PixelLikelihood(Protocol):
     """A law of images ``(B, C, H, W)`` whose parameters are the output of a decoder."""
 
+    @property
+    def levels(self) -> int:
+        """Number of grey levels of the images over which its probabilities sum to 1."""
+        ...
+
     def channels(self, data: int) -> int:
         """Channels of the output for images of ``data`` channels."""
         ...
@@ -191,7 +196,8 @@ class Bernoulli:
 
     For black and white images, of 2 levels, this is their log-likelihood. A grey level w in between
     is read as the probability of white: then it is the expected log-likelihood of the image with
-    its pixels drawn black or white.
+    its pixels drawn black or white. That can be trained with, but over all grey levels it does not
+    sum to 1, and no bound on their bits follows from it.
 
     Notes
     -----
@@ -205,6 +211,11 @@ class Bernoulli:
     >>> Bernoulli().log_likelihood(torch.ones(3, 1, 1, 1), x)
     tensor([-1.3133, -0.8133, -0.3133])
     """
+
+    @property
+    def levels(self) -> int:
+        """Number of grey levels: 2."""
+        return 2
 
     def channels(self, data: int) -> int:
         """Channels of the output for images of ``data`` channels: C."""

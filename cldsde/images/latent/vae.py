@@ -119,7 +119,8 @@ class VAE(nn.Module):
     groups
         Groups of the group normalisation.
     likelihood
-        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, exact for two levels.
+        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a law of images of two levels,
+        and no more than an objective for others.
 
     Attributes
     ----------
