@@ -129,20 +129,26 @@ def _undocumented(app, env):
     """Warn, which fails the build, of public names that no page has or no docstring explains."""
     logger = logging.getLogger(__name__)
     objects = env.domaindata["py"]["objects"]
-    for layer in ("cldsde", *LAYERS):
+    for layer in sorted({"cldsde", *env.domaindata["py"]["modules"]}):
         module = importlib.import_module(layer)
-        for name in module.__all__:
+        for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 continue
-            places = [f"{layer}.{name}"] if layer != "cldsde" else [f"{x}.{name}" for x in LAYERS]
-            if not any(place in objects for place in places):
+            # What a module of images takes from its neighbour stands where that is described.
+            above = (layer.rpartition(".")[0],) if layer.count(".") > 1 else ()
+            homes = LAYERS if layer == "cldsde" else (layer, *above)
+            if not any(x.startswith(homes) and x.endswith(f".{name}") for x in objects):
                 logger.warning("%s.%s is public and on no page", layer, name)
+            if not (inspect.isclass(thing) or inspect.isroutine(thing)):
+                continue
             members = vars(thing).items() if inspect.isclass(thing) else ()
             for member, value in [("", thing), *members]:
-                if member.startswith("_") or not (inspect.isroutine(value) or member == ""):
+                if member.startswith("_") or not (
+                    member == "" or isinstance(value, property) or inspect.isroutine(value)
+                ):
                     continue
-                if callable(thing) and not inspect.getdoc(getattr(thing, member, thing)):
+                if not inspect.getdoc(getattr(thing, member, thing)):
                     logger.warning("%s.%s.%s has no docstring", layer, name, member)
 
 

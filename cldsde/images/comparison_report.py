@@ -22,6 +22,7 @@ __all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
+"""What the file of results says that it is."""
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -276,6 +276,7 @@ DATA_SETS: dict[str, Callable[..., DataSet]] = {
     "folder": image_folder,
     "array": array_file,
 }
+"""Name of a data set in a configuration to what loads it; the options are its arguments."""
 """Functions that make a data set, by the names that a configuration file knows them by."""
 
 

@@ -31,6 +31,7 @@ from cldsde.solvers.progress import progress_bar
 __all__ = ["InceptionMetric", "inception_metrics"]
 
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
+"""Fréchet and kernel distance, inception score, precision and recall, by torch-fidelity's names."""
 
 _NEIGHBOURS = 3
 _SPLITS = 10
