@@ -88,7 +88,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
 
 
 def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
-    """Grid of Karras et al. (2022, eq. 5), uniform in σ^{1/ρ} with σ = e^{−κ} for any process.
+    """Grid uniform in σ^{1/ρ}, with σ = e^{−κ} for any process (Karras et al. 2022, eq. 5).
 
     For CLD it was found worse than `root_times`. Arguments, result and errors are those of
     `uniform_times`, with ε > 0.
@@ -111,11 +111,11 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
 def logistic_times(
     sde: LinearSDE, T: float, eps: float, n: int, center: float = 0.7, rate: float = 0.75
 ) -> Tensor:
-    r"""Grid uniform in the logistic function :math:`1/(1 + e^{r(κ − κ_0)})` of κ.
+    r"""Grid uniform in a logistic function of κ(t), half the log of the signal-to-noise ratio.
 
-    Where the noise drowns the data and where it is far below their smallest distances there is
-    little to decide, and both ends of the logistic function are flat: steps are shortest around κ₀,
-    where samples choose their modes. With `ExponentialMultistep` of order 3 and its corrector the
+    The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Where the noise drowns the data and where it is
+    far below their smallest distances there is little to decide, and both ends of the function are
+    flat: steps are shortest around κ₀, where samples choose their modes. With `ExponentialMultistep` of order 3 and its corrector the
     probability flow of mixtures under CLD is about three times as accurate on it as on
     `root_times`, at 10, 20 and 50 evaluations. Like `log_snr_times` it does not depend on the
     schedule; unlike that it suits CLD.
