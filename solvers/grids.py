@@ -115,10 +115,11 @@ def logistic_times(
 
     The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Where the noise drowns the data and where it is
     far below their smallest distances there is little to decide, and both ends of the function are
-    flat: steps are shortest around κ₀, where samples choose their modes. With `ExponentialMultistep` of order 3 and its corrector the
-    probability flow of mixtures under CLD is about three times as accurate on it as on
-    `root_times`, at 10, 20 and 50 evaluations. Like `log_snr_times` it does not depend on the
-    schedule; unlike that it suits CLD.
+    flat: steps are shortest around κ₀, where samples choose their modes. With
+    `ExponentialMultistep` of order 3 and its corrector the probability flow of mixtures under CLD
+    is about three times as accurate on it as on `root_times`, at 10, 20 and 50 evaluations. Like
+    `log_snr_times` it does not depend on the schedule; unlike that
+    it suits CLD.
 
     Arguments, result and errors are those of `uniform_times`, with ε > 0.
 
