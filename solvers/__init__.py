@@ -4,6 +4,7 @@ from .adaptive import EvenSteps, Integration, Integrator
 from .affine import Affine, AffineSolver
 from .base import Facts, Memory, OffGrid, PathDriven, PathNoise, Solver
 from .brownian import BrownianPath
+from .combine import as_blocks, combine
 from .driver import Solution, solve
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
@@ -63,8 +64,10 @@ __all__ = [
     "StochasticHeun",
     "TorchDiffEq",
     "TorchSDE",
+    "as_blocks",
     "as_torchdiffeq",
     "as_torchsde",
+    "combine",
     "find_solver",
     "karras_times",
     "log_snr_times",
