@@ -9,7 +9,7 @@ If the data were N(μ, s₀²) the marginal would be Gaussian with covariance
 
 where n is the prediction of the noise of the driven components (see `cldsde.score.conversion`).
 With s₀² the variance of the data the reference is exact for Gaussian data at all t, the correlation
-of x and v included; Dockhorn et al. (2022, §3.2) use the limit t → 1 of its diagonal.
+of x and v included. Dockhorn et al. (2022, §3.2) use −v/Σ_vv with s₀ = 0, which nears it as t → 1.
 
 For such data n_ref is the best prediction of the noise, and what it leaves open has the covariance
 s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. The root of its diagonal is c_out, so that the network's
