@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["Matrices", "collocate", "converged"]
+__all__ = ["Matrices", "collocate", "collocate_from", "converged"]
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Times ``(n, q)`` to drift ``(n, q, k, k)`` and diffusion ``(n, q, k, r)``."""
@@ -21,29 +21,27 @@ _MAX_PANELS = 4096
 
 
 def converged(
-    matrices: Matrices, edges: Callable[[int], tuple[Tensor, Tensor]], panels: int
+    law: Callable[[int], tuple[Tensor, Tensor]], panels: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Refine panels until the law no longer changes by 1e-12 of a row's size; None if it does.
+    """Refine panels until a law no longer changes by 1e-12 of a row's size; None if it does.
 
     Parameters
     ----------
-    matrices
-        Drift and diffusion.
-    edges
-        Number of panels p to starts and signed lengths ``(p, n)`` of the panels of n intervals.
+    law
+        Number of panels to Ψ and the noise root, stack-last, ``(k, k, n)``.
     panels
         How many to begin with.
 
     Returns
     -------
     psi, root : tuple of Tensor
-        Stack-last, ``(k, k, n)``.
+        Of the finest panels.
     """
-    previous = collocate(matrices, *edges(panels))
+    previous = law(panels)
     most = max(_MAX_PANELS, 8 * panels)
     while 2 * panels <= most:
         panels *= 2
-        psi, root = collocate(matrices, *edges(panels))
+        psi, root = law(panels)
         if _close(psi, previous[0]) and _close(root, previous[1]):
             return psi, root
         previous = psi, root
@@ -79,6 +77,44 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
         root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
         psi = block_product(step, psi)
     return psi, root
+
+
+def collocate_from(
+    matrices: Matrices, start: Tensor, ends: Tensor, panels: int
+) -> tuple[Tensor, Tensor]:
+    """Transition laws from one start to many ends, as `collocate` has them.
+
+    Panels up to the last end are integrated once; from the panel's edge before it each end is one
+    more panel away.
+
+    Parameters
+    ----------
+    matrices
+        Drift F and diffusion G at times ``(n, 8)``.
+    start, ends
+        ``()`` and ``(n,)``, none of which is before the start.
+    panels
+        How many up to the last end.
+
+    Returns
+    -------
+    psi, root : tuple of Tensor
+        Stack-last, ``(k, k, n)`` each.
+    """
+    h = (ends.detach().max() - start.detach()) / panels
+    edges = start + h * torch.arange(panels, dtype=torch.float64)
+    steps, noises = _panel(matrices, edges, h.expand(panels))
+    psi = torch.eye(len(steps), dtype=torch.float64).unsqueeze(-1)
+    law = [(psi, torch.zeros_like(psi))]
+    for i in range(panels - 1):
+        step, (psi, root) = steps[..., i : i + 1], law[-1]
+        columns = torch.cat([block_product(step, root), noises[..., i : i + 1]], dim=1)
+        law.append((block_product(step, psi), lower_factor(columns)))
+    psi, root = (torch.cat(parts, dim=-1) for parts in zip(*law, strict=True))
+    before = torch.searchsorted(edges.detach(), ends.detach().contiguous(), right=True) - 1
+    step, noise = _panel(matrices, edges[before], ends - edges[before])
+    columns = torch.cat([block_product(step, root[..., before]), noise], dim=1)
+    return block_product(step, psi[..., before]), lower_factor(columns)
 
 
 def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

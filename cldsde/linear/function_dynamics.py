@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import stack_first
 from cldsde.linear.checks import as_float64
-from cldsde.linear.collocation import Matrices, converged
+from cldsde.linear.collocation import Matrices, collocate, collocate_from, converged
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, driven_rows
 
@@ -99,13 +99,19 @@ class FunctionDynamics(Dynamics):
         start, span = s.flatten(), (t - s).flatten()
         longest = float(span.detach().max()) if len(span) else 0.0
 
-        def edges(panels: int) -> tuple[Tensor, Tensor]:
+        def apart(panels: int) -> tuple[Tensor, Tensor]:
             h = span / panels
             steps = torch.arange(panels, dtype=torch.float64).unsqueeze(1)
-            return start + steps * h, h.expand(panels, -1)
+            return collocate(matrices, start + steps * h, h.expand(panels, -1))
+
+        def from_one(panels: int) -> tuple[Tensor, Tensor]:
+            return collocate_from(matrices, start[0], t.flatten(), panels)
 
         panels = max(1, math.ceil(self._rate * longest))
-        factors = converged(matrices, edges, panels)
+        # Marginal laws at many times all start at 0: what they share is integrated once.
+        shared = len(span) > 4 and longest > 0 and bool((start == start[0]).all())
+        shared = shared and not start.requires_grad  # each start has a gradient of its own
+        factors = converged(from_one if shared else apart, panels)
         if factors is None:
             msg = (
                 f"drift, diffusion: they vary too fast over an interval of {longest:g} to be "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, stack_first
-from cldsde.linear.collocation import converged
+from cldsde.linear.collocation import collocate, converged
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.kernel import Kernel, check_kernel_shape, log_density
@@ -206,7 +206,7 @@ def whitened_family(
         return rotation + level.detach().square().max() * dissipation
 
     panels, edges = _panels(fastest, flat_s, flat_t)
-    factors = converged(reverse, edges, panels)
+    factors = converged(lambda count: collocate(reverse, *edges(count)), panels)
     if factors is None:
         msg = (
             "stochasticity: the reverse process contracts or turns too fast between s and t to be "

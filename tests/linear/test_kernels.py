@@ -482,3 +482,27 @@ class TestFromFunctions:
     @each("initial", ["zero", "full", "data"])
     def test_marginal_agrees_with_the_reference(self, name: str, initial: str) -> None:
         assert_marginals_agree(*FUNCTIONS[name](), initial, FUNCTION_GAPS, FUNCTION_TOLERANCE)
+
+    @each("initial", ["zero", "full"])
+    def test_marginals_at_many_times_are_those_at_each(self, name: str, initial: str) -> None:
+        sde, _ = FUNCTIONS[name]()
+        covariance = initial_covariance(initial, sde.components)
+        times = torch.tensor([*FUNCTION_GAPS, 1e-6, 0.25, 0.5, 0.77, 0.25], dtype=torch.float64)
+        together = sde.marginal(times, covariance)
+        for i, t in enumerate(times):
+            alone = sde.marginal(t, covariance)
+            # Both are converged to 1e-12 of a row's size.
+            for one, other in ((together.mean[i], alone.mean), (together.root[i], alone.root)):
+                size = other.abs().amax(-1, keepdim=True)
+                assert bool(((one - other).abs() <= 4e-12 * size).all())
+
+    def test_many_times_have_the_derivatives_of_each(self, name: str) -> None:
+        sde, _ = FUNCTIONS[name]()
+        times = torch.linspace(0.1, 0.9, 7, dtype=torch.float64, requires_grad=True)
+        laws = sde.marginal(times)
+        (slopes,) = torch.autograd.grad(laws.root[:, -1, -1].sum(), times)
+        for t, slope in zip(times.detach(), slopes, strict=True):
+            one = t.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(sde.marginal(one).root[-1, -1], one)
+            # The derivative of a polynomial that is exact to 1e-12, of degree 16.
+            assert float(slope) == pytest.approx(float(expected), rel=1e-9, abs=1e-10)
