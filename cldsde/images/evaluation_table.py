@@ -43,14 +43,15 @@ from cldsde.images.evaluation_results import (
     SAMPLING,
     cell_numbers,
     cells_of,
+    changed_results,
+    joined,
     origin,
     resolved_solver,
     seeds_key,
-    store_results,
     stored_results,
     with_origin,
 )
-from cldsde.images.files import tensors_digest
+from cldsde.images.files import held, tensors_digest
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import Samples, draw_of_classes
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -208,7 +209,8 @@ class Evaluation:
         """Measure each recipe on a trained model; return what the file of results then holds.
 
         Cells that a solver with other options made are measured again, as where a default of an
-        option is another one now. Failures are results: they are not tried again.
+        option is another one now. Failures are results: they are not tried again. Several processes
+        may write to one file: what others have measured meanwhile stays.
 
         Raises
         ------
@@ -222,12 +224,11 @@ class Evaluation:
         """
         found = stored_results(results, model.digest)
         if "bpd" in self.metrics:
-            self._measure_bits(model, found, results)
+            found = self._measure_bits(model, found, results)
         for recipe in recipes if self._measures else ():
-            cells, solver = cells_of(found, recipe), resolved_solver(recipe)
+            solver = resolved_solver(recipe)
             for seeds in self._seeds:
-                key = seeds_key(seeds)
-                cell = cells.get(key, {})
+                cell = cells_of(found, recipe).get(seeds_key(seeds), {})
                 if _solver_of(cell) != solver:
                     cell = {}
                 missing = self._missing(cell)
@@ -236,8 +237,8 @@ class Evaluation:
                 if FAILED in cell:
                     raise FloatingPointError(_kept(cell[FAILED], results))
                 self._check_beside(found, missing, results)
-                cells[key] = cell = self._measured(model, recipe, seeds, cell)
-                store_results(results, found)
+                cell = self._measured(model, recipe, seeds, cell)
+                found = self._stored(model, recipe, seeds, cell, results)
                 if FAILED in cell:
                     raise FloatingPointError(cell[FAILED])
         return found
@@ -302,6 +303,21 @@ class Evaluation:
         images = as_bytes(drawn.images, model.space.levels)
         return {**cell, SAMPLING: cost | made, **self.measure(images, self._missing(cell))}
 
+    def _stored(
+        self,
+        model: ImageModel,
+        recipe: SamplingConfig,
+        seeds: range,
+        cell: Mapping[str, Any],
+        results: Path,
+    ) -> dict[str, Any]:
+        """All results once a cell is among them."""
+        with changed_results(results, model.digest) as found:
+            self._check_beside(found, self._measures, results)
+            cells, key = cells_of(found, recipe), seeds_key(seeds)
+            cells[key] = joined(cell, cells.get(key, {}))
+        return found
+
     @property
     def _measures(self) -> list[str]:
         """Metrics of samples."""
@@ -351,7 +367,10 @@ class Evaluation:
         assert self.weights is not None
         return check_inception_weights(self.weights)
 
-    def _measure_bits(self, model: ImageModel, found: dict[str, Any], results: Path) -> None:
+    def _measure_bits(
+        self, model: ImageModel, found: dict[str, Any], results: Path
+    ) -> dict[str, Any]:
+        """All results once bits a dimension are among them."""
         bits = found["likelihood"]
         if bits is None or bits["asked"] != self.likelihood_images:
             if model.space.always_classes:
@@ -362,12 +381,14 @@ class Evaluation:
             except (FloatingPointError, UnsolvedFlowError) as error:
                 bits = {FAILED: str(error)}
             bits |= {"asked": self.likelihood_images, "made": [origin(self.device)]}
-            found["likelihood"] = bits
-            store_results(results, found)
+            with changed_results(results, model.digest) as changed:
+                changed["likelihood"] = bits
+            found = changed
             if FAILED in bits:
                 raise FloatingPointError(bits[FAILED])
         if FAILED in bits:
             raise FloatingPointError(_kept(bits[FAILED], results))
+        return found
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         images = self.data.held_out
@@ -401,37 +422,50 @@ class Evaluation:
         if self.features != "classifier":
             return load_features(self.features)
         file = self.folder / _CLASSIFIER
+        if file.exists():
+            return self._kept_classifier(file)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with held(file, wait=True):  # of two evaluations at once one trains it, for both
+            return self._kept_classifier(file) if file.exists() else self._new_classifier(file)
+
+    def _kept_classifier(self, file: Path) -> FeatureNetwork:
+        try:
+            classifier, notes = load_classifier(file, device=self.device)
+        except ValueError as error:
+            msg = f"{error}; delete it to have it made again"
+            raise ValueError(msg) from error
+        if not self._classifier_origin.items() <= notes.items():
+            msg = f"{file} was trained on other images or classes; delete it, or move it away"
+            raise ValueError(msg)
+        return ClassifierFeatures(classifier, device=self.device)
+
+    def _new_classifier(self, file: Path) -> FeatureNetwork:
         images, labels = self._training_images, self.data.train.labels
+        held_out = self.data.held_out
         assert labels is not None
-        origin = {
-            "images_sha256": images_sha256(images),
+        assert held_out.labels is not None
+        classifier, accuracy = train_classifier(
+            images,
+            labels,
+            _all_bytes(held_out),
+            held_out.labels,
+            epochs=max(3, round(_TRAINED_ON / len(images))),
+            device=self.device,
+            progress=self.progress,
+        )
+        notes = {**self._classifier_origin, "held_out_accuracy": f"{accuracy:.4f}"}
+        save_classifier(classifier, file, metadata=notes)
+        return ClassifierFeatures(classifier, device=self.device)
+
+    @property
+    def _classifier_origin(self) -> dict[str, str]:
+        """What a classifier was trained on."""
+        labels = self.data.train.labels
+        assert labels is not None
+        return {
+            "images_sha256": images_sha256(self._training_images),
             "labels_sha256": tensors_digest({"labels": labels}),
         }
-        if file.exists():
-            try:
-                classifier, notes = load_classifier(file, device=self.device)
-            except ValueError as error:
-                msg = f"{error}; delete it to have it made again"
-                raise ValueError(msg) from error
-            if not origin.items() <= notes.items():
-                msg = f"{file} was trained on other images or classes; delete it, or move it away"
-                raise ValueError(msg)
-        else:
-            held_out = self.data.held_out
-            assert held_out.labels is not None
-            classifier, accuracy = train_classifier(
-                images,
-                labels,
-                _all_bytes(held_out),
-                held_out.labels,
-                epochs=max(3, round(_TRAINED_ON / len(images))),
-                device=self.device,
-                progress=self.progress,
-            )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
-            save_classifier(classifier, file, metadata=notes)
-        return ClassifierFeatures(classifier, device=self.device)
 
 
 def _all_bytes(images: Images) -> Tensor:

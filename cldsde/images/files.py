@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +20,9 @@ __all__ = [
     "PARTIAL",
     "brief",
     "check_writable",
+    "held",
     "load_tensors",
+    "lock",
     "save_tensors",
     "tensors_digest",
     "write_whole",
@@ -66,6 +70,71 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         msg = f"{folder} cannot be made or written ({error.strerror or brief(error)})"
         raise OSError(msg) from error
+
+
+@contextmanager
+def held(name: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a name for one block of one process at a time, where the system can.
+
+    The lock is on a file beside it, ``.NAME.lock``, which is removed in the end.
+
+    Parameters
+    ----------
+    name
+        File or folder, which need not be there.
+    wait
+        Whether to wait while another one holds it.
+
+    Raises
+    ------
+    BlockingIOError
+        If another one holds it, and this one does not wait.
+    OSError
+        If no file can be put beside it.
+    """
+    beside = name.with_name(f".{name.name}.lock")
+    handle = _locked(beside, wait=wait)
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # where an open file cannot be removed
+            beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(file: Path, *, wait: bool) -> int:
+    """A locked file that is still the one of its name: who held it before has removed his."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock(handle, wait=wait)
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except FileNotFoundError:  # removed between two looks
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def lock(handle: int, *, wait: bool) -> None:
+    """Lock an open file for this process alone, where system and file system can.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it, and this one does not wait.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}:
+            raise
 
 
 def save_tensors(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cldsde.images.files import PARTIAL, write_whole
+from cldsde.images.files import PARTIAL, lock, write_whole
 
 __all__ = ["CONFIG", "METRICS", "RunFolder"]
 
@@ -139,11 +139,7 @@ def _lock(file: Path) -> int:
     """
     handle = os.open(file, os.O_RDONLY)
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle, wait=False)
     except OSError:
         os.close(handle)
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,6 +86,59 @@ def test_distances_in_other_features_or_to_other_images_are_not_put_side_by_side
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match="distances to other images"):
         measured(again, nfe=5)
+
+
+def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path, monkeypatch):
+    """Each is at its images when the others have read the file, and before they write to it."""
+    trained = []
+    together, draw = threading.Barrier(3), Evaluation.draw
+    train = evaluation_table.train_classifier
+    monkeypatch.setattr(
+        evaluation_table, "train_classifier", lambda *a, **b: trained.append(1) or train(*a, **b)
+    )
+
+    def meeting(*arguments):
+        together.wait()
+        return draw(*arguments)
+
+    monkeypatch.setattr(Evaluation, "draw", meeting)
+    monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
+    monkeypatch.setattr(
+        evaluation_table,
+        "inception_metrics",
+        lambda *_, **__: {"metrics": {"isc": {"value": 1.0}}},
+    )
+    each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [
+            pool.submit(
+                measured,
+                Evaluation(
+                    data=data_set(),
+                    metrics=[metric],
+                    weights=tmp_path / "unread",
+                    samples=20,
+                    first_seed=seed,
+                    folder=tmp_path,
+                ),
+                nfe,
+            )
+            for metric, seed, nfe in each
+        ]
+        last = max((job.result() for job in jobs), key=lambda found: len(str(found)))
+    found = stored_results(tmp_path / "results.json", "abc")
+    assert found == last
+    cells = {
+        (row["sampling"]["nfe"], seeds): {key.split()[0] for key in cell}
+        for row in found["recipes"]
+        for seeds, cell in row["cells"].items()
+    }
+    assert cells == {
+        (4, "0-19"): {"fd", "isc", "sampling"},
+        (5, "100-119"): {"fd", "sampling"},
+    }
+    assert len(trained) == 1
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failure_that_was_kept_is_told_with_what_to_do(tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldsde.images.files import load_tensors, save_tensors
+from cldsde.images.files import held, load_tensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -54,3 +57,25 @@ def test_other_files_are_refused(tmp_path):
         load_tensors(tmp_path / "y", "numbers")
     with pytest.raises(OSError, match="cannot be written"):
         save_tensors(tmp_path / "nowhere" / "x", "numbers", TENSORS, {})
+
+
+def test_a_name_is_held_by_one_at_a_time(tmp_path):
+    """A lock belongs to the opened file, so that threads stand for processes."""
+    name, inside, seen = tmp_path / "x", [], []
+
+    def work(i):
+        for _ in range(20):
+            with held(name, wait=True):
+                inside.append(i)
+                time.sleep(1e-4)
+                seen.append(list(inside))
+                inside.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(seen) == [[i] for i in range(4) for _ in range(20)]
+    with held(name, wait=False), pytest.raises(BlockingIOError), held(name, wait=False):
+        pass
+    with held(name, wait=False):
+        pass
+    assert not list(tmp_path.iterdir())
