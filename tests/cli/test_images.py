@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
+from cldsde.images.files import held
 from command import refused
 
 CONFIG = """
@@ -141,6 +142,12 @@ def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, "sample", run, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_another_command_draws_to_is_refused(run, tmp_path, capsys):
+    with held(tmp_path / "x.npz.parts", wait=False):
+        message = refused(capsys, "sample", run, "--out", tmp_path / "x.npz")
+    assert "x.npz is being drawn by another process; wait, or name another" in message
 
 
 def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):

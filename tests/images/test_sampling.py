@@ -21,7 +21,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample_files import SampleRequest, draw_to
+from cldsde.images.sample_files import SampleRequest, check_unused, draw_to
 from cldsde.images.sampling import (
     GuidedScore,
     draw_images,
@@ -250,6 +250,30 @@ def test_processes_share_the_work(run, tmp_path):
         share.result()
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_two_calls_do_not_draw_to_one_place_at_a_time(run, tmp_path, monkeypatch):
+    out = tmp_path / "x.npz"
+    first = SampleRequest(model=run, sampling=FIXED, seeds=range(3), batch=2)
+    draw, drawn = SampleRequest.draw, []
+
+    def meanwhile(self, label, seeds):
+        drawn.append(seeds)
+        for other in (first, dataclasses.replace(first, seeds=range(5))):
+            for attempt in (check_unused, lambda out, other=other: draw_to(out, other)):
+                with pytest.raises(ValueError, match=r"x\.npz is being drawn by another process"):
+                    attempt(out)
+        draw_to(tmp_path / "y.npz", second)
+        return draw(self, label, seeds)
+
+    second = dataclasses.replace(first, seeds=range(1))
+    object.__setattr__(second, "draw", lambda *a: draw(second, *a))
+    monkeypatch.setattr(SampleRequest, "draw", meanwhile)
+    draw_to(out, first)
+    assert drawn == [[0, 1], [2]]
+    assert len(np.load(out)["images"]) == 3
+    assert {file.name for file in tmp_path.iterdir()} == {"x.npz", "y.npz"}
+    check_unused(out)
 
 
 def interrupt(*_):
