@@ -11,15 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.config_files import (
+    as_toml,
     check_name,
     from_dict,
     read_file,
     with_overrides,
-    without_none,
 )
 from cldsde.images.data import DataSet
 from cldsde.images.evaluation_table import METRICS
@@ -224,8 +222,8 @@ class ComparisonConfig:
         return plain
 
     def to_toml(self) -> str:
-        """As a TOML file that `load_comparison` reads; what is None is left out."""
-        return tomli_w.dumps(without_none(self.to_dict()))
+        """As a TOML file that `load_comparison` reads; see `as_toml` for what is None."""
+        return as_toml(self)
 
     @property
     def first_seed(self) -> int:

@@ -12,17 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tomli_w
-
 from cldsde import linear
 from cldsde.images.config_files import (
+    as_toml,
     check_keys,
     check_name,
     checked_options,
     from_dict,
     read_file,
     with_overrides,
-    without_none,
 )
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
@@ -407,8 +405,8 @@ class RunConfig:
         return plain
 
     def to_toml(self) -> str:
-        """As a TOML file that `load_config` reads; what is None is left out."""
-        return tomli_w.dumps(without_none(self.to_dict()))
+        """As a TOML file that `load_config` reads; see `as_toml` for what is None."""
+        return as_toml(self)
 
     @property
     def pretraining_steps(self) -> int:
