@@ -116,7 +116,7 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
     from cldsde.images.model import load_model
 
     model = load_model(run, resolve_device(options.device))
-    evaluation = _evaluation(options, model.config, run)
+    evaluation = _evaluation(options, model.config, run, shape=model.space.shape)
     recipes = _recipes(options, model)
     out = _results(options, run / "evaluation.json", evaluation)
 
@@ -144,7 +144,9 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     config = load_config(source / CONFIG if source.is_dir() else source)
     folder = source if source.is_dir() else samples.parent
     images = load_samples(samples)
-    evaluation = _evaluation(options, config, folder, len(images))
+    count, *sides = images.shape
+    shape = (sides[0], sides[1], sides[2])
+    evaluation = _evaluation(options, config, folder, count, shape=shape)
     if "bpd" in evaluation.metrics:
         msg = "--metrics: samples have no likelihood; bpd is for runs"
         raise ValueError(msg)
@@ -176,7 +178,12 @@ def _results(options: Namespace, default: Path, evaluation: Evaluation) -> Path:
 
 
 def _evaluation(
-    options: Namespace, config: RunConfig, folder: Path, images: int | None = None
+    options: Namespace,
+    config: RunConfig,
+    folder: Path,
+    images: int | None = None,
+    *,
+    shape: tuple[int, int, int],
 ) -> Evaluation:
     from cldsde.images.evaluation_table import Evaluation
 
@@ -195,7 +202,7 @@ def _evaluation(
         device=resolve_device(options.device),
         progress=True,
     )
-    evaluation.check(images)
+    evaluation.check(images, shape=shape)
     return evaluation
 
 

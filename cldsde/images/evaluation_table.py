@@ -125,20 +125,31 @@ class Evaluation:
     device: str = "cpu"
     progress: bool = False
 
-    def check(self, images: int | None = None) -> None:
+    def check(
+        self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
+    ) -> None:
         """Refuse what cannot be measured, before any work is done.
 
         Parameters
         ----------
         images
             Number of images to be measured; that of a repetition if None.
+        shape
+            Channels, rows and columns of images to be measured; those of the data if None.
 
         Raises
         ------
         ValueError
             If a metric is unknown, a number out of range, what a metric needs is missing, or images
-            are too few for it.
+            are too few for it or of another size than the data.
         """
+        if shape is not None and shape != self.data.train.shape:
+            own, others = ("×".join(map(str, x)) for x in (shape, self.data.train.shape))
+            msg = (
+                "images must be of the size of those that they are compared with, "
+                f"{others} (channels, rows, columns); got {own}"
+            )
+            raise ValueError(msg)
         for metric in self.metrics:
             if metric not in METRICS:
                 msg = f"--metrics must be of {', '.join(METRICS)}; got {metric!r}"

@@ -211,6 +211,15 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
         assert words in refused(capsys, "evaluate", *arguments), arguments
 
 
+def test_samples_of_another_size_than_the_data_are_refused(run, tmp_path, capsys):
+    for name, shape in (("wide", (8, 9)), ("coloured", (8, 8, 3))):
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, images=np.zeros((20, *shape), np.uint8), levels=17)
+        message = refused(capsys, "evaluate", file, "--reference", run)
+        assert "must be of the size of those that they are compared with, 1×8×8" in message
+    assert {file.name for file in tmp_path.iterdir()} == {"wide.npz", "coloured.npz"}
+
+
 def test_evaluation_refuses_what_cannot_be_written_before_any_work(
     run, tmp_path, capsys, monkeypatch
 ):

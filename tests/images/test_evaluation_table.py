@@ -177,6 +177,17 @@ def test_too_few_images_for_a_metric_are_refused(tmp_path, metric, images, refer
         evaluation.check(images)
 
 
+@pytest.mark.parametrize("metric", ["fd", "fid", "isc"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 7)])
+def test_images_of_another_size_are_refused(tmp_path, metric, shape):
+    evaluation = Evaluation(
+        data=data_set(), metrics=[metric], weights=tmp_path / "unread", folder=tmp_path
+    )
+    words = rf"compared with, 1×8×8 .*; got {'×'.join(map(str, shape))}"
+    with pytest.raises(ValueError, match=words):
+        evaluation.check(20, shape=shape)
+
+
 @pytest.mark.parametrize(("images", "reference", "size"), [(20, 40, 20), (20, 6, 6)])
 def test_subsets_of_kid_fit_into_both_sets(tmp_path, monkeypatch, images, reference, size):
     asked = []
