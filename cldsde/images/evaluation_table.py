@@ -27,6 +27,7 @@ from cldsde.images.evaluation import (
     FeatureNetwork,
     FeatureStatistics,
     UndefinedLikelihoodError,
+    check_features,
     check_inception_weights,
     frechet,
     images_sha256,
@@ -176,7 +177,11 @@ class Evaluation:
                 msg = "--features: the data have no classes; name a network, module:attribute"
                 raise ValueError(msg)
         elif "fd" in self.metrics:
-            load_features(self.features)
+            try:
+                check_features(load_features(self.features), self._two_images)
+            except (ValueError, ModuleNotFoundError) as error:
+                msg = f"--{error}" if str(error).startswith("features") else f"--features: {error}"
+                raise ValueError(msg) from error
 
     def _check_counts(self, images: int) -> None:
         reference = len(getattr(self.data, self.part))
@@ -419,6 +424,12 @@ class Evaluation:
     @cached_property
     def _reference(self) -> Tensor:
         return self._training_images if self.part == "train" else _all_bytes(self.data.held_out)
+
+    @property
+    def _two_images(self) -> Tensor:
+        """Some of those that are compared with."""
+        images = getattr(self.data, self.part)
+        return as_bytes(images.load(torch.arange(2)), images.levels)
 
     @cached_property
     def _training_images(self) -> Tensor:

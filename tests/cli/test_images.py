@@ -194,14 +194,24 @@ def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run,
         assert measured["frechet_distance"] == distance
 
 
-def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
+def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.py").write_text("class Network(:\n")
+    (tmp_path / "lacking.py").write_text("import nowhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
     cases = [
         ([tmp_path / "nothing"], "there is no run"),
         ([run, "--metrics", "fdd"], "--metrics must be of"),
         ([run, "--metrics", "fid"], "--weights"),
         ([run, "--metrics", "fid", "--weights", tmp_path / "w.pth"], "w.pth"),
         ([run, "--samples", "1"], "--samples is too small"),
-        ([run, "--features", "nowhere:thing"], "nowhere"),
+        ([run, "--features", "nowhere:thing"], "--features: there is no module 'nowhere'"),
+        ([run, "--features", "math:pi"], "--features must be callable"),
+        (
+            [run, "--features", "torch:flatten"],
+            "flatten' makes none of images (2, 1, 8, 8) (TypeError",
+        ),
+        ([run, "--features", "broken:Network"], "--features: 'broken' cannot be imported (Syntax"),
+        ([run, "--features", "lacking:Network"], "--features: No module named 'nowhere'"),
         ([run, "--part", "test"], "--part must be"),
         ([run, "--reference", run], "--reference is for samples"),
         ([run, "--solver", "sscs,ssc"], "solver must be"),
