@@ -26,6 +26,7 @@ from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.linear.checks import check_at_least, check_between, check_positive
+from cldsde.solvers import canonical_name
 
 __all__ = [
     "DataConfig",
@@ -301,7 +302,7 @@ class SamplingConfig:
     Attributes
     ----------
     solver
-        Name of a solver.
+        Name of a solver; a short one, such as ``em``, becomes the full one.
     nfe
         Score evaluations an image, the last denoising included.
     grid
@@ -324,6 +325,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot sample."""
+        object.__setattr__(self, "solver", canonical_name(self.solver))
         check_at_least(self.nfe, 2, "nfe")
         if self.nfe > 1_000_000:
             msg = f"nfe must be at most 1,000,000; got {self.nfe}"

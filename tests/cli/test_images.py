@@ -122,7 +122,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--solver", "sscz"], "solver must be"),
+        (["--solver", "sscz"], "'sscz'; did you mean sscs?"),
         (["--nfe", "1"], "nfe must be"),
         (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):
 def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = ["evaluate", str(run), "--out", str(out), "--device", "cpu", "--samples", "30"]
-    arguments += ["--solver", "sscs,euler-maruyama", "--nfe", "3,5", "--repeats", "2"]
+    arguments += ["--solver", "sscs,em", "--nfe", "3,5", "--repeats", "2"]
     assert main(arguments) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in table[2:6]] == [

@@ -168,6 +168,12 @@ def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, 
     assert load_config(file) == config
 
 
+def test_a_short_name_of_a_solver_becomes_the_full_one():
+    config = RunConfig.from_dict({**VALID, "sampling": {"solver": "em"}})
+    assert config.sampling.solver == "euler-maruyama"
+    assert config == RunConfig.from_dict({**VALID, "sampling": {"solver": "euler-maruyama"}})
+
+
 def test_none_is_written_where_it_is_not_the_default():
     config = RunConfig.from_dict(with_value(("training", "clip"), None))
     assert tomllib.loads(config.to_toml())["training"]["clip"] == "none"
