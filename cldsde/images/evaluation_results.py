@@ -179,6 +179,8 @@ def _check_cell(cell: object, name: str) -> None:
         if key.startswith("fd "):
             kinds = {"frechet_distance": float, "features": str, "reference_sha256": str}
             _need(measure, kinds, f"{name}.{key}")
+        elif key.partition(" ")[0] in {"fid", "kid", "prc"}:
+            _need(measure, {"reference_sha256": str}, f"{name}.{key}")
     try:
         cell_numbers(cell)
     except (KeyError, TypeError, AttributeError) as error:

@@ -29,6 +29,7 @@ from cldsde.images.evaluation import (
     UndefinedLikelihoodError,
     check_features,
     check_inception_weights,
+    feature_name,
     frechet,
     images_sha256,
     inception_metrics,
@@ -358,22 +359,23 @@ class Evaluation:
         self, found: Mapping[str, Any], metrics: Sequence[str], results: Path
     ) -> None:
         """Refuse to put distances beside some in other features, or to other images."""
-        if "fd" not in metrics:
-            return
-        name, own = self._name("fd"), self._reference_statistics
         cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
-        measures = [cell[name] for cell in cells if name in cell]
-        for measure in measures:
-            if measure["features"] != own.features:
+        for metric in metrics:
+            if metric == "isc":  # of samples alone
+                continue
+            name = self._name(metric)
+            measures = [cell[name] for cell in cells if name in cell]
+            for measure in measures if metric == "fd" else ():
+                if measure["features"] != feature_name(self._network):
+                    msg = (
+                        f"{results} holds distances in the features of different classifiers or "
+                        f"networks, {measure['features']} and now {feature_name(self._network)}; "
+                        "delete it, or write to another file"
+                    )
+                    raise ValueError(msg)
+            if any(measure["reference_sha256"] != self._reference_sha256 for measure in measures):
                 msg = (
-                    f"{results} holds distances in the features of different classifiers or "
-                    f"networks, {measure['features']} and now {own.features}; delete it, or write "
-                    "to another file"
-                )
-                raise ValueError(msg)
-            if measure["reference_sha256"] != own.data_sha256:
-                msg = (
-                    f"{results} holds distances to other images than those of the data now; "
+                    f"{results} holds {metric} to other images than those of the data now; "
                     "delete it, or write to another file"
                 )
                 raise ValueError(msg)
@@ -388,7 +390,8 @@ class Evaluation:
     ) -> dict[str, Any]:
         """All results once bits a dimension are among them."""
         bits = found["likelihood"]
-        if bits is None or bits["asked"] != self.likelihood_images:
+        asked = {"asked": self.likelihood_images, "images_sha256": self._likelihood_sha256}
+        if bits is None or not asked.items() <= bits.items():
             if model.space.always_classes:
                 msg = "--metrics: bpd needs a network trained without classes, too"
                 raise UndefinedLikelihoodError(msg)
@@ -396,7 +399,7 @@ class Evaluation:
                 bits = self._bits(model)
             except (FloatingPointError, UnsolvedFlowError) as error:
                 bits = {FAILED: str(error)}
-            bits |= {"asked": self.likelihood_images, "made": [origin(self.device)]}
+            bits |= {**asked, "made": [origin(self.device)]}
             with changed_results(results, model.digest) as changed:
                 changed["likelihood"] = bits
             found = changed
@@ -407,19 +410,30 @@ class Evaluation:
         return found
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
-        images = self.data.held_out
-        rows = torch.arange(min(len(images), self.likelihood_images))
         options: dict[str, Any] = {
-            "levels": images.levels,
+            "levels": self.data.held_out.levels,
             "t_min": model.config.training.t_min,
             "batch": self.batch,
             "device": self.device,
             "progress": self.progress,
         }
         if model.vae is not None:
-            return latent_likelihood(model.model, images.load(rows), **options)
+            return latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
-        return likelihood(model.score, images.load(rows), scale=scale, **options)
+        return likelihood(model.score, self._likelihood_images, scale=scale, **options)
+
+    @property
+    def _likelihood_images(self) -> Tensor:
+        images = self.data.held_out
+        return images.load(torch.arange(min(len(images), self.likelihood_images)))
+
+    @cached_property
+    def _likelihood_sha256(self) -> str:
+        return images_sha256(self._likelihood_images)
+
+    @cached_property
+    def _reference_sha256(self) -> str:
+        return images_sha256(self._reference)
 
     @cached_property
     def _reference(self) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cldsde.images import evaluation_table
-from cldsde.images.config import SamplingConfig
+from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.evaluation import ImageClassifier
+from cldsde.images.evaluation import ImageClassifier, images_sha256
 from cldsde.images.evaluation_results import stored_results
 from cldsde.images.evaluation_table import Evaluation, markdown_table
 from cldsde.images.model import ImageSpace
@@ -84,8 +86,72 @@ def test_distances_in_other_features_or_to_other_images_are_not_put_side_by_side
         "reference_sha256": "0" * 64,
     }
     (tmp_path / "results.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="distances to other images"):
+    with pytest.raises(ValueError, match="holds fd to other images"):
         measured(again, nfe=5)
+
+
+def inception(images, reference, *_, metrics, **__):
+    """What Inception metrics give, without the network."""
+    numbers = {"fid": {"fid": 1.0}, "kid": {"kid": 1.0}, "isc": {"isc": 1.0}}
+    numbers["prc"] = {"precision": 1.0, "recall": 1.0}
+    (metric,) = metrics
+    values = {name: {"value": value} for name, value in numbers[metric].items()}
+    return {"metrics": values, "reference_sha256": images_sha256(reference)}
+
+
+@pytest.mark.parametrize("metric", ["fid", "kid", "prc", "isc"])
+def test_inception_metrics_to_other_images_are_not_put_side_by_side(tmp_path, monkeypatch, metric):
+    monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
+    monkeypatch.setattr(evaluation_table, "inception_metrics", inception)
+    asked = {"metrics": [metric], "weights": tmp_path / "x", "samples": 20, "folder": tmp_path}
+    measured(Evaluation(data=data_set(), **asked))
+    measured(Evaluation(data=data_set(), **asked), nfe=5)
+    before = (tmp_path / "results.json").read_text()
+    other = Evaluation(data=data_set(seed=1), **asked)
+    if metric == "isc":  # the one that looks at samples alone
+        measured(other, nfe=6)
+        return
+    with pytest.raises(ValueError, match=f"holds {metric} to other images"):
+        measured(other, nfe=6)
+    assert (tmp_path / "results.json").read_text() == before
+    stale = json.loads(before)
+    for row in stale["recipes"]:
+        (cell,) = row["cells"].values()
+        del next(value for key, value in cell.items() if key != "sampling")["reference_sha256"]
+    (tmp_path / "results.json").write_text(json.dumps(stale))
+    with pytest.raises(ValueError, match=r"damaged .*reference_sha256 is missing"):
+        measured(other, nfe=6)
+
+
+def test_a_likelihood_of_other_images_is_computed_again(tmp_path, monkeypatch):
+    def likelihood(score, images, **_):
+        computed.append(images)
+        bits = {"bits_per_dim": 3.0, "is_bound": True, "quantity": "bound", "settings": {}}
+        return {**bits, "images_sha256": images_sha256(images)}
+
+    def failing(score, images, **_):
+        computed.append(images)
+        msg = "not finite"
+        raise FloatingPointError(msg)
+
+    computed: list = []
+    model = SimpleNamespace(
+        digest="abc",
+        space=ImageSpace((1, 8, 8)),
+        config=RunConfig.from_dict({"training": {"images": 64}}),
+        vae=None,
+        score=None,
+    )
+    for function, count in ((likelihood, 2), (failing, 3)):
+        monkeypatch.setattr(evaluation_table, "likelihood", function)
+        for seed in (0, 0, 1, 2, 2):
+            asked = {"metrics": ["bpd"], "likelihood_images": count, "folder": tmp_path}
+            evaluation = Evaluation(data=data_set(seed=seed), **asked)
+            with suppress(FloatingPointError):
+                evaluation.of_run(model, [], tmp_path / "results.json")
+        held = [data_set(seed=seed).held_out.load(torch.arange(count)) for seed in range(3)]
+        assert list(map(images_sha256, computed)) == list(map(images_sha256, held))
+        computed.clear()
 
 
 def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path, monkeypatch):
@@ -103,11 +169,7 @@ def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path
 
     monkeypatch.setattr(Evaluation, "draw", meeting)
     monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
-    monkeypatch.setattr(
-        evaluation_table,
-        "inception_metrics",
-        lambda *_, **__: {"metrics": {"isc": {"value": 1.0}}},
-    )
+    monkeypatch.setattr(evaluation_table, "inception_metrics", inception)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
     with ThreadPoolExecutor(3) as pool:
         jobs = [
