@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "PARTIAL",
+    "all_to_disk",
     "brief",
     "check_writable",
     "held",
@@ -217,6 +218,12 @@ def _to_disk(file: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def all_to_disk() -> None:
+    """Wait until all files written so far are on the disk, where the system can."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def brief(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import PARTIAL, brief, check_writable, held, write_whole
+from cldsde.images.files import PARTIAL, all_to_disk, brief, check_writable, held, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
@@ -343,10 +343,17 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
         shutil.rmtree(whole)
     whole.mkdir()
     names = dict(zip(request.seeds, request.picture_names(), strict=True))
-    for images, seeds in _read(parts, request.batches()):
-        for image, seed in zip(images, seeds, strict=True):
-            shown = picture(image, request.model.space.levels)
-            _write(whole / names[seed], shown.save)
+    total = len(request.seeds)
+    with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
+        for images, seeds in _read(parts, request.batches()):
+            for image, seed in zip(images, seeds, strict=True):
+                shown, file = picture(image, request.model.space.levels), whole / names[seed]
+                try:
+                    shown.save(file)
+                except OSError as error:
+                    raise OSError(_unwritten(file, error)) from error
+                bar.update()
+    all_to_disk()  # at once: waiting for the disk after each takes far longer than writing it
     place = out.resolve()
     try:
         if place.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,6 +322,22 @@ def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(run, tmp_
     assert len(list(out.iterdir())) == 3
 
 
+def test_pictures_are_brought_to_the_disk_all_at_once_before_their_folder_is_there(
+    run, tmp_path, monkeypatch, capsys
+):
+    out, fsync, synced = tmp_path / "x", os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(1) or fsync(handle))
+
+    def sync():
+        assert not out.exists()
+        synced.append(len(list((tmp_path / "x.parts" / ".partial-whole").iterdir())))
+
+    monkeypatch.setattr(os, "sync", sync)
+    draw_to(out, SampleRequest(model=run, sampling=FIXED, seeds=range(5), batch=3))
+    assert synced == [1, 1, 1, 5]  # the request, two parts, the pictures
+    assert "pictures: 100%" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("out", "file"),
     [
@@ -333,15 +350,18 @@ def test_a_full_disk_is_said_with_the_file_that_found_no_room(
     run, tmp_path, monkeypatch, out, file
 ):
     request = SampleRequest(model=run, sampling=FIXED, seeds=range(2))
-    to_disk = files._to_disk
 
-    def full(path):
-        if path.suffix == Path(file).suffix:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        to_disk(path)
+    def full(write):
+        def written(*arguments):
+            if arguments[-1].suffix == Path(file).suffix:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(*arguments)
+
+        return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_to_disk", full)
+        patch.setattr(files, "_to_disk", full(files._to_disk))
+        patch.setattr(Image.Image, "save", full(Image.Image.save))
         with pytest.raises(OSError, match=r"cannot be written \(No space left.*goes on") as caught:
             draw_to(tmp_path / out, request)
     assert str(caught.value).startswith(f"{tmp_path / file} ")
