@@ -75,7 +75,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, metavar="N", default=64, help="images at once")
     parser.add_argument(
-        "--out", type=str, metavar="FILE", help="results, RUN/evaluation.json by default"
+        "--out",
+        type=str,
+        metavar="FILE",
+        help="results; RUN/evaluation.json or SAMPLES-evaluation.json by default",
     )
     add_device_argument(parser)
 
@@ -150,13 +153,14 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     if "bpd" in evaluation.metrics:
         msg = "--metrics: samples have no likelihood; bpd is for runs"
         raise ValueError(msg)
-    out = _results(options, samples.with_name(f"{samples.stem}-evaluation.json"), evaluation)
+    place = samples.resolve() if samples.name in {"", ".."} else samples
+    out = _results(options, place.parent / f"{place.name}-evaluation.json", evaluation)
 
     def work() -> None:
         cell = evaluation.measure(images, evaluation.metrics)
         text = json.dumps({"samples": str(samples), "measures": cell}, indent=1) + "\n"
         write_whole(out, lambda path: path.write_text(text))
-        row = {"sampling": {"solver": samples.name, "nfe": ""}, "cells": {"": cell}}
+        row = {"sampling": {"solver": place.name, "nfe": ""}, "cells": {"": cell}}
         print(markdown_table({"recipes": [row]}))
         print(f"All is in {out.resolve()}")
 

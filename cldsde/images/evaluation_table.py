@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data import DataSet, Images, array_file
+from cldsde.images.data import DataSet, Images, array_images
 from cldsde.images.evaluation import (
     ClassifierFeatures,
     FeatureNetwork,
@@ -543,8 +543,11 @@ def load_samples(path: Path) -> Tensor:
     if path.suffix not in {".npz", ".npy"}:
         msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
         raise ValueError(msg)
-    found = array_file(path=path, held_out=1)
-    images = torch.cat([part.load(torch.arange(len(part))) for part in found])
+    try:
+        found = array_images(path)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    images = found.load(torch.arange(len(found)))
     levels = _levels_of(path)
     if int(images.max()) >= levels:
         msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"

@@ -186,12 +186,42 @@ def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run,
     for samples in (tmp_path / "folder", tmp_path / "file.npz"):
         assert main(["sample", str(run), "--seeds", "0-29", "--out", str(samples), *device]) == 0
         assert main(["evaluate", str(samples), "--reference", str(run), *device]) == 0
-        text = samples.with_name(f"{samples.stem}-evaluation.json").read_text()
+        text = samples.with_name(f"{samples.name}-evaluation.json").read_text()
         measured = json.loads(text)["measures"][name]
         assert measured["samples"] == 30
         # Rounding: a file gives them in another order, and features are of single precision.
         distance = pytest.approx(cell[name]["frechet_distance"], rel=1e-4)
         assert measured["frechet_distance"] == distance
+
+
+def test_samples_of_every_name_have_results_of_their_own(run, tmp_path, capsys, monkeypatch):
+    device = ["--device", "cpu"]
+    places = [tmp_path / name for name in ("x", "x.npz")]
+    for place in places:
+        assert main(["sample", str(run), "--seeds", "0-9", "--out", str(place), *device]) == 0
+    places.append(tmp_path / "x.v2")
+    shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
+    for place in places:
+        assert main(["evaluate", str(place), "--reference", str(run), *device]) == 0
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        f"{place.name}-evaluation.json" for place in places
+    }
+    (tmp_path / "x-evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path / "x")
+    capsys.readouterr()
+    assert main(["evaluate", ".", "--reference", str(run), *device]) == 0
+    assert "| x |" in capsys.readouterr().out
+    assert (tmp_path / "x-evaluation.json").exists()
+
+
+def test_samples_that_cannot_be_measured_are_refused_by_what_was_given(run, tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8, 1), np.uint8), levels=17)
+    np.save(tmp_path / "floats.npy", np.zeros((20, 8, 8)))
+    cases = [("one.npz", "fd needs at least 2 images; got 1"), ("floats.npy", "images of uint8")]
+    for name, words in cases:
+        message = refused(capsys, "evaluate", tmp_path / name, "--reference", run)
+        assert words in message
+        assert "held_out" not in message
 
 
 def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
