@@ -143,6 +143,8 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file, whole or not at all, with a digest of all that it holds.
 
+    Equal contents make equal files.
+
     Parameters
     ----------
     file
@@ -161,10 +163,23 @@ def save_tensors(
     notes = {**metadata, "kind": kind}
     notes["sha256"] = tensors_digest(hosted, notes)
     try:
-        write_whole(file, lambda path: save_file(hosted, path, metadata=notes))
+        write_whole(file, lambda path: _save_sorted(path, hosted, notes))
     except (OSError, SafetensorError) as error:
         msg = f"{file} cannot be written ({brief(error)})"
         raise OSError(msg) from error
+
+
+def _save_sorted(file: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write tensors and notes; the library puts the notes in an order of chance."""
+    save_file(tensors, file, metadata=notes)
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(notes.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size  # what is in another order is no longer
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -50,7 +50,10 @@ from cldsde.images.tensorboard import Board
 from cldsde.images.training_state import STATE, Meter, StopRequest, TrainingState
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["STATE", "check_run", "train"]
+__all__ = ["STATE", "TRAINING", "check_run", "train"]
+
+TRAINING = "repeat the whole training"
+"""What it takes to have the model of a finished run again."""
 
 _BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -283,7 +286,7 @@ class _Trainer:
         try:
             seen = read_model(file, self.config).images_seen
         except ValueError as error:
-            raise ValueError(self.folder.damaged(MODEL, error)) from error
+            raise ValueError(self.folder.damaged(MODEL, error, cost=TRAINING)) from error
         steps = self.settings.steps
         if seen != steps * self.settings.batch:
             msg = (

@@ -29,6 +29,18 @@ def test_tensors_and_notes_come_back(tmp_path):
         assert tensors[name].dtype == x.dtype
 
 
+def test_equal_contents_make_equal_files(tmp_path):
+    words = 'a "quoted" \\ line\nwith\tcontrol \x01\x7f and é 漢 \U0001f600'
+    notes = {f"{i}{words}": words for i in range(9)}
+    files = [tmp_path / f"{i}" for i in range(4)]
+    for i, file in enumerate(files):
+        save_tensors(file, "numbers", TENSORS, dict(sorted(notes.items(), reverse=bool(i % 2))))
+    assert len({file.read_bytes() for file in files}) == 1
+    tensors, found = load_tensors(files[0], "numbers")
+    assert notes.items() <= found.items()
+    assert all(torch.equal(tensors[name], x) for name, x in TENSORS.items())
+
+
 def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
     file = tmp_path / "x.safetensors"
     save_tensors(file, "numbers", TENSORS, {"note": "x"})

@@ -128,6 +128,15 @@ def test_a_finished_run_is_loaded(tmp_path):
     assert_same_bits(whole, load_model(tmp_path).model)
 
 
+def test_a_damaged_model_of_a_finished_run_is_told_with_what_it_takes_to_have_it_again(tmp_path):
+    trained(tmp_path, config())
+    whole = (tmp_path / MODEL).read_bytes()
+    (tmp_path / MODEL).write_bytes(whole[:-1])
+    words = rf"{MODEL} is damaged .*copy of it back, or delete it to repeat the whole training$"
+    with pytest.raises(ValueError, match=words):
+        trained(tmp_path, config())
+
+
 def test_another_seed_trains_another_model(tmp_path):
     a = trained(tmp_path / "a", config())
     b = trained(tmp_path / "b", dataclasses.replace(config(), seed=6))
