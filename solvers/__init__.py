@@ -19,7 +19,7 @@ from .grids import (
     root_times,
     uniform_times,
 )
-from .named import find_solver, named_solvers
+from .named import canonical_name, find_solver, named_solvers
 from .noise import FreshNoise, GridNoise, NoiseSource, RecordedNoise, SampleNoise
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
@@ -67,6 +67,7 @@ __all__ = [
     "as_blocks",
     "as_torchdiffeq",
     "as_torchsde",
+    "canonical_name",
     "combine",
     "find_solver",
     "karras_times",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 from .adaptive import Integrator
@@ -20,7 +21,9 @@ from .stochastic_heun import StochasticHeun
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
-__all__ = ["find_solver", "named_solvers"]
+__all__ = ["canonical_name", "find_solver", "named_solvers"]
+
+_SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 
 def named_solvers() -> dict[str, Solver | Integrator]:
@@ -64,8 +67,21 @@ def named_solvers() -> dict[str, Solver | Integrator]:
     }
 
 
+def canonical_name(name: str) -> str:
+    """The name in `named_solvers` for a short one, ``em`` or ``multistep``; any other as it is.
+
+    Examples
+    --------
+    >>> canonical_name("em")
+    'euler-maruyama'
+    """
+    return _SHORT.get(name, name)
+
+
 def find_solver(name: str) -> Solver | Integrator:
     """A solver by its name, or a user's by ``module:ClassName``, made without arguments.
+
+    ``em`` is short for ``euler-maruyama``, and ``multistep`` for ``multistep-2-sde``.
 
     Raises
     ------
@@ -74,10 +90,12 @@ def find_solver(name: str) -> Solver | Integrator:
     """
     if ":" not in name:
         known = named_solvers()
-        if name not in known:
+        if canonical_name(name) not in known:
             msg = f"solver must be module:ClassName or one of {', '.join(known)}; got {name!r}"
+            near = difflib.get_close_matches(name, [*known, *_SHORT], n=1, cutoff=0.5)
+            msg += f"; did you mean {near[0]}?" if near else ""
             raise ValueError(msg)
-        return known[name]
+        return known[canonical_name(name)]
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -75,7 +75,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, metavar="N", default=64, help="images at once")
     parser.add_argument(
-        "--out", type=str, metavar="FILE", help="results, RUN/evaluation.json by default"
+        "--out",
+        type=str,
+        metavar="FILE",
+        help="results; RUN/evaluation.json or SAMPLES-evaluation.json by default",
     )
     add_device_argument(parser)
 
@@ -116,7 +119,7 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
     from cldsde.images.model import load_model
 
     model = load_model(run, resolve_device(options.device))
-    evaluation = _evaluation(options, model.config, run)
+    evaluation = _evaluation(options, model.config, run, shape=model.space.shape)
     recipes = _recipes(options, model)
     out = _results(options, run / "evaluation.json", evaluation)
 
@@ -144,17 +147,20 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     config = load_config(source / CONFIG if source.is_dir() else source)
     folder = source if source.is_dir() else samples.parent
     images = load_samples(samples)
-    evaluation = _evaluation(options, config, folder, len(images))
+    count, *sides = images.shape
+    shape = (sides[0], sides[1], sides[2])
+    evaluation = _evaluation(options, config, folder, count, shape=shape)
     if "bpd" in evaluation.metrics:
         msg = "--metrics: samples have no likelihood; bpd is for runs"
         raise ValueError(msg)
-    out = _results(options, samples.with_name(f"{samples.stem}-evaluation.json"), evaluation)
+    place = samples.resolve() if samples.name in {"", ".."} else samples
+    out = _results(options, place.parent / f"{place.name}-evaluation.json", evaluation)
 
     def work() -> None:
         cell = evaluation.measure(images, evaluation.metrics)
         text = json.dumps({"samples": str(samples), "measures": cell}, indent=1) + "\n"
         write_whole(out, lambda path: path.write_text(text))
-        row = {"sampling": {"solver": samples.name, "nfe": ""}, "cells": {"": cell}}
+        row = {"sampling": {"solver": place.name, "nfe": ""}, "cells": {"": cell}}
         print(markdown_table({"recipes": [row]}))
         print(f"All is in {out.resolve()}")
 
@@ -176,7 +182,12 @@ def _results(options: Namespace, default: Path, evaluation: Evaluation) -> Path:
 
 
 def _evaluation(
-    options: Namespace, config: RunConfig, folder: Path, images: int | None = None
+    options: Namespace,
+    config: RunConfig,
+    folder: Path,
+    images: int | None = None,
+    *,
+    shape: tuple[int, int, int],
 ) -> Evaluation:
     from cldsde.images.evaluation_table import Evaluation
 
@@ -195,7 +206,7 @@ def _evaluation(
         device=resolve_device(options.device),
         progress=True,
     )
-    evaluation.check(images)
+    evaluation.check(images, shape=shape)
     return evaluation
 
 

@@ -144,7 +144,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from accelerate import PartialState
 
         from cldsde.images.model import load_model
-        from cldsde.images.sample_files import SampleRequest, draw_to
+        from cldsde.images.sample_files import SampleRequest, check_unused, draw_to
     if options.seeds is not None and options.seed is not None:
         msg = "--seed and --seeds are alternatives; got both"
         raise ValueError(msg)
@@ -166,6 +166,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     )
     out = Path(options.out).expanduser()
     request.check(out)
+    if state.is_main_process:
+        check_unused(out)
 
     def work() -> None:
         draw_to(

@@ -20,7 +20,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.solvers import Integrator, Solver, find_solver, named_solvers
+from cldsde.solvers import Integrator, Solver, canonical_name, find_solver, named_solvers
 from cldsde.solvers.progress import progress_bar
 from cldsde.validation import (
     Check,
@@ -101,7 +101,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         raise ValueError(msg)
     if any(":" in name for name in options.solver or ()):
         sys.path.insert(0, "")  # modules are looked for where the user stands
-    chosen = {name: find_solver(name) for name in options.solver or named_solvers()}
+    names = [canonical_name(name) for name in options.solver or named_solvers()]
+    chosen = {name: find_solver(name) for name in names}
     known = problems()
     unknown = [name for name in options.problem or () if name not in known]
     if unknown:
@@ -153,7 +154,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             if not complete:
                 for error in files.errors:
                     print(error, file=sys.stderr)
-        _judge(report, options.solver or [], files.errors)
+        _judge(report, list(chosen) if options.solver else [], files.errors)
 
     return work
 

@@ -35,7 +35,7 @@ from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.training import STATE, train
+from cldsde.images.training import STATE, TRAINING, train
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["Comparison"]
@@ -93,7 +93,7 @@ class Comparison:
                 try:
                     model = load_model(run.path)
                 except ValueError as error:
-                    raise ValueError(run.damaged(MODEL, error)) from error
+                    raise ValueError(run.damaged(MODEL, error, cost=TRAINING)) from error
                 self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:

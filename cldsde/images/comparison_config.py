@@ -11,22 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.config_files import (
+    as_toml,
     check_name,
     from_dict,
     read_file,
     with_overrides,
-    without_none,
 )
 from cldsde.images.data import DataSet
 from cldsde.images.evaluation_table import METRICS
 from cldsde.images.sampling import check_sampling, make_solver
 from cldsde.images.training import check_run
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.solvers import Solver, named_solvers
+from cldsde.solvers import Solver, canonical_name, named_solvers
 
 __all__ = [
     "PRESETS",
@@ -79,6 +77,7 @@ class RowConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no solver of that name can do."""
+        object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
         if ":" not in self.solver:
             check_name(self.solver, named_solvers(), "solver")
@@ -224,8 +223,8 @@ class ComparisonConfig:
         return plain
 
     def to_toml(self) -> str:
-        """As a TOML file that `load_comparison` reads; what is None is left out."""
-        return tomli_w.dumps(without_none(self.to_dict()))
+        """As a TOML file that `load_comparison` reads; see `as_toml` for what is None."""
+        return as_toml(self)
 
     @property
     def first_seed(self) -> int:

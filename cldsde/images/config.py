@@ -12,22 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tomli_w
-
 from cldsde import linear
 from cldsde.images.config_files import (
+    as_toml,
     check_keys,
     check_name,
     checked_options,
     from_dict,
     read_file,
     with_overrides,
-    without_none,
 )
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.linear.checks import check_at_least, check_between, check_positive
+from cldsde.solvers import canonical_name
 
 __all__ = [
     "DataConfig",
@@ -303,7 +302,7 @@ class SamplingConfig:
     Attributes
     ----------
     solver
-        Name of a solver.
+        Name of a solver; a short one, such as ``em``, becomes the full one.
     nfe
         Score evaluations an image, the last denoising included.
     grid
@@ -326,6 +325,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot sample."""
+        object.__setattr__(self, "solver", canonical_name(self.solver))
         check_at_least(self.nfe, 2, "nfe")
         if self.nfe > 1_000_000:
             msg = f"nfe must be at most 1,000,000; got {self.nfe}"
@@ -407,8 +407,8 @@ class RunConfig:
         return plain
 
     def to_toml(self) -> str:
-        """As a TOML file that `load_config` reads; what is None is left out."""
-        return tomli_w.dumps(without_none(self.to_dict()))
+        """As a TOML file that `load_config` reads; see `as_toml` for what is None."""
+        return as_toml(self)
 
     @property
     def pretraining_steps(self) -> int:

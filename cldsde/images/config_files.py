@@ -18,10 +18,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli_w
 import yaml
 from jsonargparse import ArgumentParser
 
 __all__ = [
+    "as_toml",
     "check_keys",
     "check_name",
     "checked_options",
@@ -29,12 +31,13 @@ __all__ = [
     "parse_overrides",
     "read_file",
     "with_overrides",
-    "without_none",
 ]
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """What a file in TOML, YAML or JSON holds, by its suffix.
+
+    In TOML, which has no null, the word ``"none"`` stands for None.
 
     Raises
     ------
@@ -42,7 +45,7 @@ def read_file(path: Path) -> dict[str, Any]:
         If it cannot be read or is no such file.
     """
     readers: dict[str, Callable[[str], Any]] = {
-        ".toml": tomllib.loads,
+        ".toml": lambda text: _from_toml(tomllib.loads(text)),
         ".yaml": _load_yaml,
         ".yml": _load_yaml,
         ".json": json.loads,
@@ -120,13 +123,38 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     return changed
 
 
-def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as TOML can hold it: what is None is left out."""
-    return {
-        key: without_none(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if value is not None
-    }
+def as_toml(config: Any) -> str:
+    """A configuration, a dataclass, as `read_file` reads it.
+
+    TOML has no None: a field that is None by default is left out, and everywhere else the word
+    ``"none"`` stands for it.
+    """
+    values: dict[str, Any] = _for_toml(config)
+    return tomli_w.dumps(values)
+
+
+def _for_toml(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            entry.name: _for_toml(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+            if getattr(value, entry.name) is not None or entry.default is not None
+        }
+    if isinstance(value, Mapping):
+        return {key: _for_toml(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_toml(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return "none" if value is None else value
+
+
+def _from_toml(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_toml(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_toml(item) for item in value]
+    return None if value == "none" else value
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

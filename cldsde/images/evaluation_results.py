@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.evaluation.shared import package_versions
-from cldsde.images.files import write_whole
+from cldsde.images.files import held, write_whole
 from cldsde.images.sampling import make_solver
 
 __all__ = [
@@ -27,10 +28,11 @@ __all__ = [
     "SAMPLING",
     "cell_numbers",
     "cells_of",
+    "changed_results",
+    "joined",
     "origin",
     "resolved_solver",
     "seeds_key",
-    "store_results",
     "stored_results",
     "with_origin",
 ]
@@ -64,10 +66,24 @@ def stored_results(results: Path, digest: str) -> dict[str, Any]:
     return {**fresh, **found}
 
 
-def store_results(results: Path, found: Mapping[str, Any]) -> None:
-    """Write a file of results, whole or not at all."""
-    text = json.dumps(found, indent=1) + "\n"
-    write_whole(results, lambda path: path.write_text(text))
+@contextmanager
+def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
+    """What the file holds now, to be changed in the block; then written, whole or not at all.
+
+    Nobody else changes it meanwhile, so that several evaluations may share a file.
+
+    Raises
+    ------
+    ValueError
+        As `stored_results` does.
+    OSError
+        If the file cannot be written.
+    """
+    with held(results, wait=True):
+        found = stored_results(results, digest)
+        yield found
+        text = json.dumps(found, indent=1) + "\n"
+        write_whole(results, lambda path: path.write_text(text))
 
 
 def cells_of(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
@@ -108,6 +124,16 @@ def with_origin(cell: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
     """Origins of a cell's measures, among them that of those which are going to be added."""
     before: list[Any] = cell.get(SAMPLING, {}).get("made", [])
     return before if own in before else [*before, own]
+
+
+def joined(own: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell with what others have measured of its images, those of the same solver, meanwhile."""
+    made, before = own[SAMPLING], stored.get(SAMPLING, {})
+    if before.get("solver") != made["solver"]:
+        return dict(own)
+    origins = [one for one in before.get("made", []) if one not in made["made"]]
+    measures = {key: value for key, value in stored.items() if key != FAILED}
+    return {**measures, **own, SAMPLING: {**made, "made": [*origins, *made["made"]]}}
 
 
 def cell_numbers(cell: Mapping[str, Any]) -> dict[str, float]:
@@ -153,6 +179,8 @@ def _check_cell(cell: object, name: str) -> None:
         if key.startswith("fd "):
             kinds = {"frechet_distance": float, "features": str, "reference_sha256": str}
             _need(measure, kinds, f"{name}.{key}")
+        elif key.partition(" ")[0] in {"fid", "kid", "prc"}:
+            _need(measure, {"reference_sha256": str}, f"{name}.{key}")
     try:
         cell_numbers(cell)
     except (KeyError, TypeError, AttributeError) as error:

@@ -21,13 +21,15 @@ from PIL import Image
 from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data import DataSet, Images, array_file
+from cldsde.images.data import DataSet, Images, array_images
 from cldsde.images.evaluation import (
     ClassifierFeatures,
     FeatureNetwork,
     FeatureStatistics,
     UndefinedLikelihoodError,
+    check_features,
     check_inception_weights,
+    feature_name,
     frechet,
     images_sha256,
     inception_metrics,
@@ -43,14 +45,15 @@ from cldsde.images.evaluation_results import (
     SAMPLING,
     cell_numbers,
     cells_of,
+    changed_results,
+    joined,
     origin,
     resolved_solver,
     seeds_key,
-    store_results,
     stored_results,
     with_origin,
 )
-from cldsde.images.files import tensors_digest
+from cldsde.images.files import held, tensors_digest
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import Samples, draw_of_classes
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -124,20 +127,31 @@ class Evaluation:
     device: str = "cpu"
     progress: bool = False
 
-    def check(self, images: int | None = None) -> None:
+    def check(
+        self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
+    ) -> None:
         """Refuse what cannot be measured, before any work is done.
 
         Parameters
         ----------
         images
             Number of images to be measured; that of a repetition if None.
+        shape
+            Channels, rows and columns of images to be measured; those of the data if None.
 
         Raises
         ------
         ValueError
             If a metric is unknown, a number out of range, what a metric needs is missing, or images
-            are too few for it.
+            are too few for it or of another size than the data.
         """
+        if shape is not None and shape != self.data.train.shape:
+            own, others = ("×".join(map(str, x)) for x in (shape, self.data.train.shape))
+            msg = (
+                "images must be of the size of those that they are compared with, "
+                f"{others} (channels, rows, columns); got {own}"
+            )
+            raise ValueError(msg)
         for metric in self.metrics:
             if metric not in METRICS:
                 msg = f"--metrics must be of {', '.join(METRICS)}; got {metric!r}"
@@ -164,7 +178,11 @@ class Evaluation:
                 msg = "--features: the data have no classes; name a network, module:attribute"
                 raise ValueError(msg)
         elif "fd" in self.metrics:
-            load_features(self.features)
+            try:
+                check_features(load_features(self.features), self._two_images)
+            except (ValueError, ModuleNotFoundError) as error:
+                msg = f"--{error}" if str(error).startswith("features") else f"--features: {error}"
+                raise ValueError(msg) from error
 
     def _check_counts(self, images: int) -> None:
         reference = len(getattr(self.data, self.part))
@@ -208,7 +226,8 @@ class Evaluation:
         """Measure each recipe on a trained model; return what the file of results then holds.
 
         Cells that a solver with other options made are measured again, as where a default of an
-        option is another one now. Failures are results: they are not tried again.
+        option is another one now. Failures are results: they are not tried again. Several processes
+        may write to one file: what others have measured meanwhile stays.
 
         Raises
         ------
@@ -222,12 +241,11 @@ class Evaluation:
         """
         found = stored_results(results, model.digest)
         if "bpd" in self.metrics:
-            self._measure_bits(model, found, results)
+            found = self._measure_bits(model, found, results)
         for recipe in recipes if self._measures else ():
-            cells, solver = cells_of(found, recipe), resolved_solver(recipe)
+            solver = resolved_solver(recipe)
             for seeds in self._seeds:
-                key = seeds_key(seeds)
-                cell = cells.get(key, {})
+                cell = cells_of(found, recipe).get(seeds_key(seeds), {})
                 if _solver_of(cell) != solver:
                     cell = {}
                 missing = self._missing(cell)
@@ -236,8 +254,8 @@ class Evaluation:
                 if FAILED in cell:
                     raise FloatingPointError(_kept(cell[FAILED], results))
                 self._check_beside(found, missing, results)
-                cells[key] = cell = self._measured(model, recipe, seeds, cell)
-                store_results(results, found)
+                cell = self._measured(model, recipe, seeds, cell)
+                found = self._stored(model, recipe, seeds, cell, results)
                 if FAILED in cell:
                     raise FloatingPointError(cell[FAILED])
         return found
@@ -302,6 +320,21 @@ class Evaluation:
         images = as_bytes(drawn.images, model.space.levels)
         return {**cell, SAMPLING: cost | made, **self.measure(images, self._missing(cell))}
 
+    def _stored(
+        self,
+        model: ImageModel,
+        recipe: SamplingConfig,
+        seeds: range,
+        cell: Mapping[str, Any],
+        results: Path,
+    ) -> dict[str, Any]:
+        """All results once a cell is among them."""
+        with changed_results(results, model.digest) as found:
+            self._check_beside(found, self._measures, results)
+            cells, key = cells_of(found, recipe), seeds_key(seeds)
+            cells[key] = joined(cell, cells.get(key, {}))
+        return found
+
     @property
     def _measures(self) -> list[str]:
         """Metrics of samples."""
@@ -326,22 +359,23 @@ class Evaluation:
         self, found: Mapping[str, Any], metrics: Sequence[str], results: Path
     ) -> None:
         """Refuse to put distances beside some in other features, or to other images."""
-        if "fd" not in metrics:
-            return
-        name, own = self._name("fd"), self._reference_statistics
         cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
-        measures = [cell[name] for cell in cells if name in cell]
-        for measure in measures:
-            if measure["features"] != own.features:
+        for metric in metrics:
+            if metric == "isc":  # of samples alone
+                continue
+            name = self._name(metric)
+            measures = [cell[name] for cell in cells if name in cell]
+            for measure in measures if metric == "fd" else ():
+                if measure["features"] != feature_name(self._network):
+                    msg = (
+                        f"{results} holds distances in the features of different classifiers or "
+                        f"networks, {measure['features']} and now {feature_name(self._network)}; "
+                        "delete it, or write to another file"
+                    )
+                    raise ValueError(msg)
+            if any(measure["reference_sha256"] != self._reference_sha256 for measure in measures):
                 msg = (
-                    f"{results} holds distances in the features of different classifiers or "
-                    f"networks, {measure['features']} and now {own.features}; delete it, or write "
-                    "to another file"
-                )
-                raise ValueError(msg)
-            if measure["reference_sha256"] != own.data_sha256:
-                msg = (
-                    f"{results} holds distances to other images than those of the data now; "
+                    f"{results} holds {metric} to other images than those of the data now; "
                     "delete it, or write to another file"
                 )
                 raise ValueError(msg)
@@ -351,9 +385,13 @@ class Evaluation:
         assert self.weights is not None
         return check_inception_weights(self.weights)
 
-    def _measure_bits(self, model: ImageModel, found: dict[str, Any], results: Path) -> None:
+    def _measure_bits(
+        self, model: ImageModel, found: dict[str, Any], results: Path
+    ) -> dict[str, Any]:
+        """All results once bits a dimension are among them."""
         bits = found["likelihood"]
-        if bits is None or bits["asked"] != self.likelihood_images:
+        asked = {"asked": self.likelihood_images, "images_sha256": self._likelihood_sha256}
+        if bits is None or not asked.items() <= bits.items():
             if model.space.always_classes:
                 msg = "--metrics: bpd needs a network trained without classes, too"
                 raise UndefinedLikelihoodError(msg)
@@ -361,32 +399,51 @@ class Evaluation:
                 bits = self._bits(model)
             except (FloatingPointError, UnsolvedFlowError) as error:
                 bits = {FAILED: str(error)}
-            bits |= {"asked": self.likelihood_images, "made": [origin(self.device)]}
-            found["likelihood"] = bits
-            store_results(results, found)
+            bits |= {**asked, "made": [origin(self.device)]}
+            with changed_results(results, model.digest) as changed:
+                changed["likelihood"] = bits
+            found = changed
             if FAILED in bits:
                 raise FloatingPointError(bits[FAILED])
         if FAILED in bits:
             raise FloatingPointError(_kept(bits[FAILED], results))
+        return found
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
-        images = self.data.held_out
-        rows = torch.arange(min(len(images), self.likelihood_images))
         options: dict[str, Any] = {
-            "levels": images.levels,
+            "levels": self.data.held_out.levels,
             "t_min": model.config.training.t_min,
             "batch": self.batch,
             "device": self.device,
             "progress": self.progress,
         }
         if model.vae is not None:
-            return latent_likelihood(model.model, images.load(rows), **options)
+            return latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
-        return likelihood(model.score, images.load(rows), scale=scale, **options)
+        return likelihood(model.score, self._likelihood_images, scale=scale, **options)
+
+    @property
+    def _likelihood_images(self) -> Tensor:
+        images = self.data.held_out
+        return images.load(torch.arange(min(len(images), self.likelihood_images)))
+
+    @cached_property
+    def _likelihood_sha256(self) -> str:
+        return images_sha256(self._likelihood_images)
+
+    @cached_property
+    def _reference_sha256(self) -> str:
+        return images_sha256(self._reference)
 
     @cached_property
     def _reference(self) -> Tensor:
         return self._training_images if self.part == "train" else _all_bytes(self.data.held_out)
+
+    @property
+    def _two_images(self) -> Tensor:
+        """Some of those that are compared with."""
+        images = getattr(self.data, self.part)
+        return as_bytes(images.load(torch.arange(2)), images.levels)
 
     @cached_property
     def _training_images(self) -> Tensor:
@@ -401,37 +458,50 @@ class Evaluation:
         if self.features != "classifier":
             return load_features(self.features)
         file = self.folder / _CLASSIFIER
+        if file.exists():
+            return self._kept_classifier(file)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with held(file, wait=True):  # of two evaluations at once one trains it, for both
+            return self._kept_classifier(file) if file.exists() else self._new_classifier(file)
+
+    def _kept_classifier(self, file: Path) -> FeatureNetwork:
+        try:
+            classifier, notes = load_classifier(file, device=self.device)
+        except ValueError as error:
+            msg = f"{error}; delete it to have it made again"
+            raise ValueError(msg) from error
+        if not self._classifier_origin.items() <= notes.items():
+            msg = f"{file} was trained on other images or classes; delete it, or move it away"
+            raise ValueError(msg)
+        return ClassifierFeatures(classifier, device=self.device)
+
+    def _new_classifier(self, file: Path) -> FeatureNetwork:
         images, labels = self._training_images, self.data.train.labels
+        held_out = self.data.held_out
         assert labels is not None
-        origin = {
-            "images_sha256": images_sha256(images),
+        assert held_out.labels is not None
+        classifier, accuracy = train_classifier(
+            images,
+            labels,
+            _all_bytes(held_out),
+            held_out.labels,
+            epochs=max(3, round(_TRAINED_ON / len(images))),
+            device=self.device,
+            progress=self.progress,
+        )
+        notes = {**self._classifier_origin, "held_out_accuracy": f"{accuracy:.4f}"}
+        save_classifier(classifier, file, metadata=notes)
+        return ClassifierFeatures(classifier, device=self.device)
+
+    @property
+    def _classifier_origin(self) -> dict[str, str]:
+        """What a classifier was trained on."""
+        labels = self.data.train.labels
+        assert labels is not None
+        return {
+            "images_sha256": images_sha256(self._training_images),
             "labels_sha256": tensors_digest({"labels": labels}),
         }
-        if file.exists():
-            try:
-                classifier, notes = load_classifier(file, device=self.device)
-            except ValueError as error:
-                msg = f"{error}; delete it to have it made again"
-                raise ValueError(msg) from error
-            if not origin.items() <= notes.items():
-                msg = f"{file} was trained on other images or classes; delete it, or move it away"
-                raise ValueError(msg)
-        else:
-            held_out = self.data.held_out
-            assert held_out.labels is not None
-            classifier, accuracy = train_classifier(
-                images,
-                labels,
-                _all_bytes(held_out),
-                held_out.labels,
-                epochs=max(3, round(_TRAINED_ON / len(images))),
-                device=self.device,
-                progress=self.progress,
-            )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
-            save_classifier(classifier, file, metadata=notes)
-        return ClassifierFeatures(classifier, device=self.device)
 
 
 def _all_bytes(images: Images) -> Tensor:
@@ -473,8 +543,11 @@ def load_samples(path: Path) -> Tensor:
     if path.suffix not in {".npz", ".npy"}:
         msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
         raise ValueError(msg)
-    found = array_file(path=path, held_out=1)
-    images = torch.cat([part.load(torch.arange(len(part))) for part in found])
+    try:
+        found = array_images(path)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    images = found.load(torch.arange(len(found)))
     levels = _levels_of(path)
     if int(images.max()) >= levels:
         msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"

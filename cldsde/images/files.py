@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +18,12 @@ from torch import Tensor
 
 __all__ = [
     "PARTIAL",
+    "all_to_disk",
     "brief",
     "check_writable",
+    "held",
     "load_tensors",
+    "lock",
     "save_tensors",
     "tensors_digest",
     "write_whole",
@@ -68,10 +73,77 @@ def check_writable(folder: Path) -> None:
         raise OSError(msg) from error
 
 
+@contextmanager
+def held(name: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a name for one block of one process at a time, where the system can.
+
+    The lock is on a file beside it, ``.NAME.lock``, which is removed in the end.
+
+    Parameters
+    ----------
+    name
+        File or folder, which need not be there.
+    wait
+        Whether to wait while another one holds it.
+
+    Raises
+    ------
+    BlockingIOError
+        If another one holds it, and this one does not wait.
+    OSError
+        If no file can be put beside it.
+    """
+    beside = name.with_name(f".{name.name}.lock")
+    handle = _locked(beside, wait=wait)
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # where an open file cannot be removed
+            beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(file: Path, *, wait: bool) -> int:
+    """A locked file that is still the one of its name: who held it before has removed his."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock(handle, wait=wait)
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except FileNotFoundError:  # removed between two looks
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def lock(handle: int, *, wait: bool) -> None:
+    """Lock an open file for this process alone, where system and file system can.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it, and this one does not wait.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}:
+            raise
+
+
 def save_tensors(
     file: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file, whole or not at all, with a digest of all that it holds.
+
+    Equal contents make equal files.
 
     Parameters
     ----------
@@ -91,10 +163,23 @@ def save_tensors(
     notes = {**metadata, "kind": kind}
     notes["sha256"] = tensors_digest(hosted, notes)
     try:
-        write_whole(file, lambda path: save_file(hosted, path, metadata=notes))
+        write_whole(file, lambda path: _save_sorted(path, hosted, notes))
     except (OSError, SafetensorError) as error:
         msg = f"{file} cannot be written ({brief(error)})"
         raise OSError(msg) from error
+
+
+def _save_sorted(file: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write tensors and notes; the library puts the notes in an order of chance."""
+    save_file(tensors, file, metadata=notes)
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(notes.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size  # what is in another order is no longer
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -148,6 +233,12 @@ def _to_disk(file: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def all_to_disk() -> None:
+    """Wait until all files written so far are on the disk, where the system can."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def brief(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cldsde.images.files import PARTIAL, write_whole
+from cldsde.images.files import PARTIAL, lock, write_whole
 
 __all__ = ["CONFIG", "METRICS", "RunFolder"]
 
@@ -19,6 +19,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 """File of a run that holds a line of numbers for every part of its training."""
 
+_AGAIN = "delete it to have it made again"
 _FOLDERS = ("evaluations", "samples")  # of a run, for files of its own
 
 
@@ -108,9 +109,20 @@ class RunFolder:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def damaged(self, name: str, reason: object) -> str:
-        """Message for a file of the run that cannot be used."""
-        return f"{self.path / name} is damaged ({reason}); delete it to have it made again"
+    def damaged(self, name: str, reason: object, *, cost: str = "") -> str:
+        """Message for a file of the run that cannot be used.
+
+        Parameters
+        ----------
+        name
+            The file.
+        reason
+            What is wrong with it.
+        cost
+            What it takes to make it again, where that is much.
+        """
+        again = f"put a copy of it back, or delete it to {cost}" if cost else _AGAIN
+        return f"{self.path / name} is damaged ({reason}); {again}"
 
     def forget_metrics_after(self, images: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``images``: a continued run writes them again."""
@@ -139,11 +151,7 @@ def _lock(file: Path) -> int:
     """
     handle = os.open(file, os.O_RDONLY)
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle, wait=False)
     except OSError:
         os.close(handle)
         raise

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,14 +23,14 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import PARTIAL, brief, check_writable, write_whole
+from cldsde.images.files import PARTIAL, all_to_disk, brief, check_writable, held, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
 from cldsde.solvers import Solver
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["SampleRequest", "draw_to"]
+__all__ = ["SampleRequest", "check_unused", "draw_to"]
 
 _GRID_LIMIT = 4096  # images that a picture of a grid may hold
 _REQUEST = "request"  # file of a folder of parts: of what they are
@@ -236,10 +237,42 @@ def draw_to(
     FloatingPointError
         If an image is not finite.
     ValueError
-        If the folder of parts is somebody else's.
+        If the folder of parts is somebody else's, or another call draws to this output.
     OSError
         If a file cannot be written; what was drawn is kept.
     """
+    with ExitStack() as own:
+        if process == 0:
+            own.enter_context(_alone(out))
+        _draw_to(out, request, process, processes, wait)
+
+
+def check_unused(out: Path) -> None:
+    """Refuse an output that another call of `draw_to` is at.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    with _alone(out):
+        pass
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    with ExitStack() as own:
+        try:
+            own.enter_context(held(_parts_folder(out), wait=False))
+        except BlockingIOError:
+            msg = f"--out: {out} is being drawn by another process; wait, or name another"
+            raise ValueError(msg) from None
+        yield
+
+
+def _draw_to(
+    out: Path, request: SampleRequest, process: int, processes: int, wait: Callable[[], None]
+) -> None:
     parts = _parts_folder(out)
     digest = request.digest()
     if process == 0:
@@ -310,10 +343,17 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
         shutil.rmtree(whole)
     whole.mkdir()
     names = dict(zip(request.seeds, request.picture_names(), strict=True))
-    for images, seeds in _read(parts, request.batches()):
-        for image, seed in zip(images, seeds, strict=True):
-            shown = picture(image, request.model.space.levels)
-            _write(whole / names[seed], shown.save)
+    total = len(request.seeds)
+    with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
+        for images, seeds in _read(parts, request.batches()):
+            for image, seed in zip(images, seeds, strict=True):
+                shown, file = picture(image, request.model.space.levels), whole / names[seed]
+                try:
+                    shown.save(file)
+                except OSError as error:
+                    raise OSError(_unwritten(file, error)) from error
+                bar.update()
+    all_to_disk()  # at once: waiting for the disk after each takes far longer than writing it
     place = out.resolve()
     try:
         if place.exists():

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
 from cldsde.images.figures import save_grid
+from cldsde.images.files import brief
 from cldsde.images.model import (
     MODEL,
     DiffusionModel,
@@ -42,13 +43,17 @@ from cldsde.images.model import (
     save_model,
 )
 from cldsde.images.objectives import Batch, Times, make_objective
-from cldsde.images.runs import RunFolder
+from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.sampling import check_sampling, draw_of_classes
 from cldsde.images.streams import image_order, stream, stream_seed
+from cldsde.images.tensorboard import Board
 from cldsde.images.training_state import STATE, Meter, StopRequest, TrainingState
 from cldsde.solvers.progress import progress_bar
 
-__all__ = ["STATE", "check_run", "train"]
+__all__ = ["STATE", "TRAINING", "check_run", "train"]
+
+TRAINING = "repeat the whole training"
+"""What it takes to have the model of a finished run again."""
 
 _BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -242,7 +247,8 @@ class _Trainer:
             unit_scale=True,
             desc="training",
         )
-        with bar, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
+        logs = nullcontext() if board is None else closing(board)
+        with bar, logs, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
             for step, parts in enumerate(self._batches(loader, start), start):
                 self._step(step, parts)
                 done = step + 1
@@ -255,8 +261,6 @@ class _Trainer:
                     self._save(done, time.monotonic() - began)
                 if stop.wanted and done < total:
                     stop.obey()
-        if board is not None:
-            board.close()
         self.engine.wait_for_everyone()
         if self.engine.is_main_process:
             (self.folder / STATE).unlink(missing_ok=True)
@@ -282,7 +286,7 @@ class _Trainer:
         try:
             seen = read_model(file, self.config).images_seen
         except ValueError as error:
-            raise ValueError(self.folder.damaged(MODEL, error)) from error
+            raise ValueError(self.folder.damaged(MODEL, error, cost=TRAINING)) from error
         steps = self.settings.steps
         if seen != steps * self.settings.batch:
             msg = (
@@ -443,22 +447,21 @@ class _Trainer:
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
 
-    def _open_logs(self, start: int) -> Any:
-        """TensorBoard's writer, of the process that writes; lines of steps to come are dropped."""
+    def _open_logs(self, start: int) -> Board | None:
+        """TensorBoard's events, of the process that writes; lines of steps to come are dropped."""
         if not self.engine.is_main_process:
             return None
-        from torch.utils.tensorboard import SummaryWriter
-
         seen = start * self.settings.batch
-        self.folder.forget_metrics_after(seen)
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=seen + 1)
+        with self._writing(METRICS):
+            self.folder.forget_metrics_after(seen)
+        return Board(self.folder / "tensorboard", seen + 1)
 
-    def _log(self, done: int, seconds: float, bar: Any, board: Any) -> None:
+    def _log(self, done: int, seconds: float, bar: Any, board: Board | None) -> None:
         means = self.meter.means()
         self.meter.clear()
         seen = done * self.settings.batch
         self._check_finite(means["loss"], seen)
-        if not self.engine.is_main_process:
+        if board is None:
             return
         record = {
             "images": seen,
@@ -469,11 +472,10 @@ class _Trainer:
             "learning_rate": _learning_rates(self.config, done - 1)[0],
             "seconds": round(seconds, 3),
         }
-        self.folder.log(record)
-        for name, value in record.items():
-            if name != "images":
-                board.add_scalar(f"training/{name}", value, seen)
-        board.flush()
+        with self._writing(METRICS):
+            self.folder.log(record)
+        scalars = {f"training/{name}": x for name, x in record.items() if name != "images"}
+        board.add(scalars, seen)
         shown = {"loss": record["loss"], "held_out": record["held_out_loss"]}
         bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
 
@@ -499,6 +501,16 @@ class _Trainer:
                 raise OSError(msg) from error
         self.engine.wait_for_everyone()
 
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Say which file of the run finds no room, and what stays."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or brief(error)
+            msg = f"{self.folder / name} cannot be written ({reason}); {self._what_stays()}"
+            raise OSError(msg) from error
+
     def _check_finite(self, loss: float, seen: int) -> None:
         """Raise before weights that are no numbers reach a file."""
         finite = torch.stack([x.isfinite().all() for x in self.average.parameters()])
@@ -519,9 +531,10 @@ class _Trainer:
             sheet = draw_of_classes(
                 self.average, self.space, seeds, self.config.sampling, batch=self.part_size
             ).images
-            (self.folder / "samples").mkdir(exist_ok=True)
             name = f"samples/{done * self.settings.batch:010d}.png"
-            self.folder.write(name, lambda file: save_grid(file, sheet, self.space.levels))
+            with self._writing(name):
+                (self.folder / "samples").mkdir(exist_ok=True)
+                self.folder.write(name, lambda file: save_grid(file, sheet, self.space.levels))
         self.engine.wait_for_everyone()
 
 

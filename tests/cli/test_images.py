@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
+from cldsde.images.files import held
 from command import refused
 
 CONFIG = """
@@ -121,7 +122,7 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--solver", "sscz"], "solver must be"),
+        (["--solver", "sscz"], "'sscz'; did you mean sscs?"),
         (["--nfe", "1"], "nfe must be"),
         (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
@@ -143,6 +144,12 @@ def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, argume
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_another_command_draws_to_is_refused(run, tmp_path, capsys):
+    with held(tmp_path / "x.npz.parts", wait=False):
+        message = refused(capsys, "sample", run, "--out", tmp_path / "x.npz")
+    assert "x.npz is being drawn by another process; wait, or name another" in message
+
+
 def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):
     assert "is no folder" in refused(capsys, "sample", tmp_path / "mistyped")
     assert "holds no config.json" in refused(capsys, "sample", tmp_path)
@@ -151,7 +158,7 @@ def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):
 def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = ["evaluate", str(run), "--out", str(out), "--device", "cpu", "--samples", "30"]
-    arguments += ["--solver", "sscs,euler-maruyama", "--nfe", "3,5", "--repeats", "2"]
+    arguments += ["--solver", "sscs,em", "--nfe", "3,5", "--repeats", "2"]
     assert main(arguments) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in table[2:6]] == [
@@ -179,7 +186,7 @@ def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run,
     for samples in (tmp_path / "folder", tmp_path / "file.npz"):
         assert main(["sample", str(run), "--seeds", "0-29", "--out", str(samples), *device]) == 0
         assert main(["evaluate", str(samples), "--reference", str(run), *device]) == 0
-        text = samples.with_name(f"{samples.stem}-evaluation.json").read_text()
+        text = samples.with_name(f"{samples.name}-evaluation.json").read_text()
         measured = json.loads(text)["measures"][name]
         assert measured["samples"] == 30
         # Rounding: a file gives them in another order, and features are of single precision.
@@ -187,14 +194,54 @@ def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run,
         assert measured["frechet_distance"] == distance
 
 
-def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
+def test_samples_of_every_name_have_results_of_their_own(run, tmp_path, capsys, monkeypatch):
+    device = ["--device", "cpu"]
+    places = [tmp_path / name for name in ("x", "x.npz")]
+    for place in places:
+        assert main(["sample", str(run), "--seeds", "0-9", "--out", str(place), *device]) == 0
+    places.append(tmp_path / "x.v2")
+    shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
+    for place in places:
+        assert main(["evaluate", str(place), "--reference", str(run), *device]) == 0
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        f"{place.name}-evaluation.json" for place in places
+    }
+    (tmp_path / "x-evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path / "x")
+    capsys.readouterr()
+    assert main(["evaluate", ".", "--reference", str(run), *device]) == 0
+    assert "| x |" in capsys.readouterr().out
+    assert (tmp_path / "x-evaluation.json").exists()
+
+
+def test_samples_that_cannot_be_measured_are_refused_by_what_was_given(run, tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8, 1), np.uint8), levels=17)
+    np.save(tmp_path / "floats.npy", np.zeros((20, 8, 8)))
+    cases = [("one.npz", "fd needs at least 2 images; got 1"), ("floats.npy", "images of uint8")]
+    for name, words in cases:
+        message = refused(capsys, "evaluate", tmp_path / name, "--reference", run)
+        assert words in message
+        assert "held_out" not in message
+
+
+def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.py").write_text("class Network(:\n")
+    (tmp_path / "lacking.py").write_text("import nowhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
     cases = [
         ([tmp_path / "nothing"], "there is no run"),
         ([run, "--metrics", "fdd"], "--metrics must be of"),
         ([run, "--metrics", "fid"], "--weights"),
         ([run, "--metrics", "fid", "--weights", tmp_path / "w.pth"], "w.pth"),
         ([run, "--samples", "1"], "--samples is too small"),
-        ([run, "--features", "nowhere:thing"], "nowhere"),
+        ([run, "--features", "nowhere:thing"], "--features: there is no module 'nowhere'"),
+        ([run, "--features", "math:pi"], "--features must be callable"),
+        (
+            [run, "--features", "torch:flatten"],
+            "flatten' makes none of images (2, 1, 8, 8) (TypeError",
+        ),
+        ([run, "--features", "broken:Network"], "--features: 'broken' cannot be imported (Syntax"),
+        ([run, "--features", "lacking:Network"], "--features: No module named 'nowhere'"),
         ([run, "--part", "test"], "--part must be"),
         ([run, "--reference", run], "--reference is for samples"),
         ([run, "--solver", "sscs,ssc"], "solver must be"),
@@ -202,6 +249,15 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys):
     ]
     for arguments, words in cases:
         assert words in refused(capsys, "evaluate", *arguments), arguments
+
+
+def test_samples_of_another_size_than_the_data_are_refused(run, tmp_path, capsys):
+    for name, shape in (("wide", (8, 9)), ("coloured", (8, 8, 3))):
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, images=np.zeros((20, *shape), np.uint8), levels=17)
+        message = refused(capsys, "evaluate", file, "--reference", run)
+        assert "must be of the size of those that they are compared with, 1×8×8" in message
+    assert {file.name for file in tmp_path.iterdir()} == {"wide.npz", "coloured.npz"}
 
 
 def test_evaluation_refuses_what_cannot_be_written_before_any_work(

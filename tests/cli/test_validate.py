@@ -117,7 +117,7 @@ def test_a_solver_that_claims_too_much_fails_with_a_reason(capsys, here):
 def test_a_solver_of_ones_own_is_found_where_the_user_stands(tmp_path):
     """Through a process of its own, isolated, so that only the command looks in the folder."""
     (tmp_path / "my_solver.py").write_text(EXAMPLE)
-    solvers = ["--solver", "my_solver:CentredEuler", "--solver", "euler-maruyama"]
+    solvers = ["--solver", "my_solver:CentredEuler", "--solver", "em"]
     result = subprocess.run(
         [sys.executable, "-I", "-m", "cldsde", *QUICK, *solvers, "--json", "report.json"],
         capture_output=True,

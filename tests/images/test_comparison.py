@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cldsde.images import comparison, evaluation_table, sampling
+from cldsde.images import comparison, evaluation_results, evaluation_table, sampling
 from cldsde.images.comparison import Comparison
 from cldsde.images.comparison_config import ComparisonConfig
 from cldsde.images.comparison_report import RESULTS, read_results, write_report
@@ -113,7 +113,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     """Files of training, of cells and of results, one after the other."""
     left = survived
     write = RunFolder.write
-    store = evaluation_table.store_results
+    store = evaluation_results.write_whole
 
     def counted(function):
         def wrapped(*arguments):
@@ -128,7 +128,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
     folder = tmp_path / "again"
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(write))
-        patch.setattr(evaluation_table, "store_results", counted(store))
+        patch.setattr(evaluation_results, "write_whole", counted(store))
         patch.setattr("cldsde.images.comparison.write_report", lambda *_, **__: None)
         with pytest.raises(Killed):
             compare(folder)
@@ -409,7 +409,9 @@ def test_damaged_weights_are_named_with_what_to_do(finished, tmp_path, damage):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     damage(folder / "models/CLD" / MODEL)
-    with pytest.raises(ValueError, match=r"CLD/model\.safetensors is damaged .*; delete it to"):
+    with pytest.raises(
+        ValueError, match=r"CLD/model\.safetensors is damaged .*, or delete it to repeat"
+    ):
         compare(folder)
     file = folder / "classifier.safetensors"
     save_classifier(ImageClassifier(1, 10), file)

@@ -50,6 +50,12 @@ def test_rows_have_a_recipe_for_each_budget():
     assert row.label == "sscs"
 
 
+def test_a_short_name_of_a_solver_becomes_the_full_one():
+    row = RowConfig(model="CLD", solver="em", nfe=(5,))
+    assert (row.solver, row.label) == ("euler-maruyama", "euler-maruyama")
+    assert row.recipes()[0].solver == "euler-maruyama"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [({}, {"rtol": 0.1, "atol": 0.1}), ({"atol": 0.02}, {"rtol": 0.1, "atol": 0.02})],

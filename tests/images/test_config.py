@@ -130,6 +130,57 @@ def test_the_valid_configuration_is_valid_and_goes_through_every_format(tmp_path
         assert load_config(file).to_dict() == config.to_dict()
 
 
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "training.clip": st.none() | st.floats(1e-300, 1e300),
+        "training.micro_batch": st.none() | st.integers(1, 64),
+        "training.precision": st.sampled_from(["fp32", "bf16"]),
+        "training.compile": st.booleans(),
+        "score.mixing": st.none() | st.floats(-9, 9),
+        "network.options.head_channels": st.none() | st.just(8),
+        "process.options.beta": st.floats(0.1, 9)
+        | st.lists(st.floats(0.1, 9), min_size=2, max_size=2),
+        "sampling.solver": st.just("probability-flow"),
+        "sampling.options.first_step": st.none() | st.floats(1e-6, 1e-3),
+        "sampling.options.words": st.text(max_size=5).filter(lambda word: word != "none"),
+        "seed": st.integers(0, 2**63 - 1),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(CHOICES, st.booleans())
+def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, choices, latent):
+    values = copy.deepcopy(VALID)
+    for path, value in choices.items():
+        *outer, last = path.split(".")
+        section = values
+        for key in outer:
+            section = section.setdefault(key, {})
+        section[last] = value
+    if latent:
+        values |= {"latent": {"pretraining": 64}, "score": {"mixing": -3.0}}
+        values["data"]["dequantise"] = False
+    config = RunConfig.from_dict(values)
+    file = tmp_path_factory.mktemp("configs") / "again.toml"
+    file.write_text(config.to_toml())
+    assert load_config(file) == config
+
+
+def test_a_short_name_of_a_solver_becomes_the_full_one():
+    config = RunConfig.from_dict({**VALID, "sampling": {"solver": "em"}})
+    assert config.sampling.solver == "euler-maruyama"
+    assert config == RunConfig.from_dict({**VALID, "sampling": {"solver": "euler-maruyama"}})
+
+
+def test_none_is_written_where_it_is_not_the_default():
+    config = RunConfig.from_dict(with_value(("training", "clip"), None))
+    assert tomllib.loads(config.to_toml())["training"]["clip"] == "none"
+    without = RunConfig.from_dict(with_value(("training", "micro_batch"), None))
+    assert "micro_batch" not in without.to_toml()
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_the_configurations_of_the_repository_are_valid(file):
     load_config(file)

@@ -8,7 +8,12 @@ import textwrap
 import pytest
 import torch
 
-from cldsde.images.evaluation import ImageClassifier, feature_name, load_features
+from cldsde.images.evaluation import (
+    ImageClassifier,
+    check_features,
+    feature_name,
+    load_features,
+)
 
 
 @pytest.fixture
@@ -34,6 +39,10 @@ def networks(tmp_path, monkeypatch):
                 def __init__(self, weights):
                     pass
 
+            class Failing:
+                def __init__(self):
+                    raise RuntimeError("no weights")
+
             class Box:
                 flat = staticmethod(flat)
 
@@ -42,6 +51,8 @@ def networks(tmp_path, monkeypatch):
         )
     )
     (tmp_path / "user_broken.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "user_syntax.py").write_text("def flat(images:\n")
+    (tmp_path / "user_exits.py").write_text("raise SystemExit(99)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("user_networks", None)
@@ -72,8 +83,12 @@ def test_functions_and_classes_are_found():
         ("no_such_module:flat", ValueError, "no module 'no_such_module'.*PYTHONPATH"),
         ("user_networks.sub:flat", ValueError, "no module"),
         ("user_networks:round", ValueError, "'user_networks' has no attribute 'round'"),
-        ("user_networks:number", TypeError, "must be callable.*is int"),
-        ("user_networks:Needy", TypeError, "made without arguments.*weights"),
+        ("user_networks:number", ValueError, "must be callable.*is int"),
+        ("user_networks:Needy", ValueError, "made without arguments.*weights"),
+        ("user_networks:Failing", ValueError, r"cannot be made \(RuntimeError: no weights\)"),
+        ("builtins:type", ValueError, "cannot be made"),
+        ("user_syntax:flat", ValueError, r"'user_syntax' cannot be imported \(SyntaxError"),
+        ("user_exits:flat", ValueError, r"cannot be imported \(SystemExit: 99"),
         ("user_broken:flat", ModuleNotFoundError, "a_module_that_is_not_there"),
     ],
 )
@@ -85,3 +100,17 @@ def test_names_that_lead_nowhere_are_refused(name, error, message):
 def test_class_instead_of_a_network_is_refused():
     with pytest.raises(TypeError, match="features must be a callable"):
         feature_name(ImageClassifier)
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        (torch.flatten, "TypeError: features must return a floating-point tensor"),
+        (lambda images: images.float(), r"ValueError: features must return \(B, F\)"),
+        (lambda images: images.flatten(1) @ torch.ones(3), "RuntimeError"),
+        (lambda: None, "TypeError"),
+    ],
+)
+def test_what_makes_no_features_of_the_images_is_refused(features, words):
+    with pytest.raises(ValueError, match=rf"makes none of images \(2, 3, 4, 4\) \({words}"):
+        check_features(features, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

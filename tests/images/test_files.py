@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldsde.images.files import load_tensors, save_tensors
+from cldsde.images.files import held, load_tensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -24,6 +27,18 @@ def test_tensors_and_notes_come_back(tmp_path):
     for name, x in TENSORS.items():
         assert torch.equal(tensors[name], x)
         assert tensors[name].dtype == x.dtype
+
+
+def test_equal_contents_make_equal_files(tmp_path):
+    words = 'a "quoted" \\ line\nwith\tcontrol \x01\x7f and é 漢 \U0001f600'
+    notes = {f"{i}{words}": words for i in range(9)}
+    files = [tmp_path / f"{i}" for i in range(4)]
+    for i, file in enumerate(files):
+        save_tensors(file, "numbers", TENSORS, dict(sorted(notes.items(), reverse=bool(i % 2))))
+    assert len({file.read_bytes() for file in files}) == 1
+    tensors, found = load_tensors(files[0], "numbers")
+    assert notes.items() <= found.items()
+    assert all(torch.equal(tensors[name], x) for name, x in TENSORS.items())
 
 
 def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
@@ -54,3 +69,25 @@ def test_other_files_are_refused(tmp_path):
         load_tensors(tmp_path / "y", "numbers")
     with pytest.raises(OSError, match="cannot be written"):
         save_tensors(tmp_path / "nowhere" / "x", "numbers", TENSORS, {})
+
+
+def test_a_name_is_held_by_one_at_a_time(tmp_path):
+    """A lock belongs to the opened file, so that threads stand for processes."""
+    name, inside, seen = tmp_path / "x", [], []
+
+    def work(i):
+        for _ in range(20):
+            with held(name, wait=True):
+                inside.append(i)
+                time.sleep(1e-4)
+                seen.append(list(inside))
+                inside.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(seen) == [[i] for i in range(4) for _ in range(20)]
+    with held(name, wait=False), pytest.raises(BlockingIOError), held(name, wait=False):
+        pass
+    with held(name, wait=False):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample_files import SampleRequest, draw_to
+from cldsde.images.sample_files import SampleRequest, check_unused, draw_to
 from cldsde.images.sampling import (
     GuidedScore,
     draw_images,
@@ -252,6 +253,30 @@ def test_processes_share_the_work(run, tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
+def test_two_calls_do_not_draw_to_one_place_at_a_time(run, tmp_path, monkeypatch):
+    out = tmp_path / "x.npz"
+    first = SampleRequest(model=run, sampling=FIXED, seeds=range(3), batch=2)
+    draw, drawn = SampleRequest.draw, []
+
+    def meanwhile(self, label, seeds):
+        drawn.append(seeds)
+        for other in (first, dataclasses.replace(first, seeds=range(5))):
+            for attempt in (check_unused, lambda out, other=other: draw_to(out, other)):
+                with pytest.raises(ValueError, match=r"x\.npz is being drawn by another process"):
+                    attempt(out)
+        draw_to(tmp_path / "y.npz", second)
+        return draw(self, label, seeds)
+
+    second = dataclasses.replace(first, seeds=range(1))
+    object.__setattr__(second, "draw", lambda *a: draw(second, *a))
+    monkeypatch.setattr(SampleRequest, "draw", meanwhile)
+    draw_to(out, first)
+    assert drawn == [[0, 1], [2]]
+    assert len(np.load(out)["images"]) == 3
+    assert {file.name for file in tmp_path.iterdir()} == {"x.npz", "y.npz"}
+    check_unused(out)
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 
@@ -297,6 +322,22 @@ def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(run, tmp_
     assert len(list(out.iterdir())) == 3
 
 
+def test_pictures_are_brought_to_the_disk_all_at_once_before_their_folder_is_there(
+    run, tmp_path, monkeypatch, capsys
+):
+    out, fsync, synced = tmp_path / "x", os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(1) or fsync(handle))
+
+    def sync():
+        assert not out.exists()
+        synced.append(len(list((tmp_path / "x.parts" / ".partial-whole").iterdir())))
+
+    monkeypatch.setattr(os, "sync", sync)
+    draw_to(out, SampleRequest(model=run, sampling=FIXED, seeds=range(5), batch=3))
+    assert synced == [1, 1, 1, 5]  # the request, two parts, the pictures
+    assert "pictures: 100%" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("out", "file"),
     [
@@ -309,15 +350,18 @@ def test_a_full_disk_is_said_with_the_file_that_found_no_room(
     run, tmp_path, monkeypatch, out, file
 ):
     request = SampleRequest(model=run, sampling=FIXED, seeds=range(2))
-    to_disk = files._to_disk
 
-    def full(path):
-        if path.suffix == Path(file).suffix:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        to_disk(path)
+    def full(write):
+        def written(*arguments):
+            if arguments[-1].suffix == Path(file).suffix:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(*arguments)
+
+        return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_to_disk", full)
+        patch.setattr(files, "_to_disk", full(files._to_disk))
+        patch.setattr(Image.Image, "save", full(Image.Image.save))
         with pytest.raises(OSError, match=r"cannot be written \(No space left.*goes on") as caught:
             draw_to(tmp_path / out, request)
     assert str(caught.value).startswith(f"{tmp_path / file} ")

@@ -128,6 +128,15 @@ def test_a_finished_run_is_loaded(tmp_path):
     assert_same_bits(whole, load_model(tmp_path).model)
 
 
+def test_a_damaged_model_of_a_finished_run_is_told_with_what_it_takes_to_have_it_again(tmp_path):
+    trained(tmp_path, config())
+    whole = (tmp_path / MODEL).read_bytes()
+    (tmp_path / MODEL).write_bytes(whole[:-1])
+    words = rf"{MODEL} is damaged .*copy of it back, or delete it to repeat the whole training$"
+    with pytest.raises(ValueError, match=words):
+        trained(tmp_path, config())
+
+
 def test_another_seed_trains_another_model(tmp_path):
     a = trained(tmp_path / "a", config())
     b = trained(tmp_path / "b", dataclasses.replace(config(), seed=6))
@@ -212,6 +221,65 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".partial-*"))
     monkeypatch.undo()
     assert_same_bits(trained(tmp_path / "whole", config()), trained(tmp_path, config()))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/0000000048.png"])
+def test_a_full_disk_is_said_with_the_file_of_the_run_that_found_no_room(
+    tmp_path, monkeypatch, name
+):
+    log, write = RunFolder.log, RunFolder.write
+    monkeypatch.setattr(
+        RunFolder, "log", lambda run, record: full_at(name, run, log, "metrics.jsonl", record)
+    )
+    monkeypatch.setattr(RunFolder, "write", lambda run, *rest: full_at(name, run, write, *rest))
+    settings = config(sample_every=48)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left") as caught:
+        trained(tmp_path, settings)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name} ")
+    assert message.endswith(f"the last state saved stays, {STATE}")
+    del caught  # and with it the run, which is locked
+    monkeypatch.undo()
+    assert_same_bits(trained(tmp_path / "whole", settings), trained(tmp_path, settings))
+
+
+def full_at(full, run, writer, name, *rest):
+    """Write a file of a run, but for one after the first state."""
+    if name == full and (run / STATE).exists():
+        raise OSError(28, "No space left on device")
+    return writer(run, *rest) if writer.__name__ == "log" else writer(run, name, *rest)
+
+
+@pytest.mark.parametrize("broken", ["write", "flush"])
+def test_events_that_find_no_room_end_no_training_and_are_said_once(
+    tmp_path, monkeypatch, capsys, broken
+):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, broken, full)
+    trained(tmp_path, config())
+    assert len(metrics(tmp_path)) == 6
+    assert capsys.readouterr().err == (
+        f"TensorBoard's events cannot be written to {tmp_path / 'tensorboard'} (No space left on "
+        "device); metrics.jsonl has all numbers\n"
+    )
+
+
+def test_events_are_those_of_the_metrics_also_of_a_run_that_was_interrupted(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    interrupted(tmp_path, config())
+    trained(tmp_path, config())
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "seconds"):
+        found = {one.step: one.value for one in events.Scalars(f"training/{name}")}
+        lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        # TensorBoard's are of single precision.
+        assert found == pytest.approx({line["images"]: line[name] for line in lines}, rel=1e-6)
 
 
 def test_a_damaged_state_is_refused_by_name(tmp_path):

@@ -33,6 +33,7 @@ from cldsde.solvers import (
     Solver,
     Splitting,
     StochasticHeun,
+    canonical_name,
     find_solver,
     named_solvers,
 )
@@ -887,6 +888,14 @@ def test_every_name_finds_its_solver():
         assert isinstance(solver, Solver | Integrator)
 
 
+def test_short_names_find_their_solvers_and_stand_for_full_ones():
+    for short, full in (("em", "euler-maruyama"), ("multistep", "multistep-2-sde")):
+        assert find_solver(short) == find_solver(full)
+        assert canonical_name(short) == full
+        assert short not in named_solvers()
+    assert canonical_name("sscs") == "sscs"
+
+
 def test_a_solver_is_found_by_its_class_or_as_an_object(tmp_path, monkeypatch):
     (tmp_path / "my_solvers_found.py").write_text(
         "from cldsde.solvers import SSCS\nmine = SSCS(score_step='midpoint')\n"
@@ -901,6 +910,8 @@ def test_a_solver_is_found_by_its_class_or_as_an_object(tmp_path, monkeypatch):
     ("name", "words"),
     [
         ("eulr", ["'eulr'", "module:ClassName", "euler-maruyama", "gotta-go-fast"]),
+        ("ssc", ["'ssc'; did you mean sscs?"]),
+        ("multi-step", ["'multi-step'; did you mean multistep?"]),
         ("", ["''", "module:ClassName"]),
         ("no_such_module_here:Solver", ["no_such_module_here", "cannot be loaded"]),
         ("cldsde.solvers:NoSuchSolver", ["NoSuchSolver", "cannot be loaded"]),

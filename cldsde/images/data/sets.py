@@ -22,6 +22,7 @@ __all__ = [
     "DataSet",
     "TorchvisionName",
     "array_file",
+    "array_images",
     "digits",
     "fashion_mnist",
     "image_folder",
@@ -248,6 +249,32 @@ def array_file(
         If a file cannot be read, or holds something else.
     """
     _check_split(held_out, seed)
+    found = array_images(path, images=images, labels=labels, layout=layout, levels=levels)
+    return _split(found, held_out, seed)
+
+
+def array_images(
+    path: str | Path,
+    *,
+    images: str | None = None,
+    labels: str | None = None,
+    layout: Layout = "auto",
+    levels: int = 256,
+) -> ArrayImages:
+    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order.
+
+    Parameters
+    ----------
+    path, images, labels, layout, levels
+        See `array_file`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    TypeError, ValueError
+        If a file cannot be read, or holds something else.
+    """
     check_choice(layout, get_args(Layout), "layout")
     levels = as_whole(levels, "levels", 2, 256)
     file = Path(path).expanduser()
@@ -266,7 +293,7 @@ def array_file(
         )
         raise ValueError(msg)
     numbers = None if targets is None else torch.from_numpy(targets.astype(np.int64))
-    return _split(ArrayImages(tensor, levels=levels, labels=numbers), held_out, seed)
+    return ArrayImages(tensor, levels=levels, labels=numbers)
 
 
 DATA_SETS: dict[str, Callable[..., DataSet]] = {

@@ -21,7 +21,12 @@ from cldsde.images.evaluation.feature_distances import (
     frechet_of,
     images_sha256,
 )
-from cldsde.images.evaluation.features import FeatureNetwork, feature_name, load_features
+from cldsde.images.evaluation.features import (
+    FeatureNetwork,
+    check_features,
+    feature_name,
+    load_features,
+)
 from cldsde.images.evaluation.inception import InceptionMetric, inception_metrics
 from cldsde.images.evaluation.inception_files import INCEPTION_FILE, check_inception_weights
 from cldsde.images.evaluation.latent_likelihoods import latent_likelihood
@@ -36,6 +41,7 @@ __all__ = [
     "ImageClassifier",
     "InceptionMetric",
     "UndefinedLikelihoodError",
+    "check_features",
     "check_inception_weights",
     "feature_name",
     "frechet",

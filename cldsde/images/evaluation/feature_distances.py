@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.images.evaluation.features import FeatureNetwork, feature_name
+from cldsde.images.evaluation.features import FeatureNetwork, checked_features, feature_name
 from cldsde.images.evaluation.shared import (
     check_count,
     check_images,
@@ -156,7 +156,7 @@ class FeatureStatistics:
             parts(images, batch), shown=progress, total=batches, desc="features"
         ):
             with torch.no_grad():
-                values = _checked_features(features(part), len(part))
+                values = checked_features(features(part), len(part))
             new = _Moments.of(values)
             if moments is not None and len(moments.mean) != len(new.mean):
                 msg = (
@@ -233,23 +233,6 @@ class _Moments:
             self.mean + shift * (other.count / count),
             self.scatter + other.scatter + weight * torch.outer(shift, shift),
         )
-
-
-def _checked_features(values: object, count: int) -> Tensor:
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        msg = f"features must return a floating-point tensor (B, F); got {got}"
-        raise TypeError(msg)
-    if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
-        msg = (
-            f"features must return (B, F), one row an image; got {tuple(values.shape)} "
-            f"for {count} images"
-        )
-        raise ValueError(msg)
-    if not bool(values.isfinite().all()):
-        msg = "features must return finite numbers; it returned NaN or infinity"
-        raise ValueError(msg)
-    return values.detach().cpu().to(torch.float64)
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:

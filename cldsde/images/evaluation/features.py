@@ -12,9 +12,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FeatureNetwork", "feature_name", "load_features"]
+__all__ = ["FeatureNetwork", "check_features", "checked_features", "feature_name", "load_features"]
 
 FeatureNetwork = Callable[[Tensor], Tensor]
 """uint8 images ``(B, C, H, W)`` on the host to features ``(B, F)``, on any device. An attribute
@@ -37,10 +38,13 @@ def load_features(name: str) -> FeatureNetwork:
 
     Raises
     ------
+    ModuleNotFoundError
+        If a module that the network's imports is not there.
     TypeError
-        If what was found cannot be called, or a class cannot be made without arguments.
+        If the name is no text.
     ValueError
-        If the name is not of that form, or there is no such module or attribute.
+        If the name is not of that form, there is no such module or attribute, the module or the
+        class fails, or what was found cannot be called.
 
     Examples
     --------
@@ -65,6 +69,9 @@ def load_features(name: str) -> FeatureNetwork:
             f"PYTHONPATH; got {name!r}"
         )
         raise ValueError(msg) from error
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        msg = f"features: {module_name!r} cannot be imported ({_told(error)}); got {name!r}"
+        raise ValueError(msg) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             msg = f"features: {module_name!r} has no attribute {attribute!r}; got {name!r}"
@@ -72,12 +79,12 @@ def load_features(name: str) -> FeatureNetwork:
         found = getattr(found, part)
     if isinstance(found, type):
         found = _made(found, name)
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         msg = (
             "features must be callable, uint8 images (B, C, H, W) to features (B, F); "
             f"{name!r} is {type(found).__name__}"
         )
-        raise TypeError(msg)
+        raise ValueError(msg)  # noqa: TRY004
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False)
     network: FeatureNetwork = found
@@ -89,10 +96,67 @@ def _made(kind: type, name: str) -> Any:
         inspect.signature(kind).bind()
     except TypeError as error:
         msg = f"features: {name!r} must be made without arguments ({error})"
-        raise TypeError(msg) from error
+        raise ValueError(msg) from error
     except ValueError:  # no signature to be had, as for some classes written in C
         pass
-    return kind()
+    try:
+        return kind()
+    except (Exception, SystemExit) as error:
+        msg = f"features: {name!r} cannot be made ({_told(error)})"
+        raise ValueError(msg) from error
+
+
+def _told(error: BaseException) -> str:
+    """Kind and words of an error, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def check_features(features: FeatureNetwork, images: Tensor) -> None:
+    """Refuse a feature network that makes no features of some images.
+
+    Parameters
+    ----------
+    features
+        What may be a feature network.
+    images
+        uint8 ``(B, C, H, W)``.
+
+    Raises
+    ------
+    ValueError
+        If it fails, or returns anything but finite ``(B, F)``.
+    """
+    try:
+        with torch.no_grad():
+            checked_features(features(images), len(images))
+    except Exception as error:
+        name, shape = feature_name(features), tuple(images.shape)
+        msg = f"features: {name!r} makes none of images {shape} ({_told(error)})"
+        raise ValueError(msg) from error
+
+
+def checked_features(values: object, count: int) -> Tensor:
+    """What a feature network returned, in float64 on the host, if it is ``(count, F)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not, or not finite.
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        msg = f"features must return a floating-point tensor (B, F); got {got}"
+        raise TypeError(msg)
+    if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
+        msg = (
+            f"features must return (B, F), one row an image; got {tuple(values.shape)} "
+            f"for {count} images"
+        )
+        raise ValueError(msg)
+    if not bool(values.isfinite().all()):
+        msg = "features must return finite numbers; it returned NaN or infinity"
+        raise ValueError(msg)
+    return values.detach().cpu().to(torch.float64)
 
 
 def feature_name(features: FeatureNetwork) -> str:
