@@ -117,7 +117,7 @@ Combine = Callable[..., Tensor]
 
 def _apart(tensor: Tensor) -> tuple[Tensor, ...]:
     """Views ``(B, 1, *D)`` of the components; of a single one that is the tensor, for nothing."""
-    return (tensor,) if tensor.shape[1] == 1 else tensor.split(1, dim=1)
+    return (tensor,) if tensor.shape[1] == 1 else tensor.chunk(tensor.shape[1], dim=1)
 
 
 def _products(
