@@ -9,12 +9,15 @@ from torch import Tensor
 
 __all__ = ["DenseScore"]
 
+_WIDTH = 16  # numbers of a row, in products with the score of one Gaussian
+
 
 class DenseScore:
     """Scores at T times of n Gaussians whose laws are matrices over all k·D numbers of a state.
 
     Numbers of the batch lie in the last axis: products with small matrices, sums and softmaxes of
-    few entries are many times faster along it than across it.
+    few entries are many times faster along it than across it. The score of a single Gaussian is a
+    product alone, of several samples at once with a block-diagonal matrix, and lies as states do.
 
     Parameters
     ----------
@@ -50,6 +53,8 @@ class DenseScore:
         if self._modes == 1:
             # The only Gaussian is responsible for every state: its score is linear.
             whole, centre = pull @ whole, pull @ centre
+            self._lines = _Lines(whole, centre, components, like)
+            return
         parts = whole.reshape(*whole.shape[:-1], *split).movedim(-2, 1)
         # Taken apart here: to index a table takes as long as to launch a small kernel.
         self._whitening = [part.unbind() for part in parts.to(like).contiguous()]  # (n k D, D) each
@@ -59,12 +64,37 @@ class DenseScore:
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
         """Score ``(B, d D)`` of states ``(B, k, D)`` at time i."""
+        if self._modes == 1:
+            return self._lines(z, i)
         whitened = self._centre[i]
         for part, x in zip(self._whitening[i], z.unbind(1), strict=True):
             whitened = torch.addmm(whitened, part, x.mT)
-        if self._modes == 1:
-            return whitened.mT
         by_mode = whitened.reshape(self._modes, len(whitened) // self._modes, len(z))
         log_terms = self._log_scale[i] - 0.5 * by_mode.square().sum(1)
         weighted = by_mode * log_terms.softmax(0).unsqueeze(1)
         return (self._pull[i] @ weighted.flatten(0, 1)).mT
+
+
+class _Lines:
+    """Linear maps of states at T times, ``(T, d D, k D)`` and ``(T, d D, 1)``."""
+
+    def __init__(self, matrix: Tensor, offset: Tensor, components: int, like: Tensor) -> None:
+        self._wide, dimension = matrix.shape[-2], matrix.shape[-1] // components
+        # Products with matrices of eight columns and fewer waste most of what a processor can do.
+        self._side_by_side = max(1, _WIDTH // dimension)
+        parts = matrix.to(like).unflatten(-1, (components, dimension)).movedim(-2, 1).mT
+        offset = offset.to(like).squeeze(-1)
+        eye = torch.eye(self._side_by_side).to(like)
+        blocks = torch.einsum("ab,tkij->tkaibj", eye, parts).flatten(4).flatten(2, 3)
+        repeated = offset.repeat(1, self._side_by_side)
+        self._blocks = [x.unbind() for x in blocks.unbind()], repeated.unbind()
+        self._parts, self._offset = parts, offset
+
+    def __call__(self, z: Tensor, i: int) -> Tensor:
+        if len(z) % self._side_by_side:
+            parts, total = self._parts[i].unbind(), self._offset[i]
+        else:
+            parts, total = self._blocks[0][i], self._blocks[1][i]
+        for part, x in zip(parts, z.unbind(1), strict=True):
+            total = torch.addmm(total, x.reshape(-1, len(part)), part)
+        return total.view(len(z), self._wide)

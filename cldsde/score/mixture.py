@@ -355,9 +355,12 @@ class MixtureScore:
         if self.sde.components * data.dimension <= _DENSE:
             axes, rows = data._axes, self.rows
             dense = DenseScore(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
+            usual = self.sde.components, data.dimension
 
             def small(z: Tensor, i: int) -> Tensor:
-                flat = data._flat_state(self.sde, z)
+                # What is as it should be is found out without delay.
+                right = z.shape[1:] == usual and z.dtype == like.dtype
+                flat = z if right else data._flat_state(self.sde, z)
                 if torch.is_autocast_enabled(z.device.type):
                     with torch.autocast(z.device.type, enabled=False):
                         score = dense(flat, i)

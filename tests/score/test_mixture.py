@@ -296,6 +296,36 @@ AUXILIARY = [name for name in FAMILIES if FAMILIES[name]().components > 1]
 every_auxiliary = pytest.mark.parametrize("name", AUXILIARY)
 
 
+class TestTables:
+    """Scores whose coefficients are computed for a grid at once."""
+
+    @pytest.mark.parametrize("count", [0, 1, 8, 21, 48])
+    @pytest.mark.parametrize("modes", [1, 3])
+    @every_family
+    def test_a_tabulated_score_is_the_score(self, name: str, modes: int, count: int) -> None:
+        sde, times = FAMILIES[name](), torch.tensor([0.9, 0.3], dtype=torch.float64)
+        for dimension in (1, 2, 3, 5):
+            means = torch.linspace(-1, 1, modes * dimension).reshape(modes, dimension)
+            spread = 0.3 * torch.eye(dimension) + 0.1
+            data = GaussianMixture(torch.ones(modes), means, spread.expand(modes, -1, -1))
+            g = torch.Generator().manual_seed(count)
+            shape = (count, sde.components, dimension)
+            z = torch.randn(shape, generator=g, dtype=torch.float64)
+            for rows in ("driven", "all"):
+                score = data.score(sde, rows=rows)
+                found, expected = score.tabulate(times, z)(z, 1), score(z, 0.3)
+                assert found.shape == expected.shape
+                # Two orders of the same products.
+                tolerance = 4 * exact.rounding(sde, 0.3)
+                assert torch.allclose(found, expected, rtol=tolerance, atol=10 * tolerance)
+
+    def test_a_state_of_another_dimension_is_refused(self) -> None:
+        data = GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)[None])
+        table = data.score(CLD()).tabulate(torch.tensor([0.5]), torch.empty(0))
+        with pytest.raises(ValueError, match="2 numbers a component"):
+            table(torch.zeros(8, 2, 3), 0)
+
+
 class TestConditionalLaw:
     """The law of the auxiliary components given the first."""
 
