@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _build_parser().parse_args(None if arguments is None else list(arguments))
         program = f"cldsde {options.command}"
+        # What options name as `module:name` is looked for where the user stands, too.
+        if "" not in sys.path:
+            sys.path.append("")
         try:
             # Everything that can be refused is refused here, before any work is done.
             work = _COMMANDS[options.command].prepare(options[options.command])

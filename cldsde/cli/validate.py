@@ -99,8 +99,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if not 0 <= options.seed < 2**63:
         msg = f"--seed must lie between 0 and 2^63 - 1; got {options.seed}"
         raise ValueError(msg)
-    if any(":" in name for name in options.solver or ()):
-        sys.path.insert(0, "")  # modules are looked for where the user stands
     names = [canonical_name(name) for name in options.solver or named_solvers()]
     chosen = {name: find_solver(name) for name in names}
     known = problems()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 import tempfile
 import tomllib
 
@@ -142,6 +143,17 @@ def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, "sample", run, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_solver_is_found_in_the_folder_where_the_user_stands(run, tmp_path, monkeypatch):
+    (tmp_path / "standing_here.py").write_text(
+        "from cldsde import solvers\n\n\nclass Own(solvers.EulerMaruyama):\n    pass\n"
+    )
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in {"", "."}])
+    monkeypatch.chdir(tmp_path)
+    out = str(tmp_path / "own.npz")
+    arguments = ["sample", str(run), "--solver", "standing_here:Own", "--nfe", "3", "--seeds", "0"]
+    assert main([*arguments, "--device", "cpu", "--out", out]) == 0
 
 
 def test_an_output_that_another_command_draws_to_is_refused(run, tmp_path, capsys):

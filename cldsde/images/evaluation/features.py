@@ -65,8 +65,8 @@ def load_features(name: str) -> FeatureNetwork:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, one that it imports is not
         msg = (
-            f"features: there is no module {error.name!r}; install it or put its folder on "
-            f"PYTHONPATH; got {name!r}"
+            f"features: there is no module {error.name!r}; install it, or stand in its folder or "
+            f"put that on PYTHONPATH; got {name!r}"
         )
         raise ValueError(msg) from error
     except (Exception, SystemExit) as error:  # a user's code may raise anything
