@@ -7,9 +7,14 @@ import os
 import re
 import sys
 import typing
+from pathlib import Path
 
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+
+# Another backend than the notebooks' own would leave figures off the pages.
+os.environ.pop("MPLBACKEND", None)
 
 project = "cldsde"
 author = "The cldsde developers"
@@ -152,8 +157,21 @@ def _undocumented(app, env):
                     logger.warning("%s.%s.%s has no docstring", layer, name, member)
 
 
+def _pictured(app, error):
+    """Fail where a page that draws figures shows none."""
+    if error is not None or app.builder.name != "html" or app.config.nb_execution_mode == "off":
+        return
+    for name in app.env.found_docs:
+        page = Path(app.builder.get_outfilename(name))
+        draws = "plt.show()" in Path(app.env.doc2path(name)).read_text(encoding="utf-8")
+        if draws and "_images/" not in page.read_text(encoding="utf-8"):
+            msg = f"{name} draws figures and shows none"
+            raise ExtensionError(msg)
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
+    app.connect("build-finished", _pictured)
     app.add_directive("public-names", PublicNames)

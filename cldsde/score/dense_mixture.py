@@ -84,17 +84,20 @@ class _Lines:
         self._side_by_side = max(1, _WIDTH // dimension)
         parts = matrix.to(like).unflatten(-1, (components, dimension)).movedim(-2, 1).mT
         offset = offset.to(like).squeeze(-1)
-        eye = torch.eye(self._side_by_side).to(like)
-        blocks = torch.einsum("ab,tkij->tkaibj", eye, parts).flatten(4).flatten(2, 3)
-        repeated = offset.repeat(1, self._side_by_side)
-        self._blocks = [x.unbind() for x in blocks.unbind()], repeated.unbind()
+        times, _, inner, outer = parts.shape
+        count = self._side_by_side
+        blocks = like.new_zeros(components, times, count, inner, count, outer)
+        blocks.diagonal(dim1=2, dim2=4).copy_(parts.movedim(1, 0).unsqueeze(-1))
+        blocks = blocks.view(components, times, count * inner, count * outer)
+        self._blocks = [part.unbind() for part in blocks], offset.repeat(1, count).unbind()
         self._parts, self._offset = parts, offset
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
         if len(z) % self._side_by_side:
             parts, total = self._parts[i].unbind(), self._offset[i]
         else:
-            parts, total = self._blocks[0][i], self._blocks[1][i]
+            blocks, offsets = self._blocks
+            parts, total = [part[i] for part in blocks], offsets[i]
         for part, x in zip(parts, z.unbind(1), strict=True):
             total = torch.addmm(total, x.reshape(-1, len(part)), part)
         return total.view(len(z), self._wide)
