@@ -24,19 +24,15 @@ def block_exponential(sde, s, t):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("method", ["cldsde", "matrix_exp"])
-def test_transition_of_a_1000_step_grid(benchmark, name, method):
-    sde = PROCESSES[name]
-    times = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    benchmark.group = f"1,000 transitions of {name}"
-    if method == "cldsde":
-        benchmark(sde.transition, times[:-1], times[1:])
-    else:
-        benchmark(lambda: list(block_exponential(sde, times[:-1], times[1:])))
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_marginal_of_512_times(benchmark, name):
-    times = torch.rand(512, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    benchmark.group = "marginals at 512 times"
-    benchmark(PROCESSES[name].marginal, times)
+def test_transitions_of_a_grid(race, name):
+    sde, steps = PROCESSES[name], 1000
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    race(
+        f"{steps:,} transitions of {name}",
+        {
+            "cldsde": lambda: sde.transition(times[:-1], times[1:]),
+            "matrix_exp a step": lambda: list(block_exponential(sde, times[:-1], times[1:])),
+        },
+        unit="transition",
+        units=steps,
+    )

@@ -6,9 +6,6 @@ and the average of the weights belong to neither.
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -50,29 +47,16 @@ def make_step(sde, network):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("network", ["UNet of 1 M", "nothing"])
-def test_training_step(benchmark, name, network):
-    sde = PROCESSES[name]
-    benchmark.group = f"a training step of {name}, {BATCH} images of 16 × 16"
-    if network == "nothing":
-        module = Nothing(len(sde.driven))
-    else:
-        module = UNet(SHAPE, sde.components, len(sde.driven), channels=(32, 48, 80))
-        assert 0.8e6 < parameter_count(module) < 1.2e6
-    benchmark(make_step(sde, module))
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_at_most_3_percent_of_a_training_step_are_not_the_network(name):
+def test_what_of_a_training_step_is_not_the_network(race, name):
     sde = PROCESSES[name]
     network = UNet(SHAPE, sde.components, len(sde.driven), channels=(32, 48, 80))
-    steps = make_step(sde, network), make_step(sde, Nothing(len(sde.driven)))
-    rounds = []
-    for _ in range(10):
-        seconds = []
-        for step in steps:
-            began = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - began)
-        rounds.append(seconds[1] / seconds[0])
-    assert statistics.median(rounds) <= 0.03
+    assert 0.8e6 < parameter_count(network) < 1.2e6
+    race(
+        f"Training step of {name}, {BATCH} images of 16 × 16",
+        {
+            "all but the network": make_step(sde, Nothing(len(sde.driven))),
+            "with a U-Net of 1 M": make_step(sde, network),
+        },
+        at_most={"with a U-Net of 1 M": 0.03},
+        unit="step",
+    )
