@@ -1,4 +1,4 @@
-"""The probability flow with adaptive steps: ours, scipy's, torchdiffeq's and torchode's.
+"""The probability flow with adaptive steps: ours, scipy's and torchdiffeq's.
 
 All integrate the flow of one process to the same tolerance; reported is the time of one evaluation,
 all of the solver's work included. Others have one step size for the batch, and so has ours with

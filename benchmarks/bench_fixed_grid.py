@@ -1,4 +1,4 @@
-"""Loops over a fixed grid: ours, one tuned by hand, torchsde's and diffrax's.
+"""Loops over a fixed grid: ours, one tuned by hand, and torchsde's.
 
 All rivals of a race make the same table of the score and call it, so that what differs is the loop:
 noise, arithmetic and bookkeeping.

@@ -32,7 +32,10 @@ class NoiseSource(ABC):
 
     @abstractmethod
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Normals for ``rows`` noise components a sample, ``(B, rows, *D)`` like the state z."""
+        """Normals for ``rows`` noise components a sample, ``(B, rows, *D)`` like the state z.
+
+        The state is that of now: what is kept of it is to be cloned.
+        """
 
 
 @runtime_checkable

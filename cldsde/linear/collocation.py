@@ -111,7 +111,9 @@ def collocate_from(
         columns = torch.cat([block_product(step, root), noises[..., i : i + 1]], dim=1)
         law.append((block_product(step, psi), lower_factor(columns)))
     psi, root = (torch.cat(parts, dim=-1) for parts in zip(*law, strict=True))
-    before = torch.searchsorted(edges.detach(), ends.detach().contiguous(), right=True) - 1
+    # The edge below an end: the root of a panel of length 0 has no derivative.
+    before = torch.searchsorted(edges.detach(), ends.detach().contiguous()) - 1
+    before = before.clamp_min(0)
     step, noise = _panel(matrices, edges[before], ends - edges[before])
     columns = torch.cat([block_product(step, root[..., before]), noise], dim=1)
     return block_product(step, psi[..., before]), lower_factor(columns)

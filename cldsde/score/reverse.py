@@ -37,7 +37,8 @@ class TabulatedScore(Protocol):
     Solvers on a fixed grid call ``tabulate`` once, so that coefficients are computed in float64
     on the host before the loop, and nothing in the loop waits for the device. What it returns is
     called with states as they lie in memory, each component in one piece: ``z.reshape`` and
-    ``z.flatten`` work, ``z.view`` may not. A plain score gets contiguous states.
+    ``z.flatten`` work, ``z.view`` may not. Its memory is used again: what is kept of a state is to
+    be cloned. A plain score gets contiguous states, which it may keep.
     """
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:

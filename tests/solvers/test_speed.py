@@ -105,12 +105,28 @@ class Memory(TorchDispatchMode):
             self.now -= size
 
 
+class Zero:
+    """A score of zeros, with a table or without."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, z: torch.Tensor, t: object) -> torch.Tensor:
+        return z.new_zeros(len(z), self.rows, *z.shape[2:])
+
+
+class TabulatedZero(Zero):
+    def tabulate(self, times: torch.Tensor, like: torch.Tensor) -> Zero:
+        return self
+
+
 class TestMemory:
     """States that a solve holds at a time, beside the caller's and what the score returned."""
 
     # The state, its noise or the score's contiguous view of it, and the next state; midpoint has a
     # stage in between.
     @pytest.mark.parametrize("steps", [3, 40])
+    @pytest.mark.parametrize("kind", [Zero, TabulatedZero])
     @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
     @pytest.mark.parametrize(
         ("solver", "states"),
@@ -122,11 +138,11 @@ class TestMemory:
         ids=["EM", "SSCS", "SSCS, midpoint"],
     )
     def test_a_solve_holds_few_states_whatever_the_number_of_steps(
-        self, solver: solvers.Solver, states: int, make: Any, steps: int
+        self, solver: solvers.Solver, states: int, make: Any, kind: type[Zero], steps: int
     ) -> None:
         sde = make()
         rows = len(sde.driven)
-        process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
+        process = ReverseProcess(sde, kind(rows))
         start = torch.zeros(8, sde.components, 8000)
         times = solvers.root_times(sde.T, 1e-3, steps)
         with Memory() as memory:
