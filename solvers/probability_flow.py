@@ -184,7 +184,9 @@ class ProbabilityFlow(Integrator):
 
     def _size(self, x: Tensor) -> Tensor:
         """Root mean square of each sample, or of all alike, float64 on the host."""
-        squares = x.square().flatten(1).mean(1).detach().cpu().to(torch.float64)
+        # Squares of errors in units of the tolerance leave the range of half precision.
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        squares = x.square().flatten(1).mean(1).cpu().to(torch.float64)
         return (squares if self.pace == "sample" else squares.mean().expand(len(x))).sqrt()
 
     def _first_step(
