@@ -82,7 +82,8 @@ class _Lines:
         self._wide, dimension = matrix.shape[-2], matrix.shape[-1] // components
         # Products with matrices of eight columns and fewer waste most of what a processor can do.
         self._side_by_side = max(1, _WIDTH // dimension)
-        parts = matrix.to(like).unflatten(-1, (components, dimension)).movedim(-2, 1).mT
+        split = *matrix.shape[:-1], components, dimension
+        parts = matrix.to(like).reshape(split).movedim(-2, 1).mT
         offset = offset.to(like).squeeze(-1)
         times, _, inner, outer = parts.shape
         count = self._side_by_side
