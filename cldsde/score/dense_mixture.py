@@ -94,6 +94,7 @@ class _Lines:
         self._parts, self._offset = parts, offset
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
+        parts: Sequence[Tensor]
         if len(z) % self._side_by_side:
             parts, total = self._parts[i].unbind(), self._offset[i]
         else:
