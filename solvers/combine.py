@@ -64,10 +64,8 @@ def combine(*terms: tuple[Block, Tensor]) -> Tensor:
     columns = [column for _, tensor in terms for column in _apart(tensor)]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         # Sums that are to be differentiated or traced are no slices of one tensor.
-        totals = [like.new_zeros(len(like), 1, *like.shape[2:]) for _ in block]
-        for row, total in enumerate(totals):
-            for coefficient, column in _products(row, terms, columns):
-                total.add_(column, alpha=coefficient)
+        totals = [like.new_empty(len(like), 1, *like.shape[2:]) for _ in block]
+        _write(totals, terms, columns)
         return torch.cat(totals, dim=1)
     out = _empty(len(block), like)
     _write(_apart(out), terms, columns)
@@ -120,21 +118,14 @@ def _apart(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,) if tensor.shape[1] == 1 else tensor.chunk(tensor.shape[1], dim=1)
 
 
-def _products(
-    row: int, terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
-) -> list[tuple[float, Tensor]]:
-    coefficients = [number for block, _ in terms for number in block[row]]
-    return [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
-
-
 def _write(
     totals: Sequence[Tensor], terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
 ) -> None:
     for row, total in enumerate(totals):
-        products = _products(row, terms, columns)
-        if len(products) > 1 and products[0][0] == 1:
-            (_, first), (coefficient, column), *products = products
-            torch.add(first, column, alpha=coefficient, out=total)
+        coefficients = [number for block, _ in terms for number in block[row]]
+        products = [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
+        if products and products[0][0] == 1:
+            total.copy_(products.pop(0)[1])
         else:
             # A product with a number takes twice as long to launch as adding a multiple to zero.
             total.zero_()
