@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["DenseScore"]
+__all__ = ["dense_score"]
 
-_WIDTH = 16  # numbers of a row, in products with the score of one Gaussian
+_WIDTH = 16  # numbers of a row in products with the score of one Gaussian
 
 
-class DenseScore:
+def dense_score(
+    psi: Tensor,
+    whitening: Tensor,
+    log_scale: Tensor,
+    means: Tensor,
+    axes: Tensor,
+    rows: Sequence[int],
+    like: Tensor,
+) -> Callable[[Tensor, int], Tensor]:
     """Scores at T times of n Gaussians whose laws are matrices over all k·D numbers of a state.
-
-    Numbers of the batch lie in the last axis: products with small matrices, sums and softmaxes of
-    few entries are many times faster along it than across it. The score of a single Gaussian is a
-    product alone, of several samples at once with a block-diagonal matrix, and lies as states do.
 
     Parameters
     ----------
@@ -26,48 +30,63 @@ class DenseScore:
     means, axes
         ``(n, D)`` and the eigenbases, ``(n, D, D)``.
     rows
-        Components whose score is wanted.
+        The d components whose score is wanted.
+    like
+        A tensor of the dtype and device of the states to come.
+
+    Returns
+    -------
+    callable
+        States ``(B, k, D)`` and the number of a time to scores ``(B, d D)``.
+    """
+    (modes, dimension), components = means.shape, psi.shape[-1]
+    # Numbers of a state are ordered component by component.
+    whole = torch.einsum("tnjkl,nij->tnkjli", whitening, axes).flatten(4).flatten(2, 3)
+    mean = torch.einsum("tl,ni->tnli", psi, means).flatten(2)
+    centre = -(whole @ mean.unsqueeze(-1)).flatten(1, 2)
+    driven = whole.reshape(*whole.shape[:-1], components, dimension)[..., rows, :].flatten(-2)
+    pull = -driven.flatten(1, 2).mT
+    whole = whole.flatten(1, 2)
+    if modes == 1:
+        # The only Gaussian is responsible for every state: its score is linear.
+        return _Line(_by_component(pull @ whole, components), pull @ centre, like)
+    return _Mixture(_by_component(whole, components), centre, log_scale, pull, like)
+
+
+def _by_component(matrix: Tensor, components: int) -> Tensor:
+    """The parts ``(T, k, r, D)`` of matrices ``(T, r, k D)``."""
+    return matrix.reshape(*matrix.shape[:-1], components, -1).movedim(-2, 1)
+
+
+class _Mixture:
+    """Scores of several Gaussians.
+
+    Numbers of the batch lie in the last axis: products with small matrices, sums and softmaxes of
+    few entries are many times faster along it than across it.
+
+    Parameters
+    ----------
+    parts, centre
+        Whitening ``(T, k, n k D, D)`` and minus the whitened means ``(T, n k D, 1)``.
+    log_scale, pull
+        Of the densities, ``(T, n)``, and from whitened residuals to the score, ``(T, d D, n k D)``.
     like
         A tensor of the dtype and device of the states to come.
     """
 
     def __init__(
-        self,
-        psi: Tensor,
-        whitening: Tensor,
-        log_scale: Tensor,
-        means: Tensor,
-        axes: Tensor,
-        rows: Sequence[int],
-        like: Tensor,
+        self, parts: Tensor, centre: Tensor, log_scale: Tensor, pull: Tensor, like: Tensor
     ) -> None:
-        (self._modes, dimension), components = means.shape, psi.shape[-1]
-        # Numbers of a state are ordered component by component.
-        whole = torch.einsum("tnjkl,nij->tnkjli", whitening, axes).flatten(4).flatten(2, 3)
-        mean = torch.einsum("tl,ni->tnli", psi, means).flatten(2)
-        centre = -(whole @ mean.unsqueeze(-1)).flatten(1, 2)
-        split = components, dimension
-        driven = whole.reshape(*whole.shape[:-1], *split)[..., rows, :].flatten(-2)
-        pull = -driven.flatten(1, 2).mT
-        whole = whole.flatten(1, 2)
-        if self._modes == 1:
-            # The only Gaussian is responsible for every state: its score is linear.
-            whole, centre = pull @ whole, pull @ centre
-            self._lines = _Lines(whole, centre, components, like)
-            return
-        parts = whole.reshape(*whole.shape[:-1], *split).movedim(-2, 1)
+        self._modes = log_scale.shape[-1]
         # Taken apart here: to index a table takes as long as to launch a small kernel.
-        self._whitening = [part.unbind() for part in parts.to(like).contiguous()]  # (n k D, D) each
-        self._centre = centre.to(like).unbind()  # (n k D, 1), minus the whitened means
-        self._log_scale = log_scale.unsqueeze(-1).to(like).unbind()  # (n, 1)
-        self._pull = pull.to(like).unbind()  # (d D, n k D), to the score
+        self._parts = [part.unbind() for part in parts.to(like).contiguous()]
+        self._centre = centre.to(like).unbind()
+        self._log_scale = log_scale.unsqueeze(-1).to(like).unbind()
+        self._pull = pull.to(like).unbind()
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        """Score ``(B, d D)`` of states ``(B, k, D)`` at time i."""
-        if self._modes == 1:
-            return self._lines(z, i)
         whitened = self._centre[i]
-        for part, x in zip(self._whitening[i], z.unbind(1), strict=True):
+        for part, x in zip(self._parts[i], z.unbind(1), strict=True):
             whitened = torch.addmm(whitened, part, x.mT)
         by_mode = whitened.reshape(self._modes, len(whitened) // self._modes, len(z))
         log_terms = self._log_scale[i] - 0.5 * by_mode.square().sum(1)
@@ -75,31 +94,33 @@ class DenseScore:
         return (self._pull[i] @ weighted.flatten(0, 1)).mT
 
 
-class _Lines:
-    """Linear maps of states at T times, ``(T, d D, k D)`` and ``(T, d D, 1)``."""
+class _Line:
+    """The score of one Gaussian: a linear map, which several samples share one product of.
 
-    def __init__(self, matrix: Tensor, offset: Tensor, components: int, like: Tensor) -> None:
-        self._wide, dimension = matrix.shape[-2], matrix.shape[-1] // components
-        # Products with matrices of eight columns and fewer waste most of what a processor can do.
-        self._side_by_side = max(1, _WIDTH // dimension)
-        split = *matrix.shape[:-1], components, dimension
-        parts = matrix.to(like).reshape(split).movedim(-2, 1).mT
-        offset = offset.to(like).squeeze(-1)
-        times, _, inner, outer = parts.shape
-        count = self._side_by_side
-        blocks = like.new_zeros(components, times, count, inner, count, outer)
-        blocks.diagonal(dim1=2, dim2=4).copy_(parts.movedim(1, 0).unsqueeze(-1))
-        blocks = blocks.view(components, times, count * inner, count * outer)
+    Products with matrices of eight columns and fewer waste most of what a processor can do; those
+    of samples side by side, with a block-diagonal matrix, do not.
+
+    Parameters
+    ----------
+    parts, offset
+        ``(T, k, d D, D)`` and ``(T, d D, 1)``.
+    like
+        A tensor of the dtype and device of the states to come.
+    """
+
+    def __init__(self, parts: Tensor, offset: Tensor, like: Tensor) -> None:
+        parts, offset = parts.movedim(1, 0).mT.to(like), offset.squeeze(-1).to(like)
+        components, times, inner, self._wide = parts.shape
+        self._side_by_side = count = max(1, _WIDTH // inner)
+        blocks = like.new_zeros(components, times, count, inner, count, self._wide)
+        blocks.diagonal(dim1=2, dim2=4).copy_(parts.unsqueeze(-1))
+        blocks = blocks.view(components, times, count * inner, count * self._wide)
         self._blocks = [part.unbind() for part in blocks], offset.repeat(1, count).unbind()
-        self._parts, self._offset = parts, offset
+        self._alone = [part.unbind() for part in parts], offset.unbind()
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        parts: Sequence[Tensor]
-        if len(z) % self._side_by_side:
-            parts, total = self._parts[i].unbind(), self._offset[i]
-        else:
-            blocks, offsets = self._blocks
-            parts, total = [part[i] for part in blocks], offsets[i]
+        parts, offsets = self._alone if len(z) % self._side_by_side else self._blocks
+        total = offsets[i]
         for part, x in zip(parts, z.unbind(1), strict=True):
-            total = torch.addmm(total, x.reshape(-1, len(part)), part)
+            total = torch.addmm(total, x.reshape(-1, len(part[i])), part[i])
         return total.view(len(z), self._wide)

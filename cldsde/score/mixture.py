@@ -16,7 +16,7 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
-from cldsde.score.dense_mixture import DenseScore
+from cldsde.score.dense_mixture import dense_score
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
 
@@ -354,7 +354,7 @@ class MixtureScore:
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         if self.sde.components * data.dimension <= _DENSE:
             axes, rows = data._axes, self.rows
-            dense = DenseScore(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
+            dense = dense_score(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
             usual = self.sde.components, data.dimension
 
             def small(z: Tensor, i: int) -> Tensor:
