@@ -139,9 +139,10 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
 
 def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     from cldsde.images.config import load_config
-    from cldsde.images.evaluation_table import load_samples, markdown_table
+    from cldsde.images.evaluation_table import markdown_table
     from cldsde.images.files import write_whole
     from cldsde.images.runs import CONFIG
+    from cldsde.images.sample_images import load_samples
 
     source = Path(options.reference).expanduser()
     config = load_config(source / CONFIG if source.is_dir() else source)

@@ -8,20 +8,17 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data import DataSet, Images, array_images
+from cldsde.images.data import DataSet, Images
 from cldsde.images.evaluation import (
     ClassifierFeatures,
     FeatureNetwork,
@@ -55,14 +52,13 @@ from cldsde.images.evaluation_results import (
 )
 from cldsde.images.files import held, tensors_digest
 from cldsde.images.model import ImageModel
+from cldsde.images.sample_images import as_bytes
 from cldsde.images.sampling import Samples, draw_of_classes
 from cldsde.score.flow_density import UnsolvedFlowError
 
 __all__ = [
     "METRICS",
     "Evaluation",
-    "as_bytes",
-    "load_samples",
     "markdown_table",
 ]
 
@@ -506,81 +502,6 @@ class Evaluation:
 
 def _all_bytes(images: Images) -> Tensor:
     return as_bytes(images.load(torch.arange(len(images))), images.levels)
-
-
-def as_bytes(images: Tensor, levels: int) -> Tensor:
-    """Images of fewer grey levels as bytes from 0 to 255."""
-    if levels == 256:
-        return images
-    return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
-
-
-def load_samples(path: Path) -> Tensor:
-    """Samples from an array file, or from a folder of pictures.
-
-    Parameters
-    ----------
-    path
-        A folder of ``*.png``, a ``.npy``, or a ``.npz``, whose number ``levels`` says how many grey
-        levels its images have; 256 where it is missing.
-
-    Returns
-    -------
-    Tensor
-        ``(N, C, H, W)`` uint8 with 256 levels.
-
-    Raises
-    ------
-    ValueError
-        If there are none, they are not of one size, or they exceed their levels.
-    """
-    if path.is_dir():
-        files = sorted(path.glob("*.png"))
-        if not files:
-            msg = f"{path} holds no pictures (*.png)"
-            raise ValueError(msg)
-        return torch.stack(list(_pixels(files)))
-    if path.suffix not in {".npz", ".npy"}:
-        msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
-        raise ValueError(msg)
-    try:
-        found = array_images(path)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    images = found.load(torch.arange(len(found)))
-    levels = _levels_of(path)
-    if int(images.max()) >= levels:
-        msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"
-        raise ValueError(msg)
-    return as_bytes(images, levels)
-
-
-def _levels_of(path: Path) -> int:
-    """Grey levels of the images of an array file that could be read."""
-    if not zipfile.is_zipfile(path):
-        return 256
-    with np.load(path, allow_pickle=False) as archive:
-        levels = archive["levels"] if "levels" in archive else np.array(256)
-    if levels.ndim or levels.dtype.kind not in "iu" or not 2 <= levels <= 256:
-        msg = f"{path}: levels must be a number from 2 to 256; got {levels}"
-        raise ValueError(msg)
-    return int(levels)
-
-
-def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
-    shape = None
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                array = np.array(picture.convert("L" if picture.mode == "L" else "RGB"))
-        except OSError as error:
-            msg = f"{file} cannot be read as a picture ({error})"
-            raise ValueError(msg) from error
-        shape = shape or array.shape
-        if array.shape != shape:
-            msg = f"{file} must have the shape of {files[0].name}, {shape}; got {array.shape}"
-            raise ValueError(msg)
-        yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
 
 
 def _kept(reason: str, results: Path) -> str:
