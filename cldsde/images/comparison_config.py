@@ -36,7 +36,7 @@ __all__ = [
 
 PRESETS = {
     name: Path(__file__).with_name("comparisons") / f"{name}.toml"
-    for name in ("fashion_mnist", "quick")
+    for name in ("fashion_mnist", "cld_variants", "quick")
 }
 """Comparisons that come with the package."""
 

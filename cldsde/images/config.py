@@ -159,13 +159,23 @@ class ScoreConfig:
         Gaussian whose score is given in closed form beside the network's part, see
         `cldsde.MixedScore`: with one mean and variance for the whole set (``"scalar"``), for each
         channel or for each pixel. That of a latent model is standard normal.
+    inputs
+        What the network is shown: all components (``"state"``), or the one combination of them that
+        tells all they tell of the data (``"estimate"``).
     mixing
         None: the network's part is added to the reference's. A number: each channel weighs the
         two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
+    inputs: Literal["state", "estimate"] = "state"
     mixing: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.mixing is not None and self.inputs != "state":
+            msg = f"mixing must be None where inputs is {self.inputs!r}; got {self.mixing}"
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,14 +222,13 @@ def make_network(
     ValueError
         If it does not fit the shape.
     """
-    sde = config.process.make()
+    sde, whole = config.process.make(), config.score.inputs == "state"
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(config.seed)
         try:
             return NETWORKS[config.network.name](
                 shape,
-                sde.components,
-                len(sde.driven),
+                *((sde.components, len(sde.driven)) if whole else (1, 1)),
                 classes=classes,
                 **config.network.options,
             )
@@ -277,10 +276,14 @@ def make_model(
         statistics = Statistics(torch.zeros(size), torch.ones(size))
     mixing = config.score.mixing
     logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing)
-    network = make_network(config, shape, space.classes)
-    return DiffusionModel(
-        MixedScore(network, config.process.make(), *statistics, mixing_logits=logits), vae
+    score = MixedScore(
+        make_network(config, shape, space.classes),
+        config.process.make(),
+        *statistics,
+        inputs=config.score.inputs,
+        mixing_logits=logits,
     )
+    return DiffusionModel(score, vae)
 
 
 def save_model(

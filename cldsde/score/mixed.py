@@ -12,8 +12,17 @@ With s₀² the variance of the data the reference is exact for Gaussian data at
 of x and v included. Dockhorn et al. (2022, §3.2) use −v/Σ_vv with s₀ = 0, which nears it as t → 1.
 
 For such data n_ref is the best prediction of the noise, and what it leaves open has the covariance
-s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. The root of its diagonal is c_out, so that the network's
-target has unit size at every t, where data are seen through noise and where they are not.
+s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. So c_out = s₀ c_d / √(1 + s₀² cᵀc): the network's target
+is the error of the reference's x_0 over its standard deviation, of unit size at every t, where data
+are seen through noise and where they are not.
+
+All that the state tells of x_0 is in one of its combinations, the best unbiased estimate
+
+.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ε / \sqrt{ψ^⊤Σ^{−1}ψ},
+
+since the likelihood of x_0 depends on z through it alone: E[x_0 | z_t] = E[x_0 | û], the same
+function of û and of the signal-to-noise ratio for every process. A network that is shown û need not
+learn which combination matters at which time, and serves all processes.
 
 The convex form (Vahdat, Kreis and Kautz 2021, §3.2) lets each channel choose between the two by a
 learnt weight a, the logistic function of a parameter:
@@ -42,13 +51,16 @@ __all__ = ["MixedScore"]
 
 Output = Literal["score", "noise"]
 
+Inputs = Literal["state", "estimate"]
+"""What the network is shown: all components, or the best unbiased estimate of the data."""
+
 
 class _Coefficients(NamedTuple):
     """What a mixed score needs at times of shape ``*``; ``*V`` is the shape of the variance."""
 
     psi: Tensor  # (*, k), takes the data to the mean of the state
     reference: Tensor  # (*, d, k, *V), takes z − ψμ to n_ref
-    scale: Tensor  # (*, k, *V), makes the network's input of unit size
+    inputs: Tensor  # (*, k, *V), makes what the network is shown of unit size
     residual: Tensor  # (*, d, *V), c_out, makes the network's target of unit size
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's clock
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
@@ -66,24 +78,42 @@ class MixedScore(nn.Module):
         Module of (state, clock): ``(B, k·C, *S)`` and ``(B,)`` to ``(B, len(driven)·C, *S)`` for
         data ``(B, C, *S)``. It sees the state scaled to unit size a component and κ(t), half the
         log of the signal-to-noise ratio of the process, as its clock. A conditional one is called
-        as (state, clock, condition).
+        as (state, clock, condition). See ``inputs`` for one that is shown an estimate.
     sde
         The forward process.
     data_mean, data_variance
         μ and s₀² of the reference: tensors that broadcast with ``(C, *S)``, e.g. ``()`` or
         ``(C, 1, 1)``; the variance is positive.
+    inputs
+        ``"state"``: the network is shown the components as they are. ``"estimate"``: it is shown
+        the one combination of them that tells all they tell of the data, and returns as much,
+        ``(B, C, *S)`` both: a network trained with one process serves any other.
     mixing_logits
         None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 for each of
         ``(C, 1, 1)``: the convex form, with weights a = 1/(1 + e^{−logit}) that start there and
-        are learnt.
+        are learnt; of networks that are shown the state.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        If mean, variance or logits are not finite, mean and variance of different shape, or the
-        variance is not positive.
+        If mean, variance or logits are not finite, mean and variance of different shape, the
+        variance is not positive, or logits are given to a network that is shown the estimate.
+
+    Examples
+    --------
+    A network of VP data gives the score of CLD as well:
+
+    >>> import torch
+    >>> from cldsde import CLD, VPSDE
+    >>> network = torch.nn.Module()
+    >>> network.forward = lambda estimate, clock: torch.tanh(estimate)
+    >>> mean, variance = torch.zeros(()), torch.ones(())
+    >>> vp = MixedScore(network, VPSDE(), mean, variance)
+    >>> cld = MixedScore(network, CLD(), mean, variance, inputs="estimate")
+    >>> cld(torch.randn(8, 2, 3), 0.5).shape
+    torch.Size([8, 1, 3])
     """
 
     data_mean: Tensor
@@ -97,10 +127,12 @@ class MixedScore(nn.Module):
         data_mean: Tensor,
         data_variance: Tensor,
         *,
+        inputs: Inputs = "state",
         mixing_logits: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_process(sde)
+        one_of(inputs, Inputs, "inputs")
         for name, value in (("data_mean", data_mean), ("data_variance", data_variance)):
             if not isinstance(value, Tensor):
                 msg = f"{name} must be a tensor; got {value!r}"
@@ -123,8 +155,12 @@ class MixedScore(nn.Module):
         ):
             msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
             raise ValueError(msg)
+        if mixing_logits is not None and inputs != "state":
+            msg = f"mixing_logits must be None where inputs is {inputs!r}; they weigh noise"
+            raise ValueError(msg)
         self.network = network
         self.sde = sde
+        self.inputs = inputs
         self.mixing_logits = (
             None
             if mixing_logits is None
@@ -232,17 +268,20 @@ class MixedScore(nn.Module):
         whitening = triangular_inverse(factor)
         precision = whitening[..., list(self.sde.driven)].mT @ whitening
         reference = over_variance(noise_root).mT @ precision
-        scale = factor.square().sum(-1).rsqrt()
-
-        signal = signal.reshape(*psi.shape[:-1], *ones, -1)
-        spread_power = self._variance[..., None] * signal.square()
-        total = 1 + spread_power.sum(-1, keepdim=True)
-        residual = (spread_power[..., -len(self.sde.driven) :] / total).sqrt()
+        information = law.information().reshape(psi.shape[:-1] + ones)
+        total = 1 + self._variance * information
+        if self.inputs == "state":
+            inputs = factor.square().sum(-1).rsqrt()
+        else:
+            weights = (law.signal.mT @ law.inverse).reshape(*psi.shape[:-1], *ones, -1)
+            inputs = weights / (information * total).sqrt()[..., None]
+        signal = signal[..., -len(self.sde.driven) :].reshape(*psi.shape[:-1], *ones, -1)
+        residual = (self._variance / total).sqrt()[..., None] * signal
         axis = psi.ndim - 1
         return _Coefficients(
             psi,
             reference.movedim((-2, -1), (axis, axis + 1)),
-            scale.movedim(-1, axis),
+            inputs.movedim(-1, axis),
             residual.movedim(-1, axis),
             log_snr,
             to_score,
@@ -270,18 +309,19 @@ class MixedScore(nn.Module):
         mean = spread(c.psi, 1).reshape(-1, z.shape[1], *(1,) * axes) * self.data_mean.to(z)
         reference = (spread(c.reference, 2) * (z - mean).unsqueeze(1)).sum(2)
         clock = c.log_snr.expand(len(z))
-        inputs = ((z - mean) * spread(c.scale, 1)).flatten(1, 2)
+        inputs = (z - mean) * spread(c.inputs, 1)
+        inputs = inputs.flatten(1, 2) if self.inputs == "state" else inputs.sum(1)
         learnt: Tensor
         if condition is None:
             learnt = self.network(inputs, clock)
         else:
             learnt = self.network(inputs, clock, condition.expand(len(z), *condition.shape[1:]))
-        driven = len(self.sde.driven)
-        wanted = (len(z), driven * z.shape[2], *z.shape[3:])
+        outputs = len(self.sde.driven) if self.inputs == "state" else 1
+        wanted = (len(z), outputs * z.shape[2], *z.shape[3:])
         if learnt.shape != wanted:
             msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
-        learnt = learnt.reshape(reference.shape).to(reference.dtype)
+        learnt = learnt.reshape(len(z), outputs, *z.shape[2:]).to(reference.dtype)
         if self.mixing_logits is None:
             return reference + spread(c.residual, 1) * learnt
         share = self.mixing_logits.to(z).sigmoid()

@@ -32,8 +32,11 @@ def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, t
     (tmp_path / "again.toml").write_text(text)
     assert main(["compare", str(tmp_path / "again.toml"), "--print-config"]) == 0
     assert capsys.readouterr().out == text
+    assert main(["compare", "quick", "--print-config", "--seed", "3"]) == 0
+    named = capsys.readouterr().out
     assert main(["compare", "--quick", "--print-config", "--seed", "3"]) == 0
-    assert tomllib.loads(capsys.readouterr().out)["seed"] == 3
+    assert capsys.readouterr().out == named
+    assert tomllib.loads(named)["seed"] == 3
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(config, capsys, tmp_path, monkeypatch):

@@ -137,7 +137,8 @@ CHOICES = st.fixed_dictionaries(
         "training.micro_batch": st.none() | st.integers(1, 64),
         "training.precision": st.sampled_from(["fp32", "bf16"]),
         "training.compile": st.booleans(),
-        "score.mixing": st.none() | st.floats(-9, 9),
+        "score": st.fixed_dictionaries({"mixing": st.none() | st.floats(-9, 9)})
+        | st.fixed_dictionaries({"inputs": st.sampled_from(["state", "estimate"])}),
         "network.options.head_channels": st.none() | st.just(8),
         "process.options.beta": st.floats(0.1, 9)
         | st.lists(st.floats(0.1, 9), min_size=2, max_size=2),
@@ -166,6 +167,11 @@ def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, 
     file = tmp_path_factory.mktemp("configs") / "again.toml"
     file.write_text(config.to_toml())
     assert load_config(file) == config
+
+
+def test_channels_weigh_noise_and_not_estimates():
+    with pytest.raises(ValueError, match=r"score.mixing must be None where inputs is 'estimate'"):
+        RunConfig.from_dict({**VALID, "score": {"inputs": "estimate", "mixing": -3.0}})
 
 
 def test_a_short_name_of_a_solver_becomes_the_full_one():

@@ -23,6 +23,7 @@ from cldsde.images.model import (
     data_statistics,
     load_model,
     make_model,
+    make_network,
 )
 from cldsde.images.runs import RunFolder
 from cldsde.images.sampling import class_batches
@@ -103,6 +104,21 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path):
     assert_same_bits(whole, trained(tmp_path / "b", config()))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     assert not (tmp_path / "b" / STATE).exists()
+
+
+@pytest.mark.parametrize("name", ["CLD", "PSLD", "VPSDE"])
+def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name):
+    values = {**CONFIG, "process": {"name": name}, "score": {"inputs": "estimate"}}
+    settings = RunConfig.from_dict(values)
+    whole = trained(tmp_path, settings)
+    loaded = load_model(tmp_path).score
+    z = loaded.sde.prior.sample((2, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded(z, 0.5), whole.score.eval()(z, 0.5))
+    vp = make_network(
+        RunConfig.from_dict({**CONFIG, "process": {"name": "VPSDE"}}), (1, 8, 8), None
+    )
+    sizes = {key: value.shape for key, value in loaded.network.state_dict().items()}
+    assert sizes == {key: value.shape for key, value in vp.state_dict().items()}
 
 
 def test_what_no_weight_depends_on_may_change_on_the_way(tmp_path):

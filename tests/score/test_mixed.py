@@ -295,6 +295,99 @@ class TestDrivenComponents:
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
+class Denoiser(nn.Module):
+    """What the reference leaves open of scalar data at one of a few points, in closed form.
+
+    The data are estimated as u = x_0 + exp(-clock) normals, and the network is shown u less the
+    mean of the data in units of its size.
+    """
+
+    points = torch.tensor([-1.25, 0.25, 1.5], dtype=torch.float64)
+
+    def __init__(self, mean: float, variance: float) -> None:
+        super().__init__()
+        self.mean, self.variance = mean, variance
+
+    def forward(self, estimate: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        noise = (-2 * clock).exp()[:, None, None, None]
+        u = self.mean + estimate * (self.variance + noise).sqrt()
+        weights = (-((u[..., None] - self.points) ** 2) / (2 * noise[..., None])).softmax(-1)
+        found = (weights * self.points).sum(-1)
+        reference = self.mean + self.variance / (self.variance + noise) * (u - self.mean)
+        left = (self.variance * noise / (self.variance + noise)).sqrt()
+        return (reference - found) / left
+
+
+class Blur(nn.Module):
+    """A network that mixes pixels and channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+
+    def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(z)
+        return result
+
+
+class TestEstimates:
+    """A network that is shown the one estimate that tells all of the data."""
+
+    @pytest.mark.parametrize("t", [0.05, 0.3, 1.0])
+    @pytest.mark.parametrize("name", [*FAMILIES, *NOT_TRAILING])
+    def test_one_network_has_the_scores_of_all_processes(self, name: str, t: float) -> None:
+        sde = (FAMILIES[name] if name in FAMILIES else lambda: NOT_TRAILING[name])()
+        mean, variance = torch.tensor(0.25), torch.tensor(0.5)
+        model = MixedScore(Denoiser(0.25, 0.5), sde, mean, variance, inputs="estimate")
+        g = torch.Generator().manual_seed(3)
+        x = Denoiser.points[torch.randint(3, (5, *SHAPE), generator=g)]
+        z = sde.perturb(x, t, generator=g)[0]
+        found = model(z, t)
+        points = GaussianMixture([1.0] * 3, Denoiser.points[:, None].tolist(), [[[0.0]]] * 3)
+        each = z.movedim(1, -1).reshape(-1, sde.components, 1)
+        expected = points.score(sde)(each, t).reshape(5, *SHAPE, -1).movedim(-1, 1)
+        # An error in the estimate is multiplied by the signal-to-noise ratio in the weights of the
+        # points, 3 apart, and what is left of it by the root of the score.
+        kernel = sde.marginal(t)
+        psi = kernel.mean[:, 0]
+        snr = float(psi @ torch.linalg.solve(kernel.covariance, psi))
+        tolerance = 64 * exact.rounding(sde, t) * max(1.0, snr) * float(expected.abs().max())
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+        table = model.tabulate(torch.tensor([1.0, t], dtype=torch.float64), z)
+        assert torch.allclose(table(z, 1), found, rtol=0, atol=tolerance)
+
+    @every_kind
+    @every_family
+    def test_inputs_have_unit_size(self, name: str, kind: str) -> None:
+        sde, n, seen = FAMILIES[name](), 4000, []
+        mean, variance = reference(kind)
+
+        class Silent(nn.Module):
+            def forward(self, estimate: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+                seen.append(estimate)
+                return torch.zeros_like(estimate)
+
+        model = MixedScore(Silent(), sde, mean, variance, inputs="estimate")
+        g = torch.Generator().manual_seed(0)
+        x = mean + variance.sqrt() * torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
+        z = sde.perturb(x, 0.3, generator=g)[0]
+        found, expected = model(z, 0.3), gaussian_score(sde, mean, variance, z, 0.3)
+        tolerance = 64 * EPS * condition(sde, variance, 0.3) * float(expected.abs().max() + 1)
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+        assert seen[0].shape == (n, *SHAPE)
+        # 5 standard errors, as above.
+        assert (seen[0].mean(0).abs() <= 5 / math.sqrt(n)).all()
+        assert ((seen[0].square().mean(0) - 1).abs() <= 5 * math.sqrt(2 / n)).all()
+
+    def test_where_all_are_driven_and_one_it_is_the_state(self) -> None:
+        mean, variance = reference("channel")
+        network = Blur()
+        z = data_states(VPSDE(), 0.3)
+        one = MixedScore(network, VPSDE(), mean, variance)(z, 0.3).detach()
+        other = MixedScore(network, VPSDE(), mean, variance, inputs="estimate")(z, 0.3).detach()
+        assert torch.allclose(one, other, rtol=0, atol=1e-12 * float(one.abs().max()))
+
+
 class TestPredictions:
     """Score and noise of one model."""
 
@@ -704,6 +797,16 @@ class TestRefusals:
         tiny = torch.tensor(1e-50, dtype=torch.float64)
         with pytest.raises(ValueError, match="data_variance"):
             MixedScore(Constant(CLD()), CLD(), torch.zeros(()), tiny)
+
+    def test_inputs_are_one_of_two(self) -> None:
+        one = torch.ones(())
+        with pytest.raises(ValueError, match="inputs must be one of 'state', 'estimate'; got 'z'"):
+            MixedScore(Constant(CLD()), CLD(), one, one, inputs="z")  # type: ignore[arg-type]
+
+    def test_the_convex_form_is_of_the_state(self) -> None:
+        one = torch.ones(())
+        with pytest.raises(ValueError, match="mixing_logits must be None"):
+            MixedScore(Constant(CLD()), CLD(), one, one, inputs="estimate", mixing_logits=one)
 
     @pytest.mark.parametrize("t", [0.0, torch.tensor([0.5, 0.0, 0.5])])
     @pytest.mark.parametrize("make", [VPSDE, SubVPSDE, CLD, PSLD, HOLD])
