@@ -13,8 +13,9 @@ from functools import partial
 import pytest
 import torch
 
+import by_hand
 from cldsde import CLD, ReverseProcess, solvers
-from problems import gaussian, ring
+from problems import VelocityScore, gaussian, ring
 
 BATCH, TOLERANCE = 4096, 1e-5
 SDE = CLD()
@@ -70,3 +71,32 @@ def test_dopri5(race, name):
         rounds=3,
     )
     assert abs(flow.nfev["cldsde, one step size a batch"] / flow.nfev["scipy"] - 1) <= 0.05
+
+
+def test_what_the_solver_itself_costs(race):
+    """The score costs nothing, and scipy has the flow of CLD as one writes it by hand."""
+    process = ReverseProcess(SDE, VelocityScore())
+    generator = torch.Generator().manual_seed(0)
+    start = SDE.prior.sample((BATCH, 2), generator=generator, dtype=torch.float64)
+    solver = solvers.ProbabilityFlow(rtol=TOLERANCE, atol=TOLERANCE, pace="batch")
+    by_scipy = by_hand.probability_flow(start.shape)
+    nfev = {}
+
+    def ours():
+        nfev["cldsde"] = solvers.solve(process, solver, start, ENDS, denoise=False).nfev
+
+    def scipy():
+        from scipy.integrate import solve_ivp
+
+        found = solve_ivp(
+            by_scipy, ENDS.tolist(), start.numpy().ravel(), rtol=TOLERANCE, atol=TOLERANCE
+        )
+        nfev["scipy, flow by hand"] = found.nfev
+
+    race(
+        f"dopri5, {BATCH} × 2 × 2, float64, free score",
+        {"cldsde": ours, "scipy, flow by hand": scipy},
+        unit="evaluation",
+        units=nfev.__getitem__,
+    )
+    assert abs(nfev["cldsde"] / nfev["scipy, flow by hand"] - 1) <= 0.05

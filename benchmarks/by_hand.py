@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["euler_maruyama"]
+__all__ = ["euler_maruyama", "probability_flow"]
 
 BETA, INVERSE_MASS, FRICTION = 4.0, 4.0, 1.0
 
@@ -38,3 +39,18 @@ def euler_maruyama(
         v.add_(noise, alpha=math.sqrt(drive * h))
         x.add_(old, alpha=-BETA * INVERSE_MASS * h)
     return z
+
+
+def probability_flow(shape: tuple[int, int, int]) -> Callable[[float, np.ndarray], np.ndarray]:
+    """dz/dt where the score is the velocity, for `scipy.integrate.solve_ivp`."""
+    damping, drive = BETA * FRICTION * INVERSE_MASS, FRICTION * BETA
+
+    def flow(t: float, y: np.ndarray) -> np.ndarray:
+        z = y.reshape(shape)
+        out = np.empty_like(z)
+        np.multiply(z[:, 1], BETA * INVERSE_MASS, out=out[:, 0])
+        np.multiply(z[:, 1], -damping - drive, out=out[:, 1])
+        out[:, 1] -= BETA * z[:, 0]
+        return out.ravel()
+
+    return flow

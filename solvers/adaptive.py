@@ -142,7 +142,7 @@ class ActiveSamples:
         self.t = torch.full((n,), start, dtype=torch.float64)
         self._times = self.t.clone()
         self._stops, self._max_nfev, self._callback = stops, max_nfev, callback
-        self._state = z.clone()
+        self._state, self._shared = z, True
         self._states = z.new_full((len(stops), *z.shape), torch.nan)
         self._nfev = torch.zeros(n, dtype=torch.int64)
         self._rows = torch.arange(n)
@@ -166,18 +166,19 @@ class ActiveSamples:
 
         The others drop out: they have arrived, or failed.
         """
-        done = self._next == len(self._stops)
-        short = ~done & ~((h >= 1e-14 * self.t) | (h >= self.t - self._stop()))
-        poor = ~done & ~short & (self._nfev[self._rows] + cost > self._max_nfev)
+        going = self._next < len(self._stops)
+        long = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
+        rich = self._nfev[self._rows] + cost <= self._max_nfev
+        if bool((going & long & rich).all()):
+            return None
+        self._success[self._rows[~going]] = True
+        short, poor = going & ~long, going & long & ~rich
         self._note(
             short,
             "the step length underflowed: the score is not finite, or rtol and atol cannot be met",
         )
         self._note(poor, f"max_nfev: {self._max_nfev} evaluations did not reach the end")
-        self._success[self._rows[done]] = True
-        going = ~(done | short | poor)
-        if bool(going.all()):
-            return None
+        going = going & long & rich
         self._rows, self._next, self.t = self._rows[going], self._next[going], self.t[going]
         self._bar.update(len(self._state) - len(self._rows) - self._bar.n)
         return going
@@ -196,7 +197,12 @@ class ActiveSamples:
         """
         self._attempts += 1
         rows = self._rows.to(z.device)
-        self._state[rows] = z
+        if len(rows) == len(self._state):
+            self._state, self._shared = z, True
+        else:
+            if self._shared:
+                self._state, self._shared = self._state.clone(), False
+            self._state[rows] = z
         self._times[self._rows] = t
         at_stop = t <= self._stop()
         self.t = t

@@ -47,27 +47,30 @@ def batch_first(z: Tensor) -> Tensor:
     return z if z.is_contiguous() else torch.stack(z.unbind(1), dim=1)
 
 
-def combine(*terms: tuple[Block, Tensor]) -> Tensor:
+def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
     """Σ block · tensor over the component axis.
 
     Parameters
     ----------
     terms
         Pairs of a k×m block and a tensor ``(B, m, *D)``; at least one.
+    out
+        Where to write it, ``(B, k, *D)``; not differentiable.
 
     Returns
     -------
     Tensor
-        ``(B, k, *D)``, of its own memory; in the layout of the first tensor where that has k rows.
+        ``out``, or ``(B, k, *D)`` of its own memory, in the layout of the first tensor where that
+        has k rows.
     """
     block, like = terms[0]
     columns = [column for _, tensor in terms for column in _apart(tensor)]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if out is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         # Sums that are to be differentiated or traced are no slices of one tensor.
         totals = [like.new_empty(len(like), 1, *like.shape[2:]) for _ in block]
         _write(totals, terms, columns)
         return torch.cat(totals, dim=1)
-    out = _empty(len(block), like)
+    out = _empty(len(block), like) if out is None else out
     _write(_apart(out), terms, columns)
     return out
 

@@ -20,8 +20,9 @@ class NumberedScore:
         self._driven = len(process.sde.driven)
         self._shape, self._dtype = (len(z), self._driven, *z.shape[2:]), z.dtype
         score = process.score
-        self.tabulated = isinstance(score, TabulatedScore)
+        self.tabulated = False
         if isinstance(score, TabulatedScore):
+            self.tabulated = True
             self._evaluate = score.tabulate(times, z)
         else:
             table = score_argument(times, z)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,14 +16,17 @@ from cldsde.score import ReverseProcess
 
 from .adaptive import LOOSE, ActiveSamples, Callback, Integration, Integrator
 from .base import Facts
-from .combine import as_blocks, combine, per_sample
+from .combine import as_blocks, combine, component_first, per_sample
 from .noise import NoiseSource
 from .numbered_score import NumberedScore
 
 __all__ = ["ProbabilityFlow"]
 
-Velocity = Callable[[Tensor, int], Tensor]
-"""dz/dt at a state, at the time of the given number."""
+Velocity = Callable[[Tensor, int, Tensor | None], Tensor]
+"""dz/dt at a state, at the time of the given number, written to where it is told, if it is."""
+
+Flow = Callable[[Tensor, Tensor], Velocity]
+"""Its evaluation at times ``(S, N)`` of N states."""
 
 _METHODS = ("bosh3", "dopri5", "dopri8")
 
@@ -121,7 +125,48 @@ class ProbabilityFlow(Integrator):
         progress: bool,
     ) -> Integration:
         """Run each sample from ``times[0]`` down to ``times[-1]``."""
+        if self.pace == "sample" or not len(z):
+            flow = partial(_flow, process)
+            return self._run(flow, component_first(z), times, stops, callback, progress=progress)
+
+        # Samples that share their steps are stepped as one.
+        def together(times: Tensor, z: Tensor) -> Velocity:
+            velocity = _flow(process, times, z[0])
+            return lambda z, i, out: velocity(z[0], i, None if out is None else out[0]).view_as(z)
+
+        def watch(attempts: int, t: Tensor, z: Tensor) -> object:
+            assert callback is not None
+            return callback(attempts, t.expand(z.shape[1]), z[0])
+
+        one = self._run(
+            together,
+            component_first(z).unsqueeze(0),
+            times,
+            stops,
+            None if callback is None else watch,
+            progress=progress,
+        )
+        return replace(
+            one,
+            state=one.state[0],
+            states=one.states[:, 0],
+            nfev=one.nfev.repeat(len(z)),
+            success=one.success.repeat(len(z)),
+        )
+
+    def _run(
+        self,
+        flow: Flow,
+        z: Tensor,
+        times: Tensor,
+        stops: Tensor,
+        callback: Callback | None,
+        *,
+        progress: bool,
+    ) -> Integration:
+        """Step states ``(N, ...)``, each at a pace of its own."""
         tableau = _tableau(self.method)
+        weights = _Weights(tableau, z)
         start, end = float(times[0]), float(times[-1])
         samples = ActiveSamples(
             z,
@@ -138,68 +183,67 @@ class ProbabilityFlow(Integrator):
         going = samples.screen(h, cost=at_start)
         if samples.on_their_way():
             samples.spend(at_start)
-            f = _flow(process, [samples.t], z)(z, 0)
+            f = flow(samples.t.unsqueeze(0), z)(z, 0, None)
             if self.first_step is None:
-                h = self._first_step(process, z, samples.t, f, end)
+                h = self._first_step(flow, z, samples.t, f, end)
             else:
                 h = torch.full_like(samples.t, self.first_step)
             going = samples.screen(h, tableau.n_stages)
+        slopes = _Slopes(f, tableau.n_stages + 1)
         while samples.on_their_way():
             if going is not None:
                 on_device = going.to(z.device)
-                h, rejected, z, f = h[going], rejected[going], z[on_device], f[on_device]
+                h, rejected = h[going], rejected[going]
+                z, f = (component_first(x[on_device]) for x in (z, slopes.first))
+                slopes = _Slopes(f, tableau.n_stages + 1)
             h, after = samples.attempt(h.clamp_max(self.max_step))
             samples.spend(tableau.n_stages)
-            stages, dt = [f], per_sample(h, z)
-            within = [(samples.t - float(c) * h).clamp_min(end) for c in tableau.C[1:]]
-            flow = _flow(process, [*within, after], z)
-            for number, a in enumerate(tableau.A[1:]):
-                stages.append(flow(z - _weighted(a, stages) * dt, number))
-            new = z - _weighted(tableau.B, stages) * dt
-            stages.append(flow(new, len(within)))
-            error = self._error(tableau, stages, dt, z, new)
+            dt = per_sample(h, z)
+            within = (samples.t - weights.nodes * h).clamp_min_(end)
+            velocity = flow(torch.cat([within, after.unsqueeze(0)]), z)
+            for number, a in enumerate(weights.stages):
+                slopes.evaluate(velocity, slopes.step(z, a, dt), number)
+            new = slopes.step(z, weights.step, dt)
+            slopes.evaluate(velocity, new, len(weights.stages))
+            error = self._error(weights, slopes, h, z, new)
             accept = error <= 1
             growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
-            keep = per_sample(accept, z)
-            z, f = torch.where(keep, new, z), torch.where(keep, stages[-1], f)
+            z = _where(accept, new, z)
+            slopes.settle(accept)
             rejected = ~accept
             h = samples.settle(z, torch.where(accept, after, samples.t), h * growth)
             going = samples.screen(h, tableau.n_stages)
         return samples.result()
 
     def _error(
-        self, tableau: Any, stages: list[Tensor], dt: Tensor, z: Tensor, new: Tensor
+        self, weights: _Weights, slopes: _Slopes, h: Tensor, z: Tensor, new: Tensor
     ) -> Tensor:
         """Error of each sample in units of the tolerance, as scipy estimates it."""
-        scale = self.atol + self.rtol * torch.maximum(z.abs(), new.abs())
-
-        def size(weights: Any) -> Tensor:
-            return self._size(_weighted(weights, stages) * dt / scale)
-
-        if self.method != "dopri8":
-            return size(tableau.E)
-        fifth, third = size(tableau.E5), size(tableau.E3)
+        with torch.no_grad():
+            scale = torch.maximum(z.abs(), new.abs()).mul_(self.rtol).add_(self.atol)
+            sizes = [h * _size(slopes.combined(one).div_(scale)) for one in weights.errors]
+        if len(sizes) == 1:
+            return sizes[0]
+        fifth, third = sizes
         total = (fifth.square() + 0.01 * third.square()).sqrt()
         return torch.where(total == 0, 0.0, fifth.square() / total)
 
-    def _size(self, x: Tensor) -> Tensor:
-        """Root mean square of each sample, or of all alike, float64 on the host."""
-        # Squares of errors in units of the tolerance leave the range of half precision.
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        squares = x.square().flatten(1).mean(1).cpu().to(torch.float64)
-        return (squares if self.pace == "sample" else squares.mean().expand(len(x))).sqrt()
-
     def _first_step(
-        self, process: ReverseProcess, z: Tensor, t: Tensor, f: Tensor, end: float
+        self,
+        flow: Flow,
+        z: Tensor,
+        t: Tensor,
+        f: Tensor,
+        end: float,
     ) -> Tensor:
         """Step length from the size of the slope and its change (Hairer et al. 1993, II.4)."""
         scale = self.atol + self.rtol * z.abs()
-        d0, d1 = self._size(z / scale), self._size(f / scale)
+        d0, d1 = _size(z / scale), _size(f / scale)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # A slope that is not finite is found out by the first step.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
-        nearby = _flow(process, [t - h0], z)(z - f * per_sample(h0, z), 0)
-        d2 = self._size((nearby - f) / scale) / h0
+        nearby = flow((t - h0).unsqueeze(0), z)(z - f * per_sample(h0, z), 0, None)
+        d2 = _size((nearby - f) / scale) / h0
         steepest = torch.maximum(d1, d2)
         order = _tableau(self.method).error_estimator_order + 1
         h1 = torch.where(
@@ -208,16 +252,116 @@ class ProbabilityFlow(Integrator):
         return torch.minimum(100 * h0, h1)
 
 
-def _flow(process: ReverseProcess, times: list[Tensor], z: Tensor) -> Velocity:
-    """The flow at times ``(B,)`` each; where samples share them, with its coefficients ready."""
-    if not all(bool((t == t[0]).all()) for t in times):
-        return lambda z, i: process.probability_flow(z, times[i])
-    shared = torch.stack([t[0] for t in times])
+def _flow(process: ReverseProcess, times: Tensor, z: Tensor) -> Velocity:
+    """The flow at times ``(S, N)``; where samples share them, with its coefficients ready."""
+    shared = times[:, 0]
+    if not bool((times == times[:, :1]).all()):
+
+        def velocity(z: Tensor, i: int, out: Tensor | None) -> Tensor:
+            found = process.probability_flow(z, times[i])
+            return found if out is None else out.copy_(found)
+
+        return velocity
     G = process.sde.diffusion(shared)
     state = as_blocks(process.sde.drift(shared))
     pull = as_blocks(-0.5 * (G @ G.mT)[..., list(process.sde.driven)])
     score = NumberedScore(process, shared, z)
-    return lambda z, i: combine((state[i], z), (pull[i], score(z, i)))
+    return lambda z, i, out: combine((state[i], z), (pull[i], score(z, i)), out=out)
+
+
+class _Weights:
+    """A Butcher tableau, its rows with the type and on the device of states.
+
+    Attributes
+    ----------
+    nodes
+        Times of the stages within a step but the first, in units of its length, ``(S, 1)`` on the
+        host.
+    stages, step, errors
+        Weights of the slopes: for each of these stages, for the step, for the estimates of its
+        error.
+    """
+
+    def __init__(self, tableau: Any, like: Tensor) -> None:
+        def row(weights: Any) -> Tensor:
+            return torch.as_tensor(weights).to(like)
+
+        self.nodes = torch.as_tensor(tableau.C[1:]).unsqueeze(1)
+        self.stages = [row(a[:number]) for number, a in enumerate(tableau.A[1:], start=1)]
+        self.step = row(tableau.B)
+        errors = (tableau.E5, tableau.E3) if hasattr(tableau, "E5") else (tableau.E,)
+        self.errors = [row(one) for one in errors]
+
+
+class _Slopes:
+    """Slopes at the stages of a step, in one piece of memory, so that sums of them are products.
+
+    Parameters
+    ----------
+    first
+        That at the start of the step.
+    count
+        How many there are.
+    """
+
+    def __init__(self, first: Tensor, count: int) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._shape, self._strides = first.shape, first.stride()
+        self._stages = [first] * count
+        if not self._grad:
+            self._memory = first.new_empty(count, first.numel())
+            self._stages = [self._piece(row) for row in self._memory]
+            self._stages[0].copy_(first)
+
+    @property
+    def first(self) -> Tensor:
+        """That at the start of the next step."""
+        return self._stages[0]
+
+    def evaluate(self, velocity: Velocity, z: Tensor, number: int) -> None:
+        """Find the one of the time of a number; the first is known."""
+        out = None if self._grad else self._stages[number + 1]
+        self._stages[number + 1] = velocity(z, number, out)
+
+    def combined(self, weights: Tensor) -> Tensor:
+        """Σ weight · slope."""
+        if self._grad:
+            terms = zip(weights, self._stages, strict=False)
+            return torch.stack([weight * slope for weight, slope in terms]).sum(0)
+        return self._piece(weights @ self._memory[: len(weights)])
+
+    def step(self, z: Tensor, weights: Tensor, dt: Tensor) -> Tensor:
+        """The state that steps of length dt lead to."""
+        return torch.addcmul(z, self.combined(weights), dt, value=-1)
+
+    def settle(self, accept: Tensor) -> None:
+        """The last is the first of the next step, of the samples whose step was accepted."""
+        first = _where(accept, self._stages[-1], self._stages[0])
+        if self._grad:
+            self._stages[0] = first
+        elif first is not self._stages[0]:
+            self._stages[0].copy_(first)
+
+    def _piece(self, flat: Tensor) -> Tensor:
+        return flat.as_strided(self._shape, self._strides, flat.storage_offset())
+
+
+def _size(x: Tensor) -> Tensor:
+    """Root mean square of each sample, float64 on the host."""
+    # Squares of errors in units of the tolerance leave the range of half precision.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    axes = tuple(range(1, x.ndim))
+    norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=axes, dtype=wide)
+    return norm.cpu().to(torch.float64) / math.sqrt(x[0].numel())
+
+
+def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Those of the samples that are accepted; by a host's mask, so that none is copied for all."""
+    if bool(accept.all()):
+        return new
+    if not bool(accept.any()):
+        return old
+    return torch.where(per_sample(accept, new), new, old)
 
 
 def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:
@@ -226,11 +370,3 @@ def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:
     growth = growth.nan_to_num(0.2).clamp(0.2, 10.0)
     # A rejected step shrinks; and not to grow right after keeps the two from alternating.
     return torch.where((error <= 1) & ~after_rejection, growth, growth.clamp_max(1.0))
-
-
-def _weighted(weights: Any, stages: list[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for weight, stage in zip(weights.tolist(), stages, strict=False):
-        if weight:
-            total = stage * weight if total is None else total.add_(stage, alpha=weight)
-    return torch.zeros_like(stages[0]) if total is None else total
