@@ -19,13 +19,15 @@ __all__ = ["StochasticHeun"]
 
 
 class _Tables(NamedTuple):
-    """Blocks of the drift h(−F z + GGᵀ s) at both ends of each step, and of its noise."""
+    """Blocks of each step's Euler step and of the mean that follows it, by what they multiply."""
 
-    start_state: list[Block]
-    start_score: list[Block]
-    end_state: list[Block]
-    end_score: list[Block]
+    state: list[Block]
+    score: list[Block]
     noise: list[Block]
+    half_state: Block
+    half_noise: list[Block]
+    half_guess: list[Block]
+    half_score: list[Block]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class StochasticHeun(Solver):
         \tilde z = z + h\,d(z, t) + N, \qquad
         z ← z + \tfrac h2 [d(z, t) + d(\tilde z, t−h)] + N, \qquad d = −F z + G G^⊤ s,
 
-    with N of the covariance ∫GGᵀ over the step. Two score evaluations a step, weak order 2, strong
-    order 1.
+    with N of the covariance ∫GGᵀ over the step. The second is the mean of z + N and of the first
+    after a drift of its own. Two score evaluations a step, weak order 2, strong order 1.
     """
 
     @property
@@ -46,11 +48,20 @@ class StochasticHeun(Solver):
         return Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
-        """Drift blocks at both ends of each step and the root of its noise."""
+        """Blocks of both sums of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         h = (start - end)[:, None, None]
+        eye = torch.eye(sde.components, dtype=torch.float64)
+        noise = sde.noise_root(end, start)
+        (state, score), (end_state, end_score) = _drift(sde, start, h), _drift(sde, end, h)
         return _Tables(
-            *_drift(sde, start, h), *_drift(sde, end, h), as_blocks(sde.noise_root(end, start))
+            as_blocks(eye + state),
+            as_blocks(score),
+            as_blocks(noise),
+            half_state=(0.5 * eye).tolist(),
+            half_noise=as_blocks(0.5 * noise),
+            half_guess=as_blocks(0.5 * (eye + end_state)),
+            half_score=as_blocks(0.5 * end_score),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -62,13 +73,16 @@ class StochasticHeun(Solver):
     ) -> tuple[Tensor, Memory]:
         """One step."""
         xi = noise.normal(z, len(tables.noise[i][0]))
-        jump = combine((tables.noise[i], xi))
-        first = score(z, 2 * i)
-        start = combine((tables.start_state[i], z), (tables.start_score[i], first))
-        guess = z + start + jump
-        second = score(guess, 2 * i + 1)
-        end = combine((tables.end_state[i], guess), (tables.end_score[i], second))
-        return (start + end).mul_(0.5).add_(z).add_(jump), ()
+        guess = combine(
+            (tables.state[i], z), (tables.score[i], score(z, 2 * i)), (tables.noise[i], xi)
+        )
+        after = score(guess, 2 * i + 1)
+        return combine(
+            (tables.half_guess[i], guess),
+            (tables.half_score[i], after),
+            (tables.half_state, z),
+            (tables.half_noise[i], xi),
+        ), ()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """ΔW/√h, turned so that the root of ∫GGᵀ takes it where G of mid time does."""
@@ -82,6 +96,7 @@ class StochasticHeun(Solver):
         return PathNoise.increments(sde, times, rotation=left @ right)
 
 
-def _drift(sde: LinearSDE, t: Tensor, h: Tensor) -> tuple[list[Block], list[Block]]:
+def _drift(sde: LinearSDE, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """What h(−F z + GGᵀ s) multiplies state and score with."""
     G = sde.diffusion(t)
-    return as_blocks(-h * sde.drift(t)), as_blocks(h * (G @ G.mT)[..., list(sde.driven)])
+    return -h * sde.drift(t), h * (G @ G.mT)[..., list(sde.driven)]

@@ -22,11 +22,11 @@ class TestLoops:
     """Time of a step in units of that of a loop by hand; `benchmarks/` has the targets."""
 
     # Beside the loop by hand, Euler–Maruyama takes 1.1 times as long and SSCS, which has twice the
-    # noise, 1.7 times. A ratio of 1.5 times that is not noise: of medians of interleaved rounds,
+    # noise, 1.7 times. A ratio of 1.3 times that is not noise: of medians of interleaved rounds,
     # the best of three attempts.
     @pytest.mark.parametrize(
         ("solver", "most"),
-        [(solvers.EulerMaruyama(), 1.8), (solvers.SSCS(), 2.6)],
+        [(solvers.EulerMaruyama(), 1.45), (solvers.SSCS(), 2.2)],
         ids=["EM", "SSCS"],
     )
     def test_a_step_costs_little_more_than_one_by_hand(
@@ -123,8 +123,8 @@ class TabulatedZero(Zero):
 class TestMemory:
     """States that a solve holds at a time, beside the caller's and what the score returned."""
 
-    # The state, its noise or the score's contiguous view of it, and the next state; midpoint has a
-    # stage in between.
+    # The state, its noise or the score's contiguous view of it, and the next state; midpoint and
+    # Heun have a stage in between.
     @pytest.mark.parametrize("steps", [3, 40])
     @pytest.mark.parametrize("kind", [Zero, TabulatedZero])
     @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
@@ -134,8 +134,9 @@ class TestMemory:
             (solvers.EulerMaruyama(), 3),
             (solvers.SSCS(), 3),
             (solvers.SSCS(score_step="midpoint"), 4),
+            (solvers.StochasticHeun(), 4),
         ],
-        ids=["EM", "SSCS", "SSCS, midpoint"],
+        ids=["EM", "SSCS", "SSCS, midpoint", "Heun"],
     )
     def test_a_solve_holds_few_states_whatever_the_number_of_steps(
         self, solver: solvers.Solver, states: int, make: Any, kind: type[Zero], steps: int
