@@ -27,7 +27,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
 ]
@@ -57,6 +56,31 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 numpydoc_show_class_members = False
+
+# Names lead to their source: where it is published, at an address such as
+# https://example.org/cldsde/blob/v0.1.0, or else to pages of it that go with the site.
+_source = os.environ.get("CLDSDE_DOCS_SOURCE", "").rstrip("/")
+extensions.append("sphinx.ext.linkcode" if _source else "sphinx.ext.viewcode")
+
+
+def linkcode_resolve(domain, info):
+    """Address of the lines that define a name."""
+    thing = importlib.import_module(info["module"])
+    try:
+        for name in info["fullname"].split("."):
+            thing = getattr(thing, name)
+        thing = inspect.unwrap(thing.fget if isinstance(thing, property) else thing)
+        lines, first = inspect.getsourcelines(thing)
+        file = Path(inspect.getsourcefile(thing))
+    except (AttributeError, TypeError, OSError):  # data, and what dataclasses write
+        return None
+    package = Path(importlib.import_module("cldsde").__file__).parent
+    if not file.is_relative_to(package):
+        return None
+    inside = file.relative_to(package)
+    folder = "" if inside.parts[0] in ("solvers", "validation") else "cldsde/"
+    return f"{_source}/{folder}{inside.as_posix()}#L{first}-L{first + len(lines) - 1}"
+
 
 # References into other projects become links where their inventories can be fetched, which a
 # build asks for with this variable. Without it they stay plain text, and so need no network.
