@@ -131,6 +131,27 @@ def test_euler_maruyama_against_torchsde(race, name):
     )
 
 
+def test_euler_maruyama_against_diffrax(race):
+    pytest.importorskip("diffrax")
+    import by_diffrax
+
+    state, score = start(BATCH, DIMENSION), SCORES["Gaussian"]
+    rivals = {"cldsde": ours(score, solvers.EulerMaruyama(), state)}
+    for name, path in (("diffrax", "stepwise"), ("diffrax, Brownian tree", "tree")):
+        rivals[name] = by_diffrax.euler_maruyama(score, state, TIMES, path)
+        # The law is that of the data but for an error of the step, below 1/50 here.
+        found = torch.from_numpy(rivals[name]()[:, 0].copy())
+        assert torch.allclose(found.mean(0), torch.tensor([0.3, -0.2]), rtol=0, atol=0.05)
+        assert torch.allclose(found.var(0), torch.tensor([0.25, 0.16]), rtol=0.1, atol=0)
+    race(
+        f"Euler–Maruyama against diffrax, compiled, {BATCH} × 2 × {DIMENSION}, score: Gaussian",
+        rivals,
+        unit="step",
+        units=STEPS,
+        rounds=3,
+    )
+
+
 @pytest.mark.parametrize(("name", "limit"), [("EulerMaruyama", 25e-6), ("SSCS", 40e-6)])
 def test_overhead_at_batch_1(race, name, limit):
     state = start(1, DIMENSION)
