@@ -199,7 +199,7 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
         msg = (
             "Splitting needs a process of position and velocity with a stationary law; "
             f"{type(sde).__name__} has {sde.components} components"
-            f"{'' if sde.stationary_reversal else ' and no such law'}. Use SSCS or EulerMaruyama"
+            f"{'. Use SSCS' if sde.stationary_reversal else ' and no such law. Use StochasticHeun'}"
         )
         raise ValueError(msg)
     noise = sde.accumulated_noise(0.0, sde.T)

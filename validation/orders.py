@@ -19,7 +19,7 @@ from cldsde.solvers.grids import quadratic_times, uniform_times
 from .cases import FlowCase, PathCase
 from .moments import propagate_moments
 from .order_estimate import OrderEstimate, Verdict, estimate_order
-from .problems import Problem
+from .problems import Problem, check_problem
 from .reference import GaussianReference
 
 __all__ = ["moment_error", "ode_order", "strong_order", "weak_order"]
@@ -83,10 +83,10 @@ def weak_order(
 ) -> OrderEstimate:
     """Order of a solver in law, against the order that it declares.
 
-    With Gaussian data the moments of each level are exact and there is no sampling error. For
-    mixtures they are sampled: neighbouring levels share their start and their Brownian path, and
-    the order is that of their differences, whose sampling error is small; the finest level is held
-    against the exact moments.
+    With Gaussian data the moments of each level are exact and there is no sampling error, and it
+    takes a moment. For mixtures they are sampled, for a minute or two: neighbouring levels share
+    their start and their Brownian path, and the order is that of their differences, whose sampling
+    error is small; the finest level is held against the exact moments.
 
     Parameters
     ----------
@@ -121,6 +121,7 @@ def weak_order(
     <Verdict.PASS: 'PASS'>
     """
     _check_solver(solver)
+    check_problem(problem)
     _check_steps(steps)
     _check_samples(samples, 20)
     grids = [grid(problem.start, problem.end, n) for n in steps]
@@ -246,6 +247,7 @@ def ode_order(
     ValueError
         If the solver does not apply to the problem, or steps are not positive and increasing.
     """
+    check_problem(problem)
     _check_steps(steps)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     flow = case if case is not None else FlowCase(problem, samples, g)
@@ -318,6 +320,7 @@ def strong_order(
     if not isinstance(solver, PathDriven):
         msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
         raise TypeError(msg)
+    check_problem(problem)
     _check_steps(steps)
     batches = 10
     _check_samples(samples if case is None else len(case.start), 2 * batches)

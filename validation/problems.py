@@ -13,7 +13,7 @@ from torch import Tensor
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
 from cldsde.score import GaussianMixture, ReverseProcess
 
-__all__ = ["Problem", "forward_processes", "problems"]
+__all__ = ["Problem", "check_problem", "forward_processes", "problems"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,3 +178,10 @@ def _non_commuting() -> LinearSDE:
         return torch.stack([torch.stack([1 + t, zero]), torch.stack([t, 1 - t / 2])])
 
     return LinearSDE.from_functions(drift, diffusion)
+
+
+def check_problem(problem: object) -> None:
+    """Raise TypeError unless it is a `Problem`."""
+    if not isinstance(problem, Problem):
+        msg = f"problem must be a Problem, such as problems()['CLD']; got {problem!r}"
+        raise TypeError(msg)

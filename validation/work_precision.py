@@ -22,7 +22,7 @@ from .moments import propagate_moments
 from .orders import moment_error
 from .plain import plain
 from .plots import canvas
-from .problems import Problem
+from .problems import Problem, check_problem
 from .reference import GaussianReference
 
 __all__ = ["WorkPrecision", "WorkPrecisionPoint", "work_precision"]
@@ -288,9 +288,7 @@ def work_precision(
 def _check_arguments(
     problem: object, solvers: object, budgets: object, samples: object, repeats: object
 ) -> None:
-    if not isinstance(problem, Problem):
-        msg = f"problem must be a Problem, such as problems()['CLD']; got {problem!r}"
-        raise TypeError(msg)
+    check_problem(problem)
     if not isinstance(solvers, Mapping) or not all(
         isinstance(name, str) and isinstance(solver, Solver | Integrator)
         for name, solver in solvers.items()

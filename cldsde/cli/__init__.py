@@ -7,11 +7,13 @@ are one line on stderr.
 from __future__ import annotations
 
 import sys
+from argparse import Action
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from cldsde.cli import compare, demo, evaluate, sample, train, validate
 
@@ -27,13 +29,28 @@ _COMMANDS = {
 }
 
 
+class _Formatter(DefaultHelpFormatter):
+    """Names defaults, but not that there is none."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action)
+        if action.default is None:
+            text = text.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
+        return text
+
+
 class _Parser(ArgumentParser):
     """A parser whose errors are one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Print the message alone and exit with code 2."""
         del ex
-        _complain("cldsde", f"{message} (see cldsde --help)")
+        command = message.partition("required: ")[2].partition(".")[0]
+        command = f"{command} " if command in _COMMANDS else ""
+        _complain("cldsde", f"{message} (see cldsde {command}--help)")
         sys.exit(2)
 
 

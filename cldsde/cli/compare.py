@@ -30,8 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="?",
         metavar="CONFIG",
-        help="file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist, which is "
-        "made without it, cld_variants or quick",
+        help="file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the "
+        "default), cld_variants or quick",
     )
     parser.add_argument(
         "--quick", action="store_true", help="digits and tiny networks, under ten minutes"
@@ -73,6 +73,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.comparison import Comparison
         from cldsde.images.comparison_config import PRESETS, load_comparison
         from cldsde.images.comparison_report import RESULTS
+        from cldsde.images.config_files import check_name
     if options.quick and options.config is not None:
         msg = f"--quick is a comparison of its own; got {options.config}, too"
         raise ValueError(msg)
@@ -84,6 +85,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         overrides.append(f"seed={options.seed}")
     name = "quick" if options.quick else options.config or "fashion_mnist"
     path = PRESETS.get(name, Path(name).expanduser())
+    if not path.suffix:
+        check_name(name, PRESETS, "CONFIG without a suffix")
     config = load_comparison(path, overrides)
     if options.print_config:
         return lambda: print(config.to_toml(), end="")

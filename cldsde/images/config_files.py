@@ -51,7 +51,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ".json": json.loads,
     }
     if path.suffix not in readers:
-        msg = f"{path}: a configuration ends in {', '.join(readers)}; got {path.suffix!r}"
+        msg = f"{path}: a configuration ends in {', '.join(readers)}; got {str(path)!r}"
         raise ValueError(msg)
     try:
         values = readers[path.suffix](path.read_text(encoding="utf-8"))

@@ -77,7 +77,13 @@ class Schedule:
             msg = f"schedule: rate and integral must be callables; got {rate!r} and {integral!r}"
             raise TypeError(msg)
         grid = torch.linspace(0, 1, _CHECK_POINTS, dtype=torch.float64)
-        values = torch.as_tensor(rate(grid)).detach()
+        try:
+            values = torch.as_tensor(rate(grid)).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            msg = (
+                f"schedule: the rate must take a tensor of times, as torch's functions do; {error}"
+            )
+            raise ValueError(msg) from error
         if values.shape != grid.shape:
             msg = (
                 f"schedule: the rate must return a tensor of the shape of its argument, "
@@ -154,7 +160,10 @@ class Schedule:
             return cls.constant(value)  # type: ignore[arg-type]
         if isinstance(value, Sequence | Tensor) and not isinstance(value, str) and len(value) == 2:
             return cls.linear(value[0], value[1])
-        msg = f"schedule must be a number, a pair (β(0), β(1)) or a Schedule; got {value!r}"
+        msg = (
+            f"schedule must be a number, a pair (β(0), β(1)) or a Schedule"
+            f"{', as Schedule(rate) for a function' if callable(value) else ''}; got {value!r}"
+        )
         raise TypeError(msg)
 
     @classmethod

@@ -347,7 +347,8 @@ class _Converter:
             msg = (
                 f"the score of the driven components {tuple(self.driven)} does not determine x_0 "
                 f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
-                "processes have such times; use critical damping or more"
+                "processes have such times; use critical damping or more, or a solver that needs "
+                "no x_0, such as SSCS or StochasticHeun"
             )
             raise ValueError(msg)
         return driven

@@ -45,6 +45,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(config, capsys, tmp_path
     (tmp_path / "file").write_text("text")
     cases = [
         (["missing.toml"], "missing.toml cannot be read"),
+        (["cld_variant"], "did you mean cld_variants?"),
         ([config, "--quick"], "--quick is a comparison of its own"),
         ([config, "--set", "sample=3"], "sample is not known; did you mean samples?"),
         ([config, "--set", "models.VE.process.name=VEDSE"], "did you mean VESDE?"),

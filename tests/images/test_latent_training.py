@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from cldsde.images.comparison_config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, to_unit
 from cldsde.images.evaluation import UndefinedLikelihoodError, latent_likelihood
@@ -358,3 +360,27 @@ def test_a_latent_section_may_be_left_out_or_none():
     values = {**CONFIG, "latent": None}
     assert RunConfig.from_dict(values).latent is None
     assert RunConfig.from_dict(config().to_dict()) == config()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LSGM", "CLD-LSGM"])
+def test_a_learnt_prior_needs_fewer_bits_than_a_standard_normal_one(tmp_path, name):
+    """At equal images: the control stays in the first stage to the last step but one."""
+    saved = []
+    for seed in (0, 1):
+        settings = load_comparison(PRESETS["quick"], [f"seed={seed}"]).runs[name]
+        last = settings.training.images - settings.training.batch
+        latent = dataclasses.replace(settings.latent, pretraining=last)
+        learnt, control = (
+            last_bits(tmp_path / f"{seed}-{kind.latent.pretraining}", kind)
+            for kind in (settings, dataclasses.replace(settings, latent=latent))
+        )
+        saved.append(control - learnt)
+    assert sum(saved) > 0, saved
+
+
+def last_bits(folder, settings: RunConfig) -> float:
+    """Of images not trained on, when training ends."""
+    trained(folder, settings, settings.data.load())
+    bits: float = json.loads((folder / METRICS).read_text().splitlines()[-1])["held_out_loss"]
+    return bits

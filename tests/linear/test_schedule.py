@@ -270,3 +270,13 @@ def test_a_process_takes_a_schedule() -> None:
     ours, theirs = own.transition(0.2, 0.9), given_pair.transition(0.2, 0.9)
     assert ours.mean.item() == pytest.approx(theirs.mean.item(), rel=64 * EPS)
     assert ours.root.item() == pytest.approx(theirs.root.item(), rel=64 * EPS)
+
+
+def test_functions_of_numbers_are_refused_as_rates() -> None:
+    with pytest.raises(ValueError, match="the rate must take a tensor of times"):
+        Schedule(lambda t: torch.tensor(math.exp(t)))
+
+
+def test_a_function_is_no_schedule_yet() -> None:
+    with pytest.raises(TypeError, match=r"as Schedule\(rate\) for a function"):
+        Schedule.of(torch.exp)  # type: ignore[arg-type]

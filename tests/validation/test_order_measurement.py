@@ -649,6 +649,12 @@ def test_what_cannot_be_measured_is_refused(measure, solver, problem, error, wor
         measure(solver, PROBLEMS[problem], *extra)
 
 
+@pytest.mark.parametrize("measure", [strong_order, weak_order, ode_order])
+def test_a_problem_is_not_its_name(measure):
+    with pytest.raises(TypeError, match=r"problem must be a Problem, .*; got 'CLD'"):
+        measure(EulerMaruyama(), "CLD")
+
+
 @pytest.mark.parametrize(
     ("measure", "problem"),
     [
