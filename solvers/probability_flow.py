@@ -189,13 +189,13 @@ class ProbabilityFlow(Integrator):
             else:
                 h = torch.full_like(samples.t, self.first_step)
             going = samples.screen(h, tableau.n_stages)
-        slopes = _Slopes(f, tableau.n_stages + 1)
+        slopes = _Slopes(f, z, tableau.n_stages + 1)
         while samples.on_their_way():
             if going is not None:
                 on_device = going.to(z.device)
                 h, rejected = h[going], rejected[going]
                 z, f = (component_first(x[on_device]) for x in (z, slopes.first))
-                slopes = _Slopes(f, tableau.n_stages + 1)
+                slopes = _Slopes(f, z, tableau.n_stages + 1)
             h, after = samples.attempt(h.clamp_max(self.max_step))
             samples.spend(tableau.n_stages)
             dt = per_sample(h, z)
@@ -300,13 +300,18 @@ class _Slopes:
     ----------
     first
         That at the start of the step.
+    like
+        A state, whose layout in memory they take.
     count
         How many there are.
     """
 
-    def __init__(self, first: Tensor, count: int) -> None:
+    def __init__(self, first: Tensor, like: Tensor, count: int) -> None:
         self._grad = torch.is_grad_enabled()
-        self._shape, self._strides = first.shape, first.stride()
+        strides = like.stride()
+        self._order = sorted(range(like.ndim), key=lambda axis: -strides[axis])
+        self._sizes = [like.shape[axis] for axis in self._order]
+        self._back = [self._order.index(axis) for axis in range(like.ndim)]
         self._stages = [first] * count
         if not self._grad:
             self._memory = first.new_empty(count, first.numel())
@@ -325,10 +330,11 @@ class _Slopes:
 
     def combined(self, weights: Tensor) -> Tensor:
         """Σ weight · slope."""
-        if self._grad:
-            terms = zip(weights, self._stages, strict=False)
-            return torch.stack([weight * slope for weight, slope in terms]).sum(0)
-        return self._piece(weights @ self._memory[: len(weights)])
+        if not self._grad:
+            return self._piece(weights @ self._memory[: len(weights)])
+        # The same product, to the bit, of what autograd follows.
+        known = [x.permute(self._order).flatten() for x in self._stages[: len(weights)]]
+        return self._piece(weights @ torch.stack(known))
 
     def step(self, z: Tensor, weights: Tensor, dt: Tensor) -> Tensor:
         """The state that steps of length dt lead to."""
@@ -343,7 +349,7 @@ class _Slopes:
             self._stages[0].copy_(first)
 
     def _piece(self, flat: Tensor) -> Tensor:
-        return flat.as_strided(self._shape, self._strides, flat.storage_offset())
+        return flat.view(self._sizes).permute(self._back)
 
 
 def _size(x: Tensor) -> Tensor:
