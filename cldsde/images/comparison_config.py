@@ -24,7 +24,7 @@ from cldsde.images.evaluation_table import METRICS
 from cldsde.images.sampling import check_sampling, make_solver
 from cldsde.images.training import check_run
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.solvers import Solver, canonical_name
+from cldsde.solvers import Solver, canonical_name, named_solvers
 
 __all__ = [
     "PRESETS",
@@ -79,6 +79,8 @@ class RowConfig:
         """Refuse what no solver of that name can do."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
+        if ":" not in self.solver:
+            check_name(self.solver, named_solvers(), "solver")
         solver = make_solver(self._recipe())
         if isinstance(solver, Solver):
             given, other = "nfe", "tolerances"

@@ -26,7 +26,7 @@ from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.linear.checks import check_at_least, check_between, check_positive
-from cldsde.solvers import canonical_name, named_solvers
+from cldsde.solvers import canonical_name
 
 __all__ = [
     "DataConfig",
@@ -336,8 +336,6 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot sample."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
-        if ":" not in self.solver:
-            check_name(self.solver, named_solvers(), "solver")
         check_at_least(self.nfe, 2, "nfe")
         if self.nfe > 1_000_000:
             msg = f"nfe must be at most 1,000,000; got {self.nfe}"
