@@ -509,9 +509,10 @@ class TestRefusals:
     def test_processes_that_have_no_velocity_or_no_stationary_law(self, make: Any) -> None:
         sde = make()
         process = ReverseProcess(sde, untouchable)
+        other = "SSCS" if sde.stationary_reversal else "StochasticHeun"
         message = (
             rf"Splitting needs a process of position and velocity with a stationary law; .* has "
-            rf"{sde.components} components.*Use SSCS or EulerMaruyama"
+            rf"{sde.components} components.*Use {other}$"
         )
         with pytest.raises(ValueError, match=message):
             solvers.solve(process, Splitting(), start(sde), GRID)
