@@ -23,11 +23,7 @@ from cldsde.score import MixedScore
 from cldsde.solvers.progress import progress_bar
 
 NETWORKS = ("VP", "CLD-estimate")
-DYNAMICS = {
-    "VP": ProcessConfig(name="VPSDE"),
-    "CLD": ProcessConfig(name="CLD"),
-    "PSLD": ProcessConfig(name="PSLD", options={"gamma": 0.02, "nu": 4.02}),
-}
+DYNAMICS = ("VP", "CLD", "PSLD")  # of the models of these names
 SAMPLERS = {"multistep SDE": "multistep-2-sde", "multistep ODE": "multistep-2"}
 BUDGETS = (10, 20)
 
@@ -69,10 +65,11 @@ def main() -> None:
         for network, dynamics, sampler, nfe in progress_bar(cells, shown=True, desc=folder.name):
             row = results.setdefault(f"{network}, {dynamics}, {sampler}", {})
             cell = row.setdefault(str(nfe), {})
-            model = with_dynamics(load_model(folder / "models" / network), DYNAMICS[dynamics])
-            recipe = SamplingConfig(solver=SAMPLERS[sampler], nfe=nfe, grid="root", t_end=1e-2)
             if str(config.seed) in cell:
                 continue
+            process = config.runs[dynamics].process
+            model = with_dynamics(load_model(folder / "models" / network), process)
+            recipe = SamplingConfig(solver=SAMPLERS[sampler], nfe=nfe, grid="root", t_end=1e-2)
             seeds = range(config.first_seed, config.first_seed + config.samples)
             images = evaluation.draw(model, recipe, seeds).images
             [measured] = evaluation.measure(images, ("fd",)).values()

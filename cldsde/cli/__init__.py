@@ -48,9 +48,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Print the message alone and exit with code 2."""
         del ex
-        command = message.partition("required: ")[2].partition(".")[0]
-        command = f"{command} " if command in _COMMANDS else ""
-        _complain("cldsde", f"{message} (see cldsde {command}--help)")
+        _complain("cldsde", f"{message} (see cldsde --help, and cldsde COMMAND --help)")
         sys.exit(2)
 
 

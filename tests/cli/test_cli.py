@@ -41,7 +41,7 @@ def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
     [
         ([], "command"),
         (["dmo"], "dmo"),
-        (["train"], "see cldsde train --help"),
+        (["train"], "cldsde COMMAND --help"),
         (["demo", "--qick"], "qick"),
         (["demo", "--seed", "one"], "seed"),
         (["demo", "--seed", "-1"], "seed"),
