@@ -67,9 +67,8 @@ def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
     columns = [column for _, tensor in terms for column in _apart(tensor)]
     if out is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         # Sums that are to be differentiated or traced are no slices of one tensor.
-        totals = [like.new_empty(len(like), 1, *like.shape[2:]) for _ in block]
-        _write(totals, terms, columns)
-        return torch.cat(totals, dim=1)
+        rows = range(len(block))
+        return torch.cat([_sum(_products(row, terms, columns), like) for row in rows], dim=1)
     out = _empty(len(block), like) if out is None else out
     _write(_apart(out), terms, columns)
     return out
@@ -121,19 +120,38 @@ def _apart(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,) if tensor.shape[1] == 1 else tensor.chunk(tensor.shape[1], dim=1)
 
 
+_Product = tuple[float, Tensor]
+
+
 def _write(
     totals: Sequence[Tensor], terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
 ) -> None:
     for row, total in enumerate(totals):
-        coefficients = [number for block, _ in terms for number in block[row]]
-        products = [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
-        if products and products[0][0] == 1:
-            total.copy_(products.pop(0)[1])
-        else:
-            # A product with a number takes twice as long to launch as adding a multiple to zero.
-            total.zero_()
-        for coefficient, column in products:
-            total.add_(column, alpha=coefficient)
+        _sum(_products(row, terms, columns), total, out=total)
+
+
+def _products(
+    row: int, terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
+) -> list[_Product]:
+    """What a row of all blocks adds up, without what is zero."""
+    coefficients = [number for block, _ in terms for number in block[row]]
+    return [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
+
+
+def _sum(products: list[_Product], like: Tensor, out: Tensor | None = None) -> Tensor:
+    """Σ coefficient · column, in memory of its own unless told where."""
+    if not products or products[0][0] != 1:
+        # A product with a number takes twice as long to launch as adding a multiple to zero.
+        total = torch.zeros_like(like[:, :1]) if out is None else out.zero_()
+    elif len(products) == 1:
+        (_, column), *products = products
+        return column.clone() if out is None else out.copy_(column)
+    else:
+        (_, column), (coefficient, other), *products = products
+        total = torch.add(column, other, alpha=coefficient, out=out)
+    for coefficient, column in products:
+        total.add_(column, alpha=coefficient)
+    return total
 
 
 def _empty(rows: int, like: Tensor) -> Tensor:

@@ -120,7 +120,10 @@ class _Line:
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
         parts, offsets = self._alone if len(z) % self._side_by_side else self._blocks
-        total = offsets[i]
-        for part, x in zip(parts, z.unbind(1), strict=True):
-            total = torch.addmm(total, x.reshape(-1, len(part[i])), part[i])
+        first, *others = parts
+        x, *rest = z.unbind(1)
+        shape = -1, len(first[i])
+        total = torch.addmm(offsets[i], x.reshape(shape), first[i])
+        for part, x in zip(others, rest, strict=True):
+            total.addmm_(x.reshape(shape), part[i])
         return total.view(len(z), self._wide)

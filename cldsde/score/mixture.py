@@ -356,17 +356,19 @@ class MixtureScore:
             axes, rows = data._axes, self.rows
             dense = dense_score(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
             usual = self.sde.components, data.dimension
+            kind = like.device.type
 
             def small(z: Tensor, i: int) -> Tensor:
                 # What is as it should be is found out without delay.
                 right = z.shape[1:] == usual and z.dtype == like.dtype
                 flat = z if right else data._flat_state(self.sde, z)
-                if torch.is_autocast_enabled(z.device.type):
-                    with torch.autocast(z.device.type, enabled=False):
+                if torch.is_autocast_enabled(kind):
+                    with torch.autocast(kind, enabled=False):
                         score = dense(flat, i)
                 else:
                     score = dense(flat, i)
-                return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
+                score = score.view(len(z), len(rows), *z.shape[2:])
+                return score if right else score.to(z.dtype)
 
             return small
         table = law.to(like)
