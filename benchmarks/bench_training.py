@@ -31,7 +31,7 @@ class Nothing(nn.Module):
 
 
 def make_step(sde, network):
-    model = MixedScore(network, sde, torch.tensor(0.0), torch.tensor(0.25))
+    model = MixedScore(network, sde, 0.0, 0.25)
     sampler = TimeSampler(model.residual_variance, 1e-3)
     data = torch.rand(BATCH, *SHAPE) * 2 - 1
     generator = torch.Generator().manual_seed(0)

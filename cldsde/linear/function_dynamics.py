@@ -70,6 +70,12 @@ class FunctionDynamics(Dynamics):
             raise ValueError(msg)
         self.components = F.shape[1]
         self.driven = driven_rows(G)
+        if not self.driven:
+            msg = (
+                "diffusion: the callable must not return zeros alone; without noise there is no "
+                "score"
+            )
+            raise ValueError(msg)
         self._rate = max(2 * float(F.detach().abs().sum(1).max()), _variation(F), _variation(G))
 
     @override

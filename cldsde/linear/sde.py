@@ -168,7 +168,8 @@ class LinearSDE:
         Raises
         ------
         ValueError
-            If a function returns matrices that do not fit, or values that are not finite.
+            If a function returns matrices that do not fit or values that are not finite, or the
+            diffusion nothing but zeros.
         """
         return LinearSDE(
             FunctionDynamics(drift, diffusion, cls.T),

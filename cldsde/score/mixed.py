@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, as_number, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE
@@ -82,8 +82,8 @@ class MixedScore(nn.Module):
     sde
         The forward process.
     data_mean, data_variance
-        μ and s₀² of the reference: tensors that broadcast with ``(C, *S)``, e.g. ``()`` or
-        ``(C, 1, 1)``; the variance is positive.
+        μ and s₀² of the reference: numbers, or tensors that broadcast with ``(C, *S)``, e.g.
+        ``(C, 1, 1)``, both of one shape; the variance is positive.
     inputs
         ``"state"``: the network is shown the components as they are. ``"estimate"``: it is shown
         the one combination of them that tells all they tell of the data, and returns as much,
@@ -109,9 +109,8 @@ class MixedScore(nn.Module):
     >>> from cldsde import CLD, VPSDE
     >>> network = torch.nn.Module()
     >>> network.forward = lambda estimate, clock: torch.tanh(estimate)
-    >>> mean, variance = torch.zeros(()), torch.ones(())
-    >>> vp = MixedScore(network, VPSDE(), mean, variance)
-    >>> cld = MixedScore(network, CLD(), mean, variance, inputs="estimate")
+    >>> vp = MixedScore(network, VPSDE(), 0.0, 1.0)
+    >>> cld = MixedScore(network, CLD(), 0.0, 1.0, inputs="estimate")
     >>> cld(torch.randn(8, 2, 3), 0.5).shape
     torch.Size([8, 1, 3])
     """
@@ -124,8 +123,8 @@ class MixedScore(nn.Module):
         self,
         network: nn.Module,
         sde: LinearSDE,
-        data_mean: Tensor,
-        data_variance: Tensor,
+        data_mean: Tensor | float,
+        data_variance: Tensor | float,
         *,
         inputs: Inputs = "state",
         mixing_logits: Tensor | None = None,
@@ -133,10 +132,8 @@ class MixedScore(nn.Module):
         super().__init__()
         check_process(sde)
         one_of(inputs, Inputs, "inputs")
-        for name, value in (("data_mean", data_mean), ("data_variance", data_variance)):
-            if not isinstance(value, Tensor):
-                msg = f"{name} must be a tensor; got {value!r}"
-                raise TypeError(msg)
+        data_mean = _as_tensor(data_mean, "data_mean")
+        data_variance = _as_tensor(data_variance, "data_variance")
         if data_mean.shape != data_variance.shape:
             msg = (
                 "data_mean and data_variance must have one shape; got "
@@ -335,3 +332,7 @@ class MixedScore(nn.Module):
 
     def _score(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
         return apply_blocks(c.to_score, self._noise(z, c, condition))
+
+
+def _as_tensor(value: Tensor | float, name: str) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(as_number(value, name))

@@ -315,6 +315,7 @@ class TestFromFunctions:
             (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion: .*as many rows"),
             (lambda t: [[math.nan]], lambda t: [[1.0]], "drift: .*finite.*t = 0"),
             (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion: .*finite.*t = 1"),
+            (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion: .*zeros alone"),
         ],
     )
     def test_functions_that_do_not_fit_are_refused(

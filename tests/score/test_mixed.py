@@ -788,6 +788,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="data_mean must be finite"):
             MixedScore(Constant(CLD()), CLD(), torch.tensor(value), torch.tensor(1.0))
 
+    @pytest.mark.parametrize("value", ["1", None, [1.0]])
+    def test_means_and_variances_are_numbers_or_tensors(self, value: Any) -> None:
+        with pytest.raises(TypeError, match="data_mean must be a real number"):
+            MixedScore(Constant(CLD()), CLD(), value, 1.0)
+        with pytest.raises(TypeError, match="data_variance must be a real number"):
+            MixedScore(Constant(CLD()), CLD(), 0.0, value)
+
     def test_mean_and_variance_have_one_shape(self) -> None:
         with pytest.raises(ValueError, match=r"one shape; got \(2,\) and \(\)"):
             MixedScore(Constant(CLD()), CLD(), torch.zeros(2), torch.tensor(1.0))
