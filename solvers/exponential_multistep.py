@@ -290,6 +290,15 @@ def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, length * w * nodes
 
 
+def _pieces(sde: LinearSDE, stops: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
+    """Φ_λ of each step from each stop ``(n, m)`` to the next; whole moves are products of them.
+
+    A move from each stop to one and the same would be integrated over again for every stop.
+    """
+    moves = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
+    return moves.state.unbind(1)
+
+
 class _DataPrediction:
     """Φ_λ, the noise, and the density of the weights of x̂₀ along each step."""
 
@@ -301,12 +310,16 @@ class _DataPrediction:
         drawn = bool((levels > 0).any())
         self.noise = step.root if drawn else step.root[..., :0]
         self.total = step.initial[..., :1]
-        inner = sde.posterior(end.unsqueeze(1), self.nodes, stochasticity=levels.unsqueeze(1))
+        stops = torch.cat([self.nodes, end.unsqueeze(1)], dim=1)
+        to_end = [torch.eye(sde.components, dtype=torch.float64)]
+        for piece in reversed(_pieces(sde, stops, levels)):
+            to_end.append(to_end[-1] @ piece)
+        inner = torch.stack(to_end[:0:-1], dim=1)
         law, G = sde.marginal(self.nodes), sde.diffusion(self.nodes)
         whitening = triangular_inverse(law.root)
         pull = G @ (G.mT @ whitening.mT) @ (whitening @ law.mean[..., :1])
         factor = -0.5 * (1 + levels.square())[:, None] * weights
-        self.slope = factor[..., None, None] * (inner.state @ pull)
+        self.slope = factor[..., None, None] * (inner @ pull)
 
 
 class _NoisePrediction:
@@ -323,8 +336,11 @@ class _NoisePrediction:
         self.move = torch.linalg.inv(sde.transition(end, start).mean)
         self.noise = self.move[..., :0]
         self.total = self.root[1:] - self.move @ self.root[:-1]
-        within = sde.posterior(self.nodes, start.unsqueeze(1), stochasticity=0.0).state
-        root = within @ self.root[:-1].unsqueeze(1)
+        stops = torch.cat([start.unsqueeze(1), self.nodes], dim=1)
+        within = [self.root[:-1]]
+        for piece in _pieces(sde, stops, torch.zeros_like(start)):
+            within.append(piece @ within[-1])
+        root = torch.stack(within[1:], dim=1)
         back = torch.linalg.inv(sde.transition(end.unsqueeze(1), self.nodes).mean)
         G = sde.diffusion(self.nodes)
         pull = torch.linalg.solve(root, G @ G.mT).mT

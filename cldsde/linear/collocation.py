@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -14,10 +14,11 @@ from cldsde.linear.schedule import gauss_legendre
 __all__ = ["Matrices", "collocate", "collocate_from", "converged"]
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Times ``(n, q)`` to drift ``(n, q, k, k)`` and diffusion ``(n, q, k, r)``."""
+"""Times ``(*, n, q)`` to drift ``(*, n, q, k, k)`` and diffusion ``(*, n, q, k, r)``."""
 
 _NODES = 8
 _MAX_PANELS = 4096
+_AT_ONCE = 4096  # intervals, all panels counted, whose matrices are held at a time
 
 
 def converged(
@@ -61,7 +62,7 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
     Parameters
     ----------
     matrices
-        Drift F and diffusion G at times ``(n, 8)``.
+        Drift F and diffusion G at times ``(m, n, 8)``, for any number m of panels.
     starts, lengths
         ``(panels, n)``; a negative length runs against time.
 
@@ -70,10 +71,10 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
     psi, root : tuple of Tensor
         Stack-last, ``(k, k, n)`` each.
     """
-    psi, noise = _panel(matrices, starts[0], lengths[0])
+    steps = _panels(matrices, starts, lengths)
+    psi, noise = next(steps)
     root = lower_factor(noise)
-    for start, h in zip(starts[1:], lengths[1:], strict=True):
-        step, noise = _panel(matrices, start, h)
+    for step, noise in steps:
         root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
         psi = block_product(step, psi)
     return psi, root
@@ -119,21 +120,32 @@ def collocate_from(
     return block_product(step, psi[..., before]), lower_factor(columns)
 
 
+def _panels(matrices: Matrices, starts: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`_panel` of one row of panels after the other, found for many of them at once."""
+    rows = max(1, _AT_ONCE // max(1, starts.shape[1]))
+    for first in range(0, len(starts), rows):
+        few = slice(first, first + rows)
+        steps, noises = _panel(matrices, starts[few], lengths[few])
+        yield from zip(steps.unbind(-2), noises.unbind(-2), strict=True)
+
+
 def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Ψ ``(k, k, n)`` over [start, start + h] and columns of a noise root ``(k, m, n)``."""
+    """Ψ ``(k, k, *)`` over [start, start + h] and columns of a noise root ``(k, m, *)``."""
     nodes, weights = gauss_legendre(_NODES)
-    F, G = matrices(start.unsqueeze(1) + h.unsqueeze(1) * nodes)
-    n, q, k = F.shape[:3]
+    F, G = matrices(start.unsqueeze(-1) + h.unsqueeze(-1) * nodes)
+    *stack, q, k, _ = F.shape
     # Unknowns Y transposed and stacked: Yᵢᵀ − h Σⱼ Bᵢⱼ Fⱼᵀ Yⱼᵀ = I.
-    hF = h[:, None, None, None] * F
-    coupling = torch.einsum("ij,njab->nibja", _tail_integrals(q), hF).reshape(n, q * k, q * k)
+    hF = h[..., None, None, None] * F
+    coupling = torch.einsum("ij,...jab->...ibja", _tail_integrals(q), hF)
     eye = torch.eye(q * k, dtype=torch.float64)
     identities = torch.eye(k, dtype=torch.float64).repeat(q, 1)
-    Y = torch.linalg.solve(eye - coupling, identities.expand(n, -1, -1))
-    Y = Y.reshape(n, q, k, k).transpose(-1, -2)
-    psi = torch.eye(k, dtype=torch.float64) + torch.einsum("j,njab,njbc->nac", weights, Y, hF)
-    columns = safe_sqrt(h.abs()[:, None] * weights)[..., None, None] * (Y @ G)
-    return psi.movedim(0, -1), columns.movedim(1, 2).flatten(2).movedim(0, -1)
+    system = eye - coupling.reshape(*stack, q * k, q * k)
+    Y = torch.linalg.solve(system, identities.expand(*stack, -1, -1))
+    Y = Y.reshape(*stack, q, k, k).transpose(-1, -2)
+    psi = torch.eye(k, dtype=torch.float64) + torch.einsum("j,...jab,...jbc->...ac", weights, Y, hF)
+    columns = safe_sqrt(h.abs()[..., None] * weights)[..., None, None] * (Y @ G)
+    columns = columns.transpose(-3, -2).flatten(-2)
+    return psi.movedim((-2, -1), (0, 1)), columns.movedim((-2, -1), (0, 1))
 
 
 def _close(fine: Tensor, coarse: Tensor) -> bool:
