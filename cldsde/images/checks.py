@@ -28,8 +28,8 @@ def check_levels(shape: Sequence[int], channels: Sequence[int]) -> None:
     factor = 2 ** (len(channels) - 1)
     if shape[1] % factor or shape[2] % factor:
         msg = (
-            f"shape must have H and W divisible by {factor}, for the {len(channels)} levels that "
-            f"channels asks for; got {tuple(shape)}"
+            f"channels asks for {len(channels)} levels, for which H and W must be divisible by "
+            f"{factor}; got shape {tuple(shape)}"
         )
         raise ValueError(msg)
 

@@ -34,12 +34,13 @@ from cldsde.images.evaluation_results import (
 from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
-from cldsde.images.runs import METRICS, RunFolder
+from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.training import STATE, TRAINING, train
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["Comparison"]
 
+_FOLDERS = ("models", "evaluations", "samples")
 _COLUMNS = 16  # images of each line of a picture of samples
 
 
@@ -74,14 +75,21 @@ class Comparison:
         self.config, self.device, self.progress = config, device, progress
         self.data = check_comparison(config, device=device)
         self.distances = self._evaluation(out, *(x for x in config.metrics if x != "bpd"))
+        # All folders are looked at before any is made.
+        for name in _FOLDERS:
+            if (out / name).exists() and not (out / name).is_dir():
+                msg = f"--out: {out / name} is not a folder; move it away"
+                raise ValueError(msg)
+        for name, settings in config.runs.items():
+            check_folder(out / "models" / name, settings.to_dict(), free=settings.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
         if (out / RESULTS).exists():
             read_results(out / RESULTS)
-        for name in ("models", "evaluations", "samples"):
+        for name in _FOLDERS:
             (out / name).mkdir(exist_ok=True)
         self.runs = {
-            name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
-            for name, run in config.runs.items()
+            name: RunFolder(out / "models" / name, settings.to_dict(), free=settings.FREE)
+            for name, settings in config.runs.items()
         }
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}

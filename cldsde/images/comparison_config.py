@@ -193,9 +193,12 @@ class ComparisonConfig:
             raise ValueError(msg)
         for i, row in enumerate(self.rows):
             check_name(row.model, self.models, f"rows[{i}].model")
-        twice = {(row.model, row.label) for row in self.rows}
-        if len(twice) < len(self.rows):
-            msg = "rows must have different labels for each model"
+        names = [(row.model, row.label) for row in self.rows]
+        twice = [
+            f"{label!r} of {model}" for model, label in names if names.count((model, label)) > 1
+        ]
+        if twice:
+            msg = f"rows must have different labels for each model; got twice {twice[0]}"
             raise ValueError(msg)
         first, *others = self.runs
         for name in others:
@@ -290,17 +293,13 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
             check_run(run, data, device=device)
         except ValueError as error:
             raise ValueError(config.place(name, error)) from error
-    keys = {entry.name for entry in dataclasses.fields(SamplingConfig)}
     for i, row in enumerate(config.rows):
         sde = config.runs[row.model].process.make()
         for recipe in row.recipes():
             try:
                 check_sampling(lambda z, t: z, recipe, sde)
             except ValueError as error:
-                message = str(error).removeprefix("sampling.")
-                named = re.split(r"[:.\s]", message, maxsplit=1)[0] in keys
-                key = "" if named else "solver: "
-                msg = f"rows[{i}].{key}{message}"
+                msg = f"rows[{i}].{str(error).removeprefix('sampling.')}"
                 raise ValueError(msg) from error
     return data
 

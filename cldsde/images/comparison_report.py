@@ -23,6 +23,7 @@ RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
 """What the file of results says that it is."""
+_COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
                 axes.errorbar(
                     *_means(cells, measure),
                     yerr=[_spread(cell["measures"][measure]) for cell in cells],
-                    color=f"C{i % 10}",
+                    color=f"C{_COLOURS[i % len(_COLOURS)]}",
                     marker="osD^v<>P"[i % 8],
                     markersize=5,
                     capsize=2,

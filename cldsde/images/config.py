@@ -243,7 +243,11 @@ class TrainingConfig:
     conditioning
         ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
     weighting
-        ``"reweighted"`` for quality, or ``"likelihood"``.
+        ``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels count as if
+        drawn with half the log of the signal-to-noise ratio normal, of `log_snr_mean` and
+        `log_snr_std`, the same for every process.
+    log_snr_mean, log_snr_std
+        Of ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`.
     times
         ``"importance"``: drawn in proportion to the loss of the untrained model, with the weights
         that undo it; or ``"uniform"``.
@@ -271,7 +275,9 @@ class TrainingConfig:
     clip: float | None = 1.0
     ema_decay: float = 0.9999
     conditioning: Literal["data", "all"] = "data"
-    weighting: Literal["reweighted", "likelihood"] = "reweighted"
+    weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
+    log_snr_mean: float = 1.2
+    log_snr_std: float = 1.2
     times: Literal["importance", "uniform"] = "importance"
     t_min: float = 1e-3
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -298,6 +304,14 @@ class TrainingConfig:
             msg = f"ema_decay must lie in [0, 1); got {self.ema_decay}"
             raise ValueError(msg)
         check_between(self.t_min, 1e-8, 0.5, "t_min")
+        check_between(self.log_snr_mean, -20, 20, "log_snr_mean")
+        check_between(self.log_snr_std, 0.01, 20, "log_snr_std")
+        if self.weighting == "log_snr" and self.conditioning != "data":
+            msg = (
+                "conditioning must be 'data' where weighting is 'log_snr'; "
+                f"got {self.conditioning!r}"
+            )
+            raise ValueError(msg)
 
     @property
     def steps(self) -> int:

@@ -326,6 +326,8 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> ImageModel:
     file = run / MODEL
     if not file.is_file():
         msg = f"{run} has no {MODEL} yet: its training has not come to the first checkpoint"
+        if (run / "models").is_dir():
+            msg = f"{run} is of a comparison; its models are in {run / 'models'}"
         raise ValueError(msg)
     try:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))

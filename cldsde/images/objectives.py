@@ -26,7 +26,14 @@ from torch import Tensor
 from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
-from cldsde.score import MixedScore, PerturbedData, TimeSampler, cross_entropy
+from cldsde.score import (
+    MixedScore,
+    PerturbedData,
+    TimeSampler,
+    cross_entropy,
+    log_snr_density,
+)
+from cldsde.score.matching import Weighting
 
 __all__ = [
     "Batch",
@@ -102,8 +109,8 @@ class ScoreMatching:
     """Score matching on images."""
 
     def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
-        self._settings = config.training
-        self.samplers: tuple[TimeSampler, ...] = (_score_times(model.score, config),)
+        self._matching = _Matching(model.score, config)
+        self.samplers: tuple[TimeSampler, ...] = (self._matching.sampler,)
 
     def losses(
         self,
@@ -122,7 +129,7 @@ class ScoreMatching:
     ) -> Tensor:
         """Weighted loss; see `Objective.held_out`."""
         del step
-        return _score_loss(model, batch.images, batch, generator, self._settings)
+        return self._matching.losses(model, batch.images, batch, generator)
 
 
 class LatentObjective:
@@ -132,10 +139,11 @@ class LatentObjective:
         assert config.latent is not None
         self._settings, self._latent = config.training, config.latent
         self._pretraining = config.pretraining_steps
-        score = model.score
+        self._matching = _Matching(model.score, config)
+        t_min = self._settings.t_min
         self.samplers: tuple[TimeSampler, ...] = (
-            _score_times(score, config),
-            TimeSampler.importance(score.sde, self._settings.t_min, weighting="likelihood"),
+            self._matching.sampler,
+            TimeSampler.importance(model.score.sde, t_min, weighting="likelihood"),
         )
 
     def losses(
@@ -147,24 +155,17 @@ class LatentObjective:
         frozen_score: Callable[[], AbstractContextManager[None]],
     ) -> Iterator[PartLoss]:
         """See `Objective.losses`: the bound in bits a dimension, and the loss of the score."""
-        vae = model.vae
-        assert vae is not None
         unit = bit_per_dim(batch.images)
-        posterior = vae.encode(batch.images)
-        z0 = posterior.sample(generator)
-        reconstruction = -vae.log_likelihood(batch.images, z0)
         if step < self._pretraining:
             seen = (step + 1) * self._settings.batch
             share = min(1.0, seen / max(1, self._latent.annealing))
-            bound = reconstruction + share * posterior.kl_to_standard_normal()
+            bound, _ = _bound(model, batch, generator, kl_share=share)
             yield PartLoss("autoencoder", unit * bound)
             return
         with frozen_score():
-            cross = _prior_bound(model, z0, batch, generator, self._settings.t_min)
-            bound = reconstruction - posterior.entropy() + cross
+            bound, z0 = _bound(model, batch, generator, t_min=self._settings.t_min)
             yield PartLoss("autoencoder", unit * bound)
-        losses = _score_loss(model, z0.detach(), batch, generator, self._settings)
-        yield PartLoss("score", losses)
+        yield PartLoss("score", self._matching.losses(model, z0.detach(), batch, generator))
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
@@ -210,15 +211,32 @@ def negative_evidence_lower_bound(
     learnt_prior
         Whether the prior is that of the process; else it is standard normal.
     """
+    bound, _ = _bound(model, batch, generator, t_min=t_min if learnt_prior else None)
+    return bound
+
+
+def _bound(
+    model: DiffusionModel,
+    batch: Batch,
+    generator: Generators,
+    *,
+    t_min: float | None = None,
+    kl_share: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The bound, ``(B,)`` nats, and the latent variables that it was estimated with.
+
+    With ``t_min`` the prior is that of the process; without, it is standard normal, and its term
+    counts by ``kl_share``.
+    """
     vae = model.vae
     assert vae is not None
     posterior = vae.encode(batch.images)
     z0 = posterior.sample(generator)
     reconstruction = -vae.log_likelihood(batch.images, z0)
-    if not learnt_prior:
-        return reconstruction + posterior.kl_to_standard_normal()
+    if t_min is None:
+        return reconstruction + kl_share * posterior.kl_to_standard_normal(), z0
     bound = _prior_bound(model, z0, batch, generator, t_min)
-    return reconstruction - posterior.entropy() + bound
+    return reconstruction - posterior.entropy() + bound, z0
 
 
 def _prior_bound(
@@ -231,22 +249,37 @@ def _prior_bound(
     return cross_entropy(pair, losses, weight, t_min=t_min, of="data")
 
 
-def _score_loss(
-    model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators, settings: TrainingConfig
-) -> Tensor:
-    """Weighted loss of score matching on images or latent variables, ``(B,)``."""
-    t, weight = batch.times[0]
-    pair = PerturbedData.draw(
-        model.score.sde, x0, t, conditioning=settings.conditioning, generator=generator
-    )
-    losses = model.score.loss(pair, weighting=settings.weighting, condition=batch.labels)
-    return weight.to(losses) * losses
+class _Matching:
+    """Score matching as a configuration has it, on images or latent variables."""
+
+    def __init__(self, score: MixedScore, config: RunConfig) -> None:
+        settings = config.training
+        self._conditioning = settings.conditioning
+        self._weighting: Weighting
+        if settings.weighting == "log_snr":
+            mean, std = settings.log_snr_mean, settings.log_snr_std
+            self._weighting = score.log_snr_weighting(mean=mean, std=std)
+            sampler = TimeSampler(log_snr_density(score.sde, mean=mean, std=std), settings.t_min)
+        else:
+            self._weighting = settings.weighting
+            sampler = _importance(score, settings)
+        even = settings.times == "uniform"
+        self.sampler = TimeSampler(torch.ones_like, settings.t_min) if even else sampler
+
+    def losses(
+        self, model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators
+    ) -> Tensor:
+        """Weighted loss of each sample, ``(B,)``."""
+        t, weight = batch.times[0]
+        pair = PerturbedData.draw(
+            model.score.sde, x0, t, conditioning=self._conditioning, generator=generator
+        )
+        losses = model.score.loss(pair, weighting=self._weighting, condition=batch.labels)
+        return weight.to(losses) * losses
 
 
-def _score_times(score: MixedScore, config: RunConfig) -> TimeSampler:
-    settings = config.training
-    if settings.times == "uniform":
-        return TimeSampler(torch.ones_like, settings.t_min)
+def _importance(score: MixedScore, settings: TrainingConfig) -> TimeSampler:
+    assert settings.weighting != "log_snr"
     if settings.conditioning == "data" and settings.weighting == "reweighted":
         return TimeSampler(score.residual_variance, settings.t_min)
     return TimeSampler.importance(

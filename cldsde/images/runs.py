@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 from cldsde.images.files import PARTIAL, lock, write_whole
 
-__all__ = ["CONFIG", "METRICS", "RunFolder"]
+__all__ = ["CONFIG", "METRICS", "RunFolder", "check_folder"]
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
@@ -64,7 +65,7 @@ class RunFolder:
         self.path = path
         if shared:
             return
-        _check_vacant(path, config, parts, free)
+        check_folder(path, config, parts=parts, free=free)
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -162,9 +163,20 @@ def _dumps(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_vacant(
-    path: Path, config: Mapping[str, Any], parts: Collection[str], free: Collection[str]
+def check_folder(
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    parts: Collection[str] = (),
+    free: Collection[str] = (),
 ) -> None:
+    """Raise where a `RunFolder` would, and make nothing."""
+    try:
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except PermissionError as error:
+        msg = f"--out: {path} cannot be made or written ({error.strerror})"
+        raise OSError(msg) from error
     if not path.exists():
         return
     if not path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,9 @@ __all__ = [
     "make_solver",
     "time_grid",
 ]
+
+
+_KEYS = frozenset(entry.name for entry in dataclasses.fields(SamplingConfig))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +160,8 @@ def check_sampling(
         if isinstance(solver, Solver):
             (solver if around is None else around(solver)).prepare(process, times)
     except ValueError as error:
-        msg = f"sampling.{error}"
+        named = re.split(r"[:.\s]", str(error), maxsplit=1)[0] in _KEYS
+        msg = f"sampling.{error}" if named else f"sampling.solver: {error}"
         raise ValueError(msg) from error
 
 

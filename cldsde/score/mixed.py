@@ -46,6 +46,7 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.time_sampling import log_snr_density
 
 __all__ = ["MixedScore"]
 
@@ -87,7 +88,8 @@ class MixedScore(nn.Module):
     inputs
         ``"state"``: the network is shown the components as they are. ``"estimate"``: it is shown
         the one combination of them that tells all they tell of the data, and returns as much,
-        ``(B, C, *S)`` both: a network trained with one process serves any other.
+        ``(B, C, *S)`` both: a network trained with one process serves any other, at those
+        signal-to-noise ratios that it was trained on (`LinearSDE.log_snr`).
     mixing_logits
         None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 for each of
         ``(C, 1, 1)``: the convex form, with weights a = 1/(1 + e^{−logit}) that start there and
@@ -111,8 +113,8 @@ class MixedScore(nn.Module):
     >>> network.forward = lambda estimate, clock: torch.tanh(estimate)
     >>> vp = MixedScore(network, VPSDE(), 0.0, 1.0)
     >>> cld = MixedScore(network, CLD(), 0.0, 1.0, inputs="estimate")
-    >>> cld(torch.randn(8, 2, 3), 0.5).shape
-    torch.Size([8, 1, 3])
+    >>> vp(torch.randn(8, 1, 3), 0.5).shape, cld(torch.randn(8, 2, 3), 0.5).shape
+    (torch.Size([8, 1, 3]), torch.Size([8, 1, 3]))
     """
 
     data_mean: Tensor
@@ -228,6 +230,28 @@ class MixedScore(nn.Module):
         that gives all times the same share of the training signal.
         """
         return self._coefficients(t).residual.square().flatten(1).mean(1)
+
+    def log_snr_weighting(
+        self, *, mean: float = 1.2, std: float = 1.2
+    ) -> Callable[[Tensor], Tensor]:
+        """Weights by which noise levels count as they do where they are drawn by `log_snr_density`.
+
+        The network's target has unit size at every time. So weighted, the loss is the mean squared
+        error of its output over noise levels with that density, the same for every process
+        (Karras et al. 2022, §5).
+
+        Parameters
+        ----------
+        mean, std
+            See `log_snr_density`, which is the density to draw times from.
+
+        Returns
+        -------
+        callable
+            A `Weighting`.
+        """
+        density = log_snr_density(self.sde, mean=mean, std=std)
+        return lambda t: density(t) / self.residual_variance(t)
 
     def tabulate(
         self, times: Tensor, like: Tensor, *, condition: Tensor | None = None

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_between
+from cldsde.linear.checks import as_number, as_times, check_between, check_positive
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.conversion import Conditioning
+from cldsde.score.checks import check_process
+from cldsde.score.conversion import Conditioning, whiten
 from cldsde.score.matching import Weighting, optimal_loss
 
-__all__ = ["TimeSampler"]
+__all__ = ["TimeSampler", "log_snr_density"]
 
 _KNOTS = 2001
 
@@ -137,3 +138,58 @@ class TimeSampler:
         fraction = (u - start) / (end - start)
         t = self._knots[bins].lerp(self._knots[bins + 1], fraction)
         return t, self._weights[bins]
+
+
+def log_snr_density(
+    sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2
+) -> Callable[[Tensor], Tensor]:
+    r"""Density of times at which half the log of the signal-to-noise ratio is normal.
+
+    With κ(t) = ½ log ψᵀΣ⁻¹ψ, whatever the process's clock,
+
+    .. math:: p(t) = N(κ(t);\ \text{mean}, \text{std}^2)\,|\dot κ(t)|, \qquad
+              −\dot κ = \frac{|G^⊤ Σ^{−1} ψ|^2}{2\,ψ^⊤ Σ^{−1} ψ}.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    mean, std
+        Of κ, that is of −log of the noise's standard deviation beside data of unit scale. The
+        defaults are those with which Karras et al. (2022, table 1) train on images in [−1, 1].
+
+    Returns
+    -------
+    callable
+        Float64 times of any shape in (0, 1] to values of that shape; for `TimeSampler`, and with
+        `MixedScore.log_snr_weighting` for a loss by noise levels.
+
+    Raises
+    ------
+    ValueError
+        If ``std`` is not positive or a number is not finite.
+
+    Examples
+    --------
+    >>> from cldsde import CLD
+    >>> sampler = TimeSampler(log_snr_density(CLD()), t_min=1e-3)
+    >>> t, _ = sampler.sample(10_000, generator=torch.Generator().manual_seed(0))
+    >>> f"{CLD().log_snr(t).mean():.1f}, {CLD().log_snr(t).std():.1f}"
+    '1.2, 1.2'
+    """
+    check_process(sde)
+    centre, width = as_number(mean, "mean"), check_positive(std, "std")
+    if not math.isfinite(centre):
+        msg = f"mean must be finite; got {mean!r}"
+        raise ValueError(msg)
+
+    def density(t: Tensor) -> Tensor:
+        times = as_times(t, "t", sde.T)
+        law = whiten(sde, sde.marginal(times), times)
+        information = law.information()
+        pulled = (law.inverse @ sde.diffusion(times)).mT @ law.signal
+        rate = pulled.square().sum((-2, -1)) / (2 * information)
+        distance = (0.5 * information.log() - centre) / width
+        return rate * torch.exp(-0.5 * distance.square()) / (width * math.sqrt(2 * math.pi))
+
+    return density

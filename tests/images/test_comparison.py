@@ -447,6 +447,22 @@ def test_folders_of_something_else_are_refused(finished, tmp_path):
         compare(finished, base=base)
 
 
+def test_a_refused_comparison_makes_no_folder_of_any_model(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "models" / "VP")  # which comes first
+    models = dict(TINY["models"])
+    models["CLD"] = {**models["CLD"], "process": {"name": "PSLD"}}
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match=r"models/CLD holds a run with other settings \(process"):
+        compare(tmp_path / "run", models={"VP": models["VP"], "CLD": models["CLD"]})
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "samples").touch()
+    with pytest.raises(ValueError, match="samples is not a folder"):
+        compare(tmp_path / "file")
+    assert [path.name for path in (tmp_path / "file").iterdir()] == ["samples"]
+
+
 def test_a_model_that_is_being_trained_is_left_alone(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)

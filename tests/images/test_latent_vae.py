@@ -280,7 +280,7 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"shape": (1, 8)}, r"shape must be three positive integers \(C, H, W\); got \(1, 8\)"),
-            ({"shape": (1, 8, 9)}, "shape must have H and W divisible by 2"),
+            ({"shape": (1, 8, 9)}, "channels .* divisible by 2"),
             ({"levels": 1}, "levels must be in 2 … 256; got 1"),
             ({"channels": ()}, "channels must be positive integers; got"),
             ({"channels": (8, 0)}, "channels must be positive integers; got"),

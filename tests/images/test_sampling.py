@@ -485,6 +485,9 @@ def test_models_are_refused_where_anything_is_wrong(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
     with pytest.raises(ValueError, match=r"has no model\.safetensors yet"):
         load_model(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ValueError, match=r"is of a comparison; its models are in .*/models"):
+        load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         load_model(tmp_path)

@@ -518,6 +518,8 @@ def unlabelled() -> DataSet:
     [
         {"conditioning": "all"},
         {"weighting": "likelihood"},
+        {"weighting": "log_snr"},
+        {"weighting": "log_snr", "times": "uniform", "log_snr_mean": 0.0, "log_snr_std": 2.0},
         {"times": "uniform"},
         {"precision": "bf16"},
         {"clip": None, "weight_decay": 0.1},

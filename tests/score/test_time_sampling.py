@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, VPSDE, LinearSDE, MixedScore
-from cldsde.score import TimeSampler, optimal_loss
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, MixedScore, SubVPSDE
+from cldsde.score import PerturbedData, TimeSampler, log_snr_density, optimal_loss
 from score.exact import Constant
 
 Density = Callable[[torch.Tensor], torch.Tensor]
@@ -255,3 +255,60 @@ class TestRefusals:
     def test_shares_lie_between_zero_and_one(self, u: float) -> None:
         with pytest.raises(ValueError, match=r"u must lie in \[0, 1\]"):
             TimeSampler(torch.ones_like, 1e-3).quantiles(torch.tensor([0.5, u]).double())
+
+
+class TestNoiseLevels:
+    """Times and weights by the signal-to-noise ratio."""
+
+    @pytest.mark.parametrize("make", [VPSDE, SubVPSDE, VESDE, CLD, PSLD, HOLD])
+    def test_the_density_is_that_of_normal_noise_levels(self, make: Any) -> None:
+        sde, mean, std = make(), 0.4, 1.7
+        t = torch.logspace(-3, -0.01, 40, dtype=torch.float64)
+        h = 1e-3 * t
+        kappa, density = sde.log_snr, log_snr_density(sde, mean=mean, std=std)(t)
+        # The five-point rule: h⁴ f⁽⁵⁾/30, with f changing over t itself.
+        slope = (8 * (kappa(t + h) - kappa(t - h)) - (kappa(t + 2 * h) - kappa(t - 2 * h))) / (
+            12 * h
+        )
+        normal = torch.exp(-0.5 * ((kappa(t) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+        assert torch.allclose(density, -slope * normal, rtol=1e-8, atol=0)
+
+    def test_a_closed_form_of_vp(self) -> None:
+        # With S = e^{−B}: κ = ½ log S/(1 − S) and −dκ/dt = β/(2 (1 − S)).
+        t = torch.tensor([1e-4, 0.03, 0.5, 1.0], dtype=torch.float64)
+        beta = 0.1 + 19.9 * t
+        kept = torch.exp(-0.1 * t - 9.95 * t**2)
+        kappa = 0.5 * torch.log(kept / (1 - kept))
+        wanted = beta / (2 * (1 - kept)) * torch.exp(-((kappa - 1.2) ** 2) / 2.88)
+        wanted /= 1.2 * math.sqrt(2 * math.pi)
+        found = log_snr_density(VPSDE())(t)
+        assert torch.allclose(found, wanted, rtol=1e-11, atol=0)
+
+    @pytest.mark.parametrize("inputs", ["state", "estimate"])
+    @pytest.mark.parametrize("make", [VPSDE, VESDE, CLD, PSLD])
+    def test_the_loss_is_the_error_of_the_output_over_noise_levels(
+        self, make: Any, inputs: Any
+    ) -> None:
+        """On Gaussian data the target is standard normal; an output c is wrong by 1 + c²."""
+        sde, c, n, t_min = make(), 0.7, 40_000, 1e-3
+        network = Constant(sde if inputs == "state" else VPSDE(), c)
+        model = MixedScore(network, sde, 0.5, 0.3, inputs=inputs)
+        g = torch.Generator().manual_seed(0)
+        x0 = 0.5 + math.sqrt(0.3) * torch.randn(n, 1, generator=g, dtype=torch.float64)
+        t, weight = TimeSampler(log_snr_density(sde), t_min).sample(n, generator=g)
+        pair = PerturbedData.draw(sde, x0, t, generator=g)
+        losses = weight * model.loss(pair, weighting=model.log_snr_weighting())
+        normal = torch.distributions.Normal(1.2, 1.2)
+        start, end = sde.log_snr(torch.tensor([t_min, 1.0], dtype=torch.float64))
+        seen = float(normal.cdf(start) - normal.cdf(end)) / (1 - t_min)
+        error = 5 * float(losses.std()) / math.sqrt(n)
+        # Times are drawn from a density that is constant between knots, log t/300 apart.
+        assert float(losses.mean()) == pytest.approx((1 + c**2) * seen, abs=error, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"mean": math.nan}, "mean"), ({"std": 0.0}, "std"), ({"std": -1.0}, "std")],
+    )
+    def test_levels_that_are_none_are_refused(self, options: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            log_snr_density(CLD(), **options)

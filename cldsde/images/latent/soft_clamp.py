@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import check_positive
+
 __all__ = ["soft_clamp"]
 
 
@@ -23,6 +25,11 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     Tensor
         Of the shape and dtype of ``x``; ±b itself is reached by rounding, where the slope is 0.
 
+    Raises
+    ------
+    ValueError
+        If the bound is not positive.
+
     References
     ----------
     A. Vahdat and J. Kautz, *NVAE: a deep hierarchical variational autoencoder*, 2020.
@@ -32,4 +39,5 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     >>> soft_clamp(torch.tensor([-1e9, 0.0, 1e9]), 5.0).tolist()
     [-5.0, 0.0, 5.0]
     """
+    check_positive(bound, "bound")
     return bound * torch.tanh(x / bound)
