@@ -1,16 +1,22 @@
 """What a network's training costs in quality, and what the dynamics that it is sampled with.
 
-``python benchmarks/networks_and_dynamics.py docs/data/networks-and-dynamics.json FOLDER ...`` takes
-comparisons that ``cldsde compare cld_variants --out FOLDER`` has made. A network that is shown the
-best estimate of the data serves every process, so that the one trained with VP and the one trained
-with CLD can each be sampled with either.
+``python benchmarks/networks_and_dynamics.py RESULTS FOLDER ...`` takes comparisons that
+``cldsde compare cld_variants --out FOLDER`` has made. A network that is shown the best estimate of
+the data serves every process, so that the one trained with VP and the one trained with CLD can each
+be sampled with either. CLD starts at a somewhat lower signal-to-noise ratio than VP is trained on,
+where data do not show yet.
+
+RESULTS names the weights that its numbers are of, and is gone on with where they are those of the
+folders.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +28,14 @@ from cldsde.images.model import DiffusionModel, ImageModel, load_model
 from cldsde.score import MixedScore
 from cldsde.solvers.progress import progress_bar
 
-NETWORKS = ("VP", "CLD-estimate")
+NETWORKS = ("VP", "CLD-estimate", "CLD-estimate-log-snr")
 DYNAMICS = ("VP", "CLD", "PSLD")  # of the models of these names
 SAMPLERS = {"multistep SDE": "multistep-2-sde", "multistep ODE": "multistep-2"}
 BUDGETS = (10, 20)
+# Whether more steps mend what the flow does to a network's error.
+LONG = [
+    (network, dynamics, "multistep ODE", 100) for network in NETWORKS for dynamics in ("VP", "CLD")
+]
 
 
 def with_dynamics(model: ImageModel, process: ProcessConfig) -> ImageModel:
@@ -41,13 +51,38 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"weights": {}, "fd": {}}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
-    for folder in arguments.folders:
-        found = json.loads((folder / RESULTS).read_text())
-        config = ComparisonConfig.from_dict(found["config"])
-        evaluation = Evaluation(
+    opened = [Crossing(folder, results) for folder in arguments.folders]
+    for crossing in opened:
+        for network, dynamics, sampler, nfe in progress_bar(
+            crossing.missing(), shown=True, desc=crossing.folder.name
+        ):
+            row = results["fd"].setdefault(f"{network}, {dynamics}, {sampler}", {})
+            distance = crossing.distance(network, dynamics, sampler, nfe)
+            row.setdefault(str(nfe), {})[crossing.seed] = round(distance, 4)
+            arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+class Crossing:
+    """The networks of one comparison, and what is known of them."""
+
+    def __init__(self, folder: Path, results: dict[str, Any]) -> None:
+        if not (folder / RESULTS).is_file():
+            sys.exit(f"{folder} is no folder of cldsde compare")
+        config = ComparisonConfig.from_dict(json.loads((folder / RESULTS).read_text())["config"])
+        lacking = {*NETWORKS, *DYNAMICS} - {*config.runs}
+        if lacking:
+            sys.exit(f"{folder} is no comparison of cld_variants: it has no {sorted(lacking)}")
+        self.folder, self.config, self.seed = folder, config, str(config.seed)
+        self.models = {name: load_model(folder / "models" / name) for name in NETWORKS}
+        self.known = results["fd"]
+        weights = results["weights"].setdefault(self.seed, {})
+        for name, model in self.models.items():
+            if weights.setdefault(name, model.digest) != model.digest:
+                sys.exit(f"the results of seed {self.seed} are of other weights of {name}")
+        self.evaluation = Evaluation(
             data=next(iter(config.runs.values())).data.load(),
             metrics=("fd",),
             samples=config.samples,
@@ -55,26 +90,23 @@ def main() -> None:
             features="classifier",
             folder=folder,
         )
-        cells = [
-            (network, dynamics, sampler, nfe)
-            for network in NETWORKS
-            for dynamics in DYNAMICS
-            for sampler in SAMPLERS
-            for nfe in BUDGETS
-        ]
-        for network, dynamics, sampler, nfe in progress_bar(cells, shown=True, desc=folder.name):
-            row = results.setdefault(f"{network}, {dynamics}, {sampler}", {})
-            cell = row.setdefault(str(nfe), {})
-            if str(config.seed) in cell:
-                continue
-            process = config.runs[dynamics].process
-            model = with_dynamics(load_model(folder / "models" / network), process)
-            recipe = SamplingConfig(solver=SAMPLERS[sampler], nfe=nfe, grid="root", t_end=1e-2)
-            seeds = range(config.first_seed, config.first_seed + config.samples)
-            images = evaluation.draw(model, recipe, seeds).images
-            [measured] = evaluation.measure(images, ("fd",)).values()
-            cell[str(config.seed)] = round(measured["frechet_distance"], 4)
-            arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+
+    def missing(self) -> list[tuple[str, str, str, int]]:
+        usual = list(itertools.product(NETWORKS, DYNAMICS, SAMPLERS, BUDGETS))
+        return [cell for cell in [*usual, *LONG] if not self.knows(*cell)]
+
+    def knows(self, network: str, dynamics: str, sampler: str, nfe: int) -> bool:
+        row = self.known.get(f"{network}, {dynamics}, {sampler}", {})
+        return self.seed in row.get(str(nfe), {})
+
+    def distance(self, network: str, dynamics: str, sampler: str, nfe: int) -> float:
+        model = with_dynamics(self.models[network], self.config.runs[dynamics].process)
+        recipe = SamplingConfig(solver=SAMPLERS[sampler], nfe=nfe, grid="root", t_end=1e-2)
+        first = self.config.first_seed
+        seeds = range(first, first + self.config.samples)
+        images = self.evaluation.draw(model, recipe, seeds).images
+        [measured] = self.evaluation.measure(images, ("fd",)).values()
+        return measured["frechet_distance"]
 
 
 if __name__ == "__main__":

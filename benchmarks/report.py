@@ -53,7 +53,9 @@ def table(found: dict[str, Any]) -> str:
     for race in found["races"]:
         for place, (name, seconds) in enumerate(race["seconds"].items()):
             label = race["question"] if place == 0 else ""
-            time = f"{1e6 * seconds:,.4g} µs per {race['unit']}"
+            micro = 1e6 * seconds
+            time = f"{micro:,.0f}" if micro >= 100 else f"{micro:.3g}"
+            time += f" µs per {race['unit']}"
             ratio, target = race["ratios"].get(name), race["at_most"].get(name)
             goal = "" if target is None else verdict(ratio <= target, f"≤ {target:.3g}")
             if place == 0 and race["below"] is not None:
