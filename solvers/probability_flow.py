@@ -331,10 +331,10 @@ class _Slopes:
     def combined(self, weights: Tensor) -> Tensor:
         """Σ weight · slope."""
         if not self._grad:
-            return self._piece(weights @ self._memory[: len(weights)])
+            return self._piece(_product(weights, self._memory[: len(weights)]))
         # The same product, to the bit, of what autograd follows.
         known = [x.permute(self._order).flatten() for x in self._stages[: len(weights)]]
-        return self._piece(weights @ torch.stack(known))
+        return self._piece(_product(weights, torch.stack(known)))
 
     def step(self, z: Tensor, weights: Tensor, dt: Tensor) -> Tensor:
         """The state that steps of length dt lead to."""
@@ -350,6 +350,15 @@ class _Slopes:
 
     def _piece(self, flat: Tensor) -> Tensor:
         return flat.view(self._sizes).permute(self._back)
+
+
+def _product(weights: Tensor, slopes: Tensor) -> Tensor:
+    """Weights · slopes, in their own precision where a network runs in another."""
+    kind = slopes.device.type
+    if not torch.is_autocast_enabled(kind):
+        return weights @ slopes
+    with torch.autocast(kind, enabled=False):
+        return weights @ slopes
 
 
 def _size(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -111,7 +112,9 @@ class _Line:
     def __init__(self, parts: Tensor, offset: Tensor, like: Tensor) -> None:
         parts, offset = parts.movedim(1, 0).mT.to(like), offset.squeeze(-1).to(like)
         components, times, inner, self._wide = parts.shape
-        self._side_by_side = count = max(1, _WIDTH // inner)
+        # To look whether a sum is finite would hold up another device.
+        count = max(1, _WIDTH // inner) if like.device.type == "cpu" else 1
+        self._side_by_side = count
         blocks = like.new_zeros(components, times, count, inner, count, self._wide)
         blocks.diagonal(dim1=2, dim2=4).copy_(parts.unsqueeze(-1))
         blocks = blocks.view(components, times, count * inner, count * self._wide)
@@ -119,8 +122,16 @@ class _Line:
         self._alone = [part.unbind() for part in parts], offset.unbind()
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        parts, offsets = self._alone if len(z) % self._side_by_side else self._blocks
-        first, *others = parts
+        if len(z) % self._side_by_side or torch.compiler.is_compiling():
+            return self._products(self._alone, z, i)
+        score = self._products(self._blocks, z, i)
+        # 0 · NaN: what is not finite would spread to the samples beside it.
+        return score if math.isfinite(score.detach().sum()) else self._products(self._alone, z, i)
+
+    def _products(
+        self, table: tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]], z: Tensor, i: int
+    ) -> Tensor:
+        (first, *others), offsets = table
         x, *rest = z.unbind(1)
         shape = -1, len(first[i])
         total = torch.addmm(offsets[i], x.reshape(shape), first[i])

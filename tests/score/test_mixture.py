@@ -176,6 +176,25 @@ class TestExactness:
         assert torch.allclose(whole[2:], part, rtol=tolerance, atol=tolerance)
         assert torch.allclose(score(z.flip(0), 0.3).flip(0), whole, rtol=tolerance, atol=tolerance)
 
+    @pytest.mark.parametrize("modes", [1, 8])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("count", [8, 15, 16])
+    def test_what_is_not_finite_stays_with_its_sample(
+        self, count: int, value: float, modes: int
+    ) -> None:
+        sde, g = CLD(), torch.Generator().manual_seed(0)
+        means = torch.randn(modes, 2, generator=g)
+        data = GaussianMixture([1.0] * modes, means, torch.eye(2).expand(modes, 2, 2) / 4)
+        z = torch.randn(count, 2, 2, generator=g)
+        score = data.score(sde)
+        clean = score(z, 0.3)
+        z[3, 0, 1] = value
+        found = score(z, 0.3)
+        others = torch.arange(count) != 3
+        # Roundings of single precision, as the sums may be made otherwise.
+        assert torch.allclose(found[others], clean[others], rtol=1e-5, atol=1e-5)
+        assert not bool(found[3].isfinite().all())
+
     def test_an_empty_batch_has_no_scores(self) -> None:
         data = exact.mixture()
         assert data.score(CLD())(torch.zeros(0, 2, 2), 0.5).shape == (0, 1, 2)

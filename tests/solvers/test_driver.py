@@ -54,6 +54,28 @@ every_solver = pytest.mark.parametrize("method", list(SOLVERS))
 every_adaptive = pytest.mark.parametrize("method", list(ADAPTIVE))
 
 
+@pytest.mark.parametrize("method", [*SOLVERS, *ADAPTIVE, "flow, one pace", "torchdiffeq"])
+def test_the_precision_of_networks_is_not_that_of_solvers(method: str) -> None:
+    """Autocast is for what the score computes."""
+    more = {
+        "flow, one pace": solvers.ProbabilityFlow(rtol=1e-5, atol=1e-5, pace="batch"),
+        "torchdiffeq": solvers.TorchDiffEq(rtol=1e-4, atol=1e-4),
+    }
+    solver = {**SOLVERS, **ADAPTIVE, **more}[method]
+    sde = CLD() if method == "splitting" else VPSDE()
+    data = GaussianMixture([1.0], [[0.3, -0.2]], [[[0.25, 0.1], [0.1, 0.16]]])
+    process = ReverseProcess(sde, data.score(sde))
+    z = sde.prior.sample((8, 2), generator=generator())
+    times = ENDS if isinstance(solver, solvers.Integrator) else GRID
+    found = []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            noise = generator()
+            found.append(solvers.solve(process, solver, z, times, generator=noise, denoise=True))
+    assert torch.equal(found[0].data, found[1].data)
+    assert found[0].nfev == found[1].nfev
+
+
 class Nonlinear(nn.Module):
     """A score that is smooth, acts on each number alone and has a parameter."""
 
