@@ -211,7 +211,8 @@ class ActiveSamples:
             self._states[stop, rows[here]] = z[here]
         self._next = self._next + at_stop
         if self._callback is not None:
-            self._stopped = bool(self._callback(self._attempts, self._times, self._state))
+            state = self._state.contiguous()
+            self._stopped = bool(self._callback(self._attempts, self._times, state))
         return torch.where(at_stop, torch.maximum(h, self._proposed), h)
 
     def result(self, **stats: int) -> Integration:

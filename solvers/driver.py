@@ -264,7 +264,7 @@ def _step_through(
             last = steps == len(grid) - 1
             # The memory of a state that is not the last may be used again.
             saved.append((at, batch_first(z) if last else batch_first(z).clone()))
-        if callback is not None and callback(steps, at, z):
+        if callback is not None and callback(steps, at, batch_first(z)):
             stopped = steps < len(grid) - 1
             break
     if saved and saved[-1][0] == at:

@@ -33,6 +33,7 @@ class _Tables(NamedTuple):
     noise: list[Block]  # k×k, or no columns where nothing is drawn
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
     corrector: list[list[Block]]  # of the predictions at the step's end and before
+    eye: Block  # k×k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +185,7 @@ class ExponentialMultistep(Solver):
             as_blocks(kernel.noise),
             self._weights(kernel, position, times, offset=0),
             self._weights(kernel, position, times, offset=1) if self._mends(1) else [],
+            torch.eye(process.sde.components, dtype=torch.float64).tolist(),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -194,21 +196,25 @@ class ExponentialMultistep(Solver):
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """Predict at the state, mend the step that led to it, and step on."""
-        new = combine(
-            (tables.predict_state[i], z),
-            (tables.predict_score[i], score(z, i)),
-        )
-        predictions = (new, *memory[1:])
+        predictions = [
+            combine((tables.predict_state[i], z), (tables.predict_score[i], score(z, i)))
+        ]
         if i > 0 and self._mends(i):
-            z = _with(memory[0], tables.corrector[i - 1], predictions)
+            *earlier, carried = memory
+            predictions += earlier
+            z = combine((tables.eye, carried), *_weighted(tables.corrector[i - 1], predictions))
+        else:
+            predictions += memory
         terms = [(tables.move[i], z)]
         columns = len(tables.noise[i][0])
         if columns:
             terms.append((tables.noise[i], noise.normal(z, columns)))
-        carried = combine(*terms)
-        following = _with(carried, tables.weights[i], predictions)
-        kept = self.order if self.corrector else self.order - 1
-        return following, (carried, *predictions[:kept])
+        kept = predictions[: self.order if self.corrector else self.order - 1]
+        if self._mends(i + 1):
+            # What the predictions are added to, to be added to again when the next is known.
+            terms = [(tables.eye, combine(*terms))]
+            kept.append(terms[0][1])
+        return combine(*terms, *_weighted(tables.weights[i], predictions)), tuple(kept)
 
     def _mends(self, i: int) -> bool:
         """Whether the step that led to time i is corrected: for order 3, at least the first."""
@@ -264,9 +270,9 @@ class ExponentialMultistep(Solver):
         return blocks
 
 
-def _with(carried: Tensor, weights: list[Block], predictions: tuple[Tensor, ...]) -> Tensor:
-    terms = [(block, value) for block, value in zip(weights, predictions, strict=False)]
-    return combine(*terms).add_(carried)
+def _weighted(weights: list[Block], predictions: list[Tensor]) -> list[tuple[Block, Tensor]]:
+    """Terms of the predictions that a step uses, of the first steps fewer."""
+    return list(zip(weights, predictions, strict=False))
 
 
 def _lagrange(points: Tensor, at: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class _WatchedFlow:
             self.states[self._stops.index(now)] = z
         self.steps += 1
         self._bar.update()
-        asked = self._callback is not None and self._callback(self.steps, now, z)
+        asked = self._callback is not None and self._callback(self.steps, now, z.contiguous())
         if asked and now > self._stops[-1]:
             self.stopped = True
             msg = "stopped by the callback"

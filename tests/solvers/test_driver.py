@@ -76,6 +76,23 @@ def test_the_precision_of_networks_is_not_that_of_solvers(method: str) -> None:
     assert found[0].nfev == found[1].nfev
 
 
+@pytest.mark.parametrize("method", ["EM", "SSCS, euler", "flow", "flow, one pace", "GGF"])
+def test_callbacks_see_states_in_one_piece(method: str) -> None:
+    more = {"flow, one pace": solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3, pace="batch")}
+    solver = {**SOLVERS, **ADAPTIVE, **more}[method]
+    sde = CLD()
+    process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    z = sde.prior.sample((5, 1), generator=generator())
+    seen = []
+
+    def watch(step: int, t: object, z: torch.Tensor) -> None:
+        seen.append(z.view(5, 2).clone())
+
+    times = ENDS if isinstance(solver, solvers.Integrator) else GRID
+    last = solvers.solve(process, solver, z, times, generator=generator(), callback=watch).state
+    assert torch.equal(seen[-1], last.view(5, 2))
+
+
 class Nonlinear(nn.Module):
     """A score that is smooth, acts on each number alone and has a parameter."""
 
