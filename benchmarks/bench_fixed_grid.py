@@ -12,7 +12,8 @@ from functools import partial
 import pytest
 import torch
 
-from by_hand import BETA, FRICTION, INVERSE_MASS, euler_maruyama
+import by_hand as loops
+from by_hand import BETA, FRICTION, INVERSE_MASS
 from cldsde import CLD, ReverseProcess, solvers
 from problems import VelocityScore, gaussian, ring
 
@@ -37,9 +38,16 @@ def ours(score, solver, state, times=TIMES):
     return partial(solvers.solve, process, solver, state, times, generator=generator)
 
 
-def by_hand(score, state, times=TIMES):
+def by_hand(score, state, loop=loops.euler_maruyama, times=TIMES):
     generator = torch.Generator().manual_seed(1)
-    return lambda: euler_maruyama(score.tabulate(times[:-1], state), state, times, generator)
+    return lambda: loop(score.tabulate(times[:-1], state), state, times, generator)
+
+
+class Untabulated:
+    """A score that is a plain function of states and times."""
+
+    def __call__(self, z, t):
+        return z[:, 1:]
 
 
 class ByTorchSDE:
@@ -68,6 +76,12 @@ class ByTorchSDE:
 
     def g(self, s, y):
         return self.root
+
+    def g_prod(self, s, y, noise):
+        return self.root[:, :, 0] * noise
+
+    def f_and_g_prod(self, s, y, noise):
+        return self.f(s, y), self.g_prod(s, y, noise)
 
     @torch.no_grad()
     def run(self, *, informed):
@@ -104,6 +118,7 @@ def test_sscs_against_euler_maruyama(race):
         {
             "SSCS": ours(score, solvers.SSCS(), state),
             "Euler–Maruyama": ours(score, solvers.EulerMaruyama(), state),
+            "SSCS by hand": by_hand(score, state, loops.sscs),
         },
         at_most={"Euler–Maruyama": 1.6},
         unit="step",
@@ -152,14 +167,20 @@ def test_euler_maruyama_against_diffrax(race):
     )
 
 
-@pytest.mark.parametrize(("name", "limit"), [("EulerMaruyama", 25e-6), ("SSCS", 40e-6)])
-def test_overhead_at_batch_1(race, name, limit):
+@pytest.mark.parametrize(
+    ("name", "limit", "loop"),
+    [("EulerMaruyama", 25e-6, loops.euler_maruyama), ("SSCS", 40e-6, loops.sscs)],
+)
+def test_overhead_at_batch_1(race, name, limit, loop):
     state = start(1, DIMENSION)
     race(
         f"{name}, 1 × 2 × {DIMENSION}, score: free",
         {
             "cldsde": ours(SCORES["free"], getattr(solvers, name)(), state),
-            "by hand": by_hand(SCORES["free"], state),
+            "by hand": by_hand(SCORES["free"], state, loop),
+            "cldsde, a plain function as score": ours(
+                Untabulated(), getattr(solvers, name)(), state
+            ),
         },
         below=limit,
         unit="step",

@@ -21,11 +21,11 @@ def fresh(batch, rows):
     return lambda: [torch.randn(batch, rows, *SHAPE, generator=generator) for _ in range(STEPS)]
 
 
-def along(path, solver, batch, rows):
+def along(make, solver, batch, rows):
     z = torch.zeros(batch, SDE.components, *SHAPE)
 
     def run():
-        noise = path.along(PROCESS, solver, TIMES)
+        noise = make().along(PROCESS, solver, TIMES)
         for _ in range(STEPS):
             noise.normal(z, rows)
 
@@ -53,10 +53,18 @@ def test_a_path_that_can_be_refined(race, wanted):
     batch, integrals = 16, wanted == "integrals"
     rows = SDE.components if integrals else 1
     solver = solvers.ExponentialEuler() if integrals else solvers.EulerMaruyama()
-    path = solvers.BrownianPath(SDE, TIMES, (batch, *SHAPE), integrals=integrals)
+
+    def make():
+        return solvers.BrownianPath(SDE, TIMES, (batch, *SHAPE), integrals=integrals)
+
+    made = make()
     race(
         f"BrownianPath, its {wanted}, {batch} × 3 × 32 × 32",
-        {"cldsde": along(path, solver, batch, rows), "fresh normals": fresh(batch, rows)},
+        {
+            "cldsde, a path of many solves": along(lambda: made, solver, batch, rows),
+            "cldsde, a path of one solve": along(make, solver, batch, rows),
+            "fresh normals": fresh(batch, rows),
+        },
         at_most={"fresh normals": 3.0},
         unit="step",
         units=STEPS,
@@ -68,11 +76,12 @@ def test_increments_of_a_path_against_torchsde(race):
     import torchsde
 
     batch = 16
-    path = solvers.BrownianPath(SDE, TIMES, (batch, *SHAPE), integrals=False)
     ends = (-TIMES).tolist()
 
-    def by_torchsde():
+    def make():
+        return solvers.BrownianPath(SDE, TIMES, (batch, *SHAPE), integrals=False)
 
+    def by_torchsde():
         tree = torchsde.BrownianInterval(ends[0], ends[-1], size=(batch, *SHAPE), entropy=0)
         for s, t in itertools.pairwise(ends):
             tree(s, t)
@@ -80,7 +89,7 @@ def test_increments_of_a_path_against_torchsde(race):
     race(
         f"BrownianPath and BrownianInterval, {batch} × 3 × 32 × 32",
         {
-            "cldsde": along(path, solvers.EulerMaruyama(), batch, 1),
+            "cldsde": along(make, solvers.EulerMaruyama(), batch, 1),
             "torchsde": by_torchsde,
         },
         unit="step",

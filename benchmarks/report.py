@@ -1,14 +1,30 @@
 """What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
 
-``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote.
+``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote, on the
+machine that it was measured on. It fails where a target is missed, when all is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+RIVALS = ("scipy", "torchsde", "torchdiffeq", "diffusers", "diffrax", "torchode")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("cldsde", *RIVALS):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def results(raw: dict[str, Any]) -> dict[str, Any]:
@@ -23,6 +39,7 @@ def results(raw: dict[str, Any]) -> dict[str, Any]:
             "torch": machine["torch"],
             "date": raw["datetime"][:10],
         },
+        "versions": versions(),
         "races": [
             rounded(entry["extra_info"])
             for entry in raw["benchmarks"]
@@ -47,6 +64,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "; ".join(f"{what}: {machine[what]}" for what in described),
         "",
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        "",
         "| race | who | time | first / this | target |",
         "| --- | --- | ---: | ---: | --- |",
     ]
@@ -65,6 +84,15 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def missed(race: dict[str, Any]) -> list[str]:
+    """Targets that a race missed."""
+    names = [name for name, limit in race["at_most"].items() if race["ratios"][name] > limit]
+    first = next(iter(race["seconds"].values()))
+    if race["below"] is not None and first > race["below"]:
+        names.append(f"{1e6 * race['below']:g} µs")
+    return [f"{race['question']}: {name}" for name in names]
+
+
 def verdict(holds: bool, target: str) -> str:
     return f"{target}, holds" if holds else f"{target}, **missed**"
 
@@ -80,6 +108,9 @@ def main() -> None:
     text = table(found)
     arguments.table.write_text(text)
     print(text)
+    failures = [line for race in found["races"] for line in missed(race)]
+    if failures:
+        sys.exit("missed: " + "; ".join(failures))
 
 
 if __name__ == "__main__":
