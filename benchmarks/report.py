@@ -1,7 +1,7 @@
 """What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
 
-``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote, on the
-machine that it was measured on. It fails where a target is missed, when all is written.
+``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote,
+where it was measured. It fails where a target is missed, when all is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
 
 RIVALS = ("scipy", "torchsde", "torchdiffeq", "diffusers", "diffrax", "torchode")
 
