@@ -51,8 +51,9 @@ class Counted:
         self.nfev["scipy"] = found.nfev
 
     def torchdiffeq(self):
+        end = float(ENDS[-1])  # which it evaluates beyond
         self.nfev["torchdiffeq"] = by_torchdiffeq(
-            lambda t, z: self.process.probability_flow(z, float(t)), self.start
+            lambda t, z: self.process.probability_flow(z, max(float(t), end)), self.start
         )
 
     def torchode(self):

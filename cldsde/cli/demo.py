@@ -23,7 +23,7 @@ INTERRUPTED = "interrupted; the same command goes on"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
-    parser.add_argument("--quick", action="store_true", help="the same in small, under a minute")
+    parser.add_argument("--quick", action="store_true", help="the same in small, in two minutes")
     parser.add_argument(
         "--out", type=str, metavar="DIR", default="cldsde-demo", help="run folder, made if missing"
     )

@@ -60,7 +60,7 @@ _FEW_SAMPLES = 512  # in a quick validation
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde validate``."""
     parser.add_argument(
-        "--quick", action="store_true", help="fewer problems, levels and samples, under two minutes"
+        "--quick", action="store_true", help="fewer problems, levels and samples, in two minutes"
     )
     parser.add_argument(
         "--solver",

@@ -32,7 +32,7 @@ _CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)
 
 
 class VPSDE(LinearSDE):
-    r"""Variance-preserving SDE (Song et al. 2021, eq. 11), the limit of DDPM.
+    r"""Variance-preserving SDE (Song et al. 2021, equation 11), the limit of DDPM.
 
     .. math::
         dx = -\tfrac12 β(t)\,x\,dt + \sqrt{β(t)}\,dw, \qquad β(t) = β_{min} + (β_{max}-β_{min})\,t
@@ -64,7 +64,7 @@ class VPSDE(LinearSDE):
 
 
 class SubVPSDE(LinearSDE):
-    r"""Sub-variance-preserving SDE (Song et al. 2021, eq. 13).
+    r"""Sub-variance-preserving SDE (Song et al. 2021, equation 13).
 
     .. math:: dx = -\tfrac12 β(t)\,x\,dt + \sqrt{β(t)(1 - e^{-2B(t)})}\,dw, \qquad B(t) = ∫_0^t β
 
@@ -139,7 +139,7 @@ class _SubVPDynamics(Dynamics):
 
 
 class VESDE(LinearSDE):
-    r"""Variance-exploding SDE (Song et al. 2021, eq. 9 and appendix C).
+    r"""Variance-exploding SDE (Song et al. 2021, equation 9 and appendix C).
 
     .. math::
         dx = σ(t) \sqrt{2 \log(σ_{max}/σ_{min})}\,dw, \qquad
@@ -163,7 +163,7 @@ class VESDE(LinearSDE):
 
 
 class CLD(LinearSDE):
-    r"""Critically-damped Langevin diffusion (Dockhorn et al. 2022, eq. 5).
+    r"""Critically-damped Langevin diffusion (Dockhorn et al. 2022, equation 5).
 
     .. math:: dx = β M^{-1} v\,dt, \qquad dv = -β x\,dt - β Γ M^{-1} v\,dt + \sqrt{2Γβ}\,dw
 
@@ -227,7 +227,7 @@ class CLD(LinearSDE):
 
 
 class PSLD(LinearSDE):
-    r"""Phase-space Langevin diffusion (Pandey and Mandt 2023, eq. 10): noise in data and momentum.
+    r"""Phase-space Langevin diffusion (Pandey and Mandt 2023), noise in data and momentum.
 
     .. math::
         dz = \frac β2 \begin{pmatrix} -Γ & M^{-1} \\ -1 & -ν \end{pmatrix} z\,dt
