@@ -133,7 +133,7 @@ class GaussianMixture:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """D, the dimension of the data."""
         return self.means.shape[1]
 
     def sample(
