@@ -188,7 +188,8 @@ def whitened_family(
         λ ≥ 0, of the shape of s.
     """
     flat_s, flat_t, level = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
-    if dynamics.components == 1 and not level.requires_grad and not bool(level.any()):
+    followed = s.requires_grad or t.requires_grad or level.requires_grad
+    if dynamics.components == 1 and not followed and not bool(level.any()):
         # What neither turns nor contracts stays where it is.
         still = torch.ones(*s.shape, 1, 1, dtype=torch.float64)
         return still, torch.zeros_like(still)

@@ -122,10 +122,12 @@ class _Line:
         self._alone = [part.unbind() for part in parts], offset.unbind()
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        if len(z) % self._side_by_side or torch.compiler.is_compiling():
+        count = self._side_by_side
+        # 0 · NaN: what is not finite would spread to the samples beside it, forth or back.
+        followed = torch.is_grad_enabled() and z.requires_grad
+        if count == 1 or len(z) % count or followed or torch.compiler.is_compiling():
             return self._products(self._alone, z, i)
         score = self._products(self._blocks, z, i)
-        # 0 · NaN: what is not finite would spread to the samples beside it.
         return score if math.isfinite(score.detach().sum()) else self._products(self._alone, z, i)
 
     def _products(

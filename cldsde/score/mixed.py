@@ -236,9 +236,10 @@ class MixedScore(nn.Module):
     ) -> Callable[[Tensor], Tensor]:
         """Weights by which noise levels count as they do where they are drawn by `log_snr_density`.
 
-        The network's target has unit size at every time. So weighted, the loss is the mean squared
-        error of its output over noise levels with that density, the same for every process
-        (Karras et al. 2022, §5).
+        In the additive form, with one variance for all data, the network's target has unit size at
+        every time. So weighted, the loss is the mean squared error of its output over noise levels
+        with that density, the same for every process (Karras et al. 2022, §5); where several
+        components are driven or variances differ, they count as they do at each time without it.
 
         Parameters
         ----------

@@ -28,7 +28,7 @@ from cldsde.images.objectives import (
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.sampling import draw_images, draw_of_classes
 from cldsde.images.training import check_run, train
-from cldsde.score import TimeSampler
+from cldsde.score import PerturbedData, TimeSampler, log_snr_density
 
 CONFIG = {
     "seed": 5,
@@ -185,6 +185,34 @@ def test_the_bound_trains_the_autoencoder_and_its_own_loss_the_score():
         torch.equal(p.grad, old) for p, old in zip(model.vae.parameters(), before, strict=True)
     )
     assert next(losses, None) is None
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_score_is_trained_as_the_configuration_says(latent):
+    """With times and weights by noise levels, on latent variables and on images."""
+    changed = {"training": {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}}
+    settings = config(**changed)
+    if not latent:
+        settings = dataclasses.replace(settings, latent=None)
+    model = make_model(settings, SPACE)
+    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    u = torch.linspace(0, 1, 50, dtype=torch.float64)
+    wanted = TimeSampler(log_snr_density(model.score.sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
+    for found, expected in zip(objective.samplers[0].quantiles(u), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+    last = list(objective.losses(model, given, seeded(), settings.pretraining_steps, nothing))[-1]
+    (t, weight), generator = given.times[0], seeded()
+    x0 = given.images
+    if latent:
+        x0 = model.vae.encode(x0).sample(generator)
+        t_bound = given.times[1].t
+        PerturbedData.draw(model.score.sde, x0, t_bound, generator=generator)  # of the bound
+    pair = PerturbedData.draw(model.score.sde, x0, t, generator=generator)
+    weighting = model.score.log_snr_weighting(mean=0.3, std=2.0)
+    expected = weight.float() * model.score.loss(pair, weighting=weighting)
+    assert last.part == "score"
+    assert torch.allclose(last.losses, expected, rtol=1e-5)
 
 
 def test_the_divergence_is_annealed_in_the_first_stage():

@@ -195,6 +195,27 @@ class TestExactness:
         assert torch.allclose(found[others], clean[others], rtol=1e-5, atol=1e-5)
         assert not bool(found[3].isfinite().all())
 
+    @pytest.mark.parametrize("modes", [1, 8])
+    def test_no_device_is_waited_for(self, modes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A tensor without memory has no value to ask for."""
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+        sde = CLD()
+        data = GaussianMixture(
+            [1.0] * modes, torch.zeros(modes, 2), torch.eye(2).expand(modes, 2, 2)
+        )
+        z = torch.empty(16, 2, 2, device="meta")
+        score = data.score(sde).tabulate(torch.tensor([0.5], dtype=torch.float64), z)
+        assert score(z, 0).shape == (16, 1, 2)
+
+    def test_gradients_that_are_not_finite_stay_with_their_sample(self) -> None:
+        sde = CLD()
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(sde)
+        z = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        above = torch.ones(16, 1, 2)
+        above[3] = math.nan
+        (found,) = torch.autograd.grad(score(z, 0.3), z, above)
+        assert bool(found[torch.arange(16) != 3].isfinite().all())
+
     def test_an_empty_batch_has_no_scores(self) -> None:
         data = exact.mixture()
         assert data.score(CLD())(torch.zeros(0, 2, 2), 0.5).shape == (0, 1, 2)

@@ -305,6 +305,18 @@ class TestNoiseLevels:
         # Times are drawn from a density that is constant between knots, log t/300 apart.
         assert float(losses.mean()) == pytest.approx((1 + c**2) * seen, abs=error, rel=1e-4)
 
+    @pytest.mark.parametrize("std", [0.2, 0.6, 1.2])
+    @pytest.mark.parametrize("sde", [VPSDE(), CLD(beta=8.0), PSLD(), HOLD()], ids=repr)
+    def test_tails_that_rounding_would_lose_are_drawn(self, sde: LinearSDE, std: float) -> None:
+        sampler = TimeSampler(log_snr_density(sde, std=std), 1e-3)
+        u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+        t, weight = sampler.quantiles(u)
+        assert bool((weight.isfinite() & (weight > 0)).all())
+        kappa = sde.log_snr(t)
+        # Midpoints of 1e5 shares, of a density that is constant between knots.
+        assert float(kappa.mean()) == pytest.approx(1.2, abs=0.02)
+        assert float(kappa.std()) == pytest.approx(std, rel=0.03)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [({"mean": math.nan}, "mean"), ({"std": 0.0}, "std"), ({"std": -1.0}, "std")],
