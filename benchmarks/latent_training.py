@@ -54,14 +54,25 @@ def digits(runs: list[Path]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for run in runs:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text()))
-        seen, last = bits(run)[-1]
-        assert seen == config.training.steps * config.training.batch, f"{run} is not finished"
-        table.setdefault(described(config), {})[str(config.seed)] = last
+        lines = bits(run)
+        assert lines[-1][0] == config.training.steps * config.training.batch, (
+            f"{run} is not finished"
+        )
+        seed, (*_, before, last) = str(config.seed), lines
+        table.setdefault(described(config), {})[seed] = (before if is_control(config) else last)[1]
+        if is_control(config):
+            # The average of the weights starts anew with its only step in the second stage.
+            table.setdefault("standard normal prior, no average", {})[seed] = last[1]
     return table
 
 
+def is_control(config: RunConfig) -> bool:
+    """Whether all but one step were of the first stage."""
+    return config.pretraining_steps == config.training.steps - 1
+
+
 def described(config: RunConfig) -> str:
-    if config.pretraining_steps == config.training.steps - 1:
+    if is_control(config):
         return "standard normal prior"
     name = "LSGM" if config.process.name == "VPSDE" else "CLD-LSGM"
     if config.score.mixing is not None:
