@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 
 import pytest
@@ -158,7 +159,12 @@ def test_models_of_a_comparison_are_equal_but_for_their_processes(name):
     [ggf] = [row for row in config.rows if row.solver == "gotta-go-fast"]
     assert make_solver(ggf.recipes()[0]).noise_on_reject == "bridge"
     assert ggf.label == "GGF (bridge)"
-    # Models of pixels are trained alike on the same images.
-    runs = config.runs.values()
-    pixels = {repr((run.data, run.training)) for run in runs if run.latent is None}
+    # Models of pixels are trained alike on the same images, but for one that says otherwise.
+    pixels = {
+        repr((run.data, dataclasses.replace(run.training, weighting="reweighted")))
+        for run in config.runs.values()
+        if run.latent is None
+    }
     assert len(pixels) == 1
+    weighed = [name for name, run in config.runs.items() if run.training.weighting != "reweighted"]
+    assert all(name.endswith("log-snr") for name in weighed)
