@@ -22,6 +22,7 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
+_STEPS = 100  # whose moves are found at a time, which takes tens of megabytes
 
 
 class _Tables(NamedTuple):
@@ -301,8 +302,12 @@ def _pieces(sde: LinearSDE, stops: Tensor, levels: Tensor) -> tuple[Tensor, ...]
 
     A move from each stop to one and the same would be integrated over again for every stop.
     """
-    moves = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
-    return moves.state.unbind(1)
+    moves = []
+    for first in range(0, len(stops), _STEPS):
+        few = slice(first, first + _STEPS)
+        start, end = stops[few, :-1], stops[few, 1:]
+        moves.append(sde.posterior(end, start, stochasticity=levels[few].unsqueeze(1)).state)
+    return torch.cat(moves).unbind(1)
 
 
 class _DataPrediction:

@@ -196,7 +196,8 @@ class TestMemory:
     """States that a solve holds at a time, beside the caller's and what the score returned."""
 
     # The state, its noise or the score's contiguous view of it, and the next state; midpoint and
-    # Heun have a stage in between.
+    # Heun have a stage in between, a multistep method its predictions, a corrector's step follows
+    # that of the predictor.
     @pytest.mark.parametrize("steps", [3, 40])
     @pytest.mark.parametrize("kind", [Zero, TabulatedZero])
     @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
@@ -207,8 +208,13 @@ class TestMemory:
             (solvers.SSCS(), 3),
             (solvers.SSCS(score_step="midpoint"), 4),
             (solvers.StochasticHeun(), 4),
+            (solvers.ExponentialEuler(), 3),
+            (solvers.ReverseDiffusion(), 3),
+            (solvers.Ancestral(), 3),
+            (solvers.ExponentialMultistep(order=2, stochasticity=1.0), 4),
+            (solvers.PredictorCorrector(solvers.ReverseDiffusion(), solvers.Langevin()), 5),
         ],
-        ids=["EM", "SSCS", "SSCS, midpoint", "Heun"],
+        ids=repr,
     )
     def test_a_solve_holds_few_states_whatever_the_number_of_steps(
         self, solver: solvers.Solver, states: int, make: Any, kind: type[Zero], steps: int
