@@ -193,8 +193,23 @@ def _pictured(app, error):
             raise ExtensionError(msg)
 
 
+def _skip(app, what, name, obj, skip, options):
+    """Leave out fields of named tuples: what Python says of them is their number."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else skip
+
+
+def _sourceless(app):
+    """Take modules without a page of their source, such as builtins, off the list of pages."""
+    modules = app.env._viewcode_modules
+    app.env._viewcode_modules = {name: entry for name, entry in modules.items() if entry}
+    return []
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
+    app.connect("autodoc-skip-member", _skip)
+    if not _source:
+        app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
     app.connect("build-finished", _pictured)
