@@ -61,8 +61,8 @@ def test_a_path_that_can_be_refined(race, wanted):
     race(
         f"BrownianPath, its {wanted}, {batch} × 3 × 32 × 32",
         {
-            "cldsde, a path of many solves": along(lambda: made, solver, batch, rows),
             "cldsde, a path of one solve": along(make, solver, batch, rows),
+            "cldsde, a path of many solves": along(lambda: made, solver, batch, rows),
             "fresh normals": fresh(batch, rows),
         },
         at_most={"fresh normals": 3.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -19,7 +20,7 @@ ROUNDS = 9
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=time.process_time))
+        item.add_marker(pytest.mark.benchmark(timer=time.process_time, disable_gc=True))
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -56,6 +57,7 @@ def race(benchmark: Any) -> Callable[..., None]:
             turns.rotate(1)
             for name in turns:
                 taken[name].append(seconds(rivals[name]))
+            gc.collect()
 
         benchmark.group = question
         benchmark.pedantic(rivals[subject], setup=let_others_run, rounds=rounds, warmup_rounds=1)
@@ -70,6 +72,7 @@ def race(benchmark: Any) -> Callable[..., None]:
         benchmark.extra_info.update(
             question=question,
             unit=unit,
+            rounds=rounds,
             seconds={name: statistics.median(times) for name, times in found.items()},
             ratios={name: ratio(found[subject], found[name]) for name in others},
             at_most=dict(at_most or {}),

@@ -1,7 +1,8 @@
 """What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
 
 ``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote,
-where it was measured. It fails where a target is missed, when all is written.
+where it was measured. It fails where a target is missed, when all is written; and leaves RESULTS alone
+that have races or rivals which RAW has not.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ def results(raw: dict[str, Any]) -> dict[str, Any]:
             "date": raw["datetime"][:10],
         },
         "versions": versions(),
-        "races": [
-            rounded(entry["extra_info"])
-            for entry in raw["benchmarks"]
-            if "question" in entry["extra_info"]
-        ],
+        "races": [rounded(race) for race in races(raw)],
     }
+
+
+def races(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [entry["extra_info"] for entry in raw["benchmarks"]]
+    return [race for race in found if "question" in race]
 
 
 def rounded(race: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +85,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lost(file: Path, found: dict[str, Any]) -> list[str]:
+    """Races and rivals of a file of results that new ones do not have."""
+    if not file.exists():
+        return []
+    new = {race["question"]: race["seconds"] for race in found["races"]}
+    return [
+        f"{race['question']}: {name}"
+        for race in json.loads(file.read_text())["races"]
+        for name in race["seconds"]
+        if name not in new.get(race["question"], {})
+    ]
+
+
 def missed(race: dict[str, Any]) -> list[str]:
     """Targets that a race missed."""
     names = [name for name, limit in race["at_most"].items() if race["ratios"][name] > limit]
@@ -102,12 +117,19 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON to write")
     parser.add_argument("table", type=Path, help="Markdown to write")
     arguments = parser.parse_args()
-    found = results(json.loads(arguments.raw.read_text()))
-    arguments.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    try:
+        raw = json.loads(arguments.raw.read_text())
+        found = results(raw)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{arguments.raw} is no file of pytest-benchmark of these races: {error!r}")
     text = table(found)
     arguments.table.write_text(text)
     print(text)
-    failures = [line for race in found["races"] for line in missed(race)]
+    lacking = lost(arguments.results, found)
+    if lacking:
+        sys.exit(f"{arguments.results} is left as it is; not measured: {'; '.join(lacking)}")
+    arguments.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    failures = [line for race in races(raw) for line in missed(race)]
     if failures:
         sys.exit("missed: " + "; ".join(failures))
 
