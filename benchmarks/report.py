@@ -1,8 +1,8 @@
 """What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
 
 ``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote,
-where it was measured. It fails where a target is missed, when all is written; and leaves RESULTS alone
-that have races or rivals which RAW has not.
+where it was measured. It fails where a target is missed, when all is written; and where RESULTS
+have races or rivals that RAW has not, which it leaves alone.
 """
 
 from __future__ import annotations
