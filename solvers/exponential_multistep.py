@@ -34,7 +34,6 @@ class _Tables(NamedTuple):
     noise: list[Block]  # k×k, or no columns where nothing is drawn
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
     corrector: list[list[Block]]  # of the predictions at the step's end and before
-    eye: Block  # k×k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,6 @@ class ExponentialMultistep(Solver):
             as_blocks(kernel.noise),
             self._weights(kernel, position, times, offset=0),
             self._weights(kernel, position, times, offset=1) if self._mends(1) else [],
-            torch.eye(process.sde.components, dtype=torch.float64).tolist(),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ class ExponentialMultistep(Solver):
         if i > 0 and self._mends(i):
             *earlier, carried = memory
             predictions += earlier
-            z = combine((tables.eye, carried), *_weighted(tables.corrector[i - 1], predictions))
+            z = combine(*_weighted(tables.corrector[i - 1], predictions)).add_(carried)
         else:
             predictions += memory
         terms = [(tables.move[i], z)]
@@ -211,11 +209,12 @@ class ExponentialMultistep(Solver):
         if columns:
             terms.append((tables.noise[i], noise.normal(z, columns)))
         kept = predictions[: self.order if self.corrector else self.order - 1]
-        if self._mends(i + 1):
-            # What the predictions are added to, to be added to again when the next is known.
-            terms = [(tables.eye, combine(*terms))]
-            kept.append(terms[0][1])
-        return combine(*terms, *_weighted(tables.weights[i], predictions)), tuple(kept)
+        weighted = _weighted(tables.weights[i], predictions)
+        if not self._mends(i + 1):
+            return combine(*terms, *weighted), tuple(kept)
+        # Kept apart from the predictions, of which there is one more when the step is mended.
+        carried = combine(*terms)
+        return combine(*weighted).add_(carried), (*kept, carried)
 
     def _mends(self, i: int) -> bool:
         """Whether the step that led to time i is corrected: for order 3, at least the first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cldsde.images.files import PARTIAL, lock, write_whole
+from cldsde.images.files import PARTIAL, brief, check_writable, lock, write_whole
 
 __all__ = ["CONFIG", "METRICS", "RunFolder", "check_folder"]
 
@@ -172,16 +171,20 @@ def check_folder(
 ) -> None:
     """Raise where a `RunFolder` would, and make nothing."""
     try:
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except PermissionError as error:
-        msg = f"--out: {path} cannot be made or written ({error.strerror})"
+        if path.is_dir():
+            _check_owner(path, config, parts, free)
+            check_writable(path)
+        elif path.exists():
+            msg = f"--out: {path} is not a folder"
+            raise ValueError(msg)
+    except OSError as error:
+        msg = f"--out: {brief(error)}"
         raise OSError(msg) from error
-    if not path.exists():
-        return
-    if not path.is_dir():
-        msg = f"--out: {path} is not a folder"
-        raise ValueError(msg)
+
+
+def _check_owner(
+    path: Path, config: Mapping[str, Any], parts: Collection[str], free: Collection[str]
+) -> None:
     held = [entry.name for entry in path.iterdir()]
     if all(name.startswith(PARTIAL) or name in parts for name in held):
         return

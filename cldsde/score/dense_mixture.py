@@ -128,7 +128,7 @@ class _Line:
         if count == 1 or len(z) % count or followed or torch.compiler.is_compiling():
             return self._products(self._alone, z, i)
         score = self._products(self._blocks, z, i)
-        return score if math.isfinite(score.detach().sum()) else self._products(self._alone, z, i)
+        return score if math.isfinite(score.sum()) else self._products(self._alone, z, i)
 
     def _products(
         self, table: tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]], z: Tensor, i: int

@@ -461,7 +461,7 @@ def test_a_latent_section_may_be_left_out_or_none():
 @pytest.mark.parametrize("name", ["LSGM", "CLD-LSGM"])
 def test_a_learnt_prior_needs_fewer_bits_than_a_standard_normal_one(tmp_path, name):
     """At equal images: the control stays in the first stage but for its last step."""
-    saved = []
+    saved, beyond = [], []
     for seed in (0, 1):
         settings = load_comparison(PRESETS["quick"], [f"seed={seed}"]).runs[name]
         last = settings.training.images - settings.training.batch
@@ -473,7 +473,9 @@ def test_a_learnt_prior_needs_fewer_bits_than_a_standard_normal_one(tmp_path, na
         # With that step the average of the weights starts anew, and no longer lags behind.
         saved.append(control[last] - learnt[settings.training.images])
         assert learnt[settings.training.images] < learnt[settings.latent.pretraining] - 0.05
+        beyond.append(control[settings.training.images] - learnt[settings.training.images])
     assert min(saved) > 0, saved
+    assert sum(beyond) > 0, beyond
 
 
 def bits(folder, settings: RunConfig) -> dict[int, float]:

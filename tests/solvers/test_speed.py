@@ -20,19 +20,20 @@ SDE = CLD()
 GAUSSIAN = GaussianMixture([1.0], [[0.3, -0.2]], [[[0.25, 0.1], [0.1, 0.16]]])
 
 
-def check_ratio(rivals: dict[str, Callable[[], object]], target: float) -> None:
-    """Fail where the first takes 1.3 times as long beside the other as `benchmarks/` allows.
+def check_ratio(rivals: dict[str, Callable[[], object]], most: float) -> None:
+    """Fail where the first takes more than so many times as long as the other.
 
-    That is not noise: of medians of interleaved rounds, the best of three attempts.
+    Of medians of interleaved rounds, the best of three attempts; some 1.3 times what is usual is no
+    noise.
     """
     found = []
     first, other = rivals
     for _ in range(3):
         seconds = interleave(rivals, 5)
         found.append(ratio(seconds[first], seconds[other]))
-        if found[-1] <= 1.3 * target:
+        if found[-1] <= most:
             return
-    pytest.fail(f"ratios {found}; at most {1.3 * target:.2f} was expected")
+    pytest.fail(f"ratios {found}; at most {most} was expected")
 
 
 class TabulatedVelocity:
@@ -65,7 +66,7 @@ class TestLoops:
             "cldsde": lambda: solvers.solve(process, solver, start, times, generator=generator),
             "by hand": lambda: loop(score.tabulate(times[:-1], start), start, times, generator),
         }
-        check_ratio(rivals, 1.15)
+        check_ratio(rivals, 1.45)
 
     def test_steps_of_images_cost_little_more_than_their_normals(self) -> None:
         shape, steps = (3, 32, 32), 30
@@ -81,7 +82,7 @@ class TestLoops:
         }
         check_ratio(rivals, 1.5)
 
-    @pytest.mark.parametrize(("kind", "most"), [("samples", 1.5), ("increments", 3.0)])
+    @pytest.mark.parametrize(("kind", "most"), [("samples", 1.6), ("increments", 2.7)])
     def test_noise_costs_little_more_than_fresh_normals(self, kind: str, most: float) -> None:
         shape, draws = (3, 32, 32), 64
         z, times = torch.zeros(16, 2, *shape), solvers.uniform_times(SDE.T, 1e-3, draws)
@@ -116,14 +117,17 @@ class TestLoops:
             "cldsde": lambda: solvers.solve(process, solver, start, ends),
             "scipy": lambda: solve_ivp(flow, ends.tolist(), y, rtol=1e-4, atol=1e-4),
         }
-        check_ratio(rivals, 1.1)
+        check_ratio(rivals, 1.2)
 
+    # Roundings of 30 steps; and of Van Loan's covariances, whose entries are h³ of their terms.
     @pytest.mark.parametrize(
-        ("loop", "solver"),
-        [(euler_maruyama, solvers.EulerMaruyama()), (sscs, solvers.SSCS())],
+        ("loop", "solver", "atol"),
+        [(euler_maruyama, solvers.EulerMaruyama(), 1e-11), (sscs, solvers.SSCS(), 1e-9)],
         ids=["EM", "SSCS"],
     )
-    def test_the_loops_by_hand_are_the_solvers(self, loop: Any, solver: solvers.Solver) -> None:
+    def test_the_loops_by_hand_are_the_solvers(
+        self, loop: Any, solver: solvers.Solver, atol: float
+    ) -> None:
         start = SDE.prior.sample((50, 2), dtype=torch.float64)
         times = solvers.uniform_times(SDE.T, 1e-3, 30)
         score = GAUSSIAN.score(SDE)
@@ -137,8 +141,7 @@ class TestLoops:
             times,
             generator=torch.Generator().manual_seed(1),
         )
-        # Roundings of 30 steps, and of Van Loan's covariances, whose entries are h³ of their terms.
-        assert torch.allclose(by_hand, ours.state, rtol=0, atol=1e-9)
+        assert torch.allclose(by_hand, ours.state, rtol=0, atol=atol)
 
 
 class Memory(TorchDispatchMode):
