@@ -50,9 +50,9 @@ def races(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rounded(race: dict[str, Any]) -> dict[str, Any]:
-    """Three digits, which is what a median of few rounds has."""
+    """Six digits, of which three are shown: a verdict is of what was measured."""
     shown = {
-        key: {name: float(f"{value:.3g}") for name, value in race[key].items()}
+        key: {name: float(f"{value:.6g}") for name, value in race[key].items()}
         for key in ("seconds", "ratios", "at_most")
     }
     return {**race, **shown}

@@ -184,7 +184,7 @@ class PerturbedData:
         else:
             error = output - self.noise
         if weighting == "likelihood":
-            pulled = apply_blocks(_likelihood_rows(self.sde, self.t, self.law), error)
+            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.law), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
 
@@ -294,12 +294,12 @@ def optimal_loss(
     d = len(sde.driven)
     unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
     if weighting == "likelihood":
-        pulled = _likelihood_rows(sde, times, law) @ unknown
+        pulled = likelihood_rows(sde, times, law) @ unknown
         return 0.5 * pulled.square().sum((-2, -1))
     return _weights(weighting, times) * unknown.square().sum((-2, -1)) / d
 
 
-def _likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
+def likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
     """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
     G = sde.diffusion(t)[..., list(sde.driven), :]
     return (triangular_inverse(law.driven_root()) @ G).mT

@@ -13,7 +13,7 @@ from cldsde.linear.checks import as_number, as_times, check_between, check_posit
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
 from cldsde.score.conversion import Conditioning, whiten
-from cldsde.score.matching import Weighting, optimal_loss
+from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 
 __all__ = ["TimeSampler", "log_snr_density"]
 
@@ -188,7 +188,7 @@ def log_snr_density(
         times = as_times(t, "t", sde.T)
         law = whiten(sde, sde.marginal(times), times)
         information = law.information()
-        pulled = (law.inverse @ sde.diffusion(times)).mT @ law.signal
+        pulled = likelihood_rows(sde, times, law) @ law.signal[..., -len(sde.driven) :, :]
         rate = pulled.square().sum((-2, -1)) / (2 * information)
         # Beyond 30 deviations it would be zero, which a time's weight is divided by.
         distance = ((0.5 * information.log() - centre) / width).clamp(-30, 30)
