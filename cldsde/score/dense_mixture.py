@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ def dense_score(
     axes: Tensor,
     rows: Sequence[int],
     like: Tensor,
+    *,
+    side_by_side: bool,
 ) -> Callable[[Tensor, int], Tensor]:
     """Scores at T times of n Gaussians whose laws are matrices over all k·D numbers of a state.
 
@@ -34,11 +37,14 @@ def dense_score(
         The d components whose score is wanted.
     like
         A tensor of the dtype and device of the states to come.
+    side_by_side
+        Whether samples may share products, which pays where the table is used many times. It takes
+        a look at values, which `torch.func` does not allow.
 
     Returns
     -------
     callable
-        States ``(B, k, D)`` and the number of a time to scores ``(B, d D)``.
+        States ``(B, k, D)`` and the number of a time to scores ``(B, d, D)``.
     """
     (modes, dimension), components = means.shape, psi.shape[-1]
     # Numbers of a state are ordered component by component.
@@ -50,7 +56,8 @@ def dense_score(
     whole = whole.flatten(1, 2)
     if modes == 1:
         # The only Gaussian is responsible for every state: its score is linear.
-        return _Line(_by_component(pull @ whole, components), pull @ centre, like)
+        parts = _by_component(pull @ whole, components)
+        return _Line(parts, pull @ centre, like, side_by_side=side_by_side)
     return _Mixture(_by_component(whole, components), centre, log_scale, pull, like)
 
 
@@ -92,7 +99,8 @@ class _Mixture:
         by_mode = whitened.reshape(self._modes, len(whitened) // self._modes, len(z))
         log_terms = self._log_scale[i] - 0.5 * by_mode.square().sum(1)
         weighted = by_mode * log_terms.softmax(0).unsqueeze(1)
-        return (self._pull[i] @ weighted.flatten(0, 1)).mT
+        score = (self._pull[i] @ weighted.flatten(0, 1)).mT
+        return score.view(len(z), score.shape[1] // z.shape[2], z.shape[2])
 
 
 class _Line:
@@ -107,36 +115,88 @@ class _Line:
         ``(T, k, d D, D)`` and ``(T, d D, 1)``.
     like
         A tensor of the dtype and device of the states to come.
+    side_by_side
+        Whether samples may share products.
     """
 
-    def __init__(self, parts: Tensor, offset: Tensor, like: Tensor) -> None:
+    def __init__(self, parts: Tensor, offset: Tensor, like: Tensor, *, side_by_side: bool) -> None:
         parts, offset = parts.movedim(1, 0).mT.to(like), offset.squeeze(-1).to(like)
-        components, times, inner, self._wide = parts.shape
+        components, times, dimension, wide = parts.shape
+        self._alone = _by_time(offset, parts)
+        self._shape = wide // dimension, dimension
         # To look whether a sum is finite would hold up another device.
-        count = max(1, _WIDTH // inner) if like.device.type == "cpu" else 1
-        self._side_by_side = count
-        blocks = like.new_zeros(components, times, count, inner, count, self._wide)
-        blocks.diagonal(dim1=2, dim2=4).copy_(parts.unsqueeze(-1))
-        blocks = blocks.view(components, times, count * inner, count * self._wide)
-        self._blocks = [part.unbind() for part in blocks], offset.repeat(1, count).unbind()
-        self._alone = [part.unbind() for part in parts], offset.unbind()
+        several = side_by_side and like.device.type == "cpu"
+        self._count = count = max(1, _WIDTH // dimension) if several else 1
+        if count > 1:
+            blocks = like.new_zeros(components, times, count, dimension, count, wide)
+            blocks.diagonal(dim1=2, dim2=4).copy_(parts.unsqueeze(-1))
+            blocks = blocks.view(components, times, count * dimension, count * wide)
+            self._together = _by_time(offset.repeat(1, count), blocks)
+            self._columns = _Columns(count * dimension)
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        count = self._side_by_side
+        batch, count = z.shape[0], self._count
+        shape = batch, *self._shape
         # 0 · NaN: what is not finite would spread to the samples beside it, forth or back.
-        followed = torch.is_grad_enabled() and z.requires_grad
-        if count == 1 or len(z) % count or followed or torch.compiler.is_compiling():
-            return self._products(self._alone, z, i)
-        score = self._products(self._blocks, z, i)
-        return score if math.isfinite(score.sum()) else self._products(self._alone, z, i)
+        if count > 1 and not (batch % count or z.requires_grad or torch.compiler.is_compiling()):
+            score = _line_in_place(self._together[i], self._columns(z))
+            if math.isfinite(score.sum()):
+                return score.view(shape)
+        return _line(self._alone[i], z.unbind(1)).view(shape)
 
-    def _products(
-        self, table: tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]], z: Tensor, i: int
-    ) -> Tensor:
-        (first, *others), offsets = table
-        x, *rest = z.unbind(1)
-        shape = -1, len(first[i])
-        total = torch.addmm(offsets[i], x.reshape(shape), first[i])
-        for part, x in zip(others, rest, strict=True):
-            total.addmm_(x.reshape(shape), part[i])
-        return total.view(len(z), self._wide)
+
+class _Columns:
+    """Components of states ``(B, k, D)`` as matrices of a width.
+
+    To take a state apart takes as long as a product of it. That is done once of states that come
+    again, as those of a solver that writes to two pieces of memory in turn.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._known: list[tuple[weakref.ref[Tensor], Sequence[Tensor]]] = []
+
+    def __call__(self, z: Tensor) -> Sequence[Tensor]:
+        for state, columns in self._known:
+            if state() is z:
+                return columns or self._keep(z)
+        # None of one that may come but once: it would keep the state's memory.
+        self._known = [*self._known[-1:], (weakref.ref(z), ())]
+        return self._apart(z)
+
+    def _keep(self, z: Tensor) -> Sequence[Tensor]:
+        columns = self._apart(z)
+        if z[:, 0].is_contiguous():  # else they are copies, which do not change with the state
+            others = [known for known in self._known if known[0]() is not z]
+            self._known = [*others, (weakref.ref(z), columns)]
+        return columns
+
+    def _apart(self, z: Tensor) -> Sequence[Tensor]:
+        return [x.reshape(-1, self._width) for x in z.unbind(1)]
+
+
+_Row = tuple[Tensor, tuple[Tensor, ...]]
+"""What is added to a state's products at one time, and the matrices of its components."""
+
+
+def _by_time(offset: Tensor, parts: Tensor) -> list[_Row]:
+    """Taken apart ahead: to index a table takes as long as to launch a small kernel."""
+    by_time = zip(*(part.unbind() for part in parts), strict=True)
+    return list(zip(offset.unbind(), by_time, strict=True))
+
+
+def _line(row: _Row, columns: Sequence[Tensor]) -> Tensor:
+    total, parts = row
+    for x, part in zip(columns, parts, strict=True):
+        total = torch.addmm(total, x, part)
+    return total
+
+
+def _line_in_place(row: _Row, columns: Sequence[Tensor]) -> Tensor:
+    """The same in one piece of memory, for what is neither differentiated nor transformed."""
+    offset, (first, *others) = row
+    x, *rest = columns
+    total = torch.addmm(offset, x, first)
+    for x, part in zip(rest, others, strict=True):
+        total.addmm_(x, part)
+    return total

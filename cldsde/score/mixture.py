@@ -343,38 +343,53 @@ class MixtureScore:
         check_state(z, self.sde.components)
         times = score_times(t, z)
         if times.ndim == 0:
-            return self.tabulate(times.unsqueeze(0), z)(z, 0)
+            return self._tabulate(times.unsqueeze(0), z, side_by_side=False)(z, 0)
         return self.data._score(self.sde, self.rows, z, self.data._marginal(self.sde, times))
 
     def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
+        return self._tabulate(times, like, side_by_side=True)
+
+    def _tabulate(
+        self, times: Tensor, like: Tensor, *, side_by_side: bool
+    ) -> Callable[[Tensor, int], Tensor]:
         data = self.data
         law = data._marginal(self.sde, times)
         # Half precision is for states; densities are compared in single precision at least.
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         if self.sde.components * data.dimension <= _DENSE:
-            axes, rows = data._axes, self.rows
-            dense = dense_score(law.psi, law.whitening, law.log_scale, data.means, axes, rows, like)
-            usual = self.sde.components, data.dimension
-            kind = like.device.type
-
-            def small(z: Tensor, i: int) -> Tensor:
-                # What is as it should be is found out without delay.
-                right = z.shape[1:] == usual and z.dtype == like.dtype
-                flat = z if right else data._flat_state(self.sde, z)
-                if torch.is_autocast_enabled(kind):
-                    with torch.autocast(kind, enabled=False):
-                        score = dense(flat, i)
-                else:
-                    score = dense(flat, i)
-                score = score.view(len(z), len(rows), *z.shape[2:])
-                return score if right else score.to(z.dtype)
-
-            return small
+            dense = dense_score(
+                law.psi,
+                law.whitening,
+                law.log_scale,
+                data.means,
+                data._axes,
+                self.rows,
+                like,
+                side_by_side=side_by_side,
+            )
+            return self._checked(dense, like)
         table = law.to(like)
 
         def score(z: Tensor, i: int) -> Tensor:
             row = _Marginal(*(field[i] for field in table))
             return data._score(self.sde, self.rows, z, row)
+
+        return score
+
+    def _checked(
+        self, dense: Callable[[Tensor, int], Tensor], like: Tensor
+    ) -> Callable[[Tensor, int], Tensor]:
+        """A score of states ``(B, k, D)`` in one precision as one of all states."""
+        usual, dtype = torch.Size((self.sde.components, self.data.dimension)), like.dtype
+        device = like.device.type
+
+        def score(z: Tensor, i: int) -> Tensor:
+            # What is as it should be is found out without delay.
+            if z.dtype is dtype and z.shape[1:] == usual and not torch.is_autocast_enabled(device):
+                return dense(z, i)
+            with torch.autocast(device, enabled=False):
+                value = dense(self.data._flat_state(self.sde, z).to(dtype), i)
+            return value.to(z.dtype).view(len(z), len(self.rows), *z.shape[2:])
 
         return score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -16,6 +17,15 @@ from score.exact import EPS, FAMILIES
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_kind = pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
 every_time = pytest.mark.parametrize("t", [1e-3, 0.05, 0.4, 1.0])
+
+
+def at_a_time(score: Any, t: float, like: torch.Tensor) -> Any:
+    return lambda z: score(z, t)
+
+
+def from_a_table(score: Any, t: float, like: torch.Tensor) -> Any:
+    table = score.tabulate(torch.tensor([t], dtype=torch.float64), like)
+    return lambda z: table(z, 0)
 
 
 class TestExactness:
@@ -179,17 +189,18 @@ class TestExactness:
     @pytest.mark.parametrize("modes", [1, 8])
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("count", [8, 15, 16])
+    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
     def test_what_is_not_finite_stays_with_its_sample(
-        self, count: int, value: float, modes: int
+        self, how: Any, count: int, value: float, modes: int
     ) -> None:
         sde, g = CLD(), torch.Generator().manual_seed(0)
         means = torch.randn(modes, 2, generator=g)
         data = GaussianMixture([1.0] * modes, means, torch.eye(2).expand(modes, 2, 2) / 4)
         z = torch.randn(count, 2, 2, generator=g)
-        score = data.score(sde)
-        clean = score(z, 0.3)
+        score = how(data.score(sde), 0.3, z)
+        clean = score(z)
         z[3, 0, 1] = value
-        found = score(z, 0.3)
+        found = score(z)
         others = torch.arange(count) != 3
         # Roundings of single precision, as the sums may be made otherwise.
         assert torch.allclose(found[others], clean[others], rtol=1e-5, atol=1e-5)
@@ -207,18 +218,52 @@ class TestExactness:
         score = data.score(sde).tabulate(torch.tensor([0.5], dtype=torch.float64), z)
         assert score(z, 0).shape == (16, 1, 2)
 
-    def test_gradients_that_are_not_finite_stay_with_their_sample(self) -> None:
+    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
+    def test_gradients_that_are_not_finite_stay_with_their_sample(self, how: Any) -> None:
         sde = CLD()
-        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(sde)
         z = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        score = how(
+            GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(sde), 0.3, z
+        )
         above = torch.ones(16, 1, 2)
         above[3] = math.nan
-        (found,) = torch.autograd.grad(score(z, 0.3), z, above)
+        (found,) = torch.autograd.grad(score(z), z, above)
         assert bool(found[torch.arange(16) != 3].isfinite().all())
+
+    @pytest.mark.parametrize("layout", ["samples", "components"])
+    def test_a_table_sees_what_becomes_of_a_state_that_it_knows(self, layout: str) -> None:
+        """Solvers ask again and again for the score of one tensor, whose numbers they change."""
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
+        g = torch.Generator().manual_seed(0)
+        z = torch.empty(16, 2, 2) if layout == "samples" else torch.empty(2, 16, 2).transpose(0, 1)
+        table = from_a_table(score, 0.3, z)
+        for _ in range(4):
+            z.copy_(torch.randn(16, 2, 2, generator=g))
+            # Roundings of single precision.
+            assert torch.allclose(table(z), score(z.double(), 0.3).float(), rtol=1e-5, atol=1e-5)
+
+    def test_a_table_keeps_no_state(self) -> None:
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
+        z = torch.zeros(16, 2, 2)
+        table, known = from_a_table(score, 0.3, z), []
+        for _ in range(3):
+            state = torch.zeros(2, 16, 2).transpose(0, 1)
+            known.append(weakref.ref(state.untyped_storage()))
+            table(state)
+            del state
+        assert all(storage() is None for storage in known)
+
+    def test_whole_batches_are_vectorised(self) -> None:
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
+        z = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+        found = torch.func.vmap(lambda batch: score(batch, 0.3))(z)
+        assert torch.allclose(found, torch.stack([score(batch, 0.3) for batch in z]), atol=1e-6)
 
     def test_an_empty_batch_has_no_scores(self) -> None:
         data = exact.mixture()
-        assert data.score(CLD())(torch.zeros(0, 2, 2), 0.5).shape == (0, 1, 2)
+        for how in (at_a_time, from_a_table):
+            z = torch.zeros(0, 2, 2)
+            assert how(data.score(CLD()), 0.5, z)(z).shape == (0, 1, 2)
         assert data.log_prob(CLD(), torch.zeros(0, 2, 2), 0.5).shape == (0,)
 
     @pytest.mark.parametrize("name", ["VP", "CLD", "PSLD", "HOLD"])
