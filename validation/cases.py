@@ -117,7 +117,7 @@ class PathCase:
         G = sde.diffusion(nodes)
         cells, m = len(t), G.shape[-1]
         eye = torch.eye(m, dtype=torch.float64).expand(cells, _NODES, m, m)
-        forth = sde.transition(nodes, t.unsqueeze(1).expand(-1, _NODES)).mean
+        forth = sde.transition_matrix(nodes, t.unsqueeze(1).expand(-1, _NODES))
         # The time integral in units of the cell, so that all rows are of one size.
         parts = [eye, x[:, None, None] * eye, forth @ G]
         exact = _ExactSteps(problem, times, nodes) if problem.exact else None
@@ -126,7 +126,7 @@ class PathCase:
         functional = torch.cat(parts, dim=-2)
         columns = (length.unsqueeze(1) * w).sqrt()[..., None, None] * functional
         roots = joint_root(columns.movedim(1, 2).flatten(2))
-        self._psi = sde.transition(u, t).mean
+        self._psi = sde.transition_matrix(u, t)
         self._increments: list[Tensor] = []
         self._time_integrals: list[Tensor] = []
         self._integrals: list[Tensor] = []
@@ -187,7 +187,7 @@ class _ExactSteps:
         return following + apply_blocks(self._move[i], z - mean)
 
     def _reverse(self, end: Tensor, at: Tensor) -> Tensor:
-        psi = self._sde.transition(end.expand(at.shape), at).mean
+        psi = self._sde.transition_matrix(end.expand(at.shape), at)
         found: Tensor = self._covariances(end) @ psi.mT @ torch.linalg.inv(self._covariances(at))
         return found
 

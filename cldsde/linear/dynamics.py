@@ -49,6 +49,10 @@ class Dynamics(ABC):
         ``(*s.shape, k, k)``.
         """
 
+    def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
+        """Ψ(t, s) alone, ``(*s.shape, k, k)``."""
+        return self.transition(s, t)[0]
+
     @abstractmethod
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, ``(*s.shape, k, k)``."""
@@ -141,30 +145,11 @@ class TimeChangedDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        k = self.components
-        # In balanced units ‖A‖ is smallest, and so is the number of squarings. Powers of two are
-        # exact.
         scale = self._scale
-        A = self.A * scale / scale.unsqueeze(1)
+        h, halvings, taylor, powers = self._halved(s, t)
+        psi = _taylor_sum(taylor, powers)
         Q_root = self.Q_root / scale.unsqueeze(1)
-
-        h = self.schedule.integral(s, t).flatten()
-        norm = float(A.detach().abs().sum(0).max())
-        longest = norm * float(h.detach().max()) if len(h) else 0.0
-        if not math.isfinite(longest):
-            msg = "the clock of the process overflows float64; rescale A or the schedule"
-            raise OverflowError(msg)
-        # Short intervals are not halved for the sake of long ones: that would cost them digits.
-        halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
-        h = h * 0.5**halvings
-
-        terms = [torch.eye(k, dtype=torch.float64)]
-        for j in range(1, self._TAYLOR_TERMS):
-            terms.append(A @ terms[-1] / j)
-        taylor = torch.stack(terms, dim=-1)
-        powers = _powers(h, self._TAYLOR_TERMS)
-        psi = (taylor.reshape(k * k, -1) @ powers).reshape(k, k, -1)
-        start = Q_root.new_zeros(k, 0)
+        start = Q_root.new_zeros(self.components, 0)
         if initial_root is not None:
             start = initial_root / scale.unsqueeze(1)
         joined = _leads_coincide(taylor, torch.cat([Q_root, start], dim=1))
@@ -172,7 +157,7 @@ class TimeChangedDynamics(Dynamics):
             root = self._eliminated_root(taylor, powers, h, Q_root, start, halvings == 0)
         else:
             root = self._short_root(taylor, powers, h, Q_root)
-        for i in range(int(halvings.max()) if len(h) else 0):
+        for i in range(_most(halvings)):
             going = i < halvings
             doubled = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
             root = torch.where(going, doubled, root)
@@ -182,9 +167,40 @@ class TimeChangedDynamics(Dynamics):
             if joined:
                 late = late * (halvings > 0)
             root = lower_factor(torch.cat([late, root], dim=1))
-        psi = psi * (scale.unsqueeze(1) / scale).unsqueeze(-1)
         root = root * scale[:, None, None]
-        return stack_first(psi, s.shape), stack_first(root, s.shape)
+        return self._in_units(psi, s.shape), stack_first(root, s.shape)
+
+    @override
+    def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
+        _, halvings, taylor, powers = self._halved(s, t)
+        psi = _taylor_sum(taylor, powers)
+        for i in range(_most(halvings)):
+            psi = torch.where(i < halvings, block_product(psi, psi), psi)
+        return self._in_units(psi, s.shape)
+
+    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clock steps h₀ and halvings m ``(n,)``, terms Aʲ/j! in balanced units and powers of h₀.
+
+        In balanced units ‖A‖ is smallest, and so is the number of squarings. Powers of two are
+        exact.
+        """
+        A = self.A * self._scale / self._scale.unsqueeze(1)
+        h = self.schedule.integral(s, t).flatten()
+        norm = float(A.detach().abs().sum(0).max())
+        longest = norm * float(h.detach().max()) if len(h) else 0.0
+        if not math.isfinite(longest):
+            msg = "the clock of the process overflows float64; rescale A or the schedule"
+            raise OverflowError(msg)
+        # Short intervals are not halved for the sake of long ones: that would cost them digits.
+        halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
+        h = h * 0.5**halvings
+        terms = [torch.eye(self.components, dtype=torch.float64)]
+        for j in range(1, self._TAYLOR_TERMS):
+            terms.append(A @ terms[-1] / j)
+        return h, halvings, torch.stack(terms, dim=-1), _powers(h, self._TAYLOR_TERMS)
+
+    def _in_units(self, psi: Tensor, shape: torch.Size) -> Tensor:
+        return stack_first(psi * (self._scale.unsqueeze(1) / self._scale).unsqueeze(-1), shape)
 
     def _short_root(self, taylor: Tensor, powers: Tensor, h: Tensor, Q_root: Tensor) -> Tensor:
         """Noise root over unhalved intervals ``(k, k, n)``: tri √h [C_0, C_1, …]."""
@@ -242,6 +258,16 @@ class TimeChangedDynamics(Dynamics):
         """Σ∞ Aᵀ Σ∞⁻¹ in place of A: couplings change sign, friction keeps damping."""
         reversed_A = torch.linalg.solve(covariance, self.A @ covariance).T
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
+
+
+def _taylor_sum(taylor: Tensor, powers: Tensor) -> Tensor:
+    """Ψ of unhalved intervals, ``(k, k, n)``."""
+    k = len(taylor)
+    return (taylor.reshape(k * k, -1) @ powers).reshape(k, k, -1)
+
+
+def _most(halvings: Tensor) -> int:
+    return int(halvings.max()) if len(halvings) else 0
 
 
 def _powers(x: Tensor, n: int) -> Tensor:

@@ -451,6 +451,7 @@ def test_times_of_any_shape_broadcast(family: Any, s_shape: tuple[int, ...], see
     assert kernel.mean.dtype == kernel.root.dtype == torch.float64
     first = s.flatten()[0].item()
     single = sde.transition(first, t.flatten()[0].item())
+    assert torch.equal(sde.transition_matrix(s, t), kernel.mean)
     # A batch may share the number of doublings of its longest step: equal to rounding, not in bits.
     tolerance = family_rounding(sde)
     index = (0,) * len(shape)

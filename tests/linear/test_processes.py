@@ -441,6 +441,8 @@ class TestRefusals:
     def test_the_earlier_time_comes_first(self) -> None:
         with pytest.raises(ValueError, match=r"s = 0\.5, t = 0\.2 .*earlier time comes first"):
             CLD().transition(0.5, 0.2)
+        with pytest.raises(ValueError, match="s must not be later than t"):
+            CLD().transition_matrix(0.5, 0.2)
         with pytest.raises(ValueError, match="later"):
             CLD().transition(tensor([0.1, 0.5]), tensor([0.2, 0.4]))
 
