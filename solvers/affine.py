@@ -57,6 +57,6 @@ class AffineSolver(Solver):
         return combine(*terms), ()
 
     def stepper(self, z: Tensor, tables: Affine, score: ScoreAt, noise: NoiseSource) -> Stepper:
-        """`step` that writes states into two pieces of memory in turn."""
-        in_turn = CombineInTurn(z, 2)
+        """`step` that writes states into two pieces of memory in turn, and noise into one."""
+        in_turn, noise = CombineInTurn(z), noise.in_turn()
         return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)

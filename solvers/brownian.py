@@ -20,7 +20,7 @@ from cldsde.score import ReverseProcess
 from cldsde.score.checks import check_process
 
 from .base import PathDriven
-from .combine import Block, combine
+from .combine import combine
 from .noise import NoiseSource
 
 if TYPE_CHECKING:
@@ -146,8 +146,10 @@ class BrownianPath(NoiseSource):
         self._times: list[float] = given.tolist()
         self._top = self._build()
         # The latest pair of halves at each depth, with the key of what they are halves of: all that
-        # a walk along a grid comes back to.
-        self._pairs: dict[int, tuple[int, Tensor, Tensor]] = {}
+        # a walk along a grid comes back to. It takes the memory of the pair before: new memory of
+        # the size of images costs as much as the sums.
+        self._pairs: dict[int, tuple[int, Tensor]] = {}
+        self._scratch: tuple[Tensor, Tensor] | None = None
 
     def increment(self, s: float, t: float) -> Tensor:
         """ΔW over [s, t], ``(B, m, *D)``, for s < t; m is the number of columns of G.
@@ -181,7 +183,7 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         check_state(z, self._sde.components)
-        moved = apply_blocks(self._sde.transition(s, t).mean, z)
+        moved = apply_blocks(self._sde.transition_matrix(s, t), z)
         return moved + self.integral(s, t).to(z)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
@@ -249,9 +251,7 @@ class BrownianPath(NoiseSource):
         self._refine(sorted({at for interval in intervals for at in interval}))
         parts = [self._cover(self._top, s, t) for s, t in intervals]
         return [
-            _Reading(
-                nodes, [(block @ self._carried(node, t) @ _root(node)).tolist() for node in nodes]
-            )
+            _Reading(nodes, [block @ self._carried(node, t) @ _root(node) for node in nodes])
             for nodes, (_, t), block in zip(parts, intervals, blocks, strict=True)
         ]
 
@@ -283,8 +283,13 @@ class BrownianPath(NoiseSource):
                     assert node.children is not None
                     levels[-1] += node.children
         self._set_roots([node for level in levels for node in level if node.children is None])
-        for level in reversed(levels):
-            self._set_rotations([node for node in level if node.children is not None])
+        split = [
+            [node for node in level if node.children is not None] for level in reversed(levels)
+        ]
+        carried = self._carried_halves([node for level in split for node in level])
+        for level in split:
+            self._set_rotations(level, carried[: len(level)])
+            carried = carried[len(level) :]
         return top
 
     def _refine(self, stops: list[float]) -> None:
@@ -301,7 +306,7 @@ class BrownianPath(NoiseSource):
                 self._halve(node, inside[0] if deep else middle)
                 # One by one, as batches are rounded otherwise.
                 self._set_roots(list(node.children or ()))
-                self._set_rotations([node])
+                self._set_rotations([node], self._carried_halves([node]))
             frontier += [(child, inside) for child in node.children or ()]
 
     def _halve(self, node: _Node, split: float, middle: int | None = None) -> None:
@@ -331,22 +336,25 @@ class BrownianPath(NoiseSource):
         at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
         functional = torch.eye(self._columns, dtype=torch.float64).expand(*at.shape, -1, -1)
         if self._integrals:
-            psi = self._sde.transition(at, t.unsqueeze(1)).mean
+            psi = self._sde.transition_matrix(at, t.unsqueeze(1))
             functional = torch.cat([functional, psi @ self._sde.diffusion(at)], dim=-2)
         columns = (span * w).sqrt()[..., None, None] * functional
         for node, root in zip(nodes, joint_root(columns.movedim(1, 2).flatten(2)), strict=True):
             node.root = root
 
-    def _set_rotations(self, nodes: list[_Node]) -> None:
+    def _carried_halves(self, nodes: list[_Node]) -> Tensor:
+        """What the earlier halves of nodes contribute at the nodes' ends."""
+        split = torch.tensor([node.split for node in nodes], dtype=torch.float64)
+        return self._carry(split, torch.tensor([node.end for node in nodes], dtype=torch.float64))
+
+    def _set_rotations(self, nodes: list[_Node], carried: Tensor) -> None:
         """Rotations that split nodes, and their roots where none is known yet."""
         if not nodes:
             return
-        split = torch.tensor([node.split for node in nodes], dtype=torch.float64)
-        end = torch.tensor([node.end for node in nodes], dtype=torch.float64)
         halves = [child.root for node in nodes for child in node.children or ()]
         roots = torch.stack([root for root in halves if root is not None])
         earlier, later = roots[::2], roots[1::2]
-        joint = torch.cat([self._carry(split, end) @ earlier, later], dim=-1)
+        joint = torch.cat([carried @ earlier, later], dim=-1)
         # [M L₁, L₂] = [L, 0] Oᵀ
         rotation, upper = torch.linalg.qr(joint.mT, mode="complete")
         upper = upper[..., : self._size, :]
@@ -361,53 +369,82 @@ class BrownianPath(NoiseSource):
         """What (ΔW, I) up to s contribute to those up to t, ``(n, r, r)``."""
         carried = torch.eye(self._size, dtype=torch.float64).repeat(len(s), 1, 1)
         if self._integrals:
-            carried[:, self._columns :, self._columns :] = self._sde.transition(s, t).mean
+            carried[:, self._columns :, self._columns :] = self._sde.transition_matrix(s, t)
         return carried
 
     def _normals(self, node: _Node) -> Tensor:
-        """Normals of a node, ``(B, r, *D)``."""
-        depth = node.key.bit_length()
-        whole, *halves = self._pairs.get(depth, (-1,))
-        if whole == node.key >> 1:
-            return halves[node.key & 1]
-        parent = node.parent
-        if parent is None:
-            drawn = self._draw(node, node.end)
-            self._pairs[depth] = (0, drawn, drawn)
-            return drawn
-        above, fresh = self._normals(parent), self._draw(parent, parent.split)
-        assert parent.rotation is not None
-        size = self._size
-        left, right = parent.rotation[:, :size].tolist(), parent.rotation[:, size:].tolist()
-        both = combine((left, above), (right, fresh))
-        self._pairs[depth] = (parent.key, both[:, :size], both[:, size:])
-        return both[:, :size] if node.key % 2 == 0 else both[:, size:]
+        """Normals of a node, ``(r, N)`` for N numbers of a batch; they last until others are asked.
+
+        Those of a node's ancestors last longer.
+        """
+        depth, size = node.key.bit_length(), self._size
+        whole, both = self._pairs.get(depth, (-1, None))
+        if both is None or whole != node.key >> 1:
+            parent = node.parent
+            if parent is None:
+                both = self._draw(node, node.end).clone()
+            else:
+                above, fresh = self._normals(parent), self._draw(parent, parent.split)
+                assert parent.rotation is not None
+                both = _sum(parent.rotation.split(size, dim=1), (above, fresh), out=both)
+            self._pairs[depth] = (node.key >> 1, both)
+        return both[size:] if node.parent is not None and node.key % 2 else both[:size]
 
     def _draw(self, node: _Node, split: float) -> Tensor:
+        """Normals of a node's own, ``(r, N)``, which last until the next are drawn."""
         # Keyed, so that no order of asking matters; the split tells apart times met exactly.
         bits = int(np.float64(split).view(np.uint64))
         key = np.random.SeedSequence([self._seed, node.key, bits])
-        size = (self._shape[0], self._size, *self._shape[1:])
-        return _normals(key, size, self._dtype).to(self._device, self._dtype)
+        count = math.prod(self._shape)
+        if self._scratch is None:
+            precision = torch.promote_types(self._dtype, torch.float32)
+            scratch = torch.empty(2, 2, (self._size * count + 1) // 2, dtype=precision)
+            self._scratch = scratch[0], scratch[1]
+        drawn = _normals(key, *self._scratch)[: self._size * count]
+        return drawn.view(self._size, count).to(self._device, self._dtype)
 
 
-def _normals(key: np.random.SeedSequence, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Standard normals of a key, by Box and Muller: numpy's own take three times as long."""
-    half = (math.prod(size) + 1) // 2
-    bits = np.random.PCG64DXSM(key)
-    if dtype == torch.float64:
-        uniform = torch.from_numpy(np.random.Generator(bits).random((2, half)))
+def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Σ block · normals, ``(rows, N)``, in the normals' precision."""
+    like = normals[0]
+    if out is None:
+        out = like.new_empty(len(blocks[0]), like.shape[1])
+    # Many rows and columns are several times faster as a product, which may be told to round.
+    if (
+        like.device.type == "cpu"
+        and like.dtype in {torch.float32, torch.float64}
+        and torch.get_float32_matmul_precision() == "highest"
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        (block, *others), (first, *rest) = blocks, normals
+        torch.mm(block.to(like), first, out=out)
+        for block, x in zip(others, rest, strict=True):
+            out.addmm_(block.to(like), x)
+        return out
+    terms = [(block.tolist(), x.mT) for block, x in zip(blocks, normals, strict=True)]
+    return combine(*terms, out=out.mT).mT
+
+
+def _normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> Tensor:
+    """Standard normals of a key, by Box and Muller: numpy's own take three times as long.
+
+    Both are memory, ``(2, n)``, and the second is returned, flat.
+    """
+    bits, half = np.random.PCG64DXSM(key), uniform.shape[1]
+    unit = 1.0
+    if uniform.dtype == torch.float64:
+        np.random.Generator(bits).random(out=uniform.numpy())
     else:
         # 24 bits each, as numpy takes one by one, at twice the time.
         words = torch.from_numpy(bits.random_raw(half).view(np.int32)).view(2, half)
-        uniform = words.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)
+        uniform.copy_(words.bitwise_and_(2**24 - 1))
+        unit = 2.0**-24
     first, angle = uniform
-    radius = first.neg_().log1p_().mul_(-2).sqrt_()
-    angle.mul_(2 * math.pi)
-    normals = torch.empty(2, *angle.shape, dtype=angle.dtype)
+    radius = first.mul_(-unit).log1p_().mul_(-2).sqrt_()
+    angle.mul_(2 * math.pi * unit)
     torch.cos(angle, out=normals[0])
     torch.sin(angle, out=normals[1])
-    return normals.mul_(radius).flatten()[: math.prod(size)].reshape(size)
+    return normals.mul_(radius).flatten()
 
 
 def _root(node: _Node) -> Tensor:
@@ -420,25 +457,40 @@ class _Reading:
     """A linear functional of some nodes' normals."""
 
     nodes: list[_Node]
-    blocks: list[Block]
+    blocks: list[Tensor]
 
     def value(self, path: BrownianPath) -> Tensor:
-        # From the latest on, as solvers walk down in time and pairs are kept for who comes next.
-        normals = [path._normals(node) for node in reversed(self.nodes)]
-        return combine(*zip(self.blocks, reversed(normals), strict=True))
+        # From the latest on, as solvers walk down in time and pairs are kept for who comes next;
+        # one by one, because a pair takes the memory of the one before.
+        value: Tensor | None = None
+        for node, block in zip(reversed(self.nodes), reversed(self.blocks), strict=True):
+            part = _sum([block], [path._normals(node)])
+            value = part if value is None else value.add_(part)
+        assert value is not None
+        return value.view(len(value), *path._shape).transpose(0, 1)
 
 
 class _StepNoise(NoiseSource):
     """The normals of one solve, step by step."""
 
     def __init__(self, path: BrownianPath, readings: list[_Reading]) -> None:
-        self._path, self._readings = path, iter(readings)
+        self._path, self._readings = path, readings
+        self._coming = iter(readings)
+
+    def check(self, z: Tensor) -> None:
+        """Refuse states of other shape than the path's.
+
+        Raises
+        ------
+        ValueError
+            If they are.
+        """
+        rows = len(self._readings[0].blocks[0])
+        shape, (batch, *data) = (len(z), rows, *z.shape[2:]), self._path._shape
+        if shape != (batch, rows, *data):
+            msg = f"noise: the solver asks for shape {shape}; the path has {(batch, rows, *data)}"
+            raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Those of the next step."""
-        drawn = next(self._readings).value(self._path).to(z)
-        shape = (len(z), rows, *z.shape[2:])
-        if drawn.shape != shape:
-            msg = f"noise: the solver asks for shape {shape}; the path has {tuple(drawn.shape)}"
-            raise ValueError(msg)
-        return drawn
+        return next(self._coming).value(self._path).to(z)

@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "Combine",
     "CombineInTurn",
+    "add_to",
     "as_blocks",
     "batch_first",
     "combine",
@@ -70,12 +71,26 @@ def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
         rows = range(len(block))
         return torch.cat([_sum(_products(row, terms, columns), like) for row in rows], dim=1)
     out = _empty(len(block), like) if out is None else out
-    _write(_apart(out), terms, columns)
+    for row, total in enumerate(_apart(out)):
+        _sum(_products(row, terms, columns), total, out=total)
     return out
 
 
+def add_to(total: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
+    """``total`` + Σ block · tensor, in the memory of ``total`` where that is not differentiated.
+
+    What a step adds last, as its noise, need not be there while it holds what it adds first.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return total + combine(*terms)
+    columns = [column for _, tensor in terms for column in _apart(tensor)]
+    for row, part in enumerate(_apart(total)):
+        _add(part, _products(row, terms, columns))
+    return total
+
+
 class CombineInTurn:
-    """`combine` for a loop that keeps no old state: into a few pieces of memory, in turn.
+    """`combine` for a loop that keeps no old state: into two pieces of memory, in turn.
 
     Taking a tensor apart into its components takes as long as a sum of two of them where there are
     few numbers; here that of a state is done once.
@@ -83,32 +98,33 @@ class CombineInTurn:
     Parameters
     ----------
     first
-        A state whose memory is one of the pieces.
-    pieces
-        How many, at least two; a result lasts until ``pieces − 1`` others have been made.
+        A state whose memory is one of the pieces; a result lasts until two others have been made.
     """
 
-    def __init__(self, first: Tensor, pieces: int) -> None:
+    def __init__(self, first: Tensor) -> None:
         self._pieces = [(first, _apart(first))]
-        self._count, self._next = pieces, 1
+        self._last = 0
 
     def __call__(self, *terms: tuple[Block, Tensor]) -> Tensor:
         """Σ block · tensor over the component axis, as `combine` has it."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return combine(*terms)
-        if len(self._pieces) < self._count:
+        if len(self._pieces) == 1:
             piece = torch.empty_like(self._pieces[0][0])
             self._pieces.append((piece, _apart(piece)))
-        out, totals = self._pieces[self._next]
-        self._next = (self._next + 1) % self._count
-        _write(totals, terms, [column for _, tensor in terms for column in self._apart(tensor)])
+        self._last = 1 - self._last
+        out, totals = self._pieces[self._last]
+        columns: list[Tensor] = []
+        for _, tensor in terms:
+            for piece, known in self._pieces:
+                if tensor is piece:
+                    columns += known
+                    break
+            else:
+                columns += _apart(tensor)
+        for row, total in enumerate(totals):
+            _sum(_products(row, terms, columns), total, out=total)
         return out
-
-    def _apart(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        for piece, columns in self._pieces:
-            if tensor is piece:
-                return columns
-        return _apart(tensor)
 
 
 Combine = Callable[..., Tensor]
@@ -123,18 +139,13 @@ def _apart(tensor: Tensor) -> tuple[Tensor, ...]:
 _Product = tuple[float, Tensor]
 
 
-def _write(
-    totals: Sequence[Tensor], terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
-) -> None:
-    for row, total in enumerate(totals):
-        _sum(_products(row, terms, columns), total, out=total)
-
-
 def _products(
     row: int, terms: Sequence[tuple[Block, Tensor]], columns: Sequence[Tensor]
 ) -> list[_Product]:
     """What a row of all blocks adds up, without what is zero."""
-    coefficients = [number for block, _ in terms for number in block[row]]
+    coefficients: list[float] = []
+    for block, _ in terms:
+        coefficients += block[row]
     return [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
 
 
@@ -149,6 +160,10 @@ def _sum(products: list[_Product], like: Tensor, out: Tensor | None = None) -> T
     else:
         (_, column), (coefficient, other), *products = products
         total = torch.add(column, other, alpha=coefficient, out=out)
+    return _add(total, products)
+
+
+def _add(total: Tensor, products: Sequence[_Product]) -> Tensor:
     for coefficient, column in products:
         total.add_(column, alpha=coefficient)
     return total

@@ -239,6 +239,7 @@ def _step_through(
 ) -> _Run:
     if isinstance(noise, GridNoise):
         noise = noise.along(process, solver, grid)
+    noise.check(start)
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(process, grid)
     score = NumberedScore(process, torch.cat([asked, also_asked]), start)
@@ -260,15 +261,17 @@ def _step_through(
         else:
             z, memory = in_turn(held.pop(), memory, i)
         steps, at = i + 1, instants[i + 1]
-        if at in wanted:
-            last = steps == len(grid) - 1
-            # The memory of a state that is not the last may be used again.
-            saved.append((at, batch_first(z) if last else batch_first(z).clone()))
+        last = steps == len(grid) - 1
+        if at in wanted and not last:
+            saved.append((at, batch_first(z).clone()))  # the memory may be used again
         if callback is not None and callback(steps, at, batch_first(z)):
-            stopped = steps < len(grid) - 1
+            stopped = not last
             break
-    if saved and saved[-1][0] == at:
-        z = saved[-1][1]
+    # With it goes the memory that steps took in turn, before the state is copied.
+    del in_turn
+    z = batch_first(z)
+    if last and at in wanted:
+        saved.append((at, z))
     return _Run(
         state=z,
         t=torch.tensor([t for t, _ in saved], dtype=torch.float64),
@@ -314,6 +317,7 @@ def _integrate(
         ahead = torch.cat([ahead, grid[-1:]])
     if isinstance(noise, GridNoise):
         noise = noise.along(process, solver, grid)
+    noise.check(z)
     result = solver.integrate(
         process,
         z,

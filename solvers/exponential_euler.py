@@ -41,18 +41,20 @@ class ExponentialEuler(AffineSolver):
         nodes, weights = gauss_legendre(16)
         span = (start - end).unsqueeze(1)
         at = end.unsqueeze(1) + span * nodes
-        pulled = torch.linalg.solve(sde.transition(end.unsqueeze(1), at).mean, sde.diffusion(at))
+        pulled = torch.linalg.solve(sde.transition_matrix(end.unsqueeze(1), at), sde.diffusion(at))
         measure = (span * weights)[..., None, None]
         score = (measure * pulled @ sde.diffusion(at).mT).sum(1)
         columns = (measure.sqrt() * pulled).movedim(1, 2).flatten(2)
         return Affine(
-            as_blocks(torch.linalg.inv(sde.transition(end, start).mean)),
+            as_blocks(torch.linalg.inv(sde.transition_matrix(end, start))),
             as_blocks(score[..., list(sde.driven)]),
             as_blocks(joint_root(columns)),
         )
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """∫Ψ(u, τ) G dw = Ψ(t, u)⁻¹ I over each step."""
-        root = torch.tensor(self.prepare(process, times).noise, dtype=torch.float64)
-        back = torch.linalg.inv(process.sde.transition(times[1:], times[:-1]).mean)
+        blocks = self.prepare(process, times)
+        root, back = (
+            torch.tensor(part, dtype=torch.float64) for part in (blocks.noise, blocks.state)
+        )
         return PathNoise.integrals(root, back)

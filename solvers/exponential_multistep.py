@@ -16,13 +16,13 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, Memory, ScoreAt, Solver
-from .combine import Block, as_blocks, combine
+from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
-_STEPS = 100  # whose moves are found at a time, which takes tens of megabytes
+_STEPS = 25  # whose moves are found at a time, which takes some ten megabytes
 
 
 class _Tables(NamedTuple):
@@ -204,17 +204,21 @@ class ExponentialMultistep(Solver):
             z = combine(*_weighted(tables.corrector[i - 1], predictions)).add_(carried)
         else:
             predictions += memory
-        terms = [(tables.move[i], z)]
-        columns = len(tables.noise[i][0])
-        if columns:
-            terms.append((tables.noise[i], noise.normal(z, columns)))
         kept = predictions[: self.order if self.corrector else self.order - 1]
         weighted = _weighted(tables.weights[i], predictions)
-        if not self._mends(i + 1):
-            return combine(*terms, *weighted), tuple(kept)
-        # Kept apart from the predictions, of which there is one more when the step is mended.
-        carried = combine(*terms)
-        return combine(*weighted).add_(carried), (*kept, carried)
+        if self._mends(i + 1):
+            # Kept apart from the predictions, of which there is one more when the step is mended.
+            carried = self._draw(combine((tables.move[i], z)), tables, i, noise)
+            return combine(*weighted).add_(carried), (*kept, carried)
+        out = combine((tables.move[i], z), *weighted)
+        # Let go of, and noise drawn when it is its turn, so that no state more is held at a time.
+        del z, weighted, predictions
+        return self._draw(out, tables, i, noise), tuple(kept)
+
+    def _draw(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
+        """Add the noise of a step."""
+        columns = len(tables.noise[i][0])
+        return add_to(z, (tables.noise[i], noise.normal(z, columns))) if columns else z
 
     def _mends(self, i: int) -> bool:
         """Whether the step that led to time i is corrected: for order 3, at least the first."""
@@ -343,7 +347,7 @@ class _NoisePrediction:
         for state in flow:
             roots.append(state @ roots[-1])
         self.root = torch.stack(roots)
-        self.move = torch.linalg.inv(sde.transition(end, start).mean)
+        self.move = torch.linalg.inv(sde.transition_matrix(end, start))
         self.noise = self.move[..., :0]
         self.total = self.root[1:] - self.move @ self.root[:-1]
         stops = torch.cat([start.unsqueeze(1), self.nodes], dim=1)
@@ -351,7 +355,7 @@ class _NoisePrediction:
         for piece in _pieces(sde, stops, torch.zeros_like(start)):
             within.append(piece @ within[-1])
         root = torch.stack(within[1:], dim=1)
-        back = torch.linalg.inv(sde.transition(end.unsqueeze(1), self.nodes).mean)
+        back = torch.linalg.inv(sde.transition_matrix(end.unsqueeze(1), self.nodes))
         G = sde.diffusion(self.nodes)
         pull = torch.linalg.solve(root, G @ G.mT).mT
         self.slope = 0.5 * weights[..., None, None] * (back @ pull)

@@ -37,6 +37,23 @@ class NoiseSource(ABC):
         The state is that of now: what is kept of it is to be cloned.
         """
 
+    def check(self, z: Tensor) -> None:
+        """Refuse states for which there are no normals, before a score is asked for.
+
+        Raises
+        ------
+        ValueError
+            If the states do not fit.
+        """
+        return
+
+    def in_turn(self) -> NoiseSource:
+        """The same draws for one solve in which none is needed once the next is asked for.
+
+        A source that makes its draws anew may take one piece of memory for all of them.
+        """
+        return self
+
 
 @runtime_checkable
 class GridNoise(Protocol):
@@ -74,6 +91,29 @@ class FreshNoise(NoiseSource):
         shape = (batch, 1, *data) if rows == 1 else (rows, batch, *data)
         drawn = standard_normal(shape, generator=self.generator, dtype=z.dtype, device=z.device)
         return drawn if rows == 1 else drawn.transpose(0, 1)
+
+    def in_turn(self) -> NoiseSource:
+        """Into the memory of the first draw."""
+        return _NoiseInTurn(self.generator) if type(self) is FreshNoise else self
+
+
+class _NoiseInTurn(FreshNoise):
+    """`FreshNoise` in one piece of memory: a new one of an image's size costs a third of a draw."""
+
+    _memory: Tensor | None = None
+    _drawn: Tensor
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Draw ``(B, rows, *D)``, which lasts until the next draw."""
+        memory = self._memory
+        if memory is None or self._drawn.shape[1] != rows:
+            self._drawn = super().normal(z, rows)
+            # What a generator of another device draws is moved, to memory that is new.
+            if self.generator is None or self.generator.device == z.device:
+                self._memory = self._drawn if rows == 1 else self._drawn.transpose(0, 1)
+            return self._drawn
+        memory.normal_(generator=self.generator)
+        return self._drawn
 
 
 class RecordedNoise(NoiseSource):
@@ -166,6 +206,18 @@ class SampleNoise(NoiseSource):
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
         return apply_blocks(sde.prior.root, self.normal(like, sde.components))
 
+    def check(self, z: Tensor) -> None:
+        """Refuse a batch that is not of one sample a seed.
+
+        Raises
+        ------
+        ValueError
+            If it is not.
+        """
+        if len(z) != len(self.seeds):
+            msg = f"noise: there are {len(self.seeds)} seeds for a batch of {len(z)} samples"
+            raise ValueError(msg)
+
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Draw ``(B, rows, *D)``.
 
@@ -174,9 +226,7 @@ class SampleNoise(NoiseSource):
         ValueError
             If the batch is not of one sample a seed.
         """
-        if len(z) != len(self.seeds):
-            msg = f"noise: there are {len(self.seeds)} seeds for a batch of {len(z)} samples"
-            raise ValueError(msg)
+        self.check(z)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
         numbers = torch.empty(len(z), wanted)

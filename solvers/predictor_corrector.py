@@ -71,16 +71,16 @@ class Langevin:
         self, z: Tensor, driven: tuple[int, ...], scale: float, s: Tensor, xi: Tensor
     ) -> Tensor:
         """One step from a state, with the score and normals ``(B, len(driven), *D)``."""
-        sizes = [x.flatten(1).norm(dim=1) for x in (xi, s)]
+        sizes = [torch.linalg.vector_norm(x, dim=list(range(1, x.ndim))) for x in (xi, s)]
         if self.norm == "batch":
             sizes = [size.mean().expand(len(z)) for size in sizes]
         # Where there is next to no score there is no scale for the step; it stays finite.
         ratio = sizes[0] / sizes[1].clamp_min(1e-6 * sizes[0])
-        eta = (2 * scale * (self.snr * ratio).square()).reshape(-1, *(1,) * (z.ndim - 1))
-        move = eta * s + (2 * eta).sqrt() * xi
+        eta = (2 * scale * (self.snr * ratio).square()).reshape(-1, *(1,) * (z.ndim - 2))
+        spread = (2 * eta).sqrt()
         out = z.clone()
         for row, component in enumerate(driven):
-            out[:, component] += move[:, row]
+            out[:, component].addcmul_(eta, s[:, row]).addcmul_(spread, xi[:, row])
         return out
 
 
@@ -140,7 +140,7 @@ class PredictorCorrector(Solver):
         sde = process.sde
         scale = torch.ones(len(times) - 1, dtype=torch.float64)
         if sde.components == 1:
-            scale = sde.transition(times[1:], times[:-1]).mean.square().flatten()
+            scale = sde.transition_matrix(times[1:], times[:-1]).square().flatten()
         predictor = self.predictor.prepare(process, times)
         asked = len(self.predictor.evaluation_times(process, times))
         if asked % (len(times) - 1):
@@ -169,6 +169,7 @@ class PredictorCorrector(Solver):
             s = score(z, first + k)
             xi = noise.normal(z, len(tables.driven))
             z = self.corrector.correct(z, tables.driven, tables.scale[i], s, xi)
+            del s, xi
         first += self.corrector.steps - i * inner
         return self.predictor.step(
             z, memory, tables.predictor, i, lambda z, j: score(z, first + j), noise

@@ -13,7 +13,7 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .base import Facts, Memory, ScoreAt, Solver, Stepper
-from .combine import Block, Combine, CombineInTurn, as_blocks, combine
+from .combine import Block, Combine, CombineInTurn, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["SSCS"]
@@ -189,19 +189,30 @@ class SSCS(Solver):
         if i == 0 or not self.merge:
             mean, root = tables.opening
             z = combine((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
-        at, count = z, len(tables.stages)
-        for number, stage in enumerate(tables.stages):
-            terms = [(stage.state[i], at), (stage.score[i], score(at, i * count + number))]
-            if number:
-                terms.append((stage.base[i], z))
-            if number == count - 1:
-                terms.append((tables.root[i], noise.normal(z, z.shape[1])))
-            at = combine(*terms)
-        return at, ()
+        first, *second = tables.stages
+        asked = i * len(tables.stages)
+        terms = [(first.state[i], z), (first.score[i], score(z, asked))]
+        if not second:
+            return combine(*terms, (tables.root[i], noise.normal(z, z.shape[1]))), ()
+        at = combine(*terms)
+        del terms
+        [stage] = second
+        terms = [(stage.state[i], at), (stage.score[i], score(at, asked + 1)), (stage.base[i], z)]
+        out = combine(*terms)
+        # Let go of, and noise drawn when it is its turn, so that three states are held at a time.
+        del z, at, terms
+        return add_to(out, (tables.root[i], noise.normal(out, out.shape[1]))), ()
 
-    def stepper(self, z: Tensor, tables: _Tables, score: ScoreAt, noise: NoiseSource) -> Stepper:
-        """`step` that writes states and stages into few pieces of memory in turn."""
-        in_turn = CombineInTurn(z, len(tables.stages) + 1)
+    def stepper(
+        self, z: Tensor, tables: _Tables, score: ScoreAt, noise: NoiseSource
+    ) -> Stepper | None:
+        """`step` that writes states into two pieces of memory in turn, and noise into one.
+
+        Not with two stages, which would hold four.
+        """
+        if len(tables.stages) > 1:
+            return None
+        in_turn, noise = CombineInTurn(z), noise.in_turn()
         return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)
 
 

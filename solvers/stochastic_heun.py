@@ -12,22 +12,21 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .base import Facts, Memory, PathNoise, ScoreAt, Solver
-from .combine import Block, as_blocks, combine
+from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["StochasticHeun"]
 
 
 class _Tables(NamedTuple):
-    """Blocks of each step's Euler step and of the mean that follows it, by what they multiply."""
+    """Blocks of each step's drift at its start, of its noise and of half the drift at its end."""
 
     state: list[Block]
     score: list[Block]
     noise: list[Block]
-    half_state: Block
-    half_noise: list[Block]
-    half_guess: list[Block]
-    half_score: list[Block]
+    after: list[Block]  # of the guess, with the guess itself
+    after_score: list[Block]
+    minus_half: Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class StochasticHeun(Solver):
         \tilde z = z + h\,d(z, t) + N, \qquad
         z ← z + \tfrac h2 [d(z, t) + d(\tilde z, t−h)] + N, \qquad d = −F z + G G^⊤ s,
 
-    with N of the covariance ∫GGᵀ over the step. The second is the mean of z + N and of the first
-    after a drift of its own. Two score evaluations a step, weak order 2, strong order 1.
+    with N of the covariance ∫GGᵀ over the step; the second is z̃ with half of its drift replaced by
+    that at its end. Two score evaluations a step, weak order 2, strong order 1.
     """
 
     @property
@@ -55,13 +54,12 @@ class StochasticHeun(Solver):
         noise = sde.noise_root(end, start)
         (state, score), (end_state, end_score) = _drift(sde, start, h), _drift(sde, end, h)
         return _Tables(
-            as_blocks(eye + state),
+            as_blocks(state),
             as_blocks(score),
             as_blocks(noise),
-            half_state=(0.5 * eye).tolist(),
-            half_noise=as_blocks(0.5 * noise),
-            half_guess=as_blocks(0.5 * (eye + end_state)),
-            half_score=as_blocks(0.5 * end_score),
+            as_blocks(eye + 0.5 * end_state),
+            as_blocks(0.5 * end_score),
+            (-0.5 * eye).tolist(),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -72,16 +70,14 @@ class StochasticHeun(Solver):
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """One step."""
-        xi = noise.normal(z, len(tables.noise[i][0]))
-        guess = combine(
-            (tables.state[i], z), (tables.score[i], score(z, 2 * i)), (tables.noise[i], xi)
-        )
+        drift = combine((tables.state[i], z), (tables.score[i], score(z, 2 * i)))
+        guess = z + drift
+        # Let go of, and noise drawn when it is its turn, so that three states are held at a time.
+        del z
+        guess = add_to(guess, (tables.noise[i], noise.normal(guess, len(tables.noise[i][0]))))
         after = score(guess, 2 * i + 1)
         return combine(
-            (tables.half_guess[i], guess),
-            (tables.half_score[i], after),
-            (tables.half_state, z),
-            (tables.half_noise[i], xi),
+            (tables.after[i], guess), (tables.after_score[i], after), (tables.minus_half, drift)
         ), ()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:

@@ -176,13 +176,13 @@ class Draws:
         def watched(path: BrownianPath, *args: Any) -> torch.Tensor:
             normals = draw(path, *args)
             self.calls += 1
-            rows = normals.shape[1]
+            rows, numbers = normals.shape
             first = self.seen.setdefault(normals.numpy().tobytes(), rows * len(self.seen))
             if not units:
                 return normals
-            assert first + rows <= len(normals), "more normals than samples"
+            assert first + rows <= numbers, "more normals than samples"
             unit = torch.zeros_like(normals)
-            unit[range(first, first + rows), range(rows)] = 1.0
+            unit[range(rows), range(first, first + rows)] = 1.0
             return unit
 
         patch.setattr(BrownianPath, "_draw", watched)

@@ -38,6 +38,38 @@ every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fresh_normals_in_turn_are_those_of_new_memory(rows: int) -> None:
+    z = torch.zeros(7, 2, 3, 5)
+    alone = solvers.FreshNoise(torch.Generator().manual_seed(0))
+    in_turn = solvers.FreshNoise(torch.Generator().manual_seed(0)).in_turn()
+    places = set()
+    for _ in range(3):
+        drawn = in_turn.normal(z, rows)
+        assert torch.equal(drawn, alone.normal(z, rows))
+        places.add(drawn.data_ptr())
+    assert len(places) == 1
+
+
+def test_sources_with_draws_of_their_own_keep_them_in_turn() -> None:
+    class Halved(solvers.FreshNoise):
+        def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
+            return super().normal(z, rows) / 2
+
+    source = Halved()
+    assert source.in_turn() is source
+
+
+def test_a_batch_of_another_size_is_refused_before_a_score_is_asked_for() -> None:
+    def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        pytest.fail("the score was asked")
+
+    process, z = ReverseProcess(CLD(), untouchable), torch.zeros(3, 2, 2)
+    for solver in SOLVERS.values():
+        with pytest.raises(ValueError, match="there are 7 seeds for a batch of 3 samples"):
+            solvers.solve(process, solver, z, GRID, noise=SampleNoise(SEEDS))
+
+
 def elementwise(sde: LinearSDE) -> Any:
     driven = list(sde.driven)
     return lambda z, t: -(z[:, driven] + 0.1 * z[:, driven].sin())
