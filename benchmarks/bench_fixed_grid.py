@@ -6,7 +6,6 @@ noise, arithmetic and bookkeeping.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 import by_hand as loops
 from by_hand import BETA, FRICTION, INVERSE_MASS
+from by_torchsde import EulerMaruyama
 from cldsde import CLD, ReverseProcess, solvers
 from problems import VelocityScore, gaussian, ring
 
@@ -48,51 +48,6 @@ class Untabulated:
 
     def __call__(self, z, t):
         return z[:, 1:]
-
-
-class ByTorchSDE:
-    """The reverse SDE in torchsde's clock and layout, (B·D, 2), with all that can be tabulated."""
-
-    noise_type, sde_type = "additive", "ito"
-
-    def __init__(self, score, state):
-        self.score, self.state = score, state
-        self.shape = (len(state), *state.shape[2:], 2)
-        self.h = float(TIMES[0] - TIMES[1])
-        self.y0 = state.movedim(1, -1).reshape(-1, 2)
-        root = torch.tensor([[0.0], [math.sqrt(2 * FRICTION * BETA)]])
-        self.root = root.expand(len(self.y0), 2, 1)
-
-    def f(self, s, y):
-        x, v = y[:, 0], y[:, 1]
-        z = y.reshape(self.shape).movedim(-1, 1)
-        # torchsde adds up its steps, and may take a 1,001st.
-        i = min(round((float(s) + 1) / self.h), STEPS - 1)
-        pull = self.table(z, i).reshape(-1)
-        drift = BETA * x + BETA * FRICTION * INVERSE_MASS * v
-        return torch.stack(
-            [-BETA * INVERSE_MASS * v, drift.add_(pull, alpha=2 * FRICTION * BETA)], dim=1
-        )
-
-    def g(self, s, y):
-        return self.root
-
-    def g_prod(self, s, y, noise):
-        return self.root[:, :, 0] * noise
-
-    def f_and_g_prod(self, s, y, noise):
-        return self.f(s, y), self.g_prod(s, y, noise)
-
-    @torch.no_grad()
-    def run(self, *, informed):
-        import torchsde
-
-        self.table = self.score.tabulate(TIMES[:-1], self.state)
-        ends = torch.tensor([-float(TIMES[0]), -float(TIMES[-1])], dtype=torch.float64)
-        bm = None  # torchsde's default
-        if informed:
-            bm = torchsde.BrownianInterval(ends[0], ends[1], size=(len(self.y0), 1), dt=self.h)
-        return torchsde.sdeint(self, self.y0, ends, bm=bm, dt=self.h, method="euler")
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -130,7 +85,7 @@ def test_sscs_against_euler_maruyama(race):
 @pytest.mark.parametrize("name", ["Gaussian", "free"])
 def test_euler_maruyama_against_torchsde(race, name):
     state, score = start(BATCH, DIMENSION), SCORES[name]
-    form = ByTorchSDE(score, state)
+    form = EulerMaruyama(score, state, TIMES)
     race(
         f"Euler–Maruyama against torchsde, {BATCH} × 2 × {DIMENSION}, score: {name}",
         {
@@ -193,14 +148,14 @@ def test_steps_of_images_against_their_normals(race, name, rows):
     steps, shape = 200, (3, 32, 32)
     state, times = start(16, *shape), solvers.uniform_times(SDE.T, 1e-3, steps)
     generator = torch.Generator().manual_seed(1)
+
+    def draw():
+        for _ in range(steps):
+            torch.randn(16, rows, *shape, generator=generator)
+
     race(
         f"{name}, 16 × 2 × 3 × 32 × 32, score: free",
-        {
-            "cldsde": ours(SCORES["free"], getattr(solvers, name)(), state, times),
-            "normals": lambda: [
-                torch.randn(16, rows, *shape, generator=generator) for _ in range(steps)
-            ],
-        },
+        {"cldsde": ours(SCORES["free"], getattr(solvers, name)(), state, times), "normals": draw},
         at_most={"normals": 1.5},
         unit="step",
         units=steps,

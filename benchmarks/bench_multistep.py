@@ -23,28 +23,44 @@ class NoNoise:
         return lambda z, i: z.neg()
 
 
+# Of the same coefficients: tests hold ours to diffusers'.
+RIVALS = {
+    "DPM-Solver++(2M), ODE": (
+        {"weights": "published"},
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++"},
+    ),
+    "DPM-Solver++(2M), SDE": (
+        {"weights": "published", "stochasticity": 1.0},
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "UniPC-2": ({"weights": "published", "corrector": True}, "UniPCMultistepScheduler", {}),
+    # tAB-DEIS in time: diffusers' is in the log of the noise, which is as much work.
+    "DEIS-2": ({"prediction": "noise"}, "DEISMultistepScheduler", {}),
+}
+
+
 @pytest.mark.parametrize("batch", [1, 16])
-@pytest.mark.parametrize("noisy", [False, True], ids=["ODE", "SDE"])
-def test_dpm_solver_2m(race, batch, noisy):
+@pytest.mark.parametrize("name", RIVALS)
+def test_multistep(race, batch, name):
     diffusers = pytest.importorskip("diffusers")
+    options, kind, settings = RIVALS[name]
     start = torch.randn(batch, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    solver = solvers.ExponentialMultistep(
-        order=2, stochasticity=float(noisy), variable="log_snr", weights="published"
-    )
+    solver = solvers.ExponentialMultistep(order=2, variable="log_snr", **options)
     process, times = ReverseProcess(SDE, NoNoise()), solvers.root_times(SDE.T, 1e-3, STEPS)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        algorithm_type="sde-dpmsolver++" if noisy else "dpmsolver++"
-    )
+    scheduler = getattr(diffusers, kind)(solver_order=2, **settings)
+    noise = {"generator": generator} if name.endswith("SDE") else {}
 
     def by_diffusers():
         scheduler.set_timesteps(STEPS)
         x = start[:, 0]
         for t in scheduler.timesteps:
-            x = scheduler.step(x.neg(), t, x, generator=generator).prev_sample
+            x = scheduler.step(x.neg(), t, x, **noise).prev_sample
 
     race(
-        f"DPM-Solver++(2M), {'SDE' if noisy else 'ODE'}, {batch} × 3 × 32 × 32, score: free",
+        f"{name}, {batch} × 3 × 32 × 32, score: free",
         {
             "cldsde": partial(solvers.solve, process, solver, start, times, generator=generator),
             "diffusers": by_diffusers,

@@ -39,9 +39,17 @@ def results(raw: dict[str, Any]) -> dict[str, Any]:
             "torch": machine["torch"],
             "date": raw["datetime"][:10],
         },
+        "commit": commit(raw),
         "versions": versions(),
         "races": [rounded(race) for race in races(raw)],
     }
+
+
+def commit(raw: dict[str, Any]) -> str:
+    """What was measured, in git's words."""
+    info = raw["commit_info"]
+    changed = " and what was changed since" if info.get("dirty") else ""
+    return f"{info['id'][:12]}{changed}" if info.get("id") else "unknown"
 
 
 def races(raw: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,7 +73,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "; ".join(f"{what}: {machine[what]}" for what in described),
         "",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        + f"; commit {found['commit']}",
         "",
         "| race | who | time | first / this | target |",
         "| --- | --- | ---: | ---: | --- |",
