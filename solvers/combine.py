@@ -81,11 +81,14 @@ def add_to(total: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
 
     What a step adds last, as its noise, need not be there while it holds what it adds first.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return total + combine(*terms)
     columns = [column for _, tensor in terms for column in _apart(tensor)]
-    for row, part in enumerate(_apart(total)):
-        _add(part, _products(row, terms, columns))
+    rows = [_products(row, terms, columns) for row in range(total.shape[1])]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat(
+            [_add(x.clone(), row) for x, row in zip(_apart(total), rows, strict=True)], dim=1
+        )
+    for x, row in zip(_apart(total), rows, strict=True):
+        _add(x, row)
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -248,8 +249,7 @@ class ExponentialMultistep(Solver):
     ) -> list[list[Block]]:
         """Weights of the predictions at times i + offset, i + offset − 1, … for each step i."""
         n = len(times) - 1
-        nodes = kernel.nodes  # (n, q)
-        x, at = position(times), position(nodes)
+        x = position(times)
         blocks: list[list[Block]] = []
         # Steps with a full history at once, those of the first steps one by one.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
@@ -257,16 +257,18 @@ class ExponentialMultistep(Solver):
             steps = torch.tensor([i for i in range(n) if counts[i] == count])
             back = steps.unsqueeze(1) + offset - torch.arange(count)
             points = x[back]  # (steps, count)
-            total, slope = kernel.total[steps], kernel.slope[steps]
-            if self.weights == "published" and count == 2:
+            total = kernel.total[steps]
+            if count == 1:
+                parts = [total]
+            elif self.weights == "published" and count == 2:
                 # The difference quotient of two predictions times half the step; a corrector's
                 # two points are the step's ends.
                 H, spacing = x[steps + 1] - x[steps], points[:, 0] - points[:, 1]
                 half = (H / (2 * spacing))[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
-                basis = _lagrange(points, at[steps])  # (steps, q, count)
-                parts = list(torch.einsum("nqj,nqkm->jnkm", basis, slope))
+                basis = _lagrange(points, position(kernel.nodes[steps]))  # (steps, q, count)
+                parts = list(torch.einsum("nqj,nqkm->jnkm", basis, kernel.slope[steps]))
                 # The weights of a constant are known without quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
             rows = [as_blocks(part) for part in parts]
@@ -314,17 +316,23 @@ def _pieces(sde: LinearSDE, stops: Tensor, levels: Tensor) -> tuple[Tensor, ...]
 
 
 class _DataPrediction:
-    """Φ_λ, the noise, and the density of the weights of x̂₀ along each step."""
+    """Φ_λ, the noise, and the weights of x̂₀ over each step, whole and along it."""
 
     def __init__(self, sde: LinearSDE, times: Tensor, levels: Tensor) -> None:
         start, end = times[:-1], times[1:]
-        self.nodes, weights = _step_nodes(times)
+        self._sde, self._end, self._levels = sde, end, levels
+        self.nodes, self._weights = _step_nodes(times)
         step = sde.posterior(end, start, stochasticity=levels)
         self.move = step.state
         drawn = bool((levels > 0).any())
         self.noise = step.root if drawn else step.root[..., :0]
         self.total = step.initial[..., :1]
-        stops = torch.cat([self.nodes, end.unsqueeze(1)], dim=1)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """Density of the weights at the nodes."""
+        sde, levels = self._sde, self._levels
+        stops = torch.cat([self.nodes, self._end.unsqueeze(1)], dim=1)
         to_end = [torch.eye(sde.components, dtype=torch.float64)]
         for piece in reversed(_pieces(sde, stops, levels)):
             to_end.append(to_end[-1] @ piece)
@@ -332,16 +340,17 @@ class _DataPrediction:
         law, G = sde.marginal(self.nodes), sde.diffusion(self.nodes)
         whitening = triangular_inverse(law.root)
         pull = G @ (G.mT @ whitening.mT) @ (whitening @ law.mean[..., :1])
-        factor = -0.5 * (1 + levels.square())[:, None] * weights
-        self.slope = factor[..., None, None] * (inner @ pull)
+        factor = -0.5 * (1 + levels.square())[:, None] * self._weights
+        return factor[..., None, None] * (inner @ pull)
 
 
 class _NoisePrediction:
-    """Ψ(u, t) and the density of the weights of n = −Rᵀs along each step."""
+    """Ψ(u, t) and the weights of n = −Rᵀs over each step, whole and along it."""
 
     def __init__(self, sde: LinearSDE, times: Tensor) -> None:
         start, end = times[:-1], times[1:]
-        self.nodes, weights = _step_nodes(times)
+        self._sde, self._start, self._end = sde, start, end
+        self.nodes, self._weights = _step_nodes(times)
         flow = sde.posterior(end, start, stochasticity=0.0).state
         roots = [sde.marginal(times[0]).root]
         for state in flow:
@@ -350,12 +359,17 @@ class _NoisePrediction:
         self.move = torch.linalg.inv(sde.transition_matrix(end, start))
         self.noise = self.move[..., :0]
         self.total = self.root[1:] - self.move @ self.root[:-1]
-        stops = torch.cat([start.unsqueeze(1), self.nodes], dim=1)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """Density of the weights at the nodes."""
+        sde, end = self._sde, self._end.unsqueeze(1)
+        stops = torch.cat([self._start.unsqueeze(1), self.nodes], dim=1)
         within = [self.root[:-1]]
-        for piece in _pieces(sde, stops, torch.zeros_like(start)):
+        for piece in _pieces(sde, stops, torch.zeros_like(self._start)):
             within.append(piece @ within[-1])
         root = torch.stack(within[1:], dim=1)
-        back = torch.linalg.inv(sde.transition_matrix(end.unsqueeze(1), self.nodes))
+        back = torch.linalg.inv(sde.transition_matrix(end, self.nodes))
         G = sde.diffusion(self.nodes)
         pull = torch.linalg.solve(root, G @ G.mT).mT
-        self.slope = 0.5 * weights[..., None, None] * (back @ pull)
+        return 0.5 * self._weights[..., None, None] * (back @ pull)
