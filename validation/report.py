@@ -73,7 +73,7 @@ class Report:
         part.replace(file)
 
     def to_text(self) -> str:
-        """A line for each solver and kind of order, for the terminal."""
+        """A line for each solver and kind of order, and how many pass, for the terminal."""
         rows = [("", "declared", "measured", "on", "verdict")]
         summary = summarise(self.checks)
         for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
@@ -97,7 +97,11 @@ class Report:
             ]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        passed = [name for name, verdict in summary.items() if verdict is Verdict.PASS]
+        closing = f"{len(passed)} of {len(summary)} hold what they declare"
+        if not self.complete:
+            closing += ", of what was measured before the interruption"
+        return "\n".join([*(line.rstrip() for line in lines), "", f"{closing}."])
 
     def summary(self) -> dict[str, Verdict]:
         """A verdict for each solver that was measured and for the kernels."""

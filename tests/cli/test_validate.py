@@ -129,6 +129,7 @@ def test_a_solver_of_ones_own_is_found_where_the_user_stands(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "my_solver:CentredEuler: weak order" in result.stdout
+    assert result.stdout.endswith("\n2 of 2 hold what they declare.\n")
     report = read(tmp_path / "report.json")
     assert report["summary"] == {"my_solver:CentredEuler": "PASS", "euler-maruyama": "PASS"}
     assert report["complete"] is True

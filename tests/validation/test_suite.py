@@ -1016,7 +1016,8 @@ def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkey
 
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
-    lines = Report(diverse()).to_text().splitlines()
+    *lines, blank, closing = Report(diverse()).to_text().splitlines()
+    assert (blank, closing) == ("", "2 of 6 hold what they declare.")
     assert lines[0].split() == ["declared", "measured", "on", "verdict"]
     heads = [line.split("  ")[0] for line in lines[1:]]
     assert heads == [
@@ -1038,7 +1039,9 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     assert "1 FAIL" in text["second: weak order"]
     assert "1 INCONCLUSIVE" in text["third: weak order"]
     assert "0.25" in text["third: error at 100 steps"]
-    assert Report(()).to_text().split() == ["declared", "measured", "on", "verdict"]
+    header, _, closing = Report(()).to_text().splitlines()
+    assert header.split() == ["declared", "measured", "on", "verdict"]
+    assert closing == "0 of 0 hold what they declare."
 
 
 def test_failures_are_named_with_their_message():
