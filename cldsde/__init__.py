@@ -6,6 +6,14 @@ scores and the reverse process (`cldsde.score`), solvers (`cldsde.solvers`) with
 """
 
 from importlib.metadata import version
+from importlib.util import find_spec
+
+if find_spec("cldsde.solvers") is None:
+    msg = (
+        f"cldsde is imported from {__path__[0]}, a part of its source: start Python in another "
+        "folder, or install the source with pip install -e ."
+    )
+    raise ImportError(msg)
 
 from cldsde import linear, score, solvers, validation
 from cldsde.linear import (

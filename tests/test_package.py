@@ -69,6 +69,17 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def test_a_source_folder_without_its_solvers_says_so(tmp_path):
+    """As when Python starts in a clone that was installed, but not as editable."""
+    (tmp_path / "cldsde").mkdir()
+    source = Path(cldsde.__file__).read_text(encoding="utf-8")
+    (tmp_path / "cldsde" / "__init__.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-S", "-m", "cldsde"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"cldsde is imported from {tmp_path / 'cldsde'}, a part of its source" in result.stderr
+
+
 def test_ci_calls_the_readme_test_command():
     command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox"))
     assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
