@@ -8,26 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from cldsde import CLD, VPSDE, MixedScore
 from cldsde.images.networks import UNet, parameter_count
 from cldsde.score import PerturbedData, TimeSampler
+from problems import Nothing
 
 SHAPE, BATCH = (1, 16, 16), 64
 PROCESSES = {"VP": VPSDE(), "CLD": CLD()}
-
-
-class Nothing(nn.Module):
-    """The driven part of the state, times a parameter."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs, self.scale = outputs, nn.Parameter(torch.zeros(()))
-
-    def forward(self, z, clock):
-        del clock
-        return self.scale * z[:, -self.outputs :]
 
 
 def make_step(sde, network):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde import GaussianMixture
 
-__all__ = ["VelocityScore", "gaussian", "ring"]
+__all__ = ["Nothing", "VelocityScore", "gaussian", "ring"]
 
 
 def gaussian() -> GaussianMixture:
@@ -32,3 +32,15 @@ class VelocityScore:
 
     def tabulate(self, times: Tensor, like: Tensor) -> VelocityScore:
         return self
+
+
+class Nothing(nn.Module):
+    """A network of images that does nothing: the driven part of the state, times a parameter."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs, self.scale = outputs, nn.Parameter(torch.zeros(()))
+
+    def forward(self, z: Tensor, clock: Tensor) -> Tensor:
+        del clock
+        return self.scale * z[:, -self.outputs :]

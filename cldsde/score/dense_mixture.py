@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class _Line:
     def __init__(self, parts: Tensor, offset: Tensor, like: Tensor, *, side_by_side: bool) -> None:
         parts, offset = parts.movedim(1, 0).mT.to(like), offset.squeeze(-1).to(like)
         components, times, dimension, wide = parts.shape
-        self._alone = _by_time(offset, parts)
+        self._law = offset, parts
         self._shape = wide // dimension, dimension
         # To look whether a sum is finite would hold up another device.
         several = side_by_side and like.device.type == "cpu"
@@ -134,15 +135,27 @@ class _Line:
             self._together = _by_time(offset.repeat(1, count), blocks)
             self._columns = _Columns(count * dimension)
 
+    @cached_property
+    def _alone(self) -> list[_Row]:
+        """Taken apart when it is asked for, which few tables are whose samples share products."""
+        return _by_time(*self._law)
+
     def __call__(self, z: Tensor, i: int) -> Tensor:
         batch, count = z.shape[0], self._count
-        shape = batch, *self._shape
         # 0 · NaN: what is not finite would spread to the samples beside it, forth or back.
         if count > 1 and not (batch % count or z.requires_grad or torch.compiler.is_compiling()):
-            score = _line_in_place(self._together[i], self._columns(z))
-            if math.isfinite(score.sum()):
-                return score.view(shape)
-        return _line(self._alone[i], z.unbind(1)).view(shape)
+            offset, (first, *others) = self._together[i]
+            x, *rest = self._columns(z)
+            total = torch.addmm(offset, x, first)
+            for x, part in zip(rest, others, strict=True):
+                total.addmm_(x, part)
+            if math.isfinite(total.sum()):
+                return total.view(batch, *self._shape)
+        # Not in place, for what is differentiated or transformed.
+        total, parts = self._alone[i]
+        for x, part in zip(z.unbind(1), parts, strict=True):
+            total = torch.addmm(total, x, part)
+        return total.view(batch, *self._shape)
 
 
 class _Columns:
@@ -183,20 +196,3 @@ def _by_time(offset: Tensor, parts: Tensor) -> list[_Row]:
     """Taken apart ahead: to index a table takes as long as to launch a small kernel."""
     by_time = zip(*(part.unbind() for part in parts), strict=True)
     return list(zip(offset.unbind(), by_time, strict=True))
-
-
-def _line(row: _Row, columns: Sequence[Tensor]) -> Tensor:
-    total, parts = row
-    for x, part in zip(columns, parts, strict=True):
-        total = torch.addmm(total, x, part)
-    return total
-
-
-def _line_in_place(row: _Row, columns: Sequence[Tensor]) -> Tensor:
-    """The same in one piece of memory, for what is neither differentiated nor transformed."""
-    offset, (first, *others) = row
-    x, *rest = columns
-    total = torch.addmm(offset, x, first)
-    for x, part in zip(rest, others, strict=True):
-        total.addmm_(x, part)
-    return total
