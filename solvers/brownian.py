@@ -386,7 +386,7 @@ class BrownianPath(NoiseSource):
             else:
                 above, fresh = self._normals(parent), self._draw(parent, parent.split)
                 assert parent.rotation is not None
-                both = _sum(parent.rotation.split(size, dim=1), (above, fresh), out=both)
+                both = _sum(parent.rotation.chunk(2, dim=1), (above, fresh), out=both)
             self._pairs[depth] = (node.key >> 1, both)
         return both[size:] if node.parent is not None and node.key % 2 else both[:size]
 

@@ -372,4 +372,5 @@ class _NoisePrediction:
         back = torch.linalg.inv(sde.transition_matrix(end, self.nodes))
         G = sde.diffusion(self.nodes)
         pull = torch.linalg.solve(root, G @ G.mT).mT
-        return 0.5 * self._weights[..., None, None] * (back @ pull)
+        slope: Tensor = 0.5 * self._weights[..., None, None] * (back @ pull)
+        return slope

@@ -33,6 +33,7 @@ learnt weight a, the logistic function of a parameter:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
-from cldsde.score.time_sampling import log_snr_density
+from cldsde.score.time_sampling import LogSNRDensity, log_snr_density
 
 __all__ = ["MixedScore"]
 
@@ -68,6 +69,10 @@ class _Coefficients(NamedTuple):
 
     def to(self, like: Tensor) -> _Coefficients:
         return _Coefficients(*(field.to(like) for field in self))
+
+    def residual_variance(self) -> Tensor:
+        """Mean square of c_out at times ``(n,)``."""
+        return self.residual.square().flatten(1).mean(1)
 
 
 class MixedScore(nn.Module):
@@ -220,8 +225,12 @@ class MixedScore(nn.Module):
             # The noise given all of z_0 is in units of another root: only the score is the same.
             score = self(pair.z, pair.t, condition=condition)
             return pair.loss(score, "score", weighting=weighting)
-        table = self._coefficients(pair.t, pair.kernel, pair.law).to(pair.z)
-        return pair.loss(self._noise(pair.z, table, condition), "noise", weighting=weighting)
+        coefficients = self._coefficients(pair.t, pair.kernel, pair.law)
+        if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
+            known = weighting.of_law(pair.t, pair.law, coefficients)
+            weighting = lambda t: known  # noqa: E731
+        noise = self._noise(pair.z, coefficients.to(pair.z), condition)
+        return pair.loss(noise, "noise", weighting=weighting)
 
     def residual_variance(self, t: Tensor) -> Tensor:
         """Mean squared noise that the reference leaves open, at times ``(n,)``.
@@ -229,7 +238,7 @@ class MixedScore(nn.Module):
         It is the loss of the untrained model on Gaussian data, and a density for `TimeSampler`
         that gives all times the same share of the training signal.
         """
-        return self._coefficients(t).residual.square().flatten(1).mean(1)
+        return self._coefficients(t).residual_variance()
 
     def log_snr_weighting(
         self, *, mean: float = 1.2, std: float = 1.2
@@ -251,8 +260,7 @@ class MixedScore(nn.Module):
         callable
             A `Weighting`.
         """
-        density = log_snr_density(self.sde, mean=mean, std=std)
-        return lambda t: density(t) / self.residual_variance(t)
+        return _LogSNRWeighting(self, log_snr_density(self.sde, mean=mean, std=std))
 
     def tabulate(
         self, times: Tensor, like: Tensor, *, condition: Tensor | None = None
@@ -361,3 +369,18 @@ class MixedScore(nn.Module):
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(as_number(value, name))
+
+
+@dataclass(frozen=True, eq=False)
+class _LogSNRWeighting:
+    """`MixedScore.log_snr_weighting`: a density of times over the mean square of c_out."""
+
+    model: MixedScore
+    density: LogSNRDensity
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.density(t) / self.model.residual_variance(t)
+
+    def of_law(self, times: Tensor, law: WhitenedLaw, coefficients: _Coefficients) -> Tensor:
+        """The same, from what the loss has found already."""
+        return self.density.of_law(times, law) / coefficients.residual_variance()

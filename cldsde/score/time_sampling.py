@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from cldsde.linear.checks import as_number, as_times, check_between, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
-from cldsde.score.conversion import Conditioning, whiten
+from cldsde.score.conversion import Conditioning, WhitenedLaw, whiten
 from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 
 __all__ = ["TimeSampler", "log_snr_density"]
@@ -140,9 +141,7 @@ class TimeSampler:
         return t, self._weights[bins]
 
 
-def log_snr_density(
-    sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2
-) -> Callable[[Tensor], Tensor]:
+def log_snr_density(sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2) -> LogSNRDensity:
     r"""Density of times at which half the log of the signal-to-noise ratio is normal.
 
     With κ(t) = ½ log ψᵀΣ⁻¹ψ, whatever the process's clock,
@@ -184,14 +183,28 @@ def log_snr_density(
         msg = f"mean must be finite; got {mean!r}"
         raise ValueError(msg)
 
-    def density(t: Tensor) -> Tensor:
-        times = as_times(t, "t", sde.T)
-        law = whiten(sde, sde.marginal(times), times)
+    return LogSNRDensity(sde, centre, width)
+
+
+@dataclass(frozen=True)
+class LogSNRDensity:
+    """The density of `log_snr_density`, which is called with times."""
+
+    sde: LinearSDE
+    mean: float
+    std: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Density at times of any shape in (0, 1]."""
+        times = as_times(t, "t", self.sde.T)
+        return self.of_law(times, whiten(self.sde, self.sde.marginal(times), times))
+
+    def of_law(self, times: Tensor, law: WhitenedLaw) -> Tensor:
+        """The same where the law of each time is known."""
         information = law.information()
-        pulled = likelihood_rows(sde, times, law) @ law.signal[..., -len(sde.driven) :, :]
+        driven = law.signal[..., -len(self.sde.driven) :, :]
+        pulled = likelihood_rows(self.sde, times, law) @ driven
         rate = pulled.square().sum((-2, -1)) / (2 * information)
         # Beyond 30 deviations it would be zero, which a time's weight is divided by.
-        distance = ((0.5 * information.log() - centre) / width).clamp(-30, 30)
-        return rate * torch.exp(-0.5 * distance.square()) / (width * math.sqrt(2 * math.pi))
-
-    return density
+        distance = ((0.5 * information.log() - self.mean) / self.std).clamp(-30, 30)
+        return rate * torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))

@@ -305,6 +305,22 @@ class TestNoiseLevels:
         # Times are drawn from a density that is constant between knots, log t/300 apart.
         assert float(losses.mean()) == pytest.approx((1 + c**2) * seen, abs=error, rel=1e-4)
 
+    @pytest.mark.parametrize("times", [0.3, [0.01, 0.3, 0.9]])
+    @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD])
+    def test_the_loss_takes_the_weights_from_what_it_has_found(
+        self, make: Any, times: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same numbers as of any function of times, and no further law where there are many."""
+        sde = make()
+        model, x0 = MixedScore(Constant(sde, 0.7), sde, 0.5, 0.3), torch.zeros(3, 1)
+        weighting = model.log_snr_weighting()
+        t = torch.tensor(times, dtype=torch.float64)
+        pair = PerturbedData.draw(sde, x0, t, generator=torch.Generator().manual_seed(0))
+        wanted = model.loss(pair, weighting=weighting.__call__)
+        if t.ndim:
+            monkeypatch.setattr(type(sde), "marginal", None)
+        assert torch.equal(model.loss(pair, weighting=weighting), wanted)
+
     @pytest.mark.parametrize("std", [0.2, 0.6, 1.2])
     @pytest.mark.parametrize("sde", [VPSDE(), CLD(beta=8.0), PSLD(), HOLD()], ids=repr)
     def test_tails_that_rounding_would_lose_are_drawn(self, sde: LinearSDE, std: float) -> None:
