@@ -23,7 +23,7 @@ class NoNoise:
         return lambda z, i: z.neg()
 
 
-# Of the same coefficients: tests hold ours to diffusers'.
+# Of the same coefficients, to which tests hold ours; for DEIS of the same kind.
 RIVALS = {
     "DPM-Solver++(2M), ODE": (
         {"weights": "published"},
@@ -36,7 +36,6 @@ RIVALS = {
         {"algorithm_type": "sde-dpmsolver++"},
     ),
     "UniPC-2": ({"weights": "published", "corrector": True}, "UniPCMultistepScheduler", {}),
-    # tAB-DEIS in time: diffusers' is in the log of the noise, which is as much work.
     "DEIS-2": ({"prediction": "noise"}, "DEISMultistepScheduler", {}),
 }
 

@@ -21,7 +21,7 @@ def fresh(batch, rows):
 
     def run():
         for _ in range(STEPS):
-            # Not kept: memory that is new takes a third of the time of the normals.
+            # Not kept: memory that is new takes half as long besides.
             torch.randn(batch, rows, *SHAPE, generator=generator)
 
     return run

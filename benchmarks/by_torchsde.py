@@ -11,7 +11,7 @@ from torch import Tensor
 
 from by_hand import BETA, FRICTION, INVERSE_MASS
 
-__all__ = ["EulerMaruyama"]
+__all__ = ["EulerMaruyama", "EulerMaruyamaOfOneRow"]
 
 
 class EulerMaruyama:
@@ -55,7 +55,48 @@ class EulerMaruyama:
 
         self.table = self.score.tabulate(self.times[:-1], self.state)
         ends = torch.tensor([-float(self.times[0]), -float(self.times[-1])], dtype=torch.float64)
-        bm = None
-        if informed:
-            bm = torchsde.BrownianInterval(ends[0], ends[1], size=(len(self.y0), 1), dt=self.h)
+        bm = self.brownian(ends, **({"dt": self.h} if informed else {}))
         return torchsde.sdeint(self, self.y0, ends, bm=bm, dt=self.h, method="euler")
+
+    def brownian(self, ends: Tensor, **options: Any) -> Any:
+        """torchsde's motion, as `torchsde.sdeint` makes it by default, or with options."""
+        import torchsde
+
+        return torchsde.BrownianInterval(*ends, size=(len(self.y0), 1), **options)
+
+
+class EulerMaruyamaOfOneRow(EulerMaruyama):
+    """The same with the whole batch in one row, ``(1, 2·B·D)``, position and velocity apart.
+
+    Fit for states of little data, though not what torchsde's interface leads one to: its noise has
+    no matrix, but for what multiplies with it.
+    """
+
+    def __init__(self, score: Any, state: Tensor, times: Tensor) -> None:
+        super().__init__(score, state, times)
+        self.shape = (2, len(state), *state.shape[2:])
+        self.y0 = state.movedim(1, 0).reshape(1, -1)
+        self.size = self.y0.shape[1] // 2
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
+        i = min(round((float(s) + float(self.times[0])) / self.h), self.last)
+        pull = self.table(y.view(self.shape).transpose(0, 1), i).reshape(-1)
+        (x, v), out = y.view(2, -1), torch.empty_like(y)
+        dx, dv = out.view(2, -1)
+        torch.mul(v, -BETA * INVERSE_MASS, out=dx)
+        torch.mul(x, BETA, out=dv).add_(v, alpha=BETA * FRICTION * INVERSE_MASS)
+        dv.add_(pull, alpha=2 * FRICTION * BETA)
+        return out
+
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        return y.new_zeros(1, 1, 1).expand(1, 2 * self.size, self.size)
+
+    def g_prod(self, s: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        out = torch.zeros_like(y)
+        torch.mul(noise[0], math.sqrt(2 * FRICTION * BETA), out=out[0, self.size :])
+        return out
+
+    def brownian(self, ends: Tensor, **options: Any) -> Any:
+        import torchsde
+
+        return torchsde.BrownianInterval(*ends, size=(1, self.size), **options)

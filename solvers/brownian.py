@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -149,7 +150,16 @@ class BrownianPath(NoiseSource):
         # a walk along a grid comes back to. It takes the memory of the pair before: new memory of
         # the size of images costs as much as the sums.
         self._pairs: dict[int, tuple[int, Tensor]] = {}
-        self._scratch: tuple[Tensor, Tensor] | None = None
+        self._scratch: Tensor | None = None
+        self._lock = threading.Lock()  # of both
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is found again when it is asked for."""
+        return {**self.__dict__, "_pairs": {}, "_scratch": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def increment(self, s: float, t: float) -> Tensor:
         """ΔW over [s, t], ``(B, m, *D)``, for s < t; m is the number of columns of G.
@@ -377,31 +387,39 @@ class BrownianPath(NoiseSource):
 
         Those of a node's ancestors last longer.
         """
-        depth, size = node.key.bit_length(), self._size
-        whole, both = self._pairs.get(depth, (-1, None))
-        if both is None or whole != node.key >> 1:
-            parent = node.parent
+        depth, size, parent = node.key.bit_length(), self._size, node.parent
+        # Taken out while it is written to: a sum that is interrupted leaves none.
+        whole, both = self._pairs.pop(depth, (-1, None))
+        if both is None:
+            both = self._memory(size if parent is None else 2 * size)
+        if whole != node.key >> 1:
             if parent is None:
-                both = self._draw(node, node.end).clone()
+                both.copy_(self._draw(node, node.end))
             else:
                 above, fresh = self._normals(parent), self._draw(parent, parent.split)
                 assert parent.rotation is not None
-                both = _sum(parent.rotation.chunk(2, dim=1), (above, fresh), out=both)
-            self._pairs[depth] = (node.key >> 1, both)
-        return both[size:] if node.parent is not None and node.key % 2 else both[:size]
+                _sum(parent.rotation.chunk(2, dim=1), (above, fresh), out=both)
+        self._pairs[depth] = (node.key >> 1, both)
+        return both[size:] if parent is not None and node.key % 2 else both[:size]
 
     def _draw(self, node: _Node, split: float) -> Tensor:
         """Normals of a node's own, ``(r, N)``, which last until the next are drawn."""
         # Keyed, so that no order of asking matters; the split tells apart times met exactly.
         bits = int(np.float64(split).view(np.uint64))
         key = np.random.SeedSequence([self._seed, node.key, bits])
-        count = math.prod(self._shape)
+        count = self._size * math.prod(self._shape)
         if self._scratch is None:
             precision = torch.promote_types(self._dtype, torch.float32)
-            scratch = torch.empty(2, 2, (self._size * count + 1) // 2, dtype=precision)
-            self._scratch = scratch[0], scratch[1]
-        drawn = _normals(key, *self._scratch)[: self._size * count]
-        return drawn.view(self._size, count).to(self._device, self._dtype)
+            with torch.inference_mode(mode=False):
+                self._scratch = torch.empty(2, 2, (count + 1) // 2, dtype=precision)
+        drawn = _normals(key, *self._scratch)[:count]
+        return drawn.view(self._size, -1).to(self._device, self._dtype)
+
+    def _memory(self, rows: int) -> Tensor:
+        # Memory of inference could not be written to outside it.
+        with torch.inference_mode(mode=False):
+            size = rows, math.prod(self._shape)
+            return torch.empty(size, dtype=self._dtype, device=self._device)
 
 
 def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -409,13 +427,8 @@ def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None
     like = normals[0]
     if out is None:
         out = like.new_empty(len(blocks[0]), like.shape[1])
-    # Many rows and columns are several times faster as a product, which may be told to round.
-    if (
-        like.device.type == "cpu"
-        and like.dtype in {torch.float32, torch.float64}
-        and torch.get_float32_matmul_precision() == "highest"
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    # Many rows and columns are several times faster as a product.
+    if like.device.type == "cpu" and _products_are_exact(like.dtype):
         (block, *others), (first, *rest) = blocks, normals
         torch.mm(block.to(like), first, out=out)
         for block, x in zip(others, rest, strict=True):
@@ -423,6 +436,18 @@ def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None
         return out
     terms = [(block.tolist(), x.mT) for block, x in zip(blocks, normals, strict=True)]
     return combine(*terms, out=out.mT).mT
+
+
+def _products_are_exact(dtype: torch.dtype) -> bool:
+    """Whether products on the host are of the precision of their factors."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if dtype != torch.float32:
+        return dtype == torch.float64
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for some backends alone
+        return False
 
 
 def _normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> Tensor:
@@ -463,9 +488,10 @@ class _Reading:
         # From the latest on, as solvers walk down in time and pairs are kept for who comes next;
         # one by one, because a pair takes the memory of the one before.
         value: Tensor | None = None
-        for node, block in zip(reversed(self.nodes), reversed(self.blocks), strict=True):
-            part = _sum([block], [path._normals(node)])
-            value = part if value is None else value.add_(part)
+        with path._lock:
+            for node, block in zip(reversed(self.nodes), reversed(self.blocks), strict=True):
+                part = _sum([block], [path._normals(node)])
+                value = part if value is None else value.add_(part)
         assert value is not None
         return value.view(len(value), *path._shape).transpose(0, 1)
 

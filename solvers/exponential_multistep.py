@@ -209,7 +209,9 @@ class ExponentialMultistep(Solver):
         weighted = _weighted(tables.weights[i], predictions)
         if self._mends(i + 1):
             # Kept apart from the predictions, of which there is one more when the step is mended.
-            carried = self._draw(combine((tables.move[i], z)), tables, i, noise)
+            carried = combine((tables.move[i], z))
+            del z, predictions
+            carried = self._draw(carried, tables, i, noise)
             return combine(*weighted).add_(carried), (*kept, carried)
         out = combine((tables.move[i], z), *weighted)
         # Let go of, and noise drawn when it is its turn, so that no state more is held at a time.

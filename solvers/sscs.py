@@ -183,21 +183,21 @@ class SSCS(Solver):
         i: int,
         score: ScoreAt,
         noise: NoiseSource,
-        combine: Combine = combine,
+        into: Combine = combine,
     ) -> tuple[Tensor, Memory]:
         """Unless done by the step before, an exact move; then kicks and the next exact move."""
         if i == 0 or not self.merge:
             mean, root = tables.opening
-            z = combine((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
+            z = into((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
         first, *second = tables.stages
         asked = i * len(tables.stages)
-        terms = [(first.state[i], z), (first.score[i], score(z, asked))]
+        kick = (first.state[i], z), (first.score[i], score(z, asked))
         if not second:
-            return combine(*terms, (tables.root[i], noise.normal(z, z.shape[1]))), ()
-        at = combine(*terms)
-        del terms
+            return into(*kick, (tables.root[i], noise.normal(z, z.shape[1]))), ()
         [stage] = second
-        terms = [(stage.state[i], at), (stage.score[i], score(at, asked + 1)), (stage.base[i], z)]
+        at = combine(*kick)
+        del kick
+        terms = (stage.state[i], at), (stage.score[i], score(at, asked + 1)), (stage.base[i], z)
         out = combine(*terms)
         # Let go of, and noise drawn when it is its turn, so that three states are held at a time.
         del z, at, terms

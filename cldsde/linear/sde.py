@@ -244,9 +244,26 @@ class LinearSDE:
         return Kernel(*self._factors(*self._interval(s, t)))
 
     def transition_matrix(self, s: TimeLike, t: TimeLike) -> Tensor:
-        """Ψ(t, s), the mean of `transition` alone, ``(*, k, k)`` float64 on the host.
+        """Ψ(t, s), the mean of `transition` alone, in less time.
 
-        Takes arguments and raises as `transition` does, and less time.
+        Parameters
+        ----------
+        s, t
+            Times in [0, 1], s ≤ t: numbers or floating-point tensors that broadcast.
+
+        Returns
+        -------
+        Tensor
+            ``(*, k, k)`` of the broadcast shape, float64 on the host.
+
+        Raises
+        ------
+        TypeError
+            If a time is not a real number or floating-point tensor.
+        ValueError
+            If a time lies outside [0, 1], or s > t somewhere.
+        OverflowError
+            If an entry is beyond the range of float64.
         """
         psi = self.dynamics.transition_matrix(*self._interval(s, t))
         self._check_range(psi)

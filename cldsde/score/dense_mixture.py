@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -125,8 +125,10 @@ class _Line:
         components, times, dimension, wide = parts.shape
         self._law = offset, parts
         self._shape = wide // dimension, dimension
+        # What is transformed is not to be written to; of a learnt process all is differentiated.
+        self._in_place = side_by_side and not parts.requires_grad
         # To look whether a sum is finite would hold up another device.
-        several = side_by_side and like.device.type == "cpu"
+        several = self._in_place and like.device.type == "cpu"
         self._count = count = max(1, _WIDTH // dimension) if several else 1
         if count > 1:
             blocks = like.new_zeros(components, times, count, dimension, count, wide)
@@ -141,9 +143,10 @@ class _Line:
         return _by_time(*self._law)
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        batch, count = z.shape[0], self._count
+        batch = z.shape[0]
+        in_place = self._in_place and not (z.requires_grad or torch.compiler.is_compiling())
         # 0 · NaN: what is not finite would spread to the samples beside it, forth or back.
-        if count > 1 and not (batch % count or z.requires_grad or torch.compiler.is_compiling()):
+        if in_place and self._count > 1 and not batch % self._count:
             offset, (first, *others) = self._together[i]
             x, *rest = self._columns(z)
             total = torch.addmm(offset, x, first)
@@ -151,10 +154,10 @@ class _Line:
                 total.addmm_(x, part)
             if math.isfinite(total.sum()):
                 return total.view(batch, *self._shape)
-        # Not in place, for what is differentiated or transformed.
         total, parts = self._alone[i]
-        for x, part in zip(z.unbind(1), parts, strict=True):
-            total = torch.addmm(total, x, part)
+        for number, (x, part) in enumerate(zip(z.unbind(1), parts, strict=True)):
+            add = total.addmm_ if in_place and number else partial(torch.addmm, total)
+            total = add(x, part)
         return total.view(batch, *self._shape)
 
 
@@ -167,21 +170,28 @@ class _Columns:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._known: list[tuple[weakref.ref[Tensor], Sequence[Tensor]]] = []
+        # The two states that came last, where they lie, and their columns.
+        self._known: list[tuple[weakref.ref[Tensor], int, Sequence[Tensor]]] = []
 
     def __call__(self, z: Tensor) -> Sequence[Tensor]:
-        for state, columns in self._known:
-            if state() is z:
-                return columns or self._keep(z)
-        # None of one that may come but once: it would keep the state's memory.
-        self._known = [*self._known[-1:], (weakref.ref(z), ())]
+        place = z.data_ptr()
+        for state, known, columns in self._known:
+            if state() is z and known == place:
+                return columns or self._keep(z, self._apart(z))
+        # None of one that may come but once.
+        self._keep(z, ())
         return self._apart(z)
 
-    def _keep(self, z: Tensor) -> Sequence[Tensor]:
-        columns = self._apart(z)
-        if z[:, 0].is_contiguous():  # else they are copies, which do not change with the state
-            others = [known for known in self._known if known[0]() is not z]
-            self._known = [*others, (weakref.ref(z), columns)]
+    def _keep(self, z: Tensor, columns: Sequence[Tensor]) -> Sequence[Tensor]:
+        known = self._known
+
+        def forget(state: weakref.ref[Tensor]) -> None:
+            known[:] = [entry for entry in known if entry[0] is not state]
+
+        # With a state its columns go, which would keep its memory.
+        if not columns or z[:, 0].is_contiguous():  # else they are copies, which do not change
+            others = [entry for entry in known if entry[0]() is not z]
+            known[:] = [*others[-1:], (weakref.ref(z, forget), z.data_ptr(), columns)]
         return columns
 
     def _apart(self, z: Tensor) -> Sequence[Tensor]:

@@ -242,6 +242,15 @@ class TestExactness:
             # Roundings of single precision.
             assert torch.allclose(table(z), score(z.double(), 0.3).float(), rtol=1e-5, atol=1e-5)
 
+    def test_a_table_looks_where_a_state_lies(self) -> None:
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
+        z, other = torch.zeros(2, 16, 2).transpose(0, 1), torch.ones(2, 16, 2).transpose(0, 1)
+        table = from_a_table(score, 0.3, z)
+        for _ in range(3):
+            table(z)
+        z.data = other
+        assert torch.equal(table(z), table(other.clone()))
+
     def test_a_table_keeps_no_state(self) -> None:
         score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
         z = torch.zeros(16, 2, 2)
@@ -249,7 +258,8 @@ class TestExactness:
         for _ in range(3):
             state = torch.zeros(2, 16, 2).transpose(0, 1)
             known.append(weakref.ref(state.untyped_storage()))
-            table(state)
+            for _ in range(3):
+                table(state)
             del state
         assert all(storage() is None for storage in known)
 

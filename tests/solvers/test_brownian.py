@@ -8,9 +8,13 @@ scipy's exponential or mpmath's.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import math
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import mpmath as mp
@@ -855,3 +859,84 @@ class TestRefusals:
                 noise=make(sde),
                 generator=generator(),
             )
+
+
+class TestMemoryOfPairs:
+    """A path writes halves where others lay before; nobody may see that."""
+
+    TIMES = solvers.uniform_times(1.0, 1e-3, 16)
+
+    def reads(self, path: BrownianPath) -> list[torch.Tensor]:
+        ends = self.TIMES.flip(0).tolist()
+        return [path.integral(s, t) for s, t in itertools.pairwise(ends)]
+
+    def path(self, **options: Any) -> BrownianPath:
+        return make(CLD(), (300, 3), times=self.TIMES, **options)
+
+    def same(self, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+    def test_what_was_read_stays(self) -> None:
+        path = self.path()
+        found = self.reads(path)
+        kept = [x.clone() for x in found]
+        self.reads(path)
+        assert self.same(found, kept)
+
+    @pytest.mark.parametrize("at", [0, 3, 10, 20, 31])
+    def test_an_interruption_leaves_nothing_behind(
+        self, at: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wanted, path, asked = self.reads(self.path()), self.path(), 0
+        add = torch.Tensor.addmm_
+
+        def interrupted(*args: Any, **options: Any) -> torch.Tensor:
+            nonlocal asked
+            asked += 1
+            if asked == at + 1:
+                raise KeyboardInterrupt
+            return add(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "addmm_", interrupted)
+            for _ in range(3):
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.reads(path)
+        assert asked > at
+        assert self.same(self.reads(path), wanted)
+
+    def test_threads_may_share_a_path(self) -> None:
+        path, wanted = self.path(), self.reads(self.path())
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: self.reads(path), range(6)))
+        assert all(self.same(reads, wanted) for reads in found)
+
+    def test_a_path_that_served_inference_serves_elsewhere(self) -> None:
+        path = self.path()
+        with torch.inference_mode():
+            found = [x.clone() for x in self.reads(path)]
+        assert self.same(self.reads(path), found)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    def test_copies_are_the_same_path(self, copied: Any) -> None:
+        path = self.path()
+        wanted = self.reads(path)
+        assert self.same(self.reads(copied(path)), wanted)
+
+    @pytest.mark.parametrize("precision", ["medium", "none for all backends", "autocast"])
+    def test_products_that_round_are_not_taken(
+        self, precision: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unknown() -> str:
+            raise RuntimeError("mix of interfaces")
+
+        wanted = self.reads(self.path(dtype=torch.float32))
+        answer = unknown if precision.startswith("none") else lambda: "medium"
+        if precision != "autocast":
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", answer)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", None)
+            with torch.autocast("cpu", enabled=precision == "autocast"):
+                found = self.reads(self.path(dtype=torch.float32))
+        for x, y in zip(found, wanted, strict=True):
+            assert torch.allclose(x, y, rtol=0, atol=1e-5 * float(y.abs().max()))
