@@ -17,6 +17,7 @@ from .grids import (
     logistic_times,
     quadratic_times,
     root_times,
+    times_of_log_snr,
     uniform_times,
 )
 from .named import canonical_name, find_solver, named_solvers
@@ -77,5 +78,6 @@ __all__ = [
     "quadratic_times",
     "root_times",
     "solve",
+    "times_of_log_snr",
     "uniform_times",
 ]

@@ -64,8 +64,9 @@ def quadratic_times(T: float, eps: float, n: int) -> Tensor:
 def root_times(T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
 
-    Its last step, about 2√(εT)/n, is longer than that of `quadratic_times`; multistep solvers
-    prefer it (Zhang et al. 2023). Arguments, result and errors are those of `uniform_times`.
+    Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than that of `quadratic_times`;
+    multistep solvers prefer it (Zhang et al. 2023). Arguments, result and errors are those of
+    `uniform_times`.
     """
     fraction = _fractions(T, eps, n)
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
@@ -148,8 +149,48 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64))
 
 
-def times_of_log_snr(sde: LinearSDE, log_snr: Tensor, T: float, eps: float) -> Tensor:
-    """Times in [ε, T] with the given κ, by bisection in log t."""
+def times_of_log_snr(
+    sde: LinearSDE, log_snr: Tensor | float, T: float = 1.0, eps: float = 1e-9
+) -> Tensor:
+    """Times at which half the log of the signal-to-noise ratio, κ, has given values.
+
+    What one process is at a time, another is at the time with the same κ: that is how ε and t_min
+    carry over.
+
+    Parameters
+    ----------
+    sde
+        The forward process.
+    log_snr
+        Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
+    T, eps
+        Where to look, 0 < ε < T.
+
+    Returns
+    -------
+    Tensor
+        Times in [ε, T] of the shape of ``log_snr``, float64 on the host: by bisection in log t; the
+        nearer end where no time has the value.
+
+    Raises
+    ------
+    ValueError
+        If a value is NaN or ε and T do not bound an interval.
+
+    Examples
+    --------
+    >>> from cldsde import CLD, VPSDE
+    >>> level = CLD().log_snr(2e-2)
+    >>> print(f"{level:.2f} {times_of_log_snr(VPSDE(), level):.4f}")
+    3.22 0.0086
+    """
+    log_snr = torch.as_tensor(log_snr).detach().to("cpu", torch.float64)
+    if bool(log_snr.isnan().any()):
+        msg = f"log_snr must not be NaN; got {log_snr.tolist()}"
+        raise ValueError(msg)
+    if not 0 < eps < T <= sde.T:
+        msg = f"eps and T must have 0 < eps < T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
+        raise ValueError(msg)
     low = torch.full_like(log_snr, math.log(eps))
     high = torch.full_like(log_snr, math.log(T))
     for _ in range(60):

@@ -348,3 +348,32 @@ class TestLogSnr:
     def test_times_outside_the_process_are_refused(self, t: float) -> None:
         with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
             CLD().log_snr(t)
+
+
+class TestTimesOfLogSNR:
+    """The inverse of κ."""
+
+    @pytest.mark.parametrize("sde", [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()], ids=repr)
+    def test_it_undoes_the_log_snr(self, sde: Any) -> None:
+        t = torch.tensor([[1e-3, 0.02], [0.3, 1.0]], dtype=torch.float64)
+        found = solvers.times_of_log_snr(sde, sde.log_snr(t))
+        # κ is found to rounding; near 1 it changes by 5 or more in log t.
+        assert torch.allclose(found, t, rtol=1e-10, atol=0)
+        assert float(solvers.times_of_log_snr(sde, sde.log_snr(0.3))) == pytest.approx(0.3, 1e-10)
+
+    def test_where_no_time_has_the_value_it_is_the_nearer_end(self) -> None:
+        times = solvers.times_of_log_snr(VESDE(), torch.tensor([50.0, -50.0]), 0.9, 1e-4)
+        assert times.tolist() == pytest.approx([1e-4, 0.9], rel=1e-12)
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ((math.nan,), "log_snr"),
+            ((1.0, 0.5, 0.5), "eps"),
+            ((1.0, 2.0), "T"),
+            ((1.0, 1.0, 0.0), "eps"),
+        ],
+    )
+    def test_what_is_refused(self, arguments: Any, name: str) -> None:
+        with pytest.raises(ValueError, match=name):
+            solvers.times_of_log_snr(CLD(), *arguments)
