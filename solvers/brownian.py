@@ -151,7 +151,7 @@ class BrownianPath(NoiseSource):
         # the size of images costs as much as the sums.
         self._pairs: dict[int, tuple[int, Tensor]] = {}
         self._scratch: Tensor | None = None
-        self._lock = threading.Lock()  # of both
+        self._lock = threading.Lock()  # of these and of the tree
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is found again when it is asked for."""
@@ -258,7 +258,8 @@ class BrownianPath(NoiseSource):
                     f"an interval of the path must have {low:g} ≤ s < t ≤ {high:g}; got [{s}, {t}]"
                 )
                 raise ValueError(msg)
-        self._refine(sorted({at for interval in intervals for at in interval}))
+        with self._lock:
+            self._refine(sorted({at for interval in intervals for at in interval}))
         parts = [self._cover(self._top, s, t) for s, t in intervals]
         return [
             _Reading(nodes, [block @ self._carried(node, t) @ _root(node) for node in nodes])

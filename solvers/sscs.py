@@ -122,7 +122,7 @@ class SSCS(Solver):
         if reversal is None or sde.stationary_covariance is None:
             msg = (
                 "SSCS needs a process with a stationary law under a time change, to split its "
-                f"score from the drift; {type(sde).__name__} has none. Use EulerMaruyama"
+                f"score from the drift; {type(sde).__name__} has none. Use StochasticHeun"
             )
             raise ValueError(msg)
         start, middle, end = times[:-1], (times[:-1] + times[1:]) / 2, times[1:]

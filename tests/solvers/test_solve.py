@@ -492,7 +492,7 @@ class TestRefusals:
     def test_sscs_without_a_stationary_law_to_split_at(self, make: Any) -> None:
         sde = make()
         process = ReverseProcess(sde, untouchable)
-        with pytest.raises(ValueError, match=r"SSCS needs .*stationary law.* Use EulerMaruyama"):
+        with pytest.raises(ValueError, match=r"SSCS needs .*stationary law.* Use StochasticHeun"):
             solvers.solve(process, SSCS, start(sde), GRID)
 
     @pytest.mark.parametrize("shape", [(3, 2, 2), (3, 1, 1), (1, 1, 2), (3, 2), (3, 1, 2, 1)])
