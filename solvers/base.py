@@ -110,7 +110,10 @@ class PathNoise(NamedTuple):
         return cls(integral.new_zeros(*integral.shape[:2], 0), integral)
 
 
-DATA_DETERMINED = "every linear SDE whose driven score determines the data (not underdamped with noise in one component)"
+DATA_DETERMINED = (
+    "every linear SDE whose driven score determines the data "
+    "(not underdamped with noise in one component)"
+)
 """What solvers apply to that derive the data, or the full score, from the driven one."""
 
 
