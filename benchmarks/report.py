@@ -129,18 +129,28 @@ def main() -> None:
     try:
         raw = json.loads(arguments.raw.read_text())
         found = results(raw)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = table(found)
+        failures = [line for race in races(raw) for line in missed(race)]
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         sys.exit(f"{arguments.raw} is no file of pytest-benchmark of these races: {error!r}")
-    text = table(found)
+    if not found["races"]:
+        sys.exit(f"{arguments.raw} has no race")
+    try:
+        lacking = lost(arguments.results, found)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        sys.exit(f"{arguments.results} is no file of results: {error!r}; name another")
     arguments.table.write_text(text)
     print(text)
-    lacking = lost(arguments.results, found)
+    complaints = [f"missed: {'; '.join(failures)}"] if failures else []
     if lacking:
-        sys.exit(f"{arguments.results} is left as it is; not measured: {'; '.join(lacking)}")
-    arguments.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    failures = [line for race in races(raw) for line in missed(race)]
-    if failures:
-        sys.exit("missed: " + "; ".join(failures))
+        complaints.append(
+            f"{arguments.results} is left as it is, as {len(lacking)} of its rivals were not "
+            f"measured, such as {lacking[0]}"
+        )
+    else:
+        arguments.results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if complaints:
+        sys.exit("\n".join(complaints))
 
 
 if __name__ == "__main__":

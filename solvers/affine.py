@@ -17,7 +17,10 @@ __all__ = ["Affine", "AffineSolver"]
 
 
 class Affine(NamedTuple):
-    """Blocks of steps z ← state z + score s(z, t) + noise ξ, one of each a step."""
+    """Blocks of steps z ← state z + score s(z, t) + noise ξ, one of each a step.
+
+    Blocks of noise may have no columns: then none is drawn.
+    """
 
     state: list[Block]
     score: list[Block]
@@ -52,7 +55,10 @@ class AffineSolver(Solver):
         combine: Combine = combine,
     ) -> tuple[Tensor, Memory]:
         """One step."""
-        xi = noise.normal(z, len(tables.noise[i][0]))
+        columns = len(tables.noise[i][0])
+        if not columns:
+            return combine((tables.state[i], z), (tables.score[i], score(z, i))), ()
+        xi = noise.normal(z, columns)
         terms = (tables.state[i], z), (tables.score[i], score(z, i)), (tables.noise[i], xi)
         return combine(*terms), ()
 

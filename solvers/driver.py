@@ -17,7 +17,7 @@ from cldsde.score.reverse import check_reverse_process
 from .adaptive import Callback, Integrator
 from .base import Memory, OffGrid, Solver, Stepper
 from .combine import Block, batch_first, combine, component_first
-from .noise import FreshNoise, GridNoise, NoiseSource
+from .noise import FreshNoise, GridNoise, NoiseSource, checked_noise
 from .numbered_score import NumberedScore
 from .progress import progress_bar
 
@@ -239,6 +239,7 @@ def _step_through(
 ) -> _Run:
     if isinstance(noise, GridNoise):
         noise = noise.along(process, solver, grid)
+    noise = checked_noise(noise)
     noise.check(start)
     tables = solver.prepare(process, grid)
     asked = solver.evaluation_times(process, grid)
@@ -317,6 +318,7 @@ def _integrate(
         ahead = torch.cat([ahead, grid[-1:]])
     if isinstance(noise, GridNoise):
         noise = noise.along(process, solver, grid)
+    noise = checked_noise(noise)
     noise.check(z)
     result = solver.integrate(
         process,

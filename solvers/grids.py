@@ -8,8 +8,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_positive
+from cldsde.linear.checks import as_float64, as_number, check_positive
 from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import check_process
 
 __all__ = [
     "karras_times",
@@ -150,7 +151,7 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
 
 
 def times_of_log_snr(
-    sde: LinearSDE, log_snr: Tensor | float, T: float = 1.0, eps: float = 1e-9
+    sde: LinearSDE, log_snr: Tensor | float, T: float | None = None, eps: float = 1e-9
 ) -> Tensor:
     """Times at which half the log of the signal-to-noise ratio, κ, has given values.
 
@@ -164,7 +165,7 @@ def times_of_log_snr(
     log_snr
         Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
     T, eps
-        Where to look, 0 < ε < T.
+        Where to look, 0 < ε < T; up to the process's end where T is None.
 
     Returns
     -------
@@ -174,6 +175,8 @@ def times_of_log_snr(
 
     Raises
     ------
+    TypeError
+        If ``sde`` is no process or ``log_snr`` no number or tensor of real numbers.
     ValueError
         If a value is NaN or ε and T do not bound an interval.
 
@@ -184,7 +187,14 @@ def times_of_log_snr(
     >>> print(f"{level:.2f} {times_of_log_snr(VPSDE(), level):.4f}")
     3.22 0.0086
     """
-    log_snr = torch.as_tensor(log_snr).detach().to("cpu", torch.float64)
+    check_process(sde)
+    T = sde.T if T is None else as_number(T, "T")
+    eps = as_number(eps, "eps")
+    try:
+        log_snr = as_float64(log_snr).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"log_snr must be a number or a tensor of real numbers; got {log_snr!r}"
+        raise TypeError(msg) from error
     if bool(log_snr.isnan().any()):
         msg = f"log_snr must not be NaN; got {log_snr.tolist()}"
         raise ValueError(msg)

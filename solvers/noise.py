@@ -20,11 +20,21 @@ if TYPE_CHECKING:
     from .adaptive import Integrator
     from .base import Solver
 
-__all__ = ["FreshNoise", "GridNoise", "NoiseSource", "RecordedNoise", "SampleNoise"]
+__all__ = [
+    "FreshNoise",
+    "GridNoise",
+    "NoiseSource",
+    "RecordedNoise",
+    "SampleNoise",
+    "checked_noise",
+]
 
 # Numbers that a sample's generator draws at once. Fixed, because a generator's numbers depend on
 # how many are asked for.
 _BLOCK = 4096
+
+# Modules whose sources are known to draw what they are asked for.
+_KNOWN = {__name__, __name__.replace("noise", "brownian")}
 
 
 class NoiseSource(ABC):
@@ -118,6 +128,46 @@ class _NoiseInTurn(FreshNoise):
         return drawn
 
 
+class _CheckedNoise(NoiseSource):
+    """Somebody's source, whose draws are looked at: ones that do not fit may be broadcast."""
+
+    def __init__(self, source: NoiseSource) -> None:
+        self._source = source
+
+    def check(self, z: Tensor) -> None:
+        """Let the source refuse states."""
+        self._source.check(z)
+
+    def in_turn(self) -> NoiseSource:
+        """The source in turn, looked at as well."""
+        return _CheckedNoise(self._source.in_turn())
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Return the source's draw.
+
+        Raises
+        ------
+        TypeError
+            If it is no tensor of the state's dtype.
+        ValueError
+            If it has another shape.
+        """
+        drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
+        if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
+            got = drawn.dtype if isinstance(drawn, Tensor) else type(drawn).__name__
+            msg = f"noise: {self._source!r} must return a tensor of {z.dtype}; got {got}"
+            raise TypeError(msg)
+        if drawn.shape != shape:
+            msg = f"noise: {self._source!r} must return shape {shape}; got {tuple(drawn.shape)}"
+            raise ValueError(msg)
+        return drawn
+
+
+def checked_noise(source: NoiseSource) -> NoiseSource:
+    """A source for one solve: those of the package as they are, others looked at."""
+    return source if type(source).__module__ in _KNOWN else _CheckedNoise(source)
+
+
 class RecordedNoise(NoiseSource):
     """Given normals, for tests and for probing a solver.
 
@@ -187,7 +237,7 @@ class SampleNoise(NoiseSource):
             msg = f"seeds must be integers in [0, 2³²), one a sample; got {self.seeds}"
             raise ValueError(msg)
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        self._block = torch.empty(len(self.seeds), _BLOCK)
+        self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32)
         self._used = _BLOCK  # numbers of the block, that is none is left
 
     def start(
@@ -231,7 +281,7 @@ class SampleNoise(NoiseSource):
         self.check(z)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
-        numbers = torch.empty(len(z), wanted)
+        numbers = torch.empty(len(z), wanted, dtype=torch.float32)
         done = 0
         while done < wanted:
             if self._used == _BLOCK:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 __all__ = ["dense_score"]
 
@@ -143,22 +144,30 @@ class _Line:
         return _by_time(*self._law)
 
     def __call__(self, z: Tensor, i: int) -> Tensor:
-        batch = z.shape[0]
-        in_place = self._in_place and not (z.requires_grad or torch.compiler.is_compiling())
-        # 0 · NaN: what is not finite would spread to the samples beside it, forth or back.
-        if in_place and self._count > 1 and not batch % self._count:
-            offset, (first, *others) = self._together[i]
-            x, *rest = self._columns(z)
-            total = torch.addmm(offset, x, first)
-            for x, part in zip(rest, others, strict=True):
-                total.addmm_(x, part)
-            if math.isfinite(total.sum()):
-                return total.view(batch, *self._shape)
+        batch, count = z.shape[0], self._count
+        in_place = self._in_place and not (
+            z.requires_grad or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(z)
+        )
+        if not in_place or count == 1 or batch % count:
+            return self._one_by_one(z, i, in_place=in_place)
+        offset, (first, *others) = self._together[i]
+        x, *rest = self._columns(z)
+        total = torch.addmm(offset, x, first)
+        for x, part in zip(rest, others, strict=True):
+            total.addmm_(x, part)
+        score = total.view(batch, *self._shape)
+        if not math.isfinite(total.sum()):
+            # 0 · NaN: what is not finite has spread to the samples beside it.
+            spread = total.isfinite().all(1).logical_not_().repeat_interleave(count)
+            score[spread] = self._one_by_one(z[spread], i, in_place=True)
+        return score
+
+    def _one_by_one(self, z: Tensor, i: int, *, in_place: bool) -> Tensor:
         total, parts = self._alone[i]
         for number, (x, part) in enumerate(zip(z.unbind(1), parts, strict=True)):
             add = total.addmm_ if in_place and number else partial(torch.addmm, total)
             total = add(x, part)
-        return total.view(batch, *self._shape)
+        return total.view(len(z), *self._shape)
 
 
 class _Columns:

@@ -263,11 +263,26 @@ class TestExactness:
             del state
         assert all(storage() is None for storage in known)
 
-    def test_whole_batches_are_vectorised(self) -> None:
+    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
+    def test_it_can_be_transformed(self, how: Any) -> None:
         score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
         z = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
-        found = torch.func.vmap(lambda batch: score(batch, 0.3))(z)
-        assert torch.allclose(found, torch.stack([score(batch, 0.3) for batch in z]), atol=1e-6)
+        call = how(score, 0.3, z[0])
+        found = torch.func.vmap(call)(z)
+        assert torch.allclose(found, torch.stack([call(batch) for batch in z]), atol=1e-6)
+        # It is affine: its derivative along v is its change.
+        _, slope = torch.func.jvp(call, (z[0],), (z[1],))
+        assert torch.allclose(slope, call(z[0] + z[1]) - call(z[0]), rtol=1e-4, atol=1e-4)
+
+    def test_what_is_not_finite_changes_no_bit_of_other_groups(self) -> None:
+        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
+        z = torch.randn(32, 2, 2, generator=torch.Generator().manual_seed(0))
+        table = from_a_table(score, 0.3, z)
+        clean = table(z)
+        z[3, 1, 0] = math.nan
+        found = table(z)
+        assert torch.equal(found[8:], clean[8:])
+        assert torch.allclose(found[[0, 7]], clean[[0, 7]], rtol=1e-5, atol=1e-5)
 
     def test_an_empty_batch_has_no_scores(self) -> None:
         data = exact.mixture()

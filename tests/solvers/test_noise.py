@@ -38,6 +38,15 @@ every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
+def elementwise(sde: LinearSDE) -> Any:
+    driven = list(sde.driven)
+    return lambda z, t: -(z[:, driven] + 0.1 * z[:, driven].sin())
+
+
+def tabulated(sde: LinearSDE) -> Any:
+    return exact.mixture().score(sde)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fresh_normals_in_turn_are_those_of_new_memory(rows: int) -> None:
     z = torch.zeros(7, 2, 3, 5)
@@ -60,6 +69,58 @@ def test_sources_with_draws_of_their_own_keep_them_in_turn() -> None:
     assert source.in_turn() is source
 
 
+class Own(solvers.NoiseSource):
+    """A user's source: returns what it was made with."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+
+    def normal(self, z: torch.Tensor, rows: int) -> Any:
+        return self.draw
+
+
+@pytest.mark.parametrize("score", [elementwise, tabulated])
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (torch.zeros(1, 1, 2), ValueError, r"must return shape \(3, 1, 2\); got \(1, 1, 2\)"),
+        (torch.zeros(3, 2, 2), ValueError, r"must return shape \(3, 1, 2\); got \(3, 2, 2\)"),
+        (torch.zeros(3, 1, 2).double(), TypeError, "tensor of torch.float32; got torch.float64"),
+        (None, TypeError, "tensor of torch.float32; got NoneType"),
+    ],
+)
+def test_what_somebody_s_source_draws_is_looked_at(
+    draw: Any, error: type[Exception], message: str, score: Any
+) -> None:
+    process, z = ReverseProcess(CLD(), score(CLD())), torch.zeros(3, 2, 2)
+    with pytest.raises(error, match=message):
+        solvers.solve(process, solvers.EulerMaruyama(), z, GRID, noise=Own(draw))
+
+
+def test_seeds_mean_the_same_whatever_torch_makes_by_default() -> None:
+    wanted = SampleNoise(SEEDS).start(CLD(), (3,))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = SampleNoise(SEEDS).start(CLD(), (3,), dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+def test_an_affine_solver_may_draw_nothing() -> None:
+    class Still(solvers.EulerMaruyama):
+        def prepare(self, process: ReverseProcess, times: torch.Tensor) -> solvers.Affine:
+            state, score, noise = super().prepare(process, times)
+            return solvers.Affine(state, score, [[[] for _ in block] for block in noise])
+
+    process, z = ReverseProcess(CLD(), elementwise(CLD())), torch.ones(3, 2, 2)
+    found = solvers.solve(process, Still(), z, GRID, noise=Own(None)).state
+    zero = Own(torch.zeros(3, 1, 2))
+    assert torch.equal(
+        found, solvers.solve(process, solvers.EulerMaruyama(), z, GRID, noise=zero).state
+    )
+
+
 def test_a_batch_of_another_size_is_refused_before_a_score_is_asked_for() -> None:
     def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         pytest.fail("the score was asked")
@@ -68,11 +129,6 @@ def test_a_batch_of_another_size_is_refused_before_a_score_is_asked_for() -> Non
     for solver in SOLVERS.values():
         with pytest.raises(ValueError, match="there are 7 seeds for a batch of 3 samples"):
             solvers.solve(process, solver, z, GRID, noise=SampleNoise(SEEDS))
-
-
-def elementwise(sde: LinearSDE) -> Any:
-    driven = list(sde.driven)
-    return lambda z, t: -(z[:, driven] + 0.1 * z[:, driven].sin())
 
 
 def sample(
