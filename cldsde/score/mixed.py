@@ -47,7 +47,7 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of, score_times
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
-from cldsde.score.time_sampling import LogSNRDensity, log_snr_density
+from cldsde.score.time_sampling import LogSNRDensity
 
 __all__ = ["MixedScore"]
 
@@ -260,7 +260,7 @@ class MixedScore(nn.Module):
         callable
             A `Weighting`.
         """
-        return _LogSNRWeighting(self, log_snr_density(self.sde, mean=mean, std=std))
+        return _LogSNRWeighting(self, LogSNRDensity(self.sde, mean, std))
 
     def tabulate(
         self, times: Tensor, like: Tensor, *, condition: Tensor | None = None

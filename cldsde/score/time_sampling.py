@@ -141,7 +141,9 @@ class TimeSampler:
         return t, self._weights[bins]
 
 
-def log_snr_density(sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2) -> LogSNRDensity:
+def log_snr_density(
+    sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2
+) -> Callable[[Tensor], Tensor]:
     r"""Density of times at which half the log of the signal-to-noise ratio is normal.
 
     With κ(t) = ½ log ψᵀΣ⁻¹ψ, whatever the process's clock,
@@ -177,13 +179,7 @@ def log_snr_density(sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2) -> L
     >>> f"{CLD().log_snr(t).mean():.1f}, {CLD().log_snr(t).std():.1f}"
     '1.2, 1.2'
     """
-    check_process(sde)
-    centre, width = as_number(mean, "mean"), check_positive(std, "std")
-    if not math.isfinite(centre):
-        msg = f"mean must be finite; got {mean!r}"
-        raise ValueError(msg)
-
-    return LogSNRDensity(sde, centre, width)
+    return LogSNRDensity(sde, mean, std)
 
 
 @dataclass(frozen=True)
@@ -193,6 +189,14 @@ class LogSNRDensity:
     sde: LinearSDE
     mean: float
     std: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no process, and numbers that are out of range."""
+        check_process(self.sde)
+        check_positive(self.std, "std")
+        if not math.isfinite(as_number(self.mean, "mean")):
+            msg = f"mean must be finite; got {self.mean!r}"
+            raise ValueError(msg)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Density at times of any shape in (0, 1]."""
