@@ -165,7 +165,7 @@ def times_of_log_snr(
     log_snr
         Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
     T, eps
-        Where to look, 0 < ε < T; up to the process's end where T is None.
+        Where to look, 0 < ε ≤ T; up to the process's end where T is None.
 
     Returns
     -------
@@ -178,7 +178,7 @@ def times_of_log_snr(
     TypeError
         If ``sde`` is no process or ``log_snr`` no number or tensor of real numbers.
     ValueError
-        If a value is NaN or ε and T do not bound an interval.
+        If a value is NaN or ε and T bound no interval of the process's times.
 
     Examples
     --------
@@ -198,8 +198,8 @@ def times_of_log_snr(
     if bool(log_snr.isnan().any()):
         msg = f"log_snr must not be NaN; got {log_snr.tolist()}"
         raise ValueError(msg)
-    if not 0 < eps < T <= sde.T:
-        msg = f"eps and T must have 0 < eps < T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
+    if not 0 < eps <= T <= sde.T:
+        msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
     low = torch.full_like(log_snr, math.log(eps))
     high = torch.full_like(log_snr, math.log(T))

@@ -369,7 +369,7 @@ class TestTimesOfLogSNR:
         ("arguments", "name"),
         [
             ((math.nan,), "log_snr"),
-            ((1.0, 0.5, 0.5), "eps"),
+            ((1.0, 0.5, 0.6), "eps"),
             ((1.0, 2.0), "T"),
             ((1.0, 1.0, 0.0), "eps"),
         ],
