@@ -33,9 +33,6 @@ __all__ = [
 # how many are asked for.
 _BLOCK = 4096
 
-# Modules whose sources are known to draw what they are asked for.
-_KNOWN = {__name__, __name__.replace("noise", "brownian")}
-
 
 class NoiseSource(ABC):
     """Standard normals, asked for in the order in which a solver uses them."""
@@ -129,7 +126,7 @@ class _NoiseInTurn(FreshNoise):
 
 
 class _CheckedNoise(NoiseSource):
-    """Somebody's source, whose draws are looked at: ones that do not fit may be broadcast."""
+    """A source whose draws are looked at: ones that do not fit might be broadcast."""
 
     def __init__(self, source: NoiseSource) -> None:
         self._source = source
@@ -161,11 +158,6 @@ class _CheckedNoise(NoiseSource):
             msg = f"noise: {self._source!r} must return shape {shape}; got {tuple(drawn.shape)}"
             raise ValueError(msg)
         return drawn
-
-
-def checked_noise(source: NoiseSource) -> NoiseSource:
-    """A source for one solve: those of the package as they are, others looked at."""
-    return source if type(source).__module__ in _KNOWN else _CheckedNoise(source)
 
 
 class RecordedNoise(NoiseSource):
@@ -292,3 +284,9 @@ class SampleNoise(NoiseSource):
             numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
             done, self._used = done + count, self._used + count
         return numbers.reshape(len(z), *shape).to(z)
+
+
+def checked_noise(source: NoiseSource) -> NoiseSource:
+    """A source for one solve: those that are known to fit as they are, others looked at."""
+    known = type(source) in {FreshNoise, RecordedNoise, SampleNoise}
+    return source if known else _CheckedNoise(source)
