@@ -1,11 +1,9 @@
-"""Solvers of the reverse process: `solve` runs one over a time grid."""
+"""Solvers of the reverse process: `solve` runs one over a time grid, `plan` prepares many runs.
 
-from .adaptive import EvenSteps, Integration, Integrator
-from .affine import Affine, AffineSolver
-from .base import Facts, Memory, OffGrid, PathDriven, PathNoise, Solver
+What the author of a solver needs is in `cldsde.solvers.authoring`.
+"""
+
 from .brownian import BrownianPath
-from .combine import as_blocks, combine
-from .driver import Solution, solve
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
@@ -21,7 +19,8 @@ from .grids import (
     uniform_times,
 )
 from .named import canonical_name, find_solver, named_solvers
-from .noise import FreshNoise, GridNoise, NoiseSource, RecordedNoise, SampleNoise
+from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
+from .plan import Plan, Solution, SolveWarning, plan, solve
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
@@ -33,48 +32,37 @@ from .with_torchsde import TorchSDE, as_torchsde
 
 __all__ = [
     "SSCS",
-    "Affine",
-    "AffineSolver",
     "Ancestral",
     "BrownianPath",
     "EDMHeun",
     "EulerMaruyama",
-    "EvenSteps",
     "ExponentialEuler",
     "ExponentialMultistep",
-    "Facts",
     "FreshNoise",
     "GottaGoFast",
-    "GridNoise",
-    "Integration",
-    "Integrator",
     "Langevin",
-    "Memory",
     "NoiseSource",
-    "OffGrid",
-    "PathDriven",
-    "PathNoise",
+    "Plan",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RecordedNoise",
     "ReverseDiffusion",
     "SampleNoise",
     "Solution",
-    "Solver",
+    "SolveWarning",
     "Splitting",
     "StochasticHeun",
     "TorchDiffEq",
     "TorchSDE",
-    "as_blocks",
     "as_torchdiffeq",
     "as_torchsde",
     "canonical_name",
-    "combine",
     "find_solver",
     "karras_times",
     "log_snr_times",
     "logistic_times",
     "named_solvers",
+    "plan",
     "quadratic_times",
     "root_times",
     "solve",

@@ -1,157 +1,77 @@
-"""Solvers with a loop of their own, and what those with adaptive steps share."""
+"""Samples that take steps of their own lengths, as adaptive solvers have them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cldsde.score import ReverseProcess
+from cldsde.score.times import on_device
 
-from .base import Facts
-from .noise import NoiseSource
+from .base import Integration, Run
 from .progress import progress_bar
 
-__all__ = [
-    "LOOSE",
-    "ActiveSamples",
-    "Callback",
-    "EvenSteps",
-    "Integration",
-    "Integrator",
-    "common_time",
-]
+__all__ = ["LOOSE", "ActiveSamples", "per_sample"]
 
 LOOSE = 1e12
 """A tolerance that no step fails."""
 
-Callback = Callable[[int, Any, Tensor], object]
-"""What `solve` calls after each step, with the number of steps so far, the time and the state."""
-
-
-@dataclass(frozen=True, eq=False)
-class Integration:
-    """What an integrator did.
-
-    Attributes
-    ----------
-    state
-        Last states, ``(B, k, *D)``.
-    states
-        States at the stops, ``(S, B, k, *D)``; NaN where a sample did not come so far.
-    nfev
-        Score evaluations of each sample, ``(B,)`` int64 on the host.
-    success
-        Which samples arrived, ``(B,)`` bool on the host.
-    message
-        What happened, in words.
-    stopped
-        Whether the callback asked to stop.
-    stats
-        Further numbers.
-    """
-
-    state: Tensor
-    states: Tensor
-    nfev: Tensor
-    success: Tensor
-    message: str
-    stopped: bool
-    stats: dict[str, Any]
-
-
-class Integrator(ABC):
-    """A solver with a loop of its own: one that chooses its times, or another library's."""
-
-    @property
-    @abstractmethod
-    def facts(self) -> Facts:
-        """What the solver needs and promises with these options."""
-
-    @abstractmethod
-    def integrate(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        times: Tensor,
-        noise: NoiseSource,
-        *,
-        stops: Tensor,
-        callback: Callback | None,
-        progress: bool,
-    ) -> Integration:
-        """Run states ``(B, k, *D)`` from ``times[0]`` down to ``times[-1]``.
-
-        Parameters
-        ----------
-        process
-            The reverse process.
-        z
-            States at ``times[0]``; not to be changed.
-        times
-            Decreasing float64 grid on the host; those that choose their times use its ends.
-        noise
-            Where standard normals come from.
-        stops
-            Times at which states are wanted, decreasing to ``times[-1]``.
-        callback
-            Called after each attempt of a step with the number of attempts, the times ``(B,)`` and
-            the states ``(B, k, *D)``; whether to stop.
-        progress
-            Show how many samples have arrived on stderr.
-        """
-
-
-@runtime_checkable
-class EvenSteps(Protocol):
-    """An integrator that chooses its times, but can be made to take steps of one length."""
-
-    def with_step(self, h: float) -> Integrator:
-        """The same method with steps of length h and no control of its error."""
-        ...
-
 
 class ActiveSamples:
-    """Samples on their way from one time to another, each at its own; those that end drop out.
+    """Samples on their way from one time to another, each at its own time.
 
-    A sample ends when it arrives, or when its step length underflows or its evaluations are used
-    up; the others go on.
+    A sample drops out when it arrives, when its step length underflows, or when its evaluations are
+    used up; the others go on. Times, step lengths and counts are kept on the CPU. An attempt of a
+    step moves what the device needs of them in one copy (`moved`), and waits for the device once,
+    for the errors of the samples.
 
     Attributes
     ----------
     t
-        Times of the samples still on their way, float64 on the host.
+        Times of the samples still on their way, float64 on the CPU.
     """
 
-    def __init__(
-        self,
-        z: Tensor,
-        start: float,
-        stops: Tensor,
-        *,
-        max_nfev: int,
-        callback: Callback | None,
-        progress: bool,
-        name: str,
-    ) -> None:
-        n = len(z)
-        self.t = torch.full((n,), start, dtype=torch.float64)
+    def __init__(self, run: Run, state: Tensor, *, max_nfev: int, name: str) -> None:
+        n = len(state)
+        self.t = torch.full((n,), float(run.times[0]), dtype=torch.float64, device="cpu")
         self._times = self.t.clone()
-        self._stops, self._max_nfev, self._callback = stops, max_nfev, callback
-        self._state, self._shared = z, True
-        self._states = z.new_full((len(stops), *z.shape), torch.nan)
-        self._nfev = torch.zeros(n, dtype=torch.int64)
-        self._rows = torch.arange(n)
-        self._next = torch.zeros(n, dtype=torch.int64)
-        self._success = torch.zeros(n, dtype=torch.bool)
+        self._stops, self._max_nfev, self._callback = run.stops, max_nfev, run.callback
+        self._state = self._latest = state
+        self._at_stops: list[Tensor | None] = [None] * len(run.stops)
+        self._rows = torch.arange(n, device="cpu")
+        self._rows_there: Tensor | None = None  # the same on the device; None: all samples
+        self._kept: Tensor | None = None
+        self._nfev = torch.zeros(n, dtype=torch.int64, device="cpu")
+        self._next = torch.zeros(n, dtype=torch.int64, device="cpu")
+        self._success = torch.zeros(n, dtype=torch.bool, device="cpu")
         self._failures: dict[str, int] = {}
         self._attempts, self._stopped = 0, False
-        self._proposed = self.t
-        self._bar = progress_bar(None, shown=progress, total=n, desc=name)
+        self._bar = progress_bar(None, shown=run.progress, total=n, desc=name)
+
+    def screen(self, h: Tensor, cost: int) -> Tensor | None:
+        """Drop samples that cannot attempt a step of length h with so many evaluations.
+
+        Returns the numbers of those that stay, on the CPU, or None if all do.
+        """
+        going = self._next < len(self._stops)
+        long = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
+        rich = self._nfev[self._rows] + cost <= self._max_nfev
+        stays = going & long & rich
+        if bool(stays.all()):
+            return None
+        self._success[self._rows[~going]] = True
+        self._note(
+            going & ~long,
+            "the step length underflowed: the score is not finite, or rtol and atol cannot be met",
+        )
+        self._note(
+            going & long & ~rich, f"max_nfev: {self._max_nfev} evaluations did not reach the end"
+        )
+        kept = self._kept = stays.nonzero().flatten()
+        self._rows, self._next, self.t = self._rows[kept], self._next[kept], self.t[kept]
+        self._bar.update(len(self._success) - len(self._rows) - self._bar.n)
+        return kept
 
     def on_their_way(self) -> bool:
         """Whether any sample is."""
@@ -161,77 +81,113 @@ class ActiveSamples:
         """Count evaluations of each sample on its way."""
         self._nfev[self._rows] += evaluations
 
-    def screen(self, h: Tensor, cost: int) -> Tensor | None:
-        """A mask of the samples that can attempt a step of so many evaluations, where some cannot.
-
-        The others drop out: they have arrived, or failed.
-        """
-        going = self._next < len(self._stops)
-        long = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
-        rich = self._nfev[self._rows] + cost <= self._max_nfev
-        if bool((going & long & rich).all()):
-            return None
-        self._success[self._rows[~going]] = True
-        short, poor = going & ~long, going & long & ~rich
-        self._note(
-            short,
-            "the step length underflowed: the score is not finite, or rtol and atol cannot be met",
-        )
-        self._note(poor, f"max_nfev: {self._max_nfev} evaluations did not reach the end")
-        going = going & long & rich
-        self._rows, self._next, self.t = self._rows[going], self._next[going], self.t[going]
-        self._bar.update(len(self._state) - len(self._rows) - self._bar.n)
-        return going
-
     def attempt(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Step lengths cut at the next stop, and the times they lead to."""
         self._proposed = h
         left = self.t - self._stop()
         last = h >= left
+        self._goal = torch.where(last, self._next, -1)
         return torch.minimum(h, left), torch.where(last, self._stop(), self.t - h)
 
-    def settle(self, z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Note states and times after an attempt; the length of the next from what is proposed.
+    def moved(
+        self, parts: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors of the CPU on the device, and the samples that are left of tensors there.
 
-        A step that was cut at a stop does not shorten the one after it.
+        The former are copied together, in single precision at least; the latter, ``(N, …)``, lose
+        the samples that the last `screen` dropped.
+        """
+        like = self._latest
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        whole = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+        kept, self._kept = self._kept, None
+        # Row numbers travel as the bits of floating-point numbers, so that none is rounded.
+        rows = [] if kept is None else [kept.to(whole).view(dtype)]
+        found = on_device([*parts, self._goal, *rows], dtype, like.device)
+        if kept is not None:
+            self._store()
+            there = found.pop().view(whole).to(torch.int64)
+            self._rows_there = there if self._rows_there is None else self._rows_there[there]
+            states = [x[there] for x in states]
+            self._latest = like[there]
+        self._goal_there = found.pop()
+        return found, list(states)
+
+    def settle(
+        self, z: Tensor, accept: Tensor, accept_there: Tensor, after: Tensor, h: Tensor
+    ) -> Tensor:
+        """Note states after an attempt, and their times; the lengths of the next steps.
+
+        Parameters
+        ----------
+        z
+            States of the samples on their way.
+        accept, accept_there
+            Whose step was accepted, ``(N,)`` on the CPU and on the device.
+        after
+            Times to which accepted steps led.
+        h
+            Lengths of the next steps. A step that was cut at a stop does not shorten the next.
         """
         self._attempts += 1
-        rows = self._rows.to(z.device)
-        if len(rows) == len(self._state):
-            self._state, self._shared = z, True
-        else:
-            if self._shared:
-                self._state, self._shared = self._state.clone(), False
-            self._state[rows] = z
-        self._times[self._rows] = t
-        at_stop = t <= self._stop()
-        self.t = t
+        self._latest = z
+        self.t = torch.where(accept, after, self.t)
+        self._times[self._rows] = self.t
+        at_stop = accept & (self._goal >= 0)
         for stop in sorted(set(self._next[at_stop].tolist())):
-            here = (at_stop & (self._next == stop)).to(z.device)
-            self._states[stop, rows[here]] = z[here]
+            if stop + 1 < len(self._stops):
+                self._note_stop(stop, accept_there & (self._goal_there == stop))
         self._next = self._next + at_stop
         if self._callback is not None:
-            state = self._state.contiguous()
-            self._stopped = bool(self._callback(self._attempts, self._times, state))
+            self._store()
+            self._stopped = bool(self._callback(self._attempts, self._times, self._state))
         return torch.where(at_stop, torch.maximum(h, self._proposed), h)
 
     def result(self, **stats: int) -> Integration:
         """What came of it."""
         self._bar.close()
+        self._store()
         stats["attempts"] = self._attempts
+        n = len(self._success)
         failed = [
-            reason
-            if count == len(self._state)
-            else f"{count} of {len(self._state)} samples: {reason}"
+            reason if count == n else f"{count} of {n} samples: {reason}"
             for reason, count in self._failures.items()
         ]
-        message = "; ".join(failed) or "reached the end of the interval"
         stopped = self._stopped and len(self._rows) > 0
-        if stopped:
-            message = "stopped by the callback"
+        message = "stopped by the callback" if stopped else "; ".join(failed)
+        state = self._state
+        nothing = torch.full_like(state, torch.nan) if len(self._stops) > 1 else state
+        states = [nothing if y is None else y for y in self._at_stops[:-1]]
+        if bool(self._success.all()):
+            states.append(state)
+        else:
+            there = self._success.to(state.device)
+            states.append(torch.where(per_sample(there, state), state, torch.nan))
         return Integration(
-            self._state, self._states, self._nfev, self._success, message, stopped, stats
+            state,
+            torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0),
+            self._nfev,
+            self._success,
+            message or "reached the end of the interval",
+            stopped,
+            stats,
         )
+
+    def _store(self) -> None:
+        """Put the states of the samples on their way in their places."""
+        rows = self._rows_there
+        self._state = (
+            self._latest if rows is None else self._state.index_copy(0, rows, self._latest)
+        )
+
+    def _note_stop(self, stop: int, here: Tensor) -> None:
+        """Keep the states of the samples that have reached a stop."""
+        z, rows, noted = self._latest, self._rows_there, self._at_stops[stop]
+        if noted is None:
+            noted = torch.full_like(self._state, torch.nan)
+        before = noted if rows is None else noted[rows]
+        found = torch.where(per_sample(here, z), z, before)
+        self._at_stops[stop] = found if rows is None else noted.index_copy(0, rows, found)
 
     def _stop(self) -> Tensor:
         """The next stop of each sample."""
@@ -243,6 +199,7 @@ class ActiveSamples:
             self._failures[reason] = self._failures.get(reason, 0) + count
 
 
-def common_time(t: Tensor) -> Tensor:
-    """The time of all samples where it is one, so that they share their coefficients."""
-    return t[0] if len(t) and bool((t == t[0]).all()) else t
+def per_sample(x: Tensor, like: Tensor) -> Tensor:
+    """A number or flag of each sample ``(B,)``, shaped to be combined with states."""
+    column = x if x.dtype == torch.bool else x.to(like.dtype)
+    return column.reshape(-1, *(1,) * (like.ndim - 1))

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Memory, ScoreAt, Solver, Stepper
-from .combine import Block, Combine, CombineInTurn, combine
+from .base import GridSolver, Memory, ScoreAt
+from .combine import Block, combine
 from .noise import NoiseSource
 
 __all__ = ["Affine", "AffineSolver"]
 
 
 class Affine(NamedTuple):
-    """Blocks of steps z ← state z + score s(z, t) + noise ξ, one of each a step.
+    """Blocks of steps z ← state z + score s(z, t) + noise ξ, one of each per step.
 
-    Blocks of noise may have no columns: then none is drawn.
+    If blocks of noise have no columns, none is drawn.
     """
 
     state: list[Block]
@@ -27,8 +27,8 @@ class Affine(NamedTuple):
     noise: list[Block]
 
 
-class AffineSolver(Solver):
-    """A solver that asks for the score at each step's start; a subclass gives the blocks."""
+class AffineSolver(GridSolver):
+    """A solver that evaluates the score at each step's start; a subclass gives the blocks."""
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
@@ -45,24 +45,10 @@ class AffineSolver(Solver):
         return times[:-1]
 
     def step(
-        self,
-        z: Tensor,
-        memory: Memory,
-        tables: Affine,
-        i: int,
-        score: ScoreAt,
-        noise: NoiseSource,
-        combine: Combine = combine,
+        self, z: Tensor, memory: Memory, tables: Affine, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """One step."""
-        columns = len(tables.noise[i][0])
-        if not columns:
-            return combine((tables.state[i], z), (tables.score[i], score(z, i))), ()
-        xi = noise.normal(z, columns)
-        terms = (tables.state[i], z), (tables.score[i], score(z, i)), (tables.noise[i], xi)
+        terms = [(tables.state[i], z), (tables.score[i], score(z, i))]
+        if columns := len(tables.noise[i][0]):
+            terms.append((tables.noise[i], noise.normal(z, columns)))
         return combine(*terms), ()
-
-    def stepper(self, z: Tensor, tables: Affine, score: ScoreAt, noise: NoiseSource) -> Stepper:
-        """`step` that writes states into two pieces of memory in turn, and noise into one."""
-        in_turn, noise = CombineInTurn(z), noise.in_turn()
-        return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)

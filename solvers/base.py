@@ -1,42 +1,51 @@
-"""What a solver is: options, a declaration of what it promises, tables and a step."""
+"""The interface of solvers: options, a declaration of what they promise, tables and a run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
+from cldsde.score.reverse import checked_score
+from cldsde.score.times import KnownTimes
 
-from .noise import NoiseSource
+from .noise import NoiseSource, PathNoise
+from .progress import progress_bar
 
 __all__ = [
     "DATA_DETERMINED",
+    "Callback",
     "Facts",
+    "GridSolver",
+    "Integration",
+    "KnownScore",
     "Memory",
-    "OffGrid",
-    "PathDriven",
-    "PathNoise",
+    "Run",
     "ScoreAt",
     "Solver",
-    "Stepper",
+    "check_solver",
 ]
 
 Memory = tuple[Tensor, ...]
-"""What a step hands to the next one: tensors ``(B, rows, *D)``, affine in state and noise wherever
-the score is affine."""
+"""What a step hands to the next one: tensors ``(B, rows, *D)``, affine in state and noise if the
+score is affine."""
 
 ScoreAt = Callable[[Tensor, int], Tensor]
 """Score of the driven components at a state, at the evaluation time of the given number."""
 
+Callback = Callable[[int, Any, Tensor], object]
+"""What `solve` calls after each step, with the number of steps so far, the time and the state."""
 
-Stepper = Callable[[Tensor, Memory, int], tuple[Tensor, Memory]]
-"""The step of a given number, from a state and what the step before handed on."""
+DATA_DETERMINED = (
+    "every linear SDE whose driven score determines the data "
+    "(not underdamped with noise in one component)"
+)
+"""Processes for solvers that derive the data, or the full score, from the driven score."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,17 @@ class Facts:
     Attributes
     ----------
     applies_to
-        The processes it works for, in words.
+        The processes that it works for, in words.
     nfe_per_step
-        Score evaluations a step; `Splitting` takes more where positions are noisy, too.
+        Score evaluations per step; `Splitting` takes more if positions are noisy, too.
     weak_order, strong_order
-        Orders of convergence in law and along paths for the reverse SDE; None where not claimed.
+        Orders of convergence in distribution and along paths for the reverse SDE; None if not
+        claimed.
     ode_order
         Order for the probability-flow ODE; None for stochastic solvers.
     state_on_grid
-        Whether the state between two steps is that at the grid time, so that another method may
-        work on it there.
+        Whether the solver has a `GridSolver.step` that ends with the state at a grid time, so that
+        another method may work on the state there.
     adaptive
         Whether it chooses its own times between the grid's ends, by its fields ``rtol`` and
         ``atol``.
@@ -70,59 +80,79 @@ class Facts:
     adaptive: bool = False
 
 
-class PathNoise(NamedTuple):
-    """A step's normals as functionals of one Brownian path.
-
-    ξ = increment ΔW + integral I + time_integral U with the increment ΔW of w over a step from t
-    down to u, I = ∫Ψ(t, τ) G dw and U = ∫(τ − u) dw, the integral over the time of the step of what
-    has come so far.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One solve, as a solver gets it.
 
     Attributes
     ----------
-    increment, integral
-        ``(n, r, m)`` and ``(n, r, k)`` float64, one of each a step, for r normals, m columns of G
-        and k components.
-    time_integral
-        ``(n, r, m)``; None where U does not enter. `BrownianPath` does not know U.
+    process
+        The reverse process.
+    tables
+        What `Solver.prepare` returned.
+    asked
+        What `Solver.evaluation_times` returned.
+    state
+        States ``(B, k, *D)`` at ``times[0]``; not to be changed.
+    times
+        Decreasing float64 grid ``(n + 1,)`` on the CPU.
+    stops
+        Times at which states are wanted, decreasing to ``times[-1]``, without ``times[0]``.
+    noise
+        Source of standard normals.
+    callback
+        Called after each step (adaptive solvers: attempt of a step); returns whether to stop.
+    progress
+        Whether to show a progress bar on stderr.
     """
 
-    increment: Tensor
-    integral: Tensor
-    time_integral: Tensor | None = None
-
-    @classmethod
-    def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:
-        """ξ = ΔW/√h, or a rotation ``(n, r, m)`` of it, for decreasing times ``(n + 1,)``."""
-        h = -times.diff()[:, None, None]
-        if rotation is None:
-            columns = sde.diffusion(times[-1]).shape[-1]
-            rotation = torch.eye(columns, dtype=torch.float64)
-        scaled = rotation / h.sqrt()
-        return cls(scaled, scaled.new_zeros(*scaled.shape[:2], sde.components))
-
-    @classmethod
-    def integrals(cls, root: Tensor, functional: Tensor) -> PathNoise:
-        """ξ with root ξ = functional I; root is that of the covariance of functional I."""
-        # Rows of a root differ by powers of the step; scaled alike none is taken for rounding.
-        scale = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
-        scale = torch.where(scale == 0, 1.0, scale)
-        integral = torch.linalg.pinv(root / scale, rtol=1e-13) @ (functional / scale)
-        return cls(integral.new_zeros(*integral.shape[:2], 0), integral)
+    process: ReverseProcess
+    tables: Any
+    asked: KnownTimes | None
+    state: Tensor
+    times: Tensor
+    stops: Tensor
+    noise: NoiseSource
+    callback: Callback | None
+    progress: bool
 
 
-DATA_DETERMINED = (
-    "every linear SDE whose driven score determines the data "
-    "(not underdamped with noise in one component)"
-)
-"""What solvers apply to that derive the data, or the full score, from the driven one."""
+@dataclass(frozen=True, eq=False)
+class Integration:
+    """What a solver did.
+
+    Attributes
+    ----------
+    state
+        Last states, ``(B, k, *D)``.
+    states
+        States at the stops, ``(S, B, k, *D)``; NaN for those that a sample did not reach.
+    nfev
+        Score evaluations of each sample, ``(B,)`` int64 on the CPU.
+    success
+        Which samples arrived, ``(B,)`` bool on the CPU.
+    message
+        What happened, in words.
+    stopped
+        Whether the callback asked to stop.
+    stats
+        Further numbers.
+    """
+
+    state: Tensor
+    states: Tensor
+    nfev: Tensor
+    success: Tensor
+    message: str
+    stopped: bool = False
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
 class Solver(ABC):
-    """A solver on a fixed grid.
+    """A solver, on a grid that is given or with steps that it chooses.
 
-    A subclass is a frozen, keyword-only dataclass whose fields are its options. `prepare`
-    computes everything that depends on the process and the grid alone, once, in float64. `step`
-    is tensor arithmetic only and may look at nothing but its arguments.
+    A subclass is a frozen, keyword-only dataclass whose fields are its options. Solvers on a fixed
+    grid derive from `GridSolver`.
     """
 
     @property
@@ -132,7 +162,7 @@ class Solver(ABC):
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
-        """Tables for a decreasing grid ``(n + 1,)``; whatever `step` wants to receive.
+        """Tables for a decreasing grid ``(n + 1,)``: all that depends on process and grid alone.
 
         Raises
         ------
@@ -141,8 +171,46 @@ class Solver(ABC):
         """
 
     @abstractmethod
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
+        """Times at which the score is evaluated over a grid, float64, in the order of their use.
+
+        None for a solver that chooses its times.
+        """
+
+    @abstractmethod
+    def integrate(self, run: Run) -> Integration:
+        """Take states from ``run.times[0]`` down to ``run.times[-1]``."""
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
+        """The normals of each step as functionals of a Brownian path; None if they are none."""
+        return None
+
+    def on_grid(self) -> Self:
+        """The same method with its state at each grid time, where another method may work on it."""
+        return self
+
+    def with_step(self, h: float) -> Solver:
+        """The same adaptive method with steps of length h and no control of its error.
+
+        Raises
+        ------
+        ValueError
+            If there is no such thing.
+        """
+        msg = f"solver: {self!r} cannot take steps of one length"
+        raise ValueError(msg)
+
+
+class GridSolver(Solver):
+    """A solver on a fixed grid.
+
+    `prepare` makes its tables once for a grid, in float64. `step` is tensor arithmetic only and may
+    look at nothing but its arguments.
+    """
+
+    @abstractmethod
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Times at which the score is asked over a grid, float64, in the order of use."""
+        """Times at which the score is evaluated over a grid, float64, in the order of their use."""
 
     @abstractmethod
     def step(
@@ -164,34 +232,82 @@ class Solver(ABC):
             Where the score and standard normals come from.
         """
 
-    def stepper(self, z: Tensor, tables: Any, score: ScoreAt, noise: NoiseSource) -> Stepper | None:
-        """`step` for one solve from z, overwriting z and states that came before the last.
+    def integrate(self, run: Run) -> Integration:
+        """Step through the grid."""
+        assert run.asked is not None
+        score = KnownScore(run.process, run.asked, run.state)
+        times, stops = run.times.tolist(), set(run.stops.tolist())
+        # A copy, so that a score that writes to its argument does not change the caller's state.
+        z = run.state.clone(memory_format=torch.contiguous_format)
+        memory: Memory = ()
+        saved: list[Tensor] = []
+        stopped = False
+        for i in progress_bar(range(len(times) - 1), shown=run.progress, desc=type(self).__name__):
+            # Pass the only reference, so that `step` can free the state.
+            held = [z]
+            del z
+            z, memory = self._checked(
+                self.step(held.pop(), memory, run.tables, i, score, run.noise), run.state
+            )
+            if times[i + 1] in stops:
+                saved.append(z)
+            if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
+                stopped = i + 2 < len(times)
+                break
+        missing = [torch.full_like(z, torch.nan)] * (len(stops) - len(saved))
+        states = [*saved, *missing]
+        return Integration(
+            state=z,
+            states=z.unsqueeze(0) if len(states) == 1 and saved else torch.stack(states),
+            nfev=torch.full((len(z),), score.nfev, device="cpu"),
+            success=torch.full((len(z),), not stopped, device="cpu"),
+            message=f"stopped by the callback after {i + 1} steps"
+            if stopped
+            else "reached the end of the grid",
+            stopped=stopped,
+            stats={"steps": i + 1},
+        )
 
-        `solve` takes it where neither a callback nor a score of the user's sees states. None, as
-        here, where there is no such thing.
-        """
-        return None
+    def _checked(self, made: Any, like: Tensor) -> tuple[Tensor, Memory]:
+        """What `step` returned, if it is a state and a memory."""
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
+            msg = (
+                f"{type(self).__name__}.step must return a state and a tuple of what the next step "
+                f"is to get, () for a one-step solver; got {type(made).__name__}"
+            )
+            raise TypeError(msg)
+        z = made[0]
+        if not (isinstance(z, Tensor) and z.shape == like.shape and z.dtype == like.dtype):
+            got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            msg = (
+                f"{type(self).__name__}.step must return a state of {like.dtype} and shape "
+                f"{tuple(like.shape)}; got {got}"
+            )
+            raise ValueError(msg)
+        return z, made[1]
 
 
-@runtime_checkable
-class PathDriven(Protocol):
-    """A solver whose normals are functionals of a Brownian path, as `BrownianPath` has them."""
+class KnownScore:
+    """The score of a process at known times: counts evaluations and checks their results."""
 
-    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
-        """One draw for each step of a decreasing grid ``(n + 1,)``.
+    def __init__(
+        self, process: ReverseProcess, times: KnownTimes, z: Tensor, moved: Tensor | None = None
+    ) -> None:
+        self.nfev = 0
+        self._score, self._driven = process.score, len(process.sde.driven)
+        self._arguments = times.arguments(z, moved)
 
-        Raises
-        ------
-        ValueError
-            If with these options they are none.
-        """
-        ...
+    def __call__(self, z: Tensor, number: int) -> Tensor:
+        """Score ``(B, d, *D)`` of states at the time of the given number."""
+        self.nfev += 1
+        z = z.contiguous()
+        return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 
 
-@runtime_checkable
-class OffGrid(Protocol):
-    """A solver whose state between two steps may be at no grid time."""
-
-    def on_grid(self) -> Solver:
-        """The same solver with its state at each grid time, for who wants to see it there."""
-        ...
+def check_solver(solver: object, name: str = "solver") -> Solver:
+    """Return the argument if it is a `Solver`, raise TypeError otherwise."""
+    if not isinstance(solver, Solver):
+        hint = " (write it with parentheses)" if isinstance(solver, type) else ""
+        msg = f"{name} must be a solver, such as SSCS(); got {solver!r}{hint}"
+        raise TypeError(msg)
+    return solver

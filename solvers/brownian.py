@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,10 @@ from cldsde.linear.checks import as_times, check_state
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import ReverseProcess
 from cldsde.score.checks import check_process
 
-from .base import PathDriven
 from .combine import combine
-from .noise import NoiseSource
-
-if TYPE_CHECKING:
-    from .adaptive import Integrator
-    from .base import Solver
+from .noise import NoiseSource, PathNoise
 
 __all__ = ["BrownianPath"]
 
@@ -208,7 +202,7 @@ class BrownianPath(NoiseSource):
         raise RuntimeError(msg)
 
     def along(
-        self, process: ReverseProcess, solver: Solver | Integrator, times: Tensor
+        self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
         """The normals of a solver's steps over a decreasing grid.
 
@@ -218,22 +212,22 @@ class BrownianPath(NoiseSource):
             If the solver's noise is no functional of the path, the grid leaves it, or the process
             is another.
         """
-        noise = solver.path_noise(process, times) if isinstance(solver, PathDriven) else None
+        noise = functionals()
         if noise is None:
             msg = (
-                f"noise: {solver!r} does not draw increments or integrals of a Brownian path; "
+                "noise: the solver does not draw increments or integrals of a Brownian path; "
                 "EulerMaruyama, StochasticHeun, ExponentialEuler and ReverseDiffusion do"
             )
             raise ValueError(msg)
         if noise.time_integral is not None:
-            msg = f"noise: {solver!r} needs the integral of the Brownian path over time, too"
+            msg = "noise: the solver needs the integral of the Brownian path over time, too"
             raise ValueError(msg)
-        if process.sde is not self._sde:
+        if sde is not self._sde:
             msg = "noise: the path is that of another process; make it with process.sde"
             raise ValueError(msg)
         needs_integral = bool(noise.integral.any())
         if needs_integral:
-            self._check_integrals(f"noise of {solver!r}")
+            self._check_integrals("noise of this solver")
         blocks = noise.increment
         if needs_integral:
             increment = noise.integral.new_zeros(*noise.integral.shape[:2], self._columns)

@@ -13,7 +13,7 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
+from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
 from .grids import times_of_log_snr
 from .noise import NoiseSource
@@ -32,7 +32,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMHeun(Solver):
+class EDMHeun(GridSolver):
     r"""Heun's method for the probability flow in σ, with noise put back before each step.
 
     With the data scaled to x̂ = x/α and the noise level σ = std(x | x_0)/α the flow of every process

@@ -10,8 +10,9 @@ from torch import Tensor
 from cldsde.score import ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import Facts, PathNoise
+from .base import Facts
 from .combine import as_blocks
+from .noise import PathNoise
 
 __all__ = ["EulerMaruyama"]
 

@@ -12,8 +12,9 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import Facts, PathNoise
+from .base import Facts
 from .combine import as_blocks
+from .noise import PathNoise
 
 __all__ = ["ExponentialEuler"]
 

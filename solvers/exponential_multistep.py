@@ -16,7 +16,7 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 
-from .base import DATA_DETERMINED, Facts, Memory, ScoreAt, Solver
+from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
@@ -38,7 +38,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExponentialMultistep(Solver):
+class ExponentialMultistep(GridSolver):
     r"""Exponential Adams–Bashforth steps: what is linear is exact, the prediction a polynomial.
 
     Given x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀), and the process of stochasticity λ is
@@ -114,7 +114,7 @@ class ExponentialMultistep(Solver):
             nfe_per_step=1,
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
-            state_on_grid=not self._mends(1),
+            state_on_grid=not self._corrects(1),
         )
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class ExponentialMultistep(Solver):
             as_blocks(kernel.move),
             as_blocks(kernel.noise),
             self._weights(kernel, position, times, offset=0),
-            self._weights(kernel, position, times, offset=1) if self._mends(1) else [],
+            self._weights(kernel, position, times, offset=1) if self._corrects(1) else [],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class ExponentialMultistep(Solver):
         predictions = [
             combine((tables.predict_state[i], z), (tables.predict_score[i], score(z, i)))
         ]
-        if i > 0 and self._mends(i):
+        if i > 0 and self._corrects(i):
             *earlier, carried = memory
             predictions += earlier
             z = combine(*_weighted(tables.corrector[i - 1], predictions)).add_(carried)
@@ -207,7 +207,7 @@ class ExponentialMultistep(Solver):
             predictions += memory
         kept = predictions[: self.order if self.corrector else self.order - 1]
         weighted = _weighted(tables.weights[i], predictions)
-        if self._mends(i + 1):
+        if self._corrects(i + 1):
             # Kept apart from the predictions, of which there is one more when the step is mended.
             carried = combine((tables.move[i], z))
             del z, predictions
@@ -223,7 +223,7 @@ class ExponentialMultistep(Solver):
         columns = len(tables.noise[i][0])
         return add_to(z, (tables.noise[i], noise.normal(z, columns))) if columns else z
 
-    def _mends(self, i: int) -> bool:
+    def _corrects(self, i: int) -> bool:
         """Whether the step that led to time i is corrected: for order 3, at least the first."""
         first = self.order == 3 and self.prediction == "data" and i == 1
         return self.corrector or first

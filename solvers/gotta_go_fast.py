@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive
-from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
+from cldsde.score.times import KnownTimes, on_device
 
-from .adaptive import ActiveSamples, Callback, Integration, Integrator, common_time
-from .base import Facts
-from .combine import per_sample
+from .adaptive import ActiveSamples, per_sample
+from .base import Facts, Integration, KnownScore, Run, Solver
 from .noise import NoiseSource
 
 __all__ = ["GottaGoFast"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GottaGoFast(Integrator):
+class GottaGoFast(Solver):
     r"""Adaptive stochastic improved Euler (Jolicoeur-Martineau et al. 2021, algorithm 1).
 
     .. math::
@@ -92,84 +91,88 @@ class GottaGoFast(Integrator):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; no order, as there is no grid."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=2, adaptive=True)
+        return Facts(
+            applies_to="every linear SDE", nfe_per_step=2, state_on_grid=False, adaptive=True
+        )
 
-    def integrate(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        times: Tensor,
-        noise: NoiseSource,
-        *,
-        stops: Tensor,
-        callback: Callback | None,
-        progress: bool,
-    ) -> Integration:
-        """Run each sample from ``times[0]`` down to ``times[-1]``.
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """The tolerance of each component, ``(k,)``.
 
         Raises
         ------
         ValueError
             If ``atol`` has another number of components than the process.
         """
+        k = process.sde.components
+        values = [self.atol] * k if isinstance(self.atol, int | float) else list(self.atol)
+        if len(values) not in (1, k):
+            msg = f"atol must be a number or one for each of the {k} components; got {len(values)}"
+            raise ValueError(msg)
+        return torch.tensor(values, dtype=torch.float64, device="cpu").expand(k)
 
-        def change(z: Tensor, t: Tensor, step: Tensor, increment: Tensor) -> Tensor:
-            at = common_time(t)
-            return apply_blocks(process.diffusion(at), increment) - step * process.drift(z, at)
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> None:
+        """None: the solver chooses its times."""
 
-        start = float(times[0])
-        atol = self._tolerances(process.sde, z)
-        samples = ActiveSamples(
-            z,
-            start,
-            stops,
-            max_nfev=self.max_nfev,
-            callback=callback,
-            progress=progress,
-            name=type(self).__name__,
-        )
-        path = _Path(z, process.diffusion(start).shape[-1], noise)
-        h = _coarse(torch.full((len(z),), self.first_step, dtype=torch.float64))
+    def integrate(self, run: Run) -> Integration:
+        """Take each sample to the end at its own pace."""
+        z, sde = run.state, run.process.sde
+        samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
+        path = _Path(z, sde.diffusion(run.times[0]).shape[-1], run.noise)
+        (atol,) = on_device([run.tables], z.dtype, z.device)
+        atol = atol.reshape(1, -1, *(1,) * (z.ndim - 2))
+        h = _coarse(torch.full_like(samples.t, self.first_step))
         low_before = z
         rejections = 0
-        going = samples.screen(h, cost=2)
+        kept = samples.screen(h, cost=2)
         while samples.on_their_way():
-            if going is not None:
-                path.keep(going)
-                on_device = going.to(z.device)
-                h, z, low_before = h[going], z[on_device], low_before[on_device]
+            if kept is not None:
+                h = h[kept]
+                path.keep(kept)
             h, after = samples.attempt(h)
             samples.spend(2)
-            increment, step = path.over(h), per_sample(h, z)
-            first = change(z, samples.t, step, increment)
+            times = torch.stack([samples.t, after])
+            G = sde.diffusion(times)
+            pull = (G @ G.mT)[..., list(sde.driven)]
+            (there, length, weights, F_there, pull_there, G_there), states = samples.moved(
+                [times, h, path.weights(h), sde.drift(times), pull, G], [z, low_before, *path.there]
+            )
+            z, low_before, *path.there = states
+            score = KnownScore(run.process, KnownTimes(times), z, there)
+            step = _Step(F_there, pull_there, G_there, length, path.increment(weights), score)
+            first = step.change(z, 0)
             low = z + first
-            second = change(low, after, step, increment)
+            second = step.change(low, 1)
             scale = torch.maximum(atol, self.rtol * torch.maximum(low.abs(), low_before.abs()))
-            error = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
-            error = error.detach().cpu().to(torch.float64)
-            accept = error <= 1
+            error_there = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
+            error = error_there.detach().cpu().to(torch.float64)
+            accept, accept_there = error <= 1, error_there <= 1
             rejections += int((~accept).sum())
             path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
-            keep = per_sample(accept, z)
+            keep = per_sample(accept_there, z)
             z = torch.where(keep, z + 0.5 * (first + second), z)
             low_before = torch.where(keep, low, low_before)
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
             h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
-            h = samples.settle(z, torch.where(accept, after, samples.t), h)
-            going = samples.screen(h, cost=2)
+            h = samples.settle(z, accept, accept_there, after, h)
+            kept = samples.screen(h, cost=2)
         return samples.result(rejections=rejections)
 
-    def _tolerances(self, sde: LinearSDE, z: Tensor) -> Tensor:
-        values = [self.atol] if isinstance(self.atol, int | float) else list(self.atol)
-        if len(values) not in (1, sde.components):
-            msg = (
-                f"atol must be a number or one for each of the {sde.components} components; "
-                f"got {len(values)}"
-            )
-            raise ValueError(msg)
-        return torch.tensor(values, dtype=z.dtype, device=z.device).reshape(
-            1, -1, *(1,) * (z.ndim - 2)
-        )
+
+class _Step(NamedTuple):
+    """An attempt: what h (F z − GGᵀ s) and G ΔW need at its start and at its end."""
+
+    drift: Tensor  # (2, N, k, k)
+    pull: Tensor  # (2, N, k, d)
+    diffusion: Tensor  # (2, N, k, m)
+    length: Tensor  # (N,)
+    increment: Tensor
+    score: KnownScore
+
+    def change(self, z: Tensor, i: int) -> Tensor:
+        """Change of the state with the coefficients of the start (0) or of the end (1)."""
+        drift = apply_blocks(self.drift[i], z) - apply_blocks(self.pull[i], self.score(z, i))
+        noise = apply_blocks(self.diffusion[i], self.increment)
+        return noise - per_sample(self.length, z) * drift
 
 
 def _coarse(h: Tensor) -> Tensor:
@@ -185,89 +188,74 @@ def _coarse(h: Tensor) -> Tensor:
 class _Path:
     """A Brownian path for each sample, of which all that was ever seen is kept.
 
-    What is known of the future is a queue of pieces, each a length and the path's increment over
-    it; pieces of length zero are padding.
+    The known future is made of pieces, each a begin, a length and the path's increment. A piece is
+    a row of tensors over all samples; for samples that do not need it its length is zero. Begins
+    and lengths are on the CPU, so that an attempt sends weights to the device and asks it nothing.
     """
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:
         self._like, self._rows, self._noise = z, rows, noise
-        self._alive = torch.arange(len(z))
-        self._lengths = torch.zeros(len(z), 0, dtype=torch.float64)
-        self._increments = z.new_zeros(len(z), 0, rows, *z.shape[2:])
-        self._inside = torch.zeros(len(z), 0, dtype=torch.bool)
+        self._alive = torch.arange(len(z), device=z.device)
+        self._begins = torch.zeros(0, len(z), dtype=torch.float64, device="cpu")
+        self._lengths = torch.zeros(0, len(z), dtype=torch.float64, device="cpu")
+        self._pieces: list[Tensor] = []
 
-    def over(self, h: Tensor) -> Tensor:
-        """Increment over the next h of each sample, ``(B, rows, *D)``."""
+    def weights(self, h: Tensor) -> Tensor:
+        """What `increment` needs on the device for the increment over the next h of each sample."""
+        begins, lengths, slack = self._begins, self._lengths, 1e-12 * h
+        known = lengths.sum(0)
+        missing = torch.where(h - known > slack, h - known, 0.0)
+        cut = (begins + lengths - h > slack) & (h - begins > slack) & (lengths > 0)
+        # Given W over L, the part over l is N(l/L W, l (L − l)/L).
+        part = torch.where(cut, h - begins, lengths)
+        share = torch.where(cut, part / lengths, 1.0)
+        spread = torch.where(cut, (part * (1 - share)).sqrt(), 0.0)
+        rest = (lengths - part).sum(0)
+        self._begins = torch.cat([begins, torch.where(missing > 0, known, h).unsqueeze(0)])
+        self._lengths = torch.cat([part, (missing + rest).unsqueeze(0)])
+        self._inside = (self._begins + self._lengths <= h + slack) & (self._lengths > 0)
+        self._h = h
+        return torch.cat([share, spread, self._inside.to(h.dtype), missing.sqrt().unsqueeze(0)])
+
+    def increment(self, weights: Tensor) -> Tensor:
+        """Increment over the length for which the weights were made, ``(B, rows, *D)``."""
         # Two draws an attempt, for all samples, make a sample's stream independent of its batch.
         fresh, bridge = self._draw(), self._draw()
-        missing = h - self._lengths.sum(1)
-        missing = torch.where(missing > 1e-12 * h, missing, 0.0)
-        self._append(missing, per_sample(missing.sqrt(), fresh) * fresh)
-        end = self._lengths.cumsum(1)
-        begin = end - self._lengths
-        slack = 1e-12 * h.unsqueeze(1)
-        cut = (end - h.unsqueeze(1) > slack) & (h.unsqueeze(1) - begin > slack)
-        if bool(cut.any()):
-            self._split(cut, h, begin, bridge)
-        end = self._lengths.cumsum(1)
-        self._inside = end - h.unsqueeze(1) <= slack
-        mask = self._inside.to(self._increments)
-        return (self._increments * mask.reshape(*mask.shape, *(1,) * (self._like.ndim - 1))).sum(1)
+        count = len(self._pieces)
+        rows = [per_sample(row, fresh) for row in weights]
+        rest = rows[-1] * fresh
+        pieces = []
+        for whole, share, spread in zip(self._pieces, rows[:count], rows[count:], strict=False):
+            pieces.append(share * whole + spread * bridge)
+            rest = rest + (whole - pieces[-1])
+        self._pieces = [*pieces, rest]
+        inside = zip(rows[2 * count : -1], self._pieces, strict=True)
+        return torch.stack([mask * piece for mask, piece in inside]).sum(0)
 
     def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
-        """Forget the pieces that were walked over; and, where not kept, all of a rejected path."""
-        gone = self._inside & accept.unsqueeze(1)
+        """Forget pieces that were walked over; if not kept, all pieces of a rejected path."""
+        gone = self._inside & accept
         if not keep_rejected:
-            gone = gone | ~accept.unsqueeze(1)
+            gone = gone | ~accept
+        self._begins = self._begins - torch.where(accept, self._h, 0.0)
         self._lengths = self._lengths.masked_fill(gone, 0.0)
-        used = (self._lengths > 0).any(0)
-        left = (self._lengths > 0)[:, used].to(self._increments)
-        self._lengths = self._lengths[:, used]
-        self._increments = self._increments[:, used.to(self._increments.device)]
-        self._increments = self._increments * left.reshape(
-            *left.shape, *(1,) * (self._like.ndim - 1)
-        )
+        used = (self._lengths > 0).any(1)
+        self._begins, self._lengths = self._begins[used], self._lengths[used]
+        self._pieces = [x for x, some in zip(self._pieces, used.tolist(), strict=True) if some]
 
-    def keep(self, going: Tensor) -> None:
-        """Drop the samples that have arrived."""
-        self._alive, self._lengths = self._alive[going], self._lengths[going]
-        self._increments = self._increments[going.to(self._increments.device)]
+    def keep(self, kept: Tensor) -> None:
+        """Keep the samples of these numbers, on the CPU; `there` is what to keep on the device."""
+        self._begins, self._lengths = self._begins[:, kept], self._lengths[:, kept]
+
+    @property
+    def there(self) -> list[Tensor]:
+        """What the path holds of each sample on the device."""
+        return [self._alive, *self._pieces]
+
+    @there.setter
+    def there(self, kept: list[Tensor]) -> None:
+        self._alive, *self._pieces = kept
 
     def _draw(self) -> Tensor:
-        return self._noise.normal(self._like, self._rows)[self._alive.to(self._like.device)]
-
-    def _append(self, length: Tensor, increment: Tensor) -> None:
-        self._lengths = torch.cat([self._lengths, length.unsqueeze(1)], dim=1)
-        self._increments = torch.cat([self._increments, increment.unsqueeze(1)], dim=1)
-
-    def _split(self, cut: Tensor, h: Tensor, begin: Tensor, normal: Tensor) -> None:
-        """Split the piece that is cut at h: given W over L, W over l ~ N(l/L W, l (L − l)/L)."""
-        n, pieces = cut.shape
-        split = cut.any(1)
-        # Where nothing is cut an empty piece is appended.
-        at = torch.where(split, cut.to(torch.uint8).argmax(1), pieces)
-        self._append(h.new_zeros(n), torch.zeros_like(normal))
-        length = self._lengths.gather(1, at.unsqueeze(1)).squeeze(1)
-        begin = torch.cat([begin, begin.new_zeros(n, 1)], dim=1)
-        part = torch.where(split, h - begin.gather(1, at.unsqueeze(1)).squeeze(1), 0.0)
-        share = part / torch.where(split, length, 1.0)
-        rows = torch.arange(n)
-        device = normal.device
-        whole = self._increments[rows.to(device), at.to(device)]
-        first = (
-            per_sample(share, whole) * whole
-            + per_sample((part * (1 - share)).sqrt(), whole) * normal
-        )
-        first = torch.where(per_sample(split, whole), first, 0.0)
-        # Pieces behind the cut move back by one.
-        source = torch.arange(pieces + 1).expand(n, -1)
-        source = torch.where(source > at.unsqueeze(1), source - 1, source)
-        self._lengths = self._lengths.gather(1, source)
-        self._increments = self._increments[rows.to(device).unsqueeze(1), source.to(device)]
-        one, both = rows[split], at[split]
-        self._lengths[one, both] = part[split]
-        self._lengths[one, both + 1] = (length - part)[split]
-        one, both = one.to(device), both.to(device)
-        on_device = split.to(device)
-        self._increments[one, both] = first[on_device]
-        self._increments[one, both + 1] = (whole - first)[on_device]
+        drawn = self._noise.normal(self._like, self._rows)
+        return drawn if len(self._alive) == len(drawn) else drawn[self._alive]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from .adaptive import Integrator
-from .base import Solver
+from .base import Solver, check_solver
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
@@ -26,7 +25,7 @@ __all__ = ["canonical_name", "find_solver", "named_solvers"]
 _SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 
-def named_solvers() -> dict[str, Solver | Integrator]:
+def named_solvers() -> dict[str, Solver]:
     """The solvers of the package, with their usual options, by the names that commands know."""
     multistep = ExponentialMultistep
     return {
@@ -56,9 +55,10 @@ def named_solvers() -> dict[str, Solver | Integrator]:
         "multistep-2-noise": multistep(order=2, prediction="noise"),
         "edm-heun": EDMHeun(),
         "edm-heun-churn": EDMHeun(churn=10.0),
-        "probability-flow": ProbabilityFlow(),
-        "probability-flow-bosh3": ProbabilityFlow(method="bosh3"),
-        "probability-flow-dopri8": ProbabilityFlow(method="dopri8"),
+        # At a pace of its own, an image depends on its seed alone.
+        "probability-flow": ProbabilityFlow(pace="sample"),
+        "probability-flow-bosh3": ProbabilityFlow(method="bosh3", pace="sample"),
+        "probability-flow-dopri8": ProbabilityFlow(method="dopri8", pace="sample"),
         "gotta-go-fast": GottaGoFast(),
         "torchsde-euler": TorchSDE(method="euler"),
         "torchsde-srk": TorchSDE(method="srk"),
@@ -78,7 +78,7 @@ def canonical_name(name: str) -> str:
     return _SHORT.get(name, name)
 
 
-def find_solver(name: str) -> Solver | Integrator:
+def find_solver(name: str) -> Solver:
     """A solver by its name, or a user's by ``module:ClassName``, made without arguments.
 
     ``em`` is short for ``euler-maruyama``, and ``multistep`` for ``multistep-2-sde``.
@@ -104,7 +104,7 @@ def find_solver(name: str) -> Solver | Integrator:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         msg = f"solver {name!r} cannot be loaded and made without arguments: {reason}"
         raise ValueError(msg) from error
-    if isinstance(solver, Solver | Integrator):
-        return solver
-    msg = f"solver {name!r} must be a Solver or an Integrator of cldsde.solvers; got {solver!r}"
-    raise ValueError(msg)
+    try:
+        return check_solver(solver, f"solver {name!r}")
+    except TypeError as error:
+        raise ValueError(str(error)) from None

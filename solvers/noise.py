@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,38 +14,65 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import ReverseProcess
 
-if TYPE_CHECKING:
-    from .adaptive import Integrator
-    from .base import Solver
-
-__all__ = [
-    "FreshNoise",
-    "GridNoise",
-    "NoiseSource",
-    "RecordedNoise",
-    "SampleNoise",
-    "checked_noise",
-]
+__all__ = ["CheckedNoise", "FreshNoise", "NoiseSource", "PathNoise", "RecordedNoise", "SampleNoise"]
 
 # Numbers that a sample's generator draws at once. Fixed, because a generator's numbers depend on
 # how many are asked for.
 _BLOCK = 4096
 
 
+class PathNoise(NamedTuple):
+    """Normals of each step as functionals of one Brownian path.
+
+    ξ = increment ΔW + integral I + time_integral U, with the increment ΔW of w over a step from t
+    down to u, I = ∫Ψ(t, τ) G dw and U = ∫(τ − u) dw.
+
+    Attributes
+    ----------
+    increment, integral
+        ``(n, r, m)`` and ``(n, r, k)`` float64 for n steps, r normals, m columns of G and k
+        components.
+    time_integral
+        ``(n, r, m)``; None if U does not enter. `BrownianPath` does not know U.
+    """
+
+    increment: Tensor
+    integral: Tensor
+    time_integral: Tensor | None = None
+
+    @classmethod
+    def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:
+        """ξ = ΔW/√h, or a rotation ``(n, r, m)`` of it, for decreasing times ``(n + 1,)``."""
+        h = -times.diff()[:, None, None]
+        if rotation is None:
+            columns = sde.diffusion(times[-1]).shape[-1]
+            rotation = torch.eye(columns, dtype=torch.float64, device="cpu")
+        scaled = rotation / h.sqrt()
+        return cls(scaled, scaled.new_zeros(*scaled.shape[:2], sde.components))
+
+    @classmethod
+    def integrals(cls, root: Tensor, functional: Tensor) -> PathNoise:
+        """ξ with root ξ = functional I; root is that of the covariance of functional I."""
+        # Rows of a root differ by powers of the step. Scaled alike, none is taken for rounding.
+        scale = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+        scale = torch.where(scale == 0, 1.0, scale)
+        integral = torch.linalg.pinv(root / scale, rtol=1e-13) @ (functional / scale)
+        return cls(integral.new_zeros(*integral.shape[:2], 0), integral)
+
+
 class NoiseSource(ABC):
-    """Standard normals, asked for in the order in which a solver uses them."""
+    """Source of a solver's standard normals, which are drawn in the order of their use."""
 
     @abstractmethod
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Normals for ``rows`` noise components a sample, ``(B, rows, *D)`` like the state z.
+        """Normals for ``rows`` noise components of each sample, ``(B, rows, *D)`` like the state z.
 
-        The state is that of now: what is kept of it is to be cloned.
+        A source that keeps the state has to clone it.
         """
 
     def check(self, z: Tensor) -> None:
-        """Refuse states for which there are no normals, before a score is asked for.
+        """Reject states for which there are no normals, before the score is evaluated.
 
         Raises
         ------
@@ -54,29 +81,26 @@ class NoiseSource(ABC):
         """
         return
 
-    def in_turn(self) -> NoiseSource:
-        """The same draws for one solve in which none is needed once the next is asked for.
-
-        A source that makes its draws anew may take one piece of memory for all of them.
-        """
-        return self
-
-
-@runtime_checkable
-class GridNoise(Protocol):
-    """A source whose normals depend on the times that a solver steps through."""
-
     def along(
-        self, process: ReverseProcess, solver: Solver | Integrator, times: Tensor
+        self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
-        """The source for one solve over a decreasing grid ``(n + 1,)``.
+        """The source for one solve; by default the source itself.
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        times
+            Decreasing grid ``(n + 1,)``.
+        functionals
+            Returns the solver's normals as functionals of a Brownian path, None if they are none.
 
         Raises
         ------
         ValueError
-            If the solver's noise is not of this kind, or the grid or the process do not fit.
+            If the source depends on a grid and does not fit this one.
         """
-        ...
+        return self
 
 
 class FreshNoise(NoiseSource):
@@ -94,50 +118,17 @@ class FreshNoise(NoiseSource):
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Draw ``(B, rows, *D)``."""
         batch, _, *data = z.shape
-        # Each component in one piece, as of states; one alone is so in any order.
-        shape = (batch, 1, *data) if rows == 1 else (rows, batch, *data)
-        drawn = standard_normal(shape, generator=self.generator, dtype=z.dtype, device=z.device)
-        return drawn if rows == 1 else drawn.transpose(0, 1)
-
-    def in_turn(self) -> NoiseSource:
-        """Into the memory of the first draw."""
-        return _NoiseInTurn(self.generator) if type(self) is FreshNoise else self
+        drawn = standard_normal(
+            (rows, batch, *data), generator=self.generator, dtype=z.dtype, device=z.device
+        )
+        return drawn.transpose(0, 1)
 
 
-class _NoiseInTurn(FreshNoise):
-    """`FreshNoise` in one piece of memory: new memory takes half as long as an image's normals."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        super().__init__(generator)
-        self._drawn: Tensor | None = None
-        self._memory: Tensor | None = None
-
-    def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Draw ``(B, rows, *D)``, which lasts until the next draw."""
-        drawn, memory = self._drawn, self._memory
-        if drawn is None or memory is None or drawn.shape[1] != rows:
-            drawn = self._drawn = super().normal(z, rows)
-            # What a generator of another device draws is moved, to memory that is new.
-            if self.generator is None or self.generator.device == z.device:
-                self._memory = drawn if rows == 1 else drawn.transpose(0, 1)
-            return drawn
-        memory.normal_(generator=self.generator)
-        return drawn
-
-
-class _CheckedNoise(NoiseSource):
-    """A source whose draws are looked at: ones that do not fit might be broadcast."""
+class CheckedNoise(NoiseSource):
+    """A source whose draws are checked, because a draw of another shape might be broadcast."""
 
     def __init__(self, source: NoiseSource) -> None:
         self._source = source
-
-    def check(self, z: Tensor) -> None:
-        """Let the source refuse states."""
-        self._source.check(z)
-
-    def in_turn(self) -> NoiseSource:
-        """The source in turn, looked at as well."""
-        return _CheckedNoise(self._source.in_turn())
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the source's draw.
@@ -147,15 +138,18 @@ class _CheckedNoise(NoiseSource):
         TypeError
             If it is no tensor of the state's dtype.
         ValueError
-            If it has another shape.
+            If it has another shape or lives on another device.
         """
         drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
         if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
             got = drawn.dtype if isinstance(drawn, Tensor) else type(drawn).__name__
             msg = f"noise: {self._source!r} must return a tensor of {z.dtype}; got {got}"
             raise TypeError(msg)
-        if drawn.shape != shape:
-            msg = f"noise: {self._source!r} must return shape {shape}; got {tuple(drawn.shape)}"
+        if drawn.shape != shape or drawn.device != z.device:
+            msg = (
+                f"noise: {self._source!r} must return shape {shape} on {z.device}; "
+                f"got {tuple(drawn.shape)} on {drawn.device}"
+            )
             raise ValueError(msg)
         return drawn
 
@@ -284,9 +278,3 @@ class SampleNoise(NoiseSource):
             numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
             done, self._used = done + count, self._used + count
         return numbers.reshape(len(z), *shape).to(z)
-
-
-def checked_noise(source: NoiseSource) -> NoiseSource:
-    """A source for one solve: those that are known to fit as they are, others looked at."""
-    known = type(source) in {FreshNoise, RecordedNoise, SampleNoise}
-    return source if known else _CheckedNoise(source)

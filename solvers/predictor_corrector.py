@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.checks import check_positive
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
+from .base import Facts, GridSolver, Memory, ScoreAt, check_solver
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
@@ -85,7 +85,7 @@ class Langevin:
 
 
 @dataclass(frozen=True)
-class PredictorCorrector(Solver):
+class PredictorCorrector(GridSolver):
     """Corrector steps at each time of the grid, then the predictor's step to the next.
 
     Parameters
@@ -103,14 +103,12 @@ class PredictorCorrector(Solver):
         If the predictor's state between two steps belongs to no grid time, as that of `SSCS`.
     """
 
-    predictor: Solver = field(default_factory=ReverseDiffusion)
+    predictor: GridSolver = field(default_factory=ReverseDiffusion)
     corrector: Langevin = field(default_factory=Langevin)
 
     def __post_init__(self) -> None:
         """Refuse what is no solver or no corrector."""
-        if not isinstance(self.predictor, Solver):
-            msg = f"predictor must be a solver, such as ReverseDiffusion(); got {self.predictor!r}"
-            raise TypeError(msg)
+        check_solver(self.predictor, "predictor")
         if not self.predictor.facts.state_on_grid:
             msg = (
                 "predictor must leave a state at each grid time, where the corrector works; "

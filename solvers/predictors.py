@@ -10,8 +10,9 @@ from torch import Tensor
 from cldsde.score import Conversion, ReverseProcess
 
 from .affine import Affine, AffineSolver
-from .base import DATA_DETERMINED, Facts, PathNoise
+from .base import DATA_DETERMINED, Facts
 from .combine import as_blocks
+from .noise import PathNoise
 
 __all__ = ["Ancestral", "ReverseDiffusion"]
 

@@ -1,32 +1,25 @@
-"""The probability-flow ODE with adaptive steps, each sample at its own pace."""
+"""The probability-flow ODE by Runge–Kutta methods with adaptive steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
+from cldsde.score.times import KnownTimes, on_device
 
-from .adaptive import LOOSE, ActiveSamples, Callback, Integration, Integrator
-from .base import Facts
-from .combine import as_blocks, combine, component_first, per_sample
-from .noise import NoiseSource
-from .numbered_score import NumberedScore
+from .adaptive import LOOSE, ActiveSamples, per_sample
+from .base import Facts, Integration, KnownScore, Run, Solver
+from .combine import as_blocks, combine
 
 __all__ = ["ProbabilityFlow"]
-
-Velocity = Callable[[Tensor, int, Tensor | None], Tensor]
-"""dz/dt at a state, at the time of the given number, written to where it is told, if it is."""
-
-Flow = Callable[[Tensor, Tensor], Velocity]
-"""Its evaluation at times ``(S, N)`` of N states."""
 
 _METHODS = ("bosh3", "dopri5", "dopri8")
 
@@ -39,14 +32,14 @@ def _tableau(method: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbabilityFlow(Integrator):
+class ProbabilityFlow(Solver):
     r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with a step size for each sample.
 
-    Each sample of the batch is accepted, rejected and stepped by its own error, the root mean
-    square over its numbers of the error in units of atol + rtol times the larger of the state
-    before and after, so that its result does not depend on the others but for rounding. Samples
-    that have arrived drop out of the batch. No time outside [ε, T] is evaluated. ``Solution.nfev``
-    is the largest number of evaluations of a sample, ``stats["nfev"]`` has all.
+    The error of a step is the root mean square over all numbers of the batch of the error in units
+    of atol + rtol times the larger of the state before and after, as in scipy and torchdiffeq. With
+    ``pace="sample"`` each sample has an error and step lengths of its own. No time outside [ε, T]
+    is evaluated. ``Solution.nfev`` is the largest number of evaluations of a sample,
+    ``stats["nfev"]`` has all.
 
     Parameters
     ----------
@@ -62,10 +55,11 @@ class ProbabilityFlow(Integrator):
     max_step
         Length of the longest step, > 0.
     pace
-        ``"sample"``: as above. ``"batch"``: one step size, by the root mean square over the whole
-        batch, as scipy and torchdiffeq have it. Samples then depend on each other, and one that
-        fails takes all with it; but they share their times, so that coefficients, of an exact score
-        above all, are computed once a step and not for each sample.
+        ``"batch"``: one step length for all samples, so that they share their times and an exact
+        score computes its coefficients once per evaluation. A sample then depends on its batch, and
+        one that fails takes all with it. ``"sample"``: step lengths for each sample, whose result
+        does not depend on the others but for rounding; samples that have arrived drop out of the
+        batch. An exact score then computes coefficients for each sample.
 
     Raises
     ------
@@ -79,7 +73,7 @@ class ProbabilityFlow(Integrator):
     max_nfev: int = 10_000
     first_step: float | None = None
     max_step: float = math.inf
-    pace: Literal["sample", "batch"] = "sample"
+    pace: Literal["batch", "sample"] = "batch"
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
@@ -106,6 +100,7 @@ class ProbabilityFlow(Integrator):
             applies_to="every linear SDE",
             nfe_per_step=tableau.n_stages,
             ode_order=tableau.order,
+            state_on_grid=False,
             adaptive=True,
         )
 
@@ -113,115 +108,87 @@ class ProbabilityFlow(Integrator):
         """The same method with steps of length h and no control of its error."""
         return replace(self, rtol=LOOSE, atol=LOOSE, first_step=h, max_step=h)
 
-    def integrate(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        times: Tensor,
-        noise: NoiseSource,
-        *,
-        stops: Tensor,
-        callback: Callback | None,
-        progress: bool,
-    ) -> Integration:
-        """Run each sample from ``times[0]`` down to ``times[-1]``."""
-        if self.pace == "sample" or not len(z):
-            flow = partial(_flow, process)
-            return self._run(flow, component_first(z), times, stops, callback, progress=progress)
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
+        """Butcher tableau of the method."""
+        return _tableau(self.method)
 
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> None:
+        """None: the solver chooses its times."""
+
+    def integrate(self, run: Run) -> Integration:
+        """Take all samples to the end."""
+        batch = len(run.state)
         # Samples that share their steps are stepped as one.
-        def together(times: Tensor, z: Tensor) -> Velocity:
-            velocity = _flow(process, times, z[0])
-            return lambda z, i, out: velocity(z[0], i, None if out is None else out[0]).view_as(z)
-
-        def watch(attempts: int, t: Tensor, z: Tensor) -> object:
-            assert callback is not None
-            return callback(attempts, t.expand(z.shape[1]), z[0])
-
-        one = self._run(
-            together,
-            component_first(z).unsqueeze(0),
-            times,
-            stops,
-            None if callback is None else watch,
-            progress=progress,
-        )
+        together = self.pace == "batch" and batch > 0
+        if not together:
+            return self._run(run, run.state, together=False)
+        callback = run.callback
+        if callback is not None:
+            asked = callback
+            run = replace(run, callback=lambda n, t, z: asked(n, t.expand(batch), z[0]))
+        one = self._run(run, run.state.unsqueeze(0), together=True)
         return replace(
             one,
             state=one.state[0],
             states=one.states[:, 0],
-            nfev=one.nfev.repeat(len(z)),
-            success=one.success.repeat(len(z)),
+            nfev=one.nfev.repeat(batch),
+            success=one.success.repeat(batch),
         )
 
-    def _run(
-        self,
-        flow: Flow,
-        z: Tensor,
-        times: Tensor,
-        stops: Tensor,
-        callback: Callback | None,
-        *,
-        progress: bool,
-    ) -> Integration:
-        """Step states ``(N, ...)``, each at a pace of its own."""
-        tableau = _tableau(self.method)
-        weights = _Weights(tableau, z)
-        start, end = float(times[0]), float(times[-1])
-        samples = ActiveSamples(
-            z,
-            start,
-            stops,
-            max_nfev=self.max_nfev,
-            callback=callback,
-            progress=progress,
-            name=type(self).__name__,
-        )
-        f, h = torch.zeros_like(z), samples.t - end
-        rejected = torch.zeros(len(z), dtype=torch.bool)
+    def _run(self, run: Run, z: Tensor, *, together: bool) -> Integration:
+        """Step N states ``(N, …)``, each with a step length of its own."""
+        weights = _Weights(run.tables, z)
+        end = float(run.times[-1])
+        samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
+
+        def flow(
+            times: Tensor, h: Tensor, *states: Tensor
+        ) -> tuple[Velocity, Tensor, list[Tensor]]:
+            return _flow(run.process, samples, times, h, states, together=together)
+
+        h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
-        going = samples.screen(h, cost=at_start)
+        kept = samples.screen(h, cost=at_start)
         if samples.on_their_way():
             samples.spend(at_start)
-            f = flow(samples.t.unsqueeze(0), z)(z, 0, None)
+            samples.attempt(h)
+            velocity, *_ = flow(samples.t.unsqueeze(0), h, z)
+            f = velocity(z, 0)
+            h = torch.full_like(samples.t, self.first_step or 0.0)
             if self.first_step is None:
                 h = self._first_step(flow, z, samples.t, f, end)
-            else:
-                h = torch.full_like(samples.t, self.first_step)
-            going = samples.screen(h, tableau.n_stages)
-        slopes = _Slopes(f, z, tableau.n_stages + 1)
+            kept = samples.screen(h, run.tables.n_stages)
         while samples.on_their_way():
-            if going is not None:
-                on_device = going.to(z.device)
-                h, rejected = h[going], rejected[going]
-                z, f = (component_first(x[on_device]) for x in (z, slopes.first))
-                slopes = _Slopes(f, z, tableau.n_stages + 1)
+            if kept is not None:
+                h, rejected = h[kept], rejected[kept]
             h, after = samples.attempt(h.clamp_max(self.max_step))
-            samples.spend(tableau.n_stages)
-            dt = per_sample(h, z)
+            samples.spend(run.tables.n_stages)
             within = (samples.t - weights.nodes * h).clamp_min_(end)
-            velocity = flow(torch.cat([within, after.unsqueeze(0)]), z)
+            velocity, dt, (z, f) = flow(torch.cat([within, after.unsqueeze(0)]), h, z, f)
+            slopes = _Slopes(f, run.tables.n_stages + 1)
             for number, a in enumerate(weights.stages):
-                slopes.evaluate(velocity, slopes.step(z, a, dt), number)
+                slopes.append(velocity(slopes.step(z, a, dt), number))
             new = slopes.step(z, weights.step, dt)
-            slopes.evaluate(velocity, new, len(weights.stages))
-            error = self._error(weights, slopes, h, z, new)
-            accept = error <= 1
-            growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
-            z = _where(accept, new, z)
-            slopes.settle(accept)
+            last = velocity(new, len(weights.stages))
+            slopes.append(last)
+            error_there = self._error(weights, slopes, dt, z, new)
+            error = error_there.cpu().to(torch.float64)
+            accept, accept_there = error <= 1, error_there <= 1
+            growth = _growth(error, run.tables.error_estimator_order, after_rejection=rejected)
+            z = _where(accept, accept_there, new, z)
+            f = _where(accept, accept_there, last, f)
             rejected = ~accept
-            h = samples.settle(z, torch.where(accept, after, samples.t), h * growth)
-            going = samples.screen(h, tableau.n_stages)
+            h = samples.settle(z, accept, accept_there, after, h * growth)
+            kept = samples.screen(h, run.tables.n_stages)
         return samples.result()
 
     def _error(
-        self, weights: _Weights, slopes: _Slopes, h: Tensor, z: Tensor, new: Tensor
+        self, weights: _Weights, slopes: _Slopes, dt: Tensor, z: Tensor, new: Tensor
     ) -> Tensor:
         """Error of each sample in units of the tolerance, as scipy estimates it."""
         with torch.no_grad():
             scale = torch.maximum(z.abs(), new.abs()).mul_(self.rtol).add_(self.atol)
-            sizes = [h * _size(slopes.combined(one).div_(scale)) for one in weights.errors]
+            sizes = [dt * _size(slopes.sum(one).div_(scale)) for one in weights.errors]
         if len(sizes) == 1:
             return sizes[0]
         fifth, third = sizes
@@ -230,7 +197,7 @@ class ProbabilityFlow(Integrator):
 
     def _first_step(
         self,
-        flow: Flow,
+        flow: Callable[..., tuple[Velocity, Tensor, list[Tensor]]],
         z: Tensor,
         t: Tensor,
         f: Tensor,
@@ -238,12 +205,13 @@ class ProbabilityFlow(Integrator):
     ) -> Tensor:
         """Step length from the size of the slope and its change (Hairer et al. 1993, II.4)."""
         scale = self.atol + self.rtol * z.abs()
-        d0, d1 = _size(z / scale), _size(f / scale)
+        d0, d1 = torch.stack([_size(z / scale), _size(f / scale)]).cpu().to(torch.float64)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        # A slope that is not finite is found out by the first step.
+        # The first step finds out that a slope is not finite.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
-        nearby = flow((t - h0).unsqueeze(0), z)(z - f * per_sample(h0, z), 0, None)
-        d2 = _size((nearby - f) / scale) / h0
+        velocity, dt, _ = flow((t - h0).unsqueeze(0), h0, z)
+        nearby = velocity(z - f * per_sample(dt, z), 0)
+        d2 = _size((nearby - f) / scale).cpu().to(torch.float64) / h0
         steepest = torch.maximum(d1, d2)
         order = _tableau(self.method).error_estimator_order + 1
         h1 = torch.where(
@@ -252,21 +220,40 @@ class ProbabilityFlow(Integrator):
         return torch.minimum(100 * h0, h1)
 
 
-def _flow(process: ReverseProcess, times: Tensor, z: Tensor) -> Velocity:
-    """The flow at times ``(S, N)``; where samples share them, with its coefficients ready."""
-    shared = times[:, 0]
-    if not bool((times == times[:, :1]).all()):
+Velocity = Callable[[Tensor, int], Tensor]
+"""dz/dt at states, at the time of the given number."""
 
-        def velocity(z: Tensor, i: int, out: Tensor | None) -> Tensor:
-            found = process.probability_flow(z, times[i])
-            return found if out is None else out.copy_(found)
 
-        return velocity
-    G = process.sde.diffusion(shared)
-    state = as_blocks(process.sde.drift(shared))
-    pull = as_blocks(-0.5 * (G @ G.mT)[..., list(process.sde.driven)])
-    score = NumberedScore(process, shared, z)
-    return lambda z, i, out: combine((state[i], z), (pull[i], score(z, i)), out=out)
+def _flow(
+    process: ReverseProcess,
+    samples: ActiveSamples,
+    times: Tensor,
+    h: Tensor,
+    states: Sequence[Tensor],
+    *,
+    together: bool,
+) -> tuple[Velocity, Tensor, list[Tensor]]:
+    """The flow at times ``(S, N)``; h ``(N,)`` on the device, and what is left of the states."""
+    sde = process.sde
+    F, G = sde.drift(times), sde.diffusion(times)
+    pull = -0.5 * (G @ G.mT)[..., list(sde.driven)]
+    if together:
+        (there, dt), kept = samples.moved([times, h], states)
+        score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], there[:, 0])
+        state_blocks, score_blocks = as_blocks(F[:, 0]), as_blocks(pull[:, 0])
+
+        def shared(z: Tensor, i: int) -> Tensor:
+            one = z[0]
+            return combine((state_blocks[i], one), (score_blocks[i], score(one, i))).unsqueeze(0)
+
+        return shared, dt, kept
+    (there, dt, F_there, pull_there), kept = samples.moved([times, h, F, pull], states)
+    score = KnownScore(process, KnownTimes(times), kept[0], there)
+
+    def apart(z: Tensor, i: int) -> Tensor:
+        return apply_blocks(F_there[i], z) + apply_blocks(pull_there[i], score(z, i))
+
+    return apart, dt, kept
 
 
 class _Weights:
@@ -276,107 +263,68 @@ class _Weights:
     ----------
     nodes
         Times of the stages within a step but the first, in units of its length, ``(S, 1)`` on the
-        host.
+        CPU.
     stages, step, errors
         Weights of the slopes: for each of these stages, for the step, for the estimates of its
         error.
     """
 
     def __init__(self, tableau: Any, like: Tensor) -> None:
-        def row(weights: Any) -> Tensor:
-            return torch.as_tensor(weights).to(like)
-
-        self.nodes = torch.as_tensor(tableau.C[1:]).unsqueeze(1)
-        self.stages = [row(a[:number]) for number, a in enumerate(tableau.A[1:], start=1)]
-        self.step = row(tableau.B)
         errors = (tableau.E5, tableau.E3) if hasattr(tableau, "E5") else (tableau.E,)
-        self.errors = [row(one) for one in errors]
+        stages = [a[:number] for number, a in enumerate(tableau.A[1:], start=1)]
+        rows = [torch.as_tensor(row, device="cpu") for row in (*stages, tableau.B, *errors)]
+        rows = on_device(rows, like.dtype, like.device)
+        self.nodes = torch.as_tensor(tableau.C[1:], device="cpu").unsqueeze(1)
+        self.stages, self.step = rows[: len(stages)], rows[len(stages)]
+        self.errors = rows[len(stages) + 1 :]
 
 
 class _Slopes:
-    """Slopes at the stages of a step, in one piece of memory, so that sums of them are products.
+    """Slopes at the stages of a step, in one piece of memory, so that sums of them are products."""
 
-    Parameters
-    ----------
-    first
-        That at the start of the step.
-    like
-        A state, whose layout in memory they take.
-    count
-        How many there are.
-    """
-
-    def __init__(self, first: Tensor, like: Tensor, count: int) -> None:
-        self._grad = torch.is_grad_enabled()
-        strides = like.stride()
-        self._order = sorted(range(like.ndim), key=lambda axis: -strides[axis])
-        self._sizes = [like.shape[axis] for axis in self._order]
-        self._back = [self._order.index(axis) for axis in range(like.ndim)]
-        self._stages = [first] * count
-        if not self._grad:
+    def __init__(self, first: Tensor, count: int) -> None:
+        self._shape = first.shape
+        self._known = [first.flatten()]
+        self._memory: Tensor | None = None
+        if not torch.is_grad_enabled():
             self._memory = first.new_empty(count, first.numel())
-            self._stages = [self._piece(row) for row in self._memory]
-            self._stages[0].copy_(first)
+            self._memory[0] = self._known[0]
 
-    @property
-    def first(self) -> Tensor:
-        """That at the start of the next step."""
-        return self._stages[0]
+    def append(self, slope: Tensor) -> None:
+        """Add the slope of the next stage."""
+        if self._memory is not None:
+            self._memory[len(self._known)] = slope.flatten()
+        self._known.append(slope.flatten())
 
-    def evaluate(self, velocity: Velocity, z: Tensor, number: int) -> None:
-        """Find the one of the time of a number; the first is known."""
-        out = None if self._grad else self._stages[number + 1]
-        self._stages[number + 1] = velocity(z, number, out)
-
-    def combined(self, weights: Tensor) -> Tensor:
-        """Σ weight · slope."""
-        if not self._grad:
-            return self._piece(_product(weights, self._memory[: len(weights)]))
-        # The same product, to the bit, of what autograd follows.
-        known = [x.permute(self._order).flatten() for x in self._stages[: len(weights)]]
-        return self._piece(_product(weights, torch.stack(known)))
+    def sum(self, weights: Tensor) -> Tensor:
+        """Σ weight · slope, of the first slopes."""
+        count = len(weights)
+        known = torch.stack(self._known[:count]) if self._memory is None else self._memory[:count]
+        # In the slopes' own precision, if a network runs in another.
+        with torch.autocast(known.device.type, enabled=False):
+            return (weights @ known).view(self._shape)
 
     def step(self, z: Tensor, weights: Tensor, dt: Tensor) -> Tensor:
-        """The state that steps of length dt lead to."""
-        return torch.addcmul(z, self.combined(weights), dt, value=-1)
-
-    def settle(self, accept: Tensor) -> None:
-        """The last is the first of the next step, of the samples whose step was accepted."""
-        first = _where(accept, self._stages[-1], self._stages[0])
-        if self._grad:
-            self._stages[0] = first
-        elif first is not self._stages[0]:
-            self._stages[0].copy_(first)
-
-    def _piece(self, flat: Tensor) -> Tensor:
-        return flat.view(self._sizes).permute(self._back)
-
-
-def _product(weights: Tensor, slopes: Tensor) -> Tensor:
-    """Weights · slopes, in their own precision where a network runs in another."""
-    kind = slopes.device.type
-    if not torch.is_autocast_enabled(kind):
-        return weights @ slopes
-    with torch.autocast(kind, enabled=False):
-        return weights @ slopes
+        """The state that a step of length dt leads to."""
+        return torch.addcmul(z, self.sum(weights), per_sample(dt, z), value=-1)
 
 
 def _size(x: Tensor) -> Tensor:
-    """Root mean square of each sample, float64 on the host."""
+    """Root mean square of each sample, single precision at least."""
     # Squares of errors in units of the tolerance leave the range of half precision.
     wide = torch.promote_types(x.dtype, torch.float32)
     axes = tuple(range(1, x.ndim))
     norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=axes, dtype=wide)
-    return norm.cpu().to(torch.float64) / math.sqrt(x[0].numel())
+    return norm / math.sqrt(max(x[0].numel(), 1))
 
 
-def _where(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Those of the samples that are accepted; by a host's mask, so that none is copied for all."""
+def _where(accept: Tensor, accept_there: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """New states of the samples that are accepted; no kernel if all are, or none is."""
     if bool(accept.all()):
         return new
     if not bool(accept.any()):
         return old
-    return torch.where(per_sample(accept, new), new, old)
+    return torch.where(per_sample(accept_there, new), new, old)
 
 
 def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver
+from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -32,7 +32,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splitting(Solver):
+class Splitting(GridSolver):
     r"""A word over O, A and B: the reverse SDE of a process with velocity, split in three.
 
     With the stationary covariance Σ∞ = diag(σ_x, σ_v) the reverse SDE of CLD and PSLD is a sum of

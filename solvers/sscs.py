@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from cldsde.linear.checks import check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, ScoreAt, Solver, Stepper
-from .combine import Block, Combine, CombineInTurn, add_to, as_blocks, combine
+from .base import Facts, GridSolver, Memory, ScoreAt
+from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["SSCS"]
@@ -43,7 +43,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSCS(Solver):
+class SSCS(GridSolver):
     r"""Symmetric splitting of the reverse SDE (Dockhorn et al. 2022, §3.3 and algorithm 1).
 
     The reverse drift is split at the stationary score −Σ∞⁻¹z. What is left without the network,
@@ -164,7 +164,7 @@ class SSCS(Solver):
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
         return _Kick(state, frozen)
 
-    def on_grid(self) -> SSCS:
+    def on_grid(self) -> Self:
         """Without merging."""
         return replace(self, merge=False)
 
@@ -176,44 +176,20 @@ class SSCS(Solver):
         return middle if self.score_step == "gaussian" else times[:-1]
 
     def step(
-        self,
-        z: Tensor,
-        memory: Memory,
-        tables: _Tables,
-        i: int,
-        score: ScoreAt,
-        noise: NoiseSource,
-        into: Combine = combine,
+        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """Unless done by the step before, an exact move; then kicks and the next exact move."""
         if i == 0 or not self.merge:
             mean, root = tables.opening
-            z = into((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
-        first, *second = tables.stages
-        asked = i * len(tables.stages)
-        kick = (first.state[i], z), (first.score[i], score(z, asked))
-        if not second:
-            return into(*kick, (tables.root[i], noise.normal(z, z.shape[1]))), ()
-        [stage] = second
-        at = combine(*kick)
-        del kick
-        terms = (stage.state[i], at), (stage.score[i], score(at, asked + 1)), (stage.base[i], z)
-        out = combine(*terms)
-        # Let go of, and noise drawn when it is its turn, so that three states are held at a time.
-        del z, at, terms
-        return add_to(out, (tables.root[i], noise.normal(out, out.shape[1]))), ()
-
-    def stepper(
-        self, z: Tensor, tables: _Tables, score: ScoreAt, noise: NoiseSource
-    ) -> Stepper | None:
-        """`step` that writes states into two pieces of memory in turn, and noise into one.
-
-        Not with two stages, which would hold four.
-        """
-        if len(tables.stages) > 1:
-            return None
-        in_turn, noise = CombineInTurn(z), noise.in_turn()
-        return lambda z, memory, i: self.step(z, memory, tables, i, score, noise, in_turn)
+            z = combine((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
+        at = z
+        for number, stage in enumerate(tables.stages):
+            kick = score(at, i * len(tables.stages) + number)
+            terms = [(stage.state[i], at), (stage.score[i], kick)]
+            at = combine(*terms, (stage.base[i], z)) if number else combine(*terms)
+        # Draw the noise only when the score is freed, so that three states are held at a time.
+        del z, kick, terms
+        return add_to(at, (tables.root[i], noise.normal(at, at.shape[1]))), ()
 
 
 def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:

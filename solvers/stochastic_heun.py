@@ -11,9 +11,9 @@ from torch import Tensor
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, PathNoise, ScoreAt, Solver
+from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
-from .noise import NoiseSource
+from .noise import NoiseSource, PathNoise
 
 __all__ = ["StochasticHeun"]
 
@@ -30,7 +30,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StochasticHeun(Solver):
+class StochasticHeun(GridSolver):
     r"""Stochastic Heun: the drift is averaged over an Euler step's two ends, noise added once.
 
     .. math::

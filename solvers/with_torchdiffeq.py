@@ -14,14 +14,13 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .adaptive import LOOSE, Callback, Integration, Integrator
-from .base import Facts
-from .noise import NoiseSource
+from .adaptive import LOOSE
+from .base import Facts, Integration, Run, Solver
 from .progress import progress_bar
 
 __all__ = ["TorchDiffEq", "as_torchdiffeq"]
 
-# Order and evaluations a step.
+# Order and evaluations per step of adaptive methods; order and stages of methods with fixed steps.
 _ADAPTIVE = {
     "dopri8": (8, 13),
     "dopri5": (5, 6),
@@ -30,11 +29,11 @@ _ADAPTIVE = {
     "adaptive_heun": (2, 1),
 }
 _FIXED = {
-    "euler": (1, 1),
-    "midpoint": (2, 2),
-    "heun2": (2, 2),
-    "heun3": (3, 3),
-    "rk4": (4, 4),
+    "euler": (1, (0.0,)),
+    "midpoint": (2, (0.0, 1 / 2)),
+    "heun2": (2, (0.0, 1.0)),
+    "heun3": (3, (0.0, 1 / 3, 2 / 3)),
+    "rk4": (4, (0.0, 1 / 3, 2 / 3, 1.0)),
 }
 _METHODS = (*_ADAPTIVE, *_FIXED)
 
@@ -52,7 +51,7 @@ class _ScoreError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchDiffEq(Integrator):
+class TorchDiffEq(Solver):
     """The probability flow by a method of torchdiffeq (Chen et al. 2018).
 
     Methods with fixed steps step through the grid that is given; adaptive ones, with one step size
@@ -114,13 +113,29 @@ class TorchDiffEq(Integrator):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; order of the method."""
-        order, evaluations = {**_ADAPTIVE, **_FIXED}[self.method]
+        adaptive = self.method in _ADAPTIVE
+        if adaptive:
+            order, evaluations = _ADAPTIVE[self.method]
+        else:
+            order, stages = _FIXED[self.method]
+            evaluations = len(stages)
         return Facts(
             applies_to="every linear SDE",
             nfe_per_step=evaluations,
             ode_order=order,
-            adaptive=self.method in _ADAPTIVE,
+            state_on_grid=False,
+            adaptive=adaptive,
         )
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> None:
+        """Nothing: torchdiffeq asks for the flow at its own times."""
+
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
+        """The stages of each step of a fixed method."""
+        if self.method in _ADAPTIVE:
+            return None
+        _, stages = _FIXED[self.method]
+        return torch.stack([times[:-1] + c * times.diff() for c in stages], dim=1).flatten()
 
     def with_step(self, h: float) -> TorchDiffEq:
         """The same method with steps of length h and no control of its error.
@@ -136,20 +151,11 @@ class TorchDiffEq(Integrator):
         options = {**self.options, "first_step": h, "max_step": h}
         return replace(self, rtol=LOOSE, atol=LOOSE, options=options)
 
-    def integrate(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        times: Tensor,
-        noise: NoiseSource,
-        *,
-        stops: Tensor,
-        callback: Callback | None,
-        progress: bool,
-    ) -> Integration:
-        """Run all samples from ``times[0]`` down to ``times[-1]`` by one call of torchdiffeq."""
+    def integrate(self, run: Run) -> Integration:
+        """Take all samples to the end by one call of torchdiffeq."""
         from torchdiffeq import odeint  # slow to import, and seldom wanted
 
+        z, times, stops = run.state, run.times, run.stops
         # Apple's devices have no float64.
         precision = torch.float32 if z.device.type == "mps" else torch.float64
         grid, ahead = times.to(z.device, precision), stops.to(z.device, precision)
@@ -161,8 +167,8 @@ class TorchDiffEq(Integrator):
                 options.setdefault("first_step", 1e-3 * float(times[0] - times[-1]))
         else:
             options["grid_constructor"] = lambda func, y0, t: grid
-        with progress_bar(None, shown=progress, desc=f"TorchDiffEq {self.method}") as bar:
-            flow = _WatchedFlow(process, z, times, stops, self.max_nfev, callback, bar)
+        with progress_bar(None, shown=run.progress, desc=f"TorchDiffEq {self.method}") as bar:
+            flow = _WatchedFlow(run, self.max_nfev, bar)
             message = "reached the end of the interval"
             try:
                 if len(z):
@@ -198,18 +204,10 @@ class TorchDiffEq(Integrator):
 class _WatchedFlow:
     """The flow within its interval, counted, with the states that were stepped to."""
 
-    def __init__(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        times: Tensor,
-        stops: Tensor,
-        max_nfev: int,
-        callback: Callback | None,
-        bar: Any,
-    ) -> None:
-        self._process, self._times, self._max_nfev = process, times, max_nfev
-        self._callback, self._bar = callback, bar
+    def __init__(self, run: Run, max_nfev: int, bar: Any) -> None:
+        self._process, self._times, self._max_nfev = run.process, run.times, max_nfev
+        self._callback, self._bar = run.callback, bar
+        z, times, stops = run.state, run.times, run.stops
         self._stops: list[float] = stops.tolist()
         self._last = float(times[0])
         self.state, self.nfev, self.steps = z, 0, 0

@@ -14,9 +14,9 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, Memory, PathNoise, ScoreAt, Solver
+from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
-from .noise import NoiseSource
+from .noise import NoiseSource, PathNoise
 
 __all__ = ["TorchSDE", "as_torchsde"]
 
@@ -50,7 +50,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchSDE(Solver):
+class TorchSDE(GridSolver):
     """The reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
 
     Each step of the grid is one step of torchsde's method, so that no step leaves the grid, and its

@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
-from cldsde.solvers import PathNoise
+from cldsde.solvers.authoring import PathNoise
 
 from .problems import Problem
 from .reference import GaussianReference

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from cldsde.linear import LinearSDE
-from cldsde.solvers import Facts, Integrator, Solver, solve
+from cldsde.solvers import solve
+from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
 
 from .order_estimate import OrderEstimate, Verdict
@@ -89,14 +90,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def facts_fault(solver: Solver | Integrator) -> str:
+def facts_fault(solver: Solver) -> str:
     """What is wrong with what a solver declares; empty where nothing is."""
     try:
         facts: object = solver.facts
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         return f"facts cannot be read: {in_words(error)}"
     if not isinstance(facts, Facts):
-        return _one_line(f"facts must be a cldsde.solvers.Facts; got {facts!r}")
+        return _one_line(f"facts must be a cldsde.solvers.authoring.Facts; got {facts!r}")
     for name in ("weak_order", "strong_order", "ode_order"):
         order = getattr(facts, name)
         if order is not None and not (isinstance(order, Real) and 0 < float(order) < math.inf):
@@ -138,12 +139,11 @@ def kernel_check(name: str, sde: LinearSDE) -> Check:
     )
 
 
-def stiff_check(name: str, solver: Solver | Integrator, problem: Problem, began: float) -> Check:
+def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
     """Near the data orders show at unaffordable steps only; what counts is the error itself.
 
     It is reported, and fails where it is above the size of the moments or no number.
     """
-    assert isinstance(solver, Solver)
     times = quadratic_times(problem.start, problem.end, 100)
     reference = GaussianReference(problem, times[[0, -1]])
     error = moment_error(solver, problem, times, reference)
@@ -160,7 +160,7 @@ def stiff_check(name: str, solver: Solver | Integrator, problem: Problem, began:
     )
 
 
-def count_check(name: str, solver: Solver | Integrator, problem: Problem, began: float) -> Check:
+def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
     """Whether a solver asks for the score as often as it says."""
     steps, g = 8, torch.Generator().manual_seed(0)
     times = quadratic_times(problem.start, problem.end, steps)
@@ -180,7 +180,7 @@ def count_check(name: str, solver: Solver | Integrator, problem: Problem, began:
 
 def bias_check(
     name: str,
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     g: torch.Generator,
     began: float,

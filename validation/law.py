@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.solvers import Integrator, Solver, solve
+from cldsde.solvers import solve
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times
 
 from .checks import Check
@@ -135,7 +136,7 @@ class _Comparison(NamedTuple):
 
 def law_check(
     name: str,
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     case: LawCase,
     g: torch.Generator,
@@ -281,10 +282,10 @@ def _in_words(case: LawCase, coarse: Tensor, fine: Tensor, compared: _Comparison
     )
 
 
-def _with_tolerance(solver: Solver | Integrator, factor: float) -> Any:
+def _with_tolerance(solver: Solver, factor: float) -> Any:
     """The same solver at a multiple of its tolerances."""
     try:
-        rtol, atol = solver.rtol, solver.atol  # type: ignore[union-attr]
+        rtol, atol = solver.rtol, solver.atol  # type: ignore[attr-defined]
         return dataclasses.replace(solver, rtol=factor * rtol, atol=factor * atol)  # type: ignore[type-var]
     except (AttributeError, TypeError) as error:
         msg = "it is adaptive, so it must be a dataclass with fields rtol and atol"

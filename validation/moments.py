@@ -1,10 +1,10 @@
 """Exact moments of a solver: no Monte Carlo.
 
-With Gaussian data the score is affine, so one step of a solver is an affine map of the state and
-its noise, z' = b + X z + N ξ. Its matrices are *probed* by feeding basis vectors, and mean and
-covariance are carried through the grid exactly:
+With Gaussian data the score is affine, so a solve is an affine map of its start and its noise,
+z' = b + X z + N ξ. Its matrices are *probed* by solving from basis vectors, and mean and covariance
+follow exactly:
 
-    m ← X m + b,      C ← X C Xᵀ + N Nᵀ.
+    m' = X m + b,      C' = X C Xᵀ + N Nᵀ.
 
 The difference to the true marginal is the solver's weak error, to rounding.
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cldsde.score import ReverseProcess, TabulatedScore
-from cldsde.solvers import NoiseSource, Solver
-from cldsde.solvers.driver import check_arguments, checked_grid
+from cldsde.score import ReverseProcess
+from cldsde.solvers import NoiseSource, plan
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.plan import without_warning
 
 __all__ = ["propagate_moments"]
 
@@ -33,30 +34,34 @@ class _CountingNoise(NoiseSource):
 
 
 class _BasisNoise(NoiseSource):
-    """Unit vectors of the step's whole noise for the last samples but one, then twice their sum.
+    """Unit vectors of all noise of a solve for the last samples but one, then twice their sum.
 
     Samples before have zeros.
     """
 
-    def __init__(self, rows: list[int], dimension: int) -> None:
-        size = sum(rows) * dimension
-        basis = torch.cat([torch.eye(size), torch.full((1, size), 2.0)]).to(torch.float64)
-        parts = torch.split(basis.reshape(len(basis), sum(rows), dimension), rows, dim=1)
-        self._draws = iter(parts)
+    def __init__(self, rows: list[int]) -> None:
+        self._rows = iter(rows)
+        self._first: int | None = None  # sample whose unit vector is the next to be drawn
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        draw = next(self._draws, None)
-        if draw is None or draw.shape[1] != rows:
-            msg = "solver: the noise that its step draws depends on the state"
+        if next(self._rows, None) != rows:
+            msg = "solver: the noise that its steps draw depends on the state"
             raise ValueError(msg)
-        return torch.cat([draw.new_zeros(len(z) - len(draw), *draw.shape[1:]), draw])
+        draw = z.new_zeros(len(z), rows * z.shape[2])
+        first = self._first if self._first is not None else self.start
+        draw[first : first + draw.shape[1]].fill_diagonal_(1.0)
+        draw[-1] = 2.0
+        self._first = first + draw.shape[1]
+        return draw.view(len(z), rows, -1)
+
+    start = 0
 
 
 @torch.no_grad()
 def propagate_moments(
     process: ReverseProcess, solver: Solver, times: Tensor, mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the state that a solver produces, where the score is affine.
+    """Mean and covariance of the state that a solver produces, if the score is affine.
 
     Parameters
     ----------
@@ -78,15 +83,16 @@ def propagate_moments(
 
     Raises
     ------
+    TypeError
+        If the solver chooses its times.
     ValueError
         If the shapes of the moments do not fit, the grid does not decrease, or the score or the
         solver's step is not affine.
     """
-    check_arguments(process, solver)
-    if not isinstance(solver, Solver):
+    sampler = plan(process, solver, times)
+    if sampler.nfev is None:
         msg = f"solver must work on a fixed grid; {type(solver).__name__} chooses its own times"
         raise TypeError(msg)
-    grid = checked_grid(times, process.sde.T)
     k, dimension = mean.shape if mean.ndim == 2 else (0, 0)
     size = k * dimension
     if k != process.sde.components or covariance.shape != (size, size):
@@ -95,48 +101,42 @@ def propagate_moments(
             f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
         raise ValueError(msg)
-    tables = solver.prepare(process, grid)
-    asked = solver.evaluation_times(process, grid)
+
+    def end(start: Tensor, noise: NoiseSource) -> Tensor:
+        # If a solve diverges, the moments are not finite.
+        with without_warning():
+            return sampler.solve(start.reshape(-1, k, dimension), noise=noise).state.flatten(1)
+
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
-    if isinstance(process.score, TabulatedScore):
-        score = process.score.tabulate(asked, m)
-    else:
-
-        def score(z: Tensor, i: int) -> Tensor:
-            return process.score(z, asked[i].expand(len(z)))
-
-    rows = [k]  # of the state, and of the tensors that the solver hands to its next step
-    for i in range(len(grid) - 1):
-        count = _CountingNoise()
-        size = sum(rows) * dimension
-        # Origin, unit vectors, and a point that an affine map takes to their combination.
-        states = torch.cat([torch.zeros(1, size), torch.eye(size), torch.full((1, size), 2.0)])
-        origin = torch.split(states[:1].to(m).reshape(1, -1, dimension), rows, dim=1)
-        alone, remembered = solver.step(origin[0], origin[1:], tables, i, score, count)
-        draws = sum(count.rows) * dimension
-        probes = torch.cat([states, torch.zeros(draws + 1, size)]).to(m)
-        z, *memory = torch.split(probes.reshape(-1, sum(rows), dimension), rows, dim=1)
-        noise = _BasisNoise(count.rows, dimension)
-        z, kept = solver.step(z, tuple(memory), tables, i, score, noise)
-        rows = [tensor.shape[1] for tensor in (z, *kept)]
-        out = torch.cat([z, *kept], dim=1).flatten(1)
-        b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
-        rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
-        # Where a step goes by means over a batch, as a corrector's may, it is another one alone.
-        single = torch.cat([alone, *remembered], dim=1).flatten()
-        bent = float(torch.stack([out[-1] - b - 2 * N.sum(1), b - single]).abs().max())
-        # Where the step is not finite the moments will not be, either. Rounding is 1e-15 of the
-        # largest number times the stages of a step; a score that bends is off by parts of it.
-        if rest > 1e-9 * float(out.abs().max()):
-            msg = (
-                f"process: its score is not affine in the state at step {i}, so the solver's step "
-                "is not; take Gaussian data"
-            )
-            raise ValueError(msg)
-        if bent > 1e-9 * float(out.abs().max()):
-            msg = f"solver: its step is not affine in its noise at step {i}; sample its law instead"
-            raise ValueError(msg)
-        m = b + X @ m
-        C = X @ C @ X.T + N @ N.T
-    size = k * dimension
-    return m[:size].reshape(k, dimension), C[:size, :size]
+    origin, noise = m.new_zeros(1, size), _CountingNoise()
+    alone = end(origin, noise)
+    draws = sum(noise.rows) * dimension
+    # Origin, unit vectors, and a point that an affine map takes to their combination.
+    states = torch.cat([origin, torch.eye(size).to(m), m.new_full((1, size), 2.0)])
+    basis = _BasisNoise(noise.rows)
+    basis.start = len(states)
+    out = end(torch.cat([states, m.new_zeros(draws + 1, size)]), basis)
+    b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
+    rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
+    bent = float((out[-1] - b - 2 * N.sum(1)).abs().max())
+    # If the solve is not finite, neither are the moments. Rounding is 1e-15 of the largest number
+    # times the steps; a score that is not affine is off by parts of it.
+    allowed = 1e-9 * float(out.abs().max())
+    if not torch.equal(alone, end(origin, _CountingNoise())) and bool(alone.isfinite().all()):
+        msg = (
+            "solver: the same state and noise gave two different results; does it draw noise "
+            "outside `noise.normal`?"
+        )
+        raise ValueError(msg)
+    # A step that uses means over a batch, as a corrector's may, is another one alone.
+    if bent > allowed or float((b - alone).abs().max()) > allowed:
+        msg = "solver: its steps are not affine in their noise; sample its distribution instead"
+        raise ValueError(msg)
+    if rest > allowed:
+        msg = (
+            "process: its score is not affine in the state, so the solver's steps are not; take "
+            "Gaussian data"
+        )
+        raise ValueError(msg)
+    m, C = b + X @ m, X @ C @ X.T + N @ N.T
+    return m.reshape(k, dimension), C

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.solvers import EvenSteps, Integrator, PathDriven, RecordedNoise, Solver, solve
+from cldsde.solvers import RecordedNoise, solve
+from cldsde.solvers.authoring import PathNoise, Solver, check_solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
 from .cases import FlowCase, PathCase
@@ -154,7 +155,7 @@ def _sampled_weak_order(
     samples: int,
     generator: torch.Generator | None,
 ) -> OrderEstimate:
-    if not isinstance(solver, PathDriven):
+    if _path_noise(solver, problem, grids[0]) is None:
         msg = (
             f"solver: on mixtures the weak order is measured along shared Brownian paths, which "
             f"{solver!r} does not follow; take a problem with Gaussian data"
@@ -208,7 +209,7 @@ def _observables(x: Tensor) -> Any:
 
 
 def ode_order(
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     *,
     steps: Sequence[int] = (16, 32, 64, 128, 256, 512),
@@ -220,8 +221,8 @@ def ode_order(
 ) -> OrderEstimate:
     """Order of a solver for the probability flow, against the order that it declares.
 
-    The error is the root mean square over samples. Solvers that choose their times are made to take
-    even steps (`EvenSteps`), which is what their order is about.
+    The error is the root mean square over samples. Adaptive solvers are made to take even steps
+    (``with_step``), which is what their order is about.
 
     Parameters
     ----------
@@ -242,10 +243,9 @@ def ode_order(
 
     Raises
     ------
-    TypeError
-        If the solver chooses its times and cannot take even steps.
     ValueError
-        If the solver does not apply to the problem, or steps are not positive and increasing.
+        If the solver chooses its times and cannot take even steps, it does not apply to the
+        problem, or steps are not positive and increasing.
     """
     check_problem(problem)
     _check_steps(steps)
@@ -257,9 +257,6 @@ def ode_order(
     for n in steps:
         times, taken = grid(problem.start, problem.end, n), solver
         if facts.adaptive:
-            if not isinstance(solver, EvenSteps):
-                msg = f"solver must be able to take even steps for an order; {solver!r} is not"
-                raise TypeError(msg)
             taken = solver.with_step((problem.start - problem.end) / n)
         found = solve(problem.process, taken, flow.start, times)
         error = (found.state - flow.end).square().mean().sqrt() if found.success else math.nan
@@ -294,7 +291,7 @@ def strong_order(
     Parameters
     ----------
     solver
-        A solver that follows a Brownian path (`PathDriven`).
+        A solver that follows a Brownian path (has ``path_noise``).
     problem
         Where to measure.
     steps
@@ -317,11 +314,11 @@ def strong_order(
         divide the finest, or samples are too few for a standard error.
     """
     _check_solver(solver)
-    if not isinstance(solver, PathDriven):
-        msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
-        raise TypeError(msg)
     check_problem(problem)
     _check_steps(steps)
+    if _path_noise(solver, problem, grid(problem.start, problem.end, 1)) is None:
+        msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
+        raise TypeError(msg)
     batches = 10
     _check_samples(samples if case is None else len(case.start), 2 * batches)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -373,13 +370,18 @@ def _strides(steps: Sequence[int], cells: int) -> list[int]:
 
 def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
     """States that a solver ends with along paths, ``(samples, k, D)``."""
-    assert isinstance(solver, PathDriven)
     times = paths.times[::stride]
-    noise = RecordedNoise(paths.draws(solver.path_noise(problem.process, times), stride))
+    functionals = _path_noise(solver, problem, times)
+    assert functionals is not None
+    noise = RecordedNoise(paths.draws(functionals, stride))
     return solve(problem.process, solver, paths.start, times, noise=noise).state
 
 
+def _path_noise(solver: Solver, problem: Problem, times: Tensor) -> PathNoise | None:
+    return solver.path_noise(problem.process, times)
+
+
 def _check_solver(solver: object) -> None:
-    if not isinstance(solver, Solver):
+    if check_solver(solver).facts.adaptive:
         msg = f"solver must work on a fixed grid; got {solver!r}"
         raise TypeError(msg)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cldsde.solvers import Integrator, Solver
+from cldsde.solvers.authoring import Solver
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
@@ -48,7 +48,7 @@ class Report:
     checks: Sequence[Check]
     tables: Sequence[WorkPrecision] = ()
     complete: bool = True
-    solvers: Mapping[str, Solver | Integrator] = field(default_factory=dict)
+    solvers: Mapping[str, Solver] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, with versions and the machine."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cldsde.solvers import Integrator, PathDriven, Solver
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
 from .cases import FlowCase, PathCase
@@ -50,7 +50,7 @@ QUICK_PROBLEMS = (
 
 
 def checks(
-    chosen: Mapping[str, Solver | Integrator],
+    chosen: Mapping[str, Solver],
     cases: Mapping[str, Problem],
     *,
     kernels: bool = True,
@@ -98,7 +98,7 @@ def checks(
 
 
 def count(
-    chosen: Mapping[str, Solver | Integrator],
+    chosen: Mapping[str, Solver],
     cases: Mapping[str, Problem],
     *,
     kernels: bool = True,
@@ -122,7 +122,7 @@ _FLOWS, _LONG = ("VP", "CLD", "VP, three modes"), ("VE",)  # in a quick validati
 _COUNTED = ("VP", "CLD")  # where evaluations are counted
 
 
-def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> list[str]:
+def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
     """What there is to measure of a solver on a problem."""
     facts = solver.facts
     noisy = facts.adaptive and facts.ode_order is None
@@ -137,7 +137,7 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
         return laws
     if problem.name == _STIFF:
         # A step that goes by the length of its noise, as a corrector's does, has no exact moments.
-        exact = isinstance(solver, Solver) and declares_order(solver)
+        exact = not facts.adaptive and declares_order(solver)
         return ["error at 100 steps"] if exact else []
     if problem.name == _ROTATION:
         return ["ODE order"] if _high_order(solver) else []
@@ -149,37 +149,37 @@ def _kinds(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> lis
         wanted = problem.name in (_LONG if (facts.ode_order or 0) > 4 else _FLOWS)
     if facts.ode_order is not None and wanted:
         kinds += ["ODE order"] if modes or not _high_order(solver) else []
-    if isinstance(solver, Solver) and problem.dimension == 1:
-        followed = isinstance(solver, PathDriven)
+    if not facts.adaptive and problem.dimension == 1:
+        followed = follows(solver, problem)
         if facts.weak_order is not None and (not modes or (followed and not quick)):
             kinds.append("weak order")
         # With modes the score bends, which may cost a strong order that lines would not.
         if facts.strong_order is not None and (not modes or followed):
             kinds.append("strong order")
-    if isinstance(solver, Solver) and problem.name in _COUNTED:
+    if not facts.adaptive and problem.name in _COUNTED:
         kinds.append("NFE a step")
     return kinds
 
 
-def declares_order(solver: Solver | Integrator) -> bool:
+def declares_order(solver: Solver) -> bool:
     """Whether a solver declares an order of any kind."""
     facts = solver.facts
     return (facts.weak_order or facts.strong_order or facts.ode_order) is not None
 
 
-def _seldom(solver: Solver | Integrator, problem: Problem) -> bool:
+def _seldom(solver: Solver, problem: Problem) -> bool:
     """Whether a law is left out of a quick validation: steps of each sample's own take long."""
     return problem.name not in (("VP, ring",) if solver.facts.adaptive else _RINGS)
 
 
-def _high_order(solver: Solver | Integrator) -> bool:
+def _high_order(solver: Solver) -> bool:
     return (solver.facts.ode_order or 0) > _HIGH
 
 
 def _check(
     kind: str,
     name: str,
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     shared: _Cases,
     *,
@@ -199,7 +199,7 @@ def _check(
         if kind in _SIMPLE:
             return _SIMPLE[kind](name, solver, problem, began)
         sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
-        followed = not sampled or _follows(solver, problem)
+        followed = not sampled or follows(solver, problem)
         if not followed and kind == "weak order":
             text = "a weak order with modes, as it follows no Brownian path (path_noise)"
             return Check(NOT_APPLICABLE, name, problem.name, None, None, None, text, 0.0)
@@ -211,7 +211,10 @@ def _check(
     if estimate is None:
         declared, order = solver.facts.strong_order, None
         verdict = Verdict.INCONCLUSIVE
-        message = "declared, but not to be measured: it follows no Brownian path (path_noise)"
+        message = (
+            f"`strong_order={declared:g}` is declared but `path_noise` is missing: implement it or "
+            "drop the claim"
+        )
     else:
         declared, verdict, message = estimate.expected, estimate.verdict, estimate.message
         order = estimate.order if math.isfinite(estimate.order) else None
@@ -261,7 +264,7 @@ class _Cases:
 
 def _estimate(
     kind: str,
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     cases: _Cases,
     generator: torch.Generator,
@@ -283,7 +286,6 @@ def _estimate(
             steps = _denser(8 if cases.quick else coarsest, 7)
             finer = _denser(16 if cases.quick else 2 * coarsest, 7)
         return _refined(lambda n: ode_order(solver, problem, steps=n, case=flow), steps, finer)
-    assert isinstance(solver, Solver)
     if kind == "strong order":
         times = uniform_times(problem.start, problem.end, finest[kind])
         samples = 3000 if cases.quick else 6000
@@ -347,7 +349,7 @@ def _halved(finest: int, levels: int) -> list[int]:
     return [finest // 2**level for level in reversed(range(levels))]
 
 
-def _law_samples(solver: Solver | Integrator, problem: Problem, *, quick: bool) -> int:
+def _law_samples(solver: Solver, problem: Problem, *, quick: bool) -> int:
     """As many as there is time for; steps of each sample's own, and many modes, take long."""
     if solver.facts.adaptive:
         return 500 if quick else 1000
@@ -362,9 +364,7 @@ _SIMPLE = {"error at 100 steps": stiff_check, "NFE a step": count_check}
 _EVERYWHERE = "every linear SDE"  # of what a solver declares to apply to
 
 
-def _refused(
-    name: str, solver: Solver | Integrator, problem: Problem, *, quick: bool
-) -> Check | None:
+def _refused(name: str, solver: Solver, problem: Problem, *, quick: bool) -> Check | None:
     """What a solver says where it does not apply; a fault where it declares to apply everywhere."""
     began = time.perf_counter()
     text = refusal(solver, problem, 64 if quick else 512)
@@ -377,31 +377,28 @@ def _refused(
     return Check(NOT_APPLICABLE, name, problem.name, None, None, verdict, text, seconds)
 
 
-def refusal(solver: Solver | Integrator, problem: Problem, steps: int = 512) -> str:
+def refusal(solver: Solver, problem: Problem, steps: int = 512) -> str:
     """Why a solver does not take a problem's process on a grid; empty where it does.
 
     Some processes are out of reach at single times only, which fine grids meet. What else goes
     wrong is no refusal, and left to the checks to find.
     """
-    if isinstance(solver, Solver):
-        try:
-            solver.prepare(problem.process, uniform_times(problem.start, problem.end, steps))
-        except ValueError as error:
-            return " ".join(str(error).split()) or "without a reason"
-        except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
-            return ""
+    try:
+        solver.prepare(problem.process, uniform_times(problem.start, problem.end, steps))
+    except ValueError as error:
+        return " ".join(str(error).split()) or "without a reason"
+    except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
+        return ""
     return ""
 
 
-def _follows(solver: Solver | Integrator, problem: Problem) -> bool:
-    """Whether a solver follows the increments and integrals of a Brownian path."""
-    if not isinstance(solver, PathDriven):
-        return False
+def follows(solver: Solver, problem: Problem) -> bool:
+    """Whether a solver's normals are functionals of a Brownian path on a problem."""
     try:
-        solver.path_noise(problem.process, uniform_times(problem.start, problem.end, 8))
+        times = uniform_times(problem.start, problem.end, 8)
+        return solver.path_noise(problem.process, times) is not None
     except ValueError:
         return False
-    return True
 
 
 def summarise(found: Sequence[Check]) -> dict[str, Verdict]:

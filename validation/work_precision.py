@@ -14,7 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from cldsde.solvers import Integrator, Solver, quadratic_times, solve
+from cldsde.solvers import quadratic_times, solve
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.progress import progress_bar
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
@@ -176,7 +177,7 @@ class WorkPrecision:
 
 def work_precision(
     problem: Problem,
-    solvers: Mapping[str, Solver | Integrator],
+    solvers: Mapping[str, Solver],
     budgets: Sequence[int] = (10, 20, 50, 100, 200),
     *,
     grid: Grid = quadratic_times,
@@ -239,11 +240,11 @@ def work_precision(
     if not sampled and not exact:
         msg = f"metric={chosen!r} is for Gaussian data of one dimension; take 'sliced'"
         raise ValueError(msg)
-    own = [name for name, solver in solvers.items() if not isinstance(solver, Solver)]
+    own = [name for name, solver in solvers.items() if solver.facts.adaptive]
     if own and not sampled:
         msg = (
-            f"metric={chosen!r} is exact for solvers on a grid alone; {own[0]!r} has a loop of its "
-            "own: take metric='sliced' for all"
+            f"metric={chosen!r} is exact for solvers on a grid alone, and {own[0]!r} chooses its "
+            "times; take metric='sliced' for all"
         )
         raise ValueError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -267,7 +268,7 @@ def work_precision(
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
         steps = max(budget // evaluations[name], 1)
         times = grid(problem.start, problem.end, steps)
-        if reference is not None and isinstance(solver, Solver):
+        if reference is not None:
             if chosen == "moments":
                 error = moment_error(solver, problem, times, reference)
             else:
@@ -290,8 +291,7 @@ def _check_arguments(
 ) -> None:
     check_problem(problem)
     if not isinstance(solvers, Mapping) or not all(
-        isinstance(name, str) and isinstance(solver, Solver | Integrator)
-        for name, solver in solvers.items()
+        isinstance(name, str) and isinstance(solver, Solver) for name, solver in solvers.items()
     ):
         msg = f"solvers must be a mapping of names to solvers; got {solvers!r}"
         raise TypeError(msg)
@@ -305,17 +305,16 @@ def _check_arguments(
             raise ValueError(msg)
 
 
-def _evaluations(solver: Solver | Integrator, problem: Problem) -> int:
-    """Score evaluations a step, which may depend on the process."""
-    if not isinstance(solver, Solver):
-        return solver.facts.nfe_per_step
+def _evaluations(solver: Solver, problem: Problem) -> int:
+    """Score evaluations per step, which may depend on the process."""
     times = quadratic_times(problem.start, problem.end, 8)
-    return -(-len(solver.evaluation_times(problem.process, times)) // 8)
+    asked = solver.evaluation_times(problem.process, times)
+    return solver.facts.nfe_per_step if asked is None else -(-len(asked) // 8)
 
 
 def _sampled(
     name: str,
-    solver: Solver | Integrator,
+    solver: Solver,
     problem: Problem,
     times: Tensor,
     metric: str,

@@ -104,7 +104,6 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
     from cldsde.images.config import SamplingConfig
     from cldsde.images.config_files import from_dict, parse_overrides
     from cldsde.images.sampling import make_solver
-    from cldsde.solvers import Solver
 
     if options.solver is None and ":" in configured.solver:
         msg = (
@@ -119,7 +118,7 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
         values["options"] = {}
     values["options"] = {**values["options"], **parse_overrides(options.set or [])}
     sampling = from_dict(SamplingConfig, values)
-    if "nfe" in given and not isinstance(make_solver(sampling), Solver):
+    if "nfe" in given and make_solver(sampling).facts.adaptive:
         msg = (
             f"--nfe: {sampling.solver} chooses its own times; "
             "take --set rtol=... and --set atol=... instead"

@@ -20,7 +20,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.solvers import Integrator, Solver, canonical_name, find_solver, named_solvers
+from cldsde.solvers import canonical_name, find_solver, named_solvers
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.progress import progress_bar
 from cldsde.validation import (
     Check,
@@ -209,7 +210,7 @@ def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> No
 
 
 def _diagrams(
-    chosen: Mapping[str, Solver | Integrator],
+    chosen: Mapping[str, Solver],
     cases: Mapping[str, Problem],
     found: list[Check],
     *,
@@ -226,7 +227,7 @@ def _diagrams(
         fitting = [
             name
             for name, solver in chosen.items()
-            if isinstance(solver, Solver)
+            if not solver.facts.adaptive
             and not refusal(solver, problem)
             and ("metric" in options or declares_order(solver))  # else it has no exact moments
         ]

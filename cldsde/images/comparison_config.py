@@ -24,7 +24,7 @@ from cldsde.images.evaluation_table import METRICS
 from cldsde.images.sampling import check_sampling, make_solver
 from cldsde.images.training import check_run
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.solvers import Solver, canonical_name, named_solvers
+from cldsde.solvers import canonical_name, named_solvers
 
 __all__ = [
     "PRESETS",
@@ -82,16 +82,9 @@ class RowConfig:
         if ":" not in self.solver:
             check_name(self.solver, named_solvers(), "solver")
         solver = make_solver(self._recipe())
-        if isinstance(solver, Solver):
-            given, other = "nfe", "tolerances"
-        elif solver.facts.adaptive:
-            given, other = "tolerances", "nfe"
-        else:
-            msg = (
-                f"solver must step on the grid of a budget, or choose its steps; got "
-                f"{self.solver!r}, which steps on a grid of its own"
-            )
-            raise ValueError(msg)
+        given, other = "nfe", "tolerances"
+        if solver.facts.adaptive:
+            given, other = other, given
         if not getattr(self, given) or getattr(self, other):
             msg = f"{given} is what {self.solver} needs, a list, and not {other}"
             raise ValueError(msg)

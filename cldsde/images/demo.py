@@ -23,6 +23,7 @@ from cldsde.images.figures import plot_distances, plot_samples, plot_trajectorie
 from cldsde.images.runs import RunFolder
 from cldsde.images.training import train
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
@@ -35,7 +36,7 @@ _RESULTS = (
     "trajectories.png",
     "distances.png",
 )
-_SOLVERS: dict[str, solvers.Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()}
+_SOLVERS: dict[str, Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()}
 
 
 def _full_training() -> TrainingConfig:

@@ -14,15 +14,24 @@ the way to its conditional mean. Where steps are repeated, it goes further (Lugm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cldsde.score import ReverseProcess
-from cldsde.solvers import Facts, Integrator, Memory, NoiseSource, OffGrid, Solver
-from cldsde.solvers.base import ScoreAt
-from cldsde.solvers.combine import Block, as_blocks, combine
+from cldsde.solvers.authoring import (
+    Facts,
+    GridSolver,
+    Memory,
+    NoiseSource,
+    ScoreAt,
+    Solver,
+    as_blocks,
+    check_solver,
+    combine,
+)
+from cldsde.solvers.combine import Block
 
 __all__ = ["Imputation", "grey_basis"]
 
@@ -42,7 +51,7 @@ def grey_basis() -> Tensor:
 
 class _Tables(NamedTuple):
     inner: Any
-    solver: Solver  # with its state on the grid
+    solver: GridSolver  # with its state on the grid
     evaluations: int  # of each inner step, where steps are repeated
     starts: list[int]  # of each step, the first of its group
     replaces: bool  # whether anything is known
@@ -54,7 +63,7 @@ class _Tables(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Imputation(Solver):
+class Imputation(GridSolver):
     r"""A solver that draws what is unknown of images, around what is known of them.
 
     .. math:: z_t ← (1 − m)\,z_t + m\,(ψ_t x + L_t ξ), \qquad ψ_t = Ψ(t, 0) e_0,
@@ -173,7 +182,7 @@ class Imputation(Solver):
             If the solver does not apply to the process, or steps that are to be repeated differ in
             their number of evaluations.
         """
-        solver, sde = _on_grid(self.solver), process.sde
+        solver, sde = self._stepper(), process.sde
         inner = solver.prepare(process, times)
         asked, steps = len(solver.evaluation_times(process, times)), len(times) - 1
         if self.resample > 1 and asked % steps:
@@ -201,7 +210,7 @@ class Imputation(Solver):
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Those of the solver, group by group, each as often as it is made."""
-        asked = _on_grid(self.solver).evaluation_times(process, times)
+        asked = self._stepper().evaluation_times(process, times)
         if self.resample == 1:
             return asked
         rows = asked.reshape(len(times) - 1, -1)
@@ -297,6 +306,10 @@ class Imputation(Solver):
         to_basis, from_basis = bases
         return z + _on_channels(from_basis, _on_channels(to_basis, known - z) * mask)
 
+    def _stepper(self) -> GridSolver:
+        """The solver with its state on the grid, which it was checked to be able to."""
+        return cast("GridSolver", self.solver.on_grid())
+
     def _bases(self) -> tuple[Block, Block] | None:
         """To the basis and from it, on the host."""
         return None if self.basis is None else (self.basis.tolist(), self.basis.mT.tolist())
@@ -311,25 +324,13 @@ class Imputation(Solver):
             raise ValueError(msg)
 
 
-def _on_grid(solver: Solver) -> Solver:
-    return solver.on_grid() if isinstance(solver, OffGrid) else solver
-
-
 def _on_channels(block: Block, x: Tensor) -> Tensor:
     """Apply a block to the channels of ``(B, k, C, H, W)``."""
     return combine((block, x.transpose(1, 2))).transpose(1, 2)
 
 
 def _check_solver(solver: object) -> None:
-    if not isinstance(solver, Solver):
-        hint = ""
-        if isinstance(solver, Integrator):
-            hint = ", which has a loop of its own and no times to replace at"
-        elif isinstance(solver, type):
-            hint = " (write it with parentheses)"
-        msg = f"solver must be a Solver on a fixed grid, such as SSCS(); got {solver!r}"
-        raise TypeError(msg + hint)
-    if not _on_grid(solver).facts.state_on_grid:
+    if not check_solver(solver).on_grid().facts.state_on_grid:
         msg = (
             "solver must leave a state at each grid time, where known data are put in; "
             f"{solver!r} does not. Use SSCS or EulerMaruyama"

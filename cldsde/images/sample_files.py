@@ -27,7 +27,7 @@ from cldsde.images.files import PARTIAL, all_to_disk, brief, check_writable, hel
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
-from cldsde.solvers import Solver
+from cldsde.solvers.authoring import Solver
 from cldsde.solvers.progress import progress_bar
 
 __all__ = ["SampleRequest", "check_unused", "draw_to"]
@@ -114,11 +114,11 @@ class SampleRequest:
             raise ValueError(msg)
         check_sampling(self.model.score, self.sampling)
         solver = make_solver(self.sampling)
-        if self.known is not None and not isinstance(solver, Solver):
+        if self.known is not None and solver.facts.adaptive:
             msg = f"--known: {self.sampling.solver} chooses its times; take a solver on a grid"
             raise ValueError(msg)
         wrap = self._around
-        if wrap is not None and isinstance(solver, Solver):
+        if wrap is not None:
             check_sampling(self.model.score, self.sampling, around=wrap)
         _check_parts(_parts_folder(out))
         if out.is_dir() and any(out.iterdir()) and not self.is_done(out):

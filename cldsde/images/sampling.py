@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from cldsde.images.model import DiffusionModel, ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
 from cldsde.score import MixedScore, ReverseProcess, Score
-from cldsde.solvers import Integrator, SampleNoise, Solver, find_solver, grids, solve
+from cldsde.solvers import SampleNoise, find_solver, grids, plan
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.plan import without_warning
 from cldsde.solvers.progress import progress_bar
 
 __all__ = [
@@ -71,34 +73,19 @@ class GuidedScore:
 
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        return self._combined(lambda y: self.model(z, t, condition=y), z)
-
-    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
-        given = self._tabulated(self.label, times, like)
+        given = self._given(self.label, z, t)
         if self.guidance == 1:
             return given
-        free = self._tabulated(self.classes, times, like)
+        return self._given(self.classes, z, t).lerp(given, self.guidance)
 
-        def score(z: Tensor, i: int) -> Tensor:
-            return free(z, i).lerp(given(z, i), self.guidance)
-
+    def _given(self, label: int, z: Tensor, t: TimeLike) -> Tensor:
+        # Filled on the device: a number of the CPU would be copied there at every evaluation.
+        condition = torch.full((), label, device=z.device)
+        score: Tensor = self.model(z, t, condition=condition)
         return score
 
-    def _tabulated(
-        self, label: int, times: Tensor, like: Tensor
-    ) -> Callable[[Tensor, int], Tensor]:
-        condition = torch.tensor(label, device=like.device)
-        return self.model.tabulate(times, like, condition=condition)
 
-    def _combined(self, evaluate: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        given = evaluate(torch.tensor(self.label, device=z.device))
-        if self.guidance == 1:
-            return given
-        return evaluate(torch.tensor(self.classes, device=z.device)).lerp(given, self.guidance)
-
-
-def make_solver(sampling: SamplingConfig) -> Solver | Integrator:
+def make_solver(sampling: SamplingConfig) -> Solver:
     """The solver of a configuration.
 
     Raises
@@ -108,14 +95,11 @@ def make_solver(sampling: SamplingConfig) -> Solver | Integrator:
     """
     solver = find_solver(sampling.solver)
     options = checked_options(type(solver), sampling.options)
-    made: Any = dataclasses.replace(solver, **options)  # type: ignore[type-var]
-    assert isinstance(made, Solver | Integrator)
+    made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
     return made
 
 
-def time_grid(
-    process: ReverseProcess, solver: Solver | Integrator, sampling: SamplingConfig
-) -> Tensor:
+def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
     """The longest grid on which a solver evaluates the score at most ``nfe`` times.
 
     The evaluation that denoises counts. Solvers that choose their times get its two ends.
@@ -126,13 +110,14 @@ def time_grid(
         If no step fits, or the solver does not take the process.
     """
     sde, end = process.sde, sampling.t_end
-    if not isinstance(solver, Solver):
+    if solver.facts.adaptive:
         return torch.tensor([sde.T, end], dtype=torch.float64)
     budget = sampling.nfe - int(sampling.denoise)
     n = budget // max(1, solver.facts.nfe_per_step)
     while n >= 1:
         times = _grid(sde, sampling.grid, end, n)
-        count = len(solver.evaluation_times(process, times))
+        asked = solver.evaluation_times(process, times)
+        count = 0 if asked is None else len(asked)
         if count <= budget:
             return times
         n = min(n - 1, n * budget // count)
@@ -157,8 +142,7 @@ def check_sampling(
     try:
         solver = make_solver(sampling)
         times = time_grid(process, solver, sampling)
-        if isinstance(solver, Solver):
-            (solver if around is None else around(solver)).prepare(process, times)
+        plan(process, solver if around is None else around(solver), times)
     except ValueError as error:
         named = re.split(r"[:.\s]", str(error), maxsplit=1)[0] in _KEYS
         msg = f"sampling.{error}" if named else f"sampling.solver: {error}"
@@ -251,18 +235,16 @@ def draw_images(
     solver = make_solver(sampling)
     times = time_grid(process, solver, sampling)
     if around is not None:
-        if not isinstance(solver, Solver):
-            msg = f"solver must work on a fixed grid here; {sampling.solver} chooses its times"
-            raise ValueError(msg)
         solver = around(solver)
     shape = space.shape if vae is None else vae.latent_shape
+    sampler = plan(process, solver, times)
     images, evaluations = [], []
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for first in range(0, len(seeds), batch):
             noise = SampleNoise(seeds[first : first + batch])
             start = noise.start(sde, shape, device=device)
-            with torch.no_grad():
-                found = solve(process, solver, start, times, noise=noise, denoise=sampling.denoise)
+            with torch.no_grad(), without_warning():
+                found = sampler.solve(start, noise=noise, denoise=sampling.denoise)
             if not found.success:
                 msg = f"{sampling.solver} failed: {found.message}"
                 raise FloatingPointError(msg)

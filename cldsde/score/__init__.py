@@ -7,7 +7,7 @@ from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_lo
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
 from cldsde.score.quantisation import bits_per_dim, dequantise
-from cldsde.score.reverse import ReverseProcess, Score, TabulatedScore
+from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.time_sampling import TimeSampler, log_snr_density
 from cldsde.score.variational import cross_entropy, evidence_lower_bound
 
@@ -21,7 +21,6 @@ __all__ = [
     "PerturbedData",
     "ReverseProcess",
     "Score",
-    "TabulatedScore",
     "TimeSampler",
     "bits_per_dim",
     "cross_entropy",

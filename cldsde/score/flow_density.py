@@ -23,12 +23,8 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
 from cldsde.linear.random import standard_normal
 from cldsde.score.checks import one_of
-from cldsde.score.reverse import (
-    ReverseProcess,
-    check_reverse_process,
-    checked_score,
-    score_argument,
-)
+from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
+from cldsde.score.times import score_argument
 
 __all__ = ["Divergence", "FlowDensity", "UnsolvedFlowError", "flow_log_prob"]
 

@@ -23,7 +23,7 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of, score_times
+from cldsde.score.checks import check_process, one_of
 from cldsde.score.conversion import (
     Conditioning,
     Conversion,
@@ -31,7 +31,8 @@ from cldsde.score.conversion import (
     conditional_law,
     whiten,
 )
-from cldsde.score.reverse import Score, score_argument
+from cldsde.score.reverse import Score
+from cldsde.score.times import score_argument, score_times
 
 __all__ = ["PerturbedData", "Target", "Weighting", "optimal_loss", "score_matching_loss"]
 

@@ -44,10 +44,11 @@ from cldsde.linear.checks import TimeLike, as_number, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of, score_times
+from cldsde.score.checks import check_process, one_of
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.time_sampling import LogSNRDensity
+from cldsde.score.times import coefficients_at
 
 __all__ = ["MixedScore"]
 
@@ -197,10 +198,10 @@ class MixedScore(nn.Module):
             Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
         """
         one_of(prediction, Output, "prediction")
-        times = score_times(t, check_state(z, self.sde.components))
-        table = self._coefficients(times).to(z)
-        part = self._score if prediction == "score" else self._noise
-        return part(z, table, condition)
+        check_state(z, self.sde.components)
+        table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._variance)
+        noise = self._noise(z, table, condition)
+        return apply_blocks(table.to_score, noise) if prediction == "score" else noise
 
     def loss(
         self,
@@ -261,17 +262,6 @@ class MixedScore(nn.Module):
             A `Weighting`.
         """
         return _LogSNRWeighting(self, LogSNRDensity(self.sde, mean, std))
-
-    def tabulate(
-        self, times: Tensor, like: Tensor, *, condition: Tensor | None = None
-    ) -> Callable[[Tensor, int], Tensor]:
-        """Score at grid times; see `cldsde.score.reverse.TabulatedScore`."""
-        table = self._coefficients(times).to(like)
-
-        def score(z: Tensor, i: int) -> Tensor:
-            return self._score(z, _Coefficients(*(field[i] for field in table)), condition)
-
-        return score
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -362,9 +352,6 @@ class MixedScore(nn.Module):
             )
             raise ValueError(msg)
         return reference.lerp(learnt, share.expand_as(learnt))
-
-    def _score(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
-        return apply_blocks(c.to_score, self._noise(z, c, condition))
 
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:

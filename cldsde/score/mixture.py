@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import check_density
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of, score_times
-from cldsde.score.dense_mixture import dense_score
+from cldsde.score.checks import check_process, one_of
+from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
 
@@ -39,6 +39,15 @@ class _Marginal(NamedTuple):
 
     def to(self, like: Tensor) -> _Marginal:
         return _Marginal(*(field.to(like) for field in self))
+
+
+class _DenseLaw(NamedTuple):
+    """The same as matrices over all k·D numbers of a state, ordered component by component."""
+
+    whole: Tensor  # (*, n k D, k D), whitens the state for each component of the mixture
+    centre: Tensor  # (*, n k D, 1), minus the whitened means
+    log_scale: Tensor  # (*, n, 1)
+    pull: Tensor  # (*, d D, n k D), from whitened residuals to the score
 
 
 class GaussianMixture:
@@ -296,15 +305,38 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening, residual)
         return whitened, law.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _score(self, sde: LinearSDE, rows: list[int], z: Tensor, law: _Marginal) -> Tensor:
-        flat = self._flat_state(sde, z)
-        with torch.autocast(z.device.type, enabled=False):
-            whitened, log_terms = self._terms(flat, law)
-            responsible = log_terms.softmax(-1)
-            whitening = law.whitening[..., rows].to(flat)
-            pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
-            score = -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(flat))
-        return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
+    def _dense_law(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseLaw:
+        law = self._marginal(sde, t)
+        whole = torch.einsum("...njkl,nij->...nkjli", law.whitening, self._axes)
+        # The rows whose score is wanted, and all rows of the mixture together.
+        driven = whole[..., rows, :].flatten(-2).flatten(-4, -2)
+        whole = whole.flatten(-2).flatten(-4, -2)
+        mean = torch.einsum("...l,ni->...nli", law.psi, self.means).flatten(-2)
+        blocks = whole.reshape(*t.shape, len(self.weights), -1, whole.shape[-1])
+        centre = -(blocks @ mean.unsqueeze(-1)).flatten(-3, -2)
+        return _DenseLaw(whole, centre, law.log_scale.unsqueeze(-1), -driven.mT)
+
+    def _score(self, flat: Tensor, rows: list[int], law: _Marginal) -> Tensor:
+        whitened, log_terms = self._terms(flat, law)
+        responsible = log_terms.softmax(-1)
+        whitening = law.whitening[..., rows]
+        pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
+        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(flat))
+
+
+def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
+    """Score ``(B, d D)`` of states ``(B, k D)`` that share a time.
+
+    The batch lies in the last axis: sums and softmaxes of few entries are many times faster along
+    it than across it.
+    """
+    whitened = torch.addmm(law.centre, law.whole, flat.mT)
+    by_mode = whitened.reshape(len(law.log_scale), -1, len(flat))
+    if len(by_mode) > 1:
+        log_terms = law.log_scale - 0.5 * by_mode.square().sum(1)
+        by_mode = by_mode * log_terms.softmax(0).unsqueeze(1)
+    score: Tensor = (law.pull @ by_mode.flatten(0, 1)).mT
+    return score
 
 
 def _rows(sde: LinearSDE, rows: Rows) -> list[int]:
@@ -340,56 +372,21 @@ class MixtureScore:
 
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score at one time or ``(B,)`` times."""
-        check_state(z, self.sde.components)
-        times = score_times(t, z)
-        if times.ndim == 0:
-            return self._tabulate(times.unsqueeze(0), z, side_by_side=False)(z, 0)
-        return self.data._score(self.sde, self.rows, z, self.data._marginal(self.sde, times))
-
-    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """Score at grid times, its coefficients computed once in float64; see `TabulatedScore`."""
-        return self._tabulate(times, like, side_by_side=True)
-
-    def _tabulate(
-        self, times: Tensor, like: Tensor, *, side_by_side: bool
-    ) -> Callable[[Tensor, int], Tensor]:
-        data = self.data
-        law = data._marginal(self.sde, times)
+        data, rows = self.data, self.rows
         # Half precision is for states; densities are compared in single precision at least.
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        if self.sde.components * data.dimension <= _DENSE:
-            dense = dense_score(
-                law.psi,
-                law.whitening,
-                law.log_scale,
-                data.means,
-                data._axes,
-                self.rows,
-                like,
-                side_by_side=side_by_side,
-            )
-            return self._checked(dense, like)
-        table = law.to(like)
+        flat = data._flat_state(self.sde, z)
+        shared = score_times(t, z).ndim == 0
+        with torch.autocast(z.device.type, enabled=False):
+            if shared and flat[:1].numel() <= _DENSE:
+                dense = coefficients_at(self, t, z, self._dense_law, flat.dtype)
+                score = _dense_score(flat.flatten(1), dense)
+            else:
+                law = coefficients_at(self, t, z, self._law, flat.dtype)
+                score = data._score(flat, rows, law)
+        return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
-        def score(z: Tensor, i: int) -> Tensor:
-            row = _Marginal(*(field[i] for field in table))
-            return data._score(self.sde, self.rows, z, row)
+    def _dense_law(self, t: Tensor) -> _DenseLaw:
+        return self.data._dense_law(self.sde, self.rows, t)
 
-        return score
-
-    def _checked(
-        self, dense: Callable[[Tensor, int], Tensor], like: Tensor
-    ) -> Callable[[Tensor, int], Tensor]:
-        """A score of states ``(B, k, D)`` in one precision as one of all states."""
-        usual, dtype = torch.Size((self.sde.components, self.data.dimension)), like.dtype
-        device = like.device.type
-
-        def score(z: Tensor, i: int) -> Tensor:
-            # What is as it should be is found out without delay.
-            if z.dtype is dtype and z.shape[1:] == usual and not torch.is_autocast_enabled(device):
-                return dense(z, i)
-            with torch.autocast(device, enabled=False):
-                value = dense(self.data._flat_state(self.sde, z).to(dtype), i)
-            return value.to(z.dtype).view(len(z), len(self.rows), *z.shape[2:])
-
-        return score
+    def _law(self, t: Tensor) -> _Marginal:
+        return self.data._marginal(self.sde, t)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +10,11 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_at_least, check_state
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, score_times
+from cldsde.score.checks import check_process
 from cldsde.score.conversion import Conversion, Prediction
+from cldsde.score.times import score_argument, score_times
 
-__all__ = ["ReverseProcess", "Score", "TabulatedScore", "check_reverse_process"]
+__all__ = ["ReverseProcess", "Score", "check_reverse_process", "checked_score"]
 
 
 class Score(Protocol):
@@ -28,35 +28,6 @@ class Score(Protocol):
     def __call__(self, z: Tensor, t: Tensor, /) -> Tensor:
         """∂ log p_t(z)/∂z on the driven components."""
         ...
-
-
-@runtime_checkable
-class TabulatedScore(Protocol):
-    """A score that can prepare for a grid of times.
-
-    Solvers on a fixed grid call ``tabulate`` once, so that coefficients are computed in float64
-    on the host before the loop, and nothing in the loop waits for the device. What it returns is
-    called with states as they lie in memory, each component in one piece: ``z.reshape`` and
-    ``z.flatten`` work, ``z.view`` may not. Its memory is used again: what is kept of a state is to
-    be cloned. A plain score gets contiguous states, which it may keep.
-    """
-
-    def tabulate(self, times: Tensor, like: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """Return a function of (z, i) that is the score at ``times[i]``.
-
-        Parameters
-        ----------
-        times
-            ``(n,)`` float64 on the host.
-        like
-            A tensor of the dtype and device of the states to come.
-        """
-        ...
-
-
-def score_argument(times: Tensor, z: Tensor) -> Tensor:
-    """Times as a score receives them: on the state's device, in its dtype or float32 at least."""
-    return times.to(z.device, torch.promote_types(z.dtype, torch.float32))
 
 
 def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
@@ -82,6 +53,9 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
             f"score must return shape {shape}, one row a driven component; got {tuple(value.shape)}"
         )
         raise ValueError(msg)
+    if value.device != z.device:
+        msg = f"score must return a tensor on the state's device, {z.device}; got {value.device}"
+        raise ValueError(msg)
     return value if value.dtype == z.dtype else value.to(z.dtype)
 
 
@@ -102,8 +76,8 @@ class ReverseProcess:
     sde
         The forward process.
     score
-        score(z, t): state ``(B, k, *D)`` and times ``(B,)`` to ``(B, len(driven), *D)``. One that
-        has a method ``tabulate`` is prepared once for a grid, see `TabulatedScore`.
+        score(z, t): state ``(B, k, *D)`` and times ``(B,)`` to ``(B, len(driven), *D)``; see
+        `Score`.
 
     Raises
     ------

@@ -46,7 +46,8 @@ from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of
 from cldsde.score.matching import PerturbedData, Target
-from cldsde.score.reverse import Score, score_argument
+from cldsde.score.reverse import Score
+from cldsde.score.times import score_argument
 
 __all__ = ["cross_entropy", "evidence_lower_bound"]
 

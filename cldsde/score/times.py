@@ -1,0 +1,175 @@
+"""Times at which a score is called.
+
+A score is called as score(z, t) with times ``(B,)`` on the state's device, rounded to its dtype.
+The coefficients of a process are computed on the CPU, from float64 times. To read the times back
+would wait for the device and lose digits. So solvers hand out times that remember their float64
+values (`KnownTimes`), and scores compute their coefficients for all of these times at once
+(`coefficients_at`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import TimeLike, as_times
+
+__all__ = ["KnownTimes", "coefficients_at", "on_device", "score_argument", "score_times"]
+
+Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
+"""A NamedTuple of tensors, whose first axes are those of the times."""
+
+
+class KnownTimes:
+    """Times of score evaluations that are known before the evaluations.
+
+    Parameters
+    ----------
+    times
+        ``(n,)``, shared by the batch, or ``(n, B)``; float64 on the CPU.
+    """
+
+    def __init__(self, times: Tensor) -> None:
+        self.times = times
+        self._tables: WeakKeyDictionary[object, _Table] = WeakKeyDictionary()
+
+    def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[Tensor]:
+        """The times as a score receives them, one tensor ``(B,)`` for each evaluation.
+
+        Parameters
+        ----------
+        z
+            States like those that the score will see, ``(B, k, *D)``.
+        moved
+            The times in the dtype and on the device of the score's argument, if they are there.
+        """
+        table = score_argument(self.times, z) if moved is None else moved
+        found = [row.expand(len(z)) for row in table.unbind()]
+        for number, argument in enumerate(found):
+            argument.known = _Entry(self, number)  # type: ignore[attr-defined]
+        return found
+
+    def row(
+        self,
+        owner: object,
+        number: int,
+        make: Callable[[Tensor], Coefficients],
+        kind: tuple[torch.dtype, torch.device],
+        version: object,
+    ) -> Coefficients:
+        """Coefficients of ``owner`` at the time of a number; those of all times are made together.
+
+        A table is made again for another dtype or device, or another version of the owner.
+        """
+        table = self._tables.get(owner)
+        if table is None or table.kind != kind or table.version is not version:
+            # Neither a graph nor the marks of inference may outlast the call.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                made: Any = make(self.times)
+            rows = [type(made)(*row) for row in zip(*(x.unbind() for x in made), strict=True)]
+            table = self._tables[owner] = _Table(kind, version, rows)
+        found: Coefficients = table.rows[number]
+        return found
+
+
+class _Table(NamedTuple):
+    kind: tuple[torch.dtype, torch.device]
+    version: object
+    rows: list[Any]
+
+
+class _Entry(NamedTuple):
+    times: KnownTimes
+    number: int
+
+    @property
+    def value(self) -> Tensor:
+        return self.times.times[self.number]
+
+
+def score_argument(times: Tensor, z: Tensor) -> Tensor:
+    """Times as a score receives them: on the state's device, in its dtype or float32 at least."""
+    return times.to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def score_times(t: TimeLike, z: Tensor) -> Tensor:
+    """Times of a score call in float64 on the CPU, ``()`` if the batch shares one.
+
+    Parameters
+    ----------
+    t
+        One time or ``(B,)``. The values of times that a solver hands out are not read back. A
+        ``(B,)`` tensor expanded from one number (stride 0) is known to be shared without looking at
+        its values.
+    z
+        The state, ``(B, k, *D)``.
+
+    Raises
+    ------
+    ValueError
+        If t has another shape or a time lies outside [0, 1].
+    """
+    known = getattr(t, "known", None)
+    if known is not None:
+        value: Tensor = known.value
+        return value
+    if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
+        t = t[0]
+    times = as_times(t, "t", 1.0)
+    if times.shape not in (torch.Size([]), torch.Size([len(z)])):
+        msg = f"t must be one time or have shape ({len(z)},); got {tuple(times.shape)}"
+        raise ValueError(msg)
+    return times
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def coefficients_at(
+    owner: object,
+    t: TimeLike,
+    z: Tensor,
+    make: Callable[[Tensor], Coefficients],
+    dtype: torch.dtype,
+    version: object = None,
+) -> Coefficients:
+    """Coefficients of a score at the times of a call, on the state's device.
+
+    Parameters
+    ----------
+    owner
+        The score; tables of known times are kept for it.
+    t, z
+        Arguments of the call.
+    make
+        Times, float64 on the CPU, to a NamedTuple of float64 tensors.
+    dtype
+        Of the result.
+    version
+        Compared by identity; a table made with another version is made again.
+    """
+
+    def moved(times: Tensor) -> Coefficients:
+        table = make(times)
+        kind: Any = type(table)
+        found: Coefficients = kind(*on_device(table, dtype, z.device))
+        return found
+
+    known = getattr(t, "known", None)
+    if known is None:
+        return moved(score_times(t, z))
+    times: KnownTimes = known.times
+    return times.row(owner, known.number, moved, (dtype, z.device), version)
+
+
+def on_device(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of the CPU in a dtype and on a device, moved there in one copy."""
+    parts = [part.to(dtype) for part in parts]
+    if device.type == "cpu":
+        return parts
+    flat = torch.cat([part.flatten() for part in parts]).to(device)
+    pieces = torch.split(flat, [part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]

@@ -1,0 +1,485 @@
+"""`plan` and `solve`: run a solver on a reverse process over a grid, and say what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import as_times, check_state
+from cldsde.score import Conversion, ReverseProcess
+from cldsde.score.reverse import check_reverse_process
+from cldsde.score.times import KnownTimes
+
+from .base import Callback, Integration, KnownScore, Run, Solver, check_solver
+from .combine import combine
+from .noise import CheckedNoise, FreshNoise, NoiseSource
+
+__all__ = ["Plan", "Solution", "SolveWarning", "checked_grid", "plan", "solve", "without_warning"]
+
+
+class SolveWarning(RuntimeWarning):
+    """A solve did not reach its end with finite numbers."""
+
+
+@contextlib.contextmanager
+def without_warning() -> Iterator[None]:
+    """Do not warn of failed solves, for callers that look at `Solution.success`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolveWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of `solve`, with scipy's names.
+
+    Attributes
+    ----------
+    state
+        Final state ``(B, k, *D)``.
+    data
+        ``(B, *D)``: the data component of the state, or what ``denoise`` asked for.
+    t
+        Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
+    y
+        States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN.
+    nfev
+        Score evaluations of each sample, counted by wrapping the score. If samples differ it is the
+        largest number, and ``stats["nfev"]`` holds all.
+    status
+        0 if every sample arrived; 1 if a state is not finite or a solver gave up; 2 if the callback
+        asked to stop.
+    message
+        What happened, in words.
+    stats
+        Further numbers: ``success``, which samples arrived with finite numbers, ``(B,)``; of
+        solvers on a grid ``steps``; of adaptive solvers ``nfev`` of each sample and ``attempts``.
+    """
+
+    state: Tensor
+    data: Tensor
+    t: Tensor
+    y: Tensor
+    nfev: int
+    status: int
+    message: str
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def success(self) -> bool:
+        """Whether every sample reached the end with finite numbers."""
+        return self.status == 0
+
+    def raise_for_failure(self) -> Solution:
+        """Return the solution if the solve did not fail.
+
+        Raises
+        ------
+        FloatingPointError
+            If ``status`` is 1.
+        """
+        if self.status == 1:
+            raise FloatingPointError(self.message)
+        return self
+
+    def __repr__(self) -> str:
+        """Facts in one line."""
+        return (
+            f"Solution(success={self.success}, nfev={self.nfev}, state={tuple(self.state.shape)}, "
+            f"message={self.message!r})"
+        )
+
+
+Denoise = bool | Literal["step"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A solver on a grid of a process: all that depends on these three alone, computed once.
+
+    Made by `plan`. A plan serves any number of batches, dtypes and devices.
+
+    Attributes
+    ----------
+    process
+        The reverse process.
+    solver
+        The solver.
+    times
+        The grid, ``(n + 1,)`` float64 on the CPU.
+    tables
+        What the solver computed; its layout is the solver's own.
+    nfev
+        Score evaluations per sample; None for a solver that chooses its times.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> sampler = solvers.plan(process, solvers.SSCS(), solvers.quadratic_times(sde.T, 1e-3, 50))
+    >>> g = torch.Generator().manual_seed(0)
+    >>> batches = [sde.prior.sample((100, 1), generator=g) for _ in range(3)]
+    >>> [sampler.solve(batch, generator=g).nfev for batch in batches]
+    [50, 50, 50]
+    """
+
+    process: ReverseProcess
+    solver: Solver
+    times: Tensor
+    tables: Any = field(repr=False)
+    nfev: int | None
+    _asked: KnownTimes | None = field(repr=False)
+
+    def solve(
+        self,
+        state: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        noise: NoiseSource | None = None,
+        denoise: Denoise = False,
+        t_eval: Tensor | None = None,
+        callback: Callback | None = None,
+        differentiable: bool = False,
+        progress: bool = False,
+    ) -> Solution:
+        """Integrate from ``times[0]`` down to ``times[-1]``; see `solve` for the arguments."""
+        sde = self.process.sde
+        if not bool(_finite(check_state(state, sde.components, "state")).all()):
+            msg = "state must be finite; it holds NaN or infinity"
+            raise ValueError(msg)
+        if state.requires_grad and torch.is_grad_enabled() and not differentiable:
+            msg = (
+                "state requires gradients, and differentiable is False; pass differentiable=True, "
+                "or state.detach()"
+            )
+            raise ValueError(msg)
+        wanted = _checked_stops(t_eval, self.times, any_time=self.solver.facts.adaptive)
+        if callback is not None and not callable(callback):
+            msg = f"callback must be callable; got {callback!r}"
+            raise TypeError(msg)
+        source = _noise_source(generator, noise)
+        final = self._final(denoise)
+        watched = callback is not None or bool((wanted > self.times[-1]).any())
+        used = self._on_grid if watched else self
+        return used._run(state, source, final, wanted, callback, differentiable, progress)
+
+    @cached_property
+    def _on_grid(self) -> Plan:
+        """The plan for states at the grid's times."""
+        solver = self.solver.on_grid()
+        return self if solver == self.solver else plan(self.process, solver, self.times)
+
+    @cached_property
+    def _finals(self) -> dict[Denoise, _Final]:
+        return {}
+
+    def _final(self, denoise: Denoise) -> _Final | None:
+        if denoise is False:
+            return None
+        if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
+            msg = f"denoise must be True, False or 'step'; got {denoise!r}"
+            raise ValueError(msg)
+        if denoise not in self._finals:
+            self._finals[denoise] = _Final.of(self.process, self.times[-1], denoise)
+        return self._finals[denoise]
+
+    def _run(
+        self,
+        state: Tensor,
+        source: NoiseSource,
+        final: _Final | None,
+        wanted: Tensor,
+        callback: Callback | None,
+        differentiable: bool,
+        progress: bool,
+    ) -> Solution:
+        process, solver, times = self.process, self.solver, self.times
+        source = source.along(process.sde, times, lambda: solver.path_noise(process, times))
+        source.check(state)
+        stops = wanted[wanted < times[0]]
+        if not len(stops) or stops[-1] > times[-1]:
+            stops = torch.cat([stops, times[-1:]])
+        run = Run(
+            process,
+            self.tables,
+            self._asked,
+            state,
+            times,
+            stops,
+            CheckedNoise(source),
+            callback,
+            progress,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+            done = solver.integrate(run)
+            return _finished(done, final, self._states(run, done, wanted), wanted)
+
+    def _states(self, run: Run, done: Integration, wanted: Tensor) -> Tensor:
+        """States at the times that are wanted."""
+        if len(wanted) == len(run.stops):
+            return done.states
+        first = run.state.unsqueeze(0) if wanted[0] == run.times[0] else run.state.new_empty(0)
+        return torch.cat([first, done.states[: int((wanted < run.times[0]).sum())]])
+
+
+def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
+    """Compute all that a solve needs and that depends on process, solver and grid alone.
+
+    Parameters
+    ----------
+    process, solver, times
+        See `solve`.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the grid does not decrease or the solver does not apply to the process.
+    """
+    check_reverse_process(process)
+    check_solver(solver)
+    grid = checked_grid(times, process.sde.T)
+    with torch.no_grad():
+        tables = solver.prepare(process, grid)
+        asked = solver.evaluation_times(process, grid)
+    known = None if asked is None else KnownTimes(asked)
+    return Plan(process, solver, grid, tables, None if asked is None else len(asked), known)
+
+
+def solve(
+    process: ReverseProcess,
+    solver: Solver,
+    state: Tensor,
+    times: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    noise: NoiseSource | None = None,
+    denoise: Denoise = False,
+    t_eval: Tensor | None = None,
+    callback: Callback | None = None,
+    differentiable: bool = False,
+    progress: bool = False,
+) -> Solution:
+    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
+
+    To solve for several batches, make a `plan` and call its `Plan.solve`: this function is
+    ``plan(process, solver, times).solve(state, …)``.
+
+    Parameters
+    ----------
+    process
+        The reverse process: forward SDE and score.
+    solver
+        The method, e.g. ``EulerMaruyama()``.
+    state
+        Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
+    times
+        Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
+        solvers use its two ends.
+    generator
+        Source of the noise; the same seed gives the same bits on the same machine.
+    noise
+        A noise source in place of ``generator``.
+    denoise
+        How to finish. True: with the data prediction E[x_0 | z] at the last time. ``"step"``: with
+        the data of one Euler step of the reverse SDE to time 0 without its noise, as published
+        code does; it removes no noise from data that no noise drives. Either costs one evaluation.
+    t_eval
+        Times at which states are wanted, decreasing: times of the grid or, for adaptive solvers,
+        any between its ends. None keeps the last state only. States are saved before any correction
+        that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra noise at each
+        time, so requesting states changes the random path.
+    callback
+        Called after each step as ``callback(step, t, z)``, with the number of steps so far, the
+        time and the state, which it may not change and must clone to keep. Adaptive solvers call it
+        after each attempt of a step; if each sample has its own time, with all times ``(B,)``.
+        Stops the solve by returning True.
+    differentiable
+        Record gradients, of the state and of the score's parameters; coefficients of the process
+        are constants. Memory then grows with the number of steps.
+    progress
+        Show a progress bar on stderr: of steps, or of samples that have arrived.
+
+    Returns
+    -------
+    Solution
+        ``success`` is False, with a message, if the state is not finite.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the state does not fit the process, the grid does not decrease, ``t_eval`` is not of the
+        grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
+        given. Nothing is evaluated before all arguments are checked.
+
+    Warns
+    -----
+    SolveWarning
+        If the solve fails; `Solution.raise_for_failure` makes it an error.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> data = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> g = torch.Generator().manual_seed(0)
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> start = sde.prior.sample((1000, 1), generator=g)
+    >>> process = ReverseProcess(sde, data.score(sde))
+    >>> solvers.solve(process, solvers.SSCS(), start, times, generator=g)
+    Solution(success=True, nfev=50, state=(1000, 2, 1), message='reached the end of the grid')
+    >>> solvers.solve(process, solvers.SSCS(), start, times, t_eval=times[::10]).y.shape
+    torch.Size([6, 1000, 2, 1])
+    """
+    return plan(process, solver, times).solve(
+        state,
+        generator=generator,
+        noise=noise,
+        denoise=denoise,
+        t_eval=t_eval,
+        callback=callback,
+        differentiable=differentiable,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Final:
+    """The data that ``denoise`` asks for, from state and score at the last time."""
+
+    process: ReverseProcess
+    times: KnownTimes
+    state: list[list[float]]
+    score: list[list[float]]
+
+    @classmethod
+    def of(cls, process: ReverseProcess, t: Tensor, denoise: Denoise) -> _Final:
+        sde = process.sde
+        if float(t) == 0:
+            msg = (
+                f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has "
+                "no density at t = 0; take t > 0"
+            )
+            raise ValueError(msg)
+        if denoise == "step":
+            F, G = sde.drift(t), sde.diffusion(t)
+            state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
+            score = t * (G @ G.mT)[:, list(sde.driven)]
+        else:
+            prediction = Conversion.at(sde, t, "score", "data")
+            state, score = prediction.state, prediction.value
+        known = KnownTimes(t.unsqueeze(0))
+        return cls(process, known, state[:1].tolist(), score[:1].tolist())
+
+    def __call__(self, z: Tensor) -> Tensor:
+        score = KnownScore(self.process, self.times, z)(z, 0)
+        return combine((self.state, z), (self.score, score))[:, 0]
+
+
+def _finished(done: Integration, final: _Final | None, states: Tensor, wanted: Tensor) -> Solution:
+    nfev, z = done.nfev, done.state.contiguous()
+    data = z[:, 0]
+    if final is not None and bool(done.success.any()):
+        nfev = nfev + done.success
+        if bool(done.success.all()):
+            data = final(z)
+        else:
+            rows = done.success.nonzero().flatten().to(z.device)
+            data = data.index_copy(0, rows, final(z[rows]))
+    success = done.success & (_finite(z) & _finite(data)).cpu()
+    message = done.message
+    if bool(done.success.all()) and not bool(success.all()):
+        message = "the state is not finite: the score is not, or the steps are too long"
+    stats = {**done.stats, "success": success}
+    if "nfev" in stats:
+        stats["nfev"] = nfev
+    status = 2 if done.stopped else 0 if bool(success.all()) else 1
+    if status == 1:
+        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=4)
+    return Solution(
+        state=z,
+        data=data,
+        t=wanted,
+        y=states,
+        nfev=int(nfev.max()) if len(nfev) else 0,
+        status=status,
+        message=message,
+        stats=stats,
+    )
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Which samples hold finite numbers only, ``(B,)``, without a tensor of the size of x."""
+    if not x.numel():
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    # NaN is the least and the largest of numbers that it is among.
+    low, high = x.reshape(len(x), -1).aminmax(dim=1)
+    return low.isfinite() & high.isfinite()
+
+
+def _checked_stops(t_eval: object, grid: Tensor, *, any_time: bool) -> Tensor:
+    """Times at which states are wanted, float64 on the CPU; raise if they do not fit."""
+    if t_eval is None:
+        return grid[-1:]
+    if not isinstance(t_eval, Tensor):
+        msg = f"t_eval must be a tensor (S,) of decreasing times; got {type(t_eval).__name__}"
+        raise TypeError(msg)
+    if t_eval.ndim != 1 or not len(t_eval):
+        msg = f"t_eval must be a tensor (S,) of times, S ≥ 1; got shape {tuple(t_eval.shape)}"
+        raise ValueError(msg)
+    stops = t_eval.detach().to("cpu", torch.float64)
+    if bool((stops.diff() >= 0).any()):
+        msg = f"t_eval must decrease; got {stops.tolist()}"
+        raise ValueError(msg)
+    start, end = float(grid[0]), float(grid[-1])
+    outside = ~((stops <= start) & (stops >= end)) if any_time else ~torch.isin(stops, grid)
+    if bool(outside.any()):
+        allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
+        msg = f"t_eval must {allowed}; got {stops[outside].tolist()}"
+        raise ValueError(msg)
+    return stops
+
+
+def _noise_source(generator: object, noise: object) -> NoiseSource:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        msg = f"generator must be a torch.Generator; got {generator!r}"
+        raise TypeError(msg)
+    if noise is None:
+        return FreshNoise(generator)
+    if not isinstance(noise, NoiseSource):
+        msg = f"noise must be a NoiseSource, such as FreshNoise(generator); got {noise!r}"
+        raise TypeError(msg)
+    if generator is not None:
+        msg = "generator and noise are alternatives; got both"
+        raise ValueError(msg)
+    return noise
+
+
+def checked_grid(times: Tensor, end: float) -> Tensor:
+    """Turn a decreasing grid in [0, end] into float64 on the CPU; raise otherwise."""
+    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < 2:
+        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
+        msg = f"times must be a tensor (n + 1,) of a decreasing grid, n ≥ 1; got {got}"
+        raise ValueError(msg)
+    grid = as_times(times, "times", end)
+    rising = (grid.diff() >= 0).nonzero()
+    if len(rising):
+        i = int(rising[0])
+        msg = (
+            f"times must decrease from T to ε; got {float(grid[i]):g} before {float(grid[i + 1]):g}"
+        )
+        raise ValueError(msg)
+    return grid
