@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["Matrices", "collocate", "collocate_from", "converged"]
+__all__ = ["Matrices", "collocate", "converged"]
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Times ``(*, n, q)`` to drift ``(*, n, q, k, k)`` and diffusion ``(*, n, q, k, r)``."""
@@ -78,46 +78,6 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
         root = lower_factor(torch.cat([block_product(step, root), noise], dim=1))
         psi = block_product(step, psi)
     return psi, root
-
-
-def collocate_from(
-    matrices: Matrices, start: Tensor, ends: Tensor, panels: int
-) -> tuple[Tensor, Tensor]:
-    """Transition laws from one start to many ends, as `collocate` has them.
-
-    Panels up to the last end are integrated once; from the panel's edge before it each end is one
-    more panel away.
-
-    Parameters
-    ----------
-    matrices
-        Drift F and diffusion G at times ``(n, 8)``.
-    start, ends
-        ``()`` and ``(n,)``, none of which is before the start.
-    panels
-        How many up to the last end.
-
-    Returns
-    -------
-    psi, root : tuple of Tensor
-        Stack-last, ``(k, k, n)`` each.
-    """
-    h = (ends.detach().max() - start.detach()) / panels
-    edges = start + h * torch.arange(panels, dtype=torch.float64)
-    steps, noises = _panel(matrices, edges, h.expand(panels))
-    psi = torch.eye(len(steps), dtype=torch.float64).unsqueeze(-1)
-    law = [(psi, torch.zeros_like(psi))]
-    for i in range(panels - 1):
-        step, (psi, root) = steps[..., i : i + 1], law[-1]
-        columns = torch.cat([block_product(step, root), noises[..., i : i + 1]], dim=1)
-        law.append((block_product(step, psi), lower_factor(columns)))
-    psi, root = (torch.cat(parts, dim=-1) for parts in zip(*law, strict=True))
-    # The edge below an end: the root of a panel of length 0 has no derivative.
-    before = torch.searchsorted(edges.detach(), ends.detach().contiguous()) - 1
-    before = before.clamp_min(0)
-    step, noise = _panel(matrices, edges[before], ends - edges[before])
-    columns = torch.cat([block_product(step, root[..., before]), noise], dim=1)
-    return block_product(step, psi[..., before]), lower_factor(columns)
 
 
 def _panels(matrices: Matrices, starts: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

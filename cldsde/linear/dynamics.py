@@ -21,7 +21,14 @@ from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_f
 from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.schedule import Schedule
 
-__all__ = ["Dynamics", "TimeChangedDynamics", "driven_rows"]
+__all__ = [
+    "Dynamics",
+    "TimeChangedDynamics",
+    "balancing_scale",
+    "driven_rows",
+    "eliminate",
+    "legendre_moments",
+]
 
 
 class Dynamics(ABC):
@@ -131,7 +138,7 @@ class TimeChangedDynamics(Dynamics):
             msg = "Q_root must have an entry that is not zero; without noise there is no score"
             raise ValueError(msg)
         self.schedule = Schedule.of(schedule)
-        self._scale = _balancing_scale(self.A.detach())
+        self._scale = balancing_scale(self.A.detach())
 
     @override
     def drift(self, t: Tensor) -> Tensor:
@@ -205,7 +212,7 @@ class TimeChangedDynamics(Dynamics):
     def _short_root(self, taylor: Tensor, powers: Tensor, h: Tensor, Q_root: Tensor) -> Tensor:
         """Noise root over unhalved intervals ``(k, k, n)``: tri √h [C_0, C_1, …]."""
         k, r = Q_root.shape
-        moments = _legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
+        moments = legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
         columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, moments)
         values = columns.reshape(k * r * self._DEGREES, -1) @ powers
         return lower_factor(values.reshape(k, r * self._DEGREES, -1) * safe_sqrt(h))
@@ -227,9 +234,9 @@ class TimeChangedDynamics(Dynamics):
         driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
         whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)
         series = torch.where(driving, series, whole)
-        multipliers, series = _eliminate(series.flatten(1, 2))
+        multipliers, series = eliminate(series.flatten(1, 2))
         series = series.reshape(len(series), inputs.shape[1], self._TAYLOR_TERMS, -1)
-        moments = _legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
+        moments = legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
         noise = torch.einsum("ibpn,pq,br->irqn", series, moments, scales[:, :r])
         spread = torch.einsum("ibn,bm->imn", series.sum(2), scales[:, r:]) * early
         columns = torch.cat([noise.flatten(1, 2) * safe_sqrt(h), spread], dim=1)
@@ -300,7 +307,7 @@ def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, scales
 
 
-def _eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``(k, m, n)`` as M E: M ``(k, k, n)`` unit lower triangular, E without common leads.
 
     The largest entry of each row of E is absent from the rows below it. Nothing grows: multipliers
@@ -325,7 +332,7 @@ def _eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def _legendre_moments(degrees: int, n: int) -> Tensor:
+def legendre_moments(degrees: int, n: int) -> Tensor:
     """∫ x^p P_j(x) dx over [0, 1] for orthonormal Legendre polynomials, ``(n, degrees)``.
 
     √(2j+1) p!² / ((p−j)! (p+j+1)!), and zero for j > p.
@@ -341,7 +348,7 @@ def _legendre_moments(degrees: int, n: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _balancing_scale(A: Tensor) -> Tensor:
+def balancing_scale(A: Tensor) -> Tensor:
     """Powers of two d for which D⁻¹AD has rows and columns of like size (Osborne 1960)."""
     k = len(A)
     size = A.abs().tolist()

@@ -18,8 +18,6 @@ from strategies import critical_friction, stable_process
 # The project's promise. Rounding explains about a tenth of it: the transition over a clock B comes
 # from about |A| B doublings of a step with error eps, and |A| B is at most a few hundred here.
 TOLERANCE = 1e-12
-# The promise for F(t) given by functions, which are sampled and whose collocation truncates.
-FUNCTION_TOLERANCE = 1e-10
 
 GAPS = [10.0**e for e in range(-8, 1)]
 FUNCTION_GAPS = [1e-8, 1e-4, 1e-1, 1.0]  # fewer: every kernel calls the functions many times
@@ -477,11 +475,11 @@ class TestFromFunctions:
     """F(t) and G(t) that do not commute with themselves."""
 
     def test_transition_agrees_with_the_reference(self, name: str) -> None:
-        assert_transitions_agree(*FUNCTIONS[name](), FUNCTION_GAPS, FUNCTION_TOLERANCE)
+        assert_transitions_agree(*FUNCTIONS[name](), FUNCTION_GAPS)
 
     @each("initial", ["zero", "full", "data"])
     def test_marginal_agrees_with_the_reference(self, name: str, initial: str) -> None:
-        assert_marginals_agree(*FUNCTIONS[name](), initial, FUNCTION_GAPS, FUNCTION_TOLERANCE)
+        assert_marginals_agree(*FUNCTIONS[name](), initial, FUNCTION_GAPS)
 
     @each("initial", ["zero", "full"])
     def test_marginals_at_many_times_are_those_at_each(self, name: str, initial: str) -> None:
@@ -491,7 +489,7 @@ class TestFromFunctions:
         together = sde.marginal(times, covariance)
         for i, t in enumerate(times):
             alone = sde.marginal(t, covariance)
-            # Both are converged to 1e-12 of a row's size.
+            # Both are exact to 1e-12 of a row's size.
             for one, other in ((together.mean[i], alone.mean), (together.root[i], alone.root)):
                 size = other.abs().amax(-1, keepdim=True)
                 assert bool(((one - other).abs() <= 4e-12 * size).all())

@@ -1,0 +1,131 @@
+"""Linear differential equations in Taylor series, to the relative accuracy of each term.
+
+A function on a panel is sampled at Gauss nodes and held by its coefficients in the orthonormal
+Legendre polynomials p_j of x ∈ [0, 1]. About the end of a part of the panel, of relative length ρ,
+it is a series in y ∈ [0, 1], the time before that end, whose term p is of order ρ^p. Such series
+are formed, multiplied and integrated term by term, so that every term keeps its digits however
+short the part is. Values would lose them, as they are equal to leading order.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.schedule import gauss_legendre
+
+__all__ = ["NODES", "TERMS", "basis", "legendre", "taylor", "transition_series", "without_rounding"]
+
+NODES = 16
+TERMS = 36
+"""Terms of a product."""
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+def legendre(values: Tensor) -> Tensor:
+    """Legendre coefficients ``(p, NODES, a, b)`` of a function from its values at Gauss nodes."""
+    return torch.einsum("jq,pqab->pjab", _transform(), values)
+
+
+def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
+    """Legendre coefficients without those that are rounding of the values, entry by entry.
+
+    A derivative of order j would show rounding times NODES^2j. The gradients of all coefficients
+    stay.
+
+    Parameters
+    ----------
+    series
+        ``(p, NODES, a, b)``.
+    rounding
+        Rounding of a time relative to the length of its panel, ``(p,)``.
+    """
+    size = series.detach().abs()
+    order = torch.arange(NODES, dtype=torch.float64, device="cpu").reshape(-1, 1, 1)
+    slope = (order * size).sum(1, keepdim=True)
+    noise = 4 * _EPS * size.amax(1, keepdim=True) + rounding.reshape(-1, 1, 1, 1) * slope
+    return series - torch.where(size <= noise, series.detach(), 0.0)
+
+
+def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
+    """Terms of f(end − length y) in powers of y, from the Legendre coefficients of f.
+
+    Parameters
+    ----------
+    series
+        ``(p, NODES, a, b)``.
+    end, length
+        In units of the panel, ``(p,)``.
+
+    Returns
+    -------
+    Tensor
+        ``(p, NODES, a, b)``.
+    """
+    # Powers of y in p_j(x): u p_j = b_{j+1} p_{j+1} + b_j p_{j−1} with u = 2x − 1.
+    b = _recurrence()
+    u, step = (2 * end - 1).unsqueeze(0), 2 * length.unsqueeze(0)
+    last = torch.zeros(NODES, len(end), dtype=torch.float64, device="cpu")
+    row = torch.cat([torch.ones_like(u), last[1:]])
+    rows = [row]
+    for j in range(1, NODES):
+        raised = torch.cat([torch.zeros_like(u), step * row[:-1]])
+        row, last = (u * row - raised - b[j - 1] * last) / b[j], row
+        rows.append(row)
+    return torch.einsum("jnp,pjab->pnab", torch.stack(rows), series)
+
+
+def transition_series(hF: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y hF with Y(0) = I, and of Y G.
+
+    Parameters
+    ----------
+    hF, G
+        Terms ``(p, NODES, k, k)`` and ``(p, NODES, k, r)``.
+
+    Returns
+    -------
+    Y, driven : tuple of Tensor
+        Terms ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``.
+    """
+    p, _, k, _ = hF.shape
+    # Term n of a product with Y is the last terms of Y, side by side, times these, stacked.
+    late_F, late_G = (f.flip(1).flatten(1, 2) for f in (hF, G))
+    Y = [torch.eye(k, dtype=torch.float64, device="cpu").expand(p, k, k)]
+    driven = []
+    for n in range(1, TERMS + 1):
+        recent = torch.cat(Y[-NODES:], dim=-1)
+        below = recent.shape[-1]
+        driven.append(recent @ late_G[:, -below:])
+        if n < TERMS:
+            Y.append(recent @ late_F[:, -below:] / n)
+    return torch.stack(Y, dim=1), torch.stack(driven, dim=1)
+
+
+def basis(x: Tensor) -> Tensor:
+    """Polynomials p_0 … p_{NODES−1} at points ``(n,)`` of [0, 1], ``(n, NODES)``."""
+    b = _recurrence()
+    u = 2 * x - 1
+    values = [torch.ones_like(x), u / b[1]]
+    for j in range(2, NODES):
+        values.append((u * values[-1] - b[j - 1] * values[-2]) / b[j])
+    return torch.stack(values, dim=-1)
+
+
+@lru_cache
+def _recurrence() -> Tensor:
+    """b_j = j/√(4j² − 1) for j < NODES."""
+    b = [j / math.sqrt(4 * j * j - 1) for j in range(1, NODES)]
+    return torch.tensor([0.0, *b], dtype=torch.float64, device="cpu")
+
+
+@lru_cache
+def _transform() -> Tensor:
+    """Matrix from values at the Gauss nodes to coefficients, ``(NODES, NODES)``."""
+    values = basis(gauss_legendre(NODES)[0])
+    # Christoffel's weights: those of numpy are rounded by some units in the last place.
+    return values.T / values.square().sum(1)
