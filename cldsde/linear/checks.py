@@ -14,17 +14,20 @@ __all__ = [
     "as_levels",
     "as_matrix",
     "as_number",
+    "as_parameter",
     "as_times",
     "check_at_least",
     "check_between",
     "check_positive",
     "check_state",
+    "parameter_at_least",
     "parameter_value",
+    "positive_parameter",
 ]
 
 TimeLike = float | Tensor
 Parameter = float | Tensor
-"""A number that declares a process, or a 0-dimensional tensor that is to be learnt."""
+"""A number that declares a process, or a tensor with one element that may be learnt."""
 MatrixLike = Tensor | Sequence[Sequence[Parameter]]
 
 
@@ -130,11 +133,40 @@ def as_number(value: object, name: str) -> float:
     return float(value)
 
 
-def parameter_value(value: object, name: str) -> float:
-    """A real number, or a 0-dimensional tensor that may be learnt, as a float."""
-    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-        return float(value.detach())
+def as_parameter(value: object, name: str) -> Parameter:
+    """Turn a number into a float, and a tensor with one element into a 0-dimensional float64 one.
+
+    The tensor comes to the CPU and keeps its graph. Arithmetic in single precision before that
+    would leave 7 digits.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.reshape(()).cpu().to(torch.float64)
+    if isinstance(value, Tensor):
+        msg = (
+            f"{name} must be a real number or a tensor with one element; "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )
+        raise TypeError(msg)
     return as_number(value, name)
+
+
+def positive_parameter(value: object, name: str) -> Parameter:
+    """`as_parameter` of what is finite and above zero; raise ValueError otherwise."""
+    parameter = as_parameter(value, name)
+    check_positive(parameter_value(parameter), name)
+    return parameter
+
+
+def parameter_at_least(value: object, bound: float, name: str) -> Parameter:
+    """`as_parameter` of what is finite and ≥ ``bound``; raise ValueError otherwise."""
+    parameter = as_parameter(value, name)
+    check_at_least(parameter_value(parameter), bound, name)
+    return parameter
+
+
+def parameter_value(parameter: Parameter) -> float:
+    """Value of what `as_parameter` returned, without its graph."""
+    return float(parameter.detach()) if isinstance(parameter, Tensor) else parameter
 
 
 def check_positive(value: float, name: str) -> float:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
+from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
 
 __all__ = [
@@ -36,6 +37,10 @@ class Dynamics(ABC):
 
     components: int
     driven: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """Parameters in one line."""
+        return constructor_repr(self)
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:

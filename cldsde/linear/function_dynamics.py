@@ -11,6 +11,7 @@ from typing_extensions import override
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.dynamics import Dynamics, driven_rows, eliminate, legendre_moments
 from cldsde.linear.panels import OverTimes, at_nodes, partition, time_rounding
+from cldsde.linear.reprs import shown
 from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, without_rounding
 
 __all__ = ["FunctionDynamics"]
@@ -89,6 +90,12 @@ class FunctionDynamics(Dynamics):
             raise ValueError(msg)
         self._edges = partition(self._drift, self._diffusion, grid)
         self._seen = self._some_values()
+
+    @override
+    def __repr__(self) -> str:
+        """Functions by name, in one line."""
+        drift, diffusion = (shown(f.function) for f in (self._drift, self._diffusion))
+        return f"FunctionDynamics(drift={drift}, diffusion={diffusion})"
 
     @override
     def drift(self, t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import check_state
 from cldsde.linear.random import Generators, standard_normal
+from cldsde.linear.reprs import shown
 
 __all__ = ["Gaussian", "Kernel", "check_density", "check_kernel_shape", "log_density"]
 
@@ -82,6 +83,10 @@ class Kernel:
     mean: Tensor
     root: Tensor
 
+    def __repr__(self) -> str:
+        """Size and number of the matrices, in one line."""
+        return f"Kernel(components={self.mean.shape[-1]}, times={tuple(self.mean.shape[:-2])})"
+
     @property
     def covariance(self) -> Tensor:
         """``root @ root.mT``, ``(*, k, k)``."""
@@ -143,6 +148,10 @@ class Gaussian:
     """
 
     root: Tensor
+
+    def __repr__(self) -> str:
+        """The covariance, in one line."""
+        return f"Gaussian(covariance={shown(self.covariance)})"
 
     @property
     def mean(self) -> Tensor:

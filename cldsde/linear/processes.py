@@ -1,6 +1,7 @@
 """The processes of the field, each declared by its matrices, schedule and laws.
 
-Parameters may be 0-dimensional tensors, through which kernels are differentiable.
+Parameters may be tensors with one element, through which kernels are differentiable. They are kept
+as attributes, in float64.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.checks import (
     Parameter,
     as_float64,
-    check_at_least,
-    check_positive,
-    parameter_value,
+    as_parameter,
+    parameter_at_least,
+    positive_parameter,
 )
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
@@ -57,8 +58,9 @@ class VPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
+        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
         super().__init__(
-            TimeChangedDynamics([[-0.5]], [[1.0]], _rate(beta_min, beta_max, schedule)),
+            TimeChangedDynamics([[-0.5]], [[1.0]], _schedule(beta_min, beta_max, schedule)),
             stationary_covariance=[[1.0]],
         )
 
@@ -85,7 +87,8 @@ class SubVPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
-        dynamics = _SubVPDynamics(_rate(beta_min, beta_max, schedule))
+        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
+        dynamics = _SubVPDynamics(_schedule(beta_min, beta_max, schedule))
         super().__init__(dynamics, prior_covariance=[[1.0]])
 
 
@@ -155,10 +158,12 @@ class VESDE(LinearSDE):
     """
 
     def __init__(self, sigma_min: Parameter = 0.01, sigma_max: Parameter = 50.0) -> None:
+        self.sigma_min = positive_parameter(sigma_min, "sigma_min")
+        self.sigma_max = positive_parameter(sigma_max, "sigma_max")
         super().__init__(
             TimeChangedDynamics([[0.0]], [[1.0]], Schedule.geometric(sigma_min, sigma_max)),
-            initial_covariance=[[sigma_min**2]],
-            prior_covariance=[[sigma_max**2]],
+            initial_covariance=[[self.sigma_min**2]],
+            prior_covariance=[[self.sigma_max**2]],
         )
 
 
@@ -209,19 +214,20 @@ class CLD(LinearSDE):
         velocity_scale: Parameter = 0.04,
         position_noise: Parameter = 0.0,
     ) -> None:
-        check_positive(parameter_value(mass, "mass"), "mass")
-        check_positive(parameter_value(friction, "friction"), "friction")
-        check_at_least(parameter_value(velocity_scale, "velocity_scale"), 0.0, "velocity_scale")
-        check_at_least(parameter_value(position_noise, "position_noise"), 0.0, "position_noise")
+        self.beta = beta
+        self.mass = mass = positive_parameter(mass, "mass")
+        self.friction = friction = positive_parameter(friction, "friction")
+        self.velocity_scale = parameter_at_least(velocity_scale, 0.0, "velocity_scale")
+        self.position_noise = parameter_at_least(position_noise, 0.0, "position_noise")
         noise = (2 * friction) ** 0.5
         quiet = not isinstance(position_noise, Tensor) and position_noise == 0
         super().__init__(
             TimeChangedDynamics(
                 [[0, 1 / mass], [-1, -friction / mass]],
-                [[0], [noise]] if quiet else [[position_noise, 0], [0, noise]],
+                [[0], [noise]] if quiet else [[self.position_noise, 0], [0, noise]],
                 beta,
             ),
-            initial_covariance=_diagonal(0, velocity_scale * mass),
+            initial_covariance=_diagonal(0, self.velocity_scale * mass),
             stationary_covariance=_diagonal(1, mass) if quiet else None,
         )
 
@@ -258,18 +264,19 @@ class PSLD(LinearSDE):
         mass: Parameter = 0.25,
         velocity_scale: Parameter = 0.04,
     ) -> None:
-        check_positive(parameter_value(mass, "mass"), "mass")
-        check_at_least(parameter_value(gamma, "gamma"), 0.0, "gamma")
-        check_at_least(parameter_value(nu, "nu"), 0.0, "nu")
-        check_positive(parameter_value(gamma + nu, "gamma + nu"), "gamma + nu")
-        check_at_least(parameter_value(velocity_scale, "velocity_scale"), 0.0, "velocity_scale")
+        self.beta = beta
+        self.gamma = gamma = parameter_at_least(gamma, 0.0, "gamma")
+        self.nu = nu = parameter_at_least(nu, 0.0, "nu")
+        positive_parameter(gamma + nu, "gamma + nu")
+        self.mass = mass = positive_parameter(mass, "mass")
+        self.velocity_scale = parameter_at_least(velocity_scale, 0.0, "velocity_scale")
         super().__init__(
             TimeChangedDynamics(
                 [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
                 [[_root(gamma), 0], [0, _root(mass * nu)]],
                 beta,
             ),
-            initial_covariance=_diagonal(0, velocity_scale * mass),
+            initial_covariance=_diagonal(0, self.velocity_scale * mass),
             stationary_covariance=_diagonal(1, mass),
         )
 
@@ -306,28 +313,37 @@ class HOLD(LinearSDE):
         inverse_mass: Parameter = 1.0,
         auxiliary_scale: Parameter = 0.04,
     ) -> None:
-        check_positive(abs(parameter_value(coupling, "coupling")), "abs(coupling)")
-        check_positive(parameter_value(friction, "friction"), "friction")
-        check_positive(parameter_value(inverse_mass, "inverse_mass"), "inverse_mass")
-        check_at_least(parameter_value(auxiliary_scale, "auxiliary_scale"), 0.0, "auxiliary_scale")
-        variance = 1 / inverse_mass
+        self.beta = beta
+        self.coupling = coupling = as_parameter(coupling, "coupling")
+        positive_parameter(abs(coupling), "abs(coupling)")
+        self.friction = friction = positive_parameter(friction, "friction")
+        self.inverse_mass = positive_parameter(inverse_mass, "inverse_mass")
+        self.auxiliary_scale = parameter_at_least(auxiliary_scale, 0.0, "auxiliary_scale")
+        variance = 1 / self.inverse_mass
+        start = self.auxiliary_scale * variance
         super().__init__(
             TimeChangedDynamics(
                 [[0, 1, 0], [-1, 0, coupling], [0, -coupling, -friction]],
                 [[0], [0], [(2 * friction * variance) ** 0.5]],
                 beta,
             ),
-            initial_covariance=_diagonal(0, auxiliary_scale * variance, auxiliary_scale * variance),
+            initial_covariance=_diagonal(0, start, start),
             stationary_covariance=_diagonal(variance, variance, variance),
         )
 
 
-def _rate(beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None) -> Schedule:
+def _rates(
+    beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None
+) -> tuple[Parameter | None, Parameter | None, Schedule | None]:
+    """The two rates, or the schedule in their place; what does not count is None."""
     if schedule is not None:
-        return Schedule.of(schedule)
-    check_at_least(parameter_value(beta_min, "beta_min"), 0.0, "beta_min")
-    check_positive(parameter_value(beta_max, "beta_max"), "beta_max")
-    return Schedule.linear(beta_min, beta_max)
+        return None, None, Schedule.of(schedule)
+    least = parameter_at_least(beta_min, 0.0, "beta_min")
+    return least, positive_parameter(beta_max, "beta_max"), None
+
+
+def _schedule(beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None) -> Schedule:
+    return Schedule.linear(beta_min, beta_max) if schedule is None else Schedule.of(schedule)
 
 
 def _root(x: Parameter) -> Parameter:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from cldsde.linear.checks import (
     Parameter,
-    check_at_least,
+    as_parameter,
     check_between,
-    check_positive,
+    parameter_at_least,
     parameter_value,
+    positive_parameter,
 )
+from cldsde.linear.reprs import shown
 
 __all__ = ["Schedule", "gauss_legendre"]
 
@@ -101,9 +103,18 @@ class Schedule:
                 f"got {float(values[where]):g} at t = {float(grid[where]):g}"
             )
             raise ValueError(msg)
+        self._made_by = ""
         self._rate = rate
         self._integral = integral if integral is not None else self._quadrature
         self._check_integral(given=integral is not None)
+
+    def __repr__(self) -> str:
+        """How it was made, in one line."""
+        return self._made_by or f"Schedule(rate={shown(self._rate)})"
+
+    def _by(self, maker: str, *parameters: Parameter) -> Schedule:
+        self._made_by = f"Schedule.{maker}({', '.join(map(shown, parameters))})"
+        return self
 
     def rate(self, t: Tensor) -> Tensor:
         """β(t), of the shape of t."""
@@ -156,7 +167,7 @@ class Schedule:
         """
         if isinstance(value, Schedule):
             return value
-        if isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0):
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
             return cls.constant(value)  # type: ignore[arg-type]
         if isinstance(value, Sequence | Tensor) and not isinstance(value, str) and len(value) == 2:
             return cls.linear(value[0], value[1])
@@ -169,17 +180,18 @@ class Schedule:
     @classmethod
     def constant(cls, beta: Parameter) -> Schedule:
         """β(t) = ``beta`` > 0."""
-        check_positive(parameter_value(beta, "beta"), "beta")
-        return cls(partial(_constant_rate, beta), partial(_constant_integral, beta))
+        positive_parameter(beta, "beta")
+        made = cls(partial(_constant_rate, beta), partial(_constant_integral, beta))
+        return made._by("constant", beta)
 
     @classmethod
     def linear(cls, start: Parameter, end: Parameter) -> Schedule:
         """β(t) = start + (end − start) t, both ends ≥ 0 and not both zero."""
-        first, last = parameter_value(start, "beta(0)"), parameter_value(end, "beta(1)")
-        check_at_least(first, 0.0, "beta(0)")
-        check_at_least(last, 0.0, "beta(1)")
-        check_positive(first + last, "beta(0) + beta(1)")
-        return cls(partial(_linear_rate, start, end), partial(_linear_integral, start, end))
+        first = parameter_at_least(start, 0.0, "beta(0)")
+        last = parameter_at_least(end, 0.0, "beta(1)")
+        positive_parameter(first + last, "beta(0) + beta(1)")
+        made = cls(partial(_linear_rate, start, end), partial(_linear_integral, start, end))
+        return made._by("linear", start, end)
 
     @classmethod
     def cosine(cls, offset: Parameter = 0.008, stop: Parameter = 0.9946) -> Schedule:
@@ -196,11 +208,13 @@ class Schedule:
         stop
             Share of the schedule that [0, 1] covers, 0 < stop ≤ 1 − 1e-6.
         """
-        check_at_least(parameter_value(offset, "offset"), 0.0, "offset")
-        check_between(parameter_value(stop, "stop"), 1e-300, 1 - 1e-6, "stop")
-        turn = math.pi / 2 / (1 + offset)
-        angles = (turn * offset, turn * stop)
-        return cls(partial(_cosine_rate, *angles), partial(_cosine_integral, *angles))
+        first = parameter_at_least(offset, 0.0, "offset")
+        last = as_parameter(stop, "stop")
+        check_between(parameter_value(last), 1e-300, 1 - 1e-6, "stop")
+        turn = math.pi / 2 / (1 + first)
+        angles = (turn * first, turn * last)
+        made = cls(partial(_cosine_rate, *angles), partial(_cosine_integral, *angles))
+        return made._by("cosine", offset, stop)
 
     @classmethod
     def geometric(cls, sigma_min: Parameter, sigma_max: Parameter) -> Schedule:
@@ -208,33 +222,36 @@ class Schedule:
 
         Its integral is σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1), r = log(σ_max/σ_min).
         """
-        low = check_positive(parameter_value(sigma_min, "sigma_min"), "sigma_min")
-        high = check_positive(parameter_value(sigma_max, "sigma_max"), "sigma_max")
+        low = positive_parameter(sigma_min, "sigma_min")
+        high = positive_parameter(sigma_max, "sigma_max")
         if low >= high:
-            msg = f"sigma_max must be above sigma_min; got {high} and {low}"
+            msg = f"sigma_max must be above sigma_min; got {float(high)} and {float(low)}"
             raise ValueError(msg)
-        ratio = sigma_max / sigma_min
+        ratio = high / low
         log_ratio = ratio.log() if isinstance(ratio, Tensor) else math.log(ratio)
-        return cls(
-            partial(_geometric_rate, sigma_min, log_ratio),
-            partial(_geometric_integral, sigma_min, log_ratio),
+        made = cls(
+            partial(_geometric_rate, low, log_ratio),
+            partial(_geometric_integral, low, log_ratio),
         )
+        return made._by("geometric", sigma_min, sigma_max)
 
 
 # Module-level functions, so that a process can be pickled and copied.
 
 
 def _constant_rate(beta: Parameter, t: Tensor) -> Tensor:
-    return beta * torch.ones_like(t)
+    # Converted here, so that a parameter that is learnt in place counts as it is.
+    return as_parameter(beta, "beta") * torch.ones_like(t)
 
 
 def _constant_integral(beta: Parameter, s: Tensor, t: Tensor) -> Tensor:
-    return beta * (t - s)
+    return as_parameter(beta, "beta") * (t - s)
 
 
 def _linear_rate(start: Parameter, end: Parameter, t: Tensor) -> Tensor:
-    # Not start + (end − start)·t, which may round below zero at t = 1.
-    return start * (1 - t) + end * t
+    first, last = as_parameter(start, "beta(0)"), as_parameter(end, "beta(1)")
+    # Not first + (last − first)·t, which may round below zero at t = 1.
+    return first * (1 - t) + last * t
 
 
 def _linear_integral(start: Parameter, end: Parameter, s: Tensor, t: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel, check_density
 from cldsde.linear.posterior import Posterior, bayes, flow_rotations, reverse_family
-from cldsde.linear.random import Generators, standard_normal
+from cldsde.linear.random import Generators, check_generator, standard_normal
+from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 
 __all__ = ["LinearSDE"]
@@ -47,8 +48,8 @@ class LinearSDE:
     Raises
     ------
     ValueError
-        If a covariance is not a symmetric positive semi-definite k×k matrix, or
-        ``stationary_covariance`` is not stationary.
+        If a covariance is not a symmetric positive semi-definite k×k matrix,
+        ``stationary_covariance`` is not stationary, or a subclass sets another ``T`` than 1.
 
     Examples
     --------
@@ -92,6 +93,13 @@ class LinearSDE:
                 f"got {type(dynamics).__name__}"
             )
             raise TypeError(msg)
+        if self.T != 1.0:
+            msg = (
+                f"T must be 1, as every process runs on [0, 1]; {type(self).__name__} sets "
+                f"{self.T!r}. Rescale the schedule instead: the rate T β(T t) on [0, 1] is β(t) on "
+                "[0, T]"
+            )
+            raise ValueError(msg)
         self.dynamics = dynamics
         k = self.components
         if initial_covariance is None:
@@ -180,7 +188,10 @@ class LinearSDE:
 
     def __repr__(self) -> str:
         """Facts in one line."""
-        return f"{type(self).__name__}(components={self.components}, driven={self.driven})"
+        if type(self) is LinearSDE:
+            start = f", initial_covariance={shown(self.initial_covariance)}"
+            return f"LinearSDE({self.dynamics!r}{start if self.initial_root.any() else ''})"
+        return constructor_repr(self)
 
     @property
     def initial_covariance(self) -> Tensor:
@@ -527,6 +538,7 @@ class LinearSDE:
         Tensor
             ``(B, k, *D)``.
         """
+        check_generator(generator)
         state = self.embed(x)
         noise = standard_normal(state.shape, generator=generator, dtype=x.dtype, device=x.device)
         return state + apply_blocks(self.initial_root, noise)
@@ -564,6 +576,7 @@ class LinearSDE:
         ValueError
             If shapes do not fit or ``conditioning`` is unknown.
         """
+        check_generator(generator)
         if conditioning == "data":
             return self.marginal(t).perturb(self.embed(x0), generator=generator)
         if conditioning == "all":

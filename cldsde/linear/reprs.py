@@ -1,0 +1,36 @@
+"""One-line representations: what an object is made of, as its constructor has it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+from torch import Tensor
+
+__all__ = ["constructor_repr", "shown"]
+
+
+def constructor_repr(owner: object) -> str:
+    """``Name(parameter=value, …)`` of the parameters that ``owner`` keeps as attributes.
+
+    Parameters of the constructor that are None or no attributes are left out.
+    """
+    names = list(inspect.signature(type(owner)).parameters)
+    values = {name: getattr(owner, name, None) for name in names}
+    facts = [f"{name}={shown(value)}" for name, value in values.items() if value is not None]
+    return f"{type(owner).__name__}({', '.join(facts)})"
+
+
+def shown(value: object) -> str:
+    """A value in one line: numbers and tensors with six significant digits, functions by name."""
+    if isinstance(value, Tensor):
+        return shown(value.detach().tolist())
+    if isinstance(value, float):
+        return repr(float(f"{value:.6g}"))
+    if isinstance(value, tuple | list):
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return f"{left}{', '.join(map(shown, value))}{right}"
+    if isinstance(value, partial):
+        return shown(value.func)
+    name = getattr(value, "__name__", None) if callable(value) else None
+    return repr(value) if name is None else f"<function {name}>"
