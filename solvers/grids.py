@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from numbers import Integral
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -23,8 +26,32 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+
+
+def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Let all grids be called as grid(sde, T, eps, n); say so if one needs the process."""
+
+    def decorate(grid: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        @functools.wraps(grid)
+        def called(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            given = bool(args) and isinstance(args[0], LinearSDE)
+            if needed and args and not given:
+                name = grid.__name__
+                msg = f"{name} needs the process first, {name}(sde, T, eps, n); got {args[0]!r}"
+                raise TypeError(msg)
+            return grid(*args[int(given and not needed) :], **kwargs)  # type: ignore[arg-type]
+
+        return called
+
+    return decorate
+
+
+@_process_first(needed=False)
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
+
+    Like every grid it may also be called as ``uniform_times(sde, T, eps, n)``.
 
     Parameters
     ----------
@@ -52,6 +79,7 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends(T + fraction * (eps - T), T, eps)
 
 
+@_process_first(needed=False)
 def quadratic_times(T: float, eps: float, n: int) -> Tensor:
     """Quadratic grid, t_i = ε + (T − ε)(1 − i/n)²: steps shrink linearly towards the data.
 
@@ -62,6 +90,7 @@ def quadratic_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends(eps + (T - eps) * (1 - fraction) ** 2, T, eps)
 
 
+@_process_first(needed=False)
 def root_times(T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
 
@@ -73,6 +102,7 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
 
 
+@_process_first(needed=True)
 def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
@@ -90,6 +120,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     return _with_ends(times_of_log_snr(sde, first + fraction * (last - first), T, eps), T, eps)
 
 
+@_process_first(needed=True)
 def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
     """Grid uniform in σ^{1/ρ}, with σ = e^{−κ} for any process (Karras et al. 2022, equation 5).
 
@@ -111,6 +142,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     )
 
 
+@_process_first(needed=True)
 def logistic_times(
     sde: LinearSDE, T: float, eps: float, n: int, center: float = 0.7, rate: float = 0.75
 ) -> Tensor:
@@ -147,7 +179,7 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     if not eps > 0:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
-    return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64))
+    return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
 
 
 def times_of_log_snr(
@@ -223,7 +255,7 @@ def _fractions(T: float, eps: float, n: int) -> Tensor:
     if not 0 <= eps < T:
         msg = f"eps must lie in [0, T) with T = {T:g}; got {eps:g}"
         raise ValueError(msg)
-    return torch.arange(int(n) + 1, dtype=torch.float64) / int(n)
+    return torch.arange(int(n) + 1, dtype=torch.float64, device="cpu") / int(n)
 
 
 def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:

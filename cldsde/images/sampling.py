@@ -150,15 +150,8 @@ def check_sampling(
 
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
-    of_process = {"log_snr": grids.log_snr_times, "logistic": grids.logistic_times}
-    if name in of_process:
-        return of_process[name](sde, sde.T, end, n)
-    of_time = {
-        "uniform": grids.uniform_times,
-        "quadratic": grids.quadratic_times,
-        "root": grids.root_times,
-    }
-    return of_time[name](sde.T, end, n)
+    grid: Callable[..., Tensor] = getattr(grids, f"{name}_times")
+    return grid(sde, sde.T, end, n)
 
 
 class Samples(NamedTuple):
