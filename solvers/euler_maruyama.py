@@ -40,7 +40,7 @@ class EulerMaruyama(AffineSolver):
         start, h = times[:-1], -times.diff()[:, None, None]
         F, G = sde.drift(start), sde.diffusion(start)
         return Affine(
-            as_blocks(torch.eye(sde.components, dtype=torch.float64) - h * F),
+            as_blocks(torch.eye(sde.components, dtype=torch.float64, device="cpu") - h * F),
             as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
             as_blocks(h.sqrt() * G),
         )

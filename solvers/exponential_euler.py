@@ -56,6 +56,7 @@ class ExponentialEuler(AffineSolver):
         """∫Ψ(u, τ) G dw = Ψ(t, u)⁻¹ I over each step."""
         blocks = self.prepare(process, times)
         root, back = (
-            torch.tensor(part, dtype=torch.float64) for part in (blocks.noise, blocks.state)
+            torch.tensor(part, dtype=torch.float64, device="cpu")
+            for part in (blocks.noise, blocks.state)
         )
         return PathNoise.integrals(root, back)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 from cldsde.score.times import KnownTimes, on_device
 
 from .adaptive import ActiveSamples, per_sample
@@ -19,6 +20,9 @@ from .base import Facts, Integration, KnownScore, Run, Solver
 from .noise import NoiseSource
 
 __all__ = ["GottaGoFast"]
+
+
+OnReject = Literal["bridge", "fresh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class GottaGoFast(Solver):
 
     rtol: float = 0.01
     atol: float | Sequence[float] = 0.0078
-    noise_on_reject: Literal["bridge", "fresh"] = "bridge"
+    noise_on_reject: OnReject = "bridge"
     safety: float = 0.9
     exponent: float = 0.9
     first_step: float = 0.01
@@ -80,9 +84,7 @@ class GottaGoFast(Solver):
         else:
             msg = f"atol must be a number or a sequence of numbers; got {self.atol!r}"
             raise TypeError(msg)
-        if self.noise_on_reject not in ("bridge", "fresh"):
-            msg = f"noise_on_reject must be 'bridge' or 'fresh'; got {self.noise_on_reject!r}"
-            raise ValueError(msg)
+        one_of(self.noise_on_reject, OnReject, "noise_on_reject")
         check_between(self.safety, 1e-3, 1.0, "safety")
         check_between(self.exponent, 1e-3, 1.0, "exponent")
         check_positive(self.first_step, "first_step")

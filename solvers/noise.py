@@ -223,7 +223,7 @@ class SampleNoise(NoiseSource):
             msg = f"seeds must be integers in [0, 2³²), one a sample; got {self.seeds}"
             raise ValueError(msg)
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32)
+        self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
         self._used = _BLOCK  # numbers of the block, that is none is left
 
     def start(
@@ -267,7 +267,7 @@ class SampleNoise(NoiseSource):
         self.check(z)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
-        numbers = torch.empty(len(z), wanted, dtype=torch.float32)
+        numbers = torch.empty(len(z), wanted, dtype=torch.float32, device="cpu")
         done = 0
         while done < wanted:
             if self._used == _BLOCK:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -59,8 +59,8 @@ class Solution:
     message
         What happened, in words.
     stats
-        Further numbers: ``success``, which samples arrived with finite numbers, ``(B,)``; of
-        solvers on a grid ``steps``; of adaptive solvers ``nfev`` of each sample and ``attempts``.
+        Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of each
+        sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
     """
 
     state: Tensor
@@ -98,6 +98,7 @@ class Solution:
 
 
 Denoise = bool | Literal["step"]
+_Denoiser = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,7 @@ class Plan:
     tables: Any = field(repr=False)
     nfev: int | None
     _asked: KnownTimes | None = field(repr=False)
+    _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
 
     def solve(
         self,
@@ -167,51 +169,17 @@ class Plan:
             msg = f"callback must be callable; got {callback!r}"
             raise TypeError(msg)
         source = _noise_source(generator, noise)
-        final = self._final(denoise)
+        final = self._denoiser(denoise)
         watched = callback is not None or bool((wanted > self.times[-1]).any())
         used = self._on_grid if watched else self
-        return used._run(state, source, final, wanted, callback, differentiable, progress)
-
-    @cached_property
-    def _on_grid(self) -> Plan:
-        """The plan for states at the grid's times."""
-        solver = self.solver.on_grid()
-        return self if solver == self.solver else plan(self.process, solver, self.times)
-
-    @cached_property
-    def _finals(self) -> dict[Denoise, _Final]:
-        return {}
-
-    def _final(self, denoise: Denoise) -> _Final | None:
-        if denoise is False:
-            return None
-        if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
-            msg = f"denoise must be True, False or 'step'; got {denoise!r}"
-            raise ValueError(msg)
-        if denoise not in self._finals:
-            self._finals[denoise] = _Final.of(self.process, self.times[-1], denoise)
-        return self._finals[denoise]
-
-    def _run(
-        self,
-        state: Tensor,
-        source: NoiseSource,
-        final: _Final | None,
-        wanted: Tensor,
-        callback: Callback | None,
-        differentiable: bool,
-        progress: bool,
-    ) -> Solution:
-        process, solver, times = self.process, self.solver, self.times
-        source = source.along(process.sde, times, lambda: solver.path_noise(process, times))
+        solver, process, times = used.solver, self.process, self.times
+        source = source.along(sde, times, lambda: solver.path_noise(process, times))
         source.check(state)
-        stops = wanted[wanted < times[0]]
-        if not len(stops) or stops[-1] > times[-1]:
-            stops = torch.cat([stops, times[-1:]])
+        stops = torch.cat([wanted[wanted < times[0]], times[-1:]]).unique().flip(0)
         run = Run(
             process,
-            self.tables,
-            self._asked,
+            used.tables,
+            used._asked,
             state,
             times,
             stops,
@@ -221,14 +189,26 @@ class Plan:
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
-            return _finished(done, final, self._states(run, done, wanted), wanted)
+            states = done.states[: int((wanted < times[0]).sum())]
+            if wanted[0] == times[0]:
+                states = torch.cat([state.unsqueeze(0), states])
+            return _finished(done, final, states, wanted)
 
-    def _states(self, run: Run, done: Integration, wanted: Tensor) -> Tensor:
-        """States at the times that are wanted."""
-        if len(wanted) == len(run.stops):
-            return done.states
-        first = run.state.unsqueeze(0) if wanted[0] == run.times[0] else run.state.new_empty(0)
-        return torch.cat([first, done.states[: int((wanted < run.times[0]).sum())]])
+    @cached_property
+    def _on_grid(self) -> Plan:
+        """The plan for states at the grid's times."""
+        solver = self.solver.on_grid()
+        return self if solver == self.solver else plan(self.process, solver, self.times)
+
+    def _denoiser(self, denoise: Denoise) -> _Denoiser | None:
+        if denoise is False:
+            return None
+        if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
+            msg = f"denoise must be True, False or 'step'; got {denoise!r}"
+            raise ValueError(msg)
+        if denoise not in self._denoisers:
+            self._denoisers[denoise] = _denoiser(self.process, self.times[-1], denoise)
+        return self._denoisers[denoise]
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
@@ -356,40 +336,34 @@ def solve(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Final:
-    """The data that ``denoise`` asks for, from state and score at the last time."""
+def _denoiser(process: ReverseProcess, t: Tensor, denoise: Denoise) -> _Denoiser:
+    """The data that ``denoise`` asks for, from states at the last time."""
+    sde = process.sde
+    if float(t) == 0:
+        msg = (
+            f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
+            "density at t = 0; take t > 0"
+        )
+        raise ValueError(msg)
+    if denoise == "step":
+        F, G = sde.drift(t), sde.diffusion(t)
+        state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
+        score = t * (G @ G.mT)[:, list(sde.driven)]
+    else:
+        prediction = Conversion.at(sde, t, "score", "data")
+        state, score = prediction.state, prediction.value
+    state_row, score_row = state[:1].tolist(), score[:1].tolist()
+    known = KnownTimes(t.unsqueeze(0))
 
-    process: ReverseProcess
-    times: KnownTimes
-    state: list[list[float]]
-    score: list[list[float]]
+    def final(z: Tensor) -> Tensor:
+        return combine((state_row, z), (score_row, KnownScore(process, known, z)(z, 0)))[:, 0]
 
-    @classmethod
-    def of(cls, process: ReverseProcess, t: Tensor, denoise: Denoise) -> _Final:
-        sde = process.sde
-        if float(t) == 0:
-            msg = (
-                f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has "
-                "no density at t = 0; take t > 0"
-            )
-            raise ValueError(msg)
-        if denoise == "step":
-            F, G = sde.drift(t), sde.diffusion(t)
-            state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
-            score = t * (G @ G.mT)[:, list(sde.driven)]
-        else:
-            prediction = Conversion.at(sde, t, "score", "data")
-            state, score = prediction.state, prediction.value
-        known = KnownTimes(t.unsqueeze(0))
-        return cls(process, known, state[:1].tolist(), score[:1].tolist())
-
-    def __call__(self, z: Tensor) -> Tensor:
-        score = KnownScore(self.process, self.times, z)(z, 0)
-        return combine((self.state, z), (self.score, score))[:, 0]
+    return final
 
 
-def _finished(done: Integration, final: _Final | None, states: Tensor, wanted: Tensor) -> Solution:
+def _finished(
+    done: Integration, final: _Denoiser | None, states: Tensor, wanted: Tensor
+) -> Solution:
     nfev, z = done.nfev, done.state.contiguous()
     data = z[:, 0]
     if final is not None and bool(done.success.any()):
@@ -403,12 +377,10 @@ def _finished(done: Integration, final: _Final | None, states: Tensor, wanted: T
     message = done.message
     if bool(done.success.all()) and not bool(success.all()):
         message = "the state is not finite: the score is not, or the steps are too long"
-    stats = {**done.stats, "success": success}
-    if "nfev" in stats:
-        stats["nfev"] = nfev
+    stats = {**done.stats, "nfev": nfev, "success": success}
     status = 2 if done.stopped else 0 if bool(success.all()) else 1
     if status == 1:
-        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=4)
+        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=3)
     return Solution(
         state=z,
         data=data,
@@ -430,22 +402,13 @@ def _finite(x: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _checked_stops(t_eval: object, grid: Tensor, *, any_time: bool) -> Tensor:
+def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:
     """Times at which states are wanted, float64 on the CPU; raise if they do not fit."""
     if t_eval is None:
         return grid[-1:]
-    if not isinstance(t_eval, Tensor):
-        msg = f"t_eval must be a tensor (S,) of decreasing times; got {type(t_eval).__name__}"
-        raise TypeError(msg)
-    if t_eval.ndim != 1 or not len(t_eval):
-        msg = f"t_eval must be a tensor (S,) of times, S ≥ 1; got shape {tuple(t_eval.shape)}"
-        raise ValueError(msg)
-    stops = t_eval.detach().to("cpu", torch.float64)
-    if bool((stops.diff() >= 0).any()):
-        msg = f"t_eval must decrease; got {stops.tolist()}"
-        raise ValueError(msg)
     start, end = float(grid[0]), float(grid[-1])
-    outside = ~((stops <= start) & (stops >= end)) if any_time else ~torch.isin(stops, grid)
+    stops = checked_grid(t_eval, start, "t_eval", least=1)
+    outside = stops < end if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
         allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
         msg = f"t_eval must {allowed}; got {stops[outside].tolist()}"
@@ -468,18 +431,17 @@ def _noise_source(generator: object, noise: object) -> NoiseSource:
     return noise
 
 
-def checked_grid(times: Tensor, end: float) -> Tensor:
-    """Turn a decreasing grid in [0, end] into float64 on the CPU; raise otherwise."""
-    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < 2:
+def checked_grid(times: Tensor, end: float, name: str = "times", least: int = 2) -> Tensor:
+    """Turn decreasing times in [0, end] into float64 on the CPU; raise otherwise."""
+    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
         got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
-        msg = f"times must be a tensor (n + 1,) of a decreasing grid, n ≥ 1; got {got}"
-        raise ValueError(msg)
-    grid = as_times(times, "times", end)
+        msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
+        raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
+    grid = as_times(times.detach(), name, end)
     rising = (grid.diff() >= 0).nonzero()
     if len(rising):
         i = int(rising[0])
-        msg = (
-            f"times must decrease from T to ε; got {float(grid[i]):g} before {float(grid[i + 1]):g}"
-        )
+        got = f"{float(grid[i]):g} before {float(grid[i + 1]):g}"
+        msg = f"{name} must decrease from T to ε; got {got}"
         raise ValueError(msg)
     return grid

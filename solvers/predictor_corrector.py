@@ -10,12 +10,16 @@ from torch import Tensor
 
 from cldsde.linear.checks import check_positive
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 
 from .base import Facts, GridSolver, Memory, ScoreAt, check_solver
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
 __all__ = ["Langevin", "PredictorCorrector"]
+
+
+Norm = Literal["sample", "batch"]
 
 
 class _Tables(NamedTuple):
@@ -55,7 +59,7 @@ class Langevin:
 
     snr: float = 0.16
     steps: int = 1
-    norm: Literal["sample", "batch"] = "sample"
+    norm: Norm = "sample"
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
@@ -63,9 +67,7 @@ class Langevin:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             msg = f"steps must be a positive integer; got {self.steps!r}"
             raise ValueError(msg)
-        if self.norm not in ("sample", "batch"):
-            msg = f"norm must be 'sample' or 'batch'; got {self.norm!r}"
-            raise ValueError(msg)
+        one_of(self.norm, Norm, "norm")
 
     def correct(
         self, z: Tensor, driven: tuple[int, ...], scale: float, s: Tensor, xi: Tensor
@@ -136,7 +138,7 @@ class PredictorCorrector(GridSolver):
             If the predictor does not apply, or asks more often in some steps than in others.
         """
         sde = process.sde
-        scale = torch.ones(len(times) - 1, dtype=torch.float64)
+        scale = torch.ones(len(times) - 1, dtype=torch.float64, device="cpu")
         if sde.components == 1:
             scale = sde.transition_matrix(times[1:], times[:-1]).square().flatten()
         predictor = self.predictor.prepare(process, times)

@@ -48,7 +48,7 @@ class ReverseDiffusion(AffineSolver):
         sde, start, end = process.sde, times[:-1], times[1:]
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
-        eye = torch.eye(sde.components, dtype=torch.float64)
+        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         return Affine(
             as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
             as_blocks(kernel.covariance @ full.value),
@@ -58,7 +58,7 @@ class ReverseDiffusion(AffineSolver):
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """The forward transition's noise."""
         root = process.sde.transition(times[1:], times[:-1]).root
-        return PathNoise.integrals(root, torch.eye(len(root[0]), dtype=torch.float64))
+        return PathNoise.integrals(root, torch.eye(len(root[0]), dtype=torch.float64, device="cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 from cldsde.score.times import KnownTimes, on_device
 
 from .adaptive import LOOSE, ActiveSamples, per_sample
@@ -21,14 +22,16 @@ from .combine import as_blocks, combine
 
 __all__ = ["ProbabilityFlow"]
 
-_METHODS = ("bosh3", "dopri5", "dopri8")
+Method = Literal["bosh3", "dopri5", "dopri8"]
+Pace = Literal["batch", "sample"]
 
 
-def _tableau(method: str) -> Any:
+def _tableau(method: Method) -> Any:
     """Butcher tableau and error weights as scipy has them."""
-    from scipy.integrate import DOP853, RK23, RK45  # slow to import, and seldom wanted
+    from scipy import integrate  # slow to import, and seldom wanted
 
-    return dict(zip(_METHODS, (RK23, RK45, DOP853), strict=True))[method]
+    names = {"bosh3": "RK23", "dopri5": "RK45", "dopri8": "DOP853"}
+    return getattr(integrate, names[method])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +70,18 @@ class ProbabilityFlow(Solver):
         If an option is out of range.
     """
 
-    method: str = "dopri5"
+    method: Method = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
     max_nfev: int = 10_000
     first_step: float | None = None
     max_step: float = math.inf
-    pace: Literal["batch", "sample"] = "batch"
+    pace: Pace = "batch"
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
-        if self.method not in _METHODS:
-            names = ", ".join(map(repr, _METHODS))
-            msg = f"method must be one of {names}; got {self.method!r}"
-            raise ValueError(msg)
-        if self.pace not in ("sample", "batch"):
-            msg = f"pace must be 'sample' or 'batch'; got {self.pace!r}"
-            raise ValueError(msg)
+        one_of(self.method, Method, "method")
+        one_of(self.pace, Pace, "pace")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_at_least(self.max_nfev, 1, "max_nfev")

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 
 from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["Splitting"]
+
+
+ScoreTime = Literal["start", "end"]
 
 
 class _Stage(NamedTuple):
@@ -85,7 +89,7 @@ class Splitting(GridSolver):
 
     scheme: str = "OBAB"
     shared_score: bool = False
-    score_time: Literal["start", "end"] = "start"
+    score_time: ScoreTime = "start"
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
@@ -95,9 +99,7 @@ class Splitting(GridSolver):
         if not isinstance(self.scheme, str) or set(self.scheme) != set("OAB"):
             msg = f"scheme must be a word with each of the letters O, A and B; got {self.scheme!r}"
             raise ValueError(msg)
-        if self.score_time not in ("start", "end"):
-            msg = f"score_time must be 'start' or 'end'; got {self.score_time!r}"
-            raise ValueError(msg)
+        one_of(self.score_time, ScoreTime, "score_time")
 
     @property
     def facts(self) -> Facts:
@@ -133,7 +135,7 @@ class Splitting(GridSolver):
                 stages.append(_Stage(as_blocks(torch.diag_embed(decay)), [], as_blocks(root)))
                 continue
             row = "AB".index(letter)
-            state = torch.eye(2, dtype=torch.float64).repeat(len(start), 1, 1)
+            state = torch.eye(2, dtype=torch.float64, device="cpu").repeat(len(start), 1, 1)
             state[:, row] += (friction - ratio * noise[:, row_of, row_of, None, None])[:, row]
             score = torch.zeros_like(state)
             score[:, row] = noise[:, row]

@@ -11,12 +11,16 @@ from torch import Tensor
 from cldsde.linear.checks import check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 
 from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 __all__ = ["SSCS"]
+
+
+ScoreStep = Literal["euler", "midpoint", "gaussian"]
 
 
 class _Kick(NamedTuple):
@@ -87,15 +91,13 @@ class SSCS(GridSolver):
         If an option is out of range.
     """
 
-    score_step: Literal["euler", "midpoint", "gaussian"] = "euler"
+    score_step: ScoreStep = "euler"
     data_variance: float = 1.0
     merge: bool = True
 
     def __post_init__(self) -> None:
         """Refuse options that are out of range."""
-        if self.score_step not in ("euler", "midpoint", "gaussian"):
-            msg = f"score_step must be 'euler', 'midpoint' or 'gaussian'; got {self.score_step!r}"
-            raise ValueError(msg)
+        one_of(self.score_step, ScoreStep, "score_step")
         check_positive(self.data_variance, "data_variance")
 
     @property
@@ -151,16 +153,16 @@ class SSCS(GridSolver):
     def _gaussian_kick(self, sde: LinearSDE, noise: Tensor, t: Tensor, precision: Tensor) -> _Kick:
         r"""Exact flow of ż = N(Λz + r), Λ = Σ∞⁻¹ − Σ_ref⁻¹, with r = s + Σ_ref⁻¹z frozen."""
         k, driven = sde.components, list(sde.driven)
-        data = torch.zeros(k, k, dtype=torch.float64)
+        data = torch.zeros(k, k, dtype=torch.float64, device="cpu")
         data[0, 0] = self.data_variance
         reference = torch.linalg.inv(sde.marginal(t, sde.initial_covariance + data).covariance)
         # exp [[NΛ, N], [0, 0]] = [[e^{NΛ}, φ₁(NΛ)N], [0, I]]
-        generator = torch.zeros(*noise.shape[:-2], 2 * k, 2 * k, dtype=torch.float64)
+        generator = torch.zeros(*noise.shape[:-2], 2 * k, 2 * k, dtype=torch.float64, device="cpu")
         generator[..., :k, :k] = noise @ (precision - reference)
         generator[..., :k, k:] = noise
         flow = torch.linalg.matrix_exp(generator)[..., :k, :]
         frozen = flow[..., k:][..., driven]
-        eye = torch.eye(k, dtype=torch.float64)
+        eye = torch.eye(k, dtype=torch.float64, device="cpu")
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
         return _Kick(state, frozen)
 
@@ -199,7 +201,7 @@ def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:
 
 def _stages(kicks: list[_Kick], move: Tensor) -> list[_Stage]:
     """Kicks, the first of which starts from z itself, and a move after the last."""
-    eye = torch.eye(move.shape[-1], dtype=torch.float64).expand_as(move)
+    eye = torch.eye(move.shape[-1], dtype=torch.float64, device="cpu").expand_as(move)
     stages = []
     for number, kick in enumerate(kicks):
         after = move if number == len(kicks) - 1 else eye

@@ -50,7 +50,7 @@ class StochasticHeun(GridSolver):
         """Blocks of both sums of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         h = (start - end)[:, None, None]
-        eye = torch.eye(sde.components, dtype=torch.float64)
+        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         noise = sde.noise_root(end, start)
         (state, score), (end_state, end_score) = _drift(sde, start, h), _drift(sde, end, h)
         return _Tables(

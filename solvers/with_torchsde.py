@@ -157,8 +157,9 @@ class TorchSDE(GridSolver):
             dt_min=0.0,
             options={},
         )
-        y, _ = solver.step(-tables.times[i], -tables.times[i + 1], _pack(z), ())
-        return _unpack(y, z), ()
+        # torchsde's arithmetic is elementwise: a sample may lie in memory as it is.
+        y, _ = solver.step(-tables.times[i], -tables.times[i + 1], z.flatten(1), ())
+        return y.view_as(z), ()
 
 
 class _Step:
@@ -176,14 +177,15 @@ class _Step:
     def f(self, s: float, y: Tensor) -> Tensor:
         tables, j = self._tables, self._asked
         self._asked += 1
-        z = _unpack(y, self._like)
-        return _pack(combine((tables.state[j], z), (tables.score[j], self._score(z, j))))
+        z = y.view_as(self._like)
+        return combine((tables.state[j], z), (tables.score[j], self._score(z, j))).flatten(1)
 
     def g_prod(self, s: float, y: Tensor, v: Tensor) -> Tensor:
         start, end = self._tables.times[self._i], self._tables.times[self._i + 1]
         quarter = round(_QUARTERS * (start + s) / (start - end))
         G = self._tables.diffusion[self._i * (_QUARTERS + 1) + quarter]
-        return _pack(combine((G, _unpack(v, self._like))))
+        xi = v.view(len(v), len(G[0]), *self._like.shape[2:])
+        return combine((G, xi)).flatten(1)
 
 
 class _Increments:
@@ -193,28 +195,24 @@ class _Increments:
 
     def __init__(self, noise: NoiseSource, z: Tensor, rows: int) -> None:
         self._noise, self._z, self._rows = noise, z, rows
-        self.shape = (z[:, 0].numel(), rows)
+        self.shape = (len(z), rows * z[:, 0].numel() // max(len(z), 1))
 
     def __call__(
         self, s: float, t: float, *, return_U: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         h = t - s
         xi = self._noise.normal(self._z, 2 * self._rows if return_U else self._rows)
-        W = math.sqrt(h) * _pack(xi[:, : self._rows])
+        W = math.sqrt(h) * xi[:, : self._rows].flatten(1)
         if not return_U:
             return W
         # ∫ (W_r − W_s) dr = h (W/2 + H) with H ~ N(0, h/12) independent of W.
-        H = math.sqrt(h / 12) * _pack(xi[:, self._rows :])
+        H = math.sqrt(h / 12) * xi[:, self._rows :].flatten(1)
         return W, h * (0.5 * W + H)
 
 
 def _pack(z: Tensor) -> Tensor:
     """States ``(B, k, *D)`` as torchsde's batch ``(B ∏D, k)``: noise does not mix data axes."""
     return z.movedim(1, -1).reshape(-1, z.shape[1])
-
-
-def _unpack(y: Tensor, like: Tensor) -> Tensor:
-    return y.reshape(len(like), *like.shape[2:], y.shape[1]).movedim(-1, 1)
 
 
 class _TorchSDEForm(torch.nn.Module):
