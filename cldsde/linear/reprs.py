@@ -33,4 +33,7 @@ def shown(value: object) -> str:
     if isinstance(value, partial):
         return shown(value.func)
     name = getattr(value, "__name__", None) if callable(value) else None
-    return repr(value) if name is None else f"<function {name}>"
+    if name is not None:
+        return f"<function {name}>"
+    text = repr(value)
+    return f"{type(value).__name__}(…)" if "\n" in text else text

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
-from cldsde.linear.random import standard_normal
+from cldsde.linear.random import check_generator, standard_normal
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
@@ -140,6 +140,7 @@ def flow_log_prob(
         msg = f"method must be one of {', '.join(map(repr, _ADAPTIVE))}; got {method!r}"
         raise ValueError(msg)
     precision = torch.float32 if z.device.type == "mps" else torch.float64
+    check_generator(generator)
     flow = _Flow(process, z, t, divergence, max_nfev, generator)
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:

@@ -21,7 +21,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times, check_positive
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
-from cldsde.linear.random import Generators
+from cldsde.linear.random import Generators, check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of
 from cldsde.score.conversion import (
@@ -113,6 +113,7 @@ class PerturbedData:
         """
         check_process(sde)
         one_of(conditioning, Conditioning, "conditioning")
+        check_generator(generator)
         start = sde.embed(x0)
         times = score_times(t, start)
         if conditioning == "all":

@@ -176,6 +176,10 @@ class MixedScore(nn.Module):
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.cpu().to(torch.float64)
 
+    def extra_repr(self) -> str:
+        """Process and inputs, which the representation shows before the network."""
+        return f"sde={self.sde!r}, inputs={self.inputs!r}"
+
     def forward(
         self,
         z: Tensor,

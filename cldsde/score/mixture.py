@@ -13,7 +13,8 @@ from cldsde.linear.blocks import flatten_data
 from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import check_density
-from cldsde.linear.random import standard_normal
+from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process, one_of
 from cldsde.score.times import coefficients_at, score_times
@@ -140,6 +141,10 @@ class GaussianMixture:
             raise ValueError(msg)
         self._variances = self._variances.clamp_min(0)
 
+    def __repr__(self) -> str:
+        """Facts in one line."""
+        return f"GaussianMixture(modes={len(self.weights)}, dimension={self.dimension})"
+
     @property
     def dimension(self) -> int:
         """D, the dimension of the data."""
@@ -154,6 +159,7 @@ class GaussianMixture:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Draw ``n`` ≥ 1 data points, ``(n, D)``."""
+        check_generator(generator, several=False)
         check_at_least(n, 1, "n")
         source = "cpu" if generator is None else generator.device
         which = torch.multinomial(
@@ -331,8 +337,9 @@ def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
     it than across it.
     """
     whitened = torch.addmm(law.centre, law.whole, flat.mT)
-    by_mode = whitened.reshape(len(law.log_scale), -1, len(flat))
-    if len(by_mode) > 1:
+    modes = len(law.log_scale)
+    by_mode = whitened.reshape(modes, len(whitened) // modes, len(flat))
+    if modes > 1:
         log_terms = law.log_scale - 0.5 * by_mode.square().sum(1)
         by_mode = by_mode * log_terms.softmax(0).unsqueeze(1)
     score: Tensor = (law.pull @ by_mode.flatten(0, 1)).mT
@@ -370,6 +377,10 @@ class MixtureScore:
         self.data = data
         self.sde = sde
 
+    def __repr__(self) -> str:
+        """Data, process and components in one line."""
+        return constructor_repr(self)
+
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score at one time or ``(B,)`` times."""
         data, rows = self.data, self.rows
@@ -377,7 +388,7 @@ class MixtureScore:
         flat = data._flat_state(self.sde, z)
         shared = score_times(t, z).ndim == 0
         with torch.autocast(z.device.type, enabled=False):
-            if shared and flat[:1].numel() <= _DENSE:
+            if shared and self.sde.components * data.dimension <= _DENSE:
                 dense = coefficients_at(self, t, z, self._dense_law, flat.dtype)
                 score = _dense_score(flat.flatten(1), dense)
             else:

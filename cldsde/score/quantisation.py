@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.random import check_generator
 
 __all__ = ["bits_per_dim", "dequantise"]
 
@@ -76,6 +77,7 @@ def dequantise(
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
         msg = f"levels must be a tensor of integers; got {got}"
         raise TypeError(msg)
+    check_generator(generator, several=False)
     check_at_least(count, 2, "count")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         msg = f"low must be below high, and both finite; got {low} and {high}"

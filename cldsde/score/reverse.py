@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_at_least, check_state
+from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
 from cldsde.score.conversion import Conversion, Prediction
@@ -109,6 +110,10 @@ class ReverseProcess:
             raise ValueError(msg)
         self.sde = sde
         self.score = score
+
+    def __repr__(self) -> str:
+        """Process and score in one line."""
+        return constructor_repr(self)
 
     def drift(self, z: Tensor, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
         """Drift in the forward clock, F z − (1 + λ²)/2 GGᵀ s, ``(B, k, *D)``.

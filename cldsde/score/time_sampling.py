@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_number, as_times, check_between, check_positive
+from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
 from cldsde.score.conversion import Conditioning, WhitenedLaw, whiten
@@ -116,6 +117,7 @@ class TimeSampler:
         t, weight : tuple of Tensor
             ``(n,)`` float64 on the host.
         """
+        check_generator(generator, several=False)
         device = torch.device("cpu") if generator is None else generator.device
         precision = torch.float32 if device.type == "mps" else torch.float64
         shift = torch.rand(n, generator=generator, dtype=precision, device=device).cpu().double()
