@@ -1,11 +1,11 @@
 """What the author of a solver or of a noise source needs.
 
-A solver with one score evaluation per step, whose step is affine, derives from `AffineSolver` and
-gives its blocks. Any other solver on a grid derives from `GridSolver` and gives tables and a step.
-A solver that chooses its times derives from `Solver` and gets a `Run`.
+A solver whose steps are affine in states, scores and noise derives from `AffineSolver` (one score
+evaluation, at the start of the step) or `StagedSolver`, and gives the blocks of its stages. Any
+other solver on a grid derives from `GridSolver` and gives tables and a step. A solver that chooses
+its times derives from `Solver` and gets a `Run`.
 """
 
-from .affine import Affine, AffineSolver
 from .base import (
     Facts,
     GridSolver,
@@ -20,9 +20,9 @@ from .base import (
 from .combine import as_blocks, combine
 from .noise import NoiseSource, PathNoise
 from .plan import checked_grid
+from .staged import AffineSolver, Stage, StagedSolver, Stages
 
 __all__ = [
-    "Affine",
     "AffineSolver",
     "Facts",
     "GridSolver",
@@ -34,6 +34,9 @@ __all__ = [
     "Run",
     "ScoreAt",
     "Solver",
+    "Stage",
+    "StagedSolver",
+    "Stages",
     "as_blocks",
     "check_solver",
     "checked_grid",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,26 +12,16 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, GridSolver, Memory, ScoreAt
-from .combine import Block, as_blocks, combine
+from .base import Facts
+from .combine import Block, as_blocks
 from .grids import times_of_log_snr
-from .noise import NoiseSource
+from .staged import Stage, StagedSolver, Stages
 
 __all__ = ["EDMHeun"]
 
 
-class _Tables(NamedTuple):
-    churn_state: list[Block]
-    churn_noise: list[Block]  # a zero where no noise is added
-    euler_state: list[Block]  # of Heun's step, too
-    euler_score: list[Block]
-    heun_first: list[Block]
-    heun_second: list[Block]
-    evaluations: list[int]  # number of the first evaluation of each step, and of all
-
-
 @dataclass(frozen=True, kw_only=True)
-class EDMHeun(GridSolver):
+class EDMHeun(StagedSolver):
     r"""Heun's method for the probability flow in σ, with noise put back before each step.
 
     With the data scaled to x̂ = x/α and the noise level σ = std(x | x_0)/α the flow of every process
@@ -102,7 +91,7 @@ class EDMHeun(GridSolver):
             ode_order=None if noisy else 2,
         )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of all steps.
 
         Raises
@@ -126,19 +115,25 @@ class EDMHeun(GridSolver):
         step = low - level_hat
         added = (level_hat.square() - level[:-1].square()).clamp_min(0).sqrt()
         added = torch.where(raised > times[:-1], added, 0.0)
-        to_end = low == 0
 
         def blocks(x: Tensor) -> list[Block]:
             return as_blocks(x[:, None, None])
 
-        return _Tables(
-            blocks(alpha_hat / alpha[:-1]),
-            blocks(alpha_hat * self.noise_scale * added),
-            blocks(following / alpha_hat),
-            blocks(following * step * slope_hat),
-            blocks(following * step * slope_hat * 0.5),
-            blocks(following * step * slope * 0.5),
-            [0, *(2 - to_end.to(torch.int64)).cumsum(0).tolist()],
+        churned, at_data = (added > 0).tolist(), (low == 0).tolist()
+        churn, onward = blocks(alpha_hat / alpha[:-1]), blocks(following / alpha_hat)
+        nothing: Block = [[0.0]]
+        return Stages.of(
+            Stage(
+                [block if some else None for block, some in zip(churn, churned, strict=True)],
+                noise=blocks(alpha_hat * self.noise_scale * added),
+            ),
+            Stage(onward, blocks(following * step * slope_hat)),
+            Stage(
+                [None if done else nothing for done in at_data],
+                blocks(following * step * slope * 0.5),
+                base=onward,
+                first=blocks(following * step * slope_hat * 0.5),
+            ),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -146,25 +141,6 @@ class EDMHeun(GridSolver):
         asked = torch.stack([self._raised(process.sde, times), times[1:]], dim=1).flatten()
         at_data = float(_levels(process.sde, times[-1:])[1]) == 0
         return asked[:-1] if at_data else asked
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """Churn, Euler's step, Heun's."""
-        if tables.churn_noise[i][0][0]:
-            xi = noise.normal(z, 1)
-            z = combine((tables.churn_state[i], z), (tables.churn_noise[i], xi))
-        asked, after = tables.evaluations[i], tables.evaluations[i + 1]
-        first = score(z, asked)
-        guess = combine((tables.euler_state[i], z), (tables.euler_score[i], first))
-        if after - asked == 1:
-            return guess, ()
-        second = score(guess, asked + 1)
-        return combine(
-            (tables.euler_state[i], z),
-            (tables.heun_first[i], first),
-            (tables.heun_second[i], second),
-        ), ()
 
     def _raised(self, sde: LinearSDE, times: Tensor) -> Tensor:
         """Times of the levels that steps start from."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .affine import Affine, AffineSolver
 from .base import Facts
 from .combine import as_blocks
 from .noise import PathNoise
+from .staged import AffineSolver, Stage, Stages
 
 __all__ = ["EulerMaruyama"]
 
@@ -34,16 +34,17 @@ class EulerMaruyama(AffineSolver):
         """Every linear SDE, weak and strong order 1."""
         return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1)
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks I − hF, h GGᵀ and √h G a step."""
         sde = process.sde
         start, h = times[:-1], -times.diff()[:, None, None]
         F, G = sde.drift(start), sde.diffusion(start)
-        return Affine(
+        stage = Stage(
             as_blocks(torch.eye(sde.components, dtype=torch.float64, device="cpu") - h * F),
             as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
-            as_blocks(h.sqrt() * G),
+            noise=as_blocks(h.sqrt() * G),
         )
+        return Stages.of(stage)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """ΔW/√h."""

@@ -11,10 +11,10 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
-from .affine import Affine, AffineSolver
 from .base import Facts
 from .combine import as_blocks
 from .noise import PathNoise
+from .staged import AffineSolver, Stage, Stages
 
 __all__ = ["ExponentialEuler"]
 
@@ -36,7 +36,7 @@ class ExponentialEuler(AffineSolver):
         """Every linear SDE, weak order 1."""
         return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""
         sde, start, end = process.sde, times[:-1], times[1:]
         nodes, weights = gauss_legendre(16)
@@ -46,17 +46,18 @@ class ExponentialEuler(AffineSolver):
         measure = (span * weights)[..., None, None]
         score = (measure * pulled @ sde.diffusion(at).mT).sum(1)
         columns = (measure.sqrt() * pulled).movedim(1, 2).flatten(2)
-        return Affine(
+        stage = Stage(
             as_blocks(torch.linalg.inv(sde.transition_matrix(end, start))),
             as_blocks(score[..., list(sde.driven)]),
-            as_blocks(joint_root(columns)),
+            noise=as_blocks(joint_root(columns)),
         )
+        return Stages.of(stage)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """∫Ψ(u, τ) G dw = Ψ(t, u)⁻¹ I over each step."""
-        blocks = self.prepare(process, times)
+        (stage,) = self.prepare(process, times).stages
         root, back = (
             torch.tensor(part, dtype=torch.float64, device="cpu")
-            for part in (blocks.noise, blocks.state)
+            for part in (stage.noise, stage.state)
         )
         return PathNoise.integrals(root, back)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cldsde.score import Conversion, ReverseProcess
 
-from .affine import Affine, AffineSolver
 from .base import DATA_DETERMINED, Facts
 from .combine import as_blocks
 from .noise import PathNoise
+from .staged import AffineSolver, Stage, Stages
 
 __all__ = ["Ancestral", "ReverseDiffusion"]
 
@@ -37,7 +37,7 @@ class ReverseDiffusion(AffineSolver):
             weak_order=1,
         )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step.
 
         Raises
@@ -49,11 +49,12 @@ class ReverseDiffusion(AffineSolver):
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
-        return Affine(
+        stage = Stage(
             as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
             as_blocks(kernel.covariance @ full.value),
-            as_blocks(kernel.root),
+            noise=as_blocks(kernel.root),
         )
+        return Stages.of(stage)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """The forward transition's noise."""
@@ -79,7 +80,7 @@ class Ancestral(AffineSolver):
             weak_order=1,
         )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> Affine:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step.
 
         Raises
@@ -91,8 +92,9 @@ class Ancestral(AffineSolver):
         law = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")
         pull = law.initial[..., :1]
-        return Affine(
+        stage = Stage(
             as_blocks(law.state + pull @ data.state),
             as_blocks(pull @ data.value),
-            as_blocks(law.root),
+            noise=as_blocks(law.root),
         )
+        return Stages.of(stage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
-from .base import Facts, GridSolver, Memory, ScoreAt
-from .combine import Block, as_blocks, combine
-from .noise import NoiseSource
+from .base import Facts
+from .combine import as_blocks
+from .staged import Stage, StagedSolver, Stages
 
 __all__ = ["Splitting"]
 
@@ -22,21 +22,8 @@ __all__ = ["Splitting"]
 ScoreTime = Literal["start", "end"]
 
 
-class _Stage(NamedTuple):
-    """Blocks of z ← state z + score s(z) + noise ξ for one letter, one of each a step."""
-
-    state: list[Block]
-    score: list[Block]  # empty where the letter asks for no score
-    noise: list[Block]  # empty where it draws nothing
-
-
-class _Tables(NamedTuple):
-    stages: list[_Stage]
-    evaluations: int  # of each step
-
-
 @dataclass(frozen=True, kw_only=True)
-class Splitting(GridSolver):
+class Splitting(StagedSolver):
     r"""A word over O, A and B: the reverse SDE of a process with velocity, split in three.
 
     With the stationary covariance Σ∞ = diag(σ_x, σ_v) the reverse SDE of CLD and PSLD is a sum of
@@ -111,7 +98,7 @@ class Splitting(GridSolver):
             weak_order=1,
         )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each letter.
 
         Raises
@@ -122,7 +109,8 @@ class Splitting(GridSolver):
         sde = process.sde
         covariance = _stationary_variances(sde)
         row_of, ratio = _drift_per_noise(sde, times)
-        stages = []
+        stages: list[Stage] = []
+        asked = False
         for letter, start, end in self._parts(times):
             noise = sde.accumulated_noise(end, start)
             friction = 0.5 * noise / covariance
@@ -132,20 +120,20 @@ class Splitting(GridSolver):
                     covariance * -torch.expm1(-2 * friction.diagonal(dim1=-2, dim2=-1))
                 ).sqrt()
                 root = torch.diag_embed(spread)[..., list(sde.driven)]
-                stages.append(_Stage(as_blocks(torch.diag_embed(decay)), [], as_blocks(root)))
+                stages.append(Stage(as_blocks(torch.diag_embed(decay)), noise=as_blocks(root)))
                 continue
             row = "AB".index(letter)
             state = torch.eye(2, dtype=torch.float64, device="cpu").repeat(len(start), 1, 1)
             state[:, row] += (friction - ratio * noise[:, row_of, row_of, None, None])[:, row]
             score = torch.zeros_like(state)
             score[:, row] = noise[:, row]
-            asks = row in sde.driven
-            stages.append(
-                _Stage(
-                    as_blocks(state), as_blocks(score[..., list(sde.driven)]) if asks else [], []
-                )
-            )
-        return _Tables(stages, self._evaluations(sde))
+            stage = Stage(as_blocks(state))
+            if row in sde.driven:
+                known = "first" if self.shared_score and asked else "score"
+                stage = stage._replace(**{known: as_blocks(score[..., list(sde.driven)])})
+                asked = True
+            stages.append(stage)
+        return Stages.of(*stages)
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Those of each letter that asks for a score, or of the step."""
@@ -159,24 +147,6 @@ class Splitting(GridSolver):
         ]
         return torch.stack(asked, dim=1).flatten()
 
-    def step(
-        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """The letters, from left to right."""
-        asked = i * tables.evaluations
-        pull: Tensor | None = None
-        for stage in tables.stages:
-            terms = [(stage.state[i], z)]
-            if stage.score:
-                if pull is None or not self.shared_score:
-                    pull = score(z, asked)
-                    asked += 1
-                terms.append((stage.score[i], pull))
-            if stage.noise:
-                terms.append((stage.noise[i], noise.normal(z, len(stage.noise[i][0]))))
-            z = combine(*terms)
-        return z, ()
-
     def _parts(self, times: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """Each letter with the start and the end of its part of each step."""
         start, h = times[:-1], -times.diff()
@@ -188,10 +158,6 @@ class Splitting(GridSolver):
             after = times[1:] if before + 1 == count else start - h * ((before + 1) / count)
             parts.append((letter, start - h * (before / count), after))
         return parts
-
-    def _evaluations(self, sde: LinearSDE) -> int:
-        asking = [letter for letter in self.scheme if letter in {"AB"[j] for j in sde.driven}]
-        return 1 if self.shared_score else len(asking)
 
 
 def _stationary_variances(sde: LinearSDE) -> Tensor:

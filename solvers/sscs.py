@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
-from .base import Facts, GridSolver, Memory, ScoreAt
-from .combine import Block, add_to, as_blocks, combine
-from .noise import NoiseSource
+from .base import Facts
+from .combine import as_blocks
+from .staged import Stage, StagedSolver, Stages
 
 __all__ = ["SSCS"]
 
@@ -23,31 +23,12 @@ __all__ = ["SSCS"]
 ScoreStep = Literal["euler", "midpoint", "gaussian"]
 
 
-class _Kick(NamedTuple):
-    """Blocks of z ← z + state z' + score s(z'), with z' the stage before, one of each a step."""
-
-    state: Tensor
-    score: Tensor
-
-
-class _Stage(NamedTuple):
-    """Blocks of z' ← base z + state z' + score s(z'), one of each a step; at first z' is z."""
-
-    base: list[Block]
-    state: list[Block]
-    score: list[Block]
-
-
-class _Tables(NamedTuple):
-    """Stages of a step, the last together with the exact move (mean, root) that follows it."""
-
-    opening: tuple[list[Block], list[Block]]  # the moves ahead of stages; merged, the first alone
-    stages: list[_Stage]
-    root: list[Block]
+_Kick = tuple[Tensor, Tensor]
+"""Blocks (k×k, k×d) of each step of z ← z + state z' + score s(z'), with z' the stage before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSCS(GridSolver):
+class SSCS(StagedSolver):
     r"""Symmetric splitting of the reverse SDE (Dockhorn et al. 2022, §3.3 and algorithm 1).
 
     The reverse drift is split at the stationary score −Σ∞⁻¹z. What is left without the network,
@@ -111,7 +92,7 @@ class SSCS(GridSolver):
             state_on_grid=not self.merge,
         )
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Exact moves over merged half-steps, and blocks of the kicks.
 
         Raises
@@ -144,11 +125,10 @@ class SSCS(GridSolver):
             kicks = [self._gaussian_kick(sde, whole, middle, precision)]
         else:
             kicks = [_kick(sde, whole, precision)]
-        return _Tables(
-            (as_blocks(move.mean[opening]), as_blocks(move.root[opening])),
-            _stages(kicks, move.mean[closing]),
-            as_blocks(move.root[closing]),
-        )
+        opens = Stage(as_blocks(move.mean[opening]), noise=as_blocks(move.root[opening]))
+        if self.merge:
+            opens = opens._replace(state=[*opens.state, *[None] * (len(start) - 1)])
+        return Stages.of(opens, *_stages(kicks, move.mean[closing], move.root[closing]))
 
     def _gaussian_kick(self, sde: LinearSDE, noise: Tensor, t: Tensor, precision: Tensor) -> _Kick:
         r"""Exact flow of ż = N(Λz + r), Λ = Σ∞⁻¹ − Σ_ref⁻¹, with r = s + Σ_ref⁻¹z frozen."""
@@ -164,7 +144,7 @@ class SSCS(GridSolver):
         frozen = flow[..., k:][..., driven]
         eye = torch.eye(k, dtype=torch.float64, device="cpu")
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
-        return _Kick(state, frozen)
+        return state, frozen
 
     def on_grid(self) -> Self:
         """Without merging."""
@@ -177,34 +157,25 @@ class SSCS(GridSolver):
             return torch.stack([times[:-1], middle], dim=1).flatten()
         return middle if self.score_step == "gaussian" else times[:-1]
 
-    def step(
-        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """Unless done by the step before, an exact move; then kicks and the next exact move."""
-        if i == 0 or not self.merge:
-            mean, root = tables.opening
-            z = combine((mean[i], z), (root[i], noise.normal(z, z.shape[1])))
-        at = z
-        for number, stage in enumerate(tables.stages):
-            kick = score(at, i * len(tables.stages) + number)
-            terms = [(stage.state[i], at), (stage.score[i], kick)]
-            at = combine(*terms, (stage.base[i], z)) if number else combine(*terms)
-        # Draw the noise only when the score is freed, so that three states are held at a time.
-        del z, kick, terms
-        return add_to(at, (tables.root[i], noise.normal(at, at.shape[1]))), ()
-
 
 def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:
     """The Euler step of ż = N(s + Σ∞⁻¹z)."""
-    return _Kick(noise @ precision, noise[..., list(sde.driven)])
+    return noise @ precision, noise[..., list(sde.driven)]
 
 
-def _stages(kicks: list[_Kick], move: Tensor) -> list[_Stage]:
-    """Kicks, the first of which starts from z itself, and a move after the last."""
+def _stages(kicks: list[_Kick], move: Tensor, root: Tensor) -> list[Stage]:
+    """Kicks, the first of which starts from z itself, and a noisy move after the last."""
     eye = torch.eye(move.shape[-1], dtype=torch.float64, device="cpu").expand_as(move)
     stages = []
-    for number, kick in enumerate(kicks):
-        after = move if number == len(kicks) - 1 else eye
-        state = kick.state if number else eye + kick.state
-        stages.append(_Stage(*(as_blocks(after @ part) for part in (eye, state, kick.score))))
+    for number, (state, score) in enumerate(kicks):
+        last = number == len(kicks) - 1
+        after = move if last else eye
+        stages.append(
+            Stage(
+                as_blocks(after @ (state if number else eye + state)),
+                as_blocks(after @ score),
+                noise=as_blocks(root) if last else None,
+                base=as_blocks(after) if number else None,
+            )
+        )
     return stages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,26 +10,16 @@ from torch import Tensor
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts, GridSolver, Memory, ScoreAt
-from .combine import Block, add_to, as_blocks, combine
-from .noise import NoiseSource, PathNoise
+from .base import Facts
+from .combine import as_blocks
+from .noise import PathNoise
+from .staged import Stage, StagedSolver, Stages
 
 __all__ = ["StochasticHeun"]
 
 
-class _Tables(NamedTuple):
-    """Blocks of each step's drift at its start, of its noise and of half the drift at its end."""
-
-    state: list[Block]
-    score: list[Block]
-    noise: list[Block]
-    after: list[Block]  # of the guess, with the guess itself
-    after_score: list[Block]
-    minus_half: Block
-
-
 @dataclass(frozen=True, kw_only=True)
-class StochasticHeun(GridSolver):
+class StochasticHeun(StagedSolver):
     r"""Stochastic Heun: the drift is averaged over an Euler step's two ends, noise added once.
 
     .. math::
@@ -46,39 +35,26 @@ class StochasticHeun(GridSolver):
         """Every linear SDE, weak order 2 at two evaluations a step."""
         return Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
 
-    def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of both sums of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         h = (start - end)[:, None, None]
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         noise = sde.noise_root(end, start)
         (state, score), (end_state, end_score) = _drift(sde, start, h), _drift(sde, end, h)
-        return _Tables(
-            as_blocks(state),
-            as_blocks(score),
-            as_blocks(noise),
-            as_blocks(eye + 0.5 * end_state),
-            as_blocks(0.5 * end_score),
-            (-0.5 * eye).tolist(),
+        return Stages.of(
+            Stage(as_blocks(eye + state), as_blocks(score), noise=as_blocks(noise)),
+            Stage(
+                as_blocks(eye + 0.5 * end_state),
+                as_blocks(0.5 * end_score),
+                base=as_blocks(-0.5 * state),
+                first=as_blocks(-0.5 * score),
+            ),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step, then its end."""
         return torch.stack([times[:-1], times[1:]], dim=1).flatten()
-
-    def step(
-        self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
-    ) -> tuple[Tensor, Memory]:
-        """One step."""
-        drift = combine((tables.state[i], z), (tables.score[i], score(z, 2 * i)))
-        guess = z + drift
-        # Let go of, and noise drawn when it is its turn, so that three states are held at a time.
-        del z
-        guess = add_to(guess, (tables.noise[i], noise.normal(guess, len(tables.noise[i][0]))))
-        after = score(guess, 2 * i + 1)
-        return combine(
-            (tables.after[i], guess), (tables.after_score[i], after), (tables.minus_half, drift)
-        ), ()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """ΔW/√h, turned so that the root of ∫GGᵀ takes it where G of mid time does."""

@@ -1,0 +1,90 @@
+"""Steps made of stages that are affine in states, scores and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cldsde.score import ReverseProcess
+
+from .base import GridSolver, Memory, ScoreAt
+from .combine import Block, add_to, combine
+from .noise import NoiseSource
+
+__all__ = ["AffineSolver", "Stage", "StagedSolver", "Stages"]
+
+
+class Stage(NamedTuple):
+    """One stage of each step: z ← state z + score s(z) + base z₀ + first s(z₀) + noise ξ.
+
+    z₀ is the state at which the step evaluates the score first. Each field has one block per step;
+    None leaves the term out. A stage is left out of the steps whose ``state`` is None.
+    """
+
+    state: Sequence[Block | None]
+    score: Sequence[Block] | None = None
+    noise: Sequence[Block] | None = None
+    base: Sequence[Block] | None = None
+    first: Sequence[Block] | None = None
+
+
+class Stages(NamedTuple):
+    """The stages of a solver, and the number of the first evaluation of each step."""
+
+    stages: tuple[Stage, ...]
+    numbers: list[int]
+    looks_back: bool  # whether z₀ or s(z₀) is used again
+
+    @classmethod
+    def of(cls, *stages: Stage) -> Stages:
+        """Number the evaluations of stages."""
+        steps = range(len(stages[0].state))
+        counts = [
+            sum(stage.score is not None and stage.state[i] is not None for stage in stages)
+            for i in steps
+        ]
+        looks_back = any(stage.base or stage.first for stage in stages)
+        return cls(stages, [0, *accumulate(counts)], looks_back)
+
+
+class StagedSolver(GridSolver):
+    """A solver whose steps are stages; a subclass gives their blocks and evaluation times."""
+
+    def step(
+        self, z: Tensor, memory: Memory, tables: Stages, i: int, score: ScoreAt, noise: NoiseSource
+    ) -> tuple[Tensor, Memory]:
+        """The stages, one after the other."""
+        number, start, pull = tables.numbers[i], None, None
+        for stage in tables.stages:
+            state = stage.state[i]
+            if state is None:
+                continue
+            terms = [(state, z)]
+            if stage.score is not None:
+                here = score(z, number)
+                number += 1
+                terms.append((stage.score[i], here))
+                if start is None and tables.looks_back:
+                    start, pull = z, here
+                del here
+            if stage.base is not None and start is not None:
+                terms.append((stage.base[i], start))
+            if stage.first is not None and pull is not None:
+                terms.append((stage.first[i], pull))
+            z = combine(*terms)
+            # Draw the noise only when the score is freed, so that three states are held at a time.
+            del terms
+            if stage.noise is not None and (columns := len(stage.noise[i][0])):
+                z = add_to(z, (stage.noise[i], noise.normal(z, columns)))
+        return z, ()
+
+
+class AffineSolver(StagedSolver):
+    """A solver with one stage per step, which evaluates the score at the step's start."""
+
+    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """The start of each step."""
+        return times[:-1]
