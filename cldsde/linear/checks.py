@@ -49,7 +49,7 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
             raise TypeError(msg)
         times = value.cpu().to(torch.float64)
     elif isinstance(value, Real) and not isinstance(value, bool):
-        times = torch.tensor(float(value), dtype=torch.float64)
+        times = torch.tensor(float(value), device="cpu", dtype=torch.float64)
     else:
         msg = f"{name} must be a floating-point tensor or a real number; got {type(value).__name__}"
         raise TypeError(msg)
@@ -74,7 +74,9 @@ def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
         If a number is negative or not finite, or the tensor does not broadcast.
     """
     if not isinstance(value, Tensor):
-        return torch.full(shape, check_at_least(value, 0.0, name), dtype=torch.float64)
+        return torch.full(
+            shape, check_at_least(value, 0.0, name), device="cpu", dtype=torch.float64
+        )
     if not value.is_floating_point():
         msg = f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
         raise TypeError(msg)
@@ -98,7 +100,7 @@ def as_float64(value: object) -> Tensor:
         return value.cpu().to(torch.float64)
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0:
         return torch.stack([as_float64(item) for item in value])
-    return torch.as_tensor(value, dtype=torch.float64)
+    return torch.as_tensor(value, device="cpu", dtype=torch.float64)
 
 
 def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]) -> Tensor:

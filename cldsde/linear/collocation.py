@@ -97,12 +97,14 @@ def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor
     # Unknowns Y transposed and stacked: Yᵢᵀ − h Σⱼ Bᵢⱼ Fⱼᵀ Yⱼᵀ = I.
     hF = h[..., None, None, None] * F
     coupling = torch.einsum("ij,...jab->...ibja", _tail_integrals(q), hF)
-    eye = torch.eye(q * k, dtype=torch.float64)
-    identities = torch.eye(k, dtype=torch.float64).repeat(q, 1)
+    eye = torch.eye(q * k, device="cpu", dtype=torch.float64)
+    identities = torch.eye(k, device="cpu", dtype=torch.float64).repeat(q, 1)
     system = eye - coupling.reshape(*stack, q * k, q * k)
     Y = torch.linalg.solve(system, identities.expand(*stack, -1, -1))
     Y = Y.reshape(*stack, q, k, k).transpose(-1, -2)
-    psi = torch.eye(k, dtype=torch.float64) + torch.einsum("j,...jab,...jbc->...ac", weights, Y, hF)
+    psi = torch.eye(k, device="cpu", dtype=torch.float64) + torch.einsum(
+        "j,...jab,...jbc->...ac", weights, Y, hF
+    )
     columns = safe_sqrt(h.abs()[..., None] * weights)[..., None, None] * (Y @ G)
     columns = columns.transpose(-3, -2).flatten(-2)
     return psi.movedim((-2, -1), (0, 1)), columns.movedim((-2, -1), (0, 1))
@@ -121,7 +123,7 @@ def _tail_integrals(n: int) -> Tensor:
     # ℓⱼ on [cᵢ, 1] is a polynomial of degree n − 1: the same rule, moved there, integrates it.
     points = nodes.unsqueeze(1) + (1 - nodes).unsqueeze(1) * nodes
     differences = points.unsqueeze(-1) - nodes
-    basis = torch.empty(n, n, n, dtype=torch.float64)
+    basis = torch.empty(n, n, n, device="cpu", dtype=torch.float64)
     for j in range(n):
         others = [m for m in range(n) if m != j]
         basis[..., j] = (differences[..., others] / (nodes[j] - nodes[others])).prod(-1)

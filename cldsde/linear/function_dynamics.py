@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.dynamics import Dynamics, driven_rows, eliminate, legendre_moments
-from cldsde.linear.panels import OverTimes, at_nodes, partition, time_rounding
+from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
 from cldsde.linear.reprs import shown
 from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, without_rounding
 
@@ -57,7 +58,7 @@ class FunctionDynamics(Dynamics):
                 raise TypeError(msg)
         self._drift = OverTimes(drift)
         self._diffusion = OverTimes(diffusion)
-        self._grid = grid = torch.linspace(0, end, 257, dtype=torch.float64, device="cpu")
+        self._grid = grid = torch.linspace(0, end, 257, device="cpu", dtype=torch.float64)
         F, G = self._drift(grid), self._diffusion(grid)
         for name, values in (("drift", F), ("diffusion", G)):
             if values.ndim != 3 or values.shape[0] != len(grid):
@@ -109,19 +110,25 @@ class FunctionDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if initial_root is None:
-            initial_root = torch.zeros(self.components, 0, dtype=torch.float64, device="cpu")
-        return self._law(s, t, initial_root, moving=True)
+        start = self._nothing if initial_root is None else initial_root
+        law = self._law(self._drift, s, t, start)
+        return stack_first(law.psi, s.shape), stack_first(law.root, s.shape)
 
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
-        start = torch.zeros(self.components, 0, dtype=torch.float64, device="cpu")
-        return self._law(s, t, start, moving=False)[1]
+        def still(u: Tensor) -> Tensor:
+            return 0 * self._drift(u)
 
-    def _law(self, s: Tensor, t: Tensor, start: Tensor, *, moving: bool) -> tuple[Tensor, Tensor]:
-        """Ψ and root over [s, t] with the root ``start`` at s; F counts only if ``moving``."""
-        first, last, span = s.flatten().contiguous(), t.flatten().contiguous(), (t - s).flatten()
+        return stack_first(self._law(still, s, t, self._nothing).root, s.shape)
+
+    @property
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.components, 0, device="cpu", dtype=torch.float64)
+
+    def _law(self, drift: Function, s: Tensor, t: Tensor, start: Tensor) -> _Law:
+        """Law of z_t for z_s with the root ``start``."""
         self._follow_changes()
+        first, last, span = s.flatten().contiguous(), t.flatten().contiguous(), (t - s).flatten()
         edges, lengths = self._edges, self._edges.diff()
         i = torch.searchsorted(edges, first.detach(), right=True) - 1
         i = i.clamp_max(len(lengths) - 1)
@@ -134,44 +141,38 @@ class FunctionDynamics(Dynamics):
         length = torch.where(around, shorter, lengths[i])
         j = torch.where(around, i, j)
         cut = torch.where(i == j, span, edges[i + 1] - first)
-        law = self._pieces(left, length, first, cut, start, moving=moving)
+        law = self._pieces(drift, left, length, first, cut, start)
         (on,) = (i < j).nonzero(as_tuple=True)
         if len(on):
             i, j = i[on], j[on]
-            nothing = start[:, :0]
             late = self._pieces(
-                edges[j], lengths[j], edges[j], last[on] - edges[j], nothing, moving=moving
+                drift, edges[j], lengths[j], edges[j], last[on] - edges[j], self._nothing
             )
-            between = self._between(i + 1, j, moving=moving)
-            early = tuple(part[..., on] for part in law)
-            rest = _compose(_compose(early, between), late)
-            law = tuple(
-                part.index_copy(-1, on, whole) for part, whole in zip(law, rest, strict=True)
-            )
-        psi, root = law
-        return stack_first(psi, s.shape), stack_first(root, s.shape)
+            whole = law.at(on).then(self._between(drift, i + 1, j)).then(late)
+            law = _Law(*(a.index_copy(-1, on, b) for a, b in zip(law, whole, strict=True)))
+        return law
 
     def _pieces(
-        self, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor, *, moving: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Ψ and root over [s, s + h] inside panels [left, left + length], stack-last."""
-        parts = [
-            self._piece(*few, start, moving=moving)
-            for few in zip(*(x.split(_AT_ONCE) for x in (left, length, s, h)), strict=True)
+        self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
+    ) -> _Law:
+        """Laws over [s, s + h] inside panels [left, left + length]; all ``(n,)``."""
+        laws = [
+            self._piece(drift, left[few], length[few], s[few], h[few], start)
+            for few in _portions(len(left))
         ]
-        psi, root = zip(*parts, strict=True)
-        return torch.cat(psi, dim=-1), torch.cat(root, dim=-1)
+        return _Law(*(torch.cat(parts, dim=-1) for parts in zip(*laws, strict=True)))
 
     def _piece(
-        self, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor, *, moving: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
+    ) -> _Law:
         end, share, rounding = (s + h - left) / length, h / length, time_rounding(left, length)
-        at_end = self._drift(s + h), self._diffusion(s + h)
         F, G = (
-            _terms(legendre(at_nodes(function, left, length)), rounding, end, share, value)
-            for function, value in zip((self._drift, self._diffusion), at_end, strict=True)
+            _terms(
+                legendre(at_nodes(function, left, length)), rounding, end, share, function(s + h)
+            )
+            for function in (drift, self._diffusion)
         )
-        Y, driven = transition_series(h[:, None, None, None] * F * moving, G)
+        Y, driven = transition_series(h[:, None, None, None] * F, G)
         psi = Y.sum(1)
         terms = driven.permute(2, 3, 1, 0) * safe_sqrt(h)
         r = terms.shape[1]
@@ -181,34 +182,31 @@ class FunctionDynamics(Dynamics):
         terms, spread = columns[:, : r * TERMS].reshape_as(terms), columns[:, r * TERMS :]
         noise = torch.einsum("krpn,pj->krjn", terms, legendre_moments(_DEGREES, TERMS))
         root = lower_factor(torch.cat([noise.flatten(1, 2), spread], dim=1))
-        return psi.permute(1, 2, 0), block_product(multipliers, root)
+        return _Law(psi.permute(1, 2, 0), block_product(multipliers, root))
 
-    def _between(self, i: Tensor, j: Tensor, *, moving: bool) -> tuple[Tensor, Tensor]:
-        """Ψ and root over the panels i … j − 1, for stacks of i ≤ j, by a binary tree."""
-        k, low, high = self.components, int(i.min()), int(j.max())
-        psi = torch.eye(k, dtype=torch.float64, device="cpu").unsqueeze(-1).expand(k, k, len(i))
-        before = after = (psi, torch.zeros_like(psi))
+    def _between(self, drift: Function, i: Tensor, j: Tensor) -> _Law:
+        """Laws over the panels i … j − 1, for i ≤ j, by a binary tree."""
+        low, high = int(i.min()), int(j.max())
+        left, length = self._edges[low:high], self._edges.diff()[low:high]
+        eye = torch.eye(self.components, device="cpu", dtype=torch.float64)
+        psi = eye.unsqueeze(-1).expand(-1, -1, len(i))
+        before = after = _Law(psi, torch.zeros_like(psi))
         if low >= high:
             return before
-        left, length = self._edges[low:high], self._edges.diff()[low:high]
-        nothing = torch.zeros(k, 0, dtype=torch.float64, device="cpu")
-        level = self._pieces(left, length, left, length, nothing, moving=moving)
+        level = self._pieces(drift, left, length, left, length, self._nothing)
         i, j = i - low, j - low
         while bool((i < j).any()):
             # Nodes of this level that no node of the next covers.
             odd = (i < j) & (i % 2 == 1)
-            before = _where(odd, _compose(before, _take(level, i)), before)
+            before = before.then(level.at(i)).where(odd, before)
             i = i + odd.to(i)
             odd = (i < j) & (j % 2 == 1)
             j = j - odd.to(j)
-            after = _where(odd, _compose(_take(level, j), after), after)
+            after = level.at(j).then(after).where(odd, after)
             i, j = i // 2, j // 2
-            pairs = level[0].shape[-1] // 2
-            even, odds = (
-                tuple(part[..., first : 2 * pairs : 2] for part in level) for first in (0, 1)
-            )
-            level = _compose(even, odds)
-        return _compose(before, after)
+            pairs = 2 * torch.arange(level.psi.shape[-1] // 2, device="cpu")
+            level = level.at(pairs).then(level.at(pairs + 1))
+        return before.then(after)
 
     @torch.no_grad()
     def _some_values(self) -> Tensor:
@@ -241,18 +239,25 @@ def _terms(series: Tensor, rounding: Tensor, end: Tensor, share: Tensor, value: 
     return torch.cat([torch.where(small, value, terms[:, 0]).unsqueeze(1), terms[:, 1:]], dim=1)
 
 
-_Law = tuple[Tensor, Tensor]
+def _portions(n: int) -> Iterator[slice]:
+    """Slices of n pieces; one at least, so that the shape is known even if there are none."""
+    for first in range(0, max(1, n), _AT_ONCE):
+        yield slice(first, first + _AT_ONCE)
 
 
-def _compose(first: _Law, then: _Law) -> _Law:
-    root = torch.cat([block_product(then[0], first[1]), then[1]], dim=1)
-    return block_product(then[0], first[0]), lower_factor(root)
+class _Law(NamedTuple):
+    """Transition matrices and roots ``(k, k, n)``, stack-last."""
 
+    psi: Tensor
+    root: Tensor
 
-def _take(law: _Law, index: Tensor) -> _Law:
-    index = index.clamp_max(law[0].shape[-1] - 1)
-    return law[0][..., index], law[1][..., index]
+    def at(self, index: Tensor) -> _Law:
+        index = index.clamp_max(self.psi.shape[-1] - 1)
+        return _Law(self.psi[..., index], self.root[..., index])
 
+    def then(self, later: _Law) -> _Law:
+        root = torch.cat([block_product(later.psi, self.root), later.root], dim=1)
+        return _Law(block_product(later.psi, self.psi), lower_factor(root))
 
-def _where(condition: Tensor, law: _Law, other: _Law) -> _Law:
-    return torch.where(condition, law[0], other[0]), torch.where(condition, law[1], other[1])
+    def where(self, condition: Tensor, other: _Law) -> _Law:
+        return _Law(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))

@@ -19,7 +19,7 @@ from cldsde.linear.taylor import (
     without_rounding,
 )
 
-__all__ = ["OverTimes", "at_nodes", "partition", "time_rounding"]
+__all__ = ["Function", "OverTimes", "at_nodes", "partition", "time_rounding"]
 
 _EPS = torch.finfo(torch.float64).eps
 _MAX_PANELS = 4096
@@ -63,7 +63,7 @@ def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
     """
     # In balanced units ‖F‖ is smallest, and so is the number of panels.
     scale = balancing_scale(drift(grid).abs().amax(0))
-    functions = (
+    functions: tuple[Function, Function] = (
         lambda t: drift(t) * scale / scale.unsqueeze(1),
         lambda t: diffusion(t) / scale.unsqueeze(1),
     )
@@ -131,7 +131,7 @@ class OverTimes:
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        some = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64, device="cpu")
+        some = torch.tensor([0.0, 0.3, 1.0], device="cpu", dtype=torch.float64)
         alone = self._one_by_one(some)
         try:
             together = self._at_once(some)

@@ -78,7 +78,7 @@ class Schedule:
         if not callable(rate) or not (integral is None or callable(integral)):
             msg = f"schedule: rate and integral must be callables; got {rate!r} and {integral!r}"
             raise TypeError(msg)
-        grid = torch.linspace(0, 1, _CHECK_POINTS, dtype=torch.float64)
+        grid = torch.linspace(0, 1, _CHECK_POINTS, device="cpu", dtype=torch.float64)
         try:
             values = torch.as_tensor(rate(grid)).detach()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -126,7 +126,7 @@ class Schedule:
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
         nodes, weights = gauss_legendre(16)
-        starts = torch.arange(_PANELS, dtype=torch.float64).unsqueeze(1)
+        starts = torch.arange(_PANELS, device="cpu", dtype=torch.float64).unsqueeze(1)
         fractions = ((starts + nodes) / _PANELS).flatten()
         span = (t - s).unsqueeze(-1)
         values = self._rate(s.unsqueeze(-1) + span * fractions)
@@ -135,7 +135,7 @@ class Schedule:
     def _check_integral(self, *, given: bool) -> None:
         """Refuse a rate that the rule does not resolve, and an integral of another rate."""
         # Cut where no kink is likely to lie: at irrational points.
-        cuts = torch.tensor([0.0, 2**0.5 - 1, 3**0.5 - 1, 1.0], dtype=torch.float64)
+        cuts = torch.tensor([0.0, 2**0.5 - 1, 3**0.5 - 1, 1.0], device="cpu", dtype=torch.float64)
         start, end = cuts[0], cuts[-1]
         whole = self._quadrature(start, end).detach()
         halves = self._quadrature(cuts[:-1], cuts[1:]).detach().sum()

@@ -103,7 +103,7 @@ class LinearSDE:
         self.dynamics = dynamics
         k = self.components
         if initial_covariance is None:
-            initial_covariance = torch.zeros(k, k, dtype=torch.float64)
+            initial_covariance = torch.zeros(k, k, device="cpu", dtype=torch.float64)
         self.initial_root = covariance_root(initial_covariance, "initial_covariance", k)
         if stationary_covariance is None:
             self.stationary_covariance = dynamics.stationary_covariance()
@@ -450,12 +450,12 @@ class LinearSDE:
         times, root = as_times(t, "t", self.T), self._root_at_start(initial_covariance)
         law = self._marginal(times, root).root
         check_density(law, times, "t")
-        end = torch.full((1,), self.T, dtype=torch.float64)
+        end = torch.full((1,), self.T, device="cpu", dtype=torch.float64)
         stops = torch.cat([times.flatten(), end])
         rotation = flow_rotations(self.dynamics, lambda u: self._marginal(u, root).root, stops)
         rotation = rotation[:-1].reshape(law.shape)
         # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
-        eye = torch.eye(self.components, dtype=torch.float64)
+        eye = torch.eye(self.components, device="cpu", dtype=torch.float64)
         rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
         return law @ rotation
 
@@ -601,8 +601,10 @@ class LinearSDE:
         return state
 
     def _checked_stationary(self, covariance: Tensor) -> Tensor:
-        F = self.drift(torch.linspace(0, self.T, 17, dtype=torch.float64)).detach()
-        G = self.diffusion(torch.linspace(0, self.T, 17, dtype=torch.float64)).detach()
+        F = self.drift(torch.linspace(0, self.T, 17, device="cpu", dtype=torch.float64)).detach()
+        G = self.diffusion(
+            torch.linspace(0, self.T, 17, device="cpu", dtype=torch.float64)
+        ).detach()
         flow = F @ covariance.detach()
         residual = flow + flow.mT + G @ G.mT
         if float(residual.abs().max()) > 1e-10 * float(flow.abs().max()):

@@ -45,7 +45,7 @@ def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
         Rounding of a time relative to the length of its panel, ``(p,)``.
     """
     size = series.detach().abs()
-    order = torch.arange(NODES, dtype=torch.float64, device="cpu").reshape(-1, 1, 1)
+    order = torch.arange(NODES, device="cpu", dtype=torch.float64).reshape(-1, 1, 1)
     slope = (order * size).sum(1, keepdim=True)
     noise = 4 * _EPS * size.amax(1, keepdim=True) + rounding.reshape(-1, 1, 1, 1) * slope
     return series - torch.where(size <= noise, series.detach(), 0.0)
@@ -69,7 +69,7 @@ def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
     # Powers of y in p_j(x): u p_j = b_{j+1} p_{j+1} + b_j p_{j−1} with u = 2x − 1.
     b = _recurrence()
     u, step = (2 * end - 1).unsqueeze(0), 2 * length.unsqueeze(0)
-    last = torch.zeros(NODES, len(end), dtype=torch.float64, device="cpu")
+    last = torch.zeros(NODES, len(end), device="cpu", dtype=torch.float64)
     row = torch.cat([torch.ones_like(u), last[1:]])
     rows = [row]
     for j in range(1, NODES):
@@ -95,7 +95,7 @@ def transition_series(hF: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     p, _, k, _ = hF.shape
     # Term n of a product with Y is the last terms of Y, side by side, times these, stacked.
     late_F, late_G = (f.flip(1).flatten(1, 2) for f in (hF, G))
-    Y = [torch.eye(k, dtype=torch.float64, device="cpu").expand(p, k, k)]
+    Y = [torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)]
     driven = []
     for n in range(1, TERMS + 1):
         recent = torch.cat(Y[-NODES:], dim=-1)
@@ -120,7 +120,7 @@ def basis(x: Tensor) -> Tensor:
 def _recurrence() -> Tensor:
     """b_j = j/√(4j² − 1) for j < NODES."""
     b = [j / math.sqrt(4 * j * j - 1) for j in range(1, NODES)]
-    return torch.tensor([0.0, *b], dtype=torch.float64, device="cpu")
+    return torch.tensor([0.0, *b], device="cpu", dtype=torch.float64)
 
 
 @lru_cache
