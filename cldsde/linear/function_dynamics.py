@@ -30,7 +30,8 @@ class FunctionDynamics(Dynamics):
     of it, Ψ(end, τ) G(τ) is a Taylor series whose terms have full relative accuracy however short
     the part is. Gaussian elimination of common leading terms then keeps the digits of each row of
     the noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
-    Structure that is shorter than 1/256 may be missed.
+    Structure that is shorter than 1/256 may be missed. Over several panels that are short beside
+    1/‖F‖, as near a jump or a root of t, composition loses digits of the smallest rows.
 
     Parameters
     ----------
@@ -110,23 +111,20 @@ class FunctionDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        start = self._nothing if initial_root is None else initial_root
-        law = self._law(self._drift, s, t, start)
-        return stack_first(law.psi, s.shape), stack_first(law.root, s.shape)
+        result = self._transitions(self._drift, s, t, initial_root)
+        return stack_first(result.psi, s.shape), stack_first(result.root, s.shape)
 
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         def still(u: Tensor) -> Tensor:
             return 0 * self._drift(u)
 
-        return stack_first(self._law(still, s, t, self._nothing).root, s.shape)
+        return stack_first(self._transitions(still, s, t).root, s.shape)
 
-    @property
-    def _nothing(self) -> Tensor:
-        return torch.zeros(self.components, 0, device="cpu", dtype=torch.float64)
-
-    def _law(self, drift: Function, s: Tensor, t: Tensor, start: Tensor) -> _Law:
-        """Law of z_t for z_s with the root ``start``."""
+    def _transitions(
+        self, drift: Function, s: Tensor, t: Tensor, start: Tensor | None = None
+    ) -> _Transitions:
+        """Transitions, the roots of which begin with that of z_s, ``start``."""
         self._follow_changes()
         first, last, span = s.flatten().contiguous(), t.flatten().contiguous(), (t - s).flatten()
         edges, lengths = self._edges, self._edges.diff()
@@ -139,74 +137,82 @@ class FunctionDynamics(Dynamics):
         around = (j == i + 1) & (2 * span.detach() <= shorter)
         left = torch.where(around, edges[j] - shorter / 2, edges[i])
         length = torch.where(around, shorter, lengths[i])
-        j = torch.where(around, i, j)
-        cut = torch.where(i == j, span, edges[i + 1] - first)
-        law = self._pieces(drift, left, length, first, cut, start)
-        (on,) = (i < j).nonzero(as_tuple=True)
-        if len(on):
-            i, j = i[on], j[on]
-            late = self._pieces(
-                drift, edges[j], lengths[j], edges[j], last[on] - edges[j], self._nothing
-            )
-            whole = law.at(on).then(self._between(drift, i + 1, j)).then(late)
-            law = _Law(*(a.index_copy(-1, on, b) for a, b in zip(law, whole, strict=True)))
-        return law
+        # A longer interval is one piece up to an edge, unless it starts there, whole panels that
+        # are shared with other intervals, and one piece from the last edge on.
+        longer = (i < j) & ~around
+        at_edge = longer & (first == edges[i]) & (not s.requires_grad)
+        cut = torch.where(longer, edges[i + 1] - first, span)
+        i = torch.where(at_edge, i, i + 1)
+        (early,), (late,) = (~at_edge).nonzero(as_tuple=True), longer.nonzero(as_tuple=True)
+        i, j = i[late], j[late]
+        low, high = (int(i.min()), int(j.max())) if len(late) else (0, 0)
+        panels = slice(low, max(low, high))
+        eye = torch.eye(self.components, device="cpu", dtype=torch.float64).unsqueeze(-1)
+        known = torch.zeros_like(eye) if start is None else start.unsqueeze(-1)
+        result = _Transitions(*(x.expand(-1, -1, len(first)) for x in (eye, known)))
+        early_pieces, late_pieces, whole_panels = self._pieces(
+            drift,
+            torch.cat([left[early], edges[j], edges[panels]]),
+            torch.cat([length[early], lengths[j], lengths[panels]]),
+            torch.cat([first[early], edges[j], edges[panels]]),
+            torch.cat([cut[early], last[late] - edges[j], lengths[panels]]),
+            known,
+            len(early),
+        ).split([len(early), len(late), len(lengths[panels])])
+        result = result.put(early, early_pieces)
+        if len(late):
+            whole = result.at(late).then(_between(whole_panels, i - low, j - low)).then(late_pieces)
+            result = result.put(late, whole)
+        return result
 
     def _pieces(
-        self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
-    ) -> _Law:
-        """Laws over [s, s + h] inside panels [left, left + length]; all ``(n,)``."""
-        laws = [
-            self._piece(drift, left[few], length[few], s[few], h[few], start)
-            for few in _portions(len(left))
-        ]
-        return _Law(*(torch.cat(parts, dim=-1) for parts in zip(*laws, strict=True)))
+        self,
+        drift: Function,
+        left: Tensor,
+        length: Tensor,
+        s: Tensor,
+        h: Tensor,
+        start: Tensor,
+        started: int,
+    ) -> _Transitions:
+        """Transitions over [s, s + h] inside panels [left, left + length]; all ``(n,)``.
+
+        The first ``started`` begin with the root ``start``, ``(k, k, 1)``, and the others at states
+        that are known.
+        """
+        results = []
+        for few in _portions(len(left)):
+            begins = torch.arange(len(left), device="cpu")[few] < started
+            results.append(
+                self._piece(drift, left[few], length[few], s[few], h[few], start * begins)
+            )
+        return _Transitions(*(torch.cat(parts, dim=-1) for parts in zip(*results, strict=True)))
 
     def _piece(
         self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
-    ) -> _Law:
-        end, share, rounding = (s + h - left) / length, h / length, time_rounding(left, length)
-        F, G = (
-            _terms(
-                legendre(at_nodes(function, left, length)), rounding, end, share, function(s + h)
-            )
-            for function in (drift, self._diffusion)
-        )
-        Y, driven = transition_series(h[:, None, None, None] * F, G)
-        psi = Y.sum(1)
+    ) -> _Transitions:
+        functions, k = (drift, self._diffusion), self.components
+        values = torch.cat([at_nodes(f, left, length) for f in functions], dim=-1)
+        at_end = torch.cat([f(s + h) for f in functions], dim=-1)
+        series = without_rounding(legendre(values), time_rounding(left, length))
+        series = taylor(series, (s + h - left) / length, h / length)
+        # An entry that nearly vanishes at the end has no relative accuracy from interpolation,
+        # which averages rounding in all others.
+        small = at_end.detach().abs() < 0.01 * values.detach().abs().amax(1)
+        value = torch.where(small, at_end, series[:, 0])
+        series = torch.cat([value.unsqueeze(1), series[:, 1:]], dim=1)
+        F, G = h[:, None, None, None] * series[..., :k], series[..., k:]
+        Y, driven = transition_series(F, G)
+        psi = Y.sum(1).permute(1, 2, 0)
         terms = driven.permute(2, 3, 1, 0) * safe_sqrt(h)
         r = terms.shape[1]
         # Elimination sees what is spread at the start, too.
-        spread = (psi @ start).permute(1, 2, 0)
-        multipliers, columns = eliminate(torch.cat([terms.flatten(1, 2), spread], dim=1))
+        columns = torch.cat([terms.flatten(1, 2), block_product(psi, start)], dim=1)
+        multipliers, columns = eliminate(columns)
         terms, spread = columns[:, : r * TERMS].reshape_as(terms), columns[:, r * TERMS :]
-        noise = torch.einsum("krpn,pj->krjn", terms, legendre_moments(_DEGREES, TERMS))
+        noise = legendre_moments(_DEGREES, TERMS).T @ terms
         root = lower_factor(torch.cat([noise.flatten(1, 2), spread], dim=1))
-        return _Law(psi.permute(1, 2, 0), block_product(multipliers, root))
-
-    def _between(self, drift: Function, i: Tensor, j: Tensor) -> _Law:
-        """Laws over the panels i … j − 1, for i ≤ j, by a binary tree."""
-        low, high = int(i.min()), int(j.max())
-        left, length = self._edges[low:high], self._edges.diff()[low:high]
-        eye = torch.eye(self.components, device="cpu", dtype=torch.float64)
-        psi = eye.unsqueeze(-1).expand(-1, -1, len(i))
-        before = after = _Law(psi, torch.zeros_like(psi))
-        if low >= high:
-            return before
-        level = self._pieces(drift, left, length, left, length, self._nothing)
-        i, j = i - low, j - low
-        while bool((i < j).any()):
-            # Nodes of this level that no node of the next covers.
-            odd = (i < j) & (i % 2 == 1)
-            before = before.then(level.at(i)).where(odd, before)
-            i = i + odd.to(i)
-            odd = (i < j) & (j % 2 == 1)
-            j = j - odd.to(j)
-            after = level.at(j).then(after).where(odd, after)
-            i, j = i // 2, j // 2
-            pairs = 2 * torch.arange(level.psi.shape[-1] // 2, device="cpu")
-            level = level.at(pairs).then(level.at(pairs + 1))
-        return before.then(after)
+        return _Transitions(psi, block_product(multipliers, root))
 
     @torch.no_grad()
     def _some_values(self) -> Tensor:
@@ -229,14 +235,23 @@ class FunctionDynamics(Dynamics):
         return None
 
 
-def _terms(series: Tensor, rounding: Tensor, end: Tensor, share: Tensor, value: Tensor) -> Tensor:
-    """Taylor terms at the end, with the value there in entries that nearly vanish.
-
-    Those have no relative accuracy from interpolation, which averages rounding in all others.
-    """
-    terms = taylor(without_rounding(series, rounding), end, share)
-    small = value.detach().abs() < 0.01 * series.detach().abs().amax(1)
-    return torch.cat([torch.where(small, value, terms[:, 0]).unsqueeze(1), terms[:, 1:]], dim=1)
+def _between(level: _Transitions, i: Tensor, j: Tensor) -> _Transitions:
+    """Transitions over the panels i … j − 1 of a stack, for i ≤ j, by a binary tree."""
+    k = len(level.psi)
+    psi = torch.eye(k, device="cpu", dtype=torch.float64).unsqueeze(-1).expand(-1, -1, len(i))
+    before = after = _Transitions(psi, torch.zeros_like(psi))
+    while bool((i < j).any()):
+        # Nodes of this level that no node of the next covers.
+        odd = (i < j) & (i % 2 == 1)
+        before = before.then(level.at(i)).where(odd, before)
+        i = i + odd.to(i)
+        odd = (i < j) & (j % 2 == 1)
+        j = j - odd.to(j)
+        after = level.at(j).then(after).where(odd, after)
+        i, j = i // 2, j // 2
+        pairs = 2 * torch.arange(level.psi.shape[-1] // 2, device="cpu")
+        level = level.at(pairs).then(level.at(pairs + 1))
+    return before.then(after)
 
 
 def _portions(n: int) -> Iterator[slice]:
@@ -245,19 +260,28 @@ def _portions(n: int) -> Iterator[slice]:
         yield slice(first, first + _AT_ONCE)
 
 
-class _Law(NamedTuple):
+class _Transitions(NamedTuple):
     """Transition matrices and roots ``(k, k, n)``, stack-last."""
 
     psi: Tensor
     root: Tensor
 
-    def at(self, index: Tensor) -> _Law:
+    def at(self, index: Tensor) -> _Transitions:
         index = index.clamp_max(self.psi.shape[-1] - 1)
-        return _Law(self.psi[..., index], self.root[..., index])
+        return _Transitions(self.psi[..., index], self.root[..., index])
 
-    def then(self, later: _Law) -> _Law:
+    def put(self, index: Tensor, new: _Transitions) -> _Transitions:
+        return _Transitions(*(a.index_copy(-1, index, b) for a, b in zip(self, new, strict=True)))
+
+    def split(self, sizes: list[int]) -> list[_Transitions]:
+        parts = (x.split(sizes, -1) for x in self)  # type: ignore[no-untyped-call]
+        return [_Transitions(*part) for part in zip(*parts, strict=True)]
+
+    def then(self, later: _Transitions) -> _Transitions:
         root = torch.cat([block_product(later.psi, self.root), later.root], dim=1)
-        return _Law(block_product(later.psi, self.psi), lower_factor(root))
+        return _Transitions(block_product(later.psi, self.psi), lower_factor(root))
 
-    def where(self, condition: Tensor, other: _Law) -> _Law:
-        return _Law(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
+    def where(self, condition: Tensor, other: _Transitions) -> _Transitions:
+        return _Transitions(
+            *(torch.where(condition, a, b) for a, b in zip(self, other, strict=True))
+        )

@@ -167,17 +167,23 @@ class LinearSDE:
         Parameters
         ----------
         drift
-            A time (0-dimensional float64 tensor) to F, ``(k, k)``; smooth in t.
+            A time (0-dimensional float64 tensor) to F, ``(k, k)``. It may jump; between jumps it is
+            smooth in t.
         diffusion
-            A time to G, ``(k, r)``; smooth in t.
+            A time to G, ``(k, r)``, alike.
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
 
         Raises
         ------
         ValueError
-            If a function returns matrices that do not fit or values that are not finite, or the
-            diffusion nothing but zeros.
+            If a function returns matrices that do not fit or values that are not finite, if the
+            diffusion is zero at all times, or if a function nearly diverges or varies too quickly
+            somewhere; the message names the time.
+
+        Notes
+        -----
+        The process can be pickled if its functions can, as those of a module can.
         """
         return LinearSDE(
             FunctionDynamics(drift, diffusion, cls.T),

@@ -28,7 +28,8 @@ _EPS = torch.finfo(torch.float64).eps
 
 def legendre(values: Tensor) -> Tensor:
     """Legendre coefficients ``(p, NODES, a, b)`` of a function from its values at Gauss nodes."""
-    return torch.einsum("jq,pqab->pjab", _transform(), values)
+    series: Tensor = _transform() @ values.flatten(2)
+    return series.reshape(values.shape)
 
 
 def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
@@ -76,33 +77,35 @@ def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
         raised = torch.cat([torch.zeros_like(u), step * row[:-1]])
         row, last = (u * row - raised - b[j - 1] * last) / b[j], row
         rows.append(row)
-    return torch.einsum("jnp,pjab->pnab", torch.stack(rows), series)
+    terms: Tensor = torch.stack(rows).permute(2, 1, 0) @ series.flatten(2)
+    return terms.reshape(series.shape)
 
 
-def transition_series(hF: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y hF with Y(0) = I, and of Y G.
+def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
 
     Parameters
     ----------
-    hF, G
-        Terms ``(p, NODES, k, k)`` and ``(p, NODES, k, r)``.
+    F, G
+        Terms ``(p, NODES, k, k)``, times h, and ``(p, NODES, k, r)``.
 
     Returns
     -------
     Y, driven : tuple of Tensor
         Terms ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``.
     """
-    p, _, k, _ = hF.shape
+    p, _, k, _ = F.shape
     # Term n of a product with Y is the last terms of Y, side by side, times these, stacked.
-    late_F, late_G = (f.flip(1).flatten(1, 2) for f in (hF, G))
-    Y = [torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)]
-    driven = []
+    factors = torch.cat([F, G], dim=-1).flip(1).flatten(1, 2)
+    recent = torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)
+    Y, driven = [recent], []
     for n in range(1, TERMS + 1):
-        recent = torch.cat(Y[-NODES:], dim=-1)
-        below = recent.shape[-1]
-        driven.append(recent @ late_G[:, -below:])
+        product = recent @ factors[:, -recent.shape[-1] :]
+        driven.append(product[..., k:])
         if n < TERMS:
-            Y.append(recent @ late_F[:, -below:] / n)
+            Y.append(product[..., :k] / n)
+            full = recent.shape[-1] == NODES * k
+            recent = torch.cat([recent[..., k:] if full else recent, Y[-1]], dim=-1)
     return torch.stack(Y, dim=1), torch.stack(driven, dim=1)
 
 
