@@ -1,0 +1,202 @@
+"""The simulated device: it raises where a GPU raises, counts what it costs, and keeps the bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simulated_device import Generator, SimulatedDevice, Traffic, needs_simulation, simulated_device
+
+pytestmark = needs_simulation
+
+CPU_MASK, CPU_ROWS = torch.tensor([True, False, True]), torch.tensor([2, 0])
+
+COSTS: dict[str, tuple[Callable[[Tensor], Any], Traffic]] = {
+    "arithmetic": (lambda x: 2 * x + x, Traffic(kernels=2)),
+    "arithmetic in place": (lambda x: x.mul_(2), Traffic(kernels=1)),
+    "a number of the CPU": (lambda x: x + torch.tensor(1.0), Traffic(kernels=1)),
+    "views": (lambda x: x.unsqueeze(0).expand(2, -1).mT[1:].detach(), Traffic()),
+    "an allocation": (lambda x: x.new_empty(4), Traffic()),
+    "zeros": (lambda x: torch.zeros(4, device=x.device), Traffic(kernels=1)),
+    "another dtype": (lambda x: x.to(torch.float16), Traffic(kernels=1)),
+    "double precision": (lambda x: x.double(), Traffic(kernels=1, float64=1)),
+    "to the CPU": (lambda x: x.cpu(), Traffic(to_cpu=1)),
+    "copied to the CPU": (lambda x: torch.empty(3).copy_(x), Traffic(to_cpu=1)),
+    "tolist": (lambda x: x.tolist(), Traffic(to_cpu=1)),
+    "to the device": (lambda x: torch.ones(2).to(x), Traffic(to_device=1)),
+    "copied to the device": (lambda x: x.copy_(torch.ones(3)), Traffic(to_device=1)),
+    "torch.tensor": (lambda x: torch.tensor([1.0], device=x.device), Traffic(to_device=1)),
+    "new_tensor": (lambda x: x.new_tensor([1.0]), Traffic(to_device=1)),
+    "item": (lambda x: x[0].item(), Traffic(read_backs=1)),
+    "float": (lambda x: float(x[0]), Traffic(read_backs=1)),
+    "bool": (lambda x: bool(x[0] > 0), Traffic(kernels=1, read_backs=1)),
+    "equal": (lambda x: torch.equal(x, x), Traffic(kernels=1, read_backs=1)),
+    "nonzero": (lambda x: x.nonzero(), Traffic(kernels=1, read_backs=1)),
+    "unique": (lambda x: x.unique(), Traffic(kernels=1, read_backs=1)),
+    "its mask": (lambda x: x[x > 0], Traffic(kernels=2, read_backs=1, selections=1)),
+    "masked_select": (
+        lambda x: x.masked_select(x > 0),
+        Traffic(kernels=2, read_backs=1, selections=1),
+    ),
+    "the CPU's mask": (lambda x: x[CPU_MASK], Traffic(kernels=1, to_device=1, selections=1)),
+    "the CPU's rows": (lambda x: x[CPU_ROWS], Traffic(kernels=1, to_device=1)),
+    "rows written": (lambda x: x.index_put_((CPU_ROWS,), -x[1:]), Traffic(kernels=2, to_device=1)),
+    "torch.where": (lambda x: torch.where(x > 0, x, x), Traffic(kernels=2)),
+}
+
+MIXTURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "sum": lambda x, cpu: x + cpu,
+    "sum in place": lambda x, cpu: cpu.add_(x),
+    "number in place": lambda x, cpu: cpu.sum().add_(x.sum()),
+    "product of matrices": lambda x, cpu: torch.outer(x, cpu) @ cpu,
+    "cat": lambda x, cpu: torch.cat([x, cpu]),
+    "stack of numbers": lambda x, cpu: torch.stack([x.sum(), cpu.sum()]),
+    "out": lambda x, cpu: torch.add(x, 1.0, out=cpu),
+    "indices of the device": lambda x, cpu: cpu[x.argsort()],
+    "values of the CPU": lambda x, cpu: x.index_put_((CPU_ROWS,), cpu[:2]),
+    "CPU's generator": lambda x, cpu: x.normal_(generator=torch.Generator()),
+    "CPU's generator for new numbers": lambda x, cpu: torch.randn(
+        3, device=x.device, generator=torch.Generator()
+    ),
+    "the device's generator": lambda x, cpu: torch.randn(3, generator=Generator()),
+}
+
+
+@pytest.fixture
+def device() -> Iterator[SimulatedDevice]:
+    with simulated_device() as device:
+        yield device
+
+
+def values() -> Tensor:
+    return torch.tensor([0.5, -1.0, 2.0])
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
+    for i, parameter in enumerate(model.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def trained(model: nn.Module, optimiser: type[torch.optim.Optimizer], x: Tensor) -> list[Tensor]:
+    steps = optimiser(model.parameters(), lr=0.1)
+    for _ in range(3):
+        steps.zero_grad()
+        model(x).square().mean().backward()
+        steps.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+class TestCounting:
+    """Counts are those of a GPU."""
+
+    @pytest.mark.parametrize("case", COSTS)
+    def test_every_event_is_counted(self, case: str, device: SimulatedDevice) -> None:
+        operation, cost = COSTS[case]
+        x = values().to("sim")
+        before = device.traffic()
+        operation(x)
+        assert device.traffic() - before == cost
+
+    def test_what_stays_on_the_cpu_costs_nothing(self, device: SimulatedDevice) -> None:
+        x = values().double()
+        assert float((x @ x).sqrt() * x[x > 0].sum()) > 0
+        assert device.traffic() == Traffic()
+
+    def test_counts_start_again_after_a_reset(self, device: SimulatedDevice) -> None:
+        values().to("sim").cpu()
+        assert device.traffic() == Traffic(to_device=1, to_cpu=1)
+        device.reset()
+        assert device.traffic() == Traffic()
+
+    def test_copies_to_the_cpu_and_read_backs_are_waits(self) -> None:
+        assert Traffic(to_device=7, to_cpu=2, read_backs=3, kernels=9).waits == 5
+
+
+class TestDevices:
+    """What belongs to two devices raises."""
+
+    @pytest.mark.parametrize("case", MIXTURES)
+    def test_mixing_devices_raises(self, case: str, device: SimulatedDevice) -> None:
+        with pytest.raises(RuntimeError, match=r"Expected .* (device|generator)"):
+            MIXTURES[case](values().to("sim"), values())
+
+    def test_numbers_have_to_be_copied_before_numpy_sees_them(
+        self, device: SimulatedDevice
+    ) -> None:
+        with pytest.raises(RuntimeError, match="numpy"):
+            values().to("sim").numpy()
+
+    def test_results_stay_on_the_device(self, device: SimulatedDevice) -> None:
+        x = values().to("sim")
+        assert x.device == torch.device("sim:0")
+        assert (x.exp() + 1).sum().device == x.device
+        assert torch.zeros_like(x, device="cpu").device.type == "cpu"
+        assert copy.deepcopy(x).device == x.device
+
+    @pytest.mark.parametrize("change", [Tensor.t_, lambda x: x.unsqueeze_(0), Tensor.squeeze_])
+    def test_shapes_may_change_in_place(
+        self, change: Callable[[Tensor], Tensor], device: SimulatedDevice
+    ) -> None:
+        ours, theirs = values()[None].to("sim"), values()[None]
+        change(ours), change(theirs)
+        assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
+        assert ours.tolist() == theirs.tolist()
+
+    def test_the_default_device_may_be_the_simulated_one(self, device: SimulatedDevice) -> None:
+        torch.set_default_device("sim")
+        try:
+            made = [torch.zeros(2), torch.tensor([1.0]), torch.arange(3), nn.Linear(3, 2).weight]
+            drawn = torch.randn(5, generator=Generator().manual_seed(0))
+        finally:
+            torch.set_default_device(None)
+        assert {x.device.type for x in [*made, drawn]} == {"sim"}
+        assert made[2].tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_a_device_generator_draws_the_bits_of_a_cpu_generator(
+        self, dtype: torch.dtype, device: SimulatedDevice
+    ) -> None:
+        ours, theirs = Generator().manual_seed(3), torch.Generator().manual_seed(3)
+        for shape in [(5,), (40, 7)]:
+            drawn = torch.randn(shape, generator=ours, dtype=dtype, device="sim")
+            assert torch.equal(drawn.cpu(), torch.randn(shape, generator=theirs, dtype=dtype))
+        weights = torch.ones(9)
+        drawn = torch.multinomial(weights.to("sim"), 4, generator=ours)
+        assert torch.equal(drawn.cpu(), torch.multinomial(weights, 4, generator=theirs))
+
+
+class TestAutograd:
+    """Gradients and training."""
+
+    def test_gradients_cross_the_devices(self, device: SimulatedDevice) -> None:
+        x = values().requires_grad_()
+        y = x.to("sim")
+        (y * y).sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, 2 * values())
+
+    def test_operations_of_the_backward_pass_are_counted(self, device: SimulatedDevice) -> None:
+        x = values().to("sim").requires_grad_()
+        loss = x.exp().sum()
+        before = device.traffic()
+        loss.backward()
+        assert (device.traffic() - before).kernels >= 2  # 1 of the loss and its product with exp
+
+    @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam])
+    def test_training_has_the_bits_of_the_cpu(
+        self, optimiser: type[torch.optim.Optimizer], device: SimulatedDevice
+    ) -> None:
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(9))
+        reference = trained(network(), optimiser, x)
+        model = network().to("sim")
+        found = trained(model, optimiser, x.to("sim"))
+        assert {parameter.device.type for parameter in model.parameters()} == {"sim"}
+        for one, other in zip(found, reference, strict=True):
+            assert torch.equal(one.cpu(), other)
