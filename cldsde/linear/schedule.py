@@ -80,7 +80,7 @@ class Schedule:
             raise TypeError(msg)
         grid = torch.linspace(0, 1, _CHECK_POINTS, device="cpu", dtype=torch.float64)
         try:
-            values = torch.as_tensor(rate(grid)).detach()
+            values = torch.as_tensor(rate(grid), device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             msg = (
                 f"schedule: the rate must take a tensor of times, as torch's functions do; {error}"
@@ -141,7 +141,7 @@ class Schedule:
         halves = self._quadrature(cuts[:-1], cuts[1:]).detach().sum()
         resolved = bool((whole - halves).abs() <= 1e-12 * halves.abs())
         if given and resolved:
-            stated = torch.as_tensor(self._integral(start, end)).detach()
+            stated = torch.as_tensor(self._integral(start, end), device="cpu").detach()
             if not bool((stated - halves).abs() <= 1e-8 * halves.abs()):
                 msg = (
                     f"schedule: the integral over [0, 1] is {float(stated):g}, that of the rate "
