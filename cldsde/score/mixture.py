@@ -45,8 +45,8 @@ class _Marginal(NamedTuple):
 class _DenseLaw(NamedTuple):
     """The same as matrices over all k·D numbers of a state, ordered component by component."""
 
-    whole: Tensor  # (*, n k D, k D), whitens the state for each component of the mixture
-    centre: Tensor  # (*, n k D, 1), minus the whitened means
+    mean: Tensor  # (*, n, k D, 1)
+    whitening: Tensor  # (*, n, k D, k D)
     log_scale: Tensor  # (*, n, 1)
     pull: Tensor  # (*, d D, n k D), from whitened residuals to the score
 
@@ -133,6 +133,7 @@ class GaussianMixture:
             raise ValueError(msg)
         self.weights = self.weights / self.weights.sum()
         self._variances, self._axes = torch.linalg.eigh(self.covariances)
+        self._moved: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         if bool((self._variances.amin(1) < -1e-12 * scale).any()):
             msg = (
                 "covariances must be positive semi-definite; the smallest eigenvalue is "
@@ -257,7 +258,8 @@ class GaussianMixture:
             whitened, log_terms = self._terms(flat, law)
             signal = torch.einsum("...njkl,...l->...nkj", law.whitening, law.psi)
             gain = self._variances.to(flat) * (signal * whitened).sum(-2)
-            means = self.means.to(flat) + torch.einsum("bnj,ndj->bnd", gain, self._axes.to(flat))
+            data_means, axes = self._like(flat)
+            means = data_means + torch.einsum("bnj,ndj->bnd", gain, axes)
             mean = torch.einsum("bn,bnd->bd", log_terms.softmax(-1), means)
         return mean.to(z.dtype).reshape(len(z), *z.shape[2:])
 
@@ -306,28 +308,37 @@ class GaussianMixture:
     def _terms(self, z: Tensor, law: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
         law = law.to(z)
-        means = law.psi[..., None, :, None] * self.means.to(z).unsqueeze(1)
-        residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, self._axes.to(z))
+        data_means, axes = self._like(z)
+        means = law.psi[..., None, :, None] * data_means.unsqueeze(1)
+        residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, axes)
         whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening, residual)
         return whitened, law.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
     def _dense_law(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseLaw:
         law = self._marginal(sde, t)
-        whole = torch.einsum("...njkl,nij->...nkjli", law.whitening, self._axes)
-        # The rows whose score is wanted, and all rows of the mixture together.
-        driven = whole[..., rows, :].flatten(-2).flatten(-4, -2)
-        whole = whole.flatten(-2).flatten(-4, -2)
+        whitening = torch.einsum("...njkl,nij->...nkjli", law.whitening, self._axes)
+        pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
         mean = torch.einsum("...l,ni->...nli", law.psi, self.means).flatten(-2)
-        blocks = whole.reshape(*t.shape, len(self.weights), -1, whole.shape[-1])
-        centre = -(blocks @ mean.unsqueeze(-1)).flatten(-3, -2)
-        return _DenseLaw(whole, centre, law.log_scale.unsqueeze(-1), -driven.mT)
+        whole = whitening.flatten(-2).flatten(-3, -2)
+        return _DenseLaw(mean.unsqueeze(-1), whole, law.log_scale.unsqueeze(-1), pull)
 
     def _score(self, flat: Tensor, rows: list[int], law: _Marginal) -> Tensor:
         whitened, log_terms = self._terms(flat, law)
         responsible = log_terms.softmax(-1)
-        whitening = law.whitening[..., rows]
+        # A list of rows would be an index tensor, copied to the device.
+        whitening = torch.stack([law.whitening[..., row] for row in rows], dim=-1)
         pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
-        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._axes.to(flat))
+        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._like(flat)[1])
+
+    def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and axes in the dtype and on the device of states; moved once, unless learnt."""
+        if self.means.requires_grad:
+            return self.means.to(z), self._axes.to(z)
+        key = z.dtype, z.device
+        if key not in self._moved:
+            with torch.inference_mode(mode=False):
+                self._moved[key] = self.means.to(z), self._axes.to(z)
+        return self._moved[key]
 
 
 def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
@@ -336,13 +347,11 @@ def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
     The batch lies in the last axis: sums and softmaxes of few entries are many times faster along
     it than across it.
     """
-    whitened = torch.addmm(law.centre, law.whole, flat.mT)
-    modes = len(law.log_scale)
-    by_mode = whitened.reshape(modes, len(whitened) // modes, len(flat))
-    if modes > 1:
-        log_terms = law.log_scale - 0.5 * by_mode.square().sum(1)
-        by_mode = by_mode * log_terms.softmax(0).unsqueeze(1)
-    score: Tensor = (law.pull @ by_mode.flatten(0, 1)).mT
+    whitened = law.whitening @ (flat.mT - law.mean)
+    if len(whitened) > 1:
+        log_terms = law.log_scale - 0.5 * whitened.square().sum(1)
+        whitened = whitened * log_terms.softmax(0).unsqueeze(1)
+    score: Tensor = (law.pull @ whitened.flatten(0, 1)).mT
     return score
 
 
