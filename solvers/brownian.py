@@ -163,7 +163,7 @@ class BrownianPath(NoiseSource):
         ValueError
             If s < t do not lie between the path's ends.
         """
-        eye = torch.eye(self._size, dtype=torch.float64)[: self._columns]
+        eye = torch.eye(self._size, dtype=torch.float64, device="cpu")[: self._columns]
         return self._read([(s, t)], [eye])[0].value(self)
 
     def integral(self, s: float, t: float) -> Tensor:
@@ -175,7 +175,7 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         self._check_integrals("integral")
-        eye = torch.eye(self._size, dtype=torch.float64)[self._columns :]
+        eye = torch.eye(self._size, dtype=torch.float64, device="cpu")[self._columns :]
         return self._read([(s, t)], [eye])[0].value(self)
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
@@ -263,8 +263,8 @@ class BrownianPath(NoiseSource):
     def _carried(self, node: _Node, t: float) -> Tensor:
         """What a node contributes at a later time; one by one, as batches are rounded otherwise."""
         if node.end == t:
-            return torch.eye(self._size, dtype=torch.float64)
-        return self._carry(*torch.tensor([[node.end], [t]], dtype=torch.float64))[0]
+            return torch.eye(self._size, dtype=torch.float64, device="cpu")
+        return self._carry(*torch.tensor([[node.end], [t]], dtype=torch.float64, device="cpu"))[0]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
         """The largest nodes that make up [s, t]."""
@@ -328,18 +328,20 @@ class BrownianPath(NoiseSource):
         """Roots of the joint law of (ΔW, I), by Gauss–Legendre panels."""
         if not nodes:
             return
-        s = torch.tensor([node.start for node in nodes], dtype=torch.float64)
-        t = torch.tensor([node.end for node in nodes], dtype=torch.float64)
+        s = torch.tensor([node.start for node in nodes], dtype=torch.float64, device="cpu")
+        t = torch.tensor([node.end for node in nodes], dtype=torch.float64, device="cpu")
         x, w = gauss_legendre(_NODES)
         span = (t - s).unsqueeze(1)
         # Panels short enough for Ψ to change little.
-        probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64)
+        probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu")
         change = float((self._sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
         panels = max(_PANELS, math.ceil(change))
-        x = ((torch.arange(panels).unsqueeze(1) + x) / panels).flatten()
+        x = ((torch.arange(panels, device="cpu").unsqueeze(1) + x) / panels).flatten()
         w = (w / panels).repeat(panels)
         at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
-        functional = torch.eye(self._columns, dtype=torch.float64).expand(*at.shape, -1, -1)
+        functional = torch.eye(self._columns, dtype=torch.float64, device="cpu").expand(
+            *at.shape, -1, -1
+        )
         if self._integrals:
             psi = self._sde.transition_matrix(at, t.unsqueeze(1))
             functional = torch.cat([functional, psi @ self._sde.diffusion(at)], dim=-2)
@@ -349,8 +351,10 @@ class BrownianPath(NoiseSource):
 
     def _carried_halves(self, nodes: list[_Node]) -> Tensor:
         """What the earlier halves of nodes contribute at the nodes' ends."""
-        split = torch.tensor([node.split for node in nodes], dtype=torch.float64)
-        return self._carry(split, torch.tensor([node.end for node in nodes], dtype=torch.float64))
+        split = torch.tensor([node.split for node in nodes], dtype=torch.float64, device="cpu")
+        return self._carry(
+            split, torch.tensor([node.end for node in nodes], dtype=torch.float64, device="cpu")
+        )
 
     def _set_rotations(self, nodes: list[_Node], carried: Tensor) -> None:
         """Rotations that split nodes, and their roots where none is known yet."""
@@ -372,7 +376,7 @@ class BrownianPath(NoiseSource):
 
     def _carry(self, s: Tensor, t: Tensor) -> Tensor:
         """What (ΔW, I) up to s contribute to those up to t, ``(n, r, r)``."""
-        carried = torch.eye(self._size, dtype=torch.float64).repeat(len(s), 1, 1)
+        carried = torch.eye(self._size, dtype=torch.float64, device="cpu").repeat(len(s), 1, 1)
         if self._integrals:
             carried[:, self._columns :, self._columns :] = self._sde.transition_matrix(s, t)
         return carried
@@ -406,7 +410,7 @@ class BrownianPath(NoiseSource):
         if self._scratch is None:
             precision = torch.promote_types(self._dtype, torch.float32)
             with torch.inference_mode(mode=False):
-                self._scratch = torch.empty(2, 2, (count + 1) // 2, dtype=precision)
+                self._scratch = torch.empty(2, 2, (count + 1) // 2, dtype=precision, device="cpu")
         drawn = _normals(key, *self._scratch)[:count]
         return drawn.view(self._size, -1).to(self._device, self._dtype)
 

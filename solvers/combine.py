@@ -40,11 +40,13 @@ def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
         ``(B, k, *D)``: ``out``, or a contiguous tensor.
     """
     block, like = terms[0]
+    rows = _products(len(block), terms)
     if out is None and _functional():
-        return torch.cat([_sum(_products(row, terms), like) for row in range(len(block))], dim=1)
-    out = like.new_empty(len(like), len(block), *like.shape[2:]) if out is None else out
-    for row, total in enumerate(_columns(out)):
-        _sum(_products(row, terms), like, out=total)
+        return torch.cat([_sum(row, like) for row in rows], dim=1)
+    if out is None:
+        out = like.new_empty(like.shape[0], len(block), *like.shape[2:])
+    for total, row in zip(_columns(out), rows, strict=True):
+        _sum(row, like, out=total)
     return out
 
 
@@ -53,7 +55,7 @@ def add_to(total: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
 
     A step that adds its noise last need not hold it beside the score.
     """
-    rows = [_products(row, terms) for row in range(total.shape[1])]
+    rows = _products(total.shape[1], terms)
     if _functional():
         sums = [_add(x.clone(), row) for x, row in zip(_columns(total), rows, strict=True)]
         return torch.cat(sums, dim=1)
@@ -75,11 +77,11 @@ def _columns(tensor: Tensor) -> Sequence[Tensor]:
 _Product = tuple[float, Tensor]
 
 
-def _products(row: int, terms: Sequence[tuple[Block, Tensor]]) -> list[_Product]:
-    """Coefficients and components that a row adds up, without zeros."""
-    coefficients = [c for block, _ in terms for c in block[row]]
+def _products(count: int, terms: Sequence[tuple[Block, Tensor]]) -> list[list[_Product]]:
+    """Coefficients and components that each row adds up, without zeros."""
     columns = [column for _, tensor in terms for column in _columns(tensor)]
-    return [pair for pair in zip(coefficients, columns, strict=True) if pair[0]]
+    rows = ([c for block, _ in terms for c in block[row]] for row in range(count))
+    return [[pair for pair in zip(row, columns, strict=True) if pair[0]] for row in rows]
 
 
 def _sum(products: list[_Product], like: Tensor, out: Tensor | None = None) -> Tensor:

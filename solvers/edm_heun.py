@@ -92,13 +92,7 @@ class EDMHeun(StagedSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks of all steps.
-
-        Raises
-        ------
-        ValueError
-            If the process has more than one component.
-        """
+        """Blocks of all steps."""
         sde = process.sde
         if sde.components != 1:
             msg = (

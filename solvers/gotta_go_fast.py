@@ -98,13 +98,7 @@ class GottaGoFast(Solver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """The tolerance of each component, ``(k,)``.
-
-        Raises
-        ------
-        ValueError
-            If ``atol`` has another number of components than the process.
-        """
+        """The tolerance of each component, ``(k,)``."""
         k = process.sde.components
         values = [self.atol] * k if isinstance(self.atol, int | float) else list(self.atol)
         if len(values) not in (1, k):
@@ -190,73 +184,79 @@ def _coarse(h: Tensor) -> Tensor:
 class _Path:
     """A Brownian path for each sample, of which all that was ever seen is kept.
 
-    The known future is made of pieces, each a begin, a length and the path's increment. A piece is
-    a row of tensors over all samples; for samples that do not need it its length is zero. Begins
-    and lengths are on the CPU, so that an attempt sends weights to the device and asks it nothing.
+    The known future consists of pieces, each a begin, a length and the path's increment. Every
+    sample has the same number of slots for pieces; a slot of length zero is free. Begins and
+    lengths are on the CPU, so that an attempt sends weights to the device and asks it nothing.
     """
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:
         self._like, self._rows, self._noise = z, rows, noise
         self._alive = torch.arange(len(z), device=z.device)
-        self._begins = torch.zeros(0, len(z), dtype=torch.float64, device="cpu")
-        self._lengths = torch.zeros(0, len(z), dtype=torch.float64, device="cpu")
-        self._pieces: list[Tensor] = []
+        self._begins = self._lengths = torch.zeros(len(z), 0, dtype=torch.float64, device="cpu")
+        self._pieces = z.new_zeros(len(z), 0, rows, *z.shape[2:])
 
     def weights(self, h: Tensor) -> Tensor:
         """What `increment` needs on the device for the increment over the next h of each sample."""
-        begins, lengths, slack = self._begins, self._lengths, 1e-12 * h
-        known = lengths.sum(0)
+        known, h = self._lengths.sum(1, keepdim=True), h.unsqueeze(1)
+        slack = 1e-12 * h
         missing = torch.where(h - known > slack, h - known, 0.0)
-        cut = (begins + lengths - h > slack) & (h - begins > slack) & (lengths > 0)
+        cut = (self._begins + self._lengths - h > slack) & (h - self._begins > slack)
+        cut &= self._lengths > 0
+        if bool((((missing > 0).squeeze(1) | cut.any(1)) & (self._lengths > 0).all(1)).any()):
+            self._begins, self._lengths, cut = (
+                torch.nn.functional.pad(x, (0, 1)) for x in (self._begins, self._lengths, cut)
+            )
+        # The first free slot takes the part of a piece beyond h, or what is missing up to h.
+        free = self._lengths == 0
+        put = free & (free.cumsum(1) == 1)
         # Given W over L, the part over l is N(l/L W, l (L − l)/L).
-        part = torch.where(cut, h - begins, lengths)
-        share = torch.where(cut, part / lengths, 1.0)
+        part = torch.where(cut, h - self._begins, self._lengths)
+        share = torch.where(cut, part / self._lengths, (~put).to(h.dtype))
         spread = torch.where(cut, (part * (1 - share)).sqrt(), 0.0)
-        rest = (lengths - part).sum(0)
-        self._begins = torch.cat([begins, torch.where(missing > 0, known, h).unsqueeze(0)])
-        self._lengths = torch.cat([part, (missing + rest).unsqueeze(0)])
+        rest = missing + (self._lengths - part).sum(1, keepdim=True)
+        self._begins = torch.where(put, torch.where(missing > 0, known, h), self._begins)
+        self._lengths = torch.where(put, rest, part)
         self._inside = (self._begins + self._lengths <= h + slack) & (self._lengths > 0)
         self._h = h
-        return torch.cat([share, spread, self._inside.to(h.dtype), missing.sqrt().unsqueeze(0)])
+        start = put * missing.sqrt()
+        return torch.stack([share, spread, put.to(h.dtype), start, self._inside.to(h.dtype)])
 
     def increment(self, weights: Tensor) -> Tensor:
         """Increment over the length for which the weights were made, ``(B, rows, *D)``."""
         # Two draws an attempt, for all samples, make a sample's stream independent of its batch.
         fresh, bridge = self._draw(), self._draw()
-        count = len(self._pieces)
-        rows = [per_sample(row, fresh) for row in weights]
-        rest = rows[-1] * fresh
-        pieces = []
-        for whole, share, spread in zip(self._pieces, rows[:count], rows[count:], strict=False):
-            pieces.append(share * whole + spread * bridge)
-            rest = rest + (whole - pieces[-1])
-        self._pieces = [*pieces, rest]
-        inside = zip(rows[2 * count : -1], self._pieces, strict=True)
-        return torch.stack([mask * piece for mask, piece in inside]).sum(0)
+        old, slots = self._pieces, weights.shape[2]
+        if old.shape[1] < slots:
+            old = torch.cat([old, torch.zeros_like(fresh).unsqueeze(1)], dim=1)
+        weights = weights.to(old.dtype).reshape(*weights.shape, *(1,) * (old.ndim - 2))
+        share, spread, put, start, inside = weights
+        new = (share * old).addcmul_(spread, bridge.unsqueeze(1))
+        rest = (old - new).addcmul_(put, old, value=-1).sum(1, keepdim=True)
+        self._pieces = new.addcmul_(put, rest).addcmul_(start, fresh.unsqueeze(1))
+        return (inside * new).sum(1)
 
     def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
         """Forget pieces that were walked over; if not kept, all pieces of a rejected path."""
-        gone = self._inside & accept
-        if not keep_rejected:
-            gone = gone | ~accept
+        accept = accept.unsqueeze(1)
+        gone = self._inside & accept if keep_rejected else self._inside | ~accept
         self._begins = self._begins - torch.where(accept, self._h, 0.0)
         self._lengths = self._lengths.masked_fill(gone, 0.0)
-        used = (self._lengths > 0).any(1)
-        self._begins, self._lengths = self._begins[used], self._lengths[used]
-        self._pieces = [x for x, some in zip(self._pieces, used.tolist(), strict=True) if some]
+        slots = max((self._lengths > 0).any(0).nonzero().flatten().tolist(), default=-1) + 1
+        self._begins, self._lengths = self._begins[:, :slots], self._lengths[:, :slots]
+        self._pieces = self._pieces[:, :slots]
 
     def keep(self, kept: Tensor) -> None:
         """Keep the samples of these numbers, on the CPU; `there` is what to keep on the device."""
-        self._begins, self._lengths = self._begins[:, kept], self._lengths[:, kept]
+        self._begins, self._lengths = self._begins[kept], self._lengths[kept]
 
     @property
     def there(self) -> list[Tensor]:
         """What the path holds of each sample on the device."""
-        return [self._alive, *self._pieces]
+        return [self._alive, self._pieces]
 
     @there.setter
     def there(self, kept: list[Tensor]) -> None:
-        self._alive, *self._pieces = kept
+        self._alive, self._pieces = kept
 
     def _draw(self) -> Tensor:
         drawn = self._noise.normal(self._like, self._rows)

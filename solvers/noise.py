@@ -17,8 +17,7 @@ from cldsde.linear.sde import LinearSDE
 
 __all__ = ["CheckedNoise", "FreshNoise", "NoiseSource", "PathNoise", "RecordedNoise", "SampleNoise"]
 
-# Numbers that a sample's generator draws at once. Fixed, because a generator's numbers depend on
-# how many are asked for.
+# Numbers that a sample's generator draws at once; a generator's numbers depend on their count.
 _BLOCK = 4096
 
 
@@ -164,7 +163,7 @@ class RecordedNoise(NoiseSource):
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
-        self._draws, self._used = list(draws), 0
+        self._draws = iter(draws)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the next recorded draw.
@@ -172,14 +171,11 @@ class RecordedNoise(NoiseSource):
         Raises
         ------
         ValueError
-            If the record is exhausted or the next draw has another shape.
+            If there is none.
         """
-        shape = (len(z), rows, *z.shape[2:])
-        draw = self._draws[self._used] if self._used < len(self._draws) else None
-        self._used += 1
-        if draw is None or draw.shape != shape:
-            got = "the end of the record" if draw is None else f"shape {tuple(draw.shape)}"
-            msg = f"recorded noise: the solver asks for shape {shape}; got {got}"
+        draw = next(self._draws, None)
+        if draw is None:
+            msg = f"noise: the record ends before a draw of shape {(len(z), rows, *z.shape[2:])}"
             raise ValueError(msg)
         return draw.to(z)
 
@@ -187,13 +183,12 @@ class RecordedNoise(NoiseSource):
 class SampleNoise(NoiseSource):
     """One stream of normals for each sample, so that a sample does not depend on its batch.
 
-    Sample i draws from a generator of its own seed: whatever the batch it is drawn in, and where in
-    it, it sees the same numbers. Numbers are drawn on the host, in blocks.
+    Each sample draws from a generator with its own seed, on the CPU, in blocks.
 
     Parameters
     ----------
     seeds
-        One integer in [0, 2³²) a sample.
+        One integer in [0, 2³²) per sample.
 
     Raises
     ------
@@ -214,14 +209,13 @@ class SampleNoise(NoiseSource):
 
     def __init__(self, seeds: Sequence[int] | Tensor) -> None:
         self.seeds = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
-        for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, Integral):
-                msg = f"seeds must be integers, one a sample; got {seed!r}"
-                raise TypeError(msg)
-        # torch's generator on the host looks at 32 bits of its seed.
-        if not self.seeds or not (min(self.seeds) >= 0 and max(self.seeds) < 2**32):
-            msg = f"seeds must be integers in [0, 2³²), one a sample; got {self.seeds}"
-            raise ValueError(msg)
+        whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in self.seeds]
+        # torch's generator on the CPU looks at 32 bits of its seed.
+        bad = [s for s, is_whole in zip(self.seeds, whole, strict=True) if not is_whole]
+        bad = bad or [s for s in self.seeds if not 0 <= s < 2**32]
+        if bad or not self.seeds:
+            msg = f"seeds must be integers in [0, 2³²), one per sample; got {(bad or [()])[0]!r}"
+            raise (ValueError if all(whole) else TypeError)(msg)
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
         self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
         self._used = _BLOCK  # numbers of the block, that is none is left
@@ -245,7 +239,7 @@ class SampleNoise(NoiseSource):
         return apply_blocks(sde.prior.root, self.normal(like, sde.components))
 
     def check(self, z: Tensor) -> None:
-        """Refuse a batch that is not of one sample a seed.
+        """Reject a batch that has not one sample per seed.
 
         Raises
         ------
@@ -257,13 +251,7 @@ class SampleNoise(NoiseSource):
             raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Draw ``(B, rows, *D)``.
-
-        Raises
-        ------
-        ValueError
-            If the batch is not of one sample a seed.
-        """
+        """Draw ``(B, rows, *D)``."""
         self.check(z)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)

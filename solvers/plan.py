@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_times, check_state
-from cldsde.score import Conversion, ReverseProcess
+from cldsde.linear.random import check_generator
+from cldsde.linear.sde import LinearSDE
+from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.score.reverse import check_reverse_process
 from cldsde.score.times import KnownTimes
 
@@ -59,8 +61,8 @@ class Solution:
     message
         What happened, in words.
     stats
-        Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of each
-        sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
+        Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of
+        each sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
     """
 
     state: Tensor
@@ -98,7 +100,7 @@ class Solution:
 
 
 Denoise = bool | Literal["step"]
-_Denoiser = Callable[[Tensor], Tensor]
+_Denoiser = Callable[[ReverseProcess, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,21 +196,28 @@ class Plan:
                 states = torch.cat([state.unsqueeze(0), states])
             return _finished(done, final, states, wanted)
 
+    def with_score(self, score: Score) -> Plan:
+        """The plan for another score of the same process, such as the score given a class.
+
+        Plans that differ in the score share their tables.
+        """
+        return replace(self, process=ReverseProcess(self.process.sde, score))
+
     @cached_property
     def _on_grid(self) -> Plan:
         """The plan for states at the grid's times."""
         solver = self.solver.on_grid()
         return self if solver == self.solver else plan(self.process, solver, self.times)
 
-    def _denoiser(self, denoise: Denoise) -> _Denoiser | None:
+    def _denoiser(self, denoise: Denoise) -> Callable[[Tensor], Tensor] | None:
         if denoise is False:
             return None
         if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
             msg = f"denoise must be True, False or 'step'; got {denoise!r}"
             raise ValueError(msg)
         if denoise not in self._denoisers:
-            self._denoisers[denoise] = _denoiser(self.process, self.times[-1], denoise)
-        return self._denoisers[denoise]
+            self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
+        return partial(self._denoisers[denoise], self.process)
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
@@ -336,9 +345,8 @@ def solve(
     )
 
 
-def _denoiser(process: ReverseProcess, t: Tensor, denoise: Denoise) -> _Denoiser:
+def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
     """The data that ``denoise`` asks for, from states at the last time."""
-    sde = process.sde
     if float(t) == 0:
         msg = (
             f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
@@ -355,14 +363,14 @@ def _denoiser(process: ReverseProcess, t: Tensor, denoise: Denoise) -> _Denoiser
     state_row, score_row = state[:1].tolist(), score[:1].tolist()
     known = KnownTimes(t.unsqueeze(0))
 
-    def final(z: Tensor) -> Tensor:
+    def final(process: ReverseProcess, z: Tensor) -> Tensor:
         return combine((state_row, z), (score_row, KnownScore(process, known, z)(z, 0)))[:, 0]
 
     return final
 
 
 def _finished(
-    done: Integration, final: _Denoiser | None, states: Tensor, wanted: Tensor
+    done: Integration, final: Callable[[Tensor], Tensor] | None, states: Tensor, wanted: Tensor
 ) -> Solution:
     nfev, z = done.nfev, done.state.contiguous()
     data = z[:, 0]
@@ -416,10 +424,8 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
     return stops
 
 
-def _noise_source(generator: object, noise: object) -> NoiseSource:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        msg = f"generator must be a torch.Generator; got {generator!r}"
-        raise TypeError(msg)
+def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSource:
+    check_generator(generator, several=False)
     if noise is None:
         return FreshNoise(generator)
     if not isinstance(noise, NoiseSource):

@@ -130,13 +130,7 @@ class PredictorCorrector(GridSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
-        """Tables of the predictor, and the corrector's α of each step.
-
-        Raises
-        ------
-        ValueError
-            If the predictor does not apply, or asks more often in some steps than in others.
-        """
+        """Tables of the predictor, and the corrector's α of each step."""
         sde = process.sde
         scale = torch.ones(len(times) - 1, dtype=torch.float64, device="cpu")
         if sde.components == 1:

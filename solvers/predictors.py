@@ -38,13 +38,7 @@ class ReverseDiffusion(AffineSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks of each step.
-
-        Raises
-        ------
-        ValueError
-            If the driven score does not determine the full score at some time.
-        """
+        """Blocks of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
@@ -81,13 +75,7 @@ class Ancestral(AffineSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks of each step.
-
-        Raises
-        ------
-        ValueError
-            If the driven score does not determine the data at some time.
-        """
+        """Blocks of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         law = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")

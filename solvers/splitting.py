@@ -99,13 +99,7 @@ class Splitting(StagedSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks of each letter.
-
-        Raises
-        ------
-        ValueError
-            If the process is not one of position and velocity that splits this way.
-        """
+        """Blocks of each letter."""
         sde = process.sde
         covariance = _stationary_variances(sde)
         row_of, ratio = _drift_per_noise(sde, times)

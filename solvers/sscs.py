@@ -93,13 +93,7 @@ class SSCS(StagedSolver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Exact moves over merged half-steps, and blocks of the kicks.
-
-        Raises
-        ------
-        ValueError
-            If the process has no stationary law to split at.
-        """
+        """Exact moves over merged half-steps, and blocks of the kicks."""
         sde = process.sde
         reversal = sde.stationary_reversal
         if reversal is None or sde.stationary_covariance is None:

@@ -20,8 +20,9 @@ __all__ = ["AffineSolver", "Stage", "StagedSolver", "Stages"]
 class Stage(NamedTuple):
     """One stage of each step: z ← state z + score s(z) + base z₀ + first s(z₀) + noise ξ.
 
-    z₀ is the state at which the step evaluates the score first. Each field has one block per step;
-    None leaves the term out. A stage is left out of the steps whose ``state`` is None.
+    z₀ is the state at which the step evaluates the score first. If that stage has ``keep``, blocks
+    K and L, then K z₀ + L s(z₀) takes the place of z₀ in later stages. Each field has one block per
+    step; None leaves the term out. A stage is left out of the steps whose ``state`` is None.
     """
 
     state: Sequence[Block | None]
@@ -29,6 +30,7 @@ class Stage(NamedTuple):
     noise: Sequence[Block] | None = None
     base: Sequence[Block] | None = None
     first: Sequence[Block] | None = None
+    keep: tuple[Sequence[Block], Sequence[Block]] | None = None
 
 
 class Stages(NamedTuple):
@@ -36,7 +38,8 @@ class Stages(NamedTuple):
 
     stages: tuple[Stage, ...]
     numbers: list[int]
-    looks_back: bool  # whether z₀ or s(z₀) is used again
+    uses_base: bool
+    uses_first: bool
 
     @classmethod
     def of(cls, *stages: Stage) -> Stages:
@@ -46,8 +49,9 @@ class Stages(NamedTuple):
             sum(stage.score is not None and stage.state[i] is not None for stage in stages)
             for i in steps
         ]
-        looks_back = any(stage.base or stage.first for stage in stages)
-        return cls(stages, [0, *accumulate(counts)], looks_back)
+        uses_base = any(stage.base is not None for stage in stages)
+        uses_first = any(stage.first is not None for stage in stages)
+        return cls(stages, [0, *accumulate(counts)], uses_base, uses_first)
 
 
 class StagedSolver(GridSolver):
@@ -57,7 +61,7 @@ class StagedSolver(GridSolver):
         self, z: Tensor, memory: Memory, tables: Stages, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """The stages, one after the other."""
-        number, start, pull = tables.numbers[i], None, None
+        number, base, first = tables.numbers[i], None, None
         for stage in tables.stages:
             state = stage.state[i]
             if state is None:
@@ -65,17 +69,21 @@ class StagedSolver(GridSolver):
             terms = [(state, z)]
             if stage.score is not None:
                 here = score(z, number)
-                number += 1
                 terms.append((stage.score[i], here))
-                if start is None and tables.looks_back:
-                    start, pull = z, here
+                # Keep only what later stages use, so that three states are held at a time.
+                if number == tables.numbers[i]:
+                    base = z if tables.uses_base else None
+                    first = here if tables.uses_first else None
+                    if stage.keep is not None:
+                        base = combine((stage.keep[0][i], z), (stage.keep[1][i], here))
+                number += 1
                 del here
-            if stage.base is not None and start is not None:
-                terms.append((stage.base[i], start))
-            if stage.first is not None and pull is not None:
-                terms.append((stage.first[i], pull))
+            if stage.base is not None and base is not None:
+                terms.append((stage.base[i], base))
+            if stage.first is not None and first is not None:
+                terms.append((stage.first[i], first))
             z = combine(*terms)
-            # Draw the noise only when the score is freed, so that three states are held at a time.
+            # Draw the noise only when the score is freed.
             del terms
             if stage.noise is not None and (columns := len(stage.noise[i][0])):
                 z = add_to(z, (stage.noise[i], noise.normal(z, columns)))

@@ -43,12 +43,16 @@ class StochasticHeun(StagedSolver):
         noise = sde.noise_root(end, start)
         (state, score), (end_state, end_score) = _drift(sde, start, h), _drift(sde, end, h)
         return Stages.of(
-            Stage(as_blocks(eye + state), as_blocks(score), noise=as_blocks(noise)),
+            Stage(
+                as_blocks(eye + state),
+                as_blocks(score),
+                noise=as_blocks(noise),
+                keep=(as_blocks(-0.5 * state), as_blocks(-0.5 * score)),
+            ),
             Stage(
                 as_blocks(eye + 0.5 * end_state),
                 as_blocks(0.5 * end_score),
-                base=as_blocks(-0.5 * state),
-                first=as_blocks(-0.5 * score),
+                base=as_blocks(eye.expand_as(state)),
             ),
         )
 

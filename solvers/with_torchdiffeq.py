@@ -193,8 +193,8 @@ class TorchDiffEq(Solver):
         return Integration(
             state=flow.state,
             states=torch.stack(flow.states),
-            nfev=torch.full((len(z),), flow.nfev),
-            success=torch.full((len(z),), flow.arrived),
+            nfev=torch.full((len(z),), flow.nfev, device="cpu"),
+            success=torch.full((len(z),), flow.arrived, device="cpu"),
             message=message,
             stopped=flow.stopped,
             stats={"steps": flow.steps},

@@ -107,7 +107,7 @@ class TorchSDE(GridSolver):
         sde = process.sde
         asked = self.evaluation_times(process, times)
         G = sde.diffusion(asked)
-        quarters = torch.arange(_QUARTERS + 1) / _QUARTERS
+        quarters = torch.arange(_QUARTERS + 1, device="cpu") / _QUARTERS
         at = times[:-1, None] + quarters * times.diff()[:, None]
         return _Tables(
             as_blocks(-sde.drift(asked)),
