@@ -34,27 +34,24 @@ class _CountingNoise(NoiseSource):
 
 
 class _BasisNoise(NoiseSource):
-    """Unit vectors of all noise of a solve for the last samples but one, then twice their sum.
+    """Zeros for the first samples, a unit vector of a solve's noise for each of the next.
 
-    Samples before have zeros.
+    The last sample has twice the sum of all unit vectors.
     """
 
-    def __init__(self, rows: list[int]) -> None:
-        self._rows = iter(rows)
-        self._first: int | None = None  # sample whose unit vector is the next to be drawn
+    def __init__(self, rows: list[int], first: int) -> None:
+        self._rows, self._first = iter(rows), first
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         if next(self._rows, None) != rows:
             msg = "solver: the noise that its steps draw depends on the state"
             raise ValueError(msg)
-        draw = z.new_zeros(len(z), rows * z.shape[2])
-        first = self._first if self._first is not None else self.start
-        draw[first : first + draw.shape[1]].fill_diagonal_(1.0)
+        numbers = rows * z.shape[2]
+        draw = z.new_zeros(len(z), numbers)
+        draw[self._first : self._first + numbers].fill_diagonal_(1.0)
         draw[-1] = 2.0
-        self._first = first + draw.shape[1]
+        self._first += numbers
         return draw.view(len(z), rows, -1)
-
-    start = 0
 
 
 @torch.no_grad()
@@ -108,26 +105,24 @@ def propagate_moments(
             return sampler.solve(start.reshape(-1, k, dimension), noise=noise).state.flatten(1)
 
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
-    origin, noise = m.new_zeros(1, size), _CountingNoise()
-    alone = end(origin, noise)
-    draws = sum(noise.rows) * dimension
-    # Origin, unit vectors, and a point that an affine map takes to their combination.
+    origin, zeros = m.new_zeros(1, size), _CountingNoise()
+    alone, again = end(origin, zeros), end(origin, _CountingNoise())
+    if not torch.equal(alone, again) and bool(alone.isfinite().all()):
+        msg = (
+            "solver: the same state and noise gave two different results; does the solver draw "
+            "noise outside `noise.normal`?"
+        )
+        raise ValueError(msg)
+    # The origin, unit vectors, and a point that an affine map takes to their combination.
     states = torch.cat([origin, torch.eye(size).to(m), m.new_full((1, size), 2.0)])
-    basis = _BasisNoise(noise.rows)
-    basis.start = len(states)
-    out = end(torch.cat([states, m.new_zeros(draws + 1, size)]), basis)
+    padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
+    out = end(torch.cat([states, padding]), _BasisNoise(zeros.rows, len(states)))
     b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
     rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
     bent = float((out[-1] - b - 2 * N.sum(1)).abs().max())
-    # If the solve is not finite, neither are the moments. Rounding is 1e-15 of the largest number
-    # times the steps; a score that is not affine is off by parts of it.
+    # NaN passes: if a solve is not finite, neither are the moments. Rounding is 1e-15 of the
+    # largest number times the steps; a score that is not affine is off by parts of that number.
     allowed = 1e-9 * float(out.abs().max())
-    if not torch.equal(alone, end(origin, _CountingNoise())) and bool(alone.isfinite().all()):
-        msg = (
-            "solver: the same state and noise gave two different results; does it draw noise "
-            "outside `noise.normal`?"
-        )
-        raise ValueError(msg)
     # A step that uses means over a batch, as a corrector's may, is another one alone.
     if bent > allowed or float((b - alone).abs().max()) > allowed:
         msg = "solver: its steps are not affine in their noise; sample its distribution instead"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cldsde.solvers import RecordedNoise, solve
-from cldsde.solvers.authoring import PathNoise, Solver, check_solver
+from cldsde.solvers.authoring import Solver, check_solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
+from cldsde.solvers.plan import without_warning
 
 from .cases import FlowCase, PathCase
 from .moments import propagate_moments
@@ -71,6 +72,7 @@ def moment_error(
     return float(torch.cat(errors).abs().max())
 
 
+@without_warning()
 def weak_order(
     solver: Solver,
     problem: Problem,
@@ -155,7 +157,7 @@ def _sampled_weak_order(
     samples: int,
     generator: torch.Generator | None,
 ) -> OrderEstimate:
-    if _path_noise(solver, problem, grids[0]) is None:
+    if solver.path_noise(problem.process, grids[0]) is None:
         msg = (
             f"solver: on mixtures the weak order is measured along shared Brownian paths, which "
             f"{solver!r} does not follow; take a problem with Gaussian data"
@@ -208,6 +210,7 @@ def _observables(x: Tensor) -> Any:
     return np.array([float(f.mean()) for f in functions])
 
 
+@without_warning()
 def ode_order(
     solver: Solver,
     problem: Problem,
@@ -271,6 +274,7 @@ def ode_order(
     )
 
 
+@without_warning()
 def strong_order(
     solver: Solver,
     problem: Problem,
@@ -316,7 +320,7 @@ def strong_order(
     _check_solver(solver)
     check_problem(problem)
     _check_steps(steps)
-    if _path_noise(solver, problem, grid(problem.start, problem.end, 1)) is None:
+    if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
         msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
         raise TypeError(msg)
     batches = 10
@@ -371,14 +375,10 @@ def _strides(steps: Sequence[int], cells: int) -> list[int]:
 def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
     """States that a solver ends with along paths, ``(samples, k, D)``."""
     times = paths.times[::stride]
-    functionals = _path_noise(solver, problem, times)
+    functionals = solver.path_noise(problem.process, times)
     assert functionals is not None
     noise = RecordedNoise(paths.draws(functionals, stride))
     return solve(problem.process, solver, paths.start, times, noise=noise).state
-
-
-def _path_noise(solver: Solver, problem: Problem, times: Tensor) -> PathNoise | None:
-    return solver.path_noise(problem.process, times)
 
 
 def _check_solver(solver: object) -> None:

@@ -73,7 +73,10 @@ class Report:
         part.replace(file)
 
     def to_text(self) -> str:
-        """A line for each solver and kind of order, and how many pass, for the terminal."""
+        """A table for the terminal, then why some orders are not confirmed, and how many pass.
+
+        The table has a line for each solver and kind of order.
+        """
         rows = [("", "declared", "measured", "on", "verdict")]
         summary = summarise(self.checks)
         for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
@@ -101,7 +104,20 @@ class Report:
         closing = f"{len(passed)} of {len(summary)} hold what they declare"
         if not self.complete:
             closing += ", of what was measured before the interruption"
-        return "\n".join([*(line.rstrip() for line in lines), "", f"{closing}."])
+        table = "\n".join(line.rstrip() for line in lines)
+        return "\n\n".join(filter(None, [table, "\n".join(self.unconfirmed()), f"{closing}."]))
+
+    def unconfirmed(self) -> list[str]:
+        """Why no problem confirms what a solver declares, a line for each reason."""
+        passed = {(c.subject, c.kind) for c in self.checks if c.verdict is Verdict.PASS}
+        reasons: dict[tuple[str, str, str], list[str]] = {}
+        for c in self.checks:
+            if c.verdict is Verdict.INCONCLUSIVE and (c.subject, c.kind) not in passed:
+                reasons.setdefault((c.subject, c.kind, c.message), []).append(c.problem)
+        return [
+            f"{subject}, {kind} on {', '.join(names)}: {message}"
+            for (subject, kind, message), names in reasons.items()
+        ]
 
     def summary(self) -> dict[str, Verdict]:
         """A verdict for each solver that was measured and for the kernels."""

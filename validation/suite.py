@@ -12,6 +12,7 @@ import torch
 
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
+from cldsde.solvers.plan import without_warning
 
 from .cases import FlowCase, PathCase
 from .checks import (
@@ -150,7 +151,7 @@ def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
     if facts.ode_order is not None and wanted:
         kinds += ["ODE order"] if modes or not _high_order(solver) else []
     if not facts.adaptive and problem.dimension == 1:
-        followed = follows(solver, problem)
+        followed = _has_path(solver, problem)
         if facts.weak_order is not None and (not modes or (followed and not quick)):
             kinds.append("weak order")
         # With modes the score bends, which may cost a strong order that lines would not.
@@ -176,6 +177,7 @@ def _high_order(solver: Solver) -> bool:
     return (solver.facts.ode_order or 0) > _HIGH
 
 
+@without_warning()
 def _check(
     kind: str,
     name: str,
@@ -199,11 +201,11 @@ def _check(
         if kind in _SIMPLE:
             return _SIMPLE[kind](name, solver, problem, began)
         sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
-        followed = not sampled or follows(solver, problem)
-        if not followed and kind == "weak order":
-            text = "a weak order with modes, as it follows no Brownian path (path_noise)"
+        unfollowed = _no_path(solver, problem) if sampled else ""
+        if unfollowed and kind == "weak order":
+            text = f"a weak order with modes needs a Brownian path, and {unfollowed}"
             return Check(NOT_APPLICABLE, name, problem.name, None, None, None, text, 0.0)
-        estimate = _estimate(kind, solver, problem, shared, g) if followed else None
+        estimate = None if unfollowed else _estimate(kind, solver, problem, shared, g)
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         seconds = time.perf_counter() - began
         return Check(kind, name, problem.name, None, None, Verdict.FAIL, in_words(error), seconds)
@@ -212,8 +214,8 @@ def _check(
         declared, order = solver.facts.strong_order, None
         verdict = Verdict.INCONCLUSIVE
         message = (
-            f"`strong_order={declared:g}` is declared but `path_noise` is missing: implement it or "
-            "drop the claim"
+            f"`strong_order={declared:g}` is declared but {unfollowed}: implement it or drop the "
+            "claim"
         )
     else:
         declared, verdict, message = estimate.expected, estimate.verdict, estimate.message
@@ -392,13 +394,25 @@ def refusal(solver: Solver, problem: Problem, steps: int = 512) -> str:
     return ""
 
 
-def follows(solver: Solver, problem: Problem) -> bool:
-    """Whether a solver's normals are functionals of a Brownian path on a problem."""
+_MISSING = "`path_noise` is missing"
+
+
+def _no_path(solver: Solver, problem: Problem) -> str:
+    """Why a solver's normals are no functionals of a Brownian path; empty if they are."""
+    times = uniform_times(problem.start, problem.end, 8)
     try:
-        times = uniform_times(problem.start, problem.end, 8)
-        return solver.path_noise(problem.process, times) is not None
-    except ValueError:
-        return False
+        found = solver.path_noise(problem.process, times)
+    except ValueError as error:
+        return f"`path_noise` rejects the problem ({' '.join(str(error).split())})"
+    return _MISSING if found is None else ""
+
+
+def _has_path(solver: Solver, problem: Problem) -> bool:
+    """Whether a solver has `path_noise`; an error that it raises is left for the checks to find."""
+    try:
+        return _no_path(solver, problem) != _MISSING
+    except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
+        return True
 
 
 def summarise(found: Sequence[Check]) -> dict[str, Verdict]:

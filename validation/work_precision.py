@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cldsde.solvers import quadratic_times, solve
 from cldsde.solvers.authoring import Solver
+from cldsde.solvers.plan import without_warning
 from cldsde.solvers.progress import progress_bar
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
@@ -175,6 +176,7 @@ class WorkPrecision:
         figure.savefig(file, format=file_format)
 
 
+@without_warning()
 def work_precision(
     problem: Problem,
     solvers: Mapping[str, Solver],

@@ -24,16 +24,16 @@ from dataclasses import dataclass
 
 import torch
 
-from cldsde import solvers
+from cldsde.solvers.authoring import AffineSolver, Facts, Stage, Stages, as_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentredEuler(solvers.AffineSolver):
+class CentredEuler(AffineSolver):
     """Euler–Maruyama with coefficients of mid time."""
 
     @property
     def facts(self):
-        return solvers.Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
+        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
 
     def prepare(self, process, times):
         sde, middle = process.sde, (times[:-1] + times[1:]) / 2
@@ -41,7 +41,8 @@ class CentredEuler(solvers.AffineSolver):
         F, G = sde.drift(middle), sde.diffusion(middle)
         state = torch.eye(sde.components, dtype=torch.float64) - h * F
         score = h * (G @ G.mT)[..., list(sde.driven)]
-        return solvers.Affine(state.tolist(), score.tolist(), (h.sqrt() * G).tolist())
+        noise = as_blocks(h.sqrt() * G)
+        return Stages.of(Stage(as_blocks(state), as_blocks(score), noise=noise))
 '''
 QUICK = ("validate", "--quick", "--problem", "CLD")
 
@@ -254,7 +255,7 @@ class Leaving(CentredEuler):
         (["--solver", "sscss"], ["'sscss'", "module:ClassName", *named_solvers()]),
         (["--solver", "no_such_module_here:Solver"], ["no_such_module_here"]),
         (["--solver", "cldsde.solvers:NoSuchSolver"], ["NoSuchSolver"]),
-        (["--solver", "json:JSONDecoder"], ["must be a Solver or an Integrator"]),
+        (["--solver", "json:JSONDecoder"], ["must be a solver"]),
         (["--solver", "cldsde.solvers:Solver"], ["cldsde.solvers:Solver"]),
         (["--solver", "my_needy:Needy"], ["my_needy:Needy"]),
         (["--solver", "my_typo:Mine"], ["my_typo"]),
@@ -329,7 +330,7 @@ class Interrupted(CentredEuler):
     """The user loses patience during the second problem."""
 
     def step(self, z, memory, tables, i, score, noise):
-        if len(tables.state[0]) == 2:
+        if z.shape[1] == 2:
             raise KeyboardInterrupt
         return super().step(z, memory, tables, i, score, noise)
 '''
@@ -414,7 +415,7 @@ class Undeclared(CentredEuler):
 class Wordy(CentredEuler):
     @property
     def facts(self):
-        return solvers.Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order="1")
+        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order="1")
 '''
 )
 
@@ -483,6 +484,36 @@ def test_orders_that_nothing_confirms_are_no_success(capsys, here):
     report = read(here / "doubt.json")
     assert report["summary"] == {"my_doubt:CentredEuler": "INCONCLUSIVE"}
     assert report["inconclusive"] == {"my_doubt:CentredEuler": "1 of 2"}
+
+
+def test_the_table_says_why_nothing_confirms_an_order(capsys, here):
+    claims = EXAMPLE.replace("weak_order=1", "weak_order=1, strong_order=1")
+    (here / "my_claims.py").write_text(claims)
+    problems = ("--quick", "--problem", "VP", "--problem", "CLD")
+    assert run("validate", *problems, "--solver", "my_claims:CentredEuler") == 1
+    _, reasons, closing = capsys.readouterr().out.split("\n\n")
+    assert reasons == (
+        "my_claims:CentredEuler, strong order on VP, CLD: `strong_order=1` is declared but "
+        "`path_noise` is missing: implement it or drop the claim"
+    )
+    assert closing == "0 of 1 hold what they declare.\n"
+
+
+def test_a_solver_that_draws_its_own_noise_is_told_so(capsys, here):
+    drawing = (
+        EXAMPLE
+        + """
+    def step(self, z, *arguments):
+        z, memory = super().step(z, *arguments)
+        return z + 0.1 * torch.randn_like(z), memory
+"""
+    )
+    (here / "my_drawing.py").write_text(drawing)
+    assert run(*QUICK, "--solver", "my_drawing:CentredEuler") == 1
+    assert capsys.readouterr().err.splitlines()[-2] == (
+        "my_drawing:CentredEuler, weak order on CLD: ValueError: solver: the same state and noise "
+        "gave two different results; does the solver draw noise outside `noise.normal`?"
+    )
 
 
 REMOVING = (

@@ -34,6 +34,7 @@ from cldsde import (
     SubVPSDE,
     solvers,
 )
+from cldsde.solvers.authoring import Solver
 from cldsde.validation import propagate_moments
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -164,30 +165,20 @@ PROCESSES: dict[str, Callable[[], tuple[LinearSDE, Exact]]] = {
 }
 SPLITTABLE = [name for name in PROCESSES if name not in {"sub-VP", "VE"}]
 CASES = [("EM", name) for name in PROCESSES] + [("SSCS", name) for name in SPLITTABLE]
-SOLVERS: dict[str, solvers.Solver] = {"EM": EM, "SSCS": SSCS}
+SOLVERS: dict[str, Solver] = {"EM": EM, "SSCS": SSCS}
 
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
 every_splittable = pytest.mark.parametrize("name", SPLITTABLE)
 
 
-class Plain:
-    """A score without tables, so that the other way through the code is measured, too."""
-
-    def __init__(self, score: Any) -> None:
-        self.score = score
-
-    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.score(z, t)
-        return result
-
-
-def reverse(sde: LinearSDE, tabulated: bool = True) -> ReverseProcess:
+def reverse(sde: LinearSDE, known: bool = True) -> ReverseProcess:
+    """The reverse process, with a score that knows its times beforehand or is told each."""
     score = DATA.score(sde)
-    return ReverseProcess(sde, score if tabulated else Plain(score))
+    return ReverseProcess(sde, score if known else lambda z, t: score(z, t.clone()))
 
 
 def measured(
-    solver: solvers.Solver, sde: LinearSDE, exact: Exact, times: torch.Tensor, **options: Any
+    solver: Solver, sde: LinearSDE, exact: Exact, times: torch.Tensor, **options: Any
 ) -> tuple[Array, Array]:
     """Moments at the end of the grid, started from the exact ones."""
     start = float(times[0])
@@ -297,30 +288,38 @@ class TestRecursions:
             noise = sum(w * (exact.noise(t + i * h) - exact.noise(t - i * h)) for i, w in stencil)
             assert abs(noise / h - exact.slopes(t)[1]).max() <= 1e-8 * scale
 
-    @pytest.mark.parametrize("tabulated", [True, False])
+    @pytest.mark.parametrize("known", [True, False])
     @pytest.mark.parametrize(("grid", "steps"), RECURSION_GRIDS)
     @every_process
     def test_euler_maruyama_is_its_recursion(
-        self, name: str, grid: str, steps: int, tabulated: bool
+        self, name: str, grid: str, steps: int, known: bool
     ) -> None:
         sde, exact = PROCESSES[name]()
         times = GRIDS[grid](1.0, END, steps)
-        found = measured(EM, sde, exact, times, tabulated=tabulated)
+        found = measured(EM, sde, exact, times, known=known)
         # Kernels and references are both good to some 1e-14 here; the steps are contractions for
         # the most part, and 25 of them add their errors.
         assert distance(found, euler_maruyama(exact, times.tolist())) <= 1e-12
 
-    @pytest.mark.parametrize("tabulated", [True, False])
+    @pytest.mark.parametrize("known", [True, False])
     @pytest.mark.parametrize(("grid", "steps"), RECURSION_GRIDS)
     @every_splittable
     def test_sscs_is_its_unmerged_recursion(
-        self, name: str, grid: str, steps: int, tabulated: bool
+        self, name: str, grid: str, steps: int, known: bool
     ) -> None:
         sde, exact = PROCESSES[name]()
         times = GRIDS[grid](1.0, END, steps)
-        found = measured(SSCS, sde, exact, times, tabulated=tabulated)
+        found = measured(SSCS, sde, exact, times, known=known)
         # As above; the exponential of a doubled matrix loses a digit.
         assert distance(found, sscs(exact, times.tolist())) <= 1e-11
+
+    @pytest.mark.parametrize("method", ["EM", "SSCS"])
+    def test_a_thousand_steps_are_probed_at_once_without_loss(self, method: str) -> None:
+        sde, exact = PROCESSES["CLD, critical"]()
+        times = solvers.uniform_times(1.0, END, 1024)
+        recursion = {"EM": euler_maruyama, "SSCS": sscs}[method](exact, times.tolist())
+        # 1024 roundings of numbers of order 1 on either side, which contractions do not add up.
+        assert distance(measured(SOLVERS[method], sde, exact, times), recursion) <= 1e-12
 
     @pytest.mark.parametrize("method", ["EM", "SSCS"])
     def test_directions_of_the_data_are_kept_apart(self, method: str) -> None:
@@ -500,6 +499,33 @@ class TestSamples:
 
 ONE = torch.zeros(2, 1)
 GRID = solvers.uniform_times(1.0, 0.1, 3)
+OWN_NOISE = "the same state and noise gave two different results; does the solver draw noise outs"
+MOODY = "the noise that its steps draw depends on the state"
+
+
+class OwnNoise(solvers.EulerMaruyama):
+    """Adds noise that it draws itself."""
+
+    def step(self, z: Any, *arguments: Any) -> Any:
+        z, memory = super().step(z, *arguments)
+        return z + torch.randn_like(z), memory
+
+
+class Moody(solvers.EulerMaruyama):
+    """Draws more if some state is not zero."""
+
+    def step(self, z: Any, memory: Any, tables: Any, i: int, score: Any, noise: Any) -> Any:
+        if z.any():
+            noise.normal(z, 2)
+        return super().step(z, memory, tables, i, score, noise)
+
+
+class Exploding(solvers.EulerMaruyama):
+    """Leaves the numbers."""
+
+    def step(self, z: Any, *arguments: Any) -> Any:
+        z, memory = super().step(z, *arguments)
+        return z / 0, memory
 
 
 class TestRefusals:
@@ -546,7 +572,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("solver", [solvers.SSCS, None, "EM"])
     def test_what_is_no_solver_is_refused(self, solver: Any) -> None:
-        with pytest.raises(TypeError, match="solver must be a Solver"):
+        with pytest.raises(TypeError, match="solver must be a solver"):
             propagate_moments(reverse(CLD()), solver, GRID, ONE, torch.eye(2))
 
     @pytest.mark.parametrize("process", [CLD(), None])
@@ -561,6 +587,19 @@ class TestRefusals:
         times = solvers.uniform_times(1.0, END, 4)
         with pytest.raises(ValueError, match="not affine"):
             propagate_moments(process, solver, times, torch.zeros(2, 1), torch.eye(2))
+
+    @pytest.mark.parametrize(("solver", "reason"), [(OwnNoise(), OWN_NOISE), (Moody(), MOODY)])
+    def test_noise_that_is_not_the_source_s_is_refused(self, solver: Solver, reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            propagate_moments(reverse(CLD()), solver, GRID, ONE, torch.eye(2))
+
+    def test_a_solver_that_chooses_its_times_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="solver must work on a fixed grid; GottaGoFast choos"):
+            propagate_moments(reverse(CLD()), solvers.GottaGoFast(), GRID, ONE, torch.eye(2))
+
+    def test_moments_of_steps_that_diverge_are_not_finite_and_nothing_is_said(self) -> None:
+        found = propagate_moments(reverse(CLD()), Exploding(), GRID, ONE, torch.eye(2))
+        assert not found[0].isfinite().any()
 
     @pytest.mark.parametrize("method", ["EM", "SSCS"])
     def test_a_score_that_is_not_affine_is_refused(self, method: str) -> None:

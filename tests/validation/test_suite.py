@@ -23,20 +23,18 @@ from cldsde.solvers import (
     Ancestral,
     EulerMaruyama,
     ExponentialMultistep,
-    Facts,
     GottaGoFast,
-    Integrator,
     NoiseSource,
     PredictorCorrector,
     ProbabilityFlow,
     ReverseDiffusion,
-    Solver,
     Splitting,
     StochasticHeun,
     canonical_name,
     find_solver,
     named_solvers,
 )
+from cldsde.solvers.authoring import Facts, Solver
 from cldsde.validation import (
     Check,
     OrderEstimate,
@@ -94,10 +92,9 @@ class NoiseByLength(EulerMaruyama):
 
     def prepare(self, process, times):
         tables = super().prepare(process, times)
-        roots = (-times.diff()).sqrt().tolist()
-        return tables._replace(
-            noise=[scaled(block, root) for block, root in zip(tables.noise, roots, strict=True)]
-        )
+        (stage,), roots = tables.stages, (-times.diff()).sqrt().tolist()
+        noise = [scaled(block, root) for block, root in zip(stage.noise, roots, strict=True)]
+        return tables._replace(stages=(stage._replace(noise=noise),))
 
 
 class WrongWeights(ExponentialMultistep):
@@ -140,11 +137,14 @@ class WrongPart(SSCS):
         tables = super().prepare(process, times)
         middle = (times[:-1] + times[1:]) / 2
         closing = process.sde.stationary_reversal.transition(times[1:], middle).mean
-        mean, root = tables.opening
-        wrong = torch.tensor(mean, dtype=torch.float64) @ torch.linalg.inv(closing)
-        *others, last = tables.stages
-        moved = [(wrong @ torch.tensor(part, dtype=torch.float64)).tolist() for part in last]
-        return tables._replace(stages=[*others, type(last)(*moved)], root=root)
+        opens, *others, last = tables.stages
+        wrong = torch.tensor(opens.state, dtype=torch.float64) @ torch.linalg.inv(closing)
+        moved = {
+            name: (wrong @ torch.tensor(getattr(last, name), dtype=torch.float64)).tolist()
+            for name in ("state", "score", "base")
+        }
+        last = last._replace(**moved, noise=opens.noise)
+        return tables._replace(stages=(opens, *others, last))
 
 
 SPLIT: dict[str, Any] = {"score_step": "midpoint", "merge": False}
@@ -385,7 +385,7 @@ FACTS = EulerMaruyama().facts
     [
         (RuntimeError, "facts cannot be read: RuntimeError: no facts"),
         (SystemExit, "facts cannot be read: SystemExit: no facts"),
-        (None, "facts must be a cldsde.solvers.Facts; got None"),
+        (None, "facts must be a cldsde.solvers.authoring.Facts; got None"),
         (replace(FACTS, weak_order="1"), "facts.weak_order must be a positive number or None; got"),
         (replace(FACTS, weak_order=0), "facts.weak_order must be"),
         (replace(FACTS, strong_order=math.nan), "facts.strong_order must be"),
@@ -431,8 +431,22 @@ class Undecided(EulerMaruyama):
         return super().step(z, memory, tables, i, score, noise)
 
 
+class OwnNoise(EulerMaruyama):
+    """Adds noise that it draws itself."""
+
+    def step(self, z, *arguments):
+        z, memory = super().step(z, *arguments)
+        return z + 0.1 * torch.randn_like(z), memory
+
+
 @pytest.mark.parametrize(
-    ("broken", "words"), [(Unprepared(), "no tables"), (Pathless(), "no path"), (Undecided(), "")]
+    ("broken", "words"),
+    [
+        (Unprepared(), "no tables"),
+        (Pathless(), "no path"),
+        (Undecided(), "the noise that its steps draw depends on the state"),
+        (OwnNoise(), "the same state and noise gave two different results; does the solver draw"),
+    ],
 )
 def test_a_solver_that_breaks_elsewhere_does_not_pass_and_the_others_go_on(broken, words):
     solvers = {"broken": broken, "healthy": SSCS()}
@@ -766,7 +780,9 @@ def test_a_strong_order_that_cannot_be_measured_is_not_passed_over():
     made = list(checks({"sscs": Claims()}, {VP: PROBLEMS[VP]}, kernels=False, quick=True))
     (strong,) = [check for check in made if check.kind == STRONG]
     assert strong.verdict is INCONCLUSIVE
-    assert "path_noise" in strong.message
+    assert strong.message == (
+        "`strong_order=3` is declared but `path_noise` is missing: implement it or drop the claim"
+    )
 
 
 def test_a_high_order_is_measured_where_it_rises_above_rounding():
@@ -837,7 +853,9 @@ def test_a_solver_that_refuses_a_path_has_no_weak_order_on_a_mixture_and_does_no
         ("not applicable", None),
         (STRONG, INCONCLUSIVE),
     ]
-    assert made[1].message.startswith("a weak order with modes")
+    reason = "`path_noise` rejects the problem (no path with these options)"
+    assert made[1].message == f"a weak order with modes needs a Brownian path, and {reason}"
+    assert made[2].message.startswith(f"`strong_order=1` is declared but {reason}: implement it")
 
 
 def test_the_seed_decides_what_is_sampled():
@@ -885,7 +903,7 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
 def test_every_name_finds_its_solver():
     for name, solver in named_solvers().items():
         assert find_solver(name) == solver
-        assert isinstance(solver, Solver | Integrator)
+        assert isinstance(solver, Solver)
 
 
 def test_short_names_find_their_solvers_and_stand_for_full_ones():
@@ -916,9 +934,9 @@ def test_a_solver_is_found_by_its_class_or_as_an_object(tmp_path, monkeypatch):
         ("no_such_module_here:Solver", ["no_such_module_here", "cannot be loaded"]),
         ("cldsde.solvers:NoSuchSolver", ["NoSuchSolver", "cannot be loaded"]),
         (":SSCS", [":SSCS"]),
-        ("json:JSONDecoder", ["must be a Solver or an Integrator"]),
-        ("json:loads", ["must be a Solver or an Integrator"]),
-        ("cldsde.solvers:Solver", ["cldsde.solvers:Solver"]),  # abstract
+        ("json:JSONDecoder", ["must be a solver"]),
+        ("json:loads", ["must be a solver"]),
+        ("cldsde.solvers.authoring:Solver", ["cldsde.solvers.authoring:Solver"]),  # abstract
         (".solvers:SSCS", [".solvers:SSCS"]),
     ],
 )
@@ -1016,8 +1034,10 @@ def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkey
 
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
-    *lines, blank, closing = Report(diverse()).to_text().splitlines()
-    assert (blank, closing) == ("", "2 of 6 hold what they declare.")
+    table, reasons, closing = Report(diverse()).to_text().split("\n\n")
+    assert closing == "2 of 6 hold what they declare."
+    assert reasons.startswith("third, weak order on VP: An order needs")
+    lines = table.splitlines()
     assert lines[0].split() == ["declared", "measured", "on", "verdict"]
     heads = [line.split("  ")[0] for line in lines[1:]]
     assert heads == [
@@ -1042,6 +1062,26 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     header, _, closing = Report(()).to_text().splitlines()
     assert header.split() == ["declared", "measured", "on", "verdict"]
     assert closing == "0 of 0 hold what they declare."
+
+
+def test_reasons_why_nothing_confirms_a_declared_order_are_below_the_table_once():
+    claim = (
+        "`strong_order=1` is declared but `path_noise` is missing: implement it or drop the claim"
+    )
+    found = [
+        *(Check(STRONG, "it", p, 1, None, INCONCLUSIVE, claim, 0.1) for p in (VP, CLD)),
+        check(1, 1, problem=VP),
+        check(None, 1, problem=CLD),  # confirmed on VP
+        check(None, 1, problem=VP, name="other"),
+    ]
+    report = Report(found)
+    first, second = report.unconfirmed()
+    assert first == f"it, strong order on VP, CLD: {claim}"
+    assert second == f"other, weak order on VP: {found[-1].message}"
+    assert report.to_text().split("\n\n")[1:] == [
+        f"{first}\n{second}",
+        "0 of 2 hold what they declare.",
+    ]
 
 
 def test_failures_are_named_with_their_message():
@@ -1127,7 +1167,7 @@ def test_a_solver_none_of_whose_orders_of_a_kind_is_conclusive_does_not_pass(sol
 def test_levels_that_do_not_differ_have_no_order():
     class Still(EulerMaruyama):
         def step(self, z, memory, tables, i, score, noise):
-            noise.normal(z, tables.noise.shape[-1] if hasattr(tables, "noise") else 1)
+            noise.normal(z, 1)
             return z, memory
 
     assert all(check.verdict is not PASS for check in of_orders(measured(Still(), [VP])))
