@@ -26,7 +26,13 @@ from cldsde.images.figures import picture, save_grid
 from cldsde.images.files import PARTIAL, all_to_disk, brief, check_writable, held, write_whole
 from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
-from cldsde.images.sampling import check_sampling, class_batches, draw_images, guided, make_solver
+from cldsde.images.sampling import (
+    ImageSampler,
+    check_sampling,
+    class_batches,
+    guided,
+    make_solver,
+)
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.progress import progress_bar
 
@@ -144,17 +150,8 @@ class SampleRequest:
 
     def draw(self, label: int | None, seeds: list[int]) -> Tensor:
         """Images of one batch, uint8."""
-        space = self.model.space
-        score = guided(self.model.score, space, label, self.guidance)
-        return draw_images(
-            score,
-            space,
-            seeds,
-            self.sampling,
-            vae=self.model.vae,
-            around=self._around,
-            batch=len(seeds),
-        ).images
+        score = guided(self.model.score, self.model.space, label, self.guidance)
+        return self._sampler.draw(seeds, score).images
 
     def digest(self) -> str:
         """Of everything that the images and their parts depend on."""
@@ -184,6 +181,13 @@ class SampleRequest:
         if _note_of(_parts_folder(out)) != self.digest():
             return False
         return sorted(file.name for file in out.iterdir()) == self.picture_names()
+
+    @cached_property
+    def _sampler(self) -> ImageSampler:
+        model = self.model
+        return ImageSampler(
+            model.score, model.space, self.sampling, vae=model.vae, around=self._around
+        )
 
     @cached_property
     def _around(self) -> Callable[[Solver], Imputation] | None:

@@ -20,13 +20,14 @@ from cldsde.images.model import DiffusionModel, ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
 from cldsde.score import MixedScore, ReverseProcess, Score
-from cldsde.solvers import SampleNoise, find_solver, grids, plan
+from cldsde.solvers import Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.plan import without_warning
 from cldsde.solvers.progress import progress_bar
 
 __all__ = [
     "GuidedScore",
+    "ImageSampler",
     "Samples",
     "check_sampling",
     "class_batches",
@@ -138,15 +139,24 @@ def check_sampling(
     ValueError
         If solver, options, budget and process do not fit.
     """
-    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
     try:
-        solver = make_solver(sampling)
-        times = time_grid(process, solver, sampling)
-        plan(process, solver if around is None else around(solver), times)
+        _plan(score, sampling, sde, around)
     except ValueError as error:
         named = re.split(r"[:.\s]", str(error), maxsplit=1)[0] in _KEYS
         msg = f"sampling.{error}" if named else f"sampling.solver: {error}"
         raise ValueError(msg) from error
+
+
+def _plan(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None,
+    around: Callable[[Solver], Imputation] | None,
+) -> Plan:
+    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    solver = make_solver(sampling)
+    times = time_grid(process, solver, sampling)
+    return plan(process, solver if around is None else around(solver), times)
 
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
@@ -169,6 +179,84 @@ class Samples(NamedTuple):
     evaluations: Tensor
 
 
+class ImageSampler:
+    """Sampler of images whose solver, grid and tables are computed once, for any number of batches.
+
+    Parameters
+    ----------
+    score
+        A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
+    space
+        What the images are.
+    sampling
+        Solver and budget.
+    sde
+        The forward process; that of the score if None.
+    vae
+        The autoencoder that decodes the samples of a process of latent variables.
+    around
+        Makes an `Imputation` of the solver, if a part of the images is known.
+    device
+        Of the states; that of the score's buffers if None.
+
+    Raises
+    ------
+    ValueError
+        If solver, budget and process do not fit.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        space: ImageSpace,
+        sampling: SamplingConfig,
+        *,
+        sde: LinearSDE | None = None,
+        vae: VAE | None = None,
+        around: Callable[[Solver], Imputation] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if device is None:
+            model = score.model if isinstance(score, GuidedScore) else score
+            device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
+        self._space, self._sampling, self._vae, self._device = space, sampling, vae, device
+        self._plan = _plan(score, sampling, sde, around)
+
+    def draw(self, seeds: Sequence[int], score: Score | None = None) -> Samples:
+        """Sample one image for each seed, as one batch.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²).
+        score
+            Another score of the same process, such as one given a class; None: the sampler's own.
+
+        Raises
+        ------
+        ValueError
+            If a seed is out of range.
+        FloatingPointError
+            If an image is not finite.
+        """
+        sampler = self._plan if score is None else self._plan.with_score(score)
+        sde, solver, space, vae = sampler.process.sde, sampler.solver, self._space, self._vae
+        noise = SampleNoise(seeds)
+        shape = space.shape if vae is None else vae.latent_shape
+        start = noise.start(sde, shape, device=self._device)
+        with torch.no_grad(), without_warning():
+            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise)
+        if not found.success:
+            msg = f"{self._sampling.solver} failed: {found.message}"
+            raise FloatingPointError(msg)
+        data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
+        if vae is not None:
+            with torch.no_grad():
+                data = vae.images(data)
+        images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
+        return Samples(images, found.stats["nfev"])
+
+
 def draw_images(
     score: Score,
     space: ImageSpace,
@@ -182,29 +270,17 @@ def draw_images(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Samples:
-    """Draw one image for each seed.
+    """Sample one image for each seed.
 
     Parameters
     ----------
-    score
-        A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
-    space
-        What the images are.
+    score, space, sampling, sde, vae, around, device
+        See `ImageSampler`.
     seeds
-        Integers in [0, 2³²): an image depends on its own alone, but for the rounding of the
+        Integers in [0, 2³²). An image depends on its own seed alone, except for rounding in the
         network, which may depend on the size of the batch.
-    sampling
-        Solver and budget.
-    sde
-        The forward process; that of the score if None.
-    vae
-        The autoencoder that decodes what is drawn, where the process is of latent variables.
-    around
-        Makes of the solver an `Imputation`, where a part of the images is known.
     batch
-        Images drawn at once.
-    device
-        Of the states; that of the score's buffers if None.
+        Images sampled at once.
     progress
         Show a progress bar on stderr.
 
@@ -220,35 +296,14 @@ def draw_images(
     FloatingPointError
         If an image is not finite.
     """
-    sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
-    if device is None:
-        model = score.model if isinstance(score, GuidedScore) else score
-        device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
-    process = ReverseProcess(sde, score)
-    solver = make_solver(sampling)
-    times = time_grid(process, solver, sampling)
-    if around is not None:
-        solver = around(solver)
-    shape = space.shape if vae is None else vae.latent_shape
-    sampler = plan(process, solver, times)
-    images, evaluations = [], []
+    sampler = ImageSampler(score, space, sampling, sde=sde, vae=vae, around=around, device=device)
+    found = []
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for first in range(0, len(seeds), batch):
-            noise = SampleNoise(seeds[first : first + batch])
-            start = noise.start(sde, shape, device=device)
-            with torch.no_grad(), without_warning():
-                found = sampler.solve(start, noise=noise, denoise=sampling.denoise)
-            if not found.success:
-                msg = f"{sampling.solver} failed: {found.message}"
-                raise FloatingPointError(msg)
-            data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
-            if vae is not None:
-                with torch.no_grad():
-                    data = vae.images(data)
-            images.append(to_levels(data.cpu(), space.levels, dequantised=space.dequantised))
-            evaluations.append(found.stats.get("nfev", torch.full((len(start),), found.nfev)))
-            bar.update(len(start))
-    return Samples(torch.cat(images), torch.cat(evaluations))
+            some = seeds[first : first + batch]
+            found.append(sampler.draw(some))
+            bar.update(len(some))
+    return Samples(*map(torch.cat, zip(*found, strict=True)))
 
 
 def class_batches(
@@ -295,12 +350,12 @@ def draw_of_classes(
 
     Parameters and result are those of `draw_images`.
     """
+    sampler = ImageSampler(model.score, space, sampling, vae=model.vae)
     drawn: dict[int, tuple[Tensor, Tensor]] = {}
     batches = class_batches(space, seeds, batch)
     with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
         for label, some in batches:
-            score = guided(model.score, space, label)
-            found = draw_images(score, space, some, sampling, vae=model.vae, batch=batch)
+            found = sampler.draw(some, guided(model.score, space, label))
             drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
             bar.update(len(some))
     return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))

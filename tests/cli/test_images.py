@@ -14,6 +14,7 @@ import pytest
 
 from cldsde.cli import main
 from cldsde.images.files import held
+from cldsde.solvers import Plan
 from command import refused
 
 CONFIG = """
@@ -118,6 +119,18 @@ def test_samples_go_into_a_file_a_picture_or_a_folder(run, tmp_path, capsys):
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
         f"{i}.png" for i in range(3, 8)
     ]
+
+
+def test_a_method_of_torchdiffeq_with_fixed_steps_takes_a_budget(run, tmp_path, monkeypatch):
+    solved, solve = [], Plan.solve
+    monkeypatch.setattr(
+        Plan, "solve", lambda self, *a, **o: solved.append(self) or solve(self, *a, **o)
+    )
+    arguments = ["sample", str(run), "--solver", "torchdiffeq-rk4", "--nfe", "40", "--seeds", "0-1"]
+    assert main([*arguments, "--device", "cpu", "--out", str(tmp_path / "a.npz")]) == 0
+    # Four evaluations per step; one of the 40 denoises.
+    (plan,) = solved
+    assert (len(plan.times) - 1, plan.nfev) == (9, 36)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,10 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, expected):
         ({"rows": [{**EM, "options": {"ordr": 3}}]}, r"rows\[0\].options.ordr is not known"),
         ({"rows": [{**EM, "tolerances": [0.1]}]}, r"rows\[0\].nfe is what euler-maruyama needs"),
         ({"rows": [{**EM, "solver": "probability-flow"}]}, r"rows\[0\].tolerances is what"),
-        ({"rows": [{**EM, "solver": "torchdiffeq-rk4"}]}, r"rows\[0\].solver must step on"),
+        (
+            {"rows": [{"model": "VP", "solver": "torchdiffeq-rk4", "tolerances": [0.1]}]},
+            r"rows\[0\].nfe is what torchdiffeq-rk4 needs, a list, and not tolerances",
+        ),
         (
             {"rows": [{"model": "VP", "solver": "probability-flow", "tolerances": [-1.0]}]},
             r"rows\[0\].tolerances must be finite and positive",
@@ -128,6 +131,10 @@ def test_what_makes_no_sense_is_refused_by_its_key(changes, message):
         (
             {"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]},
             r"rows\[0\].nfe: 2 evaluations",
+        ),
+        (
+            {"rows": [{**EM, "solver": "torchdiffeq-rk4", "nfe": [8, 4]}]},
+            r"rows\[0\].nfe: 4 evaluations are too few for a step of torchdiffeq-rk4",
         ),
         (
             {"base": {**TINY["base"], "network": {"options": {"channels": [16, 17]}}}},

@@ -32,6 +32,7 @@ from cldsde.images.sampling import (
     time_grid,
 )
 from cldsde.images.training import train
+from cldsde.score.times import KnownTimes
 
 SPACE = ImageSpace((3, 4, 4))
 FIXED = SamplingConfig(solver="sscs", nfe=6, t_end=1e-2)
@@ -95,7 +96,41 @@ def test_an_image_depends_on_its_seed_alone():
     assert not torch.equal(together[0], together[1])
 
 
-@pytest.mark.parametrize("name", ["euler-maruyama", "sscs", "stochastic-heun", "splitting-obab"])
+@pytest.fixture
+def prepared(monkeypatch):
+    """Number of tables that are made."""
+    made, prepare = [], solvers.SSCS.prepare
+    monkeypatch.setattr(solvers.SSCS, "prepare", lambda *a: made.append(1) or prepare(*a))
+    return made
+
+
+def test_tables_are_computed_once_for_all_batches(run, prepared):
+    score = pixel_score(CLD())
+    found = draw_images(score, SPACE, range(256), FIXED, sde=CLD(), batch=64)
+    assert len(found.images) == 256
+    assert len(prepared) == 1
+    # Of three classes, one after the other.
+    space = dataclasses.replace(run.space, always_classes=True)
+    draw_of_classes(run.model, space, range(6), FIXED, batch=1)
+    assert len(prepared) == 2
+
+
+@pytest.mark.parametrize("label", [None, "all"])
+def test_tables_of_a_request_are_computed_once_for_all_batches(run, prepared, tmp_path, label):
+    request = SampleRequest(model=run, sampling=FIXED, seeds=range(6), batch=2, label=label)
+    draw_to(tmp_path / "x.npz", request)
+    assert len(prepared) == 1
+
+
+def test_a_solve_that_fails_raises_and_does_not_warn():
+    with pytest.raises(FloatingPointError, match="sscs failed: the state is not finite"):
+        draw_images(lambda z, t: z[:, 1:] / 0, SPACE, range(2), FIXED, sde=CLD())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["euler-maruyama", "sscs", "stochastic-heun", "splitting-obab", "torchdiffeq-rk4"],
+)
 @pytest.mark.parametrize("nfe", [5, 12, 31])
 def test_budgets_are_used_and_not_exceeded(name, nfe):
     sampling = SamplingConfig(solver=name, nfe=nfe, t_end=1e-2)
@@ -181,7 +216,6 @@ def test_options_of_solvers_are_passed_on_or_refused():
 
 def test_guidance_is_linear_in_the_scores(run):
     z = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    times = torch.tensor([0.7, 0.3], dtype=torch.float64)
     with torch.no_grad():
         given, free = (
             run.score(z, 0.3, condition=torch.tensor([label, label])) for label in (1, 3)
@@ -192,7 +226,8 @@ def test_guidance_is_linear_in_the_scores(run):
             tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(given.abs().max())}
             found = guided(z, torch.full((2,), 0.3))
             torch.testing.assert_close(found, expected, **tolerance)
-            torch.testing.assert_close(guided.tabulate(times, z)(z, 1), expected, **tolerance)
+            known = KnownTimes(torch.tensor([0.7, 0.3], dtype=torch.float64)).arguments(z)
+            torch.testing.assert_close(guided(z, known[1]), expected, **tolerance)
     assert not torch.equal(given, free)
 
 
