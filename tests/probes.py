@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from cldsde import LinearSDE
+from cldsde import LinearSDE, ReverseProcess
+from cldsde.score.times import KnownTimes
+from cldsde.solvers.base import GridSolver, KnownScore
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,21 +56,13 @@ class Recording:
         return len(self.times)
 
 
-class RecordingTable(Recording):
-    """A score that has tables and remembers which rows were used."""
-
-    def tabulate(
-        self, times: torch.Tensor, like: torch.Tensor
-    ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        table = self.score.tabulate(times, like)
-
-        def score(z: torch.Tensor, i: int) -> torch.Tensor:
-            self.states.append(z.clone())
-            self.times.append(times[i].expand(len(z)))
-            result: torch.Tensor = table(z, i)
-            return result
-
-        return score
+def known_score(
+    process: ReverseProcess, solver: GridSolver, times: torch.Tensor, z: torch.Tensor
+) -> KnownScore:
+    """The score at the times of a solver's evaluations, with its coefficients computed."""
+    score = KnownScore(process, KnownTimes(solver.evaluation_times(process, times)), z)
+    score(z, 0)
+    return score
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import BrownianPath
+from cldsde.solvers.authoring import NoiseSource, Solver
 from probes import generator, start, untouchable
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -474,14 +475,14 @@ class TestBits:
 
 
 EM, EXPONENTIAL = solvers.EulerMaruyama(), solvers.ExponentialEuler()
-INCREMENTS: dict[str, solvers.Solver] = {
+INCREMENTS: dict[str, Solver] = {
     "EM": EM,
     "torchsde, euler": solvers.TorchSDE(method="euler"),
     "torchsde, heun": solvers.TorchSDE(method="heun"),
     "torchsde, midpoint": solvers.TorchSDE(method="midpoint"),
     "torchsde, euler_heun": solvers.TorchSDE(method="euler_heun"),
 }
-INTEGRALS: dict[str, solvers.Solver] = {
+INTEGRALS: dict[str, Solver] = {
     "exponential": EXPONENTIAL,
     "reverse diffusion": solvers.ReverseDiffusion(),
 }
@@ -526,6 +527,12 @@ def along(method: str, process: ReverseProcess, path: BrownianPath, n: int) -> t
     solution = solvers.solve(process, SOLVERS[method], z, times, noise=path)
     assert solution.success
     return solution.state
+
+
+def normals(path: BrownianPath, sde: LinearSDE, solver: Solver, times: torch.Tensor) -> NoiseSource:
+    """The source that a solver's steps over a grid get from a path."""
+    process = ReverseProcess(sde, untouchable)
+    return path.along(sde, times, lambda: solver.path_noise(process, times))
 
 
 def order(errors: list[float]) -> float:
@@ -582,11 +589,10 @@ class TestSolving:
     @pytest.mark.parametrize("name", ["CLD, linear", "turning", "PSLD"])
     def test_increments_are_the_normals_of_these_solvers(self, name: str) -> None:
         sde = CONVERGING[name]()
-        process, path = ReverseProcess(sde, untouchable), make(sde)
-        times = solvers.quadratic_times(1.0, 0.02, 6)
+        path, times = make(sde), solvers.quadratic_times(1.0, 0.02, 6)
         z, m = start(VPSDE(), (5, 3)).expand(-1, 2, -1), sde.diffusion(0.5).shape[-1]
         for solver in INCREMENTS.values():
-            noise = path.along(process, solver, times)
+            noise = normals(path, sde, solver, times)
             for t, u in itertools.pairwise(times.tolist()):
                 expected = path.increment(u, t) / math.sqrt(t - u)
                 assert torch.allclose(noise.normal(z, m), expected, rtol=0, atol=1e-12)
@@ -597,7 +603,7 @@ class TestSolving:
         sde, reference = PROCESSES[name]()
         process, path = ReverseProcess(sde, untouchable), make(sde)
         solver: Any = INTEGRALS[method]
-        noise, roots = path.along(process, solver, GRID), solver.prepare(process, GRID).noise
+        noise, roots = normals(path, sde, solver, GRID), solver.prepare(process, GRID).noise
         z = start(sde, (5, 3))
         for root, (t, u) in zip(roots, itertools.pairwise(GRID.tolist()), strict=True):
             xi = noise.normal(z, len(root[0]))
@@ -617,7 +623,7 @@ class TestSolving:
         solver: Any = SOLVERS[method]
         process, path = ReverseProcess(sde, untouchable), as_maps(monkeypatch, sde)
         rows = solver.path_noise(process, GRID).increment.shape[1]
-        noise = path.along(process, solver, GRID)
+        noise = normals(path, sde, solver, GRID)
         like = torch.zeros(800, sde.components, dtype=torch.float64)
         reads = torch.cat([noise.normal(like, rows) for _ in range(len(GRID) - 1)], dim=1)
         # The solver's root is not that of the path: two factorisations of one covariance.

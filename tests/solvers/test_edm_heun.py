@@ -37,8 +37,9 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import EDMHeun, Langevin, PredictorCorrector
+from cldsde.solvers.authoring import Memory
 from cldsde.validation import propagate_moments
-from probes import Recording, RecordingTable, generator, no_waiting, start, untouchable
+from probes import Recording, generator, known_score, no_waiting, start, untouchable
 from score.exact import Constant
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -537,22 +538,17 @@ class TestCounting:
     """Evaluations of the score and draws of noise: their number, and their times."""
 
     @pytest.mark.parametrize(
-        ("times", "recording"),
-        [
-            (GRID[1:], Recording),
-            (TO_ZERO[1:], RecordingTable),
-            (GRID[[1, 4]], RecordingTable),
-            (TO_ZERO[[1, -1]], Recording),
-        ],
+        "times",
+        [GRID[1:], TO_ZERO[1:], GRID[[1, 4]], TO_ZERO[[1, -1]]],
         ids=["above 0", "to 0", "one step", "one step to 0"],
     )
     @pytest.mark.parametrize("options", [{}, *NOISY[2:], {"churn": 1e3}], ids=str)
     @every_process
     def test_evaluations_are_counted_and_at_the_levels_of_the_algorithm(
-        self, name: str, options: dict[str, Any], times: torch.Tensor, recording: Any
+        self, name: str, options: dict[str, Any], times: torch.Tensor
     ) -> None:
         sde, n = PROCESSES[name][0](), len(times) - 1
-        score = recording(MODES.score(sde))
+        score = Recording(MODES.score(sde))
         process, solver = ReverseProcess(sde, score), EDMHeun(**options)
         solution = solvers.solve(process, solver, start(sde), times, generator=generator())
         assert solution.success
@@ -693,15 +689,15 @@ class TestSteps:
         score: Any = MODES.score(sde)
         if kind == "mixed":
             score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
+        elif kind == "plain":
+            score = lambda z, t: -z  # noqa: E731
         process, z = ReverseProcess(sde, score), start(sde)
-        table = score.tabulate(solver.evaluation_times(process, times), z)
-        if kind == "plain":
-            table = lambda z, i: -z  # noqa: E731
+        known = known_score(process, solver, times, z)
         tables, noise = solver.prepare(process, times), solvers.FreshNoise(generator())
         with no_waiting(monkeypatch), torch.no_grad():
-            memory: solvers.Memory = ()
+            memory: Memory = ()
             for i in range(len(times) - 1):
-                z, memory = solver.step(z, memory, tables, i, table, noise)
+                z, memory = solver.step(z, memory, tables, i, known, noise)
                 assert memory == ()
         assert z.isfinite().all()
 

@@ -35,8 +35,9 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import ExponentialMultistep as Multistep
+from cldsde.solvers.authoring import Memory
 from cldsde.validation import propagate_moments
-from probes import generator, no_waiting, start, untouchable
+from probes import generator, known_score, no_waiting, start, untouchable
 from score import exact
 from score.exact import Constant
 
@@ -582,12 +583,12 @@ class TestSteps:
         sde, solver = CLD(), Multistep(**options)
         score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
         process, z = ReverseProcess(sde, score), start(sde)
-        table = score.tabulate(solver.evaluation_times(process, GRID), z)
+        known = known_score(process, solver, GRID, z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
         with no_waiting(monkeypatch), torch.no_grad():
-            memory: solvers.Memory = ()
+            memory: Memory = ()
             for i in range(len(GRID) - 1):
-                z, memory = solver.step(z, memory, tables, i, table, noise)
+                z, memory = solver.step(z, memory, tables, i, known, noise)
         assert z.isfinite().all()
 
     @every_variant

@@ -12,11 +12,12 @@ import torch
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
-from probes import generator, no_waiting, start
+from cldsde.solvers.authoring import Facts, GridSolver, Memory, Solver
+from probes import generator, known_score, no_waiting, start
 from score import exact
 
 FAMILIES: dict[str, Any] = {"VP": VPSDE, "VE": lambda: VESDE(0.05, 20.0), "CLD": CLD, "HOLD": HOLD}
-PREDICTORS: dict[str, solvers.Solver] = {
+PREDICTORS: dict[str, Solver] = {
     "EM": solvers.EulerMaruyama(),
     "reverse diffusion": solvers.ReverseDiffusion(),
     "ancestral": solvers.Ancestral(),
@@ -47,12 +48,12 @@ class Recording:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stay(solvers.Solver):
+class Stay(GridSolver):
     """A predictor that asks for the score and stays where it is."""
 
     @property
-    def facts(self) -> solvers.Facts:
-        return solvers.Facts(applies_to="everything", nfe_per_step=1)
+    def facts(self) -> Facts:
+        return Facts(applies_to="everything", nfe_per_step=1)
 
     def prepare(self, process: ReverseProcess, times: torch.Tensor) -> None:
         return None
@@ -317,12 +318,12 @@ class TestSampling:
         solver = PredictorCorrector(PREDICTORS[predictor], Langevin(norm=norm, steps=2))
         score = exact.mixture().score(sde)
         process, z = ReverseProcess(sde, score), start(sde)
-        table = score.tabulate(solver.evaluation_times(process, GRID), z)
+        known = known_score(process, solver, GRID, z)
         tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
         with no_waiting(monkeypatch):
-            memory: solvers.Memory = ()
+            memory: Memory = ()
             for i in range(len(GRID) - 1):
-                z, memory = solver.step(z, memory, tables, i, table, noise)
+                z, memory = solver.step(z, memory, tables, i, known, noise)
         assert z.isfinite().all()
 
 
@@ -337,16 +338,16 @@ class TestRefusals:
             solvers.SSCS(score_step="gaussian"),
             solvers.ExponentialMultistep(corrector=True),
             solvers.ExponentialMultistep(order=1, stochasticity=1.0, corrector=True),
+            solvers.ProbabilityFlow(),
+            solvers.GottaGoFast(),
         ],
     )
-    def test_predictors_without_a_state_at_grid_times(self, predictor: solvers.Solver) -> None:
+    def test_predictors_without_a_state_at_grid_times(self, predictor: Solver) -> None:
         with pytest.raises(ValueError, match="predictor must leave a state at each grid time"):
             PredictorCorrector(predictor, Langevin())
 
-    @pytest.mark.parametrize(
-        "predictor", [None, "EM", solvers.EulerMaruyama, solvers.ProbabilityFlow(), Langevin()]
-    )
-    def test_predictors_that_are_no_solvers_of_a_grid(self, predictor: Any) -> None:
+    @pytest.mark.parametrize("predictor", [None, "EM", solvers.EulerMaruyama, Langevin()])
+    def test_predictors_that_are_no_solvers(self, predictor: Any) -> None:
         with pytest.raises(TypeError, match="predictor must be a solver"):
             PredictorCorrector(predictor, Langevin())
 
@@ -367,7 +368,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("norm", ["mean", "", None])
     def test_unknown_norms(self, norm: Any) -> None:
-        with pytest.raises(ValueError, match="norm must be 'sample' or 'batch'"):
+        with pytest.raises(ValueError, match="norm must be one of 'sample', 'batch'"):
             Langevin(norm=norm)
 
     def test_what_the_predictor_refuses(self) -> None:

@@ -34,6 +34,8 @@ LEVELS = {"bosh3": (1e-4, 10**-6.5), "dopri5": (1e-5, 1e-10), "dopri8": (1e-6, 1
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_method = pytest.mark.parametrize("method", list(METHODS))
+every_pace = pytest.mark.parametrize("pace", ["batch", "sample"])
+may_fail = pytest.mark.filterwarnings("ignore:the solve failed")
 
 
 def ends(eps: float = 1e-2, T: float = 1.0) -> torch.Tensor:
@@ -190,11 +192,12 @@ class TestSolution:
         flat = run(sde, gaussian().score(sde), state.flatten(2))
         assert torch.equal(flat.state, found.state.flatten(2))
 
-    def test_denoising_is_the_data_prediction_and_counts_one_evaluation(self) -> None:
+    @every_pace
+    def test_denoising_is_the_data_prediction_and_counts_one_evaluation(self, pace: str) -> None:
         sde = CLD()
         process, state = ReverseProcess(sde, exact.mixture().score(sde)), start(sde)
-        plain = run(sde, process.score, state)
-        denoised = run(sde, process.score, state, denoise=True)
+        plain = run(sde, process.score, state, pace=pace)
+        denoised = run(sde, process.score, state, pace=pace, denoise=True)
         assert torch.equal(plain.data, plain.state[:, 0])
         assert torch.equal(denoised.state, plain.state)
         expected = process.data_prediction(denoised.state, 1e-2)
@@ -215,9 +218,8 @@ class TestTolerance:
         errors, attempts = [], []
         levels = LEVELS[method]
         for tolerance in levels:
-            found = run(
-                sde, gaussian().score(sde), state, method=method, rtol=tolerance, atol=tolerance
-            )
+            options: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "pace": "sample"}
+            found = run(sde, gaussian().score(sde), state, method=method, **options)
             errors.append(float((found.state - expected).square().mean().sqrt()))
             attempts.append(found.stats["attempts"])
         # The step length is that at which the estimate, of order p, meets the tolerance; the error
@@ -255,7 +257,7 @@ class TestTolerance:
 
 
 class TestSamples:
-    """Each sample goes at its own pace, whatever the others do."""
+    """With ``pace="sample"`` each sample has step lengths of its own, whatever the others do."""
 
     # Coefficients of one time or of several differ by rounding, as do sums in batches of other
     # sizes. Against error estimates of the size of the tolerance these are a part in 1e9 or so,
@@ -269,7 +271,7 @@ class TestSamples:
         sde = FAMILIES[name]()
         score, state = exact.mixture().score(sde), start(sde)
         state[1] *= 3
-        options: dict[str, Any] = {"method": method, "rtol": 1e-4, "atol": 1e-4}
+        options: dict[str, Any] = {"method": method, "rtol": 1e-4, "atol": 1e-4, "pace": "sample"}
         together = run(sde, score, state, **options)
         alone = [run(sde, score, state[i : i + 1], **options) for i in range(3)]
         found = torch.cat([one.state for one in alone])
@@ -282,8 +284,8 @@ class TestSamples:
         score, state = exact.mixture().score(sde), start(sde, (7, 2))
         state *= torch.logspace(0, 1, 7, dtype=torch.float64)[:, None, None]
         order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
-        one = run(sde, score, state, method=method)
-        other = run(sde, score, state[order], method=method)
+        one = run(sde, score, state, method=method, pace="sample")
+        other = run(sde, score, state[order], method=method, pace="sample")
         assert torch.allclose(
             one.state[order], other.state, rtol=self.TOLERANCE, atol=self.TOLERANCE
         )
@@ -294,7 +296,7 @@ class TestSamples:
         labelled = Labelled()
         score = Recording(labelled)
         state = labelled.start(6)
-        found = run(labelled.sde, score, state, method=method)
+        found = run(labelled.sde, score, state, method=method, pace="sample")
         seen = Counter(i for z in score.states for i in z[:, 0, 2].tolist())
         assert found.success
         assert found.stats["nfev"].dtype == torch.int64
@@ -311,7 +313,7 @@ class TestSamples:
     def test_samples_that_arrived_are_asked_no_more(self) -> None:
         labelled = Labelled()
         score = Recording(labelled)
-        found = run(labelled.sde, score, labelled.start(6))
+        found = run(labelled.sde, score, labelled.start(6), pace="sample")
         sizes = [len(z) for z in score.states]
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] == 6
@@ -325,15 +327,16 @@ class TestSamples:
         slowest = found.stats["nfev"].argmax().item()
         assert slowest in score.states[-1][:, 0, 2].tolist()
 
+    @every_pace
     @every_method
     @every_family
-    def test_times_stay_in_the_interval(self, name: str, method: str) -> None:
+    def test_times_stay_in_the_interval(self, name: str, method: str, pace: str) -> None:
         # Few and long steps: the last one often starts above twice the end, where t - (t - end)
         # is not end.
         sde = FAMILIES[name]()
         for eps in torch.logspace(-3, -0.5, 8, dtype=torch.float64).tolist():
             score = Recording(gaussian().score(sde))
-            run(sde, score, start(sde), eps, method=method, rtol=0.1, atol=0.1)
+            run(sde, score, start(sde), eps, method=method, rtol=0.1, atol=0.1, pace=pace)
             times = torch.cat(score.times)
             assert times.dtype == torch.float64
             assert times.max().item() == 1.0
@@ -353,19 +356,20 @@ class TestSamples:
     ) -> None:
         sde = CLD()
         score = Recording(lambda z, t: -4 * z[:, 1:])
-        found = run(sde, score, start(sde).to(dtype), rtol=0.05, atol=0.05)
+        found = run(sde, score, start(sde).to(dtype), rtol=0.05, atol=0.05, pace="sample")
         assert found.state.dtype == dtype
         assert {t.dtype for t in score.times} == {asked}
         assert {t.shape for t in score.times} <= {(n,) for n in (1, 2, 3)}
         rounded = ends().to(asked)
         assert min(t.min().item() for t in score.times) == rounded[1].item()
 
+    @every_pace
     @every_method
-    def test_an_empty_batch_stays_empty(self, method: str) -> None:
+    def test_an_empty_batch_stays_empty(self, method: str, pace: str) -> None:
         sde = CLD()
         for denoise in (False, True):
             found = run(
-                sde, lambda z, t: -z[:, 1:], torch.zeros(0, 2, 2), method=method, denoise=denoise
+                sde, untouchable, torch.zeros(0, 2, 2), method=method, pace=pace, denoise=denoise
             )
             assert found.success
             assert found.state.shape == (0, 2, 2)
@@ -374,7 +378,7 @@ class TestSamples:
 
 
 class TestBatch:
-    """One step size for the whole batch."""
+    """By default the whole batch has one step size."""
 
     @every_method
     @every_family
@@ -391,7 +395,7 @@ class TestBatch:
         expected = solve_ivp(
             velocity, (1.0, 1e-2), state.numpy().ravel(), METHODS[method][0], rtol=1e-4, atol=1e-4
         )
-        solver = ProbabilityFlow(method=method, rtol=1e-4, atol=1e-4, pace="batch")
+        solver = ProbabilityFlow(method=method, rtol=1e-4, atol=1e-4)
         found = solve(process, solver, state, ends())
         # The same formulas; a rejection may tip over by rounding, and is repeated within tolerance.
         stages = METHODS[method][1]
@@ -399,29 +403,60 @@ class TestBatch:
         last = torch.from_numpy(expected.y[:, -1]).reshape(state.shape)
         assert ((found.state - last).abs() <= 1e-4 * (1 + last.abs())).all()
 
-    def test_samples_share_their_evaluations(self) -> None:
-        sde = CLD()
-        found = run(sde, gaussian().score(sde), start(sde), pace="batch")
+    @every_method
+    def test_samples_share_their_evaluations(self, method: str) -> None:
+        labelled = Labelled()
+        score, state = Recording(labelled), labelled.start(6)
+        found = run(labelled.sde, score, state, method=method)
         assert found.success
-        assert len(set(found.stats["nfev"].tolist())) == 1
+        assert found.stats["nfev"].tolist() == [found.nfev] * 6
+        assert len(score.states) == found.nfev == 2 + METHODS[method][1] * found.stats["attempts"]
+        assert {z.shape for z in score.states} == {state.shape}
+        assert all((t == t[0]).all() for t in score.times)
 
+    def test_a_sample_depends_on_its_batch(self) -> None:
+        labelled = Labelled()
+        state = labelled.start(6)
+        together = run(labelled.sde, labelled, state)
+        # Within the tolerance: a few hundred steps that err by 1e-5 of states up to 100.
+        alone = run(labelled.sde, labelled, state[:1])
+        assert alone.nfev != together.nfev
+        assert not torch.equal(alone.state, together.state[:1])
+        assert torch.allclose(alone.state, together.state[:1], rtol=0, atol=300 * 1e-5 * 100)
+
+    def test_all_samples_have_arrived_when_one_has(self) -> None:
+        sde, times = CLD(), []
+        process = ReverseProcess(sde, gaussian().score(sde))
+        solve(
+            process,
+            ProbabilityFlow(),
+            start(sde),
+            ends(),
+            callback=lambda number, t, z: times.append((t.shape, len(set(t.tolist())))),
+        )
+        assert set(times) == {(torch.Size([3]), 1)}
+
+    @may_fail
     def test_a_sample_that_fails_takes_the_others_with_it(self) -> None:
-        sde = CLD()
+        labelled = Labelled()
 
         def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            value = -z[:, 1:]
-            value[0] = math.nan
-            return value
+            return torch.where(z[..., 2:] == 0, math.nan, labelled(z, t))
 
-        assert not run(sde, score, start(sde), pace="batch").stats["success"].any()
+        state = labelled.start(3)
+        assert not run(labelled.sde, score, state).stats["success"].any()
+        alone = run(labelled.sde, score, state, pace="sample")
+        assert alone.stats["success"].tolist() == [False, True, True]
 
 
+@may_fail
 class TestFailure:
     """What cannot be done ends soon, is said, and leaves a finite state."""
 
+    @every_pace
     @every_method
     @pytest.mark.parametrize("denoise", [False, True])
-    def test_too_few_evaluations_are_reported(self, method: str, denoise: bool) -> None:
+    def test_too_few_evaluations_are_reported(self, method: str, denoise: bool, pace: str) -> None:
         sde = CLD()
         score = Recording(exact.mixture().score(sde))
         for most in (20, 50):
@@ -434,6 +469,7 @@ class TestFailure:
                 rtol=1e-12,
                 atol=1e-12,
                 max_nfev=most,
+                pace=pace,
                 denoise=denoise,
             )
             assert not found.success
@@ -444,10 +480,12 @@ class TestFailure:
             assert found.state.isfinite().all()
             assert torch.equal(found.data, found.state[:, 0])
 
+    @every_pace
     @every_method
     @pytest.mark.parametrize("most", [1, 2, 3])
-    def test_the_start_counts_too(self, method: str, most: int) -> None:
-        found = run(CLD(), lambda z, t: -z[:, 1:], start(CLD()), method=method, max_nfev=most)
+    def test_the_start_counts_too(self, method: str, most: int, pace: str) -> None:
+        options: dict[str, Any] = {"method": method, "max_nfev": most, "pace": pace}
+        found = run(CLD(), lambda z, t: -z[:, 1:], start(CLD()), **options)
         assert not found.success
         assert found.nfev <= most
 
@@ -458,25 +496,26 @@ class TestFailure:
         assert run(sde, score, state, max_nfev=needed).success
         assert not run(sde, score, state, max_nfev=needed - 1).success
 
+    @every_pace
     @every_method
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("since", [1.0, 0.5])
     def test_a_score_that_is_not_finite_is_reported(
-        self, method: str, value: float, since: float
+        self, method: str, value: float, since: float, pace: str
     ) -> None:
         sde = CLD()
 
         def sick(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return torch.where((t <= since)[:, None, None], value, -4 * z[:, 1:])
 
-        found = run(sde, sick, start(sde), method=method)
+        found = run(sde, sick, start(sde), method=method, pace=pace)
         assert not found.success
         assert "the score is not finite" in found.message
         assert found.state.isfinite().all()
         # Once met, the distance to the first NaN, or the step, shrinks fivefold in at most four
         # attempts: two rejections, one step, one that may grow. 1e-14 is 21 times that.
         score = Recording(sick)
-        run(sde, score, start(sde)[:1], method=method)
+        run(sde, score, start(sde)[:1], method=method, pace=pace)
         healthy = [float(t) > since for t in score.times]
         first = healthy.index(False) if False in healthy else len(healthy)
         assert len(healthy) - first <= 84 * METHODS[method][1]
@@ -578,7 +617,7 @@ class TestRefusals:
             ProbabilityFlow(**{option: value})
 
     def test_unknown_paces(self) -> None:
-        with pytest.raises(ValueError, match="pace must be 'sample' or 'batch'; got 'both'"):
+        with pytest.raises(ValueError, match="pace must be one of 'batch', 'sample'; got 'both'"):
             ProbabilityFlow(pace="both")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("value", [0, -1])
@@ -622,7 +661,7 @@ class TestRefusals:
         assert solver.facts.weak_order is None
 
 
-@pytest.mark.parametrize("pace", ["sample", "batch"])
+@every_pace
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_errors_far_above_the_tolerance_do_not_overflow_half_precision(
     dtype: torch.dtype, pace: Any

@@ -39,8 +39,9 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import Splitting
+from cldsde.solvers.authoring import Memory
 from cldsde.validation import propagate_moments
-from probes import Recording, RecordingTable, generator, no_waiting, start, untouchable
+from probes import Recording, generator, known_score, no_waiting, start, untouchable
 from score import exact
 from score.exact import Constant
 
@@ -416,16 +417,16 @@ class Counting(solvers.NoiseSource):
 class TestCounting:
     """Evaluations of the score and draws of noise: their number, and their times."""
 
-    @pytest.mark.parametrize(("recording", "denoise"), [(Recording, True), (RecordingTable, False)])
+    @pytest.mark.parametrize("denoise", [True, False])
     @every_variant
     @every_process
     def test_evaluations_are_counted_and_stay_in_the_interval(
-        self, name: str, options: dict[str, Any], denoise: bool, recording: Any
+        self, name: str, options: dict[str, Any], denoise: bool
     ) -> None:
         sde, dense = PROCESSES[name]()
         times = solvers.root_times(0.9, 1e-2, 3)
         for word in WORDS:
-            score = recording(exact.mixture().score(sde))
+            score = Recording(exact.mixture().score(sde))
             process, solver = ReverseProcess(sde, score), Splitting(scheme=word, **options)
             solution = solvers.solve(
                 process, solver, start(sde), times, generator=generator(), denoise=denoise
@@ -551,7 +552,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("score_time", ["", "middle", "End", None, 0.5, True])
     def test_unknown_times_of_the_score(self, score_time: Any) -> None:
-        with pytest.raises(ValueError, match="score_time must be 'start' or 'end'; got"):
+        with pytest.raises(ValueError, match="score_time must be one of 'start', 'end'; got"):
             Splitting(score_time=score_time)
 
     @pytest.mark.parametrize("shared_score", [1, 0, None, "yes", 1.0, torch.tensor(True)], ids=str)
@@ -610,17 +611,17 @@ class TestSteps:
         score: Any = exact.mixture().score(sde)
         if kind == "mixed":
             score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
+        elif kind == "plain":
+            score = lambda z, t: -z[:, list(sde.driven)]  # noqa: E731
         process = ReverseProcess(sde, score)
         for word in WORDS:
             z, solver = start(sde), Splitting(scheme=word, **options)
-            table = score.tabulate(solver.evaluation_times(process, GRID), z)
-            if kind == "plain":
-                table = lambda z, i: -z[:, list(sde.driven)]  # noqa: E731
+            known = known_score(process, solver, GRID, z)
             tables, noise = solver.prepare(process, GRID), solvers.FreshNoise(generator())
             with no_waiting(monkeypatch), torch.no_grad():
-                memory: solvers.Memory = ()
+                memory: Memory = ()
                 for i in range(len(GRID) - 1):
-                    z, memory = solver.step(z, memory, tables, i, table, noise)
+                    z, memory = solver.step(z, memory, tables, i, known, noise)
                     assert memory == ()
             assert z.isfinite().all()
 
