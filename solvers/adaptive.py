@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cldsde.progress import progress_bar
 from cldsde.score.times import on_device
 
 from .base import Integration, Run
-from .progress import progress_bar
 
 __all__ = ["LOOSE", "ActiveSamples", "per_sample"]
 

@@ -6,11 +6,12 @@ other solver on a grid derives from `GridSolver` and gives tables and a step. A 
 its times derives from `Solver` and gets a `Run`.
 """
 
+from cldsde.score.reverse import KnownScore
+
 from .base import (
     Facts,
     GridSolver,
     Integration,
-    KnownScore,
     Memory,
     Run,
     ScoreAt,
@@ -19,7 +20,6 @@ from .base import (
 )
 from .combine import as_blocks, combine
 from .noise import NoiseSource, PathNoise
-from .plan import checked_grid
 from .staged import AffineSolver, Stage, StagedSolver, Stages
 
 __all__ = [
@@ -39,6 +39,5 @@ __all__ = [
     "Stages",
     "as_blocks",
     "check_solver",
-    "checked_grid",
     "combine",
 ]

@@ -10,12 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
-from cldsde.score.reverse import checked_score
+from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
 
 from .noise import NoiseSource, PathNoise
-from .progress import progress_bar
 
 __all__ = [
     "DATA_DETERMINED",
@@ -23,7 +23,6 @@ __all__ = [
     "Facts",
     "GridSolver",
     "Integration",
-    "KnownScore",
     "Memory",
     "Run",
     "ScoreAt",
@@ -151,8 +150,8 @@ class Integration:
 class Solver(ABC):
     """A solver, on a grid that is given or with steps that it chooses.
 
-    A subclass is a frozen, keyword-only dataclass whose fields are its options. Solvers on a fixed
-    grid derive from `GridSolver`.
+    A subclass is a frozen, keyword-only dataclass whose fields are its options; an option out of
+    range is a ValueError. Solvers on a fixed grid derive from `GridSolver`.
     """
 
     @property
@@ -285,23 +284,6 @@ class GridSolver(Solver):
             )
             raise ValueError(msg)
         return z, made[1]
-
-
-class KnownScore:
-    """The score of a process at known times: counts evaluations and checks their results."""
-
-    def __init__(
-        self, process: ReverseProcess, times: KnownTimes, z: Tensor, moved: Tensor | None = None
-    ) -> None:
-        self.nfev = 0
-        self._score, self._driven = process.score, len(process.sde.driven)
-        self._arguments = times.arguments(z, moved)
-
-    def __call__(self, z: Tensor, number: int) -> Tensor:
-        """Score ``(B, d, *D)`` of states at the time of the given number."""
-        self.nfev += 1
-        z = z.contiguous()
-        return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 
 
 def check_solver(solver: object, name: str = "solver") -> Solver:

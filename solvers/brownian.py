@@ -163,8 +163,7 @@ class BrownianPath(NoiseSource):
         ValueError
             If s < t do not lie between the path's ends.
         """
-        eye = torch.eye(self._size, dtype=torch.float64, device="cpu")[: self._columns]
-        return self._read([(s, t)], [eye])[0].value(self)
+        return self._value(*self._read([(s, t)], [_eye(self._size)[: self._columns]])[0])
 
     def integral(self, s: float, t: float) -> Tensor:
         """∫Ψ(t, τ) G dw over [s, t], ``(B, k, *D)``, for s < t.
@@ -175,8 +174,7 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         self._check_integrals("integral")
-        eye = torch.eye(self._size, dtype=torch.float64, device="cpu")[self._columns :]
-        return self._read([(s, t)], [eye])[0].value(self)
+        return self._value(*self._read([(s, t)], [_eye(self._size)[self._columns :]])[0])
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
         """The process at time t > s exactly, from states ``(B, k, *D)`` at s, along the path.
@@ -191,13 +189,7 @@ class BrownianPath(NoiseSource):
         return moved + self.integral(s, t).to(z)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Not to be asked: normals of a path belong to an interval; see `along`.
-
-        Raises
-        ------
-        RuntimeError
-            Always.
-        """
+        """Raise RuntimeError: normals of a path belong to an interval; see `along`."""
         msg = "a BrownianPath is read along a grid; pass it to solve as noise"
         raise RuntimeError(msg)
 

@@ -49,11 +49,6 @@ class EDMHeun(StagedSolver):
     noise_scale
         S_noise > 0.
 
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
-
     Examples
     --------
     >>> import torch
@@ -71,7 +66,6 @@ class EDMHeun(StagedSolver):
     noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         check_at_least(self.churn, 0.0, "churn")
         check_positive(self.noise_scale, "noise_scale")
         ends = self.churn_range

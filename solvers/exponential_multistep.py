@@ -86,11 +86,6 @@ class ExponentialMultistep(GridSolver):
         ``"exact"``, or ``"published"``: formulas of two points weigh their difference by
         B H/(2H'), as DPM-Solver++(2M) and UniPC do; for ``variable="log_snr"``.
 
-    Raises
-    ------
-    ValueError
-        If an option is out of range or options do not go together.
-
     References
     ----------
     Zhang and Chen 2023 (DEIS); Zhang, Tao and Chen 2023 (gDDIM); Lu et al. 2022 (DPM-Solver++);
@@ -118,7 +113,6 @@ class ExponentialMultistep(GridSolver):
         )
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         if type(self.order) is not int or self.order not in (1, 2, 3):
             msg = f"order must be 1, 2 or 3; got {self.order!r}"
             raise ValueError(msg)

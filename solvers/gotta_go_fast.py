@@ -13,10 +13,11 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
+from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
 
 from .adaptive import ActiveSamples, per_sample
-from .base import Facts, Integration, KnownScore, Run, Solver
+from .base import Facts, Integration, Run, Solver
 from .noise import NoiseSource
 
 __all__ = ["GottaGoFast"]
@@ -59,11 +60,6 @@ class GottaGoFast(Solver):
         Length of the first step, > 0.
     max_nfev
         Evaluations of a sample after which to give up.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     rtol: float = 0.01
@@ -75,7 +71,6 @@ class GottaGoFast(Solver):
     max_nfev: int = 100_000
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         check_positive(self.rtol, "rtol")
         if isinstance(self.atol, int | float):
             check_positive(self.atol, "atol")

@@ -12,18 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_times, check_state
+from cldsde.linear.checks import as_decreasing_times, check_state
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
-from cldsde.score.reverse import check_reverse_process
+from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
 
-from .base import Callback, Integration, KnownScore, Run, Solver, check_solver
+from .base import Callback, Integration, Run, Solver, check_solver
 from .combine import combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 
-__all__ = ["Plan", "Solution", "SolveWarning", "checked_grid", "plan", "solve", "without_warning"]
+__all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve", "without_warning"]
 
 
 class SolveWarning(RuntimeWarning):
@@ -237,7 +237,7 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """
     check_reverse_process(process)
     check_solver(solver)
-    grid = checked_grid(times, process.sde.T)
+    grid = as_decreasing_times(times, "times", process.sde.T)
     with torch.no_grad():
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
@@ -415,7 +415,7 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
     if t_eval is None:
         return grid[-1:]
     start, end = float(grid[0]), float(grid[-1])
-    stops = checked_grid(t_eval, start, "t_eval", least=1)
+    stops = as_decreasing_times(t_eval, "t_eval", start, least=1)
     outside = stops < end if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
         allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
@@ -435,19 +435,3 @@ def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSour
         msg = "generator and noise are alternatives; got both"
         raise ValueError(msg)
     return noise
-
-
-def checked_grid(times: Tensor, end: float, name: str = "times", least: int = 2) -> Tensor:
-    """Turn decreasing times in [0, end] into float64 on the CPU; raise otherwise."""
-    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
-        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
-        msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
-        raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
-    grid = as_times(times.detach(), name, end)
-    rising = (grid.diff() >= 0).nonzero()
-    if len(rising):
-        i = int(rising[0])
-        got = f"{float(grid[i]):g} before {float(grid[i + 1]):g}"
-        msg = f"{name} must decrease from T to ε; got {got}"
-        raise ValueError(msg)
-    return grid

@@ -50,11 +50,6 @@ class Langevin:
         ``"sample"``: step sizes of each sample, which do not depend on the batch. ``"batch"``: one
         step size, from the batch means of the norms, as published. With few dimensions take the
         latter: there the score of a single sample may nearly vanish, and its step be far too long.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     snr: float = 0.16
@@ -62,7 +57,6 @@ class Langevin:
     norm: Norm = "sample"
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         check_positive(self.snr, "snr")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             msg = f"steps must be a positive integer; got {self.steps!r}"
@@ -109,7 +103,6 @@ class PredictorCorrector(GridSolver):
     corrector: Langevin = field(default_factory=Langevin)
 
     def __post_init__(self) -> None:
-        """Refuse what is no solver or no corrector."""
         check_solver(self.predictor, "predictor")
         if not self.predictor.facts.state_on_grid:
             msg = (

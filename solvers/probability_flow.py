@@ -14,10 +14,11 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
+from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
 
 from .adaptive import LOOSE, ActiveSamples, per_sample
-from .base import Facts, Integration, KnownScore, Run, Solver
+from .base import Facts, Integration, Run, Solver
 from .combine import as_blocks, combine
 
 __all__ = ["ProbabilityFlow"]
@@ -63,11 +64,6 @@ class ProbabilityFlow(Solver):
         one that fails takes all with it. ``"sample"``: step lengths for each sample, whose result
         does not depend on the others but for rounding; samples that have arrived drop out of the
         batch. An exact score then computes coefficients for each sample.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     method: Method = "dopri5"
@@ -79,7 +75,6 @@ class ProbabilityFlow(Solver):
     pace: Pace = "batch"
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         one_of(self.method, Method, "method")
         one_of(self.pace, Pace, "pace")
         check_positive(self.rtol, "rtol")

@@ -55,13 +55,6 @@ class Splitting(StagedSolver):
         Where the score is asked in a letter's part of the step, or with ``shared_score`` in the
         step: at its ``"start"`` or at its less noisy ``"end"``.
 
-    Raises
-    ------
-    TypeError
-        If ``shared_score`` is no bool.
-    ValueError
-        If an option is out of range.
-
     Examples
     --------
     >>> import torch
@@ -79,7 +72,6 @@ class Splitting(StagedSolver):
     score_time: ScoreTime = "start"
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         if not isinstance(self.shared_score, bool):
             msg = f"shared_score must be True or False; got {self.shared_score!r}"
             raise TypeError(msg)

@@ -65,11 +65,6 @@ class SSCS(StagedSolver):
     merge
         Whether neighbouring half-steps are one move. Without it each step ends at its grid time,
         where a trajectory, a callback or a corrector wants the state, at the price of more noise.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     score_step: ScoreStep = "euler"
@@ -77,7 +72,6 @@ class SSCS(StagedSolver):
     merge: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         one_of(self.score_step, ScoreStep, "score_step")
         check_positive(self.data_variance, "data_variance")
 

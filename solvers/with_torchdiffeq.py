@@ -12,11 +12,11 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.linear.sde import LinearSDE
+from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver
-from .progress import progress_bar
 
 __all__ = ["TorchDiffEq", "as_torchdiffeq"]
 
@@ -73,11 +73,6 @@ class TorchDiffEq(Solver):
     max_nfev
         Evaluations after which to give up.
 
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
-
     Examples
     --------
     >>> import torch
@@ -97,7 +92,6 @@ class TorchDiffEq(Solver):
     max_nfev: int = 10_000
 
     def __post_init__(self) -> None:
-        """Refuse options that are out of range."""
         if self.method not in _METHODS:
             names = ", ".join(map(repr, _METHODS))
             msg = f"method must be one of {names}; got {self.method!r}"

@@ -14,10 +14,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.plan import without_warning
-from cldsde.solvers.progress import progress_bar
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments

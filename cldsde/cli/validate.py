@@ -20,9 +20,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from cldsde.progress import progress_bar
 from cldsde.solvers import canonical_name, find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.progress import progress_bar
 from cldsde.validation import (
     Check,
     Problem,

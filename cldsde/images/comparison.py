@@ -36,7 +36,7 @@ from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.training import STATE, TRAINING, train
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = ["Comparison"]
 

@@ -22,9 +22,9 @@ from cldsde.images.evaluation import frechet_distance
 from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
 from cldsde.images.runs import RunFolder
 from cldsde.images.training import train
+from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.progress import progress_bar
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cldsde.images.data import DataSet, pixels_of
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = ["DigitClassifier", "train_classifier"]
 

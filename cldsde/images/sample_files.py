@@ -33,8 +33,8 @@ from cldsde.images.sampling import (
     guided,
     make_solver,
 )
+from cldsde.progress import progress_bar
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.progress import progress_bar
 
 __all__ = ["SampleRequest", "check_unused", "draw_to"]
 

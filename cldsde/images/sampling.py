@@ -19,11 +19,11 @@ from cldsde.images.latent import VAE
 from cldsde.images.model import DiffusionModel, ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
+from cldsde.progress import progress_bar
 from cldsde.score import MixedScore, ReverseProcess, Score
 from cldsde.solvers import Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.plan import without_warning
-from cldsde.solvers.progress import progress_bar
 
 __all__ = [
     "GuidedScore",

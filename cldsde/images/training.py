@@ -48,7 +48,7 @@ from cldsde.images.sampling import check_sampling, draw_of_classes
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.tensorboard import Board
 from cldsde.images.training_state import STATE, Meter, StopRequest, TrainingState
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = ["STATE", "TRAINING", "check_run", "train"]
 

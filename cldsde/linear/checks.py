@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "as_decreasing_times",
     "as_float64",
     "as_levels",
     "as_matrix",
@@ -61,6 +62,22 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
             msg = f"{name} must lie in [0, {end:g}]; got {got}"
             raise ValueError(msg)
     return times
+
+
+def as_decreasing_times(times: object, name: str, end: float, *, least: int = 2) -> Tensor:
+    """Turn decreasing times in [0, end] into float64 on the CPU; raise otherwise."""
+    if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
+        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
+        msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
+        raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
+    grid = as_times(times.detach(), name, end)
+    rising = (grid.diff() >= 0).nonzero()
+    if len(rising):
+        i = int(rising[0])
+        got = f"{float(grid[i]):g} before {float(grid[i + 1]):g}"
+        msg = f"{name} must decrease from T to ε; got {got}"
+        raise ValueError(msg)
+    return grid
 
 
 def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:

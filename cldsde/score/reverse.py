@@ -13,9 +13,9 @@ from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import check_process
 from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.times import score_argument, score_times
+from cldsde.score.times import KnownTimes, score_argument, score_times
 
-__all__ = ["ReverseProcess", "Score", "check_reverse_process", "checked_score"]
+__all__ = ["KnownScore", "ReverseProcess", "Score", "check_reverse_process", "checked_score"]
 
 
 class Score(Protocol):
@@ -178,6 +178,23 @@ class ReverseProcess:
         """
         asked = score_argument(times, z).expand(len(z))
         return checked_score(self.score(z, asked), z, len(self.sde.driven))
+
+
+class KnownScore:
+    """The score of a process at known times: counts evaluations and checks their results."""
+
+    def __init__(
+        self, process: ReverseProcess, times: KnownTimes, z: Tensor, moved: Tensor | None = None
+    ) -> None:
+        self.nfev = 0
+        self._score, self._driven = process.score, len(process.sde.driven)
+        self._arguments = times.arguments(z, moved)
+
+    def __call__(self, z: Tensor, number: int) -> Tensor:
+        """Score ``(B, d, *D)`` of states at the time of the given number."""
+        self.nfev += 1
+        z = z.contiguous()
+        return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 
 
 def check_reverse_process(process: object) -> None:

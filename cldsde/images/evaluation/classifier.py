@@ -14,7 +14,7 @@ from torch.nn import functional
 from cldsde.images.evaluation.shared import check_count, check_images, parts
 from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
 from cldsde.linear.checks import check_positive
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = [
     "ClassifierFeatures",

@@ -20,7 +20,7 @@ from cldsde.images.evaluation.shared import (
     parts,
 )
 from cldsde.images.files import load_tensors, save_tensors
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = [
     "FeatureStatistics",

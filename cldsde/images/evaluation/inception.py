@@ -26,7 +26,7 @@ from cldsde.images.evaluation.shared import (
     package_versions,
 )
 from cldsde.linear.checks import check_between
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 __all__ = ["InceptionMetric", "inception_metrics"]
 

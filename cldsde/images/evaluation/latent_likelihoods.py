@@ -19,8 +19,8 @@ from cldsde.images.evaluation.shared import (
 from cldsde.images.model import DiffusionModel
 from cldsde.images.objectives import Batch, Times, bit_per_dim, negative_evidence_lower_bound
 from cldsde.linear.checks import check_between
+from cldsde.progress import progress_bar
 from cldsde.score import TimeSampler
-from cldsde.solvers.progress import progress_bar
 
 __all__ = ["latent_likelihood"]
 

@@ -16,10 +16,10 @@ from cldsde.images.evaluation.shared import (
     parts,
 )
 from cldsde.linear.checks import check_between, check_positive
+from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, dequantise, log_likelihood
 from cldsde.score.checks import one_of
 from cldsde.score.flow_density import Divergence
-from cldsde.solvers.progress import progress_bar
 
 __all__ = ["check_levels", "likelihood", "mean_bits"]
 
