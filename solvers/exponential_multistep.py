@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import block_solve
 from cldsde.linear.covariance import triangular_inverse
+from cldsde.linear.flow import flow_rotations
+from cldsde.linear.kernel import check_density
+from cldsde.linear.posterior import bayes
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
@@ -23,7 +26,7 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
-_STEPS = 25  # whose moves are found at a time, which takes some ten megabytes
+_STEPS = 25
 
 
 class _Tables(NamedTuple):
@@ -35,6 +38,16 @@ class _Tables(NamedTuple):
     noise: list[Block]  # k×k, or no columns where nothing is drawn
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
     corrector: list[list[Block]]  # of the predictions at the step's end and before
+
+
+class _Steps(NamedTuple):
+    """What the steps do to the state and to the prediction."""
+
+    nodes: Tensor  # times of the quadrature along each step, (n, q); none if no step needs them
+    move: Tensor  # (n, k, k)
+    noise: Tensor  # (n, k, k), or no columns if nothing is drawn
+    total: Tensor  # weights of a constant prediction, (n, k, m)
+    slope: Tensor  # their densities at the nodes, (n, q, k, m)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,26 +173,24 @@ class ExponentialMultistep(GridSolver):
                 "density at 0; finish with denoise=True instead"
             )
             raise ValueError(msg)
-        levels = self._levels(times[:-1])
         convert = Conversion.at(sde, times[:-1], "score", "data")
         state, score = convert.state, convert.value
-        kernel: _DataPrediction | _NoisePrediction
+        # The weights of a single prediction are known without quadrature.
+        along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            kernel = _DataPrediction(sde, times, levels)
+            steps = _data_steps(sde, times, self._levels(times[:-1]), along=along)
         else:
-            kernel = _NoisePrediction(sde, times)
-            psi = sde.marginal(times[:-1]).mean[..., :1]
-            eye = torch.eye(sde.components, dtype=torch.float64)
-            inverse = torch.linalg.inv(kernel.root[:-1])
-            state, score = inverse @ (eye - psi @ state), -inverse @ psi @ score
+            steps, inverse = _noise_steps(sde, times, along=along)
+            psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
+            state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         position = self._position(sde)
         return _Tables(
             as_blocks(state),
             as_blocks(score),
-            as_blocks(kernel.move),
-            as_blocks(kernel.noise),
-            self._weights(kernel, position, times, offset=0),
-            self._weights(kernel, position, times, offset=1) if self._corrects(1) else [],
+            as_blocks(steps.move),
+            as_blocks(steps.noise),
+            self._weights(steps, position, times, offset=0),
+            self._weights(steps, position, times, offset=1) if self._corrects(1) else [],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ class ExponentialMultistep(GridSolver):
     def _levels(self, times: Tensor) -> Tensor:
         if not callable(self.stochasticity):
             return torch.full_like(times, self.stochasticity)
-        levels = torch.as_tensor(self.stochasticity(times)).to(torch.float64)
+        levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")
         if levels.shape != times.shape or not bool((levels.isfinite() & (levels >= 0)).all()):
             msg = "stochasticity must return one finite number ≥ 0 a time"
             raise ValueError(msg)
@@ -237,7 +248,7 @@ class ExponentialMultistep(GridSolver):
 
     def _weights(
         self,
-        kernel: _DataPrediction | _NoisePrediction,
+        steps: _Steps,
         position: Callable[[Tensor], Tensor],
         times: Tensor,
         *,
@@ -250,25 +261,25 @@ class ExponentialMultistep(GridSolver):
         # Steps with a full history at once, those of the first steps one by one.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
         for count in sorted(set(counts)):
-            steps = torch.tensor([i for i in range(n) if counts[i] == count])
-            back = steps.unsqueeze(1) + offset - torch.arange(count)
+            which = torch.tensor([i for i in range(n) if counts[i] == count], device="cpu")
+            back = which.unsqueeze(1) + offset - torch.arange(count, device="cpu")
             points = x[back]  # (steps, count)
-            total = kernel.total[steps]
+            total = steps.total[which]
             if count == 1:
                 parts = [total]
             elif self.weights == "published" and count == 2:
                 # The difference quotient of two predictions times half the step; a corrector's
                 # two points are the step's ends.
-                H, spacing = x[steps + 1] - x[steps], points[:, 0] - points[:, 1]
+                H, spacing = x[which + 1] - x[which], points[:, 0] - points[:, 1]
                 half = (H / (2 * spacing))[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
-                basis = _lagrange(points, position(kernel.nodes[steps]))  # (steps, q, count)
-                parts = list(torch.einsum("nqj,nqkm->jnkm", basis, kernel.slope[steps]))
+                basis = _lagrange(points, position(steps.nodes[which]))  # (steps, q, count)
+                parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights of a constant are known without quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
             rows = [as_blocks(part) for part in parts]
-            blocks += [[row[i] for row in rows] for i in range(len(steps))]
+            blocks += [[row[i] for row in rows] for i in range(len(which))]
         return blocks
 
 
@@ -298,75 +309,118 @@ def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, length * w * nodes
 
 
-def _pieces(sde: LinearSDE, stops: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
-    """Φ_λ of each step from each stop ``(n, m)`` to the next; whole moves are products of them.
+def _by_steps(function: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> list[Tensor]:
+    """Apply a function to the tables of a few steps at a time.
 
-    A move from each stop to one and the same would be integrated over again for every stop.
+    Larger tables would take much memory, and wake torch's thread pool.
     """
-    moves = []
-    for first in range(0, len(stops), _STEPS):
-        few = slice(first, first + _STEPS)
-        start, end = stops[few, :-1], stops[few, 1:]
-        moves.append(sde.posterior(end, start, stochasticity=levels[few].unsqueeze(1)).state)
-    return torch.cat(moves).unbind(1)
+    parts = [function(*few) for few in zip(*(t.split(_STEPS) for t in tables), strict=True)]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-class _DataPrediction:
-    """Φ_λ, the noise, and the weights of x̂₀ over each step, whole and along it."""
+def _marginals(sde: LinearSDE, stops: Tensor) -> list[Tensor]:
+    """Means and roots of the distributions given the data."""
 
-    def __init__(self, sde: LinearSDE, times: Tensor, levels: Tensor) -> None:
-        start, end = times[:-1], times[1:]
-        self._sde, self._end, self._levels = sde, end, levels
-        self.nodes, self._weights = _step_nodes(times)
-        step = sde.posterior(end, start, stochasticity=levels)
-        self.move = step.state
-        drawn = bool((levels > 0).any())
-        self.noise = step.root if drawn else step.root[..., :0]
-        self.total = step.initial[..., :1]
+    def marginals(times: Tensor) -> tuple[Tensor, Tensor]:
+        law = sde.marginal(times)
+        check_density(law.root, times, "times")
+        return law.mean, law.root
 
-    @cached_property
-    def slope(self) -> Tensor:
-        """Density of the weights at the nodes."""
-        sde, levels = self._sde, self._levels
-        stops = torch.cat([self.nodes, self._end.unsqueeze(1)], dim=1)
-        to_end = [torch.eye(sde.components, dtype=torch.float64)]
-        for piece in reversed(_pieces(sde, stops, levels)):
-            to_end.append(to_end[-1] @ piece)
-        inner = torch.stack(to_end[:0:-1], dim=1)
-        law, G = sde.marginal(self.nodes), sde.diffusion(self.nodes)
-        whitening = triangular_inverse(law.root)
-        pull = G @ (G.mT @ whitening.mT) @ (whitening @ law.mean[..., :1])
-        factor = -0.5 * (1 + levels.square())[:, None] * self._weights
-        return factor[..., None, None] * (inner @ pull)
+    return _by_steps(marginals, stops)
 
 
-class _NoisePrediction:
-    """Ψ(u, t) and the weights of n = −Rᵀs over each step, whole and along it."""
+def _carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots that the probability flow carries along, triangular at the first stop; inverses."""
+    rotations = flow_rotations(sde.dynamics, lambda t: sde.marginal(t).root, stops.flatten())
+    rotations = rotations.reshape(root.shape)
+    return root @ rotations, rotations.mT @ triangular_inverse(root)
 
-    def __init__(self, sde: LinearSDE, times: Tensor) -> None:
-        start, end = times[:-1], times[1:]
-        self._sde, self._start, self._end = sde, start, end
-        self.nodes, self._weights = _step_nodes(times)
-        flow = sde.posterior(end, start, stochasticity=0.0).state
-        roots = [sde.marginal(times[0]).root]
-        for state in flow:
-            roots.append(state @ roots[-1])
-        self.root = torch.stack(roots)
-        self.move = torch.linalg.inv(sde.transition_matrix(end, start))
-        self.noise = self.move[..., :0]
-        self.total = self.root[1:] - self.move @ self.root[:-1]
 
-    @cached_property
-    def slope(self) -> Tensor:
-        """Density of the weights at the nodes."""
-        sde, end = self._sde, self._end.unsqueeze(1)
-        stops = torch.cat([self._start.unsqueeze(1), self.nodes], dim=1)
-        within = [self.root[:-1]]
-        for piece in _pieces(sde, stops, torch.zeros_like(self._start)):
-            within.append(piece @ within[-1])
-        root = torch.stack(within[1:], dim=1)
-        back = torch.linalg.inv(sde.transition_matrix(end, self.nodes))
-        G = sde.diffusion(self.nodes)
-        pull = torch.linalg.solve(root, G @ G.mT).mT
-        slope: Tensor = 0.5 * self._weights[..., None, None] * (back @ pull)
-        return slope
+def _moves(sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Φ_λ from each stop to the last of its step, ``(n, m, k, k)``, and the noise of whole steps.
+
+    Parameters
+    ----------
+    sde
+        The process.
+    stops
+        Times ``(n, m + 1)`` from the start of each step to its end.
+    root
+        Roots of the distributions given the data at the stops.
+    levels
+        λ of each step, ``(n,)``.
+    """
+    if not bool(levels.any()):
+        carried, inverse = _carried_roots(sde, stops, root)
+        return carried[:, -1:] @ inverse[:, :-1], root[:, 0, :, :0]
+    if bool((levels == 1).all()):
+
+        def posterior(stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+            step = sde.transition(stops[:, -1:], stops[:, :-1])
+            moves, noise = bayes(step, root[:, -1:].expand_as(step.root), root[:, :-1])
+            return moves, noise[:, 0]
+
+        moves, noise = _by_steps(posterior, stops, root)
+        return moves, noise
+
+    def piece(stops: Tensor, levels: Tensor) -> tuple[Tensor]:
+        # Moves from each stop to the last would be integrated over again for every stop.
+        step = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
+        return (step.state,)
+
+    (pieces,) = _by_steps(piece, stops, levels)
+    moves = [pieces[:, -1]]
+    for i in range(pieces.shape[1] - 2, -1, -1):
+        moves.append(moves[-1] @ pieces[:, i])
+    noise = sde.posterior(stops[:, -1], stops[:, 0], stochasticity=levels).root
+    return torch.stack(moves[::-1], dim=1), noise
+
+
+def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, nodes and end of each step, ``(n, q + 2)``, nodes and weights; without nodes q = 0."""
+    nodes, weights = _step_nodes(times)
+    if not along:
+        nodes, weights = nodes[:, :0], weights[:, :0]
+    return torch.cat([times[:-1, None], nodes, times[1:, None]], dim=1), nodes, weights
+
+
+def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:
+    """Φ_λ, the noise, and the weights of x̂₀."""
+    stops, nodes, weights = _stops(times, along=along)
+    mean, root = _marginals(sde, stops)
+    moves, noise = _moves(sde, stops, root, levels)
+    psi = mean[..., :1]
+    G, whitening = sde.diffusion(nodes), triangular_inverse(root[:, 1:-1])
+    pull = G @ (G.mT @ whitening.mT) @ (whitening @ psi[:, 1:-1])
+    factor = -0.5 * (1 + levels.square())[:, None] * weights
+    return _Steps(
+        nodes,
+        moves[:, 0],
+        noise,
+        psi[:, -1] - moves[:, 0] @ psi[:, 0],
+        factor[..., None, None] * (moves[:, 1:] @ pull),
+    )
+
+
+def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps, Tensor]:
+    """Ψ(u, t) and the weights of n = −Rᵀs; and R⁻¹ at the start of each step."""
+    stops, nodes, weights = _stops(times, along=along)
+    _, triangular = _marginals(sde, stops)
+    root, inverse = _carried_roots(sde, stops, triangular)
+
+    def backwards(stops: Tensor) -> tuple[Tensor]:
+        psi = sde.transition_matrix(stops[:, -1:], stops[:, :-1])
+        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
+        return (block_solve(psi, eye),)
+
+    (moves,) = _by_steps(backwards, stops)
+    G = sde.diffusion(nodes)
+    pull = G @ (inverse[:, 1:-1] @ G).mT
+    steps = _Steps(
+        nodes,
+        moves[:, 0],
+        moves[:, 0, :, :0],
+        root[:, -1] - moves[:, 0] @ root[:, 0],
+        0.5 * weights[..., None, None] * (moves[:, 1:] @ pull),
+    )
+    return steps, inverse[:, 0]

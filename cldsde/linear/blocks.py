@@ -3,7 +3,8 @@
 Coefficients of a linear SDE are stacks of tiny matrices, one per time. LAPACK would be called
 once per matrix; the functions here run over the whole stack at once, with the stack in the
 *last* axes ("stack-last": ``(k, n, *stack)``), so that every operation is a long vector
-operation. All of them are differentiable.
+operation. All of them are differentiable. None wakes torch's thread pool for a few
+hundred matrices: on a machine with busy neighbours that takes milliseconds each time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "apply_blocks",
     "block_product",
+    "block_solve",
     "flatten_data",
     "lower_factor",
     "safe_sqrt",
@@ -59,29 +61,30 @@ def lower_factor(root: Tensor) -> Tensor:
     columns = []
     for i in range(k - 1):
         # root holds rows i … k−1 of what is left to be triangularised.
-        largest, where = root[0].detach().abs().max(0, keepdim=True)
-        if bool((largest == 0).any()):
+        largest, where = _largest(root[0])
+        blank = largest == 0
+        if bool(blank.any()):
             # A row of zeros takes a column of zeros, and leaves all others to the rows below.
             root = torch.cat([root, torch.zeros_like(root[:, :1])], dim=1)
-            where = torch.where(largest == 0, root.shape[1] - 1, where)
+            where = torch.where(blank, root.shape[1] - 1, where)
         where = where.expand(k - i, *where.shape)
         head = root.gather(1, where)
-        root = root.scatter(1, where, root[:, :1])
-        # In units of its largest entry the pivot row neither overflows nor underflows. A row of
-        # zeros gets the unit 1 and a lead of 1, and its diagonal entry is 0 · size.
-        blank = (largest == 0).to(largest)
+        rest = root.scatter(1, where, root[:, :1])[:, 1:]
+        # In units of its largest entry the pivot row neither overflows nor underflows: its lead is
+        # ±1. A row of zeros gets the unit 1 and a lead of 1, and its diagonal entry is 0 · size.
         unit = largest + blank
         lead = head[0] / unit + blank
-        tail = root[0, 1:] / unit
+        tail = rest[0] / unit
         size = (lead.square() + tail.square().sum(0, keepdim=True)).sqrt()
-        # The reflector is (lead + sign·size, tail), its square 2·size·(size + |lead|).
-        sign = lead.detach().sign()
-        first = lead + sign * size
-        rest_head, rest = head[1:], root[1:, 1:]
-        projection = first * rest_head + (tail * rest).sum(1, keepdim=True)
-        projection = projection / (size * (size + lead.abs()))
+        # The reflector is (lead + sign·size, tail), its square 2·(lead + sign·size)·sign·size.
+        sign = lead.detach()
+        turned = sign * size
+        first = lead + turned
+        head, rest = head[1:], rest[1:]
+        projection = first * head + (tail * rest).sum(1, keepdim=True)
+        projection = projection / (first * turned)
         # The pivot goes to −sign·size·e₀; the sign of the column is turned to make it positive.
-        column = -sign * (rest_head - first * projection)
+        column = sign * (first * projection - head)
         columns.append(torch.cat([zero] * i + [largest * size, *column]))
         root = rest - tail * projection
     # Nothing is left to eliminate from the last row: only its norm is needed.
@@ -92,9 +95,44 @@ def lower_factor(root: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest size along axis 0 and its index, which stays there.
+
+    Not by `Tensor.max`, which opens a parallel region whatever the size.
+    """
+    return x.detach().abs().topk(1, dim=0)
+
+
 def block_product(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product of two stack-last stacks, ``(k, l, *stack)`` by ``(l, m, *stack)``."""
     return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
+
+
+def block_solve(a: Tensor, b: Tensor) -> Tensor:
+    """Solution X of A X = B for ``(*, k, k)`` and ``(*, k, m)``, whose leading axes broadcast.
+
+    Gaussian elimination with partial pivoting, over the whole stack at once.
+    """
+    k = a.shape[-1]
+    stack = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    rows = torch.cat([x.expand(*stack, *x.shape[-2:]) for x in (a, b)], dim=-1)
+    rows = rows.movedim((-2, -1), (0, 1))
+    pivots = []
+    for _ in range(k - 1):
+        # rows holds the equations that are left, without the unknowns that are eliminated.
+        _, where = _largest(rows[:, 0])
+        where = where.unsqueeze(1).expand(1, *rows.shape[1:])
+        head = rows.gather(0, where)
+        rest = rows.scatter(0, where, rows[:1])[1:]
+        pivots.append(head[0])
+        rows = rest[:, 1:] - rest[:, :1] / head[:, :1] * head[:, 1:]
+    solution = rows[:, 1:] / rows[:, :1]
+    for i in range(k - 2, -1, -1):
+        unknowns = k - 1 - i
+        known = (pivots[i][1 : 1 + unknowns, None] * solution).sum(0)
+        row = (pivots[i][1 + unknowns :] - known) / pivots[i][0]
+        solution = torch.cat([row.unsqueeze(0), solution])
+    return solution.movedim((0, 1), (-2, -1))
 
 
 def stack_first(blocks: Tensor, shape: torch.Size) -> Tensor:

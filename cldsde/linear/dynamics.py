@@ -144,6 +144,18 @@ class TimeChangedDynamics(Dynamics):
             raise ValueError(msg)
         self.schedule = Schedule.of(schedule)
         self._scale = balancing_scale(self.A.detach())
+        self._constant_series = None if self.A.requires_grad else self._series()
+
+    def _series(self) -> Tensor:
+        """Terms Aʲ/j! ``(k, k, j)`` in balanced units, in which ‖A‖ is smallest.
+
+        And so is the number of squarings. Powers of two are exact.
+        """
+        A = self.A * self._scale / self._scale.unsqueeze(1)
+        terms = [torch.eye(self.components, dtype=torch.float64, device="cpu")]
+        for j in range(1, self._TAYLOR_TERMS):
+            terms.append(A @ terms[-1] / j)
+        return torch.stack(terms, dim=-1)
 
     @override
     def drift(self, t: Tensor) -> Tensor:
@@ -158,17 +170,17 @@ class TimeChangedDynamics(Dynamics):
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         scale = self._scale
-        h, halvings, taylor, powers = self._halved(s, t)
-        psi = _taylor_sum(taylor, powers)
+        h, halvings, taylor = self._halved(s, t)
+        psi = _polynomials(taylor, h)
         Q_root = self.Q_root / scale.unsqueeze(1)
         start = Q_root.new_zeros(self.components, 0)
         if initial_root is not None:
             start = initial_root / scale.unsqueeze(1)
         joined = _leads_coincide(taylor, torch.cat([Q_root, start], dim=1))
         if joined:
-            root = self._eliminated_root(taylor, powers, h, Q_root, start, halvings == 0)
+            root = self._eliminated_root(taylor, h, Q_root, start, halvings == 0)
         else:
-            root = self._short_root(taylor, powers, h, Q_root)
+            root = self._short_root(taylor, h, Q_root)
         for i in range(_most(halvings)):
             going = i < halvings
             doubled = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
@@ -184,48 +196,37 @@ class TimeChangedDynamics(Dynamics):
 
     @override
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
-        _, halvings, taylor, powers = self._halved(s, t)
-        psi = _taylor_sum(taylor, powers)
+        h, halvings, taylor = self._halved(s, t)
+        psi = _polynomials(taylor, h)
         for i in range(_most(halvings)):
             psi = torch.where(i < halvings, block_product(psi, psi), psi)
         return self._in_units(psi, s.shape)
 
-    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clock steps h₀ and halvings m ``(n,)``, terms Aʲ/j! in balanced units and powers of h₀.
-
-        In balanced units ‖A‖ is smallest, and so is the number of squarings. Powers of two are
-        exact.
-        """
-        A = self.A * self._scale / self._scale.unsqueeze(1)
+    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clock steps h₀ and halvings m ``(n,)``, and terms Aʲ/j! in balanced units."""
+        series = self._series() if self._constant_series is None else self._constant_series
         h = self.schedule.integral(s, t).flatten()
-        norm = float(A.detach().abs().sum(0).max())
+        norm = float(series[..., 1].detach().abs().sum(0).max())
         longest = norm * float(h.detach().max()) if len(h) else 0.0
         if not math.isfinite(longest):
             msg = "the clock of the process overflows float64; rescale A or the schedule"
             raise OverflowError(msg)
         # Short intervals are not halved for the sake of long ones: that would cost them digits.
         halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
-        h = h * 0.5**halvings
-        terms = [torch.eye(self.components, dtype=torch.float64)]
-        for j in range(1, self._TAYLOR_TERMS):
-            terms.append(A @ terms[-1] / j)
-        return h, halvings, torch.stack(terms, dim=-1), _powers(h, self._TAYLOR_TERMS)
+        return h * 0.5**halvings, halvings, series
 
     def _in_units(self, psi: Tensor, shape: torch.Size) -> Tensor:
         return stack_first(psi * (self._scale.unsqueeze(1) / self._scale).unsqueeze(-1), shape)
 
-    def _short_root(self, taylor: Tensor, powers: Tensor, h: Tensor, Q_root: Tensor) -> Tensor:
+    def _short_root(self, taylor: Tensor, h: Tensor, Q_root: Tensor) -> Tensor:
         """Noise root over unhalved intervals ``(k, k, n)``: tri √h [C_0, C_1, …]."""
-        k, r = Q_root.shape
         moments = legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
         columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, moments)
-        values = columns.reshape(k * r * self._DEGREES, -1) @ powers
-        return lower_factor(values.reshape(k, r * self._DEGREES, -1) * safe_sqrt(h))
+        return lower_factor(_polynomials(columns.flatten(1, 2), h) * safe_sqrt(h))
 
     def _eliminated_root(
         self,
         taylor: Tensor,
-        powers: Tensor,
         h: Tensor,
         Q_root: Tensor,
         start: Tensor,
@@ -234,7 +235,9 @@ class TimeChangedDynamics(Dynamics):
         """The same where rows share their leads, joined with Ψ ``start`` where ``early``."""
         r = Q_root.shape[1]
         inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
-        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers
+        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * _powers(
+            h, self._TAYLOR_TERMS
+        )
         # What is spread at the start alone is one column, whatever the power.
         driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
         whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)
@@ -259,7 +262,7 @@ class TimeChangedDynamics(Dynamics):
         if float(torch.linalg.eigvals(self.A.detach()).real.max()) >= -rounding:
             return None
         # (A ⊗ I + I ⊗ A) vec Σ = −vec Q̄, for the row-major vec.
-        eye = torch.eye(self.components, dtype=torch.float64)
+        eye = torch.eye(self.components, dtype=torch.float64, device="cpu")
         operator = torch.kron(self.A, eye) + torch.kron(eye, self.A)
         noise = self.Q_root @ self.Q_root.T
         covariance: Tensor = torch.linalg.solve(operator, -noise.flatten()).reshape(noise.shape)
@@ -272,10 +275,15 @@ class TimeChangedDynamics(Dynamics):
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
 
 
-def _taylor_sum(taylor: Tensor, powers: Tensor) -> Tensor:
-    """Ψ of unhalved intervals, ``(k, k, n)``."""
-    k = len(taylor)
-    return (taylor.reshape(k * k, -1) @ powers).reshape(k, k, -1)
+def _polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
+    """Polynomials of coefficients ``(*, p)``, lowest first, at ``(n,)``: ``(*, n)``, by Horner.
+
+    A matrix product with the powers of x would wake the thread pool.
+    """
+    *lower, value = coefficients.unsqueeze(-1).unbind(-2)
+    for coefficient in reversed(lower):
+        value = torch.addcmul(coefficient, value, x)
+    return value
 
 
 def _most(halvings: Tensor) -> int:
@@ -303,12 +311,12 @@ def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     Only for what is constant: merging a column with another would lose its own derivative.
     """
     if columns.requires_grad:
-        return columns, torch.eye(columns.shape[1], dtype=columns.dtype)
+        return columns, torch.eye(columns.shape[1], dtype=columns.dtype, device="cpu")
     size = columns.gather(0, columns.abs().argmax(0, keepdim=True)).squeeze(0)
     unit = columns / torch.where(size == 0, 1.0, size)
     distinct, which = torch.unique(unit, dim=1, return_inverse=True)
     scales = columns.new_zeros(distinct.shape[1], len(size))
-    scales[which, torch.arange(len(size))] = size
+    scales[which, torch.arange(len(size), device="cpu")] = size
     return distinct, scales
 
 
@@ -319,7 +327,7 @@ def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
     times the row are no larger than the entry that they remove.
     """
     k, _, n = rows.shape
-    eye = torch.eye(k, dtype=rows.dtype)
+    eye = torch.eye(k, dtype=rows.dtype, device="cpu")
     multipliers = [eye[:, j, None].expand(k, n) for j in range(k)]
     for i in range(k - 1):
         lead = rows[i].detach().abs().argmax(0)
@@ -350,7 +358,7 @@ def legendre_moments(degrees: int, n: int) -> Tensor:
         ]
         for p in range(n)
     ]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def balancing_scale(A: Tensor) -> Tensor:
@@ -371,4 +379,4 @@ def balancing_scale(A: Tensor) -> Tensor:
                 size[j][i] *= factor
         if balanced:
             break
-    return torch.tensor(scale, dtype=torch.float64)
+    return torch.tensor(scale, dtype=torch.float64, device="cpu")

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks, stack_first
+from cldsde.linear.blocks import apply_blocks, block_solve, stack_first
 from cldsde.linear.collocation import collocate, converged
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.flow import Law, whitened_matrices
 from cldsde.linear.kernel import Kernel, check_kernel_shape, log_density
 from cldsde.linear.random import standard_normal
 
-__all__ = ["Posterior", "bayes", "flow_rotations", "reverse_family", "whitened_family"]
-
-Law = Callable[[Tensor], Tensor]
+__all__ = ["Posterior", "bayes", "reverse_family", "whitened_family"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +126,7 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     the row of the latter is accurate relative to L_s only.
     """
     k = later.shape[-1]
-    eye = torch.eye(k, dtype=torch.float64)
+    eye = torch.eye(k, dtype=torch.float64, device="cpu")
     lower = torch.cat([eye, torch.zeros_like(eye)], dim=-1).expand(*earlier.shape[:-1], 2 * k)
     upper = torch.cat([step.mean @ earlier, step.root], dim=-1)
     joint = joint_root(torch.cat([upper, lower], dim=-2))
@@ -142,13 +141,12 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     short = (regular & (share <= 0.5))[..., None, None]
     psi = torch.where(short, step.mean, eye)
     noise = torch.where(short, step.root, 0.0)
-    X = torch.linalg.solve(psi, noise)
+    whitening = triangular_inverse(torch.where(short, later, eye))
+    gain = noise @ (noise.mT @ whitening.mT) @ whitening
+    X, short_state = block_solve(psi, torch.cat([noise, eye - gain], dim=-1)).split(k, dim=-1)
     Y = torch.linalg.solve_triangular(torch.where(short, earlier, eye), X, upper=False)
     factor = joint_root(eye, Y.mT)
     short_root = joint_root(torch.linalg.solve_triangular(factor.mT, X, upper=True, left=False))
-    whitening = triangular_inverse(torch.where(short, later, eye))
-    gain = noise @ (noise.mT @ whitening.mT) @ whitening
-    short_state = torch.linalg.solve(psi, eye - gain)
     return torch.where(short, short_state, long_state), torch.where(short, short_root, long_root)
 
 
@@ -191,23 +189,15 @@ def whitened_family(
     followed = s.requires_grad or t.requires_grad or level.requires_grad
     if dynamics.components == 1 and not followed and not bool(level.any()):
         # What neither turns nor contracts stays where it is.
-        still = torch.ones(*s.shape, 1, 1, dtype=torch.float64)
+        still = torch.ones(*s.shape, 1, 1, dtype=torch.float64, device="cpu")
         return still, torch.zeros_like(still)
 
-    def matrices(times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        root = law(times)
-        g = torch.linalg.solve_triangular(root, dynamics.diffusion(times), upper=False)
-        N = torch.linalg.solve_triangular(root, dynamics.drift(times) @ root, upper=False)
-        dissipation = 0.5 * g @ g.mT
-        upper = (N + dissipation).triu(1)
-        return upper - upper.mT, dissipation, g
-
     def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
-        rotation, dissipation, g = matrices(times)
+        rotation, dissipation, g = whitened_matrices(dynamics, law, times)
         return rotation + level.square() * dissipation, level * g
 
     def fastest(times: Tensor) -> Tensor:
-        rotation, dissipation, _ = matrices(times)
+        rotation, dissipation, _ = whitened_matrices(dynamics, law, times)
         return rotation + level.detach().square().max() * dissipation
 
     panels, edges = _panels(fastest, flat_s, flat_t)
@@ -220,34 +210,6 @@ def whitened_family(
         raise ValueError(msg)
     move, noise = factors
     return stack_first(move, s.shape), stack_first(noise, s.shape)
-
-
-def flow_rotations(dynamics: Dynamics, law: Law, times: Tensor) -> Tensor:
-    """Transitions of the flow from the latest of the times to each, whitened: rotations.
-
-    From time to time in turn, so that no stretch is integrated twice.
-
-    Parameters
-    ----------
-    dynamics, law
-        See `whitened_family`.
-    times
-        ``(n,)`` in any order, n ≥ 1.
-
-    Returns
-    -------
-    Tensor
-        ``(n, k, k)``.
-    """
-    order = times.detach().argsort(descending=True)
-    falling = times[order]
-    moves, _ = whitened_family(
-        dynamics, law, falling[1:], falling[:-1], torch.zeros_like(falling[1:])
-    )
-    rotations = [torch.eye(dynamics.components, dtype=torch.float64)]
-    for move in moves:
-        rotations.append(move @ rotations[-1])
-    return torch.stack(rotations)[order.argsort()]
 
 
 def _panels(
@@ -274,7 +236,7 @@ def _panels(
         latest = t.clamp_min(1e-300)
         floor = torch.where(s > 0, s, 1e-10 * t).clamp_min(1e-300)
         low, high = float(floor.min().log()), float(latest.max().log())
-        knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64)
+        knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64, device="cpu")
         tau = knots.exp().clamp_max(t.max())
         rate = 1 + drift(tau.unsqueeze(0))[0].norm(dim=(-2, -1)) * tau
         work = torch.zeros_like(knots)
@@ -284,7 +246,7 @@ def _panels(
         total = float((last - first).max())
 
     def edges(panels: int) -> tuple[Tensor, Tensor]:
-        share = torch.arange(panels + 1, dtype=torch.float64).unsqueeze(1) / panels
+        share = torch.arange(panels + 1, dtype=torch.float64, device="cpu").unsqueeze(1) / panels
         with torch.no_grad():
             times = _interpolate(work, knots, last.lerp(first, share)).exp()
             fraction = ((times - s) / (t - s)).clamp(0, 1)

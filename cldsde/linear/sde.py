@@ -12,9 +12,10 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_levels, as_matrix, as_times
 from cldsde.linear.covariance import covariance_root, joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
+from cldsde.linear.flow import flow_rotations
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel, check_density
-from cldsde.linear.posterior import Posterior, bayes, flow_rotations, reverse_family
+from cldsde.linear.posterior import Posterior, bayes, reverse_family
 from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cldsde.linear.blocks import (
     apply_blocks,
     block_product,
+    block_solve,
     lower_factor,
     safe_sqrt,
     stack_first,
@@ -163,3 +164,24 @@ def test_a_row_of_zeros_leaves_a_column_of_zeros() -> None:
     assert (found[:, 0] == 0).all()
     assert found[1, 1].item() == pytest.approx(5.0, rel=1e-15)
     assert torch.allclose(found @ found.T, root @ root.T, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_a_solution_of_many_systems_satisfies_each(k: int) -> None:
+    # Backward stable but for a growth of pivots, at most 2^(k - 1): the residual is that many
+    # roundings of |A| |X|, of k products each.
+    generator = torch.Generator().manual_seed(k)
+    a = torch.randn(50, k, k, generator=generator, dtype=torch.float64)
+    a[0] = a[0].flip(0).triu().flip(0)  # zero pivots, unless rows are exchanged
+    b = torch.randn(k, 2, generator=generator, dtype=torch.float64)
+    x = block_solve(a, b)
+    assert x.shape == (50, k, 2)
+    error = (a @ x - b).abs()
+    assert (error <= 2**k * k * EPS * (a.abs() @ x.abs() + b.abs())).all()
+
+
+def test_solutions_are_differentiable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block_solve, (a, b))
