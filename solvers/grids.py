@@ -202,8 +202,8 @@ def times_of_log_snr(
     Returns
     -------
     Tensor
-        Times in [ε, T] of the shape of ``log_snr``, float64 on the host: by bisection in log t; the
-        nearer end where no time has the value.
+        Times in [ε, T] of the shape of ``log_snr``, float64 on the CPU, to the rounding of
+        log t; the nearer end if no time has the value.
 
     Raises
     ------
@@ -233,13 +233,27 @@ def times_of_log_snr(
     if not 0 < eps <= T <= sde.T:
         msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
-    low = torch.full_like(log_snr, math.log(eps))
-    high = torch.full_like(log_snr, math.log(T))
+    wanted = log_snr.flatten()
+    points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")
+    points = points.unsqueeze(1)  # at first the same for all values
+    # Distances to the time that the secant proposes, relative to the bracket: the next bracket is
+    # as narrow as the secant is good, and at most half as wide.
+    steps = 2 * 0.25 ** torch.arange(1, 14, dtype=torch.float64, device="cpu").unsqueeze(1)
+    offsets = torch.cat([-steps, torch.zeros_like(steps[:1]), steps.flip(0)])
     for _ in range(60):
-        middle = (low + high) / 2
-        early = sde.log_snr(middle.exp().clamp(eps, T)) > log_snr
-        low, high = torch.where(early, middle, low), torch.where(early, high, middle)
-    return ((low + high) / 2).exp().clamp(eps, T)
+        # κ falls with t, so that the times of larger values come first.
+        values = sde.log_snr(points.exp().clamp(eps, T)).expand(-1, len(wanted))
+        points = points.expand(-1, len(wanted))
+        bracket = (values[1:-1] > wanted).sum(0, keepdim=True)
+        low, high = points.gather(0, bracket), points.gather(0, bracket + 1)
+        first, last = values.gather(0, bracket), values.gather(0, bracket + 1)
+        width = high - low
+        if bool((width <= 4 * torch.finfo(torch.float64).eps * low.abs().clamp_min(1)).all()):
+            break
+        share = ((first - wanted) / (first - last)).nan_to_num(0.5).clamp(0, 1)
+        inner = (low + width * (share + offsets)).clamp(low, high)
+        points = torch.cat([low, inner, high])
+    return ((low + high) / 2).exp().clamp(eps, T).reshape(log_snr.shape)
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:
