@@ -93,12 +93,12 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
     order = [i for i in range(k) if i not in driven] + driven
     if order == list(range(k)):
         ordered = root
-        eye = torch.eye(k, dtype=torch.float64)[driven]
+        eye = torch.eye(k, dtype=torch.float64, device="cpu")[driven]
         noise = eye.expand(*root.shape[:-2], -1, -1)
         inverse = triangular_inverse(ordered)
     else:
         ordered = joint_root(root[..., order, :])
-        inverse = triangular_inverse(ordered)[..., :, torch.tensor(order).argsort()]
+        inverse = triangular_inverse(ordered)[..., :, torch.tensor(order, device="cpu").argsort()]
         # −L_ddᵀ s_d with s = −root⁻ᵀ ε.
         own = triangular_inverse(root)[..., driven].mT
         noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
@@ -263,7 +263,7 @@ class _Converter:
         return Conversion(*result, source, target)
 
     def _eye(self, n: int) -> Tensor:
-        return torch.eye(n, dtype=torch.float64).expand(*self.times.shape, n, n)
+        return torch.eye(n, dtype=torch.float64, device="cpu").expand(*self.times.shape, n, n)
 
     def _from_noise_root(self) -> Tensor:
         """Noise of the law that is meant to noise of the law given x_0: K n' = K' n."""

@@ -241,9 +241,9 @@ class _Flow:
         size = force[0].numel()
         trace = torch.zeros(n, dtype=force.dtype, device=force.device)
         for first in range(0, size, _BACKWARD_AT_ONCE):
-            entries = torch.arange(first, min(first + _BACKWARD_AT_ONCE, size))
+            entries = torch.arange(first, min(first + _BACKWARD_AT_ONCE, size), device=force.device)
             basis = torch.zeros(len(entries), size, dtype=force.dtype, device=force.device)
-            basis[torch.arange(len(entries)), entries] = 1.0
+            basis[entries - first, entries] = 1.0
             directions = basis.reshape(len(entries), 1, *force.shape[1:]).expand(-1, *force.shape)
             (slopes,) = torch.autograd.grad(
                 force,

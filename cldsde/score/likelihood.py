@@ -192,7 +192,7 @@ def _perturbed(
 ) -> tuple[Tensor, Tensor]:
     """States from the forward process and log p(x_0 | z) / q(z | x_0)."""
     sde = process.sde
-    times = torch.tensor(t, dtype=torch.float64)
+    times = torch.tensor(t, dtype=torch.float64, device="cpu")
     kernel = sde.marginal(times)
     law = whiten(sde, kernel, times)
     z, epsilon = kernel.perturb(mean, generator=generator)

@@ -291,7 +291,7 @@ def optimal_loss(
     if conditioning == "all":
         U = torch.cat([U, kernel.mean @ sde.initial_root], dim=-1)
     C = law.inverse @ U
-    eye = torch.eye(U.shape[-1], dtype=torch.float64)
+    eye = torch.eye(U.shape[-1], dtype=torch.float64, device="cpu")
     factor = joint_root(eye, C.mT)
     d = len(sde.driven)
     unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
@@ -317,7 +317,7 @@ def _weights(weighting: Weighting, t: Tensor) -> Tensor:
         )
         raise TypeError(msg)
     times = t.flatten()
-    weights = torch.as_tensor(weighting(times)).to(torch.float64)
+    weights = torch.as_tensor(weighting(times), dtype=torch.float64, device="cpu")
     if weights.shape != times.shape:
         msg = (
             f"weighting must return one number a time, {tuple(times.shape)}; "

@@ -34,7 +34,7 @@ class Score(Protocol):
 def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     if (first.components, first.driven) != (second.components, second.driven):
         return False
-    t = torch.linspace(0, first.T, 5, dtype=torch.float64)
+    t = torch.linspace(0, first.T, 5, dtype=torch.float64, device="cpu")
     pairs = (
         (first.drift(t), second.drift(t)),
         (first.diffusion(t), second.diffusion(t)),

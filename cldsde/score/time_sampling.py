@@ -56,9 +56,11 @@ class TimeSampler:
 
     def __init__(self, density: Callable[[Tensor], Tensor], t_min: float) -> None:
         check_between(t_min, 1e-300, 0.5, "t_min")
-        self._knots = torch.logspace(math.log10(t_min), 0, _KNOTS, dtype=torch.float64)
+        self._knots = torch.logspace(
+            math.log10(t_min), 0, _KNOTS, dtype=torch.float64, device="cpu"
+        )
         self._knots[0], self._knots[-1] = t_min, 1.0
-        values = torch.as_tensor(density(self._knots)).cpu().to(torch.float64)
+        values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
         if values.shape != self._knots.shape or not bool((values.isfinite() & (values > 0)).all()):
             msg = "density must return one finite, positive value a time"
             raise ValueError(msg)

@@ -225,7 +225,7 @@ def cross_entropy(
 def _state_entropy(sde: LinearSDE, t: float) -> Tensor:
     """Entropy of the state given the data, a data dimension."""
     root = sde.marginal(t).root
-    check_density(root, torch.tensor(t), "t_min")
+    check_density(root, torch.tensor(t, device="cpu"), "t_min")
     return 0.5 * sde.components * math.log(2 * math.pi * math.e) + root.diagonal().log().sum()
 
 
@@ -278,7 +278,7 @@ class _GaussianReference:
         With u = 1 + s²I, E(x_0 − x̂_0)² = [(x_0 − μ)² + s⁴ I] / u², and the integral is that of a
         rational function of I.
         """
-        ends = torch.tensor([t_min, sde.T], dtype=torch.float64)
+        ends = torch.tensor([t_min, sde.T], dtype=torch.float64, device="cpu")
         first, last = 1 + self.variance * (2 * sde.log_snr(ends)).exp()
         square = flatten_data((x0 - self._mean(x0)).unsqueeze(1)).squeeze(1).square().sum(1)
         dimension = math.prod(x0.shape[1:])
@@ -287,7 +287,7 @@ class _GaussianReference:
         return 0.5 * known.to(x0)
 
     def _mean(self, x0: Tensor) -> Tensor:
-        mean = torch.as_tensor(self.mean).to(x0)
+        mean = torch.as_tensor(self.mean, dtype=x0.dtype, device=x0.device)
         try:
             return mean.expand(x0.shape)
         except RuntimeError:

@@ -1,0 +1,136 @@
+"""Coefficients are float64 on the CPU whatever torch's default device and dtype.
+
+With the default device "meta" every tensor made without a device fails as soon as its values are
+needed, or where it meets one that has values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cldsde import (
+    CLD,
+    HOLD,
+    PSLD,
+    VESDE,
+    VPSDE,
+    GaussianMixture,
+    LinearSDE,
+    ReverseProcess,
+    Schedule,
+    SubVPSDE,
+    solvers,
+)
+from cldsde.score import Conversion
+
+PROCESSES: dict[str, Callable[[], LinearSDE]] = {
+    "VP": VPSDE,
+    "VP, cosine": lambda: VPSDE(schedule=Schedule.cosine()),
+    "sub-VP": SubVPSDE,
+    "VE": VESDE,
+    "CLD": CLD,
+    "CLD, linear": lambda: CLD(beta=(0.1, 20.0)),
+    "CLD, position noise": lambda: CLD(position_noise=0.3),
+    "PSLD": PSLD,
+    "HOLD": HOLD,
+    "functions": lambda: LinearSDE.from_functions(
+        lambda t: -(1 + t).reshape(1, 1), lambda t: (1 + t).sqrt().reshape(1, 1)
+    ),
+}
+TIMES = torch.tensor([1e-3, 0.2, 0.9], dtype=torch.float64, device="cpu")
+
+
+def kernels(sde: LinearSDE) -> Iterator[Any]:
+    for law in (sde.marginal(0.5), sde.marginal(TIMES), sde.transition(0.1 * TIMES, TIMES)):
+        yield law.mean
+        yield law.root
+    k = sde.components
+    yield sde.marginal(TIMES, [[float(i == j) for j in range(k)] for i in range(k)]).root
+    yield sde.drift(0.5)
+    yield sde.diffusion(TIMES)
+    yield sde.noise_root(0.1 * TIMES, TIMES)
+    yield sde.log_snr(TIMES)
+    yield sde.prior.root
+    yield sde.stationary_covariance
+    reversal = sde.stationary_reversal
+    yield None if reversal is None else reversal.drift(TIMES)
+
+
+def families(sde: LinearSDE) -> Iterator[Any]:
+    for stochasticity in (0.0, 0.5, 1.0):
+        law = sde.posterior(0.5 * TIMES, TIMES, stochasticity=stochasticity)
+        yield law.state
+        yield law.initial
+        yield law.root
+    yield sde.probability_flow_root(TIMES)
+
+
+def conversions(sde: LinearSDE) -> Iterator[Any]:
+    for source, target in (("score", "data"), ("noise", "full_score"), ("data", "noise")):
+        for conditioning in ("data", "all"):
+            found = Conversion.at(sde, TIMES, source, target, conditioning=conditioning)
+            yield found.state
+            yield found.value
+
+
+def grids(sde: LinearSDE) -> Iterator[Any]:
+    for name in ("uniform", "quadratic", "root", "log_snr", "karras", "logistic"):
+        yield getattr(solvers, f"{name}_times")(sde, 1.0, 1e-3, 4)
+    yield solvers.times_of_log_snr(sde, 0.5)
+
+
+def tables(sde: LinearSDE) -> Iterator[Any]:
+    data = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
+    process = ReverseProcess(sde, data.score(sde))
+    times = solvers.root_times(1.0, 1e-3, 4)
+    for options in (
+        {"order": 3, "corrector": True},
+        {"order": 2, "stochasticity": 1.0},
+        {"order": 2, "stochasticity": lambda t: 0.5 * t, "variable": "log_snr"},
+        {"order": 2, "prediction": "noise"},
+    ):
+        yield solvers.plan(process, solvers.ExponentialMultistep(**options), times).tables
+
+
+@pytest.fixture
+def defaults() -> Iterator[None]:
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    yield
+    torch.set_default_device(device if device.type != "cpu" else None)
+    torch.set_default_dtype(dtype)
+
+
+def forget_constants() -> None:
+    """Let cached constants be made anew."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("cldsde."):
+            for value in vars(module).values():
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+
+
+@pytest.mark.usefixtures("defaults")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("results", [kernels, families, conversions, grids, tables])
+@pytest.mark.parametrize("name", list(PROCESSES))
+def test_coefficients_do_not_follow_the_default_device_and_dtype(
+    name: str, results: Callable[[LinearSDE], Iterator[Any]], dtype: torch.dtype
+) -> None:
+    expected = list(results(PROCESSES[name]()))
+    forget_constants()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(dtype)
+    found = list(results(PROCESSES[name]()))
+    assert len(found) == len(expected)
+    for value, like in zip(found, expected, strict=True):
+        if isinstance(like, torch.Tensor):
+            assert value.device.type == "cpu"
+            assert value.dtype == torch.float64
+            assert torch.equal(value, like)
+        else:
+            assert value == like
