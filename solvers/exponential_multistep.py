@@ -314,7 +314,7 @@ def _by_steps(function: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> l
 
     Larger tables would take much memory, and wake torch's thread pool.
     """
-    parts = [function(*few) for few in zip(*(t.split(_STEPS) for t in tables), strict=True)]
+    parts = [function(*few) for few in zip(*(torch.split(t, _STEPS) for t in tables), strict=True)]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
@@ -369,11 +369,11 @@ def _moves(sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor) -> tuple
         return (step.state,)
 
     (pieces,) = _by_steps(piece, stops, levels)
-    moves = [pieces[:, -1]]
+    to_end = [pieces[:, -1]]
     for i in range(pieces.shape[1] - 2, -1, -1):
-        moves.append(moves[-1] @ pieces[:, i])
+        to_end.append(to_end[-1] @ pieces[:, i])
     noise = sde.posterior(stops[:, -1], stops[:, 0], stochasticity=levels).root
-    return torch.stack(moves[::-1], dim=1), noise
+    return torch.stack(to_end[::-1], dim=1), noise
 
 
 def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,7 +155,7 @@ def _slope_series(omega: Tensor, angle: float) -> Tensor:
         Y = torch.stack([torch.stack([cos, sin]), torch.stack([-sin, cos])])
         return _contract(transform, block_product(omega, Y))
     few = max(1, 32768 // (_NODES**2 * len(omega) ** 2))  # below the size that wakes threads
-    slopes = [_picard(part, integrals, angle) for part in omega.split(few, dim=-1)]
+    slopes = [_picard(part, integrals, angle) for part in torch.split(omega, few, dim=-1)]
     return torch.cat([_contract(transform, slope) for slope in slopes], dim=-1)
 
 

@@ -143,7 +143,8 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     noise = torch.where(short, step.root, 0.0)
     whitening = triangular_inverse(torch.where(short, later, eye))
     gain = noise @ (noise.mT @ whitening.mT) @ whitening
-    X, short_state = block_solve(psi, torch.cat([noise, eye - gain], dim=-1)).split(k, dim=-1)
+    solved = block_solve(psi, torch.cat([noise, eye - gain], dim=-1))
+    X, short_state = solved[..., :k], solved[..., k:]
     Y = torch.linalg.solve_triangular(torch.where(short, earlier, eye), X, upper=False)
     factor = joint_root(eye, Y.mT)
     short_root = joint_root(torch.linalg.solve_triangular(factor.mT, X, upper=True, left=False))
