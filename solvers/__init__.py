@@ -3,6 +3,8 @@
 What the author of a solver needs is in `cldsde.solvers.authoring`.
 """
 
+from cldsde.linear.log_snr import times_of_log_snr
+
 from .brownian import BrownianPath
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
@@ -15,7 +17,6 @@ from .grids import (
     logistic_times,
     quadratic_times,
     root_times,
-    times_of_log_snr,
     uniform_times,
 )
 from .named import canonical_name, find_solver, named_solvers

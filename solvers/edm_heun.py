@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .base import Facts
 from .combine import Block, as_blocks
-from .grids import times_of_log_snr
 from .staged import Stage, StagedSolver, Stages
 
 __all__ = ["EDMHeun"]

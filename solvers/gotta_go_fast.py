@@ -228,7 +228,8 @@ class _Path:
         new = (share * old).addcmul_(spread, bridge.unsqueeze(1))
         rest = (old - new).addcmul_(put, old, value=-1).sum(1, keepdim=True)
         self._pieces = new.addcmul_(put, rest).addcmul_(start, fresh.unsqueeze(1))
-        return (inside * new).sum(1)
+        increment: Tensor = (inside * new).sum(1)
+        return increment
 
     def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
         """Forget pieces that were walked over; if not kept, all pieces of a rejected path."""

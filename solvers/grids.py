@@ -11,9 +11,9 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_float64, as_number, check_positive
+from cldsde.linear.checks import check_positive
+from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process
 
 __all__ = [
     "karras_times",
@@ -21,7 +21,6 @@ __all__ = [
     "logistic_times",
     "quadratic_times",
     "root_times",
-    "times_of_log_snr",
     "uniform_times",
 ]
 
@@ -180,80 +179,6 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
     return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
-
-
-def times_of_log_snr(
-    sde: LinearSDE, log_snr: Tensor | float, T: float | None = None, eps: float = 1e-9
-) -> Tensor:
-    """Times at which half the log of the signal-to-noise ratio, κ, has given values.
-
-    What one process is at a time, another is at the time with the same κ: that is how ε and t_min
-    carry over.
-
-    Parameters
-    ----------
-    sde
-        The forward process.
-    log_snr
-        Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
-    T, eps
-        Where to look, 0 < ε ≤ T; up to the process's end where T is None.
-
-    Returns
-    -------
-    Tensor
-        Times in [ε, T] of the shape of ``log_snr``, float64 on the CPU, to the rounding of
-        log t; the nearer end if no time has the value.
-
-    Raises
-    ------
-    TypeError
-        If ``sde`` is no process or ``log_snr`` no number or tensor of real numbers.
-    ValueError
-        If a value is NaN or ε and T bound no interval of the process's times.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, VPSDE
-    >>> level = CLD().log_snr(2e-2)
-    >>> print(f"{level:.2f} {times_of_log_snr(VPSDE(), level):.4f}")
-    3.22 0.0086
-    """
-    check_process(sde)
-    T = sde.T if T is None else as_number(T, "T")
-    eps = as_number(eps, "eps")
-    try:
-        log_snr = as_float64(log_snr).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"log_snr must be a number or a tensor of real numbers; got {log_snr!r}"
-        raise TypeError(msg) from error
-    if bool(log_snr.isnan().any()):
-        msg = f"log_snr must not be NaN; got {log_snr.tolist()}"
-        raise ValueError(msg)
-    if not 0 < eps <= T <= sde.T:
-        msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
-        raise ValueError(msg)
-    wanted = log_snr.flatten()
-    points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")
-    points = points.unsqueeze(1)  # at first the same for all values
-    # Distances to the time that the secant proposes, relative to the bracket: the next bracket is
-    # as narrow as the secant is good, and at most half as wide.
-    steps = 2 * 0.25 ** torch.arange(1, 14, dtype=torch.float64, device="cpu").unsqueeze(1)
-    offsets = torch.cat([-steps, torch.zeros_like(steps[:1]), steps.flip(0)])
-    for _ in range(60):
-        # κ falls with t, so that the times of larger values come first.
-        values = sde.log_snr(points.exp().clamp(eps, T)).expand(-1, len(wanted))
-        points = points.expand(-1, len(wanted))
-        bracket = (values[1:-1] > wanted).sum(0, keepdim=True)
-        low, high = points.gather(0, bracket), points.gather(0, bracket + 1)
-        first, last = values.gather(0, bracket), values.gather(0, bracket + 1)
-        width = high - low
-        if bool((width <= 4 * torch.finfo(torch.float64).eps * low.abs().clamp_min(1)).all()):
-            break
-        share = ((first - wanted) / (first - last)).nan_to_num(0.5).clamp(0, 1)
-        inner = (low + width * (share + offsets)).clamp(low, high)
-        points = torch.cat([low, inner, high])
-    return ((low + high) / 2).exp().clamp(eps, T).reshape(log_snr.shape)
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

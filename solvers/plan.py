@@ -177,7 +177,8 @@ class Plan:
         solver, process, times = used.solver, self.process, self.times
         source = source.along(sde, times, lambda: solver.path_noise(process, times))
         source.check(state)
-        stops = torch.cat([wanted[wanted < times[0]], times[-1:]]).unique().flip(0)
+        later = wanted[(wanted < times[0]) & (wanted > times[-1])]
+        stops = torch.cat([later, times[-1:]])
         run = Run(
             process,
             used.tables,
@@ -237,8 +238,9 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """
     check_reverse_process(process)
     check_solver(solver)
-    grid = as_decreasing_times(times, "times", process.sde.T)
-    with torch.no_grad():
+    # A plan made in inference mode serves outside of it, too.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        grid = as_decreasing_times(times, "times", process.sde.T).clone()
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
     known = None if asked is None else KnownTimes(asked)

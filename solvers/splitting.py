@@ -115,8 +115,9 @@ class Splitting(StagedSolver):
             score[:, row] = noise[:, row]
             stage = Stage(as_blocks(state))
             if row in sde.driven:
-                known = "first" if self.shared_score and asked else "score"
-                stage = stage._replace(**{known: as_blocks(score[..., list(sde.driven)])})
+                blocks = as_blocks(score[..., list(sde.driven)])
+                again = self.shared_score and asked
+                stage = stage._replace(first=blocks) if again else stage._replace(score=blocks)
                 asked = True
             stages.append(stage)
         return Stages.of(*stages)

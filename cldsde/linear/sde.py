@@ -20,7 +20,7 @@ from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 
-__all__ = ["LinearSDE"]
+__all__ = ["LinearSDE", "check_process"]
 
 
 class LinearSDE:
@@ -621,3 +621,15 @@ class LinearSDE:
             )
             raise ValueError(msg)
         return covariance
+
+
+def check_process(sde: object) -> None:
+    """Raise TypeError unless ``sde`` is a `LinearSDE`, ready for use."""
+    if not isinstance(sde, LinearSDE):
+        hint = " (write it with parentheses)" if isinstance(sde, type) else ""
+        got = sde.__name__ if isinstance(sde, type) else type(sde).__name__
+        msg = f"sde must be a LinearSDE; got {got}{hint}"
+        raise TypeError(msg)
+    if not hasattr(sde, "dynamics"):
+        msg = f"sde: {type(sde).__name__} has to call super().__init__ with its dynamics"
+        raise TypeError(msg)

@@ -22,8 +22,8 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
 
 __all__ = ["Conditioning", "Conversion", "Prediction", "WhitenedLaw", "conditional_law", "whiten"]
 

@@ -22,8 +22,8 @@ from cldsde.linear.checks import TimeLike, as_times, check_positive
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.random import Generators, check_generator
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
 from cldsde.score.conversion import (
     Conditioning,
     Conversion,

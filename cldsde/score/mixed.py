@@ -43,8 +43,8 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_number, check_state
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.time_sampling import LogSNRDensity

@@ -15,8 +15,8 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import check_density
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
 from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]

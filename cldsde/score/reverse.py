@@ -10,8 +10,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_at_least, check_state
 from cldsde.linear.reprs import constructor_repr
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process
+from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
 from cldsde.score.times import KnownTimes, score_argument, score_times
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_number, as_times, check_between, check_positive
 from cldsde.linear.random import check_generator
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process
+from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conditioning, WhitenedLaw, whiten
 from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 

@@ -43,8 +43,8 @@ from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import TimeLike, check_between, check_positive
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process, one_of
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
 from cldsde.score.matching import PerturbedData, Target
 from cldsde.score.reverse import Score
 from cldsde.score.times import score_argument
