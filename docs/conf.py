@@ -102,7 +102,7 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.conversion\.WhitenedLaw|Block"),  # tables
+    ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
 ]
 
 
@@ -126,8 +126,9 @@ def _public_reference(app, env, node, contnode):
         # cldsde.linear.sde.LinearSDE.drift: the class is published, the method goes with it
         found = [
             candidate
+            for layer in (path[:2], ["cldsde", "solvers", "authoring"])
             for cut in range(2, len(path) + 1)
-            if (candidate := ".".join([*path[:2], *path[cut:], name])) in objects
+            if (candidate := ".".join([*layer, *path[cut:], name])) in objects
         ]
     else:
         found = [full for full in objects if full.endswith(f".{target}")]

@@ -7,6 +7,7 @@ its times derives from `Solver` and gets a `Run`.
 """
 
 from cldsde.score.reverse import KnownScore
+from cldsde.score.times import KnownTimes
 
 from .base import (
     Facts,
@@ -28,6 +29,7 @@ __all__ = [
     "GridSolver",
     "Integration",
     "KnownScore",
+    "KnownTimes",
     "Memory",
     "NoiseSource",
     "PathNoise",
