@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_solve
+from cldsde.linear.checks import check_at_least
 from cldsde.linear.covariance import triangular_inverse
-from cldsde.linear.flow import flow_rotations
-from cldsde.linear.kernel import check_density
-from cldsde.linear.posterior import bayes
+from cldsde.linear.moves import by_steps, carried_roots, marginal_laws, moves_to_end
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
+from cldsde.score.checks import one_of
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
@@ -26,7 +25,10 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
-_STEPS = 25
+
+Prediction = Literal["data", "noise"]
+Variable = Literal["time", "log_snr"]
+Weights = Literal["exact", "published"]
 
 
 class _Tables(NamedTuple):
@@ -108,9 +110,9 @@ class ExponentialMultistep(GridSolver):
     order: int = 2
     stochasticity: float | Callable[[Tensor], Tensor] = 0.0
     corrector: bool = False
-    prediction: Literal["data", "noise"] = "data"
-    variable: Literal["time", "log_snr"] = "time"
-    weights: Literal["exact", "published"] = "exact"
+    prediction: Prediction = "data"
+    variable: Variable = "time"
+    weights: Weights = "exact"
 
     @property
     def facts(self) -> Facts:
@@ -129,22 +131,11 @@ class ExponentialMultistep(GridSolver):
         if type(self.order) is not int or self.order not in (1, 2, 3):
             msg = f"order must be 1, 2 or 3; got {self.order!r}"
             raise ValueError(msg)
-        for name, allowed in (
-            ("prediction", ("data", "noise")),
-            ("variable", ("time", "log_snr")),
-            ("weights", ("exact", "published")),
-        ):
-            if getattr(self, name) not in allowed:
-                msg = f"{name} must be one of {allowed}; got {getattr(self, name)!r}"
-                raise ValueError(msg)
-        constant = not callable(self.stochasticity)
-        if constant and not (
-            isinstance(self.stochasticity, int | float)
-            and math.isfinite(self.stochasticity)
-            and self.stochasticity >= 0
-        ):
-            msg = f"stochasticity must be finite and not negative; got {self.stochasticity!r}"
-            raise ValueError(msg)
+        one_of(self.prediction, Prediction, "prediction")
+        one_of(self.variable, Variable, "variable")
+        one_of(self.weights, Weights, "weights")
+        if not callable(self.stochasticity):
+            check_at_least(self.stochasticity, 0.0, "stochasticity")
         if self.prediction == "noise" and self.stochasticity != 0:
             msg = "prediction='noise' is deterministic; take stochasticity=0 or prediction='data'"
             raise ValueError(msg)
@@ -159,13 +150,7 @@ class ExponentialMultistep(GridSolver):
             raise ValueError(msg)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
-        """Blocks of all steps.
-
-        Raises
-        ------
-        ValueError
-            If the driven score does not determine the data at some time, or the grid ends at 0.
-        """
+        """Blocks of all steps."""
         sde = process.sde
         if float(times[-1]) <= 0:
             msg = (
@@ -309,73 +294,6 @@ def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, length * w * nodes
 
 
-def _by_steps(function: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> list[Tensor]:
-    """Apply a function to the tables of a few steps at a time.
-
-    Larger tables would take much memory, and wake torch's thread pool.
-    """
-    parts = [function(*few) for few in zip(*(torch.split(t, _STEPS) for t in tables), strict=True)]
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-
-def _marginals(sde: LinearSDE, stops: Tensor) -> list[Tensor]:
-    """Means and roots of the distributions given the data."""
-
-    def marginals(times: Tensor) -> tuple[Tensor, Tensor]:
-        law = sde.marginal(times)
-        check_density(law.root, times, "times")
-        return law.mean, law.root
-
-    return _by_steps(marginals, stops)
-
-
-def _carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots that the probability flow carries along, triangular at the first stop; inverses."""
-    rotations = flow_rotations(sde.dynamics, lambda t: sde.marginal(t).root, stops.flatten())
-    rotations = rotations.reshape(root.shape)
-    return root @ rotations, rotations.mT @ triangular_inverse(root)
-
-
-def _moves(sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Φ_λ from each stop to the last of its step, ``(n, m, k, k)``, and the noise of whole steps.
-
-    Parameters
-    ----------
-    sde
-        The process.
-    stops
-        Times ``(n, m + 1)`` from the start of each step to its end.
-    root
-        Roots of the distributions given the data at the stops.
-    levels
-        λ of each step, ``(n,)``.
-    """
-    if not bool(levels.any()):
-        carried, inverse = _carried_roots(sde, stops, root)
-        return carried[:, -1:] @ inverse[:, :-1], root[:, 0, :, :0]
-    if bool((levels == 1).all()):
-
-        def posterior(stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-            step = sde.transition(stops[:, -1:], stops[:, :-1])
-            moves, noise = bayes(step, root[:, -1:].expand_as(step.root), root[:, :-1])
-            return moves, noise[:, 0]
-
-        moves, noise = _by_steps(posterior, stops, root)
-        return moves, noise
-
-    def piece(stops: Tensor, levels: Tensor) -> tuple[Tensor]:
-        # Moves from each stop to the last would be integrated over again for every stop.
-        step = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
-        return (step.state,)
-
-    (pieces,) = _by_steps(piece, stops, levels)
-    to_end = [pieces[:, -1]]
-    for i in range(pieces.shape[1] - 2, -1, -1):
-        to_end.append(to_end[-1] @ pieces[:, i])
-    noise = sde.posterior(stops[:, -1], stops[:, 0], stochasticity=levels).root
-    return torch.stack(to_end[::-1], dim=1), noise
-
-
 def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Start, nodes and end of each step, ``(n, q + 2)``, nodes and weights; without nodes q = 0."""
     nodes, weights = _step_nodes(times)
@@ -387,8 +305,8 @@ def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:
     """Φ_λ, the noise, and the weights of x̂₀."""
     stops, nodes, weights = _stops(times, along=along)
-    mean, root = _marginals(sde, stops)
-    moves, noise = _moves(sde, stops, root, levels)
+    mean, root = marginal_laws(sde, stops)
+    moves, noise = moves_to_end(sde, stops, root, levels)
     psi = mean[..., :1]
     G, whitening = sde.diffusion(nodes), triangular_inverse(root[:, 1:-1])
     pull = G @ (G.mT @ whitening.mT) @ (whitening @ psi[:, 1:-1])
@@ -405,15 +323,15 @@ def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -
 def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps, Tensor]:
     """Ψ(u, t) and the weights of n = −Rᵀs; and R⁻¹ at the start of each step."""
     stops, nodes, weights = _stops(times, along=along)
-    _, triangular = _marginals(sde, stops)
-    root, inverse = _carried_roots(sde, stops, triangular)
+    _, triangular = marginal_laws(sde, stops)
+    root, inverse = carried_roots(sde, stops, triangular)
 
     def backwards(stops: Tensor) -> tuple[Tensor]:
         psi = sde.transition_matrix(stops[:, -1:], stops[:, :-1])
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         return (block_solve(psi, eye),)
 
-    (moves,) = _by_steps(backwards, stops)
+    (moves,) = by_steps(backwards, stops)
     G = sde.diffusion(nodes)
     pull = G @ (inverse[:, 1:-1] @ G).mT
     steps = _Steps(

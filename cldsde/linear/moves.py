@@ -1,0 +1,87 @@
+"""Moves of the reverse family over many steps at once, from which integrators make their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.covariance import triangular_inverse
+from cldsde.linear.flow import flow_rotations
+from cldsde.linear.kernel import check_density
+from cldsde.linear.posterior import bayes
+from cldsde.linear.sde import LinearSDE
+
+__all__ = ["by_steps", "carried_roots", "marginal_laws", "moves_to_end"]
+
+_STEPS = 25  # whose tables are made at a time
+
+
+def by_steps(function: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> list[Tensor]:
+    """Apply a function to the tables of a few steps at a time.
+
+    Larger tables would take much memory, and wake torch's thread pool.
+    """
+    parts = [function(*few) for few in zip(*(torch.split(t, _STEPS) for t in tables), strict=True)]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def marginal_laws(sde: LinearSDE, stops: Tensor) -> list[Tensor]:
+    """Means and roots of the distributions given the data."""
+
+    def marginals(times: Tensor) -> tuple[Tensor, Tensor]:
+        law = sde.marginal(times)
+        check_density(law.root, times, "times")
+        return law.mean, law.root
+
+    return by_steps(marginals, stops)
+
+
+def carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Roots that the probability flow carries along, triangular at the first stop; inverses."""
+    rotations = flow_rotations(sde.dynamics, lambda t: sde.marginal(t).root, stops.flatten())
+    rotations = rotations.reshape(root.shape)
+    return root @ rotations, rotations.mT @ triangular_inverse(root)
+
+
+def moves_to_end(
+    sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Φ_λ from each stop to the last of its step, ``(n, m, k, k)``, and the noise of whole steps.
+
+    Parameters
+    ----------
+    sde
+        The process.
+    stops
+        Times ``(n, m + 1)`` from the start of each step to its end.
+    root
+        Roots of the distributions given the data at the stops.
+    levels
+        λ of each step, ``(n,)``.
+    """
+    if not bool(levels.any()):
+        carried, inverse = carried_roots(sde, stops, root)
+        return carried[:, -1:] @ inverse[:, :-1], root[:, 0, :, :0]
+    if bool((levels == 1).all()):
+
+        def posterior(stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+            step = sde.transition(stops[:, -1:], stops[:, :-1])
+            moves, noise = bayes(step, root[:, -1:].expand_as(step.root), root[:, :-1])
+            return moves, noise[:, 0]
+
+        moves, noise = by_steps(posterior, stops, root)
+        return moves, noise
+
+    def piece(stops: Tensor, levels: Tensor) -> tuple[Tensor]:
+        # Moves from each stop to the last would be integrated over again for every stop.
+        step = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
+        return (step.state,)
+
+    (pieces,) = by_steps(piece, stops, levels)
+    to_end = [pieces[:, -1]]
+    for i in range(pieces.shape[1] - 2, -1, -1):
+        to_end.append(to_end[-1] @ pieces[:, i])
+    noise = sde.posterior(stops[:, -1], stops[:, 0], stochasticity=levels).root
+    return torch.stack(to_end[::-1], dim=1), noise
