@@ -16,8 +16,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_times, check_state
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
-from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import check_process
+from cldsde.linear.sde import LinearSDE, check_process
 
 from .combine import combine
 from .noise import NoiseSource, PathNoise
@@ -45,25 +44,30 @@ class _Node:
     children: tuple[_Node, _Node] | None = None
 
 
-class BrownianPath(NoiseSource):
-    r"""One Brownian path w of each number of a batch, the same on whatever grid it is looked at.
+_Reading = list[tuple[_Node, Tensor]]
+"""A linear functional of the normals of some nodes, each with its block."""
 
-    Of an interval [s, t] the path knows its increment and the integral that the process makes of
-    it,
+
+class BrownianPath(NoiseSource):
+    r"""A Brownian path w for each number of a batch, the same on every grid.
+
+    Over an interval [s, t] the path knows its increment and the integral that the process makes
+    of it,
 
     .. math:: ΔW = w(t) − w(s), \qquad I = ∫_s^t Ψ(t, τ)\,G(τ)\,dw(τ),
 
-    which are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. An interval
-    is held as normals ξ with (ΔW, I) = L ξ; to split it is to rotate ξ and as many new normals into
-    those of its halves, the rotation being that of the halves' joint law. New normals depend on a
-    seed and the interval alone, so that any interval may be asked for in any order.
+    They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. The path
+    stores an interval as normals ξ with (ΔW, I) = L ξ. To split an interval, it rotates ξ and as
+    many new normals into the normals of the halves, so that the halves have their joint
+    distribution. New normals depend on a seed and the interval alone, so intervals can be queried
+    in any order.
 
-    Splits are at the times that are given; other times are met by halving the cell that they lie
-    in, 20 times and then exactly, which costs as many draws. So give the finest grid to come. Only
-    of times that lie closer than a millionth of a cell it matters which is asked first.
+    The path splits at the given times. It reaches another time by halving the cell around it 20
+    times, and then exactly; each split costs a draw. So give the finest grid that you will use.
+    The order of queries matters only for times closer than a millionth of a cell.
 
-    Solvers of the reverse process see +ΔW of each step [u, t]: with a score of zero they go from t
-    to u by adding noise, not by taking back what `evolve` added.
+    Solvers of the reverse process use +ΔW of each step [u, t]. With a score of zero they add noise
+    from t to u; they do not undo `evolve`.
 
     Parameters
     ----------
@@ -77,10 +81,10 @@ class BrownianPath(NoiseSource):
     generator
         Source of the path's seed; the same gives the same path on any device.
     integrals
-        Whether I is wanted; without it there is less to draw, and the path serves solvers that
-        need ΔW alone: `EulerMaruyama`, `StochasticHeun` and most methods of `TorchSDE`.
+        Whether to know I. Without it there are fewer normals to draw, and the path serves solvers
+        that need ΔW alone: `EulerMaruyama`, `StochasticHeun` and most methods of `TorchSDE`.
     dtype, device
-        Of what is returned.
+        Of the results.
 
     Raises
     ------
@@ -163,7 +167,7 @@ class BrownianPath(NoiseSource):
         ValueError
             If s < t do not lie between the path's ends.
         """
-        return self._value(*self._read([(s, t)], [_eye(self._size)[: self._columns]])[0])
+        return self._value(self._read([(s, t)], [_eye(self._size)[: self._columns]])[0])
 
     def integral(self, s: float, t: float) -> Tensor:
         """∫Ψ(t, τ) G dw over [s, t], ``(B, k, *D)``, for s < t.
@@ -174,7 +178,7 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         self._check_integrals("integral")
-        return self._value(*self._read([(s, t)], [_eye(self._size)[self._columns :]])[0])
+        return self._value(self._read([(s, t)], [_eye(self._size)[self._columns :]])[0])
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
         """The process at time t > s exactly, from states ``(B, k, *D)`` at s, along the path.
@@ -217,15 +221,12 @@ class BrownianPath(NoiseSource):
         if sde is not self._sde:
             msg = "noise: the path is that of another process; make it with process.sde"
             raise ValueError(msg)
-        needs_integral = bool(noise.integral.any())
-        if needs_integral:
+        if bool(noise.integral.any()):
             self._check_integrals("noise of this solver")
-        blocks = noise.increment
-        if needs_integral:
-            increment = noise.integral.new_zeros(*noise.integral.shape[:2], self._columns)
-            blocks = torch.cat([increment, noise.integral], dim=-1)
-        elif self._integrals:
-            blocks = torch.cat([blocks, noise.integral], dim=-1)
+        blocks = noise.integral.new_zeros(*noise.integral.shape[:2], self._size)
+        blocks[..., : noise.increment.shape[-1]] = noise.increment
+        if self._integrals:
+            blocks[..., self._columns :] = noise.integral
         ends = times.tolist()
         steps = list(zip(ends[1:], ends[:-1], strict=True))
         return _StepNoise(self, self._read(steps, list(blocks)))
@@ -236,7 +237,7 @@ class BrownianPath(NoiseSource):
             raise ValueError(msg)
 
     def _read(self, intervals: list[tuple[float, float]], blocks: list[Tensor]) -> list[_Reading]:
-        """Linear functionals block · (ΔW, I) of intervals, as ones of their nodes' normals."""
+        """Linear functionals block · (ΔW, I) of intervals, as functionals of nodes' normals."""
         low, high = self._times[0], self._times[-1]
         for s, t in intervals:
             if not low <= s < t <= high:
@@ -246,17 +247,31 @@ class BrownianPath(NoiseSource):
                 raise ValueError(msg)
         with self._lock:
             self._refine(sorted({at for interval in intervals for at in interval}))
-        parts = [self._cover(self._top, s, t) for s, t in intervals]
         return [
-            _Reading(nodes, [block @ self._carried(node, t) @ _root(node) for node in nodes])
-            for nodes, (_, t), block in zip(parts, intervals, blocks, strict=True)
+            [
+                (node, block @ self._carried(node, t) @ _root(node))
+                for node in self._cover(self._top, s, t)
+            ]
+            for (s, t), block in zip(intervals, blocks, strict=True)
         ]
+
+    def _value(self, reading: _Reading) -> Tensor:
+        """What was read, ``(B, rows, *D)``."""
+        # From the latest node on, because solvers walk down in time and the path keeps the latest
+        # pairs; one by one, because a pair takes the memory of the one before.
+        value: Tensor | None = None
+        with self._lock:
+            for node, block in reversed(reading):
+                part = _sum([block], [self._normals(node)])
+                value = part if value is None else value.add_(part)
+        assert value is not None
+        return value.view(len(value), *self._shape).transpose(0, 1)
 
     def _carried(self, node: _Node, t: float) -> Tensor:
         """What a node contributes at a later time; one by one, as batches are rounded otherwise."""
         if node.end == t:
-            return torch.eye(self._size, dtype=torch.float64, device="cpu")
-        return self._carry(*torch.tensor([[node.end], [t]], dtype=torch.float64, device="cpu"))[0]
+            return _eye(self._size)
+        return self._carry(_doubles([node.end]), _doubles([t]))[0]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
         """The largest nodes that make up [s, t]."""
@@ -320,8 +335,7 @@ class BrownianPath(NoiseSource):
         """Roots of the joint law of (ΔW, I), by Gauss–Legendre panels."""
         if not nodes:
             return
-        s = torch.tensor([node.start for node in nodes], dtype=torch.float64, device="cpu")
-        t = torch.tensor([node.end for node in nodes], dtype=torch.float64, device="cpu")
+        s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
         x, w = gauss_legendre(_NODES)
         span = (t - s).unsqueeze(1)
         # Panels short enough for Ψ to change little.
@@ -331,9 +345,7 @@ class BrownianPath(NoiseSource):
         x = ((torch.arange(panels, device="cpu").unsqueeze(1) + x) / panels).flatten()
         w = (w / panels).repeat(panels)
         at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
-        functional = torch.eye(self._columns, dtype=torch.float64, device="cpu").expand(
-            *at.shape, -1, -1
-        )
+        functional = _eye(self._columns).expand(*at.shape, -1, -1)
         if self._integrals:
             psi = self._sde.transition_matrix(at, t.unsqueeze(1))
             functional = torch.cat([functional, psi @ self._sde.diffusion(at)], dim=-2)
@@ -343,9 +355,8 @@ class BrownianPath(NoiseSource):
 
     def _carried_halves(self, nodes: list[_Node]) -> Tensor:
         """What the earlier halves of nodes contribute at the nodes' ends."""
-        split = torch.tensor([node.split for node in nodes], dtype=torch.float64, device="cpu")
         return self._carry(
-            split, torch.tensor([node.end for node in nodes], dtype=torch.float64, device="cpu")
+            _doubles([node.split for node in nodes]), _doubles([node.end for node in nodes])
         )
 
     def _set_rotations(self, nodes: list[_Node], carried: Tensor) -> None:
@@ -368,7 +379,7 @@ class BrownianPath(NoiseSource):
 
     def _carry(self, s: Tensor, t: Tensor) -> Tensor:
         """What (ΔW, I) up to s contribute to those up to t, ``(n, r, r)``."""
-        carried = torch.eye(self._size, dtype=torch.float64, device="cpu").repeat(len(s), 1, 1)
+        carried = _eye(self._size).repeat(len(s), 1, 1)
         if self._integrals:
             carried[:, self._columns :, self._columns :] = self._sde.transition_matrix(s, t)
         return carried
@@ -463,51 +474,34 @@ def _normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> T
     return normals.mul_(radius).flatten()
 
 
+def _eye(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device="cpu")
+
+
+def _doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 def _root(node: _Node) -> Tensor:
     assert node.root is not None
     return node.root
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """A linear functional of some nodes' normals."""
-
-    nodes: list[_Node]
-    blocks: list[Tensor]
-
-    def value(self, path: BrownianPath) -> Tensor:
-        # From the latest on, as solvers walk down in time and pairs are kept for who comes next;
-        # one by one, because a pair takes the memory of the one before.
-        value: Tensor | None = None
-        with path._lock:
-            for node, block in zip(reversed(self.nodes), reversed(self.blocks), strict=True):
-                part = _sum([block], [path._normals(node)])
-                value = part if value is None else value.add_(part)
-        assert value is not None
-        return value.view(len(value), *path._shape).transpose(0, 1)
 
 
 class _StepNoise(NoiseSource):
     """The normals of one solve, step by step."""
 
     def __init__(self, path: BrownianPath, readings: list[_Reading]) -> None:
-        self._path, self._readings = path, readings
-        self._coming = iter(readings)
+        self._path, self._coming = path, iter(readings)
+        self._drawn = len(readings[0][0][1])
 
     def check(self, z: Tensor) -> None:
-        """Refuse states of other shape than the path's.
-
-        Raises
-        ------
-        ValueError
-            If they are.
-        """
-        rows = len(self._readings[0].blocks[0])
+        """Reject states of another shape than the path's."""
+        rows = self._drawn
         shape, (batch, *data) = (len(z), rows, *z.shape[2:]), self._path._shape
         if shape != (batch, rows, *data):
             msg = f"noise: the solver asks for shape {shape}; the path has {(batch, rows, *data)}"
             raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Those of the next step."""
-        return next(self._coming).value(self._path).to(z)
+        """Return the normals of the next step."""
+        return self._path._value(next(self._coming)).to(z)

@@ -42,30 +42,22 @@ class _EndError(Exception):
     """Raised inside torchdiffeq's loop, which has no other way out, with what happened in words."""
 
 
-class _ScoreError(Exception):
-    """What the score raised, so that it is not taken for a complaint of torchdiffeq."""
-
-    def __init__(self, raised: AssertionError) -> None:
-        super().__init__()
-        self.raised = raised
-
-
 @dataclass(frozen=True, kw_only=True)
 class TorchDiffEq(Solver):
-    """The probability flow by a method of torchdiffeq (Chen et al. 2018).
+    """The probability-flow ODE by a method of torchdiffeq (Chen et al. 2018).
 
-    Methods with fixed steps step through the grid that is given; adaptive ones, with one step size
-    for the whole batch, use its ends, and are made to step onto each time that is wanted instead of
-    past it. The score is never asked outside the grid's ends. torchdiffeq reads numbers back from
-    the device at every step; `ProbabilityFlow` has a step size for each sample and less overhead.
+    Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
+    for the whole batch, and step onto each requested time. The score is never evaluated outside
+    the grid's ends. torchdiffeq reads numbers back from the device at every step; `ProbabilityFlow`
+    has less overhead.
 
     Parameters
     ----------
     method
         ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"`` or ``"adaptive_heun"``, with
         adaptive steps; ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"`` or ``"rk4"``, with
-        fixed ones. Left out are its Adams methods, which assume even steps over all of the
-        interval, and ``"scipy_solver"``, which leaves the device and records no gradients.
+        fixed steps. Its Adams methods are not supported, because they assume even steps, nor is
+        ``"scipy_solver"``, which leaves the device and records no gradients.
     rtol, atol
         Tolerances of adaptive methods, > 0.
     options
@@ -180,10 +172,10 @@ class TorchDiffEq(Solver):
             except _EndError as error:
                 message = str(error)
             except AssertionError as error:
-                # What torchdiffeq says of an underflow of its step or of numbers not finite.
+                if error is flow.raised:
+                    raise
+                # torchdiffeq says so if its step underflows or numbers are not finite.
                 message = f"torchdiffeq gave up: {str(error).splitlines()[0][:100]}"
-            except _ScoreError as error:
-                raise error.raised from None
         return Integration(
             state=flow.state,
             states=torch.stack(flow.states),
@@ -207,6 +199,7 @@ class _WatchedFlow:
         self.state, self.nfev, self.steps = z, 0, 0
         self.states = [torch.full_like(z, torch.nan) for _ in self._stops]
         self.arrived = self.stopped = False
+        self.raised: AssertionError | None = None  # by the score
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         if self.nfev + 1 > self._max_nfev:
@@ -224,7 +217,8 @@ class _WatchedFlow:
             # Times come in the state's precision, and may be rounded past the ends.
             return self._process.probability_flow(z, at.clamp(self._times[-1], self._times[0]))
         except AssertionError as error:
-            raise _ScoreError(error) from error
+            self.raised = error
+            raise
 
     def callback_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
         """Torchdiffeq's call before each attempt, with the state that it starts from."""
@@ -250,11 +244,11 @@ class _WatchedFlow:
 def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     """A process as the function (t, z) that ``torchdiffeq.odeint`` integrates.
 
-    Of a `ReverseProcess` the probability flow, to be run over decreasing times; of a `LinearSDE`
-    the flow of the mean, F(t) z. Parameters of the score, where it is a module, are the module's,
-    as ``odeint_adjoint`` wants them. Times are constants: where gradients are wanted of a method
-    with adaptive steps, give it a ``first_step``, which it would take for a function of the state;
-    and ``step_t`` of the last time, as it asks past it otherwise.
+    For a `ReverseProcess` this is the probability flow, over decreasing times; for a `LinearSDE`
+    the flow of the mean, F(t) z. If the score is a module, its parameters are parameters of the
+    result, as ``odeint_adjoint`` needs them. Times are constants. For gradients of an adaptive
+    method pass ``first_step``, because torchdiffeq's own guess depends on the state. Pass
+    ``step_t`` with the last time, or the method evaluates past it.
 
     Parameters
     ----------
@@ -280,7 +274,9 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     return _Flow(process)
 
 
-class _Flow(torch.nn.Module):
+class ProcessModule(torch.nn.Module):
+    """A process for another library; parameters of its score, if a module, are parameters of it."""
+
     def __init__(self, process: LinearSDE | ReverseProcess) -> None:
         super().__init__()
         if not isinstance(process, LinearSDE | ReverseProcess):
@@ -290,6 +286,8 @@ class _Flow(torch.nn.Module):
         if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
             self.score = process.score
 
+
+class _Flow(ProcessModule):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         at = t.detach().to("cpu", torch.float64)
         if isinstance(self._process, LinearSDE):

@@ -17,6 +17,7 @@ from cldsde.score import ReverseProcess
 from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource, PathNoise
+from .with_torchdiffeq import ProcessModule
 
 __all__ = ["TorchSDE", "as_torchsde"]
 
@@ -53,17 +54,17 @@ class _Tables(NamedTuple):
 class TorchSDE(GridSolver):
     """The reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
 
-    Each step of the grid is one step of torchsde's method, so that no step leaves the grid, and its
-    Brownian motion is the noise source of `solve`, so that a seed gives the same bits. The noise is
-    additive: `as_torchsde` says in which layout. Orders are those for additive noise.
+    Each step of the grid is one step of torchsde's method, so no step leaves the grid. The noise
+    source of `solve` serves as its Brownian motion, so a seed gives the same bits. Orders are for
+    additive noise.
 
     Parameters
     ----------
     method
         ``"euler"``, ``"milstein"`` (here the same), ``"srk"`` (SRA1 of Rößler 2010), ``"heun"``,
-        ``"euler_heun"`` or ``"midpoint"``. Left out are ``"log_ode"``, the same as ``"midpoint"``
-        for additive noise, and ``"reversible_heun"``, which is unstable near the data: with CLD
-        and 320 uniform steps to 0.05 its moments are still off by a tenth.
+        ``"euler_heun"`` or ``"midpoint"``. Two methods are not supported: ``"log_ode"`` equals
+        ``"midpoint"`` for additive noise, and ``"reversible_heun"`` is unstable near the data (with
+        CLD and 320 uniform steps to 0.05 its moments are still off by a tenth).
 
     Examples
     --------
@@ -209,7 +210,7 @@ def _pack(z: Tensor) -> Tensor:
     return z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
-class _TorchSDEForm(torch.nn.Module):
+class _TorchSDEForm(ProcessModule):
     """See `as_torchsde`."""
 
     noise_type = "additive"
@@ -217,19 +218,13 @@ class _TorchSDEForm(torch.nn.Module):
     def __init__(
         self, process: LinearSDE | ReverseProcess, shape: Sequence[int], calculus: str
     ) -> None:
-        super().__init__()
-        if not isinstance(process, LinearSDE | ReverseProcess):
-            msg = f"process must be a LinearSDE or a ReverseProcess; got {type(process).__name__}"
-            raise TypeError(msg)
+        super().__init__(process)
         if calculus not in ("ito", "stratonovich"):
             msg = f"calculus must be 'ito' or 'stratonovich'; got {calculus!r}"
             raise ValueError(msg)
-        self.sde_type = calculus
-        self._process, self._shape = process, tuple(shape)
+        self.sde_type, self._shape = calculus, tuple(shape)
         self._reverse = isinstance(process, ReverseProcess)
         self._sde = process.sde if isinstance(process, ReverseProcess) else process
-        if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
-            self.score = process.score
 
     def clock(self, times: Tensor) -> Tensor:
         """Times of the process as torchsde's increasing ones: −t for a reverse process."""
@@ -271,9 +266,9 @@ def as_torchsde(
 ) -> _TorchSDEForm:
     """A process as the object that ``torchsde.sdeint`` integrates.
 
-    torchsde's states are ``(batch, d)``. Noise enters each number of the data alike, so they are
-    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``: no matrix of the size of the data
-    squared is ever formed. ``pack`` and ``unpack`` convert states, and ``clock`` times: those of a
+    torchsde's states are ``(batch, d)``. All numbers of the data are driven alike, so states are
+    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``, and no matrix grows with the square
+    of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times: times of a
     reverse process decrease, torchsde's increase.
 
     Parameters

@@ -35,7 +35,7 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import BrownianPath
-from cldsde.solvers.authoring import NoiseSource, Solver
+from cldsde.solvers.authoring import NoiseSource, PathNoise, Solver
 from probes import generator, start, untouchable
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -597,13 +597,27 @@ class TestSolving:
                 expected = path.increment(u, t) / math.sqrt(t - u)
                 assert torch.allclose(noise.normal(z, m), expected, rtol=0, atol=1e-12)
 
+    def test_a_solver_may_use_increments_and_integrals_together(self) -> None:
+        sde, steps = PSLD(), len(GRID) - 1
+        path = make(sde)
+        functional = torch.randn(2, steps, 3, 2, generator=generator(), dtype=torch.float64)
+        noise = path.along(sde, GRID, lambda: PathNoise(functional[0], functional[1]))
+        for a, b, (t, u) in zip(*functional, itertools.pairwise(GRID.tolist()), strict=True):
+            expected = moved(a.numpy(), path.increment(u, t)) + moved(
+                b.numpy(), path.integral(u, t)
+            )
+            # Roundings of sums of eight numbers.
+            found = noise.normal(start(sde, (5, 3)), 3)
+            assert torch.allclose(found, expected, rtol=0, atol=1e-13)
+
     @pytest.mark.parametrize("method", list(INTEGRALS))
     @every_process
     def test_integrals_are_the_noise_of_these_solvers(self, name: str, method: str) -> None:
         sde, reference = PROCESSES[name]()
         process, path = ReverseProcess(sde, untouchable), make(sde)
         solver: Any = INTEGRALS[method]
-        noise, roots = normals(path, sde, solver, GRID), solver.prepare(process, GRID).noise
+        noise = normals(path, sde, solver, GRID)
+        roots = solver.prepare(process, GRID).stages[0].noise
         z = start(sde, (5, 3))
         for root, (t, u) in zip(roots, itertools.pairwise(GRID.tolist()), strict=True):
             xi = noise.normal(z, len(root[0]))
