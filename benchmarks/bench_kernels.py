@@ -1,4 +1,4 @@
-"""Transition kernels of a grid: ours against what one writes with a matrix exponential a time."""
+"""Transition kernels of a grid, against one matrix exponential per time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from cldsde import CLD, HOLD, VPSDE
 
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "HOLD": HOLD()}
 
+pytestmark = pytest.mark.parametrize("threads", ["one thread"], indirect=True)
+
 
 def blocks(sde, s, t):
-    """What Van Loan's method exponentiates, of each step, with the matrices of its middle.
+    """The matrices that Van Loan's method exponentiates, from F and G in the middle of each step.
 
-    It overflows for long steps, and cancels in the covariance's small entries for short ones.
+    The method overflows for long steps; for short ones small covariances lose digits.
     """
     k, middle = sde.components, (s + t) / 2
     F, G = sde.drift(middle), sde.diffusion(middle)
@@ -43,7 +45,7 @@ def test_transitions_of_a_grid(race, name):
         f"{steps:,} transitions of {name}",
         {
             "cldsde": lambda: sde.transition(times[:-1], times[1:]),
-            "matrix_exp a step": lambda: step_by_step(sde, times[:-1], times[1:]),
+            "matrix_exp per step": lambda: step_by_step(sde, times[:-1], times[1:]),
             "matrix_exp of all steps": lambda: at_once(sde, times[:-1], times[1:]),
         },
         unit="transition",

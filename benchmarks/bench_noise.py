@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 from cldsde import CLD, ReverseProcess, solvers
-from problems import VelocityScore
+from problems import free
 
 SHAPE, STEPS = (3, 32, 32), 64
 SDE = CLD()
 TIMES = solvers.uniform_times(SDE.T, 1e-3, STEPS)
-PROCESS = ReverseProcess(SDE, VelocityScore())
+PROCESS = ReverseProcess(SDE, free(SDE))
+
+pytestmark = pytest.mark.parametrize("threads", ["one thread"], indirect=True)
 
 
 def fresh(batch, rows):
@@ -21,7 +24,7 @@ def fresh(batch, rows):
 
     def run():
         for _ in range(STEPS):
-            # Not kept: memory that is new takes half as long besides.
+            # The draws are not kept, because new memory takes half as long as they do.
             torch.randn(batch, rows, *SHAPE, generator=generator)
 
     return run
@@ -39,10 +42,11 @@ def drawn(make, batch, rows):
 
 
 def along(make, solver, batch, rows):
-    return drawn(lambda: make().along(PROCESS, solver, TIMES), batch, rows)
+    functionals = partial(solver.path_noise, PROCESS, TIMES)
+    return drawn(lambda: make().along(SDE, TIMES, functionals), batch, rows)
 
 
-def test_one_stream_a_sample(race):
+def test_one_stream_per_sample(race):
     batch = 64
     source = solvers.SampleNoise(range(batch))
     race(
@@ -59,7 +63,7 @@ def test_one_stream_a_sample(race):
 
 
 @pytest.mark.parametrize("wanted", ["increments", "integrals"])
-def test_a_path_that_can_be_refined(race, wanted):
+def test_refinable_path(race, wanted):
     batch, integrals = 16, wanted == "integrals"
     rows = SDE.components if integrals else 1
     solver = solvers.ExponentialEuler() if integrals else solvers.EulerMaruyama()
@@ -71,8 +75,8 @@ def test_a_path_that_can_be_refined(race, wanted):
     race(
         f"BrownianPath, its {wanted}, {batch} × 3 × 32 × 32",
         {
-            "cldsde, a path of one solve": along(make, solver, batch, rows),
-            "cldsde, a path of many solves": along(lambda: made, solver, batch, rows),
+            "cldsde, a new path": along(make, solver, batch, rows),
+            "cldsde, a path used before": along(lambda: made, solver, batch, rows),
             "fresh normals": fresh(batch, rows),
         },
         at_most={"fresh normals": 3.0},

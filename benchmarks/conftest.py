@@ -1,82 +1,77 @@
-"""What all benchmarks share: `race`, and a description of the machine."""
+"""Fixtures of all benchmarks: `threads`, `race` and a description of the machine."""
 
 from __future__ import annotations
 
-import gc
 import platform
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
-from interleaved import ratio, seconds
+from interleaved import interleave, ratio
 
-ROUNDS = 9
+# Once a large tensor is freed, as networks do, glibc keeps freed memory for reuse. Otherwise states
+# may be in new memory at each step, whose page faults can take as long as the step.
+torch.empty(7_000_000)
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=time.process_time, disable_gc=True))
+THREADS = {"one thread": 1, "default threads": torch.get_num_threads()}
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
+    machine_info["threads"] = THREADS["default threads"]
     machine_info["python"] = platform.python_version()
 
 
-@pytest.fixture
-def race(benchmark: Any) -> Callable[..., None]:
-    """Time rivals in turn and keep the medians, and the ratios of the first to the others.
+@pytest.fixture(params=THREADS)
+def threads(request: Any) -> Iterator[str]:
+    """Run a benchmark once with one thread and once with torch's default."""
+    count = THREADS[request.param]
+    with threadpool_limits(count):  # scipy's linear algebra has threads of its own
+        torch.set_num_threads(count)
+        yield request.param
+    torch.set_num_threads(THREADS["default threads"])
 
-    Targets are ``at_most``, limits of these ratios, and ``below``, one of the seconds a unit. Each
-    run does ``units`` of what is reported, a ``unit``; where rivals differ in their number,
-    ``units`` is a function of the name, asked when all have run.
+
+@pytest.fixture
+def race(benchmark: Any, request: Any, threads: str) -> Callable[..., None]:
+    """Time rivals that take turns; keep medians and the ratios of the first rival to the others.
+
+    With one thread the clock is processor time, with default threads it is wall time. ``at_most``
+    limits ratios; it is a target with one thread only. ``below`` limits seconds per unit. A run
+    does ``units`` of ``unit``; a function is given the rival's name after all runs.
     """
+    alone = threads == "one thread"
 
     def run(
         question: str,
         rivals: Mapping[str, Callable[[], object]],
         *,
         at_most: Mapping[str, float] | None = None,
-        below: float | None = None,
+        below: Mapping[str, float] | None = None,
         unit: str = "run",
-        units: int | Callable[[str], int] = 1,
-        rounds: int = ROUNDS,
+        units: int = 1,
+        rounds: int = 9,
     ) -> None:
-        subject, *others = rivals
-        taken: dict[str, list[float]] = {name: [] for name in others}
-        turns = deque(others)
-
-        def let_others_run() -> None:
-            # In another order each time: who runs after whom finds other things in the caches.
-            turns.rotate(1)
-            for name in turns:
-                taken[name].append(seconds(rivals[name]))
-            gc.collect()
-
-        benchmark.group = question
-        benchmark.pedantic(rivals[subject], setup=let_others_run, rounds=rounds, warmup_rounds=1)
+        rounds = 0 if benchmark.disabled else rounds
+        clock = time.process_time if alone else time.perf_counter
+        taken = benchmark.pedantic(interleave, args=(rivals, rounds, clock))
         if benchmark.disabled:
             return
-        # Without the first round, which warms up.
-        found = {subject: list(benchmark.stats.stats.data)}
-        found |= {name: times[-rounds:] for name, times in taken.items()}
-        for name, times in found.items():
-            count = units(name) if callable(units) else units
-            found[name] = [t / count for t in times]
+        subject, *others = rivals
         benchmark.extra_info.update(
-            question=question,
+            topic=request.module.__name__.rpartition("bench_")[2],
+            question=f"{question}, {threads}",
             unit=unit,
             rounds=rounds,
-            seconds={name: statistics.median(times) for name, times in found.items()},
-            ratios={name: ratio(found[subject], found[name]) for name in others},
-            at_most=dict(at_most or {}),
-            below=below,
+            seconds={name: statistics.median(times) / units for name, times in taken.items()},
+            ratios={name: ratio(taken[subject], taken[name]) for name in others},
+            at_most=dict(at_most or {}) if alone else {},
+            below=dict(below or {}),
         )
 
     return run

@@ -1,8 +1,8 @@
-"""What the benchmarks measured, as JSON for the documentation and as a table in Markdown.
+"""Results of the benchmarks, as JSON for the documentation and as a table in Markdown.
 
-``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote,
-where it was measured. It fails where a target is missed, when all is written; and where RESULTS
-have races or rivals that RAW has not, which it leaves alone.
+``python benchmarks/report.py RAW RESULTS TABLE`` reads what ``pytest --benchmark-json RAW`` wrote.
+It exits with 1 if a target is missed, after it has written both files. If RESULTS has races or
+rivals that RAW lacks, it leaves RESULTS as it is and exits with 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def results(raw: dict[str, Any]) -> dict[str, Any]:
-    """The machine in a few words, and each race with its medians, ratios and targets."""
+    """The machine, and each race with its medians, ratios and targets."""
     machine, cpu = raw["machine_info"], raw["machine_info"]["cpu"]
     return {
         "machine": {
@@ -46,9 +46,9 @@ def results(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(raw: dict[str, Any]) -> str:
-    """What was measured, in git's words."""
+    """The commit that was measured, and whether files differed from it."""
     info = raw["commit_info"]
-    changed = " and what was changed since" if info.get("dirty") else ""
+    changed = " with changes" if info.get("dirty") else ""
     return f"{info['id'][:12]}{changed}" if info.get("id") else "unknown"
 
 
@@ -58,40 +58,67 @@ def races(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rounded(race: dict[str, Any]) -> dict[str, Any]:
-    """Six digits, of which three are shown: a verdict is of what was measured."""
+    """Six digits, of which three are shown, so that a rounded number meets the same targets."""
     shown = {
         key: {name: float(f"{value:.6g}") for name, value in race[key].items()}
-        for key in ("seconds", "ratios", "at_most")
+        for key in ("seconds", "ratios", "at_most", "below")
     }
     return {**race, **shown}
 
 
-def table(found: dict[str, Any]) -> str:
-    """One row a rival: time, ratio of the first one's time to its, and the target."""
-    machine = found["machine"]
-    described = ("processor", "system", "python", "torch", "threads", "date")
-    lines = [
-        "; ".join(f"{what}: {machine[what]}" for what in described),
-        "",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        + f"; commit {found['commit']}",
-        "",
-        "| race | who | time | first / this | target |",
-        "| --- | --- | ---: | ---: | --- |",
-    ]
+def table(found: dict[str, Any], topic: str | None = None) -> str:
+    """One row for each rival: time, ratio of the first rival's time to its time, target."""
+    lines = ["| race | rival | time | first / this | target |", "| --- | --- | ---: | ---: | --- |"]
     for race in found["races"]:
-        for place, (name, seconds) in enumerate(race["seconds"].items()):
-            label = race["question"] if place == 0 else ""
-            micro = 1e6 * seconds
-            time = f"{micro:,.0f}" if micro >= 100 else f"{micro:.3g}"
-            time += f" µs per {race['unit']}"
-            ratio, target = race["ratios"].get(name), race["at_most"].get(name)
-            goal = "" if target is None else verdict(ratio <= target, f"≤ {target:.3g}")
-            if place == 0 and race["below"] is not None:
-                goal = verdict(seconds <= race["below"], f"≤ {1e6 * race['below']:g} µs")
-            shown = "" if ratio is None else f"{ratio:.3g}"
-            lines.append(f"| {label} | {name} | {time} | {shown} | {goal} |")
+        if topic not in (None, race["topic"]):
+            continue
+        label = race["question"]
+        for name, seconds in race["seconds"].items():
+            ratio = f"{race['ratios'][name]:.3g}" if name in race["ratios"] else ""
+            goals = [
+                verdict(value <= limit, f"≤ {shown}") for value, limit, shown in targets(race, name)
+            ]
+            row = (label, name, f"{duration(seconds)} per {race['unit']}", ratio, ", ".join(goals))
+            lines.append(f"| {' | '.join(row)} |")
+            label = ""
     return "\n".join(lines) + "\n"
+
+
+def grid(found: dict[str, Any], topic: str, condition: str) -> str:
+    """One row for each rival and one column for each race of a topic under a condition.
+
+    Questions read "column, condition, threads". Times over their limit are bold.
+    """
+    races = {}
+    for race in found["races"]:
+        column, *conditions = race["question"].split(", ")
+        if race["topic"] == topic and condition in conditions:
+            races[column] = race
+    names = dict.fromkeys(name for race in races.values() for name in race["seconds"])
+    lines = [f"| | {' | '.join(races)} |", f"| --- |{' ---: |' * len(races)}"]
+    for name in names:
+        cells = []
+        for race in races.values():
+            seconds = race["seconds"].get(name)
+            text = "" if seconds is None else duration(seconds)
+            cells.append(f"**{text}**" if seconds and seconds > race["below"][name] else text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Where and with which versions the races were run."""
+    described = ("processor", "system", "python", "torch", "threads", "date")
+    facts = [f"{name}: {found['machine'][name]}" for name in described]
+    versions = [f"{name} {version}" for name, version in found["versions"].items()]
+    return "; ".join([*facts, *versions, f"commit {found['commit']}"])
+
+
+def duration(seconds: float) -> str:
+    """Three digits at least, in a unit that fits."""
+    unit, size = next((u for u in (("s", 1), ("ms", 1e-3)) if seconds >= u[1]), ("µs", 1e-6))
+    value = seconds / size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def lost(file: Path, found: dict[str, Any]) -> list[str]:
@@ -107,13 +134,25 @@ def lost(file: Path, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def targets(race: dict[str, Any], name: str) -> list[tuple[float, float, str]]:
+    """Value, limit and the limit in words, for each target of a rival."""
+    found = []
+    if name in race["at_most"]:
+        limit = race["at_most"][name]
+        found.append((race["ratios"][name], limit, f"{limit:.3g}"))
+    if name in race["below"]:
+        limit = race["below"][name]
+        found.append((race["seconds"][name], limit, duration(limit)))
+    return found
+
+
 def missed(race: dict[str, Any]) -> list[str]:
     """Targets that a race missed."""
-    names = [name for name, limit in race["at_most"].items() if race["ratios"][name] > limit]
-    first = next(iter(race["seconds"].values()))
-    if race["below"] is not None and first > race["below"]:
-        names.append(f"{1e6 * race['below']:g} µs")
-    return [f"{race['question']}: {name}" for name in names]
+    return [
+        f"{race['question']}: {name}"
+        for name in race["seconds"]
+        if any(value > limit for value, limit, _ in targets(race, name))
+    ]
 
 
 def verdict(holds: bool, target: str) -> str:
@@ -129,10 +168,10 @@ def main() -> None:
     try:
         raw = json.loads(arguments.raw.read_text())
         found = results(raw)
-        text = table(found)
+        text = f"{machine(found)}\n\n{table(found)}"
         failures = [line for race in races(raw) for line in missed(race)]
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        sys.exit(f"{arguments.raw} is no file of pytest-benchmark of these races: {error!r}")
+        sys.exit(f"{arguments.raw} holds no results of these races: {error!r}")
     if not found["races"]:
         sys.exit(f"{arguments.raw} has no race")
     try:
@@ -144,7 +183,7 @@ def main() -> None:
     complaints = [f"missed: {'; '.join(failures)}"] if failures else []
     if lacking:
         complaints.append(
-            f"{arguments.results} is left as it is, as {len(lacking)} of its rivals were not "
+            f"{arguments.results} is unchanged, because {len(lacking)} of its rivals were not "
             f"measured, such as {lacking[0]}"
         )
     else:
