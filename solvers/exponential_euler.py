@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import block_solve
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
@@ -42,12 +43,13 @@ class ExponentialEuler(AffineSolver):
         nodes, weights = gauss_legendre(16)
         span = (start - end).unsqueeze(1)
         at = end.unsqueeze(1) + span * nodes
-        pulled = torch.linalg.solve(sde.transition_matrix(end.unsqueeze(1), at), sde.diffusion(at))
+        pulled = block_solve(sde.transition_matrix(end.unsqueeze(1), at), sde.diffusion(at))
+        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         measure = (span * weights)[..., None, None]
         score = (measure * pulled @ sde.diffusion(at).mT).sum(1)
         columns = (measure.sqrt() * pulled).movedim(1, 2).flatten(2)
         stage = Stage(
-            as_blocks(torch.linalg.inv(sde.transition_matrix(end, start))),
+            as_blocks(block_solve(sde.transition_matrix(end, start), eye)),
             as_blocks(score[..., list(sde.driven)]),
             noise=as_blocks(joint_root(columns)),
         )

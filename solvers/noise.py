@@ -175,7 +175,8 @@ class RecordedNoise(NoiseSource):
         """
         draw = next(self._draws, None)
         if draw is None:
-            msg = f"noise: the record ends before a draw of shape {(len(z), rows, *z.shape[2:])}"
+            shape = (len(z), rows, *z.shape[2:])
+            msg = f"noise: the solver asks for shape {shape}; got the end of the record"
             raise ValueError(msg)
         return draw.to(z)
 

@@ -8,7 +8,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import block_exp
 from cldsde.linear.checks import check_positive
+from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
@@ -123,14 +125,15 @@ class SSCS(StagedSolver):
         k, driven = sde.components, list(sde.driven)
         data = torch.zeros(k, k, dtype=torch.float64, device="cpu")
         data[0, 0] = self.data_variance
-        reference = torch.linalg.inv(sde.marginal(t, sde.initial_covariance + data).covariance)
+        eye = torch.eye(k, dtype=torch.float64, device="cpu")
+        whitening = triangular_inverse(sde.marginal(t, sde.initial_covariance + data).root)
+        reference = whitening.mT @ whitening
         # exp [[NΛ, N], [0, 0]] = [[e^{NΛ}, φ₁(NΛ)N], [0, I]]
         generator = torch.zeros(*noise.shape[:-2], 2 * k, 2 * k, dtype=torch.float64, device="cpu")
         generator[..., :k, :k] = noise @ (precision - reference)
         generator[..., :k, k:] = noise
-        flow = torch.linalg.matrix_exp(generator)[..., :k, :]
+        flow = block_exp(generator)[..., :k, :]
         frozen = flow[..., k:][..., driven]
-        eye = torch.eye(k, dtype=torch.float64, device="cpu")
         state = flow[..., :k] - eye + frozen @ reference[..., driven, :]
         return state, frozen
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "apply_blocks",
+    "block_exp",
     "block_product",
     "block_solve",
     "flatten_data",
@@ -133,6 +134,21 @@ def block_solve(a: Tensor, b: Tensor) -> Tensor:
         row = (pivots[i][1 + unknowns :] - known) / pivots[i][0]
         solution = torch.cat([row.unsqueeze(0), solution])
     return solution.movedim((0, 1), (-2, -1))
+
+
+def block_exp(a: Tensor) -> Tensor:
+    """Matrix exponential of ``(*, k, k)``, by a Taylor series and squarings."""
+    norm = float(a.detach().abs().sum(-2).max()) if a.numel() else 0.0
+    halvings = max(0, math.ceil(math.log2(norm))) if norm > 0 else 0
+    a = a * 0.5**halvings
+    term = total = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    # At a norm of 1 at most, what is left is below 1/21! < 2e-20.
+    for n in range(1, 21):
+        term = term @ a / n
+        total = total + term
+    for _ in range(halvings):
+        total = total @ total
+    return total
 
 
 def stack_first(blocks: Tensor, shape: torch.Size) -> Tensor:

@@ -24,8 +24,7 @@ import threading
 import cldsde
 from cldsde import solvers
 
-LAPACK = ("exponential-euler", "sscs-gaussian")  # called by their plans
-named = {name: s for name, s in solvers.named_solvers().items() if name not in LAPACK}
+named = solvers.named_solvers()
 times = solvers.root_times(1.0, 1e-3, 20)
 
 
