@@ -49,101 +49,44 @@ DATA_DETERMINED = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a solver needs and promises; documentation and order tests are made from it.
+    """What a solver needs and promises; documentation and order tests are made from it."""
 
-    Attributes
-    ----------
-    applies_to
-        The processes that it works for, in words.
-    nfe_per_step
-        Score evaluations per step; `Splitting` takes more if positions are noisy, too.
-    weak_order, strong_order
-        Orders of convergence in distribution and along paths for the reverse SDE; None if not
-        claimed.
-    ode_order
-        Order for the probability-flow ODE; None for stochastic solvers.
-    state_on_grid
-        Whether the solver has a `GridSolver.step` that ends with the state at a grid time, so that
-        another method may work on the state there.
-    adaptive
-        Whether it chooses its own times between the grid's ends, by its fields ``rtol`` and
-        ``atol``.
-    """
-
-    applies_to: str
-    nfe_per_step: int
-    weak_order: float | None = None
-    strong_order: float | None = None
-    ode_order: float | None = None
+    applies_to: str  #: The processes that it works for, in words.
+    nfe_per_step: int  #: Score evaluations per step; `Splitting` takes more if positions are noisy.
+    weak_order: float | None = None  #: Order in distribution for the reverse SDE, if claimed.
+    strong_order: float | None = None  #: Order along paths for the reverse SDE, if claimed.
+    ode_order: float | None = None  #: Order for the probability flow; None if stochastic.
+    #: Whether `GridSolver.step` ends at a grid time, so that another method may work on the state.
     state_on_grid: bool = True
+    #: Whether it chooses its times between the grid's ends, by fields ``rtol`` and ``atol``.
     adaptive: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One solve, as a solver gets it.
-
-    Attributes
-    ----------
-    process
-        The reverse process.
-    tables
-        What `Solver.prepare` returned.
-    asked
-        What `Solver.evaluation_times` returned.
-    state
-        States ``(B, k, *D)`` at ``times[0]``; not to be changed.
-    times
-        Decreasing float64 grid ``(n + 1,)`` on the CPU.
-    stops
-        Times at which states are wanted, decreasing to ``times[-1]``, without ``times[0]``.
-    noise
-        Source of standard normals.
-    callback
-        Called after each step (adaptive solvers: attempt of a step); returns whether to stop.
-    progress
-        Whether to show a progress bar on stderr.
-    """
+    """One solve, as a solver gets it."""
 
     process: ReverseProcess
-    tables: Any
-    asked: KnownTimes | None
-    state: Tensor
-    times: Tensor
-    stops: Tensor
+    tables: Any  #: What `Solver.prepare` returned.
+    asked: KnownTimes | None  #: What `Solver.evaluation_times` returned.
+    state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; not to be changed.
+    times: Tensor  #: Decreasing float64 grid ``(n + 1,)`` on the CPU.
+    stops: Tensor  #: Times below ``times[0]`` at which states are wanted, the last time included.
     noise: NoiseSource
-    callback: Callback | None
-    progress: bool
+    callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
+    progress: bool  #: Whether to show a progress bar on stderr.
 
 
 @dataclass(frozen=True, eq=False)
 class Integration:
-    """What a solver did.
+    """What a solver did."""
 
-    Attributes
-    ----------
-    state
-        Last states, ``(B, k, *D)``.
-    states
-        States at the stops, ``(S, B, k, *D)``; NaN for those that a sample did not reach.
-    nfev
-        Score evaluations of each sample, ``(B,)`` int64 on the CPU.
-    success
-        Which samples arrived, ``(B,)`` bool on the CPU.
-    message
-        What happened, in words.
-    stopped
-        Whether the callback asked to stop.
-    stats
-        Further numbers.
-    """
-
-    state: Tensor
-    states: Tensor
-    nfev: Tensor
-    success: Tensor
+    state: Tensor  #: Last states, ``(B, k, *D)``.
+    states: Tensor  #: States at the stops, ``(S, B, k, *D)``; NaN if a sample did not reach one.
+    nfev: Tensor  #: Score evaluations of each sample, ``(B,)`` int64 on the CPU.
+    success: Tensor  #: Which samples arrived, ``(B,)`` bool on the CPU.
     message: str
-    stopped: bool = False
+    stopped: bool = False  #: Whether the callback asked to stop.
     stats: dict[str, Any] = field(default_factory=dict)
 
 

@@ -26,19 +26,11 @@ class PathNoise(NamedTuple):
 
     ξ = increment ΔW + integral I + time_integral U, with the increment ΔW of w over a step from t
     down to u, I = ∫Ψ(t, τ) G dw and U = ∫(τ − u) dw.
-
-    Attributes
-    ----------
-    increment, integral
-        ``(n, r, m)`` and ``(n, r, k)`` float64 for n steps, r normals, m columns of G and k
-        components.
-    time_integral
-        ``(n, r, m)``; None if U does not enter. `BrownianPath` does not know U.
     """
 
-    increment: Tensor
-    integral: Tensor
-    time_integral: Tensor | None = None
+    increment: Tensor  #: ``(n, r, m)`` for n steps, r normals and m columns of G.
+    integral: Tensor  #: ``(n, r, k)``
+    time_integral: Tensor | None = None  #: ``(n, r, m)``; `BrownianPath` does not know U.
 
     @classmethod
     def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:
