@@ -37,7 +37,7 @@ def _tableau(method: Method) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbabilityFlow(Solver):
-    r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with a step size for each sample.
+    r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with adaptive steps.
 
     The error of a step is the root mean square over all numbers of the batch of the error in units
     of atol + rtol times the larger of the state before and after, as in scipy and torchdiffeq. With
