@@ -112,12 +112,9 @@ class Solver(ABC):
             If the solver does not apply to the process; says why and what to use.
         """
 
-    @abstractmethod
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
-        """Times at which the score is evaluated over a grid, float64, in the order of their use.
-
-        None for a solver that chooses its times.
-        """
+        """Times of score evaluations over a grid, in order; None if the solver chooses them."""
+        return None
 
     @abstractmethod
     def integrate(self, run: Run) -> Integration:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_times, check_state
-from cldsde.linear.covariance import joint_root
-from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.increments import carried_increments, increment_roots, split_rotations
+from cldsde.linear.random import keyed_normals
 from cldsde.linear.sde import LinearSDE, check_process
 
 from .combine import combine
@@ -23,7 +23,6 @@ from .noise import NoiseSource, PathNoise
 
 __all__ = ["BrownianPath"]
 
-_PANELS, _NODES = 4, 16  # at least so many panels
 _HALVINGS = 20  # of a cell between given times, before a time is met exactly
 
 
@@ -167,7 +166,12 @@ class BrownianPath(NoiseSource):
         ValueError
             If s < t do not lie between the path's ends.
         """
-        return self._value(self._read([(s, t)], [_eye(self._size)[: self._columns]])[0])
+        return self._value(
+            self._read(
+                [(s, t)],
+                [torch.eye(self._size, dtype=torch.float64, device="cpu")[: self._columns]],
+            )[0]
+        )
 
     def integral(self, s: float, t: float) -> Tensor:
         """∫Ψ(t, τ) G dw over [s, t], ``(B, k, *D)``, for s < t.
@@ -178,7 +182,17 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         self._check_integrals("integral")
-        return self._value(self._read([(s, t)], [_eye(self._size)[self._columns :]])[0])
+        return self._value(
+            self._read(
+                [(s, t)],
+                [torch.eye(self._size, dtype=torch.float64, device="cpu")[self._columns :]],
+            )[0]
+        )
+
+    def _part(self, s: float, t: float, rows: slice) -> Tensor:
+        """Rows of (ΔW, I) over [s, t]."""
+        eye = torch.eye(self._size, dtype=torch.float64, device="cpu")
+        return self._value(self._read([(s, t)], [eye[rows]])[0])
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
         """The process at time t > s exactly, from states ``(B, k, *D)`` at s, along the path.
@@ -269,9 +283,8 @@ class BrownianPath(NoiseSource):
 
     def _carried(self, node: _Node, t: float) -> Tensor:
         """What a node contributes at a later time; one by one, as batches are rounded otherwise."""
-        if node.end == t:
-            return _eye(self._size)
-        return self._carry(_doubles([node.end]), _doubles([t]))[0]
+        ends = _doubles([node.end]), _doubles([t])
+        return carried_increments(self._sde, *ends, integrals=self._integrals)[0]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
         """The largest nodes that make up [s, t]."""
@@ -295,13 +308,8 @@ class BrownianPath(NoiseSource):
                     assert node.children is not None
                     levels[-1] += node.children
         self._set_roots([node for level in levels for node in level if node.children is None])
-        split = [
-            [node for node in level if node.children is not None] for level in reversed(levels)
-        ]
-        carried = self._carried_halves([node for level in split for node in level])
-        for level in split:
-            self._set_rotations(level, carried[: len(level)])
-            carried = carried[len(level) :]
+        for level in reversed(levels):
+            self._set_rotations([node for node in level if node.children is not None])
         return top
 
     def _refine(self, stops: list[float]) -> None:
@@ -318,7 +326,7 @@ class BrownianPath(NoiseSource):
                 self._halve(node, inside[0] if deep else middle)
                 # One by one, as batches are rounded otherwise.
                 self._set_roots(list(node.children or ()))
-                self._set_rotations([node], self._carried_halves([node]))
+                self._set_rotations([node])
             frontier += [(child, inside) for child in node.children or ()]
 
     def _halve(self, node: _Node, split: float, middle: int | None = None) -> None:
@@ -332,57 +340,28 @@ class BrownianPath(NoiseSource):
         )
 
     def _set_roots(self, nodes: list[_Node]) -> None:
-        """Roots of the joint law of (ΔW, I), by Gauss–Legendre panels."""
-        if not nodes:
-            return
-        s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
-        x, w = gauss_legendre(_NODES)
-        span = (t - s).unsqueeze(1)
-        # Panels short enough for Ψ to change little.
-        probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu")
-        change = float((self._sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
-        panels = max(_PANELS, math.ceil(change))
-        x = ((torch.arange(panels, device="cpu").unsqueeze(1) + x) / panels).flatten()
-        w = (w / panels).repeat(panels)
-        at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
-        functional = _eye(self._columns).expand(*at.shape, -1, -1)
-        if self._integrals:
-            psi = self._sde.transition_matrix(at, t.unsqueeze(1))
-            functional = torch.cat([functional, psi @ self._sde.diffusion(at)], dim=-2)
-        columns = (span * w).sqrt()[..., None, None] * functional
-        for node, root in zip(nodes, joint_root(columns.movedim(1, 2).flatten(2)), strict=True):
-            node.root = root
+        """Roots of the joint distribution of (ΔW, I) over nodes."""
+        if nodes:
+            s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
+            roots = increment_roots(self._sde, s, t, integrals=self._integrals)
+            for node, root in zip(nodes, roots, strict=True):
+                node.root = root
 
-    def _carried_halves(self, nodes: list[_Node]) -> Tensor:
-        """What the earlier halves of nodes contribute at the nodes' ends."""
-        return self._carry(
-            _doubles([node.split for node in nodes]), _doubles([node.end for node in nodes])
-        )
-
-    def _set_rotations(self, nodes: list[_Node], carried: Tensor) -> None:
-        """Rotations that split nodes, and their roots where none is known yet."""
+    def _set_rotations(self, nodes: list[_Node]) -> None:
+        """Rotations that split nodes, and their roots if none is known yet."""
         if not nodes:
             return
         halves = [child.root for node in nodes for child in node.children or ()]
         roots = torch.stack([root for root in halves if root is not None])
-        earlier, later = roots[::2], roots[1::2]
-        joint = torch.cat([carried @ earlier, later], dim=-1)
-        # [M L₁, L₂] = [L, 0] Oᵀ
-        rotation, upper = torch.linalg.qr(joint.mT, mode="complete")
-        upper = upper[..., : self._size, :]
-        sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-        rotation[..., : self._size] *= sign.unsqueeze(-2)
-        for i, node in enumerate(nodes):
-            node.rotation = rotation[i]
-            if node.root is None:
-                node.root = (sign[i].unsqueeze(-1) * upper[i]).T
-
-    def _carry(self, s: Tensor, t: Tensor) -> Tensor:
-        """What (ΔW, I) up to s contribute to those up to t, ``(n, r, r)``."""
-        carried = _eye(self._size).repeat(len(s), 1, 1)
-        if self._integrals:
-            carried[:, self._columns :, self._columns :] = self._sde.transition_matrix(s, t)
-        return carried
+        split, end = (
+            _doubles([node.split for node in nodes]),
+            _doubles([node.end for node in nodes]),
+        )
+        carried = carried_increments(self._sde, split, end, integrals=self._integrals)
+        rotations, joint = split_rotations(carried @ roots[::2], roots[1::2])
+        for node, rotation, root in zip(nodes, rotations, joint, strict=True):
+            node.rotation = rotation
+            node.root = root if node.root is None else node.root
 
     def _normals(self, node: _Node) -> Tensor:
         """Normals of a node, ``(r, N)`` for N numbers of a batch; they last until others are asked.
@@ -414,7 +393,7 @@ class BrownianPath(NoiseSource):
             precision = torch.promote_types(self._dtype, torch.float32)
             with torch.inference_mode(mode=False):
                 self._scratch = torch.empty(2, 2, (count + 1) // 2, dtype=precision, device="cpu")
-        drawn = _normals(key, *self._scratch)[:count]
+        drawn = keyed_normals(key, *self._scratch)[:count]
         return drawn.view(self._size, -1).to(self._device, self._dtype)
 
     def _memory(self, rows: int) -> Tensor:
@@ -450,32 +429,6 @@ def _products_are_exact(dtype: torch.dtype) -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # it was set for some backends alone
         return False
-
-
-def _normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> Tensor:
-    """Standard normals of a key, by Box and Muller: numpy's own take three times as long.
-
-    Both are memory, ``(2, n)``, and the second is returned, flat.
-    """
-    bits, half = np.random.PCG64DXSM(key), uniform.shape[1]
-    unit = 1.0
-    if uniform.dtype == torch.float64:
-        np.random.Generator(bits).random(out=uniform.numpy())
-    else:
-        # 24 bits each, as numpy takes one by one, at twice the time.
-        words = torch.from_numpy(bits.random_raw(half).view(np.int32)).view(2, half)
-        uniform.copy_(words.bitwise_and_(2**24 - 1))
-        unit = 2.0**-24
-    first, angle = uniform
-    radius = first.mul_(-unit).log1p_().mul_(-2).sqrt_()
-    angle.mul_(2 * math.pi * unit)
-    torch.cos(angle, out=normals[0])
-    torch.sin(angle, out=normals[1])
-    return normals.mul_(radius).flatten()
-
-
-def _eye(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64, device="cpu")
 
 
 def _doubles(values: list[float]) -> Tensor:

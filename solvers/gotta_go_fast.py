@@ -101,9 +101,6 @@ class GottaGoFast(Solver):
             raise ValueError(msg)
         return torch.tensor(values, dtype=torch.float64, device="cpu").expand(k)
 
-    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> None:
-        """None: the solver chooses its times."""
-
     def integrate(self, run: Run) -> Integration:
         """Take each sample to the end at its own pace."""
         z, sde = run.state, run.process.sde

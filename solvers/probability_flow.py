@@ -105,9 +105,6 @@ class ProbabilityFlow(Solver):
         """Butcher tableau of the method."""
         return _tableau(self.method)
 
-    def evaluation_times(self, process: ReverseProcess, times: Tensor) -> None:
-        """None: the solver chooses its times."""
-
     def integrate(self, run: Run) -> Integration:
         """Take all samples to the end."""
         batch = len(run.state)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "check_generator", "standard_normal"]
+__all__ = ["Generators", "check_generator", "keyed_normals", "standard_normal"]
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """A generator for a batch, or several, each of which draws for its even share of the batch."""
@@ -57,3 +59,25 @@ def standard_normal(
     share = (shape[0] // len(generator), *shape[1:])
     draws = [torch.randn(share, generator=g, dtype=dtype, device=g.device) for g in generator]
     return torch.cat(draws).to(device)
+
+
+def keyed_normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> Tensor:
+    """Standard normals of a key, by Box and Muller: numpy's own take three times as long.
+
+    Both are memory, ``(2, n)``, and the second is returned, flat.
+    """
+    bits, half = np.random.PCG64DXSM(key), uniform.shape[1]
+    unit = 1.0
+    if uniform.dtype == torch.float64:
+        np.random.Generator(bits).random(out=uniform.numpy())
+    else:
+        # 24 bits each, as numpy takes one by one, at twice the time.
+        words = torch.from_numpy(bits.random_raw(half).view(np.int32)).view(2, half)
+        uniform.copy_(words.bitwise_and_(2**24 - 1))
+        unit = 2.0**-24
+    first, angle = uniform
+    radius = first.mul_(-unit).log1p_().mul_(-2).sqrt_()
+    angle.mul_(2 * math.pi * unit)
+    torch.cos(angle, out=normals[0])
+    torch.sin(angle, out=normals[1])
+    return normals.mul_(radius).flatten()
