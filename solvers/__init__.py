@@ -4,6 +4,7 @@ What the author of a solver needs is in `cldsde.solvers.authoring`.
 """
 
 from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.score.adapters import as_torchdiffeq, as_torchsde
 
 from .brownian import BrownianPath
 from .edm_heun import EDMHeun
@@ -28,8 +29,8 @@ from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
-from .with_torchdiffeq import TorchDiffEq, as_torchdiffeq
-from .with_torchsde import TorchSDE, as_torchsde
+from .with_torchdiffeq import TorchDiffEq
+from .with_torchsde import TorchSDE
 
 __all__ = [
     "SSCS",

@@ -1,4 +1,4 @@
-"""torchdiffeq: its methods as solvers here, and processes here as its right-hand sides."""
+"""Methods of torchdiffeq as solvers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver
 
-__all__ = ["TorchDiffEq", "as_torchdiffeq"]
+__all__ = ["TorchDiffEq"]
 
 # Order and evaluations per step of adaptive methods; order and stages of methods with fixed steps.
 _ADAPTIVE = {
@@ -239,57 +237,3 @@ class _WatchedFlow:
             self.stopped = True
             msg = "stopped by the callback"
             raise _EndError(msg)
-
-
-def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
-    """A process as the function (t, z) that ``torchdiffeq.odeint`` integrates.
-
-    For a `ReverseProcess` this is the probability flow, over decreasing times; for a `LinearSDE`
-    the flow of the mean, F(t) z. If the score is a module, its parameters are parameters of the
-    result, as ``odeint_adjoint`` needs them. Times are constants. For gradients of an adaptive
-    method pass ``first_step``, because torchdiffeq's own guess depends on the state. Pass
-    ``step_t`` with the last time, or the method evaluates past it.
-
-    Parameters
-    ----------
-    process
-        The process.
-
-    Raises
-    ------
-    TypeError
-        If it is neither.
-
-    Examples
-    --------
-    >>> import torch, torchdiffeq
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> z = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([1.0, 1e-3])
-    >>> torchdiffeq.odeint(solvers.as_torchdiffeq(process), z, times, method="rk4").shape
-    torch.Size([2, 8, 2, 1])
-    """
-    return _Flow(process)
-
-
-class ProcessModule(torch.nn.Module):
-    """A process for another library; parameters of its score, if a module, are parameters of it."""
-
-    def __init__(self, process: LinearSDE | ReverseProcess) -> None:
-        super().__init__()
-        if not isinstance(process, LinearSDE | ReverseProcess):
-            msg = f"process must be a LinearSDE or a ReverseProcess; got {type(process).__name__}"
-            raise TypeError(msg)
-        self._process = process
-        if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
-            self.score = process.score
-
-
-class _Flow(ProcessModule):
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        at = t.detach().to("cpu", torch.float64)
-        if isinstance(self._process, LinearSDE):
-            return apply_blocks(self._process.drift(at), z)
-        return self._process.probability_flow(z, at)

@@ -1,25 +1,21 @@
-"""torchsde: its methods as solvers here, and processes here as its SDEs."""
+"""Methods of torchsde as solvers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
 from .base import Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource, PathNoise
-from .with_torchdiffeq import ProcessModule
 
-__all__ = ["TorchSDE", "as_torchsde"]
+__all__ = ["TorchSDE"]
 
 
 class _Method(NamedTuple):
@@ -203,101 +199,3 @@ class _Increments:
         # ∫ (W_r − W_s) dr = h (W/2 + H) with H ~ N(0, h/12) independent of W.
         H = math.sqrt(h / 12) * xi[:, self._rows :].flatten(1)
         return W, h * (0.5 * W + H)
-
-
-def _pack(z: Tensor) -> Tensor:
-    """States ``(B, k, *D)`` as torchsde's batch ``(B ∏D, k)``: noise does not mix data axes."""
-    return z.movedim(1, -1).reshape(-1, z.shape[1])
-
-
-class _TorchSDEForm(ProcessModule):
-    """See `as_torchsde`."""
-
-    noise_type = "additive"
-
-    def __init__(
-        self, process: LinearSDE | ReverseProcess, shape: Sequence[int], calculus: str
-    ) -> None:
-        super().__init__(process)
-        if calculus not in ("ito", "stratonovich"):
-            msg = f"calculus must be 'ito' or 'stratonovich'; got {calculus!r}"
-            raise ValueError(msg)
-        self.sde_type, self._shape = calculus, tuple(shape)
-        self._reverse = isinstance(process, ReverseProcess)
-        self._sde = process.sde if isinstance(process, ReverseProcess) else process
-
-    def clock(self, times: Tensor) -> Tensor:
-        """Times of the process as torchsde's increasing ones: −t for a reverse process."""
-        return -times if self._reverse else times
-
-    def pack(self, state: Tensor) -> Tensor:
-        """States ``(B, k, *D)`` as torchsde's ``(B ∏D, k)``."""
-        wanted = (self._sde.components, *self._shape)
-        if state.ndim < 2 or state.shape[1:] != wanted:
-            sizes = ", ".join(map(str, wanted))
-            msg = f"state must have shape (B, {sizes}); got {tuple(state.shape)}"
-            raise ValueError(msg)
-        return _pack(state)
-
-    def unpack(self, y: Tensor) -> Tensor:
-        """Torchsde's ``(*, B ∏D, k)`` as states ``(*, B, k, *D)``."""
-        size = y.shape[-2] // max(math.prod(self._shape), 1)
-        batch = y.reshape(*y.shape[:-2], size, *self._shape, y.shape[-1])
-        return batch.movedim(-1, y.ndim - 1)
-
-    def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """Drift in torchsde's clock."""
-        t, z = self._time(s), self.unpack(y)
-        if isinstance(self._process, ReverseProcess):
-            return _pack(-self._process.drift(z, t))
-        return _pack(apply_blocks(self._sde.drift(t), z))
-
-    def g(self, s: Tensor, y: Tensor) -> Tensor:
-        """Diffusion, ``(B ∏D, k, m)``."""
-        return self._sde.diffusion(self._time(s)).to(y).expand(len(y), -1, -1)
-
-    def _time(self, s: Tensor | float) -> Tensor:
-        t = torch.as_tensor(s).detach().to("cpu", torch.float64)
-        return -t if self._reverse else t
-
-
-def as_torchsde(
-    process: LinearSDE | ReverseProcess, shape: Sequence[int], *, calculus: str = "ito"
-) -> _TorchSDEForm:
-    """A process as the object that ``torchsde.sdeint`` integrates.
-
-    torchsde's states are ``(batch, d)``. All numbers of the data are driven alike, so states are
-    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``, and no matrix grows with the square
-    of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times: times of a
-    reverse process decrease, torchsde's increase.
-
-    Parameters
-    ----------
-    process
-        A `LinearSDE` to run forward, or a `ReverseProcess` to run backward.
-    shape
-        Shape ``(*D)`` of one sample's data.
-    calculus
-        ``"ito"`` or ``"stratonovich"``, as torchsde's method wants; for additive noise the same.
-
-    Raises
-    ------
-    TypeError
-        If the process is neither.
-    ValueError
-        If the calculus is unknown.
-
-    Examples
-    --------
-    >>> import torch, torchsde
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> form = solvers.as_torchsde(process, (1,))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> ts = form.clock(torch.tensor([1.0, 1e-3]))
-    >>> y = torchsde.sdeint(form, form.pack(start), ts, dt=0.01, method="euler")
-    >>> form.unpack(y).shape
-    torch.Size([2, 8, 2, 1])
-    """
-    return _TorchSDEForm(process, shape, calculus)

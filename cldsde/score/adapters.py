@@ -1,0 +1,167 @@
+"""Processes as the objects that torchdiffeq and torchsde integrate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.reverse import ReverseProcess
+
+__all__ = ["as_torchdiffeq", "as_torchsde"]
+
+
+def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
+    """A process as the function (t, z) that ``torchdiffeq.odeint`` integrates.
+
+    For a `ReverseProcess` this is the probability flow, over decreasing times; for a `LinearSDE`
+    the flow of the mean, F(t) z. If the score is a module, its parameters are parameters of the
+    result, as ``odeint_adjoint`` needs them. Times are constants. For gradients of an adaptive
+    method pass ``first_step``, because torchdiffeq's own guess depends on the state. Pass
+    ``step_t`` with the last time, or the method evaluates past it.
+
+    Parameters
+    ----------
+    process
+        The process.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+
+    Examples
+    --------
+    >>> import torch, torchdiffeq
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> z = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = torch.tensor([1.0, 1e-3])
+    >>> torchdiffeq.odeint(solvers.as_torchdiffeq(process), z, times, method="rk4").shape
+    torch.Size([2, 8, 2, 1])
+    """
+    return _Flow(process)
+
+
+class _ProcessModule(torch.nn.Module):
+    """A process for another library; parameters of its score, if a module, are parameters of it."""
+
+    def __init__(self, process: LinearSDE | ReverseProcess) -> None:
+        super().__init__()
+        if not isinstance(process, LinearSDE | ReverseProcess):
+            msg = f"process must be a LinearSDE or a ReverseProcess; got {type(process).__name__}"
+            raise TypeError(msg)
+        self._process = process
+        if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
+            self.score = process.score
+
+
+class _Flow(_ProcessModule):
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        at = t.detach().to("cpu", torch.float64)
+        if isinstance(self._process, LinearSDE):
+            return apply_blocks(self._process.drift(at), z)
+        return self._process.probability_flow(z, at)
+
+
+def _pack(z: Tensor) -> Tensor:
+    """States ``(B, k, *D)`` as torchsde's batch ``(B ∏D, k)``: noise does not mix data axes."""
+    return z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+class _TorchSDEForm(_ProcessModule):
+    """See `as_torchsde`."""
+
+    noise_type = "additive"
+
+    def __init__(
+        self, process: LinearSDE | ReverseProcess, shape: Sequence[int], calculus: str
+    ) -> None:
+        super().__init__(process)
+        if calculus not in ("ito", "stratonovich"):
+            msg = f"calculus must be 'ito' or 'stratonovich'; got {calculus!r}"
+            raise ValueError(msg)
+        self.sde_type, self._shape = calculus, tuple(shape)
+        self._reverse = isinstance(process, ReverseProcess)
+        self._sde = process.sde if isinstance(process, ReverseProcess) else process
+
+    def clock(self, times: Tensor) -> Tensor:
+        """Times of the process as torchsde's increasing ones: −t for a reverse process."""
+        return -times if self._reverse else times
+
+    def pack(self, state: Tensor) -> Tensor:
+        """States ``(B, k, *D)`` as torchsde's ``(B ∏D, k)``."""
+        wanted = (self._sde.components, *self._shape)
+        if state.ndim < 2 or state.shape[1:] != wanted:
+            sizes = ", ".join(map(str, wanted))
+            msg = f"state must have shape (B, {sizes}); got {tuple(state.shape)}"
+            raise ValueError(msg)
+        return _pack(state)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """Torchsde's ``(*, B ∏D, k)`` as states ``(*, B, k, *D)``."""
+        size = y.shape[-2] // max(math.prod(self._shape), 1)
+        batch = y.reshape(*y.shape[:-2], size, *self._shape, y.shape[-1])
+        return batch.movedim(-1, y.ndim - 1)
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
+        """Drift in torchsde's clock."""
+        t, z = self._time(s), self.unpack(y)
+        if isinstance(self._process, ReverseProcess):
+            return _pack(-self._process.drift(z, t))
+        return _pack(apply_blocks(self._sde.drift(t), z))
+
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        """Diffusion, ``(B ∏D, k, m)``."""
+        return self._sde.diffusion(self._time(s)).to(y).expand(len(y), -1, -1)
+
+    def _time(self, s: Tensor | float) -> Tensor:
+        t = torch.as_tensor(s).detach().to("cpu", torch.float64)
+        return -t if self._reverse else t
+
+
+def as_torchsde(
+    process: LinearSDE | ReverseProcess, shape: Sequence[int], *, calculus: str = "ito"
+) -> _TorchSDEForm:
+    """A process as the object that ``torchsde.sdeint`` integrates.
+
+    torchsde's states are ``(batch, d)``. All numbers of the data are driven alike, so states are
+    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``, and no matrix grows with the square
+    of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times: times of a
+    reverse process decrease, torchsde's increase.
+
+    Parameters
+    ----------
+    process
+        A `LinearSDE` to run forward, or a `ReverseProcess` to run backward.
+    shape
+        Shape ``(*D)`` of one sample's data.
+    calculus
+        ``"ito"`` or ``"stratonovich"``, as torchsde's method wants; for additive noise the same.
+
+    Raises
+    ------
+    TypeError
+        If the process is neither.
+    ValueError
+        If the calculus is unknown.
+
+    Examples
+    --------
+    >>> import torch, torchsde
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> form = solvers.as_torchsde(process, (1,))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> ts = form.clock(torch.tensor([1.0, 1e-3]))
+    >>> y = torchsde.sdeint(form, form.pack(start), ts, dt=0.01, method="euler")
+    >>> form.unpack(y).shape
+    torch.Size([2, 8, 2, 1])
+    """
+    return _TorchSDEForm(process, shape, calculus)
