@@ -40,9 +40,6 @@ LIBRARIES = {name for name in SOLVERS if name.startswith("torch")}
 ON_GRID = [name for name in SOLVERS if not SOLVERS[name].facts.adaptive and name not in LIBRARIES]
 PATH_DRIVEN = ["stochastic-heun", "exponential-euler", "reverse-diffusion"]
 
-# What planned solvers promise.
-planned = pytest.mark.skipif(not hasattr(solvers, "plan"), reason="holds with solvers.plan")
-
 every_process = pytest.mark.parametrize("process", PROCESSES)
 every_score = pytest.mark.parametrize("score", ["function", "mixture"])
 
@@ -240,7 +237,6 @@ class TestOnDevice(OnDevice):
         return device
 
 
-@planned
 class TestDefaultDevice(OnDevice):
     """The default device is set first: coefficients stay on the CPU, in float64."""
 
@@ -278,7 +274,6 @@ class TestTrafficOfGridSolvers:
         assert many.waits == few.waits <= 2
 
 
-@planned
 class TestTrafficOfAdaptiveSolvers:
     """An attempt copies one tensor to the device and waits once."""
 
