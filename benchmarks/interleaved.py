@@ -18,10 +18,12 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each rival in each round, after one round that does not count.
 
-    The default clock is the processor time of the process, which other processes hardly change.
+    If only one round is asked for, as for runs of minutes, no other precedes it. The default clock
+    is the processor time of the process, which other processes hardly change.
     """
-    for run in rivals.values():
-        run()
+    if rounds != 1:
+        for run in rivals.values():
+            run()
     turns = deque(rivals)
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
