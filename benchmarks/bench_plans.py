@@ -20,8 +20,10 @@ pytestmark = pytest.mark.parametrize("threads", ["default threads"], indirect=Tr
 @contextlib.contextmanager
 def busy_neighbour():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
-        yield
-        neighbour.kill()
+        try:
+            yield
+        finally:
+            neighbour.kill()
 
 
 LOADS = {"idle": contextlib.nullcontext, "one busy neighbour": busy_neighbour}
