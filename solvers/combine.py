@@ -86,16 +86,13 @@ def _products(count: int, terms: Sequence[tuple[Block, Tensor]]) -> list[list[_P
 
 def _sum(products: list[_Product], like: Tensor, out: Tensor | None = None) -> Tensor:
     """Σ coefficient · column, in a new tensor or in ``out``."""
-    if not products or products[0][0] != 1:
-        # To multiply by a number takes twice as long to launch as to add a multiple to zero.
-        total = torch.zeros_like(like[:, :1]) if out is None else out.zero_()
-    elif len(products) == 1:
-        (_, column), *products = products
-        return column.clone() if out is None else out.copy_(column)
-    else:
-        (_, column), (coefficient, other), *products = products
-        total = torch.add(column, other, alpha=coefficient, out=out)
-    return _add(total, products)
+    if not products:
+        return torch.zeros_like(like[:, :1]) if out is None else out.zero_()
+    (first, column), *rest = products
+    if first == 1 and rest:
+        (second, other), *rest = rest
+        return _add(torch.add(column, other, alpha=second, out=out), rest)
+    return _add(torch.mul(column, first, out=out), rest)
 
 
 def _add(total: Tensor, products: Sequence[_Product]) -> Tensor:

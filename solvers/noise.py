@@ -155,7 +155,8 @@ class RecordedNoise(NoiseSource):
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
-        self._draws = iter(draws)
+        # A compiler that traces a solve follows a number, but not an iterator.
+        self._draws, self._used = list(draws), 0
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the next recorded draw.
@@ -165,12 +166,12 @@ class RecordedNoise(NoiseSource):
         ValueError
             If there is none.
         """
-        draw = next(self._draws, None)
-        if draw is None:
+        if self._used == len(self._draws):
             shape = (len(z), rows, *z.shape[2:])
             msg = f"noise: the solver asks for shape {shape}; got the end of the record"
             raise ValueError(msg)
-        return draw.to(z)
+        self._used += 1
+        return self._draws[self._used - 1].to(z)
 
 
 class SampleNoise(NoiseSource):

@@ -383,7 +383,8 @@ def _finished(
         else:
             rows = done.success.nonzero().flatten().to(z.device)
             data = data.index_copy(0, rows, final(z[rows]))
-    success = done.success & (_finite(z) & _finite(data)).cpu()
+    finite = _finite(z) if final is None else _finite(z) & _finite(data)
+    success = done.success & finite.cpu()
     message = done.message
     if bool(done.success.all()) and not bool(success.all()):
         message = "the state is not finite: the score is not, or the steps are too long"
@@ -408,8 +409,8 @@ def _finite(x: Tensor) -> Tensor:
     if not x.numel():
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     # NaN is the least and the largest of numbers that it is among.
-    low, high = x.reshape(len(x), -1).aminmax(dim=1)
-    return low.isfinite() & high.isfinite()
+    rows = x.reshape(len(x), -1)
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
 def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:
