@@ -8,3 +8,6 @@ settings.register_profile(
 )
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("deterministic")
+
+# Doctests would import it a second time, and a device can be registered once.
+collect_ignore = ["simulated_device.py"]
