@@ -30,7 +30,11 @@ def test_uneven_shares_are_refused(count):
         draw(6, seeded(*range(count)))
 
 
-@pytest.mark.parametrize("generator", [3, "0", 1.0, [3], [torch.Generator(), None]], ids=repr)
+@pytest.mark.parametrize(
+    "generator",
+    [3, "0", 1.0, [3], [torch.Generator(), None]],
+    ids=["integer", "text", "float", "list of integers", "list with None"],
+)
 @pytest.mark.parametrize(
     "call",
     [
