@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, SubVPSDE
+from cldsde.score.times import KnownTimes
 
 DIGITS = 50
 EPS = torch.finfo(torch.float64).eps
@@ -128,6 +129,11 @@ def rounding(sde: LinearSDE, t: Any, size: float = 4.0) -> float:
     rows = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
     condition = float(torch.linalg.cond(root / rows).max())
     return 32 * EPS * (condition + size / float(rows.min()))
+
+
+def known(*times: float) -> KnownTimes:
+    """Times as solvers know them before they evaluate the score."""
+    return KnownTimes(torch.tensor(times, dtype=torch.float64))
 
 
 class Constant(nn.Module):

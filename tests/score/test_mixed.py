@@ -13,7 +13,7 @@ from torch import nn
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, MixedScore, SubVPSDE
 from cldsde.score import Conversion, PerturbedData, optimal_loss
 from score import exact
-from score.exact import EPS, FAMILIES, Constant
+from score.exact import EPS, FAMILIES, Constant, known
 
 
 def hybrid_score_matching(
@@ -101,14 +101,15 @@ class TestReference:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @every_kind
     @every_family
-    def test_a_tabulated_score_is_the_score(self, name: str, kind: str, dtype: torch.dtype) -> None:
+    def test_at_known_times_it_is_the_score_at_exact_times(
+        self, name: str, kind: str, dtype: torch.dtype
+    ) -> None:
         sde = FAMILIES[name]()
         model = MixedScore(Constant(sde, 0.3), sde, *reference(kind))
-        times = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
-        table = model.tabulate(times, torch.empty(0, dtype=dtype))
-        for i, t in enumerate(times.tolist()):
+        times = known(1.0, 0.3, 0.02)
+        for i, t in enumerate(times.times.tolist()):
             z = data_states(sde, t).to(dtype)
-            found, expected = table(z, i), model(z, t)
+            found, expected = model(z, times.arguments(z)[i]), model(z, t)
             assert found.dtype == expected.dtype == dtype
             # Coefficients of one time or of a grid differ by rounding, in either precision.
             tolerance = exact.rounding(sde, t) * torch.finfo(dtype).eps / EPS
@@ -284,12 +285,11 @@ class TestDrivenComponents:
             assert abs(loss.mean().item() - expected) <= 5 * loss.std().item() / math.sqrt(n)
 
     @every_order
-    def test_a_tabulated_score_is_the_score(self, order: str) -> None:
+    def test_at_known_times_it_is_the_score(self, order: str) -> None:
         sde = NOT_TRAILING[order]
         model = MixedScore(Constant(sde, 0.3), sde, *reference("channel"))
-        times = torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64)
         z = data_states(sde, 0.3)
-        found, expected = model.tabulate(times, z)(z, 1), model(z, 0.3)
+        found, expected = model(z, known(1.0, 0.3, 0.02).arguments(z)[1]), model(z, 0.3)
         # Coefficients of one time or of a grid differ by rounding.
         tolerance = exact.rounding(sde, 0.3) * float(expected.abs().max())
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
@@ -353,8 +353,8 @@ class TestEstimates:
         snr = float(psi @ torch.linalg.solve(kernel.covariance, psi))
         tolerance = 64 * exact.rounding(sde, t) * max(1.0, snr) * float(expected.abs().max())
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
-        table = model.tabulate(torch.tensor([1.0, t], dtype=torch.float64), z)
-        assert torch.allclose(table(z, 1), found, rtol=0, atol=tolerance)
+        at_known = model(z, known(1.0, t).arguments(z)[1])
+        assert torch.allclose(at_known, found, rtol=0, atol=tolerance)
 
     @every_kind
     @every_family
@@ -533,12 +533,12 @@ class TestConvexForm:
         z = data_states(sde, 0.3).to(dtype)
         assert model(z, 0.3).dtype == model(z, 0.3, prediction="noise").dtype == dtype
 
-    def test_tables_mix_too(self) -> None:
+    def test_it_mixes_at_known_times_too(self) -> None:
         sde = CLD()
         model = self.model(sde, torch.tensor([-3.0, 1.0]).reshape(2, 1, 1))
-        times = torch.tensor([1.0, 0.3], dtype=torch.float64)
         z = data_states(sde, 0.3)
-        found, expected = model.tabulate(times, z)(z, 1).detach(), model(z, 0.3).detach()
+        time = known(1.0, 0.3).arguments(z)[1]
+        found, expected = model(z, time).detach(), model(z, 0.3).detach()
         # Coefficients of one time or of a grid differ by rounding.
         tolerance = exact.rounding(sde, 0.3) * float(expected.abs().max())
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
@@ -768,9 +768,7 @@ class TestItsOwnLoss:
             pair = PerturbedData.draw(CLD(), x0, 0.5, conditioning=conditioning)
             model.loss(pair, condition=torch.tensor([2, 0, 1]))
         model(pair.z, 0.5, condition=torch.tensor(4))
-        model.tabulate(torch.tensor([0.5], dtype=torch.float64), x0, condition=torch.tensor(5))(
-            pair.z, 0
-        )
+        model(pair.z, known(0.5).arguments(pair.z)[0], condition=torch.tensor(5))
         assert [label.tolist() for label in seen] == [[2, 0, 1], [2, 0, 1], [4] * 3, [5] * 3]
 
 

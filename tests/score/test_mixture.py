@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import weakref
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 
 from cldsde import CLD, PSLD, VESDE, VPSDE, GaussianMixture
+from cldsde.score.times import KnownTimes
 from score import exact
-from score.exact import EPS, FAMILIES
+from score.exact import EPS, FAMILIES, known
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_kind = pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
@@ -23,9 +24,9 @@ def at_a_time(score: Any, t: float, like: torch.Tensor) -> Any:
     return lambda z: score(z, t)
 
 
-def from_a_table(score: Any, t: float, like: torch.Tensor) -> Any:
-    table = score.tabulate(torch.tensor([t], dtype=torch.float64), like)
-    return lambda z: table(z, 0)
+def at_a_known_time(score: Any, t: float, like: torch.Tensor) -> Any:
+    time = known(t)
+    return lambda z: score(z, time.arguments(z)[0])
 
 
 class TestExactness:
@@ -136,14 +137,15 @@ class TestExactness:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @every_family
-    def test_a_tabulated_score_is_the_score(self, name: str, dtype: torch.dtype) -> None:
+    def test_at_known_times_it_is_the_score_at_exact_times(
+        self, name: str, dtype: torch.dtype
+    ) -> None:
         sde, data = FAMILIES[name](), exact.mixture("degenerate")
-        times = torch.tensor([1.0, 0.4, 0.02], dtype=torch.float64)
+        times = known(1.0, 0.4, 0.02)
         score = data.score(sde)
-        table = score.tabulate(times, torch.empty(0, dtype=dtype))
-        for i, t in enumerate(times.tolist()):
+        for i, t in enumerate(times.times.tolist()):
             z = exact.states(sde, data, t).to(dtype)
-            found, expected = table(z, i), score(z, t)
+            found, expected = score(z, times.arguments(z)[i]), score(z, t)
             assert found.dtype == dtype
             # Coefficients of one time or of a grid differ by rounding in double precision, and then
             # perhaps by one rounding in that of the state.
@@ -160,8 +162,7 @@ class TestExactness:
         assert torch.equal(score(z, 0.3).flatten(2), score(flat, 0.3))
         assert score(z, 0.3).shape == (len(z), len(sde.driven), *axes)
         assert torch.equal(data.log_prob(sde, z, 0.3), data.log_prob(sde, flat, 0.3))
-        table = score.tabulate(torch.tensor([0.3], dtype=torch.float64), z)
-        assert torch.equal(table(z, 0).flatten(2), score(flat, 0.3))
+        assert torch.equal(at_a_known_time(score, 0.3, z)(z).flatten(2), score(flat, 0.3))
 
     @every_family
     def test_scalar_data_need_no_axis(self, name: str) -> None:
@@ -172,8 +173,7 @@ class TestExactness:
         expected = score(z, 0.3)[..., 0]
         assert torch.equal(score(z[..., 0], 0.3), expected)
         assert torch.equal(data.log_prob(sde, z[..., 0], 0.3), data.log_prob(sde, z, 0.3))
-        table = score.tabulate(torch.tensor([0.3], dtype=torch.float64), z[..., 0])
-        assert torch.equal(table(z[..., 0], 0), expected)
+        assert torch.equal(at_a_known_time(score, 0.3, z)(z[..., 0]), expected)
 
     @every_family
     def test_a_batch_is_a_set_of_samples(self, name: str) -> None:
@@ -189,7 +189,7 @@ class TestExactness:
     @pytest.mark.parametrize("modes", [1, 8])
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("count", [8, 15, 16])
-    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
+    @pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
     def test_what_is_not_finite_stays_with_its_sample(
         self, how: Any, count: int, value: float, modes: int
     ) -> None:
@@ -209,16 +209,15 @@ class TestExactness:
     @pytest.mark.parametrize("modes", [1, 8])
     def test_no_device_is_waited_for(self, modes: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """A tensor without memory has no value to ask for."""
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+        monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
         sde = CLD()
         data = GaussianMixture(
             [1.0] * modes, torch.zeros(modes, 2), torch.eye(2).expand(modes, 2, 2)
         )
         z = torch.empty(16, 2, 2, device="meta")
-        score = data.score(sde).tabulate(torch.tensor([0.5], dtype=torch.float64), z)
-        assert score(z, 0).shape == (16, 1, 2)
+        assert at_a_known_time(data.score(sde), 0.5, z)(z).shape == (16, 1, 2)
 
-    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
+    @pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
     def test_gradients_that_are_not_finite_stay_with_their_sample(self, how: Any) -> None:
         sde = CLD()
         z = torch.randn(16, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -230,40 +229,7 @@ class TestExactness:
         (found,) = torch.autograd.grad(score(z), z, above)
         assert bool(found[torch.arange(16) != 3].isfinite().all())
 
-    @pytest.mark.parametrize("layout", ["samples", "components"])
-    def test_a_table_sees_what_becomes_of_a_state_that_it_knows(self, layout: str) -> None:
-        """Solvers ask again and again for the score of one tensor, whose numbers they change."""
-        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
-        g = torch.Generator().manual_seed(0)
-        z = torch.empty(16, 2, 2) if layout == "samples" else torch.empty(2, 16, 2).transpose(0, 1)
-        table = from_a_table(score, 0.3, z)
-        for _ in range(4):
-            z.copy_(torch.randn(16, 2, 2, generator=g))
-            # Roundings of single precision.
-            assert torch.allclose(table(z), score(z.double(), 0.3).float(), rtol=1e-5, atol=1e-5)
-
-    def test_a_table_looks_where_a_state_lies(self) -> None:
-        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
-        z, other = torch.zeros(2, 16, 2).transpose(0, 1), torch.ones(2, 16, 2).transpose(0, 1)
-        table = from_a_table(score, 0.3, z)
-        for _ in range(3):
-            table(z)
-        z.data = other
-        assert torch.equal(table(z), table(other.clone()))
-
-    def test_a_table_keeps_no_state(self) -> None:
-        score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
-        z = torch.zeros(16, 2, 2)
-        table, known = from_a_table(score, 0.3, z), []
-        for _ in range(3):
-            state = torch.zeros(2, 16, 2).transpose(0, 1)
-            known.append(weakref.ref(state.untyped_storage()))
-            for _ in range(3):
-                table(state)
-            del state
-        assert all(storage() is None for storage in known)
-
-    @pytest.mark.parametrize("how", [at_a_time, from_a_table])
+    @pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
     def test_it_can_be_transformed(self, how: Any) -> None:
         score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
         z = torch.randn(3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -277,7 +243,7 @@ class TestExactness:
     def test_what_is_not_finite_changes_no_bit_of_other_groups(self) -> None:
         score = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]]).score(CLD())
         z = torch.randn(32, 2, 2, generator=torch.Generator().manual_seed(0))
-        table = from_a_table(score, 0.3, z)
+        table = at_a_known_time(score, 0.3, z)
         clean = table(z)
         z[3, 1, 0] = math.nan
         found = table(z)
@@ -286,7 +252,7 @@ class TestExactness:
 
     def test_an_empty_batch_has_no_scores(self) -> None:
         data = exact.mixture()
-        for how in (at_a_time, from_a_table):
+        for how in (at_a_time, at_a_known_time):
             z = torch.zeros(0, 2, 2)
             assert how(data.score(CLD()), 0.5, z)(z).shape == (0, 1, 2)
         assert data.log_prob(CLD(), torch.zeros(0, 2, 2), 0.5).shape == (0,)
@@ -406,15 +372,36 @@ AUXILIARY = [name for name in FAMILIES if FAMILIES[name]().components > 1]
 every_auxiliary = pytest.mark.parametrize("name", AUXILIARY)
 
 
-class TestTables:
-    """Scores whose coefficients are computed for a grid at once."""
+class TestCompiling:
+    """Scores within graphs that torch compiles."""
+
+    @pytest.mark.parametrize("dimension", [2, 20])
+    @pytest.mark.parametrize("modes", [1, 3])
+    @pytest.mark.parametrize(
+        "t", [0.3, torch.tensor(0.3).expand(4), torch.tensor([0.1, 0.3, 0.3, 1.0])], ids=str
+    )
+    def test_the_bits_are_those_of_a_plain_call(self, t: Any, modes: int, dimension: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        eye = torch.eye(dimension).expand(modes, -1, -1)
+        data = GaussianMixture([1.0] * modes, torch.randn(modes, dimension, generator=g), eye)
+        score, z = data.score(CLD()), torch.randn(4, 2, dimension, generator=g)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda z, t: 1.1 * score(z, t), backend="eager")
+        assert torch.equal(compiled(z, t), 1.1 * score(z, t))
+
+
+class TestKnownTimes:
+    """Scores whose coefficients are computed for all times of a solver at once."""
 
     @pytest.mark.parametrize("count", [0, 1, 8, 21, 48])
     @pytest.mark.parametrize("modes", [1, 3])
     @every_family
-    def test_a_tabulated_score_is_the_score(self, name: str, modes: int, count: int) -> None:
-        sde, times = FAMILIES[name](), torch.tensor([0.9, 0.3], dtype=torch.float64)
-        for dimension in (1, 2, 3, 5):
+    def test_states_of_any_number_and_size_are_taken(
+        self, name: str, modes: int, count: int
+    ) -> None:
+        sde, times = FAMILIES[name](), known(0.9, 0.3)
+        # Twenty numbers a component are beyond what has a matrix of its own.
+        for dimension in (1, 2, 3, 5, 20):
             means = torch.linspace(-1, 1, modes * dimension).reshape(modes, dimension)
             spread = 0.3 * torch.eye(dimension) + 0.1
             data = GaussianMixture(torch.ones(modes), means, spread.expand(modes, -1, -1))
@@ -423,17 +410,34 @@ class TestTables:
             z = torch.randn(shape, generator=g, dtype=torch.float64)
             for rows in ("driven", "all"):
                 score = data.score(sde, rows=rows)
-                found, expected = score.tabulate(times, z)(z, 1), score(z, 0.3)
+                found, expected = score(z, times.arguments(z)[1]), score(z, 0.3)
                 assert found.shape == expected.shape
                 # Two orders of the same products.
                 tolerance = 4 * exact.rounding(sde, 0.3)
                 assert torch.allclose(found, expected, rtol=tolerance, atol=10 * tolerance)
 
+    @pytest.mark.parametrize("dimension", [2, 50])
+    def test_an_empty_batch_leaves_coefficients_that_serve_others(self, dimension: int) -> None:
+        data = GaussianMixture([1.0], torch.zeros(1, dimension), torch.eye(dimension)[None])
+        score, times, z = data.score(CLD()), known(0.9, 0.3), torch.ones(3, 2, dimension)
+        assert score(z[:0], times.arguments(z[:0])[0]).shape == (0, 1, dimension)
+        assert torch.allclose(score(z, times.arguments(z)[1]), score(z, 0.3), rtol=1e-6)
+
+    @every_family
+    def test_each_sample_may_have_its_time(self, name: str) -> None:
+        sde, data = FAMILIES[name](), exact.mixture()
+        table = torch.tensor([[0.9, 0.7, 0.8, 0.6], [0.3, 0.4, 0.05, 1.0]], dtype=torch.float64)
+        z, score = exact.states(sde, data, 0.3), data.score(sde)
+        found = score(z, KnownTimes(table).arguments(z)[1])
+        expected = score(z, table[1])
+        # Coefficients of one time or of a grid differ by rounding.
+        tolerance = max(exact.rounding(sde, t) for t in table[1]) * float(expected.abs().max())
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
+
     def test_a_state_of_another_dimension_is_refused(self) -> None:
-        data = GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)[None])
-        table = data.score(CLD()).tabulate(torch.tensor([0.5]), torch.empty(0))
+        data, z = GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)[None]), torch.zeros(8, 2, 3)
         with pytest.raises(ValueError, match="2 numbers a component"):
-            table(torch.zeros(8, 2, 3), 0)
+            at_a_known_time(data.score(CLD()), 0.5, z)(z)
 
 
 class TestConditionalLaw:
@@ -532,14 +536,14 @@ class TestConditionalLaw:
                 method(CLD(), z, 0.5)
 
     @every_auxiliary
-    def test_tables_hold_any_rows(self, name: str) -> None:
+    def test_known_times_serve_any_rows(self, name: str) -> None:
         sde, data = FAMILIES[name](), exact.mixture()
-        times = torch.tensor([0.4, 0.05], dtype=torch.float64)
+        times = known(0.4, 0.05)
         for rows in ("all", "auxiliary"):
             score = data.score(sde, rows=rows)
             z = exact.states(sde, data, 0.05)
             expected = score(z, 0.05)
-            found = score.tabulate(times, z)(z, 1)
+            found = score(z, times.arguments(z)[1])
             # Coefficients of one time or of a grid differ by rounding.
             tolerance = exact.rounding(sde, 0.05) * float(expected.abs().max())
             assert torch.allclose(found, expected, rtol=0, atol=tolerance)
@@ -621,12 +625,6 @@ class TestRefusals:
             data.score(sde)(z, 0.5)
         with pytest.raises(ValueError, match="got"):
             data.log_prob(sde, z, 0.5)
-
-    @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 2, 1), (3, 2, 3)])
-    def test_tables_for_states_that_do_not_fit_are_refused(self, shape: tuple[int, ...]) -> None:
-        data, z = exact.mixture(), torch.zeros(shape)
-        with pytest.raises(ValueError, match="got"):
-            data.score(CLD()).tabulate(torch.tensor([0.5]).double(), z)(z, 0)
 
     @pytest.mark.parametrize("z", [torch.zeros(3, 2, 2, dtype=torch.int64), [[[0.0]]]])
     def test_states_of_another_type_are_refused(self, z: Any) -> None:
