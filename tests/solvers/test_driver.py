@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
+from cldsde import CLD, PSLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector, SampleNoise
+from cldsde.solvers.authoring import GridSolver, Memory, Solver
 from cldsde.validation import propagate_moments
 from probes import Recording, generator, initial, start, untouchable
 
 MULTISTEP = solvers.ExponentialMultistep
-SOLVERS: dict[str, solvers.Solver] = {
+SOLVERS: dict[str, GridSolver] = {
     "EM": solvers.EulerMaruyama(),
     "Heun": solvers.StochasticHeun(),
     "exponential Euler": solvers.ExponentialEuler(),
@@ -42,8 +43,8 @@ SOLVERS: dict[str, solvers.Solver] = {
     "torchsde, heun": solvers.TorchSDE(method="heun"),
     "torchsde, midpoint": solvers.TorchSDE(method="midpoint"),
 }
-ADAPTIVE: dict[str, solvers.Integrator] = {
-    "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7),
+ADAPTIVE: dict[str, Solver] = {
+    "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, pace="sample"),
     "GGF": solvers.GottaGoFast(rtol=0.05, atol=0.02),
 }
 SEEDS = [3, 1, 4, 15, 9, 2]
@@ -66,7 +67,7 @@ def test_the_precision_of_networks_is_not_that_of_solvers(method: str) -> None:
     data = GaussianMixture([1.0], [[0.3, -0.2]], [[[0.25, 0.1], [0.1, 0.16]]])
     process = ReverseProcess(sde, data.score(sde))
     z = sde.prior.sample((8, 2), generator=generator())
-    times = ENDS if isinstance(solver, solvers.Integrator) else GRID
+    times = ENDS if solver.facts.adaptive else GRID
     found = []
     for lower in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=lower):
@@ -88,7 +89,7 @@ def test_callbacks_see_states_in_one_piece(method: str) -> None:
     def watch(step: int, t: object, z: torch.Tensor) -> None:
         seen.append(z.view(5, 2).clone())
 
-    times = ENDS if isinstance(solver, solvers.Integrator) else GRID
+    times = ENDS if solver.facts.adaptive else GRID
     last = solvers.solve(process, solver, z, times, generator=generator(), callback=watch).state
     assert torch.equal(seen[-1], last.view(5, 2))
 
@@ -120,6 +121,12 @@ def run(method: str, state: torch.Tensor, times: torch.Tensor, **options: Any) -
     solver = options.pop("solver", None) or {**SOLVERS, **ADAPTIVE}[method]
     options = {"noise": SampleNoise(SEEDS[: len(state)]), **options}
     return solvers.solve(process, solver, state, times, **options)
+
+
+def failed(*args: Any, **options: Any) -> Any:
+    """A solve that fails, and says so."""
+    with pytest.warns(solvers.SolveWarning, match="the solve failed"):
+        return run(*args, **options)
 
 
 def state_of(method: str, samples: int = 3) -> torch.Tensor:
@@ -231,7 +238,7 @@ class TestTrajectories:
         n, pairs = 64, torch.tensor([0.85, 0.7, 0.55, 0.4, 0.25], dtype=torch.float64)
         stops = torch.stack([pairs, pairs - 1e-6], dim=1).flatten()
         solver = {
-            "flow": solvers.ProbabilityFlow(rtol=1e-4, atol=1e-4),
+            "flow": solvers.ProbabilityFlow(rtol=1e-4, atol=1e-4, pace="sample"),
             "GGF": solvers.GottaGoFast(rtol=0.02, atol=0.01),
         }[method]
         state, noise = state_of(method, n), [SampleNoise(range(n)) for _ in range(2)]
@@ -356,54 +363,20 @@ class TestUnmerged:
         assert solution.nfev == 2 * (len(GRID) - 1)
 
 
-class TestMemoryInTurn:
-    """Solvers that write states over older ones, where nobody can have kept those."""
+class TestStates:
+    """A state that a score has seen is not written to."""
 
-    KINDS = (
-        (solvers.EulerMaruyama, {}),
-        (solvers.ReverseDiffusion, {}),
-        (solvers.SSCS, {}),
-        (solvers.SSCS, {"score_step": "midpoint"}),
-        (solvers.SSCS, {"score_step": "midpoint", "merge": False}),
-    )
-
-    @pytest.mark.parametrize("kind", KINDS, ids=str)
-    @pytest.mark.parametrize("make", [VPSDE, CLD, HOLD])
-    @pytest.mark.parametrize("t_eval", [None, GRID[::2]], ids=["last", "some"])
-    def test_states_are_those_of_single_steps(
-        self, kind: tuple[type[solvers.Solver], dict[str, Any]], make: Any, t_eval: Any
-    ) -> None:
-        taken: list[int] = []
-
-        class StepByStep(kind[0]):  # type: ignore[misc]
-            def step(self, z: Any, memory: Any, tables: Any, i: int, *sources: Any) -> Any:
-                taken.append(i)
-                return super().step(z, memory, tables, i, *sources)
-
-        sde = make()
-        process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-        state = start(sde, (5, 1))
-        before = state.clone()
-        ends = [
-            solvers.solve(
-                process, cls(**kind[1]), state, GRID, generator=generator(), t_eval=t_eval
-            )
-            for cls in (kind[0], StepByStep)
-        ]
-        assert taken == list(range(len(GRID) - 1))  # what a subclass says a step is, it is
-        assert torch.equal(ends[0].state, ends[1].state)
-        assert torch.equal(ends[0].y, ends[1].y)
-        assert torch.equal(state, before)
-
-    def test_a_score_may_keep_the_states_that_it_is_given(self) -> None:
-        sde, seen = VPSDE(), []
+    @pytest.mark.parametrize("method", [*SOLVERS, *ADAPTIVE])
+    def test_a_score_may_keep_the_states_that_it_is_given(self, method: str) -> None:
+        process, seen = process_of(method), []
+        inner = process.score
 
         def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             seen.append((z, z.clone()))
-            return -z
+            return inner(z, t)
 
-        state = start(sde, (5, 1))
-        solvers.solve(ReverseProcess(sde, score), solvers.EulerMaruyama(), state, GRID)
+        run(method, state_of(method), GRID, process=ReverseProcess(process.sde, score))
+        assert seen
         assert all(torch.equal(kept, then) for kept, then in seen)
 
 
@@ -468,10 +441,11 @@ class TestCallbacks:
         assert solution.stats["steps"] == 3
         assert not solution.stats["success"].any()
         assert solution.stats["success"].shape == (3,)
-        # What was reached is kept, and nothing else.
-        assert torch.equal(solution.t, times[:3])
+        # States that were not reached are NaN.
+        assert torch.equal(solution.t, times)
         every = run(method, state, GRID, t_eval=times)
-        assert torch.equal(solution.y, every.y[:3])
+        assert torch.equal(solution.y[:3], every.y[:3])
+        assert solution.y[3].isnan().all()
         assert torch.equal(solution.state, every.y[2])
         assert torch.equal(solution.data, solution.state[:, 0])
 
@@ -545,7 +519,7 @@ class TestCallbacks:
     @pytest.mark.parametrize("method", ["EM", "flow"])
     def test_what_cannot_be_called_is_refused(self, method: str) -> None:
         process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(TypeError, match="callback must be a callable"):
+        with pytest.raises(TypeError, match="callback must be callable"):
             run(method, state_of(method), GRID, process=process, callback=3)
 
     @pytest.mark.parametrize("method", ["EM", "flow"])
@@ -671,7 +645,7 @@ class TestFailures:
         others, seeds = [0, 2, 3], SEEDS[:4]
         times = torch.tensor([1.0, 0.6, 0.1], dtype=torch.float64)
         options: dict[str, Any] = {"process": process, "t_eval": times, "denoise": denoise}
-        solution = run(method, state, ENDS, noise=SampleNoise(seeds), **options)
+        solution = failed(method, state, ENDS, noise=SampleNoise(seeds), **options)
         alone = run(
             method, state[others], ENDS, noise=SampleNoise([seeds[i] for i in others]), **options
         )
@@ -699,7 +673,7 @@ class TestFailures:
         state = state_of("GGF", 4)
         state[2] = 1e6
         others = [0, 1, 3]
-        solution = run("GGF", state, ENDS, process=process)
+        solution = failed("GGF", state, ENDS, process=process)
         noise = SampleNoise([SEEDS[i] for i in others])
         alone = run("GGF", state[others], ENDS, process=process, noise=noise)
         # Coefficients of one time for all are applied by another kernel than those of many times.
@@ -708,7 +682,7 @@ class TestFailures:
     @every_adaptive
     def test_all_of_them_are_not_counted(self, method: str) -> None:
         process = failing()
-        solution = run(method, torch.full((2, 2, 2), 1e6), ENDS, process=process)
+        solution = failed(method, torch.full((2, 2, 2), 1e6), ENDS, process=process)
         assert not solution.stats["success"].any()
         assert solution.message.startswith("the step length underflowed")
 
@@ -722,10 +696,10 @@ class TestFailures:
         most = int(counts.median())
         assert counts.min() <= most < counts.max()
         solver: Any = {
-            "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, max_nfev=most),
+            "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, max_nfev=most, pace="sample"),
             "GGF": solvers.GottaGoFast(rtol=0.05, atol=0.02, max_nfev=most),
         }[method]
-        solution = run(method, state, ENDS, solver=solver)
+        solution = failed(method, state, ENDS, solver=solver)
         arrived = counts <= most
         assert torch.equal(solution.stats["success"], arrived)
         assert torch.equal(solution.stats["nfev"][arrived], counts[arrived])
@@ -739,7 +713,7 @@ class TestFailures:
         process = failing()
         state = state_of("EM")
         state[1] = 1e6
-        solution = run("EM", state, GRID, process=process, denoise=True)
+        solution = failed("EM", state, GRID, process=process, denoise=True)
         assert solution.stats["success"].tolist() == [True, False, True]
         assert solution.status == 1
         alone = run(
@@ -766,7 +740,7 @@ class TestGradients:
         if method == "flow":
             # Step lengths follow the state, and their derivative is left out: it is as small as
             # the tolerance.
-            solver = solvers.ProbabilityFlow(method="dopri8", rtol=1e-10, atol=1e-10)
+            solver = solvers.ProbabilityFlow(method="dopri8", rtol=1e-10, atol=1e-10, pace="sample")
         process = process_of(method)
         score: Any = process.score
         state = start(process.sde, (2, 2))
@@ -811,7 +785,7 @@ class TestGradients:
     @pytest.mark.parametrize("method", list(EVERY))
     def test_recording_changes_no_bit_and_is_not_the_default(self, method: str) -> None:
         process, state = process_of(method), state_of(method).requires_grad_()
-        plain = run(method, state, GRID, process=process, t_eval=GRID[::5])
+        plain = run(method, state.detach(), GRID, process=process, t_eval=GRID[::5])
         recorded = run(method, state, GRID, process=process, t_eval=GRID[::5], differentiable=True)
         for solution, wanted in ((plain, False), (recorded, True)):
             assert solution.state.requires_grad == wanted
@@ -838,7 +812,7 @@ class TestGradients:
         state = state_of("EM")
         state[1] = 1e6
         z = state.clone().requires_grad_()
-        solution = run("EM", z, GRID, process=process, differentiable=True)
+        solution = failed("EM", z, GRID, process=process, differentiable=True)
         (gradient,) = torch.autograd.grad(solution.state[[0, 2]].sum(), z)
         assert gradient[[0, 2]].isfinite().all()
 
@@ -869,7 +843,7 @@ class TestTracing:
             return -(z[:, driven] + 0.1 * z[:, driven].sin())
 
         def through(z: torch.Tensor, noise: solvers.NoiseSource) -> torch.Tensor:
-            memory: solvers.Memory = ()
+            memory: Memory = ()
             for i in range(len(self.STEPS) - 1):
                 z, memory = solver.step(z, memory, tables, i, score, noise)
             return z

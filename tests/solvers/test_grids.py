@@ -123,6 +123,14 @@ def test_steps_below_the_resolution_are_refused(name: str) -> None:
         GRIDS[name][0](1.0, 1 - 4 * EPS, 1000)
 
 
+@every_grid
+def test_a_process_may_come_first(name: str) -> None:
+    make = GRIDS[name][0]
+    expected = make(1.0, 1e-3, 7)
+    assert torch.equal(make(CLD(), 1.0, 1e-3, 7), expected)
+    assert torch.equal(make(CLD(), 1.0, eps=1e-3, n=7), expected)
+
+
 FAMILIES: dict[str, Any] = {
     "VP": VPSDE,
     "VE": lambda: VESDE(0.05, 20.0),
@@ -229,6 +237,17 @@ class TestSignalToNoiseGrids:
     def test_seven_is_the_rho_of_karras(self) -> None:
         sde = VESDE(0.05, 20.0)
         assert torch.equal(karras_times(sde, 1.0, 1e-3, 8), karras_times(sde, 1.0, 1e-3, 8, 7.0))
+
+    @every_snr_grid
+    @pytest.mark.parametrize(
+        "arguments", [(1.0, 1e-3, 10), (1.0, 1e-3, 10, 7.0), ("CLD", 1.0, 0, 1)]
+    )
+    def test_without_a_process_they_say_how_they_are_called(
+        self, name: str, arguments: tuple[Any, ...]
+    ) -> None:
+        message = rf"{name}_times needs the process first, {name}_times\(sde, T, eps, n\); got"
+        with pytest.raises(TypeError, match=message):
+            SNR_GRIDS[name](*arguments)
 
     @every_snr_grid
     @every_family

@@ -11,10 +11,11 @@ from scipy import stats
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
+from cldsde.solvers.authoring import Solver, Stages
 from score import exact
 
 MULTISTEP = solvers.ExponentialMultistep
-SOLVERS: dict[str, solvers.Solver] = {
+SOLVERS: dict[str, Solver] = {
     "EM": solvers.EulerMaruyama(),
     "SSCS, euler": solvers.SSCS(),
     "SSCS, midpoint": solvers.SSCS(score_step="midpoint"),
@@ -43,30 +44,8 @@ def elementwise(sde: LinearSDE) -> Any:
     return lambda z, t: -(z[:, driven] + 0.1 * z[:, driven].sin())
 
 
-def tabulated(sde: LinearSDE) -> Any:
+def of_mixture(sde: LinearSDE) -> Any:
     return exact.mixture().score(sde)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_fresh_normals_in_turn_are_those_of_new_memory(rows: int) -> None:
-    z = torch.zeros(7, 2, 3, 5)
-    alone = solvers.FreshNoise(torch.Generator().manual_seed(0))
-    in_turn = solvers.FreshNoise(torch.Generator().manual_seed(0)).in_turn()
-    places = set()
-    for _ in range(3):
-        drawn = in_turn.normal(z, rows)
-        assert torch.equal(drawn, alone.normal(z, rows))
-        places.add(drawn.data_ptr())
-    assert len(places) == 1
-
-
-def test_sources_with_draws_of_their_own_keep_them_in_turn() -> None:
-    class Halved(solvers.FreshNoise):
-        def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
-            return super().normal(z, rows) / 2
-
-    source = Halved()
-    assert source.in_turn() is source
 
 
 class Own(solvers.NoiseSource):
@@ -79,12 +58,21 @@ class Own(solvers.NoiseSource):
         return self.draw
 
 
-@pytest.mark.parametrize("score", [elementwise, tabulated])
+@pytest.mark.parametrize("score", [elementwise, of_mixture])
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
-        (torch.zeros(1, 1, 2), ValueError, r"must return shape \(3, 1, 2\); got \(1, 1, 2\)"),
-        (torch.zeros(3, 2, 2), ValueError, r"must return shape \(3, 1, 2\); got \(3, 2, 2\)"),
+        (
+            torch.zeros(1, 1, 2),
+            ValueError,
+            r"must return shape \(3, 1, 2\) on cpu; got \(1, 1, 2\)",
+        ),
+        (
+            torch.zeros(3, 2, 2),
+            ValueError,
+            r"must return shape \(3, 1, 2\) on cpu; got \(3, 2, 2\)",
+        ),
+        (torch.zeros(3, 1, 2, device="meta"), ValueError, r"on cpu; got \(3, 1, 2\) on meta"),
         (torch.zeros(3, 1, 2).double(), TypeError, "tensor of torch.float32; got torch.float64"),
         (None, TypeError, "tensor of torch.float32; got NoneType"),
     ],
@@ -107,11 +95,12 @@ def test_seeds_mean_the_same_whatever_torch_makes_by_default() -> None:
     assert torch.equal(found, wanted)
 
 
-def test_an_affine_solver_may_draw_nothing() -> None:
+@pytest.mark.parametrize("nothing", [None, [[[], []]] * (len(GRID) - 1)], ids=["none", "columns"])
+def test_an_affine_solver_may_draw_nothing(nothing: Any) -> None:
     class Still(solvers.EulerMaruyama):
-        def prepare(self, process: ReverseProcess, times: torch.Tensor) -> solvers.Affine:
-            state, score, noise = super().prepare(process, times)
-            return solvers.Affine(state, score, [[[] for _ in block] for block in noise])
+        def prepare(self, process: ReverseProcess, times: torch.Tensor) -> Stages:
+            (stage,) = super().prepare(process, times).stages
+            return Stages.of(stage._replace(noise=nothing))
 
     process, z = ReverseProcess(CLD(), elementwise(CLD())), torch.ones(3, 2, 2)
     found = solvers.solve(process, Still(), z, GRID, noise=Own(None)).state
@@ -175,8 +164,10 @@ class TestCompany:
         for chosen in ([2], [4, 0], [6, 5, 4, 3, 2, 1, 0]):
             other = sample(sde, score, method, [SEEDS[i] for i in chosen], **options)
             # Roundings of a score, 1e-13 of states up to 1e2, that the coarse steps of a mixture
-            # may lengthen a hundredfold.
-            assert torch.allclose(other, together[chosen], rtol=0, atol=1e-9)
+            # may lengthen a hundredfold. They are too long for exponential Euler, whose states
+            # reach 1e6: a hundred roundings of these.
+            size = float(together.abs().max())
+            assert torch.allclose(other, together[chosen], rtol=0, atol=max(1e-9, 1e-14 * size))
 
     @every_solver
     def test_other_seeds_give_other_samples(self, method: str) -> None:

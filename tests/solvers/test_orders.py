@@ -35,6 +35,7 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import ExponentialMultistep as Multistep
+from cldsde.solvers.authoring import Solver
 from cldsde.validation import propagate_moments
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -110,7 +111,7 @@ GRIDS: dict[str, Callable[[float, float, int], torch.Tensor]] = {
 }
 
 
-def moments(solver: solvers.Solver, name: str, times: torch.Tensor) -> tuple[Array, Array]:
+def moments(solver: Solver, name: str, times: torch.Tensor) -> tuple[Array, Array]:
     """Moments at the end of the grid, started from the exact ones."""
     sde, exact = PROCESSES[name]()
     mean, covariance = exact.law(float(times[0]))
@@ -126,7 +127,7 @@ def moments(solver: solvers.Solver, name: str, times: torch.Tensor) -> tuple[Arr
 
 @functools.cache
 def error(
-    solver: solvers.Solver, name: str, n: int, grid: str = "root", T: float = 1.0, end: float = 0.05
+    solver: Solver, name: str, n: int, grid: str = "root", T: float = 1.0, end: float = 0.05
 ) -> float:
     # A norm that is smooth in the steps: the largest entry is not, where it changes places.
     mean, covariance = PROCESSES[name]()[1].law(end)
@@ -134,15 +135,13 @@ def error(
     return float(np.hypot(np.linalg.norm(m - mean), np.linalg.norm(C - covariance)))
 
 
-def order(
-    solver: solvers.Solver, name: str, coarse: int = 160, factor: int = 2, **options: Any
-) -> float:
+def order(solver: Solver, name: str, coarse: int = 160, factor: int = 2, **options: Any) -> float:
     """Slope of the error between ``coarse`` and ``factor * coarse`` steps."""
     first, last = (error(solver, name, n, **options) for n in (coarse, factor * coarse))
     return math.log(first / last) / math.log(factor)
 
 
-def declared(solver: solvers.Solver) -> float:
+def declared(solver: Solver) -> float:
     facts = solver.facts
     value = facts.weak_order if facts.ode_order is None else facts.ode_order
     assert value is not None
@@ -160,7 +159,7 @@ def level(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-ONE_STEP: dict[str, solvers.Solver] = {
+ONE_STEP: dict[str, Solver] = {
     "Euler-Maruyama": solvers.EulerMaruyama(),
     "Heun": solvers.StochasticHeun(),
     "exponential Euler": solvers.ExponentialEuler(),
@@ -352,7 +351,7 @@ class TestMixture:
         assert abs(slope) < CLOSE or (hidden and abs(slope - 1) < 2 * CLOSE)
 
 
-TABLE: dict[str, tuple[solvers.Solver, tuple[float, float, float]]] = {
+TABLE: dict[str, tuple[Solver, tuple[float, float, float]]] = {
     "Euler-Maruyama": (solvers.EulerMaruyama(), (5.1e-2, 1.0e-2, 2.5e-3)),
     "Heun": (solvers.StochasticHeun(), (1.8e-2, 9.7e-4, 5.7e-5)),
     "exponential Euler": (solvers.ExponentialEuler(), (5.5e-2, 1.0e-2, 2.5e-3)),
@@ -379,7 +378,7 @@ TABLE: dict[str, tuple[solvers.Solver, tuple[float, float, float]]] = {
 
 
 @functools.cache
-def worst(solver: solvers.Solver, n: int) -> float:
+def worst(solver: Solver, n: int) -> float:
     """Largest error of a moment in the setting of the table."""
     mean, covariance = PROCESSES["CLD"]()[1].law(0.01)
     m, C = moments(solver, "CLD", solvers.root_times(1.0, 0.01, n))

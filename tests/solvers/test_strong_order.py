@@ -35,6 +35,7 @@ from cldsde import (
     ReverseProcess,
     solvers,
 )
+from cldsde.solvers.authoring import Solver
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -158,7 +159,7 @@ PROCESSES: dict[str, Callable[[], tuple[LinearSDE, Exact]]] = {
     "PSLD": lambda: (PSLD(), psld()),
     "HOLD": lambda: (HOLD(), hold()),
 }
-SOLVERS: dict[str, solvers.Solver] = {
+SOLVERS: dict[str, Solver] = {
     "Euler-Maruyama": solvers.EulerMaruyama(),
     "Heun": solvers.StochasticHeun(),
 }
