@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.integrate import solve_ivp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchdiffeq import odeint
 
-import by_torchsde
-from by_hand import euler_maruyama, probability_flow, probability_flow_in_torch, sscs
+from by_hand import euler_maruyama, sscs
 from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.solvers.authoring import Solver
 from interleaved import interleave, ratio
+from problems import free, linear
 
 SDE = CLD()
 GAUSSIAN = GaussianMixture([1.0], [[0.3, -0.2]], [[[0.25, 0.1], [0.1, 0.16]]])
@@ -51,16 +50,6 @@ def normals(shape: tuple[int, ...], draws: int) -> Callable[[], None]:
     return draw
 
 
-class TabulatedVelocity:
-    """The velocity as score, which costs nothing."""
-
-    def __call__(self, z: torch.Tensor, t: object) -> torch.Tensor:
-        return z[:, 1:]
-
-    def tabulate(self, times: torch.Tensor, like: torch.Tensor) -> TabulatedVelocity:
-        return self
-
-
 class TestLoops:
     """Time of solvers in units of that of what one would write or use without them."""
 
@@ -69,25 +58,23 @@ class TestLoops:
         [(solvers.EulerMaruyama(), euler_maruyama), (solvers.SSCS(), sscs)],
         ids=["EM", "SSCS"],
     )
-    def test_a_step_costs_little_more_than_one_by_hand(
-        self, solver: solvers.Solver, loop: Any
-    ) -> None:
+    def test_a_step_costs_little_more_than_one_by_hand(self, solver: Solver, loop: Any) -> None:
         start = SDE.prior.sample((4096, 2), generator=torch.Generator().manual_seed(0))
         times = solvers.uniform_times(SDE.T, 1e-3, 200)
-        score = GAUSSIAN.score(SDE)
+        score = linear(SDE, 2)
         process = ReverseProcess(SDE, score)
         generator = torch.Generator().manual_seed(1)
         rivals = {
             "cldsde": lambda: solvers.solve(process, solver, start, times, generator=generator),
-            "by hand": lambda: loop(score.tabulate(times[:-1], start), start, times, generator),
+            "by hand": lambda: loop(score, start, times, generator),
         }
-        check_ratio(rivals, 1.45)
+        check_ratio(rivals, 1.6)
 
     def test_steps_of_images_cost_little_more_than_their_normals(self) -> None:
         shape, steps = (3, 32, 32), 200
         start = SDE.prior.sample((16, *shape), generator=torch.Generator().manual_seed(0))
         times = solvers.uniform_times(SDE.T, 1e-3, steps)
-        process, generator = ReverseProcess(SDE, TabulatedVelocity()), torch.Generator()
+        process, generator = ReverseProcess(SDE, free(SDE)), torch.Generator()
         em = solvers.EulerMaruyama()
         rivals = {
             "step": lambda: solvers.solve(process, em, start, times, generator=generator),
@@ -95,26 +82,13 @@ class TestLoops:
         }
         check_ratio(rivals, 1.7)
 
-    @pytest.mark.parametrize(("informed", "most"), [(False, 1 / 6), (True, 1 / 3)])
-    def test_a_step_costs_a_fraction_of_torchsde_s(self, informed: bool, most: float) -> None:
-        start = SDE.prior.sample((4096, 2), generator=torch.Generator().manual_seed(0))
-        times = solvers.uniform_times(SDE.T, 1e-3, 400)
-        score = GAUSSIAN.score(SDE)
-        process, em = ReverseProcess(SDE, score), solvers.EulerMaruyama()
-        form = by_torchsde.EulerMaruyama(score, start, times)
-        rivals = {
-            "cldsde": lambda: solvers.solve(process, em, start, times),
-            "torchsde": lambda: form.run(informed=informed),
-        }
-        check_ratio(rivals, most)
-
     @pytest.mark.parametrize(
         ("kind", "most"), [("samples", 1.6), ("increments", 3.0), ("integrals", 3.5)]
     )
     def test_noise_costs_little_more_than_fresh_normals(self, kind: str, most: float) -> None:
         shape, draws = (3, 32, 32), 64
         z, times = torch.zeros(16, 2, *shape), solvers.uniform_times(SDE.T, 1e-3, draws)
-        process = ReverseProcess(SDE, TabulatedVelocity())
+        process = ReverseProcess(SDE, free(SDE))
         source = solvers.SampleNoise(range(16))
         rows = 2 if kind == "integrals" else 1
 
@@ -122,32 +96,13 @@ class TestLoops:
             noise: solvers.NoiseSource = source
             if kind != "samples":
                 path = solvers.BrownianPath(SDE, times, (16, *shape), integrals=kind == "integrals")
-                noise = path.along(process, READERS[kind], times)
+                noise = path.along(SDE, times, lambda: READERS[kind].path_noise(process, times))
             for _ in range(draws):
                 noise.normal(z, rows)
 
         rivals = {
             "noise": draw,
             "normals": normals((16, rows, *shape), draws),
-        }
-        check_ratio(rivals, most)
-
-    @pytest.mark.parametrize(("rival", "most"), [("scipy", 1.2), ("torchdiffeq", 0.6)])
-    def test_an_adaptive_solve_costs_no_more_than_others(self, rival: str, most: float) -> None:
-        start = SDE.prior.sample((4096, 2), dtype=torch.float64)
-        process = ReverseProcess(SDE, TabulatedVelocity())
-        ends, tolerances = solvers.uniform_times(1.0, 1e-3, 1), {"rtol": 1e-4, "atol": 1e-4}
-        solver = solvers.ProbabilityFlow(pace="batch", **tolerances)
-        flow, y = probability_flow((4096, 2, 2)), start.numpy().ravel()
-        others = {
-            "scipy": lambda: solve_ivp(flow, ends.tolist(), y, **tolerances),
-            "torchdiffeq": lambda: odeint(
-                probability_flow_in_torch, start, ends, method="dopri5", **tolerances
-            ),
-        }
-        rivals = {
-            "cldsde": lambda: solvers.solve(process, solver, start, ends),
-            rival: others[rival],
         }
         check_ratio(rivals, most)
 
@@ -158,14 +113,12 @@ class TestLoops:
         ids=["EM", "SSCS"],
     )
     def test_the_loops_by_hand_are_the_solvers(
-        self, loop: Any, solver: solvers.Solver, atol: float
+        self, loop: Any, solver: Solver, atol: float
     ) -> None:
         start = SDE.prior.sample((50, 2), dtype=torch.float64)
         times = solvers.uniform_times(SDE.T, 1e-3, 30)
         score = GAUSSIAN.score(SDE)
-        by_hand = loop(
-            score.tabulate(times[:-1], start), start, times, torch.Generator().manual_seed(1)
-        )
+        by_hand = loop(score, start, times, torch.Generator().manual_seed(1))
         ours = solvers.solve(
             ReverseProcess(SDE, score),
             solver,
@@ -212,27 +165,11 @@ class Memory(TorchDispatchMode):
             self.now -= size
 
 
-class Zero:
-    """A score of zeros, with a table or without."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __call__(self, z: torch.Tensor, t: object) -> torch.Tensor:
-        return z.new_zeros(len(z), self.rows, *z.shape[2:])
-
-
-class TabulatedZero(Zero):
-    def tabulate(self, times: torch.Tensor, like: torch.Tensor) -> Zero:
-        return self
-
-
 class TestMemory:
     """States that a solve holds at a time, beside the caller's and what the score returned."""
 
     # The state, a stage, the prediction before or the noise, and the next state.
     @pytest.mark.parametrize("steps", [3, 40])
-    @pytest.mark.parametrize("kind", [Zero, TabulatedZero])
     @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
     @pytest.mark.parametrize(
         ("solver", "states"),
@@ -255,11 +192,11 @@ class TestMemory:
         ids=repr,
     )
     def test_a_solve_holds_few_states_whatever_the_number_of_steps(
-        self, solver: solvers.Solver, states: int, make: Any, kind: type[Zero], steps: int
+        self, solver: Solver, states: int, make: Any, steps: int
     ) -> None:
         sde = make()
         rows = len(sde.driven)
-        process = ReverseProcess(sde, kind(rows))
+        process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
         start = torch.zeros(8, sde.components, 8000)
         times = solvers.root_times(sde.T, 1e-3, steps)
         with Memory() as memory:
@@ -270,9 +207,7 @@ class TestMemory:
     @pytest.mark.parametrize("batch", [40_000, 40_001])  # samples that share products, or do not
     @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
     @pytest.mark.parametrize("solver", [solvers.EulerMaruyama(), solvers.SSCS()], ids=repr)
-    def test_an_exact_score_keeps_no_state(
-        self, solver: solvers.Solver, make: Any, batch: int
-    ) -> None:
+    def test_an_exact_score_keeps_no_state(self, solver: Solver, make: Any, batch: int) -> None:
         sde = make()
         data = GaussianMixture([1.0], torch.zeros(1, 8), torch.eye(8).unsqueeze(0))
         process = ReverseProcess(sde, data.score(sde))
