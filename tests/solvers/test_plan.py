@@ -364,33 +364,26 @@ class TestFailures:
             sampler.solve(state)
 
     @pytest.mark.parametrize(
-        ("made", "error", "message"),
+        ("made", "error", "got"),
         [
-            (lambda z: (z[:1], ()), ValueError, r"a state .*shape \(3, 2, 2\); got .*\(1, 2, 2\)"),
-            (
-                lambda z: (z[:, :1], ()),
-                ValueError,
-                r"a state .*shape \(3, 2, 2\); got .*\(3, 1, 2\)",
-            ),
-            (
-                lambda z: (z.float(), ()),
-                ValueError,
-                "a state of torch.float64 .*; got torch.float32",
-            ),
-            (lambda z: (None, ()), ValueError, "a state of torch.float64 .*; got NoneType"),
-            (lambda z: z, TypeError, "a state and a tuple .*; got Tensor"),
-            (lambda z: (z, None), TypeError, "a state and a tuple"),
-            (lambda z: (z, [z]), TypeError, "a state and a tuple"),
-            (lambda z: (z, (), ()), TypeError, "a state and a tuple"),
-            (lambda z: None, TypeError, "a state and a tuple .*; got NoneType"),
+            (lambda z: (z[:1], ()), ValueError, r".*\(1, 2, 2\)"),
+            (lambda z: (z[:, :1], ()), ValueError, r".*\(3, 1, 2\)"),
+            (lambda z: (z.float(), ()), ValueError, ".*float32"),
+            (lambda z: (z.to("meta"), ()), ValueError, ".*meta"),
+            (lambda z: (None, ()), (TypeError, ValueError), "NoneType"),
+            (lambda z: z, TypeError, "Tensor"),
+            (lambda z: (z, None), TypeError, ""),
+            (lambda z: (z, [z]), TypeError, ""),
+            (lambda z: (z, (), ()), TypeError, ""),
+            (lambda z: None, TypeError, "NoneType"),
         ],
     )
     def test_steps_that_return_something_else_are_refused(
-        self, made: Any, error: type[Exception], message: str
+        self, made: Any, error: Any, got: str
     ) -> None:
         sde = CLD()
         process = ReverseProcess(sde, plain(sde))
-        with pytest.raises(error, match=rf"Made\.step must return {message}"):
+        with pytest.raises(error, match=rf"Made\.step must return .*; got {got}"):
             solvers.solve(process, returning(made), start(sde), GRID)
 
     @every_solver
