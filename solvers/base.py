@@ -27,6 +27,7 @@ __all__ = [
     "Run",
     "ScoreAt",
     "Solver",
+    "check_same_kind",
     "check_solver",
 ]
 
@@ -189,7 +190,7 @@ class GridSolver(Solver):
                 self.step(held.pop(), memory, run.tables, i, score, run.noise), run.state
             )
             if times[i + 1] in stops:
-                saved.append(z)
+                saved.append(z if i + 2 == len(times) else z.clone())
             if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
                 stopped = i + 2 < len(times)
                 break
@@ -211,19 +212,25 @@ class GridSolver(Solver):
         """What `step` returned, if it is a state and a memory."""
         if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
             msg = (
-                f"{type(self).__name__}.step must return a state and a tuple of what the next step "
-                f"is to get, () for a one-step solver; got {type(made).__name__}"
+                f"{type(self).__name__}.step must return (state, memory) with memory a tuple of "
+                f"tensors, () if there is none; got {type(made).__name__}"
             )
             raise TypeError(msg)
         z = made[0]
-        if not (isinstance(z, Tensor) and z.shape == like.shape and z.dtype == like.dtype):
-            got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-            msg = (
-                f"{type(self).__name__}.step must return a state of {like.dtype} and shape "
-                f"{tuple(like.shape)}; got {got}"
-            )
-            raise ValueError(msg)
+        check_same_kind(z, like, f"{type(self).__name__}.step")
         return z, made[1]
+
+
+def check_same_kind(z: object, like: Tensor, name: str) -> None:
+    """Raise ValueError unless a method returned a state like another."""
+    wanted = (tuple(like.shape), like.dtype, like.device)
+    got: object = type(z).__name__
+    if isinstance(z, Tensor):
+        got = (tuple(z.shape), z.dtype, z.device)
+    if got != wanted:
+        shape, dtype, device = wanted
+        msg = f"{name} must return a state of shape {shape} and {dtype} on {device}; got {got}"
+        raise ValueError(msg)
 
 
 def check_solver(solver: object, name: str = "solver") -> Solver:

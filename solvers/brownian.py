@@ -15,7 +15,7 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_times, check_state
 from cldsde.linear.increments import carried_increments, increment_roots, split_rotations
-from cldsde.linear.random import keyed_normals
+from cldsde.linear.random import check_generator, keyed_normals
 from cldsde.linear.sde import LinearSDE, check_process
 
 from .combine import combine
@@ -139,6 +139,7 @@ class BrownianPath(NoiseSource):
         self._shape, self._dtype, self._device = tuple(shape), dtype, torch.device(device)
         self._columns = sde.diffusion(given[0]).shape[-1]
         self._size = self._columns + (sde.components if integrals else 0)
+        check_generator(generator, several=False)
         on = "cpu" if generator is None else generator.device
         self._seed = int(torch.randint(2**62, (), generator=generator, device=on))
         self._times: list[float] = given.tolist()
@@ -226,14 +227,15 @@ class BrownianPath(NoiseSource):
         if noise is None:
             msg = (
                 "noise: the solver does not draw increments or integrals of a Brownian path; "
-                "EulerMaruyama, StochasticHeun, ExponentialEuler and ReverseDiffusion do"
+                "EulerMaruyama, StochasticHeun, ExponentialEuler and ReverseDiffusion do, and a "
+                "solver of your own needs `path_noise`"
             )
             raise ValueError(msg)
         if noise.time_integral is not None:
-            msg = "noise: the solver needs the integral of the Brownian path over time, too"
+            msg = "noise: BrownianPath has no integral over time, which this solver needs"
             raise ValueError(msg)
         if sde is not self._sde:
-            msg = "noise: the path is that of another process; make it with process.sde"
+            msg = "noise: this BrownianPath was made for another process; make it with process.sde"
             raise ValueError(msg)
         if bool(noise.integral.any()):
             self._check_integrals("noise of this solver")

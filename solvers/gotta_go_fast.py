@@ -103,7 +103,8 @@ class GottaGoFast(Solver):
 
     def integrate(self, run: Run) -> Integration:
         """Take each sample to the end at its own pace."""
-        z, sde = run.state, run.process.sde
+        # A copy, so that a score that writes to its argument does not change the caller's state.
+        z, sde = run.state.clone(memory_format=torch.contiguous_format), run.process.sde
         samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
         path = _Path(z, sde.diffusion(run.times[0]).shape[-1], run.noise)
         (atol,) = on_device([run.tables], z.dtype, z.device)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from numbers import Integral
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -33,13 +33,15 @@ def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[
 
     def decorate(grid: Callable[P, Tensor]) -> Callable[P, Tensor]:
         @functools.wraps(grid)
-        def called(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            given = bool(args) and isinstance(args[0], LinearSDE)
-            if needed and args and not given:
+        def called(*args: Any, **options: Any) -> Tensor:
+            first = args[0] if args else None
+            sde = options.pop("sde", first)
+            rest = args[1:] if isinstance(first, LinearSDE) else args
+            if needed and not isinstance(sde, LinearSDE):
                 name = grid.__name__
-                msg = f"{name} needs the process first, {name}(sde, T, eps, n); got {args[0]!r}"
+                msg = f"{name} needs the process first, {name}(sde, T, eps, n); got {sde!r}"
                 raise TypeError(msg)
-            return grid(*args[int(given and not needed) :], **kwargs)  # type: ignore[arg-type]
+            return grid(sde, *rest, **options) if needed else grid(*rest, **options)
 
         return called
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
 
-from .base import Callback, Integration, Run, Solver, check_solver
+from .base import Callback, Integration, Run, Solver, check_same_kind, check_solver
 from .combine import combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 
@@ -38,7 +39,7 @@ def without_warning() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """Result of `solve`, with scipy's names.
 
@@ -192,6 +193,7 @@ class Plan:
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
+            check_same_kind(done.state, state, f"{type(solver).__name__}.integrate")
             states = done.states[: int((wanted < times[0]).sum())]
             if wanted[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
@@ -203,6 +205,10 @@ class Plan:
         Plans that differ in the score share their tables.
         """
         return replace(self, process=ReverseProcess(self.process.sde, score))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is found again when it is needed."""
+        return {**self.__dict__, "_denoisers": {}}
 
     @cached_property
     def _on_grid(self) -> Plan:
@@ -391,7 +397,11 @@ def _finished(
     stats = {**done.stats, "nfev": nfev, "success": success}
     status = 2 if done.stopped else 0 if bool(success.all()) else 1
     if status == 1:
-        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=3)
+        # The warning points to the first line outside the package.
+        frame, level = inspect.currentframe(), 1
+        while frame is not None and frame.f_globals.get("__name__", "").startswith("cldsde."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=level)
     return Solution(
         state=z,
         data=data,
@@ -422,7 +432,10 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
     outside = stops < end if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
         allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
-        msg = f"t_eval must {allowed}; got {stops[outside].tolist()}"
+        hint = (
+            "" if t_eval.dtype == torch.float64 else f"; its dtype is {t_eval.dtype}: use float64"
+        )
+        msg = f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}"
         raise ValueError(msg)
     return stops
 

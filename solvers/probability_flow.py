@@ -110,13 +110,15 @@ class ProbabilityFlow(Solver):
         batch = len(run.state)
         # Samples that share their steps are stepped as one.
         together = self.pace == "batch" and batch > 0
+        # A copy, so that a score that writes to its argument does not change the caller's state.
+        state = run.state.clone(memory_format=torch.contiguous_format)
         if not together:
-            return self._run(run, run.state, together=False)
+            return self._run(run, state, together=False)
         callback = run.callback
         if callback is not None:
             asked = callback
             run = replace(run, callback=lambda n, t, z: asked(n, t.expand(batch), z[0]))
-        one = self._run(run, run.state.unsqueeze(0), together=True)
+        one = self._run(run, state.unsqueeze(0), together=True)
         return replace(
             one,
             state=one.state[0],

@@ -139,7 +139,8 @@ class TorchDiffEq(Solver):
         """Take all samples to the end by one call of torchdiffeq."""
         from torchdiffeq import odeint  # slow to import, and seldom wanted
 
-        z, times, stops = run.state, run.times, run.stops
+        # A copy, so that a score that writes to its argument does not change the caller's state.
+        z, times, stops = run.state.clone(), run.times, run.stops
         # Apple's devices have no float64.
         precision = torch.float32 if z.device.type == "mps" else torch.float64
         grid, ahead = times.to(z.device, precision), stops.to(z.device, precision)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cldsde.linear import LinearSDE
-from cldsde.solvers import solve
+from cldsde.solvers import plan, solve
 from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
 
@@ -163,8 +163,15 @@ def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
 def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
     """Whether a solver asks for the score as often as it says."""
     steps, g = 8, torch.Generator().manual_seed(0)
-    times = quadratic_times(problem.start, problem.end, steps)
-    found = solve(problem.process, solver, problem.sample(2, g), times, generator=g)
+    sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
+    start = problem.sample(2, g)
+    found, again = (sampler.solve(start, generator=g.manual_seed(1)) for _ in range(2))
+    if found.success and not torch.equal(found.state, again.state):
+        msg = (
+            "the same state and noise gave two different results; does the solver draw noise "
+            "outside `noise.normal`?"
+        )
+        raise ValueError(msg)
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
     return Check(
         kind="NFE a step",

@@ -118,7 +118,7 @@ def _norm(matrices: Tensor) -> Tensor:
 def _unresolved(time: Tensor) -> ValueError:
     return ValueError(
         f"drift or diffusion nearly diverges or varies too quickly near t = {float(time):.10g}; "
-        "end the process earlier, or take smoother functions"
+        "end the process earlier, or take smoother functions (that return float64)"
     )
 
 

@@ -336,7 +336,8 @@ class GaussianMixture:
             return self.means.to(z), self._axes.to(z)
         key = z.dtype, z.device
         if key not in self._moved:
-            with torch.inference_mode(mode=False):
+            # torch.compile takes the mode by position only.
+            with torch.inference_mode(False):
                 self._moved[key] = self.means.to(z), self._axes.to(z)
         return self._moved[key]
 

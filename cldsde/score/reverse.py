@@ -44,13 +44,15 @@ def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     """What a score returned, in the state's dtype, if it is ``(B, driven, *D)``; or raise."""
-    if not isinstance(value, Tensor):
-        msg = f"score must return a tensor; got {type(value).__name__}"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        msg = f"score must return a tensor of real floating-point numbers; got {got}"
         raise TypeError(msg)
     batch, _, *data = z.shape
     if value.shape != (shape := (batch, driven, *data)):
         msg = (
-            f"score must return shape {shape}, one row a driven component; got {tuple(value.shape)}"
+            f"score must return shape {shape}, one row per driven component; "
+            f"got {tuple(value.shape)}"
         )
         raise ValueError(msg)
     if value.device != z.device:

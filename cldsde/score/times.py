@@ -9,8 +9,9 @@ values (`KnownTimes`), and scores compute their coefficients for all of these ti
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +23,22 @@ __all__ = ["KnownTimes", "coefficients_at", "on_device", "score_argument", "scor
 
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
 """A NamedTuple of tensors, whose first axes are those of the times."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable` that does not import the compiler unless a graph is being traced."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        outside: Callable[[Callable[P, R]], Callable[P, R]] = torch.compiler.disable
+        return outside(function)(*args, **kwargs)
+
+    return call
 
 
 class KnownTimes:
@@ -52,6 +69,10 @@ class KnownTimes:
         for number, argument in enumerate(found):
             argument.known = _Entry(self, number)  # type: ignore[attr-defined]
         return found
+
+    def __reduce__(self) -> tuple[type[KnownTimes], tuple[Tensor]]:
+        """Copies are without tables, which are made again when they are needed."""
+        return KnownTimes, (self.times,)
 
     def row(
         self,
@@ -96,7 +117,7 @@ def score_argument(times: Tensor, z: Tensor) -> Tensor:
     return times.to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside_graphs
 def score_times(t: TimeLike, z: Tensor) -> Tensor:
     """Times of a score call in float64 on the CPU, ``()`` if the batch shares one.
 
@@ -117,6 +138,9 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
     known = getattr(t, "known", None)
     if known is not None:
         value: Tensor = known.value
+        if value.ndim and len(value) != len(z):
+            msg = f"t holds {len(value)} times for a batch of {len(z)} samples"
+            raise ValueError(msg)
         return value
     if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
         t = t[0]
@@ -127,7 +151,7 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
     return times
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside_graphs
 def coefficients_at(
     owner: object,
     t: TimeLike,
@@ -159,8 +183,9 @@ def coefficients_at(
         return found
 
     known = getattr(t, "known", None)
+    at = score_times(t, z)
     if known is None:
-        return moved(score_times(t, z))
+        return moved(at)
     times: KnownTimes = known.times
     return times.row(owner, known.number, moved, (dtype, z.device), version)
 
