@@ -20,7 +20,7 @@ from cldsde.images.demo import DemoConfig, trained_model
 from cldsde.images.digit_classifier import train_classifier
 from cldsde.images.evaluation import frechet_distance
 from cldsde.images.runs import RunFolder
-from cldsde.solvers.progress import progress_bar
+from cldsde.progress import progress_bar
 
 BUDGETS = (7, 10, 20, 50, 100)
 

@@ -25,8 +25,8 @@ from cldsde.images.comparison_report import RESULTS
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.model import DiffusionModel, ImageModel, load_model
+from cldsde.progress import progress_bar
 from cldsde.score import MixedScore
-from cldsde.solvers.progress import progress_bar
 
 NETWORKS = ("VP", "CLD-estimate", "CLD-estimate-log-snr")
 DYNAMICS = ("VP", "CLD", "PSLD")  # of the models of these names

@@ -22,7 +22,7 @@ from .grids import (
 )
 from .named import canonical_name, find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
-from .plan import Plan, Solution, SolveWarning, plan, solve
+from .planning import Plan, Solution, SolveWarning, plan, solve
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow

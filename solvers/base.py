@@ -223,14 +223,15 @@ class GridSolver(Solver):
 
 def check_same_kind(z: object, like: Tensor, name: str) -> None:
     """Raise ValueError unless a method returned a state like another."""
-    wanted = (tuple(like.shape), like.dtype, like.device)
-    got: object = type(z).__name__
-    if isinstance(z, Tensor):
-        got = (tuple(z.shape), z.dtype, z.device)
-    if got != wanted:
-        shape, dtype, device = wanted
-        msg = f"{name} must return a state of shape {shape} and {dtype} on {device}; got {got}"
-        raise ValueError(msg)
+    kind = (like.dtype, like.device)
+    if isinstance(z, Tensor) and z.shape == like.shape and (z.dtype, z.device) == kind:
+        return
+    got = (tuple(z.shape), z.dtype, z.device) if isinstance(z, Tensor) else type(z).__name__
+    msg = (
+        f"{name} must return a state of shape {tuple(like.shape)} and {like.dtype} on "
+        f"{like.device}; got {got}"
+    )
+    raise ValueError(msg)
 
 
 def check_solver(solver: object, name: str = "solver") -> Solver:

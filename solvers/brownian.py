@@ -167,12 +167,7 @@ class BrownianPath(NoiseSource):
         ValueError
             If s < t do not lie between the path's ends.
         """
-        return self._value(
-            self._read(
-                [(s, t)],
-                [torch.eye(self._size, dtype=torch.float64, device="cpu")[: self._columns]],
-            )[0]
-        )
+        return self._part(s, t, slice(self._columns))
 
     def integral(self, s: float, t: float) -> Tensor:
         """∫Ψ(t, τ) G dw over [s, t], ``(B, k, *D)``, for s < t.
@@ -183,12 +178,7 @@ class BrownianPath(NoiseSource):
             If s < t do not lie between the path's ends, or the path has no integrals.
         """
         self._check_integrals("integral")
-        return self._value(
-            self._read(
-                [(s, t)],
-                [torch.eye(self._size, dtype=torch.float64, device="cpu")[self._columns :]],
-            )[0]
-        )
+        return self._part(s, t, slice(self._columns, None))
 
     def _part(self, s: float, t: float, rows: slice) -> Tensor:
         """Rows of (ΔW, I) over [s, t]."""

@@ -165,7 +165,7 @@ def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
     steps, g = 8, torch.Generator().manual_seed(0)
     sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
     start = problem.sample(2, g)
-    found, again = (sampler.solve(start, generator=g.manual_seed(1)) for _ in range(2))
+    found, again = (sampler.solve(start, generator=g.manual_seed(1), warn=False) for _ in range(2))
     if found.success and not torch.equal(found.state, again.state):
         msg = (
             "the same state and noise gave two different results; does the solver draw noise "
@@ -198,7 +198,7 @@ def bias_check(
     n = 5000 if quick else 40_000
     strict = dataclasses.replace(solver, rtol=0.01, atol=0.002)  # type: ignore[type-var]
     ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
-    found = solve(problem.process, strict, problem.sample(n, g), ends, generator=g)
+    found = solve(problem.process, strict, problem.sample(n, g), ends, generator=g, warn=False)
     x = found.data.abs() / float(problem.sde.marginal(problem.end).mean)
     ratio, spread = float(x.mean()), float(x.std()) / math.sqrt(n)
     # Of 200 000 samples a bridge leaves 0.0000 ± 0.0001 at these tolerances, and noise drawn anew

@@ -179,7 +179,7 @@ def law_check(
         taken = _with_tolerance(solver, factor) if facts.adaptive else solver
         times = quadratic_times(problem.start, problem.end, n)
         noise = torch.Generator().manual_seed(seed)
-        found = solve(problem.process, taken, start, times, generator=noise)
+        found = solve(problem.process, taken, start, times, generator=noise, warn=False)
         if not found.success:
             raise ArithmeticError(found.message)
         evaluations = found.nfev

@@ -17,7 +17,6 @@ from torch import Tensor
 from cldsde.score import ReverseProcess
 from cldsde.solvers import NoiseSource, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.plan import without_warning
 
 __all__ = ["propagate_moments"]
 
@@ -101,8 +100,8 @@ def propagate_moments(
 
     def end(start: Tensor, noise: NoiseSource) -> Tensor:
         # If a solve diverges, the moments are not finite.
-        with without_warning():
-            return sampler.solve(start.reshape(-1, k, dimension), noise=noise).state.flatten(1)
+        states = start.reshape(-1, k, dimension)
+        return sampler.solve(states, noise=noise, warn=False).state.flatten(1)
 
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
     origin, zeros = m.new_zeros(1, size), _CountingNoise()

@@ -16,7 +16,6 @@ from torch import Tensor
 from cldsde.solvers import RecordedNoise, solve
 from cldsde.solvers.authoring import Solver, check_solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
-from cldsde.solvers.plan import without_warning
 
 from .cases import FlowCase, PathCase
 from .moments import propagate_moments
@@ -72,7 +71,6 @@ def moment_error(
     return float(torch.cat(errors).abs().max())
 
 
-@without_warning()
 def weak_order(
     solver: Solver,
     problem: Problem,
@@ -210,7 +208,6 @@ def _observables(x: Tensor) -> Any:
     return np.array([float(f.mean()) for f in functions])
 
 
-@without_warning()
 def ode_order(
     solver: Solver,
     problem: Problem,
@@ -261,7 +258,7 @@ def ode_order(
         times, taken = grid(problem.start, problem.end, n), solver
         if facts.adaptive:
             taken = solver.with_step((problem.start - problem.end) / n)
-        found = solve(problem.process, taken, flow.start, times)
+        found = solve(problem.process, taken, flow.start, times, warn=False)
         error = (found.state - flow.end).square().mean().sqrt() if found.success else math.nan
         errors.append(float(error))
     return estimate_order(
@@ -274,7 +271,6 @@ def ode_order(
     )
 
 
-@without_warning()
 def strong_order(
     solver: Solver,
     problem: Problem,
@@ -378,7 +374,7 @@ def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Te
     functionals = solver.path_noise(problem.process, times)
     assert functionals is not None
     noise = RecordedNoise(paths.draws(functionals, stride))
-    return solve(problem.process, solver, paths.start, times, noise=noise).state
+    return solve(problem.process, solver, paths.start, times, noise=noise, warn=False).state
 
 
 def _check_solver(solver: object) -> None:

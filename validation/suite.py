@@ -12,7 +12,6 @@ import torch
 
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
-from cldsde.solvers.plan import without_warning
 
 from .cases import FlowCase, PathCase
 from .checks import (
@@ -177,7 +176,6 @@ def _high_order(solver: Solver) -> bool:
     return (solver.facts.ode_order or 0) > _HIGH
 
 
-@without_warning()
 def _check(
     kind: str,
     name: str,

@@ -17,7 +17,6 @@ from torch import Tensor
 from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.plan import without_warning
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
@@ -176,7 +175,6 @@ class WorkPrecision:
         figure.savefig(file, format=file_format)
 
 
-@without_warning()
 def work_precision(
     problem: Problem,
     solvers: Mapping[str, Solver],
@@ -280,7 +278,7 @@ def work_precision(
                 error = bures_wasserstein(found[0][:, 0], found[1], mean[:, 0], covariance)
             start = problem.sample(samples, g)
             began = time.perf_counter()
-            nfe = solve(problem.process, solver, start, times, generator=g).nfev
+            nfe = solve(problem.process, solver, start, times, generator=g, warn=False).nfev
             seconds = time.perf_counter() - began
             points.append(WorkPrecisionPoint(name, nfe, seconds, error, 0.0))
         else:
@@ -328,7 +326,7 @@ def _sampled(
     for _ in range(repeats):
         start = problem.sample(samples, g)
         began = time.perf_counter()
-        found = solve(problem.process, solver, start, times, generator=g)
+        found = solve(problem.process, solver, start, times, generator=g, warn=False)
         seconds += (time.perf_counter() - began) / repeats
         nfe = max(nfe, found.nfev)
         if not found.success:

@@ -25,7 +25,6 @@ from cldsde.images.training import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.plan import without_warning
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
 
@@ -249,10 +248,9 @@ def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) 
     shape = (config.samples, 1, 8, 8)
     start = sde.prior.sample(shape, generator=generator, device=config.device)
     times = solvers.root_times(sde.T, config.t_end, nfe - 1)
-    with without_warning():
-        solution = solvers.solve(
-            process, _SOLVERS[solver], start, times, generator=generator, denoise=True
-        )
+    solution = solvers.solve(
+        process, _SOLVERS[solver], start, times, generator=generator, denoise=True, warn=False
+    )
     if not solution.success:
         msg = f"{solver} at {nfe} NFE failed: {solution.message}"
         raise FloatingPointError(msg)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from cldsde.progress import progress_bar
 from cldsde.score import MixedScore, ReverseProcess, Score
 from cldsde.solvers import Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.plan import without_warning
 
 __all__ = [
     "GuidedScore",
@@ -221,6 +220,8 @@ class ImageSampler:
             device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
         self._space, self._sampling, self._vae, self._device = space, sampling, vae, device
         self._plan = _plan(score, sampling, sde, around)
+        imputation: Any = self._plan.solver
+        self._impose = None if around is None else imputation.impose
 
     def draw(self, seeds: Sequence[int], score: Score | None = None) -> Samples:
         """Sample one image for each seed, as one batch.
@@ -240,16 +241,16 @@ class ImageSampler:
             If an image is not finite.
         """
         sampler = self._plan if score is None else self._plan.with_score(score)
-        sde, solver, space, vae = sampler.process.sde, sampler.solver, self._space, self._vae
+        sde, space, vae = sampler.process.sde, self._space, self._vae
         noise = SampleNoise(seeds)
         shape = space.shape if vae is None else vae.latent_shape
         start = noise.start(sde, shape, device=self._device)
-        with torch.no_grad(), without_warning():
-            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise)
+        with torch.no_grad():
+            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
         if not found.success:
             msg = f"{self._sampling.solver} failed: {found.message}"
             raise FloatingPointError(msg)
-        data = solver.impose(found.data) if isinstance(solver, Imputation) else found.data
+        data = found.data if self._impose is None else self._impose(found.data)
         if vae is not None:
             with torch.no_grad():
                 data = vae.images(data)

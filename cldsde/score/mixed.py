@@ -175,6 +175,7 @@ class MixedScore(nn.Module):
         self.register_buffer("data_variance", single)
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.cpu().to(torch.float64)
+        self._loads = 0  # how often other values were loaded
 
     def extra_repr(self) -> str:
         """Process and inputs, which the representation shows before the network."""
@@ -203,7 +204,7 @@ class MixedScore(nn.Module):
         """
         one_of(prediction, Output, "prediction")
         check_state(z, self.sde.components)
-        table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._variance)
+        table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._loads)
         noise = self._noise(z, table, condition)
         return apply_blocks(table.to_score, noise) if prediction == "score" else noise
 
@@ -270,6 +271,7 @@ class MixedScore(nn.Module):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._variance = self.data_variance.cpu().to(torch.float64)
+        self._loads += 1
 
     def _coefficients(
         self, times: Tensor, kernel: Kernel | None = None, law: WhitenedLaw | None = None

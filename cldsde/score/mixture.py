@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ class GaussianMixture:
             raise ValueError(msg)
         self.weights = self.weights / self.weights.sum()
         self._variances, self._axes = torch.linalg.eigh(self.covariances)
-        self._moved: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[torch.dtype, torch.device], Any] = {}
         if bool((self._variances.amin(1) < -1e-12 * scale).any()):
             msg = (
                 "covariances must be positive semi-definite; the smallest eigenvalue is "
@@ -332,14 +332,22 @@ class GaussianMixture:
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Means and axes in the dtype and on the device of states; moved once, unless learnt."""
-        if self.means.requires_grad:
+        version, key = self._version("moved"), (z.dtype, z.device)
+        if version is None:
             return self.means.to(z), self._axes.to(z)
-        key = z.dtype, z.device
-        if key not in self._moved:
+        if self._moved.get(key, (None,))[0] != version:
             # torch.compile takes the mode by position only.
-            with torch.inference_mode(False):
-                self._moved[key] = self.means.to(z), self._axes.to(z)
-        return self._moved[key]
+            with torch.inference_mode(False), torch.no_grad():
+                self._moved[key] = version, (self.means.to(z), self._axes.to(z))
+        found: tuple[Tensor, Tensor] = self._moved[key][1]
+        return found
+
+    def _version(self, purpose: str) -> object:
+        """Changes with weights and means, which may be learnt; None if they are differentiated."""
+        parts = (self.weights, self.means)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
+            return None
+        return purpose, *(0 if x.is_inference() else x._version for x in parts)
 
 
 def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
@@ -399,10 +407,12 @@ class MixtureScore:
         shared = score_times(t, z).ndim == 0
         with torch.autocast(z.device.type, enabled=False):
             if shared and self.sde.components * data.dimension <= _DENSE:
-                dense = coefficients_at(self, t, z, self._dense_law, flat.dtype)
+                dense = coefficients_at(
+                    self, t, z, self._dense_law, flat.dtype, data._version("dense")
+                )
                 score = _dense_score(flat.flatten(1), dense)
             else:
-                law = coefficients_at(self, t, z, self._law, flat.dtype)
+                law = coefficients_at(self, t, z, self._law, flat.dtype, data._version("law"))
                 score = data._score(flat, rows, law)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 

@@ -52,7 +52,7 @@ class KnownTimes:
 
     def __init__(self, times: Tensor) -> None:
         self.times = times
-        self._tables: WeakKeyDictionary[object, _Table] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[object, dict[Any, Any]] = WeakKeyDictionary()
 
     def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[Tensor]:
         """The times as a score receives them, one tensor ``(B,)`` for each evaluation.
@@ -84,23 +84,18 @@ class KnownTimes:
     ) -> Coefficients:
         """Coefficients of ``owner`` at the time of a number; those of all times are made together.
 
-        A table is made again for another dtype or device, or another version of the owner.
+        Each dtype and device has a table, which is made again for another version of the owner.
         """
-        table = self._tables.get(owner)
-        if table is None or table.kind != kind or table.version is not version:
-            # Neither a graph nor the marks of inference may outlast the call.
-            with torch.inference_mode(mode=False), torch.no_grad():
+        tables = self._tables.setdefault(owner, {})
+        known, rows = tables.get(kind, (None, []))
+        if known != version:
+            # The table must hold no autograd graph and no inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
                 made: Any = make(self.times)
             rows = [type(made)(*row) for row in zip(*(x.unbind() for x in made), strict=True)]
-            table = self._tables[owner] = _Table(kind, version, rows)
-        found: Coefficients = table.rows[number]
+            tables[kind] = version, rows
+        found: Coefficients = rows[number]
         return found
-
-
-class _Table(NamedTuple):
-    kind: tuple[torch.dtype, torch.device]
-    version: object
-    rows: list[Any]
 
 
 class _Entry(NamedTuple):
@@ -158,7 +153,7 @@ def coefficients_at(
     z: Tensor,
     make: Callable[[Tensor], Coefficients],
     dtype: torch.dtype,
-    version: object = None,
+    version: object,
 ) -> Coefficients:
     """Coefficients of a score at the times of a call, on the state's device.
 
@@ -173,7 +168,8 @@ def coefficients_at(
     dtype
         Of the result.
     version
-        Compared by identity; a table made with another version is made again.
+        Of what the coefficients depend on, not None; a table of another version is made again.
+        None if they are to be differentiated: then they are computed at each call.
     """
 
     def moved(times: Tensor) -> Coefficients:
@@ -184,7 +180,7 @@ def coefficients_at(
 
     known = getattr(t, "known", None)
     at = score_times(t, z)
-    if known is None:
+    if known is None or version is None:
         return moved(at)
     times: KnownTimes = known.times
     return times.row(owner, known.number, moved, (dtype, z.device), version)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -24,19 +23,11 @@ from .base import Callback, Integration, Run, Solver, check_same_kind, check_sol
 from .combine import combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 
-__all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve", "without_warning"]
+__all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve"]
 
 
 class SolveWarning(RuntimeWarning):
     """A solve did not reach its end with finite numbers."""
-
-
-@contextlib.contextmanager
-def without_warning() -> Iterator[None]:
-    """Do not warn of failed solves, for callers that look at `Solution.success`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolveWarning)
-        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +146,7 @@ class Plan:
         callback: Callback | None = None,
         differentiable: bool = False,
         progress: bool = False,
+        warn: bool = True,
     ) -> Solution:
         """Integrate from ``times[0]`` down to ``times[-1]``; see `solve` for the arguments."""
         sde = self.process.sde
@@ -197,7 +189,10 @@ class Plan:
             states = done.states[: int((wanted < times[0]).sum())]
             if wanted[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
-            return _finished(done, final, states, wanted)
+            solution = _finished(done, final, states, wanted)
+        if warn and solution.status == 1:
+            _warn(solution.message)
+        return solution
 
     def with_score(self, score: Score) -> Plan:
         """The plan for another score of the same process, such as the score given a class.
@@ -266,6 +261,7 @@ def solve(
     callback: Callback | None = None,
     differentiable: bool = False,
     progress: bool = False,
+    warn: bool = True,
 ) -> Solution:
     """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
 
@@ -306,6 +302,8 @@ def solve(
         are constants. Memory then grows with the number of steps.
     progress
         Show a progress bar on stderr: of steps, or of samples that have arrived.
+    warn
+        Warn if the solve fails; without it look at `Solution.success`.
 
     Returns
     -------
@@ -350,6 +348,7 @@ def solve(
         callback=callback,
         differentiable=differentiable,
         progress=progress,
+        warn=warn,
     )
 
 
@@ -396,12 +395,6 @@ def _finished(
         message = "the state is not finite: the score is not, or the steps are too long"
     stats = {**done.stats, "nfev": nfev, "success": success}
     status = 2 if done.stopped else 0 if bool(success.all()) else 1
-    if status == 1:
-        # The warning points to the first line outside the package.
-        frame, level = inspect.currentframe(), 1
-        while frame is not None and frame.f_globals.get("__name__", "").startswith("cldsde."):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=level)
     return Solution(
         state=z,
         data=data,
@@ -412,6 +405,14 @@ def _finished(
         message=message,
         stats=stats,
     )
+
+
+def _warn(message: str) -> None:
+    """Warn of a failed solve, at the first line outside the package."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("cldsde."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=level)
 
 
 def _finite(x: Tensor) -> Tensor:
