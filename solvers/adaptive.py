@@ -22,9 +22,9 @@ class ActiveSamples:
     """Samples on their way from one time to another, each at its own time.
 
     A sample drops out when it arrives, when its step length underflows, or when its evaluations are
-    used up; the others go on. Times, step lengths and counts are kept on the CPU. An attempt of a
-    step moves what the device needs of them in one copy (`moved`), and waits for the device once,
-    for the errors of the samples.
+    used up; the other samples continue. Times, step lengths and counts are kept on the CPU. An
+    attempt of a step moves what the device needs of them in one copy (`moved`), and waits for the
+    device once, for the errors of the samples.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class ActiveSamples:
         return kept
 
     def on_their_way(self) -> bool:
-        """Whether any sample is."""
+        """Whether any sample is still integrating."""
         return len(self._rows) > 0 and not self._stopped
 
     def spend(self, evaluations: int) -> None:
@@ -116,7 +116,7 @@ class ActiveSamples:
     def settle(
         self, z: Tensor, accept: Tensor, accept_there: Tensor, after: Tensor, h: Tensor
     ) -> Tensor:
-        """Note states after an attempt, and their times; the lengths of the next steps.
+        """Record states and times after an attempt; return the lengths of the next steps.
 
         Parameters
         ----------
@@ -144,7 +144,7 @@ class ActiveSamples:
         return torch.where(at_stop, torch.maximum(h, self._proposed), h)
 
     def result(self, **stats: int) -> Integration:
-        """What came of it."""
+        """The result so far."""
         self._bar.close()
         self._store()
         stats["attempts"] = self._attempts

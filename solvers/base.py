@@ -32,14 +32,15 @@ __all__ = [
 ]
 
 Memory = tuple[Tensor, ...]
-"""What a step hands to the next one: tensors ``(B, rows, *D)``, affine in state and noise if the
-score is affine."""
+"""Tensors ``(B, rows, *D)`` that a step passes to the next step.
+
+They are affine in state and noise if the score is affine."""
 
 ScoreAt = Callable[[Tensor, int], Tensor]
 """Score of the driven components at a state, at the evaluation time of the given number."""
 
 Callback = Callable[[int, Any, Tensor], object]
-"""What `solve` calls after each step, with the number of steps so far, the time and the state."""
+"""Function that `solve` calls after each step: number of steps so far, time, state."""
 
 DATA_DETERMINED = (
     "every linear SDE whose driven score determines the data "
@@ -50,7 +51,7 @@ DATA_DETERMINED = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a solver needs and promises; documentation and order tests are made from it."""
+    """Requirements and claimed orders of a solver; documentation and order tests read them."""
 
     applies_to: str  #: The processes that it works for, in words.
     nfe_per_step: int  #: Score evaluations per step; `Splitting` takes more if positions are noisy.
@@ -65,7 +66,7 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One solve, as a solver gets it."""
+    """Arguments of one integration."""
 
     process: ReverseProcess
     tables: Any  #: What `Solver.prepare` returned.
@@ -80,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Integration:
-    """What a solver did."""
+    """Result of `Solver.integrate`."""
 
     state: Tensor  #: Last states, ``(B, k, *D)``.
     states: Tensor  #: States at the stops, ``(S, B, k, *D)``; NaN if a sample did not reach one.
@@ -101,7 +102,7 @@ class Solver(ABC):
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """What the solver needs and promises with these options."""
+        """Requirements and claimed orders with these options."""
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
@@ -122,7 +123,7 @@ class Solver(ABC):
         """Take states from ``run.times[0]`` down to ``run.times[-1]``."""
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
-        """The normals of each step as functionals of a Brownian path; None if they are none."""
+        """Normals of each step as functionals of a Brownian path; None if they are not."""
         return None
 
     def on_grid(self) -> Self:
@@ -135,9 +136,9 @@ class Solver(ABC):
         Raises
         ------
         ValueError
-            If there is no such thing.
+            If the solver is not adaptive.
         """
-        msg = f"solver: {self!r} cannot take steps of one length"
+        msg = f"solver must be adaptive to take steps of one length; got {self!r}"
         raise ValueError(msg)
 
 

@@ -73,7 +73,7 @@ class ExponentialMultistep(GridSolver):
     exact in one step; the first order is for any grid.
 
     Deterministic (λ = 0), the order is ``order``, one more with the corrector, and at most 3, which
-    the first steps allow; those of order 3 mend the first step without being asked to. With noise
+    the first steps allow; solvers of order 3 always correct the first step. With noise
     it is the weak order, and ends at 2.
 
     For CLD the defaults are good: polynomials in time, on `root_times`. To sample a trained network
@@ -185,7 +185,7 @@ class ExponentialMultistep(GridSolver):
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """Predict at the state, mend the step that led to it, and step on."""
+        """Predict at the state, correct the step that led to it, and take the next step."""
         predictions = [
             combine((tables.predict_state[i], z), (tables.predict_score[i], score(z, i)))
         ]
@@ -198,13 +198,13 @@ class ExponentialMultistep(GridSolver):
         kept = predictions[: self.order if self.corrector else self.order - 1]
         weighted = _weighted(tables.weights[i], predictions)
         if self._corrects(i + 1):
-            # Kept apart from the predictions, of which there is one more when the step is mended.
+            # Kept apart from the predictions, because the corrected step uses one more of them.
             carried = combine((tables.move[i], z))
             del z, predictions
             carried = self._draw(carried, tables, i, noise)
             return combine(*weighted).add_(carried), (*kept, carried)
         out = combine((tables.move[i], z), *weighted)
-        # Let go of, and noise drawn when it is its turn, so that no state more is held at a time.
+        # Free these tensors before drawing noise, to hold one state less.
         del z, weighted, predictions
         return self._draw(out, tables, i, noise), tuple(kept)
 
@@ -223,7 +223,7 @@ class ExponentialMultistep(GridSolver):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")
         if levels.shape != times.shape or not bool((levels.isfinite() & (levels >= 0)).all()):
-            msg = "stochasticity must return one finite number ≥ 0 a time"
+            msg = "stochasticity must return one finite number ≥ 0 per time"
             raise ValueError(msg)
         return levels
 

@@ -179,7 +179,7 @@ class _Path:
 
     The known future consists of pieces, each a begin, a length and the path's increment. Every
     sample has the same number of slots for pieces; a slot of length zero is free. Begins and
-    lengths are on the CPU, so that an attempt sends weights to the device and asks it nothing.
+    lengths are on the CPU, so that an attempt sends weights to the device and reads nothing back.
     """
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:

@@ -44,7 +44,7 @@ class PathNoise(NamedTuple):
 
     @classmethod
     def integrals(cls, root: Tensor, functional: Tensor) -> PathNoise:
-        """ξ with root ξ = functional I; root is that of the covariance of functional I."""
+        """ξ with root ξ = functional I; root is the root of Cov(functional I)."""
         # Rows of a root differ by powers of the step. Scaled alike, none is taken for rounding.
         scale = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)

@@ -1,4 +1,4 @@
-"""`plan` and `solve`: run a solver on a reverse process over a grid, and say what happened."""
+"""`plan` and `solve`: run a solver on a reverse process over a grid, and report the outcome."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Solution:
     state
         Final state ``(B, k, *D)``.
     data
-        ``(B, *D)``: the data component of the state, or what ``denoise`` asked for.
+        ``(B, *D)``: the data component of the state, or the denoised data if ``denoise`` is set.
     t
         Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
     y
@@ -51,7 +51,7 @@ class Solution:
         0 if every sample arrived; 1 if a state is not finite or a solver gave up; 2 if the callback
         asked to stop.
     message
-        What happened, in words.
+        The outcome in words.
     stats
         Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of
         each sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
@@ -223,7 +223,7 @@ class Plan:
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
-    """Compute all that a solve needs and that depends on process, solver and grid alone.
+    """Compute everything that depends on process, solver and grid alone, for any number of solves.
 
     Parameters
     ----------
@@ -419,7 +419,7 @@ def _finite(x: Tensor) -> Tensor:
     """Which samples hold finite numbers only, ``(B,)``, without a tensor of the size of x."""
     if not x.numel():
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    # NaN is the least and the largest of numbers that it is among.
+    # amin and amax return NaN if any number is NaN.
     rows = x.reshape(len(x), -1)
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 

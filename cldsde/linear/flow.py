@@ -120,7 +120,7 @@ def _resolved(dynamics: Dynamics, law: Law, times: Tensor) -> tuple[Tensor, Tens
         middle = ((edges[1:] + edges[:-1]) / 2)[~resolved]
         edges = torch.cat([edges, middle]).sort(descending=True).values
     msg = (
-        "stochasticity: the probability flow turns too fast between "
+        "drift: the probability flow turns too fast between "
         f"{low:g} and {high:g} to be resolved; take a process of slower rates"
     )
     raise ValueError(msg)

@@ -54,7 +54,7 @@ def split_rotations(earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     earlier, later
-        Roots of what the halves contribute to J of the whole, ``(n, r, r)``.
+        Roots of the contributions of the halves to J of the whole, ``(n, r, r)``.
 
     Returns
     -------

@@ -18,8 +18,8 @@ def times_of_log_snr(
 ) -> Tensor:
     """Times at which half the log of the signal-to-noise ratio, κ, has given values.
 
-    What one process is at a time, another is at the time with the same κ: that is how ε and t_min
-    carry over.
+    The same time means a different noise level in each process. To transfer ε or t_min from one
+    process to another, match κ.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def times_of_log_snr(
     log_snr
         Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
     T, eps
-        Where to look, 0 < ε ≤ T; up to the process's end where T is None.
+        Ends of the search interval, 0 < ε ≤ T; T defaults to the end of the process.
 
     Returns
     -------

@@ -527,7 +527,7 @@ class TestRefusals:
     def test_stochasticity_that_is_no_number_a_time(self, function: Any) -> None:
         process = ReverseProcess(CLD(), untouchable)
         solver = Multistep(stochasticity=function)
-        with pytest.raises(ValueError, match="one finite number ≥ 0 a time"):
+        with pytest.raises(ValueError, match="one finite number ≥ 0 per time"):
             solvers.solve(process, solver, start(CLD()), GRID)
 
     @every_process
