@@ -19,12 +19,13 @@ from .base import (
     Solver,
     check_solver,
 )
-from .combine import as_blocks, combine
+from .combine import Block, as_blocks, combine
 from .noise import NoiseSource, PathNoise
 from .staged import AffineSolver, Stage, StagedSolver, Stages
 
 __all__ = [
     "AffineSolver",
+    "Block",
     "Facts",
     "GridSolver",
     "Integration",

@@ -104,7 +104,7 @@ class PredictorCorrector(GridSolver):
 
     def __post_init__(self) -> None:
         check_solver(self.predictor, "predictor")
-        if not self.predictor.facts.state_on_grid:
+        if not (self.predictor.facts.state_on_grid and hasattr(self.predictor, "step")):
             msg = (
                 "predictor must leave a state at each grid time, where the corrector works; "
                 f"{self.predictor!r} does not. Use ReverseDiffusion, Ancestral or EulerMaruyama"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
-from cldsde.solvers.authoring import Solver
+from cldsde.solvers.authoring import Solver, check_solver
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
@@ -290,11 +290,11 @@ def _check_arguments(
     problem: object, solvers: object, budgets: object, samples: object, repeats: object
 ) -> None:
     check_problem(problem)
-    if not isinstance(solvers, Mapping) or not all(
-        isinstance(name, str) and isinstance(solver, Solver) for name, solver in solvers.items()
-    ):
+    if not isinstance(solvers, Mapping) or not all(isinstance(name, str) for name in solvers):
         msg = f"solvers must be a mapping of names to solvers; got {solvers!r}"
         raise TypeError(msg)
+    for name, solver in solvers.items():
+        check_solver(solver, f"solvers[{name!r}]")
     valid = isinstance(budgets, Sequence) and len(budgets) > 0
     if not valid or not all(isinstance(n, Integral) and int(n) > 0 for n in budgets):  # type: ignore[attr-defined]
         msg = f"budgets must be positive integers, at least one; got {budgets!r}"

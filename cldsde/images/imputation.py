@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 from cldsde.solvers.authoring import (
+    Block,
     Facts,
     GridSolver,
     Memory,
@@ -31,7 +32,6 @@ from cldsde.solvers.authoring import (
     check_solver,
     combine,
 )
-from cldsde.solvers.combine import Block
 
 __all__ = ["Imputation", "grey_basis"]
 
@@ -330,7 +330,8 @@ def _on_channels(block: Block, x: Tensor) -> Tensor:
 
 
 def _check_solver(solver: object) -> None:
-    if not check_solver(solver).on_grid().facts.state_on_grid:
+    stepper = check_solver(solver).on_grid()
+    if not (stepper.facts.state_on_grid and hasattr(stepper, "step")):
         msg = (
             "solver must leave a state at each grid time, where known data are put in; "
             f"{solver!r} does not. Use SSCS or EulerMaruyama"
