@@ -393,7 +393,7 @@ def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
         ({"repeats": 0}, ValueError, "repeats must be a positive integer; got 0"),
         ({"repeats": 1.5}, ValueError, "repeats must be"),
         ({"solvers": [StochasticHeun()]}, TypeError, "solvers must be a mapping of names"),
-        ({"solvers": {"heun": StochasticHeun}}, TypeError, "solvers must be a mapping of names"),
+        ({"solvers": {"heun": StochasticHeun}}, TypeError, "must be a solver, such as"),
         ({"problem": "CLD"}, TypeError, "problem must be a Problem"),
     ],
 )
