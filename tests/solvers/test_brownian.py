@@ -797,7 +797,7 @@ class TestRefusals:
     @every_solver
     def test_other_processes(self, method: str) -> None:
         # Even one of the same matrices: it is another object, and cheap to pass on.
-        with pytest.raises(ValueError, match="that of another process"):
+        with pytest.raises(ValueError, match="was made for another process"):
             solvers.solve(
                 ReverseProcess(CLD(), untouchable),
                 SOLVERS[method],
