@@ -696,6 +696,6 @@ class TestSteps:
     def test_no_finite_score_is_no_success(self) -> None:
         sde = CLD()
         process = ReverseProcess(sde, lambda z, t: torch.full_like(z[:, 1:], np.nan))
-        solution = solvers.solve(process, Multistep(corrector=True), start(sde), GRID)
+        solution = solvers.solve(process, Multistep(corrector=True), start(sde), GRID, warn=False)
         assert not solution.success
         assert "not finite" in solution.message

@@ -109,7 +109,7 @@ class TestCounting:
                 return Slope(1 / (0.1 + t))
 
             def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                (slope,) = coefficients_at(self, t, z, self.make, z.dtype)
+                (slope,) = coefficients_at(self, t, z, self.make, z.dtype, 0)
                 assert slope.dtype == torch.float32
                 return -slope * z[:, 1:]
 
