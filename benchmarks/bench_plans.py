@@ -29,10 +29,8 @@ def busy_neighbour():
 LOADS = {"idle": contextlib.nullcontext, "one busy neighbour": busy_neighbour}
 
 
-def limit(process, solver, load):
-    """Seconds. Next to a busy process a plan may wait for its core: four times as long."""
-    idle = 25e-3 if process == "HOLD" or solver == "multistep-3-corrector" else 10e-3
-    return idle if load == "idle" else 4 * idle
+def limit(process, solver):
+    return 25e-3 if process == "HOLD" or solver == "multistep-3-corrector" else 10e-3
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -51,7 +49,7 @@ def test_planning(race, process, load):
         race(
             f"{process}, {load}",
             rivals,
-            below={name: limit(process, name, load) for name in rivals},
+            below={name: limit(process, name) for name in rivals},
             unit="plan",
             rounds=20,
         )

@@ -18,23 +18,29 @@ from interleaved import interleave, ratio
 # may be in new memory at each step, whose page faults can take as long as the step.
 torch.empty(7_000_000)
 
-THREADS = {"one thread": 1, "default threads": torch.get_num_threads()}
+DEFAULT_THREADS = torch.get_num_threads()
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
-    machine_info["threads"] = THREADS["default threads"]
+    machine_info["threads"] = DEFAULT_THREADS
     machine_info["python"] = platform.python_version()
 
 
-@pytest.fixture(params=THREADS)
+@pytest.fixture(scope="session", params=["default threads", "one thread"])
 def threads(request: Any) -> Iterator[str]:
-    """Run a benchmark once with one thread and once with torch's default."""
-    count = THREADS[request.param]
-    with threadpool_limits(count):  # scipy's linear algebra has threads of its own
-        torch.set_num_threads(count)
+    """Run the benchmarks first with torch's default threads and then with one.
+
+    Nothing sets the default: `torch.set_num_threads` stops MKL from choosing fewer threads, even
+    when it is given the number that torch had.
+    """
+    if request.param == "default threads":
         yield request.param
-    torch.set_num_threads(THREADS["default threads"])
+        return
+    with threadpool_limits(1):  # scipy's linear algebra has threads of its own
+        torch.set_num_threads(1)
+        yield request.param
+        torch.set_num_threads(DEFAULT_THREADS)
 
 
 @pytest.fixture
