@@ -16,7 +16,7 @@ from problems import free, linear, mlp
 SDE = CLD(beta=by_hand.BETA, mass=1 / by_hand.INVERSE_MASS, friction=by_hand.FRICTION)
 SCORES = {"a product of matrices": linear(SDE, 2), "a small network": mlp(SDE, 2)}
 MULTISTEP = solvers.ExponentialMultistep
-# Each has coefficients of its own kind in diffusers, to which tests hold those of cldsde.
+# The tests check that cldsde and diffusers compute the same steps.
 SCHEDULERS = {
     "DDIM": (MULTISTEP(order=1), "DDIMScheduler", {}),
     "DPM-Solver++(2M)": (

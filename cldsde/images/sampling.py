@@ -186,17 +186,17 @@ class ImageSampler:
     score
         A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
     space
-        What the images are.
+        Shape, grey levels and classes of the images.
     sampling
         Solver and budget.
     sde
-        The forward process; that of the score if None.
+        The forward process; None takes the process of the score.
     vae
         The autoencoder that decodes the samples of a process of latent variables.
     around
         Makes an `Imputation` of the solver, if a part of the images is known.
     device
-        Of the states; that of the score's buffers if None.
+        Device of the states; None takes the device of the score's buffers.
 
     Raises
     ------

@@ -23,9 +23,9 @@ from cldsde.linear.blocks import block_product
 from cldsde.linear.dynamics import Dynamics, balancing_scale
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["Law", "flow_rotations", "whitened_matrices"]
+__all__ = ["RootAt", "flow_rotations", "whitened_matrices"]
 
-Law = Callable[[Tensor], Tensor]
+RootAt = Callable[[Tensor], Tensor]
 """Times to the root L of the distribution given the start."""
 
 _NODES = 16
@@ -34,9 +34,11 @@ _FLOOR = 1e-10  # times below this share of the latest need no finer panels: the
 _MAX_PANELS = 4096
 
 
-def whitened_matrices(dynamics: Dynamics, law: Law, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def whitened_matrices(
+    dynamics: Dynamics, root_at: RootAt, times: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ω, ½ggᵀ and g = L⁻¹G at times ``(*)``: ``(*, k, k)``, ``(*, k, k)`` and ``(*, k, r)``."""
-    root = law(times)
+    root = root_at(times)
     g = torch.linalg.solve_triangular(root, dynamics.diffusion(times), upper=False)
     N = torch.linalg.solve_triangular(root, dynamics.drift(times) @ root, upper=False)
     dissipation = 0.5 * g @ g.mT
@@ -45,14 +47,14 @@ def whitened_matrices(dynamics: Dynamics, law: Law, times: Tensor) -> tuple[Tens
     return upper - upper.mT, dissipation, g
 
 
-def flow_rotations(dynamics: Dynamics, law: Law, times: Tensor) -> Tensor:
+def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor:
     """Transitions of the flow from the latest of the times to each, whitened: rotations.
 
     Parameters
     ----------
     dynamics
         F and G.
-    law
+    root_at
         Times to the root L of the distribution given the start.
     times
         ``(n,)`` in any order, n ≥ 1.
@@ -70,7 +72,7 @@ def flow_rotations(dynamics: Dynamics, law: Law, times: Tensor) -> Tensor:
     k = dynamics.components
     if k == 1:
         return torch.ones(len(times), 1, 1, dtype=torch.float64, device="cpu")
-    edges, series = _resolved(dynamics, law, times)
+    edges, series = _resolved(dynamics, root_at, times)
     eye = torch.eye(k, dtype=torch.float64, device="cpu").unsqueeze(-1)
     # Over a whole panel only the constant of the series has an integral. Products of all panels
     # from the latest on, in log₂ of their number.
@@ -94,7 +96,7 @@ def flow_rotations(dynamics: Dynamics, law: Law, times: Tensor) -> Tensor:
     return (start + block_product(turned, start)).movedim(-1, 0)
 
 
-def _resolved(dynamics: Dynamics, law: Law, times: Tensor) -> tuple[Tensor, Tensor]:
+def _resolved(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> tuple[Tensor, Tensor]:
     """Falling edges of panels, and the Legendre series of hΩY over each, ``(k, k, 16, panels)``.
 
     Y is the rotation from the start of the panel.
@@ -105,7 +107,7 @@ def _resolved(dynamics: Dynamics, law: Law, times: Tensor) -> tuple[Tensor, Tens
     while len(edges) <= _MAX_PANELS:
         h = edges.diff()
         rotation, _, _ = whitened_matrices(
-            dynamics, law, edges[:-1].unsqueeze(1) + h.unsqueeze(1) * nodes
+            dynamics, root_at, edges[:-1].unsqueeze(1) + h.unsqueeze(1) * nodes
         )
         omega = rotation.movedim((0, 1), (-1, -2)) * h
         angle = (0.5 * omega.detach().square().sum((0, 1))).sqrt().amax(0)

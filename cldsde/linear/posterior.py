@@ -27,7 +27,7 @@ from cldsde.linear.blocks import apply_blocks, block_solve, stack_first
 from cldsde.linear.collocation import collocate, converged
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics
-from cldsde.linear.flow import Law, whitened_matrices
+from cldsde.linear.flow import RootAt, whitened_matrices
 from cldsde.linear.kernel import Kernel, check_kernel_shape, log_density
 from cldsde.linear.random import standard_normal
 
@@ -152,17 +152,17 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 
 
 def reverse_family(
-    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: Tensor
+    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``; see `whitened_family`."""
-    move, noise = whitened_family(dynamics, law, s, t, stochasticity)
-    earlier = law(s)
-    state = torch.linalg.solve_triangular(law(t), earlier @ move, upper=False, left=False)
+    move, noise = whitened_family(dynamics, root_at, s, t, stochasticity)
+    earlier = root_at(s)
+    state = torch.linalg.solve_triangular(root_at(t), earlier @ move, upper=False, left=False)
     return state, earlier @ noise
 
 
 def whitened_family(
-    dynamics: Dynamics, law: Law, s: Tensor, t: Tensor, stochasticity: Tensor
+    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""Transition matrix and noise root in coordinates in which z_τ is standard normal.
 
@@ -179,8 +179,8 @@ def whitened_family(
     ----------
     dynamics
         F and G.
-    law
-        Times ``(n, q)`` to the root L of the law given the start.
+    root_at
+        Times ``(n, q)`` to the root L of the distribution given the start.
     s, t
         Times of one shape, s ≤ t.
     stochasticity
@@ -194,11 +194,11 @@ def whitened_family(
         return still, torch.zeros_like(still)
 
     def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
-        rotation, dissipation, g = whitened_matrices(dynamics, law, times)
+        rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
         return rotation + level.square() * dissipation, level * g
 
     def fastest(times: Tensor) -> Tensor:
-        rotation, dissipation, _ = whitened_matrices(dynamics, law, times)
+        rotation, dissipation, _ = whitened_matrices(dynamics, root_at, times)
         return rotation + level.detach().square().max() * dissipation
 
     panels, edges = _panels(fastest, flat_s, flat_t)
