@@ -58,7 +58,7 @@ for name in named:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
 @pytest.mark.parametrize("process", ["VPSDE", "VESDE", "CLD", "PSLD", "HOLD"])
 def test_plans_wake_no_further_thread(process: str) -> None:
-    command = [sys.executable, "-c", PLANS, process]
+    command = [sys.executable, "-I", "-c", PLANS, process]
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=100
