@@ -24,7 +24,6 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.files import PARTIAL, all_to_disk, brief, check_writable, held, write_whole
-from cldsde.images.imputation import Imputation, grey_basis
 from cldsde.images.model import ImageModel
 from cldsde.images.sampling import (
     ImageSampler,
@@ -34,9 +33,10 @@ from cldsde.images.sampling import (
     make_solver,
 )
 from cldsde.progress import progress_bar
+from cldsde.solvers import Imputation
 from cldsde.solvers.authoring import Solver
 
-__all__ = ["SampleRequest", "check_unused", "draw_to"]
+__all__ = ["SampleRequest", "check_unused", "draw_to", "grey_basis"]
 
 _GRID_LIMIT = 4096  # images that a picture of a grid may hold
 _REQUEST = "request"  # file of a folder of parts: of what they are
@@ -208,6 +208,19 @@ class SampleRequest:
         assert self.mask is not None
         mask = _picture_of(self.mask, (1, *shape[1:]), "--mask").to(device) >= 128
         return lambda solver: Imputation(solver, known, mask)
+
+
+def grey_basis() -> Tensor:
+    """Orthonormal basis of the three channels whose first vector is grey, for colourisation.
+
+    Returns
+    -------
+    Tensor
+        ``(3, 3)`` float64, one vector per row: (1, 1, 1)/√3, (1, −1, 0)/√2, (1, 1, −2)/√6.
+    """
+    rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
+    basis = torch.tensor(rows, dtype=torch.float64)
+    return basis / basis.square().sum(1, keepdim=True).sqrt()
 
 
 def draw_to(

@@ -14,14 +14,13 @@ from torch import Tensor
 from cldsde.images.config import SamplingConfig
 from cldsde.images.config_files import checked_options
 from cldsde.images.data import to_levels
-from cldsde.images.imputation import Imputation
 from cldsde.images.latent import VAE
 from cldsde.images.model import DiffusionModel, ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
 from cldsde.progress import progress_bar
 from cldsde.score import MixedScore, ReverseProcess, Score
-from cldsde.solvers import Plan, SampleNoise, find_solver, grids, plan
+from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 
 __all__ = [

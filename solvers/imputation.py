@@ -1,14 +1,13 @@
-"""Images of which a part is known: inpainting, colourisation, imputation in general.
+"""Inpainting and imputation: data of which a part is known, by the replacement method.
 
-The replacement method of Song et al. (2021, §5 and appendix I.2): a sampler goes on as if nothing
-were known, and after each of its steps the known part of the state is replaced by a draw from its
-exact law at that time given the data, so that the rest is drawn to fit it. Where a process has a
-velocity, that of the known part is replaced, too.
+The replacement method of Song et al. (2021, §5 and appendix I.2): after each step of a sampler the
+known part of the state is replaced by a sample of its exact distribution at that time given the
+data. If a process has a velocity, the velocity of the known part is replaced, too.
 
-What is drawn for the rest is not its law given the known part, however fine the grid: a sampler's
-step looks at the known part through the noise of its time, drawn anew each time, and nothing that
-comes later makes up for it. Of two Gaussian pixels of correlation 0.8 the unknown one goes 0.62 of
-the way to its conditional mean. Where steps are repeated, it goes further (Lugmayr et al. 2022).
+The samples do not follow the distribution of the unknown part given the known part, however fine
+the grid is: each step sees the known part through fresh noise, and later steps do not correct for
+it. For two Gaussian numbers of correlation 0.8 the unknown one moves 0.62 of the way to its
+conditional mean. Repeated steps move it further (Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,43 +19,22 @@ import torch
 from torch import Tensor
 
 from cldsde.score import ReverseProcess
-from cldsde.solvers.authoring import (
-    Block,
-    Facts,
-    GridSolver,
-    Memory,
-    NoiseSource,
-    ScoreAt,
-    Solver,
-    as_blocks,
-    check_solver,
-    combine,
-)
 
-__all__ = ["Imputation", "grey_basis"]
+from .base import Facts, GridSolver, Memory, ScoreAt, Solver, check_solver
+from .combine import Block, as_blocks, combine
+from .noise import NoiseSource
 
-
-def grey_basis() -> Tensor:
-    """Orthonormal basis of the three channels whose first vector is grey, for colourisation.
-
-    Returns
-    -------
-    Tensor
-        ``(3, 3)`` float64, a basis vector a row: (1, 1, 1)/√3, (1, −1, 0)/√2, (1, 1, −2)/√6.
-    """
-    rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
-    basis = torch.tensor(rows, dtype=torch.float64)
-    return basis / basis.square().sum(1, keepdim=True).sqrt()
+__all__ = ["Imputation"]
 
 
 class _Tables(NamedTuple):
     inner: Any
     solver: GridSolver  # with its state on the grid
-    evaluations: int  # of each inner step, where steps are repeated
+    evaluations: int  # of each inner step, if steps are repeated
     starts: list[int]  # of each step, the first of its group
     replaces: bool  # whether anything is known
     bases: tuple[Block, Block] | None
-    mean: list[Block]  # the law given the data, at each time of the grid
+    mean: list[Block]  # of the state given the data, at each time of the grid
     root: list[Block]
     back_mean: list[Block]  # the forward transition to the start of the group, after each step
     back_root: list[Block]
@@ -64,39 +42,36 @@ class _Tables(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Imputation(GridSolver):
-    r"""A solver that draws what is unknown of images, around what is known of them.
+    r"""Inpainting and imputation around another solver, by replacing the known part of the state.
 
     .. math:: z_t ← (1 − m)\,z_t + m\,(ψ_t x + L_t ξ), \qquad ψ_t = Ψ(t, 0) e_0,
 
-    with the mask m and the known data x, at the start and after each step of another solver.
-    The state at a time of the grid is that after the replacement; a state that `solve` keeps or
-    returns of the start itself is as it was given.
+    with the mask m and the known data x, at the start and after each step of the solver. Data may
+    have any shape: images, time series, tables.
 
-    Known data come back exactly where the grid ends at t = 0; otherwise with the noise of the last
-    time, or, where ``denoise=True``, near to what they were. `impose` puts them in place.
+    If the grid ends at t = 0 the known data come back exactly. Otherwise they carry the noise of
+    the last time, or, with ``denoise=True``, come back nearly. `impose` puts them in place.
 
     Parameters
     ----------
     solver
-        A solver on a fixed grid, e.g. ``SSCS()``. One that merges moves across grid times makes
-        them apart.
+        A solver on a fixed grid, such as ``SSCS()``. A solver that merges moves across grid times
+        makes them apart.
     known
-        ``(C, H, W)`` or one a sample ``(B, C, H, W)``, floating point and finite, in the scale of
-        the data; of an image only what the mask marks is looked at. On the device of the states, or
-        it is copied there at every step.
+        ``(*D)``, or one per sample ``(B, *D)``; floating point and finite, in the scale of the
+        data. Entries that the mask does not mark may hold any number. On the device of the states,
+        or it is copied there at every step.
     mask
-        Boolean, broadcasts with ``(C, H, W)``; True where data are known.
+        Boolean, broadcasts with ``known``; True for known entries.
     basis
-        ``(C, C)``, an orthonormal basis of the channels, a vector a row: the mask, but not
-        ``known``, is in its coordinates. For colourisation `grey_basis`, with the mask True in
-        channel 0 alone, ``torch.tensor([True, False, False])[:, None, None]``, and any image of the
-        right greys. None is the channels themselves.
+        ``(C, C)``, an orthonormal basis of the first data axis, such as colour channels, one vector
+        per row: the mask, but not ``known``, is in its coordinates. None is the axis itself.
     resample
-        How often each group of steps is made, ≥ 1: before it is made again the state goes back
-        along the forward process to where the group began. Evaluations grow with it.
+        How often each group of steps is taken, ≥ 1. Before it is taken again, the state returns
+        along the forward process to where the group began. NFE grow with it.
     jump
-        Steps of a group, ≥ 1. Where noise enters the velocity alone one does harm: over a step
-        the data hardly move, and the solver's own error adds up. For CLD and two Gaussian pixels
+        Steps of a group, ≥ 1. If noise enters the velocity alone, a jump of 1 does harm: the data
+        hardly move over one step, and the solver's error adds up. For CLD and two Gaussian numbers
         about a fifth of the grid was best; for VP, 1.
 
     Raises
@@ -104,13 +79,13 @@ class Imputation(GridSolver):
     TypeError
         If an argument has the wrong type.
     ValueError
-        If shapes do not fit, ``known`` is not finite, the basis is not orthonormal, ``resample`` is
-        or ``jump`` is below 1, or the solver's state between two steps belongs to no grid time.
+        If shapes do not fit, ``known`` is not finite, the basis is not orthonormal, ``resample`` or
+        ``jump`` is below 1, or the solver's state between two steps belongs to no grid time.
 
     Notes
     -----
     Noise of a whole state is drawn for each replacement, before the first step and after each, and
-    for each way back. If the mask marks nothing, none is drawn for replacements, and without
+    for each way back. If the mask marks nothing, no noise is drawn for replacements, and without
     repetitions the samples are those of ``solver``, with its moves made apart, to the bit.
 
     All repetitions of a group are made with its last step. No orders are claimed: no grid reduces
@@ -124,16 +99,18 @@ class Imputation(GridSolver):
 
     Examples
     --------
+    A time series of four values, the first two of which are known:
+
     >>> import torch
     >>> from cldsde import ReverseProcess, VPSDE, solvers
-    >>> process = ReverseProcess(VPSDE(), lambda z, t: -z)  # pixels are independent N(0, 1)
+    >>> process = ReverseProcess(VPSDE(), lambda z, t: -z)  # values are independent N(0, 1)
     >>> g = torch.Generator().manual_seed(0)
-    >>> left = torch.tensor([True, True, False, False])
-    >>> imputation = Imputation(solvers.EulerMaruyama(), torch.full((1, 1, 4), 0.5), left)
-    >>> start = process.sde.prior.sample((8, 1, 1, 4), generator=g)
+    >>> first = torch.tensor([True, True, False, False])
+    >>> imputation = solvers.Imputation(solvers.EulerMaruyama(), torch.full((4,), 0.5), first)
+    >>> start = process.sde.prior.sample((8, 4), generator=g)
     >>> times = solvers.quadratic_times(1.0, 1e-3, 20)
     >>> data = solvers.solve(process, imputation, start, times, generator=g).data
-    >>> imputation.impose(data)[0, 0, 0, :2]
+    >>> imputation.impose(data)[0, :2]
     tensor([0.5000, 0.5000])
     """
 
@@ -145,11 +122,11 @@ class Imputation(GridSolver):
     jump: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Check that solver, data, mask and basis fit together."""
         _check_solver(self.solver)
-        image = _check_known(self.known, self.mask)
+        _check_known(self.known, self.mask)
         if self.basis is not None:
-            _check_basis(self.basis, image[0])
+            _check_basis(self.basis, self.known.shape)
         for name, count in (("resample", self.resample), ("jump", self.jump)):
             if isinstance(count, bool) or not isinstance(count, int):
                 msg = f"{name} must be an integer; got {count!r}"
@@ -169,12 +146,12 @@ class Imputation(GridSolver):
 
     @property
     def facts(self) -> Facts:
-        """Where it applies, as its solver does, and its evaluations; no orders."""
+        """The processes of its solver; no orders."""
         inner = self.solver.facts
         return Facts(applies_to=inner.applies_to, nfe_per_step=self.resample * inner.nfe_per_step)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
-        """Tables of the solver, and the law of known data at each time of the grid.
+        """Tables of the solver, and the distribution of known data at each time of the grid.
 
         Raises
         ------
@@ -187,12 +164,12 @@ class Imputation(GridSolver):
         asked, steps = len(solver.evaluation_times(process, times)), len(times) - 1
         if self.resample > 1 and asked % steps:
             msg = (
-                "solver must ask for the score equally often in each step where resample is above "
-                f"1; {self.solver!r} asks {asked} times in {steps} steps"
+                "solver must evaluate the score equally often in each step if resample is above "
+                f"1; {self.solver!r} takes {asked} evaluations in {steps} steps"
             )
             raise ValueError(msg)
-        # Given x, not z_0: what the velocity was at time 0 is part of the noise.
-        law = sde.marginal(times)
+        # Given x, not z_0: the velocity at time 0 is part of the noise.
+        given = sde.marginal(times)
         starts = torch.arange(steps) // self.jump * self.jump
         back = sde.transition(times[1:], times[starts])
         return _Tables(
@@ -202,14 +179,14 @@ class Imputation(GridSolver):
             starts.tolist(),
             bool(self.mask.any()),
             self._bases(),
-            as_blocks(law.mean[..., :1]),
-            as_blocks(law.root),
+            as_blocks(given.mean[..., :1]),
+            as_blocks(given.root),
             as_blocks(back.mean),
             as_blocks(back.root),
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Those of the solver, group by group, each as often as it is made."""
+        """Times of the solver, group by group, each as often as it is taken."""
         asked = self._stepper().evaluation_times(process, times)
         if self.resample == 1:
             return asked
@@ -220,13 +197,12 @@ class Imputation(GridSolver):
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """Step and replace; at the end of a group, go back and make it again, as often as asked.
+        """Step and replace; at the end of a group, go back and take it again, as often as asked.
 
         Raises
         ------
         ValueError
-            If the state does not fit ``known``, or steps are to be repeated by a solver that hands
-            something from one step to the next.
+            If the state does not fit ``known``, or steps of a multistep solver are to be repeated.
         """
         if i == 0:
             self._check_fit(z[:, 0], "state")
@@ -261,36 +237,36 @@ class Imputation(GridSolver):
         )
         if memory and self.resample > 1:
             msg = (
-                "solver must be a one-step solver where resample is above 1; "
+                "solver must be a one-step solver if resample is above 1; "
                 f"got {self.solver!r}. Use SSCS or EulerMaruyama"
             )
             raise ValueError(msg)
         return self._replace(z, tables, i + 1, noise), memory
 
     def impose(self, data: Tensor) -> Tensor:
-        """Images with the known part in its place, exactly; in a basis, to rounding.
+        """Data with the known part in its place, exactly; in a basis, to rounding.
 
         Parameters
         ----------
         data
-            Images ``(B, C, H, W)``, such as the ``data`` of a solution.
+            ``(B, *D)``, such as the ``data`` of a solution.
 
         Returns
         -------
         Tensor
-            ``(B, C, H, W)``.
+            ``(B, *D)``.
 
         Raises
         ------
         ValueError
-            If the images do not fit ``known``.
+            If the data do not fit ``known``.
         """
         self._check_fit(data, "data")
         known = self.known.to(data).expand_as(data)
         return self._merge(data.unsqueeze(1), known.unsqueeze(1), self._bases()).squeeze(1)
 
     def _replace(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
-        """The state at time i with its known part drawn anew."""
+        """The state at time i with its known part sampled again."""
         if not tables.replaces:
             return z
         known = self.known.to(z).expand_as(z[:, 0]).unsqueeze(1)
@@ -299,33 +275,34 @@ class Imputation(GridSolver):
         return self._merge(z, drawn, tables.bases)
 
     def _merge(self, z: Tensor, known: Tensor, bases: tuple[Block, Block] | None) -> Tensor:
-        """What is known of ``known``, the rest of ``z``; both ``(B, k, C, H, W)``."""
-        mask = self.mask.to(z.device)
+        """Known entries of ``known``, the rest of ``z``; both ``(B, k, *D)``."""
+        mask = self.mask.to(z.device).expand_as(z[:, 0]).unsqueeze(1)
         if bases is None:
             return torch.where(mask, known, z)
         to_basis, from_basis = bases
         return z + _on_channels(from_basis, _on_channels(to_basis, known - z) * mask)
 
     def _stepper(self) -> GridSolver:
-        """The solver with its state on the grid, which it was checked to be able to."""
+        """The solver with its state on the grid; the constructor checked that there is one."""
         return cast("GridSolver", self.solver.on_grid())
 
     def _bases(self) -> tuple[Block, Block] | None:
-        """To the basis and from it, on the host."""
+        """To the basis and from it, on the CPU."""
         return None if self.basis is None else (self.basis.tolist(), self.basis.mT.tolist())
 
     def _check_fit(self, data: Tensor, name: str) -> None:
-        wanted = (len(data), *self.known.shape[-3:])
-        if data.shape != wanted or (self.known.ndim == 4 and len(self.known) != len(data)):
+        shape = data.shape
+        fits = self.known.shape in (shape, shape[1:])
+        if not fits or (self.basis is not None and self.basis.shape[0] != shape[1]):
             msg = (
-                f"{name} must hold images that fit those of known, {tuple(self.known.shape)}; "
-                f"got {tuple(data.shape)}"
+                f"{name} must hold data of the shape of known, {tuple(self.known.shape)}, with or "
+                f"without a batch axis; got {tuple(shape)}"
             )
             raise ValueError(msg)
 
 
 def _on_channels(block: Block, x: Tensor) -> Tensor:
-    """Apply a block to the channels of ``(B, k, C, H, W)``."""
+    """Apply a block to the first data axis of ``(B, k, C, …)``."""
     return combine((block, x.transpose(1, 2))).transpose(1, 2)
 
 
@@ -333,49 +310,46 @@ def _check_solver(solver: object) -> None:
     stepper = check_solver(solver).on_grid()
     if not (stepper.facts.state_on_grid and hasattr(stepper, "step")):
         msg = (
-            "solver must leave a state at each grid time, where known data are put in; "
+            "solver must have a state at each grid time, which known data are put into; "
             f"{solver!r} does not. Use SSCS or EulerMaruyama"
         )
         raise ValueError(msg)
 
 
-def _check_known(known: object, mask: object) -> torch.Size:
-    """The shape of an image, if what is known of it can be."""
+def _check_known(known: object, mask: object) -> None:
     if not isinstance(known, Tensor) or not known.is_floating_point():
         got = known.dtype if isinstance(known, Tensor) else type(known).__name__
         msg = f"known must be a floating-point tensor; got {got}"
         raise TypeError(msg)
-    if known.ndim not in (3, 4):
-        msg = f"known must be (C, H, W) or (B, C, H, W); got {tuple(known.shape)}"
+    if known.ndim < 1:
+        msg = "known must have shape (*D) or (B, *D); got a single number"
         raise ValueError(msg)
     if not bool(known.isfinite().all()):
-        msg = "known must be finite, where the mask is False, too; put any number there"
+        msg = "known must be finite, also outside of the mask; put any number there"
         raise ValueError(msg)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        msg = f"mask must be a boolean tensor, True where data are known; got {got}"
+        msg = f"mask must be a boolean tensor, True for known entries; got {got}"
         raise TypeError(msg)
-    image = known.shape[-3:]
-    if not _broadcasts(mask.shape, image):
-        msg = f"mask must broadcast with {tuple(image)}; got {tuple(mask.shape)}"
+    sizes = zip(reversed(mask.shape), reversed(known.shape), strict=False)
+    if mask.ndim > known.ndim or not all(a in (1, b) for a, b in sizes):
+        msg = f"mask must broadcast with known, {tuple(known.shape)}; got {tuple(mask.shape)}"
         raise ValueError(msg)
-    return image
 
 
-def _broadcasts(shape: torch.Size, image: torch.Size) -> bool:
-    sizes = zip(reversed(shape), reversed(image), strict=False)
-    return len(shape) <= len(image) and all(a in (1, b) for a, b in sizes)
-
-
-def _check_basis(basis: object, channels: int) -> None:
+def _check_basis(basis: object, known: torch.Size) -> None:
     if not isinstance(basis, Tensor) or not basis.is_floating_point():
         msg = f"basis must be a floating-point tensor or None; got {basis!r}"
         raise TypeError(msg)
-    if basis.shape != (channels, channels):
-        msg = f"basis must be {(channels, channels)}, a vector a row; got {tuple(basis.shape)}"
+    if basis.ndim != 2 or basis.shape[0] != basis.shape[1] or basis.shape[0] not in known[:2]:
+        msg = (
+            f"basis must be (C, C) for the first data axis of known, {tuple(known)}, one vector "
+            f"per row; got {tuple(basis.shape)}"
+        )
         raise ValueError(msg)
     rows = basis.detach().cpu().to(torch.float64)
-    error = float((rows @ rows.mT - torch.eye(channels, dtype=torch.float64)).abs().max())
+    eye = torch.eye(len(rows), dtype=torch.float64, device="cpu")
+    error = float((rows @ rows.mT - eye).abs().max())
     # Rounding to single precision makes up to 2·eps of it.
     if not error <= 4 * torch.finfo(torch.float32).eps:
         msg = f"basis must be orthonormal; its vectors' products are off by {error:.2g}"

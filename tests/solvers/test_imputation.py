@@ -10,8 +10,9 @@ import torch
 from scipy.integrate import solve_ivp
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
-from cldsde.images.imputation import Imputation, grey_basis
+from cldsde.images.sample_files import grey_basis
 from cldsde.linear.blocks import apply_blocks
+from cldsde.solvers import Imputation
 from cldsde.solvers.authoring import Solver
 from probes import generator, no_waiting
 
@@ -460,30 +461,49 @@ class TestSolver:
             )
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 2, 2, 2)])
+def test_data_of_any_shape_are_imputed(shape):
+    """A mask per sample, and known data per sample, for vectors, tables and volumes."""
+    sde = CLD()
+    process = ReverseProcess(sde, independent(sde))
+    known = torch.randn(2, *shape, generator=generator(4), dtype=torch.float64)
+    mask = torch.rand(2, *shape, generator=generator(5)) < 0.5
+    imputation = Imputation(solvers.SSCS(), known, mask)
+    start = prior(sde, 2, shape)
+    solution = solvers.solve(process, imputation, start, GRID, generator=generator(0))
+    found = imputation.impose(solution.data)
+    assert torch.equal(found[mask], known[mask])
+    assert torch.equal(found[~mask], solution.data[~mask])
+    # The kernel at the end: mean ψx and standard deviation L_00, of all that is known.
+    law = sde.marginal(GRID[-1])
+    off = (solution.data - law.mean[0, 0] * known)[mask] / law.root[0, 0]
+    assert off.abs().max() < 5  # at most 16 standard normals
+
+
 class TestRefusals:
     """What does not fit together is refused before anything is sampled."""
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"solver": solvers.GottaGoFast()}, ValueError, "must leave a state at each grid time"),
+            ({"solver": solvers.GottaGoFast()}, ValueError, "must have a state at each grid time"),
             ({"solver": solvers.SSCS}, TypeError, "write it with parentheses"),
             (
                 {"solver": solvers.ExponentialMultistep(order=2, corrector=True)},
                 ValueError,
-                "solver must leave a state at each grid time",
+                "solver must have a state at each grid time",
             ),
             ({"known": KNOWN.tolist()}, TypeError, "known must be a floating-point tensor"),
             ({"known": MASK}, TypeError, "known must be a floating-point tensor; got torch.bool"),
-            ({"known": KNOWN[0]}, ValueError, r"known must be \(C, H, W\) or .*got \(2, 4\)"),
+            ({"known": KNOWN[0, 0, 0]}, ValueError, r"known must have shape \(\*D\) or"),
             ({"known": KNOWN * math.nan}, ValueError, "known must be finite"),
             ({"known": KNOWN / 0}, ValueError, "known must be finite"),
             ({"mask": MASK.double()}, TypeError, "mask must be a boolean tensor.*float64"),
             ({"mask": True}, TypeError, "mask must be a boolean tensor.*bool"),
-            ({"mask": MASK[:2]}, ValueError, r"mask must broadcast with \(3, 2, 4\)"),
-            ({"mask": MASK[None]}, ValueError, r"mask must broadcast with \(3, 2, 4\)"),
+            ({"mask": MASK[:2]}, ValueError, r"mask must broadcast with known, \(3, 2, 4\)"),
+            ({"mask": MASK[None]}, ValueError, r"mask must broadcast with known, \(3, 2, 4\)"),
             ({"basis": [[1.0]]}, TypeError, "basis must be a floating-point tensor"),
-            ({"basis": torch.eye(2)}, ValueError, r"basis must be \(3, 3\)"),
+            ({"basis": torch.eye(4)}, ValueError, r"basis must be \(C, C\).*got \(4, 4\)"),
             ({"basis": 1.001 * torch.eye(3)}, ValueError, "basis must be orthonormal.*0.002"),
             ({"basis": torch.eye(3) * math.nan}, ValueError, "basis must be orthonormal"),
             ({"resample": 0}, ValueError, "resample must be at least 1; got 0"),
@@ -507,9 +527,9 @@ class TestRefusals:
         sde = CLD()
         process = ReverseProcess(sde, independent(sde))
         imputation = Imputation(solvers.SSCS(), known, torch.tensor(True))
-        with pytest.raises(ValueError, match="state must hold images that fit those of known"):
+        with pytest.raises(ValueError, match="state must hold data of the shape of known"):
             solvers.solve(process, imputation, prior(sde, 2, shape), GRID)
-        with pytest.raises(ValueError, match="data must hold images that fit those of known"):
+        with pytest.raises(ValueError, match="data must hold data of the shape of known"):
             imputation.impose(torch.zeros(2, *shape))
 
     def test_steps_that_remember_cannot_be_repeated(self):
@@ -517,7 +537,7 @@ class TestRefusals:
         imputation = Imputation(
             solvers.ExponentialMultistep(order=2), KNOWN, MASK, resample=2, jump=1
         )
-        with pytest.raises(ValueError, match="one-step solver where resample is above 1"):
+        with pytest.raises(ValueError, match="one-step solver if resample is above 1"):
             solvers.solve(ReverseProcess(sde, independent(sde)), imputation, prior(sde), GRID)
 
     def test_a_process_that_the_solver_does_not_apply_to_is_refused(self):
