@@ -15,7 +15,7 @@ if find_spec("cldsde.solvers") is None:
     )
     raise ImportError(msg)
 
-from cldsde import linear, score, solvers, validation
+from cldsde import linear, pretrained, score, solvers, validation
 from cldsde.linear import (
     CLD,
     HOLD,
@@ -29,7 +29,16 @@ from cldsde.linear import (
     Schedule,
     SubVPSDE,
 )
-from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.score import (
+    DenoiserScore,
+    GaussianMixture,
+    GuidedScore,
+    MixedScore,
+    NoisePath,
+    PredictionDenoiser,
+    ReverseProcess,
+)
+from cldsde.solvers import sample
 
 __version__ = version("cldsde")
 
@@ -39,16 +48,22 @@ __all__ = [
     "PSLD",
     "VESDE",
     "VPSDE",
+    "DenoiserScore",
     "Gaussian",
     "GaussianMixture",
+    "GuidedScore",
     "Kernel",
     "LinearSDE",
     "MixedScore",
+    "NoisePath",
     "Posterior",
+    "PredictionDenoiser",
     "ReverseProcess",
     "Schedule",
     "SubVPSDE",
     "linear",
+    "pretrained",
+    "sample",
     "score",
     "solvers",
     "validation",

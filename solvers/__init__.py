@@ -20,12 +20,14 @@ from .grids import (
     root_times,
     uniform_times,
 )
+from .imputation import Imputation
 from .named import canonical_name, find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, Solution, SolveWarning, plan, solve
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
+from .sampling import RECOMMENDED, sample
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
@@ -33,6 +35,7 @@ from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
 __all__ = [
+    "RECOMMENDED",
     "SSCS",
     "Ancestral",
     "BrownianPath",
@@ -42,6 +45,7 @@ __all__ = [
     "ExponentialMultistep",
     "FreshNoise",
     "GottaGoFast",
+    "Imputation",
     "Langevin",
     "NoiseSource",
     "Plan",
@@ -67,6 +71,7 @@ __all__ = [
     "plan",
     "quadratic_times",
     "root_times",
+    "sample",
     "solve",
     "times_of_log_snr",
     "uniform_times",

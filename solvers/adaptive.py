@@ -77,8 +77,8 @@ class ActiveSamples:
         """Whether any sample is still integrating."""
         return len(self._rows) > 0 and not self._stopped
 
-    def spend(self, evaluations: int) -> None:
-        """Count evaluations of each sample on its way."""
+    def spend(self, evaluations: Tensor) -> None:
+        """Count evaluations of each sample on its way, ``(N,)``."""
         self._nfev[self._rows] += evaluations
 
     def attempt(self, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,8 +118,8 @@ class GottaGoFast(Solver):
                 h = h[kept]
                 path.keep(kept)
             h, after = samples.attempt(h)
-            samples.spend(2)
             times = torch.stack([samples.t, after])
+            samples.spend(run.process.evaluations(times).sum(0))
             G = sde.diffusion(times)
             pull = (G @ G.mT)[..., list(sde.driven)]
             (there, length, weights, F_there, pull_there, G_there), states = samples.moved(

@@ -111,8 +111,6 @@ class Plan:
         The grid, ``(n + 1,)`` float64 on the CPU.
     tables
         What the solver computed; its layout is the solver's own.
-    nfev
-        Score evaluations per sample; None for a solver that chooses its times.
 
     Examples
     --------
@@ -131,7 +129,6 @@ class Plan:
     solver: Solver
     times: Tensor
     tables: Any = field(repr=False)
-    nfev: int | None
     _asked: KnownTimes | None = field(repr=False)
     _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
 
@@ -189,10 +186,21 @@ class Plan:
             states = done.states[: int((wanted < times[0]).sum())]
             if wanted[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
-            solution = _finished(done, final, states, wanted)
+            last = int(process.evaluations(times[-1]))
+            solution = _finished(done, final, last, states, wanted)
         if warn and solution.status == 1:
             _warn(solution.message)
         return solution
+
+    def check_denoise(self, denoise: Denoise) -> None:
+        """Raise ValueError if the process has no such finish at the last time."""
+        self._denoiser(denoise)
+
+    @property
+    def nfev(self) -> int | None:
+        """Evaluations of each sample, without that of ``denoise``; None for adaptive solvers."""
+        asked = self._asked
+        return None if asked is None else int(self.process.evaluations(asked.times).sum())
 
     def with_score(self, score: Score) -> Plan:
         """The plan for another score of the same process, such as the score given a class.
@@ -245,7 +253,7 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
     known = None if asked is None else KnownTimes(asked)
-    return Plan(process, solver, grid, tables, None if asked is None else len(asked), known)
+    return Plan(process, solver, grid, tables, known)
 
 
 def solve(
@@ -377,12 +385,16 @@ def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
 
 
 def _finished(
-    done: Integration, final: Callable[[Tensor], Tensor] | None, states: Tensor, wanted: Tensor
+    done: Integration,
+    final: Callable[[Tensor], Tensor] | None,
+    evaluations: int,
+    states: Tensor,
+    wanted: Tensor,
 ) -> Solution:
     nfev, z = done.nfev, done.state.contiguous()
     data = z[:, 0]
     if final is not None and bool(done.success.any()):
-        nfev = nfev + done.success
+        nfev = nfev + evaluations * done.success
         if bool(done.success.all()):
             data = final(z)
         else:

@@ -142,7 +142,6 @@ class ProbabilityFlow(Solver):
         at_start = 2 if self.first_step is None else 1
         kept = samples.screen(h, cost=at_start)
         if samples.on_their_way():
-            samples.spend(at_start)
             samples.attempt(h)
             velocity, *_ = flow(samples.t.unsqueeze(0), h, z)
             f = velocity(z, 0)
@@ -154,7 +153,6 @@ class ProbabilityFlow(Solver):
             if kept is not None:
                 h, rejected = h[kept], rejected[kept]
             h, after = samples.attempt(h.clamp_max(self.max_step))
-            samples.spend(run.tables.n_stages)
             within = (samples.t - weights.nodes * h).clamp_min_(end)
             velocity, dt, (z, f) = flow(torch.cat([within, after.unsqueeze(0)]), h, z, f)
             slopes = _Slopes(f, run.tables.n_stages + 1)
@@ -227,6 +225,7 @@ def _flow(
 ) -> tuple[Velocity, Tensor, list[Tensor]]:
     """The flow at times ``(S, N)``; h ``(N,)`` on the device, and what is left of the states."""
     sde = process.sde
+    samples.spend(process.evaluations(times).sum(0))
     F, G = sde.drift(times), sde.diffusion(times)
     pull = -0.5 * (G @ G.mT)[..., list(sde.driven)]
     if together:

@@ -211,7 +211,7 @@ class _WatchedFlow:
                 f"in {z.dtype}"
             )
             raise _EndError(msg)
-        self.nfev += 1
+        self.nfev += int(self._process.evaluations(at))
         try:
             # Times come in the state's precision, and may be rounded past the ends.
             return self._process.probability_flow(z, at.clamp(self._times[-1], self._times[0]))

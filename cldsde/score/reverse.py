@@ -169,6 +169,15 @@ class ReverseProcess:
         convert = Conversion.at(self.sde, times, "score", target)
         return convert(z, self.evaluate(z, times))
 
+    def evaluations(self, times: Tensor) -> Tensor:
+        """Number of evaluations that one of the score at each time counts for, int64.
+
+        It is 1, unless the score has a method ``evaluations`` that says otherwise: with guidance
+        (`GuidedScore`) a network is evaluated twice.
+        """
+        counts = getattr(self.score, "evaluations", None)
+        return torch.ones_like(times, dtype=torch.int64) if counts is None else counts(times)
+
     def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
         """Score of the driven components at float64 times on the host, ``()`` or ``(B,)``, checked.
 
@@ -190,10 +199,13 @@ class KnownScore:
         self.nfev = 0
         self._score, self._driven = process.score, len(process.sde.driven)
         self._arguments = times.arguments(z, moved)
+        self._counts: list[int] | None = None
+        if hasattr(process.score, "evaluations") and times.times.ndim == 1:
+            self._counts = process.evaluations(times.times).tolist()
 
     def __call__(self, z: Tensor, number: int) -> Tensor:
         """Score ``(B, d, *D)`` of states at the time of the given number."""
-        self.nfev += 1
+        self.nfev += 1 if self._counts is None else self._counts[number]
         z = z.contiguous()
         return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 

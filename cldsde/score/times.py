@@ -19,7 +19,14 @@ from torch import Tensor
 
 from cldsde.linear.checks import TimeLike, as_times
 
-__all__ = ["KnownTimes", "coefficients_at", "on_device", "score_argument", "score_times"]
+__all__ = [
+    "KnownTimes",
+    "coefficients_at",
+    "on_device",
+    "score_argument",
+    "score_times",
+    "with_known",
+]
 
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
 """A NamedTuple of tensors, whose first axes are those of the times."""
@@ -53,6 +60,7 @@ class KnownTimes:
     def __init__(self, times: Tensor) -> None:
         self.times = times
         self._tables: WeakKeyDictionary[object, dict[Any, Any]] = WeakKeyDictionary()
+        self._mapped: WeakKeyDictionary[object, KnownTimes] = WeakKeyDictionary()
 
     def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[Tensor]:
         """The times as a score receives them, one tensor ``(B,)`` for each evaluation.
@@ -69,6 +77,16 @@ class KnownTimes:
         for number, argument in enumerate(found):
             argument.known = _Entry(self, number)  # type: ignore[attr-defined]
         return found
+
+    def mapped(self, owner: object, function: Callable[[Tensor], Tensor]) -> KnownTimes:
+        """Values of a function of the times, such as noise levels, known as the times are.
+
+        The function is called once for each ``owner``.
+        """
+        if owner not in self._mapped:
+            with torch.inference_mode(False), torch.no_grad():
+                self._mapped[owner] = KnownTimes(function(self.times))
+        return self._mapped[owner]
 
     def __reduce__(self) -> tuple[type[KnownTimes], tuple[Tensor]]:
         """Copies are without tables, which are made again when they are needed."""
@@ -147,6 +165,28 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
 
 
 @_outside_graphs
+def with_known(
+    argument: Tensor, t: TimeLike, owner: object, function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``argument``, the values of a function of times t, which remembers their float64 values.
+
+    Parameters
+    ----------
+    argument
+        ``(B,)``, the values on the state's device; the tensor itself is marked and returned.
+    t
+        Times that a solver has handed out; for any other times nothing is remembered.
+    owner, function
+        See `KnownTimes.mapped`.
+    """
+    known = getattr(t, "known", None)
+    if known is not None:
+        entry = _Entry(known.times.mapped(owner, function), known.number)
+        argument.known = entry  # type: ignore[attr-defined]
+    return argument
+
+
+@_outside_graphs
 def coefficients_at(
     owner: object,
     t: TimeLike,
@@ -154,6 +194,7 @@ def coefficients_at(
     make: Callable[[Tensor], Coefficients],
     dtype: torch.dtype,
     version: object,
+    read: Callable[[Any, Tensor], Tensor] = score_times,
 ) -> Coefficients:
     """Coefficients of a score at the times of a call, on the state's device.
 
@@ -170,6 +211,8 @@ def coefficients_at(
     version
         Of what the coefficients depend on, not None; a table of another version is made again.
         None if they are to be differentiated: then they are computed at each call.
+    read
+        Checks ``t`` and returns its values in float64 on the CPU.
     """
 
     def moved(times: Tensor) -> Coefficients:
@@ -179,7 +222,7 @@ def coefficients_at(
         return found
 
     known = getattr(t, "known", None)
-    at = score_times(t, z)
+    at = read(t, z)
     if known is None or version is None:
         return moved(at)
     times: KnownTimes = known.times

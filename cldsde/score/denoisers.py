@@ -1,0 +1,357 @@
+r"""Denoisers D(u, σ) as scores of every linear SDE, and trained networks as denoisers.
+
+All that a state of a linear SDE tells of the data is one combination of its components,
+
+.. math:: û = \frac{ψ^⊤ Σ^{-1} z}{ψ^⊤ Σ^{-1} ψ} = x_0 + σ n, \qquad σ = e^{-κ(t)},
+
+so that E[x_0 | z_t] = D(û, σ) with one denoiser D(u, σ) = E[x_0 | x_0 + σn = u] for all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import TimeLike, as_float64, check_state
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
+from cldsde.score.conversion import Conversion, whiten
+from cldsde.score.paths import NoisePath
+from cldsde.score.times import coefficients_at, with_known
+
+__all__ = ["Clock", "Denoiser", "DenoiserScore", "PredictionDenoiser", "Predicts", "read_levels"]
+
+Predicts = Literal["noise", "data", "velocity", "flow", "score"]
+"""What a network returns for x = α x_0 + σ n.
+
+``"noise"``: n. ``"data"``: x_0. ``"velocity"``: α n − σ x_0, often called v. ``"flow"``:
+α' x_0 + σ' n, the velocity of flow matching. ``"score"``: −n/σ."""
+
+Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
+"""What a network is told of the noise level.
+
+``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
+``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: κ = log(α/σ)."""
+
+# Times and levels in single precision are off by this much, and are taken for the end of the range.
+_ROUNDING = 1e-4
+
+
+class Denoiser(Protocol):
+    """Estimate of the data from data plus noise, as EDM and k-diffusion define it.
+
+    A denoiser may have an attribute ``levels``, the smallest and the largest σ that it was trained
+    on: a `DenoiserScore` raises an error before it evaluates the denoiser outside of them.
+    """
+
+    def __call__(self, u: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
+        """E[x_0 | x_0 + σ n = u] of ``(B, *D)`` and ``(B,)``, like ``u``."""
+        ...
+
+
+class _Rows(NamedTuple):
+    """Coefficients of a `DenoiserScore` at times ``*``."""
+
+    estimate: Tensor  # (*, 1, k), takes the state to û
+    level: Tensor  # (*), σ
+    state: Tensor  # (*, d, k)
+    value: Tensor  # (*, d, 1)
+
+
+class DenoiserScore(nn.Module):
+    r"""Score of a linear SDE from a denoiser, which was trained for any other process or none.
+
+    .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
+              σ = e^{-κ(t)}
+
+    The conversion is exact, and one score evaluation evaluates the denoiser once.
+
+    Parameters
+    ----------
+    denoiser
+        denoiser(u, sigma, \*\*conditions): ``(B, *D)`` and ``(B,)`` to an estimate of the data
+        ``(B, *D)``; see `Denoiser`. The times at which a solver asks become noise levels here.
+    sde
+        The process to sample with.
+    levels
+        Smallest and largest σ that the denoiser was trained on. None takes its attribute
+        ``levels``; without one it is evaluated at any level.
+
+    Raises
+    ------
+    TypeError
+        If ``denoiser`` is not callable or ``sde`` is no process.
+    ValueError
+        If ``levels`` are not two increasing numbers ≥ 0.
+
+    Notes
+    -----
+    Called as ``score(z, t, **conditions)`` it passes conditions, such as class labels, to the
+    denoiser; `ConditionalScore` gives a solver a score with its conditions.
+
+    Examples
+    --------
+    Normal data of variance 4, sampled with critically damped Langevin dynamics:
+
+    >>> import torch, cldsde
+    >>> def denoiser(u, sigma):
+    ...     return u * (4 / (4 + sigma**2)).unsqueeze(1)
+    >>> sde = cldsde.CLD()
+    >>> x = cldsde.sample(sde, DenoiserScore(denoiser, sde), (2000, 3))
+    >>> bool((x.var(0) - 4).abs().max() < 0.6)
+    True
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[..., Tensor],
+        sde: LinearSDE,
+        *,
+        levels: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_process(sde)
+        if not callable(denoiser):
+            msg = f"denoiser must be a callable denoiser(u, sigma); got {denoiser!r}"
+            raise TypeError(msg)
+        self.denoiser = denoiser
+        self.sde = sde
+        found = levels if levels is not None else getattr(denoiser, "levels", None)
+        self.levels = None if found is None else (float(found[0]), float(found[1]))
+        if self.levels is not None and not 0 <= self.levels[0] < self.levels[1]:
+            msg = f"levels must be two increasing numbers ≥ 0; got {self.levels}"
+            raise ValueError(msg)
+
+    def extra_repr(self) -> str:
+        """Process and levels, which the representation shows before the denoiser."""
+        return f"sde={self.sde!r}, levels={self.levels}"
+
+    def forward(self, z: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
+        """Score of the driven components, ``(B, len(driven), *D)``.
+
+        Parameters
+        ----------
+        z
+            States ``(B, k, *D)``.
+        t
+            One time or ``(B,)``, above 0.
+        conditions
+            Passed to the denoiser.
+
+        Raises
+        ------
+        ValueError
+            If the noise level at a time lies outside of the denoiser's, or the denoiser returns
+            another shape. The levels of all times that a solver knows are checked before the first
+            evaluation.
+        """
+        check_state(z, self.sde.components)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        rows = coefficients_at(self, t, z, self._rows, dtype, 0)
+        u = apply_blocks(rows.estimate, z)[:, 0]
+        sigma = with_known(rows.level.expand(len(z)), t, self, self._sigma)
+        data = self.denoiser(u, sigma, **conditions)
+        if not isinstance(data, Tensor) or data.shape != u.shape:
+            got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
+            msg = f"denoiser must return a tensor like its input, {tuple(u.shape)}; got {got}"
+            raise ValueError(msg)
+        data = data.to(z.dtype).unsqueeze(1)
+        return apply_blocks(rows.state, z) + apply_blocks(rows.value, data)
+
+    def _rows(self, t: Tensor) -> _Rows:
+        law = whiten(self.sde, self.sde.marginal(t), t)
+        score = Conversion.at(self.sde, t, "data", "score")
+        information = law.information()[..., None, None]
+        estimate = law.signal.mT @ law.inverse / information
+        return _Rows(estimate, self._sigma(t), score.state, score.value)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        """Noise levels of times, in the denoiser's range."""
+        sigma = (-self.sde.log_snr(t)).exp()
+        if self.levels is None or not sigma.numel():
+            return sigma
+        low, high = self.levels
+        outside = (sigma < low * (1 - _ROUNDING)) | (sigma > high * (1 + _ROUNDING))
+        if bool(outside.any()):
+            raise ValueError(
+                self._out_of_range(t[outside].flatten()[0], sigma[outside].flatten()[0])
+            )
+        return sigma.clamp(low, high)
+
+    def _out_of_range(self, t: Tensor, sigma: Tensor) -> str:
+        assert self.levels is not None
+        bounds = torch.tensor(self.levels, dtype=torch.float64, device="cpu")
+        end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
+        return (
+            f"t: the noise level at t = {float(t):.6g} is σ = {float(sigma):.6g}, and the denoiser "
+            f"was trained on {self.levels[0]:.6g} to {self.levels[1]:.6g}; sample from "
+            f"t = {start:.6g} down to t = {end:.6g}"
+        )
+
+
+class _Levels(NamedTuple):
+    """Coefficients of a `PredictionDenoiser` at noise levels ``*``."""
+
+    scale: Tensor  # (*), α: the network's input is α u
+    state: Tensor  # (*), of u in the estimate of the data
+    value: Tensor  # (*), of the network's output
+    clock: Tensor  # (*)
+
+
+class PredictionDenoiser(nn.Module):
+    r"""Denoiser of a network that predicts noise, data, velocity, flow or score on a noise path.
+
+    The level σ of the denoiser is found on the path, and the network is evaluated there once, on
+    :math:`x_t = α(t) u`.
+
+    Parameters
+    ----------
+    network
+        network(x, clock, \*\*conditions): ``(B, *D)`` and ``(B,)`` to ``(B, *D)``.
+    path
+        Signal and noise of the network's training.
+    predicts
+        What the network returns: `Predicts`.
+    clock
+        What the network is told of the noise: one of `Clock`, or a function of the path's times,
+        float64 ``(n,)`` to ``(n,)``.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If ``predicts`` or ``clock`` is unknown.
+
+    Examples
+    --------
+    A network that predicts the noise of 1,000 levels, as a denoiser and as a score of CLD:
+
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    >>> path = NoisePath.from_alphas_cumprod((1 - betas).cumprod(0))
+    >>> network = lambda x, index: x  # predicts the noise of normal data at every level, nearly
+    >>> denoiser = PredictionDenoiser(network, path, predicts="noise")
+    >>> score = DenoiserScore(denoiser, CLD())
+    >>> score(torch.randn(8, 2, 3), 0.5).shape
+    torch.Size([8, 1, 3])
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        path: NoisePath,
+        predicts: Predicts = "noise",
+        *,
+        clock: Clock | Callable[[Tensor], Tensor] = "time",
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            msg = f"network must be a callable network(x, clock); got {network!r}"
+            raise TypeError(msg)
+        if not isinstance(path, NoisePath):
+            msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
+            raise TypeError(msg)
+        one_of(predicts, Predicts, "predicts")
+        if not callable(clock):
+            one_of(clock, Clock, "clock")
+        self.network = network
+        self.path = path
+        self.predicts = predicts
+        self.clock = clock
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Smallest and largest noise level of the path."""
+        return self.path.levels
+
+    def extra_repr(self) -> str:
+        """Path and prediction, which the representation shows before the network."""
+        return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
+
+    def forward(self, u: Tensor, sigma: Tensor | float, **conditions: Any) -> Tensor:
+        """Estimate of the data, like ``u``.
+
+        Parameters
+        ----------
+        u
+            Data plus noise of level σ, ``(B, *D)``.
+        sigma
+            Noise levels, one or ``(B,)``.
+        conditions
+            Passed to the network.
+
+        Raises
+        ------
+        ValueError
+            If a level lies outside of the path's, or the network returns another shape.
+        """
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        table = coefficients_at(self, sigma, u, self._levels, dtype, 0, read_levels)
+        scale, state, value = (
+            x.reshape(-1, *(1,) * (u.ndim - 1)) for x in (table.scale, table.state, table.value)
+        )
+        clock = table.clock.expand(len(u))
+        if self.clock == "index":
+            clock = clock.long()
+        out = self.network((scale * u).to(u.dtype), clock, **conditions)
+        if not isinstance(out, Tensor) or out.shape != u.shape:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            msg = f"network must return a tensor like its input, {tuple(u.shape)}; got {got}"
+            raise ValueError(msg)
+        return (state * u + value * out).to(u.dtype)
+
+    def _levels(self, levels: Tensor) -> _Levels:
+        low, high = self.levels
+        inside = (levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING))
+        if not bool(inside.all()):
+            msg = (
+                f"sigma must lie in [{low:.6g}, {high:.6g}], the levels of the network's training; "
+                f"got {float(levels[~inside].flatten()[0]):.6g}"
+            )
+            raise ValueError(msg)
+        kappa = -levels.clamp(low, high).log()
+        t = self.path.time(kappa)
+        alpha, sigma = self.path.signal(t), self.path.noise(t)
+        state, value = self._estimate(t, alpha, sigma)
+        return _Levels(alpha, state, value, self._clock(t, kappa))
+
+    def _estimate(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What x_0 takes of u = x/α and of the network's output."""
+        one = torch.ones_like(alpha)
+        if self.predicts == "data":
+            return torch.zeros_like(alpha), one
+        if self.predicts == "noise":
+            return one, -sigma / alpha
+        if self.predicts == "score":
+            return one, sigma.square() / alpha
+        if self.predicts == "velocity":
+            power = alpha.square() + sigma.square()
+            return alpha.square() / power, -sigma / power
+        alpha_rate, sigma_rate = self.path.slopes(t)
+        power = alpha * sigma_rate - alpha_rate * sigma
+        return alpha * sigma_rate / power, -sigma / power
+
+    def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
+        if callable(self.clock):
+            return self.clock(t)
+        if self.clock == "index":
+            return t.round()
+        known = {"time": t, "sigma": (-kappa).exp(), "log_sigma/4": -kappa / 4, "log_snr": kappa}
+        return known[self.clock]
+
+
+def read_levels(sigma: Tensor | float, u: Tensor) -> Tensor:
+    """Noise levels in float64 on the CPU, ``()`` if the batch shares one."""
+    known = getattr(sigma, "known", None)
+    levels = known.value if known is not None else as_float64(sigma).detach().cpu()
+    if levels.shape not in (torch.Size([]), torch.Size([len(u)])):
+        msg = f"sigma must be one level or have shape ({len(u)},); got {tuple(levels.shape)}"
+        raise ValueError(msg)
+    return levels

@@ -1,0 +1,244 @@
+r"""Noise paths: how a network's training made noisy data, :math:`x_t = α(t)\,x_0 + σ(t)\,n`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.reprs import constructor_repr
+from cldsde.linear.sde import LinearSDE, check_process
+
+__all__ = ["NoisePath"]
+
+Function = Callable[[Tensor], Tensor]
+
+_POINTS = 257  # at which a path is checked
+# Halvings of an interval that find a time of 1e-9 to the last digit.
+_HALVINGS = 90
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NoisePath:
+    r"""Signal and noise of the data that a network was trained on.
+
+    .. math:: x_t = α(t)\,x_0 + σ(t)\,n, \qquad n ∼ N(0, I)
+
+    The ratio σ/α is the noise level, which `PredictionDenoiser` receives; it grows with t.
+
+    Parameters
+    ----------
+    signal, noise
+        α and σ: float64 times ``(n,)`` to values ``(n,)``, on the CPU.
+    interval
+        Times that the network was trained on, from the least noise to the most.
+    inverse
+        Half log-SNR κ = log(α/σ), ``(n,)``, to the time that has it. None finds it by bisection.
+    rates
+        Times to (α', σ'), for networks that predict a flow. None uses automatic differentiation.
+
+    Raises
+    ------
+    TypeError
+        If a function is not callable, or does not return a tensor.
+    ValueError
+        If the interval is empty, a value is negative or not finite, or the noise level does not
+        grow with t.
+
+    Examples
+    --------
+    The path of a network that was trained on σ between 0.002 and 80, with σ as its clock:
+
+    >>> import torch
+    >>> path = NoisePath(torch.ones_like, lambda t: t, interval=(0.002, 80.0))
+    >>> path.levels
+    (0.002, 80.0)
+    >>> NoisePath.linear().time(torch.tensor([0.0], dtype=torch.float64))
+    tensor([0.5000], dtype=torch.float64)
+    """
+
+    signal: Function
+    noise: Function
+    _: KW_ONLY
+    interval: tuple[float, float] = (0.0, 1.0)
+    inverse: Function | None = None
+    rates: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the path on a grid of times."""
+        for name in ("signal", "noise"):
+            if not callable(getattr(self, name)):
+                msg = f"{name} must be a function of times; got {getattr(self, name)!r}"
+                raise TypeError(msg)
+        start, end = self.interval
+        if not (math.isfinite(start) and math.isfinite(end) and start < end):
+            msg = f"interval must be two finite times, the first below; got {self.interval}"
+            raise ValueError(msg)
+        times = torch.linspace(start, end, _POINTS, dtype=torch.float64, device="cpu")
+        for name in ("signal", "noise"):
+            _check_values(getattr(self, name)(times), times, name)
+        level = self.noise(times) / self.signal(times)
+        falls = ~(level.diff() > 0)
+        if bool(falls.any()):
+            where = times[:-1][falls][0]
+            msg = (
+                "signal and noise must have a ratio noise/signal that grows with t; it does not "
+                f"after t = {where:.6g}"
+            )
+            raise ValueError(msg)
+
+    def __repr__(self) -> str:
+        """Functions and interval in one line."""
+        return constructor_repr(self)
+
+    @classmethod
+    def linear(cls) -> NoisePath:
+        """The straight path of rectified flow and flow matching, α = 1 − t, σ = t on [0, 1]."""
+        return cls(lambda t: 1 - t, lambda t: t, inverse=lambda kappa: torch.sigmoid(-kappa))
+
+    @classmethod
+    def cosine(cls) -> NoisePath:
+        """The path α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
+        return cls(
+            # Not cos(πt/2), which is 6e-17 at t = 1.
+            lambda t: (0.5 * math.pi * (1 - t)).sin(),
+            lambda t: (0.5 * math.pi * t).sin(),
+            inverse=lambda kappa: (-kappa).exp().atan() * (2 / math.pi),
+        )
+
+    @classmethod
+    def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
+        r"""The path of a discrete diffusion model, α² = ᾱ_i and σ² = 1 − ᾱ_i at t = i.
+
+        Between two levels log-SNR is linear in t. Levels at the end of the table with ᾱ = 0, at
+        which nothing of the data is left, are not part of the path.
+
+        Parameters
+        ----------
+        table
+            ᾱ_0, …, ᾱ_{N−1}, ``(N,)`` in [0, 1), decreasing; N ≥ 2.
+
+        Raises
+        ------
+        ValueError
+            If the table is not such a tensor.
+        """
+        if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
+            got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+            msg = f"table must be a tensor (N,) with N ≥ 2; got {got}"
+            raise ValueError(msg)
+        values = table.detach().cpu().to(torch.float64)
+        if not (bool((values.diff() < 0).all()) and values[-1] >= 0 and values[0] < 1):
+            msg = (
+                "table must decrease and lie in [0, 1); got values from "
+                f"{float(values[0]):.6g} to {float(values[-1]):.6g}"
+            )
+            raise ValueError(msg)
+        kappas = 0.5 * values[values > 0].logit()
+        last = len(kappas) - 1
+
+        def log_snr(t: Tensor) -> Tensor:
+            index = t.floor().clamp(0, last - 1).long()
+            return kappas[index].lerp(kappas[index + 1], t - index)
+
+        def inverse(kappa: Tensor) -> Tensor:
+            index = (torch.searchsorted(-kappas, -kappa) - 1).clamp(0, last - 1)
+            low, high = kappas[index], kappas[index + 1]
+            return index + (low - kappa) / (low - high)
+
+        return cls(
+            lambda t: torch.sigmoid(2 * log_snr(t)).sqrt(),
+            lambda t: torch.sigmoid(-2 * log_snr(t)).sqrt(),
+            interval=(0.0, float(last)),
+            inverse=inverse,
+        )
+
+    @classmethod
+    def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
+        """The path of a process of one component, of a network trained on its perturbed data.
+
+        Parameters
+        ----------
+        sde
+            The process, such as `VPSDE` or `VESDE`.
+        start
+            Smallest time that the network was trained on, > 0.
+
+        Raises
+        ------
+        TypeError
+            If ``sde`` is no process.
+        ValueError
+            If it has several components.
+        """
+        check_process(sde)
+        if sde.components != 1:
+            msg = (
+                f"sde must have one component; {sde!r} has {sde.components}. A network trained "
+                "with it is a MixedScore, or a score(z, t)"
+            )
+            raise ValueError(msg)
+
+        def signal(t: Tensor) -> Tensor:
+            return sde.marginal(t).mean[..., 0, 0]
+
+        def noise(t: Tensor) -> Tensor:
+            return sde.marginal(t).root[..., 0, 0]
+
+        def rates(t: Tensor) -> tuple[Tensor, Tensor]:
+            F, G = sde.drift(t)[..., 0, 0], sde.diffusion(t)[..., 0, :]
+            sigma = noise(t)
+            return F * signal(t), F * sigma + G.square().sum(-1) / (2 * sigma)
+
+        def inverse(kappa: Tensor) -> Tensor:
+            return times_of_log_snr(sde, kappa, eps=start)
+
+        return cls(signal, noise, interval=(start, sde.T), inverse=inverse, rates=rates)
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Smallest and largest noise level σ/α of the interval."""
+        ends = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
+        low, high = (self.noise(ends) / self.signal(ends)).tolist()
+        return low, high
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """Times at which κ = log(α/σ) has given values, ``(n,)`` or ``()`` float64."""
+        if self.inverse is not None:
+            return self.inverse(log_snr).clamp(*self.interval)
+        low, high = (torch.full_like(log_snr, end) for end in self.interval)
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            early = self.signal(middle).log() - self.noise(middle).log() > log_snr
+            low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+        return 0.5 * (low + high)
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α' and σ' at times, of the shape of t."""
+        if self.rates is not None:
+            return self.rates(t)
+        with torch.enable_grad():
+            at = t.detach().clone().requires_grad_()
+            values = (self.signal(at).sum(), self.noise(at).sum())
+            alpha, sigma = (
+                torch.autograd.grad(value, at)[0] if value.requires_grad else torch.zeros_like(t)
+                for value in values
+            )
+        return alpha, sigma
+
+
+def _check_values(values: object, times: Tensor, name: str) -> None:
+    if not isinstance(values, Tensor):
+        msg = f"{name} must return a tensor; got {type(values).__name__}"
+        raise TypeError(msg)
+    if values.shape != times.shape:
+        msg = f"{name} must return one value per time, {tuple(times.shape)}; got {values.shape}"
+        raise ValueError(msg)
+    bad = ~(values.isfinite() & (values >= 0))
+    if bool(bad.any()):
+        msg = f"{name} must be finite and not negative; at t = {times[bad][0]:.6g} it is not"
+        raise ValueError(msg)

@@ -1,0 +1,286 @@
+"""Samples in one call: solver, grid, start and end as they were measured to be best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.sde import LinearSDE
+from cldsde.progress import progress_bar
+from cldsde.score import ReverseProcess, Score
+
+from .base import Solver
+from .exponential_multistep import ExponentialMultistep
+from .grids import root_times
+from .noise import SampleNoise
+from .planning import Plan, plan
+from .sscs import SSCS
+from .stochastic_heun import StochasticHeun
+
+__all__ = ["RECOMMENDED", "Recipe", "fit_grid", "recommended_plan", "sample"]
+
+# Half log-SNR κ between which samples are made, for data with a standard deviation of about 1.
+# Above the first nothing of the data shows; the data prediction at the second removes the rest.
+_FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
+
+# Samples that are solved at once: states of at most so many numbers, and so many samples.
+_NUMBERS, _SAMPLES = 2**20, 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A solver and how it finishes."""
+
+    solver: Solver
+    denoise: Literal[True, "step"]  #: See `solve`.
+
+
+RECOMMENDED = (
+    Recipe(ExponentialMultistep(order=2, stochasticity=1.0), denoise=True),
+    Recipe(SSCS(), denoise="step"),
+    Recipe(StochasticHeun(), denoise="step"),
+)
+"""Solvers in the order of preference, on `root_times`; the first that applies to a process is used.
+
+The multistep solver needs a score that determines the data; SSCS needs a stationary distribution;
+StochasticHeun takes every process."""
+
+
+def sample(
+    sde: LinearSDE,
+    score: Score,
+    shape: Sequence[int],
+    *,
+    nfe: int = 20,
+    seed: int = 0,
+    solver: Solver | None = None,
+    times: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Generate samples of a score, with solver, grid, start and end chosen for the process.
+
+    The solver is the first of `RECOMMENDED` that applies to the process, on `root_times`. Sampling
+    starts at κ = −3.3, half the log of the signal-to-noise ratio, and ends at κ = 3.3 with the data
+    prediction; a score that knows the noise levels it was trained on (`DenoiserScore`) narrows the
+    range.
+
+    Parameters
+    ----------
+    sde
+        The process to sample with.
+    score
+        score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a `GaussianMixture`.
+    shape
+        ``(B, *D)``: number of samples and shape of one.
+    nfe
+        Most evaluations of the score for a sample.
+    seed
+        Of all random numbers. Each sample has a random stream of its own: the first samples are the
+        same for any B and ``batch``, up to rounding in a network.
+    solver
+        Another solver; it finishes with the data prediction if the process has one.
+    times
+        Another decreasing grid ``(n + 1,)``, in place of ``nfe``.
+    device
+        None: the device of the score's parameters, or the CPU.
+    dtype
+        Of the states.
+    batch
+        Samples solved at once. None: up to 4,096, fewer if a sample is large.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    Tensor
+        Data ``(B, *D)`` on the device.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If ``nfe`` allows no step, the shape is no shape, the grid does not decrease, or the solver
+        does not apply to the process. Nothing is evaluated before.
+    FloatingPointError
+        If a sample is not finite.
+
+    Notes
+    -----
+    Structure finer than e^{−κ} ≈ 0.04 at the end is smoothed away, as a network's errors are there.
+    For an exact score of fine structure pass ``times`` with a smaller end. Data should have a
+    standard deviation of about 1.
+
+    Examples
+    --------
+    >>> import torch, cldsde
+    >>> data = cldsde.GaussianMixture([0.5, 0.5], [[-2.0, 0.0], [2.0, 1.0]], [torch.eye(2) / 4] * 2)
+    >>> sde = cldsde.CLD()
+    >>> x = cldsde.sample(sde, data.score(sde), (1000, 2), nfe=10)
+    >>> x.shape, bool((x.mean(0) - torch.tensor([0.0, 0.5])).abs().max() < 0.3)
+    (torch.Size([1000, 2]), True)
+    """
+    process = ReverseProcess(sde, score)
+    count, *data_shape = _checked_shape(shape)
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        msg = f"batch must be an integer ≥ 1 or None; got {batch!r}"
+        raise ValueError(msg)
+    if not dtype.is_floating_point:
+        msg = f"dtype must be a floating-point type; got {dtype}"
+        raise ValueError(msg)
+    seeds = _seeds(seed, count)
+    recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
+    root = _start_root(sde, float(sampler.times[0]))
+    device = _device_of(score) if device is None else torch.device(device)
+    most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
+    size = min(_SAMPLES, most) if batch is None else batch
+    found = []
+    with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
+        for first in range(0, count, size):
+            some = seeds[first : first + size]
+            noise = SampleNoise(some)
+            like = torch.empty(len(some), sde.components, *data_shape, dtype=dtype, device=device)
+            start = apply_blocks(root, noise.normal(like, sde.components))
+            solution = sampler.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
+            found.append(solution.raise_for_failure().data)
+            bar.update(len(some))
+    return torch.cat(found)
+
+
+def recommended_plan(
+    process: ReverseProcess,
+    *,
+    nfe: int = 20,
+    solver: Solver | None = None,
+    times: Tensor | None = None,
+) -> tuple[Recipe, Plan]:
+    """The recipe of `sample` for a process and its plan.
+
+    Parameters
+    ----------
+    process, nfe, solver, times
+        See `sample`.
+
+    Raises
+    ------
+    ValueError
+        If no recipe applies, or ``nfe`` allows no step.
+    """
+    recipes = RECOMMENDED if solver is None else (Recipe(solver, True), Recipe(solver, "step"))
+    for recipe in recipes[:-1]:
+        try:
+            return recipe, _plan(process, recipe, nfe, times)
+        except ValueError:
+            continue  # the recipe does not apply; the last one says what is wrong
+    return recipes[-1], _plan(process, recipes[-1], nfe, times)
+
+
+def _plan(process: ReverseProcess, recipe: Recipe, nfe: int, times: Tensor | None) -> Plan:
+    if times is None:
+        start, end = _window(process)
+        times = fit_grid(process, recipe.solver, start, end, nfe - 1)
+    made = plan(process, recipe.solver, times)
+    made.check_denoise(recipe.denoise)
+    return made
+
+
+def fit_grid(
+    process: ReverseProcess, solver: Solver, start: float, end: float, nfe: int, grid: Any = None
+) -> Tensor:
+    """The longest grid on which a solver evaluates the score at most ``nfe`` times.
+
+    Parameters
+    ----------
+    process, solver
+        What is solved, and how.
+    start, end
+        First and last time.
+    nfe
+        Most evaluations.
+    grid
+        grid(sde, start, end, n), such as `root_times`, which is the default.
+
+    Returns
+    -------
+    Tensor
+        ``(n + 1,)``; for an adaptive solver the two ends.
+
+    Raises
+    ------
+    ValueError
+        If ``nfe`` is too small for one step.
+    """
+    if solver.facts.adaptive:
+        return torch.tensor([start, end], dtype=torch.float64, device="cpu")
+    grid = root_times if grid is None else grid
+    n = nfe // max(1, solver.facts.nfe_per_step)
+    while n >= 1:
+        times: Tensor = grid(process.sde, start, end, n)
+        asked = solver.evaluation_times(process, times)
+        count = 0 if asked is None else int(process.evaluations(asked).sum())
+        if count <= nfe:
+            return times
+        n = min(n - 1, n * nfe // count)
+    msg = f"nfe: {nfe} evaluations are too few for a step of {type(solver).__name__}"
+    raise ValueError(msg)
+
+
+def _window(process: ReverseProcess) -> tuple[float, float]:
+    """Times between which samples are made."""
+    low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
+    levels = getattr(process.score, "levels", None)
+    if levels is not None:
+        low = max(low, -math.log(levels[1]) if levels[1] < math.inf else -math.inf)
+        high = min(high, -math.log(levels[0]) if levels[0] > 0 else math.inf)
+    ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
+    start, end = times_of_log_snr(process.sde, ends).tolist()
+    if not end < start:
+        msg = (
+            f"score: the noise levels that it was trained on, {levels}, leave no interval of "
+            f"{process.sde!r} to sample in"
+        )
+        raise ValueError(msg)
+    return start, end
+
+
+def _start_root(sde: LinearSDE, t: float) -> Tensor:
+    """Root of the covariance of states at the start: of the prior, or of unit-variance data."""
+    if t == sde.T:
+        return sde.prior.root
+    initial = sde.initial_covariance.clone()
+    initial[0, 0] = initial[0, 0] + 1
+    return sde.marginal(t, initial).root
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence | torch.Size) else ()
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
+    if len(sizes) < 2 or not whole:
+        msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
+        raise ValueError(msg)
+    return sizes
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """One seed per sample, all different, far from those of other values of ``seed``."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        msg = f"seed must be an integer ≥ 0; got {seed!r}"
+        raise ValueError(msg)
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [(first + i) % 2**32 for i in range(count)]
+
+
+def _device_of(score: Score) -> torch.device:
+    tensors = [*score.parameters(), *score.buffers()] if isinstance(score, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")

@@ -1,0 +1,128 @@
+"""Classifier-free guidance of any two scores, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, ReverseProcess, solvers
+from cldsde.score import ConditionalScore
+from probes import generator
+
+
+class Counting:
+    """A denoiser of normal data with a condition for its variance; counts calls and samples."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.samples = 0
+
+    def __call__(self, u: Tensor, sigma: Tensor, variance: Tensor) -> Tensor:
+        self.calls += 1
+        self.samples += len(u)
+        variance = variance.reshape(-1, *(1,) * (u.ndim - 1))
+        return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
+
+
+def pair(sde: Any, network: Counting) -> tuple[ConditionalScore, ConditionalScore]:
+    score = DenoiserScore(network, sde)
+    return (
+        ConditionalScore(score, variance=torch.tensor(0.5)),
+        ConditionalScore(score, variance=torch.tensor(2.0)),
+    )
+
+
+def start(sde: Any) -> Tensor:
+    return sde.prior.sample((6, 2), generator=generator())
+
+
+@pytest.mark.parametrize("process", [VPSDE, CLD])
+def test_guidance_is_linear_and_batched(process):
+    """One call of twice the batch gives what two calls do, to rounding."""
+    sde, network = process(), Counting()
+    given, free = pair(sde, network)
+    z = start(sde)
+    guided = GuidedScore(given, free, 3.0)
+    expected = free(z, 0.5) + 3.0 * (given(z, 0.5) - free(z, 0.5))
+    network.calls = network.samples = 0
+    t = torch.tensor(0.5).expand(len(z))
+    torch.testing.assert_close(guided(z, t), expected, rtol=1e-5, atol=1e-6)
+    assert (network.calls, network.samples) == (1, 12)
+
+
+def test_scores_that_cannot_be_joined_are_called_apart():
+    sde, network = VPSDE(), Counting()
+    given, _ = pair(sde, network)
+    z = start(sde)
+    guided = GuidedScore(given, lambda z, t: -z, 2.0)
+    torch.testing.assert_close(guided(z, 0.5), -z + 2 * (given(z, 0.5) + z))
+
+
+@pytest.mark.parametrize(("weight", "counted"), [(0.0, 10), (1.0, 10), (2.0, 20)])
+@pytest.mark.parametrize("solver", [solvers.EulerMaruyama(), solvers.ExponentialMultistep()])
+def test_nfev_counts_the_network(weight, counted, solver):
+    """Ten steps, each of them one sample of the network or two."""
+    sde, network = CLD(), Counting()
+    process = ReverseProcess(sde, GuidedScore(*pair(sde, network), weight))
+    plan = solvers.plan(process, solver, solvers.root_times(0.7, 0.01, 10))
+    found = plan.solve(start(sde), generator=generator())
+    assert found.nfev == plan.nfev == counted
+    assert network.samples == counted * 6
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        solvers.EulerMaruyama(),
+        solvers.ProbabilityFlow(),
+        solvers.ProbabilityFlow(pace="sample"),
+        solvers.GottaGoFast(),
+        solvers.TorchDiffEq(),
+    ],
+    ids=repr,
+)
+def test_guidance_in_an_interval_of_noise_levels(solver):
+    """Outside of it only the conditional score is evaluated; every evaluation is counted."""
+    sde, network = CLD(), Counting()
+    given, free = pair(sde, network)
+    guided = GuidedScore(given, free, 2.0, interval=(0.2, 2.0))
+    times = solvers.root_times(0.7, 0.01, 10)
+    found = solvers.solve(
+        ReverseProcess(sde, guided), solver, start(sde), times, generator=generator(), denoise=True
+    )
+    assert found.success
+    assert network.samples == int(found.stats["nfev"].sum())
+    if not solver.facts.adaptive:
+        levels = (-sde.log_snr(torch.cat([times[:-1], times[-1:]]))).exp()
+        inside = int(((levels > 0.2) & (levels <= 2.0)).sum())
+        assert found.nfev == 11 + inside
+    for t in (0.7, 0.3, 0.01):
+        z = start(sde)
+        level = float((-sde.log_snr(t)).exp())
+        inside = 0.2 < level <= 2.0
+        expected = free(z, t) + (2.0 if inside else 1.0) * (given(z, t) - free(z, t))
+        torch.testing.assert_close(guided(z, t), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_at_times_of_their_own_are_guided_one_by_one():
+    sde = CLD()
+    guided = GuidedScore(*pair(sde, Counting()), 2.0, interval=(0.2, 2.0))
+    z, t = start(sde), torch.linspace(0.05, 0.9, 6)
+    apart = torch.cat([guided(z[i : i + 1], t[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(guided(z, t), apart, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments():
+    sde = VPSDE()
+    given, free = pair(sde, Counting())
+    with pytest.raises(TypeError, match="unconditional must be a callable"):
+        GuidedScore(given, None, 2.0)
+    with pytest.raises(TypeError, match="weight"):
+        GuidedScore(given, free, "2")
+    with pytest.raises(ValueError, match="interval must be two increasing noise levels"):
+        GuidedScore(given, free, 2.0, interval=(2.0, 0.2))
+    with pytest.raises(ValueError, match="interval must be None if conditional has no"):
+        GuidedScore(lambda z, t: z, free, 2.0, interval=(0.2, 2.0))
