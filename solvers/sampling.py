@@ -15,9 +15,9 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
-from cldsde.score import ReverseProcess, Score
+from cldsde.score import PredictionDenoiser, ReverseProcess, Score, ScoreDenoiser
 
-from .base import Solver
+from .base import Solver, check_solver
 from .exponential_multistep import ExponentialMultistep
 from .grids import root_times
 from .noise import SampleNoise
@@ -131,6 +131,9 @@ def sample(
     >>> x.shape, bool((x.mean(0) - torch.tensor([0.0, 0.5])).abs().max() < 0.3)
     (torch.Size([1000, 2]), True)
     """
+    if isinstance(score, PredictionDenoiser | ScoreDenoiser):
+        msg = "score must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
+        raise TypeError(msg)
     process = ReverseProcess(sde, score)
     count, *data_shape = _checked_shape(shape)
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
@@ -139,6 +142,11 @@ def sample(
     if not dtype.is_floating_point:
         msg = f"dtype must be a floating-point type; got {dtype}"
         raise ValueError(msg)
+    if isinstance(nfe, bool) or not isinstance(nfe, int):
+        msg = f"nfe must be an integer; got {nfe!r}"
+        raise TypeError(msg)
+    if solver is not None:
+        check_solver(solver)
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     root = _start_root(sde, float(sampler.times[0]))

@@ -11,6 +11,7 @@ from cldsde.score.mixture import GaussianMixture, MixtureScore
 from cldsde.score.paths import NoisePath
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
+from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import TimeSampler, log_snr_density
 from cldsde.score.variational import cross_entropy, evidence_lower_bound
 
@@ -30,6 +31,7 @@ __all__ = [
     "PredictionDenoiser",
     "ReverseProcess",
     "Score",
+    "ScoreDenoiser",
     "TimeSampler",
     "bits_per_dim",
     "cross_entropy",

@@ -47,6 +47,7 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import WhitenedLaw, whiten
 from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import LogSNRDensity
 from cldsde.score.times import coefficients_at
 
@@ -176,6 +177,14 @@ class MixedScore(nn.Module):
         # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
         self._variance = self.data_variance.cpu().to(torch.float64)
         self._loads = 0  # how often other values were loaded
+
+    @property
+    def denoiser(self) -> ScoreDenoiser:
+        """The denoiser D(u, σ) that the model has learnt, for sampling with other processes.
+
+        Conditions are the model's, as in ``denoiser(u, sigma, condition=label)``.
+        """
+        return ScoreDenoiser(self)
 
     def extra_repr(self) -> str:
         """Process and inputs, which the representation shows before the network."""

@@ -18,11 +18,13 @@ from cldsde import (
     VPSDE,
     DenoiserScore,
     GaussianMixture,
+    MixedScore,
     NoisePath,
     PredictionDenoiser,
     ReverseProcess,
     solvers,
 )
+from cldsde.score import ScoreDenoiser
 from probes import generator
 
 PROCESSES = {"VP": VPSDE, "VE": VESDE, "CLD": CLD, "PSLD": PSLD, "HOLD": HOLD}
@@ -432,3 +434,49 @@ def test_conditions_reach_the_network():
     score = DenoiserScore(PredictionDenoiser(conditional, NoisePath.linear()), sde)
     score(torch.zeros(4, 1, 2), 0.5, class_labels=torch.arange(4))
     assert told["class_labels"].tolist() == [0, 1, 2, 3]
+
+
+class TestScoreDenoiser:
+    """The denoiser inside a score."""
+
+    @pytest.mark.parametrize("process", PROCESSES)
+    def test_the_denoiser_of_an_exact_score(self, process):
+        """At any state of the right estimate, whatever fills it up."""
+        sde = PROCESSES[process]()
+        sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+        u = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
+        for source in (None, generator(1)):
+            found = ScoreDenoiser(DATA.score(sde), generator=source)(u, sigma)
+            torch.testing.assert_close(found, exact(u, sigma), rtol=1e-9, atol=1e-9)
+
+    def test_a_mixed_score_under_another_process(self):
+        """A network trained with VP is, under CLD, as one that is shown the estimate."""
+        network = torch.nn.Module()
+        network.forward = lambda x, clock: torch.tanh(x) * clock.reshape(-1, 1).cos()
+        vp, cld = VPSDE(), CLD()
+        trained = MixedScore(network, vp, 0.2, 0.7).double()
+        shown = MixedScore(network, cld, 0.2, 0.7, inputs="estimate").double()
+        z = states(cld, 0.4)
+        crossed = DenoiserScore(trained.denoiser, cld)
+        torch.testing.assert_close(crossed(z, 0.4), shown(z, 0.4), rtol=1e-6, atol=1e-6)
+
+    def test_times_are_those_of_the_levels(self):
+        """Known levels keep their digits through both conversions, in single precision."""
+        seen: list[Tensor] = []
+        vp, cld = VPSDE(), CLD()
+        plain = DATA.score(vp)
+
+        def score(z: Tensor, t: Tensor) -> Tensor:
+            seen.append(t[:1].clone())
+            return plain(z, t)
+
+        inner = ScoreDenoiser(score, vp)
+        times = solvers.root_times(0.8, 0.01, 5)
+        solvers.solve(
+            ReverseProcess(cld, DenoiserScore(inner, cld)),
+            solvers.EulerMaruyama(),
+            torch.zeros(2, 2, 2),
+            times,
+        )
+        wanted = solvers.times_of_log_snr(vp, cld.log_snr(times[:-1])).float()
+        assert torch.equal(torch.cat(seen), wanted)
