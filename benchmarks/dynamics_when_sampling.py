@@ -21,7 +21,6 @@ from cldsde.images.data import to_levels
 from cldsde.images.evaluation_table import Evaluation
 from cldsde.images.model import ImageModel, load_model
 from cldsde.progress import progress_bar
-from cldsde.score import ScoreDenoiser
 
 DYNAMICS = {"VP": VPSDE, "CLD": CLD, "PSLD": PSLD, "HOLD": HOLD}
 BUDGETS = (5, 7, 10, 20, 50)
@@ -72,7 +71,7 @@ def row_of(results: dict[str, Any], network: str, dynamics: str, nfe: int) -> di
 
 def generate(model: ImageModel, dynamics: str, nfe: int, seed: int) -> torch.Tensor:
     sde = DYNAMICS[dynamics]()
-    score = DenoiserScore(ScoreDenoiser(model.score), sde)
+    score = DenoiserScore(model.score.denoiser, sde)
     shape = (SAMPLES, *model.space.shape)
     data = sample(sde, score, shape, nfe=nfe, seed=seed, batch=250)
     return to_levels(data, model.space.levels, dequantised=model.space.dequantised)

@@ -182,9 +182,10 @@ class MixedScore(nn.Module):
     def denoiser(self) -> ScoreDenoiser:
         """The denoiser D(u, σ) that the model has learnt, for sampling with other processes.
 
-        Conditions are the model's, as in ``denoiser(u, sigma, condition=label)``.
+        Conditions are the model's, as in ``denoiser(u, sigma, condition=label)``. If the network is
+        shown a state of several components, noise fills the state up; see `ScoreDenoiser`.
         """
-        return ScoreDenoiser(self)
+        return ScoreDenoiser(self, fill=self.inputs == "state")
 
     def extra_repr(self) -> str:
         """Process and inputs, which the representation shows before the network."""

@@ -5,7 +5,9 @@ A state that agrees with data plus noise, u = x_0 + σ n, is
 .. math:: z = ψ u + L P ξ, \qquad P = I − w w^⊤ / w^⊤ w, \quad w = L^{-1} ψ,
 
 at the time of the noise level σ: its best estimate of the data is u, and the rest is noise that
-tells nothing of the data. The score at z gives E[x_0 | z] = D(u, σ).
+tells nothing of the data. The score at z gives E[x_0 | z] = D(u, σ). An exact score gives the same
+for every ξ. A network that was trained on states needs the noise: without it, or with one pattern
+for all samples, it sees states that it was not trained on.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ class ScoreDenoiser(nn.Module):
         score(z, t, \*\*conditions) of the driven components, such as a `MixedScore`.
     sde
         The process of the score. None takes its attribute ``sde``.
+    fill
+        Whether to add ξ to states of several components. False is for scores that depend on the
+        state through its estimate of the data alone, such as exact ones.
     generator
-        Source of the noise that fills up states of several components. None uses a pattern of
-        normals that is the same at every evaluation.
+        Source of ξ. None makes one with seed 0 on the device of the first evaluation.
 
     Raises
     ------
@@ -64,7 +68,7 @@ class ScoreDenoiser(nn.Module):
     >>> from cldsde import CLD, VPSDE, DenoiserScore, GaussianMixture
     >>> data = GaussianMixture([0.5, 0.5], [[-1.0], [2.0]], [[[0.1]], [[0.2]]])
     >>> vp = VPSDE()
-    >>> score = DenoiserScore(ScoreDenoiser(data.score(CLD())), vp)
+    >>> score = DenoiserScore(ScoreDenoiser(data.score(CLD()), fill=False), vp)
     >>> z = torch.linspace(-2, 2, 5, dtype=torch.float64).reshape(5, 1, 1)
     >>> bool(torch.allclose(score(z, 0.3), data.score(vp)(z, 0.3)))
     True
@@ -75,11 +79,13 @@ class ScoreDenoiser(nn.Module):
         score: Any,
         sde: LinearSDE | None = None,
         *,
+        fill: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.score = score
         self.sde: LinearSDE = score.sde if sde is None else sde
+        self.fill = fill
         self.generator = generator
 
     @property
@@ -104,20 +110,16 @@ class ScoreDenoiser(nn.Module):
         dtype = torch.promote_types(u.dtype, torch.float32)
         lift = coefficients_at(self, sigma, u, self._lift, dtype, 0, read_levels)
         z = apply_blocks(lift.psi, u.unsqueeze(1))
-        if self.sde.components > 1:
+        if self.fill and self.sde.components > 1:
             z = z + apply_blocks(lift.rest, self._noise(z))
         t = with_known(lift.time.expand(len(u)), sigma, self, self._times)
         score = self.score(z, t, **conditions)
         return (apply_blocks(lift.state, z) + apply_blocks(lift.value, score))[:, 0]
 
     def _noise(self, z: Tensor) -> Tensor:
-        if self.generator is not None:
-            return standard_normal(
-                z.shape, generator=self.generator, dtype=z.dtype, device=z.device
-            )
-        fixed = torch.Generator().manual_seed(0)
-        pattern = standard_normal(z.shape[1:], generator=fixed, dtype=z.dtype, device=z.device)
-        return pattern.expand(z.shape)
+        if self.generator is None:
+            self.generator = torch.Generator(z.device).manual_seed(0)
+        return standard_normal(z.shape, generator=self.generator, dtype=z.dtype, device=z.device)
 
     def _times(self, levels: Tensor) -> Tensor:
         return times_of_log_snr(self.sde, -levels.log(), eps=_EARLIEST)

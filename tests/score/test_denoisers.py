@@ -445,8 +445,8 @@ class TestScoreDenoiser:
         sde = PROCESSES[process]()
         sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
         u = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
-        for source in (None, generator(1)):
-            found = ScoreDenoiser(DATA.score(sde), generator=source)(u, sigma)
+        for options in ({}, {"fill": False}, {"generator": generator(1)}):
+            found = ScoreDenoiser(DATA.score(sde), **options)(u, sigma)
             torch.testing.assert_close(found, exact(u, sigma), rtol=1e-9, atol=1e-9)
 
     def test_a_mixed_score_under_another_process(self):
@@ -480,3 +480,22 @@ class TestScoreDenoiser:
         )
         wanted = solvers.times_of_log_snr(vp, cld.log_snr(times[:-1])).float()
         assert torch.equal(torch.cat(seen), wanted)
+
+    def test_states_that_are_filled_up_look_like_states(self):
+        """The covariance of z given x_0, if u has the noise of its level: 20,000 states."""
+        sde, sigma, seen = CLD(), 0.8, []
+
+        def score(z: Tensor, t: Tensor) -> Tensor:
+            seen.append((z, float(t[0])))
+            return z[:, 1:]
+
+        noise = torch.randn(20_000, 1, generator=generator(), dtype=torch.float64)
+        ScoreDenoiser(score, sde)(0.3 + sigma * noise, sigma)
+        z, t = seen[0]
+        law = sde.marginal(torch.tensor(t, dtype=torch.float64))
+        off = z[..., 0] - 0.3 * law.mean[:, 0]
+        found = off.mT @ off / len(off)
+        # A product of two normals has a standard deviation of at most √2 of its scale.
+        scale = law.covariance.diagonal().sqrt()
+        tolerance = 4 * math.sqrt(2 / len(off)) * scale[:, None] * scale
+        assert ((found - law.covariance).abs() <= tolerance).all()

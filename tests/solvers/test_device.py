@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import cldsde
-from cldsde import GaussianMixture, LinearSDE, MixedScore, ReverseProcess, solvers
-from cldsde.score import score_matching_loss
+from cldsde import (
+    DenoiserScore,
+    GaussianMixture,
+    GuidedScore,
+    LinearSDE,
+    MixedScore,
+    NoisePath,
+    PredictionDenoiser,
+    ReverseProcess,
+    solvers,
+)
+from cldsde.score import ScoreDenoiser, score_matching_loss
 from probes import start
 from simulated_device import Generator, SimulatedDevice, Traffic, needs_simulation, simulated_device
 
@@ -272,6 +282,48 @@ class TestTrafficOfGridSolvers:
         assert many.to_device == few.to_device
         assert many.selections == 0
         assert many.waits == few.waits <= 2
+
+
+class TestDenoisers:
+    """Networks of other processes: the bits of the CPU, and coefficients copied before the loop."""
+
+    @staticmethod
+    def solved(name: str, place: str, steps: int) -> Tensor:
+        sde = PROCESSES[name]()
+        path = NoisePath.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
+        noise = PredictionDenoiser(lambda x, index: (0.001 * index).unsqueeze(1) * x.sin(), path)
+        score = DenoiserScore(noise, sde)
+        inner = DenoiserScore(ScoreDenoiser(score, generator=seeded(place)), sde)
+        process = ReverseProcess(sde, GuidedScore(inner, score, 2.0, interval=(0.1, 1.0)))
+        state = start(sde, dtype=torch.float32).to(place)
+        times = solvers.quadratic_times(0.8, 0.05, steps)
+        return solvers.solve(
+            process, SOLVERS["euler-maruyama"], state, times, generator=seeded(place)
+        ).state
+
+    @every_process
+    def test_denoisers_copy_nothing_within_the_loop(
+        self, process: str, device: SimulatedDevice
+    ) -> None:
+        with torch.device("cpu"):
+            on_cpu = self.solved(process, "cpu", 4)
+        before = device.traffic()
+        found = self.solved(process, "sim", 4)
+        few = device.traffic() - before
+        check_same([found], [on_cpu], device)
+        before = device.traffic()
+        self.solved(process, "sim", 9)
+        many = device.traffic() - before
+        assert many.to_device == few.to_device
+        assert (many.waits, many.selections) == (few.waits, 0)
+
+    def test_samples_in_one_call(self, device: SimulatedDevice) -> None:
+        sde = PROCESSES["CLD"]()
+        on_cpu, there = (
+            cldsde.sample(sde, mixture().score(sde), (3, 2), nfe=4, device=place)
+            for place in ("cpu", "sim")
+        )
+        check_same([there], [on_cpu], device)
 
 
 class TestTrafficOfAdaptiveSolvers:

@@ -1,0 +1,6 @@
+# folder: written by save_pretrained, of a pipeline or of a model with its scheduler
+from cldsde import CLD, DenoiserScore, pretrained, sample
+
+sde = CLD()
+denoiser = pretrained.from_diffusers(folder)
+samples = sample(sde, DenoiserScore(denoiser, sde), (4, *denoiser.shape), nfe=10)

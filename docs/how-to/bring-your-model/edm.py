@@ -1,0 +1,6 @@
+# net(u, sigma) estimates the data from u = data + sigma · noise
+from cldsde import CLD, DenoiserScore, sample
+
+sde = CLD()
+score = DenoiserScore(net, sde, levels=(0.002, 80.0))
+samples = sample(sde, score, (1000, 2), nfe=20)

@@ -1,0 +1,10 @@
+# the best estimate of normal data of variance 4, written as a formula
+from cldsde import CLD, DenoiserScore, sample
+
+
+def denoiser(u, sigma):
+    return u * (4 / (4 + sigma**2)).unsqueeze(1)
+
+
+sde = CLD()
+samples = sample(sde, DenoiserScore(denoiser, sde), (1000, 2), nfe=20)

@@ -1,0 +1,7 @@
+# network(x, index) predicts the noise at one of 1,000 levels, alphas_cumprod
+from cldsde import CLD, DenoiserScore, NoisePath, PredictionDenoiser, sample
+
+sde = CLD()
+path = NoisePath.from_alphas_cumprod(alphas_cumprod)
+denoiser = PredictionDenoiser(network, path, "noise")
+samples = sample(sde, DenoiserScore(denoiser, sde), (1000, 2), nfe=20)
