@@ -107,7 +107,13 @@ nitpick_ignore_regex = [
 ]
 
 
-LAYERS = ("cldsde.linear", "cldsde.score", "cldsde.solvers", "cldsde.validation")
+LAYERS = (
+    "cldsde.linear",
+    "cldsde.score",
+    "cldsde.solvers",
+    "cldsde.validation",
+    "cldsde.pretrained",
+)
 
 
 def _public_reference(app, env, node, contnode):
