@@ -49,8 +49,9 @@ def test_layers_import_only_the_layers_below():
         "score": {"linear"},
         "solvers": {"linear", "score"},
         "validation": {"linear", "score", "solvers"},
-        "images": {"linear", "score", "solvers", "validation"},
-        "cli": {"linear", "score", "solvers", "validation", "images"},
+        "pretrained": {"linear", "score", "solvers"},
+        "images": {"linear", "score", "solvers", "validation", "pretrained"},
+        "cli": {"linear", "score", "solvers", "validation", "pretrained", "images"},
     }
     package = Path(cldsde.__file__).parent
     for layer, allowed in below.items():
