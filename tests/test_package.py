@@ -104,8 +104,8 @@ def test_ci_calls_the_readme_test_command():
     assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_readme_example_prints_what_it_says():
-    (code,) = readme_blocks("python")
+@pytest.mark.parametrize("code", readme_blocks("python"))
+def test_readme_examples_print_what_they_say(code):
     promised = re.findall(r"^# prints (.*)$", code, re.MULTILINE)
     assert promised
     assert run_python(code).strip().splitlines() == promised
