@@ -33,7 +33,8 @@ class Score(Protocol):
 def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     if (first.components, first.driven) != (second.components, second.driven):
         return False
-    t = torch.linspace(0, first.T, 5, dtype=torch.float64, device="cpu")
+    end = min(first.regular_until, second.regular_until)
+    t = torch.linspace(0, end, 5, dtype=torch.float64, device="cpu")
     pairs = (
         (first.drift(t), second.drift(t)),
         (first.diffusion(t), second.diffusion(t)),
