@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "ScoreAt",
     "Solver",
+    "check_regular",
     "check_same_kind",
     "check_solver",
 ]
@@ -36,8 +38,17 @@ Memory = tuple[Tensor, ...]
 
 They are affine in state and noise if the score is affine."""
 
-ScoreAt = Callable[[Tensor, int], Tensor]
-"""Score of the driven components at a state, at the evaluation time of the given number."""
+class ScoreAt(Protocol):
+    """Score of the driven components at a state, at the evaluation time of the given number."""
+
+    def __call__(self, z: Tensor, number: int, /) -> Tensor:
+        """Score ``(B, d, *D)``."""
+        ...
+
+    def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        ...
+
 
 Callback = Callable[[int, Any, Tensor], object]
 """Function that `solve` calls after each step: number of steps so far, time, state."""
@@ -220,6 +231,17 @@ class GridSolver(Solver):
         z = made[0]
         check_same_kind(z, like, f"{type(self).__name__}.step")
         return z, made[1]
+
+
+def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
+    """Raise ValueError if a grid reaches the time at which nothing of the data is left."""
+    end = float(times.max())
+    if end == sde.T > sde.regular_until:
+        msg = (
+            f"times must not reach t = {end:g} for {solver}, because nothing of the data is left "
+            f"there; take t ≤ {sde.regular_until:.6g}, or ExponentialMultistep"
+        )
+        raise ValueError(msg)
 
 
 def check_same_kind(z: object, like: Tensor, name: str) -> None:
