@@ -27,6 +27,7 @@ __all__ = [
     "Memory",
     "Run",
     "ScoreAt",
+    "ShiftedScore",
     "Solver",
     "check_regular",
     "check_same_kind",
@@ -38,6 +39,7 @@ Memory = tuple[Tensor, ...]
 
 They are affine in state and noise if the score is affine."""
 
+
 class ScoreAt(Protocol):
     """Score of the driven components at a state, at the evaluation time of the given number."""
 
@@ -48,6 +50,22 @@ class ScoreAt(Protocol):
     def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
         """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
         ...
+
+
+@dataclass(frozen=True)
+class ShiftedScore:
+    """A score whose evaluations are counted from a given number on, for solvers within solvers."""
+
+    score: ScoreAt
+    shift: int
+
+    def __call__(self, z: Tensor, number: int, /) -> Tensor:
+        """Score ``(B, d, *D)``."""
+        return self.score(z, self.shift + number)
+
+    def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        return self.score.data_prediction(z, self.shift + number)
 
 
 Callback = Callable[[int, Any, Tensor], object]

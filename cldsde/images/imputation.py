@@ -27,6 +27,7 @@ from cldsde.solvers.authoring import (
     Memory,
     NoiseSource,
     ScoreAt,
+    ShiftedScore,
     Solver,
     as_blocks,
     check_solver,
@@ -256,9 +257,8 @@ class Imputation(GridSolver):
         first, steps = tables.starts[i], len(tables.starts)
         length = min(self.jump, steps - first)
         shift = tables.evaluations * ((self.resample - 1) * first + again * length)
-        z, memory = tables.solver.step(
-            z, memory, tables.inner, i, lambda z, j: score(z, shift + j), noise
-        )
+        shifted = ShiftedScore(score, shift)
+        z, memory = tables.solver.step(z, memory, tables.inner, i, shifted, noise)
         if memory and self.resample > 1:
             msg = (
                 "solver must be a one-step solver where resample is above 1; "

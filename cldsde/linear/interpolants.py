@@ -100,24 +100,20 @@ class _Angles:
         return torch.sin(self._at(self._noise, t))
 
     def gain(self, s: Tensor, t: Tensor) -> Tensor:
-        """sin(θ_t − θ_s), the difference from parts of pieces and whole ones."""
-        first, into = self._piece(s)
+        """sin(θ_t − θ_s), the difference relative to that along the slope of the first piece."""
+        first, _ = self._piece(s)
         last, beyond = self._piece(t)
         steps = self._noise.diff()
-        # Up to the end of the first piece, over whole ones, and into the last.
-        apart = (
-            (1 - into) * steps[first]
-            + (self._noise[last] - self._noise[first + 1])
-            + beyond * steps[last]
-        )
-        within = len(steps) * (t - s) * steps[first]
-        return torch.sin(torch.where(first == last, within, apart))
+        step, whole = steps[first], self._noise[last] - self._noise[first + 1]
+        bend = whole - (last - first - 1) * step + beyond * (steps[last] - step)
+        return torch.sin(len(steps) * (t - s) * step + bend)
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Piece of each time, and the share of it that lies before."""
         n = len(self._noise) - 1
         piece = (t.detach() * n).floor().clamp(0, n - 1)
-        return piece.long(), t * n - piece
+        # Not t·n − piece, which would round t·n.
+        return piece.long(), (t - piece / n) * n
 
     def _at(self, knots: Tensor, t: Tensor) -> Tensor:
         piece, share = self._piece(t)

@@ -147,10 +147,10 @@ class SignalNoiseDynamics(Dynamics):
 
     def _with_rates(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """α and α′, σ and σ′."""
-        ones = torch.ones_like(t)
-        alpha: tuple[Tensor, Tensor] = torch.func.jvp(self.signal, (t,), (ones,))
-        sigma: tuple[Tensor, Tensor] = torch.func.jvp(self.noise, (t,), (ones,))
-        return alpha, sigma
+        one = (torch.ones_like(t),)
+        alpha, alpha_rate = torch.func.jvp(self.signal, (t,), one)[:2]
+        sigma, sigma_rate = torch.func.jvp(self.noise, (t,), one)[:2]
+        return (alpha, alpha_rate), (sigma, sigma_rate)
 
     def _squared_diffusion(self, t: Tensor) -> Tensor:
         (alpha, alpha_rate), (sigma, sigma_rate) = self._with_rates(t)
@@ -183,9 +183,7 @@ class SignalNoiseDynamics(Dynamics):
 
     def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:
         if abs(float(alpha[0]) - 1) > 8 * _EPS:
-            msg = (
-                f"signal must be 1 at t = 0, where the state is the data; got {float(alpha[0]):g}"
-            )
+            msg = f"signal must be 1 at t = 0, where the state is the data; got {float(alpha[0]):g}"
             raise ValueError(msg)
         for name, bad, wanted in (
             ("signal", alpha[:-1] <= 0, "positive before t = 1"),

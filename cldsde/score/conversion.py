@@ -111,7 +111,7 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
 
 
 class Combination(NamedTuple):
-    """A prediction that combines data and noise, a x_0 + b n of x_t = α x_0 + σ n; fields ``(*)``."""
+    """A prediction a x_0 + b n of data and noise in x_t = α x_0 + σ n; fields ``(*)``."""
 
     alpha: Tensor
     sigma: Tensor
@@ -282,9 +282,7 @@ class _Linear(NamedTuple):
 class _Converter:
     """All predictions in terms of two: the driven noise n of the law given x_0, and x̂₀."""
 
-    def __init__(
-        self, sde: LinearSDE, law: WhitenedLaw, noise_root: Tensor, times: Tensor
-    ) -> None:
+    def __init__(self, sde: LinearSDE, law: WhitenedLaw, noise_root: Tensor, times: Tensor) -> None:
         self.sde = sde
         self.law = law
         self.noise_root = noise_root
@@ -379,7 +377,9 @@ class _Converter:
 
     def _from_full_score(self, target: Prediction) -> _Linear:
         if target in _OF_ONE_COMPONENT:
-            self._combination(target)  # raises unless the full score is that of the driven component
+            self._combination(
+                target
+            )  # raises unless the full score is that of the driven component
             given = _Linear(torch.zeros_like(self._eye(1)), self._eye(1))
             return self._from_noise(given.through(-self.law.driven_root().mT), target)
         c, inverse = self.law.signal, self.law.inverse

@@ -210,7 +210,6 @@ class KnownScore:
         z = z.contiguous()
         return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 
-
     def data_prediction(self, z: Tensor, number: int) -> Tensor:
         """E[x_0 | z_t] by the score's own method, ``(B, 1, *D)``; counts as one evaluation."""
         self.nfev += 1
@@ -232,7 +231,7 @@ def checked_data_method(score: object) -> Callable[[Tensor, Tensor], Tensor]:
         If it has none.
     """
     method: Callable[[Tensor, Tensor], Tensor] | None = getattr(score, "data_prediction", None)
-    if not callable(method):
+    if method is None:
         msg = (
             f"score: {type(score).__name__} has no method data_prediction(z, t), which is called "
             "where a state tells nothing of the data, as at t = 1; start at an earlier time "
