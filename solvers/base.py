@@ -91,6 +91,8 @@ class Facts:
     state_on_grid: bool = True
     #: Whether it chooses its times between the grid's ends, by fields ``rtol`` and ``atol``.
     adaptive: bool = False
+    #: Whether it also runs on increasing grids, from data to noise.
+    encodes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +103,8 @@ class Run:
     tables: Any  #: What `Solver.prepare` returned.
     asked: KnownTimes | None  #: What `Solver.evaluation_times` returned.
     state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; not to be changed.
-    times: Tensor  #: Decreasing float64 grid ``(n + 1,)`` on the CPU.
-    stops: Tensor  #: Times below ``times[0]`` at which states are wanted, the last time included.
+    times: Tensor  #: Float64 grid ``(n + 1,)`` on the CPU; it increases only if the solver encodes.
+    stops: Tensor  #: Times after ``times[0]`` at which states are wanted, the last time included.
     noise: NoiseSource
     callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
     progress: bool  #: Whether to show a progress bar on stderr.
@@ -135,7 +137,7 @@ class Solver(ABC):
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
-        """Tables for a decreasing grid ``(n + 1,)``: all that depends on process and grid alone.
+        """Tables for a grid ``(n + 1,)``: all that depends on process and grid alone.
 
         Raises
         ------
@@ -149,7 +151,7 @@ class Solver(ABC):
 
     @abstractmethod
     def integrate(self, run: Run) -> Integration:
-        """Take states from ``run.times[0]`` down to ``run.times[-1]``."""
+        """Take states from ``run.times[0]`` to ``run.times[-1]``."""
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
         """Normals of each step as functionals of a Brownian path; None if they are not."""

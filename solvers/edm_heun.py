@@ -83,6 +83,7 @@ class EDMHeun(StagedSolver):
             nfe_per_step=2,
             weak_order=2 if noisy and self.noise_scale == 1 else None,
             ode_order=None if noisy else 2,
+            encodes=not noisy,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:

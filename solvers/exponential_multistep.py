@@ -127,6 +127,7 @@ class ExponentialMultistep(GridSolver):
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
             state_on_grid=not self._corrects(1),
+            encodes=deterministic,
         )
 
     def __post_init__(self) -> None:
@@ -350,12 +351,14 @@ def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps,
     _, triangular = marginal_laws(sde, stops)
     root, inverse = carried_roots(sde, stops, triangular)
 
-    def backwards(stops: Tensor) -> tuple[Tensor]:
+    def to_end(stops: Tensor) -> tuple[Tensor]:
+        if times[0] < times[-1]:
+            return (sde.transition_matrix(stops[:, :-1], stops[:, -1:]),)
         psi = sde.transition_matrix(stops[:, -1:], stops[:, :-1])
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         return (block_solve(psi, eye),)
 
-    (moves,) = by_steps(backwards, stops)
+    (moves,) = by_steps(to_end, stops)
     G = sde.diffusion(nodes)
     pull = G @ (inverse[:, 1:-1] @ G).mT
     steps = _Steps(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_decreasing_times, check_state
+from cldsde.linear.checks import as_grid_times, check_state
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
@@ -148,7 +148,7 @@ class Plan:
         progress: bool = False,
         warn: bool = True,
     ) -> Solution:
-        """Integrate from ``times[0]`` down to ``times[-1]``; see `solve` for the arguments."""
+        """Integrate from ``times[0]`` to ``times[-1]``; see `solve` for the arguments."""
         sde = self.process.sde
         if not bool(_finite(check_state(state, sde.components, "state")).all()):
             msg = "state must be finite; it holds NaN or infinity"
@@ -165,12 +165,12 @@ class Plan:
             raise TypeError(msg)
         source = _noise_source(generator, noise)
         final = self._denoiser(denoise)
-        watched = callback is not None or bool((wanted > self.times[-1]).any())
+        watched = callback is not None or bool((wanted != self.times[-1]).any())
         used = self._on_grid if watched else self
         solver, process, times = used.solver, self.process, self.times
         source = source.along(sde, times, lambda: solver.path_noise(process, times))
         source.check(state)
-        later = wanted[(wanted < times[0]) & (wanted > times[-1])]
+        later = wanted[(wanted != times[0]) & (wanted != times[-1])]
         stops = torch.cat([later, times[-1:]])
         run = Run(
             process,
@@ -186,7 +186,7 @@ class Plan:
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
             check_same_kind(done.state, state, f"{type(solver).__name__}.integrate")
-            states = done.states[: int((wanted < times[0]).sum())]
+            states = done.states[: int((wanted != times[0]).sum())]
             if wanted[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
             solution = _finished(done, final, states, wanted)
@@ -217,6 +217,11 @@ class Plan:
         if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
             msg = f"denoise must be True, False or 'step'; got {denoise!r}"
             raise ValueError(msg)
+        if self.times[0] < self.times[-1]:
+            msg = (
+                f"denoise must be False for an increasing grid, which encodes data; got {denoise!r}"
+            )
+            raise ValueError(msg)
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
         return partial(self._denoisers[denoise], self.process)
@@ -235,13 +240,15 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the grid does not decrease or the solver does not apply to the process.
+        If the grid does not fit the solver or the solver does not apply to the process.
     """
     check_reverse_process(process)
     check_solver(solver)
     # A plan made in inference mode serves outside of it, too.
     with torch.inference_mode(mode=False), torch.no_grad():
-        grid = as_decreasing_times(times, "times", process.sde.T).clone()
+        grid = as_grid_times(times, "times", process.sde.T).clone()
+        if grid[0] < grid[-1]:
+            _check_encodes(solver)
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
     known = None if asked is None else KnownTimes(asked)
@@ -263,7 +270,10 @@ def solve(
     progress: bool = False,
     warn: bool = True,
 ) -> Solution:
-    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
+    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``, or encode data.
+
+    An increasing grid encodes data: a deterministic solver follows the probability flow from
+    states near the data up to the noise that it maps to them.
 
     To solve for several batches, make a `plan` and call its `Plan.solve`: this function is
     ``plan(process, solver, times).solve(state, …)``.
@@ -278,7 +288,8 @@ def solve(
         Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
     times
         Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
-        solvers use its two ends.
+        solvers use its two ends. Increasing, e.g. ``quadratic_times(sde.T, 1e-3, 50).flip(0)``, for
+        deterministic solvers: `ExponentialMultistep`, `ProbabilityFlow` and `EDMHeun`.
     generator
         Source of the noise; the same seed gives the same bits on the same machine.
     noise
@@ -288,7 +299,7 @@ def solve(
         the data of one Euler step of the reverse SDE to time 0 without its noise, as published
         code does; it removes no noise from data that no noise drives. Either costs one evaluation.
     t_eval
-        Times at which states are wanted, decreasing: times of the grid or, for adaptive solvers,
+        Times at which states are wanted, in the grid's order: its times or, for adaptive solvers,
         any between its ends. None keeps the last state only. States are saved before any correction
         that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra noise at each
         time, so requesting states changes the random path.
@@ -315,8 +326,8 @@ def solve(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the state does not fit the process, the grid does not decrease, ``t_eval`` is not of the
-        grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
+        If the state does not fit the process, the grid neither decreases nor increases, it
+        increases and the solver is stochastic or ``denoise`` is set, ``t_eval`` is not of the grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
         given. Nothing is evaluated before all arguments are checked.
 
     Warns
@@ -428,17 +439,32 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
     """Times at which states are wanted, float64 on the CPU; raise if they do not fit."""
     if t_eval is None:
         return grid[-1:]
-    start, end = float(grid[0]), float(grid[-1])
-    stops = as_decreasing_times(t_eval, "t_eval", start, least=1)
-    outside = stops < end if any_time else ~torch.isin(stops, grid)
+    low, high = (float(x) for x in grid.aminmax())
+    stops = as_grid_times(t_eval, "t_eval", high, least=1)
+    if len(stops) > 1 and (stops[0] < stops[1]) != (grid[0] < grid[1]):
+        msg = "t_eval must decrease or increase as times do; reverse it, as t_eval.flip(0)"
+        raise ValueError(msg)
+    outside = stops < low if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
-        allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
+        allowed = f"lie in [{low:g}, {high:g}]" if any_time else "be times of the grid"
         hint = (
             "" if t_eval.dtype == torch.float64 else f"; its dtype is {t_eval.dtype}: use float64"
         )
         msg = f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}"
         raise ValueError(msg)
     return stops
+
+
+def _check_encodes(solver: Solver) -> None:
+    """Raise ValueError unless a solver takes increasing grids."""
+    if not solver.facts.encodes:
+        kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
+        msg = (
+            f"times must decrease for {solver!r}, which is {kind}; to encode data on an increasing "
+            "grid take a deterministic solver: ExponentialMultistep(), ProbabilityFlow() or "
+            "EDMHeun()"
+        )
+        raise ValueError(msg)
 
 
 def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSource:
