@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -16,7 +16,9 @@ from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
 
+from .combine import Block
 from .noise import NoiseSource, PathNoise
+from .path_density import DrawnNoise, PathDensity
 
 __all__ = [
     "DATA_DETERMINED",
@@ -108,6 +110,7 @@ class Run:
     noise: NoiseSource
     callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
     progress: bool  #: Whether to show a progress bar on stderr.
+    density: PathDensity | None = None  #: Of the steps, if their log-densities are wanted.
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,7 @@ class Integration:
     success: Tensor  #: Which samples arrived, ``(B,)`` bool on the CPU.
     message: str
     stopped: bool = False  #: Whether the callback asked to stop.
+    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if wanted.
     stats: dict[str, Any] = field(default_factory=dict)
 
 
@@ -155,6 +159,18 @@ class Solver(ABC):
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
         """Normals of each step as functionals of a Brownian path; None if they are not."""
+        return None
+
+    def noise_roots(self, tables: Any) -> Sequence[Block] | None:
+        """Roots L of steps z' = m + L ξ, whose mean m does not depend on their one draw ξ.
+
+        k×r blocks, one per step; None if a step is not of this form.
+
+        Parameters
+        ----------
+        tables
+            What `prepare` returned.
+        """
         return None
 
     def on_grid(self) -> Self:
@@ -213,14 +229,19 @@ class GridSolver(Solver):
         z = run.state.clone(memory_format=torch.contiguous_format)
         memory: Memory = ()
         saved: list[Tensor] = []
-        stopped = False
+        log_probs: list[Tensor] = []
+        drawn = None if run.density is None else DrawnNoise(run.noise)
+        noise, stopped = drawn or run.noise, False
         for i in progress_bar(range(len(times) - 1), shown=run.progress, desc=type(self).__name__):
             # Pass the only reference, so that `step` can free the state.
             held = [z]
             del z
             z, memory = self._checked(
-                self.step(held.pop(), memory, run.tables, i, score, run.noise), run.state
+                self.step(held.pop(), memory, run.tables, i, score, noise), run.state
             )
+            if run.density is not None and drawn is not None:
+                log_probs.append(run.density.log_prob(i, z, drawn.last))
+                z = z.detach()  # the path is given
             if times[i + 1] in stops:
                 saved.append(z if i + 2 == len(times) else z.clone())
             if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
@@ -237,6 +258,7 @@ class GridSolver(Solver):
             if stopped
             else "reached the end of the grid",
             stopped=stopped,
+            log_probs=torch.stack(log_probs) if log_probs else None,
             stats={"steps": i + 1},
         )
 

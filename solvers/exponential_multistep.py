@@ -215,6 +215,11 @@ class ExponentialMultistep(GridSolver):
         del z, weighted, predictions
         return self._draw(out, tables, i, noise), tuple(kept)
 
+    def noise_roots(self, tables: _Tables) -> list[Block] | None:
+        """The noise of the steps, unless a corrector takes part of it back."""
+        noisy = all(len(block[0]) for block in tables.noise)
+        return tables.noise if noisy and not self._corrects(1) else None
+
     def _draw(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
         """Add the noise of a step."""
         columns = len(tables.noise[i][0])

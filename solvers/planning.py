@@ -22,6 +22,7 @@ from cldsde.score.times import KnownTimes
 from .base import Callback, Integration, Run, Solver, check_same_kind, check_solver
 from .combine import combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
+from .path_density import PathDensity
 
 __all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve"]
 
@@ -52,6 +53,9 @@ class Solution:
         asked to stop.
     message
         The outcome in words.
+    log_probs
+        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats; else
+        None.
     stats
         Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of
         each sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
@@ -65,6 +69,12 @@ class Solution:
     status: int
     message: str
     stats: dict[str, Any] = field(default_factory=dict)
+    log_probs: Tensor | None = None
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``."""
+        return None if self.log_probs is None else self.log_probs.sum(0)
 
     @property
     def success(self) -> bool:
@@ -145,6 +155,7 @@ class Plan:
         t_eval: Tensor | None = None,
         callback: Callback | None = None,
         differentiable: bool = False,
+        log_prob: bool = False,
         progress: bool = False,
         warn: bool = True,
     ) -> Solution:
@@ -163,6 +174,7 @@ class Plan:
         if callback is not None and not callable(callback):
             msg = f"callback must be callable; got {callback!r}"
             raise TypeError(msg)
+        density = self._density if log_prob else None
         source = _noise_source(generator, noise)
         final = self._denoiser(denoise)
         watched = callback is not None or bool((wanted != self.times[-1]).any())
@@ -182,6 +194,7 @@ class Plan:
             CheckedNoise(source),
             callback,
             progress,
+            density,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
@@ -210,6 +223,25 @@ class Plan:
         """The plan for states at the grid's times."""
         solver = self.solver.on_grid()
         return self if solver == self.solver else plan(self.process, solver, self.times)
+
+    @cached_property
+    def _density(self) -> PathDensity:
+        """Densities of the steps.
+
+        Raises
+        ------
+        ValueError
+            If the steps have none.
+        """
+        roots = self.solver.noise_roots(self.tables)
+        if roots is None:
+            msg = (
+                "log_prob must be False for a solver whose steps are not Gaussian given the past; "
+                f"got {self.solver!r}. Use ExponentialMultistep with stochasticity > 0, order 1 or "
+                "2 and no corrector, EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
+            )
+            raise ValueError(msg)
+        return PathDensity(roots, self.times)
 
     def _denoiser(self, denoise: Denoise) -> Callable[[Tensor], Tensor] | None:
         if denoise is False:
@@ -267,6 +299,7 @@ def solve(
     t_eval: Tensor | None = None,
     callback: Callback | None = None,
     differentiable: bool = False,
+    log_prob: bool = False,
     progress: bool = False,
     warn: bool = True,
 ) -> Solution:
@@ -311,6 +344,13 @@ def solve(
     differentiable
         Record gradients, of the state and of the score's parameters; coefficients of the process
         are constants. Memory then grows with the number of steps.
+    log_prob
+        Also return the log-density of the path given its start, `Solution.log_prob`, and of each
+        step, ``Solution.log_probs``; the start's own is ``sde.prior.log_prob(state)``. For solvers
+        whose steps add Gaussian noise last. If a step's noise does not reach all components
+        (Euler–Maruyama under CLD), the density is on the range of the noise. With
+        ``differentiable`` the path counts as given: gradients reach the score's parameters through
+        the density alone, as policy gradients need, and ``state`` has none.
     progress
         Show a progress bar on stderr: of steps, or of samples that have arrived.
     warn
@@ -327,8 +367,10 @@ def solve(
         If an argument has the wrong type.
     ValueError
         If the state does not fit the process, the grid neither decreases nor increases, it
-        increases and the solver is stochastic or ``denoise`` is set, ``t_eval`` is not of the grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
-        given. Nothing is evaluated before all arguments are checked.
+        increases and the solver is stochastic or ``denoise`` is set, ``log_prob`` is set and the
+        solver's steps are not Gaussian, ``t_eval`` is not of the grid, the solver does not apply to
+        the process, or both ``generator`` and ``noise`` are given. Nothing is evaluated before all
+        arguments are checked.
 
     Warns
     -----
@@ -358,6 +400,7 @@ def solve(
         t_eval=t_eval,
         callback=callback,
         differentiable=differentiable,
+        log_prob=log_prob,
         progress=progress,
         warn=warn,
     )
@@ -415,6 +458,7 @@ def _finished(
         status=status,
         message=message,
         stats=stats,
+        log_probs=done.log_probs,
     )
 
 

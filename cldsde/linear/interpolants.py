@@ -117,7 +117,10 @@ class _Angles:
 
     def _at(self, knots: Tensor, t: Tensor) -> Tensor:
         piece, share = self._piece(t)
-        return knots[piece].lerp(knots[piece + 1], share)
+        n = len(knots) - 1
+        # Not 1 − share, which is not zero at the end.
+        left = ((piece + 1).to(t.dtype) / n - t) * n
+        return knots[piece] * left + knots[piece + 1] * share
 
 
 # Module-level functions, so that a process can be pickled and copied.
