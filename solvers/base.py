@@ -123,8 +123,8 @@ class Integration:
     success: Tensor  #: Which samples arrived, ``(B,)`` bool on the CPU.
     message: str
     stopped: bool = False  #: Whether the callback asked to stop.
-    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if wanted.
     stats: dict[str, Any] = field(default_factory=dict)
+    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if wanted.
 
 
 class Solver(ABC):

@@ -26,7 +26,7 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
-_LEAST_LOG_SNR = -10.0  # below it float32 leaves three digits of a prediction from the score
+_LEAST_LOG_SNR = -8.0  # below it float32 leaves three digits of a prediction from the score
 
 Prediction = Literal["data", "noise"]
 Variable = Literal["time", "log_snr"]

@@ -25,7 +25,15 @@ from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 
-__all__ = ["Conditioning", "Conversion", "Prediction", "WhitenedLaw", "conditional_law", "whiten"]
+__all__ = [
+    "Combination",
+    "Conditioning",
+    "Conversion",
+    "Prediction",
+    "WhitenedLaw",
+    "conditional_law",
+    "whiten",
+]
 
 Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 """``"score"``: of the driven components. ``"noise"``: n = −L_ddᵀ s_d. ``"data"``: E[x_0 | z_t].

@@ -33,7 +33,7 @@ class Score(Protocol):
     number where the batch shares it, and not to be written to; nor is the state.
 
     A score may have a method ``data_prediction(z, t)`` for E[x_0 | z_t], ``(B, *D)``. Solvers call
-    it, in place of the score, at times when a state tells so little of the data (κ < −10) that the
+    it, in place of the score, at times when a state tells so little of the data (κ < −8) that the
     score does not determine the prediction: at t = 1 of `RectifiedFlow`.
     """
 

@@ -461,7 +461,7 @@ class TestRefusals:
                 method(torch.zeros(1, 2, 1), zeros(sde)[0])
 
     @pytest.mark.parametrize("argument", ["source", "target", "conditioning"])
-    @pytest.mark.parametrize("value", ["velocity", "", None, 1])
+    @pytest.mark.parametrize("value", ["speed", "", None, 1])
     def test_unknown_names_are_refused(self, argument: str, value: Any) -> None:
         names = {"source": "score", "target": "noise", "conditioning": "data", argument: value}
         source, target = names.pop("source"), names.pop("target")
