@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
+from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
@@ -159,7 +160,10 @@ def flow_log_prob(
         msg = f"rtol, atol: {rtol:g} and {atol:g} cannot be met; the step length underflowed"
         raise UnsolvedFlowError(msg) from error
     latent, integral = states[-1], integrals[-1]
-    return FlowDensity(sde.prior.log_prob(latent) + integral, latent, integral, flow.nfev)
+    # Before T the noise alone is a little less than the prior.
+    regular = sde.regular_until == sde.T
+    prior = sde.prior if regular else Gaussian(sde.marginal(sde.regular_until).root)
+    return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
 
 # Those of torchdiffeq that keep a tolerance; fehlberg2 misses it a hundredfold.
