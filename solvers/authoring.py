@@ -16,6 +16,7 @@ from .base import (
     Memory,
     Run,
     ScoreAt,
+    ShiftedScore,
     Solver,
     check_solver,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "PathNoise",
     "Run",
     "ScoreAt",
+    "ShiftedScore",
     "Solver",
     "Stage",
     "StagedSolver",

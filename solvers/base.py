@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
 
+from .combine import Block
 from .noise import NoiseSource, PathNoise
+from .path_density import DrawnNoise, PathDensity
 
 __all__ = [
     "DATA_DETERMINED",
@@ -26,7 +29,9 @@ __all__ = [
     "Memory",
     "Run",
     "ScoreAt",
+    "ShiftedScore",
     "Solver",
+    "check_regular",
     "check_same_kind",
     "check_solver",
 ]
@@ -36,8 +41,34 @@ Memory = tuple[Tensor, ...]
 
 They are affine in state and noise if the score is affine."""
 
-ScoreAt = Callable[[Tensor, int], Tensor]
-"""Score of the driven components at a state, at the evaluation time of the given number."""
+
+class ScoreAt(Protocol):
+    """Score of the driven components at a state, at the evaluation time of the given number."""
+
+    def __call__(self, z: Tensor, number: int, /) -> Tensor:
+        """Score ``(B, d, *D)``."""
+        ...
+
+    def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShiftedScore:
+    """A score whose evaluations are counted from a given number on, for solvers within solvers."""
+
+    score: ScoreAt
+    shift: int
+
+    def __call__(self, z: Tensor, number: int, /) -> Tensor:
+        """Score ``(B, d, *D)``."""
+        return self.score(z, self.shift + number)
+
+    def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        return self.score.data_prediction(z, self.shift + number)
+
 
 Callback = Callable[[int, Any, Tensor], object]
 """Function that `solve` calls after each step: number of steps so far, time, state."""
@@ -62,6 +93,8 @@ class Facts:
     state_on_grid: bool = True
     #: Whether it chooses its times between the grid's ends, by fields ``rtol`` and ``atol``.
     adaptive: bool = False
+    #: Whether it also runs on increasing grids, from data to noise.
+    encodes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +105,12 @@ class Run:
     tables: Any  #: What `Solver.prepare` returned.
     asked: KnownTimes | None  #: What `Solver.evaluation_times` returned.
     state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; not to be changed.
-    times: Tensor  #: Decreasing float64 grid ``(n + 1,)`` on the CPU.
-    stops: Tensor  #: Times below ``times[0]`` at which states are wanted, the last time included.
+    times: Tensor  #: Float64 grid ``(n + 1,)`` on the CPU; it increases only if the solver encodes.
+    stops: Tensor  #: Times after ``times[0]`` at which states are wanted, the last time included.
     noise: NoiseSource
     callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
     progress: bool  #: Whether to show a progress bar on stderr.
+    density: PathDensity | None = None  #: Of the steps, if their log-densities are wanted.
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +124,7 @@ class Integration:
     message: str
     stopped: bool = False  #: Whether the callback asked to stop.
     stats: dict[str, Any] = field(default_factory=dict)
+    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if wanted.
 
 
 class Solver(ABC):
@@ -106,7 +141,7 @@ class Solver(ABC):
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
-        """Tables for a decreasing grid ``(n + 1,)``: all that depends on process and grid alone.
+        """Tables for a grid ``(n + 1,)``: all that depends on process and grid alone.
 
         Raises
         ------
@@ -120,10 +155,22 @@ class Solver(ABC):
 
     @abstractmethod
     def integrate(self, run: Run) -> Integration:
-        """Take states from ``run.times[0]`` down to ``run.times[-1]``."""
+        """Take states from ``run.times[0]`` to ``run.times[-1]``."""
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
         """Normals of each step as functionals of a Brownian path; None if they are not."""
+        return None
+
+    def noise_roots(self, tables: Any) -> Sequence[Block] | None:
+        """Roots L of steps z' = m + L ξ, whose mean m does not depend on their one draw ξ.
+
+        k×r blocks, one per step; None if a step is not of this form.
+
+        Parameters
+        ----------
+        tables
+            What `prepare` returned.
+        """
         return None
 
     def on_grid(self) -> Self:
@@ -182,14 +229,19 @@ class GridSolver(Solver):
         z = run.state.clone(memory_format=torch.contiguous_format)
         memory: Memory = ()
         saved: list[Tensor] = []
-        stopped = False
+        log_probs: list[Tensor] = []
+        drawn = None if run.density is None else DrawnNoise(run.noise)
+        noise, stopped = drawn or run.noise, False
         for i in progress_bar(range(len(times) - 1), shown=run.progress, desc=type(self).__name__):
             # Pass the only reference, so that `step` can free the state.
             held = [z]
             del z
             z, memory = self._checked(
-                self.step(held.pop(), memory, run.tables, i, score, run.noise), run.state
+                self.step(held.pop(), memory, run.tables, i, score, noise), run.state
             )
+            if run.density is not None and drawn is not None:
+                log_probs.append(run.density.log_prob(i, z, drawn.last))
+                z = z.detach()  # the path is given
             if times[i + 1] in stops:
                 saved.append(z if i + 2 == len(times) else z.clone())
             if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
@@ -206,6 +258,7 @@ class GridSolver(Solver):
             if stopped
             else "reached the end of the grid",
             stopped=stopped,
+            log_probs=torch.stack(log_probs) if log_probs else None,
             stats={"steps": i + 1},
         )
 
@@ -220,6 +273,17 @@ class GridSolver(Solver):
         z = made[0]
         check_same_kind(z, like, f"{type(self).__name__}.step")
         return z, made[1]
+
+
+def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
+    """Raise ValueError if a grid reaches the time at which nothing of the data is left."""
+    end = float(times.max())
+    if end == sde.T > sde.regular_until:
+        msg = (
+            f"times must not reach t = {end:g} for {solver}, because nothing of the data is left "
+            f"there; take t ≤ {sde.regular_until:.6g}, or ExponentialMultistep"
+        )
+        raise ValueError(msg)
 
 
 def check_same_kind(z: object, like: Tensor, name: str) -> None:

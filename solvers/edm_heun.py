@@ -13,7 +13,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts
+from .base import Facts, check_regular
 from .combine import Block, as_blocks
 from .staged import Stage, StagedSolver, Stages
 
@@ -83,6 +83,7 @@ class EDMHeun(StagedSolver):
             nfe_per_step=2,
             weak_order=2 if noisy and self.noise_scale == 1 else None,
             ode_order=None if noisy else 2,
+            encodes=not noisy,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
@@ -94,6 +95,7 @@ class EDMHeun(StagedSolver):
                 f"{sde.components}. Use ExponentialMultistep, with stochasticity for the noise"
             )
             raise ValueError(msg)
+        check_regular(sde, times, "EDMHeun")
         raised = self._raised(sde, times)
         alpha, level = _levels(sde, times)
         alpha_hat, level_hat = _levels(sde, raised)

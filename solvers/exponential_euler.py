@@ -12,7 +12,7 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
-from .base import Facts
+from .base import Facts, check_regular
 from .combine import as_blocks
 from .noise import PathNoise
 from .staged import AffineSolver, Stage, Stages
@@ -40,6 +40,7 @@ class ExponentialEuler(AffineSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""
         sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "ExponentialEuler")
         nodes, weights = gauss_legendre(16)
         span = (start - end).unsqueeze(1)
         at = end.unsqueeze(1) + span * nodes

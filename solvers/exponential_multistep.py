@@ -17,6 +17,7 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 from cldsde.score.checks import one_of
+from cldsde.score.reverse import checked_data_method
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
@@ -25,6 +26,7 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
+_LEAST_LOG_SNR = -8.0  # below it float32 leaves three digits of a prediction from the score
 
 Prediction = Literal["data", "noise"]
 Variable = Literal["time", "log_snr"]
@@ -34,8 +36,8 @@ Weights = Literal["exact", "published"]
 class _Tables(NamedTuple):
     """Blocks of each step; predictions have m rows, 1 for the data and k for the noise."""
 
-    predict_state: list[Block]  # m×k and m×d: state and driven score to the prediction
-    predict_score: list[Block]
+    predict_state: list[Block | None]  # m×k and m×d: state and driven score to the prediction;
+    predict_score: list[Block]  # None where the score's own data prediction is taken
     move: list[Block]  # k×k
     noise: list[Block]  # k×k, or no columns where nothing is drawn
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
@@ -125,6 +127,7 @@ class ExponentialMultistep(GridSolver):
             weak_order=None if deterministic else min(order, 2),
             ode_order=order if deterministic else None,
             state_on_grid=not self._corrects(1),
+            encodes=deterministic,
         )
 
     def __post_init__(self) -> None:
@@ -152,13 +155,14 @@ class ExponentialMultistep(GridSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
         """Blocks of all steps."""
         sde = process.sde
-        if float(times[-1]) <= 0:
+        if float(times.min()) <= 0:
             msg = (
-                "times must end above 0 for ExponentialMultistep: the law given the data has no "
+                "times must lie above 0 for ExponentialMultistep: the law given the data has no "
                 "density at 0; finish with denoise=True instead"
             )
             raise ValueError(msg)
-        convert = Conversion.at(sde, times[:-1], "score", "data")
+        blind = self._blind(process, times)
+        convert = Conversion.at(sde, torch.where(blind, times[1:], times[:-1]), "score", "data")
         state, score = convert.state, convert.value
         # The weights of a single prediction are known without quadrature.
         along = self.order > 1 or self._corrects(1)
@@ -169,8 +173,9 @@ class ExponentialMultistep(GridSolver):
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         position = self._position(sde)
+        blocks = zip(as_blocks(state), blind.tolist(), strict=True)
         return _Tables(
-            as_blocks(state),
+            [None if unseen else block for block, unseen in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
@@ -186,9 +191,11 @@ class ExponentialMultistep(GridSolver):
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
         """Predict at the state, correct the step that led to it, and take the next step."""
-        predictions = [
-            combine((tables.predict_state[i], z), (tables.predict_score[i], score(z, i)))
-        ]
+        state = tables.predict_state[i]
+        if state is None:
+            predictions = [score.data_prediction(z, i)]
+        else:
+            predictions = [combine((state, z), (tables.predict_score[i], score(z, i)))]
         if i > 0 and self._corrects(i):
             *earlier, carried = memory
             predictions += earlier
@@ -208,6 +215,11 @@ class ExponentialMultistep(GridSolver):
         del z, weighted, predictions
         return self._draw(out, tables, i, noise), tuple(kept)
 
+    def noise_roots(self, tables: _Tables) -> list[Block] | None:
+        """The noise of the steps, unless a corrector takes part of it back."""
+        noisy = all(len(block[0]) for block in tables.noise)
+        return tables.noise if noisy and not self._corrects(1) else None
+
     def _draw(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
         """Add the noise of a step."""
         columns = len(tables.noise[i][0])
@@ -217,6 +229,24 @@ class ExponentialMultistep(GridSolver):
         """Whether the step that led to time i is corrected: for order 3, at least the first."""
         first = self.order == 3 and self.prediction == "data" and i == 1
         return self.corrector or first
+
+    def _blind(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """Which steps start where the score does not give the data prediction in few digits."""
+        log_snr = process.sde.log_snr(times)
+        blind = log_snr[:-1] < _LEAST_LOG_SNR
+        lost = log_snr == -torch.inf
+        if bool(lost.any()) and (self.prediction == "noise" or self.variable == "log_snr"):
+            reason = "prediction='noise'" if self.prediction == "noise" else "variable='log_snr'"
+            msg = (
+                f"times must not reach t = {float(times[lost].max()):g} with {reason}, because "
+                f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.6g}, or "
+                "predictions of the data with variable='time'"
+            )
+            raise ValueError(msg)
+        if bool(lost[:-1].any()):
+            checked_data_method(process.score)
+        known = hasattr(process.score, "data_prediction") and self.prediction == "data"
+        return blind if known else torch.zeros_like(blind)
 
     def _levels(self, times: Tensor) -> Tensor:
         if not callable(self.stochasticity):
@@ -326,12 +356,14 @@ def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps,
     _, triangular = marginal_laws(sde, stops)
     root, inverse = carried_roots(sde, stops, triangular)
 
-    def backwards(stops: Tensor) -> tuple[Tensor]:
+    def to_end(stops: Tensor) -> tuple[Tensor]:
+        if times[0] < times[-1]:
+            return (sde.transition_matrix(stops[:, :-1], stops[:, -1:]),)
         psi = sde.transition_matrix(stops[:, -1:], stops[:, :-1])
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         return (block_solve(psi, eye),)
 
-    (moves,) = by_steps(backwards, stops)
+    (moves,) = by_steps(to_end, stops)
     G = sde.diffusion(nodes)
     pull = G @ (inverse[:, 1:-1] @ G).mT
     steps = _Steps(

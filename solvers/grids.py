@@ -117,7 +117,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
         The forward process.
     """
     fraction = _fractions(T, eps, n)
-    first, last = _log_snr_ends(sde, T, eps)
+    first, last = _finite_log_snr_ends(sde, T, eps)
     return _with_ends(times_of_log_snr(sde, first + fraction * (last - first), T, eps), T, eps)
 
 
@@ -137,7 +137,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     """
     check_positive(rho, "rho")
     fraction = _fractions(T, eps, n)
-    first, last = (-_log_snr_ends(sde, T, eps) / rho).exp()
+    first, last = (-_finite_log_snr_ends(sde, T, eps) / rho).exp()
     return _with_ends(
         times_of_log_snr(sde, -rho * (first + fraction * (last - first)).log(), T, eps), T, eps
     )
@@ -181,6 +181,17 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
     return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
+
+
+def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
+    ends = _log_snr_ends(sde, T, eps)
+    if not bool(ends.isfinite().all()):
+        msg = (
+            f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "
+            f"data is left: take T ≤ {sde.regular_until:.6g}, or logistic_times"
+        )
+        raise ValueError(msg)
+    return ends
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

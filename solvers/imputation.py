@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts, GridSolver, Memory, ScoreAt, Solver, check_solver
+from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, Solver, check_solver
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -232,9 +232,8 @@ class Imputation(GridSolver):
         first, steps = tables.starts[i], len(tables.starts)
         length = min(self.jump, steps - first)
         shift = tables.evaluations * ((self.resample - 1) * first + again * length)
-        z, memory = tables.solver.step(
-            z, memory, tables.inner, i, lambda z, j: score(z, shift + j), noise
-        )
+        shifted = ShiftedScore(score, shift)
+        z, memory = tables.solver.step(z, memory, tables.inner, i, shifted, noise)
         if memory and self.resample > 1:
             msg = (
                 "solver must be a one-step solver if resample is above 1; "

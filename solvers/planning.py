@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_decreasing_times, check_state
+from cldsde.linear.checks import as_grid_times, check_state
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
@@ -22,6 +22,7 @@ from cldsde.score.times import KnownTimes
 from .base import Callback, Integration, Run, Solver, check_same_kind, check_solver
 from .combine import combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
+from .path_density import PathDensity
 
 __all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve"]
 
@@ -52,6 +53,9 @@ class Solution:
         asked to stop.
     message
         The outcome in words.
+    log_probs
+        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats; else
+        None.
     stats
         Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of
         each sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
@@ -65,6 +69,12 @@ class Solution:
     status: int
     message: str
     stats: dict[str, Any] = field(default_factory=dict)
+    log_probs: Tensor | None = None
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``."""
+        return None if self.log_probs is None else self.log_probs.sum(0)
 
     @property
     def success(self) -> bool:
@@ -142,10 +152,11 @@ class Plan:
         t_eval: Tensor | None = None,
         callback: Callback | None = None,
         differentiable: bool = False,
+        log_prob: bool = False,
         progress: bool = False,
         warn: bool = True,
     ) -> Solution:
-        """Integrate from ``times[0]`` down to ``times[-1]``; see `solve` for the arguments."""
+        """Integrate from ``times[0]`` to ``times[-1]``; see `solve` for the arguments."""
         sde = self.process.sde
         if not bool(_finite(check_state(state, sde.components, "state")).all()):
             msg = "state must be finite; it holds NaN or infinity"
@@ -160,14 +171,15 @@ class Plan:
         if callback is not None and not callable(callback):
             msg = f"callback must be callable; got {callback!r}"
             raise TypeError(msg)
+        density = self._density if log_prob else None
         source = _noise_source(generator, noise)
         final = self._denoiser(denoise)
-        watched = callback is not None or bool((wanted > self.times[-1]).any())
+        watched = callback is not None or bool((wanted != self.times[-1]).any())
         used = self._on_grid if watched else self
         solver, process, times = used.solver, self.process, self.times
         source = source.along(sde, times, lambda: solver.path_noise(process, times))
         source.check(state)
-        later = wanted[(wanted < times[0]) & (wanted > times[-1])]
+        later = wanted[(wanted != times[0]) & (wanted != times[-1])]
         stops = torch.cat([later, times[-1:]])
         run = Run(
             process,
@@ -179,11 +191,12 @@ class Plan:
             CheckedNoise(source),
             callback,
             progress,
+            density,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
             check_same_kind(done.state, state, f"{type(solver).__name__}.integrate")
-            states = done.states[: int((wanted < times[0]).sum())]
+            states = done.states[: int((wanted != times[0]).sum())]
             if wanted[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
             last = int(process.evaluations(times[-1]))
@@ -219,11 +232,35 @@ class Plan:
         solver = self.solver.on_grid()
         return self if solver == self.solver else plan(self.process, solver, self.times)
 
+    @cached_property
+    def _density(self) -> PathDensity:
+        """Densities of the steps.
+
+        Raises
+        ------
+        ValueError
+            If the steps have none.
+        """
+        roots = self.solver.noise_roots(self.tables)
+        if roots is None:
+            msg = (
+                "log_prob must be False for a solver whose steps are not Gaussian given the past; "
+                f"got {self.solver!r}. Use ExponentialMultistep with stochasticity > 0, order 1 or "
+                "2 and no corrector, EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
+            )
+            raise ValueError(msg)
+        return PathDensity(roots, self.times)
+
     def _denoiser(self, denoise: Denoise) -> Callable[[Tensor], Tensor] | None:
         if denoise is False:
             return None
         if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
             msg = f"denoise must be True, False or 'step'; got {denoise!r}"
+            raise ValueError(msg)
+        if self.times[0] < self.times[-1]:
+            msg = (
+                f"denoise must be False for an increasing grid, which encodes data; got {denoise!r}"
+            )
             raise ValueError(msg)
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
@@ -243,13 +280,15 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the grid does not decrease or the solver does not apply to the process.
+        If the grid does not fit the solver or the solver does not apply to the process.
     """
     check_reverse_process(process)
     check_solver(solver)
     # A plan made in inference mode serves outside of it, too.
     with torch.inference_mode(mode=False), torch.no_grad():
-        grid = as_decreasing_times(times, "times", process.sde.T).clone()
+        grid = as_grid_times(times, "times", process.sde.T).clone()
+        if grid[0] < grid[-1]:
+            _check_encodes(solver)
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
     known = None if asked is None else KnownTimes(asked)
@@ -268,10 +307,14 @@ def solve(
     t_eval: Tensor | None = None,
     callback: Callback | None = None,
     differentiable: bool = False,
+    log_prob: bool = False,
     progress: bool = False,
     warn: bool = True,
 ) -> Solution:
-    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``.
+    """Integrate a reverse process from ``times[0]`` down to ``times[-1]``, or encode data.
+
+    An increasing grid encodes data: a deterministic solver follows the probability flow from
+    states near the data up to the noise that it maps to them.
 
     To solve for several batches, make a `plan` and call its `Plan.solve`: this function is
     ``plan(process, solver, times).solve(state, …)``.
@@ -286,7 +329,8 @@ def solve(
         Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
     times
         Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
-        solvers use its two ends.
+        solvers use its two ends. Increasing, e.g. ``quadratic_times(sde.T, 1e-3, 50).flip(0)``, for
+        deterministic solvers: `ExponentialMultistep`, `ProbabilityFlow` and `EDMHeun`.
     generator
         Source of the noise; the same seed gives the same bits on the same machine.
     noise
@@ -296,7 +340,7 @@ def solve(
         the data of one Euler step of the reverse SDE to time 0 without its noise, as published
         code does; it removes no noise from data that no noise drives. Either costs one evaluation.
     t_eval
-        Times at which states are wanted, decreasing: times of the grid or, for adaptive solvers,
+        Times at which states are wanted, in the grid's order: its times or, for adaptive solvers,
         any between its ends. None keeps the last state only. States are saved before any correction
         that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra noise at each
         time, so requesting states changes the random path.
@@ -308,6 +352,13 @@ def solve(
     differentiable
         Record gradients, of the state and of the score's parameters; coefficients of the process
         are constants. Memory then grows with the number of steps.
+    log_prob
+        Also return the log-density of the path given its start, `Solution.log_prob`, and of each
+        step, ``Solution.log_probs``; the start's own is ``sde.prior.log_prob(state)``. For solvers
+        whose steps add Gaussian noise last. If a step's noise does not reach all components
+        (Euler–Maruyama under CLD), the density is on the range of the noise. With
+        ``differentiable`` the path counts as given: gradients reach the score's parameters through
+        the density alone, as policy gradients need, and ``state`` has none.
     progress
         Show a progress bar on stderr: of steps, or of samples that have arrived.
     warn
@@ -323,9 +374,11 @@ def solve(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the state does not fit the process, the grid does not decrease, ``t_eval`` is not of the
-        grid, the solver does not apply to the process, or both ``generator`` and ``noise`` are
-        given. Nothing is evaluated before all arguments are checked.
+        If the state does not fit the process, the grid neither decreases nor increases, it
+        increases and the solver is stochastic or ``denoise`` is set, ``log_prob`` is set and the
+        solver's steps are not Gaussian, ``t_eval`` is not of the grid, the solver does not apply to
+        the process, or both ``generator`` and ``noise`` are given. Nothing is evaluated before all
+        arguments are checked.
 
     Warns
     -----
@@ -355,6 +408,7 @@ def solve(
         t_eval=t_eval,
         callback=callback,
         differentiable=differentiable,
+        log_prob=log_prob,
         progress=progress,
         warn=warn,
     )
@@ -416,6 +470,7 @@ def _finished(
         status=status,
         message=message,
         stats=stats,
+        log_probs=done.log_probs,
     )
 
 
@@ -440,17 +495,32 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
     """Times at which states are wanted, float64 on the CPU; raise if they do not fit."""
     if t_eval is None:
         return grid[-1:]
-    start, end = float(grid[0]), float(grid[-1])
-    stops = as_decreasing_times(t_eval, "t_eval", start, least=1)
-    outside = stops < end if any_time else ~torch.isin(stops, grid)
+    low, high = (float(x) for x in grid.aminmax())
+    stops = as_grid_times(t_eval, "t_eval", high, least=1)
+    if len(stops) > 1 and (stops[0] < stops[1]) != (grid[0] < grid[1]):
+        msg = "t_eval must decrease or increase as times do; reverse it, as t_eval.flip(0)"
+        raise ValueError(msg)
+    outside = stops < low if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
-        allowed = f"lie in [{end:g}, {start:g}]" if any_time else "be times of the grid"
+        allowed = f"lie in [{low:g}, {high:g}]" if any_time else "be times of the grid"
         hint = (
             "" if t_eval.dtype == torch.float64 else f"; its dtype is {t_eval.dtype}: use float64"
         )
         msg = f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}"
         raise ValueError(msg)
     return stops
+
+
+def _check_encodes(solver: Solver) -> None:
+    """Raise ValueError unless a solver takes increasing grids."""
+    if not solver.facts.encodes:
+        kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
+        msg = (
+            f"times must decrease for {solver!r}, which is {kind}; to encode data on an increasing "
+            "grid take a deterministic solver: ExponentialMultistep(), ProbabilityFlow() or "
+            "EDMHeun()"
+        )
+        raise ValueError(msg)
 
 
 def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSource:

@@ -12,7 +12,7 @@ from cldsde.linear.checks import check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
-from .base import Facts, GridSolver, Memory, ScoreAt, check_solver
+from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, check_solver
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
@@ -157,7 +157,5 @@ class PredictorCorrector(GridSolver):
             xi = noise.normal(z, len(tables.driven))
             z = self.corrector.correct(z, tables.driven, tables.scale[i], s, xi)
             del s, xi
-        first += self.corrector.steps - i * inner
-        return self.predictor.step(
-            z, memory, tables.predictor, i, lambda z, j: score(z, first + j), noise
-        )
+        shifted = ShiftedScore(score, first + self.corrector.steps - i * inner)
+        return self.predictor.step(z, memory, tables.predictor, i, shifted, noise)

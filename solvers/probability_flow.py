@@ -95,6 +95,7 @@ class ProbabilityFlow(Solver):
             ode_order=tableau.order,
             state_on_grid=False,
             adaptive=True,
+            encodes=True,
         )
 
     def with_step(self, h: float) -> ProbabilityFlow:
@@ -108,17 +109,19 @@ class ProbabilityFlow(Solver):
     def integrate(self, run: Run) -> Integration:
         """Take all samples to the end."""
         batch = len(run.state)
+        clock = _Clock.of(run.times)
+        run = clock.seen(run)
         # Samples that share their steps are stepped as one.
         together = self.pace == "batch" and batch > 0
         # A copy, so that a score that writes to its argument does not change the caller's state.
         state = run.state.clone(memory_format=torch.contiguous_format)
         if not together:
-            return self._run(run, state, together=False)
+            return self._run(run, state, clock, together=False)
         callback = run.callback
         if callback is not None:
             asked = callback
             run = replace(run, callback=lambda n, t, z: asked(n, t.expand(batch), z[0]))
-        one = self._run(run, state.unsqueeze(0), together=True)
+        one = self._run(run, state.unsqueeze(0), clock, together=True)
         return replace(
             one,
             state=one.state[0],
@@ -127,7 +130,7 @@ class ProbabilityFlow(Solver):
             success=one.success.repeat(batch),
         )
 
-    def _run(self, run: Run, z: Tensor, *, together: bool) -> Integration:
+    def _run(self, run: Run, z: Tensor, clock: _Clock, *, together: bool) -> Integration:
         """Step N states ``(N, …)``, each with a step length of its own."""
         weights = _Weights(run.tables, z)
         end = float(run.times[-1])
@@ -136,7 +139,7 @@ class ProbabilityFlow(Solver):
         def flow(
             times: Tensor, h: Tensor, *states: Tensor
         ) -> tuple[Velocity, Tensor, list[Tensor]]:
-            return _flow(run.process, samples, times, h, states, together=together)
+            return _flow(run.process, samples, clock, times, h, states, together=together)
 
         h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
@@ -210,6 +213,36 @@ class ProbabilityFlow(Solver):
         return torch.minimum(100 * h0, h1)
 
 
+@dataclass(frozen=True)
+class _Clock:
+    """A time u that falls along the grid: t itself, or t_0 + t_n − t on an increasing grid."""
+
+    low: float
+    high: float
+    sign: int  # of dt/du
+
+    @classmethod
+    def of(cls, times: Tensor) -> _Clock:
+        low, high = (float(x) for x in times.aminmax())
+        return cls(low, high, 1 if times[0] > times[-1] else -1)
+
+    def time(self, u: Tensor) -> Tensor:
+        """The time t of u, or u of t."""
+        # Not beyond the ends by a rounding.
+        return u if self.sign > 0 else (self.low + self.high - u).clamp(self.low, self.high)
+
+    def seen(self, run: Run) -> Run:
+        """A run in u, whose callback is told t."""
+        if self.sign > 0:
+            return run
+        callback = run.callback
+        if callback is not None:
+            asked = callback
+            callback = lambda n, u, z: asked(n, self.time(u), z)  # noqa: E731
+        times, stops = self.time(run.times), self.time(run.stops)
+        return replace(run, times=times, stops=stops, callback=callback)
+
+
 Velocity = Callable[[Tensor, int], Tensor]
 """dz/dt at states, at the time of the given number."""
 
@@ -217,6 +250,7 @@ Velocity = Callable[[Tensor, int], Tensor]
 def _flow(
     process: ReverseProcess,
     samples: ActiveSamples,
+    clock: _Clock,
     times: Tensor,
     h: Tensor,
     states: Sequence[Tensor],
@@ -224,10 +258,10 @@ def _flow(
     together: bool,
 ) -> tuple[Velocity, Tensor, list[Tensor]]:
     """The flow at times ``(S, N)``; h ``(N,)`` on the device, and what is left of the states."""
-    sde = process.sde
+    sde, times = process.sde, clock.time(times)
     samples.spend(process.evaluations(times).sum(0))
-    F, G = sde.drift(times), sde.diffusion(times)
-    pull = -0.5 * (G @ G.mT)[..., list(sde.driven)]
+    F, G = clock.sign * sde.drift(times), sde.diffusion(times)
+    pull = -0.5 * clock.sign * (G @ G.mT)[..., list(sde.driven)]
     if together:
         (there, dt), kept = samples.moved([times, h], states)
         score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], there[:, 0])

@@ -96,3 +96,7 @@ class AffineSolver(StagedSolver):
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step."""
         return times[:-1]
+
+    def noise_roots(self, tables: Stages) -> Sequence[Block] | None:
+        """The noise of the one stage."""
+        return tables.stages[0].noise

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
+from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.score import GaussianMixture, ReverseProcess
 
 __all__ = ["Problem", "check_problem", "forward_processes", "problems"]
@@ -85,6 +85,7 @@ def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
         "VP": VPSDE,
         "sub-VP": SubVPSDE,
         "VE": VESDE,
+        "rectified flow": RectifiedFlow,
         "CLD, critical": CLD,
         "CLD, underdamped": lambda: CLD(friction=0.3),
         "CLD, overdamped": lambda: CLD(friction=3.0),
@@ -126,7 +127,10 @@ def problems() -> dict[str, Problem]:
         "non-commuting": _non_commuting(),
     }
     cases = [Problem(name, sde, gaussian) for name, sde in families.items()]
+    flow = RectifiedFlow()
     cases += [
+        Problem("rectified flow", flow, gaussian, start=0.95),
+        Problem("rectified flow, three modes", flow, _three_modes(), start=0.95),
         Problem("CLD, stiff end", families["CLD"], gaussian, end=1e-3),
         Problem("CLD, rotation", CLD(beta=(10.0, 30.0), velocity_scale=1.0), stationary),
         Problem("VP, two points", families["VP"], _two_points(), end=1e-3),

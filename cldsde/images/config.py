@@ -40,7 +40,7 @@ __all__ = [
     "load_config",
 ]
 
-PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE")
+PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class ProcessConfig:
     Attributes
     ----------
     name
-        A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``
-        or ``"VESDE"``.
+        A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``,
+        ``"VESDE"``, ``"RectifiedFlow"`` or ``"CosineVP"``.
     options
         Its arguments: numbers; for a rate β that is linear in time a pair; ``"cosine"`` for the
         argument ``schedule``.
@@ -162,6 +162,10 @@ class ScoreConfig:
     inputs
         What the network is shown: all components (``"state"``), or the one combination of them that
         tells all they tell of the data (``"estimate"``).
+    prediction
+        The prediction whose squared error is the loss: ``"noise"``, or for processes of one
+        component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is
+        flow matching. What the network returns is the same for all.
     mixing
         None: the network's part is added to the reference's. A number: each channel weighs the
         two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
@@ -169,12 +173,16 @@ class ScoreConfig:
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
     inputs: Literal["state", "estimate"] = "state"
+    prediction: Literal["noise", "velocity", "flow"] = "noise"
     mixing: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
         if self.mixing is not None and self.inputs != "state":
             msg = f"mixing must be None where inputs is {self.inputs!r}; got {self.mixing}"
+            raise ValueError(msg)
+        if self.mixing is not None and self.prediction != "noise":
+            msg = f"mixing must be None if prediction is {self.prediction!r}; got {self.mixing}"
             raise ValueError(msg)
 
 
@@ -250,7 +258,12 @@ class TrainingConfig:
         Of ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`.
     times
         ``"importance"``: drawn in proportion to the loss of the untrained model, with the weights
-        that undo it; or ``"uniform"``.
+        that undo it; ``"uniform"``; or, with weights that do not undo it, ``"logit_normal"`` or
+        ``"mode"``: times count as often as they are drawn (Esser et al. 2024).
+    logit_mean, logit_std
+        Of ``times = "logit_normal"``; see `cldsde.score.logit_normal_density`.
+    mode_scale
+        Of ``times = "mode"``; see `cldsde.score.mode_density`.
     t_min
         Smallest time; the loss is the mean over [t_min, 1].
     precision
@@ -278,7 +291,10 @@ class TrainingConfig:
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
     log_snr_mean: float = 1.2
     log_snr_std: float = 1.2
-    times: Literal["importance", "uniform"] = "importance"
+    times: Literal["importance", "uniform", "logit_normal", "mode"] = "importance"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
     t_min: float = 1e-3
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
@@ -306,6 +322,15 @@ class TrainingConfig:
         check_between(self.t_min, 1e-8, 0.5, "t_min")
         check_between(self.log_snr_mean, -20, 20, "log_snr_mean")
         check_between(self.log_snr_std, 0.01, 20, "log_snr_std")
+        check_between(self.logit_mean, -20, 20, "logit_mean")
+        check_between(self.logit_std, 0.01, 20, "logit_std")
+        check_between(self.mode_scale, -0.99, 1.75, "mode_scale")
+        if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
+            msg = (
+                f"weighting must be 'reweighted' if times is {self.times!r}, which is a weighting "
+                f"itself; got {self.weighting!r}"
+            )
+            raise ValueError(msg)
         if self.weighting == "log_snr" and self.conditioning != "data":
             msg = (
                 "conditioning must be 'data' where weighting is 'log_snr'; "
@@ -394,6 +419,8 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             msg = f"seed must lie between 0 and 2^63 - 1; got {self.seed}"
             raise ValueError(msg)
+        if self.score.prediction != "noise":
+            self._check_prediction()
         if self.latent is None:
             return
         if self.data.dequantise:
@@ -409,6 +436,22 @@ class RunConfig:
             msg = (
                 f"latent.pretraining must leave some of training.images, {self.training.images}, "
                 f"to the second stage; got {self.latent.pretraining}"
+            )
+            raise ValueError(msg)
+
+    def _check_prediction(self) -> None:
+        """Refuse a velocity or flow that the process or the training does not have."""
+        components = self.process.make().components
+        if components != 1:
+            msg = (
+                "score.prediction must be 'noise' for a process of several components; got "
+                f"{self.score.prediction!r} for {self.process.name}, which has {components}"
+            )
+            raise ValueError(msg)
+        if self.training.conditioning != "data":
+            msg = (
+                "training.conditioning must be 'data' if score.prediction is "
+                f"{self.score.prediction!r}; got {self.training.conditioning!r}"
             )
             raise ValueError(msg)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -32,8 +33,10 @@ from cldsde.score import (
     TimeSampler,
     cross_entropy,
     log_snr_density,
+    logit_normal_density,
+    mode_density,
 )
-from cldsde.score.matching import Weighting
+from cldsde.score.matching import Measured, Weighting
 
 __all__ = [
     "Batch",
@@ -255,14 +258,19 @@ class _Matching:
     def __init__(self, score: MixedScore, config: RunConfig) -> None:
         settings = config.training
         self._conditioning = settings.conditioning
+        self._prediction: Measured = config.score.prediction
         self._weighting: Weighting
         if settings.weighting == "log_snr":
             mean, std = settings.log_snr_mean, settings.log_snr_std
             self._weighting = score.log_snr_weighting(mean=mean, std=std)
+            self._prediction = "noise"  # in whose units the weighting is
             sampler = TimeSampler(log_snr_density(score.sde, mean=mean, std=std), settings.t_min)
+        elif settings.times in ("logit_normal", "mode"):
+            self._weighting = density = _density(settings)
+            sampler = TimeSampler(density, settings.t_min)
         else:
             self._weighting = settings.weighting
-            sampler = _importance(score, settings)
+            sampler = _importance(score, settings, self._prediction)
         even = settings.times == "uniform"
         self.sampler = TimeSampler(torch.ones_like, settings.t_min) if even else sampler
 
@@ -274,14 +282,26 @@ class _Matching:
         pair = PerturbedData.draw(
             model.score.sde, x0, t, conditioning=self._conditioning, generator=generator
         )
-        losses = model.score.loss(pair, weighting=self._weighting, condition=batch.labels)
+        losses = model.score.loss(
+            pair,
+            prediction=self._prediction,
+            weighting=self._weighting,
+            condition=batch.labels,
+        )
         return weight.to(losses) * losses
 
 
-def _importance(score: MixedScore, settings: TrainingConfig) -> TimeSampler:
+def _density(settings: TrainingConfig) -> Callable[[Tensor], Tensor]:
+    if settings.times == "mode":
+        return mode_density(settings.mode_scale)
+    return logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
+
+
+def _importance(score: MixedScore, settings: TrainingConfig, prediction: Measured) -> TimeSampler:
     assert settings.weighting != "log_snr"
     if settings.conditioning == "data" and settings.weighting == "reweighted":
-        return TimeSampler(score.residual_variance, settings.t_min)
+        density = partial(score.residual_variance, prediction=prediction)
+        return TimeSampler(density, settings.t_min)
     return TimeSampler.importance(
         score.sde,
         settings.t_min,

@@ -72,16 +72,25 @@ class GuidedScore:
 
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        given = self._given(self.label, z, t)
+        return self._guided(z, t, "score")
+
+    def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
+        """Prediction of the data, ``(B, *D)``, guided alike."""
+        return self._guided(z, t, "data")
+
+    def _guided(self, z: Tensor, t: TimeLike, prediction: Literal["score", "data"]) -> Tensor:
+        given = self._given(self.label, z, t, prediction)
         if self.guidance == 1:
             return given
-        return self._given(self.classes, z, t).lerp(given, self.guidance)
+        return self._given(self.classes, z, t, prediction).lerp(given, self.guidance)
 
-    def _given(self, label: int, z: Tensor, t: TimeLike) -> Tensor:
+    def _given(
+        self, label: int, z: Tensor, t: TimeLike, prediction: Literal["score", "data"]
+    ) -> Tensor:
         # Filled on the device: a number of the CPU would be copied there at every evaluation.
         condition = torch.full((), label, device=z.device)
-        score: Tensor = self.model(z, t, condition=condition)
-        return score
+        found: Tensor = self.model(z, t, prediction=prediction, condition=condition)
+        return found
 
 
 def make_solver(sampling: SamplingConfig) -> Solver:
@@ -110,7 +119,7 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
     """
     sde, end = process.sde, sampling.t_end
     if solver.facts.adaptive:
-        return torch.tensor([sde.T, end], dtype=torch.float64)
+        return torch.tensor([sde.regular_until, end], dtype=torch.float64)
     budget = sampling.nfe - int(sampling.denoise)
     n = budget // max(1, solver.facts.nfe_per_step)
     while n >= 1:
@@ -159,7 +168,7 @@ def _plan(
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
     grid: Callable[..., Tensor] = getattr(grids, f"{name}_times")
-    return grid(sde, sde.T, end, n)
+    return grid(sde, sde.regular_until, end, n)
 
 
 class Samples(NamedTuple):

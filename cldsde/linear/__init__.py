@@ -2,11 +2,13 @@
 
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
+from cldsde.linear.interpolants import CosineVP, RectifiedFlow
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.posterior import Posterior
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 
 __all__ = [
     "CLD",
@@ -14,13 +16,16 @@ __all__ = [
     "PSLD",
     "VESDE",
     "VPSDE",
+    "CosineVP",
     "Dynamics",
     "FunctionDynamics",
     "Gaussian",
     "Kernel",
     "LinearSDE",
     "Posterior",
+    "RectifiedFlow",
     "Schedule",
+    "SignalNoiseDynamics",
     "SubVPSDE",
     "TimeChangedDynamics",
 ]

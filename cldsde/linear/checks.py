@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_decreasing_times",
     "as_float64",
+    "as_grid_times",
     "as_levels",
     "as_matrix",
     "as_number",
@@ -64,20 +64,20 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
     return times
 
 
-def as_decreasing_times(times: object, name: str, end: float, *, least: int = 2) -> Tensor:
-    """Turn decreasing times in [0, end] into float64 on the CPU; raise otherwise."""
+def as_grid_times(times: object, name: str, end: float, *, least: int = 2) -> Tensor:
+    """Turn times in [0, end] that decrease, or increase, into float64 on the CPU; or raise."""
     if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
         got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
         msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
         raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
     grid = as_times(times.detach(), name, end)
-    rising = (grid.diff() >= 0).nonzero()
-    if len(rising):
-        i = int(rising[0])
-        got = f"{float(grid[i]):g} before {float(grid[i + 1]):g}"
-        msg = f"{name} must decrease from T to ε; got {got}"
-        raise ValueError(msg)
-    return grid
+    steps = grid.diff()
+    if bool((steps > 0).all() | (steps < 0).all()):
+        return grid
+    i = int((steps >= 0).nonzero()[0])
+    got = f"{float(grid[i]):g} before {float(grid[i + 1]):g}"
+    msg = f"{name} must decrease from T to ε, or increase throughout to encode data; got {got}"
+    raise ValueError(msg)
 
 
 def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:

@@ -37,6 +37,8 @@ class Dynamics(ABC):
 
     components: int
     driven: tuple[int, ...]
+    #: Latest time up to which F and G are finite and of use; below 1 only if they diverge at 1.
+    regular_until: float = 1.0
 
     def __repr__(self) -> str:
         """Parameters in one line."""
@@ -64,6 +66,17 @@ class Dynamics(ABC):
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
         """Ψ(t, s) alone, ``(*s.shape, k, k)``."""
         return self.transition(s, t)[0]
+
+    def rates(self, t: Tensor, initial_variance: Tensor) -> tuple[Tensor, Tensor]:
+        """α′ and σ′ of x_t = α x_0 + σ n, of the shape of t; for one component and t > 0.
+
+        ``initial_variance`` is the variance of z_0 given the data.
+        """
+        root = initial_variance.sqrt().reshape(1, 1)
+        psi, deviation = self.transition(torch.zeros_like(t), t, root)
+        F, G = self.drift(t), self.diffusion(t)
+        grown = F * deviation + (G @ G.mT) / (2 * deviation)
+        return (F * psi)[..., 0, 0], grown[..., 0, 0]
 
     @abstractmethod
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks, block_solve, stack_first
+from cldsde.linear.blocks import apply_blocks, block_solve, safe_sqrt, stack_first
 from cldsde.linear.collocation import collocate, converged
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.dynamics import Dynamics
@@ -186,12 +186,9 @@ def whitened_family(
     stochasticity
         λ ≥ 0, of the shape of s.
     """
+    if dynamics.components == 1:
+        return _single_family(dynamics, root_at, s, t, stochasticity)
     flat_s, flat_t, level = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
-    followed = s.requires_grad or t.requires_grad or level.requires_grad
-    if dynamics.components == 1 and not followed and not bool(level.any()):
-        # What neither turns nor contracts stays where it is.
-        still = torch.ones(*s.shape, 1, 1, dtype=torch.float64, device="cpu")
-        return still, torch.zeros_like(still)
 
     def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
         rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
@@ -211,6 +208,22 @@ def whitened_family(
         raise ValueError(msg)
     move, noise = factors
     return stack_first(move, s.shape), stack_first(noise, s.shape)
+
+
+def _single_family(
+    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
+) -> tuple[Tensor, Tensor]:
+    """e^{−λ²H} and √(1 − e^{−2λ²H}) for one component, H = κ(s) − κ(t); H is ∞ if Ψ(t, s) = 0."""
+    psi, noise = dynamics.transition(s, t)
+    earlier, later = root_at(s), root_at(t)
+    kept, share = psi * earlier / later, (noise / later).square()
+    # e^{−2H} is kept² and 1 − share: over short steps the latter has the digits of H.
+    short = share < 0.5
+    gone = kept == 0
+    far = torch.where(gone, 1e300, -torch.where(gone, 1.0, kept).log())
+    H = torch.where(short, -0.5 * torch.log1p(-torch.where(short, share, 0.0)), far)
+    contracted = stochasticity.square()[..., None, None] * H
+    return torch.exp(-contracted), safe_sqrt(-torch.expm1(-2 * contracted))
 
 
 def _panels(

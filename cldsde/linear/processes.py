@@ -6,6 +6,7 @@ as attributes, in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -23,6 +24,7 @@ from cldsde.linear.checks import (
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.elementary import exponential_rest
+from cldsde.linear.interpolants import alphas_cumprod_process
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
 
@@ -63,6 +65,37 @@ class VPSDE(LinearSDE):
             TimeChangedDynamics([[-0.5]], [[1.0]], _schedule(beta_min, beta_max, schedule)),
             stationary_covariance=[[1.0]],
         )
+
+    @staticmethod
+    def from_alphas_cumprod(table: Tensor | Sequence[float]) -> LinearSDE:
+        r"""The variance-preserving process through a table ᾱ of a discrete diffusion model.
+
+        .. math::
+            x_t = \cos θ(t)\,x_0 + \sin θ(t)\,n, \qquad
+            \cos^2 θ\bigl(\tfrac{i+1}N\bigr) = ᾱ_i, \quad i = 0, …, N − 1,
+
+        with the angle θ linear in between and θ(0) = 0. Step i of the model is at t = (i + 1)/N.
+
+        Parameters
+        ----------
+        table
+            ``(N,)``, decreasing from below 1, such as ``scheduler.alphas_cumprod``. Its last entry
+            may be 0 (a terminal signal-to-noise ratio of zero). It may be learnt.
+
+        Raises
+        ------
+        TypeError
+            If ``table`` holds no numbers.
+        ValueError
+            If it does not fall from below 1 to at least 0.
+
+        Examples
+        --------
+        >>> sde = VPSDE.from_alphas_cumprod([0.9, 0.5, 0.0])
+        >>> (sde.marginal(2 / 3).mean ** 2).item(), sde.transition(0.5, 1.0).mean.item()
+        (0.5..., 0.0)
+        """
+        return alphas_cumprod_process(table)
 
 
 class SubVPSDE(LinearSDE):

@@ -19,6 +19,7 @@ from cldsde.linear.posterior import Posterior, bayes, reverse_family
 from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
+from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
 
 __all__ = ["LinearSDE", "check_process"]
 
@@ -193,6 +194,42 @@ class LinearSDE:
             prior_covariance=prior_covariance,
         )
 
+    @classmethod
+    def from_signal_noise(cls, signal: OfTime, noise: OfTime) -> LinearSDE:
+        """The process with one component and x_t = signal(t) x_0 + noise(t) n, n ~ N(0, 1).
+
+        An interpolant of flow matching is such a process. The signal may vanish at t = 1, as that
+        of `RectifiedFlow` does: kernels stay finite there, drift and diffusion do not
+        (`regular_until`).
+
+        Parameters
+        ----------
+        signal
+            α: float64 times of any shape to values of that shape, in torch's operations, which are
+            differentiated. α(0) = 1 and α > 0 before t = 1. What it has learnt has derivatives.
+        noise
+            σ, alike: σ > 0 for t > 0. σ(0) is the standard deviation of x_0 given the data. The
+            ratio α/σ falls with t.
+
+        Raises
+        ------
+        TypeError
+            If an argument is no function.
+        ValueError
+            If a function returns another shape or dtype or values that are not finite, α or σ is
+            out of range, α/σ rises somewhere, or a function is not smooth.
+
+        Examples
+        --------
+        >>> import torch
+        >>> sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt)
+        >>> sde.transition(0.5, 1.0).mean.item(), sde.marginal(0.5).covariance.item()
+        (0.0, 0.5...)
+        """
+        dynamics = SignalNoiseDynamics(signal, noise)
+        start = noise(torch.zeros(1, 1, dtype=torch.float64, device="cpu"))
+        return LinearSDE(dynamics, initial_covariance=start.square())
+
     def __repr__(self) -> str:
         """Facts in one line."""
         if type(self) is LinearSDE:
@@ -215,13 +252,23 @@ class LinearSDE:
         """Components that noise enters, in increasing order."""
         return self.dynamics.driven
 
+    @property
+    def regular_until(self) -> float:
+        """Latest time at which solvers may evaluate F and G: 1, or less if they diverge at t = 1.
+
+        They do if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then κ, half the
+        log of the signal-to-noise ratio (`log_snr`), is −10 at this time: a state drawn from the
+        prior there is wrong by 5e-5 of the data's size.
+        """
+        return self.dynamics.regular_until
+
     def drift(self, t: TimeLike) -> Tensor:
         """F(t), ``(*t.shape, k, k)`` float64 on the host.
 
         Raises
         ------
         ValueError
-            If a time lies outside [0, 1].
+            If a time lies outside [0, 1], or F diverges there.
         """
         return self.dynamics.drift(as_times(t, "t", self.T))
 
@@ -231,7 +278,7 @@ class LinearSDE:
         Raises
         ------
         ValueError
-            If a time lies outside [0, 1].
+            If a time lies outside [0, 1], or G diverges there.
         """
         return self.dynamics.diffusion(as_times(t, "t", self.T))
 
@@ -335,7 +382,8 @@ class LinearSDE:
         r"""κ(t) = ½ log ψᵀΣ_t⁻¹ψ, half the log of what the state tells of the data, float64.
 
         ψ = Ψ(t,0)e₀ and Σ_t belong to the law given the data; for one component it is
-        log α/σ. It falls with t, and is the clock in which score networks see time.
+        log α/σ. It falls with t, to −∞ at t = 1 if nothing of the data is left there, and is the
+        clock in which score networks see time.
 
         Parameters
         ----------
@@ -608,10 +656,8 @@ class LinearSDE:
         return state
 
     def _checked_stationary(self, covariance: Tensor) -> Tensor:
-        F = self.drift(torch.linspace(0, self.T, 17, device="cpu", dtype=torch.float64)).detach()
-        G = self.diffusion(
-            torch.linspace(0, self.T, 17, device="cpu", dtype=torch.float64)
-        ).detach()
+        t = torch.linspace(0, self.regular_until, 17, device="cpu", dtype=torch.float64)
+        F, G = self.drift(t).detach(), self.diffusion(t).detach()
         flow = F @ covariance.detach()
         residual = flow + flow.mT + G @ G.mT
         if float(residual.abs().max()) > 1e-10 * float(flow.abs().max()):

@@ -12,7 +12,12 @@ from cldsde.score.paths import NoisePath
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.score_denoiser import ScoreDenoiser
-from cldsde.score.time_sampling import TimeSampler, log_snr_density
+from cldsde.score.time_sampling import (
+    TimeSampler,
+    log_snr_density,
+    logit_normal_density,
+    mode_density,
+)
 from cldsde.score.variational import cross_entropy, evidence_lower_bound
 
 __all__ = [
@@ -40,6 +45,8 @@ __all__ = [
     "flow_log_prob",
     "log_likelihood",
     "log_snr_density",
+    "logit_normal_density",
+    "mode_density",
     "optimal_loss",
     "score_matching_loss",
 ]

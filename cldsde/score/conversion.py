@@ -25,11 +25,21 @@ from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 
-__all__ = ["Conditioning", "Conversion", "Prediction", "WhitenedLaw", "conditional_law", "whiten"]
+__all__ = [
+    "Combination",
+    "Conditioning",
+    "Conversion",
+    "Prediction",
+    "WhitenedLaw",
+    "conditional_law",
+    "whiten",
+]
 
-Prediction = Literal["score", "noise", "data", "full_score"]
+Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 """``"score"``: of the driven components. ``"noise"``: n = −L_ddᵀ s_d. ``"data"``: E[x_0 | z_t].
-``"full_score"``: of all components."""
+``"full_score"``: of all components. For processes of one component, x_t = α x_0 + σ n, also
+``"velocity"``: E[α n − σ x_0 | x_t] (Salimans and Ho 2022), and ``"flow"``: E[α′ x_0 + σ′ n | x_t],
+the velocity of the probability flow, which flow matching learns."""
 
 Conditioning = Literal["data", "all"]
 """What a law is conditioned on: the data x_0 (hybrid score matching) or all of z_0 (denoising)."""
@@ -37,6 +47,9 @@ Conditioning = Literal["data", "all"]
 # At this ratio of the noise in x̂₀ to that of the best estimate the driven rows have lost x_0.
 # Well-damped processes stay below 4, and underdamped ones pass through infinity.
 _LARGEST_AMPLIFICATION = 20.0
+
+
+_OF_ONE_COMPONENT = ("velocity", "flow")
 
 
 class WhitenedLaw(NamedTuple):
@@ -105,6 +118,40 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
     return WhitenedLaw(ordered, inverse, psi, inverse @ psi, noise)
 
 
+class Combination(NamedTuple):
+    """A prediction a x_0 + b n of data and noise in x_t = α x_0 + σ n; fields ``(*)``."""
+
+    alpha: Tensor
+    sigma: Tensor
+    of_data: Tensor  # a
+    of_noise: Tensor  # b
+
+    @classmethod
+    def at(cls, sde: LinearSDE, law: WhitenedLaw, t: Tensor, kind: Prediction) -> Combination:
+        """The velocity or the flow.
+
+        Raises
+        ------
+        ValueError
+            If the process has more than one component.
+        """
+        if sde.components != 1:
+            msg = (
+                f"a prediction of the {kind} needs a process of one component; "
+                f"{type(sde).__name__} has {sde.components}: take 'noise' or 'data'"
+            )
+            raise ValueError(msg)
+        alpha, sigma = law.psi[..., 0, 0], law.root[..., 0, 0]
+        if kind == "velocity":
+            return cls(alpha, sigma, -sigma, alpha)
+        return cls(alpha, sigma, *sde.dynamics.rates(t, sde.initial_covariance[0, 0]))
+
+    @property
+    def determinant(self) -> Tensor:
+        """α b − σ a > 0."""
+        return self.alpha * self.of_noise - self.sigma * self.of_data
+
+
 @dataclass(frozen=True, eq=False)
 class Conversion:
     """One kind of prediction from another, linear in the state and the prediction.
@@ -116,8 +163,8 @@ class Conversion:
     value
         ``(*, out, in)`` float64 on the host.
     source, target
-        What is converted to what; ``in`` and ``out`` are 1 for the data, the number of driven
-        components for score and noise, k for the full score.
+        What is converted to what; ``in`` and ``out`` are 1 for data, velocity and flow, the number
+        of driven components for score and noise, k for the full score.
 
     Examples
     --------
@@ -161,7 +208,8 @@ class Conversion:
         t
             Times of any shape in (0, 1].
         source, target
-            ``"score"``, ``"noise"``, ``"data"`` or ``"full_score"``. The full score is Σ⁻¹ times
+            ``"score"``, ``"noise"``, ``"data"``, ``"full_score"``, ``"velocity"`` or ``"flow"``.
+            The last two need a process of one component. The full score is Σ⁻¹ times
             what the state differs from ψx̂₀: a rounding of x̂₀ costs it a relative error of about
             ε √(ψᵀΣ⁻¹ψ), which for third-order processes is large at small times.
         conditioning
@@ -173,9 +221,11 @@ class Conversion:
         TypeError
             If ``sde`` is no `LinearSDE` or a time no number.
         ValueError
-            If the law has no density at some time, or the driven score is asked for what it does
-            not determine: x_0 at isolated times of an underdamped process, the full score where
-            float64 holds no digit of it.
+            If the law has no density at some time; if velocity or flow are asked for of a process
+            of several components; or if score or noise are asked for what they do not determine:
+            x_0 and the flow where nothing of x_0 is left (`RectifiedFlow` at t = 1), x_0 at
+            isolated times of an underdamped process, the full score where float64 holds no digit
+            of it.
         """
         check_process(sde)
         times = as_times(t, "t", sde.T)
@@ -187,7 +237,7 @@ class Conversion:
         if conditioning == "all" and "noise" in (source, target):
             given_all = conditional_law(sde, times, conditioning)
             noise_root = whiten(sde, given_all, times).driven_root()
-        return _Converter(law, noise_root, times, sde.driven).convert(source, target)
+        return _Converter(sde, law, noise_root, times).convert(source, target)
 
     def __call__(self, z: Tensor, value: Tensor) -> Tensor:
         """Convert a prediction at a state.
@@ -197,7 +247,7 @@ class Conversion:
         z
             ``(B, k, *D)``.
         value
-            ``(B, in, *D)``, or ``(B, *D)`` where the source is the data.
+            ``(B, in, *D)``, or ``(B, *D)`` for the data.
 
         Returns
         -------
@@ -223,6 +273,10 @@ class Conversion:
         return out[:, 0] if self.target == "data" else out
 
 
+def _block(x: Tensor) -> Tensor:
+    return x[..., None, None]
+
+
 class _Linear(NamedTuple):
     """A quantity that is linear in the state and in the prediction that is given."""
 
@@ -236,15 +290,14 @@ class _Linear(NamedTuple):
 class _Converter:
     """All predictions in terms of two: the driven noise n of the law given x_0, and x̂₀."""
 
-    def __init__(
-        self, law: WhitenedLaw, noise_root: Tensor, times: Tensor, driven: tuple[int, ...]
-    ) -> None:
+    def __init__(self, sde: LinearSDE, law: WhitenedLaw, noise_root: Tensor, times: Tensor) -> None:
+        self.sde = sde
         self.law = law
         self.noise_root = noise_root
         self.times = times
-        self.driven = list(driven)
-        self.d = len(driven)
-        self.k = law.root.shape[-1]
+        self.driven = list(sde.driven)
+        self.d = len(sde.driven)
+        self.k = sde.components
 
     def convert(self, source: Prediction, target: Prediction) -> Conversion:
         rows = {"data": 1, "full_score": self.k}.get(source, self.d)
@@ -252,7 +305,9 @@ class _Converter:
         given = _Linear(identity.new_zeros(*identity.shape[:-1], self.k), identity)
         if source == target:
             return Conversion(*given, source, target)
-        if source == "full_score":
+        if source in _OF_ONE_COMPONENT:
+            result = self._from_combination(source, target)
+        elif source == "full_score":
             result = self._from_full_score(target)
         elif source == "data":
             result = self._from_data(given, target)
@@ -279,6 +334,14 @@ class _Converter:
     def _from_noise(self, noise: _Linear, target: Prediction) -> _Linear:
         if target in ("score", "noise"):
             return self._finish(noise, target)
+        if target in _OF_ONE_COMPONENT:
+            # a x_0 + b n with x_0 = (x − σ n) / α.
+            of = self._combination(target)
+            self._power()
+            return _Linear(
+                _block(of.of_data / of.alpha) + _block(of.determinant / of.alpha) @ noise.state,
+                _block(of.determinant / of.alpha) @ noise.value,
+            )
         c, inverse = self.law.signal, self.law.inverse
         gain = c[..., -self.d :, :].mT / self._driven_power()
         data = _Linear(gain @ (inverse[..., -self.d :, :] - noise.state), -gain @ noise.value)
@@ -297,10 +360,36 @@ class _Converter:
         if target == "full_score":
             self._check_resolved()
             return residual.through(-self.law.inverse.mT)
+        if target in _OF_ONE_COMPONENT:
+            # a x_0 + b n with n = (x − α x_0) / σ.
+            of = self._combination(target)
+            return _Linear(_block(of.of_noise / of.sigma), _block(-of.determinant / of.sigma))
         driven = _Linear(residual.state[..., -self.d :, :], residual.value[..., -self.d :, :])
         return self._finish(driven, target)
 
+    def _combination(self, kind: Prediction) -> Combination:
+        return Combination.at(self.sde, self.law, self.times, kind)
+
+    def _from_combination(self, source: Prediction, target: Prediction) -> _Linear:
+        """Data or noise by solving x = α x_0 + σ n and the prediction a x_0 + b n for it."""
+        of = self._combination(source)
+        scale = 1 / of.determinant
+        if target in ("data", *_OF_ONE_COMPONENT):
+            data = _Linear(_block(of.of_noise * scale), _block(-of.sigma * scale))
+            if target == "data":
+                return data
+            then = self._from_data(_Linear(torch.zeros_like(data.state), self._eye(1)), target)
+            return _Linear(then.state + then.value @ data.state, then.value @ data.value)
+        noise = _Linear(_block(-of.of_data * scale), _block(of.alpha * scale))
+        return self._from_noise(noise, target)
+
     def _from_full_score(self, target: Prediction) -> _Linear:
+        if target in _OF_ONE_COMPONENT:
+            self._combination(
+                target
+            )  # raises unless the full score is that of the driven component
+            given = _Linear(torch.zeros_like(self._eye(1)), self._eye(1))
+            return self._from_noise(given.through(-self.law.driven_root().mT), target)
         c, inverse = self.law.signal, self.law.inverse
         if target == "data":
             # x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ: least squares over all rows.
@@ -316,9 +405,12 @@ class _Converter:
         """ψᵀΣ⁻¹ψ, which is above zero where the state says anything of x_0."""
         power = self.law.information()[..., None, None]
         if not bool((power > 0).all()):
+            end = self.sde.regular_until
+            advice = f"take t ≤ {end:.6g}" if end < 1 else "end earlier or lower beta"
             msg = (
                 "t: nothing of x_0 is left in the state at "
-                f"t = {float(self.times.detach().max()):g}; end earlier or lower beta"
+                f"t = {float(self.times.detach().max()):g}, where the score tells nothing of it; "
+                f"{advice}"
             )
             raise ValueError(msg)
         return power

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
+from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
@@ -75,7 +76,8 @@ def flow_log_prob(
 
     The ODE is solved by torchdiffeq in float64 (float32 on devices that have no other), the score
     sees states of the dtype given. The tolerances hold for each sample, the divergence integral
-    included; steps are those of the sample that needs the shortest. Times are kept in [t, T].
+    included; steps are those of the sample that needs the shortest. Times are kept in [t, T], with
+    T = 1 or, if drift and diffusion diverge there, `LinearSDE.regular_until`.
     Nothing of the result carries gradients.
 
     Parameters
@@ -131,7 +133,7 @@ def flow_log_prob(
     if not bool(z.isfinite().all()):
         msg = "z must be finite; it holds NaN or infinity"
         raise ValueError(msg)
-    check_between(t, 0.0, sde.T * (1 - 1e-9), "t")
+    check_between(t, 0.0, sde.regular_until * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")
     check_positive(atol, "atol")
@@ -145,7 +147,7 @@ def flow_log_prob(
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:
         return FlowDensity(start[1], start[0], start[1], 0)
-    ends = torch.tensor([t, sde.T], dtype=precision, device=z.device)
+    ends = torch.tensor([t, sde.regular_until], dtype=precision, device=z.device)
     options = {"norm": _worst_sample, "step_t": ends[1:]}
     try:
         with torch.no_grad():
@@ -158,7 +160,10 @@ def flow_log_prob(
         msg = f"rtol, atol: {rtol:g} and {atol:g} cannot be met; the step length underflowed"
         raise UnsolvedFlowError(msg) from error
     latent, integral = states[-1], integrals[-1]
-    return FlowDensity(sde.prior.log_prob(latent) + integral, latent, integral, flow.nfev)
+    # Before T the noise alone is a little less than the prior.
+    regular = sde.regular_until == sde.T
+    prior = sde.prior if regular else Gaussian(sde.marginal(sde.regular_until).root)
+    return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
 
 # Those of torchdiffeq that keep a tolerance; fehlberg2 misses it a hundredfold.
@@ -185,7 +190,7 @@ class _Flow:
     ) -> None:
         self.nfev = 0
         self._process = process
-        self._interval = (t, process.sde.T)
+        self._interval = (t, process.sde.regular_until)
         self._max_nfev = max_nfev
         self._dtype = z.dtype
         self._driven = list(process.sde.driven)

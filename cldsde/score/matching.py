@@ -25,6 +25,7 @@ from cldsde.linear.random import Generators, check_generator
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import (
+    Combination,
     Conditioning,
     Conversion,
     WhitenedLaw,
@@ -34,15 +35,26 @@ from cldsde.score.conversion import (
 from cldsde.score.reverse import Score
 from cldsde.score.times import score_argument, score_times
 
-__all__ = ["PerturbedData", "Target", "Weighting", "optimal_loss", "score_matching_loss"]
+__all__ = [
+    "Measured",
+    "PerturbedData",
+    "Target",
+    "Weighting",
+    "optimal_loss",
+    "score_matching_loss",
+]
 
-Target = Literal["score", "noise", "data"]
-"""What a network may be trained to predict."""
+Target = Literal["score", "noise", "data", "velocity", "flow"]
+"""What a network may be trained to predict; see `cldsde.score.conversion.Prediction`."""
+
+Measured = Literal["noise", "velocity", "flow"]
+"""The quantity whose squared error is the loss. ``"flow"`` is the loss of flow matching."""
 
 Weighting = Literal["reweighted", "likelihood"] | Callable[[Tensor], Tensor]
-r"""How errors at different times count. ``"reweighted"``: the mean squared error of the noise.
-``"likelihood"``: ½‖Gᵀ(s − s*)‖² a data dimension, the integrand of a bound on the log-likelihood in
-nats. A function of float64 times ``(n,)`` to ``(n,)``: its value times ``"reweighted"``."""
+r"""How errors at different times count. ``"reweighted"``: the mean squared error of the noise, or
+of the velocity or flow if the loss is measured on it. ``"likelihood"``: ½‖Gᵀ(s − s*)‖² a data
+dimension, the integrand of a bound on the log-likelihood in nats. A function of float64 times
+``(n,)`` to ``(n,)``: its value times ``"reweighted"``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +143,19 @@ class PerturbedData:
         -------
         Tensor
             ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
+            ``"velocity"``: α n* − σ x_0, and ``"flow"``: α′ x_0 + σ′ n*, ``(B, 1, *D)``.
+
+        Raises
+        ------
+        ValueError
+            If the prediction is unknown, or is a velocity or a flow and the process has several
+            components or the states were drawn given all of z_0.
         """
         one_of(prediction, Target, "prediction")
+        if prediction in ("velocity", "flow"):
+            of = self._combination(prediction)
+            x0 = self.x0.unsqueeze(1)
+            return _scaled(of.of_data, x0) + _scaled(of.of_noise, self.noise)
         if prediction == "data":
             return self.x0
         if prediction == "noise":
@@ -145,6 +168,7 @@ class PerturbedData:
         prediction: Target = "noise",
         *,
         weighting: Weighting = "reweighted",
+        measured: Measured | None = None,
     ) -> Tensor:
         """Loss of each sample, ``(B,)``, for what a network returned at ``z``.
 
@@ -153,16 +177,23 @@ class PerturbedData:
         output
             The prediction, ``(B, d, *D)``, or ``(B, *D)`` for the data.
         prediction
-            What it is of. Whatever it is, the error is measured on the noise that it amounts to.
+            What it is of.
         weighting
             See `Weighting`.
+        measured
+            The quantity whose error counts: the noise, velocity or flow that the prediction amounts
+            to. None: the velocity or flow if that is predicted, else the noise.
 
         Raises
         ------
         ValueError
-            If the output has another shape, or an option is unknown.
+            If the output has another shape, an option is unknown, or a velocity or a flow is wanted
+            of a process with several components or of states drawn given all of z_0.
         """
         one_of(prediction, Target, "prediction")
+        if measured is None:
+            measured = prediction if prediction in ("velocity", "flow") else "noise"
+        one_of(measured, Measured, "measured")
         if not isinstance(output, Tensor):
             msg = f"output must be a tensor; got {type(output).__name__}"
             raise TypeError(msg)
@@ -174,21 +205,53 @@ class PerturbedData:
             )
             raise ValueError(msg)
         output = output.to(self.noise.dtype)
+        if weighting == "likelihood":
+            error = self._noise_error(output, prediction)
+            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.law), error)
+            return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
+        error = self._error(output, prediction, measured)
+        return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
+
+    def _error(self, output: Tensor, prediction: Target, measured: Measured) -> Tensor:
+        """Error of the quantity that is measured."""
+        if measured == "noise":
+            return self._noise_error(output, prediction)
+        if prediction == measured:
+            return output - self.target(measured)
+        of = self._combination(measured)
+        if prediction == "data":
+            return _scaled(-of.determinant / of.sigma, (output - self.x0).unsqueeze(1))
+        return _scaled(of.determinant / of.alpha, self._noise_error(output, prediction))
+
+    def _noise_error(self, output: Tensor, prediction: Target) -> Tensor:
+        """Error of the noise that a prediction amounts to."""
+        if prediction in ("velocity", "flow"):
+            of = self._combination(prediction)
+            return _scaled(of.alpha / of.determinant, output - self.target(prediction))
         if prediction == "data" and self.conditioning == "data":
             # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0): in terms of the data nothing cancels.
             driven = self.law.signal[..., -self.noise.shape[1] :, :]
-            error = apply_blocks(driven, (self.x0 - output).unsqueeze(1))
-        elif prediction == "data":
+            return apply_blocks(driven, (self.x0 - output).unsqueeze(1))
+        if prediction == "data":
             convert = Conversion.at(self.sde, self.t, "data", "noise", conditioning="all")
-            error = convert(self.z, output) - self.noise
-        elif prediction == "score":
-            error = apply_blocks(-self.law.driven_root().mT, output) - self.noise
-        else:
-            error = output - self.noise
-        if weighting == "likelihood":
-            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.law), error)
-            return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
-        return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
+            return convert(self.z, output) - self.noise
+        if prediction == "score":
+            return apply_blocks(-self.law.driven_root().mT, output) - self.noise
+        return output - self.noise
+
+    def _combination(self, kind: Target) -> Combination:
+        if self.conditioning != "data":
+            msg = (
+                f"a {kind} is that of the distribution given the data; it needs states drawn with "
+                f"conditioning='data', got {self.conditioning!r}"
+            )
+            raise ValueError(msg)
+        return Combination.at(self.sde, self.law, self.t, kind)
+
+
+def _scaled(factor: Tensor, values: Tensor) -> Tensor:
+    """Values ``(B, 1, *D)`` times a factor ``()`` or ``(B,)``."""
+    return apply_blocks(factor[..., None, None], values)
 
 
 def score_matching_loss(
@@ -216,7 +279,9 @@ def score_matching_loss(
     t
         One time or ``(B,)`` in (0, 1]; see `TimeSampler`.
     prediction
-        What the model returns: ``"score"``, ``"noise"`` or ``"data"``.
+        What the model returns: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
+        With ``"flow"`` and a process such as `cldsde.RectifiedFlow` the loss is that of flow
+        matching.
     conditioning
         ``"data"``: hybrid score matching. ``"all"``: denoising score matching.
     weighting
@@ -303,7 +368,10 @@ def optimal_loss(
 
 def likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
     """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
-    G = sde.diffusion(t)[..., list(sde.driven), :]
+    # Where G diverges, at t = 1 of an interpolant, what it multiplies vanishes.
+    end = sde.regular_until
+    finite = torch.where((t == sde.T) & (end < sde.T), end, t)
+    G = sde.diffusion(finite)[..., list(sde.driven), :]
     return (triangular_inverse(law.driven_root()) @ G).mT
 
 

@@ -45,15 +45,17 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import WhitenedLaw, whiten
-from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.conversion import Combination, Conversion, WhitenedLaw, whiten
+from cldsde.score.matching import Measured, PerturbedData, Weighting
 from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import LogSNRDensity
-from cldsde.score.times import coefficients_at
+from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["MixedScore"]
 
-Output = Literal["score", "noise"]
+_LEAST_CLOCK = -10.0
+
+Output = Literal["score", "noise", "data", "velocity", "flow"]
 
 Inputs = Literal["state", "estimate"]
 """What the network is shown: all components, or the best unbiased estimate of the data."""
@@ -66,6 +68,8 @@ class _Coefficients(NamedTuple):
     reference: Tensor  # (*, d, k, *V), takes z − ψμ to n_ref
     inputs: Tensor  # (*, k, *V), makes what the network is shown of unit size
     residual: Tensor  # (*, d, *V), c_out, makes the network's target of unit size
+    data: Tensor  # (*, k, *V), takes z − ψμ to the reference's x_0 − μ
+    data_residual: Tensor  # (*, *V), standard deviation of x_0 given the reference and z
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's clock
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
 
@@ -76,6 +80,10 @@ class _Coefficients(NamedTuple):
         """Mean square of c_out at times ``(n,)``."""
         return self.residual.square().flatten(1).mean(1)
 
+    def data_residual_variance(self) -> Tensor:
+        """Mean variance of x_0 given the reference and z at times ``(n,)``."""
+        return self.data_residual.square().reshape(len(self.data_residual), -1).mean(1)
+
 
 class MixedScore(nn.Module):
     """Score of the driven components as a Gaussian reference plus a network's noise prediction.
@@ -84,9 +92,10 @@ class MixedScore(nn.Module):
     ----------
     network
         Module of (state, clock): ``(B, k·C, *S)`` and ``(B,)`` to ``(B, len(driven)·C, *S)`` for
-        data ``(B, C, *S)``. It sees the state scaled to unit size a component and κ(t), half the
-        log of the signal-to-noise ratio of the process, as its clock. A conditional one is called
-        as (state, clock, condition). See ``inputs`` for one that is shown an estimate.
+        data ``(B, C, *S)``. It sees the state scaled to unit size a component and, as its clock,
+        κ(t), half the log of the signal-to-noise ratio of the process, or −10 if that is larger. A
+        conditional one is called as (state, clock, condition). See ``inputs`` for one that is shown
+        an estimate.
     sde
         The forward process.
     data_mean, data_variance
@@ -199,7 +208,7 @@ class MixedScore(nn.Module):
         prediction: Output = "score",
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Score, or predicted noise, of the driven components, ``(B, len(driven), *D)``.
+        """Score of the driven components, or another prediction, ``(B, len(driven), *D)``.
 
         Parameters
         ----------
@@ -208,20 +217,37 @@ class MixedScore(nn.Module):
         t
             One time or ``(B,)``, above 0.
         prediction
-            ``"score"`` or ``"noise"``, which training compares.
+            ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
+            component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form these
+            three stay exact where nothing of the data is left in a state of one component.
         condition
             Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
         """
         one_of(prediction, Output, "prediction")
         check_state(z, self.sde.components)
         table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._loads)
+        if prediction not in ("score", "noise"):
+            times = score_times(t, z)
+            if not self._of_data:
+                noise = self._noise(z, table, condition)
+                return Conversion.at(self.sde, times, "noise", prediction)(z, noise)
+            data = self._data(z, table, condition)
+            if prediction == "data":
+                return data
+            return Conversion.at(self.sde, times, "data", prediction)(z, data)
         noise = self._noise(z, table, condition)
         return apply_blocks(table.to_score, noise) if prediction == "score" else noise
+
+    def data_prediction(self, z: Tensor, t: TimeLike, *, condition: Tensor | None = None) -> Tensor:
+        """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
+        found: Tensor = self(z, t, prediction="data", condition=condition)
+        return found
 
     def loss(
         self,
         pair: PerturbedData,
         *,
+        prediction: Measured = "noise",
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
@@ -232,29 +258,47 @@ class MixedScore(nn.Module):
         pair
             States and what is to be learnt there. Hybrid score matching shares its kernels with
             the score, so that they are computed once.
+        prediction
+            The prediction whose squared error counts: ``"noise"``, or for processes of one
+            component ``"velocity"`` or ``"flow"``. What the network returns is the same.
         weighting
             See `Weighting`.
         condition
             As `forward` takes it.
         """
+        one_of(prediction, Measured, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 is in units of another root: only the score is the same.
             score = self(pair.z, pair.t, condition=condition)
-            return pair.loss(score, "score", weighting=weighting)
+            return pair.loss(score, "score", weighting=weighting, measured=prediction)
         coefficients = self._coefficients(pair.t, pair.kernel, pair.law)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_law(pair.t, pair.law, coefficients)
             weighting = lambda t: known  # noqa: E731
+        if prediction != "noise" and self._of_data:
+            data = self._data(pair.z, coefficients.to(pair.z), condition)
+            return pair.loss(data, "data", weighting=weighting, measured=prediction)
         noise = self._noise(pair.z, coefficients.to(pair.z), condition)
-        return pair.loss(noise, "noise", weighting=weighting)
+        return pair.loss(noise, "noise", weighting=weighting, measured=prediction)
 
-    def residual_variance(self, t: Tensor) -> Tensor:
-        """Mean squared noise that the reference leaves open, at times ``(n,)``.
+    @property
+    def _of_data(self) -> bool:
+        """Whether `_data` gives the prediction of the data, by no detour through the noise."""
+        return self.sde.components == 1 and self.mixing_logits is None
+
+    def residual_variance(self, t: Tensor, prediction: Measured = "noise") -> Tensor:
+        """Mean squared noise, velocity or flow that the reference leaves open, at times ``(n,)``.
 
         It is the loss of the untrained model on Gaussian data, and a density for `TimeSampler`
         that gives all times the same share of the training signal.
         """
-        return self._coefficients(t).residual_variance()
+        one_of(prediction, Measured, "prediction")
+        if prediction == "noise":
+            return self._coefficients(t).residual_variance()
+        law = whiten(self.sde, self.sde.marginal(t), t)
+        of = Combination.at(self.sde, law, t, prediction)
+        scale = (of.determinant / of.sigma).square()
+        return scale * self._coefficients(t).data_residual_variance()
 
     def log_snr_weighting(
         self, *, mean: float = 1.2, std: float = 1.2
@@ -290,7 +334,8 @@ class MixedScore(nn.Module):
             kernel = self.sde.marginal(times)
             law = whiten(self.sde, kernel, times)
         psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
-        log_snr = 0.5 * law.information().log()
+        # A clock that networks can read, where nothing of the data is left too.
+        log_snr = (0.5 * law.information().log()).clamp_min(_LEAST_CLOCK)
         to_score = -triangular_inverse(noise_root).mT
 
         # One reference law for each entry of the variance, in axes (*, *V, k, k).
@@ -304,26 +349,63 @@ class MixedScore(nn.Module):
         whitening = triangular_inverse(factor)
         precision = whitening[..., list(self.sde.driven)].mT @ whitening
         reference = over_variance(noise_root).mT @ precision
+        gain = spread.mT @ whitening.mT @ whitening
+        data = (self._variance.sqrt()[..., None, None] * gain).squeeze(-2)
         information = law.information().reshape(psi.shape[:-1] + ones)
         total = 1 + self._variance * information
-        if self.inputs == "state":
+        # Of one component the estimate is the state in other units.
+        if self.inputs == "state" or self.sde.components == 1:
             inputs = factor.square().sum(-1).rsqrt()
         else:
             weights = (law.signal.mT @ law.inverse).reshape(*psi.shape[:-1], *ones, -1)
             inputs = weights / (information * total).sqrt()[..., None]
         signal = signal[..., -len(self.sde.driven) :].reshape(*psi.shape[:-1], *ones, -1)
-        residual = (self._variance / total).sqrt()[..., None] * signal
+        data_residual = (self._variance / total).sqrt()
+        residual = data_residual[..., None] * signal
         axis = psi.ndim - 1
         return _Coefficients(
             psi,
             reference.movedim((-2, -1), (axis, axis + 1)),
             inputs.movedim(-1, axis),
             residual.movedim(-1, axis),
+            data.movedim(-1, axis),
+            data_residual,
             log_snr,
             to_score,
         )
 
     def _noise(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
+        """Noise of the driven components, ``(B, d, *D)``."""
+        centred, _ = self._centred(z, c)
+        reference = (self._spread(c, c.reference, 2, z) * centred.unsqueeze(1)).sum(2)
+        learnt = self._learnt(centred, c, condition).to(reference.dtype)
+        if self.mixing_logits is None:
+            return reference + self._spread(c, c.residual, 1, z) * learnt
+        share, shape = self.mixing_logits.to(z).sigmoid(), tuple(z.shape[2:])
+        axes = zip(reversed(share.shape), reversed(shape), strict=False)
+        if share.ndim > len(shape) or any(own not in (1, size) for own, size in axes):
+            msg = f"mixing_logits must broadcast with the data, {shape}; got {tuple(share.shape)}"
+            raise ValueError(msg)
+        return reference.lerp(learnt, share.expand_as(learnt))
+
+    def _data(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
+        """E[x_0 | z_t] of a process of one component, ``(B, *D)``."""
+        centred, mean = self._centred(z, c)
+        reference = mean + (self._spread(c, c.data, 1, z) * centred).sum(1)
+        # n = (z − ψ x_0) / σ: what raises the noise lowers the data.
+        learnt = self._learnt(centred, c, condition).to(reference.dtype)[:, 0]
+        return reference - self._spread(c, c.data_residual, 0, z) * learnt
+
+    def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:
+        """Batch axis in front, axes of V aligned with those of the data."""
+        if c.log_snr.ndim == 0:
+            field = field.unsqueeze(0)
+        shape, variance_axes = field.shape[: 1 + inner], field.shape[1 + inner :]
+        missing = z.ndim - 2 - len(variance_axes)
+        return field.reshape(*shape, *(1,) * missing, *variance_axes)
+
+    def _centred(self, z: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
+        """Z − ψμ and μ."""
         axes = z.ndim - 2
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
@@ -333,41 +415,27 @@ class MixedScore(nn.Module):
                 f"got {tuple(z.shape)}"
             )
             raise ValueError(msg)
+        psi = c.psi.unsqueeze(0) if c.log_snr.ndim == 0 else c.psi
+        mean = self.data_mean.to(z)
+        return z - psi.reshape(-1, z.shape[1], *(1,) * axes) * mean, mean
 
-        def spread(field: Tensor, inner: int) -> Tensor:
-            """Batch axis in front, axes of V aligned with those of the data."""
-            if c.log_snr.ndim == 0:
-                field = field.unsqueeze(0)
-            shape = field.shape[: 1 + inner]
-            variance_axes = field.shape[1 + inner :]
-            return field.reshape(*shape, *(1,) * (axes - len(variance_axes)), *variance_axes)
-
-        mean = spread(c.psi, 1).reshape(-1, z.shape[1], *(1,) * axes) * self.data_mean.to(z)
-        reference = (spread(c.reference, 2) * (z - mean).unsqueeze(1)).sum(2)
-        clock = c.log_snr.expand(len(z))
-        inputs = (z - mean) * spread(c.inputs, 1)
+    def _learnt(self, centred: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
+        """What the network returns, ``(B, outputs, *D)``."""
+        batch, clock = len(centred), c.log_snr.expand(len(centred))
+        inputs = centred * self._spread(c, c.inputs, 1, centred)
         inputs = inputs.flatten(1, 2) if self.inputs == "state" else inputs.sum(1)
         learnt: Tensor
         if condition is None:
             learnt = self.network(inputs, clock)
         else:
-            learnt = self.network(inputs, clock, condition.expand(len(z), *condition.shape[1:]))
+            learnt = self.network(inputs, clock, condition.expand(batch, *condition.shape[1:]))
+        data = centred.shape[2:]
         outputs = len(self.sde.driven) if self.inputs == "state" else 1
-        wanted = (len(z), outputs * z.shape[2], *z.shape[3:])
+        wanted = (batch, outputs * data[0], *data[1:])
         if learnt.shape != wanted:
             msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
-        learnt = learnt.reshape(len(z), outputs, *z.shape[2:]).to(reference.dtype)
-        if self.mixing_logits is None:
-            return reference + spread(c.residual, 1) * learnt
-        share = self.mixing_logits.to(z).sigmoid()
-        if share.ndim > axes or torch.broadcast_shapes(share.shape, z.shape[2:]) != z.shape[2:]:  # type: ignore[no-untyped-call]
-            msg = (
-                f"mixing_logits must broadcast with the data, {tuple(z.shape[2:])}; "
-                f"got {tuple(share.shape)}"
-            )
-            raise ValueError(msg)
-        return reference.lerp(learnt, share.expand_as(learnt))
+        return learnt.reshape(batch, outputs, *data)
 
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:

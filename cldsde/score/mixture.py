@@ -416,6 +416,10 @@ class MixtureScore:
                 score = data._score(flat, rows, law)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
+    def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
+        """E[x_0 | z_t = z], ``(B, *D)``, also where the score does not determine it."""
+        return self.data.posterior_mean(self.sde, z, t)
+
     def _dense_law(self, t: Tensor) -> _DenseLaw:
         return self.data._dense_law(self.sde, self.rows, t)
 

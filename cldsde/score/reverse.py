@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,7 +15,14 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
 from cldsde.score.times import KnownTimes, score_argument, score_times
 
-__all__ = ["KnownScore", "ReverseProcess", "Score", "check_reverse_process", "checked_score"]
+__all__ = [
+    "KnownScore",
+    "ReverseProcess",
+    "Score",
+    "check_reverse_process",
+    "checked_data_method",
+    "checked_score",
+]
 
 
 class Score(Protocol):
@@ -23,6 +31,10 @@ class Score(Protocol):
     The times are rounded to the dtype of the state, float32 at least, and on its device: one may be
     less than the grid's by half a unit in its last place. They are a view of one
     number where the batch shares it, and not to be written to; nor is the state.
+
+    A score may have a method ``data_prediction(z, t)`` for E[x_0 | z_t], ``(B, *D)``. Solvers call
+    it, in place of the score, at times when a state tells so little of the data (κ < −8) that the
+    score does not determine the prediction: at t = 1 of `RectifiedFlow`.
     """
 
     def __call__(self, z: Tensor, t: Tensor, /) -> Tensor:
@@ -33,7 +45,8 @@ class Score(Protocol):
 def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     if (first.components, first.driven) != (second.components, second.driven):
         return False
-    t = torch.linspace(0, first.T, 5, dtype=torch.float64, device="cpu")
+    end = min(first.regular_until, second.regular_until)
+    t = torch.linspace(0, end, 5, dtype=torch.float64, device="cpu")
     pairs = (
         (first.drift(t), second.drift(t)),
         (first.diffusion(t), second.diffusion(t)),
@@ -208,6 +221,36 @@ class KnownScore:
         self.nfev += 1 if self._counts is None else self._counts[number]
         z = z.contiguous()
         return checked_score(self._score(z, self._arguments[number]), z, self._driven)
+
+    def data_prediction(self, z: Tensor, number: int) -> Tensor:
+        """E[x_0 | z_t] by the score's own method, ``(B, 1, *D)``; counts as one evaluation."""
+        self.nfev += 1
+        z = z.contiguous()
+        value = checked_data_method(self._score)(z, self._arguments[number])
+        if not isinstance(value, Tensor) or value.shape != z[:, 0].shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            msg = f"score.data_prediction must return shape {tuple(z[:, 0].shape)}; got {got}"
+            raise ValueError(msg)
+        return value.to(z).unsqueeze(1)
+
+
+def checked_data_method(score: object) -> Callable[[Tensor, Tensor], Tensor]:
+    """The method ``data_prediction`` of a score.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    method: Callable[[Tensor, Tensor], Tensor] | None = getattr(score, "data_prediction", None)
+    if method is None:
+        msg = (
+            f"score: {type(score).__name__} has no method data_prediction(z, t), which is called "
+            "where a state tells nothing of the data, as at t = 1; start at an earlier time "
+            "(LinearSDE.regular_until) or add the method"
+        )
+        raise ValueError(msg)
+    return method
 
 
 def check_reverse_process(process: object) -> None:

@@ -16,7 +16,7 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conditioning, WhitenedLaw, whiten
 from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 
-__all__ = ["TimeSampler", "log_snr_density"]
+__all__ = ["TimeSampler", "log_snr_density", "logit_normal_density", "mode_density"]
 
 _KNOTS = 2001
 
@@ -60,7 +60,9 @@ class TimeSampler:
         )
         self._knots[0], self._knots[-1] = t_min, 1.0
         values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
-        if values.shape != self._knots.shape or not bool((values.isfinite() & (values > 0)).all()):
+        fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
+        # It may vanish at an end alone, as the loss does where nothing of the data is left.
+        if not fits or not bool((values[1:-1] > 0).all()):
             msg = "density must return one finite, positive value a time"
             raise ValueError(msg)
         widths = self._knots.diff()
@@ -211,7 +213,83 @@ class LogSNRDensity:
         information = law.information()
         driven = law.signal[..., -len(self.sde.driven) :, :]
         pulled = likelihood_rows(self.sde, times, law) @ driven
-        rate = pulled.square().sum((-2, -1)) / (2 * information)
+        nothing = information == 0
+        rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
         # Beyond 30 deviations it would be zero, which a time's weight is divided by.
         distance = ((0.5 * information.log() - self.mean) / self.std).clamp(-30, 30)
         return rate * torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
+
+
+def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Tensor], Tensor]:
+    r"""Density of times whose logit log t/(1 − t) is normal (Esser et al. 2024, equation 19).
+
+    For `cldsde.RectifiedFlow`, under which the logit is −κ, it is `log_snr_density` of mean −mean.
+
+    Parameters
+    ----------
+    mean, std
+        Of the logit; a negative mean prefers times near the data.
+
+    Returns
+    -------
+    callable
+        Float64 times of any shape in (0, 1] to values of that shape, for `TimeSampler`.
+
+    Raises
+    ------
+    ValueError
+        If ``std`` is not positive or a number is not finite.
+
+    Examples
+    --------
+    >>> sampler = TimeSampler(logit_normal_density(), t_min=1e-3)
+    >>> t, _ = sampler.sample(10_000, generator=torch.Generator().manual_seed(0))
+    >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
+    '0.00, 1.00'
+    """
+    check_positive(std, "std")
+    if not math.isfinite(as_number(mean, "mean")):
+        msg = f"mean must be finite; got {mean!r}"
+        raise ValueError(msg)
+
+    def density(t: Tensor) -> Tensor:
+        times = t.clamp(1e-12, 1 - 1e-12)
+        distance = ((times.logit() - mean) / std).clamp(-30, 30)
+        normal = torch.exp(-0.5 * distance.square()) / (std * math.sqrt(2 * math.pi))
+        return normal / (times * (1 - times))
+
+    return density
+
+
+def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
+    r"""Density of times with a mode in the middle and heavy tails (Esser et al. 2024, equation 20).
+
+    Times are t = 1 − u − s (cos²(πu/2) − 1 + u) of a uniform u.
+
+    Parameters
+    ----------
+    scale
+        s in (−1, 2/(π − 2)): 0 is uniform, above it the middle is preferred, below it the ends.
+
+    Returns
+    -------
+    callable
+        Float64 times of any shape in [0, 1] to values of that shape, for `TimeSampler`.
+
+    Raises
+    ------
+    ValueError
+        If ``scale`` is out of range.
+    """
+    check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+
+    def density(t: Tensor) -> Tensor:
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(60):  # t falls with u
+            u = (low + high) / 2
+            above = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u) > t
+            low, high = torch.where(above, u, low), torch.where(above, high, u)
+        u = (low + high) / 2
+        return 1 / (1 + scale * (1 - math.pi / 2 * (math.pi * u).sin()))
+
+    return density

@@ -600,7 +600,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="data_variance must be finite and positive"):
             optimal_loss(CLD(), 0.5, data_variance=variance)
 
-    @pytest.mark.parametrize("value", ["velocity", "", None])
+    @pytest.mark.parametrize("value", ["speed", "", None])
     def test_unknown_names_are_refused(self, value: Any) -> None:
         x0 = data(3, 2)
         with pytest.raises(ValueError, match="conditioning must be one of"):

@@ -410,7 +410,13 @@ class TestPredictions:
             tolerance = (exact.rounding(sde, single) + 1e-11) * size
             assert torch.allclose(found[0], noise[i], rtol=0, atol=tolerance)
 
-    @pytest.mark.parametrize("prediction", ["data", "full_score", "", None])
+    @pytest.mark.parametrize("prediction", ["velocity", "flow"])
+    def test_predictions_of_one_component_are_refused_for_others(self, prediction: Any) -> None:
+        model = MixedScore(Constant(CLD()), CLD(), *reference("scalar"))
+        with pytest.raises(ValueError, match="needs a process of one component; CLD has 2"):
+            model(torch.zeros(3, 2, *SHAPE), 0.5, prediction=prediction)
+
+    @pytest.mark.parametrize("prediction", ["full_score", "", None])
     def test_other_predictions_are_refused(self, prediction: Any) -> None:
         model = MixedScore(Constant(CLD()), CLD(), *reference("scalar"))
         with pytest.raises(ValueError, match="prediction must be one of 'score', 'noise'"):

@@ -21,6 +21,7 @@ from cldsde import (
     LinearSDE,
     NoisePath,
     PredictionDenoiser,
+    RectifiedFlow,
     ReverseProcess,
     solvers,
 )
@@ -35,6 +36,7 @@ PROCESSES: dict[str, Any] = {
     "CLD": CLD,
     "PSLD": PSLD,
     "HOLD": HOLD,
+    "rectified flow": RectifiedFlow,
     "matrices": lambda: LinearSDE.from_matrices(
         [[-1, 1, 0], [0, -1, 1], [0, 0, -1]], [[0], [0], [1]], (0.1, 20)
     ),

@@ -1,0 +1,151 @@
+"""Interpolants with a name: rectified flow, the cosine path, and paths from tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import as_float64
+from cldsde.linear.sde import LinearSDE
+from cldsde.linear.signal_noise import SignalNoiseDynamics
+
+__all__ = ["CosineVP", "RectifiedFlow", "alphas_cumprod_process"]
+
+
+class RectifiedFlow(LinearSDE):
+    r"""The linear interpolant of flow matching, x_t = (1 − t) x_0 + t n (Liu et al. 2023).
+
+    .. math:: dx = −\frac{x}{1 − t}\,dt + \sqrt{\frac{2t}{1 − t}}\,dw
+
+    has these marginals. Its prior is N(0, 1). Drift and diffusion diverge at t = 1, distributions
+    do not: `ExponentialMultistep` samples from t = 1, and other solvers from
+    `LinearSDE.regular_until` on. Of order 1 and without noise it is Euler's method for the
+    flow-matching ODE.
+
+    References
+    ----------
+    X. Liu, C. Gong and Q. Liu, *Flow straight and fast*, 2023; Y. Lipman et al., *Flow matching for
+    generative modeling*, 2023; N. Ma et al., *SiT*, 2024, for stochastic sampling of it.
+
+    Examples
+    --------
+    >>> sde = RectifiedFlow()
+    >>> kernel = sde.marginal(0.25)
+    >>> kernel.mean.item(), kernel.root.item()
+    (0.75, 0.25)
+    >>> sde.transition(0.5, 1.0).mean.item(), sde.prior.covariance.item()
+    (0.0, 1.0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SignalNoiseDynamics(_falling, _rising, gain=_linear_gain))
+
+
+class CosineVP(LinearSDE):
+    r"""The trigonometric interpolant, x_t = cos(πt/2) x_0 + sin(πt/2) n: VP with β = π tan(πt/2).
+
+    It is the cosine schedule without the offset at t = 0 and without the cut before t = 1
+    (`Schedule.cosine` has both). Drift and diffusion diverge at t = 1, distributions do not; see
+    `RectifiedFlow`.
+
+    References
+    ----------
+    M. Albergo, N. Boffi and E. Vanden-Eijnden, *Stochastic interpolants*, 2023.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain))
+
+
+def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
+    """See `VPSDE.from_alphas_cumprod`."""
+    try:
+        values = as_float64(table).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"table must be a sequence of real numbers; got {type(table).__name__}"
+        raise TypeError(msg) from error
+    plain = values.detach()
+    if plain.ndim != 1 or not len(plain):
+        msg = f"table must have one axis and at least one entry; got shape {tuple(plain.shape)}"
+        raise ValueError(msg)
+    before = torch.cat([plain.new_ones(1), plain[:-1]])
+    bad = ~((plain < before) & (plain >= 0))
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        msg = (
+            "table must fall from below 1 to at least 0; "
+            f"got {float(plain[i]):g} after {float(before[i]):g} at index {i}"
+        )
+        raise ValueError(msg)
+    angles = _Angles(values)
+    return LinearSDE(SignalNoiseDynamics(angles.signal, angles.noise, gain=angles.gain))
+
+
+class _Angles:
+    """α = sin φ and σ = sin θ with θ = π/2 − φ piecewise linear in t, 0 at t = 0."""
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        full = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod])
+        alpha, sigma = full.sqrt(), (1 - full).sqrt()
+        # Each of the two is accurate where it is small.
+        self._signal, self._noise = torch.atan2(alpha, sigma), torch.atan2(sigma, alpha)
+
+    def signal(self, t: Tensor) -> Tensor:
+        return torch.sin(self._at(self._signal, t))
+
+    def noise(self, t: Tensor) -> Tensor:
+        return torch.sin(self._at(self._noise, t))
+
+    def gain(self, s: Tensor, t: Tensor) -> Tensor:
+        """sin(θ_t − θ_s), the difference relative to that along the slope of the first piece."""
+        first, _ = self._piece(s)
+        last, beyond = self._piece(t)
+        steps = self._noise.diff()
+        step, whole = steps[first], self._noise[last] - self._noise[first + 1]
+        bend = whole - (last - first - 1) * step + beyond * (steps[last] - step)
+        return torch.sin(len(steps) * (t - s) * step + bend)
+
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Piece of each time, and the share of it that lies before."""
+        n = len(self._noise) - 1
+        piece = (t.detach() * n).floor().clamp(0, n - 1)
+        # Not t·n − piece, which would round t·n.
+        return piece.long(), (t - piece / n) * n
+
+    def _at(self, knots: Tensor, t: Tensor) -> Tensor:
+        piece, share = self._piece(t)
+        n = len(knots) - 1
+        # Not 1 − share, which is not zero at the end.
+        left = ((piece + 1).to(t.dtype) / n - t) * n
+        return knots[piece] * left + knots[piece + 1] * share
+
+
+# Module-level functions, so that a process can be pickled and copied.
+
+
+def _falling(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _rising(t: Tensor) -> Tensor:
+    return t.clone()
+
+
+def _linear_gain(s: Tensor, t: Tensor) -> Tensor:
+    return t - s
+
+
+def _cosine(t: Tensor) -> Tensor:
+    # Not cos(πt/2), which has no relative accuracy near t = 1.
+    return torch.sin(math.pi / 2 * (1 - t))
+
+
+def _sine(t: Tensor) -> Tensor:
+    return torch.sin(math.pi / 2 * t)
+
+
+def _sine_gain(s: Tensor, t: Tensor) -> Tensor:
+    return torch.sin(math.pi / 2 * (t - s))

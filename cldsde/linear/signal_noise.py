@@ -1,0 +1,270 @@
+r"""Interpolants x_t = α(t) x_0 + σ(t) n as linear SDEs with one component.
+
+From the signal α and the noise σ follow
+
+.. math::
+    F = \frac{α'}{α}, \qquad G^2 = \frac{2σ\,w}{α}, \qquad
+    Ψ(t,s) = \frac{α_t}{α_s}, \qquad
+    Q(s,t) = σ_t^2 − Ψ^2 σ_s^2 = \frac{c(s,t)\,(σ_t α_s + σ_s α_t)}{α_s^2},
+
+with the gain c(s, t) = σ_t α_s − σ_s α_t ≥ 0 of noise over signal and its slope w = ασ' − α'σ. The
+gain is never found by that subtraction where it would cancel. If α(1) = 0, F and G diverge at
+t = 1, but every distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cldsde.linear.blocks import safe_sqrt
+from cldsde.linear.covariance import joint_root
+from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.reprs import shown
+from cldsde.linear.schedule import gauss_legendre
+
+__all__ = ["Gain", "OfTime", "SignalNoiseDynamics"]
+
+OfTime = Callable[[Tensor], Tensor]
+"""A function of float64 times of any shape to values of that shape."""
+
+Gain = Callable[[Tensor, Tensor], Tensor]
+"""A function of float64 times s ≤ t of one shape to values of that shape."""
+
+_NODES, _PANELS = 16, 8
+_LEAST_LOG_SNR = -10.0
+_EPS = torch.finfo(torch.float64).eps
+
+
+class SignalNoiseDynamics(Dynamics):
+    """One component of which the signal α(t) and the noise σ(t) are given.
+
+    Parameters
+    ----------
+    signal
+        α: float64 times of any shape to values of that shape, α(0) = 1, positive before t = 1.
+    noise
+        σ, alike: not negative, positive for t > 0. If σ(0) > 0, the process is meant to start with
+        the initial covariance σ(0)².
+    gain
+        (s, t) to σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None: by a quadrature of
+        the derivatives of α and σ, which is exact to rounding for smooth functions.
+
+    Raises
+    ------
+    TypeError
+        If an argument cannot be called.
+    ValueError
+        If a function returns another shape or dtype, or values that are not finite; if α(0) is not
+        1 or α not positive; if σ is negative; if the signal-to-noise ratio rises somewhere; or if
+        the functions are not smooth and ``gain`` is None.
+    """
+
+    components = 1
+    driven = (0,)
+
+    def __init__(self, signal: OfTime, noise: OfTime, *, gain: Gain | None = None) -> None:
+        for name, function in (("signal", signal), ("noise", noise), ("gain", gain)):
+            if not callable(function) and not (name == "gain" and function is None):
+                msg = f"{name} must be a function of times; got {function!r}"
+                raise TypeError(msg)
+        self.signal, self.noise, self.gain = signal, noise, gain
+        grid = torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu")
+        alpha = _values(signal, grid, "signal")
+        sigma = _values(noise, grid, "noise")
+        self._check(grid, alpha, sigma)
+        unit = alpha.square() + sigma.square()
+        self._preserves_variance = bool(((unit - 1).abs() <= 8 * _EPS).all())
+        # Where the signal is gone at the end, F and G have a pole there.
+        self.regular_until = self._latest_regular() if float(alpha[-1]) == 0 else 1.0
+
+    @override
+    def __repr__(self) -> str:
+        """Functions by name, in one line."""
+        return f"SignalNoiseDynamics(signal={shown(self.signal)}, noise={shown(self.noise)})"
+
+    @override
+    def drift(self, t: Tensor) -> Tensor:
+        (alpha, alpha_rate), _ = self._with_rates(t)
+        return self._finite(alpha_rate / alpha, t, "drift")[..., None, None]
+
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
+        return safe_sqrt(self._finite(self._squared_diffusion(t), t, "diffusion"))[..., None, None]
+
+    @override
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        first, last = self.signal(s), self.signal(t)
+        before, after = self.noise(s), self.noise(t)
+        # α(s) is zero only if s = t = 1.
+        gone = first == 0
+        first = torch.where(gone, 1.0, first)
+        psi = torch.where(gone, 1.0, last / first)
+        variance = self._gain(s, t) * (after * first + before * last) / first.square()
+        psi, root = psi[..., None, None], safe_sqrt(variance)[..., None, None]
+        return psi, root if initial_root is None else joint_root(psi @ initial_root, root)
+
+    @override
+    def rates(self, t: Tensor, initial_variance: Tensor) -> tuple[Tensor, Tensor]:
+        (alpha, alpha_rate), (sigma, sigma_rate) = self._with_rates(t)
+        start = self.noise(torch.zeros_like(t)).square()
+        # The variance is α² (initial − σ(0)²) + σ², of which the first term is usually zero.
+        excess = initial_variance - start
+        total = (sigma.square() + alpha.square() * excess).sqrt()
+        return alpha_rate, (sigma * sigma_rate + alpha * alpha_rate * excess) / total
+
+    @override
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1."""
+        x, w = gauss_legendre(_NODES)
+        starts = torch.arange(_PANELS, dtype=torch.float64, device="cpu").unsqueeze(1)
+        x, w = ((starts + x) / _PANELS).flatten(), (w / _PANELS).repeat(_PANELS)
+        start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
+        if self.regular_until < 1:
+            self._finite(torch.where(t < 1, 0.0, torch.inf), t, "diffusion")
+            log_ratio = torch.log1p(-span / (1 - start))
+            nodes = start - (1 - start) * torch.expm1(log_ratio * x)
+            measure = -log_ratio * (1 - start) * (log_ratio * x).exp() * w
+        else:
+            nodes, measure = start + span * x, span * w
+        total = (self._squared_diffusion(nodes) * measure).sum(-1)
+        return safe_sqrt(total)[..., None, None]
+
+    @override
+    def stationary_covariance(self) -> Tensor | None:
+        eye = torch.eye(1, dtype=torch.float64, device="cpu")
+        return eye if self._preserves_variance else None
+
+    @override
+    def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
+        del covariance  # one component is its own reversal
+        return self if self._preserves_variance else None
+
+    def _with_rates(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """α and α′, σ and σ′."""
+        one = (torch.ones_like(t),)
+        alpha, alpha_rate = torch.func.jvp(self.signal, (t,), one)[:2]
+        sigma, sigma_rate = torch.func.jvp(self.noise, (t,), one)[:2]
+        return (alpha, alpha_rate), (sigma, sigma_rate)
+
+    def _squared_diffusion(self, t: Tensor) -> Tensor:
+        (alpha, alpha_rate), (sigma, sigma_rate) = self._with_rates(t)
+        squared = 2 * sigma * (alpha * sigma_rate - alpha_rate * sigma) / alpha
+        # Where noise stands still beside the signal, rounding may leave less than zero.
+        return torch.where(squared.abs() <= 16 * _EPS * sigma.square(), 0.0, squared)
+
+    def _gain(self, s: Tensor, t: Tensor) -> Tensor:
+        if self.gain is not None:
+            return self.gain(s, t)
+        plus, direct = self._subtracted(s, t)
+        close = direct.detach() < 0.25 * plus.detach()
+        if not bool(close.any()):
+            return direct
+        return torch.where(close, self._quadrature(s, t), direct)
+
+    def _subtracted(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """σ_t α_s + σ_s α_t and σ_t α_s − σ_s α_t."""
+        later = self.noise(t) * self.signal(s)
+        earlier = self.noise(s) * self.signal(t)
+        return later + earlier, later - earlier
+
+    def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
+        """∫ (α_s σ′ − σ_s α′) over [s, t]."""
+        x, w = gauss_legendre(_NODES)
+        span = (t - s).unsqueeze(-1)
+        (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
+        slope = self.signal(s).unsqueeze(-1) * sigma_rate - self.noise(s).unsqueeze(-1) * alpha_rate
+        return (span * w * slope).sum(-1)
+
+    def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:
+        if abs(float(alpha[0]) - 1) > 8 * _EPS:
+            msg = f"signal must be 1 at t = 0, where the state is the data; got {float(alpha[0]):g}"
+            raise ValueError(msg)
+        for name, bad, wanted in (
+            ("signal", alpha[:-1] <= 0, "positive before t = 1"),
+            ("signal", alpha < 0, "not negative"),
+            ("noise", sigma < 0, "not negative"),
+            ("noise", torch.cat([sigma[:1] < 0, sigma[1:] <= 0]), "positive for t > 0"),
+        ):
+            if bool(bad.any()):
+                i = int(bad.nonzero()[0])
+                value = float((alpha if name == "signal" else sigma)[i])
+                msg = f"{name} must be {wanted}; got {value:g} at t = {float(grid[i]):g}"
+                raise ValueError(msg)
+        later, earlier = sigma[1:] * alpha[:-1], sigma[:-1] * alpha[1:]
+        direct = later - earlier
+        rising = direct < -4 * _EPS * (later + earlier)
+        if bool(rising.any()) or not bool((direct > 0).any()):
+            i = int(rising.nonzero()[0]) if bool(rising.any()) else 0
+            msg = (
+                "signal and noise must have a signal-to-noise ratio α/σ that falls with t; it "
+                f"does not between t = {float(grid[i]):g} and {float(grid[i + 1]):g}"
+            )
+            raise ValueError(msg)
+        if self.gain is not None:
+            return
+        coarse = grid[::16]
+        s, t = coarse[:-1], coarse[1:]
+        plus, direct = (x.detach() for x in self._subtracted(s, t))
+        close = direct < 0.25 * plus
+        off = (self._quadrature(s[close], t[close]).detach() - direct[close]).abs()
+        if not bool((off <= 64 * _EPS * plus[close]).all()):
+            i = int(off.div(plus[close]).nan_to_num(torch.inf).argmax())
+            msg = (
+                f"signal and noise must be smooth near t = {float(s[close][i]):g}, because kernels "
+                "over short steps need their derivatives; for others pass the exact gain to "
+                "SignalNoiseDynamics"
+            )
+            raise ValueError(msg)
+
+    @torch.no_grad()
+    def _latest_regular(self) -> float:
+        """Latest time with log α/σ ≥ −10: the signal left there is far below the noise."""
+        low, high = 0.0, 1.0  # of 1 − t
+        for _ in range(200):
+            middle = (low + high) / 2
+            t = torch.tensor(1 - middle, dtype=torch.float64, device="cpu")
+            ratio = self.signal(t) / self.noise(t)
+            low, high = (middle, high) if float(ratio.log()) < _LEAST_LOG_SNR else (low, middle)
+            if high - low <= 1e-3 * high:
+                break
+        return 1 - high
+
+    def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
+        bad = ~values.detach().isfinite()
+        if bool(bad.any()):
+            where = float(t.detach()[bad].max())
+            allowed = "take t > 0" if where == 0 else f"take t ≤ {self.regular_until:.6g}"
+            msg = (
+                f"t: the {name} of this process diverges at t = {where:g}; {allowed}. "
+                "Distributions are finite there, and ExponentialMultistep with predictions of the "
+                "data starts there"
+            )
+            raise ValueError(msg)
+        return values
+
+
+def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
+    """Values on a grid, if they are finite float64 numbers of its shape."""
+    try:
+        values = torch.as_tensor(function(grid)).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{name} must take a tensor of times, as torch's functions do; {error}"
+        raise ValueError(msg) from error
+    if values.shape != grid.shape or values.dtype != torch.float64:
+        msg = (
+            f"{name} must return float64 of the shape of its argument, {tuple(grid.shape)}; got "
+            f"{values.dtype} of shape {tuple(values.shape)}"
+        )
+        raise ValueError(msg)
+    bad = ~values.isfinite()
+    if bool(bad.any()):
+        where = float(grid[bad][0])
+        msg = f"{name} must be finite on [0, 1]; got {float(values[bad][0]):g} at t = {where:g}"
+        raise ValueError(msg)
+    return values

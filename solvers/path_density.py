@@ -1,0 +1,108 @@
+r"""Log-density of the path that a stochastic solver took.
+
+A step adds Gaussian noise last, z' = m(z, …) + L ξ with ξ ~ N(0, 1) in each data dimension, so that
+
+.. math::
+    \log p(z' \mid \text{past}) = −\tfrac12 \lVert W (z' − m) \rVert^2 − D \log\det L
+    − \tfrac12 r D \log 2π,
+
+with D data dimensions, the rank r of L and W L Lᵀ Wᵀ = 1. If r < k, as for Euler–Maruyama under
+CLD, the density is on the range of L, and det L is the product of its singular values above zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.covariance import joint_root, triangular_inverse
+
+from .combine import Block, combine
+from .noise import NoiseSource
+
+__all__ = ["DrawnNoise", "PathDensity"]
+
+_RANK = 1e-10  # relative size below which a direction has no noise
+
+
+class DrawnNoise(NoiseSource):
+    """A source that remembers its last draw, ``last``."""
+
+    last: Tensor
+
+    def __init__(self, source: NoiseSource) -> None:
+        self._source = source
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Return the source's draw."""
+        self.last = self._source.normal(z, rows)
+        return self.last
+
+
+class PathDensity:
+    """Densities of the steps of a grid.
+
+    Parameters
+    ----------
+    roots
+        L of each step, k×r blocks.
+    times
+        The grid.
+
+    Raises
+    ------
+    ValueError
+        If a step adds no noise.
+    """
+
+    def __init__(self, roots: Sequence[Block], times: Tensor) -> None:
+        self._steps = []
+        for i, block in enumerate(roots):
+            root = torch.tensor(block, dtype=torch.float64, device="cpu")
+            whitening, log_scale = _whitened(root)
+            if not len(whitening):
+                msg = (
+                    f"times: the step from t = {float(times[i]):g} to {float(times[i + 1]):g} adds "
+                    "no noise, so that it has no density; end above t = 0"
+                )
+                raise ValueError(msg)
+            constant = log_scale + 0.5 * len(whitening) * math.log(2 * math.pi)
+            self._steps.append((whitening.tolist(), (whitening @ root).tolist(), constant))
+
+    def log_prob(self, i: int, z: Tensor, drawn: Tensor) -> Tensor:
+        """Log-density of the end of step i, ``(B,)`` nats, as a function of the step's mean alone.
+
+        Parameters
+        ----------
+        i
+            Number of the step.
+        z
+            Its end, ``(B, k, *D)``, with the graph of the mean.
+        drawn
+            ξ, ``(B, r, *D)``.
+        """
+        whitening, unit, constant = self._steps[i]
+        wide = torch.promote_types(z.dtype, torch.float32)
+        terms = [(unit, drawn.to(wide))]
+        if z.requires_grad:
+            # Zero, but for the derivative by the mean at a fixed end.
+            terms.append((whitening, (z.detach() - z).to(wide)))
+        residual = combine(*terms)
+        size = math.prod(z.shape[2:])
+        return -0.5 * residual.square().flatten(1).sum(1) - size * constant
+
+
+def _whitened(root: Tensor) -> tuple[Tensor, float]:
+    """W with W L Lᵀ Wᵀ = 1 on the range of L, ``(r, k)``, and the log-determinant of L there."""
+    k, columns = root.shape
+    lower = joint_root(root)
+    diagonal = lower.diagonal()
+    if columns >= k and bool((diagonal > _RANK * torch.linalg.vector_norm(lower, dim=1)).all()):
+        return triangular_inverse(lower), float(diagonal.log().sum())
+    U, sizes, _ = torch.linalg.svd(root, full_matrices=False)
+    kept = sizes > _RANK * sizes[0] if len(sizes) else sizes > 0
+    sizes = sizes[kept]
+    return U[:, kept].T / sizes.unsqueeze(1), float(sizes.log().sum())
