@@ -70,10 +70,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
         If a folder cannot be written.
     """
     with needs_images():
-        from cldsde.images.comparison import Comparison
-        from cldsde.images.comparison_config import PRESETS, load_comparison
-        from cldsde.images.comparison_report import RESULTS
-        from cldsde.images.config_files import check_name
+        from cldsde.images.compare.comparison import Comparison
+        from cldsde.images.compare.config import PRESETS, load_comparison
+        from cldsde.images.compare.report import RESULTS
+        from cldsde.images.schema import check_name
     if options.quick and options.config is not None:
         msg = f"--quick is a comparison of its own; got {options.config}, too"
         raise ValueError(msg)

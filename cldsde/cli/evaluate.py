@@ -20,7 +20,7 @@ from cldsde.cli.sample import add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
     from cldsde.images.config import RunConfig, SamplingConfig
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.table import Evaluation
     from cldsde.images.model import ImageModel
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -115,7 +115,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 
 def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
-    from cldsde.images.evaluation_table import markdown_table
+    from cldsde.images.evaluate.table import markdown_table
     from cldsde.images.model import load_model
 
     model = load_model(run, resolve_device(options.device))
@@ -139,10 +139,10 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
 
 def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     from cldsde.images.config import load_config
-    from cldsde.images.evaluation_table import markdown_table
+    from cldsde.images.data.samples import load_samples
+    from cldsde.images.evaluate.table import markdown_table
     from cldsde.images.files import write_whole
     from cldsde.images.runs import CONFIG
-    from cldsde.images.sample_images import load_samples
 
     source = Path(options.reference).expanduser()
     config = load_config(source / CONFIG if source.is_dir() else source)
@@ -190,7 +190,7 @@ def _evaluation(
     *,
     shape: tuple[int, int, int],
 ) -> Evaluation:
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.table import Evaluation
 
     evaluation = Evaluation(
         data=config.data.load(),
@@ -213,7 +213,7 @@ def _evaluation(
 
 def _recipes(options: Namespace, model: ImageModel) -> list[SamplingConfig]:
     """Each solver with each budget."""
-    from cldsde.images.sampling import check_sampling
+    from cldsde.images.sample.sampler import check_sampling
 
     configured = model.config.sampling
     words = [] if options.nfe is None else options.nfe.split(",")

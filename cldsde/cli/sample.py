@@ -102,8 +102,8 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
         to be run.
     """
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.config_files import from_dict, parse_overrides
-    from cldsde.images.sampling import make_solver
+    from cldsde.images.sample.sampler import make_solver
+    from cldsde.images.schema import from_dict, parse_overrides
 
     if options.solver is None and ":" in configured.solver:
         msg = (
@@ -143,7 +143,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from accelerate import PartialState
 
         from cldsde.images.model import load_model
-        from cldsde.images.sample_files import SampleRequest, check_unused, draw_to
+        from cldsde.images.sample.outputs import SampleRequest, check_unused, draw_to
     if options.seeds is not None and options.seed is not None:
         msg = "--seed and --seeds are alternatives; got both"
         raise ValueError(msg)

@@ -79,7 +79,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from accelerate import PartialState
 
         from cldsde.images.runs import CONFIG, RunFolder
-        from cldsde.images.training import check_run, train
+        from cldsde.images.train.loop import check_run, train
     out = Path(options.out).expanduser() if options.out else Path(path.stem)
     if options.resume and not (out / CONFIG).exists():
         msg = f"--resume: {out} holds no run to go on with"

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cldsde import linear
-from cldsde.images.config_files import (
+from cldsde.images.data import DATA_SETS, DataSet
+from cldsde.images.networks import NETWORKS
+from cldsde.images.schema import (
     as_toml,
     check_keys,
     check_name,
@@ -22,8 +24,6 @@ from cldsde.images.config_files import (
     read_file,
     with_overrides,
 )
-from cldsde.images.data import DATA_SETS, DataSet
-from cldsde.images.networks import NETWORKS
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.solvers import canonical_name

@@ -71,7 +71,7 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 
 
 def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_path, monkeypatch):
-    from cldsde.images import evaluation_table
+    from cldsde.images.evaluate import table as evaluation_table
 
     draw = evaluation_table.draw_of_classes
     left = 3

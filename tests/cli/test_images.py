@@ -288,7 +288,7 @@ def test_samples_of_another_size_than_the_data_are_refused(run, tmp_path, capsys
 def test_evaluation_refuses_what_cannot_be_written_before_any_work(
     run, tmp_path, capsys, monkeypatch
 ):
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.table import Evaluation
 
     monkeypatch.setattr(Evaluation, "of_run", lambda *_: pytest.fail("worked"))
     (tmp_path / "file").write_text("")

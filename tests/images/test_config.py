@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cldsde import CLD
 from cldsde.images.config import RunConfig, load_config
-from cldsde.images.training import check_run
+from cldsde.images.train.loop import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 VALID = {

@@ -1,0 +1,372 @@
+"""Images from a score model: one seed an image, whatever batch or process it is drawn in."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_levels
+from cldsde.images.imputation import Imputation
+from cldsde.images.latent import VAE
+from cldsde.images.model import DiffusionModel, ImageSpace
+from cldsde.images.schema import checked_options
+from cldsde.linear import LinearSDE
+from cldsde.linear.checks import TimeLike
+from cldsde.progress import progress_bar
+from cldsde.score import MixedScore, ReverseProcess, Score
+from cldsde.solvers import Plan, SampleNoise, find_solver, grids, plan
+from cldsde.solvers.authoring import Solver
+
+__all__ = [
+    "GuidedScore",
+    "ImageSampler",
+    "Samples",
+    "check_sampling",
+    "class_batches",
+    "draw_images",
+    "draw_of_classes",
+    "guided",
+    "make_solver",
+    "time_grid",
+]
+
+
+_KEYS = frozenset(entry.name for entry in dataclasses.fields(SamplingConfig))
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedScore:
+    r"""Score given a class, with classifier-free guidance (Ho and Salimans 2021).
+
+    .. math:: s = (1 − w)\, s(z) + w\, s(z \mid y)
+
+    Two evaluations of the network make one of the score, unless w = 1.
+
+    Parameters
+    ----------
+    model
+        A model of a conditional network.
+    label
+        y, one class for all samples.
+    classes
+        Number of classes; the label of that number stands for no class.
+    guidance
+        w: 0 leaves the class out, 1 is the score given the class, above it is stressed.
+    """
+
+    model: MixedScore
+    label: int
+    classes: int
+    guidance: float = 1.0
+
+    @property
+    def sde(self) -> LinearSDE:
+        """The forward process."""
+        return self.model.sde
+
+    def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
+        """Score of the driven components, ``(B, d, *D)``."""
+        given = self._given(self.label, z, t)
+        if self.guidance == 1:
+            return given
+        return self._given(self.classes, z, t).lerp(given, self.guidance)
+
+    def _given(self, label: int, z: Tensor, t: TimeLike) -> Tensor:
+        # Filled on the device: a number of the CPU would be copied there at every evaluation.
+        condition = torch.full((), label, device=z.device)
+        score: Tensor = self.model(z, t, condition=condition)
+        return score
+
+
+def make_solver(sampling: SamplingConfig) -> Solver:
+    """The solver of a configuration.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name, or it has no such option.
+    """
+    solver = find_solver(sampling.solver)
+    options = checked_options(type(solver), sampling.options)
+    made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
+    return made
+
+
+def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
+    """The longest grid on which a solver evaluates the score at most ``nfe`` times.
+
+    The evaluation that denoises counts. Solvers that choose their times get its two ends.
+
+    Raises
+    ------
+    ValueError
+        If no step fits, or the solver does not take the process.
+    """
+    sde, end = process.sde, sampling.t_end
+    if solver.facts.adaptive:
+        return torch.tensor([sde.T, end], dtype=torch.float64)
+    budget = sampling.nfe - int(sampling.denoise)
+    n = budget // max(1, solver.facts.nfe_per_step)
+    while n >= 1:
+        times = _grid(sde, sampling.grid, end, n)
+        asked = solver.evaluation_times(process, times)
+        count = 0 if asked is None else len(asked)
+        if count <= budget:
+            return times
+        n = min(n - 1, n * budget // count)
+    msg = f"nfe: {sampling.nfe} evaluations are too few for a step of {sampling.solver}"
+    raise ValueError(msg)
+
+
+def check_sampling(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None = None,
+    around: Callable[[Solver], Imputation] | None = None,
+) -> None:
+    """Refuse a recipe that cannot sample, before anything is drawn.
+
+    Raises
+    ------
+    ValueError
+        If solver, options, budget and process do not fit.
+    """
+    try:
+        _plan(score, sampling, sde, around)
+    except ValueError as error:
+        named = re.split(r"[:.\s]", str(error), maxsplit=1)[0] in _KEYS
+        msg = f"sampling.{error}" if named else f"sampling.solver: {error}"
+        raise ValueError(msg) from error
+
+
+def _plan(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None,
+    around: Callable[[Solver], Imputation] | None,
+) -> Plan:
+    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    solver = make_solver(sampling)
+    times = time_grid(process, solver, sampling)
+    return plan(process, solver if around is None else around(solver), times)
+
+
+def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
+    grid: Callable[..., Tensor] = getattr(grids, f"{name}_times")
+    return grid(sde, sde.T, end, n)
+
+
+class Samples(NamedTuple):
+    """Images and what they cost.
+
+    Attributes
+    ----------
+    images
+        ``(N, C, H, W)`` uint8 on the host.
+    evaluations
+        Score evaluations of each, ``(N,)`` int64.
+    """
+
+    images: Tensor
+    evaluations: Tensor
+
+
+class ImageSampler:
+    """Sampler of images whose solver, grid and tables are computed once, for any number of batches.
+
+    Parameters
+    ----------
+    score
+        A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
+    space
+        Shape, grey levels and classes of the images.
+    sampling
+        Solver and budget.
+    sde
+        The forward process; None takes the process of the score.
+    vae
+        The autoencoder that decodes the samples of a process of latent variables.
+    around
+        Makes an `Imputation` of the solver, if a part of the images is known.
+    device
+        Device of the states; None takes the device of the score's buffers.
+
+    Raises
+    ------
+    ValueError
+        If solver, budget and process do not fit.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        space: ImageSpace,
+        sampling: SamplingConfig,
+        *,
+        sde: LinearSDE | None = None,
+        vae: VAE | None = None,
+        around: Callable[[Solver], Imputation] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if device is None:
+            model = score.model if isinstance(score, GuidedScore) else score
+            device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
+        self._space, self._sampling, self._vae, self._device = space, sampling, vae, device
+        self._plan = _plan(score, sampling, sde, around)
+        imputation: Any = self._plan.solver
+        self._impose = None if around is None else imputation.impose
+
+    def draw(self, seeds: Sequence[int], score: Score | None = None) -> Samples:
+        """Sample one image for each seed, as one batch.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²).
+        score
+            Another score of the same process, such as one given a class; None: the sampler's own.
+
+        Raises
+        ------
+        ValueError
+            If a seed is out of range.
+        FloatingPointError
+            If an image is not finite.
+        """
+        sampler = self._plan if score is None else self._plan.with_score(score)
+        sde, space, vae = sampler.process.sde, self._space, self._vae
+        noise = SampleNoise(seeds)
+        shape = space.shape if vae is None else vae.latent_shape
+        start = noise.start(sde, shape, device=self._device)
+        with torch.no_grad():
+            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
+        if not found.success:
+            msg = f"{self._sampling.solver} failed: {found.message}"
+            raise FloatingPointError(msg)
+        data = found.data if self._impose is None else self._impose(found.data)
+        if vae is not None:
+            with torch.no_grad():
+                data = vae.images(data)
+        images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
+        return Samples(images, found.stats["nfev"])
+
+
+def draw_images(
+    score: Score,
+    space: ImageSpace,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    sde: LinearSDE | None = None,
+    vae: VAE | None = None,
+    around: Callable[[Solver], Imputation] | None = None,
+    batch: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Sample one image for each seed.
+
+    Parameters
+    ----------
+    score, space, sampling, sde, vae, around, device
+        See `ImageSampler`.
+    seeds
+        Integers in [0, 2³²). An image depends on its own seed alone, except for rounding in the
+        network, which may depend on the size of the batch.
+    batch
+        Images sampled at once.
+    progress
+        Show a progress bar on stderr.
+
+    Returns
+    -------
+    Samples
+        In the order of the seeds.
+
+    Raises
+    ------
+    ValueError
+        If solver, budget and process do not fit, or a seed is out of range.
+    FloatingPointError
+        If an image is not finite.
+    """
+    sampler = ImageSampler(score, space, sampling, sde=sde, vae=vae, around=around, device=device)
+    found = []
+    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+        for first in range(0, len(seeds), batch):
+            some = seeds[first : first + batch]
+            found.append(sampler.draw(some))
+            bar.update(len(some))
+    return Samples(*map(torch.cat, zip(*found, strict=True)))
+
+
+def class_batches(
+    space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
+) -> list[tuple[int | None, list[int]]]:
+    """Classes and seeds of batches, all images of one of which are of one class.
+
+    Parameters
+    ----------
+    space
+        The images.
+    seeds
+        Of the images.
+    batch
+        Images of a batch, at most.
+    label
+        The class of all; ``"all"``, or None where the model knows no other than images of a class:
+        class i modulo their number for seed i.
+    """
+    groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
+    if label is not None and label != "all":
+        groups = [(label, list(seeds))]
+    elif space.classes is not None and (label == "all" or space.always_classes):
+        groups = [
+            (c, [seed for seed in seeds if seed % space.classes == c]) for c in range(space.classes)
+        ]
+    return [
+        (label, some[first : first + batch])
+        for label, some in groups
+        for first in range(0, len(some), batch)
+    ]
+
+
+def draw_of_classes(
+    model: DiffusionModel,
+    space: ImageSpace,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    batch: int = 64,
+    progress: bool = False,
+) -> Samples:
+    """Images of a model as it was trained: of no class, or else of all classes in turn.
+
+    Parameters and result are those of `draw_images`.
+    """
+    sampler = ImageSampler(model.score, space, sampling, vae=model.vae)
+    drawn: dict[int, tuple[Tensor, Tensor]] = {}
+    batches = class_batches(space, seeds, batch)
+    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+        for label, some in batches:
+            found = sampler.draw(some, guided(model.score, space, label))
+            drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
+            bar.update(len(some))
+    return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
+
+
+def guided(
+    model: MixedScore, space: ImageSpace, label: int | None, guidance: float = 1.0
+) -> MixedScore | GuidedScore:
+    """The score of a class, or of none."""
+    if label is None:
+        return model
+    assert space.classes is not None
+    return GuidedScore(model, label, space.classes, guidance)
