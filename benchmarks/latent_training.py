@@ -19,7 +19,7 @@ from cldsde.images.compare.config import ComparisonConfig
 from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_levels, to_unit
-from cldsde.images.evaluate.table import Evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import load_model
 from cldsde.images.runs import CONFIG, METRICS
 

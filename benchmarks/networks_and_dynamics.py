@@ -23,7 +23,7 @@ from typing import Any
 from cldsde.images.compare.config import ComparisonConfig
 from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.evaluate.table import Evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import DiffusionModel, ImageModel, load_model
 from cldsde.progress import progress_bar
 from cldsde.score import MixedScore

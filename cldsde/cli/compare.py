@@ -70,8 +70,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         If a folder cannot be written.
     """
     with needs_images():
-        from cldsde.images.compare.comparison import Comparison
-        from cldsde.images.compare.config import PRESETS, load_comparison
+        from cldsde.images.compare import PRESETS, Comparison, load_comparison
         from cldsde.images.compare.report import RESULTS
         from cldsde.images.schema import check_name
     if options.quick and options.config is not None:
@@ -86,7 +85,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     name = "quick" if options.quick else options.config or "fashion_mnist"
     path = PRESETS.get(name, Path(name).expanduser())
     if not path.suffix:
-        check_name(name, PRESETS, "CONFIG without a suffix")
+        check_name(name, PRESETS, "config")
     config = load_comparison(path, overrides)
     if options.print_config:
         return lambda: print(config.to_toml(), end="")

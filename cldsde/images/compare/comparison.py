@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_results, write_report
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.evaluate import UndefinedLikelihoodError
+from cldsde.images.errors import SettingError
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import (
     FAILED,
     SAMPLING,
@@ -31,11 +31,11 @@ from cldsde.images.evaluate.results import (
     resolved_solver,
     stored_results,
 )
-from cldsde.images.evaluate.table import Evaluation
+from cldsde.images.evaluate.shared import UndefinedLikelihoodError
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder, check_folder
-from cldsde.images.train.loop import STATE, TRAINING, train
+from cldsde.images.train.loop import TRAINING, train
 from cldsde.progress import progress_bar
 
 __all__ = ["Comparison"]
@@ -78,8 +78,7 @@ class Comparison:
         # All folders are looked at before any is made.
         for name in _FOLDERS:
             if (out / name).exists() and not (out / name).is_dir():
-                msg = f"--out: {out / name} is not a folder; move it away"
-                raise ValueError(msg)
+                raise SettingError("out", f"{out / name} is not a folder; move it away")
         for name, settings in config.runs.items():
             check_folder(out / "models" / name, settings.to_dict(), free=settings.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
@@ -97,12 +96,14 @@ class Comparison:
         self.results: dict[str, Any] = {}
         self.shown: dict[str, Any] = {}
         for name, run in self.runs.items():
-            if (run / MODEL).exists() and not (run / STATE).exists():
+            if (run / MODEL).exists():
                 try:
                     model = load_model(run.path)
                 except ValueError as error:
                     raise ValueError(run.damaged(MODEL, error, cost=TRAINING)) from error
-                self._take_up(name, model)
+                settings = config.runs[name].training
+                if model.images_seen == settings.steps * settings.batch:
+                    self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:
         """Train and measure what is missing; return what `RESULTS` then holds.
@@ -140,11 +141,7 @@ class Comparison:
             folder=out,
             device=self.device,
         )
-        try:
-            evaluation.check()
-        except ValueError as error:
-            msg = str(error).removeprefix("--")  # keys have the names of options
-            raise ValueError(msg) from error
+        evaluation.check()
         return evaluation
 
     def _trained(self, name: str) -> ImageModel:
@@ -203,7 +200,7 @@ class Comparison:
             evaluation = self._evaluation(self.folder.path, "bpd")
             self.found[name] = evaluation.of_run(model, [], self._evaluated(name))
         except UndefinedLikelihoodError as error:
-            self.undefined[name] = str(error).removeprefix("--metrics: ")
+            self.undefined[name] = str(error)
         except FloatingPointError:
             self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
@@ -375,5 +372,6 @@ def _picture_name(row: RowConfig, weights: str) -> str:
     recipes = row.recipes()
     parts = f"{weights} {recipes} {[resolved_solver(recipe) for recipe in recipes]}"
     digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
-    slug = re.sub(r"\W+", "-", row.label.lower()).strip("-")
+    words = "".join(x if x.isalnum() else " " for x in row.label.lower())
+    slug = "-".join(words.split())
     return f"samples/{row.model}-{slug}-{digest}.png"

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cldsde.images.config import RunConfig, SamplingConfig
+from pydantic import Field, Strict
+
+from cldsde.images.config import RunConfig, SamplingConfig, Time
 from cldsde.images.data import DataSet
-from cldsde.images.evaluate.table import METRICS
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import check_sampling, make_solver
 from cldsde.images.schema import (
+    Count,
+    Flag,
+    Positive,
     as_toml,
     check_name,
     from_dict,
+    plain,
     read_file,
+    section,
     with_overrides,
 )
-from cldsde.images.train.loop import check_run
-from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.solvers import canonical_name, named_solvers
+from cldsde.images.train.engine import check_run
+from cldsde.solvers import canonical_name
 
 __all__ = [
     "PRESETS",
@@ -44,7 +49,7 @@ _TOLERANCES = ("rtol", "atol")  # what a tolerance of a row sets
 _IMAGES = 2**20  # with seeds of their own, for each seed of a comparison
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class RowConfig:
     """A sampler of a model, at several budgets.
 
@@ -68,34 +73,29 @@ class RowConfig:
     model: str
     solver: str
     label: str = ""
-    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic"] = "root"
-    t_end: float = 1e-3
-    denoise: bool = True
+    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
+    t_end: Time = 1e-3
+    denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
-    nfe: tuple[int, ...] = ()
-    tolerances: tuple[float, ...] = ()
+    nfe: tuple[Count, ...] = ()
+    tolerances: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no solver of that name can do."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
-        if ":" not in self.solver:
-            check_name(self.solver, named_solvers(), "solver")
         solver = make_solver(self._recipe())
         given, other = "nfe", "tolerances"
         if solver.facts.adaptive:
             given, other = other, given
         if not getattr(self, given) or getattr(self, other):
-            msg = f"{given} is what {self.solver} needs, a list, and not {other}"
-            raise ValueError(msg)
-        for tolerance in self.tolerances:
-            check_positive(tolerance, "tolerances")
+            msg = f"{self.solver} needs a list of {given}, and no {other}"
+            raise SettingError(given, msg)
         if len(set(getattr(self, given))) < len(getattr(self, given)):
-            msg = f"{given} must be different ones; got {list(getattr(self, given))}"
-            raise ValueError(msg)
+            raise SettingError(given, f"must differ; got {list(getattr(self, given))}")
         if self.tolerances and len(self.fixed) == len(_TOLERANCES):
-            msg = f"tolerances set nothing: options has {' and '.join(self.fixed)}; leave one out"
-            raise ValueError(msg)
+            msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
+            raise SettingError("tolerances", msg)
         self.recipes()
 
     @property
@@ -124,7 +124,7 @@ class RowConfig:
         return recipe
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class ComparisonConfig:
     """Which models are compared, and how.
 
@@ -139,9 +139,9 @@ class ComparisonConfig:
     batch
         Images at once.
     metrics
-        Of `cldsde.images.evaluate.table.METRICS`.
+        Of `cldsde.images.evaluate.evaluation.METRICS`.
     features, weights
-        See `cldsde.images.evaluate.table.Evaluation`.
+        See `cldsde.images.evaluate.evaluation.Evaluation`.
     likelihood_images
         Held-out images whose likelihood is computed.
     base
@@ -152,38 +152,32 @@ class ComparisonConfig:
         Samplers of the models.
     """
 
-    seed: int = 0
-    samples: int = 1000
-    repeats: int = 1
-    batch: int = 64
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**32 // _IMAGES)] = 0
+    samples: Annotated[Count, Field(ge=2)] = 1000
+    repeats: Count = 1
+    batch: Count = 64
     metrics: tuple[str, ...] = ("fd", "bpd")
     features: str = "classifier"
     weights: str | None = None
-    likelihood_images: int = 64
+    likelihood_images: Count = 64
     base: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, Any]
     rows: tuple[RowConfig, ...]
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared; build the configuration of each model."""
-        for name, least in (("samples", 2), ("repeats", 1), ("batch", 1), ("likelihood_images", 1)):
-            check_at_least(getattr(self, name), least, name)
-        if not 0 <= self.seed < 2**32 // _IMAGES:
-            msg = f"seed must lie between 0 and {2**32 // _IMAGES - 1}; got {self.seed}"
-            raise ValueError(msg)
         if self.samples * self.repeats > _IMAGES:
             product = f"{self.samples:,} times {self.repeats:,}"
-            msg = f"samples times repeats must be at most {_IMAGES:,}; got {product}"
-            raise ValueError(msg)
+            msg = f"times repeats must be at most {_IMAGES:,}; got {product}"
+            raise SettingError("samples", msg)
         for name in ("metrics", "models", "rows"):
             if not getattr(self, name):
-                msg = f"{name} is empty"
-                raise ValueError(msg)
+                raise SettingError(name, "is empty")
         for metric in self.metrics:
             check_name(metric, METRICS, "metrics")
         if set(self.metrics) == {"bpd"}:
-            msg = "metrics must hold one of samples, such as fd; got bpd alone"
-            raise ValueError(msg)
+            msg = "must hold one of samples, such as fd; got bpd alone"
+            raise SettingError("metrics", msg)
         for i, row in enumerate(self.rows):
             check_name(row.model, self.models, f"rows[{i}].model")
         names = [(row.model, row.label) for row in self.rows]
@@ -191,14 +185,14 @@ class ComparisonConfig:
             f"{label!r} of {model}" for model, label in names if names.count((model, label)) > 1
         ]
         if twice:
-            msg = f"rows must have different labels for each model; got twice {twice[0]}"
-            raise ValueError(msg)
+            msg = f"labels of a model must differ; got twice {twice[0]}"
+            raise SettingError("rows", msg)
         first, *others = self.runs
         for name in others:
             data, expected = self.runs[name].data, self.runs[first].data
             if (data.name, data.options) != (expected.name, expected.options):
-                msg = f"models.{name}.data must be that of {first}: samples are compared with it"
-                raise ValueError(msg)
+                msg = f"must be the data of {first}: samples are compared with it"
+                raise SettingError(f"models.{name}.data", msg)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ComparisonConfig:
@@ -206,17 +200,15 @@ class ComparisonConfig:
 
         Raises
         ------
-        ValueError
-            If a key is unknown, missing or of the wrong type, or a value out of range; the message
-            names the key.
+        SettingError
+            If a key is unknown, missing or of the wrong type, or a value out of range.
         """
-        config: ComparisonConfig = from_dict(cls, values, "")
-        return config
+        return from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, defaults included."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
 
     def to_toml(self) -> str:
         """As a TOML file that `load_comparison` reads; see `as_toml` for what is None."""
@@ -236,24 +228,23 @@ class ComparisonConfig:
         """The configuration of each model."""
         return {name: self._run(name) for name in self.models}
 
-    def place(self, model: str, message: object) -> str:
+    def place(self, model: str, error: SettingError) -> SettingError:
         """An error of a model's configuration with the full name of its key."""
-        path = re.split(r"[:\s]", str(message), maxsplit=1)[0].split(".")
+        path = error.key.split(".")
         shared = not _holds(self.models[model], path) and _holds(self.base, path)
-        return f"base.{message}" if shared else f"models.{model}.{message}"
+        return error.within("base" if shared else f"models.{model}")
 
     def _run(self, name: str) -> RunConfig:
         if not re.fullmatch(r"\w[\w+-]*", name):
-            msg = f"models: a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
-            raise ValueError(msg)
+            msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
+            raise SettingError("models", msg)
         own = self.models[name]
         if not isinstance(own, Mapping):
-            msg = f"models.{name} must be a section; got {own!r}"
-            raise ValueError(msg)  # noqa: TRY004
+            raise SettingError(f"models.{name}", f"must be a section; got {own!r}")
         try:
             return RunConfig.from_dict({"seed": self.seed, **_merged(self.base, own)})
-        except ValueError as error:
-            raise ValueError(self.place(name, error)) from error
+        except SettingError as error:
+            raise self.place(name, error) from error
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
@@ -264,12 +255,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConf
     ValueError
         If the file cannot be read, or for the reasons of `ComparisonConfig.from_dict`.
     """
-    values = with_overrides(read_file(path), overrides)
-    try:
-        return ComparisonConfig.from_dict(values)
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
+    return ComparisonConfig.from_dict(with_overrides(read_file(path), overrides))
 
 
 def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataSet:
@@ -284,16 +270,13 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
     for name, run in config.runs.items():
         try:
             check_run(run, data, device=device)
-        except ValueError as error:
-            raise ValueError(config.place(name, error)) from error
+        except SettingError as error:
+            raise config.place(name, error) from error
     for i, row in enumerate(config.rows):
         sde = config.runs[row.model].process.make()
         for recipe in row.recipes():
-            try:
+            with setting(f"rows[{i}]"):
                 check_sampling(lambda z, t: z, recipe, sde)
-            except ValueError as error:
-                msg = f"rows[{i}].{str(error).removeprefix('sampling.')}"
-                raise ValueError(msg) from error
     return data
 
 

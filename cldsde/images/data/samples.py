@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cldsde.images.data import array_images
+from cldsde.images.data.pictures import pixels_of_picture, read_picture
 
 __all__ = ["as_bytes", "load_samples"]
 
@@ -78,14 +78,12 @@ def _levels_of(path: Path) -> int:
 def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
     shape = None
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                array = np.array(picture.convert("L" if picture.mode == "L" else "RGB"))
-        except OSError as error:
-            msg = f"{file} cannot be read as a picture ({error})"
-            raise ValueError(msg) from error
-        shape = shape or array.shape
-        if array.shape != shape:
-            msg = f"{file} must have the shape of {files[0].name}, {shape}; got {array.shape}"
+        pixels = pixels_of_picture(read_picture(file))
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            msg = (
+                f"{file} must have the shape of {files[0].name}, {tuple(shape)}; got "
+                f"{tuple(pixels.shape)}"
+            )
             raise ValueError(msg)
-        yield torch.from_numpy(array).reshape(*shape[:2], -1).movedim(-1, 0)
+        yield pixels

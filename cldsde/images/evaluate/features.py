@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cldsde.images.errors import SettingError
+
 __all__ = ["FeatureNetwork", "check_features", "checked_features", "feature_name", "load_features"]
 
 FeatureNetwork = Callable[[Tensor], Tensor]
@@ -40,9 +42,7 @@ def load_features(name: str) -> FeatureNetwork:
     ------
     ModuleNotFoundError
         If a module that the network's imports is not there.
-    TypeError
-        If the name is no text.
-    ValueError
+    SettingError
         If the name is not of that form, there is no such module or attribute, the module or the
         class fails, or what was found cannot be called.
 
@@ -51,40 +51,40 @@ def load_features(name: str) -> FeatureNetwork:
     >>> load_features("torch:flatten").__name__
     'flatten'
     """
-    form = "features must be 'module:attribute', e.g. 'my_package.features:Network'"
+    form = "must be 'module:attribute', e.g. 'my_package.features:Network'"
     if not isinstance(name, str):
         msg = f"{form}; got {name!r}"
-        raise TypeError(msg)
+        raise SettingError("features", msg)
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         msg = f"{form}; got {name!r}"
-        raise ValueError(msg)
+        raise SettingError("features", msg)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, one that it imports is not
         msg = (
-            f"features: there is no module {error.name!r}; install it, or stand in its folder or "
+            f"there is no module {error.name!r}; install it, or stand in its folder or "
             f"put that on PYTHONPATH; got {name!r}"
         )
-        raise ValueError(msg) from error
+        raise SettingError("features", msg) from error
     except (Exception, SystemExit) as error:  # a user's code may raise anything
-        msg = f"features: {module_name!r} cannot be imported ({_told(error)}); got {name!r}"
-        raise ValueError(msg) from error
+        msg = f"{module_name!r} cannot be imported ({_told(error)}); got {name!r}"
+        raise SettingError("features", msg) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            msg = f"features: {module_name!r} has no attribute {attribute!r}; got {name!r}"
-            raise ValueError(msg)
+            msg = f"{module_name!r} has no attribute {attribute!r}; got {name!r}"
+            raise SettingError("features", msg)
         found = getattr(found, part)
     if isinstance(found, type):
         found = _made(found, name)
     if not callable(found) or isinstance(found, type):
         msg = (
-            "features must be callable, uint8 images (B, C, H, W) to features (B, F); "
+            "must be callable, uint8 images (B, C, H, W) to features (B, F); "
             f"{name!r} is {type(found).__name__}"
         )
-        raise ValueError(msg)  # noqa: TRY004
+        raise SettingError("features", msg)
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False)
     network: FeatureNetwork = found
@@ -95,15 +95,15 @@ def _made(kind: type, name: str) -> Any:
     try:
         inspect.signature(kind).bind()
     except TypeError as error:
-        msg = f"features: {name!r} must be made without arguments ({error})"
-        raise ValueError(msg) from error
+        msg = f"{name!r} must be made without arguments ({error})"
+        raise SettingError("features", msg) from error
     except ValueError:  # no signature to be had, as for some classes written in C
         pass
     try:
         return kind()
     except (Exception, SystemExit) as error:
-        msg = f"features: {name!r} cannot be made ({_told(error)})"
-        raise ValueError(msg) from error
+        msg = f"{name!r} cannot be made ({_told(error)})"
+        raise SettingError("features", msg) from error
 
 
 def _told(error: BaseException) -> str:
@@ -123,7 +123,7 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
 
     Raises
     ------
-    ValueError
+    SettingError
         If it fails, or returns anything but finite ``(B, F)``.
     """
     try:
@@ -131,8 +131,8 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
             checked_features(features(images), len(images))
     except Exception as error:
         name, shape = feature_name(features), tuple(images.shape)
-        msg = f"features: {name!r} makes none of images {shape} ({_told(error)})"
-        raise ValueError(msg) from error
+        msg = f"{name!r} makes none of images {shape} ({_told(error)})"
+        raise SettingError("features", msg) from error
 
 
 def checked_features(values: object, count: int) -> Tensor:

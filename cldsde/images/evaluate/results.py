@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.evaluate.shared import package_versions
-from cldsde.images.files import held, write_whole
+from cldsde.images.files import file_lock, write_whole
 from cldsde.images.sample.sampler import make_solver
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "cells_of",
     "changed_results",
     "joined",
+    "markdown_table",
     "origin",
     "resolved_solver",
     "seeds_key",
@@ -79,7 +81,7 @@ def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
     OSError
         If the file cannot be written.
     """
-    with held(results, wait=True):
+    with file_lock(results, wait=True):
         found = stored_results(results, digest)
         yield found
         text = json.dumps(found, indent=1) + "\n"
@@ -204,3 +206,39 @@ def _list(value: object, name: str) -> Iterable[Any]:
         msg = f"{name} is no list"
         raise ValueError(msg)  # noqa: TRY004
     return value
+
+
+def markdown_table(found: Mapping[str, Any]) -> str:
+    """Recipes against measures: means over repetitions, with their spread.
+
+    NFE is what an image took in the mean, where that was measured.
+    """
+    rows = found["recipes"]
+    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in rows]
+    names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
+    lines = [
+        "| solver | NFE | grid, ε | images | " + " | ".join(names) + " |",
+        "| --- | ---: | --- | ---: |" + " ---: |" * len(names),
+    ]
+    for row, found_numbers in zip(rows, numbers, strict=True):
+        cells = []
+        for name in names:
+            values = [cell[name] for cell in found_numbers if name in cell]
+            if len(values) > 1:
+                cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+            else:
+                cells.append("".join(f"{value:.3f}" for value in values))
+        sampling = row["sampling"]
+        times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
+        costs = [cell.get(SAMPLING, {}) for cell in row["cells"].values()]
+        spent = [cost["nfe"] for cost in costs if "nfe" in cost]
+        nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
+        sizes = dict.fromkeys(
+            str(measure["samples"])
+            for cell in row["cells"].values()
+            for measure in cell.values()
+            if isinstance(measure, dict) and "samples" in measure
+        )
+        head = [sampling["solver"], nfe, times, ", ".join(sizes)]
+        lines.append("| " + " | ".join([*head, *cells]) + " |")
+    return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
+from cldsde.images.errors import SettingError, setting
 from cldsde.images.imputation import Imputation
 from cldsde.images.latent import VAE
-from cldsde.images.model import DiffusionModel, ImageSpace
+from cldsde.images.model import ImageSpace
 from cldsde.images.schema import checked_options
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import TimeLike
@@ -31,14 +31,9 @@ __all__ = [
     "check_sampling",
     "class_batches",
     "draw_images",
-    "draw_of_classes",
-    "guided",
     "make_solver",
     "time_grid",
 ]
-
-
-_KEYS = frozenset(entry.name for entry in dataclasses.fields(SamplingConfig))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +85,14 @@ def make_solver(sampling: SamplingConfig) -> Solver:
 
     Raises
     ------
-    ValueError
+    SettingError
         If there is none of that name, or it has no such option.
     """
-    solver = find_solver(sampling.solver)
+    with setting("solver"):
+        solver = find_solver(sampling.solver)
     options = checked_options(type(solver), sampling.options)
-    made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
+    with setting("options"):
+        made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
     return made
 
 
@@ -106,8 +103,10 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
 
     Raises
     ------
+    SettingError
+        If no step fits.
     ValueError
-        If no step fits, or the solver does not take the process.
+        If the solver does not take the process.
     """
     sde, end = process.sde, sampling.t_end
     if solver.facts.adaptive:
@@ -121,8 +120,8 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
         if count <= budget:
             return times
         n = min(n - 1, n * budget // count)
-    msg = f"nfe: {sampling.nfe} evaluations are too few for a step of {sampling.solver}"
-    raise ValueError(msg)
+    msg = f"{sampling.nfe} evaluations are too few for a step of {sampling.solver}"
+    raise SettingError("nfe", msg)
 
 
 def check_sampling(
@@ -131,19 +130,14 @@ def check_sampling(
     sde: LinearSDE | None = None,
     around: Callable[[Solver], Imputation] | None = None,
 ) -> None:
-    """Refuse a recipe that cannot sample, before anything is drawn.
+    """Reject a recipe that cannot sample, before anything is sampled.
 
     Raises
     ------
-    ValueError
-        If solver, options, budget and process do not fit.
+    SettingError
+        If solver, options, budget and process do not fit; the key is that of `SamplingConfig`.
     """
-    try:
-        _plan(score, sampling, sde, around)
-    except ValueError as error:
-        named = re.split(r"[:.\s]", str(error), maxsplit=1)[0] in _KEYS
-        msg = f"sampling.{error}" if named else f"sampling.solver: {error}"
-        raise ValueError(msg) from error
+    _plan(score, sampling, sde, around)
 
 
 def _plan(
@@ -154,8 +148,13 @@ def _plan(
 ) -> Plan:
     process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
     solver = make_solver(sampling)
-    times = time_grid(process, solver, sampling)
-    return plan(process, solver if around is None else around(solver), times)
+    try:
+        times = time_grid(process, solver, sampling)
+        return plan(process, solver if around is None else around(solver), times)
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError("solver", str(error)) from error
 
 
 def _grid(sde: LinearSDE, name: str, end: float, n: int) -> Tensor:
@@ -179,12 +178,15 @@ class Samples(NamedTuple):
 
 
 class ImageSampler:
-    """Sampler of images whose solver, grid and tables are computed once, for any number of batches.
+    """Sampler of images: process, solver, plan, classes, guidance, inpainting and autoencoder.
+
+    Solver, grid and tables are computed once, for any number of batches. An image depends on its
+    own seed alone, except for rounding in the network, which may depend on the size of the batch.
 
     Parameters
     ----------
     score
-        A `MixedScore`, a `GuidedScore`, or any score together with ``sde``.
+        A `MixedScore`, or any score together with ``sde``.
     space
         Shape, grey levels and classes of the images.
     sampling
@@ -193,14 +195,21 @@ class ImageSampler:
         The forward process; None takes the process of the score.
     vae
         The autoencoder that decodes the samples of a process of latent variables.
+    label
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class, or
+        all of them if the model knows no other images.
+    guidance
+        Weight of the class, see `GuidedScore`.
     around
         Makes an `Imputation` of the solver, if a part of the images is known.
+    batch
+        Images sampled at once.
     device
         Device of the states; None takes the device of the score's buffers.
 
     Raises
     ------
-    ValueError
+    SettingError
         If solver, budget and process do not fit.
     """
 
@@ -212,26 +221,34 @@ class ImageSampler:
         *,
         sde: LinearSDE | None = None,
         vae: VAE | None = None,
+        label: int | Literal["all"] | None = None,
+        guidance: float = 1.0,
         around: Callable[[Solver], Imputation] | None = None,
+        batch: int = 64,
         device: torch.device | str | None = None,
     ) -> None:
         if device is None:
-            model = score.model if isinstance(score, GuidedScore) else score
-            device = model.data_mean.device if isinstance(model, MixedScore) else "cpu"
-        self._space, self._sampling, self._vae, self._device = space, sampling, vae, device
+            device = score.data_mean.device if isinstance(score, MixedScore) else "cpu"
+        self._score, self._space, self._sampling = score, space, sampling
+        self._vae, self._device = vae, device
+        self._label, self._guidance, self._batch = label, guidance, batch
         self._plan = _plan(score, sampling, sde, around)
         imputation: Any = self._plan.solver
         self._impose = None if around is None else imputation.impose
 
-    def draw(self, seeds: Sequence[int], score: Score | None = None) -> Samples:
+    def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Classes and seeds of batches; all images of a batch are of one class."""
+        return class_batches(self._space, seeds, self._batch, self._label)
+
+    def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
         """Sample one image for each seed, as one batch.
 
         Parameters
         ----------
         seeds
             Integers in [0, 2³²).
-        score
-            Another score of the same process, such as one given a class; None: the sampler's own.
+        label
+            Class of all of them; None: no class.
 
         Raises
         ------
@@ -240,22 +257,57 @@ class ImageSampler:
         FloatingPointError
             If an image is not finite.
         """
-        sampler = self._plan if score is None else self._plan.with_score(score)
-        sde, space, vae = sampler.process.sde, self._space, self._vae
+        sampler, space, vae = self._plan, self._space, self._vae
+        if label is not None:
+            assert isinstance(self._score, MixedScore)
+            assert space.classes is not None
+            given = GuidedScore(self._score, label, space.classes, self._guidance)
+            sampler = sampler.with_score(given)
         noise = SampleNoise(seeds)
         shape = space.shape if vae is None else vae.latent_shape
-        start = noise.start(sde, shape, device=self._device)
+        start = noise.start(sampler.process.sde, shape, device=self._device)
         with torch.no_grad():
             found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
-        if not found.success:
-            msg = f"{self._sampling.solver} failed: {found.message}"
-            raise FloatingPointError(msg)
-        data = found.data if self._impose is None else self._impose(found.data)
-        if vae is not None:
-            with torch.no_grad():
+            if not found.success:
+                msg = f"{self._sampling.solver} failed: {found.message}"
+                raise FloatingPointError(msg)
+            data = found.data if self._impose is None else self._impose(found.data)
+            if vae is not None:
                 data = vae.images(data)
         images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
         return Samples(images, found.stats["nfev"])
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        *,
+        progress: bool = False,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> Samples:
+        """Sample one image for each seed, batch by batch, in the order of the seeds.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²).
+        progress
+            Show a progress bar on stderr.
+        before_batch
+            Called before each batch; an exception ends the sampling.
+
+        Raises
+        ------
+        ValueError, FloatingPointError
+            See `draw`.
+        """
+        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+            for label, some in self.batches(seeds):
+                before_batch()
+                found = self.draw(some, label)
+                drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
+                bar.update(len(some))
+        return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
 
 
 def draw_images(
@@ -264,47 +316,32 @@ def draw_images(
     seeds: Sequence[int],
     sampling: SamplingConfig,
     *,
-    sde: LinearSDE | None = None,
-    vae: VAE | None = None,
-    around: Callable[[Solver], Imputation] | None = None,
-    batch: int = 64,
-    device: torch.device | str | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Samples:
-    """Sample one image for each seed.
+    """Sample one image for each seed with an `ImageSampler` of its own.
 
     Parameters
     ----------
-    score, space, sampling, sde, vae, around, device
+    score, space, sampling
         See `ImageSampler`.
     seeds
-        Integers in [0, 2³²). An image depends on its own seed alone, except for rounding in the
-        network, which may depend on the size of the batch.
-    batch
-        Images sampled at once.
+        Integers in [0, 2³²).
     progress
         Show a progress bar on stderr.
-
-    Returns
-    -------
-    Samples
-        In the order of the seeds.
+    **options
+        Further arguments of `ImageSampler`.
 
     Raises
     ------
+    SettingError
+        If solver, budget and process do not fit.
     ValueError
-        If solver, budget and process do not fit, or a seed is out of range.
+        If a seed is out of range.
     FloatingPointError
         If an image is not finite.
     """
-    sampler = ImageSampler(score, space, sampling, sde=sde, vae=vae, around=around, device=device)
-    found = []
-    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
-        for first in range(0, len(seeds), batch):
-            some = seeds[first : first + batch]
-            found.append(sampler.draw(some))
-            bar.update(len(some))
-    return Samples(*map(torch.cat, zip(*found, strict=True)))
+    return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
 
 
 def class_batches(
@@ -336,37 +373,3 @@ def class_batches(
         for label, some in groups
         for first in range(0, len(some), batch)
     ]
-
-
-def draw_of_classes(
-    model: DiffusionModel,
-    space: ImageSpace,
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    *,
-    batch: int = 64,
-    progress: bool = False,
-) -> Samples:
-    """Images of a model as it was trained: of no class, or else of all classes in turn.
-
-    Parameters and result are those of `draw_images`.
-    """
-    sampler = ImageSampler(model.score, space, sampling, vae=model.vae)
-    drawn: dict[int, tuple[Tensor, Tensor]] = {}
-    batches = class_batches(space, seeds, batch)
-    with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
-        for label, some in batches:
-            found = sampler.draw(some, guided(model.score, space, label))
-            drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
-            bar.update(len(some))
-    return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
-
-
-def guided(
-    model: MixedScore, space: ImageSpace, label: int | None, guidance: float = 1.0
-) -> MixedScore | GuidedScore:
-    """The score of a class, or of none."""
-    if label is None:
-        return model
-    assert space.classes is not None
-    return GuidedScore(model, label, space.classes, guidance)

@@ -62,6 +62,14 @@ class Board:
         with self._trying():
             self._write(step=seen, summary=Summary(value=parts))
 
+    def add_picture(self, name: str, file: Path, seen: int) -> None:
+        """Show a PNG by its name, for so many images seen."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        content = Summary.Image(encoded_image_string=file.read_bytes())
+        with self._trying():
+            self._write(step=seen, summary=Summary(value=[Summary.Value(tag=name, image=content)]))
+
     def close(self) -> None:
         """Close the file."""
         with self._trying():

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cldsde.images.config import RunConfig
 from cldsde.images.files import load_tensors, save_tensors
@@ -21,7 +22,7 @@ from cldsde.images.runs import RunFolder
 __all__ = ["KIND", "STATE", "Meter", "StopRequest", "TrainingState"]
 
 STATE = "training.safetensors"
-"""File of a run that holds the state of its training until it is done."""
+"""File of a run that holds the state of its training, to resume from."""
 
 KIND = "a training state of cldsde, version 2"
 
@@ -118,6 +119,7 @@ class StopRequest:
     def _hear(self, number: int, frame: object) -> None:
         del frame
         self._heard = number
+        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
         for each, handler in self._before.items():
             signal.signal(each, handler)
 
@@ -189,8 +191,9 @@ class TrainingState:
                     raise ValueError(msg)
             self._take(tensors, json.loads(metadata["scaler"]))
             step, seconds = int(metadata["step"]), float(metadata["seconds"])
-            if not 0 < step < self._config.training.steps:
-                msg = f"it is of step {step}, beyond the end"
+            if not 0 < step <= self._config.training.steps:
+                images = step * self._config.training.batch
+                msg = f"it has seen {images:,} images: training.images can grow, but not shrink"
                 raise ValueError(msg)
         except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
             msg = (

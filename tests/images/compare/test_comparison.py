@@ -15,11 +15,11 @@ from cldsde.images.compare.config import ComparisonConfig
 from cldsde.images.compare.report import RESULTS, read_results, write_report
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
-from cldsde.images.evaluate import ImageClassifier, save_classifier
+from cldsde.images.evaluate import ImageClassifier, reference, save_classifier
+from cldsde.images.evaluate import evaluation as evaluation_table
 from cldsde.images.evaluate import results as evaluation_results
-from cldsde.images.evaluate import table as evaluation_table
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import stored_results
-from cldsde.images.evaluate.table import Evaluation
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import sampler as sampling
@@ -142,7 +142,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
 def test_a_finished_comparison_draws_nothing_again(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    monkeypatch.setattr(evaluation_table, "draw_of_classes", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluation_table, "draw_images", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.setattr(evaluation_table, "likelihood", lambda *_, **__: pytest.fail("computed"))
     compare(folder)
     assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
@@ -154,9 +154,9 @@ def test_rows_and_models_that_are_added_leave_the_others_as_they_are(
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     drawn = []
-    draw = evaluation_table.draw_of_classes
+    draw = evaluation_table.draw_images
     monkeypatch.setattr(
-        evaluation_table, "draw_of_classes", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+        evaluation_table, "draw_images", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
     )
     rows = [*TINY["rows"], {"model": "VE", "solver": "reverse-diffusion", "nfe": [3]}]
     models = {**TINY["models"], "VE": {"process": {"name": "VESDE"}}}
@@ -184,7 +184,7 @@ def test_one_classifier_serves_all_models_and_is_kept(tmp_path, monkeypatch):
         trained.append(options)
         return ImageClassifier(1, 10).eval(), 0.1
 
-    monkeypatch.setattr(evaluation_table, "train_classifier", untrained)
+    monkeypatch.setattr(reference, "train_classifier", untrained)
     found = compare(tmp_path / "run", features="classifier")
     assert len(trained) == 1
     assert found["reference"]["features"].startswith("cldsde.images.evaluation:ImageClassifier")
@@ -206,7 +206,7 @@ def test_the_classifier_is_there_before_any_model_is_trained(tmp_path, monkeypat
         return ImageClassifier(1, 10).eval(), 0.1
 
     training = comparison.train
-    monkeypatch.setattr(evaluation_table, "train_classifier", untrained)
+    monkeypatch.setattr(reference, "train_classifier", untrained)
     monkeypatch.setattr(
         comparison, "train", lambda *a, **k: order.append("model") or training(*a, **k)
     )
@@ -264,7 +264,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
 
 
 def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
-    draw = evaluation_table.draw_of_classes
+    draw = evaluation_table.draw_images
     asked = []
 
     def failing(model, space, seeds, *rest, **options):
@@ -274,7 +274,7 @@ def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
             raise FloatingPointError(msg)
         return draw(model, space, seeds, *rest, **options)
 
-    monkeypatch.setattr(evaluation_table, "draw_of_classes", failing)
+    monkeypatch.setattr(evaluation_table, "draw_images", failing)
     found = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
     first, second = found["rows"][0]["cells"]
     assert (first["repeats"], first["reason"], second["repeats"]) == (1, "not finite", 2)
@@ -309,11 +309,11 @@ def test_cells_of_a_solver_whose_defaults_have_changed_are_measured_again(
 ):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    find, draw, drawn = sampling.find_solver, evaluation_table.draw_of_classes, []
+    find, draw, drawn = sampling.find_solver, evaluation_table.draw_images, []
     changed = {"sscs-midpoint": SSCS(score_step="midpoint", merge=False)}
     monkeypatch.setattr(sampling, "find_solver", lambda name: changed.get(name) or find(name))
     monkeypatch.setattr(
-        evaluation_table, "draw_of_classes", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+        evaluation_table, "draw_images", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
     )
     found = compare(folder)
     assert {recipe.solver for recipe in drawn} == {"sscs-midpoint"}
@@ -482,8 +482,8 @@ def test_weights_that_are_not_those_that_were_measured_are_refused(finished, tmp
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     run = RunConfig.from_dict(json.loads((folder / "models/CLD/config.json").read_text()))
-    (folder / "models/CLD" / MODEL).unlink()
+    for name in (MODEL, STATE):
+        (folder / "models/CLD" / name).unlink()
     train(run, digits(seed=1), RunFolder(folder / "models/CLD", run.to_dict()), device="cpu")
-    assert not (folder / "models/CLD" / STATE).exists()
     with pytest.raises(ValueError, match=r"evaluations/CLD.json holds results of other weights"):
         compare(folder)

@@ -33,6 +33,12 @@ def test_digits_are_scikit_learns_split_by_a_permutation():
         assert part.class_names == tuple("0123456789")
 
 
+def test_no_image_need_be_held_out():
+    data = digits(held_out=0)
+    assert data.held_out is None
+    assert len(data.train) == 1797
+
+
 def test_a_number_held_out_is_a_number_of_images():
     assert len(digits(held_out=100).held_out) == 100
     assert len(digits(held_out=1).held_out) == 1
@@ -41,7 +47,6 @@ def test_a_number_held_out_is_a_number_of_images():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"held_out": 0}, ValueError),
         ({"held_out": -0.1}, ValueError),
         ({"held_out": 1.5}, ValueError),
         ({"held_out": float("nan")}, ValueError),

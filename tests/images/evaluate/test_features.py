@@ -79,7 +79,7 @@ def test_functions_and_classes_are_found():
         ("user_networks", ValueError, "must be 'module:attribute'"),
         ("user_networks:", ValueError, "must be 'module:attribute'"),
         ("./user_networks.py:flat", ValueError, "must be 'module:attribute'"),
-        (None, TypeError, "must be 'module:attribute'.*got None"),
+        (None, ValueError, "must be 'module:attribute'.*got None"),
         ("no_such_module:flat", ValueError, "no module 'no_such_module'.*PYTHONPATH"),
         ("user_networks.sub:flat", ValueError, "no module"),
         ("user_networks:round", ValueError, "'user_networks' has no attribute 'round'"),

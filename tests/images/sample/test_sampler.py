@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +24,12 @@ from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs as sample_files
-from cldsde.images.sample.outputs import SampleRequest, check_unused, draw_to
+from cldsde.images.sample import request as sample_request
+from cldsde.images.sample.outputs import alone, check_output, draw_to
+from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import (
     GuidedScore,
     draw_images,
-    draw_of_classes,
-    guided,
     make_solver,
     time_grid,
 )
@@ -112,7 +113,7 @@ def test_tables_are_computed_once_for_all_batches(run, prepared):
     assert len(prepared) == 1
     # Of three classes, one after the other.
     space = dataclasses.replace(run.space, always_classes=True)
-    draw_of_classes(run.model, space, range(6), FIXED, batch=1)
+    draw_images(run.score, space, range(6), FIXED, batch=1)
     assert len(prepared) == 2
 
 
@@ -175,11 +176,10 @@ def test_evaluations_of_adaptive_solvers_are_those_of_each_image():
 
 def test_images_and_evaluations_of_all_classes_are_in_the_order_of_the_seeds(run):
     space = dataclasses.replace(run.space, always_classes=True)
-    found = draw_of_classes(run.model, space, range(7), FIXED)
+    found = draw_images(run.score, space, range(7), FIXED)
     assert found.evaluations.tolist() == [FIXED.nfe] * 7
     for label in range(3):
-        score = guided(run.score, space, label)
-        own = draw_images(score, space, range(label, 7, 3), FIXED).images
+        own = draw_images(run.score, space, range(label, 7, 3), FIXED, label=label).images
         assert torch.equal(own, found.images[label::3])
 
 
@@ -198,10 +198,10 @@ def test_options_of_parts_of_solvers_are_passed_on_or_refused():
     corrector = solvers.Langevin(snr=0.1)
     assert made(snr=0.1) == solvers.PredictorCorrector(solvers.ReverseDiffusion(), corrector)
     with pytest.raises(
-        ValueError, match=r"options\.corrector\.snrr is not known; did you mean snr"
+        ValueError, match=r"options\.corrector\.snrr: unknown key; did you mean snr"
     ):
         made(snrr=0.1)
-    with pytest.raises(ValueError, match=r"options\.corrector\.snr must be finite and positive"):
+    with pytest.raises(ValueError, match=r"options\.corrector: snr must be finite and positive"):
         made(snr=-1.0)
 
 
@@ -209,7 +209,7 @@ def test_options_of_solvers_are_passed_on_or_refused():
     options = {"rtol": 0.5}
     solver = make_solver(SamplingConfig(solver="gotta-go-fast", options=options))
     assert solver.rtol == 0.5
-    with pytest.raises(ValueError, match=r"options\.rtl is not known .*score_step"):
+    with pytest.raises(ValueError, match=r"options\.rtl: unknown key .*score_step"):
         make_solver(SamplingConfig(solver="sscs", options={"rtl": 0.5}))
     with pytest.raises(ValueError, match="one of"):
         make_solver(SamplingConfig(solver="sscz"))
@@ -234,7 +234,7 @@ def test_guidance_is_linear_in_the_scores(run):
 
 def test_classes_of_all_images_and_of_each(run, tmp_path):
     everything = SampleRequest(model=run, sampling=FIXED, seeds=range(6), label="all", guidance=2)
-    everything.check(tmp_path / "all.npz")
+    check(everything, tmp_path / "all.npz")
     draw_to(tmp_path / "all.npz", everything)
     found = np.load(tmp_path / "all.npz")
     assert found["labels"].tolist() == [0, 1, 2, 0, 1, 2]
@@ -298,7 +298,7 @@ def test_two_calls_do_not_draw_to_one_place_at_a_time(run, tmp_path, monkeypatch
         drawn.append(seeds)
         for other in (first, dataclasses.replace(first, seeds=range(5))):
             for attempt in (check_unused, lambda out, other=other: draw_to(out, other)):
-                with pytest.raises(ValueError, match=r"x\.npz is being drawn by another process"):
+                with pytest.raises(ValueError, match=r"x\.npz is being written by another process"):
                     attempt(out)
         draw_to(tmp_path / "y.npz", second)
         return draw(self, label, seeds)
@@ -311,6 +311,17 @@ def test_two_calls_do_not_draw_to_one_place_at_a_time(run, tmp_path, monkeypatch
     assert len(np.load(out)["images"]) == 3
     assert {file.name for file in tmp_path.iterdir()} == {"x.npz", "y.npz"}
     check_unused(out)
+
+
+def check(request, out):
+    """What ``cldsde sample`` does before it samples."""
+    request.check()
+    check_output(out, request)
+
+
+def check_unused(out):
+    with alone(out):
+        pass
 
 
 def interrupt(*_):
@@ -334,7 +345,7 @@ def test_a_folder_holds_the_pictures_of_one_request_whatever_was_cut_off_before(
     assert not out.exists()
     out.mkdir()  # an empty folder is taken
     second = dataclasses.replace(first, seeds=range(2, 4))
-    second.check(out)
+    check(second, out)
     draw_to(out, second)
     assert sorted(file.name for file in out.iterdir()) == ["2.png", "3.png"]
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
@@ -350,8 +361,8 @@ def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(run, tmp_
     assert sorted(file.name for file in out.iterdir()) == ["09.png", "10.png", "11.png"]
     other = dataclasses.replace(request, seeds=range(9, 13))
     with pytest.raises(ValueError, match="x holds files already"):
-        other.check(out)
-    request.check(out)
+        check(other, out)
+    check(request, out)
     monkeypatch.setattr(SampleRequest, "draw", interrupt)
     draw_to(out, request)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
@@ -388,17 +399,17 @@ def test_a_full_disk_is_said_with_the_file_that_found_no_room(
     request = SampleRequest(model=run, sampling=FIXED, seeds=range(2))
 
     def full(write):
-        def written(*arguments):
+        def written(*arguments, **options):
             if arguments[-1].suffix == Path(file).suffix:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return write(*arguments)
+            return write(*arguments, **options)
 
         return written
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_to_disk", full(files._to_disk))
         patch.setattr(Image.Image, "save", full(Image.Image.save))
-        with pytest.raises(OSError, match=r"cannot be written \(No space left.*goes on") as caught:
+        with pytest.raises(OSError, match=r"cannot be written \(No space left.*resumes") as caught:
             draw_to(tmp_path / out, request)
     assert str(caught.value).startswith(f"{tmp_path / file} ")
     draw_to(tmp_path / out, request)
@@ -412,7 +423,7 @@ def test_folders_that_only_look_like_parts_are_left_alone(run, tmp_path, names):
     parts.mkdir()
     for name in names:
         (parts / name).write_text("mine")
-    for attempt in (request.check, lambda out: draw_to(out, request)):
+    for attempt in (partial(check, request), lambda out: draw_to(out, request)):
         with pytest.raises(ValueError, match=r"x\.npz\.parts is needed, but holds other files"):
             attempt(tmp_path / "x.npz")
     assert {file.name: file.read_text() for file in parts.iterdir()} == dict.fromkeys(names, "mine")
@@ -438,14 +449,14 @@ def test_known_parts_and_greys_are_kept(run, tmp_path):
     half[:, :4] = 255
     mask = picture(tmp_path / "mask.png", half)
     request = SampleRequest(model=run, sampling=FIXED, seeds=range(3), known=known, mask=mask)
-    request.check(tmp_path / "x.npz")
+    check(request, tmp_path / "x.npz")
     draw_to(tmp_path / "x.npz", request)
     images = np.load(tmp_path / "x.npz")["images"]
     assert (images[:, :, :4] == pixels[None, :, :4]).all()
     assert (images[0, :, 4:] != images[1, :, 4:]).any()
 
     coloured = dataclasses.replace(request, mask=None, colourise=True)
-    coloured.check(tmp_path / "y.npz")
+    check(coloured, tmp_path / "y.npz")
     draw_to(tmp_path / "y.npz", coloured)
     images = np.load(tmp_path / "y.npz")["images"].astype(float)
     inside = (images > 0) & (images < 255)
@@ -458,7 +469,7 @@ def test_known_parts_and_greys_are_kept(run, tmp_path):
 @pytest.mark.parametrize("colourise", [True, False])
 def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monkeypatch, colourise):
     made = []
-    monkeypatch.setattr(sample_files, "Imputation", lambda *a, **_: made.append(a))
+    monkeypatch.setattr(sample_request, "Imputation", lambda *a, **_: made.append(a))
     score = SimpleNamespace(data_mean=torch.zeros(1, device="meta"))
     request = SampleRequest(
         model=SimpleNamespace(score=score, space=ImageSpace((3, 8, 8))),
@@ -479,13 +490,13 @@ def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "out", "message"),
     [
-        ({"batch": 0}, "x.npz", "--batch"),
-        ({"guidance": 2.0}, "x.npz", "--guidance: there is no class"),
-        ({"guidance": float("nan"), "label": 0}, "x.npz", "--guidance must be finite"),
-        ({"colourise": True}, "x.npz", "need --known"),
-        ({}, "x.jpg", "--out must be"),
-        ({}, "/", "--out must name a file, or a folder"),
-        ({}, "..", "--out must name a file, or a folder"),
+        ({"batch": 0}, "x.npz", "batch: "),
+        ({"guidance": 2.0}, "x.npz", "guidance: needs a class"),
+        ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be finite"),
+        ({"colourise": True}, "x.npz", "colourise: needs a known"),
+        ({}, "x.jpg", "out: must be"),
+        ({}, "/", "out: must name a file, or a folder"),
+        ({}, "..", "out: must name a file, or a folder"),
         ({"seeds": range(5000)}, "x.png", "a picture holds"),
         ({"sampling": SamplingConfig(solver="nothing")}, "x.npz", "one of"),
     ],
@@ -493,7 +504,7 @@ def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monk
 def test_requests_that_make_no_sense_are_refused(run, tmp_path, changes, out, message):
     request = SampleRequest(**{"model": run, "sampling": FIXED, "seeds": range(4), **changes})
     with pytest.raises(ValueError, match=message):
-        request.check(tmp_path / out)
+        check(request, tmp_path / out)
     assert not list(tmp_path.iterdir())
 
 
@@ -501,18 +512,18 @@ def test_pictures_of_another_size_and_other_files_are_refused(run, tmp_path):
     small = picture(tmp_path / "small.png", np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "text.png").write_text("no picture")
     right = picture(tmp_path / "right.png", np.zeros((8, 8, 3), np.uint8))
-    for known, message in ((small, "8 rows"), (tmp_path / "text.png", "cannot be read")):
+    for known, message in ((small, "8 rows"), (tmp_path / "text.png", "cannot be decoded")):
         request = SampleRequest(
             model=run, sampling=FIXED, seeds=range(4), known=known, colourise=True
         )
         with pytest.raises(ValueError, match=message):
-            request.check(tmp_path / "x.npz")
+            check(request, tmp_path / "x.npz")
     adaptive = SamplingConfig(solver="gotta-go-fast")
     request = SampleRequest(
         model=run, sampling=adaptive, seeds=range(4), known=right, colourise=True
     )
     with pytest.raises(ValueError, match="chooses its times"):
-        request.check(tmp_path / "x.npz")
+        check(request, tmp_path / "x.npz")
 
 
 def test_models_are_refused_where_anything_is_wrong(run, tmp_path):
@@ -530,11 +541,11 @@ def test_models_are_refused_where_anything_is_wrong(run, tmp_path):
 
 
 def test_weights_of_another_configuration_are_refused(run, tmp_path):
-    from cldsde.images.model import save_model
+    from cldsde.images.model import MODEL, save_model
 
     config = run.config
     folder = RunFolder(tmp_path, config.to_dict())
-    save_model(folder, run.model.state_dict(), config, run.space, 1)
+    save_model(folder / MODEL, run.model.state_dict(), config, run.space, 1)
     assert load_model(tmp_path).images_seen == 1
     values = config.to_dict()
     for section, changes in (

@@ -17,8 +17,8 @@ from cldsde.images.data import ArrayImages, DataSet, to_unit
 from cldsde.images.evaluate import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.sample.sampler import draw_images, draw_of_classes
-from cldsde.images.train import loop as training
+from cldsde.images.sample.sampler import draw_images
+from cldsde.images.train import learner as training
 from cldsde.images.train.loop import check_run, train
 from cldsde.images.train.objectives import (
     Batch,
@@ -381,7 +381,7 @@ def test_an_image_depends_on_its_seed_alone(tmp_path):
     model = load_model(tmp_path)
     assert model.vae is not None
     recipe = model.config.sampling
-    together = draw_of_classes(model.model, model.space, range(5), recipe)
+    together = draw_images(model.score, model.space, range(5), recipe, vae=model.vae)
     alone = torch.cat(
         [
             draw_images(model.score, model.space, [seed], recipe, vae=model.vae).images
@@ -429,7 +429,7 @@ def test_a_law_of_black_and_white_pixels_gives_no_bits_of_grey_ones():
         ({"latent": {"pretraining": 96}}, r"latent\.pretraining"),
         ({"latent": {"pretraining": 0}}, r"latent\.pretraining"),
         ({"latent": {"likelihood": "normal"}}, r"latent\.likelihood"),
-        ({"latent": {"channel": 3}}, r"latent\.channel is not known; did you mean channels"),
+        ({"latent": {"channel": 3}}, r"latent\.channel: unknown key; did you mean channels"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, key):
@@ -441,8 +441,8 @@ def test_settings_that_do_not_go_together_are_refused(changes, key):
     ("changes", "key"),
     [
         ({"latent": {"latent_channels": 0}}, r"latent\.latent_channels"),
-        ({"latent": {"channels": [16, 17]}}, r"latent\.groups"),
-        ({"latent": {"channels": [16] * 5}}, r"latent\.channels .* divisible"),
+        ({"latent": {"channels": [16, 17]}}, "latent: groups must divide"),
+        ({"latent": {"channels": [16] * 5}}, r"latent: channels .* divisible"),
         ({"network": {"options": {"channels": [16] * 4}}}, r"network\.options"),
     ],
 )

@@ -6,7 +6,6 @@ Every finished cell is in the file of results at once: who asks again goes on fr
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,34 +13,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import as_bytes
-from cldsde.images.evaluate import (
-    ClassifierFeatures,
-    FeatureNetwork,
-    FeatureStatistics,
-    UndefinedLikelihoodError,
-    check_features,
-    check_inception_weights,
-    feature_name,
-    frechet,
-    images_sha256,
-    inception_metrics,
-    latent_likelihood,
-    likelihood,
-    load_classifier,
-    load_features,
-    save_classifier,
-    train_classifier,
-)
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.evaluate.distances import frechet
+from cldsde.images.evaluate.features import check_features, feature_name, load_features
+from cldsde.images.evaluate.inception import inception_metrics
+from cldsde.images.evaluate.latent_bound import latent_likelihood
+from cldsde.images.evaluate.likelihoods import likelihood
+from cldsde.images.evaluate.reference import CLASSIFIER, Reference
 from cldsde.images.evaluate.results import (
     FAILED,
     SAMPLING,
-    cell_numbers,
     cells_of,
     changed_results,
     joined,
@@ -51,16 +36,14 @@ from cldsde.images.evaluate.results import (
     stored_results,
     with_origin,
 )
-from cldsde.images.files import held, tensors_digest
+from cldsde.images.evaluate.shared import UndefinedLikelihoodError
+from cldsde.images.evaluate.weights import check_inception_weights
 from cldsde.images.model import ImageModel
-from cldsde.images.sample.sampler import Samples, draw_of_classes
+from cldsde.images.sample.sampler import Samples, draw_images
+from cldsde.images.schema import check_name
 from cldsde.score.flow_density import UnsolvedFlowError
 
-__all__ = [
-    "METRICS",
-    "Evaluation",
-    "markdown_table",
-]
+__all__ = ["METRICS", "Evaluation"]
 
 Metric = Literal["fd", "fid", "kid", "isc", "prc", "bpd"]
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
@@ -69,21 +52,15 @@ in Inception's; bits a dimension."""
 
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 _LEAST = {"prc": 4, "isc": 10}  # images that it needs: three neighbours, ten splits; others two
-_CLASSIFIER = "classifier.safetensors"
 _CACHE = "inception"
-_TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Reference):
     """What to measure.
 
     Attributes
     ----------
-    data
-        The data set that samples are compared with.
-    part
-        ``"train"``, as published distances are, or ``"held_out"``.
     metrics
         Which, of `METRICS`.
     samples
@@ -94,34 +71,18 @@ class Evaluation:
         Seeds count from here.
     batch
         Images at once.
-    features
-        ``"classifier"``: of a classifier trained on the data's classes and kept in ``folder``; or
-        ``module:attribute`` of a network of the user's.
     weights
         File of Inception weights, for fid, kid, isc and prc.
-    likelihood_images
-        Held-out images whose likelihood is computed.
-    folder
-        Where results and the classifier are kept.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
+
+    Further attributes are those of `Reference`.
     """
 
-    data: DataSet
-    part: Literal["train", "held_out"] = "train"
     metrics: Sequence[str] = ("fd",)
     samples: int = 1000
     repeats: int = 1
     first_seed: int = 0
     batch: int = 64
-    features: str = "classifier"
     weights: Path | None = None
-    likelihood_images: int = 64
-    folder: Path
-    device: str = "cpu"
-    progress: bool = False
 
     def check(
         self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
@@ -147,53 +108,50 @@ class Evaluation:
                 "images must be of the size of those that they are compared with, "
                 f"{others} (channels, rows, columns); got {own}"
             )
-            raise ValueError(msg)
+            raise SettingError("reference", msg)
         for metric in self.metrics:
-            if metric not in METRICS:
-                msg = f"--metrics must be of {', '.join(METRICS)}; got {metric!r}"
-                raise ValueError(msg)
+            check_name(metric, METRICS, "metrics")
+        if getattr(self.data, self.part) is None:
+            raise SettingError("part", f"the data set has no part {self.part}")
         for name in ("samples", "repeats", "batch", "likelihood_images"):
-            if getattr(self, name) < (2 if name == "samples" else 1):
-                msg = f"--{name.replace('_', '-')} is too small; got {getattr(self, name)}"
-                raise ValueError(msg)
+            least = 2 if name == "samples" else 1
+            if getattr(self, name) < least:
+                raise SettingError(name, f"must be at least {least}; got {getattr(self, name)}")
         if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
-            msg = f"--seed must leave room for all seeds below 2³²; got {self.first_seed}"
-            raise ValueError(msg)
+            msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
+            raise SettingError("seed", msg)
         self._check_counts(self.samples if images is None else images)
         inception = _INCEPTION & set(self.metrics)
         if inception and self.weights is None:
             msg = (
-                f"--weights: {', '.join(sorted(inception))} need the file of Inception weights; "
-                "take --metrics fd for features of a classifier of the data"
+                f"{', '.join(sorted(inception))} need the file of Inception weights; take fd for "
+                "features of a classifier of the data"
             )
-            raise ValueError(msg)
+            raise SettingError("weights", msg)
         if inception:
-            _ = self._weights_digest
+            with setting("weights"):
+                _ = self._weights_digest
         if "fd" in self.metrics and self.features == "classifier":
             if self.data.train.labels is None:
-                msg = "--features: the data have no classes; name a network, module:attribute"
-                raise ValueError(msg)
+                msg = "the data have no classes; name a network, module:attribute"
+                raise SettingError("features", msg)
         elif "fd" in self.metrics:
             try:
                 check_features(load_features(self.features), self._two_images)
-            except (ValueError, ModuleNotFoundError) as error:
-                msg = f"--{error}" if str(error).startswith("features") else f"--features: {error}"
-                raise ValueError(msg) from error
+            except ModuleNotFoundError as error:
+                raise SettingError("features", str(error)) from error
 
     def _check_counts(self, images: int) -> None:
         reference = len(getattr(self.data, self.part))
         for metric in self._measures:
             least = _LEAST.get(metric, 2)
             if images < least:
-                msg = f"--metrics: {metric} needs at least {least} images; got {images}"
-                raise ValueError(msg)
+                msg = f"{metric} needs at least {least} images; got {images}"
+                raise SettingError("metrics", msg)
             least = 2 if metric == "isc" else least  # which looks at no reference
             if reference < least:
-                msg = (
-                    f"--metrics: {metric} needs at least {least} images to compare with; "
-                    f"{self.part} has {reference}"
-                )
-                raise ValueError(msg)
+                msg = f"{metric} needs at least {least} images to compare with; got {reference}"
+                raise SettingError("metrics", msg)
 
     def prepare(self, *, progress: bool = False) -> None:
         """Make what measuring samples needs, and keep it; nothing where that is done.
@@ -211,7 +169,7 @@ class Evaluation:
         """Whether something is going to be kept in the folder that is not there yet."""
         kept = []
         if "fd" in self.metrics and self.features == "classifier":
-            kept.append(_CLASSIFIER)
+            kept.append(CLASSIFIER)
         if _INCEPTION & set(self.metrics):
             kept.append(_CACHE)
         return not all((self.folder / name).exists() for name in kept)
@@ -269,8 +227,14 @@ class Evaluation:
 
     def draw(self, model: ImageModel, recipe: SamplingConfig, seeds: range) -> Samples:
         """Images of a model with a recipe."""
-        return draw_of_classes(
-            model.model, model.space, seeds, recipe, batch=self.batch, progress=self.progress
+        return draw_images(
+            model.score,
+            model.space,
+            seeds,
+            recipe,
+            vae=model.vae,
+            batch=self.batch,
+            progress=self.progress,
         )
 
     def measure(self, images: Tensor, metrics: Sequence[str]) -> dict[str, Any]:
@@ -288,6 +252,7 @@ class Evaluation:
                 self._reference,
                 self.weights,
                 metrics=inception,  # type: ignore[arg-type]
+                batch=self.batch,
                 device=self.device,
                 cache=self.folder / _CACHE,
                 kid_subset_size=min(1000, len(images), len(self._reference)),
@@ -389,7 +354,7 @@ class Evaluation:
         asked = {"asked": self.likelihood_images, "images_sha256": self._likelihood_sha256}
         if bits is None or not asked.items() <= bits.items():
             if model.space.always_classes:
-                msg = "--metrics: bpd needs a network trained without classes, too"
+                msg = "bpd needs a network that was trained without classes, too"
                 raise UndefinedLikelihoodError(msg)
             try:
                 bits = self._bits(model)
@@ -407,7 +372,7 @@ class Evaluation:
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         options: dict[str, Any] = {
-            "levels": self.data.held_out.levels,
+            "levels": self.data.train.levels,
             "t_min": model.config.training.t_min,
             "batch": self.batch,
             "device": self.device,
@@ -418,91 +383,6 @@ class Evaluation:
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
         return likelihood(model.score, self._likelihood_images, scale=scale, **options)
 
-    @property
-    def _likelihood_images(self) -> Tensor:
-        images = self.data.held_out
-        return images.load(torch.arange(min(len(images), self.likelihood_images)))
-
-    @cached_property
-    def _likelihood_sha256(self) -> str:
-        return images_sha256(self._likelihood_images)
-
-    @cached_property
-    def _reference_sha256(self) -> str:
-        return images_sha256(self._reference)
-
-    @cached_property
-    def _reference(self) -> Tensor:
-        return self._training_images if self.part == "train" else _all_bytes(self.data.held_out)
-
-    @property
-    def _two_images(self) -> Tensor:
-        """Some of those that are compared with."""
-        images = getattr(self.data, self.part)
-        return as_bytes(images.load(torch.arange(2)), images.levels)
-
-    @cached_property
-    def _training_images(self) -> Tensor:
-        return _all_bytes(self.data.train)
-
-    @cached_property
-    def _reference_statistics(self) -> FeatureStatistics:
-        return FeatureStatistics.of(self._reference, self._network, progress=self.progress)
-
-    @cached_property
-    def _network(self) -> FeatureNetwork:
-        if self.features != "classifier":
-            return load_features(self.features)
-        file = self.folder / _CLASSIFIER
-        if file.exists():
-            return self._kept_classifier(file)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with held(file, wait=True):  # of two evaluations at once one trains it, for both
-            return self._kept_classifier(file) if file.exists() else self._new_classifier(file)
-
-    def _kept_classifier(self, file: Path) -> FeatureNetwork:
-        try:
-            classifier, notes = load_classifier(file, device=self.device)
-        except ValueError as error:
-            msg = f"{error}; delete it to have it made again"
-            raise ValueError(msg) from error
-        if not self._classifier_origin.items() <= notes.items():
-            msg = f"{file} was trained on other images or classes; delete it, or move it away"
-            raise ValueError(msg)
-        return ClassifierFeatures(classifier, device=self.device)
-
-    def _new_classifier(self, file: Path) -> FeatureNetwork:
-        images, labels = self._training_images, self.data.train.labels
-        held_out = self.data.held_out
-        assert labels is not None
-        assert held_out.labels is not None
-        classifier, accuracy = train_classifier(
-            images,
-            labels,
-            _all_bytes(held_out),
-            held_out.labels,
-            epochs=max(3, round(_TRAINED_ON / len(images))),
-            device=self.device,
-            progress=self.progress,
-        )
-        notes = {**self._classifier_origin, "held_out_accuracy": f"{accuracy:.4f}"}
-        save_classifier(classifier, file, metadata=notes)
-        return ClassifierFeatures(classifier, device=self.device)
-
-    @property
-    def _classifier_origin(self) -> dict[str, str]:
-        """What a classifier was trained on."""
-        labels = self.data.train.labels
-        assert labels is not None
-        return {
-            "images_sha256": images_sha256(self._training_images),
-            "labels_sha256": tensors_digest({"labels": labels}),
-        }
-
-
-def _all_bytes(images: Images) -> Tensor:
-    return as_bytes(images.load(torch.arange(len(images))), images.levels)
-
 
 def _kept(reason: str, results: Path) -> str:
     return f"{reason}; that was found before, delete {results} to have it tried again"
@@ -512,33 +392,3 @@ def _solver_of(cell: Mapping[str, Any]) -> str | None:
     """The solver that made a cell, in words; None where nobody said."""
     solver: str | None = cell.get(SAMPLING, {}).get("solver")
     return solver
-
-
-def markdown_table(found: Mapping[str, Any]) -> str:
-    """Recipes against measures: means over repetitions, with their spread.
-
-    NFE is what an image took in the mean, where that was measured.
-    """
-    rows = found["recipes"]
-    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in rows]
-    names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
-    lines = [
-        "| solver | NFE | grid, ε | " + " | ".join(names) + " |",
-        "| --- | ---: | --- |" + " ---: |" * len(names),
-    ]
-    for row, found_numbers in zip(rows, numbers, strict=True):
-        cells = []
-        for name in names:
-            values = [cell[name] for cell in found_numbers if name in cell]
-            if len(values) > 1:
-                cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
-            else:
-                cells.append("".join(f"{value:.3f}" for value in values))
-        sampling = row["sampling"]
-        times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
-        costs = [cell.get(SAMPLING, {}) for cell in row["cells"].values()]
-        spent = [cost["nfe"] for cost in costs if "nfe" in cost]
-        nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
-        head = [sampling["solver"], nfe, times]
-        lines.append("| " + " | ".join([*head, *cells]) + " |")
-    return "\n".join(lines)

@@ -13,10 +13,10 @@ import torch
 
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.evaluate import ImageClassifier, images_sha256
-from cldsde.images.evaluate import table as evaluation_table
-from cldsde.images.evaluate.results import stored_results
-from cldsde.images.evaluate.table import Evaluation, markdown_table
+from cldsde.images.evaluate import ImageClassifier, images_sha256, reference
+from cldsde.images.evaluate import evaluation as evaluation_table
+from cldsde.images.evaluate.evaluation import Evaluation
+from cldsde.images.evaluate.results import markdown_table, stored_results
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
 
@@ -42,7 +42,7 @@ def untrained(monkeypatch):
         images = torch.randint(256, (len(seeds), 1, 8, 8), generator=generator, dtype=torch.uint8)
         return Samples(images, torch.full((len(seeds),), recipe.nfe))
 
-    monkeypatch.setattr(evaluation_table, "train_classifier", classifier)
+    monkeypatch.setattr(reference, "train_classifier", classifier)
     monkeypatch.setattr(Evaluation, "draw", lambda _, *arguments: noise(*arguments))
 
 
@@ -158,9 +158,9 @@ def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path
     """Each is at its images when the others have read the file, and before they write to it."""
     trained = []
     together, draw = threading.Barrier(3), Evaluation.draw
-    train = evaluation_table.train_classifier
+    train = reference.train_classifier
     monkeypatch.setattr(
-        evaluation_table, "train_classifier", lambda *a, **b: trained.append(1) or train(*a, **b)
+        reference, "train_classifier", lambda *a, **b: trained.append(1) or train(*a, **b)
     )
 
     def meeting(*arguments):
@@ -222,9 +222,9 @@ def test_a_failure_that_was_kept_is_told_with_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("metric", "images", "reference", "words"),
     [
-        ("fd", 20, 1, "fd needs at least 2 images to compare with; train has 1"),
+        ("fd", 20, 1, "fd needs at least 2 images to compare with; got 1"),
         ("prc", 3, 40, "prc needs at least 4 images; got 3"),
-        ("prc", 20, 3, "prc needs at least 4 images to compare with; train has 3"),
+        ("prc", 20, 3, "prc needs at least 4 images to compare with; got 3"),
         ("isc", 9, 40, "isc needs at least 10 images; got 9"),
     ],
 )
