@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from cldsde.images.comparison_config import ComparisonConfig
-from cldsde.images.comparison_report import RESULTS
+from cldsde.images.compare.config import ComparisonConfig
+from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_levels, to_unit
-from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import load_model
 from cldsde.images.runs import CONFIG, METRICS
 

@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cldsde.images.comparison_config import ComparisonConfig
-from cldsde.images.comparison_report import RESULTS
+from cldsde.images.compare.config import ComparisonConfig
+from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import DiffusionModel, ImageModel, load_model
 from cldsde.progress import progress_bar
 from cldsde.score import MixedScore

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cldsde.images.comparison_report import RESULTS, read_results
+from cldsde.images.compare.report import RESULTS, read_results
 
 ROWS = (
     ("VP", "DPM-Solver++"),

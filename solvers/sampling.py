@@ -25,7 +25,7 @@ from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
-__all__ = ["RECOMMENDED", "Recipe", "fit_grid", "recommended_plan", "sample"]
+__all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample"]
 
 # Half log-SNR κ between which samples are made, for data with a standard deviation of about 1.
 # Above the first nothing of the data shows; the data prediction at the second removes the rest.
@@ -150,7 +150,7 @@ def sample(
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     root = _start_root(sde, float(sampler.times[0]))
-    device = _device_of(score) if device is None else torch.device(device)
+    device = device_of(score) if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
     found = []
@@ -289,6 +289,7 @@ def _seeds(seed: int, count: int) -> list[int]:
     return [(first + i) % 2**32 for i in range(count)]
 
 
-def _device_of(score: Score) -> torch.device:
+def device_of(score: Score) -> torch.device:
+    """Device of the parameters or buffers of a score; the CPU if it has none."""
     tensors = [*score.parameters(), *score.buffers()] if isinstance(score, nn.Module) else []
     return tensors[0].device if tensors else torch.device("cpu")

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Everything that can be refused is refused here, before any work is done.
             work = _COMMANDS[options.command].prepare(options[options.command])
         except (ValueError, ImportError, OSError) as error:
-            _complain(program, error)
+            _complain(program, _rendered(error, options.command))
             return 2
         interrupted = _COMMANDS[options.command].INTERRUPTED
         work()
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{program}: {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
-        _complain(program, error)
+        _complain(program, _rendered(error, options.command))
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
@@ -113,6 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(program, f"out of memory; take smaller networks or batches ({_first(error)})")
         return 1
     return 0
+
+
+def _rendered(error: Exception, command: str) -> str:
+    """An error in the words of the command line: settings that are options by their option."""
+    key = getattr(error, "key", None)
+    if key is None:
+        return str(error)
+    parser = ArgumentParser()
+    _COMMANDS[command].add_arguments(parser)
+    options = {action.dest: action.option_strings for action in parser._actions}
+    name = (options.get(str(key).removeprefix("options.")) or [key])[-1]
+    return f"{name}: {getattr(error, 'reason', '')}"
 
 
 def _lacks_memory(error: MemoryError | RuntimeError) -> bool:

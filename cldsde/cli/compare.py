@@ -70,10 +70,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
         If a folder cannot be written.
     """
     with needs_images():
-        from cldsde.images.comparison import Comparison
-        from cldsde.images.comparison_config import PRESETS, load_comparison
-        from cldsde.images.comparison_report import RESULTS
-        from cldsde.images.config_files import check_name
+        from cldsde.images.compare import PRESETS, Comparison, load_comparison
+        from cldsde.images.compare.report import RESULTS
+        from cldsde.images.schema import check_name
     if options.quick and options.config is not None:
         msg = f"--quick is a comparison of its own; got {options.config}, too"
         raise ValueError(msg)
@@ -86,7 +85,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     name = "quick" if options.quick else options.config or "fashion_mnist"
     path = PRESETS.get(name, Path(name).expanduser())
     if not path.suffix:
-        check_name(name, PRESETS, "CONFIG without a suffix")
+        check_name(name, PRESETS, "config")
     config = load_comparison(path, overrides)
     if options.print_config:
         return lambda: print(config.to_toml(), end="")

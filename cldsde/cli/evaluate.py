@@ -7,10 +7,12 @@ images: compare equal numbers only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,7 +22,7 @@ from cldsde.cli.sample import add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
     from cldsde.images.config import RunConfig, SamplingConfig
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.evaluation import Evaluation
     from cldsde.images.model import ImageModel
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -73,6 +75,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--likelihood-images", type=int, metavar="N", default=64, help="held-out images for bpd"
     )
+    parser.add_argument(
+        "--data", type=str, metavar="PATH", help="where the data set is, if not as configured"
+    )
     parser.add_argument("--batch", type=int, metavar="N", default=64, help="images at once")
     parser.add_argument(
         "--out",
@@ -115,23 +120,31 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 
 def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
-    from cldsde.images.evaluation_table import markdown_table
+    from cldsde.images.evaluate.results import markdown_table
     from cldsde.images.model import load_model
 
     model = load_model(run, resolve_device(options.device))
     evaluation = _evaluation(options, model.config, run, shape=model.space.shape)
     recipes = _recipes(options, model)
-    out = _results(options, run / "evaluation.json", evaluation)
+    out = _out(options, run / "evaluation.json")
+    _check_writable(out, evaluation)
 
     def work() -> None:
         found = evaluation.of_run(model, recipes, out)
         if found["recipes"]:
             print(markdown_table(found))
+            _print_notes(found)
         bits = found["likelihood"]
         if bits is not None:
             spread = bits["standard_error"] or 0
             value = f"{bits['bits_per_dim']:.3f} ± {spread:.3f}"
             print(f"{value} bits a dimension ({bits['quantity']})")
+            if not model.space.dequantised and model.vae is None:
+                print(
+                    "note: the model was trained without dequantisation, and has no density of "
+                    "dequantised images to speak of",
+                    file=sys.stderr,
+                )
         print(f"All is in {out.resolve()}")
 
     return work
@@ -139,23 +152,25 @@ def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
 
 def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
     from cldsde.images.config import load_config
-    from cldsde.images.evaluation_table import markdown_table
+    from cldsde.images.data.samples import load_samples
+    from cldsde.images.errors import SettingError
+    from cldsde.images.evaluate.results import markdown_table
     from cldsde.images.files import write_whole
     from cldsde.images.runs import CONFIG
-    from cldsde.images.sample_images import load_samples
 
     source = Path(options.reference).expanduser()
     config = load_config(source / CONFIG if source.is_dir() else source)
-    folder = source if source.is_dir() else samples.parent
     images = load_samples(samples)
     count, *sides = images.shape
     shape = (sides[0], sides[1], sides[2])
+    place = samples.resolve() if samples.name in {"", ".."} else samples
+    out = _out(options, place.parent / f"{place.name}-evaluation.json")
+    # A classifier is kept in the run whose data it knows, or beside the results.
+    folder = source if source.is_dir() else out.with_name(f"{out.stem}-reference")
     evaluation = _evaluation(options, config, folder, count, shape=shape)
     if "bpd" in evaluation.metrics:
-        msg = "--metrics: samples have no likelihood; bpd is for runs"
-        raise ValueError(msg)
-    place = samples.resolve() if samples.name in {"", ".."} else samples
-    out = _results(options, place.parent / f"{place.name}-evaluation.json", evaluation)
+        raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
+    _check_writable(out, evaluation)
 
     def work() -> None:
         cell = evaluation.measure(images, evaluation.metrics)
@@ -163,23 +178,41 @@ def _of_samples(options: Namespace, samples: Path) -> Callable[[], None]:
         write_whole(out, lambda path: path.write_text(text))
         row = {"sampling": {"solver": place.name, "nfe": ""}, "cells": {"": cell}}
         print(markdown_table({"recipes": [row]}))
+        _print_notes({"recipes": [row]})
         print(f"All is in {out.resolve()}")
 
     return work
 
 
-def _results(options: Namespace, default: Path, evaluation: Evaluation) -> Path:
-    """The file of results; it can be written, as can what else is kept."""
-    from cldsde.images.files import check_writable
+def _print_notes(found: dict[str, Any]) -> None:
+    """Say on stderr where there are fewer images than a distance needs."""
+    cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
+    measures = [measure for cell in cells for name, measure in cell.items() if name[:3] == "fd "]
+    few = [measure for measure in measures if measure["singular"]]
+    if few:
+        print(
+            f"note: Fréchet distances of {few[0]['samples']} images in {few[0]['feature_count']} "
+            "features are strongly biased; take more images than features",
+            file=sys.stderr,
+        )
 
+
+def _out(options: Namespace, default: Path) -> Path:
+    """The file of results."""
     out = Path(options.out).expanduser() if options.out else default
     if out.is_dir():
         msg = f"--out must name a file; {out} is a folder"
         raise ValueError(msg)
+    return out
+
+
+def _check_writable(out: Path, evaluation: Evaluation) -> None:
+    """Raise unless results, and what is kept beside them, can be written."""
+    from cldsde.images.files import check_writable
+
     check_writable(out.parent)
     if evaluation.fills_folder:
         check_writable(evaluation.folder)
-    return out
 
 
 def _evaluation(
@@ -190,10 +223,14 @@ def _evaluation(
     *,
     shape: tuple[int, int, int],
 ) -> Evaluation:
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.evaluation import Evaluation
 
+    source = config.data
+    if options.data is not None:
+        place = {"path": str(Path(options.data).expanduser())}
+        source = dataclasses.replace(source, options={**source.options, **place})
     evaluation = Evaluation(
-        data=config.data.load(),
+        data=source.load(),
         part=options.part,
         metrics=[name.strip() for name in options.metrics.split(",")],
         samples=options.samples,
@@ -213,7 +250,7 @@ def _evaluation(
 
 def _recipes(options: Namespace, model: ImageModel) -> list[SamplingConfig]:
     """Each solver with each budget."""
-    from cldsde.images.sampling import check_sampling
+    from cldsde.images.sample.sampler import check_sampling
 
     configured = model.config.sampling
     words = [] if options.nfe is None else options.nfe.split(",")

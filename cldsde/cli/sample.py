@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
+from cldsde.solvers import named_solvers
+
+if TYPE_CHECKING:
+    from cldsde.images.model import ImageSpace
 
 __all__ = ["INTERRUPTED", "add_arguments", "add_sampling_arguments", "prepare", "sampling_of"]
 
@@ -28,7 +33,10 @@ def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> 
     """Declare what says how to sample; what is left out is taken from the run's configuration."""
     more = ", or several with commas" if several else ""
     parser.add_argument(
-        "--solver", type=str, metavar="NAME", help=f"such as sscs or multistep-2-sde{more}"
+        "--solver",
+        type=str,
+        metavar="NAME",
+        help=f"solver{more}: module:Class, or one of {', '.join(named_solvers())}",
     )
     parser.add_argument(
         "--nfe", type=str if several else int, metavar="N", help=f"score evaluations{more}"
@@ -37,7 +45,7 @@ def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> 
         "--grid",
         type=str,
         metavar="NAME",
-        help="of times: uniform, quadratic, root, log_snr or logistic",
+        help="grid of times: uniform, quadratic, root, log_snr, logistic or karras",
     )
     parser.add_argument("--t-end", type=float, metavar="EPS", help="where sampling ends")
     parser.add_argument(
@@ -69,13 +77,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="samples.png",
         help="FILE.npz, a picture of a grid (FILE.png), or a folder for one picture an image",
     )
-    parser.add_argument("--batch", type=int, metavar="N", default=64, help="images drawn at once")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--batch", type=int, metavar="N", default=64, help="images sampled at once")
     parser.add_argument(
         "--class",
         dest="label",
         type=str,
-        metavar="N",
-        help="of the images, or 'all': class i modulo their number for seed i",
+        metavar="NAME",
+        help="class to sample, by name or number, or 'all' to cycle through the classes by seed",
     )
     parser.add_argument(
         "--guidance", type=float, metavar="W", default=1.0, help="weight of the class"
@@ -102,15 +111,16 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
         to be run.
     """
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.config_files import from_dict, parse_overrides
-    from cldsde.images.sampling import make_solver
+    from cldsde.images.errors import SettingError
+    from cldsde.images.sample.sampler import make_solver
+    from cldsde.images.schema import from_dict, parse_overrides
 
     if options.solver is None and ":" in configured.solver:
         msg = (
-            f"--solver: the run's own, {configured.solver}, is code outside of cldsde; name it "
-            "here if it is to be run, or take another"
+            f"the run's own, {configured.solver}, is code outside of cldsde; name it here if it is "
+            "to be run, or take another"
         )
-        raise ValueError(msg)
+        raise SettingError("solver", msg)
     names = ("solver", "nfe", "grid", "t_end", "denoise")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     values = dataclasses.asdict(configured) | given
@@ -119,11 +129,8 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
     values["options"] = {**values["options"], **parse_overrides(options.set or [])}
     sampling = from_dict(SamplingConfig, values)
     if "nfe" in given and make_solver(sampling).facts.adaptive:
-        msg = (
-            f"--nfe: {sampling.solver} chooses its own times; "
-            "take --set rtol=... and --set atol=... instead"
-        )
-        raise ValueError(msg)
+        msg = f"{sampling.solver} chooses its own times; take --set rtol=… and --set atol=… instead"
+        raise SettingError("nfe", msg)
     return sampling
 
 
@@ -143,7 +150,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from accelerate import PartialState
 
         from cldsde.images.model import load_model
-        from cldsde.images.sample_files import SampleRequest, check_unused, draw_to
+        from cldsde.images.sample import SampleRequest, alone, check_output, draw_to
     if options.seeds is not None and options.seed is not None:
         msg = "--seed and --seeds are alternatives; got both"
         raise ValueError(msg)
@@ -157,18 +164,22 @@ def prepare(options: Namespace) -> Callable[[], None]:
         sampling=sampling_of(options, model.config.sampling),
         seeds=seeds,
         batch=options.batch,
-        label=_label(options.label, model.space.classes),
+        label=_label(options.label, model.space),
         guidance=options.guidance,
         known=None if options.known is None else Path(options.known).expanduser(),
         mask=None if options.mask is None else Path(options.mask).expanduser(),
         colourise=options.colourise,
     )
     out = Path(options.out).expanduser()
-    request.check(out)
+    request.check()
+    check_output(out, request, overwrite=options.overwrite)
     if state.is_main_process:
-        check_unused(out)
+        with alone(out):
+            pass
 
     def work() -> None:
+        for note in request.notes() if state.is_main_process else ():
+            print(f"note: {note}", file=sys.stderr)
         draw_to(
             out,
             request,
@@ -191,15 +202,9 @@ def _seeds(text: str) -> range:
     return range(first, last + 1)
 
 
-def _label(text: str | None, classes: int | None) -> int | Literal["all"] | None:
+def _label(text: str | None, space: ImageSpace) -> int | Literal["all"] | None:
     if text is None:
         return None
-    if classes is None:
-        msg = "--class: the run's network was not told of classes (network.conditional)"
-        raise ValueError(msg)
-    if text == "all":
+    if text == "all" and space.classes is not None:
         return "all"
-    if not text.isdigit() or int(text) >= classes:
-        msg = f"--class must be 'all' or an integer from 0 to {classes - 1}; got {text!r}"
-        raise ValueError(msg)
-    return int(text)
+    return space.class_number(text)

@@ -7,7 +7,9 @@ command goes on where an interrupted run was left. On several GPUs or machines: 
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +46,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="refuse to begin a new run where there is none"
     )
+    parser.add_argument(
+        "--init-from",
+        type=str,
+        metavar="RUN",
+        help="run, or diffusers folder, whose weights to start from",
+    )
     add_device_argument(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, measure two steps, write nothing and stop",
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
@@ -68,6 +81,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     overrides = list(options.set or [])
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
+    if options.init_from is not None:
+        overrides.append(f"training.init_from={json.dumps(options.init_from)}")
     path = Path(options.config).expanduser()
     config = load_config(path, overrides)
     if options.print_config:
@@ -79,7 +94,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from accelerate import PartialState
 
         from cldsde.images.runs import CONFIG, RunFolder
-        from cldsde.images.training import check_run, train
+        from cldsde.images.train import check_run, rehearse, summary, train
     out = Path(options.out).expanduser() if options.out else Path(path.stem)
     if options.resume and not (out / CONFIG).exists():
         msg = f"--resume: {out} holds no run to go on with"
@@ -93,11 +108,26 @@ def prepare(options: Namespace) -> Callable[[], None]:
         raise ValueError(msg)
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)
+    facts = summary(config, data, device)
+    if options.dry_run:
+
+        def measure() -> None:
+            found = rehearse(config, data, device=device, statistics=statistics)
+            print("\n".join(facts))
+            print(
+                f"measured: {found.images_per_second:,.0f} images per second, "
+                f"{found.memory / 2**20:,.0f} MiB at most; "
+                f"{config.training.images / found.images_per_second / 60:,.1f} minutes in all"
+            )
+
+        return measure
     with state.main_process_first():
         shared = not state.is_main_process
         run = RunFolder(out, config.to_dict(), shared=shared, free=config.FREE)
 
     def work() -> None:
+        if state.is_main_process:
+            print("\n".join(facts), file=sys.stderr)
         train(config, data, run, device=device, statistics=statistics, progress=True)
         if state.is_main_process:
             seen = config.training.steps * config.training.batch

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, Strict
 
 from cldsde import linear
-from cldsde.images.config_files import (
+from cldsde.images.data import DATA_SETS, DataSet
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.networks import NETWORKS
+from cldsde.images.schema import (
+    Count,
+    Flag,
+    Natural,
+    Number,
+    Positive,
+    Share,
     as_toml,
     check_keys,
     check_name,
     checked_options,
     from_dict,
+    plain,
     read_file,
+    section,
     with_overrides,
 )
-from cldsde.images.data import DATA_SETS, DataSet
-from cldsde.images.networks import NETWORKS
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.solvers import canonical_name
 
 __all__ = [
@@ -40,10 +49,12 @@ __all__ = [
     "load_config",
 ]
 
+Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
+"""A small time."""
 PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class DataConfig:
     """Which images to train on, and how they are presented.
 
@@ -61,8 +72,8 @@ class DataConfig:
 
     name: str = "digits"
     options: Mapping[str, Any] = field(default_factory=dict)
-    flip: bool = False
-    dequantise: bool = False
+    flip: Flag = False
+    dequantise: Flag = False
 
     def __post_init__(self) -> None:
         """Refuse unknown data sets and options."""
@@ -70,16 +81,18 @@ class DataConfig:
         object.__setattr__(self, "options", checked_options(DATA_SETS[self.name], self.options))
 
     def load(self) -> DataSet:
-        """The images."""
-        try:
+        """Read the images.
+
+        Raises
+        ------
+        SettingError
+            If they are not there, or an option does not fit them.
+        """
+        with setting("data.options"):
             return DATA_SETS[self.name](**self.options)
-        except (ValueError, TypeError, OSError) as error:
-            named = str(error).split()[0] in self.options
-            msg = f"data.options.{error}" if named else f"data.options: {error}"
-            raise ValueError(msg) from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class ProcessConfig:
     """The forward process.
 
@@ -104,19 +117,14 @@ class ProcessConfig:
     def make(self) -> LinearSDE:
         """The process."""
         kind = getattr(linear, self.name)
-        check_keys(self.options, inspect.signature(kind).parameters, "options.")
+        check_keys(self.options, inspect.signature(kind).parameters, "options")
         arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
-        try:
+        with setting("options"):
             process: LinearSDE = kind(**arguments)
-        except (TypeError, ValueError, OverflowError) as error:
-            named = str(error).split(" ")[0] in arguments
-            keys = ", ".join(f"options.{key}" for key in arguments)
-            msg = f"options.{error}" if named else f"{keys}: {error}"
-            raise ValueError(msg) from error
         return process
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class NetworkConfig:
     """The score network.
 
@@ -135,8 +143,8 @@ class NetworkConfig:
 
     name: str = "UNet"
     options: Mapping[str, Any] = field(default_factory=lambda: {"channels": (32, 64)})
-    conditional: bool = False
-    label_dropout: float = 0.1
+    conditional: Flag = False
+    label_dropout: Share = 0.1
 
     def __post_init__(self) -> None:
         """Refuse unknown networks and options."""
@@ -144,12 +152,9 @@ class NetworkConfig:
         given = ("shape", "inputs", "outputs", "classes")
         checked = checked_options(NETWORKS[self.name], self.options, given=given)
         object.__setattr__(self, "options", checked)
-        if not 0 <= self.label_dropout < 1:
-            msg = f"label_dropout must lie in [0, 1); got {self.label_dropout}"
-            raise ValueError(msg)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class ScoreConfig:
     """How the score is put together.
 
@@ -174,19 +179,19 @@ class ScoreConfig:
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
     inputs: Literal["state", "estimate"] = "state"
     prediction: Literal["noise", "velocity", "flow"] = "noise"
-    mixing: float | None = None
+    mixing: Number | None = None
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
         if self.mixing is not None and self.inputs != "state":
-            msg = f"mixing must be None where inputs is {self.inputs!r}; got {self.mixing}"
-            raise ValueError(msg)
+            msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
+            raise SettingError("mixing", msg)
         if self.mixing is not None and self.prediction != "noise":
-            msg = f"mixing must be None if prediction is {self.prediction!r}; got {self.mixing}"
-            raise ValueError(msg)
+            msg = f"must be None if prediction is {self.prediction!r}; got {self.mixing}"
+            raise SettingError("mixing", msg)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class LatentConfig:
     """The autoencoder of a model whose process lives in a latent space (LSGM).
 
@@ -205,25 +210,18 @@ class LatentConfig:
         are those of ``training`` in each.
     """
 
-    latent_channels: int = 4
-    channels: tuple[int, ...] = (32, 64)
-    blocks: int = 1
-    groups: int = 8
+    latent_channels: Count = 4
+    channels: tuple[Count, ...] = (32, 64)
+    blocks: Count = 1
+    groups: Count = 8
     likelihood: Literal["logistic", "bernoulli"] = "logistic"
-    pretraining: int
-    annealing: int = 0
-    learning_rate: float = 1e-3
-    joint_learning_rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
-        check_at_least(self.pretraining, 1, "pretraining")
-        check_at_least(self.annealing, 0, "annealing")
-        check_positive(self.learning_rate, "learning_rate")
-        check_positive(self.joint_learning_rate, "joint_learning_rate")
+    pretraining: Count
+    annealing: Natural = 0
+    learning_rate: Positive = 1e-3
+    joint_learning_rate: Positive = 1e-4
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class TrainingConfig:
     """How a score model is trained. Lengths are in images seen, whatever the number of processes.
 
@@ -276,67 +274,55 @@ class TrainingConfig:
         Images between lines of metrics, states saved to resume from, and grids of samples.
     sample_grid
         Images of a grid.
+    snapshots
+        How many of the last averaged weights are kept in the folder ``snapshots``.
+    keep_state
+        Keep the training state of a finished run, so that it can be trained further.
+    init_from
+        Run, or folder of a diffusers `UNet2DModel`, whose weights the training starts from; None:
+        random weights.
     """
 
-    images: int
-    batch: int = 128
-    micro_batch: int | None = None
-    learning_rate: float = 2e-4
-    warmup: int = 0
+    images: Count
+    batch: Count = 128
+    micro_batch: Count | None = None
+    learning_rate: Positive = 2e-4
+    warmup: Natural = 0
     decay: Literal["cosine", "constant"] = "constant"
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    ema_decay: float = 0.9999
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    clip: Positive | None = 1.0
+    ema_decay: Share = 0.9999
     conditioning: Literal["data", "all"] = "data"
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
-    log_snr_mean: float = 1.2
-    log_snr_std: float = 1.2
+    log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
+    log_snr_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
     times: Literal["importance", "uniform", "logit_normal", "mode"] = "importance"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    t_min: float = 1e-3
+    logit_mean: Annotated[Number, Field(ge=-20, le=20)] = 0.0
+    logit_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.0
+    mode_scale: Annotated[Number, Field(ge=-0.99, le=1.75)] = 1.29
+    t_min: Time = 1e-3
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    held_out: int = 1000
-    log_every: int = 10_000
-    save_every: int = 100_000
-    sample_every: int = 100_000
-    sample_grid: int = 64
+    compile: Flag = False
+    held_out: Count = 1000
+    log_every: Count = 10_000
+    save_every: Count = 100_000
+    sample_every: Count = 100_000
+    sample_grid: Count = 64
+    snapshots: Natural = 0
+    keep_state: Flag = True
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
-        counts = ("images", "batch", "held_out", "sample_grid")
-        for name in (*counts, "log_every", "save_every", "sample_every"):
-            check_at_least(getattr(self, name), 1, name)
-        if self.micro_batch is not None:
-            check_at_least(self.micro_batch, 1, "micro_batch")
-        check_positive(self.learning_rate, "learning_rate")
-        check_at_least(self.warmup, 0, "warmup")
-        check_at_least(self.weight_decay, 0, "weight_decay")
-        if self.clip is not None:
-            check_positive(self.clip, "clip")
-        if not 0 <= self.ema_decay < 1:
-            msg = f"ema_decay must lie in [0, 1); got {self.ema_decay}"
-            raise ValueError(msg)
-        check_between(self.t_min, 1e-8, 0.5, "t_min")
-        check_between(self.log_snr_mean, -20, 20, "log_snr_mean")
-        check_between(self.log_snr_std, 0.01, 20, "log_snr_std")
-        check_between(self.logit_mean, -20, 20, "logit_mean")
-        check_between(self.logit_std, 0.01, 20, "logit_std")
-        check_between(self.mode_scale, -0.99, 1.75, "mode_scale")
+        """Reject weightings that do not go with other settings."""
         if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
             msg = (
-                f"weighting must be 'reweighted' if times is {self.times!r}, which is a weighting "
-                f"itself; got {self.weighting!r}"
+                f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
+                f"got {self.weighting!r}"
             )
-            raise ValueError(msg)
+            raise SettingError("weighting", msg)
         if self.weighting == "log_snr" and self.conditioning != "data":
-            msg = (
-                "conditioning must be 'data' where weighting is 'log_snr'; "
-                f"got {self.conditioning!r}"
-            )
-            raise ValueError(msg)
+            msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
+            raise SettingError("conditioning", msg)
 
     @property
     def steps(self) -> int:
@@ -344,7 +330,7 @@ class TrainingConfig:
         return -(-self.images // self.batch)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class SamplingConfig:
     """How grids of samples are drawn in training, and what ``cldsde sample`` does by default.
 
@@ -355,8 +341,8 @@ class SamplingConfig:
     nfe
         Score evaluations an image, the last denoising included.
     grid
-        Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``
-        or ``"logistic"``.
+        Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
+        ``"logistic"`` or ``"karras"``.
     t_end
         ε, where sampling ends.
     denoise
@@ -366,23 +352,18 @@ class SamplingConfig:
     """
 
     solver: str = "multistep-2-sde"
-    nfe: int = 50
-    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic"] = "root"
-    t_end: float = 1e-3
-    denoise: bool = True
+    nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
+    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
+    t_end: Time = 1e-3
+    denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot sample."""
+        """Replace a short name of a solver by the full one."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
-        check_at_least(self.nfe, 2, "nfe")
-        if self.nfe > 1_000_000:
-            msg = f"nfe must be at most 1,000,000; got {self.nfe}"
-            raise ValueError(msg)
-        check_between(self.t_end, 1e-8, 0.5, "t_end")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class RunConfig:
     """Everything that a trained model depends on.
 
@@ -397,7 +378,7 @@ class RunConfig:
         among the pixels.
     """
 
-    seed: int = 0
+    seed: Natural = 0
     data: DataConfig = field(default_factory=DataConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -408,52 +389,49 @@ class RunConfig:
 
     FREE: ClassVar[tuple[str, ...]] = (
         "sampling",
-        "training.log_every",
-        "training.save_every",
-        "training.sample_every",
+        "data.options.path",
+        "data.options.workers",
+        *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
+        *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
+        *(f"training.{key}" for key in ("sample_grid", "snapshots", "keep_state", "init_from")),
     )
-    """Settings that no weight depends on: a run may be gone on with others."""
+    """Settings that do not change the model: a run may be resumed with others."""
 
     def __post_init__(self) -> None:
-        """Refuse a seed that generators do not take, and what a latent space does not go with."""
-        if not 0 <= self.seed < 2**63:
-            msg = f"seed must lie between 0 and 2^63 - 1; got {self.seed}"
-            raise ValueError(msg)
+        """Reject settings that a latent space does not go with."""
         if self.score.prediction != "noise":
             self._check_prediction()
         if self.latent is None:
             return
         if self.data.dequantise:
-            msg = "data.dequantise must be false: a latent model has a law of grey levels"
-            raise ValueError(msg)
+            msg = "must be false: a latent model has a distribution of grey levels"
+            raise SettingError("data.dequantise", msg)
         if self.score.reference != "scalar":
-            msg = (
-                "score.reference must be 'scalar': that of a latent model is standard normal; got "
-                f"{self.score.reference!r}"
-            )
-            raise ValueError(msg)
+            msg = f"must be 'scalar' for a latent model; got {self.score.reference!r}"
+            raise SettingError("score.reference", msg)
         if self.pretraining_steps >= self.training.steps:
             msg = (
-                f"latent.pretraining must leave some of training.images, {self.training.images}, "
-                f"to the second stage; got {self.latent.pretraining}"
+                f"must leave some of training.images, {self.training.images}, to the second stage; "
+                f"got {self.latent.pretraining}"
             )
-            raise ValueError(msg)
+            raise SettingError("latent.pretraining", msg)
 
     def _check_prediction(self) -> None:
-        """Refuse a velocity or flow that the process or the training does not have."""
+        """Reject a velocity or flow that the process or the training does not have."""
         components = self.process.make().components
+        prediction = self.score.prediction
         if components != 1:
             msg = (
-                "score.prediction must be 'noise' for a process of several components; got "
-                f"{self.score.prediction!r} for {self.process.name}, which has {components}"
+                f"must be 'noise' for a process of several components; got {prediction!r} for "
+                f"{self.process.name}, which has {components}"
             )
-            raise ValueError(msg)
+            raise SettingError("score.prediction", msg)
         if self.training.conditioning != "data":
             msg = (
-                "training.conditioning must be 'data' if score.prediction is "
-                f"{self.score.prediction!r}; got {self.training.conditioning!r}"
+                f"must be 'data' if score.prediction is {prediction!r}; got "
+                f"{self.training.conditioning!r}"
             )
-            raise ValueError(msg)
+            raise SettingError("training.conditioning", msg)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -461,17 +439,15 @@ class RunConfig:
 
         Raises
         ------
-        ValueError
-            If a key is unknown, missing or of the wrong type, or a value out of range; the message
-            names the key.
+        SettingError
+            If a key is unknown, missing or of the wrong type, or a value out of range.
         """
-        config: RunConfig = from_dict(cls, values, "")
-        return config
+        return from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, defaults included."""
-        plain: dict[str, Any] = json.loads(json.dumps(_plain(dataclasses.asdict(self))))
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
 
     def to_toml(self) -> str:
         """As a TOML file that `load_config` reads; see `as_toml` for what is None."""
@@ -487,10 +463,10 @@ class RunConfig:
         values = self.to_dict()
         for path in self.FREE:
             *outer, last = path.split(".")
-            section = values
+            place = values
             for key in outer:
-                section = section[key]
-            del section[last]
+                place = place[key]
+            place.pop(last, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def model_digest(self) -> str:
@@ -517,36 +493,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises
     ------
-    ValueError
+    SettingError
         If the file cannot be read, or for the reasons of `RunConfig.from_dict`.
     """
-    values = with_overrides(read_file(path), overrides)
-    try:
-        return RunConfig.from_dict(values)
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
+    return RunConfig.from_dict(with_overrides(read_file(path), overrides))
 
 
 def _rate_or_number(name: str, value: object) -> Any:
     if name == "schedule":
         if value != "cosine":
-            msg = f"options.schedule must be 'cosine'; got {value!r}"
-            raise ValueError(msg)
+            raise SettingError("options.schedule", f"must be 'cosine'; got {value!r}")
         return Schedule.cosine()
     numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if any(
         isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < math.inf
         for x in numbers
     ):
-        msg = f"options.{name} must be a finite number, or a pair for a rate; got {value!r}"
-        raise ValueError(msg)
+        msg = f"must be a finite number, or a pair for a rate; got {value!r}"
+        raise SettingError(f"options.{name}", msg)
     return tuple(numbers) if len(numbers) == 2 else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

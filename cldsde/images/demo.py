@@ -18,10 +18,10 @@ from cldsde import solvers
 from cldsde.images.config import NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
 from cldsde.images.data import DataSet, digits, pixels_of
 from cldsde.images.digit_classifier import DigitClassifier, train_classifier
-from cldsde.images.evaluation import frechet_distance
+from cldsde.images.evaluate import frechet_distance
 from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
 from cldsde.images.runs import RunFolder
-from cldsde.images.training import train
+from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 from cldsde.solvers.authoring import Solver

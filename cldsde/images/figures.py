@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from cldsde.images.data.pictures import open_picture
 
 __all__ = [
     "is_whole_picture",
@@ -24,7 +26,14 @@ __all__ = [
 ]
 
 
-def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | None = None) -> None:
+def save_grid(
+    file: Path,
+    images: Tensor,
+    levels: int = 256,
+    *,
+    columns: int | None = None,
+    notes: PngInfo | None = None,
+) -> None:
     """Images in a grid, pixel for pixel, as a picture.
 
     Parameters
@@ -37,6 +46,8 @@ def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | N
         Grey levels of the images.
     columns
         Images of a line; None makes the grid as nearly square as may be.
+    notes
+        Texts for the header of a PNG.
     """
     n, channels, height, width = images.shape
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
@@ -45,17 +56,17 @@ def save_grid(file: Path, images: Tensor, levels: int = 256, *, columns: int | N
     for i, image in enumerate(images.movedim(1, -1).cpu().numpy()):
         top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
         sheet[top : top + height, left : left + width] = image
-    picture(sheet.transpose(2, 0, 1), levels).save(file)
+    picture(sheet.transpose(2, 0, 1), levels).save(file, pnginfo=notes)
 
 
 def is_whole_picture(file: Path) -> bool:
     """Whether a picture is there and can be read to its end."""
     try:
-        with Image.open(file) as picture:
-            picture.verify()  # checksums, if the format has any
-        with Image.open(file) as picture:
-            picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error):
+        with open_picture(file) as opened:
+            opened.verify()  # checksums, if the format has any
+        with open_picture(file) as opened:
+            opened.load()
+    except ValueError:
         return False
     return True
 

@@ -21,7 +21,7 @@ __all__ = [
     "all_to_disk",
     "brief",
     "check_writable",
-    "held",
+    "file_lock",
     "load_tensors",
     "lock",
     "save_tensors",
@@ -74,8 +74,8 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def held(name: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a name for one block of one process at a time, where the system can.
+def file_lock(name: Path, *, wait: bool) -> Iterator[None]:
+    """Lock a name for one block of one process at a time, if the system can.
 
     The lock is on a file beside it, ``.NAME.lock``, which is removed in the end.
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import Images, channel_statistics
+from cldsde.images.errors import SettingError, setting
 from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS
-from cldsde.images.runs import CONFIG, RunFolder
+from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.score import MixedScore
 
@@ -27,6 +29,7 @@ __all__ = [
     "ImageSpace",
     "Statistics",
     "check_model",
+    "copy_weights",
     "data_statistics",
     "load_model",
     "make_model",
@@ -74,7 +77,9 @@ class ImageSpace:
     classes
         Number of classes that the network is told of; None where it is told none.
     always_classes
-        Whether it always is: then it cannot draw an image of no class.
+        Whether it always is: then it cannot sample an image of no class.
+    class_names
+        Names of the classes, if the data set has them.
     """
 
     shape: tuple[int, int, int]
@@ -82,6 +87,7 @@ class ImageSpace:
     dequantised: bool = False
     classes: int | None = None
     always_classes: bool = False
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
@@ -89,20 +95,40 @@ class ImageSpace:
 
         Raises
         ------
-        ValueError
+        SettingError
             If classes are wanted of images that have none.
         """
         conditional = config.network.conditional
         if conditional and (images.labels is None or images.classes is None):
-            msg = "network.conditional: the images have no classes"
-            raise ValueError(msg)
+            raise SettingError("network.conditional", "the images have no classes")
         return cls(
             images.shape,
             images.levels,
             config.data.dequantise,
             images.classes if conditional else None,
             conditional and config.network.label_dropout == 0,
+            images.class_names if conditional else None,
         )
+
+    def class_number(self, label: int | str) -> int:
+        """The class of a name or number.
+
+        Raises
+        ------
+        SettingError
+            If there is no such class; the key is ``"label"``.
+        """
+        if self.classes is None:
+            msg = "the network was not trained with classes (network.conditional)"
+            raise SettingError("label", msg)
+        names = self.class_names or ()
+        if label in names:
+            return names.index(str(label))
+        if not str(label).isdigit() or int(label) >= self.classes:
+            named = f", or one of {', '.join(names)}" if names else ""
+            msg = f"must be 'all', a number from 0 to {self.classes - 1}{named}; got {label!r}"
+            raise SettingError("label", msg)
+        return int(label)
 
 
 class Statistics(NamedTuple):
@@ -123,18 +149,15 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
 
     Raises
     ------
-    ValueError
+    SettingError
         If some variance is 0.
     """
     found = Statistics(
         *channel_statistics(images, per=config.score.reference, dequantise=config.data.dequantise)
     )
     if not bool((found.data_variance > 0).all()):
-        msg = (
-            f"score.reference: with {config.score.reference!r} some variance of the data is 0; "
-            "take a coarser one"
-        )
-        raise ValueError(msg)
+        msg = f"with {config.score.reference!r} some variance of the data is 0; take a coarser one"
+        raise SettingError("score.reference", msg)
     return found
 
 
@@ -184,21 +207,17 @@ def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE |
     latent = config.latent
     if latent is None:
         return None
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
         torch.manual_seed(stream_seed(config.seed, "autoencoder"))
-        try:
-            return VAE(
-                space.shape,
-                space.levels,
-                latent_channels=latent.latent_channels,
-                channels=latent.channels,
-                blocks=latent.blocks,
-                groups=latent.groups,
-                likelihood=latent.likelihood,
-            )
-        except ValueError as error:
-            msg = f"latent.{error}"
-            raise ValueError(msg) from error
+        return VAE(
+            space.shape,
+            space.levels,
+            latent_channels=latent.latent_channels,
+            channels=latent.channels,
+            blocks=latent.blocks,
+            groups=latent.groups,
+            likelihood=latent.likelihood,
+        )
 
 
 def make_network(
@@ -223,18 +242,14 @@ def make_network(
         If it does not fit the shape.
     """
     sde, whole = config.process.make(), config.score.inputs == "state"
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), setting("network.options"):
         torch.manual_seed(config.seed)
-        try:
-            return NETWORKS[config.network.name](
-                shape,
-                *((sde.components, len(sde.driven)) if whole else (1, 1)),
-                classes=classes,
-                **config.network.options,
-            )
-        except ValueError as error:
-            msg = f"network.options.{error}"
-            raise ValueError(msg) from error
+        return NETWORKS[config.network.name](
+            shape,
+            *((sde.components, len(sde.driven)) if whole else (1, 1)),
+            classes=classes,
+            **config.network.options,
+        )
 
 
 def check_model(config: RunConfig, space: ImageSpace) -> None:
@@ -286,24 +301,61 @@ def make_model(
     return DiffusionModel(score, vae)
 
 
+def copy_weights(model: DiffusionModel, source: Path) -> None:
+    """Start a model from other weights; statistics of the data stay its own.
+
+    Parameters
+    ----------
+    model
+        The model.
+    source
+        A run, or a folder of a diffusers `UNet2DModel` with safetensors.
+
+    Raises
+    ------
+    SettingError
+        If the weights are not there or do not fit; the key is ``"training.init_from"``.
+    """
+    own = ("data_mean", "data_variance")
+    key = "training.init_from"
+    try:
+        if (source / CONFIG).is_file():
+            weights, _ = load_tensors(source / MODEL, _KIND)
+            kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
+            model.load_state_dict({**weights, **kept})
+        else:
+            unet = UNet2DModel.from_pretrained(
+                source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            )
+            model.score.network.network.load_state_dict(unet.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        msg = f"weights of {source} cannot be used ({' '.join(str(error).split())[:300]})"
+        raise SettingError(key, msg) from error
+
+
 def save_model(
-    run: RunFolder,
+    file: Path,
     weights: Mapping[str, Tensor],
     config: RunConfig,
     space: ImageSpace,
     images_seen: int,
 ) -> None:
-    """Write ``model.safetensors``, whole or not at all."""
+    """Write a model file, whole or not at all."""
     metadata = {
         "shape": json.dumps(space.shape),
-        "space": json.dumps([space.levels, space.dequantised, space.classes, space.always_classes]),
+        "space": json.dumps(
+            [
+                *(space.levels, space.dequantised, space.classes, space.always_classes),
+                space.class_names,
+            ]
+        ),
         "images_seen": str(images_seen),
         "config": config.model_digest(),
     }
-    save_tensors(run / MODEL, _KIND, weights, metadata)
+    save_tensors(file, _KIND, weights, metadata)
 
 
-def load_model(run: Path, device: torch.device | str = "cpu") -> ImageModel:
+def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageModel:
     """Load the model of a run; runs no code of the file's.
 
     Parameters
@@ -319,6 +371,7 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> ImageModel:
         If there is no such run, it has no model yet, the file is damaged, or was written for
         another configuration.
     """
+    run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
         msg = f"{run} is no run of cldsde train: it {state}"
@@ -351,7 +404,11 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
-        space = ImageSpace((channels, height, width), *json.loads(metadata["space"]))
+        levels, dequantised, classes, always, *names = json.loads(metadata["space"])
+        named = tuple(names[0]) if names and names[0] else None  # older files have no names
+        space = ImageSpace(
+            (channels, height, width), levels, dequantised, classes, always, class_names=named
+        )
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])

@@ -19,16 +19,19 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from cldsde.images.blocks import (
+    CLOCK_SCALE,
+    ClassEmbedding,
+    Double,
+    FourierFeatures,
+    Halve,
+    recompute,
+)
 from cldsde.images.checks import check_counts, check_groups, check_levels
 from cldsde.linear.checks import check_at_least, check_positive
 
 __all__ = ["NETWORKS", "NCSNpp", "UNet", "parameter_count"]
-
-# diffusers embeds integer steps up to 1,000; the clock runs over about ±8.
-_CLOCK_SCALE = 50.0
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -45,7 +48,7 @@ class _ScoreNetwork(nn.Module):
         self.classes = classes
         if classes is not None:
             width = network.time_embedding.linear_2.out_features
-            network.class_embedding = _ClassEmbedding(classes + 1, width)
+            network.class_embedding = ClassEmbedding(classes + 1, width)
 
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction of the driven components.
@@ -77,7 +80,7 @@ class _ScoreNetwork(nn.Module):
         elif label is not None:
             msg = "label must be None: the network has no classes; make it with classes=…"
             raise ValueError(msg)
-        out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]
+        out: Tensor = self.network(z, CLOCK_SCALE * clock, label, return_dict=False)[0]
         return out
 
 
@@ -151,7 +154,7 @@ class UNet(_ScoreNetwork):
         _zero(network.conv_out)
         super().__init__(network, classes)
         if gradient_checkpointing:
-            _recompute(network)
+            recompute(network)
 
 
 class NCSNpp(_ScoreNetwork):
@@ -261,98 +264,26 @@ class NCSNpp(_ScoreNetwork):
         # diffusers divides the output by the clock where it makes Fourier features itself.
         if fourier_scale is not None:
             embedding = network.time_embedding
-            network.time_proj = _FourierFeatures(channels[0], fourier_scale)
+            network.time_proj = FourierFeatures(channels[0], fourier_scale)
             embedding.linear_1 = nn.Linear(2 * channels[0], embedding.linear_1.out_features)
         # The blocks' own convolutions are for images of three channels.
         for block, width in zip(network.down_blocks[:-1], channels, strict=False):
             block.skip_conv = nn.Conv2d(inputs * shape[0], width, 1)
-            block.downsamplers = nn.ModuleList([_Halve()])
-            block.resnet_down.downsample = _Halve()
+            block.downsamplers = nn.ModuleList([Halve()])
+            block.resnet_down.downsample = Halve()
         for block, width in zip(network.up_blocks, reversed(channels), strict=True):
-            block.upsampler = _Double()
+            block.upsampler = Double()
             if block.resnet_up is not None:
                 block.skip_conv = nn.Conv2d(width, outputs * shape[0], 3, padding=1)
-                block.resnet_up.upsample = _Double()
+                block.resnet_up.upsample = Double()
         _initialise(network)
         super().__init__(network, classes)
         if gradient_checkpointing:
-            _recompute(network)
+            recompute(network)
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
 """Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``."""
-
-
-class _ClassEmbedding(nn.Embedding):
-    """An embedding that answers a label out of range with NaN, and never waits for its device."""
-
-    def forward(self, label: Tensor) -> Tensor:
-        last = self.num_embeddings - 1
-        rows = super().forward(label.clamp(0, last))
-        return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
-
-
-class _FourierFeatures(nn.Module):
-    """Sines and cosines of the clock in random frequencies."""
-
-    frequencies: Tensor
-
-    def __init__(self, count: int, scale: float) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", 2 * math.pi * scale / _CLOCK_SCALE * torch.randn(count))
-
-    def forward(self, clock: Tensor) -> Tensor:
-        phase = clock[:, None] * self.frequencies
-        return torch.cat([phase.sin(), phase.cos()], dim=1)
-
-
-class _Filter(nn.Module):
-    """The filter (1, 3, 3, 1) in both directions, of sum 1.
-
-    It does what diffusers' own does, to rounding, in place of which it stands: that one brings its
-    kernel to the device at every call, waits for it, and filters numbers that it then drops.
-    """
-
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", torch.outer(line, line)[None, None], persistent=False)
-
-    def weight(self, x: Tensor) -> Tensor:
-        return self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-
-
-class _Halve(_Filter):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight(x), stride=2, padding=1, groups=x.shape[1])
-
-
-class _Double(_Filter):
-    def forward(self, x: Tensor) -> Tensor:
-        # Three of four numbers that the filter sees are zeros put between the pixels.
-        return F.conv_transpose2d(x, 4 * self.weight(x), stride=2, padding=1, groups=x.shape[1])
-
-
-class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block that keeps nothing but its input for the gradient."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        forward = super().forward
-        if not torch.is_grad_enabled():
-            return forward(input_tensor, temb)  # type: ignore[no-any-return]
-        return checkpoint(forward, input_tensor, temb, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def _recompute(network: nn.Module) -> None:
-    """Turn residual blocks into such that keep less, of the same weights by the same names.
-
-    diffusers' own switch reaches the middle block alone where blocks are skip blocks.
-    """
-    for module in network.modules():
-        if type(module) is ResnetBlock2D:
-            module.__class__ = _RecomputedBlock
 
 
 def _initialise(network: UNet2DModel) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cldsde.images.files import PARTIAL, brief, check_writable, lock, write_whole
+from cldsde.images.errors import SettingError
+from cldsde.images.files import PARTIAL, check_writable, lock, write_whole
 
 __all__ = ["CONFIG", "METRICS", "RunFolder", "check_folder"]
 
@@ -81,14 +82,13 @@ class RunFolder:
                 for left in folder.glob(f"{PARTIAL}*"):
                     left.unlink()
         except BlockingIOError:
-            msg = f"--out: {path} is in use by another process"
-            raise ValueError(msg) from None
+            raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
             # Leave no half-made folder behind.
             for parent in missing:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
-            msg = f"--out: {path} cannot be made or written ({error.strerror or error})"
+            msg = f"{path} cannot be made or written ({error.strerror or error})"
             raise OSError(msg) from error
 
     def __truediv__(self, name: str) -> Path:
@@ -170,16 +170,11 @@ def check_folder(
     free: Collection[str] = (),
 ) -> None:
     """Raise where a `RunFolder` would, and make nothing."""
-    try:
-        if path.is_dir():
-            _check_owner(path, config, parts, free)
-            check_writable(path)
-        elif path.exists():
-            msg = f"--out: {path} is not a folder"
-            raise ValueError(msg)
-    except OSError as error:
-        msg = f"--out: {brief(error)}"
-        raise OSError(msg) from error
+    if path.is_dir():
+        _check_owner(path, config, parts, free)
+        check_writable(path)
+    elif path.exists():
+        raise SettingError("out", f"{path} is not a folder")
 
 
 def _check_owner(
@@ -189,16 +184,16 @@ def _check_owner(
     if all(name.startswith(PARTIAL) or name in parts for name in held):
         return
     if not (path / CONFIG).is_file():
-        msg = f"--out: {path} holds files that are no run of cldsde; choose another folder"
-        raise ValueError(msg)
+        msg = f"{path} holds files that are no run of cldsde; choose another folder"
+        raise SettingError("out", msg)
     try:
         found = json.loads((path / CONFIG).read_text())
     except ValueError as error:
-        msg = f"--out: {path / CONFIG} is not valid JSON ({error}); choose another folder"
-        raise ValueError(msg) from None
+        msg = f"{path / CONFIG} is not valid JSON ({error}); choose another folder"
+        raise SettingError("out", msg) from None
     if not isinstance(found, dict):
-        msg = f"--out: {path / CONFIG} is no configuration of cldsde; choose another folder"
-        raise ValueError(msg)  # noqa: TRY004
+        msg = f"{path / CONFIG} is no configuration of cldsde; choose another folder"
+        raise SettingError("out", msg)
     wanted, there = _leaves(config), _leaves(found)
     names = [
         key
@@ -207,11 +202,8 @@ def _check_owner(
         and not any(f"{key}.".startswith(f"{name}.") for name in free)
     ]
     if names:
-        msg = (
-            f"--out: {path} holds a run with other settings ({', '.join(names)}); "
-            "choose another folder"
-        )
-        raise ValueError(msg)
+        msg = f"{path} holds a run with other settings ({', '.join(names)}); choose another folder"
+        raise SettingError("out", msg)
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

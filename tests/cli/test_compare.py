@@ -44,17 +44,17 @@ def test_what_cannot_be_compared_is_refused_in_one_line(config, capsys, tmp_path
     before = sorted(tmp_path.iterdir())
     (tmp_path / "file").write_text("text")
     cases = [
-        (["missing.toml"], "missing.toml cannot be read"),
+        (["missing.toml"], "missing.toml: cannot be read"),
         (["cld_variant"], "did you mean cld_variants?"),
         ([config, "--quick"], "--quick is a comparison of its own"),
-        ([config, "--set", "sample=3"], "sample is not known; did you mean samples?"),
+        ([config, "--set", "sample=3"], "sample: unknown key; did you mean samples?"),
         ([config, "--set", "models.VE.process.name=VEDSE"], "did you mean VESDE?"),
         ([config, "--set", "base.network.options.groups=5"], "groups must divide"),
-        ([config, "--seed", "-1"], "seed must lie"),
-        ([config, "--set", "rows=[{model='VP', solver='sscs', nfe=[4, 1]}]"], "rows[0].nfe must"),
+        ([config, "--seed", "-1"], "seed: must be"),
+        ([config, "--set", "rows=[{model='VP', solver='sscs', nfe=[4, 1]}]"], "rows[0].nfe: must"),
         ([config, "--set", "features=nowhere:thing"], "nowhere"),
         ([config, "--set", "metrics=['fid']"], "weights: fid need the file"),
-        ([config, "--set", "base.data.name=folder"], "data.options.path is missing"),
+        ([config, "--set", "base.data.name=folder"], "data.options.path: is missing"),
         ([config, "--device", "gpu"], "--device must be"),
         ([config, "--out", "file"], "file is not a folder"),
         ([config, "--out", " "], "--out must be the name of a folder"),
@@ -71,9 +71,9 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 
 
 def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_path, monkeypatch):
-    from cldsde.images import evaluation_table
+    from cldsde.images.evaluate import evaluation as evaluation_table
 
-    draw = evaluation_table.draw_of_classes
+    draw = evaluation_table.draw_images
     left = 3
 
     def interrupted(*arguments, **options):
@@ -84,7 +84,7 @@ def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_p
         return draw(*arguments, **options)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(evaluation_table, "draw_of_classes", interrupted)
+    monkeypatch.setattr(evaluation_table, "draw_images", interrupted)
     assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "cldsde compare: interrupted; the same command goes on"
@@ -92,7 +92,7 @@ def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_p
     cells = json.loads((out / "comparison.json").read_text())["rows"][0]["cells"]
     assert "Unfinished." in (out / "report.html").read_text()
     assert [cell["repeats"] for cell in cells] == [2, 0]
-    monkeypatch.setattr(evaluation_table, "draw_of_classes", draw)
+    monkeypatch.setattr(evaluation_table, "draw_images", draw)
     assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() in printed

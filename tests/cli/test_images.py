@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
-from cldsde.images.files import held
+from cldsde.images.files import file_lock
 from cldsde.solvers import Plan
 from command import refused
 
@@ -51,7 +51,10 @@ def run(config, tmp_path_factory):
 
 def test_a_run_holds_its_configuration_metrics_samples_and_model(run):
     names = {file.name for file in run.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "model.safetensors", "samples", "tensorboard"}
+    assert names == {"config.json", "metrics.jsonl", "model.safetensors", "samples"} | {
+        "tensorboard",
+        "training.safetensors",
+    }
     assert json.loads((run / "config.json").read_text())["training"]["images"] == 64
 
 
@@ -86,19 +89,25 @@ def test_code_that_a_run_names_is_not_run(run, tmp_path, monkeypatch, capsys, co
 def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
     out = tmp_path / "out"
     cases = [
-        ([tmp_path / "missing.toml"], "missing.toml cannot be read"),
-        ([config, "--set", "training.btch=3"], "training.btch is not known; did you mean batch?"),
-        ([config, "--set", "training.precision=fp8"], "training.precision must be one of"),
-        ([config, "--set", "sampling.solver=ssc"], "sampling.solver must be"),
-        ([config, "--set", "sampling.nfe=1000000000000"], "sampling.nfe must be at most"),
+        ([tmp_path / "missing.toml"], "missing.toml: cannot be read"),
+        ([config, "--set", "training.btch=3"], "training.btch: unknown key; did you mean batch?"),
+        (
+            [config, "--set", "training.precision=fp8"],
+            "training.precision: must be 'fp32'",
+        ),
+        ([config, "--set", "sampling.solver=ssc"], "sampling.solver: solver must be"),
+        (
+            [config, "--set", "sampling.nfe=1000000000000"],
+            "sampling.nfe: must be less than",
+        ),
         ([config, "--set", "process.options.friction=1e30"], "process.options"),
         (
             [config, "--set", "network.options.channels=[16, 17]"],
-            "network.options.groups must divide",
+            "network.options: groups must divide",
         ),
-        ([config, "--set", "data.name=folder"], "data.options.path is missing"),
+        ([config, "--set", "data.name=folder"], "data.options.path: is missing"),
         ([config, "--resume"], "--resume"),
-        ([config, "--seed", "-1"], "seed must lie"),
+        ([config, "--seed", "-1"], "--seed: must be greater than or equal to 0"),
         ([config, "--device", "gpu"], "--device must be"),
     ]
     for arguments, words in cases:
@@ -137,19 +146,19 @@ def test_a_method_of_torchdiffeq_with_fixed_steps_takes_a_budget(run, tmp_path, 
     ("arguments", "words"),
     [
         (["--solver", "sscz"], "'sscz'; did you mean sscs?"),
-        (["--nfe", "1"], "nfe must be"),
+        (["--nfe", "1"], "--nfe: must be"),
         (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
         (["--seeds", "x"], "--seeds must be A-B"),
         (["--seeds", "0-3", "--seed", "5"], "alternatives"),
-        (["--grid", "cubic"], "grid must be one of"),
-        (["--t-end", "0"], "t_end must lie"),
-        (["--set", "rtol"], "--set takes"),
-        (["--set", "order=3"], "sampling.options.order is not known"),
-        (["--class", "1"], "was not told of classes"),
-        (["--known", "x.png"], "--known takes"),
-        (["--out", "x.gif"], "--out must be"),
-        (["--out", "."], "--out must name a file, or a folder"),
+        (["--grid", "cubic"], "--grid: must be 'uniform'"),
+        (["--t-end", "0"], "--t-end: must be"),
+        (["--set", "rtol"], "--set: takes"),
+        (["--set", "order=3"], "options.order: unknown key"),
+        (["--class", "1"], "--class: the network was not trained with classes"),
+        (["--known", "x.png"], "--known: takes"),
+        (["--out", "x.gif"], "--out: must be"),
+        (["--out", "."], "--out: must name a file, or a folder"),
     ],
 )
 def test_sampling_refuses_in_one_line(run, capsys, tmp_path, monkeypatch, arguments, words):
@@ -170,9 +179,9 @@ def test_a_solver_is_found_in_the_folder_where_the_user_stands(run, tmp_path, mo
 
 
 def test_an_output_that_another_command_draws_to_is_refused(run, tmp_path, capsys):
-    with held(tmp_path / "x.npz.parts", wait=False):
+    with file_lock(tmp_path / "x.npz.parts", wait=False):
         message = refused(capsys, "sample", run, "--out", tmp_path / "x.npz")
-    assert "x.npz is being drawn by another process; wait, or name another" in message
+    assert "x.npz is being written by another process; wait, or name another" in message
 
 
 def test_runs_that_cannot_be_sampled_are_refused(run, capsys, tmp_path):
@@ -255,21 +264,27 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     cases = [
         ([tmp_path / "nothing"], "there is no run"),
-        ([run, "--metrics", "fdd"], "--metrics must be of"),
+        ([run, "--metrics", "fdd"], "--metrics: must be one of"),
         ([run, "--metrics", "fid"], "--weights"),
         ([run, "--metrics", "fid", "--weights", tmp_path / "w.pth"], "w.pth"),
-        ([run, "--samples", "1"], "--samples is too small"),
-        ([run, "--features", "nowhere:thing"], "--features: there is no module 'nowhere'"),
-        ([run, "--features", "math:pi"], "--features must be callable"),
+        ([run, "--samples", "1"], "--samples: must be at least 2"),
+        (
+            [run, "--features", "nowhere:thing"],
+            "--features: there is no module 'nowhere'",
+        ),
+        ([run, "--features", "math:pi"], "--features: must be callable"),
         (
             [run, "--features", "torch:flatten"],
             "flatten' makes none of images (2, 1, 8, 8) (TypeError",
         ),
-        ([run, "--features", "broken:Network"], "--features: 'broken' cannot be imported (Syntax"),
+        (
+            [run, "--features", "broken:Network"],
+            "--features: 'broken' cannot be imported (Syntax",
+        ),
         ([run, "--features", "lacking:Network"], "--features: No module named 'nowhere'"),
         ([run, "--part", "test"], "--part must be"),
         ([run, "--reference", run], "--reference is for samples"),
-        ([run, "--solver", "sscs,ssc"], "solver must be"),
+        ([run, "--solver", "sscs,ssc"], "--solver: solver must be"),
         ([run, "--nfe", "3,x"], "--nfe must be numbers"),
     ]
     for arguments, words in cases:
@@ -288,7 +303,7 @@ def test_samples_of_another_size_than_the_data_are_refused(run, tmp_path, capsys
 def test_evaluation_refuses_what_cannot_be_written_before_any_work(
     run, tmp_path, capsys, monkeypatch
 ):
-    from cldsde.images.evaluation_table import Evaluation
+    from cldsde.images.evaluate.evaluation import Evaluation
 
     monkeypatch.setattr(Evaluation, "of_run", lambda *_: pytest.fail("worked"))
     (tmp_path / "file").write_text("")

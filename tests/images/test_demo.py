@@ -13,7 +13,7 @@ from cldsde import ReverseProcess, solvers
 from cldsde.images.data import digits, pixels_of
 from cldsde.images.demo import DemoConfig, run_demo
 from cldsde.images.digit_classifier import train_classifier
-from cldsde.images.evaluation import frechet_distance
+from cldsde.images.evaluate import frechet_distance
 from cldsde.images.model import load_model
 from cldsde.images.runs import RunFolder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldsde.images.files import held, load_tensors, save_tensors
+from cldsde.images.files import file_lock, load_tensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -77,7 +77,7 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
 
     def work(i):
         for _ in range(20):
-            with held(name, wait=True):
+            with file_lock(name, wait=True):
                 inside.append(i)
                 time.sleep(1e-4)
                 seen.append(list(inside))
@@ -86,8 +86,8 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert sorted(seen) == [[i] for i in range(4) for _ in range(20)]
-    with held(name, wait=False), pytest.raises(BlockingIOError), held(name, wait=False):
+    with file_lock(name, wait=False), pytest.raises(BlockingIOError), file_lock(name, wait=False):
         pass
-    with held(name, wait=False):
+    with file_lock(name, wait=False):
         pass
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from diffusers.models.upsampling import upsample_2d
 from torch import nn
 
 from cldsde import CLD, MixedScore
-from cldsde.images import networks
+from cldsde.images import blocks
 from cldsde.images.networks import NETWORKS, NCSNpp, UNet, parameter_count
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -276,7 +276,7 @@ class TestLabels:
 
     def test_a_label_out_of_range_on_a_device_spoils_its_own_image_alone(self):
         # What a device computes, where the host does not look.
-        embedding = networks._ClassEmbedding(5, 3)
+        embedding = blocks.ClassEmbedding(5, 3)
         rows = embedding(torch.tensor([0, 5, 4, -1]))
         assert rows.isnan().all(1).tolist() == [False, True, False, True]
         assert torch.equal(rows[[0, 2]], embedding.weight[[0, 4]])
@@ -298,16 +298,16 @@ class TestFilter:
         x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
         kernel = (1, 3, 3, 1)
         # Rounding of sums of sixteen numbers.
-        torch.testing.assert_close(networks._Halve()(x), downsample_2d(x, kernel=kernel))
-        torch.testing.assert_close(networks._Double()(x), upsample_2d(x, kernel=kernel))
+        torch.testing.assert_close(blocks.Halve()(x), downsample_2d(x, kernel=kernel))
+        torch.testing.assert_close(blocks.Double()(x), upsample_2d(x, kernel=kernel))
 
     def test_the_network_is_that_with_the_library_s_own_filters(self):
         network = awake(make("NCSNpp", **ATTENTIVE["NCSNpp"])).eval()
         z, clock = states()
         ours, replaced = network(z, clock), []
         library = {
-            networks._Halve: _library(downsample_2d),
-            networks._Double: _library(upsample_2d),
+            blocks.Halve: _library(downsample_2d),
+            blocks.Double: _library(upsample_2d),
         }
         for parent in list(network.modules()):
             for part, module in list(parent.named_children()):
@@ -315,8 +315,8 @@ class TestFilter:
                     setattr(parent, part, library[type(module)])
                     replaced.append(type(module).__name__)
         # Two levels down and up, in the blocks and beside them, and beside the lowest.
-        assert (replaced.count("_Halve"), replaced.count("_Double")) == (4, 5)
-        assert not any(isinstance(module, networks._Filter) for module in network.modules())
+        assert (replaced.count("Halve"), replaced.count("Double")) == (4, 5)
+        assert not any(isinstance(module, blocks._Filter) for module in network.modules())
         # Rounding of some tens of layers.
         theirs = network(z, clock)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * ours.abs().max().item())

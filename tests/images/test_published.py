@@ -13,8 +13,8 @@ from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, make_network
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import RunFolder
-from cldsde.images.sampling import draw_images
-from cldsde.images.training import train
+from cldsde.images.sample.sampler import draw_images
+from cldsde.images.train.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Parameters of the published networks (Dockhorn et al. 2022), 107.6 M and 65.5 M.

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cldsde.images.data.checks import as_folder, as_whole, check_choice, listed, missing
 from cldsde.images.data.images import Images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
+from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
 
 __all__ = ["FolderImages"]
-
-T = TypeVar("T")
-
-# Formats that Pillow decodes itself: others, such as EPS, would start a program.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_SUFFIXES = {
-    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-}
-_GREY16 = {"I;16", "I;16B", "I;16L", "I;16N"}
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_GREY16}
 
 
 class FolderImages(Images):
@@ -53,11 +39,15 @@ class FolderImages(Images):
         Whether the subfolders are classes: 0, 1, … in the order of their names.
     workers
         Threads that decode.
+    skip_damaged
+        Decode every file at once, and leave out those that cannot be decoded.
 
     Attributes
     ----------
     files : tuple of Path
         The file of each row.
+    skipped : tuple of str
+        What was left out, and why: files that cannot be decoded, and files with other suffixes.
 
     Raises
     ------
@@ -88,6 +78,7 @@ class FolderImages(Images):
         channels: int = 3,
         classes: bool = False,
         workers: int = 4,
+        skip_damaged: bool = False,
     ) -> None:
         size = as_whole(size, "size", 1)
         check_choice(channels, (1, 3), "channels")
@@ -95,18 +86,24 @@ class FolderImages(Images):
         _import_pillow()
         root = as_folder(path)
         names: list[str] | None = None
-        labels: Tensor | None = None
+        numbers: list[int] | None = None
         if classes:
             names, files, numbers = _class_files(root)
-            labels = torch.tensor(numbers)
         else:
             files = _image_files(root)
         if not files:
-            msg = f"{root} holds no image; files that end in {listed(sorted(_SUFFIXES))} count"
+            msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        super().__init__(len(files), (channels, size, size), labels=labels, classes=names)
-        self.files = tuple(files)
-        self._in_threads(_check_header, self.files)
+        damaged = self._damaged(files, _check_whole if skip_damaged else _check_header)
+        if damaged and not skip_damaged:
+            raise ValueError(_told(damaged))
+        kept = [i for i, file in enumerate(files) if file not in damaged]
+        if not kept:
+            raise ValueError(_told(damaged))
+        labels = None if numbers is None else torch.tensor([numbers[i] for i in kept])
+        super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
+        self.files = tuple(files[i] for i in kept)
+        self.skipped = (*damaged.values(), *_other_files(root))
 
     def _read(self, rows: Tensor) -> Tensor:
         channels, size, _ = self.shape
@@ -115,18 +112,54 @@ class FolderImages(Images):
         def decode(place: int) -> None:
             batch[place] = _decode(self.files[int(rows[place])], size, channels)
 
-        self._in_threads(decode, range(len(rows)))
+        try:
+            with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
+                for _ in pool.map(decode, range(len(rows))):
+                    pass
+        except ValueError:
+            # One that cannot be decoded is seldom alone: all are named at once.
+            raise ValueError(_told(self._damaged(self.files, _check_whole))) from None
         return batch
 
-    def _in_threads(self, work: Callable[[T], None], items: Sequence[T]) -> None:
-        """Do the work for every item; raise the first error in the order of the items.
+    def _damaged(self, files: Sequence[Path], check: Callable[[Path], object]) -> dict[Path, str]:
+        """Files that cannot be decoded, and why.
 
         A pool of its own takes a fraction of a millisecond, and nothing is left over that could
         not be pickled or would be broken by a fork.
         """
-        with ThreadPoolExecutor(min(self._workers, len(items))) as pool:
-            for _ in pool.map(work, items):
-                pass
+
+        def reason(file: Path) -> str | None:
+            try:
+                check(file)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(min(self._workers, len(files))) as pool:
+            found = zip(files, pool.map(reason, files), strict=True)
+            return {file: text for file, text in found if text is not None}
+
+
+def _told(damaged: Mapping[Path, str]) -> str:
+    """Damaged files in one line, ten at most."""
+    first, *others = damaged.values()
+    if not others:
+        return f"{first}; skip_damaged = true leaves it out"
+    names = ", ".join(str(file) for file in list(damaged)[1:10])
+    more = ", …" if len(damaged) > 10 else ""
+    return (
+        f"{first}; nor can {len(others)} others: {names}{more}. skip_damaged = true leaves them out"
+    )
+
+
+def _other_files(root: Path) -> list[str]:
+    """How many files have suffixes of no picture, by suffix."""
+    counts = Counter(
+        file.suffix or "no suffix"
+        for file in root.rglob("*")
+        if file.suffix.lower() not in SUFFIXES and file.is_file() and file.name[0] != "."
+    )
+    return [f"{count} files that end in {suffix}" for suffix, count in sorted(counts.items())]
 
 
 def _import_pillow() -> None:
@@ -150,7 +183,7 @@ def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
                 continue
             if entry.is_dir():
                 folders.append(folder / entry.name)
-            elif Path(entry.name).suffix.lower() in _SUFFIXES:
+            elif Path(entry.name).suffix.lower() in SUFFIXES:
                 files.append(folder / entry.name)
     return sorted(folders, key=_name_order), sorted(files, key=_name_order)
 
@@ -188,54 +221,24 @@ def _class_files(root: Path) -> tuple[list[str], list[Path], list[int]]:
     return [folder.name for folder in folders], files, numbers
 
 
-def _undecodable(file: Path, error: Exception) -> str:
-    return f"{file} cannot be decoded as an image: {error}"
-
-
 def _check_header(file: Path) -> None:
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=_FORMATS) as image:
-            _check_mode(image)
-    except Exception as error:  # Pillow has no class of its own for a broken file
-        raise ValueError(_undecodable(file, error)) from error
+    with open_picture(file):
+        pass
 
 
-def _check_mode(image: PILImage) -> None:
-    if image.mode not in _MODES:
-        msg = f"its pixels are of Pillow's mode {image.mode}; 8 bits and 16-bit grey are allowed"
-        raise ValueError(msg)
+def _check_whole(file: Path) -> None:
+    with open_picture(file) as image:
+        image.load()
 
 
 def _decode(file: Path, size: int, channels: int) -> Tensor:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    try:
-        with Image.open(file, formats=_FORMATS) as opened:
-            _check_mode(opened)
-            image = _to_colour(ImageOps.exif_transpose(opened), "RGB" if channels == 3 else "L")
-    except Exception as error:
-        raise ValueError(_undecodable(file, error)) from error
+    image = read_picture(file, "RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     # Cropped first: resize(box=…) would let the filter reach over the edges of the box.
     square = image.crop((left, top, left + side, top + side))
     if side != size:
         square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).reshape(size, size, channels).permute(2, 0, 1)
-
-
-def _to_colour(image: PILImage, mode: str) -> PILImage:
-    """The image in 8-bit RGB or grey."""
-    from PIL import Image
-
-    if image.mode in _GREY16:
-        # Pillow's own conversion cuts off instead of scaling; 65535 = 257 · 255.
-        fine = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((fine + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        colours = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, colours).convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
+    return pixels_of_picture(square)

@@ -44,6 +44,8 @@ class Images(ABC):
         Number of classes.
     class_names : tuple of str or None
         Names of the classes where they are known.
+    skipped : tuple of str
+        What the source holds beside these images, and why it was left out.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class Images(ABC):
             raise ValueError(msg)
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.levels = as_whole(levels, "levels", 2, 256)
+        self.skipped: tuple[str, ...] = ()
         self.labels = labels
         self.classes: int | None = None
         self.class_names: tuple[str, ...] | None = None
@@ -231,6 +234,7 @@ class Subset(Images):
         )
         self._images = images
         self._rows = rows
+        self.skipped = images.skipped
 
     def _read(self, rows: Tensor) -> Tensor:
         return self._images.load(self._rows[rows])

@@ -40,11 +40,16 @@ class DataSet(NamedTuple):
     Attributes
     ----------
     train, held_out
-        Images of one shape and number of levels.
+        Images of one shape and number of levels; None if no image is held out.
     """
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Files that were left out, and why."""
+        return self.train.skipped
+
     train: Images
-    held_out: Images
+    held_out: Images | None
 
 
 def digits(*, held_out: float = 0.2, seed: int = 0) -> DataSet:
@@ -184,12 +189,13 @@ def image_folder(
     held_out: float = 0.1,
     seed: int = 0,
     workers: int = 4,
+    skip_damaged: bool = False,
 ) -> DataSet:
     """Image files of a folder, decoded when they are asked for, split at random.
 
     Parameters
     ----------
-    path, size, channels, classes, workers
+    path, size, channels, classes, workers, skip_damaged
         As for `FolderImages`, which says what becomes of each kind of file.
     held_out
         Share of the images held out, below 1, or their number.
@@ -202,7 +208,14 @@ def image_folder(
         As for `FolderImages`; and if either part would be empty.
     """
     _check_split(held_out, seed)
-    images = FolderImages(path, size=size, channels=channels, classes=classes, workers=workers)
+    images = FolderImages(
+        path,
+        size=size,
+        channels=channels,
+        classes=classes,
+        workers=workers,
+        skip_damaged=skip_damaged,
+    )
     return _split(images, held_out, seed)
 
 
@@ -309,13 +322,15 @@ DATA_SETS: dict[str, Callable[..., DataSet]] = {
 
 def _check_split(held_out: float, seed: int) -> None:
     number = as_number(held_out, "held_out")
-    if not (0 < number < math.inf) or (number >= 1 and number != round(number)):
-        msg = f"held_out must be a share between 0 and 1 or a number of images; got {held_out}"
+    if not (0 <= number < math.inf) or (number >= 1 and number != round(number)):
+        msg = f"held_out must be a share below 1 or a number of images; got {held_out}"
         raise ValueError(msg)
     as_whole(seed, "seed", 0, 2**63 - 1)
 
 
 def _split(images: Images, held_out: float, seed: int) -> DataSet:
+    if held_out == 0:
+        return DataSet(images, None)
     n = round(len(images) * held_out) if held_out < 1 else int(held_out)
     if not 0 < n < len(images):
         msg = (

@@ -1,0 +1,197 @@
+"""Report of a comparison, made of its file of results and its pictures alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from cldsde.images.compare.tables import MEASURES, measures_of, tables
+from cldsde.images.figures import is_whole_picture
+from cldsde.images.files import write_whole
+from cldsde.validation.page import data_uri, render_page
+
+__all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
+
+RESULTS = "comparison.json"
+"""File of a comparison that holds all its numbers."""
+FORMAT = "a comparison of cldsde, version 2"
+"""What the file of results says that it is."""
+_COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What a comparison has found so far.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or holds something else.
+    """
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{file} is damaged ({error}); delete it to have it made again"
+        raise ValueError(msg) from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        kind = found.get("format") if isinstance(found, dict) else None
+        older = str(kind).startswith(FORMAT.partition(",")[0])
+        advice = "delete it to have it made again" if older else "choose another folder"
+        msg = f"{file} is not {FORMAT}; {advice}"
+        raise ValueError(msg)
+    return found
+
+
+def write_report(folder: Path, *, pictures: bool = True) -> None:
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
+
+    Parameters
+    ----------
+    folder
+        Of the comparison.
+    pictures
+        Write the plots as PNG, too, which takes as long as all the rest.
+    """
+    results = read_results(folder / RESULTS)
+    found = tables(results)
+    text = "\n\n".join(table.markdown() for table in found) + "\n"
+    write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
+    plots = []
+    for measure in measures_of(results):
+        figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
+        _save(figure, file)
+        plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
+        if pictures:
+            _save(figure, file.with_suffix(".png"))
+    page = render_page(
+        "Comparison of models and samplers",
+        _BODY,
+        results=results,
+        tables=found,
+        plots=plots,
+        pictures=[
+            (row, data_uri((folder / row["picture"]).read_bytes(), "image/png"))
+            for row in results["rows"]
+            if row["picture"] is not None and is_whole_picture(folder / row["picture"])
+        ],
+    )
+    write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+
+
+def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
+    """A measure against score evaluations: a panel for each model, the others behind it in grey.
+
+    Parameters
+    ----------
+    results
+        Of a comparison.
+    measure
+        One of `cldsde.images.compare.tables.measures_of`.
+
+    Returns
+    -------
+    Figure
+        Means over repeats, with their standard deviations.
+    """
+    rows = [
+        (row["model"], row["label"], cells)
+        for row in results["rows"]
+        if (cells := [cell for cell in row["cells"] if measure in cell.get("measures", ())])
+    ]
+    models = list(dict.fromkeys(model for model, _, _ in rows))
+    labels = list(dict.fromkeys(label for _, label, _ in rows))
+    columns = min(3, len(models))
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, model in zip(grid.flat, models, strict=False):
+        for other, _, cells in rows:
+            if other != model:
+                axes.plot(*_means(cells, measure), color="0.82", linewidth=1, zorder=1)
+        for own, label, cells in rows:
+            if own == model:
+                i = labels.index(label)
+                axes.errorbar(
+                    *_means(cells, measure),
+                    yerr=[_spread(cell["measures"][measure]) for cell in cells],
+                    color=f"C{_COLOURS[i % len(_COLOURS)]}",
+                    marker="osD^v<>P"[i % 8],
+                    markersize=5,
+                    capsize=2,
+                    label=label,
+                    zorder=2,
+                )
+        axes.set_title(model)
+        axes.legend(fontsize="small", framealpha=0.85)
+        _logarithmic(axes)
+    for axes in grid.flat[len(models) :]:
+        axes.set_axis_off()
+    figure.supxlabel("score evaluations an image (NFE)", fontsize="medium")
+    figure.supylabel(MEASURES[measure], fontsize="medium")
+    return figure
+
+
+def _means(cells: list[dict[str, Any]], measure: str) -> tuple[list[float], list[float]]:
+    return (
+        [cell["nfe"] for cell in cells],
+        [statistics.mean(cell["measures"][measure]) for cell in cells],
+    )
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelbottom=True, labelleft=True)
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    write_whole(file, lambda path: figure.savefig(path, dpi=150))
+
+
+_BODY = """\
+<p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
+{% if results.config.repeats == 1 %}set{% else %}sets{% endif %} of
+{{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
+standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
+with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
+{{ one.threads }} {% if one.threads == 1 %}thread{% else %}threads{% endif %}, {{ one.machine }}.
+{%- endfor %}</p>
+{% for title, image in plots %}
+<p class="scroll"><img class="plot" src="{{ image }}"
+alt="{{ title }} against score evaluations"></p>
+{% endfor %}
+{% for table in tables %}
+<h2>{{ table.title }}</h2>
+<div class="scroll"><table>
+<tr>{% for name in table.head %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for entry in row %}<td{% if entry.number %} class="number"{% endif %}>
+{%- if entry.best %}<strong>{{ entry.text }}</strong>{% else %}{{ entry.text }}{% endif -%}
+</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% for remark in table.remarks %}<p>{{ remark }}</p>{% endfor %}
+{% endfor %}
+{% if pictures %}<h2>Samples</h2>
+<p>The first images of each row of the tables: a line for each number of score evaluations, or
+tolerance, and the same seeds below each other.</p>{% endif %}
+{% for row, image in pictures %}
+<figure><figcaption>{{ row.model }}, {{ row.label }}:
+{{ row.cells | map(attribute="budget") | join(", ") }}</figcaption>
+<img class="pixels" src="{{ image }}" alt="Samples of {{ row.model }}, {{ row.label }}"></figure>
+{% endfor %}
+"""

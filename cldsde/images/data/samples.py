@@ -1,0 +1,89 @@
+"""Images to be measured: as bytes, and from files that need not be of this package."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldsde.images.data import array_images
+from cldsde.images.data.pictures import pixels_of_picture, read_picture
+
+__all__ = ["as_bytes", "load_samples"]
+
+
+def as_bytes(images: Tensor, levels: int) -> Tensor:
+    """Images of fewer grey levels as bytes from 0 to 255."""
+    if levels == 256:
+        return images
+    return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def load_samples(path: Path) -> Tensor:
+    """Samples from an array file, or from a folder of pictures.
+
+    Parameters
+    ----------
+    path
+        A folder of ``*.png``, a ``.npy``, or a ``.npz``, whose number ``levels`` says how many grey
+        levels its images have; 256 where it is missing.
+
+    Returns
+    -------
+    Tensor
+        ``(N, C, H, W)`` uint8 with 256 levels.
+
+    Raises
+    ------
+    ValueError
+        If there are none, they are not of one size, or they exceed their levels.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        if not files:
+            msg = f"{path} holds no pictures (*.png)"
+            raise ValueError(msg)
+        return torch.stack(list(_pixels(files)))
+    if path.suffix not in {".npz", ".npy"}:
+        msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
+        raise ValueError(msg)
+    try:
+        found = array_images(path)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    images = found.load(torch.arange(len(found)))
+    levels = _levels_of(path)
+    if int(images.max()) >= levels:
+        msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"
+        raise ValueError(msg)
+    return as_bytes(images, levels)
+
+
+def _levels_of(path: Path) -> int:
+    """Grey levels of the images of an array file that could be read."""
+    if not zipfile.is_zipfile(path):
+        return 256
+    with np.load(path, allow_pickle=False) as archive:
+        levels = archive["levels"] if "levels" in archive else np.array(256)
+    if levels.ndim or levels.dtype.kind not in "iu" or not 2 <= levels <= 256:
+        msg = f"{path}: levels must be a number from 2 to 256; got {levels}"
+        raise ValueError(msg)
+    return int(levels)
+
+
+def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
+    shape = None
+    for file in files:
+        pixels = pixels_of_picture(read_picture(file))
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            msg = (
+                f"{file} must have the shape of {files[0].name}, {tuple(shape)}; got "
+                f"{tuple(pixels.shape)}"
+            )
+            raise ValueError(msg)
+        yield pixels

@@ -1,0 +1,59 @@
+"""Errors as data: which setting is at fault, and why.
+
+The image layer names settings by their keys in a configuration or by the names of arguments. A
+front end renders the key in its own language, such as the option of a command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["SettingError", "setting"]
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used.
+
+    Parameters
+    ----------
+    key
+        Name of the setting: a key such as ``"training.batch"``, or the name of an argument.
+    reason
+        What is wrong with its value.
+
+    Examples
+    --------
+    >>> str(SettingError("training.batch", "must be at least 1; got 0"))
+    'training.batch: must be at least 1; got 0'
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+    def within(self, section: str) -> SettingError:
+        """The same error, its key in a section."""
+        if not section:
+            return self
+        return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)
+
+
+@contextmanager
+def setting(key: str) -> Iterator[None]:
+    """Attribute the errors of a block to a setting, or to one of a section of that name.
+
+    Raises
+    ------
+    SettingError
+        For a ValueError, TypeError, ArithmeticError or OSError of the block.
+    """
+    try:
+        yield
+    except SettingError as error:
+        raise error.within(key) from error
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+        raise SettingError(key, " ".join(str(error).split())) from error

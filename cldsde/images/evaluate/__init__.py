@@ -1,0 +1,58 @@
+"""How good samples and models are: Fréchet distances, Inception metrics, likelihoods.
+
+All take uint8 images ``(N, C, H, W)`` on the host and return dictionaries of JSON types that hold
+the numbers and what they depend on: settings, hashes of images and weights, versions. Published
+FIDs are of 50,000 samples against the training set in the features of the Inception network of
+2015, resized as TensorFlow 1 did (`inception_metrics`); a distance in any other features, from
+fewer samples or to other images compares with nothing but its like.
+"""
+
+from cldsde.images.evaluate.classifier import (
+    ClassifierFeatures,
+    ImageClassifier,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+from cldsde.images.evaluate.distances import (
+    FeatureStatistics,
+    frechet,
+    frechet_distance,
+    frechet_of,
+    images_sha256,
+)
+from cldsde.images.evaluate.features import (
+    FeatureNetwork,
+    check_features,
+    feature_name,
+    load_features,
+)
+from cldsde.images.evaluate.inception import InceptionMetric, inception_metrics
+from cldsde.images.evaluate.latent_bound import latent_likelihood
+from cldsde.images.evaluate.likelihoods import likelihood
+from cldsde.images.evaluate.shared import UndefinedLikelihoodError
+from cldsde.images.evaluate.weights import INCEPTION_FILE, check_inception_weights
+
+__all__ = [
+    "INCEPTION_FILE",
+    "ClassifierFeatures",
+    "FeatureNetwork",
+    "FeatureStatistics",
+    "ImageClassifier",
+    "InceptionMetric",
+    "UndefinedLikelihoodError",
+    "check_features",
+    "check_inception_weights",
+    "feature_name",
+    "frechet",
+    "frechet_distance",
+    "frechet_of",
+    "images_sha256",
+    "inception_metrics",
+    "latent_likelihood",
+    "likelihood",
+    "load_classifier",
+    "load_features",
+    "save_classifier",
+    "train_classifier",
+]

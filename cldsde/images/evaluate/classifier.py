@@ -1,0 +1,284 @@
+"""A classifier of the data at hand, whose last hidden layer is a feature space that fits them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cldsde.images.evaluate.shared import check_count, check_images, parts
+from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
+from cldsde.linear.checks import check_positive
+from cldsde.progress import progress_bar
+
+__all__ = [
+    "ClassifierFeatures",
+    "ImageClassifier",
+    "load_classifier",
+    "save_classifier",
+    "train_classifier",
+]
+
+_NAME = "cldsde.images.evaluation:ImageClassifier"
+"""Files of results and of statistics know the features by this name: it outlasts the module's."""
+
+_SMALLEST = 8
+_LARGEST_WIDTH = 4096
+
+
+class ImageClassifier(nn.Module):
+    """A small convolutional classifier whose last hidden layer serves as a feature space.
+
+    Parameters
+    ----------
+    channels
+        Channels of an image.
+    classes
+        Number of classes.
+    width
+        Channels of the first convolution; later ones have two and four times as many.
+    size
+        Number of features.
+    """
+
+    def __init__(self, channels: int, classes: int, *, width: int = 16, size: int = 128) -> None:
+        super().__init__()
+        self.architecture = {
+            "channels": channels,
+            "classes": classes,
+            "width": width,
+            "size": size,
+        }
+        for name, value in self.architecture.items():
+            if check_count(value, name) > _LARGEST_WIDTH:
+                msg = f"{name} must be at most {_LARGEST_WIDTH}; got {value}"
+                raise ValueError(msg)
+        widths = (channels, width, 2 * width, 4 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            stride = 2 if i in {1, 2} else 1
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
+        self.body = nn.Sequential(
+            *layers,
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * width, size),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(size, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of images ``(B, C, H, W)`` in [−1, 1]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Activations of the last hidden layer, ``(B, size)``, of images in [−1, 1].
+
+        Raises
+        ------
+        ValueError
+            If the images do not have the channels of the classifier or are below 8 × 8.
+        """
+        channels = self.architecture["channels"]
+        fits = images.ndim == 4 and images.shape[1] == channels
+        if not fits or min(images.shape[2:]) < _SMALLEST:
+            msg = (
+                f"images must have shape (B, {channels}, H, W) with H and W at least {_SMALLEST}; "
+                f"got {tuple(images.shape)}"
+            )
+            raise ValueError(msg)
+        features: Tensor = self.body(images)
+        return features
+
+
+class ClassifierFeatures:
+    """The features of a trained classifier as a `FeatureNetwork`.
+
+    Parameters
+    ----------
+    classifier
+        A trained one; it is put into evaluation mode.
+    device
+        Where to evaluate it.
+    """
+
+    def __init__(self, classifier: ImageClassifier, *, device: torch.device | str = "cpu") -> None:
+        self.classifier = classifier.to(device).eval().requires_grad_(False)
+        self.device = device
+        weights = {key: x.detach().cpu() for key, x in classifier.state_dict().items()}
+        self.name = f"{_NAME}:{tensors_digest(weights)[:16]}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features ``(B, size)`` of uint8 images ``(B, C, H, W)``."""
+        return self.classifier.features(_scaled(images.to(self.device)))
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    held_out: Tensor,
+    held_out_labels: Tensor,
+    *,
+    epochs: int = 3,
+    batch: int = 128,
+    width: int = 16,
+    size: int = 128,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[ImageClassifier, float]:
+    """Train an `ImageClassifier`; return it in evaluation mode with its held-out accuracy.
+
+    The same seed gives the same bits on the same machine with the same number of threads. The
+    global random state is left alone.
+
+    Parameters
+    ----------
+    images, held_out
+        uint8 ``(N, C, H, W)`` and ``(M, C, H, W)``, H and W at least 8.
+    labels, held_out_labels
+        Classes, integers ``(N,)`` and ``(M,)``, counted from 0; the training labels say how many
+        classes there are.
+    epochs
+        Passes over the training images.
+    batch
+        Images a step; the images left over at the end of a pass are skipped.
+    width, size
+        Of the classifier.
+    learning_rate
+        Its peak, in a one-cycle schedule.
+    seed
+        Of the initial weights and the order of the images.
+    device
+        Where to train.
+    progress
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    TypeError
+        If images are no uint8 tensors or labels no integer tensors.
+    ValueError
+        If shapes do not fit or an argument is out of range.
+    """
+    check_images(images, "images", smallest=_SMALLEST)
+    check_images(held_out, "held_out", smallest=_SMALLEST)
+    if held_out.shape[1:] != images.shape[1:]:
+        msg = (
+            f"held_out must have the shape of images, {tuple(images.shape[1:])}; "
+            f"got {tuple(held_out.shape[1:])}"
+        )
+        raise ValueError(msg)
+    classes = _check_labels(labels, "labels", len(images), None)
+    _check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
+    check_count(epochs, "epochs")
+    batch = min(check_count(batch, "batch", least=2), len(images))
+    check_positive(learning_rate, "learning_rate")
+    if batch < 2:
+        msg = f"images must hold at least two; got {len(images)}"
+        raise ValueError(msg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ImageClassifier(images.shape[1], classes, width=width, size=size)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
+    steps = len(images) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, learning_rate, total_steps=epochs * steps
+    )
+    with progress_bar(None, shown=progress, total=epochs * steps, desc="classifier") as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for rows in order[: steps * batch].reshape(-1, batch):
+                logits = model(_scaled(images[rows].to(device)))
+                target = labels[rows].to(device, torch.int64)
+                loss = functional.cross_entropy(logits, target, label_smoothing=0.05)
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+                bar.update()
+    # Sums come in another order where channels are last; saved weights have them first.
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval().requires_grad_(False)
+    hits = 0
+    for part, target in zip(parts(held_out, 512), parts(held_out_labels, 512), strict=True):
+        hits += int((model(_scaled(part.to(device))).argmax(1).cpu() == target.cpu()).sum())
+    return model, hits / len(held_out)
+
+
+def save_classifier(
+    classifier: ImageClassifier, file: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a classifier as safetensors, its architecture in the metadata, whole or not at all.
+
+    Parameters
+    ----------
+    classifier
+        The classifier.
+    file
+        Where to; a file that is there is replaced.
+    metadata
+        Further notes, e.g. the data it was trained on and its accuracy.
+    """
+    notes = {**(metadata or {}), "architecture": json.dumps(classifier.architecture)}
+    save_tensors(file, "ImageClassifier", classifier.state_dict(), notes)
+
+
+def load_classifier(
+    file: Path, *, device: torch.device | str = "cpu"
+) -> tuple[ImageClassifier, dict[str, str]]:
+    """Read what `save_classifier` wrote: the classifier in evaluation mode and the notes.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged or holds something else.
+    """
+    tensors, notes = load_tensors(file, "ImageClassifier")
+    try:
+        # The sizes of the tensors decide before any memory is taken.
+        with torch.device("meta"):
+            model = ImageClassifier(**json.loads(notes.pop("architecture")))
+        model.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        msg = f"{file} is damaged: its weights do not fit its architecture ({brief(error)})"
+        raise ValueError(msg) from error
+    del notes["sha256"]
+    return model.to(device).eval().requires_grad_(False), notes
+
+
+def _check_labels(labels: object, name: str, count: int, classes: int | None) -> int:
+    """Check labels and return the number of classes."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        msg = f"{name} must be a tensor of integers; got {got}"
+        raise TypeError(msg)
+    if labels.shape != (count,):
+        msg = f"{name} must hold one class an image, ({count},); got {tuple(labels.shape)}"
+        raise ValueError(msg)
+    low, high = int(labels.min()), int(labels.max())
+    limit = _LARGEST_WIDTH if classes is None else classes
+    if low < 0 or high >= limit:
+        msg = f"{name} must lie in 0 … {limit - 1}; got {low} to {high}"
+        raise ValueError(msg)
+    return high + 1
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.to(torch.float32) / 127.5 - 1

@@ -1,0 +1,325 @@
+"""Images from a score model: one seed an image, whatever batch or process it is drawn in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_levels
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.latent import VAE
+from cldsde.images.model import ImageSpace
+from cldsde.images.schema import checked_options
+from cldsde.linear import LinearSDE
+from cldsde.progress import progress_bar
+from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
+from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.sampling import device_of, fit_grid
+
+__all__ = [
+    "ImageSampler",
+    "Samples",
+    "check_sampling",
+    "class_batches",
+    "draw_images",
+    "make_solver",
+    "time_grid",
+]
+
+
+def make_solver(sampling: SamplingConfig) -> Solver:
+    """The solver of a configuration.
+
+    Raises
+    ------
+    SettingError
+        If there is none of that name, or it has no such option.
+    """
+    with setting("solver"):
+        solver = find_solver(sampling.solver)
+    options = checked_options(type(solver), sampling.options)
+    with setting("options"):
+        made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
+    return made
+
+
+def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
+    """The longest grid on which a solver takes at most ``nfe`` evaluations of the network.
+
+    The evaluation that denoises counts, and with guidance each evaluation of the score is two.
+    Adaptive solvers get the two ends.
+
+    Raises
+    ------
+    SettingError
+        If no step fits.
+    ValueError
+        If the solver does not apply to the process.
+    """
+    grid: Any = getattr(grids, f"{sampling.grid}_times")
+    end = torch.tensor(sampling.t_end, dtype=torch.float64)
+    last = int(process.evaluations(end)) if sampling.denoise else 0
+    start, budget = process.sde.regular_until, sampling.nfe - last
+    with setting("nfe"):
+        return fit_grid(process, solver, start, sampling.t_end, budget, grid)
+
+
+def check_sampling(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None = None,
+    around: Callable[[Solver], Imputation] | None = None,
+) -> None:
+    """Reject a recipe that cannot sample, before anything is sampled.
+
+    Raises
+    ------
+    SettingError
+        If solver, options, budget and process do not fit; the key is that of `SamplingConfig`.
+    """
+    _plan(score, sampling, sde, around)
+
+
+def _plan(
+    score: Score,
+    sampling: SamplingConfig,
+    sde: LinearSDE | None,
+    around: Callable[[Solver], Imputation] | None,
+) -> Plan:
+    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    solver = make_solver(sampling)
+    try:
+        times = time_grid(process, solver, sampling)
+        return plan(process, solver if around is None else around(solver), times)
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError("solver", str(error)) from error
+
+
+class Samples(NamedTuple):
+    """Images and what they cost.
+
+    Attributes
+    ----------
+    images
+        ``(N, C, H, W)`` uint8 on the host.
+    evaluations
+        Score evaluations of each, ``(N,)`` int64.
+    """
+
+    images: Tensor
+    evaluations: Tensor
+
+
+class ImageSampler:
+    """Sampler of images: process, solver, plan, classes, guidance, inpainting and autoencoder.
+
+    Solver, grid and tables are computed once, for any number of batches. An image depends on its
+    own seed alone, except for rounding in the network, which may depend on the size of the batch.
+
+    Parameters
+    ----------
+    score
+        A `MixedScore`, or any score together with ``sde``.
+    space
+        Shape, grey levels and classes of the images.
+    sampling
+        Solver and budget.
+    sde
+        The forward process; None takes the process of the score.
+    vae
+        The autoencoder that decodes the samples of a process of latent variables.
+    label
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class, or
+        all of them if the model knows no other images.
+    guidance
+        Weight of the class, see `cldsde.GuidedScore`.
+    around
+        Makes an `Imputation` of the solver, if a part of the images is known.
+    batch
+        Images sampled at once.
+    device
+        Device of the states; None takes the device of the score's buffers.
+
+    Raises
+    ------
+    SettingError
+        If solver, budget and process do not fit.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        space: ImageSpace,
+        sampling: SamplingConfig,
+        *,
+        sde: LinearSDE | None = None,
+        vae: VAE | None = None,
+        label: int | Literal["all"] | None = None,
+        guidance: float = 1.0,
+        around: Callable[[Solver], Imputation] | None = None,
+        batch: int = 64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if device is None:
+            device = device_of(score)
+        self._score, self._space, self._sampling = score, space, sampling
+        self._vae, self._device = vae, device
+        self._label, self._guidance, self._batch = label, guidance, batch
+        # Guidance counts, so that the plan is made for a guided score.
+        planned = score if guidance == 1 else self._given(0)
+        self._plan = _plan(planned, sampling, sde, around)
+        imputation: Any = self._plan.solver
+        self._impose = None if around is None else imputation.impose
+
+    def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Classes and seeds of batches; all images of a batch are of one class."""
+        return class_batches(self._space, seeds, self._batch, self._label)
+
+    def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
+        """Sample one image for each seed, as one batch.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²).
+        label
+            Class of all of them; None: no class.
+
+        Raises
+        ------
+        ValueError
+            If a seed is out of range.
+        FloatingPointError
+            If an image is not finite.
+        """
+        sampler, space, vae = self._plan, self._space, self._vae
+        if label is not None:
+            sampler = sampler.with_score(self._given(label))
+        noise = SampleNoise(seeds)
+        shape = space.shape if vae is None else vae.latent_shape
+        start = noise.start(sampler.process.sde, shape, device=self._device)
+        with torch.no_grad():
+            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
+            if not found.success:
+                msg = f"{self._sampling.solver} failed: {found.message}"
+                raise FloatingPointError(msg)
+            data = found.data if self._impose is None else self._impose(found.data)
+            if vae is not None:
+                data = vae.images(data)
+        images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
+        return Samples(images, found.stats["nfev"])
+
+    def _given(self, label: int) -> Score:
+        """The score of a class."""
+        assert self._space.classes is not None
+        # Made on the device: a number of the CPU would be copied there at every evaluation.
+        given, free = (
+            ConditionalScore(self._score, condition=torch.full((), number, device=self._device))
+            for number in (label, self._space.classes)
+        )
+        return given if self._guidance == 1 else GuidedScore(given, free, self._guidance)
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        *,
+        progress: bool = False,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> Samples:
+        """Sample one image for each seed, batch by batch, in the order of the seeds.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²).
+        progress
+            Show a progress bar on stderr.
+        before_batch
+            Called before each batch; an exception ends the sampling.
+
+        Raises
+        ------
+        ValueError, FloatingPointError
+            See `draw`.
+        """
+        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
+            for label, some in self.batches(seeds):
+                before_batch()
+                found = self.draw(some, label)
+                drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
+                bar.update(len(some))
+        return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
+
+
+def draw_images(
+    score: Score,
+    space: ImageSpace,
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> Samples:
+    """Sample one image for each seed with an `ImageSampler` of its own.
+
+    Parameters
+    ----------
+    score, space, sampling
+        See `ImageSampler`.
+    seeds
+        Integers in [0, 2³²).
+    progress
+        Show a progress bar on stderr.
+    **options
+        Further arguments of `ImageSampler`.
+
+    Raises
+    ------
+    SettingError
+        If solver, budget and process do not fit.
+    ValueError
+        If a seed is out of range.
+    FloatingPointError
+        If an image is not finite.
+    """
+    return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
+
+
+def class_batches(
+    space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
+) -> list[tuple[int | None, list[int]]]:
+    """Classes and seeds of batches, all images of one of which are of one class.
+
+    Parameters
+    ----------
+    space
+        The images.
+    seeds
+        Of the images.
+    batch
+        Images of a batch, at most.
+    label
+        The class of all; ``"all"``, or None where the model knows no other than images of a class:
+        class i modulo their number for seed i.
+    """
+    groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
+    if label is not None and label != "all":
+        groups = [(label, list(seeds))]
+    elif space.classes is not None and (label == "all" or space.always_classes):
+        groups = [
+            (c, [seed for seed in seeds if seed % space.classes == c]) for c in range(space.classes)
+        ]
+    return [
+        (label, some[first : first + batch])
+        for label, some in groups
+        for first in range(0, len(some), batch)
+    ]

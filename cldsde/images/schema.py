@@ -1,0 +1,363 @@
+"""Reading and checking of configurations: sections are dataclasses that pydantic validates.
+
+Every error is a `SettingError` that names the key by its place in the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+import tomli_w
+import yaml
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from cldsde.images.errors import SettingError
+
+__all__ = [
+    "Count",
+    "Flag",
+    "Natural",
+    "Number",
+    "Positive",
+    "Share",
+    "as_toml",
+    "check_keys",
+    "check_name",
+    "checked_options",
+    "from_dict",
+    "parse_overrides",
+    "plain",
+    "read_file",
+    "section",
+    "with_overrides",
+]
+
+T = TypeVar("T")
+
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1, le=2**40)]
+"""A positive integer."""
+Natural = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+"""An integer that is not negative."""
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+"""A finite number, not a text."""
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+"""A finite positive number."""
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+"""A number in [0, 1)."""
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+def section(kind: type[T]) -> type[T]:
+    """Make a frozen keyword-only dataclass whose values pydantic checks, with errors as data."""
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made = pydantic.dataclasses.dataclass(kind, frozen=True, kw_only=True, config=config)
+    validate: Callable[..., None] = made.__init__
+
+    def checked(self: Any, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise _setting_error(error, made) from None
+
+    made.__init__ = checked  # type: ignore[assignment,method-assign]
+    # Tools and doctests read the arguments off it.
+    checked.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
+    return made
+
+
+def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
+    """A section, and those in it, from a mapping.
+
+    Parameters
+    ----------
+    kind
+        The section's class.
+    values
+        Keys to values in plain types.
+    prefix
+        Its place in the file, such as ``"training"``.
+
+    Raises
+    ------
+    SettingError
+        If a key is unknown, missing or of the wrong type, or a value out of range.
+    """
+    if not isinstance(values, Mapping):
+        msg = f"must be a section; got {values!r}"
+        raise SettingError(prefix or "the configuration", msg)
+    try:
+        return kind(**{str(key): value for key, value in values.items()})
+    except SettingError as error:
+        raise error.within(prefix) from None
+
+
+def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
+    """The first error of a validation, as data."""
+    first = error.errors(include_url=False)[0]
+    place, cause = first["loc"], first.get("ctx", {}).get("error")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    key = "".join(parts).removeprefix(".")
+    if isinstance(cause, SettingError):
+        return cause.within(key)
+    if first["type"] == "unexpected_keyword_argument":
+        known = [entry.name for entry in dataclasses.fields(_section_at(kind, place[:-1]))]
+        return SettingError(key, _unknown(str(place[-1]), known))
+    return SettingError(key, _reason(error))
+
+
+def _reason(error: ValidationError) -> str:
+    """What pydantic says of a value, as a clause about it."""
+    first, *others = error.errors(include_url=False)
+    if first["type"] == "missing":
+        return "is missing"
+    if first["type"] in {"dataclass_type", "mapping_type"}:
+        return f"must be a section; got {first['input']!r}"
+    # The members of a union each have their say about the same value.
+    same = [first, *(one for one in others if one["input"] is first["input"])]
+    wanted = " or ".join(one["msg"].removeprefix("Input should be ") for one in same)
+    return f"must be {wanted}; got {first['input']!r}"
+
+
+def _section_at(kind: type[Any], place: Sequence[int | str]) -> type[Any]:
+    """The class of the section at a place in another section."""
+    for part in place:
+        if isinstance(part, str):
+            kind = next(
+                filter(dataclasses.is_dataclass, _leaves(typing.get_type_hints(kind)[part]))
+            )
+    return kind
+
+
+def _leaves(hint: Any) -> list[Any]:
+    parts = typing.get_args(hint)
+    return [leaf for part in parts for leaf in _leaves(part)] if parts else [hint]
+
+
+def check_name(name: str, known: Iterable[str], key: str) -> None:
+    """Raise a SettingError, with the nearest valid name, for one that is not known."""
+    if name not in known:
+        msg = f"must be one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
+        raise SettingError(key, msg)
+
+
+def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> None:
+    """Raise a SettingError, with the nearest valid name, for a key that is not known."""
+    for key in values:
+        if key not in known:
+            raise SettingError(f"{prefix}.{key}", _unknown(str(key), list(known)))
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    return f"unknown key{_nearest(key, known)} (known: {', '.join(known) or 'none'})"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def checked_options(
+    make: Callable[..., Any],
+    options: Mapping[str, Any],
+    given: Sequence[str] = (),
+    key: str = "options",
+) -> dict[str, Any]:
+    """Options of a function or class, checked against its signature.
+
+    Parameters
+    ----------
+    make
+        The function or class.
+    options
+        Its arguments by name; those of a dataclass among them may be a mapping.
+    given
+        Arguments that somebody else gives.
+    key
+        Name of the options in errors.
+
+    Raises
+    ------
+    SettingError
+        If an option is unknown, missing or of the wrong type.
+    """
+    hints = typing.get_type_hints(
+        inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
+    )
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(make).parameters.items()
+        if name not in given
+    }
+    check_keys(options, parameters, key)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise SettingError(f"{key}.{name}", "is missing")
+    return {name: _checked(value, hints[name], f"{key}.{name}") for name, value in options.items()}
+
+
+def _checked(value: object, hint: Any, key: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        options = checked_options(hint, value, key=key)
+        try:
+            return hint(**options)
+        except (TypeError, ValueError) as error:
+            raise SettingError(key, str(error)) from error
+    try:
+        return TypeAdapter(hint, config=_STRICT).validate_python(value)
+    except ValidationError as error:
+        raise SettingError(key, _reason(error)) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a file in TOML, YAML or JSON holds, by its suffix.
+
+    In TOML, which has no null, the word ``"none"`` stands for None.
+
+    Raises
+    ------
+    SettingError
+        If it cannot be read or is no such file; the key is the path.
+    """
+    readers: dict[str, Callable[[str], Any]] = {
+        ".toml": lambda text: _from_toml(tomllib.loads(text)),
+        ".yaml": lambda text: yaml.load(text, _Loader),
+        ".yml": lambda text: yaml.load(text, _Loader),
+        ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
+    }
+    if path.suffix not in readers:
+        raise SettingError(str(path), f"a configuration ends in {', '.join(readers)}")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(str(path), f"cannot be read ({error.strerror or error})") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        msg = f"is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())})"
+        raise SettingError(str(path), msg) from error
+    if not isinstance(values, dict):
+        msg = f"must hold sections such as [training]; got {type(values).__name__}"
+        raise SettingError(str(path), msg)
+    return values
+
+
+def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping whose keys stand once each, as in TOML."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            msg = f"duplicate key {key!r}"
+            raise ValueError(msg)
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML with unique keys, and with numbers such as 1e-3 as in YAML 1.2."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dict[str, Any]:
+    """Values of ``key=value`` words, each as TOML writes it, or else a bare word.
+
+    Raises
+    ------
+    SettingError
+        If a word is no ``key=value``; the key is ``"set"``.
+    """
+    values = {}
+    for override in overrides:
+        key, separator, text = (part.strip() for part in override.partition("="))
+        if not separator or not key:
+            raise SettingError("set", f"takes key=value, such as {example}; got {override!r}")
+        try:
+            values[key] = _from_toml(tomllib.loads(f"value = {text}")["value"])
+        except tomllib.TOMLDecodeError:
+            values[key] = _from_toml(text)
+    return values
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A configuration with some values put at ``section.key``; sections are made where missing.
+
+    Raises
+    ------
+    SettingError
+        If a word is no ``key=value``, or a key goes through what is no section.
+    """
+    changed: dict[str, Any] = plain(values)
+    for path, value in parse_overrides(overrides, "training.batch=64").items():
+        place: Any = changed
+        *outer, last = path.split(".")
+        for key in outer:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise SettingError(path, f"{key} is not a section")
+        place[last] = value
+    return changed
+
+
+def plain(value: Any) -> Any:
+    """A value in JSON types: sections as mappings, paths as texts, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return {
+            entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def as_toml(config: Any) -> str:
+    """A configuration, a section, as `read_file` reads it.
+
+    TOML has no None: a field that is None by default is left out, and everywhere else the word
+    ``"none"`` stands for it.
+    """
+    values: dict[str, Any] = _for_toml(config)
+    return tomli_w.dumps(values)
+
+
+def _for_toml(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            entry.name: _for_toml(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+            if getattr(value, entry.name) is not None or entry.default is not None
+        }
+    if isinstance(value, Mapping):
+        return {key: _for_toml(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_toml(item) for item in value]
+    return "none" if value is None else plain(value)
+
+
+def _from_toml(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_toml(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_toml(item) for item in value]
+    return None if value == "none" else value

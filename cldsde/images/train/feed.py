@@ -1,0 +1,112 @@
+"""Batches of a training: images as they are presented, classes and times, each from its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import RunConfig
+from cldsde.images.data import Images, augment
+from cldsde.images.model import ImageSpace
+from cldsde.images.streams import image_order, stream
+from cldsde.images.train.engine import shares
+from cldsde.images.train.objectives import Batch, Times
+from cldsde.score import TimeSampler
+
+__all__ = ["Feed", "Part"]
+
+
+class Part(NamedTuple):
+    """Images that go through the network at once, and their place in the batch."""
+
+    first: int
+    batch: Batch
+
+
+class Feed:
+    """Batches of one process of a training.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    images
+        The training images.
+    space
+        What kind of images they are.
+    samplers
+        Of the times, see `Objective`.
+    process, processes
+        Which share of each batch is read.
+
+    Attributes
+    ----------
+    part_size
+        Images that go through the network at once.
+    block
+        Images that share generators.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Images,
+        space: ImageSpace,
+        samplers: tuple[TimeSampler, ...],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self._config, self._images, self._space = config, images, space
+        self._samplers, self._process = samplers, process
+        self._share, self.part_size, self.block = shares(config, processes)
+
+    def batches(self, loader: ThreadPoolExecutor, start: int) -> Iterator[list[Part]]:
+        """Batches from a step on; the next one is read while one is trained on."""
+        coming = loader.submit(self.load, start)
+        for step in range(start, self._config.training.steps):
+            ready = coming.result()
+            if step + 1 < self._config.training.steps:
+                coming = loader.submit(self.load, step + 1)
+            yield ready
+
+    def load(self, step: int) -> list[Part]:
+        """The parts of a step's batch."""
+        batch, seed = self._config.training.batch, self._config.seed
+        times = tuple(
+            Times(*sampler.sample(batch, generator=stream(seed, "times", step, *which)))
+            for sampler, which in zip(self._samplers, ((), (1,)), strict=False)
+        )
+        order = image_order(seed, len(self._images), step * batch, batch)
+        begin = self._process * self._share
+        loaded = []
+        for first in range(begin, begin + self._share, self.part_size):
+            mine = slice(first, first + self.part_size)
+            x, labels = self._present(step, first, order[mine])
+            loaded.append(Part(first, Batch(x, labels, tuple(some.take(mine) for some in times))))
+        return loaded
+
+    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images as they are shown, and their classes, some of them hidden."""
+        images, classes = self._images, self._space.classes
+        shown, labels = [], []
+        for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
+            draw = stream(self._config.seed, "presentation", step, first // self.block + block)
+            shown.append(
+                augment(
+                    images.load(some),
+                    images.levels,
+                    flip=self._config.data.flip,
+                    dequantise=self._config.data.dequantise,
+                    generator=draw,
+                )
+            )
+            if classes is not None:
+                assert images.labels is not None
+                hidden = torch.rand(len(some), generator=draw) < self._config.network.label_dropout
+                labels.append(images.labels[some].masked_fill(hidden, classes))
+        return torch.cat(shown), torch.cat(labels) if labels else None

@@ -1,0 +1,225 @@
+"""The part of a training that learns: model, average, optimiser, and one step of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cldsde.images.config import RunConfig
+from cldsde.images.data import DataSet, augment
+from cldsde.images.model import DiffusionModel, ImageSpace, Statistics, make_model
+from cldsde.images.streams import stream, stream_seed
+from cldsde.images.train.feed import Feed, Part
+from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.images.train.schedule import learning_rates, step_of_stage
+from cldsde.images.train.state import Meter, TrainingState
+
+__all__ = ["Learner"]
+
+
+class _Core(NamedTuple):
+    """A network as part of the model: the module that it belongs to, and its name there.
+
+    Networks alone are wrapped for several processes, half precision and compilation: times,
+    kernels, noise and loss keep their precision.
+    """
+
+    owner: nn.Module
+    name: str
+    network: nn.Module
+    wrapped: nn.Module
+
+    def use(self, network: nn.Module) -> None:
+        setattr(self.owner, self.name, network)
+
+
+class Learner:
+    """Model, average and optimiser of one process of a training.
+
+    Parameters
+    ----------
+    config, data, statistics
+        As `train` takes them.
+    engine
+        Processes and devices.
+
+    Attributes
+    ----------
+    model, average : DiffusionModel
+        The weights that are trained, and their exponential moving average.
+    feed : Feed
+        Batches of this process.
+    parts : dict of str to Module
+        Parts of the model that have losses and learning rates of their own.
+    meter : Meter
+        Means of losses and of gradients' norms.
+    state : TrainingState
+        All of it, to and from a file.
+    """
+
+    def __init__(
+        self, config: RunConfig, data: DataSet, statistics: Statistics, engine: Accelerator
+    ) -> None:
+        self.config, self.data, self.engine = config, data, engine
+        self.settings = settings = config.training
+        self.space = ImageSpace.of(data.train, config)
+        self.model = make_model(config, self.space, statistics).to(engine.device)
+        self.average: DiffusionModel = (
+            copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+        )
+        self.objective = make_objective(self.model, config)
+        self.feed = Feed(
+            config,
+            data.train,
+            self.space,
+            self.objective.samplers,
+            process=engine.process_index,
+            processes=engine.num_processes,
+        )
+        self.parts = _parts(self.model)
+        optimiser = torch.optim.AdamW(
+            [{"params": list(part.parameters())} for part in self.parts.values()],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=engine.device.type in {"cpu", "cuda"},
+        )
+        self.optimiser = engine.prepare_optimizer(optimiser)
+        self.cores = [
+            _Core(owner, name, network, engine.prepare_model(network))
+            for owner, name, network in _networks(self.model)
+        ]
+        within = {id(p) for core in self.cores for p in core.network.parameters()}
+        self.unshared = [p for p in self.model.parameters() if id(p) not in within]
+        self.meter = Meter(engine, list(self.parts))
+        self.state = TrainingState(
+            config,
+            statistics,
+            {"model": self.model, "average": self.average},
+            optimiser,
+            self.meter,
+            engine,
+        )
+
+    def step(self, step: int, parts: list[Part]) -> None:
+        """Update the weights, and meter this process's mean losses and the gradients' norms."""
+        seed, device = self.config.seed, self.engine.device
+        self.model.train()
+        for core in self.cores:
+            core.use(core.wrapped)
+        for group, rate in zip(
+            self.optimiser.param_groups, learning_rates(self.config, step), strict=True
+        ):
+            group["lr"] = rate
+        self.optimiser.zero_grad()
+        totals = {name: torch.zeros((), device=device) for name in self.parts}
+        for part in parts:
+            count = len(part.batch.images)
+            blocks = range(part.first // self.feed.block, (part.first + count) // self.feed.block)
+            noise = [stream(seed, "noise", step, block, device=device) for block in blocks]
+            torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
+            batch = self._to_device(part.batch)
+            with ExitStack() as together:
+                if part is not parts[-1]:
+                    for core in self.cores:
+                        together.enter_context(self.engine.no_sync(core.wrapped))
+                losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
+                for name, some in losses:
+                    loss = some.mean() / len(parts)
+                    self.engine.backward(loss)
+                    totals[name] += loss.detach()
+        for core in self.cores:
+            core.use(core.network)
+        for parameter in self.unshared:
+            if parameter.grad is not None:
+                parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
+        self.meter.add(totals, self._clip())
+        self.optimiser.step()
+        done = step_of_stage(self.config, step) + 1
+        decay = min(self.settings.ema_decay, done / (done + 9))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.average.parameters()), list(self.model.parameters()), None)
+
+    def _clip(self) -> dict[str, Tensor]:
+        """Limit the gradient of each part; return what its norm was before.
+
+        Together, the encoder's bound would rescale the step of the score, and the other way round.
+        """
+        bound = math.inf if self.settings.clip is None else self.settings.clip
+        self.engine.unscale_gradients()
+        return {
+            name: nn.utils.clip_grad_norm_(part.parameters(), bound)
+            for name, part in self.parts.items()
+        }
+
+    @contextmanager
+    def _frozen_score(self) -> Iterator[None]:
+        """Hold the weights of the score fast, and share no gradients of theirs, for a while."""
+        score = self.model.score
+        own = [core for core in self.cores if core.owner is score]
+        for core in own:
+            core.use(core.network)
+        score.requires_grad_(requires_grad=False)
+        try:
+            yield
+        finally:
+            score.requires_grad_(requires_grad=True)
+            for core in own:
+                core.use(core.wrapped)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.engine.device
+        images, labels, times = batch
+        return Batch(
+            images.to(device, non_blocking=True),
+            None if labels is None else labels.to(device, non_blocking=True),
+            times,
+        )
+
+    @torch.no_grad()
+    def held_out(self, step: int) -> float | None:
+        """Mean of the objective over images not trained on, at times and noise that stay."""
+        images = self.data.held_out
+        if images is None:
+            return None
+        count = min(len(images), self.settings.held_out)
+        # Neighbours in the data set get times that are far apart.
+        order = torch.randperm(count, generator=stream(0, "held-out times"))
+        times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
+        noise = stream(0, "held-out noise", device=self.engine.device)
+        draw = stream(0, "held-out presentation")
+        sums = []
+        for rows in torch.arange(count).split(self.feed.part_size):  # type: ignore[no-untyped-call]
+            x = augment(
+                images.load(rows),
+                images.levels,
+                flip=False,
+                dequantise=self.config.data.dequantise,
+                generator=draw,
+            )
+            conditional = self.space.classes is not None and images.labels is not None
+            labels = cast(Tensor, images.labels)[rows] if conditional else None
+            batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
+            sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
+        return float(torch.stack(sums).sum()) / count
+
+
+def _networks(model: DiffusionModel) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The networks of a model, each with the module that it belongs to and its name there."""
+    found: list[tuple[nn.Module, str, nn.Module]] = [(model.score, "network", model.score.network)]
+    if model.vae is not None:
+        found += [(model.vae, name, getattr(model.vae, name)) for name in ("encoder", "decoder")]
+    return found
+
+
+def _parts(model: DiffusionModel) -> dict[str, nn.Module]:
+    """What has losses and a learning rate of its own, by name."""
+    parts: dict[str, nn.Module] = {"score": model.score}
+    return parts if model.vae is None else {**parts, "autoencoder": model.vae}

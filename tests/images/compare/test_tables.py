@@ -1,0 +1,127 @@
+"""Tables of comparisons: what is best, how many digits, and why something is not there."""
+
+from __future__ import annotations
+
+from cldsde.images.compare.report import plot_measure
+from cldsde.images.compare.tables import measures_of, tables
+
+
+def row(model: str, label: str, *cells: dict, adaptive: bool = False) -> dict:
+    fixed = {"atol": 0.0078} if label == "GGF" else {}
+    about = {"model": model, "label": label, "adaptive": adaptive, "fixed": fixed}
+    return {**about, "cells": list(cells)}
+
+
+def cell(budget: float, nfe: float, *values: float, measure: str = "fd") -> dict:
+    return {"budget": budget, "nfe": nfe, "repeats": 2, "measures": {measure: list(values)}}
+
+
+RESULTS = {
+    "rows": [
+        row("CLD", "EM", cell(10, 10, 12.25, 12.75), cell(20, 20, 0.5, 0.54)),
+        row("CLD", "SSCS", cell(10, 10, 14.0, 15.0), cell(20, 20, 0.4, 0.44)),
+        row("VP", "PC", cell(10, 9, 0.3, 0.32), {"budget": 20, "repeats": 0, "reason": "NaN"}),
+        row("VP", "ODE", cell(1e-3, 87.4, 0.0123456), adaptive=True),
+    ],
+    "models": {
+        "CLD": {
+            "process": "CLD()",
+            "parameters": {"score": 1234, "autoencoder": 0},
+            "shape": [1, 8, 8],
+            "latent_shape": None,
+            "images": 10,
+            "prior_images": None,
+            "seconds": None,
+            "bits": {"reason": "no"},
+        }
+    },
+}
+
+
+def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_told():
+    fixed, adaptive, models = tables(RESULTS)
+    text = fixed.markdown().splitlines()
+    assert text[2:7] == [
+        "| model | sampler | 10 | 20 |",
+        "| --- | --- | ---: | ---: |",
+        "| CLD | EM | **12.5 ± 0.4** | 0.520 ± 0.028 |",
+        "| CLD | SSCS | 14.5 ± 0.7 | **0.420 ± 0.028** |",
+        "| VP | PC | 0.310 ± 0.014 (9) |  |",
+    ]
+    assert fixed.remarks[0].startswith("In brackets")
+    assert fixed.remarks[1] == "Bold: the best sampler of a model at a budget."
+    assert fixed.remarks[2] == "VP, PC, 20: NaN."
+    assert "| VP | ODE | 0.0123 (87) |" in adaptive.markdown()
+    assert models.remarks == ["CLD has no bits a dimension: no."]
+
+
+def test_which_tolerance_a_column_is_stands_below_it():
+    rows = [
+        row("VP", "ODE", cell(0.1, 87.4, 0.01), adaptive=True),
+        row("VP", "GGF", cell(0.1, 30.2, 0.02), adaptive=True),
+    ]
+    [table] = tables({"rows": rows, "models": {}})
+    assert table.remarks[1] == (
+        "A tolerance is rtol and atol of the solver. Of VP, GGF, it is rtol: atol = 0.0078."
+    )
+
+
+def test_what_differs_between_models_stands_in_their_table_and_below():
+    pixels = RESULTS["models"]["CLD"]
+    kinds = {"a density": False, "a bound": True}
+
+    def bits(quantity, t_min):
+        numbers = {"bits_per_dim": 3.0, "standard_error": None, "is_bound": kinds[quantity]}
+        return {**numbers, "quantity": quantity, "t_min": t_min}
+
+    latent = {
+        **pixels,
+        "parameters": {"score": 1234, "autoencoder": 5678},
+        "latent_shape": [2, 4, 4],
+        "images": 250048,
+        "prior_images": 150016,
+        "bits": bits("a bound", 0.01),
+    }
+    models = {
+        "VP": {**pixels, "bits": bits("a density", 0.001)},
+        "VE": {**pixels, "bits": bits("a density", 0.001)},
+        "LSGM": latent,
+    }
+    rows = [row(name, "EM", cell(10, 10, 1.0)) for name in models]
+    measures, table = tables({"rows": rows, "models": models})
+    [remark] = measures.remarks
+    assert remark.startswith("LSGM: an evaluation of the score is of 2 × 4 × 4 latent variables")
+    assert "images are means of p(x | z)" in remark
+    assert not any(entry.best for line in measures.rows for entry in line)
+    assert [entry.text for entry in table.rows[2][2:]] == [
+        "1,234",
+        "5,678",
+        "250,048",
+        "150,016",
+        "",
+        "≤ 3.000",
+    ]
+    assert [entry.text for entry in table.rows[0][2:6]] == ["1,234", "", "10", ""]
+    assert table.remarks == [
+        "Bits of VP, VE: a density; t_min = 0.001.",
+        "Bits of LSGM: a bound; t_min = 0.01.",
+    ]
+
+
+def test_precision_is_better_where_it_is_higher():
+    rows = [
+        row("A", "x", cell(5, 5, 0.4, measure="precision")),
+        row("A", "y", cell(5, 5, 0.6, measure="precision")),
+        row("B", "y", cell(5, 5, 0.7, measure="precision")),
+    ]
+    [table] = tables({"rows": rows, "models": {}})
+    assert [line[2].best for line in table.rows] == [False, True, False]
+
+
+def test_each_model_has_a_panel_with_the_rows_of_the_others_in_grey():
+    figure = plot_measure(RESULTS, *measures_of(RESULTS))
+    cld, vp = figure.axes
+    assert [axes.get_title() for axes in (cld, vp)] == ["CLD", "VP"]
+    assert [text.get_text() for text in vp.get_legend().get_texts()] == ["PC", "ODE"]
+    grey = [line for line in cld.get_lines() if line.get_color() == "0.82"]
+    assert len(grey) == 2

@@ -1,0 +1,206 @@
+"""Fréchet distances: the closed form, statistics by batches, and any features."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from cldsde.images.evaluate import (
+    FeatureStatistics,
+    frechet,
+    frechet_distance,
+    frechet_of,
+    images_sha256,
+)
+from image_data import noise
+
+
+def samples_with_moments(mean: list[float], covariance: list[list[float]]) -> torch.Tensor:
+    """Points whose sample mean and covariance are exactly the given ones, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, len(mean), generator=generator, dtype=torch.float64)
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
+    root = torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64))
+    return (root @ white).T + torch.tensor(mean, dtype=torch.float64)
+
+
+def test_distance_of_commuting_gaussians_has_the_closed_form():
+    first = samples_with_moments([0.0, 1.0], [[4.0, 0.0], [0.0, 1.0]])
+    second = samples_with_moments([3.0, 1.0], [[1.0, 0.0], [0.0, 9.0]])
+    # |m₁ − m₂|² + Σ (σ₁ − σ₂)² = 9 + 1 + 4; rounding of 50-term sums.
+    assert frechet_distance(first, second) == pytest.approx(14.0, rel=1e-12)
+
+
+def test_distance_of_two_dimensional_gaussians_has_the_closed_form():
+    a, b = [[2.0, 0.5], [0.5, 1.0]], [[1.0, -0.3], [-0.3, 3.0]]
+    # tr √(AB) of a 2×2 product is √(tr AB + 2 √det AB).
+    A, B = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    overlap = ((A @ B).trace() + 2 * (A.det() * B.det()).sqrt()).sqrt()
+    expected = float(A.trace() + B.trace() - 2 * overlap)
+    distance = frechet_distance(
+        samples_with_moments([0.0, 0.0], a), samples_with_moments([0.0, 0.0], b)
+    )
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_is_symmetric_and_zero_for_equal_sets():
+    x = samples_with_moments([0.0, 0.0], [[1.0, 0.9], [0.9, 1.0]])
+    y = samples_with_moments([1.0, 0.0], [[2.0, 0.1], [0.1, 1.0]])
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-12)
+    # The root loses half of the digits where a covariance is nearly singular; here it is not.
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (torch.zeros(3, 2), torch.zeros(3, 3), r"\(n, F\) and \(m, F\)"),
+        (torch.zeros(3), torch.zeros(3), r"\(n, F\) and \(m, F\)"),
+        (torch.zeros(1, 2), torch.zeros(3, 2), "two rows"),
+        (torch.full((3, 2), torch.nan), torch.zeros(3, 2), "finite"),
+    ],
+)
+def test_distance_refuses_what_has_no_covariance(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(first, second)
+
+
+def flat(images):
+    return images.flatten(1).double() / 10
+
+
+def offset(images):
+    """Features whose mean is large against their spread, where naive sums cancel."""
+    return images.flatten(1).double() + 1e6
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+@pytest.mark.parametrize("features", [flat, offset])
+def test_streaming_statistics_equal_direct_ones(batch, features):
+    images = noise(150, 0)
+    found = FeatureStatistics.of(images, features, batch=batch)
+    x = flat(images) if features is flat else images.flatten(1).double()
+    mean = x.mean(0) if features is flat else x.mean(0) + 1e6
+    assert torch.allclose(found.mean, mean, rtol=1e-12, atol=0)
+    # Means of 1e6 are known to 1e-10 only, an error that comes into the covariance squared; the
+    # centred values carry it to first order, 1e-10 against a spread of 74.
+    scale = float(torch.cov(x.T).diagonal().max())
+    tolerance = 1e-12 if features is flat else 1e-11
+    assert torch.allclose(found.covariance, torch.cov(x.T), rtol=0, atol=tolerance * scale)
+    assert found.count == 150
+
+
+@pytest.mark.parametrize("top", [256, 100])
+def test_distance_equals_the_square_root_of_the_product(top):
+    first, second = noise(120, 0), noise(90, 1, top=top)
+    a, b = flat(first).numpy(), flat(second).numpy()
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b)
+    shift = a.mean(0) - b.mean(0)
+    expected = float(shift @ shift + np.trace(cov_a + cov_b - 2 * root.real))
+    found = frechet(first, second, flat, batch=32)
+    # Sixteen features, covariances of condition 10: rounding of some 1e-15 of the traces.
+    assert found["frechet_distance"] == pytest.approx(expected, rel=1e-10)
+    direct = frechet_distance(flat(first), flat(second))
+    assert found["frechet_distance"] == pytest.approx(direct, rel=1e-11)
+
+
+def test_result_says_what_it_depends_on():
+    first, second = noise(20, 0), noise(12, 1)
+    found = json.loads(json.dumps(frechet(first, second, flat, name="mine")))
+    assert found["features"] == "mine"
+    assert (found["samples"], found["reference_samples"], found["feature_count"]) == (20, 12, 16)
+    assert found["samples_sha256"] == images_sha256(first)
+    assert found["singular"]  # 12 images, 16 features
+    assert set(found["versions"]) == {"cldsde", "torch"}
+
+
+def test_hash_of_images_knows_their_shape_and_bytes():
+    images = noise(5000, 0, (1, 2, 2))
+    assert images_sha256(images) == images_sha256(images.clone())
+    assert images_sha256(images) != images_sha256(images.reshape(5000, 1, 1, 4))
+    changed = images.clone()
+    changed[-1, 0, 1, 1] ^= 1
+    assert images_sha256(images) != images_sha256(changed)
+    # Views with other strides hold the same images.
+    assert images_sha256(images.mT.contiguous().mT) == images_sha256(images)
+
+
+def test_saved_statistics_come_back_bit_for_bit_and_serve_as_a_reference(tmp_path):
+    first, second = noise(40, 0), noise(50, 1)
+    file = tmp_path / "statistics.safetensors"
+    statistics = FeatureStatistics.of(second, flat)
+    statistics.save(file)
+    again = FeatureStatistics.load(file)
+    assert torch.equal(again.mean, statistics.mean)
+    assert torch.equal(again.covariance, statistics.covariance)
+    assert (again.count, again.features) == (50, statistics.features)
+    assert frechet(first, again, flat) == frechet(first, second, flat)
+
+
+def test_damaged_statistics_are_refused(tmp_path):
+    file = tmp_path / "statistics.safetensors"
+    FeatureStatistics.of(noise(40, 0), flat).save(file)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"statistics\.safetensors is damaged"):
+        FeatureStatistics.load(file)
+
+
+def test_statistics_of_other_features_are_refused():
+    images = noise(20, 0)
+    statistics = FeatureStatistics.of(images, offset)
+    with pytest.raises(ValueError, match=r"reference must be in the features .*flat.*offset"):
+        frechet(images, statistics, flat)
+    with pytest.raises(ValueError, match="of the same features"):
+        frechet_of(statistics, FeatureStatistics.of(images, flat))
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (lambda x: x.flatten(1), TypeError, "floating-point tensor.*uint8"),
+        (lambda _: None, TypeError, "got NoneType"),
+        (lambda x: x.float(), ValueError, r"must return \(B, F\)"),
+        (lambda x: x.float().flatten(1)[1:], ValueError, "one row an image"),
+        (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
+        (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
+        (3, TypeError, "features must be a callable"),
+    ],
+)
+def test_networks_that_return_something_else_are_refused(features, error, message):
+    with pytest.raises(error, match=message):
+        frechet(noise(5, 0), noise(5, 1), features, batch=3)
+
+
+@pytest.mark.parametrize(
+    ("images", "reference", "batch", "message"),
+    [
+        (noise(1, 0), noise(5, 0), 8, "images must hold at least 2 images; got 1"),
+        (noise(5, 0), noise(1, 0), 8, "reference must hold at least 2 images; got 1"),
+        (noise(5, 0), noise(5, 0, (1, 5, 4)), 8, "reference must have the shape of images"),
+        (noise(5, 0), noise(5, 0), 0, "batch must be an integer of at least 1"),
+    ],
+)
+def test_frechet_refuses_before_any_work(images, reference, batch, message):
+    network = mock.Mock()
+    with pytest.raises(ValueError, match=message):
+        frechet(images, reference, network, batch=batch, name="mock")
+    network.assert_not_called()
+
+
+def test_bar_is_shown_only_when_asked_for(capsys):
+    images = noise(4, 0, (1, 2, 2))
+    frechet(images, images, flat)
+    assert capsys.readouterr() == ("", "")
+    frechet(images, images, flat, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "features" in err

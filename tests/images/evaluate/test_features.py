@@ -1,0 +1,116 @@
+"""Finding a user's feature network, and its name."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from cldsde.images.evaluate import (
+    ImageClassifier,
+    check_features,
+    feature_name,
+    load_features,
+)
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """A module of a user's."""
+    (tmp_path / "user_networks.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+
+            def flat(images):
+                return images.flatten(1).double()
+
+            class Network(torch.nn.Module):
+                def __init__(self, width=3):
+                    super().__init__()
+                    self.layer = torch.nn.Linear(width, width)
+
+                def forward(self, images):
+                    return images.float().mean((2, 3))
+
+            class Needy:
+                def __init__(self, weights):
+                    pass
+
+            class Failing:
+                def __init__(self):
+                    raise RuntimeError("no weights")
+
+            class Box:
+                flat = staticmethod(flat)
+
+            number = 3
+            """
+        )
+    )
+    (tmp_path / "user_broken.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "user_syntax.py").write_text("def flat(images:\n")
+    (tmp_path / "user_exits.py").write_text("raise SystemExit(99)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("user_networks", None)
+
+
+@pytest.mark.usefixtures("networks")
+def test_functions_and_classes_are_found():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    flat = load_features("user_networks:flat")
+    assert flat(images).shape == (2, 48)
+    assert feature_name(flat) == "user_networks:flat"
+    network = load_features("user_networks:Network")
+    assert network(images).shape == (2, 3)
+    assert feature_name(network) == "user_networks:Network"
+    assert not network.training
+    assert not any(x.requires_grad for x in network.parameters())
+    assert load_features("user_networks:Box.flat")(images).shape == (2, 48)
+
+
+@pytest.mark.usefixtures("networks")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("user_networks", ValueError, "must be 'module:attribute'"),
+        ("user_networks:", ValueError, "must be 'module:attribute'"),
+        ("./user_networks.py:flat", ValueError, "must be 'module:attribute'"),
+        (None, ValueError, "must be 'module:attribute'.*got None"),
+        ("no_such_module:flat", ValueError, "no module 'no_such_module'.*PYTHONPATH"),
+        ("user_networks.sub:flat", ValueError, "no module"),
+        ("user_networks:round", ValueError, "'user_networks' has no attribute 'round'"),
+        ("user_networks:number", ValueError, "must be callable.*is int"),
+        ("user_networks:Needy", ValueError, "made without arguments.*weights"),
+        ("user_networks:Failing", ValueError, r"cannot be made \(RuntimeError: no weights\)"),
+        ("builtins:type", ValueError, "cannot be made"),
+        ("user_syntax:flat", ValueError, r"'user_syntax' cannot be imported \(SyntaxError"),
+        ("user_exits:flat", ValueError, r"cannot be imported \(SystemExit: 99"),
+        ("user_broken:flat", ModuleNotFoundError, "a_module_that_is_not_there"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused(name, error, message):
+    with pytest.raises(error, match=message):
+        load_features(name)
+
+
+def test_class_instead_of_a_network_is_refused():
+    with pytest.raises(TypeError, match="features must be a callable"):
+        feature_name(ImageClassifier)
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        (torch.flatten, "TypeError: features must return a floating-point tensor"),
+        (lambda images: images.float(), r"ValueError: features must return \(B, F\)"),
+        (lambda images: images.flatten(1) @ torch.ones(3), "RuntimeError"),
+        (lambda: None, "TypeError"),
+    ],
+)
+def test_what_makes_no_features_of_the_images_is_refused(features, words):
+    with pytest.raises(ValueError, match=rf"makes none of images \(2, 3, 4, 4\) \({words}"):
+        check_features(features, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

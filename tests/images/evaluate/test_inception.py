@@ -1,0 +1,242 @@
+"""Metrics in the features of Inception: their values, and the files that they read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import socket
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from cldsde.images.evaluate import INCEPTION_FILE, images_sha256, inception_metrics
+from cldsde.images.evaluate.weights import plain_loads
+from image_data import noise
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights of the network, scaled so that its features are of order 1."""
+    fidelity = pytest.importorskip("torch_fidelity")
+    with (
+        torch.random.fork_rng(devices=[]),
+        mock.patch(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+            return_value={},
+        ),
+        mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        torch.manual_seed(0)
+        network = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
+        for name, x in network.named_parameters():
+            if name.endswith("conv.weight"):
+                torch.nn.init.kaiming_normal_(x)
+    file = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        msg = "the network was asked for"
+        raise AssertionError(msg)
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def own_features(file, images):
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3("own", ["2048"], feature_extractor_weights_path=str(file))
+    return network(images.expand(-1, 3, -1, -1))[0]
+
+
+@pytest.mark.usefixtures("offline")
+def test_inception_metrics_equal_those_of_the_same_features(
+    inception, tmp_path, capfd, monkeypatch
+):
+    images, reference = noise(10, 0, (1, 8, 8)), noise(10, 1, (1, 8, 8), top=128)
+    random_state = torch.get_rng_state()
+    arguments = {"kid_subsets": 2, "kid_subset_size": 10, "batch": 4, "seed": 3, "source": "test"}
+    found = inception_metrics(images, reference, inception, cache=tmp_path, **arguments)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") is None
+    assert capfd.readouterr() == ("", "")
+    # The cache holds what the extractor made of the reference.
+    kept = next(file for file in tmp_path.iterdir() if file.name.endswith("features-2048.pt"))
+    x = own_features(inception, images).double()
+    y = torch.load(kept, weights_only=True).double()
+    numbers = {name: entry["value"] for name, entry in found["metrics"].items()}
+    assert set(numbers) == {"fid", "kid", "isc", "precision", "recall", "f_score"}
+    # Of ten images a covariance is a product X Xᵀ of few columns, and tr (C₁C₂)^½ the sum of the
+    # singular values of XᵀY. torch-fidelity takes roots of 2,048 eigenvalues, of which all but nine
+    # are rounding errors of some 1e-17 of the traces squared: 2,048 · 3e-9 of the traces.
+    traces = float(x.var(0).sum() + y.var(0).sum())
+    overlap = torch.linalg.svdvals((x - x.mean(0)) @ (y - y.mean(0)).T / 9).sum()
+    fid = float((x.mean(0) - y.mean(0)).square().sum() + traces - 2 * overlap)
+    assert numbers["fid"] == pytest.approx(fid, abs=1e-5 * traces)
+    assert numbers["fid"] > 0.1 * traces  # the tolerance means something
+    # All images are in each subset, so that KID is the unbiased estimate itself.
+    kernel = lambda a, b: (a @ b.T / 2048 + 1) ** 3  # noqa: E731
+    off = 1 - torch.eye(10, dtype=torch.float64)
+    own = sum(float((kernel(z, z) * off).sum()) / 90 for z in (x, y))
+    assert numbers["kid"] == pytest.approx(own - 2 * float(kernel(x, y).mean()), rel=1e-4)
+    assert numbers["isc"] == pytest.approx(1.0)  # ten splits of one image each
+    # Precision: the share of images within reach of the third neighbour of a reference image.
+    reach = torch.cdist(y, y).kthvalue(4).values
+    assert numbers["precision"] == pytest.approx(
+        float((torch.cdist(x, y) <= reach).any(1).double().mean())
+    )
+    assert (found["samples"], found["reference_samples"]) == (10, 10)
+    assert found["channels"] == "grey repeated to three"
+    assert found["source"] == "test"
+    assert not found["weights"]["published"]
+    assert found["metrics"]["kid"]["spread"] == pytest.approx(0.0, abs=1e-6)
+    assert found["metrics"]["kid"]["spread_is"] == "standard deviation over 2 subsets of 10"
+    assert found["metrics"]["fid"]["spread"] is None
+    json.dumps(found)
+
+    # The reference comes from the cache, and what is damaged there is refused.
+    for file in tmp_path.iterdir():
+        assert file.name.startswith(f"cldsde-{images_sha256(reference)[:32]}")
+    seen = []
+    monkeypatch.setattr(
+        "cldsde.images.evaluate.inception._Coloured.__getitem__",
+        lambda self, index: seen.append(index) or self.images[index].expand(3, -1, -1),
+    )
+    again = inception_metrics(images[:4], reference, inception, metrics=["prc"], cache=tmp_path)
+    assert sorted(seen) == [0, 0, 1, 2, 3]  # the first one is looked at twice
+    assert 0 <= again["metrics"]["precision"]["value"] <= 1
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cache: .*2048\.pt is damaged.*delete it"):
+        inception_metrics(images, reference, inception, cache=tmp_path, **arguments)
+
+
+@pytest.mark.slow
+def test_fid_of_identical_sets_is_zero(inception):
+    images = noise(12, 0, (3, 8, 8))
+    found = inception_metrics(images, images, inception, metrics=["fid"])
+    traces = 2 * float(own_features(inception, images).double().var(0).sum())
+    # As above: roots of eigenvalues that are rounding errors.
+    assert found["metrics"]["fid"]["value"] == pytest.approx(0.0, abs=1e-5 * traces)
+    assert found["channels"] == "three"
+
+
+class Bomb:
+    """What a pickle must not do."""
+
+    def __reduce__(self):
+        return (exit, (3,))
+
+
+def file_of(kind: str, file, inception) -> None:
+    if kind == "truncated":
+        file.write_bytes(inception.read_bytes()[:1_000_000])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("<html>404</html>")
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps(Bomb(), protocol=2))
+    elif kind == "code":
+        torch.save({"fc.weight": Bomb()}, file)
+    elif kind == "list":
+        torch.save([torch.zeros(1)], file)
+    elif kind == "other":
+        torch.save({"weight": torch.zeros(1)}, file)
+    elif kind == "nan":
+        torch.save({"weight": torch.full((1,), torch.nan)}, file)
+    elif kind == "shape":
+        state = torch.load(inception, weights_only=True)
+        torch.save({**state, "fc.bias": torch.zeros(1000)}, file)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "damaged, or holds other things"),
+        ("empty", "damaged, or holds other things"),
+        ("text", "damaged, or holds other things"),
+        ("pickle", "damaged, or holds other things"),
+        ("code", "damaged, or holds other things"),
+        ("list", "dictionary of tensors; got list"),
+        ("other", "names or shapes.*Missing key"),
+        ("nan", "NaN or infinity"),
+        ("shape", "names or shapes.*fc.bias"),
+    ],
+)
+def test_other_files_than_weights_are_refused_by_name(kind, message, inception, tmp_path):
+    file = tmp_path / "mine.pth"
+    file_of(kind, file, inception)
+    images = noise(10, 0, (1, 8, 8))
+    with pytest.raises(ValueError, match=rf"weights: .*mine\.pth .*{message}"):
+        inception_metrics(images, images, file, metrics=["fid"])
+
+
+def test_code_in_the_cache_is_not_run(inception, tmp_path):
+    images = noise(10, 0, (1, 8, 8))
+    weights = hashlib.sha256(inception.read_bytes()).hexdigest()
+    file = tmp_path / f"cldsde-{images_sha256(images)[:32]}-{weights[:32]}-features-2048.pt"
+    torch.save([Bomb()], file)
+    with pytest.raises(ValueError, match=r"cache: .*2048\.pt is damaged or holds code"):
+        inception_metrics(images, images, inception, metrics=["fid"], cache=tmp_path)
+    # Nor would it be if it came there later, though torch-fidelity asks for it.
+    with plain_loads(), pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=False)
+
+
+@pytest.mark.usefixtures("offline")
+def test_missing_weights_are_asked_for_and_not_fetched(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    images = noise(10, 0, (1, 8, 8))
+    message = r"no file .*absent\.pth; get weights-inception-2015-12-05-6726825d\.pth.*https://"
+    with pytest.raises(FileNotFoundError, match=message):
+        inception_metrics(images, images, tmp_path / "absent.pth", metrics=["fid"])
+
+
+def test_missing_torch_fidelity_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    images = noise(10, 0, (1, 8, 8))
+    with pytest.raises(ImportError, match=r"torch-fidelity: pip install 'cldsde\[images\]'"):
+        inception_metrics(images, images, tmp_path / "absent.pth", metrics=["fid"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": []}, "metrics must be some of 'fid', 'kid', 'isc', 'prc'; got"),
+        ({"metrics": "fid"}, "metrics must be some of"),
+        ({"metrics": ["is"]}, "metrics must be some of"),
+        (
+            {"metrics": ["kid"]},
+            "images must hold at least 1000 images, for kid_subset_size; got 10",
+        ),
+        ({"metrics": ["prc"], "images": noise(3, 0)}, "at least 4 images, for 3 neighbours"),
+        (
+            {"images": noise(9, 0), "metrics": ["isc"]},
+            "images must hold at least 10 images, for 10 splits",
+        ),
+        ({"images": noise(10, 0, (2, 4, 4))}, "reference must have the shape of images"),
+        (
+            {"images": noise(10, 0, (2, 4, 4)), "reference": noise(10, 0, (2, 4, 4))},
+            "images must have 1 or 3 channels; got 2",
+        ),
+        ({"device": "mps"}, "device must be 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "cuda:99"}, "this machine has no cuda:99"),
+        ({"seed": 2**32}, "seed must lie in"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"batch": 0}, "batch must be"),
+    ],
+)
+def test_inception_refuses_before_it_reads_the_weights(changes, message, tmp_path):
+    arguments = {"images": noise(10, 0), "reference": noise(10, 1), "metrics": ["fid"]}
+    with pytest.raises(ValueError, match=message):
+        inception_metrics(weights=tmp_path / "absent.pth", **{**arguments, **changes})

@@ -1,0 +1,139 @@
+"""Likelihoods of images under score models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from cldsde import CLD, VPSDE, GaussianMixture
+from cldsde.images.evaluate import likelihood
+from cldsde.score import ReverseProcess, dequantise
+from image_data import noise
+
+
+def gaussian(dimension: int = 4, spread: float = 0.3) -> GaussianMixture:
+    covariance = spread**2 * torch.eye(dimension, dtype=torch.float64)
+    return GaussianMixture([1.0], torch.zeros(1, dimension), covariance.unsqueeze(0))
+
+
+def closed_form(images, *, levels, seed, scale="bins", spread=0.3):
+    """Bits of N(0, spread²) at the images as they are dequantised."""
+    end = 1.0 if scale == "bins" else levels / (levels - 1)
+    generator = torch.Generator().manual_seed(seed)
+    x = dequantise(images, count=levels, low=-end, high=end, generator=generator).double()
+    law = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), spread)
+    nats = -law.log_prob(x).flatten(1).mean(1) - math.log(2 * end / levels)
+    return nats / math.log(2)
+
+
+@pytest.mark.parametrize(("levels", "scale"), [(256, "bins"), (17, "bins"), (17, "ends")])
+def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
+    images = noise(6, 0, (1, 2, 2), top=levels)
+    sde = VPSDE()
+    found = likelihood(
+        ReverseProcess(sde, gaussian().score(sde)),
+        images,
+        levels=levels,
+        scale=scale,
+        seed=5,
+        batch=4,
+        divergence="exact",
+    )
+    exact = closed_form(images, levels=levels, seed=5, scale=scale)
+    # The prior is the law at T up to e^{−B/2} = 0.007 of the mean, which is squared in the density;
+    # t_min = 1e-5 adds 1e-6 to a variance of 0.09, the ODE's tolerance 1e-5 nats a datum.
+    assert found["bits_per_dim"] == pytest.approx(float(exact.mean()), abs=2e-4)
+    # The standard error is that of the mean over images.
+    assert found["standard_error"] == pytest.approx(float(exact.std()) / math.sqrt(6), rel=1e-2)
+    assert not found["is_bound"]
+    assert found["settings"]["kind"] == "exact"
+    assert "exact up to its tolerance" in found["quantity"]
+    assert found["nfev"] > 10
+    json.dumps(found)
+
+
+def test_hutchinson_agrees_on_a_linear_score():
+    # The Jacobian is diagonal, where signs give the trace without noise.
+    images = noise(5, 0, (1, 2, 2))
+    sde = VPSDE()
+    process = ReverseProcess(sde, gaussian().score(sde))
+    exact, estimated = (
+        likelihood(process, images, divergence=divergence)["bits_per_dim"]
+        for divergence in ("exact", "hutchinson")
+    )
+    assert estimated == pytest.approx(exact, abs=1e-5)  # float32 states
+
+
+def test_bound_of_langevin_diffusion_is_above_the_bits_of_the_density():
+    images = noise(40, 0, (1, 2, 2))
+    sde = CLD()
+    found = likelihood(gaussian().score(sde), images, seed=1, t_min=1e-2)
+    exact = closed_form(images, levels=256, seed=1)
+    assert found["is_bound"]
+    assert found["settings"]["kind"] == "bound"
+    assert "negative lower bound" in found["quantity"]
+    # The bound holds in expectation; its noise and that of the data are in the standard error. With
+    # an exact score the gap is that between q(z|x) and the posterior, small against a bit.
+    gap = found["bits_per_dim"] - float(exact.mean())
+    assert -3 * found["standard_error"] < gap < 0.5
+
+
+def test_one_image_has_no_standard_error_and_the_seed_decides():
+    images = noise(1, 0, (1, 2, 2))
+    score = gaussian().score(VPSDE())
+    first, same, other = (likelihood(score, images, seed=seed) for seed in (0, 0, 1))
+    assert first["standard_error"] is None
+    assert first == same
+    assert first["bits_per_dim"] != other["bits_per_dim"]
+
+
+def test_bar_is_shown_only_when_asked_for(capsys):
+    images = noise(4, 0, (1, 2, 2))
+    score = gaussian().score(VPSDE())
+    likelihood(score, images, rtol=1e-2, atol=1e-2)
+    assert capsys.readouterr() == ("", "")
+    likelihood(score, images, rtol=1e-2, atol=1e-2, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "likelihood" in err
+
+
+class Network(torch.nn.Module):
+    """A module as a score, in training mode."""
+
+    sde = VPSDE()
+
+    def forward(self, z, _t):
+        return -z
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model must be a ReverseProcess, or a score with"),
+        ({"model": Network()}, ValueError, r"evaluation mode; call \.eval\(\)"),
+        ({"images": torch.zeros(2, 1, 2, 2)}, TypeError, "images must be a uint8 tensor"),
+        ({"images": noise(0, 0, (1, 2, 2))}, ValueError, "images must hold at least 1"),
+        ({"levels": 17}, ValueError, "images must have values below levels, 17; got"),
+        ({"levels": 257}, ValueError, "levels must be at most 256"),
+        ({"kind": "best"}, ValueError, "kind must be one of 'auto', 'exact', 'bound'"),
+        ({"scale": "unit"}, ValueError, "scale must be one of 'bins', 'ends'"),
+        (
+            {"model": gaussian().score(CLD()), "kind": "exact"},
+            ValueError,
+            "needs a process without",
+        ),
+        ({"divergence": "none"}, ValueError, "divergence must be one of"),
+        ({"batch": 0}, ValueError, "batch must be"),
+        ({"samples": 0}, ValueError, "samples must be"),
+        ({"t_min": 0.0}, ValueError, "t_min must lie in"),
+        ({"rtol": -1.0}, ValueError, "rtol must be finite and positive"),
+    ],
+)
+def test_likelihood_refuses(changes, error, message):
+    arguments = {"model": gaussian().score(VPSDE()), "images": noise(3, 0, (1, 2, 2))}
+    with pytest.raises(error, match=message):
+        likelihood(**{**arguments, **changes})

@@ -1,0 +1,485 @@
+"""Latent models: what they are trained for, and that they train, resume and sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cldsde.images.compare.config import PRESETS, load_comparison
+from cldsde.images.config import RunConfig
+from cldsde.images.data import ArrayImages, DataSet, to_unit
+from cldsde.images.evaluate import UndefinedLikelihoodError, latent_likelihood
+from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
+from cldsde.images.runs import METRICS, RunFolder
+from cldsde.images.sample.sampler import draw_images
+from cldsde.images.train import learner as training
+from cldsde.images.train.loop import check_run, train
+from cldsde.images.train.objectives import (
+    Batch,
+    LatentObjective,
+    PartLoss,
+    Times,
+    make_objective,
+    negative_evidence_lower_bound,
+)
+from cldsde.score import PerturbedData, TimeSampler, log_snr_density
+
+CONFIG = {
+    "seed": 5,
+    "data": {"flip": True},
+    "process": {"name": "CLD", "options": {"velocity_scale": 1.0}},
+    "network": {"options": {"channels": [16, 16]}},
+    "latent": {"latent_channels": 2, "channels": [16, 16], "pretraining": 32, "annealing": 32},
+    "training": {
+        "images": 96,
+        "batch": 16,
+        "micro_batch": 8,
+        "ema_decay": 0.9,
+        "log_every": 16,
+        "save_every": 32,
+        "sample_every": 96,
+        "t_min": 1e-2,
+    },
+    "sampling": {"solver": "euler-maruyama", "nfe": 3},
+}
+# Score of the reference alone, of the data's law at each time, and of every process.
+PROCESSES = {
+    "VP": {"name": "VPSDE"},
+    "CLD": {"name": "CLD"},
+    "CLD, γ = 1": {"name": "CLD", "options": {"velocity_scale": 1.0}},
+    "PSLD": {"name": "PSLD"},
+}
+T_MIN = 1e-2
+
+
+def config(**sections) -> RunConfig:
+    changed = {name: {**CONFIG.get(name, {}), **values} for name, values in sections.items()}
+    return RunConfig.from_dict({**CONFIG, **changed})
+
+
+def images(seed: int = 0, count: int = 64, *, labels: bool = False) -> ArrayImages:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    if not labels:
+        return ArrayImages(pixels)
+    return ArrayImages(pixels, labels=torch.arange(count) % 3, classes=3)
+
+
+DATA = DataSet(images(0), images(1, 16))
+SPACE = ImageSpace((1, 8, 8))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(folder, settings: RunConfig, data: DataSet = DATA) -> DiffusionModel:
+    return train(settings, data, RunFolder(folder, settings.to_dict()), device="cpu")
+
+
+def batch(model: DiffusionModel, settings: RunConfig, count: int, dtype=torch.float32) -> Batch:
+    x = to_unit(images(2, count).load(torch.arange(count)), 256).to(dtype)
+    samplers = make_objective(model, settings).samplers
+    times = tuple(Times(*sampler.sample(count, generator=seeded(3))) for sampler in samplers)
+    return Batch(x, None, times)
+
+
+@contextmanager
+def nothing():
+    yield
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_with_an_exact_prior_the_bound_is_that_of_the_autoencoder(name):
+    """The untrained score is that of a standard normal law, which the first stage has."""
+    settings = config(process={"options": {}, **PROCESSES[name]})
+    model, n = make_model(settings, SPACE).eval(), 1000
+    given = batch(model, settings, 1)
+    x = given.images.expand(n, *given.images.shape[1:])
+    sampler = TimeSampler.importance(model.score.sde, T_MIN, weighting="likelihood")
+    times = Times(*sampler.sample(n, generator=seeded()))
+    with torch.no_grad():
+        bound, known = (
+            negative_evidence_lower_bound(
+                model, Batch(x, None, (times, times)), seeded(1), T_MIN, learnt_prior=learnt
+            ).double()
+            for learnt in (True, False)
+        )
+    # Both draw the same latent variables first; what is left is the prior's part.
+    difference = bound - known
+    dimension = math.prod(model.vae.latent_shape)
+    # Decoding at t_min adds noise of variance 1/I to z_0 of variance 1, and the prior is the
+    # process's, not the law at T: mean and spread e^{−B/2} = 0.007 of both for VP.
+    noise = math.exp(-2 * float(model.score.sde.log_snr(T_MIN)))
+    slack = dimension * (noise + 1e-3)
+    error = 5 * float(difference.std()) / math.sqrt(n)
+    assert abs(float(difference.mean())) <= error + slack
+
+
+@pytest.mark.parametrize("mixing", [None, -1.0])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
+    settings = config(process={"options": {}, **PROCESSES[name]}, score={"mixing": mixing})
+    model = make_model(settings, SPACE).double().eval()
+    generator = seeded(4)
+    with torch.no_grad():  # the network's output is zero at first
+        for parameter in model.score.network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    given = batch(model, settings, 4, torch.float64)
+
+    def bound() -> torch.Tensor:
+        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN).mean()
+
+    last = model.vae.encoder.conv_out
+    gradient = torch.autograd.grad(bound(), [last.weight, last.bias])
+    h = 1e-5
+    for parameter, slope in zip((last.weight, last.bias), gradient, strict=True):
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                parameter.add_(sign * h * direction)
+                values.append(float(bound()))
+        # Central differences: h² f'''/6 and eps f/h, of bounds near 10³.
+        wanted = (values[0] - values[1]) / (2 * h)
+        assert float((slope * direction).sum()) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_the_bound_trains_the_autoencoder_and_its_own_loss_the_score():
+    settings = config()
+    model = make_model(settings, SPACE)
+    # The last convolution passes nothing on at first.
+    torch.nn.init.normal_(model.score.network.network.conv_out.weight)
+    held: list[bool] = []
+
+    @contextmanager
+    def frozen():
+        model.score.requires_grad_(requires_grad=False)
+        held.append(True)
+        yield
+        model.score.requires_grad_(requires_grad=True)
+
+    given = batch(model, settings, 8)
+    losses = make_objective(model, settings).losses(
+        model, given, seeded(), settings.pretraining_steps, frozen
+    )
+    part, bound = next(losses)
+    wanted = negative_evidence_lower_bound(model, given, seeded(), settings.training.t_min)
+    assert torch.allclose(bound, wanted / (64 * math.log(2)), rtol=1e-6)
+    bound.sum().backward()
+    assert (part, held) == ("autoencoder", [True])
+    assert all(p.grad is None for p in model.score.parameters())
+    assert all(bool(p.grad.any()) for p in model.vae.encoder.parameters() if p.ndim > 1)
+    before = [p.grad.clone() for p in model.vae.parameters()]
+    part, loss = next(losses)
+    loss.sum().backward()
+    assert part == "score"
+    assert any(bool(p.grad.any()) for p in model.score.parameters())
+    assert all(
+        torch.equal(p.grad, old) for p, old in zip(model.vae.parameters(), before, strict=True)
+    )
+    assert next(losses, None) is None
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_score_is_trained_as_the_configuration_says(latent):
+    """With times and weights by noise levels, on latent variables and on images."""
+    changed = {"training": {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}}
+    settings = config(**changed)
+    if not latent:
+        settings = dataclasses.replace(settings, latent=None)
+    model = make_model(settings, SPACE)
+    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    u = torch.linspace(0, 1, 50, dtype=torch.float64)
+    wanted = TimeSampler(log_snr_density(model.score.sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
+    for found, expected in zip(objective.samplers[0].quantiles(u), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+    last = list(objective.losses(model, given, seeded(), settings.pretraining_steps, nothing))[-1]
+    (t, weight), generator = given.times[0], seeded()
+    x0 = given.images
+    if latent:
+        x0 = model.vae.encode(x0).sample(generator)
+        t_bound = given.times[1].t
+        PerturbedData.draw(model.score.sde, x0, t_bound, generator=generator)  # of the bound
+    pair = PerturbedData.draw(model.score.sde, x0, t, generator=generator)
+    weighting = model.score.log_snr_weighting(mean=0.3, std=2.0)
+    expected = weight.float() * model.score.loss(pair, weighting=weighting)
+    assert last.part == "score"
+    assert torch.allclose(last.losses, expected, rtol=1e-5)
+
+
+def test_the_divergence_is_annealed_in_the_first_stage():
+    settings = config(latent={"annealing": 64})
+    model = make_model(settings, SPACE)
+    objective, given = make_objective(model, settings), batch(model, settings, 8)
+
+    def loss(step: int) -> torch.Tensor:
+        [(part, found)] = objective.losses(model, given, seeded(), step, nothing)
+        assert part == "autoencoder"
+        return found.detach()
+
+    posterior = model.vae.encode(given.images)
+    unit = 1 / (64 * math.log(2))
+    step = 16 / 64 * unit * posterior.kl_to_standard_normal().detach()
+    assert torch.allclose(loss(1) - loss(0), step, rtol=1e-4, atol=1e-6)
+
+
+def test_a_latent_model_that_was_interrupted_ends_with_the_same_bits(tmp_path):
+    """In either stage."""
+
+    class InterruptedRun(RunFolder):
+        def log(self, record):
+            super().log(record)
+            if record["images"] in stops:
+                stops.remove(record["images"])
+                raise StopTrainingError
+
+    stops = [48, 80]
+    settings = config(score={"mixing": -3.0})
+    whole = trained(tmp_path / "a", settings)
+    while stops:
+        with pytest.raises(StopTrainingError):
+            train(settings, DATA, InterruptedRun(tmp_path / "b", settings.to_dict()), device="cpu")
+    resumed = trained(tmp_path / "b", settings)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    loaded = load_model(tmp_path / "a")
+    assert torch.equal(loaded.score.mixing_logits, whole.score.mixing_logits)
+    assert bool((whole.score.mixing_logits != -3).any())
+
+
+def test_the_gradients_of_score_and_autoencoder_are_limited_each(tmp_path, monkeypatch):
+    """A limit below both norms is then the norm of each, and neither scales the other."""
+    found = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments):
+        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        found.append(
+            [
+                float(torch.nn.utils.get_total_norm([g for g in some if g is not None]))
+                for some in gradients
+            ]
+        )
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    trained(tmp_path, config(training={"clip": 1e-3}))
+    first, second = found[:2], found[2:]
+    # To a rounding of single precision a weight, 1e5 of them, and the limit's own 1e-6.
+    assert first == [[0.0, pytest.approx(1e-3, rel=1e-2)]] * 2
+    assert second == [[pytest.approx(1e-3, rel=1e-2)] * 2] * 4
+
+
+class StopTrainingError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mixing", [None, -3.0])
+def test_the_bound_leaves_the_score_alone_in_training(tmp_path, monkeypatch, mixing):
+    """Without the bound the score has the same gradients, at the first step of stage two."""
+    settings = config(training={"clip": None}, score={"mixing": mixing})
+    first = settings.pretraining_steps
+    both = LatentObjective.losses
+
+    def gradients(share: float) -> list[torch.Tensor]:
+        found, steps = [], []
+        step = torch.optim.AdamW.step
+
+        def losses(self, model, given, generator, at, frozen):
+            for part, some in both(self, model, given, generator, at, frozen):
+                counted = share if part == "autoencoder" and at >= first else 1.0
+                yield PartLoss(part, counted * some)
+
+        def watched(self, *arguments):
+            steps.append(None)
+            if len(steps) <= first:
+                return step(self, *arguments)
+            found.extend(p.grad for p in self.param_groups[0]["params"])
+            raise StopTrainingError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LatentObjective, "losses", losses)
+            patch.setattr(torch.optim.AdamW, "step", watched)
+            with pytest.raises(StopTrainingError):
+                trained(tmp_path / str(share), settings)
+        return found
+
+    # The last convolution passes nothing on at first, and what is before it has no gradient.
+    monkeypatch.setattr(torch.nn.init, "zeros_", lambda x: torch.nn.init.normal_(x, std=0.1))
+    with_bound, without = gradients(1.0), gradients(0.0)
+    assert sum(bool(g.any()) for g in without) > 10
+    assert all(torch.equal(a, b) for a, b in zip(with_bound, without, strict=True))
+
+
+def test_the_second_stage_has_a_rate_of_its_own_and_averages_anew(tmp_path, monkeypatch):
+    rates, decays = [], []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    def average(decay):
+        decays.append(decay)
+        return get_ema_multi_avg_fn(decay)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(training, "get_ema_multi_avg_fn", average)
+    latent = {**CONFIG["latent"], "learning_rate": 3e-3, "joint_learning_rate": 7e-4}
+    trained(tmp_path, config(latent=latent, training={"learning_rate": 2e-3}))
+    assert rates == [[2e-3, 3e-3]] * 2 + [[2e-3, 7e-4]] * 4
+    assert decays == [1 / 10, 2 / 11, 1 / 10, 2 / 11, 3 / 12, 4 / 13]
+
+
+def test_metrics_tell_the_losses_and_norms_of_score_and_autoencoder(tmp_path):
+    trained(tmp_path, config())
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    for line in lines[:2]:  # each is of one step
+        assert "score_loss" not in line
+        assert line["loss"] == line["autoencoder_loss"]
+        assert line["gradient_norm"] == line["autoencoder_gradient_norm"] > 0
+    for line in lines[2:]:
+        assert line["loss"] == pytest.approx(line["score_loss"] + line["autoencoder_loss"])
+        norms = line["score_gradient_norm"], line["autoencoder_gradient_norm"]
+        assert min(norms) > 0
+        assert line["gradient_norm"] == pytest.approx(math.hypot(*norms))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"weighting": "likelihood"}},
+        {"training": {"weighting": "log_snr"}},
+        {"training": {"conditioning": "all", "times": "uniform"}},
+        {"training": {"precision": "bf16"}},
+        {"latent": {"likelihood": "bernoulli"}},
+        {"network": {"options": {"channels": [16, 16], "gradient_checkpointing": True}}},
+    ],
+)
+def test_every_way_to_train_a_latent_model_trains(tmp_path, changes):
+    model = trained(tmp_path, config(**changes))
+    assert all(bool(x.isfinite().all()) for x in model.state_dict().values())
+
+
+def test_classes_reach_the_prior_of_a_latent_model(tmp_path):
+    settings = config(network={**CONFIG["network"], "conditional": True})
+    data = DataSet(images(0, labels=True), images(1, 16, labels=True))
+    trained(tmp_path, settings, data)
+    assert load_model(tmp_path).space.classes == 3
+
+
+def test_an_image_depends_on_its_seed_alone(tmp_path):
+    trained(tmp_path, config())
+    model = load_model(tmp_path)
+    assert model.vae is not None
+    recipe = model.config.sampling
+    together = draw_images(model.score, model.space, range(5), recipe, vae=model.vae)
+    alone = torch.cat(
+        [
+            draw_images(model.score, model.space, [seed], recipe, vae=model.vae).images
+            for seed in range(5)
+        ]
+    )
+    assert together.images.shape == (5, 1, 8, 8)
+    # The networks round as their batch is.
+    assert int((together.images.int() - alone.int()).abs().max()) <= 1
+
+
+def test_bits_of_a_latent_model_are_its_bound_on_the_images(tmp_path):
+    trained(tmp_path, config())
+    model = load_model(tmp_path).model
+    pixels = DATA.held_out.load(torch.arange(16))
+    found = latent_likelihood(model, pixels, t_min=T_MIN, samples=2)
+    again = latent_likelihood(model, pixels, t_min=T_MIN, samples=2)
+    assert found == again
+    assert found["is_bound"]
+    # No less than the eight bits of uniform noise, which no model knows anything about, but for
+    # the estimate's own error.
+    assert found["bits_per_dim"] >= 8 - 5 * found["standard_error"]
+
+
+def test_a_law_of_black_and_white_pixels_gives_no_bits_of_grey_ones():
+    """Of bytes it would give a tenth of the bits that any law of them needs."""
+    settings = config(latent={"likelihood": "bernoulli"})
+    model = make_model(settings, SPACE).eval()
+    grey = DATA.held_out.load(torch.arange(4))
+    with pytest.raises(UndefinedLikelihoodError, match="Bernoulli, is of 2 grey levels"):
+        latent_likelihood(model, grey, t_min=T_MIN)
+    binary = make_model(settings, ImageSpace((1, 8, 8), levels=2)).eval()
+    found = latent_likelihood(binary, grey // 128, levels=2, t_min=T_MIN, samples=2)
+    assert found["is_bound"]
+    logistic = make_model(config(), ImageSpace((1, 8, 8), levels=17)).eval()
+    with pytest.raises(UndefinedLikelihoodError, match="is of 17 grey levels"):
+        latent_likelihood(logistic, grey, t_min=T_MIN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"data": {"dequantise": True}}, r"data\.dequantise"),
+        ({"score": {"reference": "pixel"}}, r"score\.reference"),
+        ({"latent": {"pretraining": 96}}, r"latent\.pretraining"),
+        ({"latent": {"pretraining": 0}}, r"latent\.pretraining"),
+        ({"latent": {"likelihood": "normal"}}, r"latent\.likelihood"),
+        ({"latent": {"channel": 3}}, r"latent\.channel: unknown key; did you mean channels"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, key):
+    with pytest.raises(ValueError, match=key):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"latent": {"latent_channels": 0}}, r"latent\.latent_channels"),
+        ({"latent": {"channels": [16, 17]}}, "latent: groups must divide"),
+        ({"latent": {"channels": [16] * 5}}, r"latent: channels .* divisible"),
+        ({"network": {"options": {"channels": [16] * 4}}}, r"network\.options"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_by_their_keys(changes, key):
+    with pytest.raises(ValueError, match=key):
+        check_run(config(**changes), DATA, device="cpu")
+
+
+def test_a_latent_section_may_be_left_out_or_none():
+    values = {**CONFIG, "latent": None}
+    assert RunConfig.from_dict(values).latent is None
+    assert RunConfig.from_dict(config().to_dict()) == config()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LSGM", "CLD-LSGM"])
+def test_a_learnt_prior_needs_fewer_bits_than_a_standard_normal_one(tmp_path, name):
+    """At equal images: the control stays in the first stage but for its last step."""
+    saved, beyond = [], []
+    for seed in (0, 1):
+        settings = load_comparison(PRESETS["quick"], [f"seed={seed}"]).runs[name]
+        last = settings.training.images - settings.training.batch
+        latent = dataclasses.replace(settings.latent, pretraining=last)
+        learnt, control = (
+            bits(tmp_path / f"{seed}-{kind.latent.pretraining}", kind)
+            for kind in (settings, dataclasses.replace(settings, latent=latent))
+        )
+        # With that step the average of the weights starts anew, and no longer lags behind.
+        saved.append(control[last] - learnt[settings.training.images])
+        assert learnt[settings.training.images] < learnt[settings.latent.pretraining] - 0.05
+        beyond.append(control[settings.training.images] - learnt[settings.training.images])
+    assert min(saved) > 0, saved
+    assert sum(beyond) > 0, beyond
+
+
+def bits(folder, settings: RunConfig) -> dict[int, float]:
+    """Of images not trained on, by images seen."""
+    trained(folder, settings, settings.data.load())
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return {line["images"]: line["held_out_loss"] for line in lines}
