@@ -221,8 +221,21 @@ class SampleNoise(NoiseSource):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        t: float | None = None,
     ) -> Tensor:
-        """Draw a state from the prior for each sample, for data of shape ``(*D)``.
+        """Draw a state to start from for each sample, for data of shape ``(*D)``.
+
+        Parameters
+        ----------
+        sde
+            The forward process.
+        shape
+            Shape of one sample's data.
+        dtype, device
+            Of the state.
+        t
+            Time of the start. None, or the end of the process: from the prior. Earlier: from the
+            distribution of states at t for data of mean 0 and variance 1.
 
         Returns
         -------
@@ -230,7 +243,7 @@ class SampleNoise(NoiseSource):
             ``(len(seeds), k, *D)``.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
-        return apply_blocks(sde.prior.root, self.normal(like, sde.components))
+        return apply_blocks(_start_root(sde, t), self.normal(like, sde.components))
 
     def check(self, z: Tensor) -> None:
         """Reject a batch that has not one sample per seed.
@@ -260,3 +273,12 @@ class SampleNoise(NoiseSource):
             numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
             done, self._used = done + count, self._used + count
         return numbers.reshape(len(z), *shape).to(z)
+
+
+def _start_root(sde: LinearSDE, t: float | None) -> Tensor:
+    """Root of the covariance of states at the start."""
+    if t is None or t == sde.T:
+        return sde.prior.root
+    initial = sde.initial_covariance.clone()
+    initial[0, 0] = initial[0, 0] + 1
+    return sde.marginal(t, initial).root

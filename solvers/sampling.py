@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
@@ -25,7 +24,7 @@ from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
-__all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample"]
+__all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample", "window"]
 
 # Half log-SNR κ between which samples are made, for data with a standard deviation of about 1.
 # Above the first nothing of the data shows; the data prediction at the second removes the rest.
@@ -149,7 +148,7 @@ def sample(
         check_solver(solver)
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
-    root = _start_root(sde, float(sampler.times[0]))
+    first_time = float(sampler.times[0])
     device = device_of(score) if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
@@ -158,8 +157,7 @@ def sample(
         for first in range(0, count, size):
             some = seeds[first : first + size]
             noise = SampleNoise(some)
-            like = torch.empty(len(some), sde.components, *data_shape, dtype=dtype, device=device)
-            start = apply_blocks(root, noise.normal(like, sde.components))
+            start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
             solution = sampler.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(some))
@@ -196,7 +194,7 @@ def recommended_plan(
 
 def _plan(process: ReverseProcess, recipe: Recipe, nfe: int, times: Tensor | None) -> Plan:
     if times is None:
-        start, end = _window(process)
+        start, end = window(process)
         times = fit_grid(process, recipe.solver, start, end, nfe - 1)
     made = plan(process, recipe.solver, times)
     made.check_denoise(recipe.denoise)
@@ -240,35 +238,45 @@ def fit_grid(
         if count <= nfe:
             return times
         n = min(n - 1, n * nfe // count)
-    msg = f"nfe: {nfe} evaluations are too few for a step of {type(solver).__name__}"
+    msg = f"{nfe} evaluations are too few for a step of {type(solver).__name__}; raise nfe"
     raise ValueError(msg)
 
 
-def _window(process: ReverseProcess) -> tuple[float, float]:
-    """Times between which samples are made."""
+def window(
+    process: ReverseProcess, start: float | None = None, end: float | None = None
+) -> tuple[float, float]:
+    """Times between which `sample` makes samples: from κ = −3.3 to κ = 3.3, or less.
+
+    A score with an attribute ``levels``, the smallest and largest noise level that it was trained
+    on, narrows the range.
+
+    Parameters
+    ----------
+    process
+        What is sampled.
+    start, end
+        Times to take in place of either.
+
+    Raises
+    ------
+    ValueError
+        If nothing is left of the range.
+    """
     low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
     levels = getattr(process.score, "levels", None)
     if levels is not None:
         low = max(low, -math.log(levels[1]) if levels[1] < math.inf else -math.inf)
         high = min(high, -math.log(levels[0]) if levels[0] > 0 else math.inf)
     ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-    start, end = times_of_log_snr(process.sde, ends).tolist()
+    first, last = times_of_log_snr(process.sde, ends).tolist()
+    start, end = first if start is None else start, last if end is None else end
     if not end < start:
         msg = (
-            f"score: the noise levels that it was trained on, {levels}, leave no interval of "
-            f"{process.sde!r} to sample in"
+            f"score: there is no time between its start, {start:.4g}, and its end, {end:.4g}, to "
+            f"sample {process.sde!r} in; the noise levels that it was trained on are {levels}"
         )
         raise ValueError(msg)
     return start, end
-
-
-def _start_root(sde: LinearSDE, t: float) -> Tensor:
-    """Root of the covariance of states at the start: of the prior, or of unit-variance data."""
-    if t == sde.T:
-        return sde.prior.root
-    initial = sde.initial_covariance.clone()
-    initial[0, 0] = initial[0, 0] + 1
-    return sde.marginal(t, initial).root
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -18,12 +18,18 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
-from cldsde.cli.sample import add_sampling_arguments, sampling_of
+from cldsde.cli.sample import (
+    add_model_arguments,
+    add_sampling_arguments,
+    model_of,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from cldsde.images.config import RunConfig, SamplingConfig
     from cldsde.images.evaluate.evaluation import Evaluation
     from cldsde.images.model import ImageModel
+    from cldsde.images.sample.source import OtherDynamics
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
@@ -35,9 +41,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "target",
         type=str,
+        nargs="?",
         metavar="RUN|SAMPLES",
         help="a run; or FILE.npz, or a folder of pictures",
     )
+    add_model_arguments(parser)
     add_sampling_arguments(parser, several=True)
     parser.add_argument(
         "--metrics",
@@ -102,6 +110,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
     """
     with needs_images():
         from cldsde.images.runs import CONFIG
+    if options.model is not None:
+        return _of_model(options)
+    if options.target is None:
+        msg = "a run, samples or --model is needed"
+        raise ValueError(msg)
     target = Path(options.target).expanduser()
     if not target.exists():
         msg = f"there is no run and no file {target}"
@@ -120,13 +133,42 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 
 def _of_run(options: Namespace, run: Path) -> Callable[[], None]:
-    from cldsde.images.evaluate.results import markdown_table
-    from cldsde.images.model import load_model
+    from cldsde.images.config import load_config
+    from cldsde.images.runs import CONFIG
 
-    model = load_model(run, resolve_device(options.device))
-    evaluation = _evaluation(options, model.config, run, shape=model.space.shape)
+    model = model_of(options, str(run), resolve_device(options.device))
+    name = "evaluation" if options.process is None else f"evaluation-{options.process}"
+    return _measure(options, model, load_config(run / CONFIG), run, run / f"{name}.json")
+
+
+def _of_model(options: Namespace) -> Callable[[], None]:
+    """Measure a model that was trained elsewhere against the data of ``--reference``."""
+    from cldsde.images.config import load_config
+    from cldsde.images.runs import CONFIG
+
+    model = model_of(options, options.target, resolve_device(options.device))
+    if options.reference is None:
+        msg = "--reference is missing: the run or configuration whose data to compare with"
+        raise ValueError(msg)
+    source = Path(options.reference).expanduser()
+    config = load_config(source / CONFIG if source.is_dir() else source)
+    out = _out(options, Path("model-evaluation.json"))
+    folder = source if source.is_dir() else out.with_name(f"{out.stem}-reference")
+    return _measure(options, model, config, folder, out)
+
+
+def _measure(
+    options: Namespace,
+    model: ImageModel | OtherDynamics,
+    config: RunConfig,
+    folder: Path,
+    default: Path,
+) -> Callable[[], None]:
+    from cldsde.images.evaluate.results import markdown_table
+
+    evaluation = _evaluation(options, config, folder, shape=model.space.shape)
     recipes = _recipes(options, model)
-    out = _out(options, run / "evaluation.json")
+    out = _out(options, default)
     _check_writable(out, evaluation)
 
     def work() -> None:
@@ -248,11 +290,11 @@ def _evaluation(
     return evaluation
 
 
-def _recipes(options: Namespace, model: ImageModel) -> list[SamplingConfig]:
+def _recipes(options: Namespace, model: ImageModel | OtherDynamics) -> list[SamplingConfig]:
     """Each solver with each budget."""
     from cldsde.images.sample.sampler import check_sampling
 
-    configured = model.config.sampling
+    configured = model.sampling
     words = [] if options.nfe is None else options.nfe.split(",")
     if not all(word.strip().isdigit() for word in words):
         msg = f"--nfe must be numbers with commas; got {options.nfe!r}"

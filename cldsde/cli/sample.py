@@ -1,4 +1,4 @@
-"""Draw images from a trained run.
+"""Generate images from a trained run, or from a model of diffusers.
 
 Image i is that of seed i, whatever batch or process it is drawn in. A folder beside the output
 keeps what is done, so that an interrupted command goes on where it was left, and that several
@@ -22,9 +22,18 @@ from cldsde.cli.extras import needs_images
 from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
-    from cldsde.images.model import ImageSpace
+    from cldsde.images.model import ImageModel, ImageSpace
+    from cldsde.images.sample.source import OtherDynamics
 
-__all__ = ["INTERRUPTED", "add_arguments", "add_sampling_arguments", "prepare", "sampling_of"]
+__all__ = [
+    "INTERRUPTED",
+    "add_arguments",
+    "add_model_arguments",
+    "add_sampling_arguments",
+    "model_of",
+    "prepare",
+    "sampling_of",
+]
 
 INTERRUPTED = "interrupted; the same command goes on"
 
@@ -47,7 +56,8 @@ def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> 
         metavar="NAME",
         help="grid of times: uniform, quadratic, root, log_snr, logistic or karras",
     )
-    parser.add_argument("--t-end", type=float, metavar="EPS", help="where sampling ends")
+    parser.add_argument("--t-start", type=float, metavar="T", help="time at which sampling starts")
+    parser.add_argument("--t-end", type=float, metavar="EPS", help="time at which sampling ends")
     parser.add_argument(
         "--denoise", type=bool, metavar="BOOL", help="end with the prediction of the data"
     )
@@ -62,7 +72,10 @@ def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde sample``."""
-    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run of cldsde train")
+    parser.add_argument(
+        "run", type=str, nargs="?", metavar="RUN", help="folder of a run of cldsde train"
+    )
+    add_model_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--seeds", type=str, metavar="A-B", help="of the images, such as 0-49999; 0-63 by default"
@@ -101,6 +114,54 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_device_argument(parser)
 
 
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Declare the model to sample, if it is not a run or not under its own process."""
+    parser.add_argument(
+        "--model", type=str, metavar="FOLDER", help="diffusers folder to sample in place of a run"
+    )
+    parser.add_argument(
+        "--process",
+        type=str,
+        metavar="NAME",
+        help="process to sample with: CLD, VPSDE, …; the run's own by default, CLD with --model",
+    )
+    parser.add_argument(
+        "--process-set",
+        type=str,
+        action="append",
+        metavar="OPTION=VALUE",
+        help="option of the process, such as beta=8.0; may be repeated",
+    )
+
+
+def model_of(options: Namespace, run: str | None, device: Any) -> ImageModel | OtherDynamics:
+    """The model that the options name.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be used.
+    """
+    from cldsde.images.config import ProcessConfig
+    from cldsde.images.sample.source import of_diffusers, of_run
+    from cldsde.images.schema import from_dict, parse_overrides
+
+    if (run is None) == (options.model is None):
+        msg = "a run or --model is needed, one of them"
+        raise ValueError(msg)
+    changes = parse_overrides(options.process_set or [])
+    if options.process is None and run is not None:
+        if changes:
+            msg = "--process-set needs --process"
+            raise ValueError(msg)
+        return of_run(Path(run).expanduser(), None, device)
+    values = {"name": options.process or "CLD", "options": changes}
+    process = from_dict(ProcessConfig, values, "process")
+    if run is not None:
+        return of_run(Path(run).expanduser(), process, device)
+    return of_diffusers(Path(options.model).expanduser(), process, device)
+
+
 def sampling_of(options: Namespace, configured: Any) -> Any:
     """The run's sampling section with what the command line says otherwise.
 
@@ -121,7 +182,7 @@ def sampling_of(options: Namespace, configured: Any) -> Any:
             "to be run, or take another"
         )
         raise SettingError("solver", msg)
-    names = ("solver", "nfe", "grid", "t_end", "denoise")
+    names = ("solver", "nfe", "grid", "t_start", "t_end", "denoise")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     values = dataclasses.asdict(configured) | given
     if "solver" in given:
@@ -149,7 +210,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
     with needs_images():
         from accelerate import PartialState
 
-        from cldsde.images.model import load_model
         from cldsde.images.sample import SampleRequest, alone, check_output, draw_to
     if options.seeds is not None and options.seed is not None:
         msg = "--seed and --seeds are alternatives; got both"
@@ -158,10 +218,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     seeds = _seeds(options.seeds or one or "0-63")
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
-    model = load_model(Path(options.run).expanduser(), state.device if device == "cuda" else device)
+    model = model_of(options, options.run, state.device if device == "cuda" else device)
     request = SampleRequest(
         model=model,
-        sampling=sampling_of(options, model.config.sampling),
+        sampling=sampling_of(options, model.sampling),
         seeds=seeds,
         batch=options.batch,
         label=_label(options.label, model.space),

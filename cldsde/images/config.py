@@ -343,8 +343,9 @@ class SamplingConfig:
     grid
         Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
         ``"logistic"`` or ``"karras"``.
-    t_end
-        ε, where sampling ends.
+    t_start, t_end
+        Times at which sampling starts and ends (ε). None: the times that `cldsde.sample` takes,
+        where κ, half the log of the signal-to-noise ratio, is −3.3 and 3.3.
     denoise
         Whether the data prediction at ε is the image, rather than the state there.
     options
@@ -354,7 +355,8 @@ class SamplingConfig:
     solver: str = "multistep-2-sde"
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
     grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
-    t_end: Time = 1e-3
+    t_start: Annotated[Number, Field(gt=0, le=1)] | None = None
+    t_end: Time | None = None
     denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from cldsde.images.config import RunConfig
+from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.files import load_tensors, save_tensors
@@ -189,6 +189,16 @@ class ImageModel:
     def score(self) -> MixedScore:
         """The score."""
         return self.model.score
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How it is sampled, unless a request says otherwise."""
+        return self.config.sampling
+
+    @property
+    def t_min(self) -> float | None:
+        """Smallest time that the network was trained on."""
+        return self.config.training.t_min
 
     @property
     def vae(self) -> VAE | None:

@@ -35,6 +35,8 @@ class DiffusersDenoiser(PredictionDenoiser):
         See `PredictionDenoiser`.
     shape
         Channels, rows and columns of the data, if the network's configuration says them.
+    classes
+        Number of classes, if the network takes ``class_labels``.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class DiffusersDenoiser(PredictionDenoiser):
         *,
         clock: Clock | Callable[[Tensor], Tensor],
         shape: tuple[int, ...] | None,
+        classes: int | None,
     ) -> None:
         super().__init__(network, path, predicts, clock=clock)
         self.shape = shape
+        self.classes = classes
 
 
 def from_diffusers(
@@ -128,7 +132,12 @@ def from_diffusers(
     network.eval().requires_grad_(False)
     learnt = str(made.config.get("variance_type", "")).startswith("learned")
     return DiffusersDenoiser(
-        _Network(network, halve=learnt), path, predicts, clock=clock, shape=_shape(network)
+        _Network(network, halve=learnt),
+        path,
+        predicts,
+        clock=clock,
+        shape=_shape(network),
+        classes=network.config.get("num_class_embeds"),
     )
 
 

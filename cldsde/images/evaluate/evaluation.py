@@ -40,6 +40,7 @@ from cldsde.images.evaluate.shared import UndefinedLikelihoodError
 from cldsde.images.evaluate.weights import check_inception_weights
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.sampler import Samples, draw_images
+from cldsde.images.sample.source import OtherDynamics
 from cldsde.images.schema import check_name
 from cldsde.score.flow_density import UnsolvedFlowError
 
@@ -175,7 +176,7 @@ class Evaluation(Reference):
         return not all((self.folder / name).exists() for name in kept)
 
     def of_run(
-        self, model: ImageModel, recipes: Sequence[SamplingConfig], results: Path
+        self, model: ImageModel | OtherDynamics, recipes: Sequence[SamplingConfig], results: Path
     ) -> dict[str, Any]:
         """Measure each recipe on a trained model; return what the file of results then holds.
 
@@ -225,7 +226,9 @@ class Evaluation(Reference):
         """The finished ones of them."""
         return [cell for cell in self.tried(found, recipe) if not self._missing(cell)]
 
-    def draw(self, model: ImageModel, recipe: SamplingConfig, seeds: range) -> Samples:
+    def draw(
+        self, model: ImageModel | OtherDynamics, recipe: SamplingConfig, seeds: range
+    ) -> Samples:
         """Images of a model with a recipe."""
         return draw_images(
             model.score,
@@ -262,7 +265,11 @@ class Evaluation(Reference):
         return cell
 
     def _measured(
-        self, model: ImageModel, recipe: SamplingConfig, seeds: range, cell: Mapping[str, Any]
+        self,
+        model: ImageModel | OtherDynamics,
+        recipe: SamplingConfig,
+        seeds: range,
+        cell: Mapping[str, Any],
     ) -> dict[str, Any]:
         """A cell with what it lacks, or with the reason why it cannot be had."""
         began = time.monotonic()
@@ -283,7 +290,7 @@ class Evaluation(Reference):
 
     def _stored(
         self,
-        model: ImageModel,
+        model: ImageModel | OtherDynamics,
         recipe: SamplingConfig,
         seeds: range,
         cell: Mapping[str, Any],
@@ -347,7 +354,7 @@ class Evaluation(Reference):
         return check_inception_weights(self.weights)
 
     def _measure_bits(
-        self, model: ImageModel, found: dict[str, Any], results: Path
+        self, model: ImageModel | OtherDynamics, found: dict[str, Any], results: Path
     ) -> dict[str, Any]:
         """All results once bits a dimension are among them."""
         bits = found["likelihood"]
@@ -370,7 +377,10 @@ class Evaluation(Reference):
             raise FloatingPointError(_kept(bits[FAILED], results))
         return found
 
-    def _bits(self, model: ImageModel) -> dict[str, Any]:
+    def _bits(self, model: ImageModel | OtherDynamics) -> dict[str, Any]:
+        if isinstance(model, OtherDynamics):
+            msg = "bpd needs a run under its own process"
+            raise UndefinedLikelihoodError(msg)
         options: dict[str, Any] = {
             "levels": self.data.train.levels,
             "t_min": model.config.training.t_min,

@@ -229,7 +229,9 @@ def markdown_table(found: Mapping[str, Any]) -> str:
             else:
                 cells.append("".join(f"{value:.3f}" for value in values))
         sampling = row["sampling"]
-        times = f"{sampling['grid']}, {sampling['t_end']:g}" if "grid" in sampling else ""
+        end = sampling.get("t_end")
+        ends = "" if end is None else f", {end:g}"
+        times = f"{sampling['grid']}{ends}" if "grid" in sampling else ""
         costs = [cell.get(SAMPLING, {}) for cell in row["cells"].values()]
         spent = [cost["nfe"] for cost in costs if "nfe" in cost]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])

@@ -21,8 +21,10 @@ from cldsde.images.data.pictures import pixels_of_picture, read_picture
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.sampler import ImageSampler, make_solver
+from cldsde.images.sample.source import OtherDynamics
 from cldsde.solvers import Imputation
 from cldsde.solvers.authoring import Solver
+from cldsde.solvers.sampling import device_of
 
 __all__ = ["SampleRequest", "grey_basis"]
 
@@ -54,7 +56,7 @@ class SampleRequest:
         Keep the grey levels of the known picture instead of a part.
     """
 
-    model: ImageModel
+    model: ImageModel | OtherDynamics
     sampling: SamplingConfig
     seeds: range
     batch: int = 64
@@ -132,12 +134,12 @@ class SampleRequest:
 
     def notes(self) -> list[str]:
         """Remarks on settings that are allowed, and probably not meant."""
-        t_min = self.model.config.training.t_min
-        if self.sampling.t_end >= t_min:
+        t_min, t_end = self.model.t_min, self.sampling.t_end
+        if t_min is None or t_end is None or t_end >= t_min:
             return []
         return [
             (
-                f"t_end = {self.sampling.t_end:g} is below training.t_min = {t_min:g}: the network "
+                f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network "
                 "was not trained at such times"
             )
         ]
@@ -162,7 +164,7 @@ class SampleRequest:
         if self.known is None:
             return None
         shape = self.model.space.shape
-        device = self.model.score.data_mean.device
+        device = device_of(self.model.score)
         known = _picture(self.known, shape, "known")
         known = (known + 0.5) / 128 - 1 if self.model.space.dequantised else to_unit(known)
         known = known.to(device)

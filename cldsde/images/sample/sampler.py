@@ -20,7 +20,7 @@ from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import device_of, fit_grid
+from cldsde.solvers.sampling import device_of, fit_grid, window
 
 __all__ = [
     "ImageSampler",
@@ -63,11 +63,11 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
         If the solver does not apply to the process.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
-    end = torch.tensor(sampling.t_end, dtype=torch.float64)
-    last = int(process.evaluations(end)) if sampling.denoise else 0
-    start, budget = process.sde.regular_until, sampling.nfe - last
+    start, end = window(process, sampling.t_start, sampling.t_end)
+    last = torch.tensor(end, dtype=torch.float64)
+    budget = sampling.nfe - (int(process.evaluations(last)) if sampling.denoise else 0)
     with setting("nfe"):
-        return fit_grid(process, solver, start, sampling.t_end, budget, grid)
+        return fit_grid(process, solver, start, end, budget, grid)
 
 
 def check_sampling(
@@ -205,7 +205,8 @@ class ImageSampler:
             sampler = sampler.with_score(self._given(label))
         noise = SampleNoise(seeds)
         shape = space.shape if vae is None else vae.latent_shape
-        start = noise.start(sampler.process.sde, shape, device=self._device)
+        first = float(sampler.times[0])
+        start = noise.start(sampler.process.sde, shape, device=self._device, t=first)
         with torch.no_grad():
             found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
             if not found.success:

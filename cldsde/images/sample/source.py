@@ -1,0 +1,133 @@
+"""Models to sample from: runs, runs under the dynamics of another process, diffusers folders."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cldsde.images.config import ProcessConfig, SamplingConfig
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.files import tensors_digest
+from cldsde.images.latent import VAE
+from cldsde.images.model import ImageModel, ImageSpace, load_model
+from cldsde.linear import LinearSDE
+from cldsde.pretrained import from_diffusers
+from cldsde.score import DenoiserScore
+
+__all__ = ["OtherDynamics", "of_diffusers", "of_run", "under_process"]
+
+
+@dataclass(frozen=True)
+class OtherDynamics:
+    """A trained model with the process that it is sampled with.
+
+    Attributes
+    ----------
+    score
+        The score of the process.
+    space
+        The images.
+    digest
+        Of weights and process: sha256.
+    sampling
+        How it is sampled, unless a request says otherwise.
+    vae
+        The autoencoder; None if the process is of pixels.
+    t_min
+        None: the score knows the noise levels that it was trained on.
+    """
+
+    score: DenoiserScore
+    space: ImageSpace
+    digest: str
+    sampling: SamplingConfig
+    vae: VAE | None = None
+    t_min: None = None
+
+
+def of_run(
+    run: Path, process: ProcessConfig | None = None, device: torch.device | str = "cpu"
+) -> ImageModel | OtherDynamics:
+    """The model of a run, under its own process or another.
+
+    Raises
+    ------
+    SettingError, ValueError
+        If the run has no model, or the process does not fit it.
+    """
+    model = load_model(run, device)
+    return model if process is None else under_process(model, process)
+
+
+def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
+    """A model sampled with the dynamics of another process than it was trained with.
+
+    Raises
+    ------
+    SettingError
+        If the driven score of the model's process does not determine the data.
+    """
+    sde = process.make()
+    with setting("process"):
+        score = DenoiserScore(model.score.denoiser, sde)
+    sampling = SamplingConfig()
+    return OtherDynamics(score, model.space, _digest(model.digest, sde), sampling, model.vae)
+
+
+def of_diffusers(
+    source: Path, process: ProcessConfig, device: torch.device | str = "cpu"
+) -> OtherDynamics:
+    """The model of a folder of diffusers, sampled with a process.
+
+    Parameters
+    ----------
+    source
+        The folder, of a pipeline or of a model with its scheduler, or a file in it.
+    process
+        The process.
+    device
+        Where to put the model.
+
+    Raises
+    ------
+    SettingError
+        If the folder holds no model of images that can be used.
+    """
+    with setting("model"):
+        denoiser = from_diffusers(source.parent if source.is_file() else source).to(device)
+        shape = denoiser.shape
+        if shape is None or len(shape) != 3:
+            msg = f"{source} does not say channels and size of its images (sample_size)"
+            raise SettingError("", msg)
+    classes = denoiser.classes
+    labelled = _Labelled(denoiser) if classes is not None else denoiser
+    sde = process.make()
+    score = DenoiserScore(labelled, sde, levels=denoiser.levels).eval()
+    channels, height, width = shape
+    return OtherDynamics(
+        score,
+        # Without a class that stands for none.
+        ImageSpace((channels, height, width), classes=classes, always_classes=classes is not None),
+        _digest(tensors_digest(score.state_dict()), sde),
+        SamplingConfig(),
+    )
+
+
+class _Labelled(nn.Module):
+    """A denoiser of diffusers that takes its class labels as `MixedScore` does."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, u: Tensor, sigma: Tensor, *, condition: Tensor) -> Tensor:
+        found: Tensor = self.denoiser(u, sigma, class_labels=condition)
+        return found
+
+
+def _digest(weights: str, sde: LinearSDE) -> str:
+    return hashlib.sha256(f"{weights} {sde!r}".encode()).hexdigest()
