@@ -153,5 +153,5 @@ def test_options_that_do_not_fit(options, message, run, model, tmp_path, capsys)
     words = {"RUN": str(run), "MODEL": str(model)}
     command = [words.get(word, word) for word in options]
     out = tmp_path / "x.npz"
-    assert message in refused(["sample", *command, "--out", str(out)], capsys)
+    assert message in refused(capsys, "sample", *command, "--out", out)
     assert not out.exists()
