@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
+import operator
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,6 +249,7 @@ def _checked_value(value: object, hint: Any, name: str) -> Any:
             msg = f"{name} must be a section; got {value!r}"
             raise ValueError(msg)
         return dict(value)
+    hint = _without_functions(hint)
     leaves = set(_leaves(hint))
     if value is None:
         fits = type(None) in leaves
@@ -267,6 +269,13 @@ def _checked_value(value: object, hint: Any, name: str) -> Any:
         raise ValueError(msg) from error
 
 
+def _without_functions(hint: Any) -> Any:
+    """An annotation without the functions of a union, which no file can hold."""
+    parts = typing.get_args(hint)
+    kept = [part for part in parts if typing.get_origin(part) is not Callable]
+    return functools.reduce(operator.or_, kept) if 0 < len(kept) < len(parts) else hint
+
+
 def _holds_text(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds_text(part) for part in value)
@@ -281,7 +290,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-@cache
+@functools.cache
 def _parser(hint: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
