@@ -61,6 +61,20 @@ class SignalNoiseDynamics(Dynamics):
         If a function returns another shape or dtype, or values that are not finite; if α(0) is not
         1 or α not positive; if σ is negative; if the signal-to-noise ratio rises somewhere; or if
         the functions are not smooth and ``gain`` is None.
+
+    Examples
+    --------
+    Noise whose rate jumps, with its exact gain:
+
+    >>> import torch
+    >>> from cldsde import LinearSDE
+    >>> def noise(t):
+    ...     return torch.where(t < 0.5, t, 3 * t - 1)
+    >>> dynamics = SignalNoiseDynamics(
+    ...     torch.ones_like, noise, gain=lambda s, t: noise(t) - noise(s)
+    ... )
+    >>> LinearSDE(dynamics).transition(0.0, 0.75).root.item()
+    1.25
     """
 
     components = 1
@@ -252,7 +266,7 @@ class SignalNoiseDynamics(Dynamics):
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
     """Values on a grid, if they are finite float64 numbers of its shape."""
     try:
-        values = torch.as_tensor(function(grid)).detach()
+        values = torch.as_tensor(function(grid), device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"{name} must take a tensor of times, as torch's functions do; {error}"
         raise ValueError(msg) from error

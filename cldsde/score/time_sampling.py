@@ -280,6 +280,12 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     ------
     ValueError
         If ``scale`` is out of range.
+
+    Examples
+    --------
+    >>> density = mode_density(1.29)
+    >>> f"{density(torch.tensor(0.5)):.2f} {density(torch.tensor(1.0)):.2f}"
+    '3.79 0.44'
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
 
