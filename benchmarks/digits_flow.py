@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES, BUDGETS = 1000, (10, 20)
-LEVELS = {"flow": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), "vp": (0.0, 1.0)}
+LEVELS = {"flow": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), "vp": (0.0, 1.0, 1.5)}
 ENDS = {"flow": 0.04, "vp": 0.01}  # half the log of the signal-to-noise ratio is 3.2 and 3.1
 
 

@@ -231,7 +231,7 @@ class ExponentialMultistep(GridSolver):
         return self.corrector or first
 
     def _blind(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Which steps start where the score does not give the data prediction in few digits."""
+        """Which steps start where few digits of the data prediction follow from the score."""
         log_snr = process.sde.log_snr(times)
         blind = log_snr[:-1] < _LEAST_LOG_SNR
         lost = log_snr == -torch.inf
