@@ -156,8 +156,9 @@ class ExponentialMultistep(GridSolver):
         """Blocks of all steps."""
         sde = process.sde
         if float(times.min()) <= 0:
+            end = "end" if float(times[-1]) <= 0 else "start"
             msg = (
-                "times must lie above 0 for ExponentialMultistep: the law given the data has no "
+                f"times must {end} above 0 for ExponentialMultistep: the law given the data has no "
                 "density at 0; finish with denoise=True instead"
             )
             raise ValueError(msg)
