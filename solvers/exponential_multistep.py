@@ -156,10 +156,13 @@ class ExponentialMultistep(GridSolver):
         """Blocks of all steps."""
         sde = process.sde
         if float(times.min()) <= 0:
-            end = "end" if float(times[-1]) <= 0 else "start"
+            ends = float(times[-1]) <= 0
+            verb, advice = (
+                ("end", "finish with denoise=True") if ends else ("start", "draw states at a t > 0")
+            )
             msg = (
-                f"times must {end} above 0 for ExponentialMultistep: the law given the data has no "
-                "density at 0; finish with denoise=True instead"
+                f"times must {verb} above 0 for ExponentialMultistep: the law given the data has "
+                f"no density at 0; {advice} instead"
             )
             raise ValueError(msg)
         blind = self._blind(process, times)
