@@ -4,7 +4,7 @@ Train the runs first, as docs/how-to/flow-matching.md says; then
 
     python benchmarks/digits_flow.py RUNS docs/data/digits-flow.json
 
-with RUNS the folder that holds flow-0, vp-0, flow-1, vp-1, …
+with RUNS the folder that holds flow-0, importance-0, vp-0, flow-1, …
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES, BUDGETS = 1000, (10, 20)
-LEVELS = {"flow": (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), "vp": (0.0, 1.0, 1.5)}
-ENDS = {"flow": 0.04, "vp": 0.01}  # half the log of the signal-to-noise ratio is 3.2 and 3.1
+SCAN = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+LEVELS = {"flow": SCAN, "importance": SCAN, "vp": (0.0, 1.0, 1.5)}
+# At the ends half the log of the signal-to-noise ratio is 3.2, of VP 3.1.
+ENDS = {"flow": 0.04, "importance": 0.04, "vp": 0.01}
 
 
 def distances(run: Path, level: float, end: float) -> dict[str, float]:
