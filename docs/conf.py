@@ -104,6 +104,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
+    ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
 ]
 
 

@@ -156,9 +156,13 @@ class ExponentialMultistep(GridSolver):
         """Blocks of all steps."""
         sde = process.sde
         if float(times.min()) <= 0:
+            ends = float(times[-1]) <= 0
+            verb, advice = (
+                ("end", "finish with denoise=True") if ends else ("start", "draw states at a t > 0")
+            )
             msg = (
-                "times must lie above 0 for ExponentialMultistep: the law given the data has no "
-                "density at 0; finish with denoise=True instead"
+                f"times must {verb} above 0 for ExponentialMultistep: the law given the data has "
+                f"no density at 0; {advice} instead"
             )
             raise ValueError(msg)
         blind = self._blind(process, times)
@@ -231,7 +235,7 @@ class ExponentialMultistep(GridSolver):
         return self.corrector or first
 
     def _blind(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Which steps start where the score does not give the data prediction in few digits."""
+        """Which steps start where few digits of the data prediction follow from the score."""
         log_snr = process.sde.log_snr(times)
         blind = log_snr[:-1] < _LEAST_LOG_SNR
         lost = log_snr == -torch.inf

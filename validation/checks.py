@@ -114,7 +114,7 @@ def facts_fault(solver: Solver) -> str:
 def kernel_check(name: str, sde: LinearSDE) -> Check:
     """Whether a process's transition kernels solve its differential equations."""
     began, found = time.perf_counter(), []
-    # Where drift and diffusion diverge at the end, the equations are solved up to a percent of it.
+    # If drift and diffusion diverge at the end, the equations are solved up to t = 0.99.
     end = 1.0 if sde.regular_until == sde.T else 0.99
     for s, t in ((0.0, 0.01), (0.3, 0.35), (0.1, 0.9), (0.0, end)):
         psi, covariance = reference_kernel(sde, s, t)

@@ -43,7 +43,15 @@ __all__ = [
 ]
 
 QUICK_PROBLEMS = (
-    *("VP", "VE", "CLD", "CLD, linear schedule", "CLD, rotation", "VP, two points"),
+    *(
+        "VP",
+        "VE",
+        "rectified flow",
+        "CLD",
+        "CLD, linear schedule",
+        "CLD, rotation",
+        "VP, two points",
+    ),
     *("VP, three modes", "CLD, ring", "VP, ring"),
 )
 """What there is time for in a quick validation: a problem of each kind of difficulty."""

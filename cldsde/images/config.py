@@ -170,7 +170,7 @@ class ScoreConfig:
     prediction
         The prediction whose squared error is the loss: ``"noise"``, or for processes of one
         component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is
-        flow matching. What the network returns is the same for all.
+        flow matching. The network returns the same quantity for all three.
     mixing
         None: the network's part is added to the reference's. A number: each channel weighs the
         two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.

@@ -54,6 +54,12 @@ class CosineVP(LinearSDE):
     References
     ----------
     M. Albergo, N. Boffi and E. Vanden-Eijnden, *Stochastic interpolants*, 2023.
+
+    Examples
+    --------
+    >>> law = CosineVP().marginal(1 / 3)
+    >>> f"{law.mean.item():.4f} {law.root.item():.4f}"
+    '0.8660 0.5000'
     """
 
     def __init__(self) -> None:
@@ -90,7 +96,7 @@ class _Angles:
     def __init__(self, alphas_cumprod: Tensor) -> None:
         full = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod])
         alpha, sigma = full.sqrt(), (1 - full).sqrt()
-        # Each of the two is accurate where it is small.
+        # Each of the two angles is accurate when it is small.
         self._signal, self._noise = torch.atan2(alpha, sigma), torch.atan2(sigma, alpha)
 
     def signal(self, t: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ class LinearSDE:
         ----------
         signal
             α: float64 times of any shape to values of that shape, in torch's operations, which are
-            differentiated. α(0) = 1 and α > 0 before t = 1. What it has learnt has derivatives.
+            differentiated. α(0) = 1 and α > 0 before t = 1. Kernels are differentiable in its
+            learnt parameters.
         noise
             σ, alike: σ > 0 for t > 0. σ(0) is the standard deviation of x_0 given the data. The
             ratio α/σ falls with t.

@@ -8,7 +8,7 @@ From the signal α and the noise σ follow
     Q(s,t) = σ_t^2 − Ψ^2 σ_s^2 = \frac{c(s,t)\,(σ_t α_s + σ_s α_t)}{α_s^2},
 
 with the gain c(s, t) = σ_t α_s − σ_s α_t ≥ 0 of noise over signal and its slope w = ασ' − α'σ. The
-gain is never found by that subtraction where it would cancel. If α(1) = 0, F and G diverge at
+gain is never found by a subtraction that cancels. If α(1) = 0, F and G diverge at
 t = 1, but every distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
 """
 
@@ -61,6 +61,20 @@ class SignalNoiseDynamics(Dynamics):
         If a function returns another shape or dtype, or values that are not finite; if α(0) is not
         1 or α not positive; if σ is negative; if the signal-to-noise ratio rises somewhere; or if
         the functions are not smooth and ``gain`` is None.
+
+    Examples
+    --------
+    Noise whose rate jumps, with its exact gain:
+
+    >>> import torch
+    >>> from cldsde import LinearSDE
+    >>> def noise(t):
+    ...     return torch.where(t < 0.5, t, 3 * t - 1)
+    >>> dynamics = SignalNoiseDynamics(
+    ...     torch.ones_like, noise, gain=lambda s, t: noise(t) - noise(s)
+    ... )
+    >>> LinearSDE(dynamics).transition(0.0, 0.75).root.item()
+    1.25
     """
 
     components = 1
@@ -78,7 +92,7 @@ class SignalNoiseDynamics(Dynamics):
         self._check(grid, alpha, sigma)
         unit = alpha.square() + sigma.square()
         self._preserves_variance = bool(((unit - 1).abs() <= 8 * _EPS).all())
-        # Where the signal is gone at the end, F and G have a pole there.
+        # If no signal is left at the end, F and G have a pole there.
         self.regular_until = self._latest_regular() if float(alpha[-1]) == 0 else 1.0
 
     @override
@@ -155,7 +169,7 @@ class SignalNoiseDynamics(Dynamics):
     def _squared_diffusion(self, t: Tensor) -> Tensor:
         (alpha, alpha_rate), (sigma, sigma_rate) = self._with_rates(t)
         squared = 2 * sigma * (alpha * sigma_rate - alpha_rate * sigma) / alpha
-        # Where noise stands still beside the signal, rounding may leave less than zero.
+        # If α/σ stands still, rounding may leave less than zero.
         return torch.where(squared.abs() <= 16 * _EPS * sigma.square(), 0.0, squared)
 
     def _gain(self, s: Tensor, t: Tensor) -> Tensor:
@@ -183,7 +197,9 @@ class SignalNoiseDynamics(Dynamics):
 
     def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:
         if abs(float(alpha[0]) - 1) > 8 * _EPS:
-            msg = f"signal must be 1 at t = 0, where the state is the data; got {float(alpha[0]):g}"
+            msg = (
+                f"signal must be 1 at t = 0, because the state is the data; got {float(alpha[0]):g}"
+            )
             raise ValueError(msg)
         for name, bad, wanted in (
             ("signal", alpha[:-1] <= 0, "positive before t = 1"),
@@ -252,7 +268,7 @@ class SignalNoiseDynamics(Dynamics):
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
     """Values on a grid, if they are finite float64 numbers of its shape."""
     try:
-        values = torch.as_tensor(function(grid)).detach()
+        values = torch.as_tensor(function(grid), device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"{name} must take a tensor of times, as torch's functions do; {error}"
         raise ValueError(msg) from error

@@ -223,9 +223,8 @@ class Conversion:
         ValueError
             If the law has no density at some time; if velocity or flow are asked for of a process
             of several components; or if score or noise are asked for what they do not determine:
-            x_0 and the flow where nothing of x_0 is left (`RectifiedFlow` at t = 1), x_0 at
-            isolated times of an underdamped process, the full score where float64 holds no digit
-            of it.
+            x_0 and the flow if nothing of x_0 is left (`RectifiedFlow` at t = 1), x_0 at isolated
+            times of an underdamped process, the full score if float64 holds no digit of it.
         """
         check_process(sde)
         times = as_times(t, "t", sde.T)
@@ -385,9 +384,7 @@ class _Converter:
 
     def _from_full_score(self, target: Prediction) -> _Linear:
         if target in _OF_ONE_COMPONENT:
-            self._combination(
-                target
-            )  # raises unless the full score is that of the driven component
+            self._combination(target)  # raises if there are several components
             given = _Linear(torch.zeros_like(self._eye(1)), self._eye(1))
             return self._from_noise(given.through(-self.law.driven_root().mT), target)
         c, inverse = self.law.signal, self.law.inverse
@@ -409,7 +406,7 @@ class _Converter:
             advice = f"take t ≤ {end:.6g}" if end < 1 else "end earlier or lower beta"
             msg = (
                 "t: nothing of x_0 is left in the state at "
-                f"t = {float(self.times.detach().max()):g}, where the score tells nothing of it; "
+                f"t = {float(self.times.detach().max()):g}, and the score does not determine it; "
                 f"{advice}"
             )
             raise ValueError(msg)

@@ -177,7 +177,7 @@ class PerturbedData:
         output
             The prediction, ``(B, d, *D)``, or ``(B, *D)`` for the data.
         prediction
-            What it is of.
+            The quantity that is predicted.
         weighting
             See `Weighting`.
         measured
@@ -242,8 +242,8 @@ class PerturbedData:
     def _combination(self, kind: Target) -> Combination:
         if self.conditioning != "data":
             msg = (
-                f"a {kind} is that of the distribution given the data; it needs states drawn with "
-                f"conditioning='data', got {self.conditioning!r}"
+                f"a prediction of the {kind} is defined given the data; draw states with "
+                f"conditioning='data'; got {self.conditioning!r}"
             )
             raise ValueError(msg)
         return Combination.at(self.sde, self.law, self.t, kind)
@@ -368,7 +368,7 @@ def optimal_loss(
 
 def likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
     """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
-    # Where G diverges, at t = 1 of an interpolant, what it multiplies vanishes.
+    # At t = 1 of an interpolant G diverges, and its factor vanishes.
     end = sde.regular_until
     finite = torch.where((t == sde.T) & (end < sde.T), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]

@@ -219,7 +219,7 @@ class MixedScore(nn.Module):
         prediction
             ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
             component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form these
-            three stay exact where nothing of the data is left in a state of one component.
+            three stay exact at t = 1 of `cldsde.RectifiedFlow`, where nothing of the data is left.
         condition
             Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
         """
@@ -260,7 +260,7 @@ class MixedScore(nn.Module):
             the score, so that they are computed once.
         prediction
             The prediction whose squared error counts: ``"noise"``, or for processes of one
-            component ``"velocity"`` or ``"flow"``. What the network returns is the same.
+            component ``"velocity"`` or ``"flow"``. The network returns the same quantity.
         weighting
             See `Weighting`.
         condition
@@ -334,7 +334,7 @@ class MixedScore(nn.Module):
             kernel = self.sde.marginal(times)
             law = whiten(self.sde, kernel, times)
         psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
-        # A clock that networks can read, where nothing of the data is left too.
+        # A finite clock, also at times when nothing of the data is left.
         log_snr = (0.5 * law.information().log()).clamp_min(_LEAST_CLOCK)
         to_score = -triangular_inverse(noise_root).mT
 
@@ -420,7 +420,7 @@ class MixedScore(nn.Module):
         return z - psi.reshape(-1, z.shape[1], *(1,) * axes) * mean, mean
 
     def _learnt(self, centred: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
-        """What the network returns, ``(B, outputs, *D)``."""
+        """Output of the network, ``(B, outputs, *D)``."""
         batch, clock = len(centred), c.log_snr.expand(len(centred))
         inputs = centred * self._spread(c, c.inputs, 1, centred)
         inputs = inputs.flatten(1, 2) if self.inputs == "state" else inputs.sum(1)

@@ -417,7 +417,7 @@ class MixtureScore:
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
-        """E[x_0 | z_t = z], ``(B, *D)``, also where the score does not determine it."""
+        """E[x_0 | z_t = z], ``(B, *D)``, also at times when the score does not determine it."""
         return self.data.posterior_mean(self.sde, z, t)
 
     def _dense_law(self, t: Tensor) -> _DenseLaw:

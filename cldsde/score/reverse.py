@@ -246,7 +246,7 @@ def checked_data_method(score: object) -> Callable[[Tensor, Tensor], Tensor]:
     if method is None:
         msg = (
             f"score: {type(score).__name__} has no method data_prediction(z, t), which is called "
-            "where a state tells nothing of the data, as at t = 1; start at an earlier time "
+            "when a state tells nothing of the data, as at t = 1; start at an earlier time "
             "(LinearSDE.regular_until) or add the method"
         )
         raise ValueError(msg)

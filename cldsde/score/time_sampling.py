@@ -61,7 +61,7 @@ class TimeSampler:
         self._knots[0], self._knots[-1] = t_min, 1.0
         values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
         fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
-        # It may vanish at an end alone, as the loss does where nothing of the data is left.
+        # It may vanish at an end alone, as the loss does when nothing of the data is left.
         if not fits or not bool((values[1:-1] > 0).all()):
             msg = "density must return one finite, positive value a time"
             raise ValueError(msg)
@@ -280,6 +280,12 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     ------
     ValueError
         If ``scale`` is out of range.
+
+    Examples
+    --------
+    >>> density = mode_density(1.29)
+    >>> f"{density(torch.tensor(0.5)):.2f} {density(torch.tensor(1.0)):.2f}"
+    '3.79 0.44'
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
 

@@ -19,8 +19,10 @@ from cldsde import (
     PSLD,
     VESDE,
     VPSDE,
+    CosineVP,
     GaussianMixture,
     LinearSDE,
+    RectifiedFlow,
     ReverseProcess,
     Schedule,
     SubVPSDE,
@@ -38,6 +40,10 @@ PROCESSES: dict[str, Callable[[], LinearSDE]] = {
     "CLD, position noise": lambda: CLD(position_noise=0.3),
     "PSLD": PSLD,
     "HOLD": HOLD,
+    "rectified flow": RectifiedFlow,
+    "cosine path": CosineVP,
+    "table": lambda: VPSDE.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0]),
+    "signal and noise": lambda: LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt),
     "functions": lambda: LinearSDE.from_functions(
         lambda t: -(1 + t).reshape(1, 1), lambda t: (1 + t).sqrt().reshape(1, 1)
     ),
@@ -80,14 +86,14 @@ def conversions(sde: LinearSDE) -> Iterator[Any]:
 
 def grids(sde: LinearSDE) -> Iterator[Any]:
     for name in ("uniform", "quadratic", "root", "log_snr", "karras", "logistic"):
-        yield getattr(solvers, f"{name}_times")(sde, 1.0, 1e-3, 4)
+        yield getattr(solvers, f"{name}_times")(sde, sde.regular_until, 1e-3, 4)
     yield solvers.times_of_log_snr(sde, 0.5)
 
 
 def tables(sde: LinearSDE) -> Iterator[Any]:
     data = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
     process = ReverseProcess(sde, data.score(sde))
-    times = solvers.root_times(1.0, 1e-3, 4)
+    times = solvers.root_times(sde.regular_until, 1e-3, 4)
     for options in (
         {"order": 3, "corrector": True},
         {"order": 2, "stochasticity": 1.0},

@@ -9,7 +9,18 @@ import pytest
 import torch
 from scipy import stats
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, Gaussian, Kernel, SubVPSDE
+from cldsde import (
+    CLD,
+    HOLD,
+    PSLD,
+    VESDE,
+    VPSDE,
+    CosineVP,
+    Gaussian,
+    Kernel,
+    RectifiedFlow,
+    SubVPSDE,
+)
 
 EPS = torch.finfo(torch.float64).eps
 FAMILIES = {
@@ -19,6 +30,8 @@ FAMILIES = {
     "CLD": CLD,
     "PSLD": PSLD,
     "HOLD": HOLD,
+    "rectified flow": RectifiedFlow,
+    "cosine": CosineVP,
 }
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 

@@ -193,7 +193,7 @@ class TestTraining:
 
     def test_all_of_the_start_has_no_flow(self) -> None:
         pair = PerturbedData.draw(VESDE(), torch.zeros(2, 1), 0.5, conditioning="all")
-        with pytest.raises(ValueError, match="it needs states drawn with conditioning='data'"):
+        with pytest.raises(ValueError, match="draw states with conditioning='data'"):
             pair.target("flow")
 
     def test_the_evidence_lower_bound_is_the_entropy_for_exact_gaussians(self) -> None:

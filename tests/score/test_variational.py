@@ -497,7 +497,7 @@ class TestRefusals:
                 X,
                 0.5,
                 t_min=0.1,
-                prediction="velocity",  # type: ignore[arg-type]
+                prediction="speed",  # type: ignore[arg-type]
             )
 
     def test_a_model_of_another_shape_is_refused(self) -> None:

@@ -162,3 +162,10 @@ def test_times_of_states_must_run_as_the_grid_does() -> None:
     times = solvers.uniform_times(0.9, EPS, 8).flip(0)
     with pytest.raises(ValueError, match="t_eval must decrease or increase as times do"):
         solvers.solve(process, solvers.ExponentialMultistep(), z, times, t_eval=times.flip(0))
+
+
+def test_data_themselves_are_no_states_to_start_from() -> None:
+    process, z = process_and_states("VP", 2)
+    times = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"times must start above 0 .* draw states at a t > 0"):
+        solvers.solve(process, solvers.ExponentialMultistep(), z, times)

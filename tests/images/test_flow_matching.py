@@ -1,0 +1,130 @@
+"""Flow matching of image models by configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cldsde import VPSDE, MixedScore, RectifiedFlow
+from cldsde.images.config import RunConfig, SamplingConfig
+from cldsde.images.data import ArrayImages, DataSet
+from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
+from cldsde.images.objectives import Batch, Times, make_objective
+from cldsde.images.runs import RunFolder
+from cldsde.images.sampling import GuidedScore, draw_images, make_solver
+from cldsde.images.training import train
+from cldsde.score import PerturbedData
+
+
+def images(count=64):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ArrayImages(pixels)
+
+
+def values(**sections):
+    standard = {
+        "process": {"name": "RectifiedFlow"},
+        "network": {"options": {"channels": [16, 16]}},
+        "score": {"prediction": "flow"},
+        "training": {"images": 64, "batch": 32},
+    }
+    return {key: {**standard.get(key, {}), **sections.get(key, {})} for key in standard | sections}
+
+
+def objective_and_batch(config):
+    data = images()
+    model = make_model(config, ImageSpace.of(data, config), data_statistics(config, data))
+    objective = make_objective(model, config)
+    t, weight = objective.samplers[0].sample(16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+    return model, objective, Batch(x, None, (Times(t, weight),))
+
+
+def test_the_loss_is_the_squared_error_of_the_flow():
+    config = RunConfig.from_dict(values(training={"times": "uniform"}))
+    model, objective, batch = objective_and_batch(config)
+    g = torch.Generator()
+    with torch.no_grad():
+        found = objective.held_out(model, batch, g.manual_seed(3), 0)
+        t, weight = batch.times[0]
+        pair = PerturbedData.draw(RectifiedFlow(), batch.images, t, generator=g.manual_seed(3))
+        flow = model.score(pair.z, t, prediction="flow")
+        x0 = batch.images.unsqueeze(1)
+        expected = (flow - (pair.noise - x0)).square().flatten(1).mean(1)
+    # Times are uniform on [t_min, 1]: weights are 1 up to the density between knots. The rest is
+    # single precision.
+    assert torch.allclose(weight, torch.ones_like(weight), rtol=1e-6)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", ["logit_normal", "mode"])
+def test_times_count_as_often_as_they_are_drawn(times):
+    config = RunConfig.from_dict(values(training={"times": times}))
+    model, objective, batch = objective_and_batch(config)
+    g = torch.Generator()
+    with torch.no_grad():
+        found = objective.held_out(model, batch, g.manual_seed(3), 0)
+        t, _ = batch.times[0]
+        pair = PerturbedData.draw(RectifiedFlow(), batch.images, t, generator=g.manual_seed(3))
+        expected = model.score.loss(pair, prediction="flow")
+    # The density between two of the sampler's 2,000 knots is their mean, and a thousandth of its
+    # mass lies below t_min.
+    assert torch.allclose(found, expected, rtol=1e-2)
+
+
+def test_a_trained_model_is_sampled_by_any_solver(tmp_path):
+    config = RunConfig.from_dict(values(training={"ema_decay": 0.5}))
+    data = DataSet(images(), images(16))
+    train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu")
+    model = load_model(tmp_path)
+    assert isinstance(model.score.sde, RectifiedFlow)
+    for solver in ("multistep-2", "multistep-2-sde", "em", "edm-heun", "probability-flow"):
+        sampling = SamplingConfig(solver=solver, nfe=6, t_end=0.04)
+        found = draw_images(model.score, model.space, [0, 1], sampling)
+        assert bool(found[0].isfinite().all())
+
+
+def test_guidance_is_linear_in_the_predictions_of_the_data():
+    class Classes(torch.nn.Module):
+        def forward(self, x, clock, condition):
+            return x * condition.reshape(-1, 1, 1, 1)
+
+    score = MixedScore(Classes(), VPSDE(), 0.0, 1.0)
+    z = torch.randn(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    given, free = (score.data_prediction(z, 0.5, condition=torch.tensor(label)) for label in (1, 3))
+    found = GuidedScore(score, 1, 3, 2.5).data_prediction(z, 0.5)
+    # Single precision.
+    assert torch.allclose(found, free + 2.5 * (given - free), rtol=1e-5, atol=1e-5)
+
+
+def test_stochasticity_is_an_option_of_the_solver():
+    options = {"stochasticity": 0.5}
+    solver = make_solver(SamplingConfig(solver="multistep-2", options=options))
+    assert solver.stochasticity == 0.5
+    for wrong in ("a lot", [1.0], None):
+        with pytest.raises(ValueError, match=r"options\.stochasticity must be .*number"):
+            make_solver(SamplingConfig(solver="multistep-2", options={"stochasticity": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"process": {"name": "CLD"}}, r"score.prediction must be 'noise' .* CLD, which has 2"),
+        ({"score": {"prediction": "speed"}}, r"score.prediction must be"),
+        ({"score": {"mixing": -3.0}}, r"score.mixing must be None if prediction is 'flow'"),
+        (
+            {"training": {"conditioning": "all"}},
+            r"training.conditioning must be 'data' if score.prediction is 'flow'",
+        ),
+        (
+            {"training": {"times": "mode", "weighting": "likelihood"}},
+            r"training.weighting must be 'reweighted' if times is 'mode'",
+        ),
+        ({"training": {"mode_scale": 2.0}}, r"training.mode_scale must lie in"),
+        ({"training": {"logit_std": 0.0}}, r"training.logit_std must lie in"),
+    ],
+)
+def test_what_does_not_go_together_is_rejected(sections, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(values(**sections))
