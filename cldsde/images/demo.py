@@ -196,7 +196,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     model = trained_model(config, run, progress=progress)
     space = ImageSpace.of(data.train, config.model())
 
-    real = torch.cat([pixels_of(data.train), pixels_of(data.held_out)])
+    real = torch.cat([pixels_of(part) for part in data.all])
     features = classifier.features(real)
     distances: dict[str, dict[int, list[float]]] = {name: {} for name in _SOLVERS}
     cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
@@ -230,9 +230,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
         lambda file: np.savez(file, images=images[:, 0].numpy(), labels=labels.numpy()),
     )
     caption = f"generated, {name} at {nfe} NFE"
-    run.write(
-        "samples.png", lambda file: plot_samples(file, pixels_of(data.held_out), images, caption)
-    )
+    run.write("samples.png", lambda file: plot_samples(file, real[-100:], images, caption))
     process = ReverseProcess(model.sde, model)
     run.write("trajectories.png", lambda file: _draw_trajectories(file, process, data, config))
     run.write(
