@@ -1,9 +1,9 @@
 """Train CLD on handwritten digits and draw new ones, in minutes on a CPU.
 
 Trains a score network by hybrid score matching on the 8×8 digits that ship with scikit-learn,
-samples it with Euler–Maruyama and SSCS at several budgets of score evaluations, and writes a run
-folder with pictures and a table. An interrupted demonstration goes on when the same command is
-given again.
+samples it with Euler–Maruyama, SSCS and the exponential multistep solver at several budgets of
+score evaluations, and writes a run folder with pictures and a table. The same command resumes an
+interrupted demonstration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INTERRUPTED = "interrupted; the same command goes on"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
-    parser.add_argument("--quick", action="store_true", help="the same in small, in two minutes")
+    parser.add_argument("--quick", action="store_true", help="the same in small, in one minute")
     parser.add_argument(
         "--out", type=str, metavar="DIR", default="cldsde-demo", help="run folder, made if missing"
     )
@@ -50,7 +50,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.demo import DemoConfig, run_demo
         from cldsde.images.runs import RunFolder
     if not 0 <= options.seed < 2**63:
-        msg = f"--seed must lie between 0 and 2^63 - 1; got {options.seed}"
+        msg = f"--seed must be from 0 to 2^63 - 1; got {options.seed}"
         raise ValueError(msg)
     if not options.out.strip():
         msg = "--out must be the name of a folder; got an empty one"
@@ -65,6 +65,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             f"{digit}: {share:.0%}" for digit, share in enumerate(report.class_shares)
         )
         print(f"\n{report.table()}\n")
+        print(f"{report.sentence()}\n")
         if options.quick:
             print(
                 f"Trained for a moment and measured on {config.samples} images: enough to see it "

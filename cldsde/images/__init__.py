@@ -1,4 +1,13 @@
 """Image models: configuration, data, networks, training, sampling, evaluation, demonstration.
 
-Needs the extra ``images``: ``pip install 'cldsde[images]'``.
+Needs the extra ``images``: ``pip install 'cldsde[images]'``. One folder stands for each step::
+
+    configuration → train → run folder → sample → samples → evaluate → results → compare → report
+
+`data` reads images, `latent` has the autoencoders of latent models; `config`, `model` and
+`networks` are used by all of them.
 """
+
+from cldsde.images.run import Run, as_array, as_pictures, train
+
+__all__ = ["Run", "as_array", "as_pictures", "train"]

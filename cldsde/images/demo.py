@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from cldsde import solvers
 from cldsde.images.config import NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
-from cldsde.images.data import DataSet, digits, pixels_of
+from cldsde.images.data import DataSet, digits, pixels_of, to_unit
 from cldsde.images.digit_classifier import DigitClassifier, train_classifier
 from cldsde.images.evaluate import frechet_distance
 from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
+from cldsde.images.model import ImageSpace
 from cldsde.images.runs import RunFolder
+from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.schema import plain
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
-from cldsde.solvers.authoring import Solver
 
 __all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
 
@@ -36,7 +39,8 @@ _RESULTS = (
     "trajectories.png",
     "distances.png",
 )
-_SOLVERS: dict[str, Solver] = {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()}
+_SOLVERS = {"EM": "euler-maruyama", "SSCS": "sscs", "multistep": "multistep-2-sde"}
+_BATCH = 500  # images sampled at once
 
 
 def _full_training() -> TrainingConfig:
@@ -73,16 +77,19 @@ class DemoConfig:
     t_end
         ε, where sampling ends.
     samples
-        Images sampled for each cell of the table.
+        Images of a set.
+    sets
+        Sets of images, with seeds of their own, for each cell of the table.
     """
 
     seed: int = 0
     device: str = "cpu"
     channels: tuple[int, ...] = (16, 48)
     training: TrainingConfig = field(default_factory=_full_training)
-    nfe: tuple[int, ...] = (25, 50, 100, 200)
+    nfe: tuple[int, ...] = (10, 20, 50, 100)
     t_end: float = 2e-2
-    samples: int = 1000
+    samples: int = 800
+    sets: int = 3
 
     @classmethod
     def quick(cls, **changes: Any) -> DemoConfig:
@@ -96,7 +103,7 @@ class DemoConfig:
             save_every=6_400,
             sample_every=51_200,
         )
-        return cls(**{"training": training, "nfe": (25, 50), "samples": 500, **changes})
+        return cls(**{"training": training, "nfe": (10, 50), "samples": 300, **changes})
 
     def model(self) -> RunConfig:
         """The configuration of the model's own run."""
@@ -104,12 +111,16 @@ class DemoConfig:
             seed=self.seed,
             network=NetworkConfig(options={"channels": list(self.channels)}),
             training=self.training,
-            sampling=SamplingConfig(solver="sscs", nfe=50, t_end=self.t_end),
+            sampling=self.recipe("multistep", 10),
         )
+
+    def recipe(self, solver: str, nfe: int) -> SamplingConfig:
+        """How a solver of the table samples with a budget."""
+        return SamplingConfig(solver=_SOLVERS[solver], nfe=nfe, t_end=self.t_end)
 
     def resolved(self) -> dict[str, Any]:
         """The configuration in JSON types."""
-        resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        resolved: dict[str, Any] = plain(self)
         return resolved
 
 
@@ -121,17 +132,17 @@ class DemoReport(NamedTuple):
     accuracy
         Of the classifier on held-out digits.
     distances
-        Solver to NFE to Fréchet distance from all real digits.
+        Solver to NFE to the Fréchet distances of the sets of samples from all real digits.
     baseline
         Fréchet distance of samples of a Gaussian fitted to the training pixels.
     class_shares
-        Shares of the ten classes among the SSCS samples at the largest NFE.
+        Shares of the ten classes among the multistep samples at the largest NFE.
     seconds
         Wall time.
     """
 
     accuracy: float
-    distances: dict[str, dict[int, float]]
+    distances: dict[str, dict[int, list[float]]]
     baseline: float
     class_shares: list[float]
     seconds: float
@@ -143,13 +154,29 @@ class DemoReport(NamedTuple):
             "| FD at NFE | " + " | ".join(str(nfe) for nfe in budgets) + " |",
             "| --- |" + " ---: |" * len(budgets),
         ]
-        for name, values in self.distances.items():
-            lines.append(f"| {name} | " + " | ".join(f"{values[n]:.2f}" for n in budgets) + " |")
+        for name, row in self.distances.items():
+            cells = [f"{mean(row[n]):.2f} ± {stdev(row[n]):.2f}" for n in budgets]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+    def sentence(self) -> str:
+        """Evaluations that the other solvers need for what multistep reaches with the fewest."""
+        means = {
+            name: {n: mean(values) for n, values in row.items()}
+            for name, row in self.distances.items()
+        }
+        own = means.pop("multistep")
+        fewest, most = min(own), max(own)
+        needs = []
+        for name, row in means.items():
+            enough = [n for n in sorted(row) if row[n] <= own[fewest]]
+            needs.append(f"{name} needs {enough[0] if enough else f'more than {most}'}")
+        reached = f"With {fewest} score evaluations the multistep solver reaches {own[fewest]:.2f}"
+        return f"{reached}; {' and '.join(needs)} for as much (lower is better)."
 
 
 def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> DemoReport:
-    """Train CLD on digits, sample it with two solvers, measure, and draw.
+    """Train CLD on digits, sample it with three solvers, measure, and draw.
 
     Parameters
     ----------
@@ -167,18 +194,26 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     data = digits()
     classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
     model = trained_model(config, run, progress=progress)
-    process = ReverseProcess(model.sde, model)
+    space = ImageSpace.of(data.train, config.model())
 
-    real = torch.cat([pixels_of(data.train), pixels_of(data.held_out)])
+    real = torch.cat([pixels_of(part) for part in data.all])
     features = classifier.features(real)
-    distances: dict[str, dict[int, float]] = {name: {} for name in _SOLVERS}
+    distances: dict[str, dict[int, list[float]]] = {name: {} for name in _SOLVERS}
     cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
+    sets = [
+        range(first, first + config.samples)
+        for first in range(0, config.sets * config.samples, config.samples)
+    ]
     with progress_bar(cells, shown=progress, desc="sampling") as bar:
         for name, nfe in bar:
             bar.set_postfix(solver=name, nfe=nfe)
-            images = _sample(process, name, nfe, config)
-            distances[name][nfe] = frechet_distance(classifier.features(images), features)
-    # The last cell is the best sampler at its largest budget.
+            recipe = config.recipe(name, nfe)
+            sampler = ImageSampler(model, space, recipe, batch=_BATCH)
+            values = distances[name][nfe] = []
+            for seeds in sets:
+                images = to_unit(sampler.sample(seeds).images, space.levels)
+                values.append(frechet_distance(classifier.features(images), features))
+    # The last cell is that of the multistep solver at its largest budget.
     labels = classifier(images).argmax(1)
     shares = (labels.bincount(minlength=10) / len(labels)).tolist()
     report = DemoReport(
@@ -195,9 +230,8 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
         lambda file: np.savez(file, images=images[:, 0].numpy(), labels=labels.numpy()),
     )
     caption = f"generated, {name} at {nfe} NFE"
-    run.write(
-        "samples.png", lambda file: plot_samples(file, pixels_of(data.held_out), images, caption)
-    )
+    run.write("samples.png", lambda file: plot_samples(file, real[-100:], images, caption))
+    process = ReverseProcess(model.sde, model)
     run.write("trajectories.png", lambda file: _draw_trajectories(file, process, data, config))
     run.write(
         "distances.png",
@@ -210,7 +244,7 @@ def _stored_report(run: RunFolder) -> DemoReport:
     try:
         stored = json.loads((run / "results.json").read_text())
         distances = {
-            name: {int(nfe): value for nfe, value in row.items()}
+            name: {int(nfe): list(values) for nfe, values in row.items()}
             for name, row in stored.pop("distances").items()
         }
         return DemoReport(distances=distances, **stored)
@@ -239,22 +273,6 @@ def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> Mixe
     folder = RunFolder(run / "model", model.to_dict())
     data = model.data.load()
     return train(model, data, folder, device=config.device, progress=progress).score
-
-
-def _sample(process: ReverseProcess, solver: str, nfe: int, config: DemoConfig) -> Tensor:
-    """Images ``(samples, 1, 8, 8)`` in [−1, 1] on the host."""
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    sde = process.sde
-    shape = (config.samples, 1, 8, 8)
-    start = sde.prior.sample(shape, generator=generator, device=config.device)
-    times = solvers.root_times(sde.T, config.t_end, nfe - 1)
-    solution = solvers.solve(
-        process, _SOLVERS[solver], start, times, generator=generator, denoise=True, warn=False
-    )
-    if not solution.success:
-        msg = f"{solver} at {nfe} NFE failed: {solution.message}"
-        raise FloatingPointError(msg)
-    return solution.data.clamp(-1, 1).cpu()
 
 
 def _gaussian_features(data: DataSet, classifier: DigitClassifier, config: DemoConfig) -> Tensor:

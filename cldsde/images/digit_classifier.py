@@ -62,7 +62,8 @@ def train_classifier(
         Show a progress bar on stderr.
     """
     images, labels = pixels_of(data.train), data.train.labels
-    held_out, held_out_labels = pixels_of(data.held_out), data.held_out.labels
+    test = data.held_out or data.train
+    held_out, held_out_labels = pixels_of(test), test.labels
     assert labels is not None
     assert held_out_labels is not None
     with torch.random.fork_rng(devices=[]):

@@ -34,7 +34,7 @@ def save_grid(
     columns: int | None = None,
     notes: PngInfo | None = None,
 ) -> None:
-    """Images in a grid, pixel for pixel, as a picture.
+    """Images in a grid as a picture; pixels of small images become squares.
 
     Parameters
     ----------
@@ -56,6 +56,8 @@ def save_grid(
     for i, image in enumerate(images.movedim(1, -1).cpu().numpy()):
         top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
         sheet[top : top + height, left : left + width] = image
+    scale = max(1, 24 // max(height, width))
+    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
     picture(sheet.transpose(2, 0, 1), levels).save(file, pnginfo=notes)
 
 
@@ -159,28 +161,32 @@ def plot_trajectories(
 
 
 def plot_distances(
-    file: Path, distances: Mapping[str, Mapping[int, float]], baseline: float
+    file: Path, distances: Mapping[str, Mapping[int, Sequence[float]]], baseline: float
 ) -> None:
-    """Fréchet distance against NFE, one line a solver.
+    """Fréchet distance against NFE, one line per solver, with a band of one standard deviation.
 
     Parameters
     ----------
     file
         Picture to write.
     distances
-        Solver to NFE to distance.
+        Solver to NFE to the distances of several sets of samples.
     baseline
         Distance of samples of a Gaussian fitted to the training pixels.
     """
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     axes = figure.subplots()
     for (name, values), marker in zip(distances.items(), "os^Dv", strict=False):
-        axes.loglog(list(values), list(values.values()), marker=marker, label=name)
+        means = np.array([np.mean(sets) for sets in values.values()])
+        spread = np.array([np.std(sets, ddof=1) for sets in values.values()])
+        (line,) = axes.loglog(list(values), means, marker=marker, label=name)
+        low, high = np.maximum(means - spread, means / 2), means + spread
+        axes.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
     nfes = sorted({nfe for values in distances.values() for nfe in values})
     axes.axhline(baseline, color="0.5", linestyle="--", label="Gaussian fitted to the pixels")
     axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
     axes.minorticks_off()
-    axes.set(xlabel="score evaluations a sample (NFE)", ylabel="Fréchet distance (FD)")
+    axes.set(xlabel="score evaluations per sample (NFE)", ylabel="Fréchet distance (FD)")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)

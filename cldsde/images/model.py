@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from cldsde.images.config import RunConfig, SamplingConfig
@@ -23,13 +22,13 @@ from cldsde.images.streams import stream_seed
 from cldsde.score import MixedScore
 
 __all__ = [
+    "KIND",
     "MODEL",
     "DiffusionModel",
     "ImageModel",
     "ImageSpace",
     "Statistics",
     "check_model",
-    "copy_weights",
     "data_statistics",
     "load_model",
     "make_model",
@@ -42,7 +41,8 @@ __all__ = [
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
 
-_KIND = "an image model of cldsde, version 2"
+KIND = "an image model of cldsde, version 2"
+"""Kind of the file, which other files do not have."""
 
 
 class DiffusionModel(nn.Module):
@@ -311,38 +311,6 @@ def make_model(
     return DiffusionModel(score, vae)
 
 
-def copy_weights(model: DiffusionModel, source: Path) -> None:
-    """Start a model from other weights; statistics of the data stay its own.
-
-    Parameters
-    ----------
-    model
-        The model.
-    source
-        A run, or a folder of a diffusers `UNet2DModel` with safetensors.
-
-    Raises
-    ------
-    SettingError
-        If the weights are not there or do not fit; the key is ``"training.init_from"``.
-    """
-    own = ("data_mean", "data_variance")
-    key = "training.init_from"
-    try:
-        if (source / CONFIG).is_file():
-            weights, _ = load_tensors(source / MODEL, _KIND)
-            kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
-            model.load_state_dict({**weights, **kept})
-        else:
-            unet = UNet2DModel.from_pretrained(
-                source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-            )
-            model.score.network.network.load_state_dict(unet.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
-        msg = f"weights of {source} cannot be used ({' '.join(str(error).split())[:300]})"
-        raise SettingError(key, msg) from error
-
-
 def save_model(
     file: Path,
     weights: Mapping[str, Tensor],
@@ -362,7 +330,7 @@ def save_model(
         "images_seen": str(images_seen),
         "config": config.model_digest(),
     }
-    save_tensors(file, _KIND, weights, metadata)
+    save_tensors(file, KIND, weights, metadata)
 
 
 def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageModel:
@@ -408,7 +376,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     ValueError
         If the file is damaged, or was written for another configuration.
     """
-    tensors, metadata = load_tensors(file, _KIND)
+    tensors, metadata = load_tensors(file, KIND)
     try:
         if metadata["config"] != config.model_digest():
             msg = "it was written for another process, other networks or data than those configured"

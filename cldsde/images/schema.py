@@ -14,7 +14,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import pydantic
 import tomli_w
@@ -74,10 +74,10 @@ def section(kind: type[T]) -> type[T]:
         except ValidationError as error:
             raise _setting_error(error, made) from None
 
-    made.__init__ = checked  # type: ignore[assignment,method-assign]
+    made.__init__ = checked  # type: ignore[method-assign]
     # Tools and doctests read the arguments off it.
     checked.__signature__ = inspect.signature(kind)  # type: ignore[attr-defined]
-    return made
+    return cast(type[T], made)
 
 
 def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
@@ -137,9 +137,8 @@ def _section_at(kind: type[Any], place: Sequence[int | str]) -> type[Any]:
     """The class of the section at a place in another section."""
     for part in place:
         if isinstance(part, str):
-            kind = next(
-                filter(dataclasses.is_dataclass, _leaves(typing.get_type_hints(kind)[part]))
-            )
+            leaves = _leaves(typing.get_type_hints(kind)[part])
+            kind = cast(Any, next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf)))
     return kind
 
 

@@ -101,8 +101,8 @@ class Comparison:
                     model = load_model(run.path)
                 except ValueError as error:
                     raise ValueError(run.damaged(MODEL, error, cost=TRAINING)) from error
-                settings = config.runs[name].training
-                if model.images_seen == settings.steps * settings.batch:
+                training = config.runs[name].training
+                if model.images_seen == training.steps * training.batch:
                     self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:

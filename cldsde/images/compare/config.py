@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
-from cldsde.images.config import RunConfig, SamplingConfig, Time
+from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.evaluate.evaluation import METRICS
@@ -28,6 +27,7 @@ from cldsde.images.schema import (
     section,
     with_overrides,
 )
+from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
 from cldsde.solvers import canonical_name
 
@@ -235,7 +235,8 @@ class ComparisonConfig:
         return error.within("base" if shared else f"models.{model}")
 
     def _run(self, name: str) -> RunConfig:
-        if not re.fullmatch(r"\w[\w+-]*", name):
+        allowed = all(letter.isalnum() or letter in "_+-" for letter in name)
+        if not allowed or name[:1] in {"", "+", "-"}:
             msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
             raise SettingError("models", msg)
         own = self.models[name]

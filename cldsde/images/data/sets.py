@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,6 +16,7 @@ from cldsde.images.data.checks import as_folder, as_whole, check_choice, missing
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.idx import fashion_folder, fashion_part, idx_file
 from cldsde.images.data.images import ArrayImages, Images, Subset
+from cldsde.images.files import file_lock
 from cldsde.linear.checks import as_number
 
 __all__ = [
@@ -42,6 +44,11 @@ class DataSet(NamedTuple):
     train, held_out
         Images of one shape and number of levels; None if no image is held out.
     """
+
+    @property
+    def all(self) -> list[Images]:
+        """Both parts, or the one that there is."""
+        return [part for part in self if part is not None]
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -165,9 +172,10 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
         )
         raise ImportError(msg) from error
     try:
-        sources = [
-            getattr(datasets, name)(str(root), download=download, **part) for part in options
-        ]
+        with _one_download(root / name) if download else nullcontext():
+            sources = [
+                getattr(datasets, name)(str(root), download=download, **part) for part in options
+            ]
     except Exception as error:  # of many classes, for files that lack or are damaged
         hint = "is the network there?" if download else "download=True would fetch it"
         msg = f"{name} is not in {root}, or is damaged there; {hint} (torchvision: {error})"
@@ -178,6 +186,14 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
     return DataSet(
         *(ArrayImages(images, labels=labels, classes=classes) for images, labels in parts)
     )
+
+
+@contextmanager
+def _one_download(place: Path) -> Iterator[None]:
+    """Let one process download at a time: the others find what it brought."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(place, wait=True):
+        yield
 
 
 def image_folder(

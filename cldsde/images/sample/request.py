@@ -86,7 +86,7 @@ class SampleRequest:
             msg = f"needs a class to stress; got {self.guidance} and no class"
             raise SettingError("guidance", msg)
         self._check_known()
-        _ = self._sampler
+        _ = self.sampler
 
     def _check_known(self) -> None:
         if self.known is None:
@@ -105,11 +105,11 @@ class SampleRequest:
 
     def batches(self) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of the batches; all images of a batch are of one class."""
-        return self._sampler.batches(self.seeds)
+        return self.sampler.batches(self.seeds)
 
     def draw(self, label: int | None, seeds: list[int]) -> Tensor:
         """Images of one batch, uint8."""
-        return self._sampler.draw(seeds, label).images
+        return self.sampler.draw(seeds, label).images
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
@@ -145,7 +145,8 @@ class SampleRequest:
         ]
 
     @cached_property
-    def _sampler(self) -> ImageSampler:
+    def sampler(self) -> ImageSampler:
+        """The sampler of the request."""
         model = self.model
         return ImageSampler(
             model.score,

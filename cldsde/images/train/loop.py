@@ -31,7 +31,6 @@ from cldsde.images.model import (
     DiffusionModel,
     ImageModel,
     Statistics,
-    copy_weights,
     read_model,
     save_model,
 )
@@ -42,6 +41,7 @@ from cldsde.images.train.board import Board
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner
 from cldsde.images.train.schedule import learning_rates
+from cldsde.images.train.start import copy_weights
 from cldsde.images.train.state import STATE, StopRequest
 from cldsde.progress import progress_bar
 

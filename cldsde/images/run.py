@@ -1,0 +1,187 @@
+"""Trained runs from Python, in as few words as on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cldsde.images.config import RunConfig, load_config
+from cldsde.images.data import DataSet
+from cldsde.images.errors import SettingError
+from cldsde.images.figures import picture
+from cldsde.images.model import ImageModel, load_model
+from cldsde.images.runs import RunFolder
+from cldsde.images.sample.request import SampleRequest
+from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.train.loop import train as train_model
+from cldsde.linear import LinearSDE
+from cldsde.score import MixedScore
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+__all__ = ["Run", "as_array", "as_pictures", "train"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained run: its model, and samples of it.
+
+    Attributes
+    ----------
+    model
+        The model and what it was trained to make.
+    """
+
+    model: ImageModel
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Run:
+        """Load the model of a run folder; runs no code of its files.
+
+        Raises
+        ------
+        ValueError
+            If there is no such run, or a file of it cannot be used.
+        """
+        return cls(load_model(folder, device))
+
+    @property
+    def score(self) -> MixedScore:
+        """The score; a function of state and time."""
+        return self.model.score
+
+    @property
+    def process(self) -> LinearSDE:
+        """The forward process."""
+        return self.model.score.sde
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration."""
+        return self.model.config
+
+    def sample(
+        self,
+        seeds: Sequence[int] = range(64),
+        *,
+        label: int | str | None = None,
+        guidance: float = 1.0,
+        batch: int = 64,
+        progress: bool = False,
+        **sampling: Any,
+    ) -> Samples:
+        """Sample one image for each seed.
+
+        Parameters
+        ----------
+        seeds
+            Integers in [0, 2³²). An image depends on its own seed alone.
+        label
+            Class of all images, by name or number; ``"all"`` cycles through the classes by seed.
+        guidance
+            Weight of the class.
+        batch
+            Images sampled at once.
+        progress
+            Show a progress bar on stderr.
+        **sampling
+            Fields of `SamplingConfig` that differ from those of the run, such as ``nfe=10``.
+
+        Returns
+        -------
+        Samples
+            ``images`` ``(N, C, H, W)`` uint8 and the score evaluations of each.
+
+        Raises
+        ------
+        SettingError
+            If a setting does not fit the model.
+        """
+        model, recipe = self.model, self.config.sampling
+        if "solver" in sampling:
+            recipe = replace(recipe, options={})
+        number: int | Literal["all"] | None = None
+        if label == "all" and model.space.classes is not None:
+            number = "all"
+        elif label is not None:
+            number = model.space.class_number(label)
+        request = SampleRequest(
+            model=model,
+            sampling=replace(recipe, **sampling),
+            seeds=range(1),
+            batch=batch,
+            label=number,
+            guidance=guidance,
+        )
+        request.check()
+        sampler: ImageSampler = request.sampler
+        return sampler.sample(list(seeds), progress=progress)
+
+    def to_diffusers(self, folder: Path | str) -> None:
+        """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.
+
+        Its input is the state divided by its standard deviation, and its time is 50 times half the
+        log of the signal-to-noise ratio. ``training.init_from`` takes the folder.
+
+        Raises
+        ------
+        SettingError
+            If the network has layers that a `UNet2DModel` does not have.
+        """
+        if self.config.network.name != "UNet" or self.model.space.classes is not None:
+            msg = "a UNet2DModel holds a UNet without classes"
+            raise SettingError("network.name", f"{msg}; got {self.config.network.name}")
+        self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]
+
+
+def train(
+    config: RunConfig | Path | str,
+    data: DataSet | None = None,
+    out: Path | str = "run",
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> Run:
+    """Train a model, or resume its training; the same as ``cldsde train``.
+
+    Parameters
+    ----------
+    config
+        A configuration, or its file.
+    data
+        The images; None reads those of the configuration.
+    out
+        Run folder, made if missing.
+    device
+        ``"auto"``, or the name of a device.
+    progress
+        Show a progress bar on stderr.
+
+    Raises
+    ------
+    SettingError
+        If settings, data, device and folder do not fit.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
+    data = config.data.load() if data is None else data
+    folder = RunFolder(Path(out).expanduser(), config.to_dict(), free=config.FREE)
+    train_model(config, data, folder, device=device, progress=progress)
+    return Run.load(folder.path, "cpu" if device == "auto" else device)
+
+
+def as_array(samples: Samples) -> NDArray[np.uint8]:
+    """Images as an array ``(N, H, W, C)``."""
+    array: NDArray[np.uint8] = samples.images.movedim(1, -1).numpy()
+    return array
+
+
+def as_pictures(samples: Samples, levels: int = 256) -> list[PILImage]:
+    """Images as Pillow's."""
+    return [picture(image, levels) for image in samples.images.numpy()]

@@ -1,0 +1,371 @@
+"""Sections of a configuration: data, process, network, score, autoencoder, training, sampling."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
+
+from cldsde import linear
+from cldsde.images.data import DATA_SETS, DataSet
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.networks import NETWORKS
+from cldsde.images.schema import (
+    Count,
+    Flag,
+    Natural,
+    Number,
+    Positive,
+    Share,
+    check_keys,
+    check_name,
+    checked_options,
+    section,
+)
+from cldsde.linear import LinearSDE, Schedule
+from cldsde.solvers import canonical_name
+
+__all__ = [
+    "DataConfig",
+    "LatentConfig",
+    "NetworkConfig",
+    "ProcessConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "Time",
+    "TrainingConfig",
+]
+
+Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
+"""A small time."""
+PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
+
+
+@section
+class DataConfig:
+    """Which images to train on, and how they are presented.
+
+    Attributes
+    ----------
+    name
+        ``"digits"``, ``"fashion_mnist"``, ``"torchvision"``, ``"folder"`` or ``"array"``.
+    options
+        Arguments of the function of that name in `cldsde.images.data`.
+    flip
+        Mirror each image, left to right, with probability one half.
+    dequantise
+        Spread each grey level uniformly over its bin; what likelihoods are bounds of.
+    """
+
+    name: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    flip: Flag = False
+    dequantise: Flag = False
+
+    def __post_init__(self) -> None:
+        """Refuse unknown data sets and options."""
+        check_name(self.name, DATA_SETS, "name")
+        object.__setattr__(self, "options", checked_options(DATA_SETS[self.name], self.options))
+
+    def load(self) -> DataSet:
+        """Read the images.
+
+        Raises
+        ------
+        SettingError
+            If they are not there, or an option does not fit them.
+        """
+        with setting("data.options"):
+            return DATA_SETS[self.name](**self.options)
+
+
+@section
+class ProcessConfig:
+    """The forward process.
+
+    Attributes
+    ----------
+    name
+        A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``,
+        ``"VESDE"``, ``"RectifiedFlow"`` or ``"CosineVP"``.
+    options
+        Its arguments: numbers; for a rate β that is linear in time a pair; ``"cosine"`` for the
+        argument ``schedule``.
+    """
+
+    name: str = "CLD"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown processes and options."""
+        check_name(self.name, PROCESSES, "name")
+        self.make()
+
+    def make(self) -> LinearSDE:
+        """The process."""
+        kind = getattr(linear, self.name)
+        check_keys(self.options, inspect.signature(kind).parameters, "options")
+        arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
+        with setting("options"):
+            process: LinearSDE = kind(**arguments)
+        return process
+
+
+@section
+class NetworkConfig:
+    """The score network.
+
+    Attributes
+    ----------
+    name
+        ``"UNet"`` or ``"NCSNpp"``.
+    options
+        Arguments of the class of that name in `cldsde.images.networks`.
+    conditional
+        Whether the network sees the images' classes.
+    label_dropout
+        Share of the images whose class is hidden from it, which images of no class and guidance
+        need.
+    """
+
+    name: str = "UNet"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"channels": (32, 64)})
+    conditional: Flag = False
+    label_dropout: Share = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse unknown networks and options."""
+        check_name(self.name, NETWORKS, "name")
+        given = ("shape", "inputs", "outputs", "classes")
+        checked = checked_options(NETWORKS[self.name], self.options, given=given)
+        object.__setattr__(self, "options", checked)
+
+
+@section
+class ScoreConfig:
+    """How the score is put together.
+
+    Attributes
+    ----------
+    reference
+        Gaussian whose score is given in closed form beside the network's part, see
+        `cldsde.MixedScore`: with one mean and variance for the whole set (``"scalar"``), for each
+        channel or for each pixel. That of a latent model is standard normal.
+    inputs
+        What the network is shown: all components (``"state"``), or the one combination of them that
+        tells all they tell of the data (``"estimate"``).
+    prediction
+        The prediction whose squared error is the loss: ``"noise"``, or for processes of one
+        component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is
+        flow matching. The network returns the same quantity for all three.
+    mixing
+        None: the network's part is added to the reference's. A number: each channel weighs the
+        two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
+    """
+
+    reference: Literal["scalar", "channel", "pixel"] = "scalar"
+    inputs: Literal["state", "estimate"] = "state"
+    prediction: Literal["noise", "velocity", "flow"] = "noise"
+    mixing: Number | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.mixing is not None and self.inputs != "state":
+            msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
+            raise SettingError("mixing", msg)
+        if self.mixing is not None and self.prediction != "noise":
+            msg = f"must be None if prediction is {self.prediction!r}; got {self.mixing}"
+            raise SettingError("mixing", msg)
+
+
+@section
+class LatentConfig:
+    """The autoencoder of a model whose process lives in a latent space (LSGM).
+
+    Attributes
+    ----------
+    latent_channels, channels, blocks, groups, likelihood
+        Of the autoencoder, see `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"``
+        images of more than two grey levels can be trained on, but have no bits a dimension.
+    pretraining
+        Images of the first stage, in which the prior is standard normal. In the second, which
+        takes what is left of ``training.images``, autoencoder and prior are trained together.
+    annealing
+        Images over which the weight of the divergence from the prior rises from 0 to 1 at first.
+    learning_rate, joint_learning_rate
+        Peak of Adam's for the autoencoder in the first and in the second stage; warm-up and decay
+        are those of ``training`` in each.
+    """
+
+    latent_channels: Count = 4
+    channels: tuple[Count, ...] = (32, 64)
+    blocks: Count = 1
+    groups: Count = 8
+    likelihood: Literal["logistic", "bernoulli"] = "logistic"
+    pretraining: Count
+    annealing: Natural = 0
+    learning_rate: Positive = 1e-3
+    joint_learning_rate: Positive = 1e-4
+
+
+@section
+class TrainingConfig:
+    """How a score model is trained. Lengths are in images seen, whatever the number of processes.
+
+    Attributes
+    ----------
+    images
+        Images to train on, repetitions counted.
+    batch
+        Images of an optimiser step, over all processes.
+    micro_batch
+        Images that a process takes through the network at once, at most; None: its whole share.
+    learning_rate
+        Peak of Adam's.
+    warmup
+        Images over which the learning rate rises linearly.
+    decay
+        What follows: ``"cosine"`` to zero at the end, or ``"constant"``.
+    weight_decay
+        Of Adam, decoupled (AdamW).
+    clip
+        Largest norm of the gradient, of score and autoencoder each; None does not limit it.
+    ema_decay
+        Decay a step of the exponential moving average of the weights, which is what is sampled; at
+        first that of (n + 1)/(n + 10) after n steps, if it is smaller.
+    conditioning
+        ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
+    weighting
+        ``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels count as if
+        drawn with half the log of the signal-to-noise ratio normal, of `log_snr_mean` and
+        `log_snr_std`, the same for every process.
+    log_snr_mean, log_snr_std
+        Of ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`.
+    times
+        ``"importance"``: drawn in proportion to the loss of the untrained model, with the weights
+        that undo it; ``"uniform"``; or, with weights that do not undo it, ``"logit_normal"`` or
+        ``"mode"``: times count as often as they are drawn (Esser et al. 2024).
+    logit_mean, logit_std
+        Of ``times = "logit_normal"``; see `cldsde.score.logit_normal_density`.
+    mode_scale
+        Of ``times = "mode"``; see `cldsde.score.mode_density`.
+    t_min
+        Smallest time; the loss is the mean over [t_min, 1].
+    precision
+        Of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    compile
+        Compile the network with ``torch.compile``.
+    held_out
+        Images of the held-out set whose loss is logged, at most.
+    log_every, save_every, sample_every
+        Images between lines of metrics, states saved to resume from, and grids of samples.
+    sample_grid
+        Images of a grid.
+    snapshots
+        How many of the last averaged weights are kept in the folder ``snapshots``.
+    keep_state
+        Keep the training state of a finished run, so that it can be trained further.
+    init_from
+        Run, or folder of a diffusers `UNet2DModel`, whose weights the training starts from; None:
+        random weights.
+    """
+
+    images: Count
+    batch: Count = 128
+    micro_batch: Count | None = None
+    learning_rate: Positive = 2e-4
+    warmup: Natural = 0
+    decay: Literal["cosine", "constant"] = "constant"
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    clip: Positive | None = 1.0
+    ema_decay: Share = 0.9999
+    conditioning: Literal["data", "all"] = "data"
+    weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
+    log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
+    log_snr_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
+    times: Literal["importance", "uniform", "logit_normal", "mode"] = "importance"
+    logit_mean: Annotated[Number, Field(ge=-20, le=20)] = 0.0
+    logit_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.0
+    mode_scale: Annotated[Number, Field(ge=-0.99, le=1.75)] = 1.29
+    t_min: Time = 1e-3
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: Flag = False
+    held_out: Count = 1000
+    log_every: Count = 10_000
+    save_every: Count = 100_000
+    sample_every: Count = 100_000
+    sample_grid: Count = 64
+    snapshots: Natural = 0
+    keep_state: Flag = True
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        """Reject weightings that do not go with other settings."""
+        if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
+            msg = (
+                f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
+                f"got {self.weighting!r}"
+            )
+            raise SettingError("weighting", msg)
+        if self.weighting == "log_snr" and self.conditioning != "data":
+            msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
+            raise SettingError("conditioning", msg)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return -(-self.images // self.batch)
+
+
+@section
+class SamplingConfig:
+    """How grids of samples are drawn in training, and what ``cldsde sample`` does by default.
+
+    Attributes
+    ----------
+    solver
+        Name of a solver; a short one, such as ``em``, becomes the full one.
+    nfe
+        Score evaluations an image, the last denoising included.
+    grid
+        Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
+        ``"logistic"`` or ``"karras"``.
+    t_start, t_end
+        Times at which sampling starts and ends (ε). None: the times that `cldsde.sample` takes,
+        where κ, half the log of the signal-to-noise ratio, is −3.3 and 3.3.
+    denoise
+        Whether the data prediction at ε is the image, rather than the state there.
+    options
+        Fields of the solver that are to differ, such as ``rtol``.
+    """
+
+    solver: str = "multistep-2-sde"
+    nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
+    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
+    t_start: Annotated[Number, Field(gt=0, le=1)] | None = None
+    t_end: Time | None = None
+    denoise: Flag = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Replace a short name of a solver by the full one."""
+        object.__setattr__(self, "solver", canonical_name(self.solver))
+
+
+def _rate_or_number(name: str, value: object) -> Any:
+    if name == "schedule":
+        if value != "cosine":
+            raise SettingError("options.schedule", f"must be 'cosine'; got {value!r}")
+        return Schedule.cosine()
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if any(
+        isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < math.inf
+        for x in numbers
+    ):
+        msg = f"must be a finite number, or a pair for a rate; got {value!r}"
+        raise SettingError(f"options.{name}", msg)
+    return tuple(numbers) if len(numbers) == 2 else value

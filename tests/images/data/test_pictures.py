@@ -1,0 +1,84 @@
+"""Picture files are opened behind walls, wherever they come from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+
+from cldsde.images.data import FolderImages
+from cldsde.images.data.pictures import read_picture
+from cldsde.images.data.samples import load_samples
+from cldsde.images.figures import is_whole_picture
+from cldsde.images.sample.request import _picture
+from image_data import random_bytes, save
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+def routes(file):
+    """Every way in which the image layer reads a picture."""
+    return {
+        "data": lambda: FolderImages(file.parent, size=8),
+        "samples": lambda: load_samples(file.parent),
+        "known": lambda: _picture(file, (3, 8, 8), "known"),
+        "mask": lambda: _picture(file, (1, 8, 8), "mask"),
+        "one": lambda: read_picture(file),
+    }
+
+
+ROUTES = ["data", "samples", "known", "mask", "one"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_postscript_by_the_name_of_a_png_starts_no_program(tmp_path, monkeypatch, route):
+    (tmp_path / "x.png").write_bytes(EPS)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    with pytest.raises(ValueError, match=r"x\.png cannot be decoded"):
+        routes(tmp_path / "x.png")[route]()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, route):
+    save(tmp_path / "x.png", random_bytes(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"x\.png cannot be decoded.*exceeds limit"):
+        routes(tmp_path / "x.png")[route]()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_pipe_is_not_waited_for(tmp_path, route):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png cannot be decoded.*not a regular file"):
+        routes(tmp_path / "x.png")[route]()
+
+
+def test_damaged_pictures_are_not_whole(tmp_path):
+    save(tmp_path / "x.png", random_bytes(16, 16))
+    assert is_whole_picture(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(content[:-20])
+    assert not is_whole_picture(tmp_path / "x.png")
+    assert not is_whole_picture(tmp_path / "y.png")
+
+
+def test_every_damaged_file_is_named_and_can_be_skipped(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"{i}.png", random_bytes(16, 16, seed=i))
+    for i in (1, 3):
+        content = bytearray((tmp_path / f"{i}.png").read_bytes())
+        content[content.index(b"IDAT") + 20] ^= 0x10
+        (tmp_path / f"{i}.png").write_bytes(content)
+    (tmp_path / "notes.txt").write_text("text")
+    images = FolderImages(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"1\.png cannot .*nor can 1 others: .*3\.png"):
+        images.load(torch.arange(4))
+    rest = FolderImages(tmp_path, size=8, skip_damaged=True)
+    assert [file.name for file in rest.files] == ["0.png", "2.png"]
+    assert rest.load(torch.arange(2)).shape == (2, 3, 8, 8)
+    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped[:2]] == ["1.png", "3.png"]
+    assert rest.skipped[2] == "1 files that end in .txt"

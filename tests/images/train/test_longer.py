@@ -1,0 +1,132 @@
+"""A training can go on: longer, elsewhere, and from other weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from cldsde import images
+from cldsde.images.config import RunConfig
+from cldsde.images.data import digits
+from cldsde.images.errors import SettingError
+from cldsde.images.model import MODEL, load_model
+from cldsde.images.runs import RunFolder
+from cldsde.images.train.loop import rehearse, train
+from cldsde.images.train.state import STATE
+from cldsde.images.train.summary import summary
+
+VALUES = {
+    "process": {"name": "VPSDE"},
+    "network": {"options": {"channels": [16, 16]}},
+    "training": {
+        "images": 64,
+        "batch": 16,
+        "learning_rate": 1e-3,
+        "log_every": 32,
+        "save_every": 32,
+        "sample_every": 64,
+        "sample_grid": 4,
+    },
+    "sampling": {"solver": "euler-maruyama", "nfe": 3},
+}
+DATA = digits()
+
+
+def config(**training) -> RunConfig:
+    return RunConfig.from_dict({**VALUES, "training": {**VALUES["training"], **training}})
+
+
+def trained(folder, settings):
+    run = RunFolder(folder, settings.to_dict(), free=settings.FREE)
+    return train(settings, DATA, run, device="cpu")
+
+
+def assert_same_bits(first, second):
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(tmp_path):
+    trained(tmp_path / "a", config())
+    longer = trained(tmp_path / "a", config(images=128, held_out=8))
+    assert_same_bits(longer, trained(tmp_path / "b", config(images=128)))
+    assert load_model(tmp_path / "a").images_seen == 128
+    with pytest.raises(ValueError, match="can grow, but not shrink"):
+        trained(tmp_path / "a", config())
+
+
+def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
+    trained(tmp_path, config(keep_state=False))
+    assert not (tmp_path / STATE).exists()
+    with pytest.raises(ValueError, match=r"resume from.*is missing; put it back"):
+        trained(tmp_path, config(images=128))
+
+
+def test_the_model_of_a_finished_run_is_written_again_from_its_state(tmp_path):
+    trained(tmp_path, config())
+    before = (tmp_path / MODEL).read_bytes()
+    (tmp_path / MODEL).unlink()
+    trained(tmp_path, config())
+    assert (tmp_path / MODEL).read_bytes() == before
+
+
+def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(tmp_path):
+    trained(tmp_path / "a", config())
+    whole = images.Run.load(tmp_path / "a")
+    whole.to_diffusers(tmp_path / "net")
+    still = {"images": 16, "learning_rate": 1e-30}
+    for source in ("a", "net"):
+        settings = config(**still, init_from=str(tmp_path / source))
+        tuned = trained(tmp_path / f"from-{source}", settings).score
+        for name, value in whole.score.network.state_dict().items():
+            # One step of a vanishing learning rate, and float32.
+            torch.testing.assert_close(tuned.network.state_dict()[name], value, msg=name)
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net"), UNet2DModel)
+    other = RunConfig.from_dict(
+        {**config(init_from=str(tmp_path / "net")).to_dict(), "process": {"name": "CLD"}}
+    )
+    with pytest.raises(SettingError, match=r"training\.init_from: weights of .*net cannot be used"):
+        trained(tmp_path / "other", other)
+
+
+def test_the_last_snapshots_are_kept(tmp_path):
+    trained(tmp_path, config(save_every=16, snapshots=2))
+    names = sorted(file.name for file in (tmp_path / "snapshots").iterdir())
+    assert names == ["000000000048.safetensors", "000000000064.safetensors"]
+
+
+def test_a_rehearsal_measures_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = rehearse(config(), DATA, device="cpu")
+    assert found.parameters == sum(
+        x.numel() for x in trained(tmp_path / "run", config()).parameters()
+    )
+    assert found.images_per_second > 0
+    assert {file.name for file in tmp_path.iterdir()} == {"run"}
+
+
+def test_the_start_tells_of_data_model_and_device():
+    lines = summary(config(), DATA, "cpu")
+    text = " ".join(lines)
+    for words in ("1,438 images of 1×8×8", "17 levels", "10 classes", "359 held out (20%)"):
+        assert words in text, text
+    assert "VPSDE, UNet" in text
+    assert "fp32" in text
+
+
+def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
+    run = images.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    again = images.Run.load(str(tmp_path / "run"))
+    first, second = (one.sample(range(3), nfe=4) for one in (run, again))
+    assert torch.equal(first.images, second.images)
+    assert first.evaluations.tolist() == [4, 4, 4]
+    assert images.as_array(first).shape == (3, 8, 8, 1)
+    assert [picture.size for picture in images.as_pictures(first, 17)] == [(8, 8)] * 3
+    assert torch.equal(run.sample([2], nfe=4).images[0], first.images[2])
+    assert repr(again.process) == repr(run.score.sde)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == run.config.to_dict()
+    with pytest.raises(SettingError, match="label: the network was not trained with classes"):
+        run.sample(label=1)
