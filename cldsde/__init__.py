@@ -29,7 +29,12 @@ from cldsde.linear import (
     Schedule,
     SubVPSDE,
 )
-from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.score import (
+    GaussianMixture,
+    MixedScore,
+    Observation,
+    ReverseProcess,
+)
 
 __version__ = version("cldsde")
 
@@ -44,6 +49,7 @@ __all__ = [
     "Kernel",
     "LinearSDE",
     "MixedScore",
+    "Observation",
     "Posterior",
     "ReverseProcess",
     "Schedule",

@@ -6,6 +6,7 @@ from cldsde.score.likelihood import Likelihood, log_likelihood
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
+from cldsde.score.observation import Observation
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.time_sampling import TimeSampler, log_snr_density
@@ -18,6 +19,7 @@ __all__ = [
     "Likelihood",
     "MixedScore",
     "MixtureScore",
+    "Observation",
     "PerturbedData",
     "ReverseProcess",
     "Score",
