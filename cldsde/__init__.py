@@ -33,6 +33,7 @@ from cldsde.score import (
     GaussianMixture,
     MixedScore,
     Observation,
+    PosteriorScore,
     ReverseProcess,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "MixedScore",
     "Observation",
     "Posterior",
+    "PosteriorScore",
     "ReverseProcess",
     "Schedule",
     "SubVPSDE",
