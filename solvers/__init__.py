@@ -29,6 +29,7 @@ from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
+from .twisted import PosteriorSamples, sample_posterior
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
@@ -45,6 +46,7 @@ __all__ = [
     "Langevin",
     "NoiseSource",
     "Plan",
+    "PosteriorSamples",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RecordedNoise",
@@ -67,6 +69,7 @@ __all__ = [
     "plan",
     "quadratic_times",
     "root_times",
+    "sample_posterior",
     "solve",
     "times_of_log_snr",
     "uniform_times",

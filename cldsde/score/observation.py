@@ -166,12 +166,12 @@ class Observation:
 
     @classmethod
     def downsample(cls, factor: int, y: Tensor, noise_std: float) -> Self:
-        """Observe means over blocks of ``factor`` entries along each spatial axis: super-resolution.
+        """Observe means over blocks of the data: super-resolution.
 
         Parameters
         ----------
         factor
-            At least 2.
+            Entries of a block along each spatial axis, at least 2.
         y
             ``(C, *S)``: channels, then one or more spatial axes. The data are
             ``(C, *(factor · S))``.
@@ -197,7 +197,8 @@ class Observation:
         def forward(x: Tensor) -> Tensor:
             _check_shape(x, shape)
             for axis in range(2, x.ndim):
-                x = x.unflatten(axis, (-1, factor)).mean(axis + 1)
+                blocks = x.reshape(*x.shape[:axis], -1, factor, *x.shape[axis + 1 :])
+                x = blocks.mean(axis + 1)
             return x
 
         return cls(forward, low, noise_std, shape)
@@ -240,7 +241,7 @@ class Observation:
         return cls(forward, image, noise_std, shape)
 
     def residual(self, x: Tensor) -> Tensor:
-        """y − A x for data ``(B, *D)``, ``(B, *E)``."""
+        """Difference y − A x for data ``(B, *D)``, ``(B, *E)``."""
         seen = self.forward(x)
         return self.y.to(seen) - seen
 
@@ -319,7 +320,8 @@ class Observation:
         if key in self._checked:
             return
         with torch.inference_mode(mode=False):
-            a, b = _probes(2, shape, dtype, torch.device(device), 1).requires_grad_().split(1)
+            probes = _probes(2, shape, dtype, torch.device(device), 1).requires_grad_()
+            a, b = probes[:1], probes[1:]
             with torch.enable_grad():
                 values = self.forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
             if not isinstance(values, Tensor) or not values.requires_grad:

@@ -28,7 +28,7 @@ from cldsde.score.conjugate_gradients import conjugate_gradients, per_sample
 from cldsde.score.conversion import Conversion
 from cldsde.score.observation import Observation, check_observation
 from cldsde.score.reverse import Score, checked_score
-from cldsde.score.times import coefficients_at
+from cldsde.score.times import coefficients_at, score_argument, score_times
 
 __all__ = ["Guided", "PosteriorMethod", "PosteriorScore"]
 
@@ -278,7 +278,7 @@ class PosteriorScore:
             )
             raise ValueError(msg)
         self.observation.check(z.shape[2:], dtype=z.dtype, device=z.device)
-        dtype, t = torch.promote_types(z.dtype, torch.float32), _plain(t)
+        dtype, t = torch.promote_types(z.dtype, torch.float32), _plain(t, z)
         with torch.inference_mode(mode=False), torch.no_grad():
             coefficients = coefficients_at(self, t, z, self._coefficients, dtype, 0)
         variance = coefficients.variance.flatten()
@@ -288,8 +288,9 @@ class PosteriorScore:
             with torch.no_grad():
                 score = checked_score(self.score(z, t), z, driven)
             data = self._predict(coefficients, z, score)
-            spread = lambda w: per_sample(isotropic, w) * w  # noqa: E731
-            return _Linearised(score, data, spread, coefficients, isotropic)
+            return _Linearised(
+                score, data, lambda w: per_sample(isotropic, w) * w, coefficients, isotropic
+            )
         # Solvers run without gradients, perhaps in inference mode; V needs them.
         with torch.inference_mode(mode=False), torch.enable_grad():
             state = z.detach().clone().requires_grad_()
@@ -323,9 +324,12 @@ class PosteriorScore:
         return _Coefficients(to_data.state, to_data.value, psi, to_score.value, variance)
 
 
-def _plain(t: Tensor | float) -> Tensor | float:
-    """Times that autograd can record, also if they were made in inference mode."""
-    if not isinstance(t, Tensor) or not t.is_inference():
+def _plain(t: Tensor | float, z: Tensor) -> Tensor:
+    """Times as a score receives them, that autograd can record also in inference mode."""
+    if not isinstance(t, Tensor):
+        with torch.inference_mode(mode=False):
+            return score_argument(score_times(t, z), z).expand(len(z))
+    if not t.is_inference():
         return t
     shared = t.ndim == 1 and t.stride() == (0,) and len(t) > 0
     with torch.inference_mode(mode=False):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from exact_posteriors import guided_prediction, wide_mixture
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.score import Observation, PosteriorScore
+from exact_posteriors import guided_prediction, wide_mixture
 
 PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
 
