@@ -75,7 +75,7 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
     ``"two modes"``: both coordinates of two modes in the plane are observed by their sum, which
     tells little of the mode. ``"wide modes"`` and ``"narrow modes"``: 25 components in eight
     dimensions that overlap or do not, two numbers observed. ``"mask"``: smooth series of 64
-    numbers, of which every fourth is observed. ``"one Gaussian"``: four dimensions seen through a
+    numbers, of which every eighth is observed. ``"one Gaussian"``: four dimensions seen through a
     square matrix, for which moment matching is exact.
 
     Parameters
@@ -129,7 +129,7 @@ def _masked_series(noise_std: float) -> PosteriorProblem:
     data = GaussianMixture([1.0, 1.0, 1.0], means, covariances)
     x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
     noise = torch.randn(64, generator=torch.Generator().manual_seed(164), dtype=torch.float64)
-    mask = place % 4 == 0
+    mask = place % 8 == 4
     return PosteriorProblem("mask", data, Observation.mask(mask, x + noise_std * noise, noise_std))
 
 

@@ -81,17 +81,30 @@ class _Transposed(Observation):
 
 
 def posterior_runs(
-    *, quick: bool, named: Mapping[str, PosteriorSampler] | None = None
+    *,
+    quick: bool,
+    problems: Sequence[str] | None = None,
+    named: Mapping[str, PosteriorSampler] | None = None,
 ) -> list[_Run]:
-    """Measurements of a quick or a full validation; with samplers of one's own only of these."""
+    """Measurements of a quick or a full validation, and of planted samplers.
+
+    Parameters
+    ----------
+    quick
+        One process and one noise only.
+    problems
+        Names; None takes all.
+    named
+        Samplers of one's own, which are then measured in place of the package's.
+    """
     methods = tuple(named or posterior_methods())
     cases: list[tuple[LinearSDE, float]] = [(CLD(), 0.1)]
     if not quick:
         cases += [(CLD(), 1.0), (CLD(), 0.01), (VPSDE(), 0.1), (PSLD(), 0.1)]
     runs = [
-        _Run(method, problem, sde, level, 1000, 2 if quick else 4)
+        _Run(method, problem, sde, level, 1000, 2 if quick else 3)
         for sde, level in cases
-        for problem in posterior_problems()
+        for problem in problems or posterior_problems()
         for method in methods
     ]
     planted = [

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from cldsde.progress import progress_bar
 from cldsde.validation.posterior_error import PosteriorError
 from cldsde.validation.posterior_methods import PosteriorSampler
+from cldsde.validation.posterior_problems import posterior_problems
 from cldsde.validation.posterior_suite import PosteriorReport, posterior_errors, posterior_runs
 
 __all__ = ["prepare_posterior"]
@@ -22,22 +23,26 @@ def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], Non
 
     Raises
     ------
-    TypeError
-        If a sampler is no function.
     ValueError
-        If an option does not go with ``--posterior``, or a sampler cannot be loaded.
+        If an option does not go with ``--posterior``, a problem does not exist, or a sampler cannot
+        be loaded.
     """
     if not options.posterior:
         msg = "--sampler names a posterior sampler; add --posterior"
         raise ValueError(msg)
-    for option in ("solver", "problem", "out"):
+    for option in ("solver", "out"):
         if getattr(options, option):
             msg = f"--{option} does not go with --posterior; leave one of them out"
             raise ValueError(msg)
+    known = tuple(posterior_problems())
+    unknown = [name for name in options.problem or () if name not in known]
+    if unknown:
+        msg = f"--problem must be one of {', '.join(map(repr, known))}; got {unknown[0]!r}"
+        raise ValueError(msg)
     named = {name: _find_sampler(name) for name in options.sampler or ()}
 
     def work() -> None:
-        runs = posterior_runs(quick=options.quick, named=named)
+        runs = posterior_runs(quick=options.quick, problems=options.problem, named=named)
         found: list[PosteriorError] = []
         made = posterior_errors(runs, seed=options.seed, named=named)
         try:
@@ -67,6 +72,6 @@ def _find_sampler(name: str) -> PosteriorSampler:
         raise ValueError(msg) from error
     if not callable(found):
         msg = f"--sampler {name!r} must be a function; got {type(found).__name__}"
-        raise TypeError(msg)
+        raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
     sampler: PosteriorSampler = found
     return sampler

@@ -9,11 +9,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cldsde.linear.checks import as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
+from cldsde.score.operators import block_means, correlation, matrix_product, selection
 
 __all__ = ["Observation", "check_observation"]
 
@@ -113,26 +113,13 @@ class Observation:
         ValueError
             If the mask marks nothing, or y does not have the mask's shape.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            msg = f"mask must be a bool tensor; got {got}"
-            raise TypeError(msg)
+        forward = selection(mask)
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
         if values.ndim not in (mask.ndim, mask.ndim + 1) or values.shape[-mask.ndim :] != shape:
             msg = f"y must have the mask's shape {shape}; got {tuple(values.shape)}"
             raise ValueError(msg)
-        where = mask.flatten().nonzero().flatten()
-        if not len(where):
-            msg = "mask must mark at least one entry as observed; it marks none"
-            raise ValueError(msg)
-
-        def forward(x: Tensor) -> Tensor:
-            _check_data(x, math.prod(shape), "mask")
-            return x.flatten(1)[:, where.to(x.device)]
-
-        batch = values.shape[: values.ndim - mask.ndim]
-        seen = values.reshape(*batch, -1)[..., where.to(values.device)]
-        return cls(forward, seen, noise_std, shape)
+        seen = forward(values if values.ndim > mask.ndim else values.unsqueeze(0))
+        return cls(forward, seen if values.ndim > mask.ndim else seen[0], noise_std, shape)
 
     @classmethod
     def matrix(cls, A: Tensor | Sequence[Sequence[float]], y: Tensor, noise_std: float) -> Self:
@@ -153,16 +140,7 @@ class Observation:
             If A is no finite matrix.
         """
         matrix = _as_tensor(A, "A")
-        if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
-            msg = f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}"
-            raise ValueError(msg)
-        size = matrix.shape[1]
-
-        def forward(x: Tensor) -> Tensor:
-            _check_data(x, size, "A")
-            return x.flatten(1) @ matrix.to(x).mT
-
-        return cls(forward, y, noise_std, (size,))
+        return cls(matrix_product(matrix), y, noise_std, (matrix.shape[1],))
 
     @classmethod
     def downsample(cls, factor: int, y: Tensor, noise_std: float) -> Self:
@@ -193,15 +171,7 @@ class Observation:
             )
             raise ValueError(msg)
         shape = (low.shape[0], *(factor * n for n in low.shape[1:]))
-
-        def forward(x: Tensor) -> Tensor:
-            _check_shape(x, shape)
-            for axis in range(2, x.ndim):
-                blocks = x.reshape(*x.shape[:axis], -1, factor, *x.shape[axis + 1 :])
-                x = blocks.mean(axis + 1)
-            return x
-
-        return cls(forward, low, noise_std, shape)
+        return cls(block_means(shape, factor), low, noise_std, shape)
 
     @classmethod
     def blur(cls, kernel: Tensor, y: Tensor, noise_std: float) -> Self:
@@ -223,22 +193,11 @@ class Observation:
             If the kernel has no odd sizes or is not finite, or y is no image.
         """
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
-        odd = weights.ndim == 2 and all(n % 2 for n in weights.shape)
-        if not odd or not bool(weights.isfinite().all()):
-            msg = f"kernel must be finite, (h, w) with odd sizes; got {tuple(weights.shape)}"
-            raise ValueError(msg)
         if image.ndim != 3:
             msg = f"y must be an image (C, H, W); got shape {tuple(image.shape)}"
             raise ValueError(msg)
         shape = tuple(image.shape)
-        padding = (weights.shape[0] // 2, weights.shape[1] // 2)
-
-        def forward(x: Tensor) -> Tensor:
-            _check_shape(x, shape)
-            planes = x.flatten(0, 1).unsqueeze(1)
-            return functional.conv2d(planes, weights.to(x)[None, None], padding=padding).view_as(x)
-
-        return cls(forward, image, noise_std, shape)
+        return cls(correlation(shape, weights), image, noise_std, shape)
 
     def residual(self, x: Tensor) -> Tensor:
         """Difference y − A x for data ``(B, *D)``, ``(B, *E)``."""
@@ -391,20 +350,3 @@ def _as_tensor(value: object, name: str) -> Tensor:
         msg = f"{name} must be real; got {found.dtype}"
         raise TypeError(msg)
     return found if found.is_floating_point() else found.to(torch.get_default_dtype())
-
-
-def _check_data(x: Tensor, size: int, name: str) -> None:
-    if math.prod(x.shape[1:]) != size:
-        msg = (
-            f"{name} is for data of {size} numbers; got data of shape {tuple(x.shape[1:])}, "
-            f"{math.prod(x.shape[1:])} numbers"
-        )
-        raise ValueError(msg)
-
-
-def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape[1:] != shape:
-        msg = (
-            f"y is an observation of data of shape {shape}; got data of shape {tuple(x.shape[1:])}"
-        )
-        raise ValueError(msg)
