@@ -24,7 +24,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_number, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conjugate_gradients import conjugate_gradients, per_sample
+from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
 from cldsde.score.conversion import Conversion
 from cldsde.score.observation import Observation, check_observation
 from cldsde.score.reverse import Score, checked_score
@@ -36,7 +36,7 @@ PosteriorMethod = Literal["moments", "pigdm", "dps"]
 """Approximations of p(y | z_t). ``"moments"``: R = A V Aᵀ + s²I, moment matching (MMPS).
 ``"pigdm"``: R = r²A Aᵀ + s²I (ΠGDM). ``"dps"``: R = s²I (DPS)."""
 
-# Without a limit of its own, a solve by conjugate gradients ends after so many iterations.
+# Most conjugate-gradient iterations of a solve to convergence.
 _LONGEST_SOLVE = 100
 
 
@@ -89,12 +89,13 @@ class PosteriorScore:
         ``"dps"``: R = s²I; with the right noise it overshoots, and diverges for small s.
     iterations
         Conjugate-gradient iterations of ``"moments"``, one gradient of the score each; None
-        iterates to convergence, at most 100 times.
+        takes as many as y has numbers, at most 100: to convergence.
     gradient
         False replaces V by r²I: no gradient of the score is taken, and ``"moments"`` and
         ``"pigdm"`` coincide.
     data_variance
-        v₀, the variance of one number of the data, for r².
+        v₀, the variance of one number of the data, for r² and for the guard of the conjugate
+        gradients: a direction in which V exceeds the data's total variance is not followed.
     sde
         The forward process; None takes ``score.sde``.
 
@@ -231,20 +232,32 @@ class PosteriorScore:
             seen = observation.forward(observation.adjoint(v, shape))
             return per_sample(found.isotropic, v) * seen + variance * v
 
-        def moments(v: Tensor) -> Tensor:
-            return observation.forward(found.spread(observation.adjoint(v, shape))) + variance * v
+        def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
+            return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
+
+        # No eigenvalue of a covariance exceeds its trace, that of the data on average.
+        total = self.data_variance * math.prod(shape)
+
+        def moments(v: Tensor) -> tuple[Tensor, Tensor]:
+            pulled = found.spread(observation.adjoint(v, shape))
+            # For a covariance, |V w|² is at most its largest eigenvalue times wᵀV w. A learnt
+            # Jacobian that is small for y but not for the rest of x would throw the rest far off.
+            # Half the bound, as rounding may take a part of it.
+            least = 0.5 * (variance * dot(v, v) + dot(pulled, pulled) / total)
+            return observation.forward(pulled) + variance * v, least
 
         if self.method == "dps":
             weight = residual / variance
         else:
             matched = self.method == "moments" and self.gradient
-            # Rounding of V may take a part of the noise away, not half of it.
             weight = conjugate_gradients(
-                moments if matched else isotropic,
+                moments if matched else bounded,
                 isotropic,
                 residual,
-                floor=0.5 * variance,
-                iterations=(matched and self.iterations) or _LONGEST_SOLVE,
+                # In exact arithmetic as many as there are numbers suffice; more let the error of a
+                # Jacobian that is not symmetric grow.
+                iterations=(matched and self.iterations)
+                or min(_LONGEST_SOLVE, residual[0].numel()),
             )
         return found, found.spread(observation.adjoint(weight, shape))
 

@@ -210,3 +210,22 @@ def test_the_mixture_may_be_learnt():
     seen = Observation.mask(torch.tensor([True, False, False]), torch.ones(3), 0.1)
     found = PosteriorScore(data.score(VPSDE()), seen)(torch.zeros(2, 1, 3), 0.5)
     assert not found.requires_grad
+
+
+def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
+    sde, t = VPSDE(), 0.01
+    z = torch.randn(20, 1, 2, generator=torch.Generator().manual_seed(0))
+    law = sde.marginal(t)
+    psi, variance = float(law.mean), float(law.covariance)
+
+    def score(z, t):
+        # D of y's number does not move with it, D of the other number does by 5: no covariance.
+        x = z / psi
+        data = torch.stack([0 * x[..., 0], 5 * x[..., 0] + 0 * x[..., 1]], -1)
+        return -(z - psi * data) / variance
+
+    seen = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 1e-3)
+    guided = PosteriorScore(score, seen, sde=sde)
+    wild = guided.data_prediction(z, t).abs().max()
+    # Unguarded, the step is the residual over s², 1e6 times; ΠGDM's is at most it over r² + s².
+    assert float(wild) < 50
