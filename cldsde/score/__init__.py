@@ -7,7 +7,7 @@ from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_lo
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
 from cldsde.score.observation import Observation
-from cldsde.score.posterior_score import PosteriorScore
+from cldsde.score.posterior_score import Guided, PosteriorScore
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.time_sampling import TimeSampler, log_snr_density
@@ -17,6 +17,7 @@ __all__ = [
     "Conversion",
     "FlowDensity",
     "GaussianMixture",
+    "Guided",
     "Likelihood",
     "MixedScore",
     "MixtureScore",
