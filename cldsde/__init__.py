@@ -37,6 +37,8 @@ from cldsde.score import (
     GuidedScore,
     MixedScore,
     NoisePath,
+    Observation,
+    PosteriorScore,
     PredictionDenoiser,
     ReverseProcess,
 )
@@ -59,7 +61,9 @@ __all__ = [
     "LinearSDE",
     "MixedScore",
     "NoisePath",
+    "Observation",
     "Posterior",
+    "PosteriorScore",
     "PredictionDenoiser",
     "RectifiedFlow",
     "ReverseProcess",

@@ -31,6 +31,7 @@ from .sampling import RECOMMENDED, sample
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
+from .twisted import PosteriorSamples, sample_posterior
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
@@ -49,6 +50,7 @@ __all__ = [
     "Langevin",
     "NoiseSource",
     "Plan",
+    "PosteriorSamples",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RecordedNoise",
@@ -72,6 +74,7 @@ __all__ = [
     "quadratic_times",
     "root_times",
     "sample",
+    "sample_posterior",
     "solve",
     "times_of_log_snr",
     "uniform_times",

@@ -15,7 +15,16 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["CheckedNoise", "FreshNoise", "NoiseSource", "PathNoise", "RecordedNoise", "SampleNoise"]
+__all__ = [
+    "CheckedNoise",
+    "FreshNoise",
+    "NoiseSource",
+    "PathNoise",
+    "RecordedNoise",
+    "SampleNoise",
+    "checked_seeds",
+    "start_root",
+]
 
 # Numbers that a sample's generator draws at once; a generator's numbers depend on their count.
 _BLOCK = 4096
@@ -202,15 +211,8 @@ class SampleNoise(NoiseSource):
     """
 
     def __init__(self, seeds: Sequence[int] | Tensor) -> None:
-        self.seeds = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
-        whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in self.seeds]
-        # torch's generator on the CPU looks at 32 bits of its seed.
-        bad = [s for s, is_whole in zip(self.seeds, whole, strict=True) if not is_whole]
-        bad = bad or [s for s in self.seeds if not 0 <= s < 2**32]
-        if bad or not self.seeds:
-            msg = f"seeds must be integers in [0, 2³²), one per sample; got {(bad or [()])[0]!r}"
-            raise (ValueError if all(whole) else TypeError)(msg)
-        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
+        self.seeds = checked_seeds(seeds)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
         self._used = _BLOCK  # numbers of the block, that is none is left
 
@@ -243,7 +245,7 @@ class SampleNoise(NoiseSource):
             ``(len(seeds), k, *D)``.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
-        return apply_blocks(_start_root(sde, t), self.normal(like, sde.components))
+        return apply_blocks(start_root(sde, t), self.normal(like, sde.components))
 
     def check(self, z: Tensor) -> None:
         """Reject a batch that has not one sample per seed.
@@ -275,10 +277,30 @@ class SampleNoise(NoiseSource):
         return numbers.reshape(len(z), *shape).to(z)
 
 
-def _start_root(sde: LinearSDE, t: float | None) -> Tensor:
-    """Root of the covariance of states at the start."""
+def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> Tensor:
+    """Root of the covariance of states to start from: of the prior, or at t of Gaussian data."""
     if t is None or t == sde.T:
         return sde.prior.root
     initial = sde.initial_covariance.clone()
-    initial[0, 0] = initial[0, 0] + 1
+    initial[0, 0] = initial[0, 0] + data_variance
     return sde.marginal(t, initial).root
+
+
+def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Seeds of generators on the CPU, which look at 32 bits.
+
+    Raises
+    ------
+    TypeError
+        If a seed is no integer.
+    ValueError
+        If a seed is out of range or there is none.
+    """
+    found = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
+    whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in found]
+    bad = [s for s, is_whole in zip(found, whole, strict=True) if not is_whole]
+    bad = bad or [s for s in found if not 0 <= s < 2**32]
+    if bad or not found:
+        msg = f"seeds must be integers in [0, 2³²), one per sample; got {(bad or [()])[0]!r}"
+        raise (ValueError if all(whole) else TypeError)(msg)
+    return tuple(int(seed) for seed in found)

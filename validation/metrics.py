@@ -48,7 +48,12 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def sliced_wasserstein(
-    x: Tensor, y: Tensor, *, projections: int = 200, generator: torch.Generator | None = None
+    x: Tensor,
+    y: Tensor,
+    *,
+    weights: Tensor | None = None,
+    projections: int = 200,
+    generator: torch.Generator | None = None,
 ) -> float:
     """Sliced Wasserstein-2 distance of two samples, by the library POT.
 
@@ -56,6 +61,8 @@ def sliced_wasserstein(
     ----------
     x, y
         ``(n, D)`` and ``(m, D)``.
+    weights
+        Weights of x, ``(n,)``, of sum 1; None weighs all alike.
     projections
         Number of random directions; in one dimension one is enough.
     generator
@@ -71,13 +78,15 @@ def sliced_wasserstein(
     except ImportError as error:
         msg = "POT is missing; install the extra: pip install 'cldsde[validation]'"
         raise ImportError(msg) from error
+    mass = None if weights is None else weights.double().numpy()
     if x.shape[1] == 1:
-        squared = ot.wasserstein_1d(x[:, 0].double().numpy(), y[:, 0].double().numpy(), p=2)
+        one, other = x[:, 0].double().numpy(), y[:, 0].double().numpy()
+        squared = ot.wasserstein_1d(one, other, mass, p=2)
         return float(np.sqrt(squared))
     draw = torch.randn(projections, x.shape[1], dtype=torch.float64, generator=generator)
     directions = (draw / draw.norm(dim=1, keepdim=True)).T.numpy()
     found = ot.sliced_wasserstein_distance(
-        x.double().numpy(), y.double().numpy(), projections=directions, p=2
+        x.double().numpy(), y.double().numpy(), mass, projections=directions, p=2
     )
     return float(found)
 

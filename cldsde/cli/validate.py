@@ -43,6 +43,8 @@ from cldsde.validation.suite import (
     summarise,
 )
 
+from .posterior import prepare_posterior
+
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 
@@ -61,7 +63,9 @@ _FEW_SAMPLES = 512  # in a quick validation
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde validate``."""
     parser.add_argument(
-        "--quick", action="store_true", help="fewer problems, levels and samples, in two minutes"
+        "--quick",
+        action="store_true",
+        help="fewer problems, levels and samples, in two to five minutes",
     )
     parser.add_argument(
         "--solver",
@@ -82,6 +86,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--out", type=str, metavar="DIR", help="write a page with plots to a folder"
     )
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="of what is sampled")
+    parser.add_argument(
+        "--posterior",
+        action="store_true",
+        help="posterior samplers of inverse problems instead of solvers, against exact posteriors",
+    )
+    parser.add_argument(
+        "--sampler",
+        type=str,
+        action="append",
+        metavar="MODULE:FUNCTION",
+        help="posterior sampler of one's own for --posterior, again for more",
+    )
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -100,6 +116,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if not 0 <= options.seed < 2**63:
         msg = f"--seed must lie between 0 and 2^63 - 1; got {options.seed}"
         raise ValueError(msg)
+    if options.posterior or options.sampler:
+        return prepare_posterior(options, _writable_file(options.json))
     names = [canonical_name(name) for name in options.solver or named_solvers()]
     chosen = {name: find_solver(name) for name in names}
     known = problems()

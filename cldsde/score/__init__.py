@@ -8,7 +8,9 @@ from cldsde.score.likelihood import Likelihood, log_likelihood
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture, MixtureScore
+from cldsde.score.observation import Observation
 from cldsde.score.paths import NoisePath
+from cldsde.score.posterior_score import Guided, PosteriorScore
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.score_denoiser import ScoreDenoiser
@@ -27,12 +29,15 @@ __all__ = [
     "DenoiserScore",
     "FlowDensity",
     "GaussianMixture",
+    "Guided",
     "GuidedScore",
     "Likelihood",
     "MixedScore",
     "MixtureScore",
     "NoisePath",
+    "Observation",
     "PerturbedData",
+    "PosteriorScore",
     "PredictionDenoiser",
     "ReverseProcess",
     "Score",

@@ -17,6 +17,8 @@ from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
+from cldsde.score.conditioning import condition_gaussians
+from cldsde.score.observation import Observation, check_observation
 from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
@@ -281,6 +283,76 @@ class GaussianMixture:
             If ``rows`` is unknown, or ``"auxiliary"`` for a process of one component.
         """
         return MixtureScore(self, sde, rows=rows)
+
+    def condition(self, observation: Observation) -> GaussianMixture:
+        """Exact posterior p(x_0 | y) of a linear observation, a mixture again.
+
+        ``mixture.condition(observation).score(sde)`` is the exact guided score ∂ log p(z_t | y)/∂z
+        of any process.
+
+        Parameters
+        ----------
+        observation
+            One observation of the data, whose shape has D numbers.
+
+        Returns
+        -------
+        GaussianMixture
+            With as many components, in the same order.
+
+        Raises
+        ------
+        TypeError
+            If it is no `Observation`.
+        ValueError
+            If it does not fit the data, holds several observations, or has no density.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from cldsde.score import Observation
+        >>> data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.8], [0.8, 1.0]]])
+        >>> seen = Observation.matrix([[1.0, 0.0]], torch.tensor([1.0]), noise_std=0.5)
+        >>> data.condition(seen).means
+        tensor([[0.8000, 0.6400]], dtype=torch.float64)
+        """
+        log_evidence, means, covariances = self._conditioned(observation)
+        # A weight that underflows keeps its place: weights are positive.
+        weights = (self.weights.log() + log_evidence).softmax(0)
+        return GaussianMixture(
+            weights.clamp_min(torch.finfo(weights.dtype).tiny), means, covariances
+        )
+
+    def log_evidence(self, observation: Observation) -> float:
+        """Log-density log p(y) of a linear observation of the data.
+
+        Parameters
+        ----------
+        observation
+            See `condition`.
+        """
+        log_evidence, _, _ = self._conditioned(observation)
+        return float((self.weights.log() + log_evidence).logsumexp(0))
+
+    def _conditioned(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+        shape = check_observation(observation).shape or (self.dimension,)
+        if math.prod(shape) != self.dimension:
+            msg = (
+                f"observation must be of data of {self.dimension} numbers, as the mixture is; "
+                f"got {tuple(shape)}"
+            )
+            raise ValueError(msg)
+        observation.check(shape, dtype=torch.float64)
+        A = observation.dense(shape)
+        y = observation.y.to("cpu", torch.float64).flatten()
+        if len(y) != len(A):
+            msg = (
+                f"observation must hold one y of {len(A)} numbers to condition on; "
+                f"got shape {tuple(observation.y.shape)}"
+            )
+            raise ValueError(msg)
+        means, covariances = self.means.detach().cpu(), self.covariances.cpu()
+        return condition_gaussians(means, covariances, A, y, observation.noise_std)
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))

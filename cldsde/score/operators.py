@@ -1,0 +1,110 @@
+"""Linear functions of a batch of data, of which `Observation` is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["block_means", "correlation", "matrix_product", "selection"]
+
+Operator = Callable[[Tensor], Tensor]
+"""Data ``(B, *D)`` to ``(B, *E)``."""
+
+
+def selection(mask: Tensor) -> Operator:
+    """The entries that a bool mask ``(*D)`` marks, ``(B, m)``.
+
+    Raises
+    ------
+    TypeError
+        If the mask is not boolean.
+    ValueError
+        If it marks nothing.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        msg = f"mask must be a bool tensor; got {got}"
+        raise TypeError(msg)
+    where = mask.flatten().nonzero().flatten()
+    if not len(where):
+        msg = "mask must mark at least one entry as observed; it marks none"
+        raise ValueError(msg)
+
+    def forward(x: Tensor) -> Tensor:
+        _check_size(x, mask.numel(), "mask")
+        return x.flatten(1)[:, where.to(x.device)]
+
+    return forward
+
+
+def matrix_product(matrix: Tensor) -> Operator:
+    """The product with a matrix ``(m, D)`` of flattened data, ``(B, m)``.
+
+    Raises
+    ------
+    ValueError
+        If it is no finite matrix.
+    """
+    if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
+        msg = f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}"
+        raise ValueError(msg)
+
+    def forward(x: Tensor) -> Tensor:
+        _check_size(x, matrix.shape[1], "A")
+        return x.flatten(1) @ matrix.to(x).mT
+
+    return forward
+
+
+def block_means(shape: tuple[int, ...], factor: int) -> Operator:
+    """Means over blocks along all axes but the first of data of a shape ``(C, *S)``."""
+
+    def forward(x: Tensor) -> Tensor:
+        _check_shape(x, shape)
+        for axis in range(2, x.ndim):
+            blocks = x.reshape(*x.shape[:axis], -1, factor, *x.shape[axis + 1 :])
+            x = blocks.mean(axis + 1)
+        return x
+
+    return forward
+
+
+def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
+    """Images ``(C, H, W)`` correlated with a kernel of odd sizes, zeros around them.
+
+    Raises
+    ------
+    ValueError
+        If the kernel has no odd sizes or is not finite.
+    """
+    odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
+    if not odd or not bool(kernel.isfinite().all()):
+        msg = f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}"
+        raise ValueError(msg)
+    padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
+
+    def forward(x: Tensor) -> Tensor:
+        _check_shape(x, shape)
+        planes = x.flatten(0, 1).unsqueeze(1)
+        return functional.conv2d(planes, kernel.to(x)[None, None], padding=padding).view_as(x)
+
+    return forward
+
+
+def _check_size(x: Tensor, size: int, name: str) -> None:
+    if math.prod(x.shape[1:]) != size:
+        msg = (
+            f"{name} is for data of {size} numbers; got data of shape {tuple(x.shape[1:])}, "
+            f"{math.prod(x.shape[1:])} numbers"
+        )
+        raise ValueError(msg)
+
+
+def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        msg = f"y is of data of shape {shape}; got data of shape {tuple(x.shape[1:])}"
+        raise ValueError(msg)

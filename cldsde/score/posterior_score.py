@@ -1,0 +1,353 @@
+r"""Scores of the data given a linear observation, for inverse problems.
+
+Notation: û = aᵀz is the best unbiased estimate of x_0 from the state, with an error of standard
+deviation σ = e^{−κ(t)}; D = E[x_0 | û], J = ∂D/∂û, and V = Cov[x_0 | û] = σ²J. If x_0 given û were
+Gaussian, then
+
+.. math:: D_y = E[x_0 | z_t, y] = D + V A^⊤ R^{-1} (y − A D), \qquad R = A V A^⊤ + s^2 I,
+
+and the score of p(z_t | y) would follow from D_y as the score of p(z_t) follows from D. Since
+û(z + ψδ) = û + δ, products with J need the gradient with respect to the state alone:
+Jᵀw = ψᵀ ∂_z (wᵀD). So any score will do, of any process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import as_number, check_state
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import one_of
+from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
+from cldsde.score.conversion import Conversion
+from cldsde.score.observation import Observation, check_observation
+from cldsde.score.reverse import Score, checked_score
+from cldsde.score.times import coefficients_at, score_argument, score_times
+
+__all__ = ["Guided", "PosteriorMethod", "PosteriorScore"]
+
+PosteriorMethod = Literal["moments", "pigdm", "dps"]
+"""Approximations of p(y | z_t). ``"moments"``: R = A V Aᵀ + s²I, moment matching (MMPS).
+``"pigdm"``: R = r²A Aᵀ + s²I (ΠGDM). ``"dps"``: R = s²I (DPS)."""
+
+# Most conjugate-gradient iterations of a solve to convergence.
+_LONGEST_SOLVE = 100
+
+
+class _Coefficients(NamedTuple):
+    """Coefficients of a process at times of shape ``*``, with k components, d of them driven."""
+
+    state: Tensor  # (*, 1, k), takes the state, and
+    score: Tensor  # (*, 1, d), the driven score to D
+    psi: Tensor  # (*, 1, k)
+    to_score: Tensor  # (*, d, 1), takes a change of D to that of the driven score
+    variance: Tensor  # (*, 1), σ²
+
+
+class Guided(NamedTuple):
+    """Prediction of the data without and with an observation, and how likely it is."""
+
+    data: Tensor  #: D, ``(B, *D)``.
+    shift: Tensor  #: D_y − D, ``(B, *D)``.
+    log_likelihood: Tensor  #: log N(y; A D, R), ``(B,)``.
+
+
+class _Linearised(NamedTuple):
+    """Score and data prediction at a state, with products by V."""
+
+    score: Tensor
+    data: Tensor
+    spread: Callable[[Tensor], Tensor]  # w to V w
+    coefficients: _Coefficients
+    isotropic: Tensor  # r², (B,) or (1,)
+
+
+class PosteriorScore:
+    r"""Score of p(z_t | y) for a linear observation y of the data, from any score of p(z_t).
+
+    .. math::
+        \hat x_y = D + V A^⊤ R^{-1} (y − A D), \qquad D = E[x_0 | z_t], \quad V ≈ Cov[x_0 | z_t]
+
+    The methods differ in R. None samples the posterior exactly, whatever the solver and the number
+    of steps: `solvers.sample_posterior` corrects them.
+
+    Parameters
+    ----------
+    score
+        score(z, t) of the driven components: exact, or a network, under any linear SDE.
+    observation
+        What was observed.
+    method
+        ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
+        ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
+        ``"dps"``: R = s²I; with the right noise it overshoots, and diverges for small s.
+    iterations
+        Conjugate-gradient iterations of ``"moments"``, one gradient of the score each; None
+        takes as many as y has numbers, at most 100: to convergence.
+    gradient
+        False replaces V by r²I: no gradient of the score is taken, and ``"moments"`` and
+        ``"pigdm"`` coincide.
+    data_variance
+        v₀, the variance of one number of the data, for r² and for the guard of the conjugate
+        gradients: a direction in which V exceeds the data's total variance is not followed.
+    sde
+        The forward process; None takes ``score.sde``.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type, or the process is not known.
+    ValueError
+        If an option is out of range, or the observation has no noise and the method divides by it.
+
+    Notes
+    -----
+    A call costs one score evaluation and, with ``gradient``, ``iterations`` + 1 gradients of it for
+    ``"moments"``, one otherwise. It records its own gradients, also under `torch.no_grad` and
+    `torch.inference_mode`, and returns a score without any. End sampling at
+    `Observation.end_time` or below.
+
+    References
+    ----------
+    F. Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
+    2024 (moment matching). J. Song et al., *Pseudoinverse-guided diffusion models for inverse
+    problems*, 2023. H. Chung et al., *Diffusion posterior sampling for general noisy inverse
+    problems*, 2023.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture
+    >>> from cldsde.score import Observation
+    >>> sde = CLD()
+    >>> data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.8], [0.8, 1.0]]])
+    >>> seen = Observation.mask(torch.tensor([True, False]), torch.tensor([1.0, 0.0]), 0.1)
+    >>> guided = PosteriorScore(data.score(sde), seen, iterations=None)
+    >>> z = sde.prior.sample((4, 2), dtype=torch.float64)
+    >>> exact = data.condition(seen).score(sde)
+    >>> bool(torch.allclose(guided(z, 0.5), exact(z, 0.5)))  # Gaussian data: no approximation
+    True
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        observation: Observation,
+        method: PosteriorMethod = "moments",
+        *,
+        iterations: int | None = 3,
+        gradient: bool = True,
+        data_variance: float = 1.0,
+        sde: LinearSDE | None = None,
+    ) -> None:
+        if not callable(score):
+            msg = f"score must be a callable score(z, t); got {type(score).__name__}"
+            raise TypeError(msg)
+        self.observation = check_observation(observation)
+        one_of(method, PosteriorMethod, "method")
+        process = getattr(score, "sde", None) if sde is None else sde
+        if process is None:
+            msg = "sde must be given for a score that has no attribute sde; got None"
+            raise TypeError(msg)
+        check_process(process)
+        if iterations is not None and (
+            isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1
+        ):
+            msg = f"iterations must be an integer of at least 1 or None; got {iterations!r}"
+            raise ValueError(msg)
+        variance = as_number(data_variance, "data_variance")
+        if not 0 < variance < math.inf:
+            msg = f"data_variance must be finite and positive; got {variance:g}"
+            raise ValueError(msg)
+        if method == "dps" and observation.noise_std == 0:
+            msg = (
+                "method 'dps' divides by the noise: noise_std must be positive; got 0. Take "
+                "'moments' or 'pigdm'"
+            )
+            raise ValueError(msg)
+        self.score = score
+        self.sde = process
+        self.method = method
+        self.iterations = iterations
+        self.gradient = bool(gradient)
+        self.data_variance = variance
+
+    def __repr__(self) -> str:
+        """Score, observation and method in one line."""
+        return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
+
+    def __call__(self, z: Tensor, t: Tensor | float) -> Tensor:
+        """Score of the driven components given y, ``(B, len(driven), *D)``."""
+        found, shift = self._guide(z, t)
+        return found.score + apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))
+
+    def data_prediction(self, z: Tensor, t: Tensor | float) -> Tensor:
+        """E[x_0 | z_t, y], ``(B, *D)``; one score evaluation."""
+        found, shift = self._guide(z, t)
+        return found.data + shift
+
+    def guide(self, z: Tensor, t: Tensor | float) -> Guided:
+        """D, D_y − D, and log N(y; A D, R) with R as a dense matrix, for particle samplers.
+
+        ``"moments"`` takes one gradient of the score per number of y here, and no conjugate
+        gradients.
+
+        Raises
+        ------
+        ValueError
+            If the method is ``"dps"``, which has no likelihood.
+        """
+        if self.method == "dps":
+            msg = "method must be 'moments' or 'pigdm' to weigh particles; got 'dps'"
+            raise ValueError(msg)
+        found = self._linearise(z, t)
+        residual = self.observation.residual(found.data)
+        root = self._dense_root(found, residual)
+        flat = residual.flatten(1).unsqueeze(-1)
+        whitened = torch.linalg.solve_triangular(root, flat, upper=False)
+        weight = torch.linalg.solve_triangular(root.mT, whitened, upper=True)
+        volume = root.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = 0.5 * flat.shape[1] * math.log(2 * math.pi)
+        pulled = self.observation.adjoint(weight.reshape(residual.shape), found.data.shape[1:])
+        return Guided(
+            found.data,
+            found.spread(pulled),
+            -0.5 * whitened.square().sum((1, 2)) - volume - constant,
+        )
+
+    def _guide(self, z: Tensor, t: Tensor | float) -> tuple[_Linearised, Tensor]:
+        """The linearised score and D_y − D."""
+        found = self._linearise(z, t)
+        observation, shape = self.observation, found.data.shape[1:]
+        variance = observation.noise_std**2
+        residual = observation.residual(found.data)
+
+        def isotropic(v: Tensor) -> Tensor:
+            seen = observation.forward(observation.adjoint(v, shape))
+            return per_sample(found.isotropic, v) * seen + variance * v
+
+        def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
+            return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
+
+        # No eigenvalue of a covariance exceeds its trace, that of the data on average.
+        total = self.data_variance * math.prod(shape)
+
+        def moments(v: Tensor) -> tuple[Tensor, Tensor]:
+            pulled = found.spread(observation.adjoint(v, shape))
+            # For a covariance, |V w|² is at most its largest eigenvalue times wᵀV w. A learnt
+            # Jacobian that is small for y but not for the rest of x would throw the rest far off.
+            # Half the bound, as rounding may take a part of it.
+            least = 0.5 * (variance * dot(v, v) + dot(pulled, pulled) / total)
+            return observation.forward(pulled) + variance * v, least
+
+        if self.method == "dps":
+            weight = residual / variance
+        else:
+            matched = self.method == "moments" and self.gradient
+            weight = conjugate_gradients(
+                moments if matched else bounded,
+                isotropic,
+                residual,
+                # In exact arithmetic as many as there are numbers suffice; more let the error of a
+                # Jacobian that is not symmetric grow.
+                iterations=(matched and self.iterations)
+                or min(_LONGEST_SOLVE, residual[0].numel()),
+            )
+        return found, found.spread(observation.adjoint(weight, shape))
+
+    def _dense_root(self, found: _Linearised, residual: Tensor) -> Tensor:
+        """Cholesky factor of R, ``(B, m, m)``, or one for the batch."""
+        observation, shape = self.observation, found.data.shape[1:]
+        noise = observation.noise_std**2 * torch.eye(
+            residual[0].numel(), dtype=residual.dtype, device=residual.device
+        )
+        safe = found.isotropic[:, None, None] * observation.gram(shape, residual) + noise
+        if self.method == "pigdm" or not self.gradient:
+            root: Tensor = torch.linalg.cholesky(safe)
+            return root.expand(len(residual), -1, -1)
+        rows = []
+        for unit in torch.eye(len(noise), dtype=residual.dtype, device=residual.device):
+            row = observation.adjoint(unit.reshape(1, *residual.shape[1:]), shape)
+            seen = observation.forward(found.spread(row.expand_as(found.data)))
+            rows.append(seen.flatten(1))
+        R = torch.stack(rows, 1)
+        root, faults = torch.linalg.cholesky_ex((R + R.mT) / 2 + noise)
+        faulty = (faults > 0)[:, None, None]
+        if bool(faulty.any()):
+            root = torch.where(faulty, torch.linalg.cholesky(safe), root)
+        return root
+
+    def _linearise(self, z: Tensor, t: Tensor | float) -> _Linearised:
+        check_state(z, self.sde.components)
+        if torch.is_grad_enabled() and z.requires_grad:
+            msg = (
+                "z must not require gradients: a PosteriorScore cannot be differentiated; detach it"
+            )
+            raise ValueError(msg)
+        self.observation.check(z.shape[2:], dtype=z.dtype, device=z.device)
+        dtype, t = torch.promote_types(z.dtype, torch.float32), _plain(t, z)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            coefficients = coefficients_at(self, t, z, self._coefficients, dtype, 0)
+        variance = coefficients.variance.flatten()
+        isotropic = variance * self.data_variance / (variance + self.data_variance)
+        driven = len(self.sde.driven)
+        if not self.gradient:
+            with torch.no_grad():
+                score = checked_score(self.score(z, t), z, driven)
+            data = self._predict(coefficients, z, score)
+            return _Linearised(
+                score, data, lambda w: per_sample(isotropic, w) * w, coefficients, isotropic
+            )
+        # Solvers run without gradients, perhaps in inference mode; V needs them.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            state = z.detach().clone().requires_grad_()
+            score = checked_score(self.score(state, t), state, driven)
+            if not score.requires_grad:
+                msg = (
+                    "score must be differentiable with respect to its state; it returned a tensor "
+                    "without gradients. Remove torch.no_grad from it, or take gradient=False"
+                )
+                raise ValueError(msg)
+            data = self._predict(coefficients, state, score)
+
+        def spread(w: Tensor) -> Tensor:
+            with torch.inference_mode(mode=False):
+                w = w.clone() if w.is_inference() else w
+                (slope,) = torch.autograd.grad(data, state, w, retain_graph=True)
+                pulled = apply_blocks(coefficients.psi, slope)[:, 0]
+                return per_sample(variance, w) * pulled
+
+        return _Linearised(score.detach(), data.detach(), spread, coefficients, isotropic)
+
+    def _predict(self, at: _Coefficients, z: Tensor, score: Tensor) -> Tensor:
+        return (apply_blocks(at.state, z) + apply_blocks(at.score, score))[:, 0]
+
+    def _coefficients(self, t: Tensor) -> _Coefficients:
+        to_data = Conversion.at(self.sde, t, "score", "data")
+        to_score = Conversion.at(self.sde, t, "data", "score")
+        start = torch.zeros_like(t)
+        psi = self.sde.transition_matrix(start, t)[..., :1].mT
+        variance = (-2 * self.sde.log_snr(t)).exp().unsqueeze(-1)
+        return _Coefficients(to_data.state, to_data.value, psi, to_score.value, variance)
+
+
+def _plain(t: Tensor | float, z: Tensor) -> Tensor:
+    """Times as a score receives them, that autograd can record also in inference mode."""
+    if not isinstance(t, Tensor):
+        with torch.inference_mode(mode=False):
+            return score_argument(score_times(t, z), z).expand(len(z))
+    if not t.is_inference():
+        return t
+    shared = t.ndim == 1 and t.stride() == (0,) and len(t) > 0
+    with torch.inference_mode(mode=False):
+        copy = t[:1].clone().expand(len(t)) if shared else t.clone()
+    known = getattr(t, "known", None)
+    if known is not None:
+        copy.known = known  # type: ignore[attr-defined]
+    return copy

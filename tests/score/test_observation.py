@@ -1,0 +1,112 @@
+"""Linear observations of data."""
+
+import math
+
+import pytest
+import torch
+
+from cldsde import CLD, VPSDE, GaussianMixture
+from cldsde.score import Observation
+
+
+def _observations():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 4, 6, generator=g) < 0.5
+    kernel = torch.rand(3, 5, generator=g, dtype=torch.float64)
+    A = torch.randn(7, 48, generator=g, dtype=torch.float64)
+    return {
+        "mask": Observation.mask(mask, torch.zeros(2, 4, 6), 0.1),
+        "matrix": Observation.matrix(A, torch.zeros(7), 0.1),
+        "downsample": Observation.downsample(2, torch.zeros(2, 2, 3), 0.1),
+        "blur": Observation.blur(kernel, torch.zeros(2, 4, 6), 0.1),
+        "callable": Observation(lambda x: x.flip(-1).cumsum(-1), torch.zeros(2, 4, 6), 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", list(_observations()))
+def test_the_adjoint_is_that_of_the_inner_product(name):
+    seen = _observations()[name]
+    seen.check((2, 4, 6), dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 2, 4, 6, generator=g, dtype=torch.float64)
+    forward = seen.forward(x)
+    v = torch.randn(forward.shape, generator=g, dtype=torch.float64)
+    pulled = seen.adjoint(v, (2, 4, 6))
+    left, right = ((a * b).flatten(1).sum(1) for a, b in ((forward, v), (x, pulled)))
+    # Sums of at most 48 products of unit size in float64.
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        assert torch.equal(seen.adjoint(v, (2, 4, 6)), pulled)
+    A = seen.dense((2, 4, 6))
+    torch.testing.assert_close(seen.gram((2, 4, 6), v), A @ A.mT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.flatten(1) @ A.mT, forward.flatten(1), rtol=1e-12, atol=1e-12)
+
+
+def test_a_mean_over_blocks_is_average_pooling():
+    x = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    seen = Observation.downsample(2, torch.zeros(2, 2, 3), 0.1)
+    torch.testing.assert_close(seen.forward(x), torch.nn.functional.avg_pool2d(x, 2))
+    assert seen.shape == (2, 4, 6)
+    series = Observation.downsample(4, torch.zeros(1, 5), 0.1)
+    assert series.forward(torch.zeros(3, 1, 20)).shape == (3, 1, 5)
+
+
+def test_the_end_time_is_where_the_noise_of_the_state_is_below_that_of_y():
+    for sde in (VPSDE(), CLD()):
+        seen = Observation.mask(torch.ones(3, dtype=torch.bool), torch.zeros(3), 0.2)
+        level = float(sde.log_snr(seen.end_time(sde, (3,))))
+        assert math.isclose(math.exp(-level), 0.3 * 0.2, rel_tol=1e-6)
+        # Means of 16 numbers divide the noise by 4, and so the norm.
+        means = Observation.downsample(4, torch.zeros(1, 2, 2), 0.2)
+        level = float(sde.log_snr(means.end_time(sde, (1, 8, 8))))
+        assert math.isclose(math.exp(-level), 4 * 0.3 * 0.2, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Observation(3, torch.ones(2), 0.1), TypeError, "forward must be a function"),
+        (lambda: Observation(abs, "y", 0.1), TypeError, "y must be an array"),
+        (lambda: Observation(abs, torch.tensor([math.nan]), 0.1), ValueError, "y must be finite"),
+        (lambda: Observation(abs, torch.ones(2), -1.0), ValueError, "noise_std must be finite"),
+        (lambda: Observation.mask(torch.ones(2), torch.ones(2), 0.1), TypeError, "mask must be"),
+        (
+            lambda: Observation.mask(torch.zeros(2, dtype=torch.bool), torch.ones(2), 0.1),
+            ValueError,
+            "mask must mark",
+        ),
+        (
+            lambda: Observation.mask(torch.ones(2, dtype=torch.bool), torch.ones(3), 0.1),
+            ValueError,
+            "y must have the mask's shape",
+        ),
+        (lambda: Observation.matrix([1.0], torch.ones(1), 0.1), ValueError, "A must be"),
+        (lambda: Observation.downsample(1, torch.ones(1, 2), 0.1), ValueError, "factor must be"),
+        (lambda: Observation.downsample(2, torch.ones(2), 0.1), ValueError, "y must have shape"),
+        (lambda: Observation.blur(torch.ones(2, 2), torch.ones(1, 4, 4), 0.1), ValueError, "odd"),
+        (lambda: Observation.blur(torch.ones(3, 3), torch.ones(4, 4), 0.1), ValueError, "image"),
+    ],
+)
+def test_bad_arguments_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_mixture_is_conditioned_on_one_observation_of_its_size():
+    data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]])
+    with pytest.raises(ValueError, match="must be of data of 2 numbers"):
+        data.condition(Observation.matrix([[1.0, 0.0, 0.0]], torch.ones(1), 0.1))
+    with pytest.raises(ValueError, match="one y of 1 numbers"):
+        data.condition(Observation.matrix([[1.0, 0.0]], torch.ones(3, 1), 0.1))
+    with pytest.raises(ValueError, match="without a density"):
+        data.condition(Observation.matrix([[1.0, 0.0], [1.0, 0.0]], torch.ones(2), 0.0))
+    with pytest.raises(TypeError, match="observation must be an Observation"):
+        data.condition(3)
+
+
+def test_conditioning_without_noise_fixes_what_is_seen():
+    data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.8], [0.8, 1.0]]])
+    posterior = data.condition(Observation.matrix([[1.0, 0.0]], torch.tensor([1.0]), 0.0))
+    torch.testing.assert_close(posterior.means, torch.tensor([[1.0, 0.8]], dtype=torch.float64))
+    expected = torch.tensor([[[0.0, 0.0], [0.0, 0.36]]], dtype=torch.float64)
+    torch.testing.assert_close(posterior.covariances, expected, rtol=0, atol=1e-14)

@@ -1,0 +1,231 @@
+"""Scores given an observation, against the closed form of mixtures."""
+
+import pytest
+import torch
+
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.score import Observation, PosteriorScore
+from exact_posteriors import guided_prediction, wide_mixture
+
+PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
+
+
+def _states(sde, data, n, t):
+    g = torch.Generator().manual_seed(5)
+    x = data.sample(n, generator=g, dtype=torch.float64)
+    return sde.marginal(t).sample(
+        torch.cat([x.unsqueeze(1), torch.zeros(n, sde.components - 1, x.shape[1])], 1), generator=g
+    )
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_exact_guidance_is_the_formula_of_each_component(sde, t):
+    data, seen = wide_mixture()
+    z = _states(sde, data, 6, t)
+    _, exact, _, _ = guided_prediction(data, seen, sde, z, t)
+    found = data.condition(seen).posterior_mean(sde, z, t)
+    # Both solve systems whose condition number is about (spread of the data / noise)² = 400.
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_moment_matching_by_autograd_equals_the_closed_form(sde, t):
+    data, seen = wide_mixture()
+    z = _states(sde, data, 6, t)
+    _, _, matched, log_likelihood = guided_prediction(data, seen, sde, z, t)
+    guided = PosteriorScore(data.score(sde), seen, iterations=None)
+    # Conjugate gradients end at a relative residual of 2e-12 (eps^0.75), which R's condition
+    # number of about 400 may multiply.
+    torch.testing.assert_close(guided.data_prediction(z, t), matched, rtol=1e-8, atol=1e-8)
+    twisted = guided.guide(z, t)
+    torch.testing.assert_close(twisted.data + twisted.shift, matched, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(twisted.log_likelihood, log_likelihood, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_pigdm_and_dps_are_their_formulas(sde):
+    data, seen = wide_mixture()
+    t, A, y, s = 0.3, seen.dense((8,)), seen.y, seen.noise_std
+    z = _states(sde, data, 6, t)
+    V, _, _, _ = guided_prediction(data, seen, sde, z, t)
+    D = data.posterior_mean(sde, z, t)
+    variance = (-2 * sde.log_snr(t)).exp()
+    r2 = variance * 0.7 / (variance + 0.7)
+    for method, R in (
+        ("pigdm", r2 * A @ A.T + s**2 * torch.eye(len(A))),
+        ("dps", s**2 * torch.eye(len(A), dtype=torch.float64)),
+    ):
+        weight = torch.linalg.solve(R, (y - D @ A.T).T).T
+        guided = PosteriorScore(data.score(sde), seen, method, data_variance=0.7)
+        expected = D + torch.einsum("bij,bj->bi", V, weight @ A)
+        torch.testing.assert_close(guided.data_prediction(z, t), expected, rtol=1e-8, atol=1e-8)
+        without = PosteriorScore(
+            data.score(sde), seen, method, data_variance=0.7, gradient=False
+        ).data_prediction(z, t)
+        torch.testing.assert_close(without, D + r2 * weight @ A, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_solve_gives_the_same_in_every_gradient_mode(mode):
+    data, seen = wide_mixture()
+    sde = CLD()
+    guided = PosteriorScore(data.score(sde), seen)
+    start = sde.prior.sample((4, 8), generator=torch.Generator().manual_seed(0))
+    times = solvers.root_times(1.0, 1e-2, 5)
+    solver = solvers.ExponentialMultistep(order=2)
+    expected = solvers.solve(ReverseProcess(sde, guided), solver, start, times).state
+    with mode():
+        found = solvers.solve(ReverseProcess(sde, guided), solver, start.clone(), times).state
+        alone = guided(start.clone(), torch.tensor(0.5).expand(4))
+    assert torch.equal(found, expected)
+    assert torch.equal(alone, guided(start, 0.5))
+
+
+def test_shapes_of_data_do_not_matter():
+    data, seen = wide_mixture()
+    sde = CLD()
+    z = sde.prior.sample((3, 8), dtype=torch.float64)
+    flat = PosteriorScore(data.score(sde), seen)(z, 0.4)
+    shaped = PosteriorScore(data.score(sde), seen)(z.reshape(3, 2, 2, 4), 0.4)
+    assert shaped.shape == (3, 1, 2, 4)
+    # Sums over another order of axes.
+    torch.testing.assert_close(shaped.flatten(2), flat, rtol=1e-12, atol=1e-12)
+
+
+def test_each_sample_may_have_its_own_observation_and_time():
+    data, seen = wide_mixture()
+    sde = VPSDE()
+    z = sde.prior.sample((3, 8), dtype=torch.float64)
+    ys = seen.y + torch.arange(3.0).unsqueeze(1)
+    ts = torch.tensor([0.2, 0.5, 0.8])
+    together = PosteriorScore(data.score(sde), Observation(seen.forward, ys, 0.1))(z, ts)
+    for i in range(3):
+        alone = PosteriorScore(data.score(sde), Observation(seen.forward, ys[i], 0.1))
+        expected = alone(z[i : i + 1], ts[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
+    sde = VPSDE()
+    # D falls with û: its Jacobian is negative, which no covariance is.
+    wrong = PosteriorScore(
+        lambda z, t: -z * 3.0,
+        Observation.mask(torch.tensor([True, True, False]), torch.ones(3), 0.1),
+        iterations=None,
+        sde=sde,
+    )
+    found = wrong(torch.randn(5, 1, 3, generator=torch.Generator().manual_seed(0)), 0.5)
+    assert bool(found.isfinite().all())
+    # The fallback is a step with ΠGDM's R: as large as ΠGDM's own.
+    pigdm = PosteriorScore(wrong.score, wrong.observation, "pigdm", sde=sde)
+    z = torch.randn(5, 1, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(wrong(z, 0.5), pigdm(z, 0.5), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "mmps"}, "method must be one of"),
+        ({"iterations": 0}, "iterations must be"),
+        ({"data_variance": 0.0}, "data_variance must be"),
+        ({"sde": None, "score": lambda z, t: z}, "sde must be given"),
+        ({"observation": 3}, "observation must be an Observation"),
+        ({"score": 3}, "score must be a callable"),
+    ],
+)
+def test_bad_options_are_named(arguments, message):
+    data, seen = wide_mixture()
+    given = {"score": data.score(CLD()), "observation": seen, **arguments}
+    with pytest.raises((TypeError, ValueError), match=message):
+        PosteriorScore(**given)
+
+
+def test_dps_without_noise_is_an_error():
+    data, seen = wide_mixture()
+    exact = Observation(seen.forward, seen.y, 0.0)
+    with pytest.raises(ValueError, match="noise_std must be positive"):
+        PosteriorScore(data.score(CLD()), exact, "dps")
+    z = CLD().prior.sample((2, 8), dtype=torch.float64)
+    assert bool(PosteriorScore(data.score(CLD()), exact)(z, 0.3).isfinite().all())
+
+
+def test_a_score_without_gradients_is_an_error():
+    data, seen = wide_mixture()
+    score = data.score(CLD())
+
+    def closed(z, t):
+        with torch.no_grad():
+            return score(z, t)
+
+    z = CLD().prior.sample((2, 8), dtype=torch.float64)
+    with pytest.raises(ValueError, match="score must be differentiable"):
+        PosteriorScore(closed, seen, sde=CLD())(z, 0.3)
+    free = PosteriorScore(closed, seen, sde=CLD(), gradient=False)(z, 0.3)
+    assert bool(free.isfinite().all())
+
+
+def test_observations_that_do_not_fit_are_errors_before_the_score_is_evaluated():
+    asked = []
+
+    def score(z, t):
+        asked.append(t)
+        return -z
+
+    z = torch.zeros(2, 1, 3)
+    for forward, y, message in (
+        (lambda x: x**2, torch.ones(3), "must be linear"),
+        (lambda x: x + 1, torch.ones(3), r"forward\(0\) is not 0"),
+        (lambda x: x - x.mean(0), torch.ones(3), "each sample alone"),
+        (lambda x: x, torch.ones(2), "y must have shape"),
+        (lambda x: x.detach(), torch.ones(3), "autograd can differentiate"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            PosteriorScore(score, Observation(forward, y, 0.1), sde=VPSDE())(z, 0.5)
+    assert not asked
+
+
+def test_gradients_through_a_posterior_score_are_an_error():
+    data, seen = wide_mixture()
+    z = CLD().prior.sample((2, 8), dtype=torch.float64).requires_grad_()
+    with pytest.raises(ValueError, match="z must not require gradients"):
+        PosteriorScore(data.score(CLD()), seen)(z, 0.3)
+
+
+def test_a_float32_score_is_that_of_float64():
+    data, seen = wide_mixture()
+    sde = CLD()
+    z = sde.prior.sample((16, 8), dtype=torch.float64)
+    guided = PosteriorScore(data.score(sde), seen)
+    found = guided.data_prediction(z.float(), 0.6)
+    assert found.dtype == torch.float32
+    # σ²J near t = T is a difference of terms 1/σ² ≈ 100 times larger, R's condition is 400.
+    torch.testing.assert_close(found.double(), guided.data_prediction(z, 0.6), rtol=0, atol=2e-2)
+
+
+def test_the_mixture_may_be_learnt():
+    means = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    data = GaussianMixture([1.0, 1.0], means, torch.eye(3).expand(2, 3, 3))
+    seen = Observation.mask(torch.tensor([True, False, False]), torch.ones(3), 0.1)
+    found = PosteriorScore(data.score(VPSDE()), seen)(torch.zeros(2, 1, 3), 0.5)
+    assert not found.requires_grad
+
+
+def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
+    sde, t = VPSDE(), 0.01
+    z = torch.randn(20, 1, 2, generator=torch.Generator().manual_seed(0))
+    law = sde.marginal(t)
+    psi, variance = float(law.mean), float(law.covariance)
+
+    def score(z, t):
+        # D of y's number does not move with it, D of the other number does by 5: no covariance.
+        x = z / psi
+        data = torch.stack([0 * x[..., 0], 5 * x[..., 0] + 0 * x[..., 1]], -1)
+        return -(z - psi * data) / variance
+
+    seen = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 1e-3)
+    guided = PosteriorScore(score, seen, sde=sde)
+    wild = guided.data_prediction(z, t).abs().max()
+    # Unguarded, the step is the residual over s², 1e6 times; ΠGDM's is at most it over r² + s².
+    assert float(wild) < 50

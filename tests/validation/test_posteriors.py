@@ -1,0 +1,179 @@
+"""The measurement of posterior samplers: exact ones pass, wrong ones are found."""
+
+import math
+
+import pytest
+import torch
+
+from cldsde import CLD, PSLD, VPSDE, Observation
+from cldsde.validation import (
+    Verdict,
+    calibration_ranks,
+    posterior_error,
+    posterior_methods,
+    posterior_problems,
+    sliced_wasserstein,
+)
+from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
+
+NAMES = list(posterior_problems())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
+    problem = posterior_problems(0.3)[name]
+    g = torch.Generator().manual_seed(0)
+    x = problem.posterior.sample(5, generator=g, dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal
+
+    def log_density(mixture):
+        parts = [
+            normal(m, C).log_prob(x)
+            for m, C in zip(mixture.means, mixture.covariances, strict=True)
+        ]
+        return (torch.stack(parts, 1) + mixture.weights.log()).logsumexp(1)
+
+    seen = problem.observation
+    likelihood = normal(seen.forward(x), 0.09 * torch.eye(len(seen.y)).double()).log_prob(seen.y)
+    expected = log_density(problem.data) + likelihood - problem.data.log_evidence(seen)
+    # Log-densities of up to 64 numbers, of covariances with condition numbers below 1e5.
+    torch.testing.assert_close(log_density(problem.posterior), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_small_noise_keeps_covariances_positive():
+    posterior = posterior_problems(1e-6)["mask"].posterior
+    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -1e-15
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+def test_exact_guidance_is_the_posterior_within_sampling_error(sde, noise):
+    found = posterior_error(
+        "exact", posterior_problems(noise)["two modes"], sde=sde, samples=2000, repeats=3
+    )
+    # Of a distance that is all sampling error, three standard errors.
+    assert found.distance - 3 * found.distance_std <= 1.3
+    assert found.verdict is Verdict.PASS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_guidance_of_many_samples_is_the_posterior(sde, noise, name):
+    problem = posterior_problems(noise)[name]
+    found = posterior_error("exact", problem, sde=sde, samples=20_000, steps=100, repeats=3)
+    assert found.distance - found.distance_std <= 1.3
+
+
+def test_three_iterations_are_nearly_as_good_as_convergence():
+    from cldsde import PosteriorScore, ReverseProcess, solvers
+
+    def converged(process, observation, times, n, g):
+        score = PosteriorScore(process.score, observation, iterations=None, sde=process.sde)
+        start = process.sde.prior.sample((n, 8), generator=g, dtype=torch.float64)
+        solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+        guided = ReverseProcess(process.sde, score)
+        return solvers.solve(guided, solver, start, times, generator=g).data
+
+    problem = posterior_problems(0.1)["wide modes"]
+    three = posterior_error("moments", problem, samples=500, steps=25, repeats=2)
+    assert (
+        three.distance
+        <= 1.5 * posterior_error(converged, problem, samples=500, steps=25, repeats=2).distance
+    )
+
+
+def test_moment_matching_is_exact_for_one_gaussian_only():
+    problems = posterior_problems(0.1)
+    gaussian = posterior_error("moments", problems["one Gaussian"], samples=500, repeats=2)
+    assert gaussian.verdict is Verdict.PASS
+    mixture = posterior_error("moments", problems["wide modes"], samples=500, repeats=2)
+    assert mixture.verdict is None  # it claims nothing there
+    assert mixture.mode_error > 0.1 + mixture.mode_floor
+
+
+@pytest.mark.parametrize("name", list(planted_samplers()))
+def test_planted_wrong_samplers_fail(name):
+    found = posterior_error(
+        planted_samplers()[name], posterior_problems()["one Gaussian"], samples=500, repeats=2
+    )
+    assert found.verdict is Verdict.FAIL
+
+
+def test_a_sampler_that_returns_no_numbers_fails():
+    def broken(process, observation, times, n, g):
+        return torch.full((n, 2), math.nan)
+
+    found = posterior_error(broken, posterior_problems()["two modes"], samples=100, repeats=2)
+    assert found.method == "broken"
+    assert found.verdict is Verdict.FAIL
+    assert found.to_dict()["distance"] is None
+    report = PosteriorReport([found])
+    assert len(report.failures()) == 1
+    assert "FAIL" in report.to_text()
+
+
+def test_a_planted_sampler_that_is_not_found_is_a_failure():
+    import dataclasses
+
+    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=500, repeats=2)
+    name = next(iter(planted_samplers()))
+    (line,) = PosteriorReport([dataclasses.replace(found, method=name)]).failures()
+    assert "was not found" in line
+
+
+def test_the_exact_posterior_is_calibrated_and_a_wrong_one_is_not():
+    problem = posterior_problems(0.3)["two modes"]
+
+    def exact(process, observation, times, n, g):
+        posterior = problem.data.condition(observation)
+        return posterior.sample(n, generator=g, dtype=torch.float64)
+
+    def wrong(process, observation, times, n, g):
+        bolder = Observation(observation.forward, observation.y, 0.15)
+        return exact(process, bolder, times, n, g)
+
+    # Fixed seeds: p-values of a uniform sample of 200 are below 1e-3 in one of a thousand runs.
+    assert calibration_ranks(exact, problem, draws=200).p_value > 1e-3
+    assert calibration_ranks(wrong, problem, draws=200).p_value < 1e-3
+
+
+def test_weighted_samples_are_ranked_by_their_weights():
+    problem = posterior_problems(0.3)["two modes"]
+    found = calibration_ranks("twisted", problem, draws=40, samples=30, steps=10)
+    assert found.ranks.shape == (40, 3)
+    assert bool(((found.ranks >= 0) & (found.ranks <= 1)).all())
+    assert found.p_value > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "exct"}, "method must be one of 'exact'"),
+        ({"samples": 10}, "samples must be at least 100"),
+        ({"repeats": 1}, "repeats must be at least 2"),
+        ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    given = {"method": "exact", "problem": posterior_problems()["two modes"], **arguments}
+    with pytest.raises(ValueError, match=message):
+        posterior_error(**given)
+
+
+def test_weights_of_samples_count_in_the_distance():
+    x = torch.tensor([[0.0], [1.0], [1.0], [1.0]], dtype=torch.float64)
+    few = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert sliced_wasserstein(few, x, weights=weights) < 1e-12
+    plane, both = torch.cat([x, x], 1), torch.cat([few, few], 1)
+    assert sliced_wasserstein(both, plane, weights=weights) < 1e-12
+
+
+def test_every_method_and_problem_is_measured():
+    quick = posterior_runs(quick=True)
+    assert {run.method for run in quick if not run.planted} == set(posterior_methods())
+    assert {run.problem for run in quick} == set(NAMES)
+    full = posterior_runs(quick=False)
+    assert {run.noise_std for run in full if not run.planted} == {1.0, 0.1, 0.01}

@@ -1,0 +1,259 @@
+"""Errors of posterior samplers against exact posteriors."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cldsde.linear import CLD, LinearSDE
+from cldsde.score import GaussianMixture, ReverseProcess
+
+from .metrics import sliced_wasserstein
+from .order_estimate import Verdict
+from .plain import plain
+from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
+from .posterior_problems import PosteriorProblem
+
+__all__ = ["PosteriorError", "posterior_error"]
+
+# Exact samplers may be so far off, with two standard errors to spare. Particles are correlated: a
+# few thousand are worth a few hundred exact samples, whose errors are three times as large.
+_DISTANCE, _MODES, _MOMENT = 3.0, 0.1, 6.0
+
+_FLOORS = 8  # pairs of exact samples from which floors are measured
+
+
+@dataclass(frozen=True)
+class PosteriorError:
+    """Distance of a sampler's distribution from the exact posterior.
+
+    Numbers are means over repetitions; ``…_std`` are their standard errors. A "floor" is what as
+    many exact samples give: 1 is as good as exact.
+
+    Attributes
+    ----------
+    method, problem, process
+        Names.
+    noise_std
+        Standard deviation of the observation's noise.
+    distance, distance_std
+        Sliced Wasserstein-2 distance over its floor.
+    mode_error, mode_error_std, mode_floor
+        Total variation distance of the weights of the posterior's components, and its floor.
+    mean_error, mean_error_std
+        Length of the mean, after whitening by the exact posterior, over its floor.
+    spread_error, spread_error_std
+        Largest deviation from 1 of an eigenvalue of the covariance, after whitening, over its
+        floor.
+    samples, steps, repeats
+        Size of the measurement.
+    seconds
+        Time per repetition.
+    exact
+        Whether the sampler claims the exact posterior of these data.
+    """
+
+    method: str
+    problem: str
+    process: str
+    noise_std: float
+    distance: float
+    distance_std: float
+    mode_error: float
+    mode_error_std: float
+    mode_floor: float
+    mean_error: float
+    mean_error_std: float
+    spread_error: float
+    spread_error_std: float
+    samples: int
+    steps: int
+    repeats: int
+    seconds: float
+    exact: bool
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether a sampler that claims the exact posterior has it; None for others.
+
+        FAIL if by more than two standard errors the distance is above 3 floors, the weights are
+        off by more than 0.1 and the floor, or a moment by more than 6 floors.
+        """
+        if not self.exact:
+            return None
+        bounds = (
+            (self.distance, self.distance_std, _DISTANCE),
+            (self.mode_error, self.mode_error_std, _MODES + self.mode_floor),
+            (self.mean_error, self.mean_error_std, _MOMENT),
+            (self.spread_error, self.spread_error_std, _MOMENT),
+        )
+        # Written so that NaN fails.
+        sound = all(value - 2 * std <= bound for value, std, bound in bounds)
+        return Verdict.PASS if sound else Verdict.FAIL
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        found: dict[str, Any] = plain({**asdict(self), "verdict": self.verdict})
+        return found
+
+
+def posterior_error(
+    method: str | PosteriorMethod | PosteriorSampler,
+    problem: PosteriorProblem,
+    *,
+    sde: LinearSDE | None = None,
+    samples: int = 1000,
+    steps: int = 50,
+    repeats: int = 4,
+    seed: int = 0,
+    name: str | None = None,
+) -> PosteriorError:
+    """Measure how far a posterior sampler is from the exact posterior.
+
+    Parameters
+    ----------
+    method
+        A name of `posterior_methods`, or a sampler of one's own (`PosteriorSampler`), which then
+        claims the exact posterior.
+    problem
+        Data and observation.
+    sde
+        The forward process; None is `CLD`.
+    samples
+        Samples of each repetition, 100 at least.
+    steps
+        Steps of the grid, `PosteriorProblem.times`.
+    repeats
+        Independent repetitions, 2 at least.
+    seed
+        Of all that is drawn.
+    name
+        Name of the method in the result.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown, or a number is too small.
+
+    Examples
+    --------
+    >>> from cldsde.validation import posterior_problems
+    >>> problem = posterior_problems()["one Gaussian"]
+    >>> found = posterior_error("exact", problem, samples=500, steps=20, repeats=2)
+    >>> found.verdict
+    <Verdict.PASS: 'PASS'>
+    """
+    known = posterior_methods()
+    if isinstance(method, str) and method not in known:
+        msg = f"method must be one of {', '.join(map(repr, known))}; got {method!r}"
+        raise ValueError(msg)
+    for count, least, what in (
+        (samples, 100, "samples"),
+        (steps, 2, "steps"),
+        (repeats, 2, "repeats"),
+    ):
+        if count < least:
+            msg = f"{what} must be at least {least}; got {count}"
+            raise ValueError(msg)
+    own = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
+    label = str(own) if name is None else name
+    chosen = known[method] if isinstance(method, str) else method
+    if not isinstance(chosen, PosteriorMethod):
+        chosen = PosteriorMethod(sampler=chosen, exact="always")
+    sde = CLD() if sde is None else sde
+    posterior, noise = problem.posterior, problem.observation.noise_std
+    process = ReverseProcess(sde, problem.data.score(sde))
+    measure = _Measure(posterior, samples, torch.Generator().manual_seed(seed + 1))
+    times = problem.times(sde, steps)
+    began, rows = time.perf_counter(), []
+    for repeat in range(repeats):
+        # Far from the seeds of the exact samples.
+        g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + repeat)
+        drawn = chosen.sampler(process, problem.observation, times, samples, g)
+        x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
+        rows.append(measure(_checked(x, samples, posterior.dimension, label), weights))
+    seconds = (time.perf_counter() - began) / repeats
+    found = torch.tensor(rows, dtype=torch.float64)
+    mean, std = found.mean(0), found.std(0) / math.sqrt(repeats)
+    single = len(problem.data.weights) == 1
+    d, w, m, s = ((float(a), float(b)) for a, b in zip(mean, std, strict=True))
+    return PosteriorError(
+        method=label,
+        problem=problem.name,
+        process=type(sde).__name__,
+        noise_std=noise,
+        distance=d[0],
+        distance_std=d[1],
+        mode_error=w[0],
+        mode_error_std=w[1],
+        mode_floor=measure.mode_floor,
+        mean_error=m[0],
+        mean_error_std=m[1],
+        spread_error=s[0],
+        spread_error_std=s[1],
+        samples=samples,
+        steps=steps,
+        repeats=repeats,
+        seconds=seconds,
+        exact=chosen.exact == "always" or (chosen.exact == "gaussian" and single),
+    )
+
+
+class _Measure:
+    """Distance, mode error, mean error and spread error of samples, over their floors."""
+
+    def __init__(self, posterior: GaussianMixture, n: int, generator: torch.Generator) -> None:
+        self._posterior, self._n, self._generator = posterior, n, generator
+        weights, means = posterior.weights, posterior.means
+        self._mean = weights @ means
+        apart = means - self._mean
+        within = torch.einsum("n,nij->ij", weights, posterior.covariances)
+        covariance = within + torch.einsum("n,ni,nj->ij", weights, apart, apart)
+        self._root = torch.linalg.cholesky(covariance)
+        self._roots = torch.linalg.cholesky(posterior.covariances)
+        floors = torch.tensor([self._raw(self._exact(), None) for _ in range(_FLOORS)]).mean(0)
+        self._distance, self.mode_floor, self._shift, self._spread = floors.tolist()
+
+    def __call__(self, x: Tensor, weights: Tensor | None) -> list[float]:
+        if not bool(x.isfinite().all()):
+            return [math.inf, 1.0, math.inf, math.inf]
+        distance, modes, shift, spread = self._raw(x, weights)
+        return [distance / self._distance, modes, shift / self._shift, spread / self._spread]
+
+    def _exact(self) -> Tensor:
+        return self._posterior.sample(self._n, generator=self._generator, dtype=torch.float64)
+
+    def _raw(self, x: Tensor, weights: Tensor | None) -> list[float]:
+        mass = (
+            torch.full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else weights
+        )
+        directions = torch.Generator().manual_seed(0)
+        distance = sliced_wasserstein(x, self._exact(), weights=weights, generator=directions)
+        modes = float((mass @ self._responsibilities(x) - self._posterior.weights).abs().sum() / 2)
+        white = torch.linalg.solve_triangular(self._root, (x - self._mean).mT, upper=False).mT
+        shift = mass @ white
+        apart = white - shift
+        spread = torch.linalg.eigvalsh(apart.mT @ (apart * mass.unsqueeze(1))) - 1
+        return [distance, modes, float(shift.norm()), float(spread.abs().max())]
+
+    def _responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior weights of the components at samples, ``(n, modes)``."""
+        apart = (x - self._posterior.means.unsqueeze(1)).mT  # (modes, D, n)
+        white = torch.linalg.solve_triangular(self._roots, apart, upper=False)
+        volume = self._roots.diagonal(dim1=1, dim2=2).log().sum(1)
+        logs = (self._posterior.weights.log() - volume).unsqueeze(1) - white.square().sum(1) / 2
+        found: Tensor = logs.softmax(0).mT
+        return found
+
+
+def _checked(x: object, n: int, dimension: int, name: str) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != (n, dimension):
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        msg = f"{name} must return samples of shape {(n, dimension)}; got {got}"
+        raise ValueError(msg)
+    return x.detach().to("cpu", torch.float64)

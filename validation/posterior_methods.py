@@ -1,0 +1,137 @@
+"""Samplers of a posterior that are measured beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.blocks import apply_blocks
+from cldsde.score import GaussianMixture, MixtureScore, Observation, PosteriorScore, ReverseProcess
+from cldsde.score.posterior_score import PosteriorMethod as _Approximation
+from cldsde.solvers import ExponentialMultistep, plan, sample_posterior, solve
+
+__all__ = ["PosteriorMethod", "PosteriorSampler", "posterior_methods"]
+
+PosteriorSampler = Callable[
+    [ReverseProcess, Observation, Tensor, int, torch.Generator], Tensor | tuple[Tensor, Tensor]
+]
+"""sampler(process, observation, times, n, generator) to samples ``(n, D)``, or to samples and their
+weights ``(n,)``. The process has the exact score of the data, without the observation."""
+
+_SOLVER = ExponentialMultistep(order=2, stochasticity=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosteriorMethod:
+    """A posterior sampler and its claim.
+
+    Attributes
+    ----------
+    sampler
+        See `PosteriorSampler`.
+    exact
+        For which data it claims the exact posterior: all, a single Gaussian, or none.
+    """
+
+    sampler: PosteriorSampler
+    exact: Literal["always", "gaussian", "never"]
+
+
+def posterior_methods() -> dict[str, PosteriorMethod]:
+    """The package's samplers of a posterior, by name.
+
+    - ``"exact"``: the score of `GaussianMixture.condition` on the multistep solver, whose error is
+      all that is left.
+    - ``"twisted"``: `sample_posterior`, n particles in one run.
+    - ``"moments"`` (three iterations), ``"pigdm"``, ``"dps"``: `PosteriorScore` on that solver.
+    - ``"replacement"``: the observed part of the state is overwritten after each step.
+    """
+    return {
+        "exact": PosteriorMethod(sampler=_exact, exact="always"),
+        "twisted": PosteriorMethod(sampler=_twisted, exact="always"),
+        "moments": PosteriorMethod(sampler=_guided("moments"), exact="gaussian"),
+        "pigdm": PosteriorMethod(sampler=_guided("pigdm"), exact="never"),
+        "dps": PosteriorMethod(sampler=_guided("dps"), exact="never"),
+        "replacement": PosteriorMethod(sampler=_replacement, exact="never"),
+    }
+
+
+def _start(process: ReverseProcess, n: int, g: torch.Generator) -> Tensor:
+    size = (n, _data(process).dimension)
+    return process.sde.prior.sample(size, generator=g, dtype=torch.float64)
+
+
+def _data(process: ReverseProcess) -> GaussianMixture:
+    return cast("MixtureScore", process.score).data
+
+
+def _variance(process: ReverseProcess) -> float:
+    """Mean variance of the numbers of the data."""
+    data = _data(process)
+    mean = data.weights @ data.means
+    within = data.covariances.diagonal(dim1=1, dim2=2)
+    return float((data.weights @ (within + (data.means - mean).square())).mean())
+
+
+def _exact(
+    process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
+) -> Tensor:
+    posterior = _data(process).condition(observation)
+    guided = ReverseProcess(process.sde, posterior.score(process.sde))
+    return solve(guided, _SOLVER, _start(process, n, g), times, generator=g).data
+
+
+def _guided(method: _Approximation) -> PosteriorSampler:
+    def sampler(
+        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
+    ) -> Tensor:
+        score = PosteriorScore(
+            process.score, observation, method, data_variance=_variance(process), sde=process.sde
+        )
+        guided = ReverseProcess(process.sde, score)
+        start = _start(process, n, g)
+        # That a method diverges is a result.
+        return solve(guided, _SOLVER, start, times, generator=g, warn=False).data
+
+    return sampler
+
+
+def _twisted(
+    process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    found = sample_posterior(
+        process,
+        observation,
+        times,
+        particles=n,
+        generator=g,
+        data_variance=_variance(process),
+        dtype=torch.float64,
+    )
+    return found.samples, found.weights
+
+
+def _replacement(
+    process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
+) -> Tensor:
+    """Overwrite the observed directions of the state after each step of the first order."""
+    z = _start(process, n, g)
+    left, singular, right = torch.linalg.svd(
+        observation.dense(z.shape[2:]).to(z), full_matrices=False
+    )
+    known = (observation.y.to(z) @ left / singular).expand(n, 1, -1)  # taken for exact
+    laws = process.sde.marginal(times)
+    step = ExponentialMultistep(order=1, stochasticity=1.0)
+    for i in range(len(times) - 1):
+        z = plan(process, step, times[i : i + 2]).solve(z, generator=g, warn=False).state
+        noise = torch.randn(
+            n, process.sde.components, len(singular), generator=g, dtype=z.dtype, device=z.device
+        )
+        psi, root = laws.mean[i + 1][:, :1], laws.root[i + 1]
+        drawn = apply_blocks(psi, known) + apply_blocks(root, noise)
+        z = z + (drawn - z @ right.mT) @ right
+    return z[:, 0]

@@ -1,0 +1,144 @@
+"""Inverse problems whose posterior is known exactly: mixtures of Gaussians, linear observations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import check_positive
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.sde import LinearSDE
+from cldsde.score import GaussianMixture, Observation
+from cldsde.solvers.grids import root_times
+
+__all__ = ["PosteriorProblem", "posterior_problems"]
+
+_END_LEVEL = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorProblem:
+    """Data whose distribution is a mixture of Gaussians, and a linear observation of them.
+
+    Attributes
+    ----------
+    name
+        What it is called in reports.
+    data
+        The distribution of the data.
+    observation
+        What was observed, of data of shape ``(D,)``.
+
+    Examples
+    --------
+    >>> posterior_problems(noise_std=0.1)["two modes"].posterior
+    GaussianMixture(modes=2, dimension=2)
+    """
+
+    name: str
+    data: GaussianMixture
+    observation: Observation
+
+    @cached_property
+    def posterior(self) -> GaussianMixture:
+        """The exact posterior."""
+        return self.data.condition(self.observation)
+
+    def times(self, sde: LinearSDE, steps: int) -> Tensor:
+        """Grid (`root_times`) that ends where the state hardly blurs the posterior any more.
+
+        There the noise of the state is a tenth of the posterior's smallest standard deviation, to
+        which it adds half a per cent.
+        """
+        smallest = float(torch.linalg.eigvalsh(self.posterior.covariances).min())
+        end = times_of_log_snr(sde, -0.5 * math.log(_END_LEVEL**2 * smallest))
+        return root_times(sde.T, float(end), steps)
+
+    def observe(self, generator: torch.Generator) -> tuple[Tensor, PosteriorProblem]:
+        """Draw data ``(1, D)`` and the same problem with an observation of them."""
+        x = self.data.sample(1, generator=generator, dtype=torch.float64)
+        seen = self.observation
+        y = seen.forward(x)
+        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        y = (y + seen.noise_std * noise)[0]
+        drawn = Observation(seen.forward, y, seen.noise_std, seen.shape)
+        return x, PosteriorProblem(self.name, self.data, drawn)
+
+
+def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
+    """Problems with exact posteriors, by name.
+
+    ``"two modes"``: both coordinates of two modes in the plane are observed by their sum, which
+    tells little of the mode. ``"wide modes"`` and ``"narrow modes"``: 25 components in eight
+    dimensions that overlap or do not, two numbers observed. ``"mask"``: smooth series of 64
+    numbers, of which every eighth is observed. ``"one Gaussian"``: four dimensions seen through a
+    square matrix, for which moment matching is exact.
+
+    Parameters
+    ----------
+    noise_std
+        Standard deviation of the observation's noise; numbers of the data have about unit variance.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    check_positive(noise_std, "noise_std")
+    made = (
+        _two_modes(noise_std),
+        _many_modes("wide modes", 0.3, noise_std),
+        _many_modes("narrow modes", 0.1, noise_std),
+        _masked_series(noise_std),
+        _one_gaussian(noise_std),
+    )
+    return {problem.name: problem for problem in made}
+
+
+def _two_modes(noise_std: float) -> PosteriorProblem:
+    means = torch.tensor([[-1.0, 0.8], [1.0, -0.6]], dtype=torch.float64)
+    covariances = torch.tensor([[[0.09, 0.03], [0.03, 0.16]], [[0.16, -0.04], [-0.04, 0.09]]])
+    data = GaussianMixture([0.6, 0.4], means, covariances.double())
+    y = torch.tensor([0.2], dtype=torch.float64)
+    return PosteriorProblem("two modes", data, Observation.matrix([[1.0, 1.0]], y, noise_std))
+
+
+def _many_modes(name: str, width: float, noise_std: float) -> PosteriorProblem:
+    g = torch.Generator().manual_seed(25)
+    means = torch.randn(25, 8, generator=g, dtype=torch.float64)
+    A = torch.randn(2, 8, generator=g, dtype=torch.float64) / math.sqrt(8)
+    data = GaussianMixture([1.0] * 25, means, width**2 * torch.eye(8).expand(25, 8, 8))
+    # One of the first draws of the data; it is explained by several components.
+    x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
+    noise = torch.randn(2, generator=torch.Generator().manual_seed(102), dtype=torch.float64)
+    seen = Observation.matrix(A, A @ x + noise_std * noise, noise_std)
+    return PosteriorProblem(name, data, seen)
+
+
+def _masked_series(noise_std: float) -> PosteriorProblem:
+    place = torch.arange(64, dtype=torch.float64)
+    distance = (place - place.unsqueeze(1)).abs()
+    # Correlated over 8 places, about two waves and a line.
+    covariances = 0.7 * (-distance / 8.0).exp().expand(3, 64, 64)
+    wave = (place * math.pi / 32).sin()
+    means = 0.5 * torch.stack([wave, -wave, place / 32 - 1])
+    data = GaussianMixture([1.0, 1.0, 1.0], means, covariances)
+    x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(164), dtype=torch.float64)
+    mask = place % 8 == 4
+    return PosteriorProblem("mask", data, Observation.mask(mask, x + noise_std * noise, noise_std))
+
+
+def _one_gaussian(noise_std: float) -> PosteriorProblem:
+    g = torch.Generator().manual_seed(4)
+    root = torch.randn(4, 4, generator=g, dtype=torch.float64) / 2
+    covariance = root @ root.mT + 0.1 * torch.eye(4)
+    data = GaussianMixture([1.0], torch.zeros(1, 4, dtype=torch.float64), covariance.unsqueeze(0))
+    # Each number of y is a number of x plus half the next: a matrix unlike its transpose.
+    A = torch.eye(4, dtype=torch.float64) + 0.5 * torch.ones(4, dtype=torch.float64)[1:].diag(1)
+    y = torch.tensor([0.5, -0.5, 1.0, 0.0], dtype=torch.float64)
+    return PosteriorProblem("one Gaussian", data, Observation.matrix(A, y, noise_std))

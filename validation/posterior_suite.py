@@ -1,0 +1,195 @@
+"""The measurement of posterior samplers behind ``cldsde validate --posterior``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
+from cldsde.score import Observation, PosteriorScore, ReverseProcess
+from cldsde.solvers import ExponentialMultistep, solve
+
+from .order_estimate import Verdict
+from .posterior_error import PosteriorError, posterior_error
+from .posterior_methods import PosteriorSampler, posterior_methods
+from .posterior_problems import posterior_problems
+
+__all__ = ["PosteriorReport", "planted_samplers", "posterior_errors", "posterior_runs"]
+
+# A sampler's error at smaller noise is that of its steps, which are not the sampler's claim.
+_JUDGED_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One measurement that is to be made."""
+
+    method: str
+    problem: str
+    sde: LinearSDE
+    noise_std: float
+    samples: int
+    repeats: int
+    planted: bool = False
+
+
+def planted_samplers() -> dict[str, PosteriorSampler]:
+    """Wrong samplers that a measurement has to find, for a problem with one Gaussian.
+
+    Moment matching, exact there, with the noise 1.5 times too large, and with A in place of Aᵀ.
+    """
+
+    def moments(
+        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
+    ) -> Tensor:
+        score = PosteriorScore(process.score, observation, iterations=10, sde=process.sde)
+        shape = observation.shape or ()
+        start = process.sde.prior.sample((n, *shape), generator=g, dtype=observation.y.dtype)
+        solver = ExponentialMultistep(order=2, stochasticity=1.0)
+        guided = ReverseProcess(process.sde, score)
+        return solve(guided, solver, start, times, generator=g, warn=False).data
+
+    def wrong_noise(
+        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
+    ) -> Tensor:
+        wrong = Observation(
+            observation.forward, observation.y, 1.5 * observation.noise_std, observation.shape
+        )
+        return moments(process, wrong, times, n, g)
+
+    def transposed(
+        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
+    ) -> Tensor:
+        wrong = _Transposed(
+            observation.forward, observation.y, observation.noise_std, observation.shape
+        )
+        return moments(process, wrong, times, n, g)
+
+    return {"noise_std × 1.5": wrong_noise, "adjoint transposed": transposed}
+
+
+class _Transposed(Observation):
+    """An observation by a square matrix that takes A for its transpose."""
+
+    def adjoint(self, v: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.forward(v)
+
+
+def posterior_runs(
+    *,
+    quick: bool,
+    problems: Sequence[str] | None = None,
+    named: Mapping[str, PosteriorSampler] | None = None,
+) -> list[_Run]:
+    """Measurements of a quick or a full validation, and of planted samplers.
+
+    Parameters
+    ----------
+    quick
+        One process and one noise only.
+    problems
+        Names; None takes all.
+    named
+        Samplers of one's own, which are then measured in place of the package's.
+    """
+    methods = tuple(named or posterior_methods())
+    cases: list[tuple[LinearSDE, float]] = [(CLD(), 0.1)]
+    if not quick:
+        cases += [(CLD(), 1.0), (CLD(), 0.01), (VPSDE(), 0.1), (PSLD(), 0.1)]
+    runs = [
+        _Run(method, problem, sde, level, 1000, 2 if quick else 3)
+        for sde, level in cases
+        for problem in problems or posterior_problems()
+        for method in methods
+    ]
+    planted = [
+        _Run(name, "one Gaussian", CLD(), 0.1, 500, 2, planted=True) for name in planted_samplers()
+    ]
+    return [*runs, *planted]
+
+
+def posterior_errors(
+    runs: Sequence[_Run],
+    *,
+    seed: int = 0,
+    named: Mapping[str, PosteriorSampler] | None = None,
+) -> Iterator[PosteriorError]:
+    """Make measurements one by one."""
+    planted = planted_samplers()
+    for run in runs:
+        given = planted.get(run.method) if run.planted else (named or {}).get(run.method)
+        yield posterior_error(
+            given or run.method,
+            posterior_problems(run.noise_std)[run.problem],
+            sde=run.sde,
+            samples=run.samples,
+            repeats=run.repeats,
+            seed=seed,
+            name=run.method,
+        )
+
+
+@dataclass(frozen=True)
+class PosteriorReport:
+    """Measurements of posterior samplers, and what they mean.
+
+    Attributes
+    ----------
+    errors
+        All measurements.
+    """
+
+    errors: Sequence[PosteriorError]
+
+    def failures(self) -> list[str]:
+        """Samplers that are not what they claim, and planted ones that were not found; in words."""
+        planted, lines = planted_samplers(), []
+        for error in self.errors:
+            where = f"{error.method} on {error.problem!r}, noise {error.noise_std:g}"
+            if error.method in planted:
+                if error.verdict is not Verdict.FAIL:
+                    lines.append(f"the planted wrong sampler {where}, was not found")
+            elif error.verdict is Verdict.FAIL and error.noise_std >= _JUDGED_NOISE:
+                lines.append(f"{where}, {error.process}: not the exact posterior that it claims")
+        return lines
+
+    def to_text(self) -> str:
+        """A table, one line per measurement."""
+        head = (
+            f"{'problem':<14}{'noise':>6} {'process':<8}{'method':<20}"
+            f"{'distance':>16}{'modes':>8}{'mean':>8}{'spread':>8}{'seconds':>9}  verdict"
+        )
+        lines = [
+            "Distance (sliced W₂), mean and spread are over their values for exact samples.",
+            "Modes: total variation distance of the component weights. Lower is better.",
+            "",
+            head,
+        ]
+        planted = planted_samplers()
+        for error in self.errors:
+            verdict = "" if error.verdict is None else str(error.verdict)
+            if error.method in planted:
+                verdict = f"{verdict} (planted: must fail)"
+            elif error.noise_std < _JUDGED_NOISE and verdict:
+                verdict = f"({verdict}, not judged at this noise)"
+            distance = f"{_short(error.distance)} ± {_short(error.distance_std)}"
+            lines.append(
+                f"{error.problem:<14}{error.noise_std:>6g} {error.process:<8}{error.method:<20}"
+                f"{distance:>16}{error.mode_error:>8.3f}{_short(error.mean_error):>8}"
+                f"{_short(error.spread_error):>8}{error.seconds:>9.1f}  {verdict}"
+            )
+        return "\n".join(lines)
+
+    def write_json(self, file: Path) -> None:
+        """Write all numbers to a file."""
+        rows = [error.to_dict() for error in self.errors]
+        file.write_text(json.dumps({"posterior": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0e}"
