@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_number
+from cldsde.linear.checks import TimeLike, as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.reverse import Score
@@ -47,11 +47,18 @@ class ConditionalScore(nn.Module):
         self.conditions = conditions
         _pass_on(self, score)
 
-    def forward(self, z: Tensor, t: Any) -> Tensor:
+    def forward(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        conditions = {name: _per_sample(x, len(z)) for name, x in self.conditions.items()}
-        score: Tensor = self.score(z, t, **conditions)
+        score: Tensor = self.score(z, t, **self._expanded(len(z)))
         return score
+
+    def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
+        """E[x_0 | z_t] by the score's own method, ``(B, *D)``."""
+        data: Tensor = self.score.data_prediction(z, t, **self._expanded(len(z)))
+        return data
+
+    def _expanded(self, batch: int) -> dict[str, Any]:
+        return {name: _per_sample(x, batch) for name, x in self.conditions.items()}
 
 
 class GuidedScore(nn.Module):
@@ -133,6 +140,14 @@ class GuidedScore(nn.Module):
             return free.lerp(given, self.weight)
         weight = torch.where(guided, self.weight, 1.0).to(z).reshape(-1, *(1,) * (z.ndim - 1))
         return free.lerp(given, weight)
+
+    def data_prediction(self, z: Tensor, t: Any) -> Tensor:
+        """E[x_0 | z_t] by the scores' own methods, guided, ``(B, *D)``."""
+        given: Any = self.conditional
+        if not bool(self._guided(score_times(t, z)).any()):
+            return given.data_prediction(z, t)  # type: ignore[no-any-return]
+        free: Any = self.unconditional
+        return free.data_prediction(z, t).lerp(given.data_prediction(z, t), self.weight)  # type: ignore[no-any-return]
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of evaluations that a guided one at each time takes, int64 like ``t``.

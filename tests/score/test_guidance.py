@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, ReverseProcess, solvers
+from cldsde import (
+    CLD,
+    VPSDE,
+    DenoiserScore,
+    GaussianMixture,
+    GuidedScore,
+    RectifiedFlow,
+    ReverseProcess,
+    solvers,
+)
 from cldsde.score import ConditionalScore
 from probes import generator
 
@@ -126,3 +135,16 @@ def test_arguments():
         GuidedScore(given, free, 2.0, interval=(2.0, 0.2))
     with pytest.raises(ValueError, match="interval must be None if conditional has no"):
         GuidedScore(lambda z, t: z, free, 2.0, interval=(0.2, 2.0))
+
+
+def test_guidance_where_a_state_tells_nothing_of_the_data():
+    """At t = 1 of a flow the data predictions are combined: with one Gaussian they are its mean."""
+    sde = RectifiedFlow()
+    scores = [GaussianMixture([1.0], [[mean]], [[[0.25]]]).score(sde) for mean in (2.0, -1.0)]
+    guided = GuidedScore(*scores, 3.0)
+    z = sde.prior.sample((5, 1), generator=generator(), dtype=torch.float64)
+    expected = torch.full((5, 1), -1.0 + 3.0 * (2.0 + 1.0), dtype=torch.float64)
+    torch.testing.assert_close(guided.data_prediction(z, 1.0), expected)
+    solver = solvers.ExponentialMultistep(order=2)
+    found = solvers.solve(ReverseProcess(sde, guided), solver, z, torch.tensor([1.0, 0.5, 0.1]))
+    assert found.success
