@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from cldsde.images.data import digits
 from cldsde.images.errors import SettingError
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train.loop import rehearse, train
-from cldsde.images.train.state import STATE
+from cldsde.images.train.state import STATE, StopRequest
 from cldsde.images.train.summary import summary
 
 VALUES = {
@@ -130,3 +134,21 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == run.config.to_dict()
     with pytest.raises(SettingError, match="label: the network was not trained with classes"):
         run.sample(label=1)
+
+
+def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(tmp_path, capsys):
+    model = images.train(config(), DATA, tmp_path, device="cpu", progress=False).model
+    sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
+    drawn = []
+    with StopRequest(SimpleNamespace(num_processes=1)) as stop:
+
+        def before_batch():
+            if stop.wanted:
+                stop.obey()
+            drawn.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit, match="143"):
+            sampler.sample(range(6), before_batch=before_batch)
+    assert drawn == [1]
+    assert "stopping after this step; again to stop at once" in capsys.readouterr().err
