@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cldsde.linear.checks import as_grid_times
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
-from cldsde.score import PredictionDenoiser, ReverseProcess, Score, ScoreDenoiser
+from cldsde.score import ReverseProcess, Score
+from cldsde.score.checks import two_increasing
 
 from .base import Solver, check_solver
 from .exponential_multistep import ExponentialMultistep
@@ -26,8 +30,9 @@ from .stochastic_heun import StochasticHeun
 
 __all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample", "window"]
 
-# Half log-SNR κ between which samples are made, for data with a standard deviation of about 1.
-# Above the first nothing of the data shows; the data prediction at the second removes the rest.
+# Sampling starts and ends at these values of half the log-SNR, κ, for data with a standard
+# deviation of about 1. At the first the noise hides the data; at the second the data prediction
+# removes the noise that is left.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 
 # Samples that are solved at once: states of at most so many numbers, and so many samples.
@@ -39,7 +44,7 @@ class Recipe:
     """A solver and how it finishes."""
 
     solver: Solver
-    denoise: Literal[True, "step"]  #: See `solve`.
+    denoise: Literal[True, False, "step"]  #: See `solve`.
 
 
 RECOMMENDED = (
@@ -79,14 +84,16 @@ def sample(
     sde
         The process to sample with.
     score
-        score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a `GaussianMixture`.
+        score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a `GaussianMixture`;
+        a network in evaluation mode.
     shape
         ``(B, *D)``: number of samples and shape of one.
     nfe
-        Most evaluations of the score for a sample.
+        Maximum number of network evaluations per sample; unused by adaptive solvers.
     seed
         Of all random numbers. Each sample has a random stream of its own: the first samples are the
-        same for any B and ``batch``, up to rounding in a network.
+        same for any B and ``batch``, up to rounding in a network. A `ScoreDenoiser` that fills
+        states up makes a sample depend on its place in the batch, too.
     solver
         Another solver; it finishes with the data prediction if the process has one.
     times
@@ -117,7 +124,7 @@ def sample(
 
     Notes
     -----
-    Structure finer than e^{−κ} ≈ 0.04 at the end is smoothed away, as a network's errors are there.
+    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, where networks have errors.
     For an exact score of fine structure pass ``times`` with a smaller end. Data should have a
     standard deviation of about 1.
 
@@ -130,22 +137,17 @@ def sample(
     >>> x.shape, bool((x.mean(0) - torch.tensor([0.0, 0.5])).abs().max() < 0.3)
     (torch.Size([1000, 2]), True)
     """
-    if isinstance(score, PredictionDenoiser | ScoreDenoiser):
-        msg = "score must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
-        raise TypeError(msg)
     process = ReverseProcess(sde, score)
     count, *data_shape = _checked_shape(shape)
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        msg = f"batch must be an integer ≥ 1 or None; got {batch!r}"
-        raise ValueError(msg)
-    if not dtype.is_floating_point:
-        msg = f"dtype must be a floating-point type; got {dtype}"
-        raise ValueError(msg)
-    if isinstance(nfe, bool) or not isinstance(nfe, int):
-        msg = f"nfe must be an integer; got {nfe!r}"
+    nfe, seed = _integer(nfe, 1, "nfe"), _integer(seed, 0, "seed")
+    if batch is not None:
+        batch = _integer(batch, 1, "batch")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        msg = f"dtype must be a floating-point type of torch; got {dtype!r}"
         raise TypeError(msg)
     if solver is not None:
         check_solver(solver)
+    _warn_of_training(score)
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     first_time = float(sampler.times[0])
@@ -183,39 +185,58 @@ def recommended_plan(
     ValueError
         If no recipe applies, or ``nfe`` allows no step.
     """
-    recipes = RECOMMENDED if solver is None else (Recipe(solver, True), Recipe(solver, "step"))
-    for recipe in recipes[:-1]:
+    recipes: tuple[Recipe, ...] = RECOMMENDED
+    if solver is not None:
+        recipes = (Recipe(solver, denoise=True), Recipe(solver, denoise="step"))
+    if times is not None:
+        grid = as_grid_times(times, "times", process.sde.T)
+        if grid[0] < grid[-1]:
+            msg = "times must decrease, from the noise to the data"
+            raise ValueError(msg)
+        if grid[-1] == 0:  # nothing is left to denoise
+            recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
+    reasons = []
+    for recipe in recipes:
+        grid = _grid(process, recipe.solver, nfe) if times is None else times
         try:
-            return recipe, _plan(process, recipe, nfe, times)
-        except ValueError:
-            continue  # the recipe does not apply; the last one says what is wrong
-    return recipes[-1], _plan(process, recipes[-1], nfe, times)
+            made = plan(process, recipe.solver, grid)
+            made.check_denoise(recipe.denoise)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        return recipe, made
+    raise ValueError(reasons[0])
 
 
-def _plan(process: ReverseProcess, recipe: Recipe, nfe: int, times: Tensor | None) -> Plan:
-    if times is None:
-        start, end = window(process)
-        times = fit_grid(process, recipe.solver, start, end, nfe - 1)
-    made = plan(process, recipe.solver, times)
-    made.check_denoise(recipe.denoise)
-    return made
+def _grid(process: ReverseProcess, solver: Solver, nfe: int) -> Tensor:
+    start, end = window(process)
+    return fit_grid(process, solver, start, end, nfe, denoise=True)
 
 
 def fit_grid(
-    process: ReverseProcess, solver: Solver, start: float, end: float, nfe: int, grid: Any = None
+    process: ReverseProcess,
+    solver: Solver,
+    start: float,
+    end: float,
+    nfe: int,
+    *,
+    grid: Any = root_times,
+    denoise: bool = False,
 ) -> Tensor:
     """The longest grid on which a solver evaluates the score at most ``nfe`` times.
 
     Parameters
     ----------
     process, solver
-        What is solved, and how.
+        The reverse process and its solver.
     start, end
         First and last time.
     nfe
-        Most evaluations.
+        Maximum number of evaluations.
     grid
-        grid(sde, start, end, n), such as `root_times`, which is the default.
+        grid(sde, start, end, n), such as `root_times`.
+    denoise
+        Whether one of the evaluations is for the data prediction at the end.
 
     Returns
     -------
@@ -229,15 +250,16 @@ def fit_grid(
     """
     if solver.facts.adaptive:
         return torch.tensor([start, end], dtype=torch.float64, device="cpu")
-    grid = root_times if grid is None else grid
-    n = nfe // max(1, solver.facts.nfe_per_step)
+    last = process.evaluations(torch.tensor(end, dtype=torch.float64, device="cpu"))
+    budget = nfe - (int(last) if denoise else 0)
+    n = budget // max(1, solver.facts.nfe_per_step)
     while n >= 1:
         times: Tensor = grid(process.sde, start, end, n)
         asked = solver.evaluation_times(process, times)
         count = 0 if asked is None else int(process.evaluations(asked).sum())
-        if count <= nfe:
+        if count <= budget:
             return times
-        n = min(n - 1, n * nfe // count)
+        n = min(n - 1, n * budget // count)
     msg = f"{nfe} evaluations are too few for a step of {type(solver).__name__}; raise nfe"
     raise ValueError(msg)
 
@@ -247,13 +269,13 @@ def window(
 ) -> tuple[float, float]:
     """Times between which `sample` makes samples: from κ = −3.3 to κ = 3.3, or less.
 
-    A score with an attribute ``levels``, the smallest and largest noise level that it was trained
-    on, narrows the range.
+    A score with an attribute ``noise_levels``, the smallest and largest noise level that it was
+    trained on, narrows the range.
 
     Parameters
     ----------
     process
-        What is sampled.
+        The reverse process.
     start, end
         Times to take in place of either.
 
@@ -263,12 +285,13 @@ def window(
         If nothing is left of the range.
     """
     low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
-    levels = getattr(process.score, "levels", None)
+    levels = getattr(process.score, "noise_levels", None)
     if levels is not None:
+        levels = two_increasing(levels, "score.noise_levels")
         low = max(low, -math.log(levels[1]) if levels[1] < math.inf else -math.inf)
         high = min(high, -math.log(levels[0]) if levels[0] > 0 else math.inf)
     ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-    first, last = times_of_log_snr(process.sde, ends).tolist()
+    first, last = times_of_log_snr(process.sde, ends, process.sde.regular_until).tolist()
     start, end = first if start is None else start, last if end is None else end
     if not end < start:
         msg = (
@@ -280,21 +303,36 @@ def window(
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence | torch.Size) else ()
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
-    if len(sizes) < 2 or not whole:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) < 2:
         msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)
-    return sizes
+    return tuple(_integer(size, 1, "shape") for size in sizes)
+
+
+def _integer(value: object, least: int, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name} must be an integer; got {value!r}"
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name} must be at least {least}; got {value}"
+        raise ValueError(msg)
+    return int(value)
 
 
 def _seeds(seed: int, count: int) -> list[int]:
     """One seed per sample, all different, far from those of other values of ``seed``."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        msg = f"seed must be an integer ≥ 0; got {seed!r}"
-        raise ValueError(msg)
     first = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [(first + i) % 2**32 for i in range(count)]
+
+
+def _warn_of_training(score: Score) -> None:
+    """Warn if a layer of the score behaves as in training."""
+    layers = score.modules() if isinstance(score, nn.Module) else ()
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    if any(isinstance(layer, kinds) and layer.training for layer in layers):
+        msg = "score has dropout or batch normalisation in training mode; call its eval() first"
+        warnings.warn(msg, UserWarning, stacklevel=3)
 
 
 def device_of(score: Score) -> torch.device:

@@ -117,7 +117,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Declare the model to sample, if it is not a run or not under its own process."""
     parser.add_argument(
-        "--model", type=str, metavar="FOLDER", help="diffusers folder to sample in place of a run"
+        "--model",
+        type=str,
+        metavar="FOLDER|FILE",
+        help="diffusers folder, or a file in it, to sample in place of a run",
     )
     parser.add_argument(
         "--process",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ def from_diffusers(
     Parameters
     ----------
     source
-        A folder that ``save_pretrained`` wrote, of a pipeline or of a model; a pipeline; or a
-        model. Of a pipeline of latent variables or with a text encoder, the network alone is
-        loaded: it denoises latents, and takes its conditions (``encoder_hidden_states``,
-        ``class_labels``) as the denoiser's.
+        A folder that ``save_pretrained`` wrote, of a pipeline or of a model, or a file in it; a
+        pipeline; or a model, which is used as it is: call its ``eval()`` first. Of a pipeline of
+        latent variables or with a text encoder, the network alone is loaded: it denoises latents,
+        and its conditions (``encoder_hidden_states``, ``class_labels``) are the denoiser's.
     scheduler
         The scheduler whose levels the model was trained with, its configuration, or a file or
         folder of it. None takes the pipeline's, or the one saved beside the model.
@@ -78,7 +79,8 @@ def from_diffusers(
     Returns
     -------
     DiffusersDenoiser
-        denoiser(u, sigma, **conditions), in evaluation mode and without gradients of its weights.
+        denoiser(u, sigma, **conditions). A network that is loaded is in evaluation mode and has no
+        gradients.
 
     Raises
     ------
@@ -108,8 +110,11 @@ def from_diffusers(
     >>> cldsde.sample(sde, cldsde.DenoiserScore(denoiser, sde), (2, *denoiser.shape), nfe=5).shape
     torch.Size([2, 1, 8, 8])
     """
-    import diffusers
-
+    try:
+        import diffusers  # noqa: F401 -- fail before anything else
+    except ImportError as error:
+        msg = "from_diffusers needs diffusers; install it with pip install 'cldsde[images]'"
+        raise ImportError(msg) from error
     if isinstance(source, str | Path):
         network, found = _load(Path(source).expanduser(), str(source), download=download)
     else:
@@ -128,35 +133,32 @@ def from_diffusers(
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
             raise ValueError(msg)
         clock = "index"
-    assert isinstance(network, diffusers.ModelMixin)
-    network.eval().requires_grad_(False)
-    learnt = str(made.config.get("variance_type", "")).startswith("learned")
     return DiffusersDenoiser(
-        _Network(network, halve=learnt),
+        _Network(network),
         path,
         predicts,
         clock=clock,
         shape=_shape(network),
-        classes=network.config.get("num_class_embeds"),
+        classes=network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm"),
     )
 
 
 class _Network(nn.Module):
-    """A model of diffusers as network(x, clock, **conditions)."""
+    """A model of diffusers as network(x, clock, **conditions), in the precision of its weights."""
 
-    def __init__(self, model: nn.Module, *, halve: bool) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.halve = halve  # the second half of the channels is a variance
 
     def forward(self, x: Tensor, clock: Tensor, **conditions: Any) -> Tensor:
-        out: Tensor = self.model(x, timestep=clock, return_dict=False, **conditions)[0]
-        if self.halve and out.shape[1] == 2 * x.shape[1]:
-            out = out.chunk(2, dim=1)[0]
-        return out
+        given = x.to(self.model.dtype)
+        out: Tensor = self.model(given, timestep=clock, return_dict=False, **conditions)[0]
+        if out.shape[1] == 2 * x.shape[1]:
+            out = out.chunk(2, dim=1)[0]  # the second half is a learnt variance
+        return out.to(x.dtype)
 
 
-def _parts(source: Any) -> tuple[nn.Module, Any]:
+def _parts(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 
@@ -172,8 +174,9 @@ def _parts(source: Any) -> tuple[nn.Module, Any]:
     raise TypeError(msg)
 
 
-def _load(folder: Path, name: str, *, download: bool) -> tuple[nn.Module, Any]:
+def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
     """Network and scheduler of a folder."""
+    folder = folder.parent if folder.is_file() else folder
     if not folder.is_dir():
         if not download:
             msg = (
@@ -183,7 +186,9 @@ def _load(folder: Path, name: str, *, download: bool) -> tuple[nn.Module, Any]:
             raise FileNotFoundError(msg)
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        parts = [f"{part}/*.{end}" for part in _NETWORKS for end in ("json", "safetensors")]
+        more = ["*.json", "scheduler/*.json", "diffusion_pytorch_model*.safetensors"]
+        folder = Path(snapshot_download(name, allow_patterns=[*more, *parts]))
     index = folder / "model_index.json"
     if not index.is_file():
         beside = [folder / _SCHEDULER_FILE, folder.parent / "scheduler" / _SCHEDULER_FILE]
@@ -197,7 +202,7 @@ def _load(folder: Path, name: str, *, download: bool) -> tuple[nn.Module, Any]:
     raise ValueError(msg)
 
 
-def _load_network(folder: Path) -> nn.Module:
+def _load_network(folder: Path) -> Any:
     import diffusers
 
     config = folder / "config.json"
@@ -205,7 +210,11 @@ def _load_network(folder: Path) -> nn.Module:
         msg = f"source: {config} is missing, so that {folder} is no model of diffusers"
         raise FileNotFoundError(msg)
     kind = _class(_read_json(config), diffusers.ModelMixin, config)
-    if not any(folder.glob("*.safetensors")):
+    if "timestep" not in inspect.signature(kind.forward).parameters:
+        msg = f"source: {kind.__name__} of {folder} is no network of noisy data and a timestep"
+        raise ValueError(msg)
+    weights = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not weights:
         pickles = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.ckpt")))
         held = f"it holds {pickles[0]}, and a pickle may run code" if pickles else "it holds none"
         msg = (
@@ -213,8 +222,16 @@ def _load_network(folder: Path) -> nn.Module:
             "save_pretrained"
         )
         raise ValueError(msg)
-    model: nn.Module = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return model
+    # diffusion_pytorch_model.fp16.safetensors is the variant "fp16".
+    middle = weights[0].split(".")[1]
+    variant = None if "diffusion_pytorch_model.safetensors" in weights else middle
+    model = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=None if variant == "safetensors" else variant,
+    )
+    return model.eval().requires_grad_(False)
 
 
 def _scheduler(given: Any) -> Any:
@@ -237,6 +254,11 @@ def _scheduler(given: Any) -> Any:
             f"{type(given).__name__}"
         )
         raise TypeError(msg)
+    if "_class_name" not in given:
+        # The configuration of a scheduler, unlike its file, does not say whose it is.
+        likely = {"beta_schedule": "DDPMScheduler", "shift": "FlowMatchEulerDiscreteScheduler"}
+        names = [name for key, name in likely.items() if key in given]
+        given = {**given, "_class_name": names[0] if names else None}
     return _class(given, diffusers.SchedulerMixin, origin).from_config(dict(given))
 
 
@@ -245,6 +267,9 @@ def _convention(scheduler: Any) -> tuple[NoisePath, Predicts, Clock | Callable[[
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        if config.get("invert_sigmas"):
+            msg = f"scheduler: {name} with invert_sigmas has noise at time 0, which is unknown here"
+            raise ValueError(msg)
         steps = config.num_train_timesteps
         low, high = 1 / steps, 1.0
         if hasattr(scheduler, "sigma_min"):
@@ -260,6 +285,8 @@ def _convention(scheduler: Any) -> tuple[NoisePath, Predicts, Clock | Callable[[
             "denoiser(u, sigma) instead"
         )
         raise ValueError(msg)
+    if float(table[-1]) >= float(table[-2]):  # stands for zero, after rescaling to zero signal
+        table = table[:-1]
     continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
     clock: Clock = "log_sigma/4" if continuous else "time"
     return NoisePath.from_alphas_cumprod(table), _PREDICTIONS[prediction], clock
@@ -291,7 +318,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _shape(network: Any) -> tuple[int, ...] | None:
     channels, size = (network.config.get(name) for name in ("in_channels", "sample_size"))
-    if channels is None or size is None:
+    if channels is None or size is None or re.search("[13]D", type(network).__name__):
         return None
     sizes = (size, size) if isinstance(size, int) else tuple(size)
     return (channels, *sizes)

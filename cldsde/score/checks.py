@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import get_args
 
-__all__ = ["one_of"]
+__all__ = ["one_of", "two_increasing"]
 
 
 def one_of(value: object, allowed: object, name: str) -> None:
@@ -13,3 +16,22 @@ def one_of(value: object, allowed: object, name: str) -> None:
     if value not in options:
         msg = f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}"
         raise ValueError(msg)
+
+
+def two_increasing(value: object, name: str) -> tuple[float, float]:
+    """Two real numbers, the first below the second; the second may be infinite.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else.
+    """
+    pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(x, Real) for x in pair) or not pair[0] < pair[1]:
+        msg = f"{name} must be two increasing numbers; got {value!r}"
+        raise ValueError(msg)
+    low, high = float(pair[0]), float(pair[1])
+    if not math.isfinite(low):
+        msg = f"{name} must start with a finite number; got {value!r}"
+        raise ValueError(msg)
+    return low, high

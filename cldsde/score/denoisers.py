@@ -19,21 +19,29 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_float64, check_state
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
+from cldsde.score.checks import one_of, two_increasing
 from cldsde.score.conversion import Conversion, whiten
 from cldsde.score.paths import NoisePath
 from cldsde.score.times import coefficients_at, with_known
 
-__all__ = ["Clock", "Denoiser", "DenoiserScore", "PredictionDenoiser", "Predicts", "read_levels"]
+__all__ = [
+    "Clock",
+    "Denoiser",
+    "DenoiserScore",
+    "PredictionDenoiser",
+    "Predicts",
+    "checked_levels",
+    "read_levels",
+]
 
 Predicts = Literal["noise", "data", "velocity", "flow", "score"]
-"""What a network returns for x = α x_0 + σ n.
+"""Prediction of a network from x = α x_0 + σ n.
 
 ``"noise"``: n. ``"data"``: x_0. ``"velocity"``: α n − σ x_0, often called v. ``"flow"``:
 α' x_0 + σ' n, the velocity of flow matching. ``"score"``: −n/σ."""
 
 Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
-"""What a network is told of the noise level.
+"""Form in which a network receives the noise level.
 
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: κ = log(α/σ)."""
@@ -45,8 +53,8 @@ _ROUNDING = 1e-4
 class Denoiser(Protocol):
     """Estimate of the data from data plus noise, as EDM and k-diffusion define it.
 
-    A denoiser may have an attribute ``levels``, the smallest and the largest σ that it was trained
-    on: a `DenoiserScore` raises an error before it evaluates the denoiser outside of them.
+    A denoiser may have an attribute ``noise_levels``, the smallest and the largest σ that it was
+    trained on. A `DenoiserScore` raises an error before it evaluates the denoiser outside of them.
     """
 
     def __call__(self, u: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
@@ -78,16 +86,16 @@ class DenoiserScore(nn.Module):
         ``(B, *D)``; see `Denoiser`. The times at which a solver asks become noise levels here.
     sde
         The process to sample with.
-    levels
+    noise_levels
         Smallest and largest σ that the denoiser was trained on. None takes its attribute
-        ``levels``; without one it is evaluated at any level.
+        ``noise_levels``; without one it is evaluated at any level.
 
     Raises
     ------
     TypeError
         If ``denoiser`` is not callable or ``sde`` is no process.
     ValueError
-        If ``levels`` are not two increasing numbers ≥ 0.
+        If ``noise_levels`` are not two increasing numbers ≥ 0.
 
     Notes
     -----
@@ -112,7 +120,7 @@ class DenoiserScore(nn.Module):
         denoiser: Callable[..., Tensor],
         sde: LinearSDE,
         *,
-        levels: tuple[float, float] | None = None,
+        noise_levels: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         check_process(sde)
@@ -121,15 +129,22 @@ class DenoiserScore(nn.Module):
             raise TypeError(msg)
         self.denoiser = denoiser
         self.sde = sde
-        found = levels if levels is not None else getattr(denoiser, "levels", None)
-        self.levels = None if found is None else (float(found[0]), float(found[1]))
-        if self.levels is not None and not 0 <= self.levels[0] < self.levels[1]:
-            msg = f"levels must be two increasing numbers ≥ 0; got {self.levels}"
+        found = noise_levels
+        if found is None:
+            found = getattr(denoiser, "noise_levels", None)
+        self.noise_levels = None if found is None else two_increasing(found, "noise_levels")
+        if self.noise_levels is not None and self.noise_levels[0] < 0:
+            msg = f"noise_levels must be at least 0; got {self.noise_levels}"
             raise ValueError(msg)
+
+    @property
+    def fills(self) -> bool:
+        """Whether the denoiser adds noise that depends on a sample's place in the batch."""
+        return bool(getattr(self.denoiser, "fills", False))
 
     def extra_repr(self) -> str:
         """Process and levels, which the representation shows before the denoiser."""
-        return f"sde={self.sde!r}, levels={self.levels}"
+        return f"sde={self.sde!r}, noise_levels={self.noise_levels}"
 
     def forward(self, z: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
         """Score of the driven components, ``(B, len(driven), *D)``.
@@ -154,7 +169,8 @@ class DenoiserScore(nn.Module):
         dtype = torch.promote_types(z.dtype, torch.float32)
         rows = coefficients_at(self, t, z, self._rows, dtype, 0)
         u = apply_blocks(rows.estimate, z)[:, 0]
-        sigma = with_known(rows.level.expand(len(z)), t, self, self._sigma)
+        # A copy: the denoiser may change it, and the table must not change.
+        sigma = with_known(rows.level.expand(len(z)).clone(), t, self, self._sigma)
         data = self.denoiser(u, sigma, **conditions)
         if not isinstance(data, Tensor) or data.shape != u.shape:
             got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
@@ -173,25 +189,53 @@ class DenoiserScore(nn.Module):
     def _sigma(self, t: Tensor) -> Tensor:
         """Noise levels of times, in the denoiser's range."""
         sigma = (-self.sde.log_snr(t)).exp()
-        if self.levels is None or not sigma.numel():
-            return sigma
-        low, high = self.levels
-        outside = (sigma < low * (1 - _ROUNDING)) | (sigma > high * (1 + _ROUNDING))
-        if bool(outside.any()):
-            raise ValueError(
-                self._out_of_range(t[outside].flatten()[0], sigma[outside].flatten()[0])
+        if not bool(sigma.isfinite().all()):
+            msg = (
+                f"t: at t = {float(t.max()):g} the state is independent of the data, and the noise "
+                f"level is infinite; start at t = {self.sde.regular_until:.6g} or earlier"
             )
+            raise ValueError(msg)
+        if self.noise_levels is None or not sigma.numel():
+            return sigma
+        low, high = self.noise_levels
+        outside = _outside(sigma, low, high)
+        if bool(outside.any()):
+            raise ValueError(self._out_of_range(t[outside][0], sigma[outside][0]))
         return sigma.clamp(low, high)
 
     def _out_of_range(self, t: Tensor, sigma: Tensor) -> str:
-        assert self.levels is not None
-        bounds = torch.tensor(self.levels, dtype=torch.float64, device="cpu")
+        assert self.noise_levels is not None
+        bounds = torch.tensor(self.noise_levels, dtype=torch.float64, device="cpu")
         end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
+        low, high = self.noise_levels
         return (
             f"t: the noise level at t = {float(t):.6g} is σ = {float(sigma):.6g}, and the denoiser "
-            f"was trained on {self.levels[0]:.6g} to {self.levels[1]:.6g}; sample from "
-            f"t = {start:.6g} down to t = {end:.6g}"
+            f"was trained on {low:.6g} to {high:.6g}; sample from t = {start:.6g} down to "
+            f"t = {end:.6g}"
         )
+
+
+def _outside(levels: Tensor, low: float, high: float) -> Tensor:
+    """Which noise levels lie outside of a range, but for rounding."""
+    return ~((levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING)))
+
+
+def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
+    """Noise levels clamped to a range of training.
+
+    Raises
+    ------
+    ValueError
+        If one lies outside, but for rounding.
+    """
+    outside = _outside(levels, low, high)
+    if bool(outside.any()):
+        msg = (
+            f"sigma must lie in [{low:.6g}, {high:.6g}], the noise levels of the network's "
+            f"training; got {float(levels[outside][0]):.6g}"
+        )
+        raise ValueError(msg)
+    return levels.clamp(low, high)
 
 
 class _Levels(NamedTuple):
@@ -216,17 +260,18 @@ class PredictionDenoiser(nn.Module):
     path
         Signal and noise of the network's training.
     predicts
-        What the network returns: `Predicts`.
+        The network's prediction: `Predicts`.
     clock
-        What the network is told of the noise: one of `Clock`, or a function of the path's times,
-        float64 ``(n,)`` to ``(n,)``.
+        Form in which the network receives the noise level: one of `Clock`, or a function of the
+        path's times, float64 ``(n,)`` to ``(n,)``.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        If ``predicts`` or ``clock`` is unknown.
+        If ``predicts`` or ``clock`` is unknown, or the clock is ``"index"`` and the times of the
+        path are no indices.
 
     Examples
     --------
@@ -261,15 +306,18 @@ class PredictionDenoiser(nn.Module):
         one_of(predicts, Predicts, "predicts")
         if not callable(clock):
             one_of(clock, Clock, "clock")
+        if clock == "index" and path.interval[1] <= 1:
+            msg = "clock must not be 'index' for a path whose times are no indices; take 'time'"
+            raise ValueError(msg)
         self.network = network
         self.path = path
         self.predicts = predicts
         self.clock = clock
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def noise_levels(self) -> tuple[float, float]:
         """Smallest and largest noise level of the path."""
-        return self.path.levels
+        return self.path.noise_levels
 
     def extra_repr(self) -> str:
         """Path and prediction, which the representation shows before the network."""
@@ -297,7 +345,7 @@ class PredictionDenoiser(nn.Module):
         scale, state, value = (
             x.reshape(-1, *(1,) * (u.ndim - 1)) for x in (table.scale, table.state, table.value)
         )
-        clock = table.clock.expand(len(u))
+        clock = table.clock.expand(len(u)).clone()
         if self.clock == "index":
             clock = clock.long()
         out = self.network((scale * u).to(u.dtype), clock, **conditions)
@@ -308,22 +356,16 @@ class PredictionDenoiser(nn.Module):
         return (state * u + value * out).to(u.dtype)
 
     def _levels(self, levels: Tensor) -> _Levels:
-        low, high = self.levels
-        inside = (levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING))
-        if not bool(inside.all()):
-            msg = (
-                f"sigma must lie in [{low:.6g}, {high:.6g}], the levels of the network's training; "
-                f"got {float(levels[~inside].flatten()[0]):.6g}"
-            )
-            raise ValueError(msg)
-        kappa = -levels.clamp(low, high).log()
+        # Functions of the path take one axis of times.
+        kappa = -checked_levels(levels, *self.noise_levels).flatten().log()
         t = self.path.time(kappa)
         alpha, sigma = self.path.signal(t), self.path.noise(t)
         state, value = self._estimate(t, alpha, sigma)
-        return _Levels(alpha, state, value, self._clock(t, kappa))
+        found = (alpha, state, value, self._clock(t, kappa))
+        return _Levels(*(x.reshape(levels.shape) for x in found))
 
     def _estimate(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What x_0 takes of u = x/α and of the network's output."""
+        """Coefficients of u = x/α and of the network's output in the estimate of x_0."""
         one = torch.ones_like(alpha)
         if self.predicts == "data":
             return torch.zeros_like(alpha), one

@@ -2,6 +2,7 @@ r"""Conditional scores and classifier-free guidance, for any score and any proce
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from cldsde.linear.checks import TimeLike, as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.reverse import Score
+from cldsde.score.checks import two_increasing
+from cldsde.score.reverse import Score, check_no_denoiser, checked_data_method, same_dynamics
 from cldsde.score.times import score_times
 
 __all__ = ["ConditionalScore", "GuidedScore"]
@@ -25,7 +27,8 @@ class ConditionalScore(nn.Module):
         A score that takes conditions: a `DenoiserScore`, a `MixedScore` (``condition=…``), or any
         callable.
     conditions
-        Passed to it at every call. A tensor without axes is repeated for each sample, ``(B,)``.
+        Passed to it at every call. Tensors hold one row per sample, ``(B, …)``; a tensor without
+        axes is repeated for each sample, ``(B,)``.
 
     Raises
     ------
@@ -45,7 +48,10 @@ class ConditionalScore(nn.Module):
         _check_callable(score, "score")
         self.score = score
         self.conditions = conditions
-        _pass_on(self, score)
+        # So that a solver finds the process and the noise levels behind the wrapper.
+        for name in ("sde", "noise_levels", "evaluations"):
+            if hasattr(score, name):
+                setattr(self, name, getattr(score, name))
 
     def forward(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
@@ -54,7 +60,8 @@ class ConditionalScore(nn.Module):
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
         """E[x_0 | z_t] by the score's own method, ``(B, *D)``."""
-        data: Tensor = self.score.data_prediction(z, t, **self._expanded(len(z)))
+        method: Any = checked_data_method(self.score)
+        data: Tensor = method(z, t, **self._expanded(len(z)))
         return data
 
     def _expanded(self, batch: int) -> dict[str, Any]:
@@ -84,7 +91,8 @@ class GuidedScore(nn.Module):
     TypeError
         If a score is not callable or the weight no number.
     ValueError
-        If the interval is empty, or given for scores without an attribute ``sde``.
+        If the weight is not finite, the scores belong to different processes, or the interval is
+        empty or given for scores without an attribute ``sde``.
 
     Notes
     -----
@@ -118,10 +126,26 @@ class GuidedScore(nn.Module):
         self.conditional = conditional
         self.unconditional = unconditional
         self.weight = as_number(weight, "weight")
-        self.interval = interval
-        _pass_on(self, conditional)
-        sde = getattr(conditional, "sde", None)
-        self._times = (-1.0, 2.0) if interval is None else _times(interval, sde)
+        if not math.isfinite(self.weight):
+            msg = f"weight must be finite; got {weight}"
+            raise ValueError(msg)
+        self.interval = None if interval is None else two_increasing(interval, "interval")
+        found = [score.sde for score in (conditional, unconditional) if hasattr(score, "sde")]
+        if found:
+            self.sde: LinearSDE = found[0]
+            if found[-1] is not found[0] and not same_dynamics(found[0], found[-1]):
+                msg = (
+                    f"conditional and unconditional must be scores of one process; got those of "
+                    f"{found[0]!r} and {found[-1]!r}"
+                )
+                raise ValueError(msg)
+        known = [getattr(score, "noise_levels", None) for score in (conditional, unconditional)]
+        ranges = [levels for levels in known if levels is not None]
+        #: Noise levels that both scores were trained on; None if neither knows them.
+        self.noise_levels: tuple[float, float] | None = None
+        if ranges:
+            self.noise_levels = max(low for low, _ in ranges), min(high for _, high in ranges)
+        self._times = None if self.interval is None else _times(self.interval, found)
 
     def extra_repr(self) -> str:
         """Weight and interval, which the representation shows before the scores."""
@@ -145,9 +169,9 @@ class GuidedScore(nn.Module):
         """E[x_0 | z_t] by the scores' own methods, guided, ``(B, *D)``."""
         given: Any = self.conditional
         if not bool(self._guided(score_times(t, z)).any()):
-            return given.data_prediction(z, t)  # type: ignore[no-any-return]
-        free: Any = self.unconditional
-        return free.data_prediction(z, t).lerp(given.data_prediction(z, t), self.weight)  # type: ignore[no-any-return]
+            return checked_data_method(given)(z, t)
+        parts = (checked_data_method(score)(z, t) for score in (self.unconditional, given))
+        return next(parts).lerp(next(parts), self.weight)
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of evaluations that a guided one at each time takes, int64 like ``t``.
@@ -166,8 +190,11 @@ class GuidedScore(nn.Module):
         return 1 + guided.long()
 
     def _guided(self, t: Tensor) -> Tensor:
+        guided = torch.full_like(t, self.weight != 1, dtype=torch.bool)
+        if self._times is None:
+            return guided
         low, high = self._times
-        return (t > low) & (t <= high) & (self.weight != 1)
+        return guided & (t > low) & (t <= high)
 
     def _both(self, z: Tensor, t: Any) -> tuple[Tensor, Tensor]:
         joined = _joined(self.conditional, self.unconditional, len(z))
@@ -190,6 +217,9 @@ def _joined(
     first, second = conditional, unconditional
     if not (isinstance(first, ConditionalScore) and isinstance(second, ConditionalScore)):
         return None
+    # Noise that fills states up depends on the place in the batch.
+    if getattr(first.score, "fills", False):
+        return None
     if first.score is not second.score or first.conditions.keys() != second.conditions.keys():
         return None
     conditions = {}
@@ -208,29 +238,21 @@ def _per_sample(condition: Any, batch: int) -> Any:
     return condition.expand(batch) if alone else condition
 
 
-def _times(interval: tuple[float, float], sde: LinearSDE | None) -> tuple[float, float]:
+def _times(interval: tuple[float, float], found: list[LinearSDE]) -> tuple[float, float]:
     """Times of the ends of an interval of noise levels."""
-    low, high = (as_number(level, "interval") for level in interval)
-    if not 0 <= low < high:
-        msg = f"interval must be two increasing noise levels ≥ 0; got {interval}"
+    if interval[0] < 0:
+        msg = f"interval must hold noise levels ≥ 0; got {interval}"
         raise ValueError(msg)
-    if sde is None:
-        msg = "interval must be None if conditional has no attribute sde; noise levels need it"
+    if not found:
+        msg = "interval must be None if the scores have no attribute sde; noise levels need it"
         raise ValueError(msg)
-    levels = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-    ends = times_of_log_snr(sde, -levels.clamp(1e-300, 1e300).log()).tolist()
-    # Below the least level of the process and above its largest nothing is left out.
+    levels = torch.tensor(interval, dtype=torch.float64, device="cpu")
+    ends = times_of_log_snr(found[0], -levels.clamp(1e-300, 1e300).log()).tolist()
     return ends[0], ends[1]
-
-
-def _pass_on(wrapper: nn.Module, score: object) -> None:
-    """Give a wrapper the process and the noise levels of its score, if it has them."""
-    for name in ("sde", "levels"):
-        if hasattr(score, name):
-            setattr(wrapper, name, getattr(score, name))
 
 
 def _check_callable(score: object, name: str) -> None:
     if not callable(score):
         msg = f"{name} must be a callable score(z, t); got {type(score).__name__}"
         raise TypeError(msg)
+    check_no_denoiser(score, name)

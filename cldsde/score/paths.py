@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.score.checks import two_increasing
 
 __all__ = ["NoisePath"]
 
@@ -55,7 +56,7 @@ class NoisePath:
 
     >>> import torch
     >>> path = NoisePath(torch.ones_like, lambda t: t, interval=(0.002, 80.0))
-    >>> path.levels
+    >>> path.noise_levels
     (0.002, 80.0)
     >>> NoisePath.linear().time(torch.tensor([0.0], dtype=torch.float64))
     tensor([0.5000], dtype=torch.float64)
@@ -74,10 +75,7 @@ class NoisePath:
             if not callable(getattr(self, name)):
                 msg = f"{name} must be a function of times; got {getattr(self, name)!r}"
                 raise TypeError(msg)
-        start, end = self.interval
-        if not (math.isfinite(start) and math.isfinite(end) and start < end):
-            msg = f"interval must be two finite times, the first below; got {self.interval}"
-            raise ValueError(msg)
+        start, end = two_increasing(self.interval, "interval")
         times = torch.linspace(start, end, _POINTS, dtype=torch.float64, device="cpu")
         for name in ("signal", "noise"):
             _check_values(getattr(self, name)(times), times, name)
@@ -90,6 +88,15 @@ class NoisePath:
                 f"after t = {where:.6g}"
             )
             raise ValueError(msg)
+        if self.inverse is not None:
+            inner = times[1:-1]
+            off = (self.inverse(-level[1:-1].log()) - inner).abs()
+            if not bool((off <= 1e-6 * (end - start)).all()):
+                msg = (
+                    "inverse must take κ = log(signal/noise) to its time; at the κ of "
+                    f"t = {float(inner[off.nan_to_num(math.inf).argmax()]):.6g} it does not"
+                )
+                raise ValueError(msg)
 
     def __repr__(self) -> str:
         """Functions and interval in one line."""
@@ -98,17 +105,12 @@ class NoisePath:
     @classmethod
     def linear(cls) -> NoisePath:
         """The straight path of rectified flow and flow matching, α = 1 − t, σ = t on [0, 1]."""
-        return cls(lambda t: 1 - t, lambda t: t, inverse=lambda kappa: torch.sigmoid(-kappa))
+        return cls(_falling, _rising, inverse=_linear_time)
 
     @classmethod
     def cosine(cls) -> NoisePath:
         """The path α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
-        return cls(
-            # Not cos(πt/2), which is 6e-17 at t = 1.
-            lambda t: (0.5 * math.pi * (1 - t)).sin(),
-            lambda t: (0.5 * math.pi * t).sin(),
-            inverse=lambda kappa: (-kappa).exp().atan() * (2 / math.pi),
-        )
+        return cls(_cosine, _sine, inverse=_cosine_time)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
@@ -132,30 +134,18 @@ class NoisePath:
             msg = f"table must be a tensor (N,) with N ≥ 2; got {got}"
             raise ValueError(msg)
         values = table.detach().cpu().to(torch.float64)
-        if not (bool((values.diff() < 0).all()) and values[-1] >= 0 and values[0] < 1):
+        before = torch.cat([values.new_ones(1), values[:-1]])
+        bad = ~((values < before) & (values >= 0))
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
             msg = (
-                "table must decrease and lie in [0, 1); got values from "
-                f"{float(values[0]):.6g} to {float(values[-1]):.6g}"
+                "table must decrease and lie in [0, 1); got "
+                f"{float(values[i]):.6g} after {float(before[i]):.6g} at index {i}"
             )
             raise ValueError(msg)
-        kappas = 0.5 * values[values > 0].logit()
-        last = len(kappas) - 1
-
-        def log_snr(t: Tensor) -> Tensor:
-            index = t.floor().clamp(0, last - 1).long()
-            return kappas[index].lerp(kappas[index + 1], t - index)
-
-        def inverse(kappa: Tensor) -> Tensor:
-            index = (torch.searchsorted(-kappas, -kappa) - 1).clamp(0, last - 1)
-            low, high = kappas[index], kappas[index + 1]
-            return index + (low - kappa) / (low - high)
-
-        return cls(
-            lambda t: torch.sigmoid(2 * log_snr(t)).sqrt(),
-            lambda t: torch.sigmoid(-2 * log_snr(t)).sqrt(),
-            interval=(0.0, float(last)),
-            inverse=inverse,
-        )
+        found = _Table(0.5 * values[values > 0].logit())
+        last = float(len(found.kappas) - 1)
+        return cls(found.signal, found.noise, interval=(0.0, last), inverse=found.inverse)
 
     @classmethod
     def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
@@ -173,7 +163,7 @@ class NoisePath:
         TypeError
             If ``sde`` is no process.
         ValueError
-            If it has several components.
+            If it has several components, or ``start`` is not a time of it above 0.
         """
         check_process(sde)
         if sde.components != 1:
@@ -182,25 +172,20 @@ class NoisePath:
                 "with it is a MixedScore, or a score(z, t)"
             )
             raise ValueError(msg)
-
-        def signal(t: Tensor) -> Tensor:
-            return sde.marginal(t).mean[..., 0, 0]
-
-        def noise(t: Tensor) -> Tensor:
-            return sde.marginal(t).root[..., 0, 0]
-
-        def rates(t: Tensor) -> tuple[Tensor, Tensor]:
-            F, G = sde.drift(t)[..., 0, 0], sde.diffusion(t)[..., 0, :]
-            sigma = noise(t)
-            return F * signal(t), F * sigma + G.square().sum(-1) / (2 * sigma)
-
-        def inverse(kappa: Tensor) -> Tensor:
-            return times_of_log_snr(sde, kappa, eps=start)
-
-        return cls(signal, noise, interval=(start, sde.T), inverse=inverse, rates=rates)
+        if not 0 < start < sde.T:
+            msg = f"start must lie between 0 and {sde.T:g}; got {start:g}"
+            raise ValueError(msg)
+        found = _OfProcess(sde, start)
+        return cls(
+            found.signal,
+            found.noise,
+            interval=(start, sde.T),
+            inverse=found.inverse,
+            rates=found.rates,
+        )
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def noise_levels(self) -> tuple[float, float]:
         """Smallest and largest noise level σ/α of the interval."""
         ends = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
         low, high = (self.noise(ends) / self.signal(ends)).tolist()
@@ -221,14 +206,91 @@ class NoisePath:
         """α' and σ' at times, of the shape of t."""
         if self.rates is not None:
             return self.rates(t)
-        with torch.enable_grad():
-            at = t.detach().clone().requires_grad_()
-            values = (self.signal(at).sum(), self.noise(at).sum())
-            alpha, sigma = (
-                torch.autograd.grad(value, at)[0] if value.requires_grad else torch.zeros_like(t)
-                for value in values
-            )
-        return alpha, sigma
+        return _derivative(self.signal, t, "signal"), _derivative(self.noise, t, "noise")
+
+
+def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
+    """Derivative of a function of times by automatic differentiation."""
+    with torch.enable_grad():
+        at = t.detach().clone().requires_grad_()
+        values = function(at).sum()
+        if values.requires_grad:
+            return torch.autograd.grad(values, at)[0]
+    if bool((function(t) != function(t + 1e-3 * (0.5 - t).sign())).any()):
+        msg = f"{name} is no function of torch that can be differentiated; pass rates to the path"
+        raise ValueError(msg)
+    return torch.zeros_like(t)
+
+
+# Functions and classes of the module, not lambdas, so that a path can be pickled.
+
+
+def _falling(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _rising(t: Tensor) -> Tensor:
+    return t.clone()
+
+
+def _linear_time(kappa: Tensor) -> Tensor:
+    return torch.sigmoid(-kappa)
+
+
+def _cosine(t: Tensor) -> Tensor:
+    # Not cos(πt/2), which is 6e-17 at t = 1.
+    return (0.5 * math.pi * (1 - t)).sin()
+
+
+def _sine(t: Tensor) -> Tensor:
+    return (0.5 * math.pi * t).sin()
+
+
+def _cosine_time(kappa: Tensor) -> Tensor:
+    return (-kappa).exp().atan() * (2 / math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Levels κ_i at t = i, linear in between."""
+
+    kappas: Tensor
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        index = t.floor().clamp(0, len(self.kappas) - 2).long()
+        return self.kappas[index].lerp(self.kappas[index + 1], t - index)
+
+    def signal(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self.log_snr(t)).sqrt()
+
+    def noise(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self.log_snr(t)).sqrt()
+
+    def inverse(self, kappa: Tensor) -> Tensor:
+        index = torch.searchsorted(-self.kappas, -kappa) - 1
+        index = index.clamp(0, len(self.kappas) - 2)
+        low, high = self.kappas[index], self.kappas[index + 1]
+        return index + (low - kappa) / (low - high)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfProcess:
+    """Signal and noise of a process of one component."""
+
+    sde: LinearSDE
+    start: float
+
+    def signal(self, t: Tensor) -> Tensor:
+        return self.sde.marginal(t).mean[..., 0, 0]
+
+    def noise(self, t: Tensor) -> Tensor:
+        return self.sde.marginal(t).root[..., 0, 0]
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sde.dynamics.rates(t, self.sde.initial_covariance[0, 0])
+
+    def inverse(self, kappa: Tensor) -> Tensor:
+        return times_of_log_snr(self.sde, kappa, eps=self.start)
 
 
 def _check_values(values: object, times: Tensor, name: str) -> None:

@@ -13,15 +13,19 @@ from cldsde.linear.checks import TimeLike, check_at_least, check_state
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
+from cldsde.score.denoisers import PredictionDenoiser
+from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.times import KnownTimes, score_argument, score_times
 
 __all__ = [
     "KnownScore",
     "ReverseProcess",
     "Score",
+    "check_no_denoiser",
     "check_reverse_process",
     "checked_data_method",
     "checked_score",
+    "same_dynamics",
 ]
 
 
@@ -42,7 +46,8 @@ class Score(Protocol):
         ...
 
 
-def _same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
+def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
+    """Whether two processes have the same drift, diffusion and initial covariance."""
     if (first.components, first.driven) != (second.components, second.driven):
         return False
     end = min(first.regular_until, second.regular_until)
@@ -74,6 +79,13 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     return value if value.dtype == z.dtype else value.to(z.dtype)
 
 
+def check_no_denoiser(score: object, name: str) -> None:
+    """Raise TypeError for a denoiser in place of a score."""
+    if isinstance(score, PredictionDenoiser | ScoreDenoiser):
+        msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
+        raise TypeError(msg)
+
+
 class ReverseProcess:
     r"""The time reversal of a linear SDE with a given score.
 
@@ -97,7 +109,7 @@ class ReverseProcess:
     Raises
     ------
     TypeError
-        If ``sde`` is not a `LinearSDE` or ``score`` cannot be called.
+        If ``sde`` is not a `LinearSDE`, or ``score`` cannot be called or is a denoiser.
     ValueError
         If ``score`` has an attribute ``sde`` with other dynamics or another initial covariance.
 
@@ -115,8 +127,9 @@ class ReverseProcess:
         if not callable(score):
             msg = f"score must be a callable score(z, t); got {type(score).__name__}"
             raise TypeError(msg)
+        check_no_denoiser(score, "score")
         other = getattr(score, "sde", sde)
-        if other is not sde and not _same_dynamics(sde, other):
+        if other is not sde and not same_dynamics(sde, other):
             msg = (
                 f"score belongs to another process, {other!r}, than sde, {sde!r}: their drift, "
                 "diffusion or initial covariance differ"

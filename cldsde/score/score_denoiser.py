@@ -1,13 +1,13 @@
-r"""The denoiser inside a score: what was learnt with one process, for every other.
+r"""The denoiser of a score: a network trained with one process samples with every other.
 
 A state that agrees with data plus noise, u = x_0 + σ n, is
 
 .. math:: z = ψ u + L P ξ, \qquad P = I − w w^⊤ / w^⊤ w, \quad w = L^{-1} ψ,
 
-at the time of the noise level σ: its best estimate of the data is u, and the rest is noise that
-tells nothing of the data. The score at z gives E[x_0 | z] = D(u, σ). An exact score gives the same
-for every ξ. A network that was trained on states needs the noise: without it, or with one pattern
-for all samples, it sees states that it was not trained on.
+at the time of the noise level σ: its best estimate of the data is u, and LPξ is independent of the
+data. The score at z gives E[x_0 | z] = D(u, σ). An exact score gives the same for every ξ. A
+network that was trained on states needs ξ: without it, or with one ξ for all samples, the network
+sees states that it was not trained on.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
-from cldsde.linear.sde import LinearSDE
+from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, whiten
-from cldsde.score.denoisers import read_levels
+from cldsde.score.denoisers import checked_levels, read_levels
 from cldsde.score.times import coefficients_at, with_known
 
 __all__ = ["ScoreDenoiser"]
-
-_EARLIEST = 1e-5
 
 
 class _Lift(NamedTuple):
@@ -52,13 +50,19 @@ class ScoreDenoiser(nn.Module):
     fill
         Whether to add ξ to states of several components. False is for scores that depend on the
         state through its estimate of the data alone, such as exact ones.
-    generator
-        Source of ξ. None makes one with seed 0 on the device of the first evaluation.
+    start
+        Smallest time that the score was trained on, > 0.
+    seed
+        Seed of ξ. The i-th sample of a batch has the same ξ at every evaluation, so that the
+        denoiser is a function of u, σ and the place in the batch.
 
     Raises
     ------
+    TypeError
+        If ``score`` is not callable or there is no process.
     ValueError
-        If the driven score does not determine the data at an evaluation; see `Conversion`.
+        If ``start`` is no time of the process above 0. At an evaluation: if the driven score does
+        not determine the data (see `Conversion`), or a noise level is not one of the process.
 
     Examples
     --------
@@ -80,18 +84,29 @@ class ScoreDenoiser(nn.Module):
         sde: LinearSDE | None = None,
         *,
         fill: bool = True,
-        generator: torch.Generator | None = None,
+        start: float = 1e-5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        if not callable(score):
+            msg = f"score must be a callable score(z, t); got {type(score).__name__}"
+            raise TypeError(msg)
+        own: Any = getattr(score, "sde", None) if sde is None else sde
+        check_process(own)
+        self.sde: LinearSDE = own
+        if not 0 < start < self.sde.T:
+            msg = f"start must lie between 0 and {self.sde.T:g}; got {start:g}"
+            raise ValueError(msg)
         self.score = score
-        self.sde: LinearSDE = score.sde if sde is None else sde
-        self.fill = fill
-        self.generator = generator
+        self.start = start
+        self.seed = seed
+        #: Whether states are filled up with noise that depends on the place in the batch.
+        self.fills = fill and self.sde.components > 1
 
     @property
-    def levels(self) -> tuple[float, float]:
-        """Smallest and largest noise level of the process."""
-        ends = torch.tensor([_EARLIEST, self.sde.T], dtype=torch.float64, device="cpu")
+    def noise_levels(self) -> tuple[float, float]:
+        """Smallest and largest noise level that the score was trained on."""
+        ends = torch.tensor([self.start, self.sde.T], dtype=torch.float64, device="cpu")
         low, high = (-self.sde.log_snr(ends)).exp().tolist()
         return low, high
 
@@ -110,19 +125,19 @@ class ScoreDenoiser(nn.Module):
         dtype = torch.promote_types(u.dtype, torch.float32)
         lift = coefficients_at(self, sigma, u, self._lift, dtype, 0, read_levels)
         z = apply_blocks(lift.psi, u.unsqueeze(1))
-        if self.fill and self.sde.components > 1:
+        if self.fills:
             z = z + apply_blocks(lift.rest, self._noise(z))
-        t = with_known(lift.time.expand(len(u)), sigma, self, self._times)
+        t = with_known(lift.time.expand(len(u)).clone(), sigma, self, self._times)
         score = self.score(z, t, **conditions)
         return (apply_blocks(lift.state, z) + apply_blocks(lift.value, score))[:, 0]
 
     def _noise(self, z: Tensor) -> Tensor:
-        if self.generator is None:
-            self.generator = torch.Generator(z.device).manual_seed(0)
-        return standard_normal(z.shape, generator=self.generator, dtype=z.dtype, device=z.device)
+        generator = torch.Generator(z.device).manual_seed(self.seed)
+        return standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
 
     def _times(self, levels: Tensor) -> Tensor:
-        return times_of_log_snr(self.sde, -levels.log(), eps=_EARLIEST)
+        known = checked_levels(levels, *self.noise_levels)
+        return times_of_log_snr(self.sde, -known.log(), eps=self.start)
 
     def _lift(self, levels: Tensor) -> _Lift:
         t = self._times(levels)

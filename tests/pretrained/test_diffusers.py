@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,59 @@ class TestSources:
         assert pretrained.from_diffusers("somebody/model", download=True).shape == SHAPE
 
 
+class TestOddModels:
+    def test_the_configuration_of_a_scheduler(self):
+        found = pretrained.from_diffusers(unet(), diffusers.DDPMScheduler().config)
+        same = pretrained.from_diffusers(unet(), diffusers.DDPMScheduler())
+        u = torch.randn(1, *SHAPE, generator=generator(), dtype=torch.float64)
+        assert torch.equal(found(u, 1.0), same(u, 1.0))
+
+    def test_a_model_of_the_caller_is_left_as_it_is(self):
+        network = unet().train()
+        pretrained.from_diffusers(network, diffusers.DDPMScheduler())
+        assert network.training
+        assert all(x.requires_grad for x in network.parameters())
+
+    def test_weights_in_half_precision(self, tmp_path):
+        """Folders of a variant are loaded; networks are evaluated in their own precision."""
+        unet().half().save_pretrained(tmp_path, variant="fp16")
+        found = pretrained.from_diffusers(tmp_path, diffusers.DDPMScheduler())
+        x = torch.randn(1, *SHAPE, generator=generator())
+        halved = pretrained.from_diffusers(unet().bfloat16(), diffusers.DDPMScheduler())
+        difference = found(x, 1.0) - halved(x, 1.0)
+        assert halved(x, 1.0).dtype == torch.float32
+        # bfloat16 has eight bits; a few dozen layers add up their rounding.
+        assert difference.abs().max() <= 0.1 * found(x, 1.0).abs().max()
+
+    def test_zero_signal_at_the_end(self):
+        """The entry that stands for no signal is left out."""
+        options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+        for kind in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
+            found = pretrained.from_diffusers(unet(), kind(**options))
+            assert found.path.interval == (0.0, 998.0)
+
+    def test_one_dimension(self):
+        network = diffusers.UNet1DModel(sample_size=16, block_out_channels=(8, 8, 16))
+        assert pretrained.from_diffusers(network, diffusers.DDPMScheduler()).shape is None
+
+    def test_paths_are_pickled(self):
+        found = pretrained.from_diffusers(unet(), diffusers.DDPMScheduler())
+        again = pickle.loads(pickle.dumps(found))
+        u = torch.randn(1, *SHAPE, generator=generator(), dtype=torch.float64)
+        assert torch.equal(found(u, 1.0), again(u, 1.0))
+
+
 class TestErrors:
+    def test_a_flow_that_runs_the_other_way(self):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+        with pytest.raises(ValueError, match="invert_sigmas has noise at time 0"):
+            pretrained.from_diffusers(unet(), scheduler)
+
+    def test_an_autoencoder(self, tmp_path):
+        diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"AutoencoderKL .* is no network of noisy data"):
+            pretrained.from_diffusers(tmp_path, diffusers.DDPMScheduler())
+
     def test_a_pickle(self, folders, tmp_path):
         source = folders["ddpm"] / "unet"
         (tmp_path / "config.json").write_text((source / "config.json").read_text())
@@ -234,7 +287,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("scheduler", "error", "message"),
         [
-            ({"beta_start": 1e-4}, ValueError, "_class_name must name a SchedulerMixin.*None"),
+            ({"steps": 1e-4}, ValueError, "_class_name must name a SchedulerMixin.*None"),
             ({"_class_name": "UNet2DModel"}, ValueError, "_class_name must name a SchedulerMixin"),
             (3, TypeError, "scheduler must be a scheduler of diffusers.*int"),
             ("missing.json", FileNotFoundError, "there is no file missing.json"),

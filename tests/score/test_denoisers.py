@@ -254,7 +254,7 @@ class TestNoisePath:
             (
                 lambda: NoisePath(torch.ones_like, lambda t: t, interval=(1.0, 1.0)),
                 ValueError,
-                "interval must be two finite times",
+                "interval must be two increasing numbers",
             ),
             (
                 lambda: NoisePath.from_alphas_cumprod(ALPHAS_CUMPROD.flip(0)),
@@ -339,7 +339,7 @@ class TestErrors:
             return exact(u, sigma)
 
         sde = CLD()
-        score = DenoiserScore(counted, sde, levels=(0.01, 80.0))
+        score = DenoiserScore(counted, sde, noise_levels=(0.01, 80.0))
         process = ReverseProcess(sde, score)
         start = sde.prior.sample((4, 2), generator=generator())
         with pytest.raises(ValueError, match=r"σ = 247.* 0.01 to 80; sample from t = 0.8") as error:
@@ -373,8 +373,8 @@ class TestErrors:
     def test_arguments(self):
         with pytest.raises(TypeError, match="denoiser must be a callable"):
             DenoiserScore(None, VPSDE())
-        with pytest.raises(ValueError, match="levels must be two increasing numbers"):
-            DenoiserScore(exact, VPSDE(), levels=(1.0, 0.5))
+        with pytest.raises(ValueError, match="noise_levels must be two increasing numbers"):
+            DenoiserScore(exact, VPSDE(), noise_levels=(1.0, 0.5))
         with pytest.raises(ValueError, match="predicts must be one of 'noise'"):
             PredictionDenoiser(exact, NoisePath.linear(), "epsilon")
         with pytest.raises(ValueError, match="clock must be one of 'time'"):
@@ -445,7 +445,7 @@ class TestScoreDenoiser:
         sde = PROCESSES[process]()
         sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
         u = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
-        for options in ({}, {"fill": False}, {"generator": generator(1)}):
+        for options in ({}, {"fill": False}, {"seed": 1}):
             found = ScoreDenoiser(DATA.score(sde), **options)(u, sigma)
             torch.testing.assert_close(found, exact(u, sigma), rtol=1e-9, atol=1e-9)
 

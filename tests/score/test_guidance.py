@@ -131,10 +131,10 @@ def test_arguments():
         GuidedScore(given, None, 2.0)
     with pytest.raises(TypeError, match="weight"):
         GuidedScore(given, free, "2")
-    with pytest.raises(ValueError, match="interval must be two increasing noise levels"):
+    with pytest.raises(ValueError, match="interval must be two increasing numbers"):
         GuidedScore(given, free, 2.0, interval=(2.0, 0.2))
-    with pytest.raises(ValueError, match="interval must be None if conditional has no"):
-        GuidedScore(lambda z, t: z, free, 2.0, interval=(0.2, 2.0))
+    with pytest.raises(ValueError, match="interval must be None if the scores have no"):
+        GuidedScore(lambda z, t: z, lambda z, t: z, 2.0, interval=(0.2, 2.0))
 
 
 def test_guidance_where_a_state_tells_nothing_of_the_data():
@@ -148,3 +148,15 @@ def test_guidance_where_a_state_tells_nothing_of_the_data():
     solver = solvers.ExponentialMultistep(order=2)
     found = solvers.solve(ReverseProcess(sde, guided), solver, z, torch.tensor([1.0, 0.5, 0.1]))
     assert found.success
+
+
+def test_scores_of_different_processes_and_levels():
+    network = Counting()
+    vp, other = VPSDE(), VPSDE(beta_max=10.0)
+    levels = [(0.01, 50.0), (0.1, 80.0)]
+    given, free = (DenoiserScore(network, vp, noise_levels=pair) for pair in levels)
+    assert GuidedScore(given, free, 2.0).noise_levels == (0.1, 50.0)
+    with pytest.raises(ValueError, match="must be scores of one process"):
+        GuidedScore(given, DenoiserScore(network, other), 2.0)
+    with pytest.raises(ValueError, match="weight must be finite"):
+        GuidedScore(given, free, float("nan"))

@@ -293,7 +293,7 @@ class TestDenoisers:
         path = NoisePath.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
         noise = PredictionDenoiser(lambda x, index: (0.001 * index).unsqueeze(1) * x.sin(), path)
         score = DenoiserScore(noise, sde)
-        inner = DenoiserScore(ScoreDenoiser(score, generator=seeded(place)), sde)
+        inner = DenoiserScore(ScoreDenoiser(score), sde)
         process = ReverseProcess(sde, GuidedScore(inner, score, 2.0, interval=(0.1, 1.0)))
         state = start(sde, dtype=torch.float32).to(place)
         times = solvers.quadratic_times(0.8, 0.05, steps)

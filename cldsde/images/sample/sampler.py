@@ -64,10 +64,9 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
     start, end = window(process, sampling.t_start, sampling.t_end)
-    last = torch.tensor(end, dtype=torch.float64)
-    budget = sampling.nfe - (int(process.evaluations(last)) if sampling.denoise else 0)
+    denoise = bool(sampling.denoise)
     with setting("nfe"):
-        return fit_grid(process, solver, start, end, budget, grid)
+        return fit_grid(process, solver, start, end, sampling.nfe, grid=grid, denoise=denoise)
 
 
 def check_sampling(

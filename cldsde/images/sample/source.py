@@ -16,7 +16,7 @@ from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace, load_model
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
-from cldsde.score import DenoiserScore
+from cldsde.score import DenoiserScore, ScoreDenoiser
 
 __all__ = ["OtherDynamics", "of_diffusers", "of_run", "under_process"]
 
@@ -38,7 +38,7 @@ class OtherDynamics:
     vae
         The autoencoder; None if the process is of pixels.
     t_min
-        None: the score knows the noise levels that it was trained on.
+        None: the score raises an error outside of the noise levels that it was trained on.
     """
 
     score: DenoiserScore
@@ -46,7 +46,7 @@ class OtherDynamics:
     digest: str
     sampling: SamplingConfig
     vae: VAE | None = None
-    t_min: None = None
+    t_min: float | None = None
 
 
 def of_run(
@@ -73,7 +73,9 @@ def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
     """
     sde = process.make()
     with setting("process"):
-        score = DenoiserScore(model.score.denoiser, sde)
+        fill = model.score.inputs == "state"
+        start = model.config.training.t_min
+        score = DenoiserScore(ScoreDenoiser(model.score, fill=fill, start=start), sde)
     sampling = SamplingConfig()
     return OtherDynamics(score, model.space, _digest(model.digest, sde), sampling, model.vae)
 
@@ -98,7 +100,7 @@ def of_diffusers(
         If the folder holds no model of images that can be used.
     """
     with setting("model"):
-        denoiser = from_diffusers(source.parent if source.is_file() else source).to(device)
+        denoiser = from_diffusers(source).to(device)
         shape = denoiser.shape
         if shape is None or len(shape) != 3:
             msg = f"{source} does not say channels and size of its images (sample_size)"
@@ -106,7 +108,7 @@ def of_diffusers(
     classes = denoiser.classes
     labelled = _Labelled(denoiser) if classes is not None else denoiser
     sde = process.make()
-    score = DenoiserScore(labelled, sde, levels=denoiser.levels).eval()
+    score = DenoiserScore(labelled, sde, noise_levels=denoiser.noise_levels).eval()
     channels, height, width = shape
     return OtherDynamics(
         score,

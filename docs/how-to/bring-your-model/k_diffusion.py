@@ -3,4 +3,4 @@ from cldsde import CLD, DenoiserScore, sample
 
 sde = CLD()
 levels = (float(model.sigma_min), float(model.sigma_max))
-samples = sample(sde, DenoiserScore(model, sde, levels=levels), (1000, 2), nfe=20)
+samples = sample(sde, DenoiserScore(model, sde, noise_levels=levels), (1000, 2), nfe=20)

@@ -139,11 +139,11 @@ def test_what_makes_no_sense_is_refused_by_its_key(changes, message):
         ),
         (
             {"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]},
-            r"rows\[0\].nfe: 1 evaluations",
+            r"rows\[0\].nfe: 2 evaluations",
         ),
         (
             {"rows": [{**EM, "solver": "torchdiffeq-rk4", "nfe": [8, 4]}]},
-            r"rows\[0\].nfe: 3 evaluations are too few for a step of TorchDiffEq",
+            r"rows\[0\].nfe: 4 evaluations are too few for a step of TorchDiffEq",
         ),
         (
             {"base": {**TINY["base"], "network": {"options": {"channels": [16, 17]}}}},
