@@ -88,12 +88,18 @@ class SignalNoiseDynamics(Dynamics):
         self.signal, self.noise, self.gain = signal, noise, gain
         grid = torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu")
         alpha = _values(signal, grid, "signal")
+        # What rounding leaves of a signal that vanishes at the end, as of cos(π/2), is zero.
+        self._vanishes = abs(float(alpha[-1])) <= 8 * _EPS
+        if self._vanishes:
+            alpha[-1] = 0.0
         sigma = _values(noise, grid, "noise")
         self._check(grid, alpha, sigma)
         unit = alpha.square() + sigma.square()
         self._preserves_variance = bool(((unit - 1).abs() <= 8 * _EPS).all())
-        # If no signal is left at the end, F and G have a pole there.
-        self.regular_until = self._latest_regular() if float(alpha[-1]) == 0 else 1.0
+        # F and G have a pole at the end, or next to it, if the signal vanishes there or falls
+        # sixteenfold within the last thousandth of the time.
+        pole = 16 * float(alpha[-1]) < float(alpha[-2])
+        self.regular_until = self._latest_regular() if pole else 1.0
 
     @override
     def __repr__(self) -> str:
@@ -113,7 +119,7 @@ class SignalNoiseDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        first, last = self.signal(s), self.signal(t)
+        first, last = self._signal(s), self._signal(t)
         before, after = self.noise(s), self.noise(t)
         # α(s) is zero only if s = t = 1.
         gone = first == 0
@@ -159,11 +165,18 @@ class SignalNoiseDynamics(Dynamics):
         del covariance  # one component is its own reversal
         return self if self._preserves_variance else None
 
+    def _signal(self, t: Tensor) -> Tensor:
+        """α(t), exactly zero at the end if it vanishes there."""
+        alpha = self.signal(t)
+        return torch.where(t == 1, 0.0, alpha) if self._vanishes else alpha
+
     def _with_rates(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """α and α′, σ and σ′."""
         one = (torch.ones_like(t),)
         alpha, alpha_rate = torch.func.jvp(self.signal, (t,), one)[:2]
         sigma, sigma_rate = torch.func.jvp(self.noise, (t,), one)[:2]
+        if self._vanishes:
+            alpha = torch.where(t == 1, 0.0, alpha)
         return (alpha, alpha_rate), (sigma, sigma_rate)
 
     def _squared_diffusion(self, t: Tensor) -> Tensor:
@@ -183,8 +196,8 @@ class SignalNoiseDynamics(Dynamics):
 
     def _subtracted(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """σ_t α_s + σ_s α_t and σ_t α_s − σ_s α_t."""
-        later = self.noise(t) * self.signal(s)
-        earlier = self.noise(s) * self.signal(t)
+        later = self.noise(t) * self._signal(s)
+        earlier = self.noise(s) * self._signal(t)
         return later + earlier, later - earlier
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
@@ -192,7 +205,8 @@ class SignalNoiseDynamics(Dynamics):
         x, w = gauss_legendre(_NODES)
         span = (t - s).unsqueeze(-1)
         (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
-        slope = self.signal(s).unsqueeze(-1) * sigma_rate - self.noise(s).unsqueeze(-1) * alpha_rate
+        signal, noise = self._signal(s).unsqueeze(-1), self.noise(s).unsqueeze(-1)
+        slope = signal * sigma_rate - noise * alpha_rate
         return (span * w * slope).sum(-1)
 
     def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:

@@ -264,6 +264,32 @@ class TestProcess:
         assert float(sde.log_snr(sde.regular_until)) == pytest.approx(-10, abs=5e-3)
         assert sde.drift(sde.regular_until).isfinite().all()
 
+    @pytest.mark.parametrize(
+        "signal",
+        [
+            lambda t: torch.cos(math.pi / 2 * t),
+            lambda t: torch.cos(math.pi / 2 * t) ** 2,
+            lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t,
+        ],
+    )
+    def test_a_signal_that_vanishes_but_for_rounding_vanishes(self, signal: Any) -> None:
+        sde = LinearSDE.from_signal_noise(signal, lambda t: 1 * t)
+        assert sde.regular_until < 1
+        assert float(sde.transition(0.3, 1.0).mean) == 0.0
+        assert float(sde.log_snr(1.0)) == -math.inf
+        with pytest.raises(ValueError, match="diverges at t = 1"):
+            sde.drift(1.0)
+
+    def test_a_signal_that_almost_vanishes_is_not_regular_at_the_end(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: 1 - t * (1 - 1e-12), lambda t: 1 * t)
+        assert sde.regular_until == pytest.approx(RectifiedFlow().regular_until, rel=1e-9)
+        # It is what 1 - 1e-12 leaves of 1, to its rounding.
+        assert float(sde.transition(0.5, 1.0).mean) == pytest.approx(2e-12, rel=1e-3)
+
+    def test_a_signal_that_falls_steadily_is_regular_to_the_end(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: torch.exp(-20 * t), lambda t: t.sqrt())
+        assert sde.regular_until == 1.0
+
     def test_times_of_log_snr_invert_it(self) -> None:
         levels = tensor([-9.0, -3.0, 0.0, 2.0, 8.0])
         found = times_of_log_snr(RectifiedFlow(), levels)
