@@ -63,7 +63,9 @@ class CosineVP(LinearSDE):
     """
 
     def __init__(self) -> None:
-        super().__init__(SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain))
+        super().__init__(
+            SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain, variance_preserving=True)
+        )
 
 
 def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
@@ -87,7 +89,11 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
         )
         raise ValueError(msg)
     angles = _Angles(values)
-    return LinearSDE(SignalNoiseDynamics(angles.signal, angles.noise, gain=angles.gain))
+    # At a time between entries each angle has the rounding of the number of entries times t.
+    dynamics = SignalNoiseDynamics(
+        angles.signal, angles.noise, gain=angles.gain, variance_preserving=True
+    )
+    return LinearSDE(dynamics)
 
 
 class _Angles:

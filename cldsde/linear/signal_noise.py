@@ -52,6 +52,8 @@ class SignalNoiseDynamics(Dynamics):
     gain
         (s, t) to σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None: by a quadrature of
         the derivatives of α and σ, which is exact to rounding for smooth functions.
+    variance_preserving
+        Whether α² + σ² = 1. False: if the functions say so to rounding at 1,025 times.
 
     Raises
     ------
@@ -80,7 +82,14 @@ class SignalNoiseDynamics(Dynamics):
     components = 1
     driven = (0,)
 
-    def __init__(self, signal: OfTime, noise: OfTime, *, gain: Gain | None = None) -> None:
+    def __init__(
+        self,
+        signal: OfTime,
+        noise: OfTime,
+        *,
+        gain: Gain | None = None,
+        variance_preserving: bool = False,
+    ) -> None:
         for name, function in (("signal", signal), ("noise", noise), ("gain", gain)):
             if not callable(function) and not (name == "gain" and function is None):
                 msg = f"{name} must be a function of times; got {function!r}"
@@ -95,7 +104,8 @@ class SignalNoiseDynamics(Dynamics):
         sigma = _values(noise, grid, "noise")
         self._check(grid, alpha, sigma)
         unit = alpha.square() + sigma.square()
-        self._preserves_variance = bool(((unit - 1).abs() <= 8 * _EPS).all())
+        same = bool(((unit - 1).abs() <= 8 * _EPS).all())
+        self._preserves_variance = variance_preserving or same
         # F and G have a pole at the end, or next to it, if the signal vanishes there or falls
         # sixteenfold within the last thousandth of the time.
         pole = 16 * float(alpha[-1]) < float(alpha[-2])

@@ -251,6 +251,13 @@ class TestProcess:
         assert CosineVP().stationary_reversal is not None
         assert RectifiedFlow().stationary_covariance is None
 
+    @pytest.mark.parametrize("entries", [7, 20, 1000])
+    def test_every_table_preserves_the_variance(self, entries: int) -> None:
+        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, entries, dtype=torch.float64), 0)
+        sde = VPSDE.from_alphas_cumprod(table)
+        assert float(sde.prior.covariance) == 1.0
+        assert torch.equal(sde.stationary_covariance, torch.eye(1, dtype=torch.float64))
+
     def test_noise_at_the_start_is_the_initial_covariance(self) -> None:
         sde, _ = CASES["uncertain start"]
         # A square root, squared.
