@@ -14,6 +14,7 @@ t = 1, but every distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,9 @@ Gain = Callable[[Tensor, Tensor], Tensor]
 """A function of float64 times s ≤ t of one shape to values of that shape."""
 
 _NODES, _PANELS = 16, 8
-_LEAST_LOG_SNR = -10.0
+# As VPSDE has at its end. Steps of solvers that freeze F and G, which are short enough to get away
+# from the pole from there, are not from closer to it.
+_LEAST_LOG_SNR = -5.0
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -264,7 +267,7 @@ class SignalNoiseDynamics(Dynamics):
 
     @torch.no_grad()
     def _latest_regular(self) -> float:
-        """Latest time with log α/σ ≥ −10: the signal left there is far below the noise."""
+        """Latest time with log α/σ ≥ −5, rounded down to four digits of 1 − t."""
         low, high = 0.0, 1.0  # of 1 − t
         for _ in range(200):
             middle = (low + high) / 2
@@ -273,13 +276,14 @@ class SignalNoiseDynamics(Dynamics):
             low, high = (middle, high) if float(ratio.log()) < _LEAST_LOG_SNR else (low, middle)
             if high - low <= 1e-3 * high:
                 break
-        return 1 - high
+        digits = min(15, 3 - math.floor(math.log10(high)))
+        return math.floor((1 - high) * 10**digits) / 10**digits
 
     def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
         bad = ~values.detach().isfinite()
         if bool(bad.any()):
             where = float(t.detach()[bad].max())
-            allowed = "take t > 0" if where == 0 else f"take t ≤ {self.regular_until:.6g}"
+            allowed = "take t > 0" if where == 0 else f"take t ≤ {self.regular_until:.15g}"
             msg = (
                 f"t: the {name} of this process diverges at t = {where:g}; {allowed}. "
                 "Distributions are finite there, and ExponentialMultistep with predictions of the "

@@ -403,7 +403,7 @@ class _Converter:
         power = self.law.information()[..., None, None]
         if not bool((power > 0).all()):
             end = self.sde.regular_until
-            advice = f"take t ≤ {end:.6g}" if end < 1 else "end earlier or lower beta"
+            advice = f"take t ≤ {end:.15g}" if end < 1 else "end earlier or lower beta"
             msg = (
                 "t: nothing of x_0 is left in the state at "
                 f"t = {float(self.times.detach().max()):g}, and the score does not determine it; "
