@@ -249,6 +249,15 @@ class ExponentialMultistep(GridSolver):
                 "or predictions of the data with variable='time'"
             )
             raise ValueError(msg)
+        flat = log_snr.diff() == 0
+        several = self.order > 1 or self._corrects(1)
+        if self.variable == "log_snr" and several and bool(flat.any()):
+            i = int(flat.nonzero()[0])
+            msg = (
+                "variable must be 'time' for this grid: the signal-to-noise ratio is the same at "
+                f"t = {float(times[i]):.15g} and {float(times[i + 1]):.15g}"
+            )
+            raise ValueError(msg)
         if bool(lost[:-1].any()):
             checked_data_method(process.score)
         known = hasattr(process.score, "data_prediction") and self.prediction == "data"

@@ -36,6 +36,7 @@ Gain = Callable[[Tensor, Tensor], Tensor]
 """A function of float64 times s ≤ t of one shape to values of that shape."""
 
 _NODES, _PANELS = 16, 8
+_CHECKED = 64  # panels of [0, 1] on which the quadrature of the gain is compared with differences
 # As VPSDE has at its end. Steps of solvers that freeze F and G, which are short enough to get away
 # from the pole from there, are not from closer to it.
 _LEAST_LOG_SNR = -5.0
@@ -154,9 +155,7 @@ class SignalNoiseDynamics(Dynamics):
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1."""
-        x, w = gauss_legendre(_NODES)
-        starts = torch.arange(_PANELS, dtype=torch.float64, device="cpu").unsqueeze(1)
-        x, w = ((starts + x) / _PANELS).flatten(), (w / _PANELS).repeat(_PANELS)
+        x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
         if self.regular_until < 1:
             self._finite(torch.where(t < 1, 0.0, torch.inf), t, "diffusion")
@@ -202,10 +201,11 @@ class SignalNoiseDynamics(Dynamics):
         if self.gain is not None:
             return self.gain(s, t)
         plus, direct = self._subtracted(s, t)
-        close = direct.detach() < 0.25 * plus.detach()
+        # The difference loses two digits at most.
+        close = direct.detach() < 1e-2 * plus.detach()
         if not bool(close.any()):
             return direct
-        return torch.where(close, self._quadrature(s, t), direct)
+        return torch.where(close, self._quadrature(s, torch.where(close, t, s)), direct)
 
     def _subtracted(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """σ_t α_s + σ_s α_t and σ_t α_s − σ_s α_t."""
@@ -214,9 +214,10 @@ class SignalNoiseDynamics(Dynamics):
         return later + earlier, later - earlier
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
-        """∫ (α_s σ′ − σ_s α′) over [s, t]."""
-        x, w = gauss_legendre(_NODES)
+        """∫ (α_s σ′ − σ_s α′) over [s, t], in panels that are no longer than those checked."""
         span = (t - s).unsqueeze(-1)
+        longest = float(span.detach().max()) if span.numel() else 0.0
+        x, w = _panels(max(1, math.ceil(longest * _CHECKED)))
         (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
         signal, noise = self._signal(s).unsqueeze(-1), self.noise(s).unsqueeze(-1)
         slope = signal * sigma_rate - noise * alpha_rate
@@ -251,7 +252,7 @@ class SignalNoiseDynamics(Dynamics):
             raise ValueError(msg)
         if self.gain is not None:
             return
-        coarse = grid[::16]
+        coarse = grid[:: (len(grid) - 1) // _CHECKED]
         s, t = coarse[:-1], coarse[1:]
         plus, direct = (x.detach() for x in self._subtracted(s, t))
         close = direct < 0.25 * plus
@@ -283,14 +284,22 @@ class SignalNoiseDynamics(Dynamics):
         bad = ~values.detach().isfinite()
         if bool(bad.any()):
             where = float(t.detach()[bad].max())
-            allowed = "take t > 0" if where == 0 else f"take t ≤ {self.regular_until:.15g}"
-            msg = (
-                f"t: the {name} of this process diverges at t = {where:g}; {allowed}. "
-                "Distributions are finite there, and ExponentialMultistep with predictions of the "
-                "data starts there"
+            advice = (
+                "take t > 0"
+                if where == 0
+                else f"take t ≤ {self.regular_until:.15g}. Distributions are finite there, and "
+                "ExponentialMultistep with predictions of the data starts there"
             )
+            msg = f"t: the {name} of this process diverges at t = {where:.15g}; {advice}"
             raise ValueError(msg)
         return values
+
+
+def _panels(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of a composite Gauss–Legendre rule on [0, 1]."""
+    x, w = gauss_legendre(_NODES)
+    starts = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
+    return ((starts + x) / count).flatten(), (w / count).repeat(count)
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
@@ -311,4 +320,9 @@ def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
         where = float(grid[bad][0])
         msg = f"{name} must be finite on [0, 1]; got {float(values[bad][0]):g} at t = {where:g}"
         raise ValueError(msg)
+    try:
+        torch.func.jvp(function, (grid,), (torch.ones_like(grid),))
+    except (NotImplementedError, RuntimeError) as error:
+        msg = f"{name} must be made of torch's operations, which have derivatives; {error}"
+        raise ValueError(msg) from error
     return values

@@ -223,6 +223,23 @@ class TestKernels:
         composed = float(second.mean) ** 2 * float(first.covariance) + float(second.covariance)
         assert composed == pytest.approx(float(whole.covariance), rel=TOLERANCE)
 
+    def test_functions_that_oscillate_have_exact_kernels_over_long_steps(self) -> None:
+        def noise(t: torch.Tensor) -> torch.Tensor:
+            return t + 0.9 * torch.sin(120 * math.pi * t) / (120 * math.pi)
+
+        sde = LinearSDE.from_signal_noise(torch.ones_like, noise)
+        starts, ends = tensor([0.5, 0.5, 0.5]), tensor([0.64, 0.56, 0.501])
+        with mp.workdps(DIGITS):
+            levels = [
+                [
+                    t + mp.mpf(0.9) * mp.sin(120 * mp.mpf(math.pi) * t) / (120 * mp.mpf(math.pi))
+                    for t in map(mp.mpf, times.tolist())
+                ]
+                for times in (starts, ends)
+            ]
+            expected = [float(mp.sqrt(b**2 - a**2)) for a, b in zip(*levels, strict=True)]
+        assert_close(sde.transition(starts, ends).root, expected, [0, 1, 2])
+
     def test_a_table_is_met_at_its_steps(self) -> None:
         sde = VPSDE.from_alphas_cumprod(TABLE)
         times = torch.arange(1, 13, dtype=torch.float64) / 12
@@ -287,6 +304,11 @@ class TestProcess:
         with pytest.raises(ValueError, match="diverges at t = 1"):
             sde.drift(1.0)
 
+    def test_where_the_drift_diverges_at_the_start_the_message_says_so(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: 1 - torch.sqrt(t) / 2, lambda t: 1 * t)
+        with pytest.raises(ValueError, match="the drift .* diverges at t = 0; take t > 0$"):
+            sde.drift(0.0)
+
     def test_a_signal_that_almost_vanishes_is_not_regular_at_the_end(self) -> None:
         sde = LinearSDE.from_signal_noise(lambda t: 1 - t * (1 - 1e-12), lambda t: 1 * t)
         assert sde.regular_until == pytest.approx(RectifiedFlow().regular_until, rel=1e-9)
@@ -343,6 +365,14 @@ class TestGradients:
         assert torch.autograd.gradcheck(root, tensor([0.9, 0.5, 0.2, 0.01]).requires_grad_())
 
 
+class Cubed(torch.autograd.Function):
+    """A function without a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return t**3
+
+
 class TestRejections:
     """Functions that are no interpolants."""
 
@@ -359,6 +389,7 @@ class TestRejections:
             (lambda t: 1 - t, lambda t: t.float(), "noise must return float64"),
             (lambda t: 1 - t, lambda t: torch.where(t < 0.31, t, 2 * t - 0.31), "smooth near"),
             (lambda t: 1 - t, math.sqrt, "noise must take a tensor of times"),
+            (lambda t: 1 - t, Cubed.apply, "noise must be made of torch's operations"),
         ],
     )
     def test_what_is_no_interpolant_is_rejected(

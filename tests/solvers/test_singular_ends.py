@@ -18,6 +18,7 @@ from cldsde import (
     ReverseProcess,
     solvers,
 )
+from cldsde.linear import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import named_solvers
 
@@ -228,3 +229,17 @@ def test_what_needs_a_finite_log_snr_says_so() -> None:
     times = solvers.root_times(1.0, 0.05, 7)
     with pytest.raises(ValueError, match="must not reach t = 1 with variable='log_snr'"):
         solvers.plan(process("cosine"), solvers.ExponentialMultistep(variable="log_snr"), times)
+
+
+def test_a_ratio_that_stands_still_needs_polynomials_in_time() -> None:
+    def bent(t: torch.Tensor) -> torch.Tensor:
+        return torch.where(t < 0.4, t, torch.where(t < 0.6, 0.4, t - 0.2))
+
+    dynamics = SignalNoiseDynamics(torch.ones_like, bent, gain=lambda s, t: bent(t) - bent(s))
+    sde = LinearSDE(dynamics)
+    reverse = ReverseProcess(sde, DATA.score(sde))
+    times = torch.tensor([0.9, 0.7, 0.55, 0.5, 0.3, 0.1], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"variable must be 'time' .* t = 0\.55 and 0\.5$"):
+        solvers.plan(reverse, solvers.ExponentialMultistep(variable="log_snr"), times)
+    found = solvers.solve(reverse, solvers.ExponentialMultistep(), states(), times)
+    assert bool(found.state.isfinite().all())
