@@ -247,18 +247,29 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
     '0.00, 1.00'
     """
-    check_positive(std, "std")
-    if not math.isfinite(as_number(mean, "mean")):
-        msg = f"mean must be finite; got {mean!r}"
-        raise ValueError(msg)
+    return LogitNormalDensity(mean, std)
 
-    def density(t: Tensor) -> Tensor:
-        times = t.clamp(1e-12, 1 - 1e-12)
-        distance = ((times.logit() - mean) / std).clamp(-30, 30)
-        normal = torch.exp(-0.5 * distance.square()) / (std * math.sqrt(2 * math.pi))
+
+@dataclass(frozen=True)
+class LogitNormalDensity:
+    """The density of `logit_normal_density`, which is called with times."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        check_positive(self.std, "std")
+        if not math.isfinite(as_number(self.mean, "mean")):
+            msg = f"mean must be finite; got {self.mean!r}"
+            raise ValueError(msg)
+
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """Density at times of any shape in (0, 1]."""
+        times = as_times(t, "t", 1.0).clamp(1e-12, 1 - 1e-12)
+        distance = ((times.logit() - self.mean) / self.std).clamp(-30, 30)
+        normal = torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
         return normal / (times * (1 - times))
-
-    return density
 
 
 def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
@@ -284,18 +295,30 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     Examples
     --------
     >>> density = mode_density(1.29)
-    >>> f"{density(torch.tensor(0.5)):.2f} {density(torch.tensor(1.0)):.2f}"
+    >>> f"{density(0.5):.2f} {density(1.0):.2f}"
     '3.79 0.44'
     """
-    check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+    return ModeDensity(scale)
 
-    def density(t: Tensor) -> Tensor:
-        low, high = torch.zeros_like(t), torch.ones_like(t)
+
+@dataclass(frozen=True)
+class ModeDensity:
+    """The density of `mode_density`, which is called with times."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Refuse a scale that is out of range."""
+        check_between(self.scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """Density at times of any shape in [0, 1]."""
+        times = as_times(t, "t", 1.0)
+        low, high = torch.zeros_like(times), torch.ones_like(times)
         for _ in range(60):  # t falls with u
             u = (low + high) / 2
-            above = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u) > t
+            bend = (math.pi / 2 * u).cos().square() - 1 + u
+            above = 1 - u - self.scale * bend > times
             low, high = torch.where(above, u, low), torch.where(above, high, u)
         u = (low + high) / 2
-        return 1 / (1 + scale * (1 - math.pi / 2 * (math.pi * u).sin()))
-
-    return density
+        return 1 / (1 + self.scale * (1 - math.pi / 2 * (math.pi * u).sin()))

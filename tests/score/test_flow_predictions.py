@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from typing import Any
 
 import mpmath as mp
@@ -411,3 +412,10 @@ def test_velocity_and_flow_of_each_other_keep_their_digits_near_the_data(t: floa
     found = Conversion.at(RectifiedFlow(), t, "flow", "velocity")
     assert float(found.state) == pytest.approx(1 - 2 * t, rel=1e-15)
     assert float(found.value) == pytest.approx((1 - t) ** 2 + t**2, rel=1e-15)
+
+
+@pytest.mark.parametrize("density", [logit_normal_density(mean=0.3), mode_density(0.8)])
+def test_densities_of_times_can_be_pickled_and_take_one_time(density: Any) -> None:
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    assert torch.equal(pickle.loads(pickle.dumps(density))(t), density(t))
+    assert float(density(0.2)) == float(density(t)[0])
