@@ -409,7 +409,7 @@ def _weights(weighting: Weighting, t: Tensor) -> Tensor:
     weights = torch.as_tensor(weighting(times), dtype=torch.float64, device="cpu")
     if weights.shape != times.shape:
         msg = (
-            f"weighting must return one number a time, {tuple(times.shape)}; "
+            f"weighting must return one number for each time, {tuple(times.shape)}; "
             f"got {tuple(weights.shape)}"
         )
         raise ValueError(msg)

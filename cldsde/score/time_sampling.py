@@ -61,9 +61,9 @@ class TimeSampler:
         self._knots[0], self._knots[-1] = t_min, 1.0
         values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
         fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
-        # It may vanish at an end alone, as the loss does when nothing of the data is left.
+        # It may be zero at an end, as the best loss is where nothing of the data is left.
         if not fits or not bool((values[1:-1] > 0).all()):
-            msg = "density must return one finite, positive value a time"
+            msg = "density must return one finite, positive value for each time"
             raise ValueError(msg)
         widths = self._knots.diff()
         mass = 0.5 * (values[1:] + values[:-1]) * widths
@@ -196,7 +196,7 @@ class LogSNRDensity:
     std: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no process, and numbers that are out of range."""
+        """Refuse another type than a process, and numbers that are out of range."""
         check_process(self.sde)
         check_positive(self.std, "std")
         if not math.isfinite(as_number(self.mean, "mean")):

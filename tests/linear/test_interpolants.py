@@ -306,7 +306,7 @@ class TestProcess:
 
     def test_where_the_drift_diverges_at_the_start_the_message_says_so(self) -> None:
         sde = LinearSDE.from_signal_noise(lambda t: 1 - torch.sqrt(t) / 2, lambda t: 1 * t)
-        with pytest.raises(ValueError, match="the drift .* diverges at t = 0; take t > 0$"):
+        with pytest.raises(ValueError, match=r"the drift .* diverges at t = 0; take t > 0$"):
             sde.drift(0.0)
 
     def test_a_signal_that_almost_vanishes_is_not_regular_at_the_end(self) -> None:
