@@ -255,7 +255,7 @@ class LinearSDE:
 
     @property
     def regular_until(self) -> float:
-        """Latest time from which solvers that evaluate F and G start; below 1 if these diverge there.
+        """Latest time from which solvers that evaluate F and G start: 1 unless these diverge there.
 
         They do if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then κ, half the
         log of the signal-to-noise ratio (`log_snr`), is −5 at this time, as it is at the end of
