@@ -276,12 +276,13 @@ class GridSolver(Solver):
 
 
 def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
-    """Raise ValueError if a grid reaches the time at which nothing of the data is left."""
-    end = float(times.max())
-    if end == sde.T > sde.regular_until:
+    """Raise ValueError if a grid starts too near a time at which drift and diffusion diverge."""
+    end, until = float(times.max()), sde.regular_until
+    # Times may have been rounded, to float32 or to the digits that a message shows.
+    if end - until > 1e-2 * (sde.T - until):
         msg = (
-            f"times must not reach t = {end:g} for {solver}, because nothing of the data is left "
-            f"there; take t ≤ {sde.regular_until:.6g}, or ExponentialMultistep"
+            f"times must not reach t = {end:.15g} for {solver}, because drift and diffusion "
+            f"diverge at t = {sde.T:g}; take t ≤ {until:.15g}, or ExponentialMultistep"
         )
         raise ValueError(msg)
 

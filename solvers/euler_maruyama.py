@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts
+from .base import Facts, check_regular
 from .combine import as_blocks
 from .noise import PathNoise
 from .staged import AffineSolver, Stage, Stages
@@ -37,6 +37,7 @@ class EulerMaruyama(AffineSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks I − hF, h GGᵀ and √h G a step."""
         sde = process.sde
+        check_regular(sde, times, "EulerMaruyama")
         start, h = times[:-1], -times.diff()[:, None, None]
         F, G = sde.drift(start), sde.diffusion(start)
         stage = Stage(

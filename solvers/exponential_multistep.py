@@ -166,7 +166,9 @@ class ExponentialMultistep(GridSolver):
             )
             raise ValueError(msg)
         blind = self._blind(process, times)
-        convert = Conversion.at(sde, torch.where(blind, times[1:], times[:-1]), "score", "data")
+        # Blind steps have no use for the conversion; the least noisy time surely has one.
+        known = torch.where(blind, times.min(), times[:-1])
+        convert = Conversion.at(sde, known, "score", "data")
         state, score = convert.state, convert.value
         # The weights of a single prediction are known without quadrature.
         along = self.order > 1 or self._corrects(1)
@@ -243,8 +245,17 @@ class ExponentialMultistep(GridSolver):
             reason = "prediction='noise'" if self.prediction == "noise" else "variable='log_snr'"
             msg = (
                 f"times must not reach t = {float(times[lost].max()):g} with {reason}, because "
-                f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.6g}, or "
-                "predictions of the data with variable='time'"
+                f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.15g}, "
+                "or predictions of the data with variable='time'"
+            )
+            raise ValueError(msg)
+        flat = log_snr.diff() == 0
+        several = self.order > 1 or self._corrects(1)
+        if self.variable == "log_snr" and several and bool(flat.any()):
+            i = int(flat.nonzero()[0])
+            msg = (
+                "variable must be 'time' for this grid: the signal-to-noise ratio is the same at "
+                f"t = {float(times[i]):.15g} and {float(times[i + 1]):.15g}"
             )
             raise ValueError(msg)
         if bool(lost[:-1].any()):

@@ -188,7 +188,7 @@ def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     if not bool(ends.isfinite().all()):
         msg = (
             f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "
-            f"data is left: take T ≤ {sde.regular_until:.6g}, or logistic_times"
+            f"data is left: take T ≤ {sde.regular_until:.15g}, or logistic_times"
         )
         raise ValueError(msg)
     return ends

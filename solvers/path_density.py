@@ -64,9 +64,11 @@ class PathDensity:
             root = torch.tensor(block, dtype=torch.float64, device="cpu")
             whitening, log_scale = _whitened(root)
             if not len(whitening):
+                end = float(times[i + 1])
+                advice = "end above t = 0" if end == 0 else "the stochasticity there must not be 0"
                 msg = (
-                    f"times: the step from t = {float(times[i]):g} to {float(times[i + 1]):g} adds "
-                    "no noise, so that it has no density; end above t = 0"
+                    f"times: the step from t = {float(times[i]):g} to {end:g} adds no noise, so "
+                    f"that it has no density; {advice}"
                 )
                 raise ValueError(msg)
             constant = log_scale + 0.5 * len(whitening) * math.log(2 * math.pi)

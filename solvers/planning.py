@@ -243,8 +243,10 @@ class Plan:
         """
         roots = self.solver.noise_roots(self.tables)
         if roots is None:
+            deterministic = self.solver.facts.ode_order is not None
+            kind = "steps are deterministic" if deterministic else "steps do not end in a draw"
             msg = (
-                "log_prob must be False for a solver whose steps are not Gaussian given the past; "
+                f"log_prob must be False for a solver whose {kind}; "
                 f"got {self.solver!r}. Use ExponentialMultistep with stochasticity > 0, order 1 or "
                 "2 and no corrector, EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
             )

@@ -12,7 +12,7 @@ from cldsde.linear.checks import check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
-from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, check_solver
+from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, check_regular, check_solver
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
@@ -125,6 +125,7 @@ class PredictorCorrector(GridSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
         """Tables of the predictor, and the corrector's α of each step."""
         sde = process.sde
+        check_regular(sde, times, "PredictorCorrector")
         scale = torch.ones(len(times) - 1, dtype=torch.float64, device="cpu")
         if sde.components == 1:
             scale = sde.transition_matrix(times[1:], times[:-1]).square().flatten()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cldsde.score import Conversion, ReverseProcess
 
-from .base import DATA_DETERMINED, Facts
+from .base import DATA_DETERMINED, Facts, check_regular
 from .combine import as_blocks
 from .noise import PathNoise
 from .staged import AffineSolver, Stage, Stages
@@ -40,6 +40,7 @@ class ReverseDiffusion(AffineSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "ReverseDiffusion")
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
@@ -77,6 +78,7 @@ class Ancestral(AffineSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "Ancestral")
         law = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")
         pull = law.initial[..., :1]

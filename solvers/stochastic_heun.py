@@ -10,7 +10,7 @@ from torch import Tensor
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
-from .base import Facts
+from .base import Facts, check_regular
 from .combine import as_blocks
 from .noise import PathNoise
 from .staged import Stage, StagedSolver, Stages
@@ -38,6 +38,7 @@ class StochasticHeun(StagedSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of both sums of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "StochasticHeun")
         h = (start - end)[:, None, None]
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
         noise = sde.noise_root(end, start)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cldsde.score import ReverseProcess
 
-from .base import Facts, GridSolver, Memory, ScoreAt
+from .base import Facts, GridSolver, Memory, ScoreAt, check_regular
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource, PathNoise
 
@@ -96,6 +96,7 @@ class TorchSDE(GridSolver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
         """Blocks of the drift at all evaluations and of the diffusion at quarters of steps."""
         sde = process.sde
+        check_regular(sde, times, "TorchSDE")
         asked = self.evaluation_times(process, times)
         G = sde.diffusion(asked)
         quarters = torch.arange(_QUARTERS + 1, device="cpu") / _QUARTERS

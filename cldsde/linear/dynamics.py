@@ -37,7 +37,7 @@ class Dynamics(ABC):
 
     components: int
     driven: tuple[int, ...]
-    #: Latest time up to which F and G are finite and of use; below 1 only if they diverge at 1.
+    #: Latest time to start solvers from that evaluate F and G; below 1 only if these diverge at 1.
     regular_until: float = 1.0
 
     def __repr__(self) -> str:

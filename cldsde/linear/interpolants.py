@@ -22,8 +22,8 @@ class RectifiedFlow(LinearSDE):
 
     has these marginals. Its prior is N(0, 1). Drift and diffusion diverge at t = 1, distributions
     do not: `ExponentialMultistep` samples from t = 1, and other solvers from
-    `LinearSDE.regular_until` on. Of order 1 and without noise it is Euler's method for the
-    flow-matching ODE.
+    `LinearSDE.regular_until` on. `ExponentialMultistep` of order 1, without noise, is Euler's
+    method for the flow-matching ODE.
 
     References
     ----------
@@ -57,13 +57,15 @@ class CosineVP(LinearSDE):
 
     Examples
     --------
-    >>> law = CosineVP().marginal(1 / 3)
-    >>> f"{law.mean.item():.4f} {law.root.item():.4f}"
+    >>> kernel = CosineVP().marginal(1 / 3)
+    >>> f"{kernel.mean.item():.4f} {kernel.root.item():.4f}"
     '0.8660 0.5000'
     """
 
     def __init__(self) -> None:
-        super().__init__(SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain))
+        super().__init__(
+            SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain, variance_preserving=True)
+        )
 
 
 def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
@@ -87,16 +89,22 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
         )
         raise ValueError(msg)
     angles = _Angles(values)
-    return LinearSDE(SignalNoiseDynamics(angles.signal, angles.noise, gain=angles.gain))
+    # At a time between entries each angle has the rounding of the number of entries times t.
+    dynamics = SignalNoiseDynamics(
+        angles.signal, angles.noise, gain=angles.gain, variance_preserving=True
+    )
+    return LinearSDE(dynamics)
 
 
 class _Angles:
-    """α = sin φ and σ = sin θ with θ = π/2 − φ piecewise linear in t, 0 at t = 0."""
+    """α = sin φ and σ = sin θ, with angles φ and θ = π/2 − φ that are linear between entries.
+
+    θ is 0 at t = 0. φ is kept too, because it has no digits as π/2 − θ where it is small.
+    """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         full = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod])
         alpha, sigma = full.sqrt(), (1 - full).sqrt()
-        # Each of the two angles is accurate when it is small.
         self._signal, self._noise = torch.atan2(alpha, sigma), torch.atan2(sigma, alpha)
 
     def signal(self, t: Tensor) -> Tensor:
@@ -106,7 +114,11 @@ class _Angles:
         return torch.sin(self._at(self._noise, t))
 
     def gain(self, s: Tensor, t: Tensor) -> Tensor:
-        """sin(θ_t − θ_s), the difference relative to that along the slope of the first piece."""
+        """sin(θ_t − θ_s), the difference relative to that along the slope of the first piece.
+
+        Over a short step a plain difference of the two angles would cancel, and leave their
+        rounding relative to the step.
+        """
         first, _ = self._piece(s)
         last, beyond = self._piece(t)
         steps = self._noise.diff()

@@ -14,6 +14,7 @@ t = 1, but every distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,10 @@ Gain = Callable[[Tensor, Tensor], Tensor]
 """A function of float64 times s ≤ t of one shape to values of that shape."""
 
 _NODES, _PANELS = 16, 8
-_LEAST_LOG_SNR = -10.0
+_CHECKED = 64  # panels of [0, 1] on which the quadrature of the gain is compared with differences
+# As VPSDE has at its end. Steps of solvers that freeze F and G, which are short enough to get away
+# from the pole from there, are not from closer to it.
+_LEAST_LOG_SNR = -5.0
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -52,6 +56,8 @@ class SignalNoiseDynamics(Dynamics):
     gain
         (s, t) to σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None: by a quadrature of
         the derivatives of α and σ, which is exact to rounding for smooth functions.
+    variance_preserving
+        Whether α² + σ² = 1. False: if the functions say so to rounding at 1,025 times.
 
     Raises
     ------
@@ -80,7 +86,14 @@ class SignalNoiseDynamics(Dynamics):
     components = 1
     driven = (0,)
 
-    def __init__(self, signal: OfTime, noise: OfTime, *, gain: Gain | None = None) -> None:
+    def __init__(
+        self,
+        signal: OfTime,
+        noise: OfTime,
+        *,
+        gain: Gain | None = None,
+        variance_preserving: bool = False,
+    ) -> None:
         for name, function in (("signal", signal), ("noise", noise), ("gain", gain)):
             if not callable(function) and not (name == "gain" and function is None):
                 msg = f"{name} must be a function of times; got {function!r}"
@@ -88,12 +101,19 @@ class SignalNoiseDynamics(Dynamics):
         self.signal, self.noise, self.gain = signal, noise, gain
         grid = torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu")
         alpha = _values(signal, grid, "signal")
+        # What rounding leaves of a signal that vanishes at the end, as of cos(π/2), is zero.
+        self._vanishes = abs(float(alpha[-1])) <= 8 * _EPS
+        if self._vanishes:
+            alpha[-1] = 0.0
         sigma = _values(noise, grid, "noise")
         self._check(grid, alpha, sigma)
         unit = alpha.square() + sigma.square()
-        self._preserves_variance = bool(((unit - 1).abs() <= 8 * _EPS).all())
-        # If no signal is left at the end, F and G have a pole there.
-        self.regular_until = self._latest_regular() if float(alpha[-1]) == 0 else 1.0
+        same = bool(((unit - 1).abs() <= 8 * _EPS).all())
+        self._preserves_variance = variance_preserving or same
+        # F and G have a pole at the end, or next to it, if the signal vanishes there or falls
+        # sixteenfold within the last thousandth of the time.
+        pole = 16 * float(alpha[-1]) < float(alpha[-2])
+        self.regular_until = self._latest_regular() if pole else 1.0
 
     @override
     def __repr__(self) -> str:
@@ -113,7 +133,7 @@ class SignalNoiseDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        first, last = self.signal(s), self.signal(t)
+        first, last = self._signal(s), self._signal(t)
         before, after = self.noise(s), self.noise(t)
         # α(s) is zero only if s = t = 1.
         gone = first == 0
@@ -135,9 +155,7 @@ class SignalNoiseDynamics(Dynamics):
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1."""
-        x, w = gauss_legendre(_NODES)
-        starts = torch.arange(_PANELS, dtype=torch.float64, device="cpu").unsqueeze(1)
-        x, w = ((starts + x) / _PANELS).flatten(), (w / _PANELS).repeat(_PANELS)
+        x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
         if self.regular_until < 1:
             self._finite(torch.where(t < 1, 0.0, torch.inf), t, "diffusion")
@@ -159,11 +177,18 @@ class SignalNoiseDynamics(Dynamics):
         del covariance  # one component is its own reversal
         return self if self._preserves_variance else None
 
+    def _signal(self, t: Tensor) -> Tensor:
+        """α(t), exactly zero at the end if it vanishes there."""
+        alpha = self.signal(t)
+        return torch.where(t == 1, 0.0, alpha) if self._vanishes else alpha
+
     def _with_rates(self, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """α and α′, σ and σ′."""
         one = (torch.ones_like(t),)
         alpha, alpha_rate = torch.func.jvp(self.signal, (t,), one)[:2]
         sigma, sigma_rate = torch.func.jvp(self.noise, (t,), one)[:2]
+        if self._vanishes:
+            alpha = torch.where(t == 1, 0.0, alpha)
         return (alpha, alpha_rate), (sigma, sigma_rate)
 
     def _squared_diffusion(self, t: Tensor) -> Tensor:
@@ -176,23 +201,26 @@ class SignalNoiseDynamics(Dynamics):
         if self.gain is not None:
             return self.gain(s, t)
         plus, direct = self._subtracted(s, t)
-        close = direct.detach() < 0.25 * plus.detach()
+        # The difference loses two digits at most.
+        close = direct.detach() < 1e-2 * plus.detach()
         if not bool(close.any()):
             return direct
-        return torch.where(close, self._quadrature(s, t), direct)
+        return torch.where(close, self._quadrature(s, torch.where(close, t, s)), direct)
 
     def _subtracted(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """σ_t α_s + σ_s α_t and σ_t α_s − σ_s α_t."""
-        later = self.noise(t) * self.signal(s)
-        earlier = self.noise(s) * self.signal(t)
+        later = self.noise(t) * self._signal(s)
+        earlier = self.noise(s) * self._signal(t)
         return later + earlier, later - earlier
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
-        """∫ (α_s σ′ − σ_s α′) over [s, t]."""
-        x, w = gauss_legendre(_NODES)
+        """∫ (α_s σ′ − σ_s α′) over [s, t], in panels that are no longer than those checked."""
         span = (t - s).unsqueeze(-1)
+        longest = float(span.detach().max()) if span.numel() else 0.0
+        x, w = _panels(max(1, math.ceil(longest * _CHECKED)))
         (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
-        slope = self.signal(s).unsqueeze(-1) * sigma_rate - self.noise(s).unsqueeze(-1) * alpha_rate
+        signal, noise = self._signal(s).unsqueeze(-1), self.noise(s).unsqueeze(-1)
+        slope = signal * sigma_rate - noise * alpha_rate
         return (span * w * slope).sum(-1)
 
     def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:
@@ -224,7 +252,7 @@ class SignalNoiseDynamics(Dynamics):
             raise ValueError(msg)
         if self.gain is not None:
             return
-        coarse = grid[::16]
+        coarse = grid[:: (len(grid) - 1) // _CHECKED]
         s, t = coarse[:-1], coarse[1:]
         plus, direct = (x.detach() for x in self._subtracted(s, t))
         close = direct < 0.25 * plus
@@ -240,7 +268,7 @@ class SignalNoiseDynamics(Dynamics):
 
     @torch.no_grad()
     def _latest_regular(self) -> float:
-        """Latest time with log α/σ ≥ −10: the signal left there is far below the noise."""
+        """Latest time with log α/σ ≥ −5, rounded down to four digits of 1 − t."""
         low, high = 0.0, 1.0  # of 1 − t
         for _ in range(200):
             middle = (low + high) / 2
@@ -249,20 +277,29 @@ class SignalNoiseDynamics(Dynamics):
             low, high = (middle, high) if float(ratio.log()) < _LEAST_LOG_SNR else (low, middle)
             if high - low <= 1e-3 * high:
                 break
-        return 1 - high
+        digits = min(15, 3 - math.floor(math.log10(high)))
+        return math.floor((1 - high) * 10**digits) / 10**digits
 
     def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
         bad = ~values.detach().isfinite()
         if bool(bad.any()):
             where = float(t.detach()[bad].max())
-            allowed = "take t > 0" if where == 0 else f"take t ≤ {self.regular_until:.6g}"
-            msg = (
-                f"t: the {name} of this process diverges at t = {where:g}; {allowed}. "
-                "Distributions are finite there, and ExponentialMultistep with predictions of the "
-                "data starts there"
+            advice = (
+                "take t > 0"
+                if where == 0
+                else f"take t ≤ {self.regular_until:.15g}. Distributions are finite there, and "
+                "ExponentialMultistep with predictions of the data starts there"
             )
+            msg = f"t: the {name} of this process diverges at t = {where:.15g}; {advice}"
             raise ValueError(msg)
         return values
+
+
+def _panels(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of a composite Gauss–Legendre rule on [0, 1]."""
+    x, w = gauss_legendre(_NODES)
+    starts = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
+    return ((starts + x) / count).flatten(), (w / count).repeat(count)
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
@@ -283,4 +320,9 @@ def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
         where = float(grid[bad][0])
         msg = f"{name} must be finite on [0, 1]; got {float(values[bad][0]):g} at t = {where:g}"
         raise ValueError(msg)
+    try:
+        torch.func.jvp(function, (grid,), (torch.ones_like(grid),))
+    except (NotImplementedError, RuntimeError) as error:
+        msg = f"{name} must be made of torch's operations, which have derivatives; {error}"
+        raise ValueError(msg) from error
     return values

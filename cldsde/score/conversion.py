@@ -377,8 +377,12 @@ class _Converter:
             data = _Linear(_block(of.of_noise * scale), _block(-of.sigma * scale))
             if target == "data":
                 return data
-            then = self._from_data(_Linear(torch.zeros_like(data.state), self._eye(1)), target)
-            return _Linear(then.state + then.value @ data.state, then.value @ data.value)
+            # a' x_0 + b' n in terms of x = α x_0 + σ n and of the source a x_0 + b n.
+            to = self._combination(target)
+            return _Linear(
+                _block((to.of_data * of.of_noise - to.of_noise * of.of_data) * scale),
+                _block(to.determinant * scale),
+            )
         noise = _Linear(_block(-of.of_data * scale), _block(of.alpha * scale))
         return self._from_noise(noise, target)
 
@@ -403,7 +407,7 @@ class _Converter:
         power = self.law.information()[..., None, None]
         if not bool((power > 0).all()):
             end = self.sde.regular_until
-            advice = f"take t ≤ {end:.6g}" if end < 1 else "end earlier or lower beta"
+            advice = f"take t ≤ {end:.15g}" if end < 1 else "end earlier or lower beta"
             msg = (
                 "t: nothing of x_0 is left in the state at "
                 f"t = {float(self.times.detach().max()):g}, and the score does not determine it; "

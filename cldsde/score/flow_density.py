@@ -22,7 +22,9 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
 from cldsde.linear.kernel import Gaussian
+from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
@@ -77,7 +79,7 @@ def flow_log_prob(
     The ODE is solved by torchdiffeq in float64 (float32 on devices that have no other), the score
     sees states of the dtype given. The tolerances hold for each sample, the divergence integral
     included; steps are those of the sample that needs the shortest. Times are kept in [t, T], with
-    T = 1 or, if drift and diffusion diverge there, `LinearSDE.regular_until`.
+    T = 1 or, if drift and diffusion diverge there, the time with `LinearSDE.log_snr` −10.
     Nothing of the result carries gradients.
 
     Parameters
@@ -133,7 +135,8 @@ def flow_log_prob(
     if not bool(z.isfinite().all()):
         msg = "z must be finite; it holds NaN or infinity"
         raise ValueError(msg)
-    check_between(t, 0.0, sde.regular_until * (1 - 1e-9), "t")
+    T = _end(sde)
+    check_between(t, 0.0, T * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")
     check_positive(atol, "atol")
@@ -143,11 +146,11 @@ def flow_log_prob(
         raise ValueError(msg)
     precision = torch.float32 if z.device.type == "mps" else torch.float64
     check_generator(generator)
-    flow = _Flow(process, z, t, divergence, max_nfev, generator)
+    flow = _Flow(process, z, (t, T), divergence, max_nfev, generator)
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:
         return FlowDensity(start[1], start[0], start[1], 0)
-    ends = torch.tensor([t, sde.regular_until], dtype=precision, device=z.device)
+    ends = torch.tensor([t, T], dtype=precision, device=z.device)
     options = {"norm": _worst_sample, "step_t": ends[1:]}
     try:
         with torch.no_grad():
@@ -161,13 +164,17 @@ def flow_log_prob(
         raise UnsolvedFlowError(msg) from error
     latent, integral = states[-1], integrals[-1]
     # Before T the noise alone is a little less than the prior.
-    regular = sde.regular_until == sde.T
-    prior = sde.prior if regular else Gaussian(sde.marginal(sde.regular_until).root)
+    prior = sde.prior if T == sde.T else Gaussian(sde.marginal(T).root)
     return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
 
 # Those of torchdiffeq that keep a tolerance; fehlberg2 misses it a hundredfold.
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
+
+
+def _end(sde: LinearSDE) -> float:
+    """Time from which on the prior is taken for the distribution of the states."""
+    return sde.T if sde.regular_until == sde.T else float(times_of_log_snr(sde, -10.0))
 
 
 def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:
@@ -183,14 +190,14 @@ class _Flow:
         self,
         process: ReverseProcess,
         z: Tensor,
-        t: float,
+        interval: tuple[float, float],
         divergence: Divergence,
         max_nfev: int,
         generator: torch.Generator | None,
     ) -> None:
         self.nfev = 0
         self._process = process
-        self._interval = (t, process.sde.regular_until)
+        self._interval = interval
         self._max_nfev = max_nfev
         self._dtype = z.dtype
         self._driven = list(process.sde.driven)

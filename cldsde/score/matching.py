@@ -206,6 +206,8 @@ class PerturbedData:
             raise ValueError(msg)
         output = output.to(self.noise.dtype)
         if weighting == "likelihood":
+            if prediction != "data" and self.sde.regular_until < self.sde.T:
+                self._check_before_end()
             error = self._noise_error(output, prediction)
             pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.law), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
@@ -221,6 +223,10 @@ class PerturbedData:
         of = self._combination(measured)
         if prediction == "data":
             return _scaled(-of.determinant / of.sigma, (output - self.x0).unsqueeze(1))
+        if prediction in ("velocity", "flow"):
+            # The error of each is −det/σ times that of the data.
+            given = self._combination(prediction)
+            return _scaled(of.determinant / given.determinant, output - self.target(prediction))
         return _scaled(of.determinant / of.alpha, self._noise_error(output, prediction))
 
     def _noise_error(self, output: Tensor, prediction: Target) -> Tensor:
@@ -239,6 +245,14 @@ class PerturbedData:
             return apply_blocks(-self.law.driven_root().mT, output) - self.noise
         return output - self.noise
 
+    def _check_before_end(self) -> None:
+        if bool((self.t == self.sde.T).any()):
+            msg = (
+                f"t must lie below {self.sde.T:g} for weighting='likelihood' unless the data are "
+                "predicted, because the diffusion of this process diverges there"
+            )
+            raise ValueError(msg)
+
     def _combination(self, kind: Target) -> Combination:
         if self.conditioning != "data":
             msg = (
@@ -250,7 +264,13 @@ class PerturbedData:
 
 
 def _scaled(factor: Tensor, values: Tensor) -> Tensor:
-    """Values ``(B, 1, *D)`` times a factor ``()`` or ``(B,)``."""
+    """Values ``(B, 1, *D)`` times a finite factor ``()`` or ``(B,)``."""
+    if not bool(factor.detach().isfinite().all()):
+        msg = (
+            "t: the quantity that is measured is infinite at a time at which nothing of the data "
+            "is left; draw earlier times, or take another prediction"
+        )
+        raise ValueError(msg)
     return apply_blocks(factor[..., None, None], values)
 
 
@@ -368,7 +388,8 @@ def optimal_loss(
 
 def likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
     """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
-    # At t = 1 of an interpolant G diverges, and its factor vanishes.
+    # At t = 1 of an interpolant G diverges. Errors that are α times one of the data are zero there,
+    # whatever finite rows they are multiplied by; `PerturbedData.loss` refuses the others.
     end = sde.regular_until
     finite = torch.where((t == sde.T) & (end < sde.T), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]
@@ -388,7 +409,7 @@ def _weights(weighting: Weighting, t: Tensor) -> Tensor:
     weights = torch.as_tensor(weighting(times), dtype=torch.float64, device="cpu")
     if weights.shape != times.shape:
         msg = (
-            f"weighting must return one number a time, {tuple(times.shape)}; "
+            f"weighting must return one number for each time, {tuple(times.shape)}; "
             f"got {tuple(weights.shape)}"
         )
         raise ValueError(msg)

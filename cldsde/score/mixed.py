@@ -260,7 +260,8 @@ class MixedScore(nn.Module):
             the score, so that they are computed once.
         prediction
             The prediction whose squared error counts: ``"noise"``, or for processes of one
-            component ``"velocity"`` or ``"flow"``. The network returns the same quantity.
+            component ``"velocity"`` or ``"flow"``. The network's output means the same
+            for each choice.
         weighting
             See `Weighting`.
         condition

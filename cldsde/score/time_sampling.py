@@ -61,9 +61,9 @@ class TimeSampler:
         self._knots[0], self._knots[-1] = t_min, 1.0
         values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
         fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
-        # It may vanish at an end alone, as the loss does when nothing of the data is left.
+        # It may be zero at an end, as the best loss is where nothing of the data is left.
         if not fits or not bool((values[1:-1] > 0).all()):
-            msg = "density must return one finite, positive value a time"
+            msg = "density must return one finite, positive value for each time"
             raise ValueError(msg)
         widths = self._knots.diff()
         mass = 0.5 * (values[1:] + values[:-1]) * widths
@@ -196,7 +196,7 @@ class LogSNRDensity:
     std: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no process, and numbers that are out of range."""
+        """Refuse another type than a process, and numbers that are out of range."""
         check_process(self.sde)
         check_positive(self.std, "std")
         if not math.isfinite(as_number(self.mean, "mean")):
@@ -247,18 +247,29 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
     '0.00, 1.00'
     """
-    check_positive(std, "std")
-    if not math.isfinite(as_number(mean, "mean")):
-        msg = f"mean must be finite; got {mean!r}"
-        raise ValueError(msg)
+    return LogitNormalDensity(mean, std)
 
-    def density(t: Tensor) -> Tensor:
-        times = t.clamp(1e-12, 1 - 1e-12)
-        distance = ((times.logit() - mean) / std).clamp(-30, 30)
-        normal = torch.exp(-0.5 * distance.square()) / (std * math.sqrt(2 * math.pi))
+
+@dataclass(frozen=True)
+class LogitNormalDensity:
+    """The density of `logit_normal_density`, which is called with times."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        check_positive(self.std, "std")
+        if not math.isfinite(as_number(self.mean, "mean")):
+            msg = f"mean must be finite; got {self.mean!r}"
+            raise ValueError(msg)
+
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """Density at times of any shape in (0, 1]."""
+        times = as_times(t, "t", 1.0).clamp(1e-12, 1 - 1e-12)
+        distance = ((times.logit() - self.mean) / self.std).clamp(-30, 30)
+        normal = torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
         return normal / (times * (1 - times))
-
-    return density
 
 
 def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
@@ -284,18 +295,30 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     Examples
     --------
     >>> density = mode_density(1.29)
-    >>> f"{density(torch.tensor(0.5)):.2f} {density(torch.tensor(1.0)):.2f}"
+    >>> f"{density(0.5):.2f} {density(1.0):.2f}"
     '3.79 0.44'
     """
-    check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+    return ModeDensity(scale)
 
-    def density(t: Tensor) -> Tensor:
-        low, high = torch.zeros_like(t), torch.ones_like(t)
+
+@dataclass(frozen=True)
+class ModeDensity:
+    """The density of `mode_density`, which is called with times."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        """Refuse a scale that is out of range."""
+        check_between(self.scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """Density at times of any shape in [0, 1]."""
+        times = as_times(t, "t", 1.0)
+        low, high = torch.zeros_like(times), torch.ones_like(times)
         for _ in range(60):  # t falls with u
             u = (low + high) / 2
-            above = 1 - u - scale * ((math.pi / 2 * u).cos().square() - 1 + u) > t
+            bend = (math.pi / 2 * u).cos().square() - 1 + u
+            above = 1 - u - self.scale * bend > times
             low, high = torch.where(above, u, low), torch.where(above, high, u)
         u = (low + high) / 2
-        return 1 / (1 + scale * (1 - math.pi / 2 * (math.pi * u).sin()))
-
-    return density
+        return 1 / (1 + self.scale * (1 - math.pi / 2 * (math.pi * u).sin()))

@@ -223,6 +223,23 @@ class TestKernels:
         composed = float(second.mean) ** 2 * float(first.covariance) + float(second.covariance)
         assert composed == pytest.approx(float(whole.covariance), rel=TOLERANCE)
 
+    def test_functions_that_oscillate_have_exact_kernels_over_long_steps(self) -> None:
+        def noise(t: torch.Tensor) -> torch.Tensor:
+            return t + 0.9 * torch.sin(120 * math.pi * t) / (120 * math.pi)
+
+        sde = LinearSDE.from_signal_noise(torch.ones_like, noise)
+        starts, ends = tensor([0.5, 0.5, 0.5]), tensor([0.64, 0.56, 0.501])
+        with mp.workdps(DIGITS):
+            levels = [
+                [
+                    t + mp.mpf(0.9) * mp.sin(120 * mp.mpf(math.pi) * t) / (120 * mp.mpf(math.pi))
+                    for t in map(mp.mpf, times.tolist())
+                ]
+                for times in (starts, ends)
+            ]
+            expected = [float(mp.sqrt(b**2 - a**2)) for a, b in zip(*levels, strict=True)]
+        assert_close(sde.transition(starts, ends).root, expected, [0, 1, 2])
+
     def test_a_table_is_met_at_its_steps(self) -> None:
         sde = VPSDE.from_alphas_cumprod(TABLE)
         times = torch.arange(1, 13, dtype=torch.float64) / 12
@@ -251,18 +268,56 @@ class TestProcess:
         assert CosineVP().stationary_reversal is not None
         assert RectifiedFlow().stationary_covariance is None
 
+    @pytest.mark.parametrize("entries", [7, 20, 1000])
+    def test_every_table_preserves_the_variance(self, entries: int) -> None:
+        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, entries, dtype=torch.float64), 0)
+        sde = VPSDE.from_alphas_cumprod(table)
+        assert float(sde.prior.covariance) == 1.0
+        assert torch.equal(sde.stationary_covariance, torch.eye(1, dtype=torch.float64))
+
     def test_noise_at_the_start_is_the_initial_covariance(self) -> None:
         sde, _ = CASES["uncertain start"]
         # A square root, squared.
         assert float(sde.initial_covariance) == pytest.approx(0.04, rel=4e-16)
 
     @pytest.mark.parametrize("name", SINGULAR)
-    def test_the_latest_regular_time_has_a_log_snr_of_minus_ten(self, name: str) -> None:
+    def test_the_latest_regular_time_has_a_log_snr_of_minus_five(self, name: str) -> None:
         sde, _ = CASES[name]
         assert sde.regular_until < 1
-        # Bisected to a thousandth of 1 - t.
-        assert float(sde.log_snr(sde.regular_until)) == pytest.approx(-10, abs=5e-3)
+        # Bisected to a thousandth of 1 - t and rounded to another.
+        assert float(sde.log_snr(sde.regular_until)) == pytest.approx(-5, abs=5e-3)
         assert sde.drift(sde.regular_until).isfinite().all()
+
+    @pytest.mark.parametrize(
+        "signal",
+        [
+            lambda t: torch.cos(math.pi / 2 * t),
+            lambda t: torch.cos(math.pi / 2 * t) ** 2,
+            lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t,
+        ],
+    )
+    def test_a_signal_that_vanishes_but_for_rounding_vanishes(self, signal: Any) -> None:
+        sde = LinearSDE.from_signal_noise(signal, lambda t: 1 * t)
+        assert sde.regular_until < 1
+        assert float(sde.transition(0.3, 1.0).mean) == 0.0
+        assert float(sde.log_snr(1.0)) == -math.inf
+        with pytest.raises(ValueError, match="diverges at t = 1"):
+            sde.drift(1.0)
+
+    def test_where_the_drift_diverges_at_the_start_the_message_says_so(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: 1 - torch.sqrt(t) / 2, lambda t: 1 * t)
+        with pytest.raises(ValueError, match=r"the drift .* diverges at t = 0; take t > 0$"):
+            sde.drift(0.0)
+
+    def test_a_signal_that_almost_vanishes_is_not_regular_at_the_end(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: 1 - t * (1 - 1e-12), lambda t: 1 * t)
+        assert sde.regular_until == pytest.approx(RectifiedFlow().regular_until, rel=1e-9)
+        # It is what 1 - 1e-12 leaves of 1, to its rounding.
+        assert float(sde.transition(0.5, 1.0).mean) == pytest.approx(2e-12, rel=1e-3)
+
+    def test_a_signal_that_falls_steadily_is_regular_to_the_end(self) -> None:
+        sde = LinearSDE.from_signal_noise(lambda t: torch.exp(-20 * t), lambda t: t.sqrt())
+        assert sde.regular_until == 1.0
 
     def test_times_of_log_snr_invert_it(self) -> None:
         levels = tensor([-9.0, -3.0, 0.0, 2.0, 8.0])
@@ -310,6 +365,14 @@ class TestGradients:
         assert torch.autograd.gradcheck(root, tensor([0.9, 0.5, 0.2, 0.01]).requires_grad_())
 
 
+class Cubed(torch.autograd.Function):
+    """A function without a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return t**3
+
+
 class TestRejections:
     """Functions that are no interpolants."""
 
@@ -326,6 +389,7 @@ class TestRejections:
             (lambda t: 1 - t, lambda t: t.float(), "noise must return float64"),
             (lambda t: 1 - t, lambda t: torch.where(t < 0.31, t, 2 * t - 0.31), "smooth near"),
             (lambda t: 1 - t, math.sqrt, "noise must take a tensor of times"),
+            (lambda t: 1 - t, Cubed.apply, "noise must be made of torch's operations"),
         ],
     )
     def test_what_is_no_interpolant_is_rejected(

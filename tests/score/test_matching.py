@@ -630,7 +630,7 @@ class TestRefusals:
         t = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
         pair = PerturbedData.draw(CLD(), data(3, 2), t)
         for weighting in (lambda t: t[1:], lambda t: t.sum(), lambda t: t[:, None]):
-            with pytest.raises(ValueError, match="one number a time"):
+            with pytest.raises(ValueError, match="one number for each time"):
                 pair.loss(pair.noise, weighting=weighting)
 
     @pytest.mark.parametrize("prediction", ["score", "noise", "data"])
