@@ -293,6 +293,9 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
             _check_encodes(solver)
         tables = solver.prepare(process, grid)
         asked = solver.evaluation_times(process, grid)
+        check: Any = getattr(process.score, "check_times", None)
+        if check is not None:
+            check(grid[[0, -1]] if asked is None else asked)
     known = None if asked is None else KnownTimes(asked)
     return Plan(process, solver, grid, tables, known)
 

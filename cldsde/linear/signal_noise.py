@@ -278,7 +278,8 @@ class SignalNoiseDynamics(Dynamics):
             if high - low <= 1e-3 * high:
                 break
         digits = min(15, 3 - math.floor(math.log10(high)))
-        return math.floor((1 - high) * 10**digits) / 10**digits
+        scale: float = 10.0**digits
+        return math.floor((1 - high) * scale) / scale
 
     def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
         bad = ~values.detach().isfinite()

@@ -179,6 +179,13 @@ class DenoiserScore(nn.Module):
         data = data.to(z.dtype).unsqueeze(1)
         return apply_blocks(rows.state, z) + apply_blocks(rows.value, data)
 
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range.
+
+        `cldsde.solvers.plan` calls it with the times of a grid.
+        """
+        self._sigma(t)
+
     def _rows(self, t: Tensor) -> _Rows:
         law = whiten(self.sde, self.sde.marginal(t), t)
         score = Conversion.at(self.sde, t, "data", "score")

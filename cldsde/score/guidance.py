@@ -49,7 +49,7 @@ class ConditionalScore(nn.Module):
         self.score = score
         self.conditions = conditions
         # So that a solver finds the process and the noise levels behind the wrapper.
-        for name in ("sde", "noise_levels", "evaluations"):
+        for name in ("sde", "noise_levels", "evaluations", "check_times"):
             if hasattr(score, name):
                 setattr(self, name, getattr(score, name))
 
@@ -172,6 +172,12 @@ class GuidedScore(nn.Module):
             return checked_data_method(given)(z, t)
         parts = (checked_data_method(score)(z, t) for score in (self.unconditional, given))
         return next(parts).lerp(next(parts), self.weight)
+
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if a time is out of the range of a score that knows its noise levels."""
+        for score in (self.conditional, self.unconditional):
+            if hasattr(score, "check_times"):
+                score.check_times(t)
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of evaluations that a guided one at each time takes, int64 like ``t``.

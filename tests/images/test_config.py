@@ -83,6 +83,8 @@ ALLOWED = {
     "data.flip": (True,),
     "data.dequantise": (True,),
     "network.conditional": (True,),
+    "sampling.t_start": (None,),
+    "sampling.t_end": (None,),
     "training.micro_batch": (None,),
     "training.clip": (None, 2.5),
     "network.label_dropout": (),

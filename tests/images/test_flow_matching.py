@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cldsde import VPSDE, MixedScore, RectifiedFlow
+from cldsde import VPSDE, GuidedScore, MixedScore, RectifiedFlow
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
-from cldsde.images.objectives import Batch, Times, make_objective
 from cldsde.images.runs import RunFolder
-from cldsde.images.sampling import GuidedScore, draw_images, make_solver
-from cldsde.images.training import train
-from cldsde.score import PerturbedData
+from cldsde.images.sample.sampler import draw_images, make_solver
+from cldsde.images.train import train
+from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.score import ConditionalScore, PerturbedData
 
 
 def images(count=64):
@@ -93,7 +93,8 @@ def test_guidance_is_linear_in_the_predictions_of_the_data():
     score = MixedScore(Classes(), VPSDE(), 0.0, 1.0)
     z = torch.randn(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     given, free = (score.data_prediction(z, 0.5, condition=torch.tensor(label)) for label in (1, 3))
-    found = GuidedScore(score, 1, 3, 2.5).data_prediction(z, 0.5)
+    pair = (ConditionalScore(score, condition=torch.tensor(label)) for label in (1, 3))
+    found = GuidedScore(*pair, 2.5).data_prediction(z, 0.5)
     # Single precision.
     assert torch.allclose(found, free + 2.5 * (given - free), rtol=1e-5, atol=1e-5)
 
@@ -103,26 +104,32 @@ def test_stochasticity_is_an_option_of_the_solver():
     solver = make_solver(SamplingConfig(solver="multistep-2", options=options))
     assert solver.stochasticity == 0.5
     for wrong in ("a lot", [1.0], None):
-        with pytest.raises(ValueError, match=r"options\.stochasticity must be .*number"):
+        with pytest.raises(ValueError, match=r"options\.stochasticity: must be .*number"):
             make_solver(SamplingConfig(solver="multistep-2", options={"stochasticity": wrong}))
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"process": {"name": "CLD"}}, r"score.prediction must be 'noise' .* CLD, which has 2"),
-        ({"score": {"prediction": "speed"}}, r"score.prediction must be"),
-        ({"score": {"mixing": -3.0}}, r"score.mixing must be None if prediction is 'flow'"),
+        ({"process": {"name": "CLD"}}, r"score.prediction: must be 'noise' .* CLD, which has 2"),
+        ({"score": {"prediction": "speed"}}, r"score.prediction: must be"),
+        ({"score": {"mixing": -3.0}}, r"score.mixing: must be None if prediction is 'flow'"),
         (
             {"training": {"conditioning": "all"}},
-            r"training.conditioning must be 'data' if score.prediction is 'flow'",
+            r"training.conditioning: must be 'data' if score.prediction is 'flow'",
         ),
         (
             {"training": {"times": "mode", "weighting": "likelihood"}},
-            r"training.weighting must be 'reweighted' if times is 'mode'",
+            r"training.weighting: must be 'reweighted' if times is 'mode'",
         ),
-        ({"training": {"mode_scale": 2.0}}, r"training.mode_scale must lie in"),
-        ({"training": {"logit_std": 0.0}}, r"training.logit_std must lie in"),
+        (
+            {"training": {"mode_scale": 2.0}},
+            r"training.mode_scale: .* equal to 1.75",
+        ),
+        (
+            {"training": {"logit_std": 0.0}},
+            r"training.logit_std: .* equal to 0.01",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_rejected(sections, message):

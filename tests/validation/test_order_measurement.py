@@ -746,5 +746,5 @@ def test_problems_are_of_the_law_that_they_say():
     assert isinstance(PROBLEMS["HOLD"].sde, HOLD)
     assert {name: p.name for name, p in PROBLEMS.items()} == {name: name for name in PROBLEMS}
     modes = {name for name, p in PROBLEMS.items() if not p.gaussian}
-    kinds = ("two points", "three modes", "three modes", "ring", "ring")
+    kinds = ("two points", "three modes", "three modes", "three modes", "ring", "ring")
     assert sorted(name.split(", ")[1] for name in modes) == sorted(kinds)

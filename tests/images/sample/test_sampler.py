@@ -451,7 +451,7 @@ def test_known_parts_and_greys_are_kept(run, tmp_path):
 def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monkeypatch, colourise):
     made = []
     monkeypatch.setattr(sample_request, "Imputation", lambda *a, **_: made.append(a))
-    score = SimpleNamespace(data_mean=torch.zeros(1, device="meta"))
+    score = torch.nn.Linear(1, 1, device="meta")
     request = SampleRequest(
         model=SimpleNamespace(score=score, space=ImageSpace((3, 8, 8))),
         sampling=FIXED,

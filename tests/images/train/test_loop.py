@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import random
@@ -209,7 +210,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(tmp_p
     run = RunFolder(tmp_path, config().to_dict())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "cldsde.images.train.feed.augment",
+            importlib.import_module("cldsde.images.train.feed"),
+            "augment",
             lambda x, levels, **options: torch.full(x.shape, torch.nan),
         )
         with pytest.raises(FloatingPointError, match="learning_rate"):
@@ -467,7 +469,8 @@ def test_losses_of_several_processes_are_taken_up_together():
 
 def test_what_was_never_saved_is_not_said_to_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "cldsde.images.train.feed.augment",
+        importlib.import_module("cldsde.images.train.feed"),
+        "augment",
         lambda x, levels, **options: torch.full(x.shape, torch.nan),
     )
     with pytest.raises(FloatingPointError, match="no state was saved before"):
