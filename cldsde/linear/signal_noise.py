@@ -278,7 +278,7 @@ class SignalNoiseDynamics(Dynamics):
             if high - low <= 1e-3 * high:
                 break
         digits = min(15, 3 - math.floor(math.log10(high)))
-        return math.floor((1 - high) * 10**digits) / 10**digits
+        return math.floor((1 - high) * 10.0**digits) / 10.0**digits
 
     def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
         bad = ~values.detach().isfinite()
