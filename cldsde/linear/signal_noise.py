@@ -154,7 +154,12 @@ class SignalNoiseDynamics(Dynamics):
 
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
-        """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1."""
+        """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1.
+
+        It is exact to rounding where α and σ are smooth, to about 1e-4 over entries of a table, and
+        to 1e-2 from a time at which the derivatives of α or σ are infinite. Of the solvers, only
+        `StochasticHeun` takes its noise from it.
+        """
         x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
         if self.regular_until < 1:
@@ -278,8 +283,7 @@ class SignalNoiseDynamics(Dynamics):
             if high - low <= 1e-3 * high:
                 break
         digits = min(15, 3 - math.floor(math.log10(high)))
-        scale: float = 10.0**digits
-        return math.floor((1 - high) * scale) / scale
+        return math.floor((1 - high) * 10.0**digits) / 10.0**digits
 
     def _finite(self, values: Tensor, t: Tensor, name: str) -> Tensor:
         bad = ~values.detach().isfinite()
