@@ -18,7 +18,7 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, DenoiserScore, sample
 from cldsde.images.data import to_levels
-from cldsde.images.evaluation_table import Evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import ImageModel, load_model
 from cldsde.progress import progress_bar
 
