@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_source_folder_without_its_solvers_says_so(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
     assert f"cldsde is imported from {tmp_path / 'cldsde'}, a part of its source" in result.stderr
+
+
+def test_every_folder_of_the_package_is_installed():
+    """setuptools does not look for packages: their folders are listed."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    files = (ROOT / "cldsde").glob("**/__init__.py")
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    assert set(listed) == found | {"cldsde.solvers", "cldsde.validation"}
 
 
 def test_ci_calls_the_readme_test_command():
