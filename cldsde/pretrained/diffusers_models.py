@@ -105,7 +105,7 @@ def from_diffusers(
     >>> from diffusers import DDPMScheduler, UNet2DModel
     >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks)
-    >>> denoiser = from_diffusers(unet, DDPMScheduler())
+    >>> denoiser = from_diffusers(unet.eval(), DDPMScheduler())
     >>> sde = cldsde.CLD()
     >>> cldsde.sample(sde, cldsde.DenoiserScore(denoiser, sde), (2, *denoiser.shape), nfe=5).shape
     torch.Size([2, 1, 8, 8])
