@@ -100,6 +100,7 @@ class ScoreDenoiser(nn.Module):
         self.score = score
         self.start = start
         self.seed = seed
+        self._kept: tuple[object, Tensor] | None = None
         #: Whether states are filled up with noise that depends on the place in the batch.
         self.fills = fill and self.sde.components > 1
 
@@ -132,8 +133,16 @@ class ScoreDenoiser(nn.Module):
         return (apply_blocks(lift.state, z) + apply_blocks(lift.value, score))[:, 0]
 
     def _noise(self, z: Tensor) -> Tensor:
-        generator = torch.Generator(z.device).manual_seed(self.seed)
-        return standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        """Noise of the seed, drawn on the CPU once for all states of a kind."""
+        kind = (z.shape, z.dtype, z.device)
+        if self._kept is None or self._kept[0] != kind:
+            generator = torch.Generator().manual_seed(self.seed)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                drawn = standard_normal(
+                    z.shape, generator=generator, dtype=z.dtype, device=z.device
+                )
+            self._kept = kind, drawn
+        return self._kept[1]
 
     def _times(self, levels: Tensor) -> Tensor:
         known = checked_levels(levels, *self.noise_levels)
