@@ -79,7 +79,7 @@ def from_diffusers(
     Returns
     -------
     DiffusersDenoiser
-        denoiser(u, sigma, **conditions). A network that is loaded is in evaluation mode and has no
+        A denoiser of u, sigma and conditions by name. A network that is loaded is in evaluation mode and has no
         gradients.
 
     Raises
