@@ -79,8 +79,8 @@ def from_diffusers(
     Returns
     -------
     DiffusersDenoiser
-        A denoiser of u, sigma and conditions by name. A network that is loaded is in evaluation mode and has no
-        gradients.
+        A denoiser of u, sigma and conditions by name. A network that is loaded is in evaluation
+        mode and has no gradients.
 
     Raises
     ------
