@@ -1,4 +1,4 @@
-"""Layers that the score networks add to those of the library diffusers."""
+"""Layers of the score networks that the library diffusers does not have."""
 
 from __future__ import annotations
 

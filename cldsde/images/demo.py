@@ -213,7 +213,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
             for seeds in sets:
                 images = to_unit(sampler.sample(seeds).images, space.levels)
                 values.append(frechet_distance(classifier.features(images), features))
-    # The last cell is that of the multistep solver at its largest budget.
+    # The last cell belongs to the multistep solver at its largest budget.
     labels = classifier(images).argmax(1)
     shares = (labels.bincount(minlength=10) / len(labels)).tolist()
     report = DemoReport(

@@ -20,7 +20,7 @@ class SettingError(ValueError):
     key
         Name of the setting: a key such as ``"training.batch"``, or the name of an argument.
     reason
-        What is wrong with its value.
+        The reason why its value cannot be used.
 
     Examples
     --------

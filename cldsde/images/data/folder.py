@@ -47,7 +47,7 @@ class FolderImages(Images):
     files : tuple of Path
         The file of each row.
     skipped : tuple of str
-        What was left out, and why: files that cannot be decoded, and files with other suffixes.
+        Files left out, and the reason: undecodable files, and files with other suffixes.
 
     Raises
     ------

@@ -45,7 +45,7 @@ class Images(ABC):
     class_names : tuple of str or None
         Names of the classes where they are known.
     skipped : tuple of str
-        What the source holds beside these images, and why it was left out.
+        Files of the source that were left out, and the reason.
 
     Raises
     ------

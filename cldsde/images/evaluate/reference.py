@@ -137,7 +137,7 @@ class Reference:
 
     @property
     def _classifier_origin(self) -> dict[str, str]:
-        """What a classifier was trained on."""
+        """Training data of a classifier."""
         labels = self.data.train.labels
         assert labels is not None
         return {
