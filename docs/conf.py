@@ -103,7 +103,8 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
+    # Tables of coefficients.
+    ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
 ]
 

@@ -49,9 +49,9 @@ class RectifiedFlow(LinearSDE):
 class CosineVP(LinearSDE):
     r"""Trigonometric interpolant: x_t = cos(πt/2) x_0 + sin(πt/2) n.
 
-    It is VP with β = π tan(πt/2): the cosine noise schedule without the offset at t = 0 and without the cut before t = 1
-    (`Schedule.cosine` has both). Drift and diffusion diverge at t = 1, but distributions are finite
-    there; see `RectifiedFlow`.
+    It is VP with β = π tan(πt/2): the cosine noise schedule without the offset at t = 0 and without
+    the cut before t = 1 (`Schedule.cosine` has both). Drift and diffusion diverge at t = 1, but
+    distributions are finite there; see `RectifiedFlow`.
 
     References
     ----------
