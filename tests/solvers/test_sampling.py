@@ -226,7 +226,7 @@ def test_arguments(change, error, message):
 def test_a_window_without_levels():
     sde = HOLD()  # reaches σ = 22 only
     score = DenoiserScore(lambda u, sigma: u, sde, noise_levels=(50.0, 80.0))
-    with pytest.raises(ValueError, match="range of times .* is empty"):
+    with pytest.raises(ValueError, match=r"range of times .* is empty"):
         cldsde.sample(sde, score, (2, 3))
 
 
