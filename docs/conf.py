@@ -1,9 +1,11 @@
 """Sphinx configuration. The package is read as installed: `tox -e docs` installs it first."""
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import sys
 import typing
 from pathlib import Path
 
+from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -133,6 +136,9 @@ _foreign = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
+    ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
+    # Inside the image layer, whose reference has its verbs alone
+    ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
@@ -194,19 +200,59 @@ class PublicNames(SphinxDirective):
         return self.parse_text_to_nodes(text)
 
 
+class ConfigKeys(SphinxDirective):
+    """A table of the keys of a section of configurations: name, default and meaning."""
+
+    required_arguments = 1
+
+    def run(self):
+        path = self.arguments[0]
+        module, name = path.rsplit(".", 1)
+        section = getattr(importlib.import_module(module), name)
+        kind = name.removesuffix("Config")
+        text = NumpyDocString(inspect.getdoc(section))
+        fields = {field.name: field for field in dataclasses.fields(section)}
+        lines = [f".. py:class:: {name}", f"   :module: {module}", "   :no-typesetting:", ""]
+        lines += [*text["Summary"], ""]
+        lines += [*text["Extended Summary"], ""]
+        lines += [".. list-table::", "   :header-rows: 1", "   :widths: 20 18 62", ""]
+        lines += ["   * - key", "     - default", "     - meaning"]
+        for row in text["Attributes"]:
+            keys = row.name.split(", ")
+            if kind == "Run" and "data" in keys:  # each section has a table of its own
+                continue
+            lines.append(f"   * - {', '.join(f'``{key}``' for key in keys)}")
+            lines.append(f"     - {', '.join(_default(fields[key]) for key in keys)}")
+            lines += ["     - " + row.desc[0], *(f"       {line}" for line in row.desc[1:])]
+        title = "Top level" if kind == "Run" else kind
+        heading = [title, "-" * len(title), ""]
+        return self.parse_text_to_nodes("\n".join(heading + lines), allow_section_headings=True)
+
+
+def _default(field):
+    """The default of a key as TOML writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        if dataclasses.is_dataclass(value) or not value:
+            return "its own defaults"
+    elif field.default is dataclasses.MISSING:
+        return "*required*"
+    else:
+        value = field.default
+    return "none" if value is None else f"``{json.dumps(value)}``"
+
+
 def _undocumented(app, env):
     """Warn, which fails the build, of public names without a page or without a docstring."""
     logger = logging.getLogger(__name__)
     objects = env.domaindata["py"]["objects"]
-    for layer in sorted({"cldsde", *env.domaindata["py"]["modules"]}):
+    for layer in ("cldsde", *LAYERS, "cldsde.solvers.authoring", "cldsde.images"):
         module = importlib.import_module(layer)
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 continue
-            # Modules of images share names: a name is documented in one of them.
-            above = (layer.rpartition(".")[0],) if layer.count(".") > 1 else ()
-            homes = LAYERS if layer == "cldsde" else (layer, *above)
+            homes = LAYERS if layer == "cldsde" else (layer, layer.rpartition(".")[0])
             if not any(x.startswith(homes) and x.endswith(f".{name}") for x in objects):
                 logger.warning("%s.%s is public and on no page", layer, name)
             if not (inspect.isclass(thing) or inspect.isroutine(thing)):
@@ -276,3 +322,4 @@ def setup(app):
     app.connect("env-check-consistency", _undocumented)
     app.connect("build-finished", _pictured)
     app.add_directive("public-names", PublicNames)
+    app.add_directive("config-keys", ConfigKeys)
