@@ -40,14 +40,16 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.bibtex",
-    "sphinx-mathjax-offline",  # MathJax as files of the site: formulas need no network
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
 html_theme = "furo"
 html_title = f"cldsde {release}"
-html_static_path = ["_static"]
+# Formulas need no network: MathJax is a file of the site. Its package has it as published.
+_mathjax = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent / "static"
+html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg.js")]
 html_css_files = ["site.css"]
+mathjax_path = "tex-svg.js"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -313,7 +315,6 @@ def _sourceless(app):
 
 def setup(app):
     """Register what this file adds to Sphinx."""
-    app.config.mathjax_path = "mathjax/tex-svg.js"  # one file, without fonts to load
     app.connect("autodoc-skip-member", _skip)
     app.connect("html-page-context", _offer_notebook)
     if not _source:
@@ -323,3 +324,4 @@ def setup(app):
     app.connect("build-finished", _pictured)
     app.add_directive("public-names", PublicNames)
     app.add_directive("config-keys", ConfigKeys)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
