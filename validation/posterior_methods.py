@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.score import GaussianMixture, MixtureScore, Observation, PosteriorScore, ReverseProcess
+from cldsde.score import GaussianMixture, Observation, PosteriorScore, ReverseProcess
+from cldsde.score.mixture import MixtureScore
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
 from cldsde.solvers import ExponentialMultistep, plan, sample_posterior, solve
 
