@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
@@ -142,7 +143,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
     ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
-    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes)|.*Schedule \| .*"),
+    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes)"),
     ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
@@ -291,14 +292,12 @@ def _skip(app, what, name, obj, skip, options):
     return True if any(path[1] in vars(base) for base in protocols) else skip
 
 
-def _readable(app, what, name, obj, options, signature, returns):
-    """Write constants of signatures as their formulas."""
-    for number, formula in {
-        "_CRITICAL_COUPLING": "2√2",
-        "_CRITICAL_FRICTION": "3√3",
-    }.items():
-        signature = signature and signature.replace(number, formula)
-    return signature, returns
+def _readable(app, domain, kind, content):
+    """Write constants in signatures as their formulas."""
+    formulas = {"_CRITICAL_COUPLING": "2√2", "_CRITICAL_FRICTION": "3√3"}
+    for text in list(content.parent[0].findall(nodes.Text)):
+        if text in formulas:
+            text.parent.replace(text, nodes.Text(formulas[text]))
 
 
 def _sourceless(app):
@@ -313,7 +312,7 @@ def setup(app):
     # Pages of names that are no longer public would stay otherwise.
     shutil.rmtree(Path(__file__).parent / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
-    app.connect("autodoc-process-signature", _readable)
+    app.connect("object-description-transform", _readable)
     if not _source:
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
