@@ -1,6 +1,7 @@
 """Sphinx configuration. The package is read as installed: `tox -e docs` installs it first."""
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -17,8 +18,13 @@ from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-# Another backend than the notebooks' own would leave figures off the pages.
+HERE = Path(__file__).parent
+
+# The kernels of the pages inherit these. Another backend than their own would leave figures off
+# the pages; more threads than one per kernel make small tensors slower, and builds slower by far.
 os.environ.pop("MPLBACKEND", None)
+os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "cldsde"
 author = "The cldsde developers"
@@ -34,6 +40,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.bibtex",
+    "sphinx-mathjax-offline",  # MathJax as files of the site: formulas need no network
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
@@ -41,15 +48,34 @@ default_role = "py:obj"  # `name` in a docstring leads to the name
 
 html_theme = "furo"
 html_title = f"cldsde {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# Code cells are run at every build, so the numbers on the pages are those of this version.
-nb_execution_mode = "force"
+
+
+def _version_of_content():
+    """Digest of the package and of the measurements that the pages show."""
+    layers = ("cldsde", "cldsde.solvers", "cldsde.validation")
+    folders = [Path(importlib.import_module(layer).__file__).parent for layer in layers]
+    folders += [HERE / "data", HERE / "how-to" / "bring-your-model"]
+    files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+    digest = hashlib.sha256((HERE / "matplotlibrc").read_bytes())
+    for file in sorted(files):
+        if file.suffix in (".py", ".json", ".toml"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Results of code cells are kept until the page, the package or its measurements change.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "cells" / _version_of_content())
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"  # with tables
-nb_execution_timeout = 600  # seconds a cell; some train
+nb_execution_timeout = 600  # seconds per cell; some cells train a network
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
@@ -96,10 +122,14 @@ autodoc_preserve_defaults = True  # `root_times`, not <function root_times at 0x
 python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
-# Names lead to their source: where it is published, at an address such as
-# https://example.org/cldsde/blob/v0.1.0, or else to pages of it that go with the site.
+# Names link to their source. CLDSDE_DOCS_SOURCE is the address of the published source, such as
+# https://example.org/cldsde/blob/v0.2.0; without it the site has pages of the source of its own.
 _source = os.environ.get("CLDSDE_DOCS_SOURCE", "").rstrip("/")
 extensions.append("sphinx.ext.linkcode" if _source else "sphinx.ext.viewcode")
+if _source:
+    html_theme_options = {
+        "footer_icons": [{"name": "Repository", "url": _source.partition("/blob/")[0], "html": "⌂"}]
+    }
 
 
 def linkcode_resolve(domain, info):
@@ -121,8 +151,8 @@ def linkcode_resolve(domain, info):
     return f"{_source}/{folder}{inside.as_posix()}#L{first}-L{first + len(lines) - 1}"
 
 
-# References into other projects become links where their inventories can be fetched, which a
-# build asks for with this variable. Without it they stay plain text, and so need no network.
+# With this variable, references into other projects become links. Their inventories come from
+# the network; without the variable such references stay plain text.
 if os.environ.get("CLDSDE_DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
@@ -163,7 +193,7 @@ LAYERS = (
 
 
 def _public_reference(app, env, node, contnode):
-    """Lead a reference to the module that defines a name to the layer that publishes it.
+    """Resolve a reference to a name in the layer that publishes it.
 
     ``cldsde.linear.processes.CLD``, as an annotation has it, and a bare ``CLD`` are both
     documented as ``cldsde.linear.CLD``.
@@ -239,7 +269,7 @@ def _default(field):
 
 
 def _undocumented(app, env):
-    """Warn, which fails the build, of public names that no page has or no docstring explains."""
+    """Warn, which fails the build, of public names without a page or without a docstring."""
     logger = logging.getLogger(__name__)
     objects = env.domaindata["py"]["objects"]
     for layer in ("cldsde", *LAYERS, "cldsde.solvers.authoring", "cldsde.images"):
@@ -263,8 +293,28 @@ def _undocumented(app, env):
                     logger.warning("%s.%s.%s has no docstring", layer, name, member)
 
 
+def _offer_notebook(app, pagename, templatename, context, doctree):
+    """Let readers download a page with code cells as a notebook."""
+    notebook = Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
+    if doctree is None or not notebook.is_file():
+        return
+    copy = (
+        Path(app.outdir)
+        / "_downloads"
+        / "notebooks"
+        / notebook.relative_to(notebook.parents[pagename.count("/")])
+    )
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(notebook, copy)
+    address = "../" * pagename.count("/") + copy.relative_to(app.outdir).as_posix()
+    context["body"] += (
+        f'<p class="notebook-download"><a download href="{address}">'
+        "Download this page as a Jupyter notebook</a></p>"
+    )
+
+
 def _pictured(app, error):
-    """Fail where a page that draws figures shows none."""
+    """Fail if a page that draws figures shows none."""
     if error is not None or app.builder.name != "html" or app.config.nb_execution_mode == "off":
         return
     for name in app.env.found_docs:
@@ -310,9 +360,11 @@ def _sourceless(app):
 def setup(app):
     """Register what this file adds to Sphinx."""
     # Pages of names that are no longer public would stay otherwise.
-    shutil.rmtree(Path(__file__).parent / "reference" / "api", ignore_errors=True)
+    shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
     app.connect("object-description-transform", _readable)
+    app.config.mathjax_path = "mathjax/tex-svg.js"  # one file, without fonts to load
+    app.connect("html-page-context", _offer_notebook)
     if not _source:
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)

@@ -1,6 +1,6 @@
 """Solvers of the reverse process: `solve` runs one over a time grid, `plan` prepares many runs.
 
-What the author of a solver needs is in `cldsde.solvers.authoring`.
+To write a solver, see `cldsde.solvers.authoring`.
 """
 
 from cldsde.linear.log_snr import times_of_log_snr

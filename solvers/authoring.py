@@ -1,9 +1,12 @@
-"""What the author of a solver or of a noise source needs.
+"""Base classes and helpers for writing a solver or a noise source.
 
-A solver whose steps are affine in states, scores and noise derives from `AffineSolver` (one score
-evaluation, at the start of the step) or `StagedSolver`, and gives the blocks of its stages. Any
-other solver on a grid derives from `GridSolver` and gives tables and a step. A solver that chooses
-its times derives from `Solver` and gets a `Run`.
+Choose the base class by the method:
+
+- `AffineSolver`: one score evaluation per step, at its start. The new state is affine in state,
+  score and noise.
+- `StagedSolver`: several such stages per step.
+- `GridSolver`: any other solver on a fixed grid. It writes tables and a step.
+- `Solver`: an adaptive solver, or one with a loop of its own. It gets a `Run`.
 """
 
 from .base import Facts, GridSolver, Integration, Memory, Run, ScoreAt, Solver

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_number, check_state
@@ -46,7 +46,7 @@ class _Coefficients(NamedTuple):
     state: Tensor  # (*, 1, k), takes the state, and
     score: Tensor  # (*, 1, d), the driven score to D
     psi: Tensor  # (*, 1, k)
-    to_score: Tensor  # (*, d, 1), takes a change of D to that of the driven score
+    to_score: Tensor  # (*, d, 1), takes a change of D to a change of the driven score
     variance: Tensor  # (*, 1), σ²
 
 
@@ -68,7 +68,7 @@ class _Linearised(NamedTuple):
     isotropic: Tensor  # r², (B,) or (1,)
 
 
-class PosteriorScore:
+class PosteriorScore(nn.Module):
     r"""Score of p(z_t | y) for a linear observation y of the data, from any score of p(z_t).
 
     .. math::
@@ -82,7 +82,7 @@ class PosteriorScore:
     score
         score(z, t) of the driven components: exact, or a network, under any linear SDE.
     observation
-        What was observed.
+        The observation y.
     method
         ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
         ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
@@ -149,7 +149,7 @@ class PosteriorScore:
         if not callable(score):
             msg = f"score must be a callable score(z, t); got {type(score).__name__}"
             raise TypeError(msg)
-        self.observation = check_observation(observation)
+        check_observation(observation)
         one_of(method, PosteriorMethod, "method")
         process = getattr(score, "sde", None) if sde is None else sde
         if process is None:
@@ -171,8 +171,14 @@ class PosteriorScore:
                 "'moments' or 'pigdm'"
             )
             raise ValueError(msg)
+        super().__init__()
         self.score = score
         self.sde = process
+        # Solvers look for the noise levels and the cost of the score at the wrapper.
+        for name in ("noise_levels", "evaluations", "check_times"):
+            if hasattr(score, name):
+                setattr(self, name, getattr(score, name))
+        self.observation = observation
         self.method = method
         self.iterations = iterations
         self.gradient = bool(gradient)
@@ -182,7 +188,7 @@ class PosteriorScore:
         """Score, observation and method in one line."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
-    def __call__(self, z: Tensor, t: Tensor | float) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor | float) -> Tensor:
         """Score of the driven components given y, ``(B, len(driven), *D)``."""
         found, shift = self._guide(z, t)
         return found.score + apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))
@@ -235,7 +241,7 @@ class PosteriorScore:
         def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
             return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
 
-        # No eigenvalue of a covariance exceeds its trace, that of the data on average.
+        # No eigenvalue of V exceeds its trace, which is at most the data's trace on average.
         total = self.data_variance * math.prod(shape)
 
         def moments(v: Tensor) -> tuple[Tensor, Tensor]:
