@@ -10,9 +10,9 @@ import os
 import re
 import shutil
 import sys
-import typing
 from pathlib import Path
 
+from docutils import nodes
 from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
@@ -42,6 +42,8 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
+
+default_role = "py:obj"  # `name` in a docstring leads to the name
 
 html_theme = "furo"
 html_title = f"cldsde {release}"
@@ -84,10 +86,42 @@ bibtex_reference_style = "author_year"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-autosummary_generate = False
+templates_path = ["_templates"]
+autosummary_generate = True  # one page for each public name, in reference/api
+autosummary_filename_map = {"cldsde.solvers.Plan": "cldsde.solvers.Plan-class"}  # beside plan
+# Classes that users meet as arguments or results only: described with the function or class that
+# takes or returns them.
+autosummary_context = {
+    "related": {
+        "cldsde.pretrained.from_diffusers": [
+            "cldsde.pretrained.diffusers_models.DiffusersDenoiser"
+        ],
+        "cldsde.score.DenoiserScore": ["cldsde.score.denoisers.Denoiser"],
+        "cldsde.score.GaussianMixture": ["cldsde.score.mixture.MixtureScore"],
+        "cldsde.score.PosteriorScore": ["cldsde.score.posterior_score.Guided"],
+        "cldsde.score.flow_log_prob": ["cldsde.score.flow_density.FlowDensity"],
+        "cldsde.score.log_likelihood": ["cldsde.score.likelihood.Likelihood"],
+        "cldsde.solvers.sample_posterior": ["cldsde.solvers.twisted.PosteriorSamples"],
+        "cldsde.validation.OrderEstimate": [
+            "cldsde.validation.order_estimate.Verdict",
+            "cldsde.validation.order_estimate.Level",
+        ],
+        "cldsde.validation.WorkPrecision": ["cldsde.validation.work_precision.WorkPrecisionPoint"],
+        "cldsde.validation.calibration_ranks": ["cldsde.validation.calibration.Calibration"],
+        "cldsde.validation.posterior_error": ["cldsde.validation.posterior_error.PosteriorError"],
+        "cldsde.validation.posterior_methods": [
+            "cldsde.validation.posterior_methods.PosteriorMethod"
+        ],
+        "cldsde.validation.posterior_problems": [
+            "cldsde.validation.posterior_problems.PosteriorProblem"
+        ],
+    }
+}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # `root_times`, not <function root_times at 0x…>
+python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
 # Names link to their source. CLDSDE_DOCS_SOURCE is the address of the published source, such as
@@ -139,8 +173,12 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
-    # Inside the image layer, whose reference has its verbs alone
+    # Types inside the layers, whose reference has the public names alone
     ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
+    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes)"),
+    ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
+    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
+    ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
@@ -166,7 +204,8 @@ def _public_reference(app, env, node, contnode):
         return None
     target = node.get("reftarget", "")
     *path, name = target.split(".")
-    objects = env.domaindata["py"]["objects"]
+    # Every class also has an entry for the module that defines it.
+    objects = {x for x, entry in env.domaindata["py"]["objects"].items() if not entry.aliased}
     if path == ["cldsde"]:
         found = [full for layer in LAYERS if (full := f"{layer}.{name}") in objects]
     elif path[:1] == ["cldsde"]:
@@ -179,27 +218,14 @@ def _public_reference(app, env, node, contnode):
         ]
     else:
         found = [full for full in objects if full.endswith(f".{target}")]
+        # `solve` is the function, not the method of that name of a class
+        fewest = min((full.count(".") for full in found), default=0)
+        found = [full for full in found if full.count(".") == fewest]
     if len(found) != 1:
         return None
     return env.domains.python_domain.resolve_xref(
         env, node["refdoc"], app.builder, node.get("reftype", "obj"), found[0], node, contnode
     )
-
-
-class PublicNames(SphinxDirective):
-    """A table of the names that a module publishes, with the first line of each."""
-
-    required_arguments = 1
-
-    def run(self):
-        module = self.arguments[0]
-        public = importlib.import_module(module)
-        # Of names for types autosummary takes the signature of what they stand for, and fails.
-        names = [n for n in public.__all__ if typing.get_origin(getattr(public, n)) is None]
-        names.sort(key=str.lower)
-        table = "\n".join(["", *(f"   {name}" for name in names)])
-        text = f".. currentmodule:: {module}\n\n.. autosummary::\n{table}\n"
-        return self.parse_text_to_nodes(text)
 
 
 class ConfigKeys(SphinxDirective):
@@ -302,8 +328,28 @@ def _pictured(app, error):
 
 
 def _skip(app, what, name, obj, skip, options):
-    """Leave out fields of named tuples, whose docstrings only give their number."""
-    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else skip
+    """Leave out what a page of a class need not repeat.
+
+    These are fields of named tuples, of which Python says their number only, and methods that
+    implement a protocol: the class that declares the protocol describes them once.
+    """
+    if str(getattr(obj, "__doc__", "")).startswith("Alias for field number"):
+        return True
+    function = inspect.unwrap(getattr(obj, "fget", None) or getattr(obj, "__func__", obj))
+    path = getattr(function, "__qualname__", "").split(".")
+    owner = getattr(sys.modules.get(getattr(function, "__module__", "")), path[0], None)
+    if len(path) != 2 or not inspect.isclass(owner):
+        return skip
+    protocols = [base for base in owner.__mro__[1:] if base.__module__.startswith("cldsde.")]
+    return True if any(path[1] in vars(base) for base in protocols) else skip
+
+
+def _readable(app, domain, kind, content):
+    """Write constants in signatures as their formulas."""
+    formulas = {"_CRITICAL_COUPLING": "2√2", "_CRITICAL_FRICTION": "3√3"}
+    for text in list(content.parent[0].findall(nodes.Text)):
+        if text in formulas:
+            text.parent.replace(text, nodes.Text(formulas[text]))
 
 
 def _sourceless(app):
@@ -315,13 +361,15 @@ def _sourceless(app):
 
 def setup(app):
     """Register what this file adds to Sphinx."""
+    # Pages of names that are no longer public would stay otherwise.
+    shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
+    app.connect("object-description-transform", _readable)
     app.connect("html-page-context", _offer_notebook)
     if not _source:
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
     app.connect("build-finished", _pictured)
-    app.add_directive("public-names", PublicNames)
     app.add_directive("config-keys", ConfigKeys)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
