@@ -9,43 +9,25 @@ Choose the base class by the method:
 - `Solver`: an adaptive solver, or one with a loop of its own. It gets a `Run`.
 """
 
-from cldsde.score.reverse import KnownScore
-from cldsde.score.times import KnownTimes
-
-from .base import (
-    Facts,
-    GridSolver,
-    Integration,
-    Memory,
-    Run,
-    ScoreAt,
-    ShiftedScore,
-    Solver,
-    check_solver,
-)
-from .combine import Block, as_blocks, combine
+from .base import Facts, GridSolver, Integration, Memory, Run, ScoreAt, Solver
+from .combine import as_blocks, combine
 from .noise import NoiseSource, PathNoise
 from .staged import AffineSolver, Stage, StagedSolver, Stages
 
 __all__ = [
     "AffineSolver",
-    "Block",
     "Facts",
     "GridSolver",
     "Integration",
-    "KnownScore",
-    "KnownTimes",
     "Memory",
     "NoiseSource",
     "PathNoise",
     "Run",
     "ScoreAt",
-    "ShiftedScore",
     "Solver",
     "Stage",
     "StagedSolver",
     "Stages",
     "as_blocks",
-    "check_solver",
     "combine",
 ]

@@ -17,7 +17,7 @@ from cldsde.linear.checks import as_grid_times
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
-from cldsde.score import ReverseProcess, Score
+from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.score.checks import two_increasing
 
 from .base import Solver, check_solver
@@ -85,7 +85,8 @@ def sample(
         The process to sample with.
     score
         Function score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a
-        `GaussianMixture`. Put a network in evaluation mode.
+        `GaussianMixture`. Put a network in evaluation mode. A
+        `ConditionalScore` holds conditions for all B samples.
     shape
         ``(B, *D)``: number of samples and shape of one sample.
     nfe
@@ -161,7 +162,10 @@ def sample(
             some = seeds[first : first + size]
             noise = SampleNoise(some)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
-            solution = sampler.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
+            batched = sampler
+            if isinstance(score, ConditionalScore | GuidedScore):
+                batched = sampler.with_score(score.part(slice(first, first + size), count))
+            solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(some))
     return torch.cat(found)

@@ -18,7 +18,7 @@ from cldsde import (
     ReverseProcess,
     solvers,
 )
-from cldsde.linear import SignalNoiseDynamics
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import named_solvers
 

@@ -1,5 +1,6 @@
 """Sampling of image models: one sampler for every command, and files of samples."""
 
+from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import (
@@ -13,6 +14,7 @@ from cldsde.images.sample.sampler import (
 
 __all__ = [
     "ImageSampler",
+    "ObservedImage",
     "SampleRequest",
     "Samples",
     "alone",
