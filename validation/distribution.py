@@ -154,10 +154,10 @@ def distribution_check(
     the error that is left on the finer grid. The allowed error is twice this error plus 5 standard
     errors.
 
-    The check also fails if an error grows from the coarser to the finer grid by more than 5
-    standard errors, because the difference of the grids would hide it. If the difference is as
-    large as the distribution, finer grids are tried, and after them the check is inconclusive. For
-    adaptive solvers two tolerances replace the grids.
+    The check also fails if an error grows by more than 5 standard errors on the finer grid. The
+    difference of the grids would hide such an error. If the difference is as large as the
+    distribution, finer grids are tried, and after them the check is inconclusive. For adaptive
+    solvers two tolerances replace the grids.
 
     A solver that declares no order must have a Kolmogorov distance of at most 15 % along random
     directions.

@@ -1,6 +1,6 @@
 """Exact moments of a solver's samples, without Monte Carlo.
 
-With Gaussian data the score is affine, so a solve is an affine map of its start and its noise,
+With Gaussian data the score is affine. A solve is then an affine map of its start and its noise,
 z' = b + X z + N ξ. Solving from basis vectors *probes* its matrices. Mean and covariance follow
 exactly:
 

@@ -178,9 +178,9 @@ def estimate_order(
     with the standard error s, the rounding error ρ, and 0.1 % for the error of the expansion.
 
     1. Levels are dropped whose error is not finite, at most ρ, or below 3 s.
-    2. While the local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, differs from any
-       finer local order by more than ``tolerance`` plus the half-width of the difference's
-       interval, the coarsest level is dropped.
+    2. The local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, is compared with all
+       finer local orders. If it differs by more than ``tolerance`` plus the half-width of the
+       difference's interval, the coarsest level is dropped. This is repeated.
     3. If fewer than 3 levels are left, there is no order.
     4. The order is the slope of :math:`\log e` on :math:`\log h` by generalised least squares. Its
        covariance matrix is
