@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .plain import plain
+from .regression import is_steady, local_orders, log_slope, student_quantile, turns
 
 __all__ = ["Level", "OrderEstimate", "Verdict", "estimate_order"]
 
@@ -251,7 +252,7 @@ def estimate_order(
     variances = np.zeros_like(e)
     variances[kept] = (s[kept] / e[kept]) ** 2 + (floor[kept] / 3 / e[kept]) ** 2 + _MODEL**2
     while len(kept) >= 3:
-        local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+        local, covariance = local_orders(x[kept], y[kept], variances[kept])
         spread = covariance[0, 0] + covariance.diagonal() - 2 * covariance[0]
         allowed = tolerance + quantile * np.sqrt(spread[1:])
         if (np.abs(local[1:] - local[0]) <= allowed).all():
@@ -261,14 +262,14 @@ def estimate_order(
 
     order = low = high = math.nan
     if len(kept) >= 3:
-        if not _steady(x[kept], y[kept], variances[kept], quantile):
+        if not is_steady(x[kept], y[kept], variances[kept], quantile):
             spacing = min(spacing, 0.5)
-        order, std, excess = _slope(x[kept], y[kept], variances[kept], spacing)
+        order, std, excess = log_slope(x[kept], y[kept], variances[kept], spacing)
         # A variance that is estimated from residuals has an uncertainty of its own.
         known = excess <= 1 or bool((s[kept] > 0).all())
-        student = quantile if known else _student(confidence, len(kept) - 2)
+        student = quantile if known else student_quantile(confidence, len(kept) - 2)
         low, high = order - student * std, order + student * std
-    local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+    local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     verdict, fault, grown = None, "", False
     if expected is not None:
@@ -279,7 +280,7 @@ def estimate_order(
             grown = e[ends[1]] - e[ends[0]] > noise
             # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
             limit = local[-1] + margins[-1]
-            if not s[usable].any() and _turns(x[usable], y[usable], variances[usable], quantile):
+            if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
                 limit = math.inf  # the levels have noise without known standard errors
             fault = _fault(local[-1], limit, grown, expected, tolerance)
         if fault and (grown or verdict is not Verdict.FAIL):
@@ -319,79 +320,6 @@ def _reason(error: float, standard_error: float, floor: float) -> str:
     if error <= floor:
         return _ROUNDING
     return _NOISE if error / 3 < standard_error else ""
-
-
-def _local_orders(
-    x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slopes between neighbours, and their covariance matrix."""
-    differences = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]
-    return differences @ y, (differences * variances) @ differences.T
-
-
-def _steady(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
-    """Whether local orders are monotonic with decreasing changes, up to their sampling errors."""
-    changes, noise = _changes(x, y, variances, quantile)
-    growth = np.diff(np.abs(changes))
-    grows = bool((growth > noise[1:] + noise[:-1]).any())
-    return not (grows or _turns(x, y, variances, quantile))
-
-
-def _turns(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
-    """Whether local orders go up and down by more than their sampling errors."""
-    changes, noise = _changes(x, y, variances, quantile)
-    seen = np.sign(changes) * (np.abs(changes) > noise)
-    return bool((seen > 0).any() and (seen < 0).any())
-
-
-def _changes(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Changes of local orders, and the half-widths of their intervals."""
-    local, covariance = _local_orders(x, y, variances)
-    differences = np.diff(np.eye(len(local)), axis=0)
-    spread = differences @ covariance @ differences.T
-    return np.diff(local), quantile * np.sqrt(spread.diagonal())
-
-
-def _slope(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    spacing: float,
-) -> tuple[float, float, float]:
-    """Slope of y on x by generalised least squares, its standard deviation, and χ²/(n − 2)."""
-    power = np.exp(spacing * (x - x[0]))
-    u = np.outer(power, power) / 4
-    root = np.linalg.cholesky(np.diag(variances) + u / (1 - u))
-    columns = np.stack([np.ones_like(x), x - x[0], y - y[0]], axis=1)
-    one, regressor, response = np.linalg.solve(root, columns).T
-    regressor, response = (z - one * (one @ z) / (one @ one) for z in (regressor, response))
-    information = regressor @ regressor
-    slope = regressor @ response / information
-    residuals = response - slope * regressor
-    excess = float(residuals @ residuals) / (len(x) - 2)
-    return float(slope), math.sqrt(max(1.0, excess) / float(information)), excess
-
-
-def _student(confidence: float, freedom: int) -> float:
-    """Quantile of Student's distribution."""
-    from scipy.stats import t  # imported here because it is slow to import
-
-    return float(t.ppf((1 + confidence) / 2, freedom))
 
 
 def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:

@@ -21,7 +21,8 @@ from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .page import data_uri, figure_uri, render_page
 from .plots import canvas
-from .suite import declared_too_low, declares_order, inconclusive, summarise
+from .suite import declares_order
+from .summary import declared_too_low, inconclusive, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["PAGE", "Report", "part_of"]

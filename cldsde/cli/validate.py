@@ -40,8 +40,8 @@ from cldsde.validation.suite import (
     count,
     declares_order,
     rejection,
-    summarise,
 )
+from cldsde.validation.summary import summarise
 
 from .posterior import prepare_posterior
 

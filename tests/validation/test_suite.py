@@ -41,7 +41,8 @@ from cldsde.validation.distribution import DistributionCase
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.problems import forward_processes
 from cldsde.validation.report import Report
-from cldsde.validation.suite import checks, summarise
+from cldsde.validation.suite import checks
+from cldsde.validation.summary import summarise
 from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
