@@ -1078,10 +1078,10 @@ class TestRefusals:
     @pytest.mark.parametrize("limit", [1, 2, 7, 20])
     def test_too_few_evaluations_are_an_error(self, limit: int) -> None:
         score = Recorder(RING.score(CLD()))
-        with pytest.raises(RuntimeError, match=f"max_nfev: {limit} evaluations"):
+        with pytest.raises(RuntimeError, match=f"max_nfev = {limit} evaluations"):
             flow_log_prob(ReverseProcess(CLD(), score), Z, 0.01, max_nfev=limit)
         assert len(score.times) == limit
-        with pytest.raises(RuntimeError, match=f"max_nfev: {limit} evaluations"):
+        with pytest.raises(RuntimeError, match=f"max_nfev = {limit} evaluations"):
             log_likelihood(_process(), X, 0.01, max_nfev=limit)
 
     def test_as_many_evaluations_as_are_needed_are_enough(self) -> None:
