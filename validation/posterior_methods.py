@@ -9,7 +9,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from cldsde.score import GaussianMixture, MixtureScore, Observation, PosteriorScore, ReverseProcess
+from cldsde.score import GaussianMixture, Observation, PosteriorScore, ReverseProcess
+from cldsde.score.mixture import MixtureScore
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
 from cldsde.solvers import ExponentialMultistep, Imputation, sample_posterior, solve
 

@@ -27,7 +27,7 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.solvers import canonical_name
+from cldsde.solvers.named import canonical_name
 
 __all__ = [
     "DataConfig",
