@@ -74,18 +74,7 @@ def _build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Parameters
-    ----------
-    arguments
-        Words of the command line after ``cldsde``; None takes the process's own.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
+    """Run a command."""
     program, interrupted = "cldsde", "interrupted"
     try:
         options = _build_parser().parse_args(None if arguments is None else list(arguments))

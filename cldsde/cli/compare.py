@@ -18,8 +18,6 @@ from jsonargparse import ArgumentParser, Namespace
 from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
 INTERRUPTED = "interrupted; the same command goes on"
 
 
@@ -57,18 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the comparison, read the data, open all folders; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the configuration is refused, the data are not there, or a folder or file belongs to
-        something else.
-    OSError
-        If a folder cannot be written.
-    """
+    """Check the comparison, read the data, open all folders; return the work that is left."""
     with needs_images():
         from cldsde.images.compare import PRESETS, Comparison, load_comparison
         from cldsde.images.compare.report import RESULTS

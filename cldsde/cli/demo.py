@@ -16,8 +16,6 @@ from jsonargparse import ArgumentParser, Namespace
 from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
 INTERRUPTED = "interrupted; the same command goes on"
 
 
@@ -34,18 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the options, open the run folder, and return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the device is not there, the seed is out of range, or the folder belongs to something
-        else.
-    OSError
-        If the folder cannot be written.
-    """
+    """Check the options, open the run folder, and return the work that is left."""
     with needs_images():
         from cldsde.images.demo import DemoConfig, run_demo
         from cldsde.images.runs import RunFolder

@@ -7,9 +7,6 @@ import re
 import torch
 from jsonargparse import ArgumentParser
 
-__all__ = ["add_device_argument", "resolve_device"]
-
-
 def add_device_argument(parser: ArgumentParser) -> None:
     """Declare the option."""
     parser.add_argument(
@@ -18,13 +15,7 @@ def add_device_argument(parser: ArgumentParser) -> None:
 
 
 def resolve_device(name: str) -> str:
-    """Turn ``auto`` into a GPU where there is one; refuse a device that is not there.
-
-    Raises
-    ------
-    ValueError
-        If the name is none of auto, cpu, cuda, cuda:N, mps, or the machine has no such device.
-    """
+    """Turn ``auto`` into a GPU where there is one; refuse a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from cldsde.images.model import ImageModel
     from cldsde.images.sample.source import OtherDynamics
 
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
 INTERRUPTED = "interrupted; the same command goes on"
 
 
@@ -97,17 +95,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the options, load model and data; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the run or the samples cannot be used, or an option does not fit.
-    OSError
-        If results, or what is kept beside them, cannot be written.
-    """
+    """Check the options, load model and data; return the work that is left."""
     with needs_images():
         from cldsde.images.runs import CONFIG
     if options.model is not None:

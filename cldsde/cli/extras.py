@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["needs_images"]
-
-
 @contextmanager
 def needs_images() -> Iterator[None]:
-    """Imports that the extra ``images`` provides.
-
-    Raises
-    ------
-    ImportError
-        If one is missing; says what to install.
-    """
+    """Imports that the extra ``images`` provides."""
     try:
         yield
     except ImportError as error:

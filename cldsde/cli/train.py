@@ -19,8 +19,6 @@ from jsonargparse import ArgumentParser, Namespace
 from cldsde.cli.devices import add_device_argument, resolve_device
 from cldsde.cli.extras import needs_images
 
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
 INTERRUPTED = "interrupted; the same command goes on"
 
 
@@ -64,18 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the configuration, read the data, open the run folder; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the configuration is refused, the data are not there, or the folder belongs to another
-        run.
-    OSError
-        If the folder cannot be written.
-    """
+    """Check the configuration, read the data, open the run folder; return the work that is left."""
     with needs_images():
         from cldsde.images.config import load_config
     overrides = list(options.set or [])

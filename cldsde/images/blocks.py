@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CLOCK_SCALE", "ClassEmbedding", "Double", "FourierFeatures", "Halve", "recompute"]
-
 CLOCK_SCALE = 50.0
 """Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8."""
 

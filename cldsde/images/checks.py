@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["check_counts", "check_groups", "check_levels"]
-
-
 def check_counts(**counts: object) -> None:
     """Raise a ValueError unless all are positive integers; ``classes`` may be None."""
     for name, value in counts.items():

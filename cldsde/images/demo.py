@@ -29,8 +29,6 @@ from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 
-__all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
-
 _RESULTS = (
     "results.json",
     "table.md",

@@ -26,9 +26,6 @@ from cldsde.score import MixedScore
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-__all__ = ["Run", "as_array", "as_pictures", "train"]
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """A trained run: its model, and samples of it.

@@ -16,16 +16,6 @@ from torch import Tensor
 
 from cldsde.images.data.pictures import open_picture
 
-__all__ = [
-    "is_whole_picture",
-    "picture",
-    "plot_distances",
-    "plot_samples",
-    "plot_trajectories",
-    "save_grid",
-]
-
-
 def save_grid(
     file: Path,
     images: Tensor,
@@ -34,21 +24,7 @@ def save_grid(
     columns: int | None = None,
     notes: PngInfo | None = None,
 ) -> None:
-    """Images in a grid as a picture; pixels of small images become squares.
-
-    Parameters
-    ----------
-    file
-        Picture to write; its suffix gives the format.
-    images
-        ``(N, C, H, W)`` uint8, C = 1 or 3.
-    levels
-        Grey levels of the images.
-    columns
-        Images of a line; None makes the grid as nearly square as may be.
-    notes
-        Texts for the header of a PNG.
-    """
+    """Images in a grid as a picture; pixels of small images become squares."""
     n, channels, height, width = images.shape
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
     rows = -(-n // columns)
@@ -98,17 +74,7 @@ def _show(axes: Axes, sheet: NDArray[np.float32], limit: float, colours: str) ->
 
 
 def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> None:
-    """Real beside generated images, 100 each at most.
-
-    Parameters
-    ----------
-    file
-        Picture to write; its suffix gives the format.
-    real, generated
-        Images ``(N, 1, H, W)`` in [−1, 1].
-    caption
-        Title of the generated ones.
-    """
+    """Real beside generated images, 100 each at most."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     for axes, images, title in zip(
         figure.subplots(1, 2), (real, generated), ("real", caption), strict=True
@@ -121,17 +87,7 @@ def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> N
 def plot_trajectories(
     file: Path, times: Sequence[float], forward: Tensor, backward: Tensor
 ) -> None:
-    """Data and velocity along the diffusion of one image, and along the generation of another.
-
-    Parameters
-    ----------
-    file
-        Picture to write.
-    times
-        Times of the columns, increasing.
-    forward, backward
-        States ``(len(times), 2, 1, H, W)`` at these times.
-    """
+    """Data and velocity along the diffusion of one image, and along the generation of another."""
     figure = Figure(figsize=(1.05 * len(times) + 0.9, 5.2), layout="constrained")
     grid = figure.subplots(4, len(times))
     rows = (
@@ -163,17 +119,7 @@ def plot_trajectories(
 def plot_distances(
     file: Path, distances: Mapping[str, Mapping[int, Sequence[float]]], baseline: float
 ) -> None:
-    """Fréchet distance against NFE, one line per solver, with a band of one standard deviation.
-
-    Parameters
-    ----------
-    file
-        Picture to write.
-    distances
-        Solver to NFE to the distances of several sets of samples.
-    baseline
-        Distance of samples of a Gaussian fitted to the training pixels.
-    """
+    """Fréchet distance against NFE, one line per solver, with a band of one standard deviation."""
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     axes = figure.subplots()
     for (name, values), marker in zip(distances.items(), "os^Dv", strict=False):

@@ -16,33 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "PARTIAL",
-    "all_to_disk",
-    "brief",
-    "check_writable",
-    "file_lock",
-    "load_tensors",
-    "lock",
-    "save_tensors",
-    "tensors_digest",
-    "write_whole",
-]
-
 PARTIAL = ".partial-"
 """Beginning of the names of files that are being written."""
 
 
 def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved.
-
-    Parameters
-    ----------
-    target
-        The file; what is there is replaced.
-    writer
-        Writes to the path that it is given, which has the suffix of the target.
-    """
+    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=PARTIAL, suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -57,13 +36,7 @@ def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that no file can be put into; it is made, with its parents, if missing.
-
-    Raises
-    ------
-    OSError
-        If it cannot be made or written.
-    """
+    """Refuse a folder that no file can be put into; it is made, with its parents, if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
@@ -78,20 +51,6 @@ def file_lock(name: Path, *, wait: bool) -> Iterator[None]:
     """Lock a name for one block of one process at a time, if the system can.
 
     The lock is on a file beside it, ``.NAME.lock``, which is removed in the end.
-
-    Parameters
-    ----------
-    name
-        File or folder, which need not be there.
-    wait
-        Whether to wait while another one holds it.
-
-    Raises
-    ------
-    BlockingIOError
-        If another one holds it, and this one does not wait.
-    OSError
-        If no file can be put beside it.
     """
     beside = name.with_name(f".{name.name}.lock")
     handle = _locked(beside, wait=wait)
@@ -120,13 +79,7 @@ def _locked(file: Path, *, wait: bool) -> int:
 
 
 def lock(handle: int, *, wait: bool) -> None:
-    """Lock an open file for this process alone, where system and file system can.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process has locked it, and this one does not wait.
-    """
+    """Lock an open file for this process alone, where system and file system can."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -144,20 +97,6 @@ def save_tensors(
     """Write a safetensors file, whole or not at all, with a digest of all that it holds.
 
     Equal contents make equal files.
-
-    Parameters
-    ----------
-    file
-        Where to.
-    kind
-        What the file is; `load_tensors` refuses others.
-    tensors, metadata
-        What to write.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
     """
     hosted = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
     notes = {**metadata, "kind": kind}
@@ -186,13 +125,6 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     """Tensors and metadata of a file that `save_tensors` wrote; ``"sha256"`` is its digest.
 
     No code of the file's is run.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is damaged or of another kind.
     """
     if not file.is_file():
         msg = f"there is no file {file}"

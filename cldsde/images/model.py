@@ -21,23 +21,6 @@ from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.score import MixedScore
 
-__all__ = [
-    "KIND",
-    "MODEL",
-    "DiffusionModel",
-    "ImageModel",
-    "ImageSpace",
-    "Statistics",
-    "check_model",
-    "data_statistics",
-    "load_model",
-    "make_model",
-    "make_network",
-    "make_vae",
-    "read_model",
-    "save_model",
-]
-
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
 

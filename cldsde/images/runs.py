@@ -13,8 +13,6 @@ from typing import Any
 from cldsde.images.errors import SettingError
 from cldsde.images.files import PARTIAL, check_writable, lock, write_whole
 
-__all__ = ["CONFIG", "METRICS", "RunFolder", "check_folder"]
-
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
 METRICS = "metrics.jsonl"
@@ -142,13 +140,7 @@ def _images(line: str) -> float:
 
 
 def _lock(file: Path) -> int:
-    """Open a file and hold it for this process alone, where the system can; return its number.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process holds it.
-    """
+    """Open a file and hold it for this process alone, where the system can; return its number."""
     handle = os.open(file, os.O_RDONLY)
     try:
         lock(handle, wait=False)

@@ -23,25 +23,6 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from cldsde.images.errors import SettingError
 
-__all__ = [
-    "Count",
-    "Flag",
-    "Natural",
-    "Number",
-    "Positive",
-    "Share",
-    "as_toml",
-    "check_keys",
-    "check_name",
-    "checked_options",
-    "from_dict",
-    "parse_overrides",
-    "plain",
-    "read_file",
-    "section",
-    "with_overrides",
-]
-
 T = TypeVar("T")
 
 Flag = Annotated[bool, Strict()]
@@ -81,22 +62,7 @@ def section(kind: type[T]) -> type[T]:
 
 
 def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
-    """A section, and those in it, from a mapping.
-
-    Parameters
-    ----------
-    kind
-        The section's class.
-    values
-        Keys to values in plain types.
-    prefix
-        Its place in the file, such as ``"training"``.
-
-    Raises
-    ------
-    SettingError
-        If a key is unknown, missing or of the wrong type, or a value out of range.
-    """
+    """A section, and those in it, from a mapping."""
     if not isinstance(values, Mapping):
         msg = f"must be a section; got {values!r}"
         raise SettingError(prefix or "the configuration", msg)
@@ -176,24 +142,7 @@ def checked_options(
     given: Sequence[str] = (),
     key: str = "options",
 ) -> dict[str, Any]:
-    """Options of a function or class, checked against its signature.
-
-    Parameters
-    ----------
-    make
-        The function or class.
-    options
-        Its arguments by name; those of a dataclass among them may be a mapping.
-    given
-        Arguments that somebody else gives.
-    key
-        Name of the options in errors.
-
-    Raises
-    ------
-    SettingError
-        If an option is unknown, missing or of the wrong type.
-    """
+    """Options of a function or class, checked against its signature."""
     hints = typing.get_type_hints(
         inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
     )
@@ -226,11 +175,6 @@ def read_file(path: Path) -> dict[str, Any]:
     """What a file in TOML, YAML or JSON holds, by its suffix.
 
     In TOML, which has no null, the word ``"none"`` stands for None.
-
-    Raises
-    ------
-    SettingError
-        If it cannot be read or is no such file; the key is the path.
     """
     readers: dict[str, Callable[[str], Any]] = {
         ".toml": lambda text: _from_toml(tomllib.loads(text)),
@@ -278,13 +222,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dict[str, Any]:
-    """Values of ``key=value`` words, each as TOML writes it, or else a bare word.
-
-    Raises
-    ------
-    SettingError
-        If a word is no ``key=value``; the key is ``"set"``.
-    """
+    """Values of ``key=value`` words, each as TOML writes it, or else a bare word."""
     values = {}
     for override in overrides:
         key, separator, text = (part.strip() for part in override.partition("="))
@@ -298,13 +236,7 @@ def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dic
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A configuration with some values put at ``section.key``; sections are made where missing.
-
-    Raises
-    ------
-    SettingError
-        If a word is no ``key=value``, or a key goes through what is no section.
-    """
+    """A configuration with some values put at ``section.key``; sections are made where missing."""
     changed: dict[str, Any] = plain(values)
     for path, value in parse_overrides(overrides, "training.batch=64").items():
         place: Any = changed

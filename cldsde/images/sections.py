@@ -29,17 +29,6 @@ from cldsde.images.schema import (
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.solvers import canonical_name
 
-__all__ = [
-    "DataConfig",
-    "LatentConfig",
-    "NetworkConfig",
-    "ProcessConfig",
-    "SamplingConfig",
-    "ScoreConfig",
-    "Time",
-    "TrainingConfig",
-]
-
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""
 PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")

@@ -38,8 +38,6 @@ from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.train.loop import TRAINING, train
 from cldsde.progress import progress_bar
 
-__all__ = ["Comparison"]
-
 _FOLDERS = ("models", "evaluations", "samples")
 _COLUMNS = 16  # images of each line of a picture of samples
 
@@ -48,25 +46,6 @@ class Comparison:
     """A comparison in its folder.
 
     Making one checks everything and opens the folder, and those of the models; `run` does the work.
-
-    Parameters
-    ----------
-    config
-        What to compare.
-    out
-        The folder; made if missing. One of a comparison that differs in models and rows only is
-        gone on with.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
-
-    Raises
-    ------
-    ValueError
-        If something does not fit, or a folder or file belongs to something else or is damaged.
-    OSError
-        If the folder cannot be made or written.
     """
 
     def __init__(
@@ -106,13 +85,7 @@ class Comparison:
                     self._take_up(name, model)
 
     def run(self) -> dict[str, Any]:
-        """Train and measure what is missing; return what `RESULTS` then holds.
-
-        Raises
-        ------
-        ValueError, FloatingPointError, OSError
-            As `train` and `Evaluation.of_run` do; what is done is kept.
-        """
+        """Train and measure what is missing; return what `RESULTS` then holds."""
         try:
             if not self._are_filled([self._row(row) for row in self.config.rows]):
                 # All depends on the features: what is wrong with them is seen before any training.
@@ -325,13 +298,7 @@ class Comparison:
         return [one for i, one in enumerate(made) if one not in made[:i]]
 
     def _reference(self) -> dict[str, Any] | None:
-        """What the distances of all cells are to, and in which features.
-
-        Raises
-        ------
-        ValueError
-            If cells differ in that.
-        """
+        """What the distances of all cells are to, and in which features."""
         keys = ("features", "reference_samples", "reference_sha256")
         references = [
             {key: measure[key] for key in keys}

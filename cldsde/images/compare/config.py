@@ -31,14 +31,6 @@ from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
 from cldsde.solvers import canonical_name
 
-__all__ = [
-    "PRESETS",
-    "ComparisonConfig",
-    "RowConfig",
-    "check_comparison",
-    "load_comparison",
-]
-
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
     for name in ("fashion_mnist", "cld_variants", "quick")

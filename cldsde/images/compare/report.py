@@ -17,8 +17,6 @@ from cldsde.images.figures import is_whole_picture
 from cldsde.images.files import write_whole
 from cldsde.validation.page import data_uri, render_page
 
-__all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
-
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
@@ -27,13 +25,7 @@ _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the gre
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What a comparison has found so far.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or holds something else.
-    """
+    """What a comparison has found so far."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -49,15 +41,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, *, pictures: bool = True) -> None:
-    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
-
-    Parameters
-    ----------
-    folder
-        Of the comparison.
-    pictures
-        Write the plots as PNG, too, which takes as long as all the rest.
-    """
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
     results = read_results(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
@@ -85,20 +69,7 @@ def write_report(folder: Path, *, pictures: bool = True) -> None:
 
 
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
-    """A measure against score evaluations: a panel for each model, the others behind it in grey.
-
-    Parameters
-    ----------
-    results
-        Of a comparison.
-    measure
-        One of `cldsde.images.compare.tables.measures_of`.
-
-    Returns
-    -------
-    Figure
-        Means over repeats, with their standard deviations.
-    """
+    """A measure against score evaluations: a panel for each model, the others behind it in grey."""
     rows = [
         (row["model"], row["label"], cells)
         for row in results["rows"]

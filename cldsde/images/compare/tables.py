@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["MEASURES", "Entry", "Table", "measures_of", "tables"]
-
 MEASURES = {
     "fd": "Fréchet distance",
     "fid": "FID",
@@ -32,17 +30,7 @@ _HIGHER = {"isc", "precision", "recall"}  # is better
 
 
 class Entry(NamedTuple):
-    """What stands at a place of a table.
-
-    Attributes
-    ----------
-    text
-        Words or numbers.
-    best
-        Whether nothing of its model in its column is better.
-    number
-        Whether it is a number.
-    """
+    """What stands at a place of a table."""
 
     text: str
     best: bool = False

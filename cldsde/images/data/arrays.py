@@ -14,8 +14,6 @@ from torch import Tensor
 
 from cldsde.images.data.checks import listed, what_instead
 
-__all__ = ["Layout", "layout_of", "read_arrays", "to_nchw", "torchvision_arrays"]
-
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)

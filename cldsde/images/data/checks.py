@@ -9,17 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = [
-    "as_folder",
-    "as_whole",
-    "check_choice",
-    "check_values",
-    "listed",
-    "missing",
-    "what_instead",
-]
-
-
 def as_whole(value: object, name: str, low: int, high: int | None = None) -> int:
     """A whole number in [low, high], as an int."""
     allowed = f"at least {low}" if high is None else f"in {low} … {high}"

@@ -16,9 +16,6 @@ from cldsde.images.data.checks import as_folder, as_whole, check_choice, listed,
 from cldsde.images.data.images import Images
 from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
 
-__all__ = ["FolderImages"]
-
-
 class FolderImages(Images):
     """The image files of a folder and the folders in it, decoded when they are asked for.
 

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from cldsde.images.data.checks import listed
 from cldsde.images.data.images import CHUNK, ArrayImages
 
-__all__ = ["fashion_folder", "fashion_part", "idx_file"]
-
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

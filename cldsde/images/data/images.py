@@ -10,8 +10,6 @@ from torch import Tensor
 
 from cldsde.images.data.checks import as_whole, check_values
 
-__all__ = ["CHUNK", "ArrayImages", "Images", "Subset"]
-
 CHUNK = 2**22
 """Numbers that are held at once where a whole data set is gone through."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-__all__ = ["SUFFIXES", "open_picture", "pixels_of_picture", "read_picture"]
-
 # Formats that Pillow decodes itself: others, such as EPS, would start a program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {
@@ -30,14 +28,7 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_G
 
 @contextmanager
 def open_picture(file: Path) -> Iterator[PILImage]:
-    """Open a picture file; its pixels are decoded when they are asked for.
-
-    Raises
-    ------
-    ValueError
-        If it is no regular file, of another format, of pixels without a known scale, larger than
-        Pillow's limit against decompression bombs, or damaged; also inside the block.
-    """
+    """Open a picture file; its pixels are decoded when they are asked for."""
     from PIL import Image
 
     try:
@@ -55,20 +46,7 @@ def open_picture(file: Path) -> Iterator[PILImage]:
 
 
 def read_picture(file: Path, mode: str | None = None) -> PILImage:
-    """A picture with its orientation applied, in 8-bit RGB or grey.
-
-    Parameters
-    ----------
-    file
-        The picture.
-    mode
-        ``"RGB"`` or ``"L"``; None is grey for grey pictures, RGB for all others.
-
-    Raises
-    ------
-    ValueError
-        See `open_picture`.
-    """
+    """A picture with its orientation applied, in 8-bit RGB or grey."""
     from PIL import ImageOps
 
     with open_picture(file) as opened:

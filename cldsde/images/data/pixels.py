@@ -15,9 +15,6 @@ from cldsde.images.data.checks import as_whole, check_choice, check_values
 from cldsde.images.data.images import CHUNK, Images
 from cldsde.score import quantisation
 
-__all__ = ["augment", "channel_statistics", "pixels_of", "to_levels", "to_unit"]
-
-
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
     """Put levels on [−1, 1], both ends included: 2x/(levels − 1) − 1.
 

@@ -13,9 +13,6 @@ from torch import Tensor
 from cldsde.images.data import array_images
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
 
-__all__ = ["as_bytes", "load_samples"]
-
-
 def as_bytes(images: Tensor, levels: int) -> Tensor:
     """Images of fewer grey levels as bytes from 0 to 255."""
     if levels == 256:

@@ -19,18 +19,6 @@ from cldsde.images.data.images import ArrayImages, Images, Subset
 from cldsde.images.files import file_lock
 from cldsde.linear.checks import as_number
 
-__all__ = [
-    "DATA_SETS",
-    "DataSet",
-    "TorchvisionName",
-    "array_file",
-    "array_images",
-    "digits",
-    "fashion_mnist",
-    "image_folder",
-    "torchvision_set",
-]
-
 TorchvisionName = Literal[
     "CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "STL10", "SVHN", "USPS"
 ]

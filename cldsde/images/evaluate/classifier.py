@@ -16,14 +16,6 @@ from cldsde.images.files import brief, load_tensors, save_tensors, tensors_diges
 from cldsde.linear.checks import check_positive
 from cldsde.progress import progress_bar
 
-__all__ = [
-    "ClassifierFeatures",
-    "ImageClassifier",
-    "load_classifier",
-    "save_classifier",
-    "train_classifier",
-]
-
 _NAME = "cldsde.images.evaluation:ImageClassifier"
 """Files of results and of statistics know the features by this name: it outlasts the module's."""
 

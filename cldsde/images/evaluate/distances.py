@@ -22,15 +22,6 @@ from cldsde.images.evaluate.shared import (
 from cldsde.images.files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
 
-__all__ = [
-    "FeatureStatistics",
-    "frechet",
-    "frechet_distance",
-    "frechet_of",
-    "images_sha256",
-]
-
-
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     r"""Fréchet distance between Gaussians fitted to two sets of features.
 

@@ -44,8 +44,6 @@ from cldsde.images.sample.source import OtherDynamics
 from cldsde.images.schema import check_name
 from cldsde.score.flow_density import UnsolvedFlowError
 
-__all__ = ["METRICS", "Evaluation"]
-
 Metric = Literal["fd", "fid", "kid", "isc", "prc", "bpd"]
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 """Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from cldsde.images.errors import SettingError
 
-__all__ = ["FeatureNetwork", "check_features", "checked_features", "feature_name", "load_features"]
-
 FeatureNetwork = Callable[[Tensor], Tensor]
 """uint8 images ``(B, C, H, W)`` on the host to features ``(B, F)``, on any device. An attribute
 ``name``, a string, tells it from others of its kind, e.g. by a hash of its weights."""

@@ -28,8 +28,6 @@ from cldsde.images.evaluate.weights import (
 from cldsde.linear.checks import check_between
 from cldsde.progress import progress_bar
 
-__all__ = ["InceptionMetric", "inception_metrics"]
-
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
 """Fréchet and kernel distance, inception score, precision and recall, by torch-fidelity's names."""
 

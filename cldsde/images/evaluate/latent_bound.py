@@ -22,8 +22,6 @@ from cldsde.linear.checks import check_between
 from cldsde.progress import progress_bar
 from cldsde.score import TimeSampler
 
-__all__ = ["latent_likelihood"]
-
 _QUANTITY = (
     "negative evidence lower bound of a latent model whose prior stops at t_min; an upper bound on "
     "the bits of the discrete images"

@@ -21,8 +21,6 @@ from cldsde.score import ReverseProcess, dequantise, log_likelihood
 from cldsde.score.checks import one_of
 from cldsde.score.flow_density import Divergence
 
-__all__ = ["check_levels", "likelihood", "mean_bits"]
-
 Kind = Literal["auto", "exact", "bound"]
 Scale = Literal["bins", "ends"]
 

@@ -23,8 +23,6 @@ from cldsde.images.evaluate.distances import FeatureStatistics, images_sha256
 from cldsde.images.evaluate.features import FeatureNetwork, load_features
 from cldsde.images.files import file_lock, tensors_digest
 
-__all__ = ["CLASSIFIER", "Reference"]
-
 CLASSIFIER = "classifier.safetensors"
 """File of the classifier whose features a data set is compared in."""
 _TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
@@ -32,26 +30,7 @@ _TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions cou
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A data set to compare with, and the features to compare in.
-
-    Attributes
-    ----------
-    data
-        The data set.
-    part
-        ``"train"``, as published distances are, or ``"held_out"``.
-    features
-        ``"classifier"``: of a classifier trained on the data's classes and kept in ``folder``; or
-        ``module:attribute`` of a network of the user's.
-    likelihood_images
-        Held-out images whose likelihood is computed.
-    folder
-        Where the classifier is kept.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
-    """
+    """A data set to compare with, and the features to compare in."""
 
     data: DataSet
     part: Literal["train", "held_out"] = "train"

@@ -24,21 +24,6 @@ from cldsde.images.evaluate.shared import package_versions
 from cldsde.images.files import file_lock, write_whole
 from cldsde.images.sample.sampler import make_solver
 
-__all__ = [
-    "FAILED",
-    "SAMPLING",
-    "cell_numbers",
-    "cells_of",
-    "changed_results",
-    "joined",
-    "markdown_table",
-    "origin",
-    "resolved_solver",
-    "seeds_key",
-    "stored_results",
-    "with_origin",
-]
-
 SAMPLING = "sampling"
 """Key of a cell for what its images cost, and what they were made with."""
 FAILED = "failed"
@@ -46,13 +31,7 @@ FAILED = "failed"
 
 
 def stored_results(results: Path, digest: str) -> dict[str, Any]:
-    """What `Evaluation.of_run` has written so far.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or holds results of another model than that of the digest.
-    """
+    """What `Evaluation.of_run` has written so far."""
     fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
     if not results.exists():
         return fresh
@@ -73,13 +52,6 @@ def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
     """What the file holds now, to be changed in the block; then written, whole or not at all.
 
     Nobody else changes it meanwhile, so that several evaluations may share a file.
-
-    Raises
-    ------
-    ValueError
-        As `stored_results` does.
-    OSError
-        If the file cannot be written.
     """
     with file_lock(results, wait=True):
         found = stored_results(results, digest)

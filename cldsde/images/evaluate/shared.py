@@ -8,34 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = [
-    "UndefinedLikelihoodError",
-    "check_count",
-    "check_images",
-    "check_pair",
-    "package_versions",
-    "parts",
-]
-
-
 class UndefinedLikelihoodError(ValueError):
     """What a model was trained for gives no likelihood of such images."""
 
 
 def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:
-    """Return ``images`` if they are uint8 ``(N, C, H, W)`` on the host; raise otherwise.
-
-    Parameters
-    ----------
-    images
-        What to check.
-    name
-        Of the argument, for the error.
-    smallest
-        Least height and width.
-    least
-        Least number of images.
-    """
+    """Return ``images`` if they are uint8 ``(N, C, H, W)`` on the host; raise otherwise."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         msg = f"{name} must be a uint8 tensor (N, C, H, W); got {got}"

@@ -14,15 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "EXTRACTOR",
-    "INCEPTION_FILE",
-    "check_cache",
-    "check_inception_weights",
-    "is_published",
-    "plain_loads",
-]
-
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of the file of Inception weights; its SHA-256 begins as the name ends."""
 

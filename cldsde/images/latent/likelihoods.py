@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from cldsde.images.data.checks import as_whole
 from cldsde.images.latent.soft_clamp import soft_clamp
 
-__all__ = ["Bernoulli", "DiscretisedLogistic", "PixelLikelihood"]
-
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
 

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from cldsde.linear.checks import check_positive
 
-__all__ = ["soft_clamp"]
-
-
 def soft_clamp(x: Tensor, bound: float) -> Tensor:
     """Bound numbers smoothly, b tanh(x/b): x near 0, with slope 1, and within ±b (NVAE, LSGM).
 

@@ -23,8 +23,6 @@ from cldsde.images.latent.soft_clamp import soft_clamp
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 
-__all__ = ["VAE", "Posterior"]
-
 # Of the posterior's mean and of the logarithm of its standard deviation.
 _BOUND = 5.0
 

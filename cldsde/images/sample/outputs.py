@@ -29,31 +29,11 @@ from cldsde.images.files import (
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
 from cldsde.progress import progress_bar
 
-__all__ = ["alone", "check_output", "draw_to"]
-
 _REQUEST = "request"  # file of a folder of parts: of what they are
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
-    """Reject a file or folder that samples cannot be written to, before any work is done.
-
-    Parameters
-    ----------
-    out
-        ``FILE.npz``, ``FILE.png`` or a folder.
-    request
-        The samples.
-    overwrite
-        Whether a file that is there may be replaced. Folders never are.
-
-    Raises
-    ------
-    SettingError
-        If the output is of no known kind, is there already, or is being written; the key is
-        ``"out"``.
-    OSError
-        If it cannot be written.
-    """
+    """Reject a file or folder that samples cannot be written to, before any work is done."""
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
         msg = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. Take "
         raise SettingError("out", f"{msg}FILE.npz or a folder")
@@ -85,28 +65,6 @@ def draw_to(
 
     Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: whoever
     asks for the same again goes on from them.
-
-    Parameters
-    ----------
-    out
-        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``levels``, the number of their grey
-        levels, ``seeds`` and, where there are classes, ``labels``; ``FILE.png``, a grid; or a
-        folder of pictures named by their seeds.
-    request
-        What to draw.
-    process, processes
-        Which share of the batches to draw: every ``processes``-th, beginning with ``process``.
-    wait
-        Returns when all processes have called it.
-
-    Raises
-    ------
-    FloatingPointError
-        If an image is not finite.
-    SettingError
-        If the folder of parts is somebody else's, or another call writes to this output.
-    OSError
-        If a file cannot be written; what was drawn is kept.
     """
     with ExitStack() as own:
         if process == 0:
@@ -116,13 +74,7 @@ def draw_to(
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold an output for one call of `draw_to` at a time.
-
-    Raises
-    ------
-    SettingError
-        If another one holds it.
-    """
+    """Hold an output for one call of `draw_to` at a time."""
     with ExitStack() as own:
         try:
             own.enter_context(file_lock(_parts_folder(out), wait=False))
@@ -253,13 +205,7 @@ def _parts_folder(out: Path) -> Path:
 
 
 def _check_parts(parts: Path) -> None:
-    """Refuse a folder of parts that is not one: what is in it would be lost.
-
-    Raises
-    ------
-    SettingError
-        If it holds anything but what `draw_to` leaves there.
-    """
+    """Refuse a folder of parts that is not one: what is in it would be lost."""
     if not parts.exists():
         return
     if parts.is_dir():

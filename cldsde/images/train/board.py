@@ -20,8 +20,6 @@ from tqdm import tqdm
 
 from cldsde.images.files import brief
 
-__all__ = ["Board"]
-
 _NUMBERS = itertools.count()  # of files of one process within a second
 
 
@@ -30,13 +28,6 @@ class Board:
 
     What cannot be written is said once, in one line on stderr, and left out from then on: all
     numbers are in ``metrics.jsonl`` as well.
-
-    Parameters
-    ----------
-    folder
-        Where to; made if missing.
-    first
-        Images seen from which on what an earlier process wrote is hidden.
     """
 
     def __init__(self, folder: Path, first: int) -> None:

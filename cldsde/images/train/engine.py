@@ -15,8 +15,6 @@ from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
 from cldsde.images.sample.sampler import check_sampling
 
-__all__ = ["check_run", "make_engine", "shares"]
-
 _BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that writes
@@ -25,25 +23,7 @@ _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that write
 def check_run(
     config: RunConfig, data: DataSet, *, device: str = "auto", processes: int = 1
 ) -> Statistics:
-    """Refuse what cannot be trained or sampled, before anything is made.
-
-    Parameters
-    ----------
-    config, data, device
-        As `train` takes them.
-    processes
-        How many processes will share the work.
-
-    Returns
-    -------
-    Statistics
-        Mean and variance of the data, for `train`.
-
-    Raises
-    ------
-    SettingError
-        If network, process, solver, images, device and processes do not fit.
-    """
+    """Refuse what cannot be trained or sampled, before anything is made."""
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
@@ -64,13 +44,7 @@ def check_run(
 
 
 def make_engine(config: RunConfig, device: str) -> Accelerator:
-    """The processes and devices of a training.
-
-    Raises
-    ------
-    SettingError
-        If the process cannot use that device, or each process would hold a part of the model only.
-    """
+    """The processes and devices of a training."""
     settings = config.training
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)

@@ -17,9 +17,6 @@ from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import Batch, Times
 from cldsde.score import TimeSampler
 
-__all__ = ["Feed", "Part"]
-
-
 class Part(NamedTuple):
     """Images that go through the network at once, and their place in the batch."""
 
@@ -28,28 +25,7 @@ class Part(NamedTuple):
 
 
 class Feed:
-    """Batches of one process of a training.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    images
-        The training images.
-    space
-        What kind of images they are.
-    samplers
-        Of the times, see `Objective`.
-    process, processes
-        Which share of each batch is read.
-
-    Attributes
-    ----------
-    part_size
-        Images that go through the network at once.
-    block
-        Images that share generators.
-    """
+    """Batches of one process of a training."""
 
     def __init__(
         self,

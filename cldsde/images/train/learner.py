@@ -22,9 +22,6 @@ from cldsde.images.train.objectives import Batch, Times, make_objective
 from cldsde.images.train.schedule import learning_rates, step_of_stage
 from cldsde.images.train.state import Meter, TrainingState
 
-__all__ = ["Learner"]
-
-
 class _Core(NamedTuple):
     """A network as part of the model: the module that it belongs to, and its name there.
 
@@ -42,28 +39,7 @@ class _Core(NamedTuple):
 
 
 class Learner:
-    """Model, average and optimiser of one process of a training.
-
-    Parameters
-    ----------
-    config, data, statistics
-        As `train` takes them.
-    engine
-        Processes and devices.
-
-    Attributes
-    ----------
-    model, average : DiffusionModel
-        The weights that are trained, and their exponential moving average.
-    feed : Feed
-        Batches of this process.
-    parts : dict of str to Module
-        Parts of the model that have losses and learning rates of their own.
-    meter : Meter
-        Means of losses and of gradients' norms.
-    state : TrainingState
-        All of it, to and from a file.
-    """
+    """Model, average and optimiser of one process of a training."""
 
     def __init__(
         self, config: RunConfig, data: DataSet, statistics: Statistics, engine: Accelerator

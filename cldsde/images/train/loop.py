@@ -45,8 +45,6 @@ from cldsde.images.train.start import copy_weights
 from cldsde.images.train.state import STATE, StopRequest
 from cldsde.progress import progress_bar
 
-__all__ = ["STATE", "TRAINING", "Rehearsal", "rehearse", "train"]
-
 TRAINING = "repeat the whole training"
 """What it takes to have the model of a finished run again."""
 

@@ -38,19 +38,6 @@ from cldsde.score import (
 )
 from cldsde.score.matching import Measured, Weighting
 
-__all__ = [
-    "Batch",
-    "LatentObjective",
-    "Objective",
-    "PartLoss",
-    "ScoreMatching",
-    "Times",
-    "bit_per_dim",
-    "make_objective",
-    "negative_evidence_lower_bound",
-]
-
-
 class Times(NamedTuple):
     """Times ``(B,)``, float64 on the host, and the weights that undo their density."""
 
@@ -78,13 +65,7 @@ class PartLoss(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a training minimises.
-
-    Attributes
-    ----------
-    samplers
-        Of the times that a batch brings.
-    """
+    """What a training minimises."""
 
     samplers: tuple[TimeSampler, ...]
 
@@ -199,21 +180,7 @@ def negative_evidence_lower_bound(
     *,
     learnt_prior: bool = True,
 ) -> Tensor:
-    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats.
-
-    Parameters
-    ----------
-    model
-        A model with an autoencoder.
-    batch
-        Images, and times as `LatentObjective` has them drawn.
-    generator
-        Source of the latent variables and the noise.
-    t_min
-        Time at which the prior's process ends.
-    learnt_prior
-        Whether the prior is that of the process; else it is standard normal.
-    """
+    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats."""
     bound, _ = _bound(model, batch, generator, t_min=t_min if learnt_prior else None)
     return bound
 

@@ -6,9 +6,6 @@ import math
 
 from cldsde.images.config import RunConfig
 
-__all__ = ["learning_rates", "step_of_stage"]
-
-
 def step_of_stage(config: RunConfig, step: int) -> int:
     """Steps since the stage began."""
     first = config.pretraining_steps

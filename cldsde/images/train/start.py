@@ -10,24 +10,8 @@ from cldsde.images.errors import SettingError
 from cldsde.images.files import load_tensors
 from cldsde.images.model import KIND, MODEL, DiffusionModel
 
-__all__ = ["copy_weights"]
-
-
 def copy_weights(model: DiffusionModel, source: Path) -> None:
-    """Start a model from other weights; statistics of the data stay its own.
-
-    Parameters
-    ----------
-    model
-        The model.
-    source
-        A run, or a folder of a diffusers `UNet2DModel` with safetensors.
-
-    Raises
-    ------
-    SettingError
-        If the weights are not there or do not fit; the key is ``"training.init_from"``.
-    """
+    """Start a model from other weights; statistics of the data stay its own."""
     own = ("data_mean", "data_variance")
     try:
         if (source / MODEL).is_file():

@@ -19,8 +19,6 @@ from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
 
-__all__ = ["KIND", "STATE", "Meter", "StopRequest", "TrainingState"]
-
 STATE = "training.safetensors"
 """File of a run that holds the state of its training, to resume from."""
 
@@ -28,15 +26,7 @@ KIND = "a training state of cldsde, version 2"
 
 
 class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
-
-    Parameters
-    ----------
-    engine
-        Of the training.
-    parts
-        Names of the parts of the model that have losses of their own.
-    """
+    """Means of losses and of gradients' norms, read seldom: reading waits for the device."""
 
     def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
         self._engine = engine
@@ -103,15 +93,7 @@ class StopRequest:
         return self._heard is not None
 
     def obey(self) -> None:
-        """End as the signal would have ended the process.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            For SIGINT.
-        SystemExit
-            For SIGTERM.
-        """
+        """End as the signal would have ended the process."""
         if self._heard == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + signal.SIGTERM)
@@ -144,17 +126,7 @@ class TrainingState:
         self._meter, self._engine = meter, engine
 
     def save(self, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
-        """Write the state after so many steps, whole or not at all.
-
-        Parameters
-        ----------
-        run
-            Where to.
-        step, seconds
-            What was done, and what it took.
-        sums
-            `Meter.shared`, which every process takes up again.
-        """
+        """Write the state after so many steps, whole or not at all."""
         tensors = {
             f"{part}.{name}": x
             for part, module in self._modules.items()
@@ -173,13 +145,7 @@ class TrainingState:
         save_tensors(run / STATE, KIND, tensors, metadata)
 
     def load(self, run: RunFolder) -> tuple[int, float]:
-        """Take up the state of a run; return steps done and seconds spent.
-
-        Raises
-        ------
-        ValueError
-            If the file is damaged, or was written for other settings or other data.
-        """
+        """Take up the state of a run; return steps done and seconds spent."""
         try:
             tensors, metadata = load_tensors(run / STATE, KIND)
             if metadata["config"] != self._config.training_digest():

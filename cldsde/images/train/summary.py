@@ -9,21 +9,11 @@ from cldsde.images.data import DataSet
 from cldsde.images.model import ImageSpace, make_network, make_vae
 from cldsde.images.networks import parameter_count
 
-__all__ = ["summary"]
-
 _COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
 
 
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
-    """Lines about data, model, length, device and memory of a training.
-
-    Parameters
-    ----------
-    config, data
-        As `cldsde.images.train.train` takes them.
-    device
-        Name of the device.
-    """
+    """Lines about data, model, length, device and memory of a training."""
     train, held_out, settings = data.train, data.held_out, config.training
     held = 0 if held_out is None else len(held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
