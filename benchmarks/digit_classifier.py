@@ -9,6 +9,7 @@ from torch.nn import functional
 from cldsde.images.data import DataSet, pixels_of
 from cldsde.progress import progress_bar
 
+
 class DigitClassifier(nn.Module):
     """A small convolutional classifier whose last hidden layer serves as a feature space.
 
