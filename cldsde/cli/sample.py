@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import add_device_argument, resolve_device
-from cldsde.cli.extras import needs_images
+from cldsde.cli.options import INTERRUPTED, add_device_argument, needs_images, resolve_device
 from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ __all__ = [
     "prepare",
     "sampling_of",
 ]
-
-INTERRUPTED = "interrupted; the same command goes on"
 
 
 def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> None:
