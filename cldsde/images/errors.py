@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+
 class SettingError(ValueError):
     """A setting that cannot be used.
 

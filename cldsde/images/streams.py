@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+
 def stream_seed(seed: int, purpose: str, *place: int) -> int:
     """A seed in [0, 2³²) for one purpose at one place, e.g. ``("noise", step, part)``."""
     text = "/".join([str(seed), purpose, *map(str, place)])

@@ -2,24 +2,6 @@
 
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import (
-    ImageSampler,
-    Samples,
-    check_sampling,
-    draw_images,
-    make_solver,
-    time_grid,
-)
+from cldsde.images.sample.sampler import ImageSampler, Samples
 
-__all__ = [
-    "ImageSampler",
-    "SampleRequest",
-    "Samples",
-    "alone",
-    "check_output",
-    "check_sampling",
-    "draw_images",
-    "draw_to",
-    "make_solver",
-    "time_grid",
-]
+__all__ = ["ImageSampler", "SampleRequest", "Samples", "alone", "check_output", "draw_to"]

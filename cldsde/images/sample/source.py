@@ -18,9 +18,13 @@ from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import DenoiserScore, ScoreDenoiser
 
+
 @dataclass(frozen=True)
 class OtherDynamics:
-    """A trained model with the process that it is sampled with."""
+    """A trained model with the process that it is sampled with; see `ImageModel`.
+
+    ``t_min`` is None: the score raises an error outside the noise levels of its training.
+    """
 
     score: DenoiserScore
     space: ImageSpace
@@ -31,10 +35,14 @@ class OtherDynamics:
 
 
 def of_run(
-    run: Path, process: ProcessConfig | None = None, device: torch.device | str = "cpu"
+    run: Path,
+    process: ProcessConfig | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    trust: bool = False,
 ) -> ImageModel | OtherDynamics:
-    """The model of a run, under its own process or another."""
-    model = load_model(run, device)
+    """The model of a run, under its own process or another; see `load_model`."""
+    model = load_model(run, device, trust=trust)
     return model if process is None else under_process(model, process)
 
 
@@ -57,7 +65,7 @@ def of_diffusers(
         denoiser = from_diffusers(source).to(device)
         shape = denoiser.shape
         if shape is None or len(shape) != 3:
-            msg = f"{source} does not say channels and size of its images (sample_size)"
+            msg = f"{source} has no channels and size of its images (sample_size)"
             raise SettingError("", msg)
     classes = denoiser.classes
     labelled = _Labelled(denoiser) if classes is not None else denoiser
