@@ -99,15 +99,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, metavar="W", default=1.0, help="weight of the class"
     )
-    parser.add_argument(
-        "--known", type=str, metavar="IMAGE", help="picture of which a part is kept"
-    )
-    parser.add_argument(
-        "--mask", type=str, metavar="IMAGE", help="white where the known picture is kept"
-    )
-    parser.add_argument(
-        "--colourise", action="store_true", help="keep the grey levels of the known picture"
-    )
+    add_observation_arguments(parser)
     add_device_argument(parser)
 
 
@@ -131,6 +123,44 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         action="append",
         metavar="OPTION=VALUE",
         help="option of the process, such as beta=8.0; may be repeated",
+    )
+
+
+def add_observation_arguments(parser: ArgumentParser) -> None:
+    """Declare the picture of what is known of the images, and the method of sampling given it."""
+    parser.add_argument("--known", type=str, metavar="IMAGE", help="picture that was observed")
+    parser.add_argument(
+        "--colourise",
+        dest="observe",
+        action="store_const",
+        const="grey",
+        help="the same as --observe grey",
+    )
+    parser.add_argument(
+        "--mask",
+        "--observe",
+        dest="observe",
+        type=str,
+        metavar="HOW",
+        help="relation of the picture to the images: a picture of a mask, white for observed "
+        "pixels; grey; downsample:N, means of N×N pixels; blur:STD, a Gaussian of STD pixels",
+    )
+    parser.add_argument(
+        "--method",
+        type=str,
+        metavar="NAME",
+        default="moments",
+        help="moments, pigdm, dps, twisted (particles) or replacement (no noise; mask or grey)",
+    )
+    parser.add_argument(
+        "--noise-std",
+        type=float,
+        metavar="S",
+        default=0.05,
+        help="standard deviation of the picture's noise, black being -1 and white 1",
+    )
+    parser.add_argument(
+        "--particles", type=int, metavar="N", default=16, help="particles per image of twisted"
     )
 
 
@@ -210,7 +240,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     with needs_images():
         from accelerate import PartialState
 
-        from cldsde.images.sample import SampleRequest, alone, check_output, draw_to
+        from cldsde.images.sample import ObservedImage, SampleRequest, alone, check_output, draw_to
     if options.seeds is not None and options.seed is not None:
         msg = "--seed and --seeds are alternatives; got both"
         raise ValueError(msg)
@@ -226,9 +256,14 @@ def prepare(options: Namespace) -> Callable[[], None]:
         batch=options.batch,
         label=_label(options.label, model.space),
         guidance=options.guidance,
-        known=None if options.known is None else Path(options.known).expanduser(),
-        mask=None if options.mask is None else Path(options.mask).expanduser(),
-        colourise=options.colourise,
+        observed=ObservedImage.read(
+            None if options.known is None else Path(options.known).expanduser(),
+            options.observe,
+            model.space.shape[0],
+            method=options.method,
+            noise_std=options.noise_std,
+            particles=options.particles,
+        ),
     )
     out = Path(options.out).expanduser()
     request.check()

@@ -18,6 +18,7 @@ from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
+from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples
 from cldsde.images.train.loop import train
@@ -109,6 +110,7 @@ class Run:
         *,
         label: int | str | None = None,
         guidance: float = 1.0,
+        observed: ObservedImage | None = None,
         batch: int = 64,
         progress: bool = False,
         **sampling: Any,
@@ -123,6 +125,8 @@ class Run:
             Class of all images, by name or number; ``"all"`` cycles through the classes by seed.
         guidance
             Weight of the class.
+        observed
+            A picture of what is known of the images, if anything.
         batch
             Images per batch.
         progress
@@ -154,6 +158,7 @@ class Run:
             batch=batch,
             label=number,
             guidance=guidance,
+            observed=observed,
         )
         request.check()
         return request.sampler.sample(list(seeds), progress=progress)

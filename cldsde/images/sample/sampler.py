@@ -14,6 +14,7 @@ from cldsde.images.data import to_levels
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageSpace
+from cldsde.images.sample.observed import Conditioning, ObservedImage
 from cldsde.images.schema import checked_options
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
@@ -73,7 +74,6 @@ def check_sampling(
     score: Score,
     sampling: SamplingConfig,
     sde: LinearSDE | None = None,
-    around: Callable[[Solver], Imputation] | None = None,
 ) -> None:
     """Reject a recipe that cannot sample, before anything is sampled.
 
@@ -82,20 +82,22 @@ def check_sampling(
     SettingError
         If solver, options, budget and process do not fit; the key is that of `SamplingConfig`.
     """
-    _plan(score, sampling, sde, around)
+    _plan(score, sampling, sde)
 
 
 def _plan(
     score: Score,
     sampling: SamplingConfig,
     sde: LinearSDE | None,
-    around: Callable[[Solver], Imputation] | None,
+    observed: Conditioning | None = None,
 ) -> Plan:
-    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
+    process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
     solver = make_solver(sampling)
     try:
-        times = time_grid(process, solver, sampling)
-        return plan(process, solver if around is None else around(solver), times)
+        if observed is not None:
+            sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
+        return plan(process, solver, time_grid(process, solver, sampling))
     except SettingError:
         raise
     except ValueError as error:
@@ -140,8 +142,8 @@ class ImageSampler:
         all of them if the model knows no other images.
     guidance
         Weight of the class, see `cldsde.GuidedScore`.
-    around
-        Makes an `Imputation` of the solver, if a part of the images is known.
+    observed
+        A picture of what is known of the images, if anything.
     batch
         Images sampled at once.
     device
@@ -163,7 +165,7 @@ class ImageSampler:
         vae: VAE | None = None,
         label: int | Literal["all"] | None = None,
         guidance: float = 1.0,
-        around: Callable[[Solver], Imputation] | None = None,
+        observed: ObservedImage | None = None,
         batch: int = 64,
         device: torch.device | str | None = None,
     ) -> None:
@@ -174,9 +176,13 @@ class ImageSampler:
         self._label, self._guidance, self._batch = label, guidance, batch
         # Guidance counts, so that the plan is made for a guided score.
         planned = score if guidance == 1 else self._given(0)
-        self._plan = _plan(planned, sampling, sde, around)
-        imputation: Any = self._plan.solver
-        self._impose = None if around is None else imputation.impose
+        self._observed = None if observed is None else observed.of(space, device)
+        self._plan = _plan(planned, sampling, sde, self._observed)
+
+    @property
+    def t_end(self) -> float:
+        """Time at which sampling ends."""
+        return float(self._plan.times[-1])
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of batches; all images of a batch are of one class."""
@@ -199,23 +205,34 @@ class ImageSampler:
         FloatingPointError
             If an image is not finite.
         """
-        sampler, space, vae = self._plan, self._space, self._vae
+        plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
         if label is not None:
-            sampler = sampler.with_score(self._given(label))
+            score = self._given(label)
+            plan = plan.with_score(
+                score if observed is None else observed.score(score, plan.process.sde)
+            )
         noise = SampleNoise(seeds)
         shape = space.shape if vae is None else vae.latent_shape
-        first = float(sampler.times[0])
-        start = noise.start(sampler.process.sde, shape, device=self._device, t=first)
+        first = float(plan.times[0])
+        start = noise.start(plan.process.sde, shape, device=self._device, t=first)
+        denoise = self._sampling.denoise
         with torch.no_grad():
-            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
-            if not found.success:
-                msg = f"{self._sampling.solver} failed: {found.message}"
-                raise FloatingPointError(msg)
-            data = found.data if self._impose is None else self._impose(found.data)
+            if observed is not None and observed.particles:
+                data, evaluations = observed.sample(
+                    plan, seeds, denoise=bool(denoise), chunk=self._batch
+                )
+            else:
+                found = plan.solve(start, noise=noise, denoise=denoise, warn=False)
+                if not found.success:
+                    msg = f"{self._sampling.solver} failed: {found.message}"
+                    raise FloatingPointError(msg)
+                data, evaluations = found.data, found.stats["nfev"]
+            if isinstance(plan.solver, Imputation):
+                data = plan.solver.impose(data)
             if vae is not None:
                 data = vae.images(data)
         images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
-        return Samples(images, found.stats["nfev"])
+        return Samples(images, evaluations)
 
     def _given(self, label: int) -> Score:
         """The score of a class."""
