@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,27 @@ INTERRUPTED = "interrupted; the same command resumes"
 
 def option(parser: ArgumentParser, name: str, metavar: str, text: str, **more: Any) -> None:
     """Declare an option with a value, a string unless ``type`` is given."""
-    parser.add_argument(name, **{"type": str, "metavar": metavar, "help": text, **more})
+    kind = _KINDS.get(more.pop("type", str), str)
+    parser.add_argument(name, **{"type": kind, "metavar": metavar, "help": text, **more})
+
+
+def _integer(text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        msg = f"must be an integer; got {text!r}"
+        raise ArgumentTypeError(msg) from None
+
+
+def _number(text: str | float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        msg = f"must be a number; got {text!r}"
+        raise ArgumentTypeError(msg) from None
+
+
+_KINDS: dict[type, Any] = {int: _integer, float: _number, bool: bool}
 
 
 def add_set_argument(parser: ArgumentParser, text: str, metavar: str = "KEY=VALUE") -> None:

@@ -16,9 +16,10 @@ def as_whole(value: object, name: str, low: int, high: int | None = None) -> int
     msg = f"{name} must be {allowed}; got {value!r}"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(msg)
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise ValueError(msg)
-    return int(value)
+    return number
 
 
 def check_counts(**counts: object) -> None:

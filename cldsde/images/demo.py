@@ -216,7 +216,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     run.write_json("results.json", report._asdict())
     run.write("table.md", lambda file: file.write_text(report.table() + "\n"))
     arrays = {"images": images[:, 0].numpy(), "labels": labels.numpy()}
-    run.write("samples.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    run.write("samples.npz", lambda file: np.savez(file, **arrays))
     shown, caption = pixels_of(data.all[-1])[-100:], f"generated, {name} at {nfe} NFE"
     run.write("samples.png", lambda file: plot_samples(file, shown, images, caption))
     run.write("trajectories.png", lambda file: _draw_trajectories(file, model, data, config))

@@ -27,17 +27,21 @@ def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         writer(temporary)
-        # Synchronised first: the name must not be given to a file that may be lost.
-        handle = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _to_disk(temporary)
         temporary.chmod(0o644)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _to_disk(file: Path) -> None:
+    """Wait until a file is on the disk: its name must not be given to a file that may be lost."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: Path) -> None:

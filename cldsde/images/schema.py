@@ -108,7 +108,7 @@ def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
         for part in place[:-1]:
             if isinstance(part, str):
                 leaves = _leaves(typing.get_type_hints(kind)[part])
-                kind = next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf))
+                kind = cast(Any, next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf)))
         known = [entry.name for entry in dataclasses.fields(kind)]
         return SettingError(key, _unknown(str(place[-1]), known))
     return SettingError(key, _reason(error))

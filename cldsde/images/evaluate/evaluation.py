@@ -264,7 +264,7 @@ class Evaluation(Reference):
         """A cell with its missing measures, or with the reason of the failure."""
         began = time.monotonic()
         own, before = origin(self.device), cell.get(SAMPLING, {}).get("made", [])
-        made = {"solver": resolved_solver(recipe)}
+        made: dict[str, Any] = {"solver": resolved_solver(recipe)}
         made["made"] = before if own in before else [*before, own]
         try:
             drawn = self.draw(model, recipe, seeds)

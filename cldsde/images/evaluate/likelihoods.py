@@ -208,7 +208,7 @@ def latent_likelihood(
                 total += bound.cpu().double()
             bits.append(bit_per_dim(x) * total / samples)
             bar.update(len(part))
-    settings = {"levels": levels, "batch": batch, "seed": seed, "t_min": t_min}
+    settings: dict[str, Any] = {"levels": levels, "batch": batch, "seed": seed, "t_min": t_min}
     settings |= {"samples": samples, "device": str(device)}
     found = _report(torch.cat(bits), images, sde, "latent", settings, "diffusers")
     return {**found, "is_bound": True, "nfev": samples}

@@ -21,6 +21,7 @@ from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.files import PARTIAL, brief, check_writable, file_lock, write_whole
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
+from cldsde.images.sample.sampler import Samples
 from cldsde.progress import progress_bar
 
 _REQUEST = "request"  # file of a folder of parts with the digest of their request
@@ -60,8 +61,8 @@ def draw_to(
     process: int = 0,
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
-) -> None:
-    """Sample images into a file or folder.
+) -> float | None:
+    """Sample images into a file or folder; return their mean score evaluations in process 0.
 
     Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: a later
     call for the same request resumes.
@@ -70,8 +71,8 @@ def draw_to(
     ----------
     out
         ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``levels``, the number of their grey
-        levels, ``seeds`` and, if there are classes, ``labels``; ``FILE.png``, a grid; or a
-        folder of pictures named by their seeds.
+        levels, ``seeds``, ``evaluations``, the number of score evaluations of each, and, if there
+        are classes, ``labels``; ``FILE.png``, a grid; or a folder of pictures named by their seeds.
     request
         The request.
     process, processes
@@ -93,7 +94,7 @@ def draw_to(
         if process == 0:
             _open_parts(parts, request.digest())
         wait()
-        batches = request.batches()
+        batches = request.sampler.batches(request.seeds)
         missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
         wait()
         mine = missing[process::processes]
@@ -102,14 +103,16 @@ def draw_to(
         with progress_bar(None, shown=process == 0, **options) as bar:
             for i in mine:
                 label, seeds = batches[i]
-                images = request.draw(label, seeds)
-                _write(parts / f"{i:08d}.npy", partial(_save_array, array=images.numpy()))
+                drawn = request.draw(label, seeds)
+                _write(parts / f"{i:08d}.npy", partial(_save_arrays, arrays=drawn))
                 bar.update(len(seeds))
         wait()
+        evaluations = None
         if process == 0:
-            (_gather if out.suffix else _gather_pictures)(out, parts, request)
+            evaluations = (_gather if out.suffix else _gather_pictures)(out, parts, request)
             _drop_parts(parts)
         wait()
+        return evaluations
 
 
 @contextmanager
@@ -123,59 +126,65 @@ def alone(out: Path) -> Iterator[None]:
         raise SettingError("out", msg) from None
 
 
-def _read(
-    parts: Path, batches: list[tuple[int | None, list[int]]]
-) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-    for i, (_, seeds) in enumerate(batches):
-        yield np.load(parts / f"{i:08d}.npy", allow_pickle=False), seeds
+def _read(parts: Path, request: SampleRequest) -> Iterator[tuple[NDArray[Any], NDArray[Any], Any]]:
+    """Images, score evaluations, and class and seeds of each batch."""
+    for i, batch in enumerate(request.sampler.batches(request.seeds)):
+        with (parts / f"{i:08d}.npy").open("rb") as stream:
+            yield np.load(stream), np.load(stream), batch
 
 
-def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
-    """Join the parts in a file, in the order of the seeds."""
-    batches, levels = request.batches(), request.model.space.levels
+def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
+    """Join the parts in a file, in the order of the seeds; return the mean score evaluations."""
+    levels = request.model.space.levels
+    images, evaluations, batches = zip(*_read(parts, request), strict=True)
     drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
     order = np.argsort(drawn)
-    images = np.concatenate([part for part, _ in _read(parts, batches)])[order]
+    sheet, nfe = np.concatenate(images)[order], np.concatenate(evaluations)[order]
     if out.suffix == ".png":
-        grid, notes = torch.from_numpy(images), _notes(request)
+        grid, notes = torch.from_numpy(sheet), _notes(request)
         _write(out, lambda path: save_grid(path, grid, levels, notes=notes))
-        return
+        return float(nfe.mean())
     arrays: dict[str, Any] = {
-        "images": images.transpose(0, 2, 3, 1),
+        "images": sheet.transpose(0, 2, 3, 1),
         "levels": np.array(levels),
         "seeds": drawn[order],
+        "evaluations": nfe,
         "recipe": np.array(json.dumps(request.recipe())),
     }
     if batches[0][0] is not None:
         labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
         arrays["labels"] = labels[order]
     _write(out, lambda path: np.savez_compressed(path, **arrays))
+    return float(nfe.mean())
 
 
-def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
+def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
     """Write the parts as pictures in a folder, and move it into place."""
-    if out.exists() and _is_done(out, request):
-        return
     whole = parts / f"{PARTIAL}whole"
     if whole.exists():
         shutil.rmtree(whole)
-    whole.mkdir()
     names = dict(zip(request.seeds, _picture_names(request), strict=True))
-    total, notes = len(request.seeds), _notes(request)
+    total, notes, spent = len(request.seeds), _notes(request), 0
+    done = out.exists() and _is_done(out, request)
+    whole.mkdir()
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
-        for images, seeds in _read(parts, request.batches()):
+        for images, evaluations, (_, seeds) in _read(parts, request):
+            spent += int(evaluations.sum())
             for image, seed in zip(images, seeds, strict=True):
-                with _naming(whole / names[seed]):
-                    shown = picture(image, request.model.space.levels)
-                    shown.save(whole / names[seed], pnginfo=notes)
+                if not done:
+                    with _naming(whole / names[seed]):
+                        shown = picture(image, request.model.space.levels)
+                        shown.save(whole / names[seed], pnginfo=notes)
                 bar.update()
     if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
         os.sync()
     place = out.resolve()
     with _naming(place):
-        if place.exists():
-            place.rmdir()  # fails if it is not empty
-        whole.replace(place)
+        if not done:
+            if place.exists():
+                place.rmdir()  # fails if it is not empty
+            whole.replace(place)
+    return spent / total
 
 
 def _picture_names(request: SampleRequest) -> list[str]:
@@ -281,8 +290,9 @@ def _write(file: Path, writer: Callable[[Path], object]) -> None:
         write_whole(file, writer)
 
 
-def _save_array(path: Path, array: NDArray[np.uint8]) -> None:
+def _save_arrays(path: Path, arrays: Samples) -> None:
     # NumPy's own errors on a full disk do not say that it is full.
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    for array in arrays:
+        np.save(buffer, array.numpy())
     path.write_bytes(buffer.getbuffer())

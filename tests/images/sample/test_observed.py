@@ -66,9 +66,7 @@ def posterior(image):
 )
 def test_independent_pixels_have_their_exact_posterior(operator, method):
     image = observed(operator, method=method, particles=8)
-    images, evaluations = draw_images(
-        PixelScore(CLD()), SPACE, range(64), RECIPE, observed=image
-    )
+    images, evaluations = draw_images(PixelScore(CLD()), SPACE, range(64), RECIPE, observed=image)
     x = to_unit(images)
     mean, std = posterior(image)
     # Of 48 pixels, each the mean of 64, the largest error is below 4 standard errors. For

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.images import files

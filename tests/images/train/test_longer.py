@@ -122,7 +122,7 @@ def test_the_start_tells_of_data_model_and_device():
 
 
 def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
-    run = images.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    run = images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
     again = images.Run.load(str(tmp_path / "run"))
     first, second = (one.sample(range(3), nfe=4) for one in (run, again))
     assert torch.equal(first.images, second.images)
@@ -137,7 +137,7 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
 
 
 def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(tmp_path, capsys):
-    model = images.train(config(), DATA, tmp_path, device="cpu", progress=False).model
+    model = images.Run.train(config(), DATA, tmp_path, device="cpu", progress=False).model
     sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
     drawn = []
     with StopRequest(SimpleNamespace(num_processes=1)) as stop:
