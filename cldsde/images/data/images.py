@@ -87,17 +87,7 @@ class Images(ABC):
         return f"{type(self).__name__}({len(self)} of {shape}, {self.levels} levels{classes})"
 
     def load(self, rows: Tensor) -> Tensor:
-        """Load the images of some rows.
-
-        Parameters
-        ----------
-        rows
-            Row numbers ``(n,)`` int64 in 0 … N − 1, in any order, with or without repeats.
-
-        Returns
-        -------
-        Tensor
-            ``(n, C, H, W)`` uint8 on the CPU.
+        """Load rows ``(n,)`` int64, in any order and with repeats, as ``(n, C, H, W)`` uint8.
 
         Raises
         ------
@@ -178,14 +168,7 @@ class ArrayImages(Images):
 
 
 class Subset(Images):
-    """Some rows of other images, in a given order; the images are shared, not copied.
-
-    Parameters
-    ----------
-    images
-        The images.
-    rows
-        Row numbers ``(n,)`` int64, at least one.
+    """Some rows ``(n,)`` of other images, in a given order; the images are shared, not copied.
 
     Raises
     ------

@@ -80,15 +80,7 @@ class ImageClassifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """The features of a trained classifier as a `FeatureNetwork`.
-
-    Parameters
-    ----------
-    classifier
-        A trained classifier; it is put into evaluation mode.
-    device
-        Where to evaluate it.
-    """
+    """The features of a trained classifier as a `FeatureNetwork`."""
 
     def __init__(self, classifier: ImageClassifier, *, device: torch.device | str = "cpu") -> None:
         self.classifier = classifier.to(device).eval().requires_grad_(False)
@@ -138,10 +130,8 @@ def train_classifier(
         Peak of a one-cycle schedule.
     seed
         Seed of the initial weights and the order of the images.
-    device
-        Where to train.
-    progress
-        Show a progress bar on stderr.
+    device, progress
+        Device of the training, and whether to show a progress bar on stderr.
 
     Raises
     ------

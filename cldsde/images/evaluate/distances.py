@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from cldsde.images.checks import as_whole, check_images, check_same_shape
 from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
 
 
@@ -116,20 +114,7 @@ class FeatureStatistics:
         name: str | None = None,
         progress: bool = False,
     ) -> FeatureStatistics:
-        """Compute statistics batch by batch in float64.
-
-        Parameters
-        ----------
-        images
-            uint8 ``(N, C, H, W)``, at least two.
-        features
-            Feature network.
-        batch
-            Images per batch.
-        name
-            Name of the feature network; None takes its own.
-        progress
-            Show a progress bar on stderr.
+        """Compute statistics of uint8 images batch by batch in float64; see `frechet`.
 
         Raises
         ------
@@ -154,31 +139,6 @@ class FeatureStatistics:
             scatter = scatter + centred.T @ centred + weight * torch.outer(shift, shift)
             mean, count = mean + shift * (len(rows) / total), total
         return cls(mean, scatter / (count - 1), count, name, images_sha256(images))
-
-    def save(self, file: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
-        notes = {"features": self.features, "data_sha256": self.data_sha256}
-        tensors = {"mean": self.mean, "covariance": self.covariance}
-        save_tensors(file, "FeatureStatistics", tensors, {"count": str(self.count), **notes})
-
-    @classmethod
-    def load(cls, file: Path) -> FeatureStatistics:
-        """Load the file that `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is damaged or holds something else.
-        """
-        tensors, notes = load_tensors(file, "FeatureStatistics")
-        try:
-            named = {key: notes[key] for key in ("features", "data_sha256")}
-            return cls(tensors["mean"], tensors["covariance"], int(notes["count"]), **named)
-        except (KeyError, ValueError) as error:
-            msg = f"{file} is damaged: it lacks a part of the statistics ({error})"
-            raise ValueError(msg) from error
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -22,26 +22,17 @@ FeatureNetwork = Callable[[Tensor], Tensor]
 
 
 def load_features(name: str) -> FeatureNetwork:
-    """Load a feature network by its name.
+    """Load a feature network by its name, ``module:attribute``.
 
-    Parameters
-    ----------
-    name
-        ``module:attribute``. A class is instantiated without arguments; any other callable is
-        taken as it is. PyTorch modules are put into evaluation mode.
-
-    Returns
-    -------
-    FeatureNetwork
-        Takes uint8 images ``(B, C, H, W)``, returns features ``(B, F)``.
+    A class is instantiated without arguments; any other callable is taken as it is. PyTorch modules
+    are put into evaluation mode.
 
     Raises
     ------
     ModuleNotFoundError
         If a module that the network's module imports is missing.
     SettingError
-        If the name has another form, there is no such module or attribute, the module or the
-        class fails, or the attribute cannot be called.
+        If there is no such module or attribute, or it fails or cannot be called.
 
     Examples
     --------

@@ -90,10 +90,8 @@ def likelihood(
         Seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
-    device
-        Where to compute.
-    progress
-        Show a progress bar on stderr.
+    device, progress
+        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------
@@ -152,7 +150,7 @@ def latent_likelihood(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Bits per dim of a latent model on images, by its evidence lower bound.
+    """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`.
 
     Parameters
     ----------
@@ -166,11 +164,6 @@ def latent_likelihood(
         Time at which the prior's process ends.
     samples
         Samples of latent variables, time and noise per image.
-
-    Returns
-    -------
-    dict
-        See `likelihood`.
 
     Raises
     ------

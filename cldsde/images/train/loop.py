@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState
@@ -280,10 +280,12 @@ class _Trainer:
             found["fd"] = distance(self.learner, self.sampler, self.folder.path)
             self._record(seen, found, seconds)
         if settings.snapshots:
-            value = -float(seen)  # the last ones are kept
-            if settings.snapshots_by != "last":
-                held_out = self.learner.held_out(done - 1)
-                value = found["fd"] if settings.snapshots_by == "fd" else held_out or math.inf
+            if settings.snapshots_by == "last":
+                value = -float(seen)
+            elif settings.snapshots_by == "fd":
+                value = found["fd"]
+            else:
+                value = cast(float, self.learner.held_out(done - 1))
             write = partial(save_model, weights=weights, config=self.config, space=self.space)
             keep_snapshot(self.folder, write, seen, value, settings.snapshots)
 
