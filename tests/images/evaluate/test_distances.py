@@ -153,7 +153,7 @@ def test_statistics_of_other_features_are_refused():
         (lambda x: x.flatten(1), TypeError, "floating-point tensor.*uint8"),
         (lambda _: None, TypeError, "got NoneType"),
         (lambda x: x.float(), ValueError, r"must return \(B, F\)"),
-        (lambda x: x.float().flatten(1)[1:], ValueError, "one row an image"),
+        (lambda x: x.float().flatten(1)[1:], ValueError, "one row per image"),
         (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
         (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
         (3, TypeError, "features must be a callable"),
