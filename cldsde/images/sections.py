@@ -28,7 +28,7 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.solvers import canonical_name
+from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""

@@ -64,6 +64,23 @@ class ConditionalScore(nn.Module):
         data: Tensor = method(z, t, **self._expanded(len(z)))
         return data
 
+    def part(self, samples: slice, count: int) -> ConditionalScore:
+        """The score of some of ``count`` samples: tensors of conditions keep the rows of these.
+
+        Raises
+        ------
+        ValueError
+            If a condition has another number of rows than ``count``.
+        """
+        conditions = {}
+        for name, value in self.conditions.items():
+            rows = isinstance(value, Tensor) and value.ndim > 0
+            if rows and len(value) != count:
+                msg = f"score: its condition {name} has {len(value)} rows for {count} samples"
+                raise ValueError(msg)
+            conditions[name] = value[samples] if rows else value
+        return ConditionalScore(self.score, **conditions)
+
     def _expanded(self, batch: int) -> dict[str, Any]:
         return {name: _per_sample(x, batch) for name, x in self.conditions.items()}
 
@@ -178,6 +195,14 @@ class GuidedScore(nn.Module):
         for score in (self.conditional, self.unconditional):
             if hasattr(score, "check_times"):
                 score.check_times(t)
+
+    def part(self, samples: slice, count: int) -> GuidedScore:
+        """The guided score of some of ``count`` samples, see `ConditionalScore.part`."""
+        given, free = (
+            score.part(samples, count) if isinstance(score, ConditionalScore) else score
+            for score in (self.conditional, self.unconditional)
+        )
+        return GuidedScore(given, free, self.weight, interval=self.interval)
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of evaluations that a guided one at each time takes, int64 like ``t``.

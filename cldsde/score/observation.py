@@ -18,7 +18,7 @@ from cldsde.score.operators import block_means, correlation, matrix_product, sel
 
 __all__ = ["Observation", "check_observation"]
 
-# Where sampling ends, the noise of the state is at most this part of the noise of the observation:
+# Largest noise of the state at the end of sampling, as a part of the observation's noise:
 # at 0.3 the covariance of exact samples is 4–8 % too large, at 1 it is 36 %.
 _END_LEVEL = 0.3
 
@@ -35,7 +35,7 @@ class Observation:
         A: a function of a batch of data ``(B, *D)`` that returns ``(B, *E)``, linear in the data
         and acting on each sample alone. Its adjoint is found by autograd.
     y
-        What was observed, ``(*E)``; or ``(B, *E)``, one observation per sample of a batch.
+        The observed value, ``(*E)``; or ``(B, *E)``, one per sample of a batch.
     noise_std
         s ≥ 0, the standard deviation of the noise.
     shape

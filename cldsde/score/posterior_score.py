@@ -46,7 +46,7 @@ class _Coefficients(NamedTuple):
     state: Tensor  # (*, 1, k), takes the state, and
     score: Tensor  # (*, 1, d), the driven score to D
     psi: Tensor  # (*, 1, k)
-    to_score: Tensor  # (*, d, 1), takes a change of D to that of the driven score
+    to_score: Tensor  # (*, d, 1), takes a change of D to a change of the driven score
     variance: Tensor  # (*, 1), σ²
 
 
@@ -82,7 +82,7 @@ class PosteriorScore(nn.Module):
     score
         score(z, t) of the driven components: exact, or a network, under any linear SDE.
     observation
-        What was observed.
+        The observation y.
     method
         ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
         ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
@@ -241,7 +241,7 @@ class PosteriorScore(nn.Module):
         def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
             return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
 
-        # No eigenvalue of a covariance exceeds its trace, that of the data on average.
+        # No eigenvalue of V exceeds its trace, which is at most the data's trace on average.
         total = self.data_variance * math.prod(shape)
 
         def moments(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 
 from cldsde import VPSDE, CosineVP, LinearSDE, RectifiedFlow
-from cldsde.linear import SignalNoiseDynamics
 from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from strategies import intervals
 
 DIGITS = 40

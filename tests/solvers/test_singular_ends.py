@@ -18,7 +18,7 @@ from cldsde import (
     ReverseProcess,
     solvers,
 )
-from cldsde.linear import SignalNoiseDynamics
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import named_solvers
 
@@ -72,7 +72,7 @@ def test_a_solver_samples_from_the_end_or_says_from_where_it_starts(name: str, s
         assert found.success
         assert "multistep" in solver
         return
-    applies = not ("stationary law" in text or "position and velocity" in text)
+    applies = not ("stationary distribution" in text or "position and velocity" in text)
     if applies:
         until = PROCESSES[name].regular_until
         assert f"take t ≤ {until:.15g}" in text

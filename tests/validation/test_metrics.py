@@ -24,14 +24,14 @@ from cldsde.solvers import (
 )
 from cldsde.validation import (
     WorkPrecision,
-    WorkPrecisionPoint,
     bures_wasserstein,
-    mode_spread_error,
     moment_error,
     problems,
     sliced_wasserstein,
     work_precision,
 )
+from cldsde.validation.metrics import mode_spread_error
+from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PROBLEMS = problems()
 SEEDS = st.integers(0, 2**32 - 1)

@@ -27,7 +27,7 @@ from cldsde.images.schema import (
 )
 from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
-from cldsde.solvers import canonical_name
+from cldsde.solvers.named import canonical_name
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
