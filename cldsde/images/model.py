@@ -112,21 +112,7 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A trained model, its images and its configuration.
-
-    Attributes
-    ----------
-    model
-        Score and autoencoder, with averaged weights, in evaluation mode.
-    space
-        The images that it samples.
-    config
-        The configuration of its run.
-    images_seen
-        Length of its training.
-    digest
-        SHA-256 of the weights.
-    """
+    """A trained model, its images and its configuration."""
 
     model: DiffusionModel
     space: ImageSpace
@@ -238,23 +224,7 @@ def save_model(
 def load_model(
     run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
 ) -> ImageModel:
-    """Load the model of a run.
-
-    Parameters
-    ----------
-    run
-        Folder of the run.
-    device
-        Where to put the model.
-    trust
-        Import the network that the run names by ``module:Class``. Otherwise no code is run.
-
-    Raises
-    ------
-    ValueError
-        If there is no such run, it has no model yet, the file is damaged or was written for
-        another configuration, or the network is code outside of cldsde and not trusted.
-    """
+    """Load the model of a run."""
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
@@ -278,13 +248,7 @@ def load_model(
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
-    """Load a model file that was written for a configuration; runs no code of the file.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or was written for another configuration.
-    """
+    """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
         older = config.score.prediction == "noise"

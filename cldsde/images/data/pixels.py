@@ -19,11 +19,6 @@ from cldsde.score import quantisation
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
     """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not uint8, or a value is out of range.
-
     Examples
     --------
     >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
@@ -43,11 +38,6 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
 
     Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
     (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not floating-point numbers, or hold a NaN.
     """
     as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -77,11 +67,6 @@ def augment(
 
     ``flip`` mirrors each image with probability 1/2. ``dequantise`` spreads each level uniformly
     over its bin (`cldsde.score.dequantise`), instead of `to_unit`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not uint8 or do not have four axes, or a value is out of range.
 
     Notes
     -----

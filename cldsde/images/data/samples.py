@@ -29,11 +29,6 @@ def load_samples(path: Path) -> Tensor:
     """Load samples ``(N, C, H, W)`` uint8 with 256 levels, from a file or a folder of ``*.png``.
 
     An array ``levels`` of a ``.npz`` is the number of grey levels of its images, 256 by default.
-
-    Raises
-    ------
-    ValueError
-        If there are none, they are not of one size, or they exceed their levels.
     """
     if path.is_dir():
         return _pictures(path)

@@ -114,13 +114,7 @@ class FeatureStatistics:
         name: str | None = None,
         progress: bool = False,
     ) -> FeatureStatistics:
-        """Compute statistics of uint8 images batch by batch in float64; see `frechet`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an argument is out of range, or the network does not return finite ``(B, F)``.
-        """
+        """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
         name = feature_name(features) if name is None else name
         parts = images.split(as_whole(batch, "batch", 1))  # type: ignore[no-untyped-call]
@@ -142,13 +136,7 @@ class FeatureStatistics:
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`.
-
-    Raises
-    ------
-    ValueError
-        If the statistics are of different features.
-    """
+    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`."""
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         msg = f"statistics must be of the same features; got {own} and {other}"

@@ -27,13 +27,6 @@ def load_features(name: str) -> FeatureNetwork:
     A class is instantiated without arguments; any other callable is taken as it is. PyTorch modules
     are put into evaluation mode.
 
-    Raises
-    ------
-    ModuleNotFoundError
-        If a module that the network's module imports is missing.
-    SettingError
-        If there is no such module or attribute, or it fails or cannot be called.
-
     Examples
     --------
     >>> load_features("torch:flatten").__name__
@@ -84,13 +77,7 @@ def checked_features(values: object, count: int) -> Tensor:
 
 
 def feature_name(features: FeatureNetwork) -> str:
-    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code.
-
-    Raises
-    ------
-    TypeError
-        If it cannot be called.
-    """
+    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code."""
     if not callable(features) or isinstance(features, type):
         got = repr(features) if isinstance(features, type) else type(features).__name__
         wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
