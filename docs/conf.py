@@ -40,7 +40,6 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.bibtex",
-    "sphinx-mathjax-offline",  # MathJax as files of the site: formulas need no network
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
@@ -48,8 +47,11 @@ default_role = "py:obj"  # `name` in a docstring leads to the name
 
 html_theme = "furo"
 html_title = f"cldsde {release}"
-html_static_path = ["_static"]
+# Formulas need no network: MathJax is a file of the site. Its package has it as published.
+_mathjax = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent / "static"
+html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg.js")]
 html_css_files = ["site.css"]
+mathjax_path = "tex-svg.js"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -178,7 +180,8 @@ nitpick_ignore_regex = [
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
+    # Tables of coefficients.
+    ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
 ]
 
@@ -363,7 +366,6 @@ def setup(app):
     shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
     app.connect("object-description-transform", _readable)
-    app.config.mathjax_path = "mathjax/tex-svg.js"  # one file, without fonts to load
     app.connect("html-page-context", _offer_notebook)
     if not _source:
         app.connect("html-collect-pages", _sourceless, priority=100)
@@ -371,3 +373,4 @@ def setup(app):
     app.connect("env-check-consistency", _undocumented)
     app.connect("build-finished", _pictured)
     app.add_directive("config-keys", ConfigKeys)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

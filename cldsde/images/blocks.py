@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CLOCK_SCALE", "ClassEmbedding", "Double", "FourierFeatures", "Halve", "recompute"]
-
 CLOCK_SCALE = 50.0
 """Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8."""
 
 
 class ClassEmbedding(nn.Embedding):
-    """An embedding that answers a label out of range with NaN, and never waits for its device."""
+    """An embedding that returns NaN for a label out of range, and never waits for its device."""
 
     def forward(self, label: Tensor) -> Tensor:
         """Apply the layer."""
@@ -44,8 +42,7 @@ class FourierFeatures(nn.Module):
 class _Filter(nn.Module):
     """The filter (1, 3, 3, 1) in both directions, of sum 1.
 
-    It does what diffusers' own does, to rounding, in place of which it stands: that one brings its
-    kernel to the device at every call, waits for it, and filters numbers that it then drops.
+    It equals diffusers' own to rounding, which copies its kernel to the device at every call.
     """
 
     kernel: Tensor
@@ -77,7 +74,7 @@ class Double(_Filter):
 
 
 class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block that keeps nothing but its input for the gradient."""
+    """A residual block that keeps only its input for the gradient."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         forward = super().forward
@@ -87,9 +84,9 @@ class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
 
 
 def recompute(network: nn.Module) -> None:
-    """Turn residual blocks into such that keep less, of the same weights by the same names.
+    """Turn on gradient checkpointing of residual blocks; names of weights do not change.
 
-    diffusers' own switch reaches the middle block alone where blocks are skip blocks.
+    diffusers' own switch reaches only the middle block of networks of skip blocks.
     """
     for module in network.modules():
         if type(module) is ResnetBlock2D:

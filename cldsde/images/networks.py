@@ -1,12 +1,11 @@
-"""Score networks: a U-Net and the NCSN++, both put together of parts of the library diffusers.
+"""Score networks: a U-Net and the NCSN++, both made of parts of the library diffusers.
 
 A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
-of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. What
-it returns is zero before it is trained, so that a mixed score starts at its Gaussian reference.
+of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. Its
+output is zero before training, so that a mixed score starts at its Gaussian reference.
 
-A network of labelled images takes the label of each image, too: 0 … classes − 1, or ``classes``,
-the null label, which stands for no class. It is what classifier-free guidance trains and asks for
-beside the labels.
+A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
+the null label for no class, which classifier-free guidance needs.
 """
 
 from __future__ import annotations
@@ -31,16 +30,14 @@ from cldsde.images.blocks import (
 from cldsde.images.checks import check_counts, check_groups, check_levels
 from cldsde.linear.checks import check_at_least, check_positive
 
-__all__ = ["NETWORKS", "NCSNpp", "UNet", "parameter_count"]
-
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters that are learnt."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 class _ScoreNetwork(nn.Module):
-    """What the networks share: a `UNet2DModel`, and labels around it."""
+    """A `UNet2DModel` with labels."""
 
     def __init__(self, network: UNet2DModel, classes: int | None) -> None:
         super().__init__()
@@ -51,7 +48,7 @@ class _ScoreNetwork(nn.Module):
             network.class_embedding = ClassEmbedding(classes + 1, width)
 
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
-        """Noise prediction of the driven components.
+        """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
         Parameters
         ----------
@@ -60,15 +57,9 @@ class _ScoreNetwork(nn.Module):
         clock
             ``(B,)``.
         label
-            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None is that for all.
-            Labels on the host are checked, and copied to the device of ``z``. To look at those on
-            another device would wait for it in every step of a sampler: there an image whose label
-            is out of range comes out as NaN.
-
-        Returns
-        -------
-        Tensor
-            ``(B, outputs·C, H, W)``.
+            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None: no class.
+            Labels on the CPU are checked. Reading labels on another device would wait for it in
+            every step of a sampler: there an image is NaN if its label is out of range.
 
         Raises
         ------
@@ -96,25 +87,25 @@ class UNet(_ScoreNetwork):
     channels
         Channels of each level, from full resolution down; each of the groups has two or more.
     blocks
-        Residual blocks a level.
+        Residual blocks per level.
     groups
         Groups of the group normalisation.
     attention
-        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. If there is
-        one, the middle of the network has attention, too.
+        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. With any,
+        the middle of the network has attention, too.
     head_channels
         Channels of an attention head, a divisor of the channels; None is one head of them all.
     dropout
-        Probability in [0, 1) with which a residual block drops a number in training.
+        Dropout probability in the residual blocks, in [0, 1).
     classes
         Number of classes; None for images without labels.
     gradient_checkpointing
-        Compute what is inside a residual block again for its gradient instead of keeping it: less
-        memory, and about a third more time.
+        Recompute the inside of residual blocks for the gradient: less memory, and about a third
+        more time.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If an argument is out of range or does not fit the others.
     """
 
@@ -166,36 +157,26 @@ class NCSNpp(_ScoreNetwork):
 
     Parameters
     ----------
-    shape
-        Shape ``(C, H, W)`` of the data; H and W divisible by 2 to the number of levels less one.
-    inputs, outputs
-        Components of the state and driven components.
+    shape, inputs, outputs, dropout, classes, gradient_checkpointing
+        See `UNet`.
     channels
         Channels of each level, from full resolution down: multiples of 32, or, without attention
         and up to 64, of 4. A level has c/4 groups of the group normalisation, 32 at most.
     blocks
-        Residual blocks a level, beside the one that halves the resolution.
+        Residual blocks per level, beside the block that halves the resolution.
     attention
         Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``; on the way
         up after the last. The middle of the network always has attention.
     head_channels
-        Channels of an attention head, a divisor of the channels; None is one head of them all, as
-        published.
-    dropout
-        Probability in [0, 1) with which a residual block drops a number in training.
+        See `UNet`; None, one head of all channels, is as published.
     fourier_scale
         None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
-        frequencies 2π N(0, σ²), drawn with the weights and kept with them. Song et al. take 16 for
-        VE's log noise level; Karras et al. (2022), who divide its log by 4, in effect 4.
-    classes
-        Number of classes; None for images without labels.
-    gradient_checkpointing
-        Compute what is inside a residual block again for its gradient instead of keeping it: less
-        memory, and about a third more time.
+        frequencies 2π N(0, σ²), part of the weights. Song et al. take 16 for VE's log noise level;
+        Karras et al. (2022), who divide its log by 4, in effect 4.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If an argument is out of range or does not fit the others.
 
     Notes
@@ -208,9 +189,9 @@ class NCSNpp(_ScoreNetwork):
     or attention block so small that the block starts as its shortcut.
 
     The input enters, and the output is summed, as in the published networks for 256 × 256
-    (``input_skip``, ``output_skip``). That for CIFAR-10 passes the filtered input on through 3 × 3
-    convolutions (``residual``) and has its output at full resolution alone; that makes 0.9 million
-    parameters more.
+    (``input_skip``, ``output_skip``). The network for CIFAR-10 passes the filtered input through
+    3 × 3 convolutions (``residual``) and has its output at full resolution alone, with 0.9 million
+    more parameters.
 
     References
     ----------
@@ -238,11 +219,8 @@ class NCSNpp(_ScoreNetwork):
         attends = _levels(shape, channels, attention)
         unit = 32 if any(attends) or max(channels) > 64 else 4
         if any(width % unit for width in channels):
-            msg = (
-                "channels must be multiples of 32, or, without attention and up to 64, of 4; "
-                f"got {list(channels)}"
-            )
-            raise ValueError(msg)
+            msg = "channels must be multiples of 32, or, without attention and up to 64, of 4; got "
+            raise ValueError(f"{msg}{list(channels)}")
         _check_heads(head_channels, channels, [*attends[:-1], True])
         _check_dropout(dropout)
         if fourier_scale is not None:
@@ -261,7 +239,7 @@ class NCSNpp(_ScoreNetwork):
             attention_head_dim=head_channels,
             dropout=dropout,
         )
-        # diffusers divides the output by the clock where it makes Fourier features itself.
+        # diffusers divides the output by the clock if it computes Fourier features itself.
         if fourier_scale is not None:
             embedding = network.time_embedding
             network.time_proj = FourierFeatures(channels[0], fourier_scale)
@@ -283,7 +261,10 @@ class NCSNpp(_ScoreNetwork):
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
-"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``."""
+"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``.
+
+A configuration names a network of one's own, with the same arguments, by ``module:Class``.
+"""
 
 
 def _initialise(network: UNet2DModel) -> None:
@@ -323,13 +304,13 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
         msg = f"label must be an int64 tensor ({batch},), one a state; got {got}"
         raise ValueError(msg)
     if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
-        msg = f"label must lie in [0, {classes}], where {classes} is no class; got {label.tolist()}"
+        msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
         raise ValueError(msg)
     return label.to(device)
 
 
 def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
-    """Which levels have attention, if sizes and resolutions fit the levels."""
+    """Whether each level has attention; raise if sizes and resolutions do not fit the levels."""
     check_levels(shape, channels)
     heights = [shape[1] >> level for level in range(len(channels))]
     missing = [height for height in attention if height not in heights]
@@ -349,11 +330,8 @@ def _check_heads(
     last = [channels[-1]] if any(attends) else []
     widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
     if any(width % head_channels for width in widths):
-        msg = (
-            "head_channels must divide the channels where there is attention, "
-            f"{sorted(set(widths))}; got {head_channels}"
-        )
-        raise ValueError(msg)
+        msg = f"head_channels must divide the channels of attention, {sorted(set(widths))}; got "
+        raise ValueError(f"{msg}{head_channels}")
 
 
 def _check_dropout(dropout: float) -> None:
