@@ -27,7 +27,7 @@ from cldsde.progress import progress_bar
 
 SHOWN, FIRST_SHOWN = 2, 20  # held-out images of the picture
 SAMPLES, SHOWN_NOISE = 16, 0.05
-TRUTHS, DRAWS, NFE, NOISE = 48, 9, 25, 0.1  # of the coverage
+TRUTHS, DRAWS, NFE, NOISE = 32, 9, 25, 0.1  # of the coverage
 LEAST_STD = 0.05  # of pixels that count: the black surroundings are known without an observation
 BATCH = 16  # truths sampled at once
 
@@ -134,12 +134,14 @@ def main() -> None:
     shown = held_out[FIRST_SHOWN : FIRST_SHOWN + SHOWN]
     picture(run, shown, arguments.picture, arguments.folder)
     truths = held_out[1000 : 1000 + TRUTHS]
-    cells = [(p, m) for p in ("inpainting", "super-resolution") for m in ("moments", "pigdm")]
-    cells.append(("inpainting", "replacement"))
-    rows = [coverage(run, truths, *cell) for cell in progress_bar(cells, shown=True)]
+    cells = [("inpainting", m) for m in ("replacement", "moments", "pigdm")]
+    cells += [("super-resolution", m) for m in ("moments", "pigdm")]
+    rows: list[dict[str, Any]] = []
     content = {"truths": TRUTHS, "draws": DRAWS, "nfe": NFE, "noise_std": NOISE, "rows": rows}
     file = arguments.folder / "image-posteriors.json"
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for cell in progress_bar(cells, shown=True):
+        rows.append(coverage(run, truths, *cell))
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

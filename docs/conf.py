@@ -180,7 +180,8 @@ nitpick_ignore_regex = [
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
+    # Tables of coefficients.
+    ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_solve
 from cldsde.linear.checks import check_at_least
 from cldsde.linear.covariance import triangular_inverse
-from cldsde.linear.moves import by_steps, carried_roots, marginal_laws, moves_to_end
+from cldsde.linear.moves import by_steps, carried_roots, marginal_factors, moves_to_end
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
@@ -391,7 +391,7 @@ def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:
     """Coefficients Φ_λ, the noise root and the weights of x̂₀, for data predictions."""
     stops, nodes, weights = _stops(times, along=along)
-    mean, root = marginal_laws(sde, stops)
+    mean, root = marginal_factors(sde, stops)
     moves, noise = moves_to_end(sde, stops, root, levels)
     psi = mean[..., :1]
     G, whitening = sde.diffusion(nodes), triangular_inverse(root[:, 1:-1])
@@ -409,7 +409,7 @@ def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -
 def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps, Tensor]:
     """Coefficients Ψ(u, t) and the weights of n = −Rᵀs, and R⁻¹ at the start of each step."""
     stops, nodes, weights = _stops(times, along=along)
-    _, triangular = marginal_laws(sde, stops)
+    _, triangular = marginal_factors(sde, stops)
     root, inverse = carried_roots(sde, stops, triangular)
 
     def to_end(stops: Tensor) -> tuple[Tensor]:

@@ -34,8 +34,8 @@ class GottaGoFast(Solver):
         K_1 = h\,d(z, t) + G(t)\,ΔW, \quad K_2 = h\,d(z + K_1, t−h) + G(t−h)\,ΔW, \quad
         z ← z + \tfrac12 (K_1 + K_2), \qquad d = −F z + G G^⊤ s,
 
-    The error estimate is ½(K_2 − K_1). It is divided elementwise by
-    max(atol, rtol · max(\|z + K_1\|, \|z' + K_1'\|)), with the primes for the last accepted step.
+    The error estimate ½(K_2 − K_1) is divided elementwise by
+    max(atol, rtol · max(\|z + K_1\|, \|z' + K_1'\|)), with primes for the last accepted step.
     Its root mean square over a sample is e. The step is accepted if e ≤ 1, and the next step length
     is h ← min(t − ε, θ h e^{−r}).
 

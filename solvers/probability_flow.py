@@ -42,8 +42,8 @@ class ProbabilityFlow(Solver):
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
     scipy and torchdiffeq. Its root mean square over the batch must be at most 1. With
     ``pace="sample"`` each sample has an error and step lengths of its own. The score is never
-    evaluated outside [ε, T]. ``Solution.nfev`` is the largest number of evaluations of a sample,
-    and ``stats["nfev"]`` holds the numbers of all samples.
+    evaluated outside [ε, T]. ``Solution.nfev`` is the largest number of evaluations of a sample;
+    ``stats["nfev"]`` holds the numbers of all samples.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Scores: exact ones of Gaussian mixtures, learnt ones, and the reverse process they define."""
+"""Scores, exact and learnt, their training, and the reverse process that they define."""
 
 from cldsde.score.conversion import Conversion
 from cldsde.score.denoisers import DenoiserScore, PredictionDenoiser

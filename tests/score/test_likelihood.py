@@ -1125,7 +1125,7 @@ class TestRefusals:
             ({"samples": 0}, "samples"),
             (
                 {"importance_weighted": True, "divergence": "hutchinson"},
-                "importance_weighted needs divergence='exact'",
+                "divergence must be 'exact' with importance_weighted=True",
             ),
         ],
     )

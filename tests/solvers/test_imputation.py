@@ -542,7 +542,7 @@ class TestRefusals:
 
     def test_a_process_that_the_solver_does_not_apply_to_is_refused(self):
         sde = VESDE(0.05, 20.0)
-        with pytest.raises(ValueError, match="SSCS needs a process with a stationary law"):
+        with pytest.raises(ValueError, match="SSCS needs a process with a stationary distribution"):
             solvers.solve(
                 ReverseProcess(sde, independent(sde)),
                 Imputation(solvers.SSCS(), KNOWN, MASK),

@@ -184,7 +184,7 @@ def test_a_score_without_a_data_prediction_says_where_to_start() -> None:
     exact = DATA.score(sde)
     reverse = ReverseProcess(sde, exact.__call__)
     solver = solvers.ExponentialMultistep()
-    with pytest.raises(ValueError, match=r"has no method data_prediction.*regular_until"):
+    with pytest.raises(ValueError, match=r"must have a method data_prediction.*regular_until"):
         solvers.plan(reverse, solver, solvers.root_times(1.0, 0.05, 20))
     times = solvers.root_times(sde.regular_until, 0.05, 20)
     late = solvers.solve(reverse, solver, states(), times).state
