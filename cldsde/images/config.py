@@ -80,6 +80,8 @@ class RunConfig:
         """Reject settings that do not go together."""
         if self.score.prediction != "noise":
             self._check_prediction()
+        if self.score.code != "cldsde":
+            self._check_published()
         if self.latent is None:
             return
         if self.data.dequantise:
@@ -94,6 +96,18 @@ class RunConfig:
                 f"got {self.latent.pretraining}"
             )
             raise SettingError("latent.pretraining", msg)
+
+    def _check_published(self) -> None:
+        """Reject settings that a published parameterisation does not have."""
+        given = f"if score.code is {self.score.code!r}"
+        if self.latent is not None:
+            raise SettingError("latent", f"must be absent {given}")
+        if self.training.times == "importance" or self.training.weighting == "log_snr":
+            msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
+            raise SettingError("training.times", msg)
+        if len(self.process.make().driven) != 1:
+            msg = f"must be a process with one driven component {given}; got {self.process.name}"
+            raise SettingError("process.name", msg)
 
     def _check_prediction(self) -> None:
         """Reject a velocity or flow that the process or the training does not have."""
@@ -139,7 +153,7 @@ class RunConfig:
 
     def training_digest(self) -> str:
         """Digest of what the weights depend on: of everything that is not `FREE`."""
-        values = self.to_dict()
+        values = _without_defaults(self)
         for path in self.FREE:
             *outer, last = path.split(".")
             place = values
@@ -153,11 +167,22 @@ class RunConfig:
 
         Where files of the data lie is no part of it.
         """
-        values = self.to_dict()
+        values = _without_defaults(self)
         parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
         parts["data"]["options"].pop("path", None)
         parts["t_min"] = self.training.t_min
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_defaults(config: RunConfig) -> dict[str, Any]:
+    """Plain types without settings that older runs did not have, unless they are in use."""
+    values = config.to_dict()
+    for name, value in (("code", "cldsde"), ("mixed", False), ("numerical_eps", 0), ("levels", None)):
+        if values["score"][name] == value:
+            del values["score"][name]
+    if config.training.reduction == "mean":
+        del values["training"]["reduction"]
+    return values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -21,6 +21,7 @@ from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.train.loop import train as train_model
 from cldsde.linear import LinearSDE
+from cldsde.pretrained import PublishedScore
 from cldsde.score import MixedScore
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Run:
         return cls(load_model(folder, device))
 
     @property
-    def score(self) -> MixedScore:
+    def score(self) -> MixedScore | PublishedScore:
         """The score; a function of state and time."""
         return self.model.score
 

@@ -27,6 +27,8 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
+from cldsde.pretrained import Parameterisation
+from cldsde.pretrained.published_score import Code
 from cldsde.solvers import canonical_name
 
 __all__ = [
@@ -165,15 +167,50 @@ class ScoreConfig:
     mixing
         None: the network's part is added to the reference's. A number: each channel weighs the
         two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
+    code
+        Parameterisation of the score: ``"cldsde"``, or that of a published code, see
+        `cldsde.pretrained.published_score`: ``"cld-sgm"``, ``"score-sde-vp"``, ``"score-sde-ve"``.
+    mixed, numerical_eps, levels
+        Options of the published parameterisations, see `cldsde.pretrained.Parameterisation`.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
     inputs: Literal["state", "estimate"] = "state"
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     mixing: Number | None = None
+    code: Literal["cldsde"] | Code = "cldsde"
+    mixed: Flag = False
+    numerical_eps: Annotated[Number, Field(ge=0)] = 0.0
+    levels: Count | None = None
+
+    def published(self, *, log_clock: bool) -> Parameterisation | None:
+        """The published parameterisation; None for ``code = "cldsde"``.
+
+        Parameters
+        ----------
+        log_clock
+            Whether the network has Fourier features.
+        """
+        if self.code == "cldsde":
+            return None
+        with setting(""):
+            return Parameterisation(
+                code=self.code,
+                log_clock=log_clock,
+                mixed=self.mixed,
+                numerical_eps=self.numerical_eps,
+                levels=self.levels,
+            )
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Reject settings that do not go together."""
+        own = (self.mixed, self.numerical_eps, self.levels) == (False, 0.0, None)
+        if self.code == "cldsde" and not own:
+            raise SettingError("code", "must be a published code for mixed, numerical_eps or levels")
+        plain = (self.reference, self.inputs, self.prediction, self.mixing)
+        if self.published(log_clock=False) and plain != ("scalar", "state", "noise", None):
+            msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
+            raise SettingError("code", msg)
         if self.mixing is not None and self.inputs != "state":
             msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
             raise SettingError("mixing", msg)
@@ -237,6 +274,9 @@ class TrainingConfig:
     ema_decay
         Decay a step of the exponential moving average of the weights, which is what is sampled; at
         first that of (n + 1)/(n + 10) after n steps, if it is smaller.
+    reduction
+        ``"mean"`` or ``"sum"`` of the squared error over the numbers of an image. With Adam it
+        matters through ``clip`` alone.
     conditioning
         ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
     weighting
@@ -283,6 +323,7 @@ class TrainingConfig:
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip: Positive | None = 1.0
     ema_decay: Share = 0.9999
+    reduction: Literal["mean", "sum"] = "mean"
     conditioning: Literal["data", "all"] = "data"
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
     log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2

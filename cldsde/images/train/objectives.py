@@ -27,6 +27,7 @@ from torch import Tensor
 from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
+from cldsde.pretrained import PublishedScore
 from cldsde.score import (
     MixedScore,
     PerturbedData,
@@ -255,24 +256,27 @@ def _prior_bound(
 class _Matching:
     """Score matching as a configuration has it, on images or latent variables."""
 
-    def __init__(self, score: MixedScore, config: RunConfig) -> None:
+    def __init__(self, score: MixedScore | PublishedScore, config: RunConfig) -> None:
         settings = config.training
+        self._sums = settings.reduction == "sum"
         self._conditioning = settings.conditioning
         self._prediction: Measured = config.score.prediction
         self._weighting: Weighting
+        even = settings.times == "uniform"
+        sampler: TimeSampler | None
         if settings.weighting == "log_snr":
             mean, std = settings.log_snr_mean, settings.log_snr_std
             self._weighting = score.log_snr_weighting(mean=mean, std=std)
             self._prediction = "noise"  # in whose units the weighting is
-            sampler = TimeSampler(log_snr_density(score.sde, mean=mean, std=std), settings.t_min)
+            density_of_times = log_snr_density(score.sde, mean=mean, std=std)
+            sampler = None if even else TimeSampler(density_of_times, settings.t_min)
         elif settings.times in ("logit_normal", "mode"):
             self._weighting = density = _density(settings)
             sampler = TimeSampler(density, settings.t_min)
         else:
             self._weighting = settings.weighting
-            sampler = _importance(score, settings, self._prediction)
-        even = settings.times == "uniform"
-        self.sampler = TimeSampler(torch.ones_like, settings.t_min) if even else sampler
+            sampler = None if even else _importance(score, settings, self._prediction)
+        self.sampler = sampler or TimeSampler(torch.ones_like, settings.t_min)
 
     def losses(
         self, model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators
@@ -288,6 +292,8 @@ class _Matching:
             weighting=self._weighting,
             condition=batch.labels,
         )
+        if self._sums:
+            losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
 
 
