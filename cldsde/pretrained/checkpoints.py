@@ -99,7 +99,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             found = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()
         msg = (
             f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is never "

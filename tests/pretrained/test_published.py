@@ -187,8 +187,11 @@ class TestRejections:
 
     def test_a_checkpoint_of_another_network_is_rejected(self, tmp_path):
         file = save_checkpoint("vp_mixed", tmp_path)
+        wider = dataclasses.replace(
+            MODELS["vp_mixed"], network={**MODELS["vp_mixed"].network, "channels": (8, 8)}
+        )
         with pytest.raises(ValueError, match="must have the shape"):
-            load_cld_sgm(file, self.MODEL)
+            load_cld_sgm(file, wider)
         with pytest.raises(ValueError, match="is of another network than expected: missing are"):
             load_cld_sgm(file, MODELS["cld_positional"])
 
