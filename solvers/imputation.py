@@ -1,13 +1,11 @@
-"""Inpainting and imputation: data of which a part is known, by the replacement method.
+"""Inpainting and imputation by replacement: known data are sampled along the forward process.
 
-The replacement method of Song et al. (2021, §5 and appendix I.2): after each step of a sampler the
-known part of the state is replaced by a sample of its exact distribution at that time given the
-data. If a process has a velocity, the velocity of the known part is replaced, too.
-
-The samples do not follow the distribution of the unknown part given the known part, however fine
-the grid is: each step sees the known part through fresh noise, and later steps do not correct for
-it. For two Gaussian numbers of correlation 0.8 the unknown one moves 0.62 of the way to its
-conditional mean. Repeated steps move it further (Lugmayr et al. 2022).
+After every step the known part of the state, its velocity included, is sampled again from its
+forward distribution given the data (Song et al. 2021, appendix I.2). The unknown part does not have
+its distribution given the known part, however fine the grid is: each step sees the known part
+through fresh noise, and later steps do not correct for it. For two Gaussian numbers of correlation
+0.8 the unknown number moves 0.62 of the way to its conditional mean. Repeated steps move it further
+(Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -51,6 +49,11 @@ class Imputation(GridSolver):
 
     If the grid ends at t = 0 the known data come back exactly. Otherwise they carry the noise of
     the last time, or, with ``denoise=True``, come back nearly. `impose` puts them in place.
+
+    The samples are not from the posterior. On five problems with a known posterior their sliced
+    Wasserstein-2 distance to it is 3 to 12 times the distance of as many exact samples, and up to
+    0.8 of the weight is in the wrong components (`validation.posterior_error`, 1,000 samples, 50
+    steps). `PosteriorScore` and `sample_posterior` are closer.
 
     Parameters
     ----------

@@ -9,10 +9,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
 from cldsde.score import GaussianMixture, MixtureScore, Observation, PosteriorScore, ReverseProcess
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
-from cldsde.solvers import ExponentialMultistep, plan, sample_posterior, solve
+from cldsde.solvers import ExponentialMultistep, Imputation, sample_posterior, solve
 
 __all__ = ["PosteriorMethod", "PosteriorSampler", "posterior_methods"]
 
@@ -48,7 +47,7 @@ def posterior_methods() -> dict[str, PosteriorMethod]:
       all that is left.
     - ``"twisted"``: `sample_posterior`, n particles in one run.
     - ``"moments"`` (three iterations), ``"pigdm"``, ``"dps"``: `PosteriorScore` on that solver.
-    - ``"replacement"``: the observed part of the state is overwritten after each step.
+    - ``"replacement"``: `Imputation` of the observed directions on that solver.
     """
     return {
         "exact": PosteriorMethod(sampler=_exact, exact="always"),
@@ -118,20 +117,10 @@ def _twisted(
 def _replacement(
     process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
 ) -> Tensor:
-    """Overwrite the observed directions of the state after each step of the first order."""
-    z = _start(process, n, g)
-    left, singular, right = torch.linalg.svd(
-        observation.dense(z.shape[2:]).to(z), full_matrices=False
-    )
-    known = (observation.y.to(z) @ left / singular).expand(n, 1, -1)  # taken for exact
-    laws = process.sde.marginal(times)
-    step = ExponentialMultistep(order=1, stochasticity=1.0)
-    for i in range(len(times) - 1):
-        z = plan(process, step, times[i : i + 2]).solve(z, generator=g, warn=False).state
-        noise = torch.randn(
-            n, process.sde.components, len(singular), generator=g, dtype=z.dtype, device=z.device
-        )
-        psi, root = laws.mean[i + 1][:, :1], laws.root[i + 1]
-        drawn = apply_blocks(psi, known) + apply_blocks(root, noise)
-        z = z + (drawn - z @ right.mT) @ right
-    return z[:, 0]
+    """Replace the observed directions of the state, as if y had no noise."""
+    start = _start(process, n, g)
+    left, singular, basis = torch.linalg.svd(observation.dense(start.shape[2:]))
+    seen = torch.arange(len(basis)) < len(singular)
+    known = basis[: len(singular)].mT @ (left.mT @ observation.y.to(left) / singular)
+    solver = Imputation(_SOLVER, known, seen, basis=basis)
+    return solve(process, solver, start, times, generator=g, warn=False).data

@@ -9,14 +9,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CLOCK_SCALE", "ClassEmbedding", "recompute"]
-
 CLOCK_SCALE = 50.0
 """Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8."""
 
 
 class ClassEmbedding(nn.Embedding):
-    """An embedding that answers a label out of range with NaN, and never waits for its device."""
+    """An embedding that returns NaN for a label out of range, and never waits for its device."""
 
     def forward(self, label: Tensor) -> Tensor:
         """Apply the layer."""
@@ -26,7 +24,7 @@ class ClassEmbedding(nn.Embedding):
 
 
 class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block that keeps nothing but its input for the gradient."""
+    """A residual block that keeps only its input for the gradient."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         forward = super().forward
@@ -36,9 +34,9 @@ class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
 
 
 def recompute(network: nn.Module) -> None:
-    """Turn residual blocks into such that keep less, of the same weights by the same names.
+    """Turn on gradient checkpointing of residual blocks; names of weights do not change.
 
-    diffusers' own switch reaches the middle block alone where blocks are skip blocks.
+    diffusers' own switch reaches only the middle block of networks of skip blocks.
     """
     for module in network.modules():
         if type(module) is ResnetBlock2D:

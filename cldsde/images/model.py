@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,12 @@ from cldsde.images.data import Images, channel_statistics
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.latent import VAE
+from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.pretrained import PublishedScore
 from cldsde.score import MixedScore
-
-__all__ = [
-    "KIND",
-    "MODEL",
-    "DiffusionModel",
-    "ImageModel",
-    "ImageSpace",
-    "Statistics",
-    "check_model",
-    "data_statistics",
-    "load_model",
-    "make_model",
-    "make_network",
-    "make_vae",
-    "read_model",
-    "save_model",
-]
 
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
@@ -47,14 +31,14 @@ KIND = "an image model of cldsde, version 2"
 
 
 class DiffusionModel(nn.Module):
-    """What is trained: a score, and for a latent model the autoencoder in whose space it lives.
+    """A score, and for a latent model the autoencoder of its latent space.
 
     Parameters
     ----------
     score
-        Of images, or of latent variables.
+        Score of images, or of latent variables.
     vae
-        The autoencoder; None where the process lives among the pixels.
+        The autoencoder; None for a model of pixels.
     """
 
     def __init__(self, score: MixedScore | PublishedScore, vae: VAE | None = None) -> None:
@@ -65,7 +49,7 @@ class DiffusionModel(nn.Module):
 
 @dataclass(frozen=True)
 class ImageSpace:
-    """What kind of images a model makes.
+    """The images of a model.
 
     Attributes
     ----------
@@ -74,11 +58,11 @@ class ImageSpace:
     levels
         Grey levels.
     dequantised
-        Whether the model saw levels spread over their bins.
+        Whether the model was trained on levels spread over their bins.
     classes
-        Number of classes that the network is told of; None where it is told none.
+        Number of classes that the network sees; None if it sees none.
     always_classes
-        Whether it always is: then it cannot sample an image of no class.
+        Whether it always sees one: then it cannot sample an image of no class.
     class_names
         Names of the classes, if the data set has them.
     """
@@ -92,33 +76,19 @@ class ImageSpace:
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
-        """That of a configuration's data.
-
-        Raises
-        ------
-        SettingError
-            If classes are wanted of images that have none.
-        """
+        """The space of a configuration's data; raise a SettingError if classes are missing."""
         conditional = config.network.conditional
         if conditional and (images.labels is None or images.classes is None):
             raise SettingError("network.conditional", "the images have no classes")
         return cls(
-            images.shape,
-            images.levels,
-            config.data.dequantise,
+            *(images.shape, images.levels, config.data.dequantise),
             images.classes if conditional else None,
             conditional and config.network.label_dropout == 0,
             images.class_names if conditional else None,
         )
 
     def class_number(self, label: int | str) -> int:
-        """The class of a name or number.
-
-        Raises
-        ------
-        SettingError
-            If there is no such class; the key is ``"label"``.
-        """
+        """The class of a name or number; raise a SettingError with key ``"label"`` if none."""
         if self.classes is None:
             msg = "the network was not trained with classes (network.conditional)"
             raise SettingError("label", msg)
@@ -126,8 +96,8 @@ class ImageSpace:
         if label in names:
             return names.index(str(label))
         if not str(label).isdigit() or int(label) >= self.classes:
-            named = f", or one of {', '.join(names)}" if names else ""
-            msg = f"must be 'all', a number from 0 to {self.classes - 1}{named}; got {label!r}"
+            or_named = f", or one of {', '.join(names)}" if names else ""
+            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {label!r}"
             raise SettingError("label", msg)
         return int(label)
 
@@ -146,38 +116,31 @@ class Statistics(NamedTuple):
 
 
 def data_statistics(config: RunConfig, images: Images) -> Statistics:
-    """Mean and variance as a configuration's reference takes them.
-
-    Raises
-    ------
-    SettingError
-        If some variance is 0.
-    """
-    found = Statistics(
-        *channel_statistics(images, per=config.score.reference, dequantise=config.data.dequantise)
-    )
+    """Mean and variance for a configuration's reference; raise if some variance is 0."""
+    per, dequantise = config.score.reference, config.data.dequantise
+    found = Statistics(*channel_statistics(images, per=per, dequantise=dequantise))
     if not bool((found.data_variance > 0).all()):
-        msg = f"with {config.score.reference!r} some variance of the data is 0; take a coarser one"
+        msg = f"with {per!r} some variance of the data is 0; use a coarser reference"
         raise SettingError("score.reference", msg)
     return found
 
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A trained model and what it was trained to make.
+    """A trained model, its images and its configuration.
 
     Attributes
     ----------
     model
         Score and autoencoder, with averaged weights, in evaluation mode.
     space
-        The images it makes.
+        The images that it samples.
     config
         The configuration of its run.
     images_seen
-        How long it was trained.
+        Length of its training.
     digest
-        Of the weights: sha256.
+        SHA-256 of the weights.
     """
 
     model: DiffusionModel
@@ -193,7 +156,7 @@ class ImageModel:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How it is sampled, unless a request says otherwise."""
+        """Its default sampling settings."""
         return self.config.sampling
 
     @property
@@ -203,74 +166,56 @@ class ImageModel:
 
     @property
     def vae(self) -> VAE | None:
-        """The autoencoder; None where there is none."""
+        """The autoencoder; None for a model of pixels."""
         return self.model.vae
 
 
 def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE | None:
-    """The autoencoder, with the weights of the configuration's seed; None where there is none.
-
-    Raises
-    ------
-    ValueError
-        If it does not fit the images.
-    """
+    """The autoencoder, with weights of the configuration's seed; None for a model of pixels."""
     latent = config.latent
     if latent is None:
         return None
+    names = ("latent_channels", "channels", "blocks", "groups", "likelihood")
+    options = {name: getattr(latent, name) for name in names}
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
         torch.manual_seed(stream_seed(config.seed, "autoencoder"))
-        return VAE(
-            space.shape,
-            space.levels,
-            latent_channels=latent.latent_channels,
-            channels=latent.channels,
-            blocks=latent.blocks,
-            groups=latent.groups,
-            likelihood=latent.likelihood,
-        )
+        return VAE(space.shape, space.levels, **options)
 
 
 def make_network(
     config: RunConfig, shape: Sequence[int], classes: int | None, device: str = "cpu"
 ) -> nn.Module:
-    """The network, with the weights of the configuration's seed; none on the device ``"meta"``.
+    """The network, with weights of the configuration's seed; no weights on the device ``"meta"``.
 
     Parameters
     ----------
     config
         The configuration.
     shape
-        ``(C, H, W)`` of what the process is of: images or latent variables.
+        ``(C, H, W)`` of images or latent variables.
     classes
-        Number of classes that it is told of; None: none.
+        Number of classes that it sees; None: none.
     device
         Where to make it.
 
     Raises
     ------
-    ValueError
-        If it does not fit the shape.
+    SettingError
+        If it does not fit the shape, or a network of one's own cannot be imported.
     """
-    sde, whole = config.process.make(), config.score.inputs == "state"
+    sde, network = config.process.make(), config.network
+    kind: Any = NETWORKS.get(network.name) or named(network.name, "network.name")
+    sizes = (sde.components, len(sde.driven)) if config.score.inputs == "state" else (1, 1)
+    with setting("network"):
+        options = network.checked_options(kind)
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("network.options"):
         torch.manual_seed(config.seed)
-        return NETWORKS[config.network.name](
-            shape,
-            *((sde.components, len(sde.driven)) if whole else (1, 1)),
-            classes=classes,
-            **config.network.options,
-        )
+        made: nn.Module = kind(shape, *sizes, classes=classes, **options)
+    return made
 
 
 def check_model(config: RunConfig, space: ImageSpace) -> None:
-    """Refuse networks that do not fit the images, before any weight is made.
-
-    Raises
-    ------
-    ValueError
-        If one does not.
-    """
+    """Raise a SettingError if a network does not fit the images, before any weight is made."""
     vae = make_vae(config, space, device="meta")
     make_network(config, space.shape if vae is None else vae.latent_shape, space.classes, "meta")
 
@@ -278,7 +223,7 @@ def check_model(config: RunConfig, space: ImageSpace) -> None:
 def make_model(
     config: RunConfig, space: ImageSpace, statistics: Statistics | None = None
 ) -> DiffusionModel:
-    """An untrained model; its weights are those of the configuration's seed.
+    """An untrained model, with weights of the configuration's seed.
 
     Parameters
     ----------
@@ -287,12 +232,7 @@ def make_model(
     space
         The images.
     statistics
-        Of the data; None where weights are going to be loaded, which bring their own.
-
-    Raises
-    ------
-    ValueError
-        If a network does not fit the images.
+        Statistics of the data; None if weights are going to be loaded, which include them.
     """
     vae = make_vae(config, space)
     shape = space.shape if vae is None else vae.latent_shape
@@ -325,22 +265,20 @@ def save_model(
     images_seen: int,
 ) -> None:
     """Write a model file, whole or not at all."""
+    flags = [space.levels, space.dequantised, space.classes, space.always_classes]
     metadata = {
         "shape": json.dumps(space.shape),
-        "space": json.dumps(
-            [
-                *(space.levels, space.dequantised, space.classes, space.always_classes),
-                space.class_names,
-            ]
-        ),
+        "space": json.dumps([*flags, space.class_names]),
         "images_seen": str(images_seen),
         "config": config.model_digest(),
     }
     save_tensors(file, KIND, weights, metadata)
 
 
-def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageModel:
-    """Load the model of a run; runs no code of the file's.
+def load_model(
+    run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
+) -> ImageModel:
+    """Load the model of a run.
 
     Parameters
     ----------
@@ -348,12 +286,14 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageMode
         Folder of the run.
     device
         Where to put the model.
+    trust
+        Import the network that the run names by ``module:Class``. Otherwise no code is run.
 
     Raises
     ------
     ValueError
-        If there is no such run, it has no model yet, the file is damaged, or was written for
-        another configuration.
+        If there is no such run, it has no model yet, the file is damaged or was written for
+        another configuration, or the network is code outside of cldsde and not trusted.
     """
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
@@ -362,7 +302,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageMode
         raise ValueError(msg)
     file = run / MODEL
     if not file.is_file():
-        msg = f"{run} has no {MODEL} yet: its training has not come to the first checkpoint"
+        msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; its models are in {run / 'models'}"
         raise ValueError(msg)
@@ -371,11 +311,14 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageMode
     except (ValueError, OSError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
+    if ":" in config.network.name and not trust:
+        msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
+        raise SettingError("trust", f"{msg}allow it if you trust the code")
     return read_model(file, config, device)
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
-    """Load a model file that was written for a configuration; runs no code of the file's.
+    """Load a model file that was written for a configuration; runs no code of the file.
 
     Raises
     ------
@@ -389,9 +332,9 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
         levels, dequantised, classes, always, *names = json.loads(metadata["space"])
-        named = tuple(names[0]) if names and names[0] else None  # older files have no names
+        class_names = tuple(names[0]) if names and names[0] else None  # older files have no names
         space = ImageSpace(
-            (channels, height, width), levels, dequantised, classes, always, class_names=named
+            (channels, height, width), levels, dequantised, classes, always, class_names
         )
         model = make_model(config, space)
         model.load_state_dict(tensors)

@@ -1,12 +1,11 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
 A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
-of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. What
-it returns is zero before it is trained, so that a mixed score starts at its Gaussian reference.
+of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. Its
+output is zero before training, so that a mixed score starts at its Gaussian reference.
 
-A network of labelled images takes the label of each image, too: 0 … classes − 1, or ``classes``,
-the null label, which stands for no class. It is what classifier-free guidance trains and asks for
-beside the labels.
+A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
+the null label for no class, which classifier-free guidance needs.
 """
 
 from __future__ import annotations
@@ -24,16 +23,14 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.pretrained import ncsnpp
 from cldsde.pretrained.ncsnpp import InputsEnter, OutputsLeave
 
-__all__ = ["NETWORKS", "NCSNpp", "UNet", "parameter_count"]
-
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters that are learnt."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 class _ScoreNetwork(nn.Module, ABC):
-    """What the networks share: labels around a network with an embedding of the clock."""
+    """A network with an embedding of the clock, and labels."""
 
     def __init__(self, network: nn.Module, embedding: nn.Module, classes: int | None) -> None:
         super().__init__()
@@ -48,7 +45,7 @@ class _ScoreNetwork(nn.Module, ABC):
         """Noise prediction for labels that have been checked."""
 
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
-        """Noise prediction of the driven components.
+        """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
         Parameters
         ----------
@@ -57,15 +54,9 @@ class _ScoreNetwork(nn.Module, ABC):
         clock
             ``(B,)``.
         label
-            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None is that for all.
-            Labels on the host are checked, and copied to the device of ``z``. To look at those on
-            another device would wait for it in every step of a sampler: there an image whose label
-            is out of range comes out as NaN.
-
-        Returns
-        -------
-        Tensor
-            ``(B, outputs·C, H, W)``.
+            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None: no class.
+            Labels on the CPU are checked. Reading labels on another device would wait for it in
+            every step of a sampler: there an image is NaN if its label is out of range.
 
         Raises
         ------
@@ -92,25 +83,25 @@ class UNet(_ScoreNetwork):
     channels
         Channels of each level, from full resolution down; each of the groups has two or more.
     blocks
-        Residual blocks a level.
+        Residual blocks per level.
     groups
         Groups of the group normalisation.
     attention
-        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. If there is
-        one, the middle of the network has attention, too.
+        Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. With any,
+        the middle of the network has attention, too.
     head_channels
         Channels of an attention head, a divisor of the channels; None is one head of them all.
     dropout
-        Probability in [0, 1) with which a residual block drops a number in training.
+        Dropout probability in the residual blocks, in [0, 1).
     classes
         Number of classes; None for images without labels.
     gradient_checkpointing
-        Compute what is inside a residual block again for its gradient instead of keeping it: less
-        memory, and about a third more time.
+        Recompute the inside of residual blocks for the gradient: less memory, and about a third
+        more time.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If an argument is out of range or does not fit the others.
     """
 
@@ -163,10 +154,8 @@ class NCSNpp(_ScoreNetwork):
 
     Parameters
     ----------
-    shape
-        Shape ``(C, H, W)`` of the data; H and W divisible by 2 to the number of levels less one.
-    inputs, outputs
-        Components of the state and driven components.
+    shape, inputs, outputs, dropout, classes, gradient_checkpointing
+        See `UNet`.
     channels
         Channels of each level, from full resolution down: multiples of 4, and of 32 above 128.
     blocks
@@ -174,8 +163,6 @@ class NCSNpp(_ScoreNetwork):
     attention
         Heights H, H/2, … of the levels with attention, e.g. ``(16,)``: after each block on the way
         down, after the last on the way up. The middle of the network always has attention.
-    dropout
-        Dropout probability of a residual block, in [0, 1).
     fir
         Resample with the anti-aliasing filter (1, 3, 3, 1).
     inputs_enter, outputs_leave
@@ -184,15 +171,10 @@ class NCSNpp(_ScoreNetwork):
         None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
         frequencies 2π N(0, σ²), drawn with the weights and kept with them. The published value 16
         is for the log of a time or noise level; Karras et al. (2022) use, in effect, 4.
-    classes
-        Number of classes; None for images without labels.
-    gradient_checkpointing
-        Recompute the residual blocks for the gradient instead of storing what is inside them: less
-        memory, and about a third more time.
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If an argument is out of range or does not fit the others.
 
     Notes
@@ -254,7 +236,10 @@ class NCSNpp(_ScoreNetwork):
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
-"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``."""
+"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``.
+
+A configuration names a network of one's own, with the same arguments, by ``module:Class``.
+"""
 
 
 def _block_types(name: str, attends: Sequence[bool]) -> tuple[str, ...]:
@@ -269,13 +254,13 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
         msg = f"label must be an int64 tensor ({batch},), one a state; got {got}"
         raise ValueError(msg)
     if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
-        msg = f"label must lie in [0, {classes}], where {classes} is no class; got {label.tolist()}"
+        msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
         raise ValueError(msg)
     return label.to(device)
 
 
 def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
-    """Which levels have attention, if sizes and resolutions fit the levels."""
+    """Whether each level has attention; raise if sizes and resolutions do not fit the levels."""
     check_levels(shape, channels)
     heights = [shape[1] >> level for level in range(len(channels))]
     missing = [height for height in attention if height not in heights]
@@ -295,11 +280,8 @@ def _check_heads(
     last = [channels[-1]] if any(attends) else []
     widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
     if any(width % head_channels for width in widths):
-        msg = (
-            "head_channels must divide the channels where there is attention, "
-            f"{sorted(set(widths))}; got {head_channels}"
-        )
-        raise ValueError(msg)
+        msg = f"head_channels must divide the channels of attention, {sorted(set(widths))}; got "
+        raise ValueError(f"{msg}{head_channels}")
 
 
 def _check_dropout(dropout: float) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_number, check_state
@@ -68,7 +68,7 @@ class _Linearised(NamedTuple):
     isotropic: Tensor  # r², (B,) or (1,)
 
 
-class PosteriorScore:
+class PosteriorScore(nn.Module):
     r"""Score of p(z_t | y) for a linear observation y of the data, from any score of p(z_t).
 
     .. math::
@@ -149,7 +149,7 @@ class PosteriorScore:
         if not callable(score):
             msg = f"score must be a callable score(z, t); got {type(score).__name__}"
             raise TypeError(msg)
-        self.observation = check_observation(observation)
+        check_observation(observation)
         one_of(method, PosteriorMethod, "method")
         process = getattr(score, "sde", None) if sde is None else sde
         if process is None:
@@ -171,8 +171,14 @@ class PosteriorScore:
                 "'moments' or 'pigdm'"
             )
             raise ValueError(msg)
+        super().__init__()
         self.score = score
         self.sde = process
+        # Solvers look for the noise levels and the cost of the score at the wrapper.
+        for name in ("noise_levels", "evaluations", "check_times"):
+            if hasattr(score, name):
+                setattr(self, name, getattr(score, name))
+        self.observation = observation
         self.method = method
         self.iterations = iterations
         self.gradient = bool(gradient)
@@ -182,7 +188,7 @@ class PosteriorScore:
         """Score, observation and method in one line."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
-    def __call__(self, z: Tensor, t: Tensor | float) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor | float) -> Tensor:
         """Score of the driven components given y, ``(B, len(driven), *D)``."""
         found, shift = self._guide(z, t)
         return found.score + apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))

@@ -11,15 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cldsde.images.data.checks import as_whole, check_choice, check_values
+from cldsde.images.checks import as_whole, check_choice, check_values
 from cldsde.images.data.images import CHUNK, Images
 from cldsde.score import quantisation
 
-__all__ = ["augment", "channel_statistics", "pixels_of", "to_levels", "to_unit"]
-
 
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Put levels on [−1, 1], both ends included: 2x/(levels − 1) − 1.
+    """Map levels to [−1, 1], both ends included: 2x/(levels − 1) − 1.
 
     Parameters
     ----------
@@ -35,20 +33,16 @@ def to_unit(images: Tensor, levels: int = 256) -> Tensor:
 
     Raises
     ------
-    TypeError
-        If the images are not uint8.
-    ValueError
-        If a value is out of range.
+    TypeError, ValueError
+        If the images are not uint8, or a value is out of range.
 
     Examples
     --------
     >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
     [-1.0, 0.0, 1.0]
     """
-    levels = as_whole(levels, "levels", 2, 256)
-    check_values(images, levels)
     # In this order both ends are exact.
-    return 2 * images.to(torch.float32) / (levels - 1) - 1
+    return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
 
 
 def pixels_of(images: Images) -> Tensor:
@@ -62,11 +56,11 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
     Parameters
     ----------
     images
-        Floating-point numbers of any shape; what lies outside of [−1, 1] goes to its ends.
+        Floating-point numbers of any shape; numbers outside [−1, 1] are clamped.
     levels
         Number of grey levels.
     dequantised
-        Whether the numbers are levels spread over their bins, (2x + 2U)/levels − 1, and not
+        Whether the numbers are levels spread over their bins, (2x + 2U)/levels − 1, instead of
         2x/(levels − 1) − 1.
 
     Returns
@@ -76,12 +70,10 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
 
     Raises
     ------
-    TypeError
-        If the images are not floating-point numbers.
-    ValueError
-        If there is a NaN.
+    TypeError, ValueError
+        If the images are not floating-point numbers, or hold a NaN.
     """
-    levels = as_whole(levels, "levels", 2, 256)
+    as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         msg = f"images must be a floating-point tensor; got {got}"
@@ -105,7 +97,7 @@ def augment(
     dequantise: bool,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Make training data of bytes: mirror half of the images, and put them on [−1, 1].
+    """Make training data of bytes: mirror half of the images, and map them to [−1, 1].
 
     Parameters
     ----------
@@ -119,7 +111,7 @@ def augment(
         Spread each level uniformly over its bin, of width 2/levels
         (`cldsde.score.dequantise`). Otherwise `to_unit`.
     generator
-        Source of the draws.
+        Source of random numbers.
 
     Returns
     -------
@@ -128,18 +120,15 @@ def augment(
 
     Raises
     ------
-    TypeError
-        If the images are not uint8.
-    ValueError
-        If they do not have four axes, or a value is out of range.
+    TypeError, ValueError
+        If the images are not uint8 or do not have four axes, or a value is out of range.
 
     Notes
     -----
-    Draws, in this order: if ``flip``, n uniform numbers, one an image, mirrored where below 1/2;
-    then, if ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They
-    depend on nothing but the shape and these two flags.
+    The order of the random numbers: if ``flip``, n uniform numbers, mirrored below 1/2; then, if
+    ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They depend on
+    nothing but the shape and these two flags.
     """
-    levels = as_whole(levels, "levels", 2, 256)
     check_values(images, levels)
     if images.ndim != 4:
         msg = f"images must have shape (n, C, H, W); got {tuple(images.shape)}"
@@ -159,11 +148,10 @@ def channel_statistics(
     per: Literal["scalar", "channel", "pixel"] = "channel",
     dequantise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the numbers in [−1, 1], the latter divided by their count.
+    """Mean and variance of the numbers in [−1, 1]; the variance is divided by their count.
 
-    Sums of levels and of their squares are integers, so that both results are exact but for one
-    rounding, however many images there are. A channel or pixel that never changes has variance 0,
-    which is returned as it is: whoever divides by it must see to that.
+    Sums of levels and of their squares are integers, so that both results are exact up to one
+    rounding, however many images there are. A constant channel or pixel has variance 0.
 
     Parameters
     ----------
@@ -178,7 +166,7 @@ def channel_statistics(
     Returns
     -------
     mean, variance : Tensor
-        float64 on the host.
+        float64 on the CPU.
     """
     check_choice(per, ("scalar", "channel", "pixel"), "per")
     c, h, w = images.shape
@@ -186,9 +174,7 @@ def channel_statistics(
     axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
     total = torch.zeros(shapes[per], dtype=torch.int64)
     squares = torch.zeros_like(total)
-    chunk = max(1, CHUNK // (c * h * w))
-    for first in range(0, len(images), chunk):
-        rows = torch.arange(first, min(first + chunk, len(images)))
+    for rows in torch.arange(len(images)).split(max(1, CHUNK // (c * h * w))):  # type: ignore[no-untyped-call]
         levels = images.load(rows).to(torch.int32)
         total += levels.sum(axes[per], dtype=torch.int64).reshape(total.shape)
         squares += levels.square().sum(axes[per], dtype=torch.int64).reshape(total.shape)
@@ -201,7 +187,5 @@ def channel_statistics(
     sums = list(zip(total.flatten().tolist(), squares.flatten().tolist(), strict=True))
     mean = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
     variance = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
-    return (
-        torch.tensor(mean, dtype=torch.float64).reshape(total.shape),
-        torch.tensor(variance, dtype=torch.float64).reshape(total.shape),
-    )
+    found = (torch.tensor(x, dtype=torch.float64).reshape(total.shape) for x in (mean, variance))
+    return next(found), next(found)

@@ -1,25 +1,16 @@
 """Sampling of image models: one sampler for every command, and files of samples."""
 
+from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import (
-    ImageSampler,
-    Samples,
-    check_sampling,
-    draw_images,
-    make_solver,
-    time_grid,
-)
+from cldsde.images.sample.sampler import ImageSampler, Samples
 
 __all__ = [
     "ImageSampler",
+    "ObservedImage",
     "SampleRequest",
     "Samples",
     "alone",
     "check_output",
-    "check_sampling",
-    "draw_images",
     "draw_to",
-    "make_solver",
-    "time_grid",
 ]

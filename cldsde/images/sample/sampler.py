@@ -1,4 +1,4 @@
-"""Images from a score model: one seed an image, whatever batch or process it is drawn in."""
+"""Images from a score model, one seed per image, in whatever batch it is sampled."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cldsde.images.data import to_levels
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageSpace
+from cldsde.images.sample.observed import Conditioning, ObservedImage
 from cldsde.images.schema import checked_options
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
@@ -22,25 +23,9 @@ from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, pl
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import device_of, fit_grid, window
 
-__all__ = [
-    "ImageSampler",
-    "Samples",
-    "check_sampling",
-    "class_batches",
-    "draw_images",
-    "make_solver",
-    "time_grid",
-]
-
 
 def make_solver(sampling: SamplingConfig) -> Solver:
-    """The solver of a configuration.
-
-    Raises
-    ------
-    SettingError
-        If there is none of that name, or it has no such option.
-    """
+    """The solver of a configuration; raise a SettingError for an unknown name or option."""
     with setting("solver"):
         solver = find_solver(sampling.solver)
     options = checked_options(type(solver), sampling.options)
@@ -52,15 +37,8 @@ def make_solver(sampling: SamplingConfig) -> Solver:
 def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
     """The longest grid on which a solver takes at most ``nfe`` evaluations of the network.
 
-    The evaluation that denoises counts, and with guidance each evaluation of the score is two.
-    Adaptive solvers get the two ends.
-
-    Raises
-    ------
-    SettingError
-        If no step fits.
-    ValueError
-        If the solver does not apply to the process.
+    The last denoising counts, and with guidance each score evaluation is two. Adaptive solvers get
+    the two ends. Raises a SettingError if no step fits, a ValueError if the solver does not apply.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
     start, end = window(process, sampling.t_start, sampling.t_end)
@@ -69,33 +47,24 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
         return fit_grid(process, solver, start, end, sampling.nfe, grid=grid, denoise=denoise)
 
 
-def check_sampling(
-    score: Score,
-    sampling: SamplingConfig,
-    sde: LinearSDE | None = None,
-    around: Callable[[Solver], Imputation] | None = None,
-) -> None:
-    """Reject a recipe that cannot sample, before anything is sampled.
-
-    Raises
-    ------
-    SettingError
-        If solver, options, budget and process do not fit; the key is that of `SamplingConfig`.
-    """
-    _plan(score, sampling, sde, around)
+def check_sampling(score: Score, sampling: SamplingConfig, sde: LinearSDE | None = None) -> None:
+    """Raise a SettingError if solver, options, budget and process do not fit."""
+    _plan(score, sampling, sde)
 
 
 def _plan(
     score: Score,
     sampling: SamplingConfig,
     sde: LinearSDE | None,
-    around: Callable[[Solver], Imputation] | None,
+    observed: Conditioning | None = None,
 ) -> Plan:
-    process = ReverseProcess(sde if sde is not None else score.sde, score)  # type: ignore[attr-defined]
+    sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
+    process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
     solver = make_solver(sampling)
     try:
-        times = time_grid(process, solver, sampling)
-        return plan(process, solver if around is None else around(solver), times)
+        if observed is not None:
+            sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
+        return plan(process, solver, time_grid(process, solver, sampling))
     except SettingError:
         raise
     except ValueError as error:
@@ -103,14 +72,14 @@ def _plan(
 
 
 class Samples(NamedTuple):
-    """Images and what they cost.
+    """Images and their score evaluations.
 
     Attributes
     ----------
     images
-        ``(N, C, H, W)`` uint8 on the host.
+        ``(N, C, H, W)`` uint8 on the CPU.
     evaluations
-        Score evaluations of each, ``(N,)`` int64.
+        Score evaluations of each image, ``(N,)`` int64.
     """
 
     images: Tensor
@@ -134,16 +103,16 @@ class ImageSampler:
     sde
         The forward process; None takes the process of the score.
     vae
-        The autoencoder that decodes the samples of a process of latent variables.
+        The autoencoder, for a process of latent variables.
     label
         Class of all images; ``"all"``: class i modulo their number for seed i; None: no class, or
-        all of them if the model knows no other images.
+        all of them if the model was trained with classes only.
     guidance
         Weight of the class, see `cldsde.GuidedScore`.
-    around
-        Makes an `Imputation` of the solver, if a part of the images is known.
+    observed
+        An observation of the images, if any.
     batch
-        Images sampled at once.
+        Images per batch.
     device
         Device of the states; None takes the device of the score's buffers.
 
@@ -163,7 +132,7 @@ class ImageSampler:
         vae: VAE | None = None,
         label: int | Literal["all"] | None = None,
         guidance: float = 1.0,
-        around: Callable[[Solver], Imputation] | None = None,
+        observed: ObservedImage | None = None,
         batch: int = 64,
         device: torch.device | str | None = None,
     ) -> None:
@@ -174,23 +143,20 @@ class ImageSampler:
         self._label, self._guidance, self._batch = label, guidance, batch
         # Guidance counts, so that the plan is made for a guided score.
         planned = score if guidance == 1 else self._given(0)
-        self._plan = _plan(planned, sampling, sde, around)
-        imputation: Any = self._plan.solver
-        self._impose = None if around is None else imputation.impose
+        self._observed = None if observed is None else observed.of(space, device)
+        self._plan = _plan(planned, sampling, sde, self._observed)
+
+    @property
+    def t_end(self) -> float:
+        """Time at which sampling ends."""
+        return float(self._plan.times[-1])
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-        """Classes and seeds of batches; all images of a batch are of one class."""
+        """Classes and seeds of batches of one class each."""
         return class_batches(self._space, seeds, self._batch, self._label)
 
     def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
-        """Sample one image for each seed, as one batch.
-
-        Parameters
-        ----------
-        seeds
-            Integers in [0, 2³²).
-        label
-            Class of all of them; None: no class.
+        """Sample one image for each seed in [0, 2³²), as one batch of one class or none.
 
         Raises
         ------
@@ -199,23 +165,34 @@ class ImageSampler:
         FloatingPointError
             If an image is not finite.
         """
-        sampler, space, vae = self._plan, self._space, self._vae
+        plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
         if label is not None:
-            sampler = sampler.with_score(self._given(label))
+            score = self._given(label)
+            plan = plan.with_score(
+                score if observed is None else observed.score(score, plan.process.sde)
+            )
         noise = SampleNoise(seeds)
         shape = space.shape if vae is None else vae.latent_shape
-        first = float(sampler.times[0])
-        start = noise.start(sampler.process.sde, shape, device=self._device, t=first)
+        first = float(plan.times[0])
+        start = noise.start(plan.process.sde, shape, device=self._device, t=first)
+        denoise = self._sampling.denoise
         with torch.no_grad():
-            found = sampler.solve(start, noise=noise, denoise=self._sampling.denoise, warn=False)
-            if not found.success:
-                msg = f"{self._sampling.solver} failed: {found.message}"
-                raise FloatingPointError(msg)
-            data = found.data if self._impose is None else self._impose(found.data)
+            if observed is not None and observed.particles:
+                data, evaluations = observed.sample(
+                    plan, seeds, denoise=bool(denoise), chunk=self._batch
+                )
+            else:
+                found = plan.solve(start, noise=noise, denoise=denoise, warn=False)
+                if not found.success:
+                    msg = f"{self._sampling.solver} failed: {found.message}"
+                    raise FloatingPointError(msg)
+                data, evaluations = found.data, found.stats["nfev"]
+            if isinstance(plan.solver, Imputation):
+                data = plan.solver.impose(data)
             if vae is not None:
                 data = vae.images(data)
         images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
-        return Samples(images, found.stats["nfev"])
+        return Samples(images, evaluations)
 
     def _given(self, label: int) -> Score:
         """The score of a class."""
@@ -234,21 +211,9 @@ class ImageSampler:
         progress: bool = False,
         before_batch: Callable[[], object] = lambda: None,
     ) -> Samples:
-        """Sample one image for each seed, batch by batch, in the order of the seeds.
+        """Sample one image for each seed, batch by batch, in the order of the seeds; see `draw`.
 
-        Parameters
-        ----------
-        seeds
-            Integers in [0, 2³²).
-        progress
-            Show a progress bar on stderr.
-        before_batch
-            Called before each batch; an exception ends the sampling.
-
-        Raises
-        ------
-        ValueError, FloatingPointError
-            See `draw`.
+        ``progress`` shows a bar on stderr. ``before_batch`` may end the sampling by an exception.
         """
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
@@ -269,47 +234,16 @@ def draw_images(
     progress: bool = False,
     **options: Any,
 ) -> Samples:
-    """Sample one image for each seed with an `ImageSampler` of its own.
-
-    Parameters
-    ----------
-    score, space, sampling
-        See `ImageSampler`.
-    seeds
-        Integers in [0, 2³²).
-    progress
-        Show a progress bar on stderr.
-    **options
-        Further arguments of `ImageSampler`.
-
-    Raises
-    ------
-    SettingError
-        If solver, budget and process do not fit.
-    ValueError
-        If a seed is out of range.
-    FloatingPointError
-        If an image is not finite.
-    """
+    """Sample one image for each seed with an `ImageSampler`, whose arguments ``options`` are."""
     return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
 
 
 def class_batches(
     space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
 ) -> list[tuple[int | None, list[int]]]:
-    """Classes and seeds of batches, all images of one of which are of one class.
+    """Classes and seeds of batches of one class each.
 
-    Parameters
-    ----------
-    space
-        The images.
-    seeds
-        Of the images.
-    batch
-        Images of a batch, at most.
-    label
-        The class of all; ``"all"``, or None where the model knows no other than images of a class:
-        class i modulo their number for seed i.
+    With ``"all"``, and for models trained with classes only, seed i has class i mod their number.
     """
     groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
     if label is not None and label != "all":

@@ -1,6 +1,10 @@
-"""Facts about a training before it starts."""
+"""Facts about a training before it starts, and measurements of its first steps."""
 
 from __future__ import annotations
+
+import sys
+import time
+from typing import NamedTuple
 
 import torch
 
@@ -8,22 +12,13 @@ from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import ImageSpace, make_network, make_vae
 from cldsde.images.networks import parameter_count
-
-__all__ = ["summary"]
+from cldsde.images.train.learner import Learner
 
 _COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
 
 
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
-    """Lines about data, model, length, device and memory of a training.
-
-    Parameters
-    ----------
-    config, data
-        As `cldsde.images.train.train` takes them.
-    device
-        Name of the device.
-    """
+    """Lines about data, model, length, device and memory of a training."""
     train, held_out, settings = data.train, data.held_out, config.training
     held = 0 if held_out is None else len(held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
@@ -34,17 +29,55 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     network = make_network(config, shape_of_state, space.classes, "meta")
     count = parameter_count(network) + (0 if vae is None else parameter_count(vae))
     memory = 4 * _COPIES * count / 2**20
+    if device in {"auto", "cuda"} and torch.cuda.is_available():
+        device = f"{device} ({torch.cuda.get_device_name()})"
     of_data = f"{len(train):,} images of {shape}, {train.levels} levels, {classes}"
     return [
         f"data: {of_data}; {held:,} held out ({held / (len(train) + held):.0%})",
-        *(f"skipped: {reason}" for reason in getattr(data, "skipped", ())),
+        *(f"skipped: {reason}" for reason in data.skipped),
         f"model: {config.process.name}, {config.network.name}, {count:,} parameters",
         f"training: {settings.images:,} images in {settings.steps:,} steps of {settings.batch}",
-        f"device: {_name(device)}, {settings.precision}, {memory:,.0f} MiB and activations",
+        f"device: {device}, {settings.precision}, {memory:,.0f} MiB and activations",
     ]
 
 
-def _name(device: str) -> str:
-    if device in {"auto", "cuda"} and torch.cuda.is_available():
-        return f"{device} ({torch.cuda.get_device_name()})"
-    return device
+class Rehearsal(NamedTuple):
+    """Measurements of the first steps of a training.
+
+    Attributes
+    ----------
+    parameters
+        Number of parameters of score and autoencoder.
+    images_per_second
+        Speed of an optimiser step, over all processes.
+    memory
+        Peak memory in bytes, of the GPU or of the process on a CPU.
+    """
+
+    parameters: int
+    images_per_second: float
+    memory: int
+
+
+def measure_steps(learner: Learner) -> Rehearsal:
+    """Make two training steps and time the second."""
+    device, batches = learner.engine.device, [learner.feed.load(step) for step in range(2)]
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    for step, batch in enumerate(batches):
+        synchronise(device)
+        began = time.perf_counter()
+        learner.step(step, batch)
+    synchronise(device)
+    speed = learner.config.training.batch / (time.perf_counter() - began)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+    return Rehearsal(parameter_count(learner.model), speed, memory)
+
+
+def _peak() -> int:
+    """Peak memory of this process in bytes; 0 if the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

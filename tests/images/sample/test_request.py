@@ -73,7 +73,7 @@ def test_a_mask_that_keeps_nothing_is_refused(run, tmp_path, capsys):
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / f"{name}.png")
     known = ["--known", str(tmp_path / "known.png"), "--mask", str(tmp_path / "mask.png")]
     message = refused(capsys, *sample(run, tmp_path / "x.png", *known))
-    assert "--mask: " in message
+    assert "--observe: " in message
     assert "is all black" in message
 
 

@@ -10,7 +10,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs as sample_files
-from cldsde.images.sample import request as sample_request
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import (
@@ -417,64 +415,12 @@ def test_files_that_were_put_beside_parts_meanwhile_are_left_alone(run, tmp_path
     assert [file.name for file in mine.parent.iterdir()] == ["notes.txt"]
 
 
-def picture(path, array):
-    Image.fromarray(array).save(path)
-    return path
-
-
-def test_known_parts_and_greys_are_kept(run, tmp_path):
-    draw = np.random.default_rng(0)
-    pixels = draw.integers(60, 200, (8, 8, 3)).astype(np.uint8)
-    known = picture(tmp_path / "known.png", pixels)
-    half = np.zeros((8, 8), np.uint8)
-    half[:, :4] = 255
-    mask = picture(tmp_path / "mask.png", half)
-    request = SampleRequest(model=run, sampling=FIXED, seeds=range(3), known=known, mask=mask)
-    check(request, tmp_path / "x.npz")
-    draw_to(tmp_path / "x.npz", request)
-    images = np.load(tmp_path / "x.npz")["images"]
-    assert (images[:, :, :4] == pixels[None, :, :4]).all()
-    assert (images[0, :, 4:] != images[1, :, 4:]).any()
-
-    coloured = dataclasses.replace(request, mask=None, colourise=True)
-    check(coloured, tmp_path / "y.npz")
-    draw_to(tmp_path / "y.npz", coloured)
-    images = np.load(tmp_path / "y.npz")["images"].astype(float)
-    inside = (images > 0) & (images < 255)
-    free = inside.all(-1)
-    # Three roundings to bytes move a mean by half a level at most.
-    error = np.abs(images.mean(-1) - pixels.astype(float).mean(-1)[None])
-    assert error[free].max() <= 0.5 + 1e-6
-
-
-@pytest.mark.parametrize("colourise", [True, False])
-def test_what_is_known_is_read_once_and_lies_where_the_model_does(tmp_path, monkeypatch, colourise):
-    made = []
-    monkeypatch.setattr(sample_request, "Imputation", lambda *a, **_: made.append(a))
-    score = torch.nn.Linear(1, 1, device="meta")
-    request = SampleRequest(
-        model=SimpleNamespace(score=score, space=ImageSpace((3, 8, 8))),
-        sampling=FIXED,
-        seeds=range(1),
-        known=picture(tmp_path / "known.png", np.zeros((8, 8, 3), np.uint8)),
-        mask=None if colourise else picture(tmp_path / "mask.png", np.zeros((8, 8), np.uint8)),
-        colourise=colourise,
-    )
-    for _ in range(2):
-        request._around(make_solver(FIXED))
-    (_, known, mask), again = made
-    assert (known.device.type, mask.device.type) == ("meta", "meta")
-    assert known is again[1]
-    assert mask is again[2]
-
-
 @pytest.mark.parametrize(
     ("changes", "out", "message"),
     [
         ({"batch": 0}, "x.npz", "batch: "),
         ({"guidance": 2.0}, "x.npz", "guidance: needs a class"),
         ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be finite"),
-        ({"colourise": True}, "x.npz", "colourise: needs a known"),
         ({}, "x.jpg", "out: must be"),
         ({}, "/", "out: must name a file, or a folder"),
         ({}, "..", "out: must name a file, or a folder"),
@@ -487,24 +433,6 @@ def test_requests_that_make_no_sense_are_refused(run, tmp_path, changes, out, me
     with pytest.raises(ValueError, match=message):
         check(request, tmp_path / out)
     assert not list(tmp_path.iterdir())
-
-
-def test_pictures_of_another_size_and_other_files_are_refused(run, tmp_path):
-    small = picture(tmp_path / "small.png", np.zeros((4, 4, 3), np.uint8))
-    (tmp_path / "text.png").write_text("no picture")
-    right = picture(tmp_path / "right.png", np.zeros((8, 8, 3), np.uint8))
-    for known, message in ((small, "8 rows"), (tmp_path / "text.png", "cannot be decoded")):
-        request = SampleRequest(
-            model=run, sampling=FIXED, seeds=range(4), known=known, colourise=True
-        )
-        with pytest.raises(ValueError, match=message):
-            check(request, tmp_path / "x.npz")
-    adaptive = SamplingConfig(solver="gotta-go-fast")
-    request = SampleRequest(
-        model=run, sampling=adaptive, seeds=range(4), known=right, colourise=True
-    )
-    with pytest.raises(ValueError, match="chooses its times"):
-        check(request, tmp_path / "x.npz")
 
 
 def test_models_are_refused_where_anything_is_wrong(run, tmp_path):

@@ -1,0 +1,298 @@
+"""Images given an observation of them: inpainting, colourisation, super-resolution, deblurring."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_unit
+from cldsde.images.data.pictures import pixels_of_picture, read_picture
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.model import ImageSpace
+from cldsde.linear import LinearSDE
+from cldsde.linear.checks import check_positive
+from cldsde.score import Observation, PosteriorScore, ReverseProcess, Score
+from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_posterior
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.sampling import window
+
+__all__ = ["ObservedImage", "ObservedMethod", "grey_basis"]
+
+ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
+
+_TWISTED = ExponentialMultistep(order=2, stochasticity=1.0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ObservedImage:
+    """A picture of an image that is to be sampled, and the method of sampling given it.
+
+    Attributes
+    ----------
+    known
+        Picture of what was observed, ``(C, h, w)`` uint8.
+    operator
+        How it was observed. ``"mask"``: some pixels; ``"grey"``: the mean of the colour channels;
+        ``"downsample:4"``: means of blocks of 4×4 pixels; ``"blur:1.5"``: a Gaussian blur with a
+        standard deviation of 1.5 pixels and black surroundings.
+    mask
+        Bool ``(h, w)``, True for observed pixels, if the operator is ``"mask"``.
+    method
+        A method of `PosteriorScore`; ``"twisted"``: `sample_posterior` with ``"pigdm"``, one run
+        per image; ``"replacement"``: `Imputation`, which ignores the noise.
+    noise_std
+        Standard deviation of the noise of the picture, in the scale of the model: from −1 to 1.
+    particles
+        Particles per image of ``"twisted"``.
+    """
+
+    known: Tensor
+    operator: str
+    mask: Tensor | None = None
+    method: ObservedMethod = "moments"
+    noise_std: float = 0.05
+    particles: int = 16
+
+    def __post_init__(self) -> None:
+        """Reject options that no model fits."""
+        if self.method not in get_args(ObservedMethod):
+            names = ", ".join(map(repr, get_args(ObservedMethod)))
+            raise SettingError("method", f"must be one of {names}; got {self.method!r}")
+        if not 0 < self.noise_std < math.inf:
+            msg = f"must be finite and positive; got {self.noise_std:g}"
+            raise SettingError("noise_std", msg)
+        if self.particles < 1:
+            raise SettingError("particles", f"must be at least 1; got {self.particles}")
+        if self.operator.partition(":")[0] not in _OPERATORS:
+            msg = f"must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
+            raise SettingError("observe", msg)
+        if self.operator == "mask" and (self.mask is None or not bool(self.mask.any())):
+            raise SettingError("observe", "must mark some pixels in white; it is all black")
+
+    @classmethod
+    def read(
+        cls,
+        known: Path | None,
+        observe: str | None,
+        channels: int,
+        *,
+        method: ObservedMethod = "moments",
+        noise_std: float = 0.05,
+        particles: int = 16,
+    ) -> Self | None:
+        """Read the pictures that a command names; None if it names none.
+
+        Parameters
+        ----------
+        known
+            File of the picture.
+        observe
+            The operator, or a picture of the mask, white for observed pixels.
+        channels
+            Channels of the model's images.
+        method, noise_std, particles
+            See `ObservedImage`.
+        """
+        if known is None and observe is None:
+            return None
+        if known is None or observe is None:
+            key, missing = ("observe", "known") if known is None else ("known", "observe")
+            raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
+        mask = None
+        if observe.partition(":")[0] not in _OPERATORS or observe == "mask":
+            mask = _read(Path(observe).expanduser(), 1, "observe")[0] >= 128
+        return cls(
+            known=_read(known, channels, "known"),
+            operator=observe if mask is None else "mask",
+            mask=mask,
+            method=method,
+            noise_std=noise_std,
+            particles=particles,
+        )
+
+    def recipe(self) -> dict[str, object]:
+        """Everything that the samples depend on, in JSON types."""
+        pictures = [None if x is None else x.numpy().tobytes() for x in (self.known, self.mask)]
+        return {
+            "known_and_mask_sha256": [x and hashlib.sha256(x).hexdigest() for x in pictures],
+            "operator": self.operator,
+            "method": self.method,
+            "noise_std": self.noise_std,
+            "particles": self.particles,
+        }
+
+    def of(self, space: ImageSpace, device: torch.device | str) -> Conditioning:
+        """The method for images of a model.
+
+        Raises
+        ------
+        SettingError
+            If picture, operator and images do not fit.
+        """
+        known = (self.known + 0.5) / 128 - 1 if space.dequantised else to_unit(self.known)
+        mask = None if self.mask is None else self.mask.to(device)
+        name, _, number = self.operator.partition(":")
+        with setting("observe"):
+            seen = _OPERATORS[name](known.to(device), mask, number, self.noise_std)
+        if seen.shape != space.shape:
+            msg = f"is a picture of images of shape {seen.shape}; the model makes {space.shape}"
+            raise SettingError("known", msg)
+        if name == "grey" and space.shape[0] != 3:
+            msg = f"'grey' needs a model of colour images; this one makes {space.shape}"
+            raise SettingError("observe", msg)
+        replaced: dict[str, tuple[Tensor | None, Tensor | None]] = {
+            "mask": (mask, None),
+            "grey": (torch.tensor([True, False, False]).reshape(3, 1, 1).to(device), grey_basis()),
+        }
+        if self.method == "replacement" and name not in replaced:
+            msg = f"'replacement' needs a mask or 'grey'; got {self.operator!r}"
+            raise SettingError("method", msg)
+        where, basis = replaced.get(name, (None, None))
+        return Conditioning(self, seen, known.to(device), where, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Score, solver and solution given an observation; see `ObservedImage.of`."""
+
+    observed: ObservedImage
+    observation: Observation
+    known: Tensor
+    mask: Tensor | None
+    basis: Tensor | None
+
+    @property
+    def particles(self) -> int:
+        """Particles per image; 0 for methods without particles."""
+        return self.observed.particles if self.observed.method == "twisted" else 0
+
+    def score(self, score: Score, sde: LinearSDE) -> Score:
+        """The score given the observation, if the method has one."""
+        method = self.observed.method
+        if method in {"twisted", "replacement"}:
+            return score
+        return PosteriorScore(score, self.observation, method, sde=sde)
+
+    def solver(self, solver: Solver) -> Solver:
+        """The solver, with replacement if that is the method.
+
+        Raises
+        ------
+        SettingError
+            If the method does not go with the solver.
+        """
+        if self.particles and solver != _TWISTED:
+            raise SettingError("solver", "must be multistep-2-sde, of which 'twisted' takes steps")
+        if self.observed.method != "replacement":
+            return solver
+        if solver.facts.adaptive:
+            raise SettingError("solver", "must have a grid of times for 'replacement'")
+        assert self.mask is not None
+        return Imputation(solver, self.known, self.mask, basis=self.basis)
+
+    def recipe(self, sampling: SamplingConfig, process: ReverseProcess) -> SamplingConfig:
+        """The recipe with an end that is early enough: later noise would blur the posterior."""
+        if self.observed.method == "replacement":
+            return sampling
+        latest = self.observation.end_time(process.sde, self.observation.shape or ())
+        _, end = window(process, sampling.t_start, sampling.t_end)
+        return dataclasses.replace(sampling, t_end=min(end, latest))
+
+    def sample(
+        self, plan: Plan, seeds: Sequence[int], *, denoise: bool, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """Data ``(N, C, H, W)`` by `sample_posterior`, and their score evaluations ``(N,)``.
+
+        Each seed is a run of its own, of which one particle is chosen by its weight.
+        """
+        count = self.particles
+        found = sample_posterior(
+            plan.process,
+            self.observation,
+            plan.times,
+            particles=count,
+            seeds=seeds,
+            method="pigdm",
+            denoise=denoise,
+            chunk=chunk,
+            device=self.known.device,
+        )
+        weights = found.log_weights.reshape(-1, count).softmax(1)
+        # Other numbers than those of the run, which are drawn from the seed itself.
+        generators = [torch.Generator().manual_seed(2**32 + seed) for seed in seeds]
+        chosen = torch.cat(
+            [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
+        )
+        data = found.samples.unflatten(0, (-1, count))
+        return data[torch.arange(len(seeds)), chosen], torch.full((len(seeds),), count * found.nfev)
+
+
+def grey_basis() -> Tensor:
+    """Orthonormal basis of the three channels whose first vector is grey, for colourisation.
+
+    Returns
+    -------
+    Tensor
+        ``(3, 3)`` float64, one vector per row: (1, 1, 1)/√3, (1, −1, 0)/√2, (1, 1, −2)/√6.
+    """
+    rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
+    basis = torch.tensor(rows, dtype=torch.float64)
+    return basis / basis.square().sum(1, keepdim=True).sqrt()
+
+
+def _grey(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
+    if number:
+        msg = f"'grey' takes no number; got {number!r}"
+        raise ValueError(msg)
+
+    def forward(x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+    return Observation(forward, y.mean(0, keepdim=True), noise_std, tuple(y.shape))
+
+
+def _mask(y: Tensor, mask: Tensor | None, _: str, noise_std: float) -> Observation:
+    assert mask is not None
+    if mask.shape != y.shape[1:]:
+        msg = (
+            f"the mask must have the picture's shape {tuple(y.shape[1:])}; got {tuple(mask.shape)}"
+        )
+        raise ValueError(msg)
+    return Observation.mask(mask.expand_as(y), y, noise_std)
+
+
+def _downsample(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
+    return Observation.downsample(int(number), y, noise_std)
+
+
+def _blur(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
+    std = float(number)
+    check_positive(std, "blur")
+    place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1)
+    row = (-0.5 * (place / std).square()).softmax(0)
+    seen = Observation.blur(torch.outer(row, row), y, noise_std)
+    # Black is −1, and zeros surround the data: the blur is of data + 1.
+    black = 1 - seen.forward(torch.ones_like(y).unsqueeze(0))[0]
+    return Observation(seen.forward, y + black, noise_std, seen.shape)
+
+
+_OPERATORS: dict[str, Callable[[Tensor, Tensor | None, str, float], Observation]] = {
+    "mask": _mask,
+    "grey": _grey,
+    "downsample": _downsample,
+    "blur": _blur,
+}
+
+
+def _read(file: Path, channels: int, key: str) -> Tensor:
+    with setting(key):
+        return pixels_of_picture(read_picture(file, "L" if channels == 1 else "RGB")).contiguous()

@@ -1,0 +1,84 @@
+"""Numerical test and norm of a linear function of a batch of data, known only by its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cldsde.score.operators import Operator
+
+__all__ = ["check_linear", "operator_norm"]
+
+# Relative error allowed of a linear function: GPUs convolve with 10-bit mantissas (TF32).
+_TOLERANCE = 3e-3
+
+
+def check_linear(
+    forward: Operator, y: Tensor, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check on random data ``(*D)`` that a function is linear and returns the shape of y.
+
+    Raises
+    ------
+    TypeError
+        If it does not return a tensor that autograd can differentiate.
+    ValueError
+        If it has a constant part, is not linear, mixes samples of a batch, or does not fit y.
+    """
+    with torch.inference_mode(mode=False):
+        probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
+        a, b = probes[:1], probes[1:]
+        with torch.enable_grad():
+            values = forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
+        if not isinstance(values, Tensor) or not values.requires_grad:
+            msg = (
+                "forward must return a tensor that autograd can differentiate with respect to its "
+                f"argument; got {type(values).__name__}"
+            )
+            raise TypeError(msg)
+        values = values.detach()
+        with torch.no_grad():
+            alone = forward(a.detach())
+    seen = values.shape[1:]
+    if len(values) != 4 or y.shape[-len(seen) :] != seen or y.ndim > len(seen) + 1:
+        msg = (
+            f"y must have shape {tuple(seen)}, which forward returns for data of shape "
+            f"{tuple(shape)}; got {tuple(y.shape)}"
+        )
+        raise ValueError(msg)
+    size = float(values.abs().max()) + torch.finfo(dtype).tiny
+    # The comparisons are written so that NaN fails, too.
+    if not float((values[0] - alone[0]).abs().max()) <= _TOLERANCE * size:
+        msg = "forward must act on each sample alone; its values depend on the batch"
+        raise ValueError(msg)
+    if not float(values[3].abs().max()) <= _TOLERANCE * size:
+        msg = (
+            "forward must be linear; forward(0) is not 0. Subtract the constant from forward and "
+            "from y"
+        )
+        raise ValueError(msg)
+    error = float((values[2] - (3 * values[0] - 2 * values[1])).abs().max())
+    if not error <= _TOLERANCE * size:
+        msg = (
+            "forward must be linear; forward(3a − 2b) differs from 3 forward(a) − 2 forward(b) by "
+            f"{error / size:.2g} of its size"
+        )
+        raise ValueError(msg)
+
+
+def operator_norm(
+    forward: Operator, adjoint: Callable[[Tensor, Sequence[int]], Tensor], shape: Sequence[int]
+) -> float:
+    """Largest singular value of a linear function of data ``(*D)``, by power iteration."""
+    x = _probes(1, shape)
+    for _ in range(20):
+        x = adjoint(forward(x / x.norm()), shape)
+    return float(x.norm().sqrt())
+
+
+def _probes(n: int, shape: Sequence[int]) -> Tensor:
+    """Fixed random data ``(n, *D)``, float64 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, *shape, generator=generator, dtype=torch.float64, device="cpu")

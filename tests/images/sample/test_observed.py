@@ -1,0 +1,184 @@
+"""Images given an observation, against exact posteriors of independent Gaussian pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cldsde import CLD, GaussianMixture
+from cldsde.images.config import SamplingConfig
+from cldsde.images.data import to_unit
+from cldsde.images.errors import SettingError
+from cldsde.images.model import ImageSpace
+from cldsde.images.sample import ObservedImage, SampleRequest, draw_images
+from cldsde.images.sample.observed import grey_basis
+
+MEAN, VARIANCE, STD = 0.1, 0.04, 0.1
+SPACE = ImageSpace((3, 4, 4))
+RECIPE = SamplingConfig(solver="multistep-2-sde", nfe=20)
+G = torch.Generator().manual_seed(7)
+PICTURE = torch.randint(100, 180, (3, 4, 4), generator=G, dtype=torch.uint8)
+HALF = torch.arange(4).expand(4, 4) < 2
+
+
+class PixelScore(torch.nn.Module):
+    """Score of images of independent pixels N(0.1, 0.04)."""
+
+    def __init__(self, sde):
+        super().__init__()
+        self.sde = sde
+        self.one = GaussianMixture([1.0], [[MEAN]], [[[VARIANCE]]]).score(sde)
+
+    def forward(self, z, t):
+        flat = z.movedim(1, -1).reshape(-1, z.shape[1], 1)
+        found = self.one(flat, t.repeat_interleave(z[0, 0].numel()))
+        return found.reshape(len(z), *z.shape[2:], -1).movedim(-1, 1)
+
+
+def observed(operator, **options):
+    low = {"downsample": (3, 2, 2)}.get(operator.partition(":")[0], (3, 4, 4))
+    mask = HALF if operator == "mask" else None
+    known = PICTURE[:, : low[1], : low[2]].contiguous()
+    return ObservedImage(known=known, operator=operator, mask=mask, noise_std=STD, **options)
+
+
+def posterior(image):
+    """Mean and standard deviation of the pixels, by dense linear algebra."""
+    seen = image.of(SPACE, "cpu").observation
+    A, y = seen.dense(SPACE.shape), seen.y.flatten().double()
+    gain = VARIANCE * A.mT @ torch.linalg.inv(VARIANCE * A @ A.mT + STD**2 * torch.eye(len(A)))
+    mean = MEAN + gain @ (y - MEAN * A.sum(1))
+    variance = VARIANCE * (torch.eye(48) - gain @ A).diagonal()
+    return mean.reshape(SPACE.shape), variance.sqrt().reshape(SPACE.shape)
+
+
+@pytest.mark.parametrize(
+    ("operator", "method"),
+    [
+        *((name, "moments") for name in ("mask", "grey", "downsample:2", "blur:0.7")),
+        *(("mask", name) for name in ("pigdm", "twisted")),
+    ],
+)
+def test_independent_pixels_have_their_exact_posterior(operator, method):
+    image = observed(operator, method=method, particles=8)
+    images, evaluations = draw_images(PixelScore(CLD()), SPACE, range(64), RECIPE, observed=image)
+    x = to_unit(images)
+    mean, std = posterior(image)
+    # Of 48 pixels, each the mean of 64, the largest error is below 4 standard errors. For
+    # ΠGDM the data's variance of 1 in place of 0.04 takes the observation for too certain.
+    error = ((x.mean(0) - mean) / std).abs().max()
+    assert error < 4 / 64**0.5 + (0.1 if method == "pigdm" else 0.02)
+    ratio = float((x.std(0) / std).mean())
+    # 64 samples of 48 pixels know it to 1.3 %; the last state adds up to 4 % to observed ones.
+    assert 0.95 < ratio < 1.08
+    assert int(evaluations[0]) == (160 if method == "twisted" else 20)
+
+
+def test_replacement_keeps_what_is_known():
+    mask = observed("mask", method="replacement")
+    found = draw_images(PixelScore(CLD()), SPACE, range(3), RECIPE, observed=mask).images
+    assert (found[:, :, HALF] == PICTURE[:, HALF]).all()
+    assert (found[0] != found[1]).any()
+    grey = observed("grey", method="replacement")
+    found = draw_images(PixelScore(CLD()), SPACE, range(3), RECIPE, observed=grey).images
+    # Three roundings to bytes move a mean by half a level at most.
+    error = (found.float().mean(1) - PICTURE.float().mean(0)).abs()
+    assert error.max() <= 0.5 + 1e-6
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    for method in ("moments", "twisted"):
+        image = observed("downsample:2", method=method, particles=3)
+        together = draw_images(PixelScore(CLD()), SPACE, range(4), RECIPE, observed=image).images
+        alone = draw_images(PixelScore(CLD()), SPACE, [2], RECIPE, observed=image).images
+        # Sums of another batch size may round to the neighbouring grey level.
+        assert (together[2].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_sampling_ends_early_enough_for_the_noise():
+    model = SimpleNamespace(score=PixelScore(CLD()), space=SPACE, vae=None, t_min=None)
+    image = observed("mask")
+    late = SampleRequest(
+        model=model, sampling=dataclasses.replace(RECIPE, t_end=0.3), seeds=range(1), observed=image
+    )
+    latest = image.of(SPACE, "cpu").observation.end_time(CLD(), SPACE.shape)
+    assert late.sampler.t_end == pytest.approx(latest)
+    early = dataclasses.replace(late, sampling=dataclasses.replace(RECIPE, t_end=1e-3))
+    assert early.sampler.t_end == pytest.approx(1e-3)
+
+
+def save(path, array):
+    Image.fromarray(array).save(path)
+    return path
+
+
+def test_pictures_are_read_from_files(tmp_path):
+    known = save(tmp_path / "known.png", PICTURE.movedim(0, -1).numpy())
+    mask = save(tmp_path / "mask.png", 255 * HALF.byte().numpy())
+    found = ObservedImage.read(known, str(mask), 3, noise_std=STD)
+    assert found.operator == "mask"
+    assert found.recipe() == observed("mask").recipe()
+    assert ObservedImage.read(known, "grey", 3, noise_std=STD).recipe() == observed("grey").recipe()
+    assert ObservedImage.read(None, None, 3) is None
+
+
+def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
+    basis = grey_basis()
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(basis[0], torch.full((3,), 3**-0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "exact"}, "method: must be one of 'moments'"),
+        ({"noise_std": 0.0}, "noise_std: must be finite and positive; got 0"),
+        ({"particles": 0}, "particles: must be at least 1"),
+        ({"operator": "zoom:2"}, "observe: must be 'mask', 'grey'"),
+        ({"mask": torch.zeros(4, 4, dtype=torch.bool)}, "observe: .* all black"),
+        ({"mask": HALF[:2]}, "observe: the mask must have the picture's shape"),
+        ({"operator": "downsample:two"}, "observe: invalid literal"),
+        ({"operator": "downsample:2"}, r"known: .* shape \(3, 8, 8\); the model makes"),
+        ({"operator": "blur:-1"}, "observe: blur must be"),
+        ({"operator": "grey:2"}, "observe: 'grey' takes no number"),
+        ({"operator": "blur:1", "method": "replacement"}, "method: 'replacement' needs a mask"),
+        ({"known": PICTURE[:, :2]}, "the mask must have the picture's shape"),
+    ],
+)
+def test_observations_that_make_no_sense_are_errors(changes, message):
+    given = {"known": PICTURE, "operator": "mask", "mask": HALF, **changes}
+    with pytest.raises(SettingError, match=message):
+        ObservedImage(**given).of(SPACE, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("solver", "method", "message"),
+    [
+        ("sscs", "twisted", "solver: must be multistep-2-sde"),
+        ("gotta-go-fast", "replacement", "solver: must have a grid of times"),
+    ],
+)
+def test_solvers_that_do_not_fit_the_method_are_errors(solver, method, message):
+    sampling = dataclasses.replace(RECIPE, solver=solver)
+    with pytest.raises(SettingError, match=message):
+        draw_images(
+            PixelScore(CLD()), SPACE, [0], sampling, observed=observed("mask", method=method)
+        )
+
+
+def test_files_that_are_no_pictures_are_errors(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    right = save(tmp_path / "right.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(SettingError, match=r"known: .* cannot be decoded"):
+        ObservedImage.read(tmp_path / "text.png", "grey", 3)
+    with pytest.raises(SettingError, match=r"observe: .*nothing\.png"):
+        ObservedImage.read(right, str(tmp_path / "nothing.png"), 3)
+    with pytest.raises(SettingError, match="observe: needs known"):
+        ObservedImage.read(None, "grey", 3)
+    with pytest.raises(SettingError, match="known: needs observe"):
+        ObservedImage.read(right, None, 3)
