@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.extras import needs_images
+from cldsde.cli.options import add_set_argument, needs_images, option
 from cldsde.pretrained.published_models import PUBLISHED
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
@@ -20,32 +20,13 @@ INTERRUPTED = "interrupted; nothing was written"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde import``."""
-    parser.add_argument(
-        "path", type=str, metavar="PATH", help="checkpoint, such as checkpoint_800000.pth"
-    )
-    parser.add_argument(
-        "--as",
-        dest="family",
-        type=str,
-        required=True,
-        metavar="CODE",
-        help=f"code that wrote the checkpoint: {' or '.join(PUBLISHED)}",
-    )
-    parser.add_argument(
-        "--config",
-        type=str,
-        metavar="NAME",
-        help="published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
-        "those that fit weights and folder",
-    )
-    parser.add_argument(
-        "--set",
-        type=str,
-        action="append",
-        metavar="KEY=VALUE",
-        help="setting of the run that differs, such as data.options.path=images; may be repeated",
-    )
-    parser.add_argument("--out", type=str, required=True, metavar="RUN", help="folder of the run")
+    option(parser, "path", "PATH", "checkpoint, such as checkpoint_800000.pth")
+    text = f"code that wrote the checkpoint: {' or '.join(PUBLISHED)}"
+    option(parser, "--as", "CODE", text, dest="family", required=True)
+    text = "published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
+    option(parser, "--config", "NAME", f"{text}settings that fit the weights and the folder")
+    add_set_argument(parser, "setting of the run that differs, such as data.options.path=images")
+    option(parser, "--out", "RUN", "folder of the run", required=True)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
