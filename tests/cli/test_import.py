@@ -51,9 +51,9 @@ def test_an_imported_run_is_recognised_and_sampled_with_every_kind_of_solver(tmp
     file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
     assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
     images = {}
-    for solver in ("em", "sscs", "multistep-2-sde", "ode", "gotta-go-fast"):
+    for solver in ("em", "sscs", "multistep-2-sde", "probability-flow"):
         out = tmp_path / f"{solver}.npz"
-        nfe = [] if solver in {"ode", "gotta-go-fast"} else ["--nfe", "6"]
+        nfe = [] if solver == "probability-flow" else ["--nfe", "6"]
         command = ["sample", str(run), "--solver", solver, *nfe, "--seeds", "0-1"]
         assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
         images[solver] = np.load(out)["images"]
