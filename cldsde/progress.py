@@ -10,18 +10,18 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(items: Iterable[Any] | None, *, shown: bool, **options: Any) -> Any:
-    """Iterate over items with a bar; where stderr is no terminal it is drawn seldom.
+    """Progress bar over items; if stderr is not a terminal, it is updated every 10 seconds.
 
     Parameters
     ----------
     items
-        What to iterate over; None for a bar that is updated by hand.
+        Items to iterate over; None for a bar that the caller updates.
     shown
-        Whether to draw anything.
+        Whether to show the bar.
     options
-        Passed to tqdm, e.g. ``desc``.
+        Further options of tqdm, e.g. ``desc``.
     """
-    # The one for notebooks warns on import where there are no widgets.
+    # Import the notebook bar only if it is shown, because it warns if widgets are missing.
     if shown:
         from tqdm.auto import tqdm
     else:

@@ -1,20 +1,30 @@
 """Sphinx configuration. The package is read as installed: `tox -e docs` installs it first."""
 
+import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import json
 import os
 import re
+import shutil
 import sys
-import typing
 from pathlib import Path
 
+from docutils import nodes
+from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-# Another backend than the notebooks' own would leave figures off the pages.
+HERE = Path(__file__).parent
+
+# The kernels of the pages inherit these. Another backend than their own would leave figures off
+# the pages; more threads than one per kernel make small tensors slower, and builds slower by far.
 os.environ.pop("MPLBACKEND", None)
+os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "cldsde"
 author = "The cldsde developers"
@@ -33,17 +43,41 @@ extensions = [
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 
+default_role = "py:obj"  # `name` in a docstring leads to the name
+
 html_theme = "furo"
 html_title = f"cldsde {release}"
+# Formulas need no network: MathJax is a file of the site. Its package has it as published.
+_mathjax = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent / "static"
+html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg.js")]
+html_css_files = ["site.css"]
+mathjax_path = "tex-svg.js"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# Code cells are run at every build, so the numbers on the pages are those of this version.
-nb_execution_mode = "force"
+
+
+def _version_of_content():
+    """Digest of the package and of the measurements that the pages show."""
+    layers = ("cldsde", "cldsde.solvers", "cldsde.validation")
+    folders = [Path(importlib.import_module(layer).__file__).parent for layer in layers]
+    folders += [HERE / "data", HERE / "how-to" / "bring-your-model"]
+    files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+    digest = hashlib.sha256((HERE / "matplotlibrc").read_bytes())
+    for file in sorted(files):
+        if file.suffix in (".py", ".json", ".toml"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Results of code cells are kept until the page, the package or its measurements change.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "cells" / _version_of_content())
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"  # with tables
-nb_execution_timeout = 600  # seconds a cell; some train
+nb_execution_timeout = 600  # seconds per cell; some cells train a network
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
@@ -52,16 +86,52 @@ bibtex_reference_style = "author_year"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-autosummary_generate = False
+templates_path = ["_templates"]
+autosummary_generate = True  # one page for each public name, in reference/api
+autosummary_filename_map = {"cldsde.solvers.Plan": "cldsde.solvers.Plan-class"}  # beside plan
+# Classes that users meet as arguments or results only: described with the function or class that
+# takes or returns them.
+autosummary_context = {
+    "related": {
+        "cldsde.pretrained.from_diffusers": [
+            "cldsde.pretrained.diffusers_models.DiffusersDenoiser"
+        ],
+        "cldsde.score.DenoiserScore": ["cldsde.score.denoisers.Denoiser"],
+        "cldsde.score.GaussianMixture": ["cldsde.score.mixture.MixtureScore"],
+        "cldsde.score.PosteriorScore": ["cldsde.score.posterior_score.Guided"],
+        "cldsde.score.flow_log_prob": ["cldsde.score.flow_density.FlowDensity"],
+        "cldsde.score.log_likelihood": ["cldsde.score.likelihood.Likelihood"],
+        "cldsde.solvers.sample_posterior": ["cldsde.solvers.twisted.PosteriorSamples"],
+        "cldsde.validation.OrderEstimate": [
+            "cldsde.validation.order_estimate.Verdict",
+            "cldsde.validation.order_estimate.Level",
+        ],
+        "cldsde.validation.WorkPrecision": ["cldsde.validation.work_precision.WorkPrecisionPoint"],
+        "cldsde.validation.calibration_ranks": ["cldsde.validation.calibration.Calibration"],
+        "cldsde.validation.posterior_error": ["cldsde.validation.posterior_error.PosteriorError"],
+        "cldsde.validation.posterior_methods": [
+            "cldsde.validation.posterior_methods.PosteriorMethod"
+        ],
+        "cldsde.validation.posterior_problems": [
+            "cldsde.validation.posterior_problems.PosteriorProblem"
+        ],
+    }
+}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True  # `root_times`, not <function root_times at 0x…>
+python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
-# Names lead to their source: where it is published, at an address such as
-# https://example.org/cldsde/blob/v0.1.0, or else to pages of it that go with the site.
+# Names link to their source. CLDSDE_DOCS_SOURCE is the address of the published source, such as
+# https://example.org/cldsde/blob/v0.2.0; without it the site has pages of the source of its own.
 _source = os.environ.get("CLDSDE_DOCS_SOURCE", "").rstrip("/")
 extensions.append("sphinx.ext.linkcode" if _source else "sphinx.ext.viewcode")
+if _source:
+    html_theme_options = {
+        "footer_icons": [{"name": "Repository", "url": _source.partition("/blob/")[0], "html": "⌂"}]
+    }
 
 
 def linkcode_resolve(domain, info):
@@ -83,8 +153,8 @@ def linkcode_resolve(domain, info):
     return f"{_source}/{folder}{inside.as_posix()}#L{first}-L{first + len(lines) - 1}"
 
 
-# References into other projects become links where their inventories can be fetched, which a
-# build asks for with this variable. Without it they stay plain text, and so need no network.
+# With this variable, references into other projects become links. Their inventories come from
+# the network; without the variable such references stay plain text.
 if os.environ.get("CLDSDE_DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
@@ -102,8 +172,16 @@ _foreign = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
+    ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
+    # Types inside the layers, whose reference has the public names alone
+    ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
+    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes)"),
+    ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
+    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
+    ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
-    ("py:class", r"cldsde\.score\.(conversion\.WhitenedLaw|times\.Coefficients)|Block"),  # tables
+    # Tables of coefficients.
+    ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),
     ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
 ]
 
@@ -118,7 +196,7 @@ LAYERS = (
 
 
 def _public_reference(app, env, node, contnode):
-    """Lead a reference to the module that defines a name to the layer that publishes it.
+    """Resolve a reference to a name in the layer that publishes it.
 
     ``cldsde.linear.processes.CLD``, as an annotation has it, and a bare ``CLD`` are both
     documented as ``cldsde.linear.CLD``.
@@ -127,7 +205,8 @@ def _public_reference(app, env, node, contnode):
         return None
     target = node.get("reftarget", "")
     *path, name = target.split(".")
-    objects = env.domaindata["py"]["objects"]
+    # Every class also has an entry for the module that defines it.
+    objects = {x for x, entry in env.domaindata["py"]["objects"].items() if not entry.aliased}
     if path == ["cldsde"]:
         found = [full for layer in LAYERS if (full := f"{layer}.{name}") in objects]
     elif path[:1] == ["cldsde"]:
@@ -140,6 +219,9 @@ def _public_reference(app, env, node, contnode):
         ]
     else:
         found = [full for full in objects if full.endswith(f".{target}")]
+        # `solve` is the function, not the method of that name of a class
+        fewest = min((full.count(".") for full in found), default=0)
+        found = [full for full in found if full.count(".") == fewest]
     if len(found) != 1:
         return None
     return env.domains.python_domain.resolve_xref(
@@ -147,35 +229,59 @@ def _public_reference(app, env, node, contnode):
     )
 
 
-class PublicNames(SphinxDirective):
-    """A table of what a module publishes, each with its first line."""
+class ConfigKeys(SphinxDirective):
+    """A table of the keys of a section of configurations: name, default and meaning."""
 
     required_arguments = 1
 
     def run(self):
-        module = self.arguments[0]
-        public = importlib.import_module(module)
-        # Of names for types autosummary takes the signature of what they stand for, and fails.
-        names = [n for n in public.__all__ if typing.get_origin(getattr(public, n)) is None]
-        names.sort(key=str.lower)
-        table = "\n".join(["", *(f"   {name}" for name in names)])
-        text = f".. currentmodule:: {module}\n\n.. autosummary::\n{table}\n"
-        return self.parse_text_to_nodes(text)
+        path = self.arguments[0]
+        module, name = path.rsplit(".", 1)
+        section = getattr(importlib.import_module(module), name)
+        kind = name.removesuffix("Config")
+        text = NumpyDocString(inspect.getdoc(section))
+        fields = {field.name: field for field in dataclasses.fields(section)}
+        lines = [f".. py:class:: {name}", f"   :module: {module}", "   :no-typesetting:", ""]
+        lines += [*text["Summary"], ""]
+        lines += [*text["Extended Summary"], ""]
+        lines += [".. list-table::", "   :header-rows: 1", "   :widths: 20 18 62", ""]
+        lines += ["   * - key", "     - default", "     - meaning"]
+        for row in text["Attributes"]:
+            keys = row.name.split(", ")
+            if kind == "Run" and "data" in keys:  # each section has a table of its own
+                continue
+            lines.append(f"   * - {', '.join(f'``{key}``' for key in keys)}")
+            lines.append(f"     - {', '.join(_default(fields[key]) for key in keys)}")
+            lines += ["     - " + row.desc[0], *(f"       {line}" for line in row.desc[1:])]
+        title = "Top level" if kind == "Run" else kind
+        heading = [title, "-" * len(title), ""]
+        return self.parse_text_to_nodes("\n".join(heading + lines), allow_section_headings=True)
+
+
+def _default(field):
+    """The default of a key as TOML writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        if dataclasses.is_dataclass(value) or not value:
+            return "its own defaults"
+    elif field.default is dataclasses.MISSING:
+        return "*required*"
+    else:
+        value = field.default
+    return "none" if value is None else f"``{json.dumps(value)}``"
 
 
 def _undocumented(app, env):
-    """Warn, which fails the build, of public names that no page has or no docstring explains."""
+    """Warn, which fails the build, of public names without a page or without a docstring."""
     logger = logging.getLogger(__name__)
     objects = env.domaindata["py"]["objects"]
-    for layer in sorted({"cldsde", *env.domaindata["py"]["modules"]}):
+    for layer in ("cldsde", *LAYERS, "cldsde.solvers.authoring", "cldsde.images"):
         module = importlib.import_module(layer)
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
             if inspect.ismodule(thing):
                 continue
-            # What a module of images takes from its neighbour stands where that is described.
-            above = (layer.rpartition(".")[0],) if layer.count(".") > 1 else ()
-            homes = LAYERS if layer == "cldsde" else (layer, *above)
+            homes = LAYERS if layer == "cldsde" else (layer, layer.rpartition(".")[0])
             if not any(x.startswith(homes) and x.endswith(f".{name}") for x in objects):
                 logger.warning("%s.%s is public and on no page", layer, name)
             if not (inspect.isclass(thing) or inspect.isroutine(thing)):
@@ -190,8 +296,28 @@ def _undocumented(app, env):
                     logger.warning("%s.%s.%s has no docstring", layer, name, member)
 
 
+def _offer_notebook(app, pagename, templatename, context, doctree):
+    """Let readers download a page with code cells as a notebook."""
+    notebook = Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
+    if doctree is None or not notebook.is_file():
+        return
+    copy = (
+        Path(app.outdir)
+        / "_downloads"
+        / "notebooks"
+        / notebook.relative_to(notebook.parents[pagename.count("/")])
+    )
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(notebook, copy)
+    address = "../" * pagename.count("/") + copy.relative_to(app.outdir).as_posix()
+    context["body"] += (
+        f'<p class="notebook-download"><a download href="{address}">'
+        "Download this page as a Jupyter notebook</a></p>"
+    )
+
+
 def _pictured(app, error):
-    """Fail where a page that draws figures shows none."""
+    """Fail if a page that draws figures shows none."""
     if error is not None or app.builder.name != "html" or app.config.nb_execution_mode == "off":
         return
     for name in app.env.found_docs:
@@ -203,8 +329,28 @@ def _pictured(app, error):
 
 
 def _skip(app, what, name, obj, skip, options):
-    """Leave out fields of named tuples: what Python says of them is their number."""
-    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else skip
+    """Leave out what a page of a class need not repeat.
+
+    These are fields of named tuples, of which Python says their number only, and methods that
+    implement a protocol: the class that declares the protocol describes them once.
+    """
+    if str(getattr(obj, "__doc__", "")).startswith("Alias for field number"):
+        return True
+    function = inspect.unwrap(getattr(obj, "fget", None) or getattr(obj, "__func__", obj))
+    path = getattr(function, "__qualname__", "").split(".")
+    owner = getattr(sys.modules.get(getattr(function, "__module__", "")), path[0], None)
+    if len(path) != 2 or not inspect.isclass(owner):
+        return skip
+    protocols = [base for base in owner.__mro__[1:] if base.__module__.startswith("cldsde.")]
+    return True if any(path[1] in vars(base) for base in protocols) else skip
+
+
+def _readable(app, domain, kind, content):
+    """Write constants in signatures as their formulas."""
+    formulas = {"_CRITICAL_COUPLING": "2√2", "_CRITICAL_FRICTION": "3√3"}
+    for text in list(content.parent[0].findall(nodes.Text)):
+        if text in formulas:
+            text.parent.replace(text, nodes.Text(formulas[text]))
 
 
 def _sourceless(app):
@@ -216,10 +362,15 @@ def _sourceless(app):
 
 def setup(app):
     """Register what this file adds to Sphinx."""
+    # Pages of names that are no longer public would stay otherwise.
+    shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
+    app.connect("object-description-transform", _readable)
+    app.connect("html-page-context", _offer_notebook)
     if not _source:
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
     app.connect("build-finished", _pictured)
-    app.add_directive("public-names", PublicNames)
+    app.add_directive("config-keys", ConfigKeys)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

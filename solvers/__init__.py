@@ -1,6 +1,6 @@
 """Solvers of the reverse process: `solve` runs one over a time grid, `plan` prepares many runs.
 
-What the author of a solver needs is in `cldsde.solvers.authoring`.
+To write a solver, see `cldsde.solvers.authoring`.
 """
 
 from cldsde.linear.log_snr import times_of_log_snr
@@ -21,7 +21,7 @@ from .grids import (
     uniform_times,
 )
 from .imputation import Imputation
-from .named import canonical_name, find_solver, named_solvers
+from .named import find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, Solution, SolveWarning, plan, solve
 from .predictor_corrector import Langevin, PredictorCorrector
@@ -31,7 +31,7 @@ from .sampling import RECOMMENDED, sample
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
-from .twisted import PosteriorSamples, sample_posterior
+from .twisted import sample_posterior
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
@@ -50,7 +50,6 @@ __all__ = [
     "Langevin",
     "NoiseSource",
     "Plan",
-    "PosteriorSamples",
     "PredictorCorrector",
     "ProbabilityFlow",
     "RecordedNoise",
@@ -64,7 +63,6 @@ __all__ = [
     "TorchSDE",
     "as_torchdiffeq",
     "as_torchsde",
-    "canonical_name",
     "find_solver",
     "karras_times",
     "log_snr_times",

@@ -1,4 +1,4 @@
-"""Samples that take steps of their own lengths, as adaptive solvers have them."""
+"""Bookkeeping for adaptive solvers: each sample has its own time, step length and count."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .base import Integration, Run
 __all__ = ["LOOSE", "ActiveSamples", "per_sample"]
 
 LOOSE = 1e12
-"""A tolerance that no step fails."""
+"""A tolerance so large that every step is accepted."""
 
 
 class ActiveSamples:
     """Samples on their way from one time to another, each at its own time.
 
     A sample drops out when it arrives, when its step length underflows, or when its evaluations are
-    used up; the other samples continue. Times, step lengths and counts are kept on the CPU. An
-    attempt of a step moves what the device needs of them in one copy (`moved`), and waits for the
-    device once, for the errors of the samples.
+    used up; the other samples continue. Times, step lengths and counts are kept on the CPU. Each
+    attempted step copies them to the device once (`moved`), and waits for the device once, for the
+    errors of the samples.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class ActiveSamples:
         self._state = self._latest = state
         self._at_stops: list[Tensor | None] = [None] * len(run.stops)
         self._rows = torch.arange(n, device="cpu")
-        self._rows_there: Tensor | None = None  # the same on the device; None: all samples
+        self._device_rows: Tensor | None = None  # the same on the device; None: all samples
         self._kept: Tensor | None = None
         self._nfev = torch.zeros(n, dtype=torch.int64, device="cpu")
         self._next = torch.zeros(n, dtype=torch.int64, device="cpu")
@@ -50,23 +50,34 @@ class ActiveSamples:
         self._bar = progress_bar(None, shown=run.progress, total=n, desc=name)
 
     def screen(self, h: Tensor, cost: int) -> Tensor | None:
-        """Drop samples that cannot attempt a step of length h with so many evaluations.
+        """Drop samples that have arrived or cannot attempt a step.
 
-        Returns the numbers of those that stay, on the CPU, or None if all do.
+        Parameters
+        ----------
+        h
+            Length of the next step of each sample, ``(N,)``.
+        cost
+            Score evaluations of the step.
+
+        Returns
+        -------
+        Tensor or None
+            Indices of the samples that stay, on the CPU; None if all stay.
         """
-        going = self._next < len(self._stops)
-        long = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
-        rich = self._nfev[self._rows] + cost <= self._max_nfev
-        stays = going & long & rich
+        travelling = self._next < len(self._stops)
+        long_enough = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
+        in_budget = self._nfev[self._rows] + cost <= self._max_nfev
+        stays = travelling & long_enough & in_budget
         if bool(stays.all()):
             return None
-        self._success[self._rows[~going]] = True
-        self._note(
-            going & ~long,
+        self._success[self._rows[~travelling]] = True
+        self._note_failures(
+            travelling & ~long_enough,
             "the step length underflowed: the score is not finite, or rtol and atol cannot be met",
         )
-        self._note(
-            going & long & ~rich, f"max_nfev: {self._max_nfev} evaluations did not reach the end"
+        self._note_failures(
+            travelling & long_enough & ~in_budget,
+            f"max_nfev: {self._max_nfev} evaluations did not reach the end",
         )
         kept = self._kept = stays.nonzero().flatten()
         self._rows, self._next, self.t = self._rows[kept], self._next[kept], self.t[kept]
@@ -78,11 +89,11 @@ class ActiveSamples:
         return len(self._rows) > 0 and not self._stopped
 
     def spend(self, evaluations: Tensor) -> None:
-        """Count evaluations of each sample on its way, ``(N,)``."""
+        """Add the score evaluations ``(N,)`` of the samples on their way to their counts."""
         self._nfev[self._rows] += evaluations
 
     def attempt(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Step lengths cut at the next stop, and the times they lead to."""
+        """Shorten steps that would pass the next stop; return lengths and end times, ``(N,)``."""
         self._proposed = h
         left = self.t - self._stop()
         last = h >= left
@@ -92,10 +103,19 @@ class ActiveSamples:
     def moved(
         self, parts: Sequence[Tensor], states: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Tensors of the CPU on the device, and the samples that are left of tensors there.
+        """Copy CPU tensors to the device, and drop samples from tensors on the device.
 
-        The former are copied together, in single precision at least; the latter, ``(N, …)``, lose
-        the samples that the last `screen` dropped.
+        Parameters
+        ----------
+        parts
+            Tensors on the CPU. They are copied together, in single precision at least.
+        states
+            Tensors ``(N, …)`` on the device, with the samples before the last `screen`.
+
+        Returns
+        -------
+        tuple of lists
+            Copies of ``parts``, and ``states`` without the samples that the last `screen` dropped.
         """
         like = self._latest
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -106,15 +126,15 @@ class ActiveSamples:
         found = on_device([*parts, self._goal, *rows], dtype, like.device)
         if kept is not None:
             self._store()
-            there = found.pop().view(whole).to(torch.int64)
-            self._rows_there = there if self._rows_there is None else self._rows_there[there]
-            states = [x[there] for x in states]
-            self._latest = like[there]
-        self._goal_there = found.pop()
+            left = found.pop().view(whole).to(torch.int64)
+            self._device_rows = left if self._device_rows is None else self._device_rows[left]
+            states = [x[left] for x in states]
+            self._latest = like[left]
+        self._device_goal = found.pop()
         return found, list(states)
 
     def settle(
-        self, z: Tensor, accept: Tensor, accept_there: Tensor, after: Tensor, h: Tensor
+        self, z: Tensor, accept: Tensor, accept_on_device: Tensor, after: Tensor, h: Tensor
     ) -> Tensor:
         """Record states and times after an attempt; return the lengths of the next steps.
 
@@ -122,12 +142,13 @@ class ActiveSamples:
         ----------
         z
             States of the samples on their way.
-        accept, accept_there
-            Whose step was accepted, ``(N,)`` on the CPU and on the device.
+        accept, accept_on_device
+            Which samples had their step accepted, ``(N,)`` bool on the CPU and on the device.
         after
-            Times to which accepted steps led.
+            Times at which accepted steps ended.
         h
-            Lengths of the next steps. A step that was cut at a stop does not shorten the next.
+            Lengths of the next steps. A step that was shortened to end at a stop does not shorten
+            the next step.
         """
         self._attempts += 1
         self._latest = z
@@ -136,7 +157,7 @@ class ActiveSamples:
         at_stop = accept & (self._goal >= 0)
         for stop in sorted(set(self._next[at_stop].tolist())):
             if stop + 1 < len(self._stops):
-                self._note_stop(stop, accept_there & (self._goal_there == stop))
+                self._save_at_stop(stop, accept_on_device & (self._device_goal == stop))
         self._next = self._next + at_stop
         if self._callback is not None:
             self._store()
@@ -161,8 +182,8 @@ class ActiveSamples:
         if bool(self._success.all()):
             states.append(state)
         else:
-            there = self._success.to(state.device)
-            states.append(torch.where(per_sample(there, state), state, torch.nan))
+            arrived = self._success.to(state.device)
+            states.append(torch.where(per_sample(arrived, state), state, torch.nan))
         return Integration(
             state,
             torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0),
@@ -174,32 +195,32 @@ class ActiveSamples:
         )
 
     def _store(self) -> None:
-        """Put the states of the samples on their way in their places."""
-        rows = self._rows_there
+        """Write the states of the samples on their way into the states of all samples."""
+        rows = self._device_rows
         self._state = (
             self._latest if rows is None else self._state.index_copy(0, rows, self._latest)
         )
 
-    def _note_stop(self, stop: int, here: Tensor) -> None:
-        """Keep the states of the samples that have reached a stop."""
-        z, rows, noted = self._latest, self._rows_there, self._at_stops[stop]
-        if noted is None:
-            noted = torch.full_like(self._state, torch.nan)
-        before = noted if rows is None else noted[rows]
-        found = torch.where(per_sample(here, z), z, before)
-        self._at_stops[stop] = found if rows is None else noted.index_copy(0, rows, found)
+    def _save_at_stop(self, stop: int, reached: Tensor) -> None:
+        """Save the states of the samples that have reached a stop."""
+        z, rows, saved = self._latest, self._device_rows, self._at_stops[stop]
+        if saved is None:
+            saved = torch.full_like(self._state, torch.nan)
+        before = saved if rows is None else saved[rows]
+        found = torch.where(per_sample(reached, z), z, before)
+        self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
 
     def _stop(self) -> Tensor:
         """The next stop of each sample."""
         return self._stops[self._next.clamp_max(len(self._stops) - 1)]
 
-    def _note(self, failed: Tensor, reason: str) -> None:
+    def _note_failures(self, failed: Tensor, reason: str) -> None:
         count = int(failed.sum())
         if count:
             self._failures[reason] = self._failures.get(reason, 0) + count
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:
-    """A number or flag of each sample ``(B,)``, shaped to be combined with states."""
+    """Reshape one number or flag per sample, ``(B,)``, so that it broadcasts against states."""
     column = x if x.dtype == torch.bool else x.to(like.dtype)
     return column.reshape(-1, *(1,) * (like.ndim - 1))

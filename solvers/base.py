@@ -1,4 +1,4 @@
-"""The interface of solvers: options, a declaration of what they promise, tables and a run."""
+"""Solver interface: base classes, the declaration of orders and costs, and the step loop."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ They are affine in state and noise if the score is affine."""
 
 
 class ScoreAt(Protocol):
-    """Score of the driven components at a state, at the evaluation time of the given number."""
+    """Score of the driven components, called with a state and the index of an evaluation time."""
 
     def __call__(self, z: Tensor, number: int, /) -> Tensor:
         """Score ``(B, d, *D)``."""
         ...
 
     def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
-        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        """E[x_0 | z_t] ``(B, 1, *D)`` from the score's own ``data_prediction``."""
         ...
 
 
 @dataclass(frozen=True)
 class ShiftedScore:
-    """A score whose evaluations are counted from a given number on, for solvers within solvers."""
+    """A score whose evaluation indices are shifted, for a solver that calls another solver."""
 
     score: ScoreAt
     shift: int
@@ -66,34 +66,34 @@ class ShiftedScore:
         return self.score(z, self.shift + number)
 
     def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
-        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        """E[x_0 | z_t] ``(B, 1, *D)`` from the score's own ``data_prediction``."""
         return self.score.data_prediction(z, self.shift + number)
 
 
 Callback = Callable[[int, Any, Tensor], object]
-"""Function that `solve` calls after each step: number of steps so far, time, state."""
+"""Function that `solve` calls after each step with the number of steps so far, time and state."""
 
 DATA_DETERMINED = (
     "every linear SDE whose driven score determines the data "
     "(not underdamped with noise in one component)"
 )
-"""Processes for solvers that derive the data, or the full score, from the driven score."""
+"""``applies_to`` of solvers that derive the data or the full score from the driven score."""
 
 
 @dataclass(frozen=True)
 class Facts:
     """Requirements and claimed orders of a solver; documentation and order tests read them."""
 
-    applies_to: str  #: The processes that it works for, in words.
+    applies_to: str  #: Processes that the solver works for, in words.
     nfe_per_step: int  #: Score evaluations per step; `Splitting` takes more if positions are noisy.
     weak_order: float | None = None  #: Order in distribution for the reverse SDE, if claimed.
     strong_order: float | None = None  #: Order along paths for the reverse SDE, if claimed.
     ode_order: float | None = None  #: Order for the probability flow; None if stochastic.
     #: Whether `GridSolver.step` ends at a grid time, so that another method may work on the state.
     state_on_grid: bool = True
-    #: Whether it chooses its times between the grid's ends, by fields ``rtol`` and ``atol``.
+    #: Whether the solver adapts its steps to ``rtol`` and ``atol`` and uses only the grid's ends.
     adaptive: bool = False
-    #: Whether it also runs on increasing grids, from data to noise.
+    #: Whether the solver also runs on increasing grids, from data to noise.
     encodes: bool = False
 
 
@@ -102,83 +102,87 @@ class Run:
     """Arguments of one integration."""
 
     process: ReverseProcess
-    tables: Any  #: What `Solver.prepare` returned.
-    asked: KnownTimes | None  #: What `Solver.evaluation_times` returned.
-    state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; not to be changed.
+    tables: Any  #: Result of `Solver.prepare`.
+    score_times: KnownTimes | None  #: Result of `Solver.evaluation_times`.
+    state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; must not be changed in place.
     times: Tensor  #: Float64 grid ``(n + 1,)`` on the CPU; it increases only if the solver encodes.
-    stops: Tensor  #: Times after ``times[0]`` at which states are wanted, the last time included.
+    stops: Tensor  #: Requested times after ``times[0]``, ``(S,)``; the last time is included.
     noise: NoiseSource
     callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
     progress: bool  #: Whether to show a progress bar on stderr.
-    density: PathDensity | None = None  #: Of the steps, if their log-densities are wanted.
+    density: PathDensity | None = None  #: Densities of the steps, if they are requested.
 
 
 @dataclass(frozen=True, eq=False)
 class Integration:
     """Result of `Solver.integrate`."""
 
-    state: Tensor  #: Last states, ``(B, k, *D)``.
+    state: Tensor  #: Final states, ``(B, k, *D)``.
     states: Tensor  #: States at the stops, ``(S, B, k, *D)``; NaN if a sample did not reach one.
     nfev: Tensor  #: Score evaluations of each sample, ``(B,)`` int64 on the CPU.
     success: Tensor  #: Which samples arrived, ``(B,)`` bool on the CPU.
     message: str
-    stopped: bool = False  #: Whether the callback asked to stop.
+    stopped: bool = False  #: Whether the callback stopped the solve.
     stats: dict[str, Any] = field(default_factory=dict)
-    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if wanted.
+    log_probs: Tensor | None = None  #: Log-densities of the steps ``(n, B)``, if requested.
 
 
 class Solver(ABC):
-    """A solver, on a grid that is given or with steps that it chooses.
+    """Base class of all solvers; a solver on a fixed grid derives from `GridSolver` instead.
 
-    A subclass is a frozen, keyword-only dataclass whose fields are its options; an option out of
-    range is a ValueError. Solvers on a fixed grid derive from `GridSolver`.
+    A subclass is a frozen, keyword-only dataclass whose fields are its options. It raises
+    ValueError for an option out of range.
     """
 
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """Requirements and claimed orders with these options."""
+        """Requirements and claimed orders for these options."""
 
     @abstractmethod
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
-        """Tables for a grid ``(n + 1,)``: all that depends on process and grid alone.
+        """Compute everything that depends on the process and the grid ``(n + 1,)`` alone.
 
         Raises
         ------
         ValueError
-            If the solver does not apply to the process; says why and what to use.
+            If the solver does not apply to the process. The message says why and names an
+            alternative.
         """
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
-        """Times of score evaluations over a grid, in order; None if the solver chooses them."""
+        """Times of all score evaluations on a grid, in order; None for an adaptive solver."""
         return None
 
     @abstractmethod
     def integrate(self, run: Run) -> Integration:
-        """Take states from ``run.times[0]`` to ``run.times[-1]``."""
+        """Integrate the states from ``run.times[0]`` to ``run.times[-1]``."""
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise | None:
-        """Normals of each step as functionals of a Brownian path; None if they are not."""
+        """Normals of each step as functionals of a Brownian path; None if there are no such."""
         return None
 
     def noise_roots(self, tables: Any) -> Sequence[Block] | None:
-        """Roots L of steps z' = m + L ξ, whose mean m does not depend on their one draw ξ.
-
-        k×r blocks, one per step; None if a step is not of this form.
+        """Noise roots L of Gaussian steps z' = m + L ξ with a mean m independent of ξ.
 
         Parameters
         ----------
         tables
-            What `prepare` returned.
+            Result of `prepare`.
+
+        Returns
+        -------
+        sequence of blocks or None
+            One k×r block per step; None if the steps do not have this form.
         """
         return None
 
     def on_grid(self) -> Self:
-        """The same method with its state at each grid time, where another method may work on it."""
+        """The same method without merged steps, so that its state belongs to each grid time."""
         return self
 
     def with_step(self, h: float) -> Solver:
-        """The same adaptive method with steps of length h and no control of its error.
+        """The same adaptive method with fixed steps of length h and without error control.
 
         Raises
         ------
@@ -190,15 +194,15 @@ class Solver(ABC):
 
 
 class GridSolver(Solver):
-    """A solver on a fixed grid.
+    """Base class of solvers on a fixed grid.
 
-    `prepare` makes its tables once for a grid, in float64. `step` is tensor arithmetic only and may
-    look at nothing but its arguments.
+    `prepare` computes the tables once per grid, in float64. `step` does tensor arithmetic only and
+    depends on nothing but its arguments.
     """
 
     @abstractmethod
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Times at which the score is evaluated over a grid, float64, in the order of their use."""
+        """Float64 times of all score evaluations on a grid, in the order of their use."""
 
     @abstractmethod
     def step(
@@ -209,23 +213,29 @@ class GridSolver(Solver):
         Parameters
         ----------
         z
-            State ``(B, k, *D)``; not to be changed.
+            State ``(B, k, *D)``; must not be changed in place.
         memory
-            What the step before returned, ``()`` at the first; one-step solvers return ``()``.
+            Memory that the previous step returned, ``()`` at the first step.
         tables
-            What `prepare` returned.
+            Result of `prepare`.
         i
-            Number of the step.
+            Index of the step.
         score, noise
-            Where the score and standard normals come from.
+            Sources of the score and of standard normals.
+
+        Returns
+        -------
+        tuple
+            The state at ``times[i + 1]`` and the memory for the next step; one-step solvers return
+            ``()``.
         """
 
     def integrate(self, run: Run) -> Integration:
         """Step through the grid."""
-        assert run.asked is not None
-        score = KnownScore(run.process, run.asked, run.state)
+        assert run.score_times is not None
+        score = KnownScore(run.process, run.score_times, run.state)
         times, stops = run.times.tolist(), set(run.stops.tolist())
-        # A copy, so that a score that writes to its argument does not change the caller's state.
+        # Copy the state, because a score may write to its argument.
         z = run.state.clone(memory_format=torch.contiguous_format)
         memory: Memory = ()
         saved: list[Tensor] = []
@@ -234,14 +244,15 @@ class GridSolver(Solver):
         noise, stopped = drawn or run.noise, False
         for i in progress_bar(range(len(times) - 1), shown=run.progress, desc=type(self).__name__):
             # Pass the only reference, so that `step` can free the state.
-            held = [z]
+            only_reference = [z]
             del z
             z, memory = self._checked(
-                self.step(held.pop(), memory, run.tables, i, score, noise), run.state
+                self.step(only_reference.pop(), memory, run.tables, i, score, noise), run.state
             )
             if run.density is not None and drawn is not None:
                 log_probs.append(run.density.log_prob(i, z, drawn.last))
-                z = z.detach()  # the path is given
+                # The density is a function of the parameters at a fixed path.
+                z = z.detach()
             if times[i + 1] in stops:
                 saved.append(z if i + 2 == len(times) else z.clone())
             if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
@@ -262,23 +273,23 @@ class GridSolver(Solver):
             stats={"steps": i + 1},
         )
 
-    def _checked(self, made: Any, like: Tensor) -> tuple[Tensor, Memory]:
-        """What `step` returned, if it is a state and a memory."""
-        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple)):
+    def _checked(self, result: Any, like: Tensor) -> tuple[Tensor, Memory]:
+        """Return the result of `step` after checking that it is a state and a memory."""
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
             msg = (
                 f"{type(self).__name__}.step must return (state, memory) with memory a tuple of "
-                f"tensors, () if there is none; got {type(made).__name__}"
+                f"tensors, () if there is none; got {type(result).__name__}"
             )
             raise TypeError(msg)
-        z = made[0]
+        z = result[0]
         check_same_kind(z, like, f"{type(self).__name__}.step")
-        return z, made[1]
+        return z, result[1]
 
 
 def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
     """Raise ValueError if a grid starts too near a time at which drift and diffusion diverge."""
     end, until = float(times.max()), sde.regular_until
-    # Times may have been rounded, to float32 or to the digits that a message shows.
+    # Allow for times rounded to float32 or to the digits that an error message shows.
     if end - until > 1e-2 * (sde.T - until):
         msg = (
             f"times must not reach t = {end:.15g} for {solver}, because drift and diffusion "
@@ -288,7 +299,7 @@ def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
 
 
 def check_same_kind(z: object, like: Tensor, name: str) -> None:
-    """Raise ValueError unless a method returned a state like another."""
+    """Raise ValueError unless ``z`` is a state with the shape, dtype and device of ``like``."""
     kind = (like.dtype, like.device)
     if isinstance(z, Tensor) and z.shape == like.shape and (z.dtype, z.device) == kind:
         return
@@ -301,7 +312,7 @@ def check_same_kind(z: object, like: Tensor, name: str) -> None:
 
 
 def check_solver(solver: object, name: str = "solver") -> Solver:
-    """Return the argument if it is a `Solver`, raise TypeError otherwise."""
+    """Return the argument if it is a `Solver`; otherwise raise TypeError."""
     if not isinstance(solver, Solver):
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
         msg = f"{name} must be a solver, such as SSCS(); got {solver!r}{hint}"

@@ -1,4 +1,4 @@
-"""A Brownian path that can be refined, with the integrals that a linear SDE makes of it."""
+"""Brownian path that can be refined, with the stochastic integrals of a linear SDE."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .noise import NoiseSource, PathNoise
 
 __all__ = ["BrownianPath"]
 
-_HALVINGS = 20  # of a cell between given times, before a time is met exactly
+_HALVINGS = 20  # bisections of a cell between given times, before it is split at a time exactly
 
 
 @dataclass(eq=False)
 class _Node:
-    """An interval of the path, and how its normals become those of its halves."""
+    """An interval of the path, with the rotation that splits its normals between its halves."""
 
     key: int
     start: float
     end: float
-    first: int  # given times that it spans; the same number twice inside a cell
+    first: int  # indices of the given times that it spans; equal for a part of one cell
     last: int
     parent: _Node | None = None
     halvings: int = 0
@@ -48,22 +48,22 @@ _Reading = list[tuple[_Node, Tensor]]
 
 
 class BrownianPath(NoiseSource):
-    r"""A Brownian path w for each number of a batch, the same on every grid.
+    r"""Brownian path w for each number of a batch, the same on every grid.
 
-    Over an interval [s, t] the path knows its increment and the integral that the process makes
-    of it,
+    Over an interval [s, t] the path has an increment and a stochastic integral of the process,
 
-    .. math:: ΔW = w(t) − w(s), \qquad I = ∫_s^t Ψ(t, τ)\,G(τ)\,dw(τ),
+    .. math:: ΔW = w(t) − w(s), \qquad I = ∫_s^t Ψ(t, τ)\,G(τ)\,dw(τ).
 
     They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. The path
     stores an interval as normals ξ with (ΔW, I) = L ξ. To split an interval, it rotates ξ and as
-    many new normals into the normals of the halves, so that the halves have their joint
+    many new normals into the normals of the halves. The halves then have their exact joint
     distribution. New normals depend on a seed and the interval alone, so intervals can be queried
     in any order.
 
-    The path splits at the given times. It reaches another time by halving the cell around it 20
-    times, and then exactly; each split costs a draw. So give the finest grid that you will use.
-    The order of queries matters only for times closer than a millionth of a cell.
+    The path splits at the given times. To reach another time, it bisects the cell around that time
+    up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid
+    that you will use. The order of queries matters only for times closer than a millionth of a
+    cell.
 
     Solvers of the reverse process use +ΔW of each step [u, t]. With a score of zero they add noise
     from t to u; they do not undo `evolve`.
@@ -71,24 +71,24 @@ class BrownianPath(NoiseSource):
     Parameters
     ----------
     sde
-        The process: G and Ψ.
+        The process, which defines G and Ψ.
     times
-        ``(n + 1,)``, increasing or decreasing, in [0, T], e.g. the finest grid to be solved on; the
+        ``(n + 1,)``, increasing or decreasing, in [0, T], e.g. the finest grid to be solved on. The
         path lies between its ends.
     shape
-        ``(B, *D)``: samples and shape of their data.
+        ``(B, *D)``: number of samples and shape of one sample's data.
     generator
-        Source of the path's seed; the same gives the same path on any device.
+        Source of the path's seed. The same seed gives the same path on any device.
     integrals
-        Whether to know I. Without it there are fewer normals to draw, and the path serves solvers
+        Whether the path includes I. Without it the path draws fewer normals, and serves solvers
         that need ΔW alone: `EulerMaruyama`, `StochasticHeun` and most methods of `TorchSDE`.
     dtype, device
-        Of the results.
+        Dtype and device of the results.
 
     Raises
     ------
     ValueError
-        If the times do not increase or decrease within [0, T], or the shape is not one.
+        If the times do not increase or decrease within [0, T], or the shape is not ``(B, *D)``.
 
     Examples
     --------
@@ -144,15 +144,15 @@ class BrownianPath(NoiseSource):
         self._seed = int(torch.randint(2**62, (), generator=generator, device=on))
         self._times: list[float] = given.tolist()
         self._top = self._build()
-        # The latest pair of halves at each depth, with the key of what they are halves of: all that
-        # a walk along a grid comes back to. It takes the memory of the pair before: new memory of
-        # the size of images costs as much as the sums.
+        # Keep the latest pair of halves at each depth, with the key of their parent, because a walk
+        # along a grid returns to no others. A new pair reuses the memory of the previous pair:
+        # allocating memory for images takes as long as the sums.
         self._pairs: dict[int, tuple[int, Tensor]] = {}
         self._scratch: Tensor | None = None
-        self._lock = threading.Lock()  # of these and of the tree
+        self._lock = threading.Lock()  # guards the pairs, the scratch memory and the tree
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is found again when it is asked for."""
+        """State without the cached normals, which are drawn again when needed."""
         return {**self.__dict__, "_pairs": {}, "_scratch": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -186,7 +186,14 @@ class BrownianPath(NoiseSource):
         return self._value(self._read([(s, t)], [eye[rows]])[0])
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
-        """The process at time t > s exactly, from states ``(B, k, *D)`` at s, along the path.
+        """Exact solution of the forward process at t > s along the path.
+
+        Parameters
+        ----------
+        z
+            States ``(B, k, *D)`` at s.
+        s, t
+            Times, s < t.
 
         Raises
         ------
@@ -198,34 +205,37 @@ class BrownianPath(NoiseSource):
         return moved + self.integral(s, t).to(z)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Raise RuntimeError: normals of a path belong to an interval; see `along`."""
-        msg = "a BrownianPath is read along a grid; pass it to solve as noise"
+        """Raise RuntimeError, because normals of a path belong to an interval; see `along`."""
+        msg = "a BrownianPath has no normals without an interval; pass it to solve(..., noise=path)"
         raise RuntimeError(msg)
 
     def along(
         self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
-        """The normals of a solver's steps over a decreasing grid.
+        """Noise source for the steps of one solver over a decreasing grid.
 
         Raises
         ------
         ValueError
-            If the solver's noise is no functional of the path, the grid leaves it, or the process
-            is another.
+            If the solver's noise is not a functional of the path, the grid leaves the path's
+            interval, or the process is not the path's own.
         """
         noise = functionals()
         if noise is None:
             msg = (
-                "noise: the solver does not draw increments or integrals of a Brownian path; "
-                "EulerMaruyama, StochasticHeun, ExponentialEuler and ReverseDiffusion do, and a "
-                "solver of your own needs `path_noise`"
+                "noise must not be a BrownianPath for this solver, which does not draw increments "
+                "or integrals of one; use EulerMaruyama, StochasticHeun, ExponentialEuler or "
+                "ReverseDiffusion, or define `path_noise` on your own solver"
             )
             raise ValueError(msg)
         if noise.time_integral is not None:
-            msg = "noise: BrownianPath has no integral over time, which this solver needs"
+            msg = (
+                "noise must not be a BrownianPath for this solver, which needs ∫(τ − u) dw over a "
+                "step; use TorchSDE(method='heun') or StochasticHeun"
+            )
             raise ValueError(msg)
         if sde is not self._sde:
-            msg = "noise: this BrownianPath was made for another process; make it with process.sde"
+            msg = "noise is a BrownianPath of another process; construct it with process.sde"
             raise ValueError(msg)
         if bool(noise.integral.any()):
             self._check_integrals("noise of this solver")
@@ -239,11 +249,11 @@ class BrownianPath(NoiseSource):
 
     def _check_integrals(self, what: str) -> None:
         if not self._integrals:
-            msg = f"{what} needs a path with integrals=True"
+            msg = f"{what} needs a BrownianPath with integrals=True; got integrals=False"
             raise ValueError(msg)
 
     def _read(self, intervals: list[tuple[float, float]], blocks: list[Tensor]) -> list[_Reading]:
-        """Linear functionals block · (ΔW, I) of intervals, as functionals of nodes' normals."""
+        """Express functionals block · (ΔW, I) of intervals through the normals of nodes."""
         low, high = self._times[0], self._times[-1]
         for s, t in intervals:
             if not low <= s < t <= high:
@@ -262,9 +272,9 @@ class BrownianPath(NoiseSource):
         ]
 
     def _value(self, reading: _Reading) -> Tensor:
-        """What was read, ``(B, rows, *D)``."""
-        # From the latest node on, because solvers walk down in time and the path keeps the latest
-        # pairs; one by one, because a pair takes the memory of the one before.
+        """Evaluate a reading, ``(B, rows, *D)``."""
+        # Start at the latest node, because solvers walk down in time and the path keeps the latest
+        # pairs. Add nodes one by one, because a pair reuses the memory of the previous pair.
         value: Tensor | None = None
         with self._lock:
             for node, block in reversed(reading):
@@ -274,12 +284,13 @@ class BrownianPath(NoiseSource):
         return value.view(len(value), *self._shape).transpose(0, 1)
 
     def _carried(self, node: _Node, t: float) -> Tensor:
-        """What a node contributes at a later time; one by one, as batches are rounded otherwise."""
+        """Matrix that carries (ΔW, I) of a node to a later time."""
+        # One node per call, because batched products round differently.
         ends = _doubles([node.end]), _doubles([t])
         return carried_increments(self._sde, *ends, integrals=self._integrals)[0]
 
     def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
-        """The largest nodes that make up [s, t]."""
+        """Smallest set of nodes whose union is [s, t]."""
         if node.end <= s or node.start >= t:
             return []
         if s <= node.start and node.end <= t:
@@ -288,7 +299,7 @@ class BrownianPath(NoiseSource):
         return [part for child in node.children for part in self._cover(child, s, t)]
 
     def _build(self) -> _Node:
-        """The tree over the given times, its laws from the cells upwards."""
+        """Build the tree over the given times, and its roots and rotations from the cells up."""
         top = _Node(1, self._times[0], self._times[-1], 0, len(self._times) - 1)
         levels = [[top]]
         while levels[-1]:
@@ -305,7 +316,7 @@ class BrownianPath(NoiseSource):
         return top
 
     def _refine(self, stops: list[float]) -> None:
-        """Split cells until every stop is the end of one."""
+        """Split cells until every stop is the end of a cell."""
         frontier = [(self._top, stops)]
         while frontier:
             node, near = frontier.pop()
@@ -316,7 +327,7 @@ class BrownianPath(NoiseSource):
                 middle = (node.start + node.end) / 2
                 deep = node.halvings >= _HALVINGS or not node.start < middle < node.end
                 self._halve(node, inside[0] if deep else middle)
-                # One by one, as batches are rounded otherwise.
+                # One node per call, because batched products round differently.
                 self._set_roots(list(node.children or ()))
                 self._set_rotations([node])
             frontier += [(child, inside) for child in node.children or ()]
@@ -332,7 +343,7 @@ class BrownianPath(NoiseSource):
         )
 
     def _set_roots(self, nodes: list[_Node]) -> None:
-        """Roots of the joint distribution of (ΔW, I) over nodes."""
+        """Compute roots of the joint covariance of (ΔW, I) over nodes."""
         if nodes:
             s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
             roots = increment_roots(self._sde, s, t, integrals=self._integrals)
@@ -340,7 +351,7 @@ class BrownianPath(NoiseSource):
                 node.root = root
 
     def _set_rotations(self, nodes: list[_Node]) -> None:
-        """Rotations that split nodes, and their roots if none is known yet."""
+        """Compute the rotations that split nodes, and the nodes' roots if they have none yet."""
         if not nodes:
             return
         halves = [child.root for node in nodes for child in node.children or ()]
@@ -356,12 +367,12 @@ class BrownianPath(NoiseSource):
             node.root = root if node.root is None else node.root
 
     def _normals(self, node: _Node) -> Tensor:
-        """Normals of a node, ``(r, N)`` for N numbers of a batch; they last until others are asked.
+        """Normals of a node, ``(r, N)`` for N numbers of a batch.
 
-        Those of a node's ancestors last longer.
+        They stay valid until the normals of another node of the same depth are computed.
         """
         depth, size, parent = node.key.bit_length(), self._size, node.parent
-        # Taken out while it is written to: a sum that is interrupted leaves none.
+        # Remove the pair while it is written to, so that an interrupted sum leaves no wrong pair.
         whole, both = self._pairs.pop(depth, (-1, None))
         if both is None:
             both = self._memory(size if parent is None else 2 * size)
@@ -376,8 +387,8 @@ class BrownianPath(NoiseSource):
         return both[size:] if parent is not None and node.key % 2 else both[:size]
 
     def _draw(self, node: _Node, split: float) -> Tensor:
-        """Normals of a node's own, ``(r, N)``, which last until the next are drawn."""
-        # Keyed, so that no order of asking matters; the split tells apart times met exactly.
+        """Fresh normals of a node, ``(r, N)``, valid until the next draw."""
+        # Seed the draw by node and split time, so that the order of queries does not matter.
         bits = int(np.float64(split).view(np.uint64))
         key = np.random.SeedSequence([self._seed, node.key, bits])
         count = self._size * math.prod(self._shape)
@@ -389,7 +400,7 @@ class BrownianPath(NoiseSource):
         return drawn.view(self._size, -1).to(self._device, self._dtype)
 
     def _memory(self, rows: int) -> Tensor:
-        # Memory of inference could not be written to outside it.
+        # A tensor allocated in inference mode could not be written to outside of it.
         with torch.inference_mode(mode=False):
             size = rows, math.prod(self._shape)
             return torch.empty(size, dtype=self._dtype, device=self._device)
@@ -400,7 +411,7 @@ def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None
     like = normals[0]
     if out is None:
         out = like.new_empty(len(blocks[0]), like.shape[1])
-    # Many rows and columns are several times faster as a product.
+    # On the CPU a matrix product is several times faster than a sum over rows and columns.
     if like.device.type == "cpu" and _products_are_exact(like.dtype):
         (block, *others), (first, *rest) = blocks, normals
         torch.mm(block.to(like), first, out=out)
@@ -412,14 +423,14 @@ def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None
 
 
 def _products_are_exact(dtype: torch.dtype) -> bool:
-    """Whether products on the host are of the precision of their factors."""
+    """Whether matrix products on the CPU have the full precision of their factors."""
     if torch.is_autocast_enabled("cpu"):
         return False
     if dtype != torch.float32:
         return dtype == torch.float64
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # it was set for some backends alone
+    except RuntimeError:  # the precision was set per backend, and has no single value
         return False
 
 
@@ -433,18 +444,21 @@ def _root(node: _Node) -> Tensor:
 
 
 class _StepNoise(NoiseSource):
-    """The normals of one solve, step by step."""
+    """Normals of one solve, one draw per step."""
 
     def __init__(self, path: BrownianPath, readings: list[_Reading]) -> None:
         self._path, self._coming = path, iter(readings)
         self._drawn = len(readings[0][0][1])
 
     def check(self, z: Tensor) -> None:
-        """Reject states of another shape than the path's."""
+        """Raise ValueError if the states do not have the path's batch and data shape."""
         rows = self._drawn
         shape, (batch, *data) = (len(z), rows, *z.shape[2:]), self._path._shape
         if shape != (batch, rows, *data):
-            msg = f"noise: the solver asks for shape {shape}; the path has {(batch, rows, *data)}"
+            msg = (
+                f"noise must have shape {shape} for these states; got a BrownianPath of shape "
+                f"{(batch, rows, *data)}: construct it with shape (B, *D) of the states"
+            )
             raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear combinations of a state's components with coefficients known in advance.
 
 A step of every solver here is a few products of small constant blocks with the component axis.
-The blocks are float64 numbers on the CPU and reach the device as scalar arguments of fused
-multiply–add kernels: no transfer, no synchronisation, nothing done for coefficients that are zero.
+The blocks are float64 numbers on the CPU. They reach the device as scalar arguments of fused
+multiply–add kernels, without a transfer or a synchronisation. Zero coefficients cost nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
     terms
         Pairs of a k×m block and a tensor ``(B, m, *D)``; at least one.
     out
-        Where to write it, ``(B, k, *D)``; not differentiable.
+        Tensor ``(B, k, *D)`` to write to; not differentiable.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
 def add_to(total: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
     """``total`` + Σ block · tensor, written to ``total`` unless gradients are recorded.
 
-    A step that adds its noise last need not hold it beside the score.
+    A step that adds its noise last can free the score before it draws the noise.
     """
     rows = _products(total.shape[1], terms)
     if _functional():
@@ -65,7 +65,7 @@ def add_to(total: Tensor, *terms: tuple[Block, Tensor]) -> Tensor:
 
 
 def _functional() -> bool:
-    """Whether sums are differentiated or traced, and so may not be written to slices."""
+    """Whether sums are differentiated or traced, so that writing to slices is not allowed."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
@@ -78,7 +78,7 @@ _Product = tuple[float, Tensor]
 
 
 def _products(count: int, terms: Sequence[tuple[Block, Tensor]]) -> list[list[_Product]]:
-    """Coefficients and components that each row adds up, without zeros."""
+    """Pairs of coefficient and component for each row, without zero coefficients."""
     columns = [column for _, tensor in terms for column in _columns(tensor)]
     rows = ([c for block, _ in terms for c in block[row]] for row in range(count))
     return [[pair for pair in zip(row, columns, strict=True) if pair[0]] for row in rows]

@@ -1,4 +1,4 @@
-"""The stochastic sampler of EDM: Heun's method in the noise level, with churn."""
+"""EDM's stochastic sampler: Heun's method in the noise level, with churn."""
 
 from __future__ import annotations
 
@@ -22,32 +22,38 @@ __all__ = ["EDMHeun"]
 
 @dataclass(frozen=True, kw_only=True)
 class EDMHeun(StagedSolver):
-    r"""Heun's method for the probability flow in σ, with noise put back before each step.
+    r"""EDM's Heun sampler: probability flow in the noise level σ, with optional churn.
 
-    With the data scaled to x̂ = x/α and the noise level σ = std(x | x_0)/α the flow of every process
-    of one component is dx̂/dσ = (x̂ − D)/σ, D the data prediction (Karras et al. 2022, eq. 1 and
-    algorithm 2). A step first raises the level to
+    Scale the data to x̂ = x/α, with the noise level σ = std(x | x_0)/α. Then the flow of every
+    process of one component is dx̂/dσ = (x̂ − D)/σ with the data prediction D (Karras et al. 2022,
+    eq. 1 and algorithm 2). If σ lies in ``churn_range``, a step first raises the level to
 
     .. math::
-        \hat σ = σ\,(1 + γ), \qquad γ = \min(\text{churn}/n, \sqrt2 − 1)
+        \hat σ = σ\,(1 + γ), \qquad γ = \min(\text{churn}/n, \sqrt2 − 1).
 
-    where σ lies in ``churn_range``, by noise of that variance times ``noise_scale`` squared, and
-    then goes to the next level by Heun's method. On a grid that ends at level 0 the last step is
-    Euler's, which is the data prediction. No level above the first of the grid is asked, so that
-    the first step has no churn.
+    It adds noise of variance (σ̂² − σ²) times ``noise_scale`` squared. Heun's method then goes to
+    the next level. If the grid ends at level 0, the last step is an Euler step, which returns the
+    data prediction. The first step has no churn, so that the score is never evaluated above the
+    first level of the grid.
 
-    Adding noise and the flow each take the law at one level to that at another, so that the error
-    in law is that of Heun's method alone, of order 2 for any churn. With another ``noise_scale``
-    than 1, which makes up for what networks get wrong, another law is sampled.
+    Both churn and flow carry the distribution at one level exactly to another level. The error in
+    distribution is therefore the error of Heun's method alone, of order 2 for any churn. A
+    ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
+    samples another distribution.
 
     Parameters
     ----------
     churn
         S_churn ≥ 0; 0 is the probability flow.
     churn_range
-        Levels [S_min, S_max] with churn.
+        Noise levels (S_min, S_max) between which churn is applied.
     noise_scale
-        S_noise > 0.
+        S_noise > 0, scale of the churn's noise.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
 
     Examples
     --------
@@ -76,7 +82,7 @@ class EDMHeun(StagedSolver):
 
     @property
     def facts(self) -> Facts:
-        """One component; order 2, of the flow or in law."""
+        """Processes of one component; order 2 for the flow or in distribution."""
         noisy = self.churn > 0
         return Facts(
             applies_to="processes of one component (VP, sub-VP, VE)",
@@ -92,7 +98,7 @@ class EDMHeun(StagedSolver):
         if sde.components != 1:
             msg = (
                 f"EDMHeun needs a process of one component; {type(sde).__name__} has "
-                f"{sde.components}. Use ExponentialMultistep, with stochasticity for the noise"
+                f"{sde.components}. Use ExponentialMultistep, with stochasticity=1.0 for noise"
             )
             raise ValueError(msg)
         check_regular(sde, times, "EDMHeun")
@@ -100,7 +106,7 @@ class EDMHeun(StagedSolver):
         alpha, level = _levels(sde, times)
         alpha_hat, level_hat = _levels(sde, raised)
         following, low = alpha[1:], level[1:]
-        # The deviation of the state is α σ, so that dx̂/dσ = −(α σ) s.
+        # The standard deviation of the state is α σ, so that dx̂/dσ = −(α σ) s.
         slope_hat, slope = -alpha_hat * level_hat, -following * low
         step = low - level_hat
         added = (level_hat.square() - level[:-1].square()).clamp_min(0).sqrt()
@@ -127,19 +133,19 @@ class EDMHeun(StagedSolver):
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """The raised level and the end of each step; not level 0."""
-        asked = torch.stack([self._raised(process.sde, times), times[1:]], dim=1).flatten()
+        """Times of the raised level and of the end of each step, except for level 0."""
+        both = torch.stack([self._raised(process.sde, times), times[1:]], dim=1).flatten()
         at_data = float(_levels(process.sde, times[-1:])[1]) == 0
-        return asked[:-1] if at_data else asked
+        return both[:-1] if at_data else both
 
     def _raised(self, sde: LinearSDE, times: Tensor) -> Tensor:
-        """Times of the levels that steps start from."""
+        """Times of the levels after churn, at which Heun's steps start."""
         start = times[:-1]
         if self.churn == 0:
             return start
         log_level = -sde.log_snr(start)
         low, high = (math.log(end) if end else -math.inf for end in self.churn_range)
-        # A level that is an end belongs to the range, however it was rounded.
+        # A level at an end of the range belongs to it, whatever its rounding.
         inside = (log_level >= low - 1e-12) & (log_level <= high + 1e-12)
         gamma = min(self.churn / len(start), math.sqrt(2) - 1)
         wanted = log_level + math.log1p(gamma)
@@ -149,6 +155,6 @@ class EDMHeun(StagedSolver):
 
 def _levels(sde: LinearSDE, times: Tensor) -> tuple[Tensor, Tensor]:
     """α and the noise level σ = std/α of one component."""
-    law = sde.marginal(times)
-    alpha = law.mean[..., 0, 0]
-    return alpha, law.root[..., 0, 0] / alpha
+    marginal = sde.marginal(times)
+    alpha = marginal.mean[..., 0, 0]
+    return alpha, marginal.root[..., 0, 0] / alpha

@@ -19,14 +19,25 @@ __all__ = ["EulerMaruyama"]
 
 @dataclass(frozen=True, kw_only=True)
 class EulerMaruyama(AffineSolver):
-    r"""Euler–Maruyama: freeze drift and diffusion at the start of each step.
+    r"""Euler–Maruyama method: drift and diffusion are frozen at the start of each step.
 
     .. math:: z ← z + h\,[−F(t) z + G G^⊤ s(z, t)] + \sqrt h\,G(t)\,ξ
 
-    Noise is drawn for the driven directions only. Weak order 1, strong order 1 (the noise is
-    additive), one score evaluation a step. Stiff near the data: with many digits wanted, or few
-    steps, other solvers need less work; `SSCS` has the same order and a smaller error for CLD at
-    low NFE.
+    Noise is drawn for the driven directions only. The method has weak order 1 and strong order 1,
+    because the noise is additive, and takes one score evaluation per step. The reverse SDE is stiff
+    near the data, so for few steps or high accuracy other solvers need less work. `SSCS` has the
+    same order and a smaller error for CLD at low NFE.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.EulerMaruyama(), start, times).nfev
+    50
     """
 
     @property
@@ -35,7 +46,7 @@ class EulerMaruyama(AffineSolver):
         return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks I − hF, h GGᵀ and √h G a step."""
+        """Blocks I − hF, h GGᵀ and √h G of each step."""
         sde = process.sde
         check_regular(sde, times, "EulerMaruyama")
         start, h = times[:-1], -times.diff()[:, None, None]

@@ -1,4 +1,4 @@
-"""Exponential Euler for the reverse SDE: the linear drift exact, the score frozen."""
+"""Exponential Euler for the reverse SDE: exact linear drift, frozen score."""
 
 from __future__ import annotations
 
@@ -22,14 +22,25 @@ __all__ = ["ExponentialEuler"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialEuler(AffineSolver):
-    r"""Exponential Euler: freeze the score over each step and solve the linear rest exactly.
+    r"""Exponential Euler method: the score is frozen over each step, the linear drift is exact.
 
     .. math:: z ← Ψ(u,t)\,z + ∫_u^t Ψ(u,τ) G G^⊤ dτ\; s(z, t) + ζ, \qquad
               \mathrm{Cov}\,ζ = ∫_u^t Ψ(u,τ) G G^⊤ Ψ(u,τ)^⊤ dτ
 
-    One score evaluation a step, weak order 1. The stiffness near the data is in the score, so that
-    little is gained over `EulerMaruyama`; `ExponentialMultistep` treats the part of the score
-    that is linear exactly too.
+    The method has weak order 1 and takes one score evaluation per step. It gains little over
+    `EulerMaruyama`, because the stiffness near the data is in the score. `ExponentialMultistep`
+    treats the linear part of the score exactly, too.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.ExponentialEuler(), start, times).nfev
+    50
     """
 
     @property

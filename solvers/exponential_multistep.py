@@ -1,4 +1,4 @@
-"""Exponential multistep integrators, from ODE to SDE, for any process."""
+"""Exponential multistep solver for the probability flow and the reverse SDE of any process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_solve
 from cldsde.linear.checks import check_at_least
 from cldsde.linear.covariance import triangular_inverse
-from cldsde.linear.moves import by_steps, carried_roots, marginal_laws, moves_to_end
+from cldsde.linear.moves import by_steps, carried_roots, marginal_factors, moves_to_end
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
@@ -26,7 +26,7 @@ from .noise import NoiseSource
 __all__ = ["ExponentialMultistep"]
 
 _NODES = 16
-_LEAST_LOG_SNR = -8.0  # below it float32 leaves three digits of a prediction from the score
+_LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction
 
 Prediction = Literal["data", "noise"]
 Variable = Literal["time", "log_snr"]
@@ -36,77 +36,106 @@ Weights = Literal["exact", "published"]
 class _Tables(NamedTuple):
     """Blocks of each step; predictions have m rows, 1 for the data and k for the noise."""
 
-    predict_state: list[Block | None]  # m×k and m×d: state and driven score to the prediction;
-    predict_score: list[Block]  # None where the score's own data prediction is taken
+    # m×k and m×d: the prediction from state and driven score. None if the step uses the score's own
+    # data prediction.
+    predict_state: list[Block | None]
+    predict_score: list[Block]
     move: list[Block]  # k×k
-    noise: list[Block]  # k×k, or no columns where nothing is drawn
+    noise: list[Block]  # k×k, or no columns if the step is deterministic
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
     corrector: list[list[Block]]  # of the predictions at the step's end and before
 
 
 class _Steps(NamedTuple):
-    """What the steps do to the state and to the prediction."""
+    """Coefficients of the steps before the polynomials are chosen."""
 
-    nodes: Tensor  # times of the quadrature along each step, (n, q); none if no step needs them
+    nodes: Tensor  # quadrature times along each step, (n, q); q = 0 if no step needs them
     move: Tensor  # (n, k, k)
-    noise: Tensor  # (n, k, k), or no columns if nothing is drawn
+    noise: Tensor  # (n, k, k), or no columns if the steps are deterministic
     total: Tensor  # weights of a constant prediction, (n, k, m)
-    slope: Tensor  # their densities at the nodes, (n, q, k, m)
+    slope: Tensor  # their integrand at the nodes, times the quadrature weight, (n, q, k, m)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialMultistep(GridSolver):
-    r"""Exponential Adams–Bashforth steps: what is linear is exact, the prediction a polynomial.
+    r"""Exponential multistep solver; DDIM, DPM-Solver++, UniPC and gDDIM are special cases.
 
-    Given x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀), and the process of stochasticity λ is
-    linear but for x̂₀,
+    The linear part of the process is solved exactly, and the data prediction is extrapolated by a
+    polynomial (Adams–Bashforth). With x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀). The
+    process of stochasticity λ (0: probability flow, 1: reverse SDE) is then linear except for x̂₀,
 
     .. math::
         z_u = Φ_λ(u,t)\,z_t + \sum_j B_j\,\hat x_0(t_j) + ζ, \qquad
         B_j = −\tfrac{1+λ^2}2 ∫_t^u Φ_λ(u,τ)\,G G^⊤ Σ_τ^{-1} ψ(τ)\,ℓ_j(τ)\,dτ,
 
     with ζ of covariance Σ_u − Φ_λ Σ_t Φ_λᵀ and Lagrange polynomials ℓ_j through the last ``order``
-    predictions. One score evaluation a step. The data prediction comes from the driven score, so
-    that networks that predict the velocity's score alone serve.
+    predictions. Each step takes one score evaluation. The data prediction is computed from the
+    driven score, so a network that predicts only the score of the velocity is enough.
 
-    For k = 1 this is DDIM (order 1, λ = 0), ancestral sampling (order 1, λ = 1), DPM-Solver++(2M)
-    and its SDE form, UniPC (with the corrector) and SA-Solver (λ a function of time); for k > 1 the
-    deterministic form does what gDDIM does. On data that are one point every order is
-    exact in one step; the first order is for any grid.
+    Special cases for one component (k = 1):
 
-    Deterministic (λ = 0), the order is ``order``, one more with the corrector, and at most 3, which
-    the first steps allow; solvers of order 3 always correct the first step. With noise
-    it is the weak order, and ends at 2.
+    - DDIM: order 1, λ = 0
+    - ancestral sampling: order 1, λ = 1
+    - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="log_snr"``,
+      ``weights="published"``
+    - UniPC: with the corrector
+    - SA-Solver: λ as a function of time
 
-    For CLD the defaults are good: polynomials in time, on `root_times`. To sample a trained network
-    take order 2 and stochasticity 1, from 7 evaluations on; for a deterministic map with an exact
-    score order 3 and the corrector, on `logistic_times`. Polynomials in log-SNR, made for one
-    component, are less accurate for CLD than those in time.
+    For k > 1 and λ = 0 it is gDDIM.
 
     Parameters
     ----------
     order
-        1, 2 or 3: predictions that a step looks at. The first steps have fewer.
+        Number of predictions that a step uses: 1, 2 or 3. The first steps have fewer.
     stochasticity
-        λ ≥ 0: 0 is the probability flow, 1 the reverse SDE; or a function of float64 times ``(n,)``
-        to ``(n,)``, taken as constant over each step at its start.
+        λ ≥ 0, or a function of float64 times ``(n,)`` that returns ``(n,)``. Each step uses the
+        value at its start.
     corrector
-        Repeat each step, but the last, with the prediction at its end, which the next step needs
-        anyway: no further evaluation. For predictions of the data.
+        Whether to repeat each step except the last with the prediction at its end. The next step
+        needs this prediction anyway, so NFE stay the same. For ``prediction="data"`` only.
     prediction
-        ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t
-        (deterministic, and without corrector).
+        ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t, for
+        λ = 0 and without corrector.
     variable
-        What ℓ_j are polynomials in: ``"time"``, or ``"log_snr"``, κ = ½ log ψᵀΣ⁻¹ψ, as published
-        for k = 1.
+        Variable of the polynomials ℓ_j: ``"time"``, or κ = ½ log ψᵀΣ⁻¹ψ with ``"log_snr"``, as
+        published for k = 1.
     weights
-        ``"exact"``, or ``"published"``: formulas of two points weigh their difference by
-        B H/(2H'), as DPM-Solver++(2M) and UniPC do; for ``variable="log_snr"``.
+        ``"exact"``, or ``"published"`` for ``variable="log_snr"``: formulas of two points weight
+        their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, or options exclude each other.
+
+    Notes
+    -----
+    For λ = 0 the order is ``order``, plus 1 with the corrector, and at most 3. Solvers of order 3
+    always correct the first step. For λ > 0 the weak order is the same but at most 2. If the data
+    are a single point, every order is exact in one step.
+
+    Recommended settings for CLD, with polynomials in time:
+
+    - trained network: ``order=2, stochasticity=1.0`` on `root_times`, from 7 evaluations
+    - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
+
+    Polynomials in log-SNR were designed for one component and are less accurate for CLD.
 
     References
     ----------
     Zhang and Chen 2023 (DEIS); Zhang, Tao and Chen 2023 (gDDIM); Lu et al. 2022 (DPM-Solver++);
     Zhao et al. 2023 (UniPC); Xue et al. 2023 (SA-Solver).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde, solver = CLD(), solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.root_times(sde.T, 1e-3, 10)
+    >>> solvers.solve(process, solver, start, times, denoise=True).nfev
+    11
     """
 
     order: int = 2
@@ -140,16 +169,22 @@ class ExponentialMultistep(GridSolver):
         if not callable(self.stochasticity):
             check_at_least(self.stochasticity, 0.0, "stochasticity")
         if self.prediction == "noise" and self.stochasticity != 0:
-            msg = "prediction='noise' is deterministic; take stochasticity=0 or prediction='data'"
+            msg = (
+                "stochasticity must be 0 with prediction='noise', which is deterministic; got "
+                f"{self.stochasticity!r}. Use prediction='data'"
+            )
             raise ValueError(msg)
         if self.prediction == "noise" and self.corrector:
             msg = (
-                "corrector: with prediction='noise' it is unstable on few steps; take "
-                "prediction='data'"
+                "corrector must be False with prediction='noise', because it is unstable with few "
+                "steps; use prediction='data'"
             )
             raise ValueError(msg)
         if self.weights == "published" and (self.variable != "log_snr" or self.order > 2):
-            msg = "weights='published' are those of variable='log_snr' and order 1 or 2"
+            msg = (
+                "weights='published' needs variable='log_snr' and order 1 or 2; got "
+                f"variable={self.variable!r} and order={self.order}"
+            )
             raise ValueError(msg)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
@@ -161,16 +196,16 @@ class ExponentialMultistep(GridSolver):
                 ("end", "finish with denoise=True") if ends else ("start", "draw states at a t > 0")
             )
             msg = (
-                f"times must {verb} above 0 for ExponentialMultistep: the law given the data has "
-                f"no density at 0; {advice} instead"
+                f"times must {verb} above 0 for ExponentialMultistep, because the distribution "
+                f"given the data has no density at 0; {advice} instead"
             )
             raise ValueError(msg)
-        blind = self._blind(process, times)
-        # Blind steps have no use for the conversion; the least noisy time surely has one.
-        known = torch.where(blind, times.min(), times[:-1])
+        undetermined = self._undetermined(process, times)
+        # Undetermined steps do not use the conversion. The least noisy time always has one.
+        known = torch.where(undetermined, times.min(), times[:-1])
         convert = Conversion.at(sde, known, "score", "data")
         state, score = convert.state, convert.value
-        # The weights of a single prediction are known without quadrature.
+        # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
             steps = _data_steps(sde, times, self._levels(times[:-1]), along=along)
@@ -179,9 +214,9 @@ class ExponentialMultistep(GridSolver):
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         position = self._position(sde)
-        blocks = zip(as_blocks(state), blind.tolist(), strict=True)
+        blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
         return _Tables(
-            [None if unseen else block for block, unseen in blocks],
+            [None if own_prediction else block for block, own_prediction in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
@@ -211,7 +246,7 @@ class ExponentialMultistep(GridSolver):
         kept = predictions[: self.order if self.corrector else self.order - 1]
         weighted = _weighted(tables.weights[i], predictions)
         if self._corrects(i + 1):
-            # Kept apart from the predictions, because the corrected step uses one more of them.
+            # Keep this sum apart from the predictions, because the correction replaces their part.
             carried = combine((tables.move[i], z))
             del z, predictions
             carried = self._draw(carried, tables, i, noise)
@@ -222,7 +257,7 @@ class ExponentialMultistep(GridSolver):
         return self._draw(out, tables, i, noise), tuple(kept)
 
     def noise_roots(self, tables: _Tables) -> list[Block] | None:
-        """The noise of the steps, unless a corrector takes part of it back."""
+        """Noise roots of the steps; None if they are corrected or deterministic."""
         noisy = all(len(block[0]) for block in tables.noise)
         return tables.noise if noisy and not self._corrects(1) else None
 
@@ -232,21 +267,21 @@ class ExponentialMultistep(GridSolver):
         return add_to(z, (tables.noise[i], noise.normal(z, columns))) if columns else z
 
     def _corrects(self, i: int) -> bool:
-        """Whether the step that led to time i is corrected: for order 3, at least the first."""
+        """Whether the step that led to time i is corrected; order 3 always corrects the first."""
         first = self.order == 3 and self.prediction == "data" and i == 1
         return self.corrector or first
 
-    def _blind(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Which steps start where few digits of the data prediction follow from the score."""
+    def _undetermined(self, process: ReverseProcess, times: Tensor) -> Tensor:
+        """Steps at whose start the score does not determine the data prediction accurately."""
         log_snr = process.sde.log_snr(times)
-        blind = log_snr[:-1] < _LEAST_LOG_SNR
+        undetermined = log_snr[:-1] < _LEAST_LOG_SNR
         lost = log_snr == -torch.inf
         if bool(lost.any()) and (self.prediction == "noise" or self.variable == "log_snr"):
             reason = "prediction='noise'" if self.prediction == "noise" else "variable='log_snr'"
             msg = (
                 f"times must not reach t = {float(times[lost].max()):g} with {reason}, because "
                 f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.15g}, "
-                "or predictions of the data with variable='time'"
+                "or prediction='data' with variable='time'"
             )
             raise ValueError(msg)
         flat = log_snr.diff() == 0
@@ -261,14 +296,17 @@ class ExponentialMultistep(GridSolver):
         if bool(lost[:-1].any()):
             checked_data_method(process.score)
         known = hasattr(process.score, "data_prediction") and self.prediction == "data"
-        return blind if known else torch.zeros_like(blind)
+        return undetermined if known else torch.zeros_like(undetermined)
 
     def _levels(self, times: Tensor) -> Tensor:
         if not callable(self.stochasticity):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")
         if levels.shape != times.shape or not bool((levels.isfinite() & (levels >= 0)).all()):
-            msg = "stochasticity must return one finite number ≥ 0 per time"
+            msg = (
+                "stochasticity must return one finite number ≥ 0 per time, shape "
+                f"{tuple(times.shape)}; got {levels.tolist()}"
+            )
             raise ValueError(msg)
         return levels
 
@@ -288,7 +326,7 @@ class ExponentialMultistep(GridSolver):
         n = len(times) - 1
         x = position(times)
         blocks: list[list[Block]] = []
-        # Steps with a full history at once, those of the first steps one by one.
+        # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
         for count in sorted(set(counts)):
             which = torch.tensor([i for i in range(n) if counts[i] == count], device="cpu")
@@ -298,15 +336,15 @@ class ExponentialMultistep(GridSolver):
             if count == 1:
                 parts = [total]
             elif self.weights == "published" and count == 2:
-                # The difference quotient of two predictions times half the step; a corrector's
-                # two points are the step's ends.
+                # The difference quotient of two predictions, times half the step. The two points of
+                # a corrector are the ends of the step.
                 H, spacing = x[which + 1] - x[which], points[:, 0] - points[:, 1]
                 half = (H / (2 * spacing))[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
                 basis = _lagrange(points, position(steps.nodes[which]))  # (steps, q, count)
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
-                # The weights of a constant are known without quadrature.
+                # The weights add up to those of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
             rows = [as_blocks(part) for part in parts]
             blocks += [[row[i] for row in rows] for i in range(len(which))]
@@ -314,7 +352,7 @@ class ExponentialMultistep(GridSolver):
 
 
 def _weighted(weights: list[Block], predictions: list[Tensor]) -> list[tuple[Block, Tensor]]:
-    """Terms of the predictions that a step uses, of the first steps fewer."""
+    """Terms of the predictions that a step uses; the first steps have fewer weights."""
     return list(zip(weights, predictions, strict=False))
 
 
@@ -331,7 +369,7 @@ def _lagrange(points: Tensor, at: Tensor) -> Tensor:
 
 
 def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss–Legendre nodes, even in log t, and signed weights of each step, ``(n, q)``."""
+    """Gauss–Legendre nodes in log t and signed weights of each step, ``(n, q)``."""
     x, w = gauss_legendre(_NODES)
     start, end = times[:-1].unsqueeze(1), times[1:].unsqueeze(1)
     length = torch.log1p((end - start) / start)
@@ -340,7 +378,10 @@ def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Start, nodes and end of each step, ``(n, q + 2)``, nodes and weights; without nodes q = 0."""
+    """Start, nodes and end of each step, ``(n, q + 2)``, and nodes and weights ``(n, q)``.
+
+    q is 0 unless ``along``.
+    """
     nodes, weights = _step_nodes(times)
     if not along:
         nodes, weights = nodes[:, :0], weights[:, :0]
@@ -348,9 +389,9 @@ def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:
-    """Φ_λ, the noise, and the weights of x̂₀."""
+    """Coefficients Φ_λ, the noise root and the weights of x̂₀, for data predictions."""
     stops, nodes, weights = _stops(times, along=along)
-    mean, root = marginal_laws(sde, stops)
+    mean, root = marginal_factors(sde, stops)
     moves, noise = moves_to_end(sde, stops, root, levels)
     psi = mean[..., :1]
     G, whitening = sde.diffusion(nodes), triangular_inverse(root[:, 1:-1])
@@ -366,9 +407,9 @@ def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -
 
 
 def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps, Tensor]:
-    """Ψ(u, t) and the weights of n = −Rᵀs; and R⁻¹ at the start of each step."""
+    """Coefficients Ψ(u, t) and the weights of n = −Rᵀs, and R⁻¹ at the start of each step."""
     stops, nodes, weights = _stops(times, along=along)
-    _, triangular = marginal_laws(sde, stops)
+    _, triangular = marginal_factors(sde, stops)
     root, inverse = carried_roots(sde, stops, triangular)
 
     def to_end(stops: Tensor) -> tuple[Tensor]:

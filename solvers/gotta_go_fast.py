@@ -1,4 +1,4 @@
-"""Gotta Go Fast: adaptive stochastic improved Euler, each sample at its own pace."""
+"""Gotta Go Fast: adaptive stochastic improved Euler with step lengths per sample."""
 
 from __future__ import annotations
 
@@ -34,32 +34,52 @@ class GottaGoFast(Solver):
         K_1 = h\,d(z, t) + G(t)\,ΔW, \quad K_2 = h\,d(z + K_1, t−h) + G(t−h)\,ΔW, \quad
         z ← z + \tfrac12 (K_1 + K_2), \qquad d = −F z + G G^⊤ s,
 
-    with the error e = ½(K_2 − K_1) in units of the larger of atol and rtol times the larger of
-    z + K_1 and the same of the step before, in the root mean square over a sample's numbers. A step
-    is accepted where e is at most 1, and the next is h ← min(t − ε, θ h e^{−r}).
+    The error estimate ½(K_2 − K_1) is divided elementwise by
+    max(atol, rtol · max(\|z + K_1\|, \|z' + K_1'\|)), with primes for the last accepted step.
+    Its root mean square over a sample is e. The step is accepted if e ≤ 1, and the next step length
+    is h ← min(t − ε, θ h e^{−r}).
 
-    After a rejection the published method draws new noise: then accepted steps are those with small
-    noise, and in few dimensions the samples are biased. With ``noise_on_reject="bridge"`` what is
-    known of the Brownian path is kept, and the shorter step sees a part of it, drawn from the
-    Brownian bridge. Two evaluations an attempt, rejected ones included.
+    After a rejection the published method draws new noise. Accepted steps then tend to have small
+    noise, and samples in few dimensions are biased. ``noise_on_reject="bridge"`` keeps the known
+    part of the Brownian path, and draws the shorter step's noise from the Brownian bridge. Each
+    attempt, accepted or rejected, takes two score evaluations.
 
     Parameters
     ----------
     rtol
         Relative tolerance, > 0.
     atol
-        Absolute tolerance, > 0: a number, or one for each component; for images in [−1, 1] one
-        level of 8 bits, 0.0078, for the data and √M times that for a velocity.
+        Absolute tolerance, > 0: a number, or one per component. For images in [−1, 1] take one
+        8-bit level, 0.0078, for the data, and √M times that for a velocity.
     noise_on_reject
-        ``"bridge"`` or ``"fresh"``, as published.
+        ``"bridge"``, or ``"fresh"`` as published.
     safety
-        θ in (0, 1].
+        θ in [0.001, 1].
     exponent
-        r in (0, 1]; 0.9 as published. The local error is of order 3/2, which 2/3 would match.
+        r in [0.001, 1]; 0.9 as published. The local error is of order 3/2, which 2/3 would match.
     first_step
         Length of the first step, > 0.
     max_nfev
-        Evaluations of a sample after which to give up.
+        Largest number of evaluations per sample, ≥ 2. A sample that needs more has failed.
+
+    Raises
+    ------
+    TypeError
+        If ``atol`` is neither a number nor a sequence of numbers.
+    ValueError
+        If an option is out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = torch.tensor([sde.T, 1e-3], dtype=torch.float64)
+    >>> solution = solvers.solve(process, solvers.GottaGoFast(), start, times)
+    >>> solution.success, solution.stats["nfev"].shape  # evaluations differ between samples
+    (True, torch.Size([8]))
     """
 
     rtol: float = 0.01
@@ -87,7 +107,7 @@ class GottaGoFast(Solver):
 
     @property
     def facts(self) -> Facts:
-        """Every linear SDE; no order, as there is no grid."""
+        """Every linear SDE; no order, because there is no grid."""
         return Facts(
             applies_to="every linear SDE", nfe_per_step=2, state_on_grid=False, adaptive=True
         )
@@ -102,8 +122,8 @@ class GottaGoFast(Solver):
         return torch.tensor(values, dtype=torch.float64, device="cpu").expand(k)
 
     def integrate(self, run: Run) -> Integration:
-        """Take each sample to the end at its own pace."""
-        # A copy, so that a score that writes to its argument does not change the caller's state.
+        """Integrate each sample to the end with step lengths of its own."""
+        # Copy the state, because a score may write to its argument.
         z, sde = run.state.clone(memory_format=torch.contiguous_format), run.process.sde
         samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
         path = _Path(z, sde.diffusion(run.times[0]).shape[-1], run.noise)
@@ -122,33 +142,34 @@ class GottaGoFast(Solver):
             samples.spend(run.process.evaluations(times).sum(0))
             G = sde.diffusion(times)
             pull = (G @ G.mT)[..., list(sde.driven)]
-            (there, length, weights, F_there, pull_there, G_there), states = samples.moved(
-                [times, h, path.weights(h), sde.drift(times), pull, G], [z, low_before, *path.there]
+            (at, length, weights, drift, gain, diffusion), states = samples.moved(
+                [times, h, path.weights(h), sde.drift(times), pull, G],
+                [z, low_before, *path.on_device],
             )
-            z, low_before, *path.there = states
-            score = KnownScore(run.process, KnownTimes(times), z, there)
-            step = _Step(F_there, pull_there, G_there, length, path.increment(weights), score)
+            z, low_before, *path.on_device = states
+            score = KnownScore(run.process, KnownTimes(times), z, at)
+            step = _Step(drift, gain, diffusion, length, path.increment(weights), score)
             first = step.change(z, 0)
             low = z + first
             second = step.change(low, 1)
             scale = torch.maximum(atol, self.rtol * torch.maximum(low.abs(), low_before.abs()))
-            error_there = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
-            error = error_there.detach().cpu().to(torch.float64)
-            accept, accept_there = error <= 1, error_there <= 1
+            errors = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
+            error = errors.detach().cpu().to(torch.float64)
+            accept, accept_on_device = error <= 1, errors <= 1
             rejections += int((~accept).sum())
             path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
-            keep = per_sample(accept_there, z)
+            keep = per_sample(accept_on_device, z)
             z = torch.where(keep, z + 0.5 * (first + second), z)
             low_before = torch.where(keep, low, low_before)
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
             h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
-            h = samples.settle(z, accept, accept_there, after, h)
+            h = samples.settle(z, accept, accept_on_device, after, h)
             kept = samples.screen(h, cost=2)
         return samples.result(rejections=rejections)
 
 
 class _Step(NamedTuple):
-    """An attempt: what h (F z − GGᵀ s) and G ΔW need at its start and at its end."""
+    """Coefficients of h (F z − GGᵀ s) and G ΔW at the start and the end of an attempted step."""
 
     drift: Tensor  # (2, N, k, k)
     pull: Tensor  # (2, N, k, d)
@@ -158,28 +179,29 @@ class _Step(NamedTuple):
     score: KnownScore
 
     def change(self, z: Tensor, i: int) -> Tensor:
-        """Change of the state with the coefficients of the start (0) or of the end (1)."""
+        """Change of the state with the coefficients at the step's start (0) or end (1)."""
         drift = apply_blocks(self.drift[i], z) - apply_blocks(self.pull[i], self.score(z, i))
         noise = apply_blocks(self.diffusion[i], self.increment)
         return noise - per_sample(self.length, z) * drift
 
 
 def _coarse(h: Tensor) -> Tensor:
-    """Step lengths with ten bits, rounded down.
+    """Round step lengths down to ten bits.
 
-    A path changes with the root of a length: without this the rounding of an error estimate, which
-    depends on the batch, would grow from step to step.
+    The increments of a path depend on the step lengths. Otherwise the rounding error of an error
+    estimate, which depends on the batch, would grow from step to step.
     """
     mantissa, exponent = torch.frexp(h)
     return torch.ldexp(torch.floor(mantissa * 1024) / 1024, exponent)
 
 
 class _Path:
-    """A Brownian path for each sample, of which all that was ever seen is kept.
+    """Brownian path of each sample, which remembers the increments of rejected steps.
 
-    The known future consists of pieces, each a begin, a length and the path's increment. Every
-    sample has the same number of slots for pieces; a slot of length zero is free. Begins and
-    lengths are on the CPU, so that an attempt sends weights to the device and reads nothing back.
+    The known part of the path beyond a sample's time consists of pieces. A piece has a begin, a
+    length and an increment. Every sample has the same number of slots for pieces, and a slot of
+    length zero is free. Begins and lengths are on the CPU, so that an attempt sends weights to the
+    device and reads nothing back.
     """
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:
@@ -189,7 +211,7 @@ class _Path:
         self._pieces = z.new_zeros(len(z), 0, rows, *z.shape[2:])
 
     def weights(self, h: Tensor) -> Tensor:
-        """What `increment` needs on the device for the increment over the next h of each sample."""
+        """Weights from which `increment` computes the increments over the next h, on the CPU."""
         known, h = self._lengths.sum(1, keepdim=True), h.unsqueeze(1)
         slack = 1e-12 * h
         missing = torch.where(h - known > slack, h - known, 0.0)
@@ -199,10 +221,10 @@ class _Path:
             self._begins, self._lengths, cut = (
                 torch.nn.functional.pad(x, (0, 1)) for x in (self._begins, self._lengths, cut)
             )
-        # The first free slot takes the part of a piece beyond h, or what is missing up to h.
+        # The first free slot takes the part of a piece beyond h, or the missing part up to h.
         free = self._lengths == 0
         put = free & (free.cumsum(1) == 1)
-        # Given W over L, the part over l is N(l/L W, l (L − l)/L).
+        # Brownian bridge: given W over L, the increment over l is N(l/L W, l (L − l)/L).
         part = torch.where(cut, h - self._begins, self._lengths)
         share = torch.where(cut, part / self._lengths, (~put).to(h.dtype))
         spread = torch.where(cut, (part * (1 - share)).sqrt(), 0.0)
@@ -215,8 +237,9 @@ class _Path:
         return torch.stack([share, spread, put.to(h.dtype), start, self._inside.to(h.dtype)])
 
     def increment(self, weights: Tensor) -> Tensor:
-        """Increment over the length for which the weights were made, ``(B, rows, *D)``."""
-        # Two draws an attempt, for all samples, make a sample's stream independent of its batch.
+        """Increment over the length that the weights belong to, ``(B, rows, *D)``."""
+        # Draw twice per attempt for all samples, so that a sample's stream is independent of its
+        # batch.
         fresh, bridge = self._draw(), self._draw()
         old, slots = self._pieces, weights.shape[2]
         if old.shape[1] < slots:
@@ -230,7 +253,7 @@ class _Path:
         return increment
 
     def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
-        """Forget pieces that were walked over; if not kept, all pieces of a rejected path."""
+        """Drop pieces of accepted steps; without ``keep_rejected`` also those of rejected steps."""
         accept = accept.unsqueeze(1)
         gone = self._inside & accept if keep_rejected else self._inside | ~accept
         self._begins = self._begins - torch.where(accept, self._h, 0.0)
@@ -240,16 +263,16 @@ class _Path:
         self._pieces = self._pieces[:, :slots]
 
     def keep(self, kept: Tensor) -> None:
-        """Keep the samples of these numbers, on the CPU; `there` is what to keep on the device."""
+        """Keep the samples of these indices on the CPU; see `on_device` for the device."""
         self._begins, self._lengths = self._begins[kept], self._lengths[kept]
 
     @property
-    def there(self) -> list[Tensor]:
-        """What the path holds of each sample on the device."""
+    def on_device(self) -> list[Tensor]:
+        """Tensors of the path on the device, with one row per sample."""
         return [self._alive, self._pieces]
 
-    @there.setter
-    def there(self, kept: list[Tensor]) -> None:
+    @on_device.setter
+    def on_device(self, kept: list[Tensor]) -> None:
         self._alive, self._pieces = kept
 
     def _draw(self) -> Tensor:

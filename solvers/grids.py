@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 
 def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Let all grids be called as grid(sde, T, eps, n); say so if one needs the process."""
+    """Let every grid be called as grid(sde, T, eps, n); raise if a needed process is missing."""
 
     def decorate(grid: Callable[P, Tensor]) -> Callable[P, Tensor]:
         @functools.wraps(grid)
@@ -52,7 +52,7 @@ def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
 
-    Like every grid it may also be called as ``uniform_times(sde, T, eps, n)``.
+    Like every grid it can also be called as ``uniform_times(sde, T, eps, n)``.
 
     Parameters
     ----------
@@ -84,8 +84,13 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
 def quadratic_times(T: float, eps: float, n: int) -> Tensor:
     """Quadratic grid, t_i = ε + (T − ε)(1 − i/n)²: steps shrink linearly towards the data.
 
-    The grid of Dockhorn et al. (2022, appendix) for CLD. Arguments, result and errors are those
-    of `uniform_times`.
+    Dockhorn et al. (2022, appendix) use this grid for CLD. See `uniform_times` for arguments,
+    result and errors.
+
+    Examples
+    --------
+    >>> quadratic_times(1.0, 0.2, 4)
+    tensor([1.0000, 0.6500, 0.4000, 0.2500, 0.2000], dtype=torch.float64)
     """
     fraction = _fractions(T, eps, n)
     return _with_ends(eps + (T - eps) * (1 - fraction) ** 2, T, eps)
@@ -95,9 +100,14 @@ def quadratic_times(T: float, eps: float, n: int) -> Tensor:
 def root_times(T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
 
-    Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than that of `quadratic_times`;
-    multistep solvers prefer it (Zhang et al. 2023). Arguments, result and errors are those of
-    `uniform_times`.
+    Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than the last step of
+    `quadratic_times`. Multistep solvers are more accurate on it (Zhang et al. 2023). See
+    `uniform_times` for arguments, result and errors.
+
+    Examples
+    --------
+    >>> root_times(1.0, 0.25, 4)
+    tensor([1.0000, 0.7656, 0.5625, 0.3906, 0.2500], dtype=torch.float64)
     """
     fraction = _fractions(T, eps, n)
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
@@ -107,14 +117,33 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
-    For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD it is better than `root_times`
-    where data are one Gaussian, and worse for the flow of several modes. Arguments, result and
-    errors are those of `uniform_times`, with ε > 0.
+    For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD it is more accurate than
+    `root_times` for Gaussian data, and less accurate for the probability flow of several modes.
 
     Parameters
     ----------
     sde
         The forward process.
+    T, eps, n
+        See `uniform_times`; ε > 0.
+
+    Returns
+    -------
+    Tensor
+        ``(n + 1,)`` float64, decreasing.
+
+    Raises
+    ------
+    TypeError
+        If ``sde`` is missing.
+    ValueError
+        As in `uniform_times`, or if κ(T) or κ(ε) is not finite.
+
+    Examples
+    --------
+    >>> from cldsde import VPSDE
+    >>> log_snr_times(VPSDE(), 1.0, 0.01, 4)
+    tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
     fraction = _fractions(T, eps, n)
     first, last = _finite_log_snr_ends(sde, T, eps)
@@ -125,8 +154,8 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
 def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
     """Grid uniform in σ^{1/ρ}, with σ = e^{−κ} for any process (Karras et al. 2022, equation 5).
 
-    Under CLD it is worse than `root_times` for the flow of several modes. Arguments, result and
-    errors are those of `uniform_times`, with ε > 0.
+    Under CLD it is less accurate than `root_times` for the probability flow of several modes. See
+    `log_snr_times` for the other arguments, the result and the errors.
 
     Parameters
     ----------
@@ -134,6 +163,13 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
         The forward process.
     rho
         ρ > 0; larger values put more steps near the data.
+
+    Examples
+    --------
+    >>> from cldsde import VESDE
+    >>> times = karras_times(VESDE(), 1.0, 0.01, 18)
+    >>> times.shape
+    torch.Size([19])
     """
     check_positive(rho, "rho")
     fraction = _fractions(T, eps, n)
@@ -149,25 +185,32 @@ def logistic_times(
 ) -> Tensor:
     r"""Grid uniform in a logistic function of κ(t), half the log of the signal-to-noise ratio.
 
-    The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Where the noise drowns the data and where it is
-    far below their smallest distances there is little to decide, and both ends of the function are
-    flat: steps are shortest around κ₀, where samples choose their modes. With
-    `ExponentialMultistep` of order 3 and its corrector the probability flow of mixtures under CLD
-    is more accurate on it than on `root_times`, at 10, 20 and 50 evaluations. Like
-    `log_snr_times` it does not depend on the schedule; unlike that
-    it suits CLD.
+    The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Steps are shortest around κ₀, the noise level at
+    which samples choose their modes. Both ends of the function are flat, because little changes at
+    very high or very low noise.
 
-    Arguments, result and errors are those of `uniform_times`, with ε > 0.
+    Use it with ``ExponentialMultistep(order=3, corrector=True)``. The probability flow of mixtures
+    under CLD is then more accurate than on `root_times`, at 10, 20 and 50 evaluations. The grid is
+    the same in κ for every noise schedule.
+
+    See `log_snr_times` for the other arguments, the result and the errors; κ(T) = −∞ is allowed.
 
     Parameters
     ----------
     sde
         The forward process.
     center
-        κ₀, where steps in κ are shortest. The default is for data with a standard deviation of
+        κ₀, at which steps in κ are shortest. The default is for data with a standard deviation of
         about 1.
     rate
         r > 0.
+
+    Examples
+    --------
+    >>> from cldsde import CLD
+    >>> times = logistic_times(CLD(), 1.0, 1e-3, 10)
+    >>> times.shape
+    torch.Size([11])
     """
     check_positive(rate, "rate")
     fraction = _fractions(T, eps, n)
@@ -213,6 +256,9 @@ def _fractions(T: float, eps: float, n: int) -> Tensor:
 def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:
     times[0], times[-1] = T, eps
     if not bool((times.diff() < 0).all()):
-        msg = f"n: {len(times) - 1} steps from {T:g} to {eps:g} are below float64's resolution"
+        msg = (
+            f"n must be smaller: {len(times) - 1} steps from {T:g} to {eps:g} are below the "
+            "resolution of float64"
+        )
         raise ValueError(msg)
     return times

@@ -1,11 +1,13 @@
-"""Inpainting and imputation by replacement: known data are sampled along the forward process.
+"""Inpainting and imputation by the replacement method.
 
-After every step the known part of the state, its velocity included, is sampled again from its
-forward distribution given the data (Song et al. 2021, appendix I.2). The unknown part does not have
-its distribution given the known part, however fine the grid is: each step sees the known part
-through fresh noise, and later steps do not correct for it. For two Gaussian numbers of correlation
-0.8 the unknown number moves 0.62 of the way to its conditional mean. Repeated steps move it further
-(Lugmayr et al. 2022).
+Song et al. (2021, §5 and appendix I.2) replace the known part of the state after each step of a
+solver. The new values are a sample of their exact distribution at that time given the data. If the
+process has a velocity, the velocity of the known part is replaced, too.
+
+The samples do not follow the conditional distribution of the unknown part, however fine the grid
+is. Each step sees the known part through fresh noise, and later steps do not correct for it. For
+two Gaussian numbers of correlation 0.8 the unknown number moves 0.62 of the way to its conditional
+mean. Repeated steps move it further (Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ __all__ = ["Imputation"]
 
 class _Tables(NamedTuple):
     inner: Any
-    solver: GridSolver  # with its state on the grid
-    evaluations: int  # of each inner step, if steps are repeated
-    starts: list[int]  # of each step, the first of its group
-    replaces: bool  # whether anything is known
+    solver: GridSolver  # without merged steps
+    evaluations: int  # score evaluations of each inner step
+    starts: list[int]  # for each step the first step of its group
+    replaces: bool  # whether the mask marks any entry
     bases: tuple[Block, Block] | None
     mean: list[Block]  # of the state given the data, at each time of the grid
     root: list[Block]
@@ -40,15 +42,15 @@ class _Tables(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Imputation(GridSolver):
-    r"""Inpainting and imputation around another solver, by replacing the known part of the state.
+    r"""Inpainting and imputation by the replacement method, around another solver.
 
     .. math:: z_t ← (1 − m)\,z_t + m\,(ψ_t x + L_t ξ), \qquad ψ_t = Ψ(t, 0) e_0,
 
-    with the mask m and the known data x, at the start and after each step of the solver. Data may
+    with the mask m and the known data x, at the start and after each step of the solver. Data can
     have any shape: images, time series, tables.
 
-    If the grid ends at t = 0 the known data come back exactly. Otherwise they carry the noise of
-    the last time, or, with ``denoise=True``, come back nearly. `impose` puts them in place.
+    If the grid ends at t = 0, the known entries of the result are exact. Otherwise they carry the
+    noise of the last time, or a small error with ``denoise=True``. `impose` sets them exactly.
 
     The samples are not from the posterior. On five problems with a known posterior their sliced
     Wasserstein-2 distance to it is 3 to 12 times the distance of as many exact samples, and up to
@@ -58,23 +60,22 @@ class Imputation(GridSolver):
     Parameters
     ----------
     solver
-        A solver on a fixed grid, such as ``SSCS()``. A solver that merges moves across grid times
-        makes them apart.
+        A solver on a fixed grid, such as ``SSCS()``. Half-steps of a solver are not merged.
     known
-        ``(*D)``, or one per sample ``(B, *D)``; floating point and finite, in the scale of the
-        data. Entries that the mask does not mark may hold any number. On the device of the states,
-        or it is copied there at every step.
+        Known data ``(*D)``, or ``(B, *D)`` per sample; floating point and finite, in the scale of
+        the data. Entries outside of the mask may hold any number. Put the tensor on the device of
+        the states, or it is copied there at every step.
     mask
         Boolean, broadcasts with ``known``; True for known entries.
     basis
-        ``(C, C)``, an orthonormal basis of the first data axis, such as colour channels, one vector
-        per row: the mask, but not ``known``, is in its coordinates. None is the axis itself.
+        Orthonormal basis ``(C, C)`` of the first data axis, such as colour channels, one vector per
+        row. The mask, but not ``known``, is in its coordinates. None: the axis itself.
     resample
-        How often each group of steps is taken, ≥ 1. Before it is taken again, the state returns
-        along the forward process to where the group began. NFE grow with it.
+        Number of times that each group of steps is taken, ≥ 1. Before each repetition the state
+        returns along the forward process to the group's start. NFE grow by this factor.
     jump
-        Steps of a group, ≥ 1. If noise enters the velocity alone, a jump of 1 does harm: the data
-        hardly move over one step, and the solver's error adds up. For CLD and two Gaussian numbers
+        Number of steps in a group, ≥ 1. If noise enters the velocity alone, a jump of 1 increases
+        the error, because the data hardly move over one step. For CLD and two Gaussian numbers
         about a fifth of the grid was best; for VP, 1.
 
     Raises
@@ -87,12 +88,12 @@ class Imputation(GridSolver):
 
     Notes
     -----
-    Noise of a whole state is drawn for each replacement, before the first step and after each, and
-    for each way back. If the mask marks nothing, no noise is drawn for replacements, and without
-    repetitions the samples are those of ``solver``, with its moves made apart, to the bit.
+    Each replacement and each return to a group's start draws noise for the whole state. If the mask
+    marks no entry, replacements draw no noise. With ``resample=1`` the samples are then equal to
+    the samples of ``solver.on_grid()`` to the bit.
 
-    All repetitions of a group are made with its last step. No orders are claimed: no grid reduces
-    the error of the replacement.
+    `solve` counts all repetitions of a group as part of the group's last step. No order is claimed,
+    because no grid reduces the error of the replacement.
 
     References
     ----------
@@ -149,7 +150,7 @@ class Imputation(GridSolver):
 
     @property
     def facts(self) -> Facts:
-        """The processes of its solver; no orders."""
+        """The inner solver's processes; no orders."""
         inner = self.solver.facts
         return Facts(applies_to=inner.applies_to, nfe_per_step=self.resample * inner.nfe_per_step)
 
@@ -159,26 +160,26 @@ class Imputation(GridSolver):
         Raises
         ------
         ValueError
-            If the solver does not apply to the process, or steps that are to be repeated differ in
-            their number of evaluations.
+            If the solver does not apply to the process, or ``resample`` is above 1 and the steps
+            differ in their number of evaluations.
         """
         solver, sde = self._stepper(), process.sde
         inner = solver.prepare(process, times)
-        asked, steps = len(solver.evaluation_times(process, times)), len(times) - 1
-        if self.resample > 1 and asked % steps:
+        evaluations, steps = len(solver.evaluation_times(process, times)), len(times) - 1
+        if self.resample > 1 and evaluations % steps:
             msg = (
                 "solver must evaluate the score equally often in each step if resample is above "
-                f"1; {self.solver!r} takes {asked} evaluations in {steps} steps"
+                f"1; {self.solver!r} takes {evaluations} evaluations in {steps} steps"
             )
             raise ValueError(msg)
-        # Given x, not z_0: the velocity at time 0 is part of the noise.
+        # Condition on x alone, not on z_0: the velocity at time 0 is part of the noise.
         given = sde.marginal(times)
         starts = torch.arange(steps) // self.jump * self.jump
         back = sde.transition(times[1:], times[starts])
         return _Tables(
             inner,
             solver,
-            asked // steps,
+            evaluations // steps,
             starts.tolist(),
             bool(self.mask.any()),
             self._bases(),
@@ -189,23 +190,23 @@ class Imputation(GridSolver):
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Times of the solver, group by group, each as often as it is taken."""
-        asked = self._stepper().evaluation_times(process, times)
+        """Evaluation times of the solver, with each group repeated ``resample`` times."""
+        once = self._stepper().evaluation_times(process, times)
         if self.resample == 1:
-            return asked
-        rows = asked.reshape(len(times) - 1, -1)
+            return once
+        rows = once.reshape(len(times) - 1, -1)
         groups = [rows[i : i + self.jump] for i in range(0, len(rows), self.jump)]
         return torch.cat([group.repeat(self.resample, 1).flatten() for group in groups])
 
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """Step and replace; at the end of a group, go back and take it again, as often as asked.
+        """Step and replace; at the end of a group, return to its start and repeat the group.
 
         Raises
         ------
         ValueError
-            If the state does not fit ``known``, or steps of a multistep solver are to be repeated.
+            If the state does not fit ``known``, or ``resample`` is above 1 for a multistep solver.
         """
         if i == 0:
             self._check_fit(z[:, 0], "state")
@@ -214,11 +215,11 @@ class Imputation(GridSolver):
         z, memory = self._inner_step(z, memory, tables, i, 0, score, noise)
         if self.resample == 1 or (i + 1 < len(tables.starts) and tables.starts[i + 1] == first):
             return z, memory
-        for again in range(1, self.resample):
+        for repetition in range(1, self.resample):
             xi = noise.normal(z, z.shape[1])
             z = combine((tables.back_mean[i], z), (tables.back_root[i], xi))
             for j in range(first, i + 1):
-                z, memory = self._inner_step(z, memory, tables, j, again, score, noise)
+                z, memory = self._inner_step(z, memory, tables, j, repetition, score, noise)
         return z, memory
 
     def _inner_step(
@@ -227,14 +228,14 @@ class Imputation(GridSolver):
         memory: Memory,
         tables: _Tables,
         i: int,
-        again: int,
+        repetition: int,
         score: ScoreAt,
         noise: NoiseSource,
     ) -> tuple[Tensor, Memory]:
-        """A step of the solver and the replacement after it, in a repetition of its group."""
+        """Take one step of the solver and replace the known part, in a repetition of its group."""
         first, steps = tables.starts[i], len(tables.starts)
         length = min(self.jump, steps - first)
-        shift = tables.evaluations * ((self.resample - 1) * first + again * length)
+        shift = tables.evaluations * ((self.resample - 1) * first + repetition * length)
         shifted = ShiftedScore(score, shift)
         z, memory = tables.solver.step(z, memory, tables.inner, i, shifted, noise)
         if memory and self.resample > 1:
@@ -246,7 +247,7 @@ class Imputation(GridSolver):
         return self._replace(z, tables, i + 1, noise), memory
 
     def impose(self, data: Tensor) -> Tensor:
-        """Data with the known part in its place, exactly; in a basis, to rounding.
+        """Set the known part of data exactly; up to rounding if there is a basis.
 
         Parameters
         ----------
@@ -268,7 +269,7 @@ class Imputation(GridSolver):
         return self._merge(data.unsqueeze(1), known.unsqueeze(1), self._bases()).squeeze(1)
 
     def _replace(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
-        """The state at time i with its known part sampled again."""
+        """Replace the known part of the state at time i by a new sample."""
         if not tables.replaces:
             return z
         known = self.known.to(z).expand_as(z[:, 0]).unsqueeze(1)
@@ -277,7 +278,7 @@ class Imputation(GridSolver):
         return self._merge(z, drawn, tables.bases)
 
     def _merge(self, z: Tensor, known: Tensor, bases: tuple[Block, Block] | None) -> Tensor:
-        """Known entries of ``known``, the rest of ``z``; both ``(B, k, *D)``."""
+        """Take known entries from ``known`` and the rest from ``z``, both ``(B, k, *D)``."""
         mask = self.mask.to(z.device).expand_as(z[:, 0]).unsqueeze(1)
         if bases is None:
             return torch.where(mask, known, z)
@@ -285,11 +286,11 @@ class Imputation(GridSolver):
         return z + _on_channels(from_basis, _on_channels(to_basis, known - z) * mask)
 
     def _stepper(self) -> GridSolver:
-        """The solver with its state on the grid; the constructor checked that there is one."""
+        """The solver without merged steps; the constructor checked that it is a grid solver."""
         return cast("GridSolver", self.solver.on_grid())
 
     def _bases(self) -> tuple[Block, Block] | None:
-        """To the basis and from it, on the CPU."""
+        """Change of coordinates to the basis and back, on the CPU."""
         return None if self.basis is None else (self.basis.tolist(), self.basis.mT.tolist())
 
     def _check_fit(self, data: Tensor, name: str) -> None:
@@ -312,7 +313,7 @@ def _check_solver(solver: object) -> None:
     stepper = check_solver(solver).on_grid()
     if not (stepper.facts.state_on_grid and hasattr(stepper, "step")):
         msg = (
-            "solver must have a state at each grid time, which known data are put into; "
+            "solver must have a state at each grid time, in which known data are replaced; "
             f"{solver!r} does not. Use SSCS or EulerMaruyama"
         )
         raise ValueError(msg)
@@ -327,7 +328,7 @@ def _check_known(known: object, mask: object) -> None:
         msg = "known must have shape (*D) or (B, *D); got a single number"
         raise ValueError(msg)
     if not bool(known.isfinite().all()):
-        msg = "known must be finite, also outside of the mask; put any number there"
+        msg = "known must be finite, also outside of the mask; got NaN or infinity. Put 0 there"
         raise ValueError(msg)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -352,7 +353,7 @@ def _check_basis(basis: object, known: torch.Size) -> None:
     rows = basis.detach().cpu().to(torch.float64)
     eye = torch.eye(len(rows), dtype=torch.float64, device="cpu")
     error = float((rows @ rows.mT - eye).abs().max())
-    # Rounding to single precision makes up to 2·eps of it.
+    # Rounding the vectors to single precision causes an error of up to 2·eps.
     if not error <= 4 * torch.finfo(torch.float32).eps:
-        msg = f"basis must be orthonormal; its vectors' products are off by {error:.2g}"
+        msg = f"basis must be orthonormal; got products of its vectors with an error of {error:.2g}"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""The solvers of the package by name, for the command line and for configurations."""
+"""Registry of solvers by name, for the command line and for configurations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ _SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 
 def named_solvers() -> dict[str, Solver]:
-    """The solvers of the package, with their usual options, by the names that commands know."""
+    """Registry of solvers: instances with their usual options, by the names used in commands.
+
+    Examples
+    --------
+    >>> named_solvers()["sscs-midpoint"]
+    SSCS(score_step='midpoint', data_variance=1.0, merge=True)
+    """
     multistep = ExponentialMultistep
     return {
         "euler-maruyama": EulerMaruyama(),
@@ -49,7 +55,7 @@ def named_solvers() -> dict[str, Solver]:
         "multistep-2-noise": multistep(order=2, prediction="noise"),
         "edm-heun": EDMHeun(),
         "edm-heun-churn": EDMHeun(churn=10.0),
-        # At a pace of its own, an image depends on its seed alone.
+        # With step lengths per sample, an image depends on its seed alone.
         "probability-flow": ProbabilityFlow(pace="sample"),
         "probability-flow-bosh3": ProbabilityFlow(method="bosh3", pace="sample"),
         "probability-flow-dopri8": ProbabilityFlow(method="dopri8", pace="sample"),
@@ -62,7 +68,7 @@ def named_solvers() -> dict[str, Solver]:
 
 
 def canonical_name(name: str) -> str:
-    """The name in `named_solvers` for a short one, ``em`` or ``multistep``; any other as it is.
+    """Expand the short names ``em`` and ``multistep``; return any other name unchanged.
 
     Examples
     --------
@@ -73,14 +79,23 @@ def canonical_name(name: str) -> str:
 
 
 def find_solver(name: str) -> Solver:
-    """A solver by its name, or a user's by ``module:ClassName``, made without arguments.
+    """Look up a solver by name, or import a user's solver.
 
-    ``em`` is short for ``euler-maruyama``, and ``multistep`` for ``multistep-2-sde``.
+    Parameters
+    ----------
+    name
+        A name in `named_solvers`, ``em`` for ``euler-maruyama``, ``multistep`` for
+        ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
 
     Raises
     ------
     ValueError
-        If there is none of that name, or what is there is no solver or cannot be made.
+        If the name is unknown, the import fails, or the imported object is not a solver.
+
+    Examples
+    --------
+    >>> find_solver("em")
+    EulerMaruyama()
     """
     if ":" not in name:
         known = named_solvers()

@@ -1,4 +1,4 @@
-"""Noise sources: where a solver's standard normals come from."""
+"""Noise sources: they supply a solver's standard normals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ __all__ = [
     "start_root",
 ]
 
-# Numbers that a sample's generator draws at once; a generator's numbers depend on their count.
+# Numbers that a sample's generator draws at once. The count is fixed, because a generator's numbers
+# depend on it.
 _BLOCK = 4096
 
 
@@ -43,7 +44,7 @@ class PathNoise(NamedTuple):
 
     @classmethod
     def increments(cls, sde: LinearSDE, times: Tensor, rotation: Tensor | None = None) -> PathNoise:
-        """ξ = ΔW/√h, or a rotation ``(n, r, m)`` of it, for decreasing times ``(n + 1,)``."""
+        """Normals ξ = ΔW/√h, or a rotation ``(n, r, m)`` of them, for decreasing times."""
         h = -times.diff()[:, None, None]
         if rotation is None:
             columns = sde.diffusion(times[-1]).shape[-1]
@@ -53,8 +54,9 @@ class PathNoise(NamedTuple):
 
     @classmethod
     def integrals(cls, root: Tensor, functional: Tensor) -> PathNoise:
-        """ξ with root ξ = functional I; root is the root of Cov(functional I)."""
-        # Rows of a root differ by powers of the step. Scaled alike, none is taken for rounding.
+        """Normals ξ with root ξ = functional I, where root is the root of Cov(functional I)."""
+        # Rows of a root differ by powers of the step. Scale them alike, so that the pseudo-inverse
+        # does not drop a small row as rounding error.
         scale = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
         scale = torch.where(scale == 0, 1.0, scale)
         integral = torch.linalg.pinv(root / scale, rtol=1e-13) @ (functional / scale)
@@ -62,17 +64,17 @@ class PathNoise(NamedTuple):
 
 
 class NoiseSource(ABC):
-    """Source of a solver's standard normals, which are drawn in the order of their use."""
+    """Base class of noise sources; a solver draws standard normals in the order of their use."""
 
     @abstractmethod
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Normals for ``rows`` noise components of each sample, ``(B, rows, *D)`` like the state z.
+        """Draw normals ``(B, rows, *D)`` with dtype and device of the state z ``(B, k, *D)``.
 
-        A source that keeps the state has to clone it.
+        A source that keeps the state must clone it.
         """
 
     def check(self, z: Tensor) -> None:
-        """Reject states for which there are no normals, before the score is evaluated.
+        """Raise for states that the source has no normals for, before the score is evaluated.
 
         Raises
         ------
@@ -84,7 +86,7 @@ class NoiseSource(ABC):
     def along(
         self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
-        """The source for one solve; by default the source itself.
+        """Return the source for one solve; by default the source itself.
 
         Parameters
         ----------
@@ -93,7 +95,7 @@ class NoiseSource(ABC):
         times
             Decreasing grid ``(n + 1,)``.
         functionals
-            Returns the solver's normals as functionals of a Brownian path, None if they are none.
+            Function that returns the solver's normals as functionals of a Brownian path, or None.
 
         Raises
         ------
@@ -109,7 +111,14 @@ class FreshNoise(NoiseSource):
     Parameters
     ----------
     generator
-        Source; None is torch's default generator of the state's device.
+        Random generator; None: torch's default generator of the state's device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> noise = FreshNoise(torch.Generator().manual_seed(0))
+    >>> noise.normal(torch.zeros(8, 2, 3), rows=1).shape
+    torch.Size([8, 1, 3])
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -125,7 +134,7 @@ class FreshNoise(NoiseSource):
 
 
 class CheckedNoise(NoiseSource):
-    """A source whose draws are checked, because a draw of another shape might be broadcast."""
+    """Noise source that checks each draw, because a draw of a wrong shape might be broadcast."""
 
     def __init__(self, source: NoiseSource) -> None:
         self._source = source
@@ -136,18 +145,18 @@ class CheckedNoise(NoiseSource):
         Raises
         ------
         TypeError
-            If it is no tensor of the state's dtype.
+            If the draw is not a tensor of the state's dtype.
         ValueError
-            If it has another shape or lives on another device.
+            If the draw has a wrong shape or is on another device.
         """
         drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
         if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
             got = drawn.dtype if isinstance(drawn, Tensor) else type(drawn).__name__
-            msg = f"noise: {self._source!r} must return a tensor of {z.dtype}; got {got}"
+            msg = f"noise {self._source!r} must return a tensor of {z.dtype}; got {got}"
             raise TypeError(msg)
         if drawn.shape != shape or drawn.device != z.device:
             msg = (
-                f"noise: {self._source!r} must return shape {shape} on {z.device}; "
+                f"noise {self._source!r} must return shape {shape} on {z.device}; "
                 f"got {tuple(drawn.shape)} on {drawn.device}"
             )
             raise ValueError(msg)
@@ -155,16 +164,23 @@ class CheckedNoise(NoiseSource):
 
 
 class RecordedNoise(NoiseSource):
-    """Given normals, for tests and for probing a solver.
+    """Noise source that replays given normals, for tests and for probing a solver.
 
     Parameters
     ----------
     draws
         Tensors ``(B, rows, *D)`` in the order of use.
+
+    Examples
+    --------
+    >>> import torch
+    >>> noise = RecordedNoise([torch.ones(1, 2, 3)])
+    >>> noise.normal(torch.zeros(1, 2, 3), rows=2).sum()
+    tensor(6.)
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
-        # A compiler that traces a solve follows a number, but not an iterator.
+        # Count draws by an integer, because torch.compile cannot trace an iterator.
         self._draws, self._used = list(draws), 0
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
@@ -173,18 +189,21 @@ class RecordedNoise(NoiseSource):
         Raises
         ------
         ValueError
-            If there is none.
+            If all draws have been used.
         """
         if self._used == len(self._draws):
             shape = (len(z), rows, *z.shape[2:])
-            msg = f"noise: the solver asks for shape {shape}; got the end of the record"
+            msg = (
+                f"noise must hold another draw of shape {shape}; got {self._used} recorded draws, "
+                "which are used up"
+            )
             raise ValueError(msg)
         self._used += 1
         return self._draws[self._used - 1].to(z)
 
 
 class SampleNoise(NoiseSource):
-    """One stream of normals for each sample, so that a sample does not depend on its batch.
+    """Noise source with one random stream per sample: a sample does not depend on its batch.
 
     Each sample draws from a generator with its own seed, on the CPU, in blocks.
 
@@ -196,9 +215,9 @@ class SampleNoise(NoiseSource):
     Raises
     ------
     TypeError
-        If a seed is no integer.
+        If a seed is not an integer.
     ValueError
-        If a seed is out of range or there is none.
+        If a seed is out of range or ``seeds`` is empty.
 
     Examples
     --------
@@ -214,7 +233,7 @@ class SampleNoise(NoiseSource):
         self.seeds = checked_seeds(seeds)
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
-        self._used = _BLOCK  # numbers of the block, that is none is left
+        self._used = _BLOCK  # all numbers of the block are used up
 
     def start(
         self,
@@ -234,10 +253,10 @@ class SampleNoise(NoiseSource):
         shape
             Shape of one sample's data.
         dtype, device
-            Of the state.
+            Dtype and device of the state.
         t
-            Time of the start. None, or the end of the process: from the prior. Earlier: from the
-            distribution of states at t for data of mean 0 and variance 1.
+            Time of the start. None or T: draw from the prior. Earlier: draw from the distribution
+            at t for Gaussian data of mean 0 and variance 1.
 
         Returns
         -------
@@ -248,15 +267,15 @@ class SampleNoise(NoiseSource):
         return apply_blocks(start_root(sde, t), self.normal(like, sde.components))
 
     def check(self, z: Tensor) -> None:
-        """Reject a batch that has not one sample per seed.
+        """Raise unless the batch has one sample per seed.
 
         Raises
         ------
         ValueError
-            If it is not.
+            If the numbers of samples and seeds differ.
         """
         if len(z) != len(self.seeds):
-            msg = f"noise: there are {len(self.seeds)} seeds for a batch of {len(z)} samples"
+            msg = f"noise must have one seed per sample, {len(z)}; got {len(self.seeds)} seeds"
             raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
@@ -278,7 +297,7 @@ class SampleNoise(NoiseSource):
 
 
 def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> Tensor:
-    """Root of the covariance of states to start from: of the prior, or at t of Gaussian data."""
+    """Root of the initial states' covariance: of the prior, or at time t for Gaussian data."""
     if t is None or t == sde.T:
         return sde.prior.root
     initial = sde.initial_covariance.clone()
@@ -287,14 +306,14 @@ def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> T
 
 
 def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Seeds of generators on the CPU, which look at 32 bits.
+    """Check seeds of CPU generators, which use 32 bits, and return them as integers.
 
     Raises
     ------
     TypeError
-        If a seed is no integer.
+        If a seed is not an integer.
     ValueError
-        If a seed is out of range or there is none.
+        If a seed is out of range or ``seeds`` is empty.
     """
     found = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
     whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in found]

@@ -1,4 +1,4 @@
-r"""Log-density of the path that a stochastic solver took.
+r"""Log-density of the path that a stochastic solver takes.
 
 A step adds Gaussian noise last, z' = m(z, …) + L ξ with ξ ~ N(0, 1) in each data dimension, so that
 
@@ -25,11 +25,11 @@ from .noise import NoiseSource
 
 __all__ = ["DrawnNoise", "PathDensity"]
 
-_RANK = 1e-10  # relative size below which a direction has no noise
+_RANK = 1e-10  # singular values below this fraction of the largest one count as zero
 
 
 class DrawnNoise(NoiseSource):
-    """A source that remembers its last draw, ``last``."""
+    """Noise source that remembers its last draw, ``last``."""
 
     last: Tensor
 
@@ -43,7 +43,7 @@ class DrawnNoise(NoiseSource):
 
 
 class PathDensity:
-    """Densities of the steps of a grid.
+    """Gaussian densities of the steps of a grid.
 
     Parameters
     ----------
@@ -65,10 +65,10 @@ class PathDensity:
             whitening, log_scale = _whitened(root)
             if not len(whitening):
                 end = float(times[i + 1])
-                advice = "end above t = 0" if end == 0 else "the stochasticity there must not be 0"
+                advice = "end above t = 0" if end == 0 else "take a stochasticity above 0 there"
                 msg = (
-                    f"times: the step from t = {float(times[i]):g} to {end:g} adds no noise, so "
-                    f"that it has no density; {advice}"
+                    f"log_prob must be False for these times: the step from t = "
+                    f"{float(times[i]):g} to {end:g} adds no noise and has no density; {advice}"
                 )
                 raise ValueError(msg)
             constant = log_scale + 0.5 * len(whitening) * math.log(2 * math.pi)
@@ -90,7 +90,7 @@ class PathDensity:
         wide = torch.promote_types(z.dtype, torch.float32)
         terms = [(unit, drawn.to(wide))]
         if z.requires_grad:
-            # Zero, but for the derivative by the mean at a fixed end.
+            # This term is zero. Its derivative is the derivative by the mean at a fixed end.
             terms.append((whitening, (z.detach() - z).to(wide)))
         residual = combine(*terms)
         size = math.prod(z.shape[2:])
@@ -98,7 +98,7 @@ class PathDensity:
 
 
 def _whitened(root: Tensor) -> tuple[Tensor, float]:
-    """W with W L Lᵀ Wᵀ = 1 on the range of L, ``(r, k)``, and the log-determinant of L there."""
+    """W ``(r, k)`` with W L Lᵀ Wᵀ = 1, and the log-determinant of L on its range."""
     k, columns = root.shape
     lower = joint_root(root)
     diagonal = lower.diagonal()

@@ -1,4 +1,4 @@
-"""`plan` and `solve`: run a solver on a reverse process over a grid, and report the outcome."""
+"""`plan` and `solve`: run a solver on a reverse process over a grid."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["Plan", "Solution", "SolveWarning", "plan", "solve"]
 
 
 class SolveWarning(RuntimeWarning):
-    """A solve did not reach its end with finite numbers."""
+    """Warning that a solve failed: it did not reach its end with finite numbers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Result of `solve`, with scipy's names.
+    """Result of `solve`; fields have the names that `scipy.integrate` uses.
 
     Attributes
     ----------
@@ -46,19 +46,20 @@ class Solution:
     y
         States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN.
     nfev
-        Score evaluations of each sample, counted by wrapping the score. If samples differ it is the
-        largest number, and ``stats["nfev"]`` holds all.
+        Score evaluations per sample, counted by wrapping the score. If samples differ, the largest
+        number; ``stats["nfev"]`` holds all.
     status
-        0 if every sample arrived; 1 if a state is not finite or a solver gave up; 2 if the callback
-        asked to stop.
+        0: every sample arrived. 1: a state is not finite, or a solver gave up. 2: the callback
+        stopped the solve.
     message
         The outcome in words.
     log_probs
-        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats; else
-        None.
+        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats;
+        otherwise None.
     stats
-        Further numbers: ``success``, which samples arrived with finite numbers, and ``nfev`` of
-        each sample, ``(B,)``; of solvers on a grid ``steps``; of adaptive solvers ``attempts``.
+        Further numbers. ``success`` ``(B,)``: which samples arrived with finite numbers. ``nfev``
+        ``(B,)``: evaluations of each sample. ``steps``: for solvers on a grid. ``attempts``: for
+        adaptive solvers.
     """
 
     state: Tensor
@@ -107,9 +108,9 @@ _Denoiser = Callable[[ReverseProcess, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A solver on a grid of a process: all that depends on these three alone, computed once.
+    """Precomputed solver: everything that depends on process, solver and grid alone.
 
-    Made by `plan`. A plan serves any number of batches, dtypes and devices.
+    Create it with `plan`. A plan serves any number of batches, dtypes and devices.
 
     Attributes
     ----------
@@ -120,7 +121,7 @@ class Plan:
     times
         The grid, ``(n + 1,)`` float64 on the CPU.
     tables
-        What the solver computed; its layout is the solver's own.
+        Tables of the solver, in the solver's own layout.
 
     Examples
     --------
@@ -139,7 +140,7 @@ class Plan:
     solver: Solver
     times: Tensor
     tables: Any = field(repr=False)
-    _asked: KnownTimes | None = field(repr=False)
+    _score_times: KnownTimes | None = field(repr=False)
     _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
 
     def solve(
@@ -167,24 +168,24 @@ class Plan:
                 "or state.detach()"
             )
             raise ValueError(msg)
-        wanted = _checked_stops(t_eval, self.times, any_time=self.solver.facts.adaptive)
+        requested = _checked_stops(t_eval, self.times, any_time=self.solver.facts.adaptive)
         if callback is not None and not callable(callback):
             msg = f"callback must be callable; got {callback!r}"
             raise TypeError(msg)
         density = self._density if log_prob else None
         source = _noise_source(generator, noise)
         final = self._denoiser(denoise)
-        watched = callback is not None or bool((wanted != self.times[-1]).any())
-        used = self._on_grid if watched else self
+        intermediate = callback is not None or bool((requested != self.times[-1]).any())
+        used = self._on_grid if intermediate else self
         solver, process, times = used.solver, self.process, self.times
         source = source.along(sde, times, lambda: solver.path_noise(process, times))
         source.check(state)
-        later = wanted[(wanted != times[0]) & (wanted != times[-1])]
+        later = requested[(requested != times[0]) & (requested != times[-1])]
         stops = torch.cat([later, times[-1:]])
         run = Run(
             process,
             used.tables,
-            used._asked,
+            used._score_times,
             state,
             times,
             stops,
@@ -196,59 +197,59 @@ class Plan:
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
             check_same_kind(done.state, state, f"{type(solver).__name__}.integrate")
-            states = done.states[: int((wanted != times[0]).sum())]
-            if wanted[0] == times[0]:
+            states = done.states[: int((requested != times[0]).sum())]
+            if requested[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
             last = int(process.evaluations(times[-1]))
-            solution = _finished(done, final, last, states, wanted)
+            solution = _finished(done, final, last, states, requested)
         if warn and solution.status == 1:
             _warn(solution.message)
         return solution
 
     def check_denoise(self, denoise: Denoise) -> None:
-        """Raise ValueError if the process has no such finish at the last time."""
+        """Raise ValueError if ``denoise`` is not possible at the last time."""
         self._denoiser(denoise)
 
     @property
     def nfev(self) -> int | None:
-        """Evaluations of each sample, without that of ``denoise``; None for adaptive solvers."""
-        asked = self._asked
-        return None if asked is None else int(self.process.evaluations(asked.times).sum())
+        """Score evaluations per sample, without ``denoise``; None for adaptive solvers."""
+        known = self._score_times
+        return None if known is None else int(self.process.evaluations(known.times).sum())
 
     def with_score(self, score: Score) -> Plan:
-        """The plan for another score of the same process, such as the score given a class.
+        """The plan for another score of the same process, such as the score of one class.
 
         Plans that differ in the score share their tables.
         """
         return replace(self, process=ReverseProcess(self.process.sde, score))
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is found again when it is needed."""
+        """State without the cached denoisers, which are computed again when needed."""
         return {**self.__dict__, "_denoisers": {}}
 
     @cached_property
     def _on_grid(self) -> Plan:
-        """The plan for states at the grid's times."""
+        """The plan without merged steps, which has a state at each grid time."""
         solver = self.solver.on_grid()
         return self if solver == self.solver else plan(self.process, solver, self.times)
 
     @cached_property
     def _density(self) -> PathDensity:
-        """Densities of the steps.
+        """Gaussian densities of the steps.
 
         Raises
         ------
         ValueError
-            If the steps have none.
+            If the steps have no density.
         """
         roots = self.solver.noise_roots(self.tables)
         if roots is None:
             deterministic = self.solver.facts.ode_order is not None
-            kind = "steps are deterministic" if deterministic else "steps do not end in a draw"
+            kind = "deterministic" if deterministic else "not Gaussian given the past"
             msg = (
-                f"log_prob must be False for a solver whose {kind}; "
-                f"got {self.solver!r}. Use ExponentialMultistep with stochasticity > 0, order 1 or "
-                "2 and no corrector, EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
+                f"log_prob must be False for {self.solver!r}, whose steps are {kind}. "
+                "Use ExponentialMultistep with stochasticity > 0, order 1 or 2 and no corrector, "
+                "EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
             )
             raise ValueError(msg)
         return PathDensity(roots, self.times)
@@ -270,12 +271,17 @@ class Plan:
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
-    """Compute everything that depends on process, solver and grid alone, for any number of solves.
+    """Precompute everything that depends on process, solver and grid alone, for many solves.
 
     Parameters
     ----------
     process, solver, times
         See `solve`.
+
+    Returns
+    -------
+    Plan
+        Call its `Plan.solve` for each batch.
 
     Raises
     ------
@@ -286,17 +292,17 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """
     check_reverse_process(process)
     check_solver(solver)
-    # A plan made in inference mode serves outside of it, too.
+    # Leave inference mode, so that the plan's tensors can be used outside of it, too.
     with torch.inference_mode(mode=False), torch.no_grad():
         grid = as_grid_times(times, "times", process.sde.T).clone()
         if grid[0] < grid[-1]:
             _check_encodes(solver)
         tables = solver.prepare(process, grid)
-        asked = solver.evaluation_times(process, grid)
+        score_times = solver.evaluation_times(process, grid)
         check: Any = getattr(process.score, "check_times", None)
         if check is not None:
-            check(grid[[0, -1]] if asked is None else asked)
-    known = None if asked is None else KnownTimes(asked)
+            check(grid[[0, -1]] if score_times is None else score_times)
+    known = None if score_times is None else KnownTimes(score_times)
     return Plan(process, solver, grid, tables, known)
 
 
@@ -318,10 +324,10 @@ def solve(
 ) -> Solution:
     """Integrate a reverse process from ``times[0]`` down to ``times[-1]``, or encode data.
 
-    An increasing grid encodes data: a deterministic solver follows the probability flow from
-    states near the data up to the noise that it maps to them.
+    An increasing grid encodes data. A deterministic solver then follows the probability flow from
+    states near the data up to the noise that maps to them.
 
-    To solve for several batches, make a `plan` and call its `Plan.solve`: this function is
+    To solve for several batches, create a `plan` and call its `Plan.solve`. This function is
     ``plan(process, solver, times).solve(state, …)``.
 
     Parameters
@@ -341,33 +347,35 @@ def solve(
     noise
         A noise source in place of ``generator``.
     denoise
-        How to finish. True: with the data prediction E[x_0 | z] at the last time. ``"step"``: with
-        the data of one Euler step of the reverse SDE to time 0 without its noise, as published
-        code does; it removes no noise from data that no noise drives. Either costs one evaluation.
+        How ``data`` is computed. False: the data component of the last state. True: the data
+        prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
+        time 0 without noise, as in published code. It removes no noise from data that no noise
+        drives. Both cost one evaluation.
     t_eval
-        Times at which states are wanted, in the grid's order: its times or, for adaptive solvers,
-        any between its ends. None keeps the last state only. States are saved before any correction
-        that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra noise at each
-        time, so requesting states changes the random path.
+        Times of the requested states, in the grid's order: times of the grid or, for adaptive
+        solvers, any times between its ends. None: the last state only. States are saved before any
+        correction that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra
+        noise at each requested time, so requesting states changes the random path.
     callback
-        Called after each step as ``callback(step, t, z)``, with the number of steps so far, the
-        time and the state, which it may not change and must clone to keep. Adaptive solvers call it
-        after each attempt of a step; if each sample has its own time, with all times ``(B,)``.
-        Stops the solve by returning True.
+        Called after each step as ``callback(step, t, z)`` with the number of steps so far, the time
+        and the state. It must not change the state, and must clone the state to keep it. Adaptive
+        solvers call it after each attempted step; if each sample has its own time, t has shape
+        ``(B,)``. Return True to stop the solve.
     differentiable
-        Record gradients, of the state and of the score's parameters; coefficients of the process
-        are constants. Memory then grows with the number of steps.
+        Record gradients of the state and of the score's parameters. Coefficients of the process are
+        constants. Memory then grows with the number of steps.
     log_prob
         Also return the log-density of the path given its start, `Solution.log_prob`, and of each
-        step, ``Solution.log_probs``; the start's own is ``sde.prior.log_prob(state)``. For solvers
-        whose steps add Gaussian noise last. If a step's noise does not reach all components
-        (Euler–Maruyama under CLD), the density is on the range of the noise. With
-        ``differentiable`` the path counts as given: gradients reach the score's parameters through
-        the density alone, as policy gradients need, and ``state`` has none.
+        step, ``Solution.log_probs``. The log-density of the start is
+        ``sde.prior.log_prob(state)``. For solvers whose steps add Gaussian noise last. If a step's
+        noise does not reach all components (Euler–Maruyama under CLD), the density is on the range
+        of the noise. With ``differentiable`` the path is treated as fixed: gradients reach the
+        score's parameters through the density alone, as policy gradients need, and ``state`` has
+        no gradient.
     progress
-        Show a progress bar on stderr: of steps, or of samples that have arrived.
+        Show a progress bar on stderr for steps, or for samples that have arrived.
     warn
-        Warn if the solve fails; without it look at `Solution.success`.
+        Warn if the solve fails. If False, check `Solution.success`.
 
     Returns
     -------
@@ -379,16 +387,19 @@ def solve(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the state does not fit the process, the grid neither decreases nor increases, it
-        increases and the solver is stochastic or ``denoise`` is set, ``log_prob`` is set and the
-        solver's steps are not Gaussian, ``t_eval`` is not of the grid, the solver does not apply to
-        the process, or both ``generator`` and ``noise`` are given. Nothing is evaluated before all
-        arguments are checked.
+        All arguments are checked before the score is evaluated. The error is raised if
+
+        - the state does not fit the process, or the solver does not apply to it;
+        - the grid neither decreases nor increases;
+        - the grid increases, and the solver is stochastic or ``denoise`` is set;
+        - ``log_prob`` is set and the solver's steps are not Gaussian;
+        - ``t_eval`` is not on the grid;
+        - both ``generator`` and ``noise`` are given.
 
     Warns
     -----
     SolveWarning
-        If the solve fails; `Solution.raise_for_failure` makes it an error.
+        If the solve fails. `Solution.raise_for_failure` raises an error instead.
 
     Examples
     --------
@@ -420,7 +431,7 @@ def solve(
 
 
 def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
-    """The data that ``denoise`` asks for, from states at the last time."""
+    """Function that computes denoised data from states at the last time."""
     if float(t) == 0:
         msg = (
             f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
@@ -448,7 +459,7 @@ def _finished(
     final: Callable[[Tensor], Tensor] | None,
     evaluations: int,
     states: Tensor,
-    wanted: Tensor,
+    requested: Tensor,
 ) -> Solution:
     nfev, z = done.nfev, done.state.contiguous()
     data = z[:, 0]
@@ -463,13 +474,13 @@ def _finished(
     success = done.success & finite.cpu()
     message = done.message
     if bool(done.success.all()) and not bool(success.all()):
-        message = "the state is not finite: the score is not, or the steps are too long"
+        message = "the state is not finite: the score is not finite, or the steps are too long"
     stats = {**done.stats, "nfev": nfev, "success": success}
     status = 2 if done.stopped else 0 if bool(success.all()) else 1
     return Solution(
         state=z,
         data=data,
-        t=wanted,
+        t=requested,
         y=states,
         nfev=int(nfev.max()) if len(nfev) else 0,
         status=status,
@@ -480,7 +491,7 @@ def _finished(
 
 
 def _warn(message: str) -> None:
-    """Warn of a failed solve, at the first line outside the package."""
+    """Warn of a failed solve at the first stack frame outside the package."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith("cldsde."):
         frame, level = frame.f_back, level + 1
@@ -488,7 +499,7 @@ def _warn(message: str) -> None:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Which samples hold finite numbers only, ``(B,)``, without a tensor of the size of x."""
+    """Which samples are finite, ``(B,)``, without a temporary tensor of the size of x."""
     if not x.numel():
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     # amin and amax return NaN if any number is NaN.
@@ -497,13 +508,13 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:
-    """Times at which states are wanted, float64 on the CPU; raise if they do not fit."""
+    """Check the times of requested states, and return them as float64 on the CPU."""
     if t_eval is None:
         return grid[-1:]
     low, high = (float(x) for x in grid.aminmax())
     stops = as_grid_times(t_eval, "t_eval", high, least=1)
     if len(stops) > 1 and (stops[0] < stops[1]) != (grid[0] < grid[1]):
-        msg = "t_eval must decrease or increase as times do; reverse it, as t_eval.flip(0)"
+        msg = "t_eval must run in the direction of times; got the opposite: pass t_eval.flip(0)"
         raise ValueError(msg)
     outside = stops < low if any_time else ~torch.isin(stops, grid)
     if bool(outside.any()):
@@ -517,7 +528,7 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
 
 
 def _check_encodes(solver: Solver) -> None:
-    """Raise ValueError unless a solver takes increasing grids."""
+    """Raise ValueError unless a solver runs on increasing grids."""
     if not solver.facts.encodes:
         kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
         msg = (

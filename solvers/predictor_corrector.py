@@ -24,32 +24,43 @@ Norm = Literal["sample", "batch"]
 
 class _Tables(NamedTuple):
     predictor: Any
-    predictor_evaluations: int  # of each step
-    driven: tuple[int, ...]  # components that the corrector moves
+    predictor_evaluations: int  # per step
+    driven: tuple[int, ...]  # components that the corrector changes
     scale: list[float]  # α of each step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Langevin:
-    r"""Langevin steps that leave the law at a time alone, to first order in their size.
+    r"""Langevin corrector: steps that preserve the marginal distribution at a fixed time.
 
     .. math:: z_d ← z_d + η\,s + \sqrt{2η}\,ξ, \qquad η = 2α \left(r \frac{‖ξ‖}{‖s‖}\right)^2
 
-    on the driven components d (Song et al. 2021, algorithms 4 and 5). For a process with velocity
-    these are steps for the law of the velocity given the data, which have the same score. α is the
-    squared transition Ψ(t, u)² of the coming step for one component (1 for VE, α_t²/α_u² for VP),
-    and 1 for more.
+    on the driven components d (Song et al. 2021, algorithms 4 and 5). The distribution is preserved
+    to first order in η. For a process with velocity the steps sample the distribution of the
+    velocity given the data, which has the same score. α is the squared transition Ψ(t, u)² of the
+    next step for one component (1 for VE, α_t²/α_u² for VP), and 1 for several components.
 
     Parameters
     ----------
     snr
         r > 0, the signal-to-noise ratio of a step.
     steps
-        Steps at each time, each with an evaluation of the score.
+        Number of corrector steps at each time, ≥ 1; each takes one score evaluation.
     norm
-        ``"sample"``: step sizes of each sample, which do not depend on the batch. ``"batch"``: one
-        step size, from the batch means of the norms, as published. With few dimensions take the
-        latter: there the score of a single sample may nearly vanish, and its step be far too long.
+        ``"sample"``: one step size per sample, independent of the batch. ``"batch"``: one step size
+        for all, from the batch means of the norms, as published. With few dimensions take
+        ``"batch"``, because the score of a single sample may nearly vanish, which makes its step
+        far too long.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+
+    Examples
+    --------
+    >>> Langevin(snr=0.1, steps=2)
+    Langevin(snr=0.1, steps=2, norm='sample')
     """
 
     snr: float = 0.16
@@ -66,11 +77,11 @@ class Langevin:
     def correct(
         self, z: Tensor, driven: tuple[int, ...], scale: float, s: Tensor, xi: Tensor
     ) -> Tensor:
-        """One step from a state, with the score and normals ``(B, len(driven), *D)``."""
+        """Take one step from a state, with the score and normals ``(B, len(driven), *D)``."""
         sizes = [torch.linalg.vector_norm(x, dim=list(range(1, x.ndim))) for x in (xi, s)]
         if self.norm == "batch":
             sizes = [size.mean().expand(len(z)) for size in sizes]
-        # Where there is next to no score there is no scale for the step; it stays finite.
+        # A vanishing score sets no scale for the step, so its norm is bounded from below.
         ratio = sizes[0] / sizes[1].clamp_min(1e-6 * sizes[0])
         eta = (2 * scale * (self.snr * ratio).square()).reshape(-1, *(1,) * (z.ndim - 2))
         spread = (2 * eta).sqrt()
@@ -82,21 +93,37 @@ class Langevin:
 
 @dataclass(frozen=True)
 class PredictorCorrector(GridSolver):
-    """Corrector steps at each time of the grid, then the predictor's step to the next.
+    """Predictor–corrector sampler: at each time corrector steps, then one predictor step.
 
     Parameters
     ----------
     predictor
-        A one-step solver: `ReverseDiffusion`, as published for VE, `Ancestral`, `EulerMaruyama` …
+        A one-step solver, such as `ReverseDiffusion` (published for VE), `Ancestral` or
+        `EulerMaruyama`.
     corrector
-        `Langevin`.
+        `Langevin` steps.
 
     Raises
     ------
     TypeError
-        If the predictor is no solver or the corrector no `Langevin`.
+        If the predictor is not a solver or the corrector is not a `Langevin`.
     ValueError
-        If the predictor's state between two steps belongs to no grid time, as that of `SSCS`.
+        If the predictor's state between two steps belongs to no grid time, as for `SSCS`.
+
+    References
+    ----------
+    Y. Song et al. 2021, §4.2 and appendix G.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
+    >>> sde = VESDE()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.uniform_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.PredictorCorrector(), start, times).nfev
+    100
     """
 
     predictor: GridSolver = field(default_factory=ReverseDiffusion)
@@ -106,7 +133,7 @@ class PredictorCorrector(GridSolver):
         check_solver(self.predictor, "predictor")
         if not (self.predictor.facts.state_on_grid and hasattr(self.predictor, "step")):
             msg = (
-                "predictor must leave a state at each grid time, where the corrector works; "
+                "predictor must have a state at each grid time, which the corrector changes; "
                 f"{self.predictor!r} does not. Use ReverseDiffusion, Ancestral or EulerMaruyama"
             )
             raise ValueError(msg)
@@ -116,7 +143,7 @@ class PredictorCorrector(GridSolver):
 
     @property
     def facts(self) -> Facts:
-        """Those of the predictor; the corrector has an error of its own that no grid reduces."""
+        """Processes of the predictor; no orders, because no grid reduces the corrector's error."""
         inner = self.predictor.facts
         return Facts(
             applies_to=inner.applies_to, nfe_per_step=inner.nfe_per_step + self.corrector.steps
@@ -130,18 +157,18 @@ class PredictorCorrector(GridSolver):
         if sde.components == 1:
             scale = sde.transition_matrix(times[1:], times[:-1]).square().flatten()
         predictor = self.predictor.prepare(process, times)
-        asked = len(self.predictor.evaluation_times(process, times))
-        if asked % (len(times) - 1):
+        evaluations = len(self.predictor.evaluation_times(process, times))
+        if evaluations % (len(times) - 1):
             msg = (
-                "predictor must ask for the score equally often in each step; "
-                f"{self.predictor!r} asks {asked} times in {len(times) - 1} steps, as it may where "
-                "the grid ends at 0"
+                "predictor must evaluate the score equally often in each step; "
+                f"{self.predictor!r} takes {evaluations} evaluations in {len(times) - 1} steps. "
+                "A grid that ends above t = 0 may help"
             )
             raise ValueError(msg)
-        return _Tables(predictor, asked // (len(times) - 1), sde.driven, scale.tolist())
+        return _Tables(predictor, evaluations // (len(times) - 1), sde.driven, scale.tolist())
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """The start of each step for the corrector, then the predictor's times."""
+        """For each step its start, for the corrector, then the predictor's times."""
         steps = len(times) - 1
         corrector = times[:-1].unsqueeze(1).expand(-1, self.corrector.steps)
         predictor = self.predictor.evaluation_times(process, times).reshape(steps, -1)

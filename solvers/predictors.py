@@ -1,4 +1,4 @@
-"""Predictors of discrete diffusion models, for any process: reverse diffusion and ancestral."""
+"""Reverse diffusion and ancestral sampling, the predictors of discrete diffusion models."""
 
 from __future__ import annotations
 
@@ -19,18 +19,30 @@ __all__ = ["Ancestral", "ReverseDiffusion"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseDiffusion(AffineSolver):
-    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), for any block process.
+    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), for any process.
 
     .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
 
-    with the forward process's transition from u to t, discretised by the grid that is given. All
-    rows of the score take part; those that noise does not drive follow from the driven ones. One
-    evaluation a step, weak order 1; meant for one component, poor for processes with velocity.
+    with the matrix Ψ, the covariance Q and its root L_Q of the forward transition from u to t. The
+    step uses the full score, which is computed from the driven score. The method has weak order 1
+    and takes one score evaluation per step. It was designed for one component and is inaccurate for
+    processes with velocity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
+    >>> sde = VESDE()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.uniform_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.ReverseDiffusion(), start, times).nfev
+    50
     """
 
     @property
     def facts(self) -> Facts:
-        """Every process whose driven score determines the rest, weak order 1."""
+        """Every process whose driven score determines the full score; weak order 1."""
         return Facts(
             applies_to=DATA_DETERMINED,
             nfe_per_step=1,
@@ -52,7 +64,7 @@ class ReverseDiffusion(AffineSolver):
         return Stages.of(stage)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
-        """The forward transition's noise."""
+        """Noise of the forward transition."""
         root = process.sde.transition(times[1:], times[:-1]).root
         return PathNoise.integrals(root, torch.eye(len(root[0]), dtype=torch.float64, device="cpu"))
 
@@ -61,14 +73,26 @@ class ReverseDiffusion(AffineSolver):
 class Ancestral(AffineSolver):
     r"""Ancestral sampling: draw from p(z_u | z_t, x_0) with the data prediction for x_0.
 
-    The posterior of the forward process (`LinearSDE.posterior`) at x̂_0(z, t); for VP the sampler of
-    DDPM (Ho, Jain and Abbeel 2020). One evaluation a step, weak order 1, exact in one step where
-    the data are one point: `ExponentialMultistep` of order 1 and stochasticity 1.
+    Each step samples the posterior of the forward process (`LinearSDE.posterior`) at x̂_0(z, t). For
+    VP this is the sampler of DDPM (Ho, Jain and Abbeel 2020). The method has weak order 1 and takes
+    one score evaluation per step. It equals ``ExponentialMultistep(order=1, stochasticity=1.0)``,
+    and is exact in one step if the data are a single point.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
+    >>> sde = VPSDE()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.Ancestral(), start, times).nfev
+    50
     """
 
     @property
     def facts(self) -> Facts:
-        """Every process whose driven score determines the data, weak order 1."""
+        """Every process whose driven score determines the data; weak order 1."""
         return Facts(
             applies_to=DATA_DETERMINED,
             nfe_per_step=1,
@@ -79,12 +103,12 @@ class Ancestral(AffineSolver):
         """Blocks of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         check_regular(sde, times, "Ancestral")
-        law = sde.posterior(end, start)
+        posterior = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")
-        pull = law.initial[..., :1]
+        pull = posterior.initial[..., :1]
         stage = Stage(
-            as_blocks(law.state + pull @ data.state),
+            as_blocks(posterior.state + pull @ data.state),
             as_blocks(pull @ data.value),
-            noise=as_blocks(law.root),
+            noise=as_blocks(posterior.root),
         )
         return Stages.of(stage)

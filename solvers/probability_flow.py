@@ -1,4 +1,4 @@
-"""The probability-flow ODE by Runge–Kutta methods with adaptive steps."""
+"""Probability-flow ODE by Runge–Kutta methods with adaptive steps."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Pace = Literal["batch", "sample"]
 
 
 def _tableau(method: Method) -> Any:
-    """Butcher tableau and error weights as scipy has them."""
-    from scipy import integrate  # slow to import, and seldom wanted
+    """Butcher tableau and error weights, from scipy's class of the method."""
+    from scipy import integrate  # imported here because it is slow to import and seldom needed
 
     names = {"bosh3": "RK23", "dopri5": "RK45", "dopri8": "DOP853"}
     return getattr(integrate, names[method])
@@ -37,33 +37,48 @@ def _tableau(method: Method) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbabilityFlow(Solver):
-    r"""Embedded Runge–Kutta method for dz/dt = F z − ½ GGᵀ s, with adaptive steps.
+    r"""Adaptive Runge–Kutta solver of the probability-flow ODE dz/dt = F z − ½ GGᵀ s.
 
-    The error of a step is the root mean square over all numbers of the batch of the error in units
-    of atol + rtol times the larger of the state before and after, as in scipy and torchdiffeq. With
-    ``pace="sample"`` each sample has an error and step lengths of its own. No time outside [ε, T]
-    is evaluated. ``Solution.nfev`` is the largest number of evaluations of a sample,
-    ``stats["nfev"]`` has all.
+    The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
+    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. With
+    ``pace="sample"`` each sample has an error and step lengths of its own. The score is never
+    evaluated outside [ε, T]. ``Solution.nfev`` is the largest number of evaluations of a sample;
+    ``stats["nfev"]`` holds the numbers of all samples.
 
     Parameters
     ----------
     method
-        ``"dopri5"`` (Dormand and Prince, order 5), ``"bosh3"`` (Bogacki and Shampine, 3) or
+        ``"dopri5"`` (Dormand and Prince, order 5), ``"bosh3"`` (Bogacki and Shampine, order 3) or
         ``"dopri8"`` (order 8), with scipy's coefficients.
     rtol, atol
-        Tolerances, > 0.
+        Relative and absolute tolerance, > 0.
     max_nfev
-        Evaluations of a sample after which to give up.
+        Largest number of evaluations per sample, ≥ 1. A sample that needs more has failed.
     first_step
-        Length of the first step, > 0; None chooses one.
+        Length of the first step, > 0; None: estimated as in Hairer et al. 1993, II.4.
     max_step
         Length of the longest step, > 0.
     pace
-        ``"batch"``: one step length for all samples, so that they share their times and an exact
-        score computes its coefficients once per evaluation. A sample then depends on its batch, and
-        one that fails takes all with it. ``"sample"``: step lengths for each sample, whose result
-        does not depend on the others but for rounding; samples that have arrived drop out of the
-        batch. An exact score then computes coefficients for each sample.
+        ``"batch"``: one step length for all samples. An exact score then computes its coefficients
+        once per evaluation, but a sample depends on its batch, and a sample that fails stops all.
+        ``"sample"``: step lengths per sample. A result then does not depend on the other samples
+        apart from rounding, and samples that have arrived leave the batch.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = torch.tensor([sde.T, 1e-3], dtype=torch.float64)
+    >>> solvers.solve(process, solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3), start, times).success
+    True
     """
 
     method: Method = "dopri5"
@@ -87,7 +102,7 @@ class ProbabilityFlow(Solver):
 
     @property
     def facts(self) -> Facts:
-        """Every linear SDE; order of the method; stages for each attempt of a step."""
+        """Every linear SDE; the method's order and its number of stages."""
         tableau = _tableau(self.method)
         return Facts(
             applies_to="every linear SDE",
@@ -99,7 +114,7 @@ class ProbabilityFlow(Solver):
         )
 
     def with_step(self, h: float) -> ProbabilityFlow:
-        """The same method with steps of length h and no control of its error."""
+        """The same method with fixed steps of length h and without error control."""
         return replace(self, rtol=LOOSE, atol=LOOSE, first_step=h, max_step=h)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
@@ -107,21 +122,21 @@ class ProbabilityFlow(Solver):
         return _tableau(self.method)
 
     def integrate(self, run: Run) -> Integration:
-        """Take all samples to the end."""
+        """Integrate all samples to the end."""
         batch = len(run.state)
         clock = _Clock.of(run.times)
-        run = clock.seen(run)
-        # Samples that share their steps are stepped as one.
-        together = self.pace == "batch" and batch > 0
-        # A copy, so that a score that writes to its argument does not change the caller's state.
+        run = clock.converted(run)
+        # Samples that share their steps are integrated as one large sample.
+        shared = self.pace == "batch" and batch > 0
+        # Copy the state, because a score may write to its argument.
         state = run.state.clone(memory_format=torch.contiguous_format)
-        if not together:
-            return self._run(run, state, clock, together=False)
+        if not shared:
+            return self._run(run, state, clock, shared=False)
         callback = run.callback
         if callback is not None:
-            asked = callback
-            run = replace(run, callback=lambda n, t, z: asked(n, t.expand(batch), z[0]))
-        one = self._run(run, state.unsqueeze(0), clock, together=True)
+            inner = callback
+            run = replace(run, callback=lambda n, t, z: inner(n, t.expand(batch), z[0]))
+        one = self._run(run, state.unsqueeze(0), clock, shared=True)
         return replace(
             one,
             state=one.state[0],
@@ -130,8 +145,8 @@ class ProbabilityFlow(Solver):
             success=one.success.repeat(batch),
         )
 
-    def _run(self, run: Run, z: Tensor, clock: _Clock, *, together: bool) -> Integration:
-        """Step N states ``(N, …)``, each with a step length of its own."""
+    def _run(self, run: Run, z: Tensor, clock: _Clock, *, shared: bool) -> Integration:
+        """Integrate N states ``(N, …)``, each with step lengths of its own."""
         weights = _Weights(run.tables, z)
         end = float(run.times[-1])
         samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
@@ -139,7 +154,7 @@ class ProbabilityFlow(Solver):
         def flow(
             times: Tensor, h: Tensor, *states: Tensor
         ) -> tuple[Velocity, Tensor, list[Tensor]]:
-            return _flow(run.process, samples, clock, times, h, states, together=together)
+            return _flow(run.process, samples, clock, times, h, states, shared=shared)
 
         h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
@@ -164,21 +179,21 @@ class ProbabilityFlow(Solver):
             new = slopes.step(z, weights.step, dt)
             last = velocity(new, len(weights.stages))
             slopes.append(last)
-            error_there = self._error(weights, slopes, dt, z, new)
-            error = error_there.cpu().to(torch.float64)
-            accept, accept_there = error <= 1, error_there <= 1
+            errors = self._error(weights, slopes, dt, z, new)
+            error = errors.cpu().to(torch.float64)
+            accept, accept_on_device = error <= 1, errors <= 1
             growth = _growth(error, run.tables.error_estimator_order, after_rejection=rejected)
-            z = _where(accept, accept_there, new, z)
-            f = _where(accept, accept_there, last, f)
+            z = _where(accept, accept_on_device, new, z)
+            f = _where(accept, accept_on_device, last, f)
             rejected = ~accept
-            h = samples.settle(z, accept, accept_there, after, h * growth)
+            h = samples.settle(z, accept, accept_on_device, after, h * growth)
             kept = samples.screen(h, run.tables.n_stages)
         return samples.result()
 
     def _error(
         self, weights: _Weights, slopes: _Slopes, dt: Tensor, z: Tensor, new: Tensor
     ) -> Tensor:
-        """Error of each sample in units of the tolerance, as scipy estimates it."""
+        """Error of each sample in units of the tolerance, by scipy's estimate."""
         with torch.no_grad():
             scale = torch.maximum(z.abs(), new.abs()).mul_(self.rtol).add_(self.atol)
             sizes = [dt * _size(slopes.sum(one).div_(scale)) for one in weights.errors]
@@ -200,7 +215,7 @@ class ProbabilityFlow(Solver):
         scale = self.atol + self.rtol * z.abs()
         d0, d1 = torch.stack([_size(z / scale), _size(f / scale)]).cpu().to(torch.float64)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        # The first step finds out that a slope is not finite.
+        # If a slope is not finite, the first step reports it.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
         velocity, dt, _ = flow((t - h0).unsqueeze(0), h0, z)
         nearby = velocity(z - f * per_sample(dt, z), 0)
@@ -215,7 +230,7 @@ class ProbabilityFlow(Solver):
 
 @dataclass(frozen=True)
 class _Clock:
-    """A time u that falls along the grid: t itself, or t_0 + t_n − t on an increasing grid."""
+    """Time u that decreases along the grid: t, or t_0 + t_n − t on an increasing grid."""
 
     low: float
     high: float
@@ -227,24 +242,24 @@ class _Clock:
         return cls(low, high, 1 if times[0] > times[-1] else -1)
 
     def time(self, u: Tensor) -> Tensor:
-        """The time t of u, or u of t."""
-        # Not beyond the ends by a rounding.
+        """Convert u to t, or t to u."""
+        # Rounding must not lead beyond the ends.
         return u if self.sign > 0 else (self.low + self.high - u).clamp(self.low, self.high)
 
-    def seen(self, run: Run) -> Run:
-        """A run in u, whose callback is told t."""
+    def converted(self, run: Run) -> Run:
+        """The run with times u, whose callback gets t."""
         if self.sign > 0:
             return run
         callback = run.callback
         if callback is not None:
-            asked = callback
-            callback = lambda n, u, z: asked(n, self.time(u), z)  # noqa: E731
+            inner = callback
+            callback = lambda n, u, z: inner(n, self.time(u), z)  # noqa: E731
         times, stops = self.time(run.times), self.time(run.stops)
         return replace(run, times=times, stops=stops, callback=callback)
 
 
 Velocity = Callable[[Tensor, int], Tensor]
-"""dz/dt at states, at the time of the given number."""
+"""Function that returns dz/dt from states and the index of an evaluation time."""
 
 
 def _flow(
@@ -255,43 +270,41 @@ def _flow(
     h: Tensor,
     states: Sequence[Tensor],
     *,
-    together: bool,
+    shared: bool,
 ) -> tuple[Velocity, Tensor, list[Tensor]]:
-    """The flow at times ``(S, N)``; h ``(N,)`` on the device, and what is left of the states."""
+    """The flow at times ``(S, N)``, h ``(N,)`` on the device, and the remaining states."""
     sde, times = process.sde, clock.time(times)
     samples.spend(process.evaluations(times).sum(0))
     F, G = clock.sign * sde.drift(times), sde.diffusion(times)
     pull = -0.5 * clock.sign * (G @ G.mT)[..., list(sde.driven)]
-    if together:
-        (there, dt), kept = samples.moved([times, h], states)
-        score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], there[:, 0])
+    if shared:
+        (at, dt), kept = samples.moved([times, h], states)
+        score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], at[:, 0])
         state_blocks, score_blocks = as_blocks(F[:, 0]), as_blocks(pull[:, 0])
 
-        def shared(z: Tensor, i: int) -> Tensor:
+        def shared_velocity(z: Tensor, i: int) -> Tensor:
             one = z[0]
             return combine((state_blocks[i], one), (score_blocks[i], score(one, i))).unsqueeze(0)
 
-        return shared, dt, kept
-    (there, dt, F_there, pull_there), kept = samples.moved([times, h, F, pull], states)
-    score = KnownScore(process, KnownTimes(times), kept[0], there)
+        return shared_velocity, dt, kept
+    (at, dt, drift, gain), kept = samples.moved([times, h, F, pull], states)
+    score = KnownScore(process, KnownTimes(times), kept[0], at)
 
-    def apart(z: Tensor, i: int) -> Tensor:
-        return apply_blocks(F_there[i], z) + apply_blocks(pull_there[i], score(z, i))
+    def velocity(z: Tensor, i: int) -> Tensor:
+        return apply_blocks(drift[i], z) + apply_blocks(gain[i], score(z, i))
 
-    return apart, dt, kept
+    return velocity, dt, kept
 
 
 class _Weights:
-    """A Butcher tableau, its rows with the type and on the device of states.
+    """A Butcher tableau with the dtype and on the device of the states.
 
     Attributes
     ----------
     nodes
-        Times of the stages within a step but the first, in units of its length, ``(S, 1)`` on the
-        CPU.
+        Times of the stages after the first, in units of the step length, ``(S, 1)`` on the CPU.
     stages, step, errors
-        Weights of the slopes: for each of these stages, for the step, for the estimates of its
-        error.
+        Weights of the slopes for each of these stages, for the step, and for its error estimates.
     """
 
     def __init__(self, tableau: Any, like: Tensor) -> None:
@@ -305,7 +318,7 @@ class _Weights:
 
 
 class _Slopes:
-    """Slopes at the stages of a step, in one piece of memory, so that sums of them are products."""
+    """Slopes at the stages of a step, in one tensor, so that a weighted sum is a matrix product."""
 
     def __init__(self, first: Tensor, count: int) -> None:
         self._shape = first.shape
@@ -322,10 +335,10 @@ class _Slopes:
         self._known.append(slope.flatten())
 
     def sum(self, weights: Tensor) -> Tensor:
-        """Σ weight · slope, of the first slopes."""
+        """Σ weight · slope over the first slopes."""
         count = len(weights)
         known = torch.stack(self._known[:count]) if self._memory is None else self._memory[:count]
-        # In the slopes' own precision, if a network runs in another.
+        # Keep the precision of the slopes if the network runs under autocast.
         with torch.autocast(known.device.type, enabled=False):
             return (weights @ known).view(self._shape)
 
@@ -335,26 +348,26 @@ class _Slopes:
 
 
 def _size(x: Tensor) -> Tensor:
-    """Root mean square of each sample, single precision at least."""
-    # Squares of errors in units of the tolerance leave the range of half precision.
+    """Root mean square of each sample, in single precision at least."""
+    # Squares of errors in units of the tolerance overflow half precision.
     wide = torch.promote_types(x.dtype, torch.float32)
     axes = tuple(range(1, x.ndim))
     norm: Tensor = torch.linalg.vector_norm(x.detach(), dim=axes, dtype=wide)
     return norm / math.sqrt(max(x[0].numel(), 1))
 
 
-def _where(accept: Tensor, accept_there: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """New states of the samples that are accepted; no kernel if all are, or none is."""
+def _where(accept: Tensor, accept_on_device: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """New states of accepted samples; launches no kernel if all or none are accepted."""
     if bool(accept.all()):
         return new
     if not bool(accept.any()):
         return old
-    return torch.where(per_sample(accept_there, new), new, old)
+    return torch.where(per_sample(accept_on_device, new), new, old)
 
 
 def _growth(error: Tensor, order: int, *, after_rejection: Tensor) -> Tensor:
-    """Factor of the next step length for an error in units of the tolerance."""
+    """Factor for the next step length, from the error in units of the tolerance."""
     growth = 0.9 * error.clamp_min(1e-10) ** (-1 / (order + 1))
     growth = growth.nan_to_num(0.2).clamp(0.2, 10.0)
-    # A rejected step shrinks; and not to grow right after keeps the two from alternating.
+    # A rejected step shrinks. The step after it must not grow, or the two would alternate.
     return torch.where((error <= 1) & ~after_rejection, growth, growth.clamp_max(1.0))

@@ -1,4 +1,4 @@
-"""Samples in one call: solver, grid, start and end as they were measured to be best."""
+"""Sampling in one call, with the solver, grid, start and end that measurements recommend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cldsde.linear.checks import as_grid_times
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
-from cldsde.score import ReverseProcess, Score
+from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.score.checks import two_increasing
 
 from .base import Solver, check_solver
@@ -30,18 +30,18 @@ from .stochastic_heun import StochasticHeun
 
 __all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample", "window"]
 
-# Sampling starts and ends at these values of half the log-SNR, κ, for data with a standard
-# deviation of about 1. At the first the noise hides the data; at the second the data prediction
-# removes the noise that is left.
+# Values of κ = ½ log SNR at which sampling starts and ends, for data with a standard deviation of
+# about 1. At the start the noise hides the data. At the end the data prediction removes the
+# remaining noise.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 
-# Samples that are solved at once: states of at most so many numbers, and so many samples.
+# Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A solver and how it finishes."""
+    """A solver with its way to denoise at the end."""
 
     solver: Solver
     denoise: Literal[True, False, "step"]  #: See `solve`.
@@ -52,10 +52,11 @@ RECOMMENDED = (
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),
 )
-"""Solvers in the order of preference, on `root_times`; the first that applies to a process is used.
+"""Solvers in order of preference, on `root_times`; the first that applies to a process is used.
 
-The multistep solver needs a score that determines the data; SSCS needs a stationary distribution;
-StochasticHeun takes every process."""
+- `ExponentialMultistep` of order 2 with noise, for processes whose driven score determines the data
+- `SSCS`, for processes with a stationary distribution
+- `StochasticHeun`, for every process"""
 
 
 def sample(
@@ -72,38 +73,39 @@ def sample(
     batch: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Generate samples of a score, with solver, grid, start and end chosen for the process.
+    """Generate samples from a score, with solver, grid, start and end chosen for the process.
 
     The solver is the first of `RECOMMENDED` that applies to the process, on `root_times`. Sampling
-    starts at κ = −3.3, half the log of the signal-to-noise ratio, and ends at κ = 3.3 with the data
-    prediction; a score that knows the noise levels it was trained on (`DenoiserScore`) narrows the
-    range.
+    starts at κ = −3.3 (κ = ½ log SNR), and ends at κ = 3.3 with the data prediction. A score that
+    knows the noise levels of its training, such as `DenoiserScore`, narrows this range.
 
     Parameters
     ----------
     sde
         The process to sample with.
     score
-        score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a `GaussianMixture`;
-        a network in evaluation mode.
+        Function score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a
+        `GaussianMixture`. Put a network in evaluation mode. A
+        `ConditionalScore` holds conditions for all B samples.
     shape
-        ``(B, *D)``: number of samples and shape of one.
+        ``(B, *D)``: number of samples and shape of one sample.
     nfe
-        Maximum number of network evaluations per sample; unused by adaptive solvers.
+        Largest number of score evaluations per sample; ignored by adaptive solvers.
     seed
-        Of all random numbers. Each sample has a random stream of its own: the first samples are the
-        same for any B and ``batch``, up to rounding in a network. A `ScoreDenoiser` that fills
-        states up makes a sample depend on its place in the batch, too.
+        Seed of all random numbers. Each sample has a random stream of its own: the first samples
+        are the same for any B and ``batch``, up to rounding in a network. A `ScoreDenoiser` that
+        fills states up makes a sample depend on its place in the batch, too.
     solver
-        Another solver; it finishes with the data prediction if the process has one.
+        Solver in place of the recommended one. It ends with the data prediction if the process has
+        one.
     times
-        Another decreasing grid ``(n + 1,)``, in place of ``nfe``.
+        Decreasing grid ``(n + 1,)``, in place of ``nfe``.
     device
-        None: the device of the score's parameters, or the CPU.
+        Device of the samples. None: the device of the score's parameters, or the CPU.
     dtype
-        Of the states.
+        Dtype of the states.
     batch
-        Samples solved at once. None: up to 4,096, fewer if a sample is large.
+        Number of samples in one batch. None: up to 4,096, fewer if a sample is large.
     progress
         Show a progress bar on stderr.
 
@@ -117,16 +119,16 @@ def sample(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If ``nfe`` allows no step, the shape is no shape, the grid does not decrease, or the solver
-        does not apply to the process. Nothing is evaluated before.
+        If ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the grid does not decrease, or the
+        solver does not apply to the process. The score has not been evaluated then.
     FloatingPointError
         If a sample is not finite.
 
     Notes
     -----
-    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, where networks have errors.
-    For an exact score of fine structure pass ``times`` with a smaller end. Data should have a
-    standard deviation of about 1.
+    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, which networks do not resolve
+    accurately. If an exact score has finer structure, pass ``times`` with a smaller end. The data
+    should have a standard deviation of about 1.
 
     Examples
     --------
@@ -160,7 +162,10 @@ def sample(
             some = seeds[first : first + size]
             noise = SampleNoise(some)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
-            solution = sampler.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
+            batched = sampler
+            if isinstance(score, ConditionalScore | GuidedScore):
+                batched = sampler.with_score(score.part(slice(first, first + size), count))
+            solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(some))
     return torch.cat(found)
@@ -173,7 +178,7 @@ def recommended_plan(
     solver: Solver | None = None,
     times: Tensor | None = None,
 ) -> tuple[Recipe, Plan]:
-    """The recipe of `sample` for a process and its plan.
+    """Recipe and plan that `sample` uses for a process.
 
     Parameters
     ----------
@@ -193,7 +198,7 @@ def recommended_plan(
         if grid[0] < grid[-1]:
             msg = "times must decrease, from the noise to the data"
             raise ValueError(msg)
-        if grid[-1] == 0:  # nothing is left to denoise
+        if grid[-1] == 0:  # no noise is left at t = 0
             recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
     reasons = []
     for recipe in recipes:
@@ -232,16 +237,16 @@ def fit_grid(
     start, end
         First and last time.
     nfe
-        Maximum number of evaluations.
+        Largest number of score evaluations.
     grid
-        grid(sde, start, end, n), such as `root_times`.
+        Function grid(sde, start, end, n), such as `root_times`.
     denoise
-        Whether one of the evaluations is for the data prediction at the end.
+        Whether to reserve one evaluation for the data prediction at the end.
 
     Returns
     -------
     Tensor
-        ``(n + 1,)``; for an adaptive solver the two ends.
+        Grid ``(n + 1,)``; for an adaptive solver the two ends.
 
     Raises
     ------
@@ -255,34 +260,34 @@ def fit_grid(
     n = budget // max(1, solver.facts.nfe_per_step)
     while n >= 1:
         times: Tensor = grid(process.sde, start, end, n)
-        asked = solver.evaluation_times(process, times)
-        count = 0 if asked is None else int(process.evaluations(asked).sum())
+        score_times = solver.evaluation_times(process, times)
+        count = 0 if score_times is None else int(process.evaluations(score_times).sum())
         if count <= budget:
             return times
         n = min(n - 1, n * budget // count)
-    msg = f"{nfe} evaluations are too few for a step of {type(solver).__name__}; raise nfe"
+    msg = f"{nfe} evaluations are too few for a step of {type(solver).__name__}; increase nfe"
     raise ValueError(msg)
 
 
 def window(
     process: ReverseProcess, start: float | None = None, end: float | None = None
 ) -> tuple[float, float]:
-    """Times between which `sample` makes samples: from κ = −3.3 to κ = 3.3, or less.
+    """Start and end times of `sample`: κ = −3.3 and κ = 3.3, or a narrower range.
 
-    A score with an attribute ``noise_levels``, the smallest and largest noise level that it was
-    trained on, narrows the range.
+    A score with an attribute ``noise_levels``, the smallest and largest noise level of its
+    training, narrows the range.
 
     Parameters
     ----------
     process
         The reverse process.
     start, end
-        Times to take in place of either.
+        Times that replace the start or the end.
 
     Raises
     ------
     ValueError
-        If nothing is left of the range.
+        If the range is empty.
     """
     low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
     levels = getattr(process.score, "noise_levels", None)
@@ -295,8 +300,9 @@ def window(
     start, end = first if start is None else start, last if end is None else end
     if not end < start:
         msg = (
-            f"score: there is no time between its start, {start:.4g}, and its end, {end:.4g}, to "
-            f"sample {process.sde!r} in; the noise levels that it was trained on are {levels}"
+            f"the range of times to sample {process.sde!r} in is empty: it starts at {start:.4g} "
+            f"and ends at {end:.4g}. The score was trained on the noise levels {levels}; choose a "
+            "process with these levels"
         )
         raise ValueError(msg)
     return start, end
@@ -321,13 +327,13 @@ def _integer(value: object, least: int, name: str) -> int:
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    """One seed per sample, all different, far from those of other values of ``seed``."""
+    """One seed per sample, all different, far from the seeds for other values of ``seed``."""
     first = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [(first + i) % 2**32 for i in range(count)]
 
 
 def _warn_of_training(score: Score) -> None:
-    """Warn if a layer of the score behaves as in training."""
+    """Warn if a layer of the score is in training mode."""
     layers = score.modules() if isinstance(score, nn.Module) else ()
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     if any(isinstance(layer, kinds) and layer.training for layer in layers):

@@ -1,4 +1,4 @@
-"""Splitting integrators of the reverse SDE with velocity, composed from three letters."""
+"""Splitting integrators for the reverse SDE with velocity, composed from three letters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ScoreTime = Literal["start", "end"]
 
 @dataclass(frozen=True, kw_only=True)
 class Splitting(StagedSolver):
-    r"""A word over O, A and B: the reverse SDE of a process with velocity, split in three.
+    r"""Splitting integrators such as OBAB and BAOAB, for processes with a velocity.
 
     With the stationary covariance Σ∞ = diag(σ_x, σ_v) the reverse SDE of CLD and PSLD is a sum of
 
@@ -33,27 +33,33 @@ class Splitting(StagedSolver):
         A:&\quad \dot x = [(\tfrac12 G G^⊤ Σ_∞^{−1} − F) z + G G^⊤ s]_x \\
         B:&\quad \dot v = [(\tfrac12 G G^⊤ Σ_∞^{−1} − F) z + G G^⊤ s]_v
 
-    O is an Ornstein–Uhlenbeck process for each component and solved exactly; A moves the positions
-    and B kicks the velocities, each by an Euler step that is exact where its own component does not
-    enter. The letters of the word act from left to right. One that occurs m times acts for 1/m of
-    the step each time, over its own part of the step's clock.
+    O is an Ornstein–Uhlenbeck process for each component and is solved exactly. A updates the
+    positions and B the velocities, each by an Euler step. The letters of the scheme act from left
+    to right. A letter that occurs m times acts for 1/m of the step each time, over its own part of
+    the step.
 
-    OBA, BAO, OBAB, BAOAB, OABAO and any other word with all three letters are of weak order 1:
-    orders known from molecular dynamics, where the force depends on the position alone, do not
-    carry over, as the score depends on the velocity too. With few evaluations and a trained score
-    such words have been found useful with one evaluation a step, ``shared_score=True``, asked at
-    the less noisy end, ``score_time="end"`` (Pandey, Yang and Mandt 2024); on Gaussian data they
-    are less accurate than `SSCS`.
+    Every scheme with all three letters has weak order 1, among them OBA, BAO, OBAB, BAOAB and
+    OABAO. Higher orders known from molecular dynamics do not carry over, because the score depends
+    on the velocity, too. For few evaluations and a trained score, Pandey, Yang and Mandt (2024)
+    recommend one evaluation per step at the less noisy end: ``shared_score=True`` and
+    ``score_time="end"``. On Gaussian data these schemes are less accurate than `SSCS`.
 
     Parameters
     ----------
     scheme
-        The word.
+        Word over the letters O, A and B, with each of them at least once.
     shared_score
-        Whether the first score of a step serves all its letters.
+        Whether all letters of a step use the first score of the step.
     score_time
-        Where the score is asked in a letter's part of the step, or with ``shared_score`` in the
-        step: at its ``"start"`` or at its less noisy ``"end"``.
+        Time of the score evaluation within a letter's part of the step, or with ``shared_score``
+        within the step: its ``"start"``, or its less noisy ``"end"``.
+
+    Raises
+    ------
+    TypeError
+        If ``shared_score`` is not a bool.
+    ValueError
+        If ``scheme`` lacks a letter or has others, or ``score_time`` is unknown.
 
     Examples
     --------
@@ -76,13 +82,13 @@ class Splitting(StagedSolver):
             msg = f"shared_score must be True or False; got {self.shared_score!r}"
             raise TypeError(msg)
         if not isinstance(self.scheme, str) or set(self.scheme) != set("OAB"):
-            msg = f"scheme must be a word with each of the letters O, A and B; got {self.scheme!r}"
+            msg = f"scheme must contain each of the letters O, A and B; got {self.scheme!r}"
             raise ValueError(msg)
         one_of(self.score_time, ScoreTime, "score_time")
 
     @property
     def facts(self) -> Facts:
-        """Weak order 1; an evaluation for each B, where positions are noisy also for each A."""
+        """Weak order 1; one evaluation per B, and per A too if positions are driven."""
         return Facts(
             applies_to="processes of position and velocity with independent stationary "
             "components (CLD, PSLD)",
@@ -96,7 +102,7 @@ class Splitting(StagedSolver):
         covariance = _stationary_variances(sde)
         row_of, ratio = _drift_per_noise(sde, times)
         stages: list[Stage] = []
-        asked = False
+        evaluated = False
         for letter, start, end in self._parts(times):
             noise = sde.accumulated_noise(end, start)
             friction = 0.5 * noise / covariance
@@ -116,26 +122,26 @@ class Splitting(StagedSolver):
             stage = Stage(as_blocks(state))
             if row in sde.driven:
                 blocks = as_blocks(score[..., list(sde.driven)])
-                again = self.shared_score and asked
-                stage = stage._replace(first=blocks) if again else stage._replace(score=blocks)
-                asked = True
+                reuse = self.shared_score and evaluated
+                stage = stage._replace(first=blocks) if reuse else stage._replace(score=blocks)
+                evaluated = True
             stages.append(stage)
         return Stages.of(*stages)
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
-        """Those of each letter that asks for a score, or of the step."""
+        """One time per letter that needs a score, or per step with ``shared_score``."""
         end = self.score_time == "end"
         if self.shared_score:
             return times[1:] if end else times[:-1]
-        asked = [
+        score_times = [
             part[2] if end else part[1]
             for part in self._parts(times)
             if part[0] != "O" and "AB".index(part[0]) in process.sde.driven
         ]
-        return torch.stack(asked, dim=1).flatten()
+        return torch.stack(score_times, dim=1).flatten()
 
     def _parts(self, times: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """Each letter with the start and the end of its part of each step."""
+        """Each letter with start and end times of its part of each step, ``(n,)``."""
         start, h = times[:-1], -times.diff()
         seen = dict.fromkeys(self.scheme, 0)
         parts = []
@@ -148,28 +154,29 @@ class Splitting(StagedSolver):
 
 
 def _stationary_variances(sde: LinearSDE) -> Tensor:
-    """Diagonal of Σ∞ where the process is of position and velocity and splits; raise otherwise."""
+    """Diagonal of Σ∞; raise ValueError if the process does not split."""
     covariance = sde.stationary_covariance
     if sde.components != 2 or sde.stationary_reversal is None or covariance is None:
+        stationary = sde.stationary_reversal is not None
         msg = (
-            "Splitting needs a process of position and velocity with a stationary law; "
+            "Splitting needs a process of position and velocity with a stationary distribution; "
             f"{type(sde).__name__} has {sde.components} components"
-            f"{'. Use SSCS' if sde.stationary_reversal else ' and no such law. Use StochasticHeun'}"
+            f"{'. Use SSCS' if stationary else ' and none. Use StochasticHeun'}"
         )
         raise ValueError(msg)
     noise = sde.accumulated_noise(0.0, sde.T)
     scale = max(float(covariance.abs().max()), 1.0)
     if float(covariance[0, 1].abs()) > 1e-12 * scale or float(noise[0, 1]) != 0:
         msg = (
-            "Splitting needs noises and stationary components that are independent; those of "
-            f"{type(sde).__name__} are correlated. Use SSCS"
+            "Splitting needs independent noises and independent stationary components; "
+            f"{type(sde).__name__} has correlated ones. Use SSCS"
         )
         raise ValueError(msg)
     return covariance.diagonal()
 
 
 def _drift_per_noise(sde: LinearSDE, times: Tensor) -> tuple[int, Tensor]:
-    """A driven component j and F/(GGᵀ)_jj, which a change of time leaves as it is."""
+    """A driven component j and F/(GGᵀ)_jj, which does not depend on the noise schedule."""
     j = sde.driven[-1]
     noise = sde.diffusion(times).square().sum(-1)[:, j]
     fastest = int(noise.argmax())

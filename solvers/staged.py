@@ -1,4 +1,4 @@
-"""Steps made of stages that are affine in states, scores and noise."""
+"""Base classes of solvers whose stages are affine in states, scores and noise."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Stage(NamedTuple):
     """One stage of each step: z ← state z + score s(z) + base z₀ + first s(z₀) + noise ξ.
 
     z₀ is the state at which the step evaluates the score first. If that stage has ``keep``, blocks
-    K and L, then K z₀ + L s(z₀) takes the place of z₀ in later stages. Each field has one block per
-    step; None leaves the term out. A stage is left out of the steps whose ``state`` is None.
+    K and L, then K z₀ + L s(z₀) replaces z₀ in later stages. Each field has one block per step.
+    None leaves the term out. If a step's ``state`` is None, the step skips the stage.
     """
 
     state: Sequence[Block | None]
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The stages of a solver, and the number of the first evaluation of each step."""
+    """The stages of a solver, and the index of the first score evaluation of each step."""
 
     stages: tuple[Stage, ...]
     numbers: list[int]
@@ -43,7 +43,7 @@ class Stages(NamedTuple):
 
     @classmethod
     def of(cls, *stages: Stage) -> Stages:
-        """Number the evaluations of stages."""
+        """Create it from stages, and number their score evaluations."""
         steps = range(len(stages[0].state))
         counts = [
             sum(stage.score is not None and stage.state[i] is not None for stage in stages)
@@ -55,12 +55,12 @@ class Stages(NamedTuple):
 
 
 class StagedSolver(GridSolver):
-    """A solver whose steps are stages; a subclass gives their blocks and evaluation times."""
+    """Base class of solvers whose steps are stages; `prepare` returns `Stages`."""
 
     def step(
         self, z: Tensor, memory: Memory, tables: Stages, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """The stages, one after the other."""
+        """Apply the stages one after the other."""
         number, base, first = tables.numbers[i], None, None
         for stage in tables.stages:
             state = stage.state[i]
@@ -70,7 +70,7 @@ class StagedSolver(GridSolver):
             if stage.score is not None:
                 here = score(z, number)
                 terms.append((stage.score[i], here))
-                # Keep only what later stages use, so that three states are held at a time.
+                # Keep only what later stages use, so that at most three states are in memory.
                 if number == tables.numbers[i]:
                     base = z if tables.uses_base else None
                     first = here if tables.uses_first else None
@@ -83,7 +83,7 @@ class StagedSolver(GridSolver):
             if stage.first is not None and first is not None:
                 terms.append((stage.first[i], first))
             z = combine(*terms)
-            # Draw the noise only when the score is freed.
+            # Free the score before drawing the noise, to save memory.
             del terms
             if stage.noise is not None and (columns := len(stage.noise[i][0])):
                 z = add_to(z, (stage.noise[i], noise.normal(z, columns)))
@@ -91,12 +91,12 @@ class StagedSolver(GridSolver):
 
 
 class AffineSolver(StagedSolver):
-    """A solver with one stage per step, which evaluates the score at the step's start."""
+    """Base class of solvers with one stage per step and the score at the step's start."""
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The start of each step."""
         return times[:-1]
 
     def noise_roots(self, tables: Stages) -> Sequence[Block] | None:
-        """The noise of the one stage."""
+        """Noise blocks of the stage."""
         return tables.stages[0].noise

@@ -20,23 +20,34 @@ __all__ = ["StochasticHeun"]
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticHeun(StagedSolver):
-    r"""Stochastic Heun: the drift is averaged over an Euler step's two ends, noise added once.
+    r"""Stochastic Heun method: the drift is averaged over the step, the noise is added once.
 
     .. math::
         \tilde z = z + h\,d(z, t) + N, \qquad
         z ← z + \tfrac h2 [d(z, t) + d(\tilde z, t−h)] + N, \qquad d = −F z + G G^⊤ s,
 
-    with N of the covariance ∫GGᵀ over the step; the second is z̃ with half of its drift replaced by
-    that at its end. Two score evaluations a step, weak order 2, strong order 1.
+    with noise N of covariance ∫GGᵀ over the step. The method has weak order 2 and strong order 1,
+    and takes two score evaluations per step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+    >>> sde = CLD()
+    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
+    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
+    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
+    >>> solvers.solve(process, solvers.StochasticHeun(), start, times).nfev
+    100
     """
 
     @property
     def facts(self) -> Facts:
-        """Every linear SDE, weak order 2 at two evaluations a step."""
+        """Every linear SDE, weak order 2, two evaluations per step."""
         return Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
-        """Blocks of both sums of each step."""
+        """Blocks of both stages of each step."""
         sde, start, end = process.sde, times[:-1], times[1:]
         check_regular(sde, times, "StochasticHeun")
         h = (start - end)[:, None, None]
@@ -62,7 +73,7 @@ class StochasticHeun(StagedSolver):
         return torch.stack([times[:-1], times[1:]], dim=1).flatten()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
-        """ΔW/√h, turned so that the root of ∫GGᵀ takes it where G of mid time does."""
+        """ΔW/√h, rotated so that the root of ∫GGᵀ maps it in the direction of G(t − h/2)."""
         sde = process.sde
         driven = list(sde.driven)
         middle = (times[:-1] + times[1:]) / 2
@@ -74,6 +85,6 @@ class StochasticHeun(StagedSolver):
 
 
 def _drift(sde: LinearSDE, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """What h(−F z + GGᵀ s) multiplies state and score with."""
+    """Blocks of h(−F z + GGᵀ s) for state and score."""
     G = sde.diffusion(t)
     return -h * sde.drift(t), h * (G @ G.mT)[..., list(sde.driven)]

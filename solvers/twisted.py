@@ -136,7 +136,7 @@ def sample_posterior(
     process
         Forward SDE and score of the data, without the observation.
     observation
-        What was observed, one y for all particles.
+        The observation, one y for all particles.
     times
         Decreasing grid from T to ε at most `Observation.end_time`.
     particles
@@ -149,7 +149,7 @@ def sample_posterior(
     generator
         Source of all randomness in place of seeds.
     shape
-        Shape ``(*D)`` of one data point; None takes that of the observation.
+        Shape ``(*D)`` of one data point; None takes the observation's.
     method
         ``"moments"``: the sharper proposal and weight; one gradient of the score per number of y,
         so for dozens of numbers. ``"pigdm"``: one gradient in all. See `PosteriorScore`.

@@ -1,4 +1,4 @@
-"""Methods of torchdiffeq as solvers."""
+"""Methods of torchdiffeq as solvers of the probability flow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import Facts, Integration, Run, Solver
 
 __all__ = ["TorchDiffEq"]
 
-# Order and evaluations per step of adaptive methods; order and stages of methods with fixed steps.
+# Adaptive methods: order and evaluations per step. Methods with fixed steps: order and stage times.
 _ADAPTIVE = {
     "dopri8": (8, 13),
     "dopri5": (5, 6),
@@ -37,31 +37,36 @@ _METHODS = (*_ADAPTIVE, *_FIXED)
 
 
 class _EndError(Exception):
-    """Raised inside torchdiffeq's loop, which has no other way out, with what happened in words."""
+    """Raised to leave torchdiffeq's loop early; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchDiffEq(Solver):
-    """The probability-flow ODE by a method of torchdiffeq (Chen et al. 2018).
+    """Solver of the probability-flow ODE by a method of torchdiffeq (Chen et al. 2018).
 
     Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
     for the whole batch, and step onto each requested time. The score is never evaluated outside
-    the grid's ends. torchdiffeq reads numbers back from the device at every step; `ProbabilityFlow`
-    has less overhead.
+    the grid's ends. torchdiffeq reads numbers back from the device at every step, so
+    `ProbabilityFlow` has less overhead.
 
     Parameters
     ----------
     method
-        ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"`` or ``"adaptive_heun"``, with
-        adaptive steps; ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"`` or ``"rk4"``, with
-        fixed steps. Its Adams methods are not supported, because they assume even steps, nor is
-        ``"scipy_solver"``, which leaves the device and records no gradients.
+        With adaptive steps: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"`` or
+        ``"adaptive_heun"``. With fixed steps: ``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``
+        or ``"rk4"``. Adams methods are not supported, because they assume even steps.
+        ``"scipy_solver"`` is not supported, because it leaves the device and records no gradients.
     rtol, atol
-        Tolerances of adaptive methods, > 0.
+        Relative and absolute tolerance of adaptive methods, > 0.
     options
-        Further options of torchdiffeq.
+        Further options of torchdiffeq's method.
     max_nfev
-        Evaluations after which to give up.
+        Largest number of evaluations, ≥ 1. A solve that needs more has failed.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown, a number is out of range, or ``options`` sets the grid.
 
     Examples
     --------
@@ -91,7 +96,10 @@ class TorchDiffEq(Solver):
         check_at_least(self.max_nfev, 1, "max_nfev")
         own = {"step_t", "step_size", "grid_constructor", "dtype"} & set(self.options)
         if own:
-            msg = f"options must leave {', '.join(sorted(own))} to the grid; got {self.options!r}"
+            msg = (
+                f"options must not set {', '.join(sorted(own))}, because times sets the grid; got "
+                f"{self.options!r}"
+            )
             raise ValueError(msg)
 
     @property
@@ -112,43 +120,43 @@ class TorchDiffEq(Solver):
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> None:
-        """Nothing: torchdiffeq asks for the flow at its own times."""
+        """Return None, because torchdiffeq evaluates the flow at its own times."""
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
-        """The stages of each step of a fixed method."""
+        """Stage times of each step for methods with fixed steps; None for adaptive methods."""
         if self.method in _ADAPTIVE:
             return None
         _, stages = _FIXED[self.method]
         return torch.stack([times[:-1] + c * times.diff() for c in stages], dim=1).flatten()
 
     def with_step(self, h: float) -> TorchDiffEq:
-        """The same method with steps of length h and no control of its error.
+        """The same adaptive method with fixed steps of length h and without error control.
 
         Raises
         ------
         ValueError
-            If the method steps through the grid that is given.
+            If the method has fixed steps already.
         """
         if self.method in _FIXED:
-            msg = f"method {self.method!r} steps through the grid that is given"
+            msg = f"method must be adaptive to take steps of one length; got {self.method!r}"
             raise ValueError(msg)
         options = {**self.options, "first_step": h, "max_step": h}
         return replace(self, rtol=LOOSE, atol=LOOSE, options=options)
 
     def integrate(self, run: Run) -> Integration:
-        """Take all samples to the end by one call of torchdiffeq."""
-        from torchdiffeq import odeint  # slow to import, and seldom wanted
+        """Integrate all samples to the end by one call of torchdiffeq."""
+        from torchdiffeq import odeint  # imported here because it is slow to import
 
-        # A copy, so that a score that writes to its argument does not change the caller's state.
+        # Copy the state, because a score may write to its argument.
         z, times, stops = run.state.clone(), run.times, run.stops
-        # Apple's devices have no float64.
+        # Apple's GPUs have no float64.
         precision = torch.float32 if z.device.type == "mps" else torch.float64
         grid, ahead = times.to(z.device, precision), stops.to(z.device, precision)
         options = dict(self.options)
         if self.method in _ADAPTIVE:
             options.update(step_t=ahead, dtype=precision)
             if torch.is_grad_enabled():
-                # torchdiffeq would take its guess of the first step for a function of the state.
+                # torchdiffeq would differentiate its estimate of the first step.
                 options.setdefault("first_step", 1e-3 * float(times[0] - times[-1]))
         else:
             options["grid_constructor"] = lambda func, y0, t: grid
@@ -173,8 +181,8 @@ class TorchDiffEq(Solver):
             except AssertionError as error:
                 if error is flow.raised:
                     raise
-                # torchdiffeq says so if its step underflows or numbers are not finite.
-                message = f"torchdiffeq gave up: {str(error).splitlines()[0][:100]}"
+                # torchdiffeq asserts that its step does not underflow and that numbers are finite.
+                message = f"torchdiffeq failed: {str(error).splitlines()[0][:100]}"
         return Integration(
             state=flow.state,
             states=torch.stack(flow.states),
@@ -187,7 +195,7 @@ class TorchDiffEq(Solver):
 
 
 class _WatchedFlow:
-    """The flow within its interval, counted, with the states that were stepped to."""
+    """The flow that torchdiffeq calls; it counts evaluations and saves accepted states."""
 
     def __init__(self, run: Run, max_nfev: int, bar: Any) -> None:
         self._process, self._times, self._max_nfev = run.process, run.times, max_nfev
@@ -207,24 +215,24 @@ class _WatchedFlow:
         at = t.detach().to("cpu", torch.float64)
         if not bool(at.isfinite()):
             msg = (
-                "the step length is not finite: the score is not, or rtol and atol cannot be met "
-                f"in {z.dtype}"
+                "the step length is not finite: the score is not finite, or rtol and atol cannot "
+                f"be met in {z.dtype}"
             )
             raise _EndError(msg)
         self.nfev += int(self._process.evaluations(at))
         try:
-            # Times come in the state's precision, and may be rounded past the ends.
+            # torchdiffeq rounds times to the state's precision, possibly past the ends.
             return self._process.probability_flow(z, at.clamp(self._times[-1], self._times[0]))
         except AssertionError as error:
             self.raised = error
             raise
 
     def callback_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
-        """Torchdiffeq's call before each attempt, with the state that it starts from."""
+        """Torchdiffeq calls this before each attempted step with the state that it starts from."""
         self.note(t.detach(), z)
 
     def note(self, t: Tensor, z: Tensor) -> None:
-        """Remember a state that was stepped to."""
+        """Save an accepted state."""
         now = float(t)
         if not now < self._last:
             return
@@ -233,8 +241,8 @@ class _WatchedFlow:
             self.states[self._stops.index(now)] = z
         self.steps += 1
         self._bar.update()
-        asked = self._callback is not None and self._callback(self.steps, now, z.contiguous())
-        if asked and now > self._stops[-1]:
+        stop = self._callback is not None and self._callback(self.steps, now, z.contiguous())
+        if stop and now > self._stops[-1]:
             self.stopped = True
             msg = "stopped by the callback"
             raise _EndError(msg)

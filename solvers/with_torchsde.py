@@ -1,4 +1,4 @@
-"""Methods of torchsde as solvers."""
+"""Methods of torchsde as solvers of the reverse SDE."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["TorchSDE"]
 
 class _Method(NamedTuple):
     calculus: str
-    stages: tuple[float, ...]  # where in the step the drift is asked for, in order
+    stages: tuple[float, ...]  # times of the drift evaluations as fractions of the step, in order
     weak_order: float
     strong_order: float
 
 
-# Orders for noise that is additive, as it is here; some are above what torchsde declares, which
-# holds for any noise. "midpoint" is of weak order 2 where the score is affine, and not otherwise:
-# its inner stage sees half the step's increment, whose variance is that of a quarter of the step.
+# Orders for additive noise. Some are higher than torchsde declares, which states orders for any
+# noise. "midpoint" has weak order 2 only if the score is affine: its inner stage uses half of the
+# step's increment, whose variance belongs to a quarter of the step.
 _METHODS = {
     "euler": _Method("ito", (0.0,), 1, 1),
     "milstein": _Method("ito", (0.0,), 1, 1),
@@ -36,7 +36,7 @@ _METHODS = {
     "euler_heun": _Method("stratonovich", (0.0,), 1, 1),
     "midpoint": _Method("stratonovich", (0.0, 0.5), 1, 1),
 }
-_QUARTERS = 4  # the diffusion is asked for at quarters of a step
+_QUARTERS = 4  # torchsde evaluates the diffusion at quarters of a step
 
 
 class _Tables(NamedTuple):
@@ -48,19 +48,24 @@ class _Tables(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchSDE(GridSolver):
-    """The reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
+    """Solver of the reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
 
-    Each step of the grid is one step of torchsde's method, so no step leaves the grid. The noise
-    source of `solve` serves as its Brownian motion, so a seed gives the same bits. Orders are for
+    Each step of the grid is one step of torchsde's method, so no step leaves the grid. The Brownian
+    motion comes from the noise source of `solve`, so a seed gives the same bits. Orders are for
     additive noise.
 
     Parameters
     ----------
     method
-        ``"euler"``, ``"milstein"`` (here the same), ``"srk"`` (SRA1 of Rößler 2010), ``"heun"``,
-        ``"euler_heun"`` or ``"midpoint"``. Two methods are not supported: ``"log_ode"`` equals
-        ``"midpoint"`` for additive noise, and ``"reversible_heun"`` is unstable near the data (with
-        CLD and 320 uniform steps to 0.05 its moments are still off by a tenth).
+        ``"euler"``, ``"milstein"`` (the same for additive noise), ``"srk"`` (SRA1 of Rößler 2010),
+        ``"heun"``, ``"euler_heun"`` or ``"midpoint"``. Two methods are not supported: ``"log_ode"``
+        equals ``"midpoint"`` for additive noise, and ``"reversible_heun"`` is unstable near the
+        data. With CLD and 320 uniform steps to 0.05 its moments have an error of a tenth.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
 
     Examples
     --------
@@ -97,12 +102,12 @@ class TorchSDE(GridSolver):
         """Blocks of the drift at all evaluations and of the diffusion at quarters of steps."""
         sde = process.sde
         check_regular(sde, times, "TorchSDE")
-        asked = self.evaluation_times(process, times)
-        G = sde.diffusion(asked)
+        score_times = self.evaluation_times(process, times)
+        G = sde.diffusion(score_times)
         quarters = torch.arange(_QUARTERS + 1, device="cpu") / _QUARTERS
         at = times[:-1, None] + quarters * times.diff()[:, None]
         return _Tables(
-            as_blocks(-sde.drift(asked)),
+            as_blocks(-sde.drift(score_times)),
             as_blocks((G @ G.mT)[..., list(sde.driven)]),
             as_blocks(sde.diffusion(at.clamp(times[-1], times[0])).flatten(0, 1)),
             times.tolist(),
@@ -115,14 +120,14 @@ class TorchSDE(GridSolver):
         return torch.stack(stages, dim=1).flatten()
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
-        """Increments ΔW/√h; for ``"srk"`` also the time integral less what they tell of it."""
+        """Increments ΔW/√h; for ``"srk"`` also the part of ∫w dt that is independent of them."""
         plain = PathNoise.increments(process.sde, times)
         if self.method != "srk":
             return plain
         h = -times.diff()[:, None, None]
         increment, integral = plain.increment, plain.integral
         zero = torch.zeros_like(increment)
-        # H = U/h − ΔW/2 is of variance h/12, see `_Increments`.
+        # H = U/h − ΔW/2 has variance h/12, see `_Increments`.
         return PathNoise(
             torch.cat([increment, -math.sqrt(3) * increment], dim=1),
             torch.cat([integral, integral], dim=1),
@@ -132,10 +137,11 @@ class TorchSDE(GridSolver):
     def step(
         self, z: Tensor, memory: Memory, tables: _Tables, i: int, score: ScoreAt, noise: NoiseSource
     ) -> tuple[Tensor, Memory]:
-        """One step of torchsde."""
-        from torchsde._core import base_sde, methods  # slow to import, and seldom wanted
+        """Take one step of torchsde's method."""
+        # Import here, because torchsde is slow to import and seldom needed.
+        from torchsde._core import base_sde, methods
 
-        # `torchsde.sdeint` would ask for the drift once more at each call, to look at its shape.
+        # Call the method directly: `torchsde.sdeint` evaluates the drift once more to check shapes.
         method = _METHODS[self.method]
         evaluations = len(method.stages)
         reverse = _Step(method.calculus, tables, i, evaluations, score, z)
@@ -149,13 +155,13 @@ class TorchSDE(GridSolver):
             dt_min=0.0,
             options={},
         )
-        # torchsde's arithmetic is elementwise: a sample may lie in memory as it is.
+        # torchsde's arithmetic is elementwise, so flattening a sample does not change it.
         y, _ = solver.step(-tables.times[i], -tables.times[i + 1], z.flatten(1), ())
         return y.view_as(z), ()
 
 
 class _Step:
-    """The reverse SDE in the clock −t, for the evaluations of one step."""
+    """The reverse SDE in the time −t, as torchsde expects it, for one step."""
 
     noise_type = "additive"
 
@@ -164,11 +170,11 @@ class _Step:
     ) -> None:
         self.sde_type = calculus
         self._tables, self._i, self._score, self._like = tables, i, score, z
-        self._asked = i * evaluations
+        self._evaluation = i * evaluations  # index of the next score evaluation
 
     def f(self, s: float, y: Tensor) -> Tensor:
-        tables, j = self._tables, self._asked
-        self._asked += 1
+        tables, j = self._tables, self._evaluation
+        self._evaluation += 1
         z = y.view_as(self._like)
         return combine((tables.state[j], z), (tables.score[j], self._score(z, j))).flatten(1)
 
@@ -181,7 +187,7 @@ class _Step:
 
 
 class _Increments:
-    """A noise source as torchsde's Brownian motion, for one query over a step."""
+    """Noise source with the interface of torchsde's Brownian motion, for one query per step."""
 
     levy_area_approximation = "space-time"
 

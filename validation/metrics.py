@@ -55,7 +55,7 @@ def sliced_wasserstein(
     projections: int = 200,
     generator: torch.Generator | None = None,
 ) -> float:
-    """Sliced Wasserstein-2 distance of two samples, by the library POT.
+    """Sliced Wasserstein-2 distance of two samples.
 
     Parameters
     ----------
@@ -64,29 +64,32 @@ def sliced_wasserstein(
     weights
         Weights of x, ``(n,)``, of sum 1; None weighs all alike.
     projections
-        Number of random directions; in one dimension one is enough.
+        Number of random directions; one dimension needs none.
     generator
         Source of the directions.
 
     Raises
     ------
     ImportError
-        If POT is not installed; it comes with the extra ``validation``.
+        If POT is needed, for weights or for samples of different sizes, and not installed; it comes
+        with the extra ``validation``.
     """
+    directions = torch.ones(1, 1, dtype=torch.float64)
+    if x.shape[1] > 1:
+        directions = torch.randn(projections, x.shape[1], dtype=torch.float64, generator=generator)
+        directions = directions / directions.norm(dim=1, keepdim=True)
+    if weights is None and len(x) == len(y):
+        # The k-th smallest of x goes to the k-th smallest of y. POT takes six times as long.
+        first, second = ((directions @ z.double().mT).sort(1).values for z in (x, y))
+        return float((first - second).square().mean().sqrt())
     try:
         import ot  # an extra
     except ImportError as error:
         msg = "POT is missing; install the extra: pip install 'cldsde[validation]'"
         raise ImportError(msg) from error
     mass = None if weights is None else weights.double().numpy()
-    if x.shape[1] == 1:
-        one, other = x[:, 0].double().numpy(), y[:, 0].double().numpy()
-        squared = ot.wasserstein_1d(one, other, mass, p=2)
-        return float(np.sqrt(squared))
-    draw = torch.randn(projections, x.shape[1], dtype=torch.float64, generator=generator)
-    directions = (draw / draw.norm(dim=1, keepdim=True)).T.numpy()
     found = ot.sliced_wasserstein_distance(
-        x.double().numpy(), y.double().numpy(), mass, projections=directions, p=2
+        x.double().numpy(), y.double().numpy(), mass, projections=directions.mT.numpy(), p=2
     )
     return float(found)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cldsde.solvers import RecordedNoise, solve
-from cldsde.solvers.authoring import Solver, check_solver
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.base import check_solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
 from .cases import FlowCase, PathCase

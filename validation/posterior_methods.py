@@ -9,7 +9,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from cldsde.score import GaussianMixture, MixtureScore, Observation, PosteriorScore, ReverseProcess
+from cldsde.score import GaussianMixture, Observation, PosteriorScore, ReverseProcess
+from cldsde.score.mixture import MixtureScore
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
 from cldsde.solvers import ExponentialMultistep, Imputation, sample_posterior, solve
 
@@ -43,8 +44,8 @@ class PosteriorMethod:
 def posterior_methods() -> dict[str, PosteriorMethod]:
     """The package's samplers of a posterior, by name.
 
-    - ``"exact"``: the score of `GaussianMixture.condition` on the multistep solver, whose error is
-      all that is left.
+    - ``"exact"``: the score of `GaussianMixture.condition` on the multistep solver; only the
+      solver's error remains.
     - ``"twisted"``: `sample_posterior`, n particles in one run.
     - ``"moments"`` (three iterations), ``"pigdm"``, ``"dps"``: `PosteriorScore` on that solver.
     - ``"replacement"``: `Imputation` of the observed directions on that solver.

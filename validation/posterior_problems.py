@@ -27,11 +27,11 @@ class PosteriorProblem:
     Attributes
     ----------
     name
-        What it is called in reports.
+        Name in reports.
     data
         The distribution of the data.
     observation
-        What was observed, of data of shape ``(D,)``.
+        Observation of data of shape ``(D,)``.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from .posterior_problems import posterior_problems
 
 __all__ = ["PosteriorReport", "planted_samplers", "posterior_errors", "posterior_runs"]
 
-# A sampler's error at smaller noise is that of its steps, which are not the sampler's claim.
+# At smaller noise the error comes from the number of steps, about which samplers claim nothing.
 _JUDGED_NOISE = 0.1
 
 
@@ -136,7 +136,7 @@ def posterior_errors(
 
 @dataclass(frozen=True)
 class PosteriorReport:
-    """Measurements of posterior samplers, and what they mean.
+    """Measurements of posterior samplers, and the failures among them.
 
     Attributes
     ----------

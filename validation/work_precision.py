@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
-from cldsde.solvers.authoring import Solver, check_solver
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.base import check_solver
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments

@@ -25,19 +25,13 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.progress import progress_bar
-from cldsde.solvers import canonical_name, find_solver, named_solvers
+from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
-from cldsde.validation import (
-    Check,
-    Problem,
-    Report,
-    Verdict,
-    WorkPrecision,
-    problems,
-    work_precision,
-)
-from cldsde.validation.checks import in_words
-from cldsde.validation.report import PAGE, part_of
+from cldsde.solvers.named import canonical_name
+from cldsde.validation import Problem, WorkPrecision, problems, work_precision
+from cldsde.validation.checks import Check, in_words
+from cldsde.validation.order_estimate import Verdict
+from cldsde.validation.report import PAGE, Report, part_of
 from cldsde.validation.suite import (
     QUICK_PROBLEMS,
     checks,

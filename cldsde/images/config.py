@@ -126,12 +126,17 @@ class RunConfig(Configuration):
             place.pop(last, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def model_digest(self) -> str:
-        """Digest of process, networks, reference, data (not their path) and smallest time."""
+    def model_digest(self, *, before_predictions: bool = False) -> str:
+        """Digest of process, networks, reference, data (not their path) and smallest time.
+
+        Runs that were trained before there was ``score.prediction`` have a digest without it.
+        """
         values = _without_defaults(self)
         parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
         parts["data"]["options"].pop("path", None)
         parts["t_min"] = self.training.t_min
+        if before_predictions:
+            del parts["score"]["prediction"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -118,21 +118,7 @@ class DemoConfig:
 
 
 class DemoReport(NamedTuple):
-    """Results of the demonstration; also in ``results.json``.
-
-    Attributes
-    ----------
-    accuracy
-        Accuracy of the classifier on held-out digits.
-    distances
-        Solver to NFE to the Fréchet distances of the sets of samples from all real digits.
-    baseline
-        Fréchet distance of samples of a Gaussian fitted to the training pixels.
-    class_shares
-        Shares of the ten classes among the multistep samples at the largest NFE.
-    seconds
-        Wall time.
-    """
+    """Results of the demonstration; also in ``results.json``."""
 
     accuracy: float
     distances: dict[str, dict[int, list[float]]]
@@ -164,17 +150,7 @@ class DemoReport(NamedTuple):
 
 
 def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> DemoReport:
-    """Train CLD on digits, sample it with three solvers, measure, and plot.
-
-    Parameters
-    ----------
-    config
-        Settings.
-    run
-        Where to write. An interrupted run is resumed; a finished run is reported again.
-    progress
-        Show progress bars on stderr.
-    """
+    """Train CLD on digits, sample it with three solvers, measure, and plot."""
     if all((run / name).exists() for name in _RESULTS):
         return _stored_report(run)
     began = time.monotonic()

@@ -116,7 +116,7 @@ def plot_distances(
         low, high = np.maximum(means - spread, means / 2), means + spread
         axes.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
     nfes = sorted({nfe for values in distances.values() for nfe in values})
-    axes.axhline(baseline, color="0.5", linestyle="--", label="Gaussian fitted to the pixels")
+    axes.axhline(baseline, color="0.5", linestyle="dashed", label="Gaussian fitted to the pixels")
     axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
     axes.minorticks_off()
     axes.set(xlabel="score evaluations per sample (NFE)", ylabel="Fréchet distance (FD)")

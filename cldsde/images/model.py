@@ -31,15 +31,7 @@ KIND = "an image model of cldsde, version 2"
 
 
 class DiffusionModel(nn.Module):
-    """A score, and for a latent model the autoencoder of its latent space.
-
-    Parameters
-    ----------
-    score
-        Score of images, or of latent variables.
-    vae
-        The autoencoder; None for a model of pixels.
-    """
+    """A score of images, or a score of latent variables with their autoencoder."""
 
     def __init__(self, score: MixedScore | PublishedScore, vae: VAE | None = None) -> None:
         super().__init__()
@@ -103,13 +95,7 @@ class ImageSpace:
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of the data in [−1, 1], for the reference of the score.
-
-    Attributes
-    ----------
-    data_mean, data_variance
-        ``()``, ``(C, 1, 1)`` or ``(C, H, W)``, float64.
-    """
+    """Mean and variance of the data for the reference, float64; see `channel_statistics`."""
 
     data_mean: Tensor
     data_variance: Tensor
@@ -127,21 +113,7 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A trained model, its images and its configuration.
-
-    Attributes
-    ----------
-    model
-        Score and autoencoder, with averaged weights, in evaluation mode.
-    space
-        The images that it samples.
-    config
-        The configuration of its run.
-    images_seen
-        Length of its training.
-    digest
-        SHA-256 of the weights.
-    """
+    """A trained model, its images and its configuration."""
 
     model: DiffusionModel
     space: ImageSpace
@@ -185,23 +157,10 @@ def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE |
 def make_network(
     config: RunConfig, shape: Sequence[int], classes: int | None, device: str = "cpu"
 ) -> nn.Module:
-    """The network, with weights of the configuration's seed; no weights on the device ``"meta"``.
+    """The network for data of a shape ``(C, H, W)`` and a number of classes, or None.
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    shape
-        ``(C, H, W)`` of images or latent variables.
-    classes
-        Number of classes that it sees; None: none.
-    device
-        Where to make it.
-
-    Raises
-    ------
-    SettingError
-        If it does not fit the shape, or a network of one's own cannot be imported.
+    It has weights of the configuration's seed, or none on the device ``"meta"``. Raises a
+    SettingError if it does not fit the shape, or a network of one's own cannot be imported.
     """
     sde, network = config.process.make(), config.network
     kind: Any = NETWORKS.get(network.name) or named(network.name, "network.name")
@@ -225,14 +184,7 @@ def make_model(
 ) -> DiffusionModel:
     """An untrained model, with weights of the configuration's seed.
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    space
-        The images.
-    statistics
-        Statistics of the data; None if weights are going to be loaded, which include them.
+    Without statistics of the data, weights are going to be loaded that include them.
     """
     vae = make_vae(config, space)
     shape = space.shape if vae is None else vae.latent_shape
@@ -278,23 +230,7 @@ def save_model(
 def load_model(
     run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
 ) -> ImageModel:
-    """Load the model of a run.
-
-    Parameters
-    ----------
-    run
-        Folder of the run.
-    device
-        Where to put the model.
-    trust
-        Import the network that the run names by ``module:Class``. Otherwise no code is run.
-
-    Raises
-    ------
-    ValueError
-        If there is no such run, it has no model yet, the file is damaged or was written for
-        another configuration, or the network is code outside of cldsde and not trusted.
-    """
+    """Load the model of a run."""
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
@@ -318,16 +254,14 @@ def load_model(
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
-    """Load a model file that was written for a configuration; runs no code of the file.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or was written for another configuration.
-    """
+    """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
-        if metadata["config"] != config.model_digest():
+        older = config.score.prediction == "noise"
+        if metadata["config"] not in {
+            config.model_digest(),
+            config.model_digest(before_predictions=older),
+        }:
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])

@@ -9,14 +9,9 @@ from cldsde.images.errors import SettingError
 
 
 def named(name: object, key: str) -> Any:
-    """Import the attribute that ``module:attribute`` names.
+    """Import the attribute that ``module:attribute`` names, or raise a SettingError.
 
-    Raises
-    ------
-    ModuleNotFoundError
-        If the module exists, but imports another one that is missing.
-    SettingError
-        If the name has another form, or the module or attribute does not exist or fails.
+    A ModuleNotFoundError means that the module exists, but imports another one that is missing.
     """
     module, _, attribute = str(name).partition(":")
     parts = attribute.split(".")

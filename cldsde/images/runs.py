@@ -26,27 +26,6 @@ class RunFolder:
 
     Opening it checks everything before anything is written: a folder of another configuration, or
     with other files, is an error and not changed. A folder of the same configuration is continued.
-
-    Parameters
-    ----------
-    path
-        The folder; made, with its parents, if it does not exist.
-    config
-        The resolved configuration, JSON types only.
-    shared
-        Whether another process of the same run has opened the folder, and this one only reads it.
-    parts
-        Names that may exist in a folder without configuration.
-    free
-        Settings, ``section.key`` or a whole section, that may differ from those that the folder
-        was made with, because nothing in it depends on them. They are replaced.
-
-    Raises
-    ------
-    SettingError
-        If the folder holds a run of another configuration, or other files.
-    OSError
-        If the folder cannot be made or written.
     """
 
     def __init__(

@@ -67,13 +67,7 @@ class Configuration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Check and build a configuration from plain types.
-
-        Raises
-        ------
-        SettingError
-            If a key is unknown, missing or of the wrong type, or a value out of range.
-        """
+        """Check and build a configuration from plain types."""
         return from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:

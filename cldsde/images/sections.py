@@ -30,7 +30,7 @@ from cldsde.images.schema import (
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.pretrained import Parameterisation
 from cldsde.pretrained.published_score import Code
-from cldsde.solvers import canonical_name
+from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""

@@ -28,15 +28,7 @@ def stream(
 
 
 def image_order(seed: int, images: int, first: int, count: int) -> Tensor:
-    """Rows of the data set that are seen at positions ``first`` … ``first + count - 1``.
-
-    Each pass over the data has an order of its own.
-
-    Returns
-    -------
-    Tensor
-        ``(count,)`` int64.
-    """
+    """Rows ``(count,)`` of the data set at positions from ``first`` on; each pass has its order."""
     positions = torch.arange(first, first + count)
     passes, rows = positions // images, positions % images
     order = torch.empty_like(rows)

@@ -25,16 +25,14 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """The table as Markdown, with its title above and its remarks below."""
-        lines = [
-            "| " + " | ".join(self.head) + " |",
-            "| " + " | ".join("---:" if entry.number else "---" for entry in self.rows[0]) + " |",
-        ]
+        rule = 3 * "-"
+        lines = [self.head, [f"{rule}:" if entry.number else rule for entry in self.rows[0]]]
         for row in self.rows:
             texts = [(entry.text.replace("|", "\\|"), entry.best) for entry in row]
-            marked = [f"**{text}**" if best else text for text, best in texts]
-            lines.append("| " + " | ".join(marked) + " |")
+            lines.append([f"**{text}**" if best else text for text, best in texts])
         title = [f"## {self.title}", ""] if self.title else []
-        return "\n".join([*title, *lines, *(f"\n{remark}" for remark in self.remarks)])
+        joined = [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join([*title, *joined, *(f"\n{remark}" for remark in self.remarks)])
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

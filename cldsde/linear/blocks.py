@@ -1,10 +1,10 @@
-"""Algebra of stacks of small k×k blocks: orthogonal triangularisation, powers, application.
+"""Linear algebra of stacks of small k×k blocks: triangularisation, products, exponentials.
 
-Coefficients of a linear SDE are stacks of tiny matrices, one per time. LAPACK would be called
-once per matrix; the functions here run over the whole stack at once, with the stack in the
-*last* axes ("stack-last": ``(k, n, *stack)``), so that every operation is a long vector
-operation. All of them are differentiable. None wakes torch's thread pool for a few
-hundred matrices: on a machine with busy neighbours that takes milliseconds each time.
+Coefficients of a linear SDE are stacks of tiny matrices, one per time. LAPACK would be called once
+per matrix. The functions here run over the whole stack at once, with the stack in the *last* axes
+("stack-last": ``(k, n, *stack)``), so that every operation is a long vector operation. All of them
+are differentiable. None wakes torch's thread pool for a few hundred matrices, which takes
+milliseconds on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of x ≥ 0 whose derivative at 0 is taken as 0 instead of infinity."""
+    """Square root of x ≥ 0 with the derivative 0 at x = 0 instead of infinity."""
     zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
@@ -35,10 +35,10 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def lower_factor(root: Tensor) -> Tensor:
     """Lower-triangular L with L Lᵀ = R Rᵀ and diagonal ≥ 0, without forming R Rᵀ.
 
-    Householder reflections from the right: an LQ factorisation whose Q is dropped. Each row of R
-    is perturbed relative to its own size, and bringing the largest entry of the pivot row to the
-    front extends that to the columns: kernels over short times, whose entries scale with
-    different powers of time, keep the relative accuracy of every diagonal entry.
+    LQ factorisation by Householder reflections from the right, without computing Q. The rounding
+    error of each row of R is relative to the row's own size. Moving the largest entry of the pivot
+    row to the front extends this to the columns. Entries of kernels over short times scale with
+    different powers of time; every diagonal entry still has full relative accuracy.
 
     Parameters
     ----------
@@ -61,18 +61,18 @@ def lower_factor(root: Tensor) -> Tensor:
     zero = torch.zeros_like(root[0, :1])
     columns = []
     for i in range(k - 1):
-        # root holds rows i … k−1 of what is left to be triangularised.
+        # root holds the rows i … k−1 that are still to be triangularised.
         largest, where = _largest(root[0])
         blank = largest == 0
         if bool(blank.any()):
-            # A row of zeros takes a column of zeros, and leaves all others to the rows below.
+            # A row of zeros uses up a column of zeros, so that the rows below keep all others.
             root = torch.cat([root, torch.zeros_like(root[:, :1])], dim=1)
             where = torch.where(blank, root.shape[1] - 1, where)
         where = where.expand(k - i, *where.shape)
         head = root.gather(1, where)
         rest = root.scatter(1, where, root[:, :1])[:, 1:]
-        # In units of its largest entry the pivot row neither overflows nor underflows: its lead is
-        # ±1. A row of zeros gets the unit 1 and a lead of 1, and its diagonal entry is 0 · size.
+        # Divide the pivot row by its largest entry, so that it neither overflows nor underflows.
+        # Its lead is then ±1. A row of zeros gets the unit 1, the lead 1 and the diagonal entry 0.
         unit = largest + blank
         lead = head[0] / unit + blank
         tail = rest[0] / unit
@@ -84,11 +84,11 @@ def lower_factor(root: Tensor) -> Tensor:
         head, rest = head[1:], rest[1:]
         projection = first * head + (tail * rest).sum(1, keepdim=True)
         projection = projection / (first * turned)
-        # The pivot goes to −sign·size·e₀; the sign of the column is turned to make it positive.
+        # The reflection maps the pivot to −sign·size·e₀. Flip the sign to make it positive.
         column = sign * (first * projection - head)
         columns.append(torch.cat([zero] * i + [largest * size, *column]))
         root = rest - tail * projection
-    # Nothing is left to eliminate from the last row: only its norm is needed.
+    # The last row has nothing to eliminate, so only its norm is needed.
     largest = root[0].detach().abs().amax(0, keepdim=True)
     unit = largest + (largest == 0).to(largest)
     size = safe_sqrt((root[0] / unit).square().sum(0, keepdim=True))
@@ -97,9 +97,9 @@ def lower_factor(root: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest size along axis 0 and its index, which stays there.
+    """Largest absolute value along axis 0 and its index, both with axis 0 kept.
 
-    Not by `Tensor.max`, which opens a parallel region whatever the size.
+    `Tensor.max` would open a parallel region whatever the size.
     """
     return x.detach().abs().topk(1, dim=0)
 
@@ -120,7 +120,7 @@ def block_solve(a: Tensor, b: Tensor) -> Tensor:
     rows = rows.movedim((-2, -1), (0, 1))
     pivots = []
     for _ in range(k - 1):
-        # rows holds the equations that are left, without the unknowns that are eliminated.
+        # rows holds the remaining equations in the remaining unknowns.
         _, where = _largest(rows[:, 0])
         where = where.unsqueeze(1).expand(1, *rows.shape[1:])
         head = rows.gather(0, where)
@@ -137,12 +137,12 @@ def block_solve(a: Tensor, b: Tensor) -> Tensor:
 
 
 def block_exp(a: Tensor) -> Tensor:
-    """Matrix exponential of ``(*, k, k)``, by a Taylor series and squarings."""
+    """Matrix exponential of ``(*, k, k)`` by scaling and squaring of a Taylor series."""
     norm = float(a.detach().abs().sum(-2).max()) if a.numel() else 0.0
     halvings = max(0, math.ceil(math.log2(norm))) if norm > 0 else 0
     a = a * 0.5**halvings
     term = total = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
-    # At a norm of 1 at most, what is left is below 1/21! < 2e-20.
+    # The norm is at most 1, so the remainder is below 1/21! < 2e-20.
     for n in range(1, 21):
         term = term @ a / n
         total = total + term
@@ -157,7 +157,7 @@ def stack_first(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 
 def flatten_data(z: Tensor) -> Tensor:
-    """State ``(B, k, *D)`` as ``(B, k, D₁·…)``, also where there are no data axes or no samples."""
+    """State ``(B, k, *D)`` as ``(B, k, D₁·…)``, also without data axes or samples."""
     return z.reshape(*z.shape[:2], math.prod(z.shape[2:]))
 
 
@@ -177,8 +177,7 @@ def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:
         ``(B, k', *D)``.
     """
     blocks = blocks.to(z)
-    # Products and sums, not a matrix product: those run in reduced precision under autocast and
-    # where TF32 is allowed.
+    # Use products and sums, because matrix products lose precision under autocast and TF32.
     entries = blocks.reshape(*blocks.shape, *(1,) * (z.ndim - 2))
     row = blocks.ndim - 2
     parts = entries.unbind(row + 1)

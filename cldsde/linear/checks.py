@@ -1,4 +1,4 @@
-"""Checks of arguments: errors name the argument, what it got and what it allows."""
+"""Argument checks; error messages name the argument, the value received and the values allowed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = [
 
 TimeLike = float | Tensor
 Parameter = float | Tensor
-"""A number that declares a process, or a tensor with one element that may be learnt."""
+"""A number, or a tensor with one element that may be a learnt parameter."""
 MatrixLike = Tensor | Sequence[Sequence[Parameter]]
 
 
 def as_times(value: TimeLike, name: str, end: float) -> Tensor:
-    """Turn a time or a tensor of times into float64 on the host; refuse what is outside [0, end].
+    """Convert times to float64 on the CPU; raise if one lies outside [0, end].
 
     Raises
     ------
@@ -65,7 +65,16 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
 
 
 def as_grid_times(times: object, name: str, end: float, *, least: int = 2) -> Tensor:
-    """Turn times in [0, end] that decrease, or increase, into float64 on the CPU; or raise."""
+    """Convert a monotonic grid of times in [0, end] to float64 on the CPU; raise otherwise.
+
+    Raises
+    ------
+    TypeError
+        If ``times`` is not a floating-point tensor.
+    ValueError
+        If there are fewer than ``least`` times, one lies outside [0, end], or they neither decrease
+        nor increase.
+    """
     if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
         got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
         msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
@@ -81,7 +90,7 @@ def as_grid_times(times: object, name: str, end: float, *, least: int = 2) -> Te
 
 
 def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
-    """Turn a number ≥ 0, or a tensor of them, into float64 on the host, broadcast to ``shape``.
+    """Convert numbers ≥ 0 to float64 on the CPU, broadcast to ``shape``.
 
     Raises
     ------
@@ -109,9 +118,9 @@ def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
 
 
 def as_float64(value: object) -> Tensor:
-    """Turn numbers, tensors, or nested sequences of them into float64 on the host.
+    """Convert numbers, tensors, or nested sequences of them to float64 on the CPU.
 
-    Tensors inside sequences keep their graph, so that a matrix may be put together of parameters.
+    Tensors inside sequences keep their graph, so that a matrix can be assembled from parameters.
     """
     if isinstance(value, Tensor):
         return value.cpu().to(torch.float64)
@@ -121,12 +130,12 @@ def as_float64(value: object) -> Tensor:
 
 
 def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]) -> Tensor:
-    """Turn nested numbers or a tensor into a finite float64 matrix on the host.
+    """Convert nested numbers or a tensor to a finite float64 matrix on the CPU.
 
-    ``shape`` holds the rows and columns wanted; None allows any number.
+    ``shape`` holds the required numbers of rows and columns; None allows any number.
     """
     try:
-        # A copy, so that a process does not change with the caller's tensor.
+        # Copy the tensor, so that the process does not change with the caller's tensor.
         matrix = as_float64(value).clone()
     except (TypeError, ValueError, RuntimeError) as error:
         msg = f"{name} must be a matrix of real numbers; got {value!r}"
@@ -145,7 +154,7 @@ def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]
 
 
 def as_number(value: object, name: str) -> float:
-    """Turn a real number, no bool and no tensor, into a float; raise TypeError otherwise."""
+    """Convert a real number to a float; raise TypeError for a bool, a tensor or anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         msg = f"{name} must be a real number; got {value!r}"
         raise TypeError(msg)
@@ -153,10 +162,10 @@ def as_number(value: object, name: str) -> float:
 
 
 def as_parameter(value: object, name: str) -> Parameter:
-    """Turn a number into a float, and a tensor with one element into a 0-dimensional float64 one.
+    """Convert a number to a float, and a tensor with one element to a 0-dimensional float64 tensor.
 
-    The tensor comes to the CPU and keeps its graph. Arithmetic in single precision before that
-    would leave 7 digits.
+    The tensor is copied to the CPU and keeps its graph. Convert it before any arithmetic, which
+    would leave 7 digits in single precision.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return value.reshape(()).cpu().to(torch.float64)
@@ -170,26 +179,26 @@ def as_parameter(value: object, name: str) -> Parameter:
 
 
 def positive_parameter(value: object, name: str) -> Parameter:
-    """`as_parameter` of what is finite and above zero; raise ValueError otherwise."""
+    """`as_parameter` for a finite number above zero; raise ValueError otherwise."""
     parameter = as_parameter(value, name)
     check_positive(parameter_value(parameter), name)
     return parameter
 
 
 def parameter_at_least(value: object, bound: float, name: str) -> Parameter:
-    """`as_parameter` of what is finite and ≥ ``bound``; raise ValueError otherwise."""
+    """`as_parameter` for a finite number ≥ ``bound``; raise ValueError otherwise."""
     parameter = as_parameter(value, name)
     check_at_least(parameter_value(parameter), bound, name)
     return parameter
 
 
 def parameter_value(parameter: Parameter) -> float:
-    """Value of what `as_parameter` returned, without its graph."""
+    """Float value of a parameter, without its graph."""
     return float(parameter.detach()) if isinstance(parameter, Tensor) else parameter
 
 
 def check_positive(value: float, name: str) -> float:
-    """Return ``value`` as a float if it is finite and above zero, raise ValueError otherwise."""
+    """Return ``value`` as a float if it is finite and above zero; raise ValueError otherwise."""
     number = as_number(value, name)
     if not (math.isfinite(number) and number > 0):
         msg = f"{name} must be finite and positive; got {value}"
@@ -198,7 +207,7 @@ def check_positive(value: float, name: str) -> float:
 
 
 def check_at_least(value: float, bound: float, name: str) -> float:
-    """Return ``value`` as a float if it is finite and ≥ ``bound``, raise ValueError otherwise."""
+    """Return ``value`` as a float if it is finite and ≥ ``bound``; raise ValueError otherwise."""
     number = as_number(value, name)
     if not (math.isfinite(number) and number >= bound):
         msg = f"{name} must be finite and at least {bound:g}; got {value}"
@@ -207,7 +216,7 @@ def check_at_least(value: float, bound: float, name: str) -> float:
 
 
 def check_between(value: float, low: float, high: float, name: str) -> float:
-    """Return ``value`` as a float if it lies in [low, high], raise ValueError otherwise."""
+    """Return ``value`` as a float if it lies in [low, high]; raise ValueError otherwise."""
     number = as_number(value, name)
     if not low <= number <= high:
         msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
@@ -216,15 +225,15 @@ def check_between(value: float, low: float, high: float, name: str) -> float:
 
 
 def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:
-    """Return ``z`` if it is a real floating-point state ``(B, components, *D)``."""
+    """Return ``z`` if it is a floating-point state ``(B, components, *D)``; raise otherwise."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
         got = z.dtype if isinstance(z, Tensor) else type(z).__name__
         msg = f"{name} must be a floating-point tensor of shape (B, {components}, *D); got {got}"
         raise TypeError(msg)
     if z.ndim < 2 or z.shape[1] != components:
         msg = (
-            f"{name} must have shape (B, {components}, *D), axis 1 holding the process's "
-            f"{components} component(s); got {tuple(z.shape)}"
+            f"{name} must have shape (B, {components}, *D), with the {components} component(s) of "
+            f"the process on axis 1; got {tuple(z.shape)}"
         )
         raise ValueError(msg)
     return z

@@ -1,4 +1,4 @@
-"""Transition laws of linear SDEs whose matrices vary with time, by Gauss collocation."""
+"""Transition kernels of linear SDEs with time-dependent matrices, by Gauss collocation."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from cldsde.linear.schedule import gauss_legendre
 __all__ = ["Matrices", "collocate", "converged"]
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Times ``(*, n, q)`` to drift ``(*, n, q, k, k)`` and diffusion ``(*, n, q, k, r)``."""
+"""Function of times ``(*, n, q)`` that returns drift ``(*, n, q, k, k)`` and diffusion
+``(*, n, q, k, r)``."""
 
 _NODES = 8
 _MAX_PANELS = 4096
-_AT_ONCE = 4096  # intervals, all panels counted, whose matrices are held at a time
+_AT_ONCE = 4096  # largest number of intervals, over all panels, whose matrices are in memory
 
 
 def converged(
-    law: Callable[[int], tuple[Tensor, Tensor]], panels: int
+    transition: Callable[[int], tuple[Tensor, Tensor]], panels: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Refine panels until a law no longer changes by 1e-12 of a row's size; None if it does.
+    """Refine panels until a transition changes by less than 1e-12 of each row's size.
 
     Parameters
     ----------
-    law
-        Number of panels to Ψ and the noise root, stack-last, ``(k, k, n)``.
+    transition
+        Function of the number of panels that returns Ψ and the noise root, stack-last,
+        ``(k, k, n)``.
     panels
-        How many to begin with.
+        Number of panels to begin with.
 
     Returns
     -------
-    psi, root : tuple of Tensor
-        Of the finest panels.
+    (psi, root) or None
+        Result for the finest panels; None if it has not converged.
     """
-    previous = law(panels)
+    previous = transition(panels)
     most = max(_MAX_PANELS, 8 * panels)
     while 2 * panels <= most:
         panels *= 2
-        psi, root = law(panels)
+        psi, root = transition(panels)
         if _close(psi, previous[0]) and _close(root, previous[1]):
             return psi, root
         previous = psi, root
@@ -50,7 +52,7 @@ def converged(
 
 
 def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Transition law over consecutive panels, of order 16 in their length.
+    r"""Transition over consecutive panels, of order 16 in their length.
 
     In each panel the values Yᵢ ≈ Ψ(end, τᵢ) at the 8 Gauss nodes solve the linear collocation
     system of ∂_τ Ψ(end, τ) = −Ψ(end, τ) F(τ),
@@ -64,7 +66,7 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
     matrices
         Drift F and diffusion G at times ``(m, n, 8)``, for any number m of panels.
     starts, lengths
-        ``(panels, n)``; a negative length runs against time.
+        ``(panels, n)``; a negative length integrates backwards in time.
 
     Returns
     -------
@@ -81,7 +83,7 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
 
 
 def _panels(matrices: Matrices, starts: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """`_panel` of one row of panels after the other, found for many of them at once."""
+    """Yield `_panel` for one row of panels after the other; many rows are computed at once."""
     rows = max(1, _AT_ONCE // max(1, starts.shape[1]))
     for first in range(0, len(starts), rows):
         few = slice(first, first + rows)
@@ -111,7 +113,7 @@ def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor
 
 
 def _close(fine: Tensor, coarse: Tensor) -> bool:
-    """Whether two stacks agree row by row; the finer one, of order 16, is then exact."""
+    """Whether two stacks agree row by row; the finer one, of order 16, is then converged."""
     error = (fine - coarse).detach().abs().amax(1)
     return bool((error <= 1e-12 * fine.detach().abs().amax(1)).all())
 
@@ -120,7 +122,7 @@ def _close(fine: Tensor, coarse: Tensor) -> bool:
 def _tail_integrals(n: int) -> Tensor:
     """B with Bᵢⱼ = ∫_{cᵢ}^1 ℓⱼ for the Lagrange basis ℓ at the n Gauss nodes c of [0, 1]."""
     nodes, weights = gauss_legendre(n)
-    # ℓⱼ on [cᵢ, 1] is a polynomial of degree n − 1: the same rule, moved there, integrates it.
+    # ℓⱼ is a polynomial of degree n − 1, so the same rule on [cᵢ, 1] integrates it exactly.
     points = nodes.unsqueeze(1) + (1 - nodes).unsqueeze(1) * nodes
     differences = points.unsqueeze(-1) - nodes
     basis = torch.empty(n, n, n, device="cpu", dtype=torch.float64)

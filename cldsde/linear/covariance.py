@@ -1,4 +1,4 @@
-"""Roots of covariances that are given, and of those that grow by a rank-one term."""
+"""Triangular roots of covariances."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ __all__ = ["covariance_root", "joint_root", "triangular_inverse"]
 
 
 def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
-    """Lower-triangular root of a positive semi-definite k×k matrix, exact where it is diagonal.
+    """Lower-triangular root of a positive semi-definite k×k matrix, exact for diagonal matrices.
 
     Raises
     ------
     TypeError
-        If ``covariance`` is no matrix of numbers.
+        If ``covariance`` is not a matrix of numbers.
     ValueError
-        If it is not k×k, finite, symmetric and positive semi-definite; the message calls it
-        ``name``.
+        If it is not k×k, finite, symmetric and positive semi-definite. The message uses ``name``.
     """
     matrix = as_matrix(covariance, name, (k, k))
     diagonal = matrix.diagonal()
     if not matrix.requires_grad and bool((diagonal >= 0).all() & (matrix == diagonal.diag()).all()):
         return diagonal.sqrt().diag()
-    # In units of the standard deviations every entry has the same rounding.
-    deviation = safe_sqrt(diagonal.clamp_min(0))
-    units = torch.where(deviation > 0, deviation, 1.0)
+    # Divide by the standard deviations, so that every entry has the same rounding error.
+    std = safe_sqrt(diagonal.clamp_min(0))
+    units = torch.where(std > 0, std, 1.0)
     correlation = matrix / units / units.unsqueeze(1)
     plain = correlation.detach()
     if float((plain - plain.T).abs().max()) > 1e-12:
@@ -50,7 +49,7 @@ def _semidefinite_cholesky(matrix: Tensor) -> Tensor:
         pivot = rest[i, i]
         null = pivot.detach() <= 1e-14
         column = torch.where(null, 0.0, rest[:, i] / safe_sqrt(torch.where(null, 1.0, pivot)))
-        # What was eliminated is zero but for rounding.
+        # Eliminated entries are zero up to rounding.
         column = torch.cat([column.new_zeros(i), column[i:]])
         columns.append(column)
         rest = rest - column.unsqueeze(1) * column
@@ -58,7 +57,7 @@ def _semidefinite_cholesky(matrix: Tensor) -> Tensor:
 
 
 def joint_root(*columns: Tensor) -> Tensor:
-    """Lower-triangular L with L Lᵀ = Σ C Cᵀ over the given C, found without forming a sum.
+    """Lower-triangular L with L Lᵀ = Σ C Cᵀ over the given C, computed without forming the sum.
 
     Parameters
     ----------

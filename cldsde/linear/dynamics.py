@@ -1,9 +1,9 @@
-"""How a linear SDE moves: its drift and diffusion matrices and the law they give over an interval.
+"""Dynamics of a linear SDE: drift and diffusion matrices and the transitions that follow from them.
 
-A process (`cldsde.linear.sde.LinearSDE`) holds one of these. Transition laws are returned as the
-pair (Ψ, L) with Q = L Lᵀ, where L is built directly. A covariance is never formed, subtracted or
-factorised, so nothing cancels: not for t − s → 0, where the entries of Q scale with different
-powers of t − s, and not when a law is nearly degenerate.
+A process (`cldsde.linear.sde.LinearSDE`) holds one of these. A transition is returned as the pair
+(Ψ, L) with Q = L Lᵀ, and L is computed directly. A covariance is never formed, subtracted or
+factorised, so no digits cancel. This matters for t − s → 0, because the entries of Q scale with
+different powers of t − s, and for nearly degenerate distributions.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
 
 
 class Dynamics(ABC):
-    """Drift F(t), diffusion G(t) and transition law of one k×k block, in float64 on the host."""
+    """Drift F(t), diffusion G(t) and transitions of one k×k block, in float64 on the CPU."""
 
     components: int
     driven: tuple[int, ...]
-    #: Latest time to start solvers from that evaluate F and G; below 1 only if these diverge at 1.
+    #: Latest start time of solvers that evaluate F and G; below 1 only if F or G diverges at 1.
     regular_until: float = 1.0
 
     def __repr__(self) -> str:
@@ -58,9 +58,17 @@ class Dynamics(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Ψ(t, s) and the lower-triangular root of the covariance at t, for s ≤ t of one shape.
 
-        Without ``initial_root`` z_s is known, and the covariance is that of the noise over [s, t].
-        With L ``(k, k)`` z_s has the covariance L Lᵀ. Both results have shape
-        ``(*s.shape, k, k)``.
+        Parameters
+        ----------
+        s, t
+            Float64 times on the CPU.
+        initial_root
+            Root ``(k, k)`` of the covariance of z_s; None: z_s is known.
+
+        Returns
+        -------
+        psi, root : tuple of Tensor
+            ``(*s.shape, k, k)`` each.
         """
 
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
@@ -68,15 +76,25 @@ class Dynamics(ABC):
         return self.transition(s, t)[0]
 
     def rates(self, t: Tensor, initial_variance: Tensor) -> tuple[Tensor, Tensor]:
-        """α′ and σ′ of x_t = α x_0 + σ n, of the shape of t; for one component and t > 0.
+        """Derivatives α′ and σ′ of x_t = α x_0 + σ n, for one component.
 
-        ``initial_variance`` is the variance of z_0 given the data.
+        Parameters
+        ----------
+        t
+            Times above 0.
+        initial_variance
+            Variance of z_0 given the data.
+
+        Returns
+        -------
+        tuple of Tensor
+            Two tensors of the shape of t.
         """
         root = initial_variance.sqrt().reshape(1, 1)
-        psi, deviation = self.transition(torch.zeros_like(t), t, root)
+        psi, std = self.transition(torch.zeros_like(t), t, root)
         F, G = self.drift(t), self.diffusion(t)
-        grown = F * deviation + (G @ G.mT) / (2 * deviation)
-        return (F * psi)[..., 0, 0], grown[..., 0, 0]
+        std_rate = F * std + (G @ G.mT) / (2 * std)
+        return (F * psi)[..., 0, 0], std_rate[..., 0, 0]
 
     @abstractmethod
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
@@ -84,11 +102,11 @@ class Dynamics(ABC):
 
     @abstractmethod
     def stationary_covariance(self) -> Tensor | None:
-        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None where no such law exists."""
+        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None if there is no such covariance."""
 
     @abstractmethod
     def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
-        """Dynamics of the time reversal of the process at its stationary law, or None."""
+        """Dynamics of the time reversal of the stationary process, or None."""
 
 
 def driven_rows(*roots: Tensor) -> tuple[int, ...]:
@@ -98,23 +116,23 @@ def driven_rows(*roots: Tensor) -> tuple[int, ...]:
 
 
 class TimeChangedDynamics(Dynamics):
-    r"""F(t) = β(t) A and G(t) = √β(t) Q_root with constant matrices: one clock for everything.
+    r"""Dynamics with constant matrices and a noise schedule: F(t) = β(t) A and G(t) = √β(t) Q_root.
 
-    The law over [s, t] depends on h = ∫_s^t β alone,
+    The transition over [s, t] depends on h = ∫_s^t β alone,
 
-    .. math:: Ψ = e^{Ah}, \qquad Q = ∫_0^h e^{Au} \bar Q e^{A^⊤u}\,du,
+    .. math:: Ψ = e^{Ah}, \qquad Q = ∫_0^h e^{Au} \bar Q e^{A^⊤u}\,du.
 
-    and is found by a square-root method. On a step h₀ = h/2^m short enough for ‖A‖₁h₀ ≤ 1 the
-    integrand e^{A h₀ x} Q_root, x ∈ [0, 1], is expanded in Legendre polynomials,
+    It is computed by a square-root method. Choose m with ‖A‖₁h₀ ≤ 1 for h₀ = h/2^m. The integrand
+    e^{A h₀ x} Q_root, x ∈ [0, 1], is expanded in orthonormal Legendre polynomials P_j,
 
     .. math:: C_j = \sum_{p≥j} \frac{(A h_0)^p}{p!} Q_{root} ∫_0^1 x^p P_j(x)\,dx, \qquad
-              Q = h_0 \sum_j C_j C_j^⊤,
+              Q = h_0 \sum_j C_j C_j^⊤.
 
-    orthonormal ones. Rows that are parallel to leading order in h₀, as those of components that
-    noise reaches through one and the same, are told apart before: Gaussian elimination of the
-    Taylor terms takes the leading term of each row out of the rows below it, which a
-    lower-triangular factor to the left undoes. The triangular factor of √h₀ [C_0, C_1, …] is then
-    taken orthogonally, and m doublings compose the step with itself,
+    Some rows may be parallel to leading order in h₀, for example if noise reaches two components
+    through the same third one. Gaussian elimination of the Taylor terms removes the leading term of
+    each row from the rows below it, and a lower-triangular factor on the left undoes it at the end.
+    The triangular factor of √h₀ [C_0, C_1, …] is found by an LQ factorisation. Then m doublings
+    compose the step with itself,
 
     .. math:: L ← \mathrm{tri}[ΨL,\ L], \qquad Ψ ← Ψ².
 
@@ -132,9 +150,16 @@ class TimeChangedDynamics(Dynamics):
     ValueError
         If A is not square, the matrices do not fit, an entry is not finite, or all of Q_root is
         zero.
+
+    Examples
+    --------
+    >>> import torch
+    >>> dynamics = TimeChangedDynamics([[-0.5]], [[1.0]], schedule=(0.1, 20.0))
+    >>> dynamics.drift(torch.tensor([0.0, 1.0], dtype=torch.float64)).flatten().tolist()
+    [-0.05, -10.0]
     """
 
-    # At ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and from j = 13 on C_j is below
+    # For ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and C_j for j ≥ 13 is below
     # j! √(2j+1) / (2j+1)! < 4e-18.
     _DEGREES = 13
     _TAYLOR_TERMS = 21
@@ -153,16 +178,16 @@ class TimeChangedDynamics(Dynamics):
         self.Q_root = as_matrix(Q_root, "Q_root", (self.components, None))
         self.driven = driven_rows(self.Q_root)
         if not self.driven:
-            msg = "Q_root must have an entry that is not zero; without noise there is no score"
+            msg = "Q_root must have a nonzero entry, because without noise there is no score; got 0"
             raise ValueError(msg)
         self.schedule = Schedule.of(schedule)
         self._scale = balancing_scale(self.A.detach())
         self._constant_series = None if self.A.requires_grad else self._series()
 
     def _series(self) -> Tensor:
-        """Terms Aʲ/j! ``(k, k, j)`` in balanced units, in which ‖A‖ is smallest.
+        """Terms Aʲ/j! ``(k, k, j)`` in balanced units, which minimise ‖A‖ and the squarings.
 
-        And so is the number of squarings. Powers of two are exact.
+        The units are powers of two, so that scaling is exact.
         """
         A = self.A * self._scale / self._scale.unsqueeze(1)
         terms = [torch.eye(self.components, dtype=torch.float64, device="cpu")]
@@ -189,19 +214,19 @@ class TimeChangedDynamics(Dynamics):
         start = Q_root.new_zeros(self.components, 0)
         if initial_root is not None:
             start = initial_root / scale.unsqueeze(1)
-        joined = _leads_coincide(taylor, torch.cat([Q_root, start], dim=1))
-        if joined:
+        parallel = _leads_coincide(taylor, torch.cat([Q_root, start], dim=1))
+        if parallel:
             root = self._eliminated_root(taylor, h, Q_root, start, halvings == 0)
         else:
             root = self._short_root(taylor, h, Q_root)
         for i in range(_most(halvings)):
-            going = i < halvings
+            doubles = i < halvings
             doubled = lower_factor(torch.cat([block_product(psi, root), root], dim=1))
-            root = torch.where(going, doubled, root)
-            psi = torch.where(going, block_product(psi, psi), psi)
-        if start.shape[1] and not (joined and bool((halvings == 0).all())):
+            root = torch.where(doubles, doubled, root)
+            psi = torch.where(doubles, block_product(psi, psi), psi)
+        if start.shape[1] and not (parallel and bool((halvings == 0).all())):
             late = block_product(psi, start.unsqueeze(-1))
-            if joined:
+            if parallel:
                 late = late * (halvings > 0)
             root = lower_factor(torch.cat([late, root], dim=1))
         root = root * scale[:, None, None]
@@ -222,9 +247,9 @@ class TimeChangedDynamics(Dynamics):
         norm = float(series[..., 1].detach().abs().sum(0).max())
         longest = norm * float(h.detach().max()) if len(h) else 0.0
         if not math.isfinite(longest):
-            msg = "the clock of the process overflows float64; rescale A or the schedule"
+            msg = "the integral of β times A overflows float64; rescale A or the schedule"
             raise OverflowError(msg)
-        # Short intervals are not halved for the sake of long ones: that would cost them digits.
+        # Each interval has its own number of halvings, because halving costs digits.
         halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
         return h * 0.5**halvings, halvings, series
 
@@ -245,13 +270,13 @@ class TimeChangedDynamics(Dynamics):
         start: Tensor,
         early: Tensor,
     ) -> Tensor:
-        """The same where rows share their leads, joined with Ψ ``start`` where ``early``."""
+        """Noise root with eliminated leading terms, joined with Ψ ``start`` if ``early``."""
         r = Q_root.shape[1]
         inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
         series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * _powers(
             h, self._TAYLOR_TERMS
         )
-        # What is spread at the start alone is one column, whatever the power.
+        # An input that only the start has is one column, whatever the power.
         driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
         whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)
         series = torch.where(driving, series, whole)
@@ -270,7 +295,7 @@ class TimeChangedDynamics(Dynamics):
 
     @override
     def stationary_covariance(self) -> Tensor | None:
-        # An eigenvalue of zero comes out as one of the size of the matrix's rounding.
+        # A zero eigenvalue is computed with an error of the size of the matrix's rounding error.
         rounding = len(self.A) * torch.finfo(torch.float64).eps * float(self.A.detach().norm())
         if float(torch.linalg.eigvals(self.A.detach()).real.max()) >= -rounding:
             return None
@@ -283,15 +308,16 @@ class TimeChangedDynamics(Dynamics):
 
     @override
     def stationary_reversal(self, covariance: Tensor) -> Dynamics:
-        """Σ∞ Aᵀ Σ∞⁻¹ in place of A: couplings change sign, friction keeps damping."""
+        """Dynamics with Σ∞ Aᵀ Σ∞⁻¹ in place of A: couplings change sign, friction does not."""
         reversed_A = torch.linalg.solve(covariance, self.A @ covariance).T
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
 
 
 def _polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
-    """Polynomials of coefficients ``(*, p)``, lowest first, at ``(n,)``: ``(*, n)``, by Horner.
+    """Evaluate polynomials with coefficients ``(*, p)``, lowest first, at ``(n,)``: ``(*, n)``.
 
-    A matrix product with the powers of x would wake the thread pool.
+    Horner's scheme is used, because a matrix product with the powers of x would wake the thread
+    pool.
     """
     *lower, value = coefficients.unsqueeze(-1).unbind(-2)
     for coefficient in reversed(lower):
@@ -312,16 +338,16 @@ def _powers(x: Tensor, n: int) -> Tensor:
 
 
 def _leads_coincide(taylor: Tensor, inputs: Tensor) -> bool:
-    """Whether two rows of [A^p inputs / p!] begin at the same power and input."""
+    """Whether two rows of [A^p inputs / p!] have their first nonzero entry in the same place."""
     entries = torch.einsum("ijp,jb->ipb", taylor.detach(), inputs.detach()).flatten(1) != 0
     leads: list[int] = entries.to(torch.uint8).argmax(1).tolist()
     return len(set(leads)) < len(leads)
 
 
 def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns ``(k, m)`` as a product of columns of which no two are parallel, and scales.
+    """Factor columns ``(k, m)`` into distinct directions and scales.
 
-    Only for what is constant: merging a column with another would lose its own derivative.
+    Columns with gradients are not merged, because merging would lose their own derivatives.
     """
     if columns.requires_grad:
         return columns, torch.eye(columns.shape[1], dtype=columns.dtype, device="cpu")
@@ -334,10 +360,11 @@ def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(k, m, n)`` as M E: M ``(k, k, n)`` unit lower triangular, E without common leads.
+    """Factor rows ``(k, m, n)`` as M E by Gaussian elimination with column pivoting.
 
-    The largest entry of each row of E is absent from the rows below it. Nothing grows: multipliers
-    times the row are no larger than the entry that they remove.
+    M ``(k, k, n)`` is unit lower triangular. In each column that holds the largest entry of a row
+    of E, the rows below are zero. Entries do not grow, because a multiplier times the row is no
+    larger than the entry that it removes.
     """
     k, _, n = rows.shape
     eye = torch.eye(k, dtype=rows.dtype, device="cpu")
@@ -350,7 +377,7 @@ def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
         below = rows[i + 1 :].gather(1, where)
         factor = torch.where(blank, 0.0, below.squeeze(1) / torch.where(blank, 1.0, pivot))
         rest = rows[i + 1 :] - factor.unsqueeze(1) * rows[i]
-        # Zero by construction; rounding would leave a rest as large as the next term.
+        # Set the eliminated entries to zero, because their rounding error may exceed the next term.
         rest = rest.scatter(1, where, torch.where(blank, below, 0.0))
         rows = torch.cat([rows[: i + 1], rest])
         multipliers[i] = torch.cat([multipliers[i][: i + 1], factor])
@@ -361,7 +388,7 @@ def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
 def legendre_moments(degrees: int, n: int) -> Tensor:
     """∫ x^p P_j(x) dx over [0, 1] for orthonormal Legendre polynomials, ``(n, degrees)``.
 
-    √(2j+1) p!² / ((p−j)! (p+j+1)!), and zero for j > p.
+    The value is √(2j+1) p!² / ((p−j)! (p+j+1)!) for j ≤ p, and zero for j > p.
     """
     f = math.factorial
     rows = [
@@ -375,7 +402,7 @@ def legendre_moments(degrees: int, n: int) -> Tensor:
 
 
 def balancing_scale(A: Tensor) -> Tensor:
-    """Powers of two d for which D⁻¹AD has rows and columns of like size (Osborne 1960)."""
+    """Powers of two d for which D⁻¹AD has rows and columns of similar norms (Osborne 1960)."""
     k = len(A)
     size = A.abs().tolist()
     scale = [1.0] * k

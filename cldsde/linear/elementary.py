@@ -9,7 +9,7 @@ __all__ = ["exponential_rest"]
 
 
 def exponential_rest(y: Tensor) -> Tensor:
-    """Y + e^{−y} − 1 ≥ 0, by its series y²/2 − y³/6 + … where the terms would cancel."""
+    """Compute y + e^{−y} − 1 ≥ 0, by the series y²/2 − y³/6 + … for small y."""
     series = torch.zeros_like(y)
     for n in range(20, 1, -1):
         series = (1 - series) * y / n if n > 2 else y * y / 2 * (1 - series)

@@ -1,13 +1,13 @@
-r"""Rotations of the probability flow of a datum, along many times at once.
+r"""Probability flow of a single data point, as a rotation, at many times at once.
 
 In coordinates in which z_τ is standard normal, z_τ − Ψz_0 = L_τ y, the flow is a rotation,
 
 .. math:: y' = Ω y, \qquad Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
           N = L^{-1} F L + \tfrac12 L^{-1} G (L^{-1} G)^⊤.
 
-Its rates grow like 1/τ towards τ = 0, so panels are even in log τ. On a panel Ω is a polynomial
-through 16 Gauss nodes; a Picard iteration solves the equation, and the Legendre series of Ω y,
-integrated, is the rotation at any time of the panel. Panels whose series has not ended are halved.
+Its rates grow like 1/τ towards τ = 0, so panels are uniform in log τ. On a panel Ω is a polynomial
+through 16 Gauss nodes. A Picard iteration solves the equation, and integrating the Legendre series
+of Ω y gives the rotation at any time of the panel. Panels are halved until their series converge.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from cldsde.linear.schedule import gauss_legendre
 __all__ = ["RootAt", "flow_rotations", "whitened_matrices"]
 
 RootAt = Callable[[Tensor], Tensor]
-"""Times to the root L of the distribution given the start."""
+"""Function of times that returns the root L of the distribution given the start."""
 
 _NODES = 16
-_LOG_PANEL = 0.35  # on such panels a rate of 1/τ has a series that ends at rounding
-_FLOOR = 1e-10  # times below this share of the latest need no finer panels: the flow is regular
+_LOG_PANEL = 0.35  # panel length in log τ for which the series of a rate 1/τ converges to rounding
+_FLOOR = (
+    1e-10  # below this fraction of the latest time the flow is regular and needs no more panels
+)
 _MAX_PANELS = 4096
 
 
@@ -48,14 +50,14 @@ def whitened_matrices(
 
 
 def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor:
-    """Transitions of the flow from the latest of the times to each, whitened: rotations.
+    """Rotations of the flow from the latest time to each time, in whitened coordinates.
 
     Parameters
     ----------
     dynamics
         F and G.
     root_at
-        Times to the root L of the distribution given the start.
+        Function of times that returns the root L of the distribution given the start.
     times
         ``(n,)`` in any order, n ≥ 1.
 
@@ -67,22 +69,22 @@ def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor
     Raises
     ------
     ValueError
-        If the flow turns too fast to be resolved.
+        If the flow rotates too fast to be resolved.
     """
     k = dynamics.components
     if k == 1:
         return torch.ones(len(times), 1, 1, dtype=torch.float64, device="cpu")
     edges, series = _resolved(dynamics, root_at, times)
     eye = torch.eye(k, dtype=torch.float64, device="cpu").unsqueeze(-1)
-    # Over a whole panel only the constant of the series has an integral. Products of all panels
-    # from the latest on, in log₂ of their number.
+    # Over a whole panel only the constant term of the series has a nonzero integral. Form the
+    # products of all panels from the latest on by doubling.
     whole, step = eye + series[:, :, 0], 1
     while step < whole.shape[-1]:
         longer = block_product(whole[..., step:], whole[..., :-step])
         whole, step = torch.cat([whole[..., :step], longer], dim=-1), 2 * step
     panel = (times.detach() <= edges[1:-1, None]).sum(0)
     first, last = edges[panel], edges[panel + 1]
-    # Where all times are equal their one panel has no length, and nothing turns.
+    # If all times are equal, their one panel has no length, and the rotation is the identity.
     x = (2 * times - first - last) / torch.where(first > last, last - first, -1.0)
     # ∫₋₁ˣ Pₘ = (Pₘ₊₁ − Pₘ₋₁) / (2m + 1), and x + 1 for m = 0.
     before, here = torch.ones_like(x), x
@@ -97,7 +99,7 @@ def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor
 
 
 def _resolved(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Falling edges of panels, and the Legendre series of hΩY over each, ``(k, k, 16, panels)``.
+    """Decreasing edges of panels, and the Legendre series of hΩY on each, ``(k, k, 16, panels)``.
 
     Y is the rotation from the start of the panel.
     """
@@ -111,7 +113,7 @@ def _resolved(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> tuple[Tenso
         )
         omega = rotation.movedim((0, 1), (-1, -2)) * h
         angle = (0.5 * omega.detach().square().sum((0, 1))).sqrt().amax(0)
-        # The terms of a Picard iteration grow to e^angle before they fall.
+        # The terms of a Picard iteration grow to e^angle before they decrease.
         resolved = angle <= 4
         if bool(resolved.all()):
             series = _slope_series(omega, float(angle.max()))
@@ -122,14 +124,14 @@ def _resolved(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> tuple[Tenso
         middle = ((edges[1:] + edges[:-1]) / 2)[~resolved]
         edges = torch.cat([edges, middle]).sort(descending=True).values
     msg = (
-        "drift: the probability flow turns too fast between "
-        f"{low:g} and {high:g} to be resolved; take a process of slower rates"
+        f"drift is too fast between t = {low:g} and {high:g} to resolve the rotation of the "
+        "probability flow; use a process with slower rates"
     )
     raise ValueError(msg)
 
 
 def _first_edges(dynamics: Dynamics, low: float, high: float) -> Tensor:
-    """Falling edges of panels even in log τ, of which those with ‖F‖h > 3 are divided."""
+    """Decreasing edges of panels uniform in log τ; panels with ‖F‖h > 3 are divided."""
     floor = max(low, _FLOOR * high, 1e-300)
     count = max(1, math.ceil(math.log(max(high / floor, 1.0)) / _LOG_PANEL))
     share = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
@@ -149,20 +151,20 @@ def _first_edges(dynamics: Dynamics, low: float, high: float) -> Tensor:
 
 
 def _slope_series(omega: Tensor, angle: float) -> Tensor:
-    """Legendre series of ΩY where Y' = ΩY, Y = 1 at the start, for Ω ``(k, k, 16, panels)``."""
+    """Legendre series of ΩY with Y' = ΩY, Y = 1 at the start, for Ω ``(k, k, 16, panels)``."""
     transform, integrals = _legendre_matrices()
     if len(omega) == 2:  # rotations of the plane commute
         turned = _contract(integrals, omega[:1, 1:])[0, 0]
         cos, sin = turned.cos(), turned.sin()
         Y = torch.stack([torch.stack([cos, sin]), torch.stack([-sin, cos])])
         return _contract(transform, block_product(omega, Y))
-    few = max(1, 32768 // (_NODES**2 * len(omega) ** 2))  # below the size that wakes threads
+    few = max(1, 32768 // (_NODES**2 * len(omega) ** 2))  # keep below the size that wakes threads
     slopes = [_picard(part, integrals, angle) for part in torch.split(omega, few, dim=-1)]
     return torch.cat([_contract(transform, slope) for slope in slopes], dim=-1)
 
 
 def _picard(omega: Tensor, integrals: Tensor, angle: float) -> Tensor:
-    """ΩY at the nodes, by as many iterations as rounding needs."""
+    """ΩY at the nodes, iterated until the next term is below rounding."""
     slope, term, m = omega, 1.0, 0
     while term > 1e-17:
         m += 1
@@ -178,7 +180,7 @@ def _contract(matrix: Tensor, values: Tensor) -> Tensor:
 
 @lru_cache
 def _legendre_matrices() -> tuple[Tensor, Tensor]:
-    """Values at the nodes to Legendre series, and to integrals from 0 to each node, on [0, 1]."""
+    """Matrices from values at the nodes to Legendre series and to integrals from 0 to each node."""
     nodes, weights = gauss_legendre(_NODES)
     x = 2 * nodes - 1
     P = [torch.ones_like(x), x]

@@ -1,4 +1,4 @@
-"""Linear SDEs whose drift and diffusion are given as functions of time."""
+"""Dynamics of linear SDEs whose drift and diffusion are functions of time."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, wit
 
 __all__ = ["FunctionDynamics"]
 
-_AT_ONCE = 512  # pieces whose series are held at a time
-# On a panel Legendre coefficients fall by a factor of 8: squares beyond the 14th are rounding.
+_AT_ONCE = 512  # largest number of pieces whose series are in memory
+# On a panel Legendre coefficients decrease by a factor of 8 each. The squares of those after the
+# 14th are below rounding.
 _DEGREES = 14
 
 
 class FunctionDynamics(Dynamics):
-    r"""F(t) and G(t) given by callables that need not commute with themselves.
+    r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
     [0, end] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
-    Panels are shorter where the functions vary quickly, and enclose jumps. On a panel, or on a part
-    of it, Ψ(end, τ) G(τ) is a Taylor series whose terms have full relative accuracy however short
-    the part is. Gaussian elimination of common leading terms then keeps the digits of each row of
-    the noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
-    Structure that is shorter than 1/256 may be missed. Over several panels that are short beside
-    1/‖F‖, as near a jump or a root of t, composition loses digits of the smallest rows.
+    Panels are shorter if the functions vary quickly, and enclose jumps. On a panel, or on a part of
+    it, Ψ(end, τ) G(τ) is a Taylor series whose terms have full relative accuracy however short the
+    part is. Gaussian elimination of common leading terms then keeps the digits of each row of the
+    noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
+
+    Structure shorter than 1/256 may be missed. If several panels are much shorter than 1/‖F‖, as
+    near a jump or a square root of t, composing them loses digits of the smallest rows.
 
     Parameters
     ----------
     drift
-        A time, a 0-dimensional float64 tensor, to ``(k, k)``.
+        Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``.
     diffusion
-        A time to ``(k, r)``.
+        Function of a time that returns G, ``(k, r)``.
     end
-        Largest time at which the callables are evaluated.
+        Largest time at which the functions are evaluated.
 
     Raises
     ------
     ValueError
-        If a callable returns matrices that do not fit or values that are not finite, if the
-        diffusion is zero at all times, or if a callable nearly diverges or varies too quickly
+        If a function returns matrices that do not fit or values that are not finite, if the
+        diffusion is zero at all times, or if a function nearly diverges or varies too quickly
         somewhere.
     """
 
@@ -55,7 +57,7 @@ class FunctionDynamics(Dynamics):
     ) -> None:
         for name, function in (("drift", drift), ("diffusion", diffusion)):
             if not callable(function):
-                msg = f"{name} must be a callable of a time; got {function!r}"
+                msg = f"{name} must be a function of a time; got {function!r}"
                 raise TypeError(msg)
         self._drift = OverTimes(drift)
         self._diffusion = OverTimes(diffusion)
@@ -63,39 +65,35 @@ class FunctionDynamics(Dynamics):
         F, G = self._drift(grid), self._diffusion(grid)
         for name, values in (("drift", F), ("diffusion", G)):
             if values.ndim != 3 or values.shape[0] != len(grid):
-                msg = (
-                    f"{name}: the callable must return one matrix a time; got {tuple(values.shape)}"
-                )
+                msg = f"{name} must return one matrix per time; got shape {tuple(values.shape[1:])}"
                 raise ValueError(msg)
             if not bool(values.detach().isfinite().all()):
                 bad = grid[~values.detach().isfinite().all(-1).all(-1)][0]
-                msg = (
-                    f"{name}: the callable must be finite on [0, {end:g}]; it is not at t = {bad:g}"
-                )
+                msg = f"{name} must be finite on [0, {end:g}]; got NaN or infinity at t = {bad:g}"
                 raise ValueError(msg)
         if F.shape[1] != F.shape[2]:
-            msg = f"drift: the callable must return square matrices; got {tuple(F.shape[1:])}"
+            msg = f"drift must return square matrices; got shape {tuple(F.shape[1:])}"
             raise ValueError(msg)
         if G.shape[1] != F.shape[1]:
             msg = (
-                f"diffusion: the callable must return matrices with as many rows as the drift, "
-                f"{F.shape[1]}; got {tuple(G.shape[1:])}"
+                f"diffusion must return matrices with as many rows as the drift, {F.shape[1]}; got "
+                f"shape {tuple(G.shape[1:])}"
             )
             raise ValueError(msg)
         self.components = F.shape[1]
         self.driven = driven_rows(G)
         if not self.driven:
             msg = (
-                "diffusion: the callable must not return zeros alone; without noise there is no "
-                "score"
+                "diffusion must have a nonzero entry at some time, because without noise there is "
+                "no score; got 0"
             )
             raise ValueError(msg)
         self._edges = partition(self._drift, self._diffusion, grid)
-        self._seen = self._some_values()
+        self._known_values = self._some_values()
 
     @override
     def __repr__(self) -> str:
-        """Functions by name, in one line."""
+        """One line with the names of the functions."""
         drift, diffusion = (shown(f.function) for f in (self._drift, self._diffusion))
         return f"FunctionDynamics(drift={drift}, diffusion={diffusion})"
 
@@ -116,29 +114,29 @@ class FunctionDynamics(Dynamics):
 
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
-        def still(u: Tensor) -> Tensor:
+        def no_drift(u: Tensor) -> Tensor:
             return 0 * self._drift(u)
 
-        return stack_first(self._transitions(still, s, t).root, s.shape)
+        return stack_first(self._transitions(no_drift, s, t).root, s.shape)
 
     def _transitions(
         self, drift: Function, s: Tensor, t: Tensor, start: Tensor | None = None
     ) -> _Transitions:
-        """Transitions, the roots of which begin with that of z_s, ``start``."""
+        """Transitions over [s, t], with ``start`` as the root of the covariance of z_s."""
         self._follow_changes()
         first, last, span = s.flatten().contiguous(), t.flatten().contiguous(), (t - s).flatten()
         edges, lengths = self._edges, self._edges.diff()
         i = torch.searchsorted(edges, first.detach(), right=True) - 1
         i = i.clamp_max(len(lengths) - 1)
         j = torch.maximum(torch.searchsorted(edges, last.detach()) - 1, i)
-        # Composing two short pieces would lose the digits that elimination keeps. An interval that
-        # is short beside the panels on both sides of an edge lies in a panel around that edge.
+        # Composing two short pieces would lose the digits that elimination keeps. An interval
+        # around an edge that is shorter than the panels beside it gets a panel around that edge.
         shorter = torch.minimum(lengths[i], lengths[j])
         around = (j == i + 1) & (2 * span.detach() <= shorter)
         left = torch.where(around, edges[j] - shorter / 2, edges[i])
         length = torch.where(around, shorter, lengths[i])
-        # A longer interval is one piece up to an edge, unless it starts there, whole panels that
-        # are shared with other intervals, and one piece from the last edge on.
+        # A longer interval has three parts: one piece up to the first edge, unless it starts there;
+        # whole panels, which other intervals share; and one piece after the last edge.
         longer = (i < j) & ~around
         at_edge = longer & (first == edges[i]) & (not s.requires_grad)
         cut = torch.where(longer, edges[i + 1] - first, span)
@@ -177,8 +175,8 @@ class FunctionDynamics(Dynamics):
     ) -> _Transitions:
         """Transitions over [s, s + h] inside panels [left, left + length]; all ``(n,)``.
 
-        The first ``started`` begin with the root ``start``, ``(k, k, 1)``, and the others at states
-        that are known.
+        The first ``started`` have the initial root ``start``, ``(k, k, 1)``. The others have known
+        initial states.
         """
         results = []
         for few in _portions(len(left)):
@@ -196,8 +194,8 @@ class FunctionDynamics(Dynamics):
         at_end = torch.cat([f(s + h) for f in functions], dim=-1)
         series = without_rounding(legendre(values), time_rounding(left, length))
         series = taylor(series, (s + h - left) / length, h / length)
-        # An entry that nearly vanishes at the end has no relative accuracy from interpolation,
-        # which averages rounding in all others.
+        # Interpolation gives a nearly vanishing entry no relative accuracy, so use the function's
+        # value at the end. It averages the rounding of all other entries.
         small = at_end.detach().abs() < 0.01 * values.detach().abs().amax(1)
         value = torch.where(small, at_end, series[:, 0])
         series = torch.cat([value.unsqueeze(1), series[:, 1:]], dim=1)
@@ -206,7 +204,7 @@ class FunctionDynamics(Dynamics):
         psi = Y.sum(1).permute(1, 2, 0)
         terms = driven.permute(2, 3, 1, 0) * safe_sqrt(h)
         r = terms.shape[1]
-        # Elimination sees what is spread at the start, too.
+        # Eliminate the initial root together with the noise.
         columns = torch.cat([terms.flatten(1, 2), block_product(psi, start)], dim=1)
         multipliers, columns = eliminate(columns)
         terms, spread = columns[:, : r * TERMS].reshape_as(terms), columns[:, r * TERMS :]
@@ -220,11 +218,11 @@ class FunctionDynamics(Dynamics):
         return torch.cat([self._drift(times), self._diffusion(times)], dim=-1)
 
     def _follow_changes(self) -> None:
-        """Divide anew if the callables have changed, as when their parameters are trained."""
+        """Compute the panels again if the functions have changed, for example in training."""
         values = self._some_values()
-        if not torch.equal(values, self._seen):
+        if not torch.equal(values, self._known_values):
             self._edges = partition(self._drift, self._diffusion, self._grid)
-            self._seen = values
+            self._known_values = values
 
     @override
     def stationary_covariance(self) -> None:
@@ -241,7 +239,7 @@ def _between(level: _Transitions, i: Tensor, j: Tensor) -> _Transitions:
     psi = torch.eye(k, device="cpu", dtype=torch.float64).unsqueeze(-1).expand(-1, -1, len(i))
     before = after = _Transitions(psi, torch.zeros_like(psi))
     while bool((i < j).any()):
-        # Nodes of this level that no node of the next covers.
+        # Compose the nodes of this level that no node of the next level covers.
         odd = (i < j) & (i % 2 == 1)
         before = before.then(level.at(i)).where(odd, before)
         i = i + odd.to(i)
@@ -255,7 +253,7 @@ def _between(level: _Transitions, i: Tensor, j: Tensor) -> _Transitions:
 
 
 def _portions(n: int) -> Iterator[slice]:
-    """Slices of n pieces; one at least, so that the shape is known even if there are none."""
+    """Slices of n pieces; at least one slice, so that the shape is known even for n = 0."""
     for first in range(0, max(1, n), _AT_ONCE):
         yield slice(first, first + _AT_ONCE)
 

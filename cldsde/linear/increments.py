@@ -1,6 +1,6 @@
-"""Increments of Brownian motion over intervals, with the integrals that a linear SDE makes of them.
+"""Joint covariance of Brownian increments and the stochastic integrals of a linear SDE.
 
-Over [s, t] these are J = (ΔW, I) with ΔW = w(t) − w(s) and I = ∫Ψ(t, τ) G(τ) dw(τ), or ΔW alone.
+Over [s, t] they are J = (ΔW, I) with ΔW = w(t) − w(s) and I = ∫Ψ(t, τ) G(τ) dw(τ), or ΔW alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cldsde.linear.sde import LinearSDE
 
 __all__ = ["carried_increments", "increment_roots", "split_rotations"]
 
-_PANELS, _NODES = 4, 16  # at least so many panels
+_PANELS, _NODES = 4, 16  # smallest number of panels, nodes per panel
 
 
 def increment_roots(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) -> Tensor:
     """Roots of the covariance of J over intervals ``(n,)``, ``(n, r, r)``."""
     x, w = gauss_legendre(_NODES)
     span = (t - s).unsqueeze(1)
-    # Panels short enough for Ψ to change little.
+    # Choose panels so short that Ψ changes little over each.
     probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu")
     change = float((sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
     panels = max(_PANELS, math.ceil(change))
@@ -39,7 +39,7 @@ def increment_roots(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) ->
 
 
 def carried_increments(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) -> Tensor:
-    """What J up to s contributes to J up to t, for times ``(n,)``: ``(n, r, r)``."""
+    """Matrix ``(n, r, r)`` by which J up to s enters J up to t, for times ``(n,)``."""
     columns = sde.diffusion(t[0]).shape[-1]
     size = columns + (sde.components if integrals else 0)
     carried = torch.eye(size, dtype=torch.float64, device="cpu").repeat(len(s), 1, 1)
@@ -49,17 +49,17 @@ def carried_increments(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool)
 
 
 def split_rotations(earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotations that take normals of an interval, and as many new ones, to those of its halves.
+    """Rotations that map the normals of an interval and fresh normals to those of its halves.
 
     Parameters
     ----------
     earlier, later
-        Roots of the contributions of the halves to J of the whole, ``(n, r, r)``.
+        Roots of the contributions of the two halves to J of the whole interval, ``(n, r, r)``.
 
     Returns
     -------
     rotation, root : tuple of Tensor
-        ``(n, 2r, 2r)``, and the root of J of the whole, ``(n, r, r)``.
+        Rotations ``(n, 2r, 2r)``, and roots of J of the whole intervals, ``(n, r, r)``.
     """
     size = earlier.shape[-1]
     # [earlier, later] = [root, 0] Oᵀ

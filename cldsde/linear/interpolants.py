@@ -1,4 +1,4 @@
-"""Interpolants with a name: rectified flow, the cosine path, and paths from tables."""
+"""Interpolants as processes: rectified flow, the cosine path, and tables of ``alphas_cumprod``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from cldsde.linear.checks import as_float64
 from cldsde.linear.sde import LinearSDE
@@ -16,19 +17,20 @@ __all__ = ["CosineVP", "RectifiedFlow", "alphas_cumprod_process"]
 
 
 class RectifiedFlow(LinearSDE):
-    r"""The linear interpolant of flow matching, x_t = (1 − t) x_0 + t n (Liu et al. 2023).
+    r"""Rectified flow, the linear interpolant of flow matching: x_t = (1 − t) x_0 + t n.
 
-    .. math:: dx = −\frac{x}{1 − t}\,dt + \sqrt{\frac{2t}{1 − t}}\,dw
+    The SDE with these marginals (Liu et al. 2023) is
 
-    has these marginals. Its prior is N(0, 1). Drift and diffusion diverge at t = 1, distributions
-    do not: `ExponentialMultistep` samples from t = 1, and other solvers from
-    `LinearSDE.regular_until` on. `ExponentialMultistep` of order 1, without noise, is Euler's
-    method for the flow-matching ODE.
+    .. math:: dx = −\frac{x}{1 − t}\,dt + \sqrt{\frac{2t}{1 − t}}\,dw.
+
+    The prior is N(0, 1). Drift and diffusion diverge at t = 1, but distributions are finite there.
+    `ExponentialMultistep` starts at t = 1, and other solvers start at `LinearSDE.regular_until`.
+    ``ExponentialMultistep(order=1)`` is Euler's method for the flow-matching ODE.
 
     References
     ----------
     X. Liu, C. Gong and Q. Liu, *Flow straight and fast*, 2023; Y. Lipman et al., *Flow matching for
-    generative modeling*, 2023; N. Ma et al., *SiT*, 2024, for stochastic sampling of it.
+    generative modeling*, 2023; N. Ma et al., *SiT*, 2024, for stochastic sampling.
 
     Examples
     --------
@@ -45,11 +47,11 @@ class RectifiedFlow(LinearSDE):
 
 
 class CosineVP(LinearSDE):
-    r"""The trigonometric interpolant, x_t = cos(πt/2) x_0 + sin(πt/2) n: VP with β = π tan(πt/2).
+    r"""Trigonometric interpolant: x_t = cos(πt/2) x_0 + sin(πt/2) n.
 
-    It is the cosine schedule without the offset at t = 0 and without the cut before t = 1
-    (`Schedule.cosine` has both). Drift and diffusion diverge at t = 1, distributions do not; see
-    `RectifiedFlow`.
+    It is VP with β = π tan(πt/2): the cosine noise schedule without the offset at t = 0 and without
+    the cut before t = 1 (`Schedule.cosine` has both). Drift and diffusion diverge at t = 1, but
+    distributions are finite there; see `RectifiedFlow`.
 
     References
     ----------
@@ -69,7 +71,7 @@ class CosineVP(LinearSDE):
 
 
 def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
-    """See `VPSDE.from_alphas_cumprod`."""
+    """Process of a table ``alphas_cumprod``; see `VPSDE.from_alphas_cumprod`."""
     try:
         values = as_float64(table).clone()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -84,22 +86,35 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
         msg = (
-            "table must fall from below 1 to at least 0; "
+            "table must decrease from below 1 to at least 0; "
             f"got {float(plain[i]):g} after {float(before[i]):g} at index {i}"
         )
         raise ValueError(msg)
     angles = _Angles(values)
-    # At a time between entries each angle has the rounding of the number of entries times t.
+    # The rounding error of an angle between entries is that of the number of entries times t.
     dynamics = SignalNoiseDynamics(
         angles.signal, angles.noise, gain=angles.gain, variance_preserving=True
     )
-    return LinearSDE(dynamics)
+    return _TableProcess(dynamics, len(plain))
+
+
+class _TableProcess(LinearSDE):
+    """Variance-preserving process through a table, with a repr of its own."""
+
+    def __init__(self, dynamics: SignalNoiseDynamics, entries: int) -> None:
+        super().__init__(dynamics)
+        self._entries = entries
+
+    @override
+    def __repr__(self) -> str:
+        """One line with the number of entries."""
+        return f"VPSDE.from_alphas_cumprod(<{self._entries} entries>)"
 
 
 class _Angles:
     """α = sin φ and σ = sin θ, with angles φ and θ = π/2 − φ that are linear between entries.
 
-    θ is 0 at t = 0. φ is kept too, because it has no digits as π/2 − θ where it is small.
+    θ is 0 at t = 0. Both angles are stored, because π/2 − θ would cancel for small φ.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -114,34 +129,34 @@ class _Angles:
         return torch.sin(self._at(self._noise, t))
 
     def gain(self, s: Tensor, t: Tensor) -> Tensor:
-        """sin(θ_t − θ_s), the difference relative to that along the slope of the first piece.
+        """Compute sin(θ_t − θ_s) without cancellation.
 
-        Over a short step a plain difference of the two angles would cancel, and leave their
-        rounding relative to the step.
+        The difference is the slope of the first piece times t − s, plus a correction for later
+        pieces. A plain difference of the two angles would cancel over a short step.
         """
         first, _ = self._piece(s)
         last, beyond = self._piece(t)
         steps = self._noise.diff()
         step, whole = steps[first], self._noise[last] - self._noise[first + 1]
-        bend = whole - (last - first - 1) * step + beyond * (steps[last] - step)
-        return torch.sin(len(steps) * (t - s) * step + bend)
+        correction = whole - (last - first - 1) * step + beyond * (steps[last] - step)
+        return torch.sin(len(steps) * (t - s) * step + correction)
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Piece of each time, and the share of it that lies before."""
+        """Index of the piece of each time, and the time's position in it as a fraction."""
         n = len(self._noise) - 1
         piece = (t.detach() * n).floor().clamp(0, n - 1)
-        # Not t·n − piece, which would round t·n.
+        # Do not compute t·n − piece, because t·n would be rounded.
         return piece.long(), (t - piece / n) * n
 
     def _at(self, knots: Tensor, t: Tensor) -> Tensor:
         piece, share = self._piece(t)
         n = len(knots) - 1
-        # Not 1 − share, which is not zero at the end.
+        # Do not compute 1 − share, which rounding makes nonzero at the end.
         left = ((piece + 1).to(t.dtype) / n - t) * n
         return knots[piece] * left + knots[piece + 1] * share
 
 
-# Module-level functions, so that a process can be pickled and copied.
+# These are module-level functions, so that a process can be pickled and copied.
 
 
 def _falling(t: Tensor) -> Tensor:
@@ -157,7 +172,7 @@ def _linear_gain(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _cosine(t: Tensor) -> Tensor:
-    # Not cos(πt/2), which has no relative accuracy near t = 1.
+    # cos(πt/2) would have no relative accuracy near t = 1.
     return torch.sin(math.pi / 2 * (1 - t))
 
 

@@ -1,4 +1,4 @@
-"""Gaussian laws of a state: transition kernels and priors, held by their factor."""
+"""Gaussian distributions of a state: transition kernels and priors, with triangular factors."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
     check_state(z, blocks.shape[-1], name)
     if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
         msg = (
-            f"the kernel must be for one time or for ({len(z)},) times, one a sample; "
-            f"got {tuple(blocks.shape[:-2])}"
+            f"{name} has {len(z)} samples, so the kernel must be for one time or for ({len(z)},) "
+            f"times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
         )
         raise ValueError(msg)
 
 
 def check_density(root: Tensor, times: Tensor, name: str) -> None:
-    """Raise ValueError, naming the time, where a law given the start has no density.
+    """Raise ValueError if the distribution given the start has no density at some time.
 
     Parameters
     ----------
@@ -38,12 +38,12 @@ def check_density(root: Tensor, times: Tensor, name: str) -> None:
     times
         ``(*)``.
     name
-        What the times are called.
+        Name of the times in the message.
     """
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
     if bool(flat.any()):
         msg = (
-            f"{name}: the law given the start has no density at {name} = "
+            f"the distribution given the start has no density at {name} = "
             f"{float(times.detach()[flat].min()):g}; take {name} > 0, and a process whose noise "
             "reaches every component"
         )
@@ -51,10 +51,13 @@ def check_density(root: Tensor, times: Tensor, name: str) -> None:
 
 
 def log_density(residual: Tensor, root: Tensor) -> Tensor:
-    """Log-density of N(0, L Lᵀ ⊗ I) at ``(B, k, *D)``, ``(B,)``, single precision at least."""
+    """Log-density ``(B,)`` of N(0, L Lᵀ ⊗ I) at ``(B, k, *D)``, in single precision at least."""
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     if bool((diagonal <= 0).any()):
-        msg = "the law has no density: its root has a zero on the diagonal"
+        msg = (
+            "the distribution has no density, because its root has a zero on the diagonal; take "
+            "times at which noise reaches every component"
+        )
         raise ValueError(msg)
     flat = flatten_data(residual)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -69,22 +72,31 @@ def log_density(residual: Tensor, root: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """The Gaussian law z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
+    """Transition kernel z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
 
     Attributes
     ----------
     mean
-        Matrix that takes z_s to the conditional mean, ``(*, k, k)`` float64 on the host.
+        Matrix that maps z_s to the conditional mean, ``(*, k, k)`` float64 on the CPU.
     root
-        Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0 (> 0 wherever the
-        law has a density).
+        Lower-triangular factor of the covariance, ``(*, k, k)`` float64 on the CPU. Its diagonal is
+        ≥ 0, and > 0 if the distribution has a density.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> kernel = CLD().transition(0.2, 0.5)
+    >>> z_t = kernel.sample(torch.zeros(8, 2, 3), generator=torch.Generator().manual_seed(0))
+    >>> z_t.shape
+    torch.Size([8, 2, 3])
     """
 
     mean: Tensor
     root: Tensor
 
     def __repr__(self) -> str:
-        """Size and number of the matrices, in one line."""
+        """One line with the sizes of the matrices."""
         return f"Kernel(components={self.mean.shape[-1]}, times={tuple(self.mean.shape[:-2])})"
 
     @property
@@ -102,10 +114,10 @@ class Kernel:
         Parameters
         ----------
         z
-            z_s, ``(B, k, *D)``. A kernel of batch shape ``()`` serves the whole batch, one of
-            shape ``(B,)`` gives each sample its own.
+            z_s, ``(B, k, *D)``. A kernel for one time, shape ``()``, is used for all samples. A
+            kernel for times ``(B,)`` has one time per sample.
         generator
-            Source of the normals; several draw for even shares of the batch.
+            Random generator, or several, each of which draws for an equal share of the batch.
 
         Returns
         -------
@@ -127,7 +139,7 @@ class Kernel:
         Raises
         ------
         ValueError
-            If the law has no density, or the shapes do not fit.
+            If the distribution has no density, or the shapes do not fit.
         """
         check_kernel_shape(self.mean, z_t, "z_t")
         check_kernel_shape(self.mean, z_s, "z_s")
@@ -139,23 +151,31 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """The centred Gaussian law N(0, root rootᵀ) of a state, the same for every data dimension.
+    """Gaussian distribution N(0, root rootᵀ) of a state, such as the prior.
+
+    It is the same for every data dimension.
 
     Attributes
     ----------
     root
-        Lower-triangular factor of the covariance, ``(k, k)`` float64 on the host.
+        Lower-triangular factor of the covariance, ``(k, k)`` float64 on the CPU.
+
+    Examples
+    --------
+    >>> from cldsde import CLD
+    >>> CLD().prior.sample((8, 3)).shape
+    torch.Size([8, 2, 3])
     """
 
     root: Tensor
 
     def __repr__(self) -> str:
-        """The covariance, in one line."""
+        """One line with the covariance."""
         return f"Gaussian(covariance={shown(self.covariance)})"
 
     @property
     def mean(self) -> Tensor:
-        """Zero matrix ``(k, k)``: the law depends on no earlier state."""
+        """Zero matrix ``(k, k)``: the distribution depends on no earlier state."""
         return torch.zeros_like(self.root)
 
     @property
@@ -179,7 +199,7 @@ class Gaussian:
             ``(B, k, *D)``.
         """
         if not isinstance(shape, Sequence) or len(shape) < 1:
-            msg = f"shape must be that of a batch of data, (B, *D); got {shape!r}"
+            msg = f"shape must be the shape (B, *D) of a batch of data; got {shape!r}"
             raise ValueError(msg)
         full = (shape[0], len(self.root), *shape[1:])
         noise = standard_normal(full, generator=generator, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The time at which a process has a given signal-to-noise ratio."""
+"""Times at which a process has given signal-to-noise ratios."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["times_of_log_snr"]
 def times_of_log_snr(
     sde: LinearSDE, log_snr: Tensor | float, T: float | None = None, eps: float = 1e-9
 ) -> Tensor:
-    """Times at which half the log of the signal-to-noise ratio, κ, has given values.
+    """Times at which a process has given values of κ, half the log of the signal-to-noise ratio.
 
     The same time means a different noise level in each process. To transfer ε or t_min from one
     process to another, match κ.
@@ -33,15 +33,15 @@ def times_of_log_snr(
     Returns
     -------
     Tensor
-        Times in [ε, T] of the shape of ``log_snr``, float64 on the CPU, to the rounding of
-        log t; the nearer end if no time has the value.
+        Times in [ε, T] of the shape of ``log_snr``, float64 on the CPU, accurate to the rounding of
+        log t. If no time has the value, the nearer end.
 
     Raises
     ------
     TypeError
-        If ``sde`` is no process or ``log_snr`` no number or tensor of real numbers.
+        If ``sde`` is not a process, or ``log_snr`` is not a number or a tensor of real numbers.
     ValueError
-        If a value is NaN or ε and T bound no interval of the process's times.
+        If a value is NaN, or not 0 < ε ≤ T ≤ 1.
 
     Examples
     --------
@@ -64,24 +64,24 @@ def times_of_log_snr(
     if not 0 < eps <= T <= sde.T:
         msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
-    wanted = log_snr.flatten()
+    target = log_snr.flatten()
     points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")
-    points = points.unsqueeze(1)  # at first the same for all values
-    # Distances to the time that the secant proposes, relative to the bracket: the next bracket is
-    # as narrow as the secant is good, and at most half as wide.
+    points = points.unsqueeze(1)  # the first points are the same for all values
+    # Distances of the next points to the time that the secant proposes, relative to the bracket.
+    # The better the secant, the narrower is the next bracket; it is at most half as wide.
     steps = 2 * 0.25 ** torch.arange(1, 14, dtype=torch.float64, device="cpu").unsqueeze(1)
     offsets = torch.cat([-steps, torch.zeros_like(steps[:1]), steps.flip(0)])
     for _ in range(60):
-        # κ falls with t, so that the times of larger values come first.
-        values = sde.log_snr(points.exp().clamp(eps, T)).expand(-1, len(wanted))
-        points = points.expand(-1, len(wanted))
-        bracket = (values[1:-1] > wanted).sum(0, keepdim=True)
+        # κ decreases with t, so that larger values come first.
+        values = sde.log_snr(points.exp().clamp(eps, T)).expand(-1, len(target))
+        points = points.expand(-1, len(target))
+        bracket = (values[1:-1] > target).sum(0, keepdim=True)
         low, high = points.gather(0, bracket), points.gather(0, bracket + 1)
         first, last = values.gather(0, bracket), values.gather(0, bracket + 1)
         width = high - low
         if bool((width <= 4 * torch.finfo(torch.float64).eps * low.abs().clamp_min(1)).all()):
             break
-        share = ((first - wanted) / (first - last)).nan_to_num(0.5).clamp(0, 1)
+        share = ((first - target) / (first - last)).nan_to_num(0.5).clamp(0, 1)
         inner = (low + width * (share + offsets)).clamp(low, high)
         points = torch.cat([low, inner, high])
     return ((low + high) / 2).exp().clamp(eps, T).reshape(log_snr.shape)

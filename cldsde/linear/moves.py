@@ -1,4 +1,4 @@
-"""Moves of the reverse family over many steps at once, from which integrators make their tables."""
+"""Transitions of the reverse process over many steps at once, for the tables of integrators."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.posterior import bayes
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["by_steps", "carried_roots", "marginal_laws", "moves_to_end"]
+__all__ = ["by_steps", "carried_roots", "marginal_factors", "moves_to_end"]
 
-_STEPS = 25  # whose tables are made at a time
+_STEPS = 25  # number of steps whose tables are computed at once
 
 
 def by_steps(function: Callable[..., tuple[Tensor, ...]], *tables: Tensor) -> list[Tensor]:
     """Apply a function to the tables of a few steps at a time.
 
-    Larger tables would take much memory, and wake torch's thread pool.
+    Larger tables would use much memory and wake torch's thread pool.
     """
     parts = [function(*few) for few in zip(*(torch.split(t, _STEPS) for t in tables), strict=True)]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def marginal_laws(sde: LinearSDE, stops: Tensor) -> list[Tensor]:
-    """Means and roots of the distributions given the data."""
+def marginal_factors(sde: LinearSDE, stops: Tensor) -> list[Tensor]:
+    """Mean matrices and covariance roots of the distributions given the data."""
 
     def marginals(times: Tensor) -> tuple[Tensor, Tensor]:
-        law = sde.marginal(times)
-        check_density(law.root, times, "times")
-        return law.mean, law.root
+        kernel = sde.marginal(times)
+        check_density(kernel.root, times, "times")
+        return kernel.mean, kernel.root
 
     return by_steps(marginals, stops)
 
 
 def carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots that the probability flow carries along, triangular at the first stop; inverses."""
+    """Roots that follow the probability flow, triangular at the latest stop, and their inverses."""
     rotations = flow_rotations(sde.dynamics, lambda t: sde.marginal(t).root, stops.flatten())
     rotations = rotations.reshape(root.shape)
     return root @ rotations, rotations.mT @ triangular_inverse(root)
@@ -48,7 +48,7 @@ def carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, 
 def moves_to_end(
     sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Φ_λ from each stop to the last of its step, ``(n, m, k, k)``, and the noise of whole steps.
+    """Transitions Φ_λ from each stop to the end of its step, and the noise of whole steps.
 
     Parameters
     ----------
@@ -57,9 +57,14 @@ def moves_to_end(
     stops
         Times ``(n, m + 1)`` from the start of each step to its end.
     root
-        Roots of the distributions given the data at the stops.
+        Roots of the distributions given the data at the stops, ``(n, m + 1, k, k)``.
     levels
         λ of each step, ``(n,)``.
+
+    Returns
+    -------
+    moves, noise : tuple of Tensor
+        ``(n, m, k, k)``, and noise roots ``(n, k, k)``, without columns if λ = 0.
     """
     if not bool(levels.any()):
         carried, inverse = carried_roots(sde, stops, root)
@@ -75,7 +80,7 @@ def moves_to_end(
         return moves, noise
 
     def piece(stops: Tensor, levels: Tensor) -> tuple[Tensor]:
-        # Moves from each stop to the last would be integrated over again for every stop.
+        # Integrate between neighbouring stops only: integrals up to the end would overlap.
         step = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
         return (step.state,)
 

@@ -1,4 +1,4 @@
-"""Functions of time in panels on which they are polynomials, refined where they vary quickly."""
+"""Adaptive panels on which given functions of time are polynomials to rounding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def at_nodes(function: Function, left: Tensor, length: Tensor) -> Tensor:
 
 
 def time_rounding(left: Tensor, length: Tensor) -> Tensor:
-    """Rounding of the times in panels relative to their lengths, ``(p,)``."""
+    """Rounding error of the times in panels relative to the panels' lengths, ``(p,)``."""
     return _EPS * (left + length) / length
 
 
@@ -43,15 +43,19 @@ def time_rounding(left: Tensor, length: Tensor) -> Tensor:
 def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
     """Edges of panels on which a transition is a Taylor series of `taylor.TERMS` terms.
 
-    Panels are halved until F and G are polynomials of degree NODES − 1 to rounding there, which
-    their last Legendre coefficients and their values on the grid tell, until the terms of Ψ G have
-    fallen to rounding, and until ‖F‖h ≤ 2. A jump or a root is enclosed by a panel so short that it
-    does not matter.
+    Panels are halved until three conditions hold:
+
+    - F and G are polynomials of degree NODES − 1 to rounding, by their last Legendre coefficients
+      and by their values on the grid;
+    - the last terms of Ψ G are below rounding;
+    - ‖F‖h ≤ 2.
+
+    A jump or a square root is enclosed by a panel so short that its error does not matter.
 
     Parameters
     ----------
     drift, diffusion
-        Times ``(*)`` to F ``(*, k, k)`` and G ``(*, k, r)``.
+        Functions of times ``(*)`` that return F ``(*, k, k)`` and G ``(*, k, r)``.
     grid
         ``(n,)``, increasing, from one end to the other.
 
@@ -61,7 +65,7 @@ def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
         If more than 4096 panels are needed, or a panel that is too short to be halved contributes
         more than 1e-12 to a transition.
     """
-    # In balanced units ‖F‖ is smallest, and so is the number of panels.
+    # Balanced units minimise ‖F‖ and thus the number of panels.
     scale = balancing_scale(drift(grid).abs().amax(0))
     functions: tuple[Function, Function] = (
         lambda t: drift(t) * scale / scale.unsqueeze(1),
@@ -81,7 +85,7 @@ def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
         for value, table in zip(values, tables, strict=True):
             series = legendre(value)
             size, error = _norm(series).amax(1), _norm(series)[:, -3:].amax(1)
-            # Values far below the largest have no digits to keep, and below 1e-308 none at all.
+            # Values far below the largest need no relative accuracy; below 1e-308 they have none.
             tolerance = 64 * (_EPS + rounding) * size + 1e-100 * _norm(table).max()
             fits &= error <= tolerance
             missed = _norm(torch.einsum("nj,njab->nab", basis(x), series[inside]) - table)
@@ -123,10 +127,10 @@ def _unresolved(time: Tensor) -> ValueError:
 
 
 class OverTimes:
-    """A user's function of one time, evaluated over times of any shape.
+    """A user's function of one time, evaluated at times of any shape.
 
-    All at once if it can be mapped over a batch and then gives the same as one by one, which a
-    function that turns times into numbers does not.
+    The function is mapped over a batch by `torch.func.vmap` if this gives the same values as one
+    call per time. Otherwise, for example if it converts times to numbers, it is called per time.
     """
 
     def __init__(self, function: Function) -> None:
@@ -136,14 +140,14 @@ class OverTimes:
         try:
             together = self._at_once(some)
         except Exception:  # noqa: BLE001
-            self._maps = False  # it works for one time, as was just seen, and not for many
+            self._maps = False  # the calls above worked for single times, so only vmap fails
         else:
             same = together.shape == alone.shape
             self._maps = same and torch.allclose(together, alone, rtol=1e-14, atol=0)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Values ``(*t.shape, a, b)`` float64 on the CPU."""
-        # At least one time is evaluated, so that the shape is known even if there are no times.
+        # Evaluate at least one time, so that the shape is known even without times.
         flat = t.flatten() if t.numel() else t.new_zeros(1)
         values = (self._at_once if self._maps else self._one_by_one)(flat)[: t.numel()]
         return values.reshape(*t.shape, *values.shape[1:])

@@ -1,4 +1,4 @@
-r"""The law of an earlier state given a later one and the start, and the family that contains it.
+r"""Distribution of an earlier state given a later one and the start, and a family around it.
 
 Between t and s < t the processes
 
@@ -6,9 +6,9 @@ Between t and s < t the processes
     dz = \bigl[F z + \tfrac{1+λ^2}2 G G^⊤ Σ_τ^{-1} (z − Ψ(τ,0) z_0)\bigr] dτ + λ\,G\,d\bar w,
     \qquad λ ≥ 0,
 
-run backwards, keep the law of z_τ given z_0 for every λ: λ = 1 is the Bayesian posterior
-p(z_s | z_t, z_0), λ = 0 is a probability flow, and for k = 1 all of them are the family of
-Song, Meng and Ermon (2021, eq. 7). They are Gaussian,
+run backwards in time, have the same distribution of z_τ given z_0 for every stochasticity λ. λ = 1
+is the Bayesian posterior p(z_s | z_t, z_0), and λ = 0 is a probability flow. For k = 1 this is the
+family of Song, Meng and Ermon (2021, eq. 7). All are Gaussian,
 
 .. math:: z_s = Ψ(s,0) z_0 + Φ_λ\,(z_t − Ψ(t,0) z_0) + ζ, \qquad
           ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤).
@@ -36,19 +36,28 @@ __all__ = ["Posterior", "bayes", "reverse_family", "whitened_family"]
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """The Gaussian law z_s | z_t, z_0 ~ N(state z_t + initial z_0, root rootᵀ), s ≤ t.
+    """Posterior z_s | z_t, z_0 ~ N(state z_t + initial z_0, root rootᵀ) of an earlier state, s ≤ t.
 
-    Made by `LinearSDE.posterior`. z_0 stands for the mean of the start: ``sde.embed(x0)`` where
-    the law is conditioned on the data, all of z_0 where the initial covariance is zero.
+    Create it with `LinearSDE.posterior`. z_0 is the mean of the start: ``sde.embed(x0)`` if the
+    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero.
 
     Attributes
     ----------
     state
-        Φ, ``(*, k, k)`` float64 on the host.
+        Φ, ``(*, k, k)`` float64 on the CPU.
     initial
         Ψ(s, 0) − Φ Ψ(t, 0), ``(*, k, k)``.
     root
         Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> sde, x0 = CLD(), torch.zeros(8, 3)
+    >>> posterior = sde.posterior(0.4, 0.5)
+    >>> posterior.sample(torch.randn(8, 2, 3), sde.embed(x0)).shape
+    torch.Size([8, 2, 3])
     """
 
     state: Tensor
@@ -77,10 +86,10 @@ class Posterior:
         Parameters
         ----------
         z_t, z_0
-            ``(B, k, *D)``. A law of batch shape ``()`` serves the whole batch, one of shape
-            ``(B,)`` gives each sample its own.
+            ``(B, k, *D)``. A posterior for one pair of times, shape ``()``, is used for all
+            samples. A posterior of shape ``(B,)`` has one pair of times per sample.
         generator
-            Source of the normals.
+            Random generator.
 
         Returns
         -------
@@ -97,7 +106,7 @@ class Posterior:
         Raises
         ------
         ValueError
-            If the law has no density (s = t, or λ = 0), or the shapes do not fit.
+            If the distribution has no density (s = t, or λ = 0), or the shapes do not fit.
         """
         mean = self.mean(z_t, z_0)
         check_kernel_shape(self.state, z_s, "z_s")
@@ -110,20 +119,20 @@ class Posterior:
 def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
     r"""Φ and noise root of the Bayesian posterior, from the roots L_s, L_t and the step s to t.
 
-    With Ψ and L_Q of the step, an orthogonal triangularisation of the joint law gives both, the
-    earlier state in units of its own root,
+    With Ψ and L_Q of the step, an orthogonal triangularisation of the joint distribution gives
+    both. The earlier state is in units of its own root,
 
     .. math:: \mathrm{tri}\begin{pmatrix} ΨL_s & L_Q \\ I & 0 \end{pmatrix}
               = \begin{pmatrix} L_t & 0 \\ W & R \end{pmatrix}, \qquad
               Φ = L_s W L_t^{-1}, \quad L_P = L_s R,
 
-    with rounding relative to L_s. A short step leaves L_P far below L_s; there the information
+    with rounding relative to L_s. For a short step L_P is far smaller than L_s, so the information
     form is used, with X = Ψ⁻¹L_Q and Y = L_s⁻¹X,
 
     .. math:: P = X (I + Y^⊤ Y)^{-1} X^⊤, \qquad Φ = Ψ^{-1} (I − Q Σ_t^{-1}).
 
-    Neither subtracts covariances. Over a step that renews one direction and barely moves another,
-    the row of the latter is accurate relative to L_s only.
+    Neither form subtracts covariances. If a step renews one direction and hardly changes another,
+    the row of the second direction is accurate relative to L_s only.
     """
     k = later.shape[-1]
     eye = torch.eye(k, dtype=torch.float64, device="cpu")
@@ -132,10 +141,10 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     joint = joint_root(torch.cat([upper, lower], dim=-2))
     moved = earlier @ joint[..., k:, :k]
     long_state = torch.linalg.solve_triangular(later, moved, upper=False, left=False)
-    # Not only lower triangular but, where L_s is singular, with the diagonal of a root.
+    # Triangularise again, because the product lacks a root's diagonal if L_s is singular.
     long_root = joint_root(earlier @ joint[..., k:, k:])
 
-    # ‖L_t⁻¹L_Q‖² is the share of the noise in Σ_t; where it is small Ψ is far from singular.
+    # ‖L_t⁻¹L_Q‖² is the share of the noise in Σ_t. If it is small, Ψ is far from singular.
     regular = (earlier.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
     share = torch.linalg.solve_triangular(later, step.root, upper=False).square().sum((-2, -1))
     short = (regular & (share <= 0.5))[..., None, None]
@@ -172,15 +181,15 @@ def whitened_family(
               Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
               N = L^{-1} F L + \tfrac12 g g^⊤,
 
-    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow like 1/τ
-    where β is a power of τ there; collocation integrates them on panels of like change.
+    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow only like
+    1/τ if β is a power of τ there. Collocation integrates them on panels of similar change.
 
     Parameters
     ----------
     dynamics
         F and G.
     root_at
-        Times ``(n, q)`` to the root L of the distribution given the start.
+        Function of times ``(n, q)`` that returns the root L of the distribution given the start.
     s, t
         Times of one shape, s ≤ t.
     stochasticity
@@ -202,8 +211,8 @@ def whitened_family(
     factors = converged(lambda count: collocate(reverse, *edges(count)), panels)
     if factors is None:
         msg = (
-            "stochasticity: the reverse process contracts or turns too fast between s and t to be "
-            f"resolved, with λ up to {float(level.detach().max()):g}"
+            "stochasticity is too large to resolve the reverse process between s and t; got up to "
+            f"{float(level.detach().max()):g}. Take a smaller one or a shorter interval"
         )
         raise ValueError(msg)
     move, noise = factors
@@ -213,11 +222,14 @@ def whitened_family(
 def _single_family(
     dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """e^{−λ²H} and √(1 − e^{−2λ²H}) for one component, H = κ(s) − κ(t); H is ∞ if Ψ(t, s) = 0."""
+    """Transition e^{−λ²H} and noise √(1 − e^{−2λ²H}) for one component.
+
+    H = κ(s) − κ(t), which is ∞ if Ψ(t, s) = 0.
+    """
     psi, noise = dynamics.transition(s, t)
     earlier, later = root_at(s), root_at(t)
     kept, share = psi * earlier / later, (noise / later).square()
-    # e^{−2H} is kept² and 1 − share: over short steps the latter has the digits of H.
+    # e^{−2H} equals kept² and 1 − share. Over short steps only the second form keeps the digits.
     short = share < 0.5
     gone = kept == 0
     far = torch.where(gone, 1e300, -torch.where(gone, 1.0, kept).log())
@@ -229,24 +241,24 @@ def _single_family(
 def _panels(
     drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
-    """How many panels to begin with, and where they lie: even in ∫ (‖drift‖ + 1/τ) dτ.
+    """First number of panels, and their edges, uniform in ∫ (‖drift‖ + 1/τ) dτ.
 
     Parameters
     ----------
     drift
-        Times ``(1, q)`` to ``(1, q, k, k)``.
+        Function of times ``(1, q)`` that returns ``(1, q, k, k)``.
     s, t
         Ends of the intervals ``(n,)``, s ≤ t; panels run from t down to s.
 
     Returns
     -------
     panels, edges
-        A first number of panels, and a function of it for `converged`.
+        First number of panels, and a function of the number of panels for `converged`.
     """
     if not len(t):
         return 1, lambda panels: (s.expand(panels, -1), s.expand(panels, -1))
     with torch.no_grad():
-        # Where s = 0 the law is regular, and times below 1e-10 t need no finer panels.
+        # If s = 0, the distribution is regular, and times below 1e-10 t need no finer panels.
         latest = t.clamp_min(1e-300)
         floor = torch.where(s > 0, s, 1e-10 * t).clamp_min(1e-300)
         low, high = float(floor.min().log()), float(latest.max().log())
@@ -264,7 +276,7 @@ def _panels(
         with torch.no_grad():
             times = _interpolate(work, knots, last.lerp(first, share)).exp()
             fraction = ((times - s) / (t - s)).clamp(0, 1)
-            # Over short intervals the rate is constant, and the division above ill-conditioned.
+            # Over short intervals the rate is constant, and the division is ill-conditioned.
             fraction = torch.where(t - s <= 1e-3 * t, 1 - share, fraction)
             fraction[0], fraction[-1] = 1.0, 0.0
         span = t - s

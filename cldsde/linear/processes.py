@@ -1,7 +1,7 @@
-"""The processes of the field, each declared by its matrices, schedule and laws.
+"""Forward processes of the literature: VP, sub-VP, VE, CLD, PSLD and HOLD.
 
-Parameters may be tensors with one element, through which kernels are differentiable. They are kept
-as attributes, in float64.
+Each is declared by its matrices, noise schedule and initial covariance. Parameters may be tensors
+with one element. Kernels are differentiable in them, and they are stored as float64 attributes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cldsde.linear.sde import LinearSDE
 
 __all__ = ["CLD", "HOLD", "PSLD", "VESDE", "VPSDE", "SubVPSDE"]
 
-# With these HOLD has the triple eigenvalue −√3.
+# With this coupling and friction HOLD has the triple eigenvalue −√3.
 _CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)
 
 
@@ -43,9 +43,14 @@ class VPSDE(LinearSDE):
     Parameters
     ----------
     beta_min, beta_max
-        β(0) and β(1), not negative, in units of 1/t.
+        β(0) ≥ 0 and β(1) > 0, in units of 1/t.
     schedule
-        β in place of the linear one, e.g. ``Schedule.cosine()``.
+        Noise schedule β in place of the linear one, e.g. ``Schedule.cosine()``.
+
+    Raises
+    ------
+    ValueError
+        If a rate is out of range or not finite.
 
     Examples
     --------
@@ -68,7 +73,7 @@ class VPSDE(LinearSDE):
 
     @staticmethod
     def from_alphas_cumprod(table: Tensor | Sequence[float]) -> LinearSDE:
-        r"""The variance-preserving process through a table ᾱ of a discrete diffusion model.
+        r"""Variance-preserving process through a table ᾱ of a discrete diffusion model.
 
         .. math::
             x_t = \cos θ(t)\,x_0 + \sin θ(t)\,n, \qquad
@@ -79,19 +84,27 @@ class VPSDE(LinearSDE):
         Parameters
         ----------
         table
-            ``(N,)``, decreasing from below 1, such as ``scheduler.alphas_cumprod``. Its last entry
-            may be 0 (a terminal signal-to-noise ratio of zero). It may be learnt.
+            ``(N,)``, decreasing from below 1, such as ``scheduler.alphas_cumprod``. The last entry
+            may be 0, for a terminal signal-to-noise ratio of zero. The table may be a learnt
+            parameter.
+
+        Returns
+        -------
+        LinearSDE
+            The process, with one component.
 
         Raises
         ------
         TypeError
-            If ``table`` holds no numbers.
+            If ``table`` does not hold real numbers.
         ValueError
-            If it does not fall from below 1 to at least 0.
+            If it does not decrease from below 1 to at least 0.
 
         Examples
         --------
         >>> sde = VPSDE.from_alphas_cumprod([0.9, 0.5, 0.0])
+        >>> sde
+        VPSDE.from_alphas_cumprod(<3 entries>)
         >>> f"{sde.marginal(2 / 3).mean.square().item():.6f}"
         '0.500000'
         """
@@ -108,9 +121,19 @@ class SubVPSDE(LinearSDE):
     Parameters
     ----------
     beta_min, beta_max
-        β(0) and β(1) of the linear schedule, not negative.
+        β(0) ≥ 0 and β(1) > 0 of the linear schedule.
     schedule
-        β in place of the linear one, e.g. ``Schedule.cosine()``.
+        Noise schedule β in place of the linear one, e.g. ``Schedule.cosine()``.
+
+    Raises
+    ------
+    ValueError
+        If a rate is out of range or not finite.
+
+    Examples
+    --------
+    >>> SubVPSDE().prior.covariance.item()
+    1.0
     """
 
     def __init__(
@@ -126,7 +149,7 @@ class SubVPSDE(LinearSDE):
 
 
 class _SubVPDynamics(Dynamics):
-    """F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)}): the noise depends on the time since the start."""
+    """Dynamics of sub-VP: F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)})."""
 
     components = 1
     driven = (0,)
@@ -151,7 +174,7 @@ class _SubVPDynamics(Dynamics):
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         step = self.schedule.integral(s, t)
-        # With b = B(s,t): Q = (1 − e^{−b}) (1 − e^{−B(0,s)−B(0,t)}), both factors by expm1.
+        # With b = B(s,t), Q = (1 − e^{−b}) (1 − e^{−B(0,s)−B(0,t)}). Use expm1 for both factors.
         variance = torch.expm1(-step) * torch.expm1(-(self._clock(s) + self._clock(t)))
         psi = torch.exp(-0.5 * step)[..., None, None]
         root = safe_sqrt(variance)[..., None, None]
@@ -181,13 +204,24 @@ class VESDE(LinearSDE):
         dx = σ(t) \sqrt{2 \log(σ_{max}/σ_{min})}\,dw, \qquad
         σ(t) = σ_{min} (σ_{max}/σ_{min})^t
 
-    The initial covariance is σ_min², so that ``marginal(t)`` has the variance σ(t)² that the
-    literature trains with; with zeros it has the exact σ(t)² − σ_min². The prior is N(0, σ_max²).
+    The initial covariance is σ_min², so that ``marginal(t)`` has the variance σ(t)² as in the
+    literature. With ``initial_covariance=[[0.0]]`` it has the variance σ(t)² − σ_min². The prior is
+    N(0, σ_max²).
 
     Parameters
     ----------
     sigma_min, sigma_max
         Noise levels at t = 0 and 1, 0 < σ_min < σ_max, in units of the data.
+
+    Raises
+    ------
+    ValueError
+        If not 0 < σ_min < σ_max.
+
+    Examples
+    --------
+    >>> f"{VESDE().marginal(1.0).root.item():.4f}"
+    '50.0000'
     """
 
     def __init__(self, sigma_min: Parameter = 0.01, sigma_max: Parameter = 50.0) -> None:
@@ -205,10 +239,10 @@ class CLD(LinearSDE):
 
     .. math:: dx = β M^{-1} v\,dt, \qquad dv = -β x\,dt - β Γ M^{-1} v\,dt + \sqrt{2Γβ}\,dw
 
-    Noise enters the velocity alone, and reaches the data smoothly. The damping is critical where
-    Γ² = 4M: the fastest approach to equilibrium without oscillation; below it the process is
-    underdamped, above it overdamped. The stationary law is x ~ N(0, 1), v ~ N(0, M), and v starts
-    at N(0, γM).
+    Noise enters the velocity alone and reaches the data smoothly. For Γ² = 4M the damping is
+    critical, which is the fastest approach to equilibrium without oscillation. For Γ² < 4M the
+    process is underdamped, for Γ² > 4M overdamped. The stationary distribution is x ~ N(0, 1),
+    v ~ N(0, M). The velocity starts from N(0, γM).
 
     Parameters
     ----------
@@ -219,10 +253,10 @@ class CLD(LinearSDE):
     friction
         Γ > 0.
     velocity_scale
-        γ ≥ 0, the initial variance of v in units of its stationary one.
+        γ ≥ 0, the initial variance of v in units of its stationary variance.
     position_noise
-        ε ≥ 0 adds √β ε dw to dx (Strasman et al. 2025), so that both components are driven, and
-        the stationary law gains a correlation of x and v.
+        ε ≥ 0. If ε > 0, √β ε dw is added to dx (Strasman et al. 2025). Both components are then
+        driven, and x and v are correlated in the stationary distribution.
 
     Raises
     ------
@@ -266,14 +300,14 @@ class CLD(LinearSDE):
 
 
 class PSLD(LinearSDE):
-    r"""Phase-space Langevin diffusion (Pandey and Mandt 2023), noise in data and momentum.
+    r"""Phase-space Langevin diffusion (Pandey and Mandt 2023), with noise in data and momentum.
 
     .. math::
         dz = \frac β2 \begin{pmatrix} -Γ & M^{-1} \\ -1 & -ν \end{pmatrix} z\,dt
              + \sqrt β \begin{pmatrix} \sqrtΓ & 0 \\ 0 & \sqrt{Mν} \end{pmatrix} dw
 
-    Critical where (Γ − ν)² = 4 M⁻¹. Γ = 0 is CLD at half the rate with friction Mν. The
-    stationary law is x ~ N(0, 1), m ~ N(0, M).
+    The damping is critical for (Γ − ν)² = 4 M⁻¹. With Γ = 0 the process is CLD at half the rate
+    with friction Mν. The stationary distribution is x ~ N(0, 1), m ~ N(0, M).
 
     Parameters
     ----------
@@ -282,11 +316,22 @@ class PSLD(LinearSDE):
     gamma
         Γ ≥ 0, friction of the data.
     nu
-        ν ≥ 0, friction of the momentum; one of Γ and ν is positive.
+        ν ≥ 0, friction of the momentum; Γ + ν > 0.
     mass
         M > 0.
     velocity_scale
-        Initial variance of the momentum in units of its stationary one, ≥ 0.
+        Initial variance of the momentum in units of its stationary variance, ≥ 0.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range or not finite.
+
+    Examples
+    --------
+    >>> sde = PSLD()
+    >>> sde.components, sde.driven
+    (2, (0, 1))
     """
 
     def __init__(
@@ -321,8 +366,8 @@ class HOLD(LinearSDE):
         F = β \begin{pmatrix} 0 & 1 & 0 \\ -1 & 0 & g \\ 0 & -g & -ξ \end{pmatrix}, \qquad
         G = (0, 0, \sqrt{2ξβL^{-1}})^⊤
 
-    The defaults put all three eigenvalues at −√3 β: critical damping. The stationary law is
-    N(0, L⁻¹) in each component.
+    With the defaults all three eigenvalues are −√3 β, which is critical damping. The stationary
+    distribution is N(0, L⁻¹) in each component.
 
     Parameters
     ----------
@@ -333,9 +378,20 @@ class HOLD(LinearSDE):
     friction
         ξ > 0.
     inverse_mass
-        L > 0: the inverse of the stationary variance.
+        L > 0, the inverse of the stationary variance.
     auxiliary_scale
         Initial variance of the two auxiliary components in units of L⁻¹, ≥ 0.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range or not finite.
+
+    Examples
+    --------
+    >>> sde = HOLD()
+    >>> sde.components, sde.driven
+    (3, (2,))
     """
 
     def __init__(
@@ -368,7 +424,7 @@ class HOLD(LinearSDE):
 def _rates(
     beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None
 ) -> tuple[Parameter | None, Parameter | None, Schedule | None]:
-    """The two rates, or the schedule in their place; what does not count is None."""
+    """The two rates, or the schedule in their place; unused values are None."""
     if schedule is not None:
         return None, None, Schedule.of(schedule)
     least = parameter_at_least(beta_min, 0.0, "beta_min")

@@ -1,4 +1,4 @@
-"""Random draws that obey the caller's generators."""
+"""Random draws from the caller's generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Generators", "check_generator", "keyed_normals", "standard_normal"]
 
 Generators = torch.Generator | Sequence[torch.Generator]
-"""A generator for a batch, or several, each of which draws for its even share of the batch."""
+"""A generator for a batch, or several, each of which draws for an equal share of the batch."""
 
 
 def check_generator(generator: object, *, several: bool = True) -> None:
@@ -38,15 +38,14 @@ def standard_normal(
 ) -> Tensor:
     """Independent standard normals, drawn on the generator's device and moved to ``device``.
 
-    Drawing where the generator lives makes a CPU generator give the same numbers whatever the
-    device of the state.
+    A CPU generator therefore gives the same numbers for every device of the state.
 
     Raises
     ------
     TypeError
-        If ``generator`` is no generator.
+        If ``generator`` is neither a generator nor a sequence of generators.
     ValueError
-        If the first axis is no multiple of the number of generators.
+        If the first axis is not a multiple of the number of generators.
     """
     check_generator(generator)
     if generator is None or isinstance(generator, torch.Generator):
@@ -54,7 +53,10 @@ def standard_normal(
         drawn = torch.randn(shape, generator=generator, dtype=dtype, device=source)
         return drawn if source == device else drawn.to(device)
     if not generator or shape[0] % len(generator):
-        msg = f"generator: a batch of {shape[0]} has no even shares for {len(generator)} generators"
+        msg = (
+            f"generator must be a list whose length divides the batch of {shape[0]}; got "
+            f"{len(generator)} generators"
+        )
         raise ValueError(msg)
     share = (shape[0] // len(generator), *shape[1:])
     draws = [torch.randn(share, generator=g, dtype=dtype, device=g.device) for g in generator]
@@ -62,16 +64,16 @@ def standard_normal(
 
 
 def keyed_normals(key: np.random.SeedSequence, uniform: Tensor, normals: Tensor) -> Tensor:
-    """Standard normals of a key, by Box and Muller: numpy's own take three times as long.
+    """Standard normals of a key by the Box–Muller transform, three times as fast as numpy's.
 
-    Both are memory, ``(2, n)``, and the second is returned, flat.
+    ``uniform`` and ``normals`` are memory to write to, ``(2, n)``. ``normals`` is returned, flat.
     """
     bits, half = np.random.PCG64DXSM(key), uniform.shape[1]
     unit = 1.0
     if uniform.dtype == torch.float64:
         np.random.Generator(bits).random(out=uniform.numpy())
     else:
-        # 24 bits each, as numpy takes one by one, at twice the time.
+        # Take 24 bits per number. numpy does the same one by one, in twice the time.
         words = torch.from_numpy(bits.random_raw(half).view(np.int32)).view(2, half)
         uniform.copy_(words.bitwise_and_(2**24 - 1))
         unit = 2.0**-24

@@ -1,4 +1,4 @@
-"""One-line representations: what an object is made of, as its constructor has it."""
+"""One-line representations that look like a constructor call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["constructor_repr", "shown"]
 
 
 def constructor_repr(owner: object) -> str:
-    """``Name(parameter=value, …)`` of the parameters that ``owner`` keeps as attributes.
+    """Format an object as ``Name(parameter=value, …)``.
 
-    Parameters of the constructor that are None or no attributes are left out.
+    Parameters of the constructor are left out if they are None or not attributes of ``owner``.
     """
     names = list(inspect.signature(type(owner)).parameters)
     values = {name: getattr(owner, name, None) for name in names}
@@ -22,7 +22,7 @@ def constructor_repr(owner: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in one line: numbers and tensors with six significant digits, functions by name."""
+    """Format a value in one line: numbers with six significant digits, functions by name."""
     if isinstance(value, Tensor):
         return shown(value.detach().tolist())
     if isinstance(value, float):

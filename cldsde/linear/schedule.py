@@ -1,8 +1,8 @@
-"""Time schedules: a rate β(t) ≥ 0 and its integral, the clock of a process.
+"""Noise schedules: a rate β(t) ≥ 0 and its integral.
 
-A process with drift β(t) A and squared diffusion β(t) Q̄ is the process of constant A and Q̄ seen
-through the clock B(s, t) = ∫_s^t β. The integral is asked for the pair (s, t), because B(t) − B(s)
-cancels where t − s is small.
+A process with drift β(t) A and squared diffusion β(t) Q̄ is the process with constant A and Q̄ at
+the rescaled time B(s, t) = ∫_s^t β. The integral is a function of the pair (s, t), because
+B(t) − B(s) would cancel for small t − s.
 """
 
 from __future__ import annotations
@@ -40,24 +40,23 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 class Schedule:
-    r"""A rate β(t) on [0, 1] together with its integral over any [s, t].
+    r"""Noise schedule: a rate β(t) on [0, 1] with its integral over any [s, t].
 
     Parameters
     ----------
     rate
-        β: float64 tensor of times to tensor of the same shape, finite and ≥ 0 on [0, 1].
+        β, a function of a float64 tensor of times that returns float64 of the same shape, finite
+        and ≥ 0 on [0, 1].
     integral
-        (s, t) to :math:`\int_s^t β`, for tensors s ≤ t that broadcast; write it so that it does
-        not subtract two clocks. If None, the integral is found by Gauss–Legendre quadrature with
-        8 panels of 16 nodes, which is exact to rounding for rates that are smooth on the scale
-        of (t − s)/8.
+        Function of (s, t) that returns :math:`\int_s^t β`, for tensors s ≤ t that broadcast. Write
+        it without a difference that cancels. None: Gauss–Legendre quadrature with 8 panels of 16
+        nodes, which is exact to rounding for rates that are smooth on the scale of (t − s)/8.
 
     Raises
     ------
     ValueError
-        If the rate is negative, infinite or NaN somewhere on a grid of 1,025 times, does not
-        return the shape and dtype that it was given, or is not resolved by the quadrature;
-        or if ``integral`` is not its integral.
+        If the rate is negative, infinite or NaN at one of 1,025 times, returns another shape or
+        dtype, or is not resolved by the quadrature; or if ``integral`` is not its integral.
     TypeError
         If ``rate`` or ``integral`` cannot be called.
 
@@ -76,31 +75,29 @@ class Schedule:
         integral: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not callable(rate) or not (integral is None or callable(integral)):
-            msg = f"schedule: rate and integral must be callables; got {rate!r} and {integral!r}"
+            msg = f"rate and integral must be functions; got {rate!r} and {integral!r}"
             raise TypeError(msg)
         grid = torch.linspace(0, 1, _CHECK_POINTS, device="cpu", dtype=torch.float64)
         try:
             values = torch.as_tensor(rate(grid), device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            msg = (
-                f"schedule: the rate must take a tensor of times, as torch's functions do; {error}"
-            )
+            msg = f"rate must accept a tensor of times, as torch's functions do; it raised: {error}"
             raise ValueError(msg) from error
         if values.shape != grid.shape:
             msg = (
-                f"schedule: the rate must return a tensor of the shape of its argument, "
-                f"{tuple(grid.shape)}; got {tuple(values.shape)}"
+                f"rate must return a tensor of the shape of its argument, {tuple(grid.shape)}; got "
+                f"{tuple(values.shape)}"
             )
             raise ValueError(msg)
         if values.dtype != torch.float64:
-            msg = f"schedule: the rate must return float64, as its argument is; got {values.dtype}"
+            msg = f"rate must return float64, the dtype of its argument; got {values.dtype}"
             raise ValueError(msg)
         bad = ~(values.isfinite() & (values >= 0))
         if bool(bad.any()):
             where = int(bad.nonzero()[0])
             msg = (
-                f"schedule: the rate must be finite and not negative on [0, 1]; "
-                f"got {float(values[where]):g} at t = {float(grid[where]):g}"
+                f"rate must be finite and not negative on [0, 1]; got {float(values[where]):g} at "
+                f"t = {float(grid[where]):g}"
             )
             raise ValueError(msg)
         self._made_by = ""
@@ -109,7 +106,7 @@ class Schedule:
         self._check_integral(given=integral is not None)
 
     def __repr__(self) -> str:
-        """How it was made, in one line."""
+        """One line with the constructor and its parameters."""
         return self._made_by or f"Schedule(rate={shown(self._rate)})"
 
     def _by(self, maker: str, *parameters: Parameter) -> Schedule:
@@ -133,8 +130,8 @@ class Schedule:
         return (span * values * weights.repeat(_PANELS) / _PANELS).sum(-1)
 
     def _check_integral(self, *, given: bool) -> None:
-        """Refuse a rate that the rule does not resolve, and an integral of another rate."""
-        # Cut where no kink is likely to lie: at irrational points.
+        """Raise if the quadrature does not resolve the rate, or the integral is of another rate."""
+        # Cut at irrational points, where kinks are unlikely.
         cuts = torch.tensor([0.0, 2**0.5 - 1, 3**0.5 - 1, 1.0], device="cpu", dtype=torch.float64)
         start, end = cuts[0], cuts[-1]
         whole = self._quadrature(start, end).detach()
@@ -144,21 +141,21 @@ class Schedule:
             stated = torch.as_tensor(self._integral(start, end), device="cpu").detach()
             if not bool((stated - halves).abs() <= 1e-8 * halves.abs()):
                 msg = (
-                    f"schedule: the integral over [0, 1] is {float(stated):g}, that of the rate "
-                    f"{float(halves):g}"
+                    f"integral must be the integral of rate over [0, 1], {float(halves):g}; got "
+                    f"{float(stated):g}"
                 )
                 raise ValueError(msg)
         if not given and not resolved:
             msg = (
-                "schedule: the rate is not smooth enough to be integrated numerically; its "
-                f"integral over [0, 1] is {float(whole):.17g} or {float(halves):.17g}; "
-                "give the integral"
+                "rate must be smooth enough for numerical integration; got the integrals "
+                f"{float(whole):.17g} and {float(halves):.17g} over [0, 1] by two quadratures. "
+                "Pass integral"
             )
             raise ValueError(msg)
 
     @classmethod
     def of(cls, value: Schedule | Parameter | Sequence[Parameter]) -> Schedule:
-        """A schedule from a number (constant), a pair (β(0), β(1), linear) or a Schedule.
+        """Create a schedule from a number (constant), a pair (β(0), β(1)) (linear) or a Schedule.
 
         Raises
         ------
@@ -179,14 +176,14 @@ class Schedule:
 
     @classmethod
     def constant(cls, beta: Parameter) -> Schedule:
-        """β(t) = ``beta`` > 0."""
+        """Constant schedule β(t) = ``beta`` > 0."""
         positive_parameter(beta, "beta")
         made = cls(partial(_constant_rate, beta), partial(_constant_integral, beta))
         return made._by("constant", beta)
 
     @classmethod
     def linear(cls, start: Parameter, end: Parameter) -> Schedule:
-        """β(t) = start + (end − start) t, both ends ≥ 0 and not both zero."""
+        """Linear schedule β(t) = start + (end − start) t; both ends ≥ 0 and not both zero."""
         first = parameter_at_least(start, 0.0, "beta(0)")
         last = parameter_at_least(end, 0.0, "beta(1)")
         positive_parameter(first + last, "beta(0) + beta(1)")
@@ -195,18 +192,18 @@ class Schedule:
 
     @classmethod
     def cosine(cls, offset: Parameter = 0.008, stop: Parameter = 0.9946) -> Schedule:
-        """The rate of the cosine schedule (Nichol and Dhariwal 2021, eq. 17).
+        """Cosine noise schedule (Nichol and Dhariwal 2021, eq. 17).
 
-        The mean of a variance-preserving process, e^{−B(0,t)/2}, is cos θ(t) / cos θ(0) with the
-        angle θ(t) = (stop · t + offset) / (1 + offset) · π/2. At a quarter turn the rate diverges;
-        ``stop`` ends the schedule before it, as published samplers do, at a mean of 0.0084.
+        The signal of a variance-preserving process, e^{−B(0,t)/2}, is cos θ(t) / cos θ(0) with the
+        angle θ(t) = (stop · t + offset) / (1 + offset) · π/2. The rate diverges at θ = π/2.
+        ``stop`` ends the schedule before, as published samplers do, at a signal of 0.0084.
 
         Parameters
         ----------
         offset
-            s ≥ 0; above zero it keeps the rate at t = 0 from vanishing.
+            s ≥ 0. If it is above 0, the rate at t = 0 does not vanish.
         stop
-            Share of the schedule that [0, 1] covers, 0 < stop ≤ 1 − 1e-6.
+            Fraction of the schedule that [0, 1] covers, 0 < stop ≤ 1 − 1e-6.
         """
         first = parameter_at_least(offset, 0.0, "offset")
         last = as_parameter(stop, "stop")
@@ -218,9 +215,9 @@ class Schedule:
 
     @classmethod
     def geometric(cls, sigma_min: Parameter, sigma_max: Parameter) -> Schedule:
-        """The rate dσ²/dt of the geometric σ(t) = σ_min (σ_max/σ_min)^t, VE's clock.
+        """Geometric schedule of VE: β = dσ²/dt with σ(t) = σ_min (σ_max/σ_min)^t.
 
-        Its integral is σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1), r = log(σ_max/σ_min).
+        Its integral is σ(t)² − σ(s)² = σ(s)² (e^{2r(t−s)} − 1) with r = log(σ_max/σ_min).
         """
         low = positive_parameter(sigma_min, "sigma_min")
         high = positive_parameter(sigma_max, "sigma_max")
@@ -236,11 +233,11 @@ class Schedule:
         return made._by("geometric", sigma_min, sigma_max)
 
 
-# Module-level functions, so that a process can be pickled and copied.
+# These are module-level functions, so that a process can be pickled and copied.
 
 
 def _constant_rate(beta: Parameter, t: Tensor) -> Tensor:
-    # Converted here, so that a parameter that is learnt in place counts as it is.
+    # Convert at each call, so that a parameter that is updated in place takes effect.
     return as_parameter(beta, "beta") * torch.ones_like(t)
 
 
@@ -250,7 +247,7 @@ def _constant_integral(beta: Parameter, s: Tensor, t: Tensor) -> Tensor:
 
 def _linear_rate(start: Parameter, end: Parameter, t: Tensor) -> Tensor:
     first, last = as_parameter(start, "beta(0)"), as_parameter(end, "beta(1)")
-    # Not first + (last − first)·t, which may round below zero at t = 1.
+    # first + (last − first)·t might round below zero at t = 1.
     return first * (1 - t) + last * t
 
 
@@ -263,8 +260,8 @@ def _cosine_rate(start: Parameter, turn: Parameter, t: Tensor) -> Tensor:
 
 
 def _cosine_integral(start: Parameter, turn: Parameter, s: Tensor, t: Tensor) -> Tensor:
-    # −2 log(cos b / cos a) with b = a + d. Near a quarter turn cosines are sines of what is left;
-    # over short steps cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
+    # Compute −2 log(cos b / cos a) with b = a + d. Near π/2 write cosines as sines of π/2 minus the
+    # angle. For short steps use cos b / cos a = 1 − (2 sin²(d/2) + tan a sin d).
     a, d = start + turn * s, turn * (t - s)
     loss = 2 * torch.sin(d / 2).square() + torch.tan(a) * torch.sin(d)
     short = loss < 0.5

@@ -1,4 +1,4 @@
-"""The linear SDE: declared by its dynamics and its initial law, everything else derived."""
+"""`LinearSDE`: a process declared by its dynamics and its initial covariance."""
 
 from __future__ import annotations
 
@@ -25,37 +25,40 @@ __all__ = ["LinearSDE", "check_process"]
 
 
 class LinearSDE:
-    r"""A linear SDE with one k×k block for every data dimension.
+    r"""Linear SDE with one k×k block for every data dimension: the forward process.
 
     .. math:: dz = F(t)\,z\,dt + G(t)\,dw, \qquad z = (x, v, …) ∈ R^{k×D}, \quad t ∈ [0, 1].
 
-    Component 0 is the data x. The process starts from z_0 = (x, 0, …) plus Gaussian noise of
-    the initial covariance: the law of the auxiliary components. Transition kernels, prior and
-    stationary law follow from F and G. To declare a process, subclass and pass its dynamics to
-    ``super().__init__``, or use `from_matrices` or `from_functions`.
+    Component 0 is the data x. The process starts from z_0 = (x, 0, …) plus Gaussian noise of the
+    initial covariance, which is the distribution of the auxiliary components. Transition kernels,
+    prior and stationary distribution follow from F and G. To declare a process, subclass and pass
+    its dynamics to ``super().__init__``, or use `from_matrices`, `from_functions` or
+    `from_signal_noise`.
 
     Parameters
     ----------
     dynamics
-        F, G and the transition law.
+        F, G and their transitions.
     initial_covariance
-        Covariance of z_0 given the data, ``(k, k)``; None is zero. What is learnt of it has
-        derivatives where the variances are above zero.
+        Covariance of z_0 given the data, ``(k, k)``; None: zero. It may be learnt; derivatives by
+        its variances exist if they are above zero.
     stationary_covariance
-        Σ∞ where it is known exactly; None derives it. It is checked against F and G.
+        Σ∞, ``(k, k)``, if it is known exactly; None: derived. It is checked against F and G.
     prior_covariance
-        Covariance of the prior at t = 1; None takes Σ∞, or, for a process without a stationary
-        law, the covariance of z_1 given x = 0.
+        Covariance of the prior at t = 1, ``(k, k)``. None: Σ∞, or without a stationary distribution
+        the covariance of z_1 given x = 0.
 
     Raises
     ------
+    TypeError
+        If ``dynamics`` has another type than ``Dynamics``.
     ValueError
         If a covariance is not a symmetric positive semi-definite k×k matrix,
         ``stationary_covariance`` is not stationary, or a subclass sets another ``T`` than 1.
 
     Examples
     --------
-    A process with a name of its own:
+    A named process:
 
     >>> from cldsde.linear import TimeChangedDynamics
     >>> class Overdamped(LinearSDE):
@@ -65,7 +68,7 @@ class LinearSDE:
     >>> Overdamped(2.0).prior.covariance
     tensor([[0.5000]], dtype=torch.float64)
 
-    One with two auxiliary components, without a name:
+    An unnamed process with two auxiliary components:
 
     >>> sde = LinearSDE.from_matrices(
     ...     A=[[0, 1, 0], [-1, 0, 2], [0, -2, -3]],
@@ -97,7 +100,7 @@ class LinearSDE:
             raise TypeError(msg)
         if self.T != 1.0:
             msg = (
-                f"T must be 1, as every process runs on [0, 1]; {type(self).__name__} sets "
+                f"T must be 1, because every process runs on [0, 1]; {type(self).__name__} sets "
                 f"{self.T!r}. Rescale the schedule instead: the rate T β(T t) on [0, 1] is β(t) on "
                 "[0, T]"
             )
@@ -129,7 +132,7 @@ class LinearSDE:
         stationary_covariance: MatrixLike | None = None,
         prior_covariance: MatrixLike | None = None,
     ) -> LinearSDE:
-        """The process F(t) = β(t) A, G(t) = √β(t) Q_root.
+        """Create a process from constant matrices: F(t) = β(t) A, G(t) = √β(t) Q_root.
 
         Parameters
         ----------
@@ -146,6 +149,12 @@ class LinearSDE:
         ------
         ValueError
             If A is not square, the matrices do not fit, or an entry is not finite.
+
+        Examples
+        --------
+        >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], schedule=(0.1, 20.0))
+        >>> sde.transition(0.2, 0.7).root.shape
+        torch.Size([1, 1])
         """
         return LinearSDE(
             TimeChangedDynamics(A, Q_root, schedule),
@@ -164,15 +173,15 @@ class LinearSDE:
         stationary_covariance: MatrixLike | None = None,
         prior_covariance: MatrixLike | None = None,
     ) -> LinearSDE:
-        """The process with F(t) and G(t) given by functions, which need not commute.
+        """Create a process from functions F(t) and G(t), which need not commute.
 
         Parameters
         ----------
         drift
-            A time (0-dimensional float64 tensor) to F, ``(k, k)``. It may jump; between jumps it is
-            smooth in t.
+            Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``. It may
+            jump, and must be smooth in t between jumps.
         diffusion
-            A time to G, ``(k, r)``, alike.
+            Function of a time that returns G, ``(k, r)``; it may jump, too.
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
 
@@ -185,7 +194,16 @@ class LinearSDE:
 
         Notes
         -----
-        The process can be pickled if its functions can, as those of a module can.
+        The process can be pickled if its functions can, such as functions of a module.
+
+        Examples
+        --------
+        >>> import torch
+        >>> sde = LinearSDE.from_functions(
+        ...     lambda t: (-1 - t).reshape(1, 1), lambda t: torch.ones(1, 1, dtype=torch.float64)
+        ... )
+        >>> f"{sde.transition_matrix(0.0, 1.0).item():.6f}"  # e^{-3/2}
+        '0.223130'
         """
         return LinearSDE(
             FunctionDynamics(drift, diffusion, cls.T),
@@ -196,29 +214,29 @@ class LinearSDE:
 
     @classmethod
     def from_signal_noise(cls, signal: OfTime, noise: OfTime) -> LinearSDE:
-        """The process with one component and x_t = signal(t) x_0 + noise(t) n, n ~ N(0, 1).
+        """Create a one-component process from x_t = signal(t) x_0 + noise(t) n, n ~ N(0, 1).
 
-        An interpolant of flow matching is such a process. The signal may vanish at t = 1, as that
-        of `RectifiedFlow` does: kernels stay finite there, drift and diffusion do not
+        Interpolants of flow matching are such processes. The signal may vanish at t = 1, as in
+        `RectifiedFlow`. Kernels are finite there, but drift and diffusion diverge
         (`regular_until`).
 
         Parameters
         ----------
         signal
-            α: float64 times of any shape to values of that shape, in torch's operations, which are
-            differentiated. α(0) = 1 and α > 0 before t = 1. Kernels are differentiable in its
-            learnt parameters.
+            α, a function of float64 times of any shape that returns values of that shape. It is
+            differentiated, so it must consist of torch's operations. α(0) = 1 and α > 0 before
+            t = 1. Kernels are differentiable in its parameters.
         noise
-            σ, alike: σ > 0 for t > 0. σ(0) is the standard deviation of x_0 given the data. The
-            ratio α/σ falls with t.
+            σ, a function like ``signal`` with σ > 0 for t > 0. σ(0) is the standard deviation of
+            x_0 given the data. α/σ must decrease with t.
 
         Raises
         ------
         TypeError
-            If an argument is no function.
+            If an argument is not a function.
         ValueError
             If a function returns another shape or dtype or values that are not finite, α or σ is
-            out of range, α/σ rises somewhere, or a function is not smooth.
+            out of range, α/σ increases somewhere, or a function is not smooth.
 
         Examples
         --------
@@ -240,7 +258,7 @@ class LinearSDE:
 
     @property
     def initial_covariance(self) -> Tensor:
-        """Covariance of z_0 given the data, ``(k, k)`` float64 on the host."""
+        """Covariance of z_0 given the data, ``(k, k)`` float64 on the CPU."""
         return self.initial_root @ self.initial_root.mT
 
     @property
@@ -255,17 +273,17 @@ class LinearSDE:
 
     @property
     def regular_until(self) -> float:
-        """Latest time from which solvers that evaluate F and G start: 1 unless these diverge there.
+        """Latest start time of solvers that evaluate F and G; 1 unless F or G diverges at t = 1.
 
-        They do if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then κ, half the
-        log of the signal-to-noise ratio (`log_snr`), is −5 at this time, as it is at the end of
-        `VPSDE`: a state drawn from the prior there is wrong by 0.7 % of the data's size. Starts
-        closer to t = 1 need many more steps.
+        F and G diverge if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then this
+        is the time with κ = −5 (`log_snr`), the value that `VPSDE` has at t = 1. A state drawn from
+        the prior there has an error of 0.7 % of the data's size. Starts closer to t = 1 need many
+        more steps.
         """
         return self.dynamics.regular_until
 
     def drift(self, t: TimeLike) -> Tensor:
-        """F(t), ``(*t.shape, k, k)`` float64 on the host.
+        """Drift matrix F(t), ``(*t.shape, k, k)`` float64 on the CPU.
 
         Raises
         ------
@@ -275,7 +293,7 @@ class LinearSDE:
         return self.dynamics.drift(as_times(t, "t", self.T))
 
     def diffusion(self, t: TimeLike) -> Tensor:
-        """G(t), ``(*t.shape, k, r)`` float64 on the host.
+        """Diffusion matrix G(t), ``(*t.shape, k, r)`` float64 on the CPU.
 
         Raises
         ------
@@ -285,7 +303,7 @@ class LinearSDE:
         return self.dynamics.diffusion(as_times(t, "t", self.T))
 
     def transition(self, s: TimeLike, t: TimeLike) -> Kernel:
-        r"""Law of z_t given z_s, for s ≤ t.
+        r"""Transition kernel: the distribution of z_t given z_s, for s ≤ t.
 
         .. math:: z_t \mid z_s ∼ N(Ψ(t,s)\,z_s,\ ∫_s^t Ψ(t,u) G G^⊤ Ψ(t,u)^⊤ du)
 
@@ -297,7 +315,7 @@ class LinearSDE:
         Returns
         -------
         Kernel
-            Of the broadcast shape, float64 on the host.
+            Kernel of the broadcast shape, float64 on the CPU.
 
         Raises
         ------
@@ -306,12 +324,18 @@ class LinearSDE:
         ValueError
             If a time lies outside [0, 1], or s > t somewhere.
         OverflowError
-            If the law is beyond the range of float64.
+            If a number is beyond the range of float64.
+
+        Examples
+        --------
+        >>> kernel = LinearSDE.from_matrices([[-1.0]], [[2**0.5]]).transition(0.0, 1.0)
+        >>> f"{kernel.mean.item():.4f} {kernel.covariance.item():.4f}"  # e^{-1}, 1 − e^{-2}
+        '0.3679 0.8647'
         """
         return Kernel(*self._factors(*self._interval(s, t)))
 
     def transition_matrix(self, s: TimeLike, t: TimeLike) -> Tensor:
-        """Ψ(t, s), the mean of `transition` alone, in less time.
+        """Transition matrix Ψ(t, s): the mean of `transition` alone, in less time.
 
         Parameters
         ----------
@@ -321,7 +345,7 @@ class LinearSDE:
         Returns
         -------
         Tensor
-            ``(*, k, k)`` of the broadcast shape, float64 on the host.
+            ``(*, k, k)`` of the broadcast shape, float64 on the CPU.
 
         Raises
         ------
@@ -337,7 +361,7 @@ class LinearSDE:
         return psi
 
     def accumulated_noise(self, s: TimeLike, t: TimeLike) -> Tensor:
-        r"""Squared diffusion of an interval, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64."""
+        r"""Integrated squared diffusion, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64 on the CPU."""
         root = self.noise_root(s, t)
         return root @ root.mT
 
@@ -350,7 +374,7 @@ class LinearSDE:
         return root
 
     def marginal(self, t: TimeLike, initial_covariance: MatrixLike | None = None) -> Kernel:
-        r"""Law of z_t given the mean of z_0.
+        r"""Marginal kernel: the distribution of z_t given the mean of z_0.
 
         .. math:: z_t ∼ N(Ψ(t,0)\,E z_0,\ Ψ(t,0) Σ_0 Ψ(t,0)^⊤ + Q(0,t))
 
@@ -359,15 +383,15 @@ class LinearSDE:
         t
             Times in [0, 1].
         initial_covariance
-            Σ_0, ``(k, k)``. None is the process's own, so that the auxiliary components are
-            integrated out (the kernel of hybrid score matching); zeros give the law given all of
-            z_0 (denoising score matching); Σ_0 with the data's variance in its first entry gives
-            the true marginal of Gaussian data.
+            Σ_0, ``(k, k)``. None: the process's own, so that the auxiliary components are
+            integrated out (hybrid score matching). Zeros: the distribution given all of z_0
+            (denoising score matching). The process's own plus the data's variance in the first
+            entry: the true marginal of Gaussian data.
 
         Returns
         -------
         Kernel
-            Of the shape of t, float64 on the host.
+            Kernel of the shape of t, float64 on the CPU.
 
         Raises
         ------
@@ -376,16 +400,16 @@ class LinearSDE:
         ValueError
             If a time lies outside [0, 1] or Σ_0 is not a covariance.
         OverflowError
-            If the law is beyond the range of float64.
+            If a number is beyond the range of float64.
         """
         return self._marginal(as_times(t, "t", self.T), self._root_at_start(initial_covariance))
 
     def log_snr(self, t: TimeLike) -> Tensor:
-        r"""κ(t) = ½ log ψᵀΣ_t⁻¹ψ, half the log of what the state tells of the data, float64.
+        r"""Half the log of the signal-to-noise ratio, κ(t) = ½ log ψᵀΣ_t⁻¹ψ, float64 on the CPU.
 
-        ψ = Ψ(t,0)e₀ and Σ_t belong to the law given the data; for one component it is
-        log α/σ. It falls with t, to −∞ at t = 1 if nothing of the data is left there, and is the
-        clock in which score networks see time.
+        ψ = Ψ(t,0)e₀ and Σ_t are the mean and the covariance of z_t given the data. For one
+        component κ = log α/σ with the signal α and the noise level σ. κ decreases with t, to −∞ at
+        t = 1 if nothing of the data is left there. Networks of this package get κ as their time.
 
         Parameters
         ----------
@@ -395,17 +419,23 @@ class LinearSDE:
         Returns
         -------
         Tensor
-            Of the shape of t.
+            Values of the shape of t.
 
         Raises
         ------
         ValueError
-            If a time lies outside [0, 1] or the law at a time has no density.
+            If a time lies outside [0, 1] or the distribution at a time has no density.
+
+        Examples
+        --------
+        >>> from cldsde import RectifiedFlow
+        >>> RectifiedFlow().log_snr(0.5).item()  # α = σ = 1/2
+        0.0
         """
         times = as_times(t, "t", self.T)
-        law = self._marginal(times, self.initial_root)
-        check_density(law.root, times, "t")
-        signal = triangular_inverse(law.root) @ law.mean[..., :1]
+        kernel = self._marginal(times, self.initial_root)
+        check_density(kernel.root, times, "t")
+        signal = triangular_inverse(kernel.root) @ kernel.mean[..., :1]
         return 0.5 * signal.square().sum((-2, -1)).log()
 
     def posterior(
@@ -416,7 +446,7 @@ class LinearSDE:
         stochasticity: float | Tensor = 1.0,
         initial_covariance: MatrixLike | None = None,
     ) -> Posterior:
-        r"""Law of z_s given z_t and the mean of z_0, for s ≤ t, and the family around it.
+        r"""Posterior distribution of z_s given z_t and the mean of z_0, for s ≤ t.
 
         .. math:: z_s = Ψ(s,0) z_0 + Φ_λ (z_t − Ψ(t,0) z_0) + ζ, \qquad
                   ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤)
@@ -424,30 +454,30 @@ class LinearSDE:
         Parameters
         ----------
         s, t
-            Times in [0, 1] that broadcast, t > 0; s > 0 too where λ is not 1 and z_0 has no
-            density of its own.
+            Times in [0, 1] that broadcast, t > 0. If λ ≠ 1 and z_0 has no density given the data,
+            s > 0 as well.
         stochasticity
             λ ≥ 0, a number or a tensor that broadcasts with the times. 1: the Bayesian posterior
             p(z_s | z_t, z_0), the step of ancestral sampling. 0: the probability flow of a single
-            datum, the step of DDIM. Every λ carries the law of z_t given z_0 to that of z_s given
-            z_0.
+            data point, the step of DDIM. Every λ maps the distribution of z_t given z_0 to the
+            distribution of z_s given z_0.
         initial_covariance
-            Σ_0 as in `marginal`: None conditions on the data, zeros on all of z_0; with the data's
-            variance in its first entry the law is the exact reverse transition p(z_s | z_t) of
+            Σ_0 as in `marginal`. None conditions on the data, zeros on all of z_0. With the data's
+            variance in its first entry the result is the exact reverse transition p(z_s | z_t) of
             Gaussian data.
 
         Returns
         -------
         Posterior
-            Of the broadcast shape, float64 on the host.
+            Posterior of the broadcast shape, float64 on the CPU.
 
         Raises
         ------
         TypeError
             If a time is not a real number or floating-point tensor.
         ValueError
-            If a time lies outside [0, 1], s > t somewhere, λ is negative, or the law of z_t (for
-            λ ≠ 1 that of z_s as well) given z_0 has no density.
+            If a time lies outside [0, 1], s > t somewhere, λ is negative, or the distribution of
+            z_t given z_0 has no density; for λ ≠ 1 also if z_s given z_0 has no density.
 
         References
         ----------
@@ -478,13 +508,13 @@ class LinearSDE:
     def probability_flow_root(
         self, t: TimeLike, initial_covariance: MatrixLike | None = None
     ) -> Tensor:
-        r"""Root R_t of the marginal covariance that the probability flow of a datum carries along.
+        r"""Covariance root R_t that follows the probability flow of a single data point (gDDIM).
 
         .. math:: R' = (F + \tfrac12 G G^⊤ Σ_t^{-1}) R, \qquad R_t R_t^⊤ = Σ_t
 
-        On the probability-flow ODE of a single datum z_t = Ψ(t,0) z_0 + R_t c with a constant c,
-        so that noise predicted in these coordinates varies slowly (Zhang, Tao and Chen 2023,
-        eq. 17); with the triangular root c rotates by several turns. R is determined up to a
+        On the probability-flow ODE of a single data point z_t = Ψ(t,0) z_0 + R_t c with a constant
+        c. Noise predicted in these coordinates therefore varies slowly (Zhang, Tao and Chen 2023,
+        eq. 17). With the triangular root c would rotate by several turns. R is determined up to a
         constant rotation from the right; here R_T is triangular.
 
         Parameters
@@ -497,24 +527,24 @@ class LinearSDE:
         Returns
         -------
         Tensor
-            ``(*t.shape, k, k)`` float64 on the host.
+            ``(*t.shape, k, k)`` float64 on the CPU.
 
         Raises
         ------
         ValueError
-            If a time lies outside [0, 1] or the law at a time has no density.
+            If a time lies outside [0, 1] or the distribution at a time has no density.
         """
         times, root = as_times(t, "t", self.T), self._root_at_start(initial_covariance)
-        law = self._marginal(times, root).root
-        check_density(law, times, "t")
+        triangular = self._marginal(times, root).root
+        check_density(triangular, times, "t")
         end = torch.full((1,), self.T, device="cpu", dtype=torch.float64)
         stops = torch.cat([times.flatten(), end])
         rotation = flow_rotations(self.dynamics, lambda u: self._marginal(u, root).root, stops)
-        rotation = rotation[:-1].reshape(law.shape)
+        rotation = rotation[:-1].reshape(triangular.shape)
         # One Newton step to the nearest rotation, which makes R Rᵀ = Σ to rounding.
         eye = torch.eye(self.components, device="cpu", dtype=torch.float64)
         rotation = 0.5 * rotation @ (3 * eye - rotation.mT @ rotation)
-        return law @ rotation
+        return triangular @ rotation
 
     def _interval(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         start, end = as_times(s, "s", self.T), as_times(t, "t", self.T)
@@ -527,7 +557,7 @@ class LinearSDE:
         if bool(late.any()):
             msg = (
                 f"s must not be later than t; got s = {float(start[late][0])!r}, "
-                f"t = {float(end[late][0])!r} (the earlier time comes first)"
+                f"t = {float(end[late][0])!r}. Pass the earlier time first"
             )
             raise ValueError(msg)
         return start, end
@@ -553,42 +583,42 @@ class LinearSDE:
     def _check_range(self, *parts: Tensor) -> None:
         if not all(bool(part.detach().isfinite().all()) for part in parts):
             msg = (
-                f"{type(self).__name__}: the transition law overflows float64; rescale the process"
+                f"the transition kernel of {type(self).__name__} overflows float64; rescale the "
+                "process"
             )
             raise OverflowError(msg)
 
     @property
     def prior(self) -> Gaussian:
-        """Gaussian law from which sampling starts at t = 1."""
+        """Gaussian prior from which sampling starts at t = 1."""
         root = self._prior_root
         return Gaussian(self.marginal(self.T).root if root is None else root)
 
     @property
     def stationary_reversal(self) -> LinearSDE | None:
-        """The time reversal of the process at its stationary law; None where there is none.
+        """Time reversal of the stationary process; None without a stationary distribution.
 
-        Its drift is Σ∞ F(t)ᵀ Σ∞⁻¹ and its diffusion G(t). Run over [u, t] it carries a state from
-        t back to u when the score is that of the stationary law, which is the exact part of the
-        splitting of SSCS.
+        Its drift is Σ∞ F(t)ᵀ Σ∞⁻¹ and its diffusion G(t). Over [u, t] it is the reverse process
+        from t back to u with the stationary score −Σ∞⁻¹z. `SSCS` solves this part exactly.
         """
         if self.stationary_covariance is None or self._prior_root is None:
             return None
         if not bool((self._prior_root.diagonal() > 0).all()):
-            return None  # a stationary law without density has no score
+            return None  # a stationary distribution without density has no score
         dynamics = self.dynamics.stationary_reversal(self.stationary_covariance)
         if dynamics is None:
             return None
         return LinearSDE(dynamics, stationary_covariance=self.stationary_covariance)
 
     def augment(self, x: Tensor, generator: Generators | None = None) -> Tensor:
-        """Draw z_0 = (x, 0, …) plus noise of the initial covariance.
+        """Draw an initial state z_0 = (x, 0, …) plus noise of the initial covariance.
 
         Parameters
         ----------
         x
             Data ``(B, *D)``, floating point.
         generator
-            Source of the normals.
+            Random generator, or several for equal shares of the batch.
 
         Returns
         -------
@@ -608,7 +638,7 @@ class LinearSDE:
         conditioning: Literal["data", "all"] = "data",
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw z_t from the forward process started at data, z_t = Ψ z_0 + L ε.
+        """Draw a noisy state z_t = Ψ z_0 + L ε from the forward process that starts at the data.
 
         Parameters
         ----------
@@ -617,11 +647,10 @@ class LinearSDE:
         t
             One time, or ``(B,)``.
         conditioning
-            ``"data"``: ε belongs to the law given x_0 alone (hybrid score matching).
-            ``"all"``: z_0 is drawn first, ε belongs to the law given z_0 (denoising score
-            matching).
+            ``"data"``: ε is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
+            drawn first, and ε is the noise given z_0 (denoising score matching).
         generator
-            Source of the normals.
+            Random generator.
 
         Returns
         -------
@@ -632,6 +661,14 @@ class LinearSDE:
         ------
         ValueError
             If shapes do not fit or ``conditioning`` is unknown.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from cldsde import CLD
+        >>> z, noise = CLD().perturb(torch.zeros(8, 3), 0.5)
+        >>> z.shape
+        torch.Size([8, 2, 3])
         """
         check_generator(generator)
         if conditioning == "data":
@@ -642,7 +679,7 @@ class LinearSDE:
         raise ValueError(msg)
 
     def embed(self, x: Tensor) -> Tensor:
-        """State (x, 0, …) ``(B, k, *D)`` of data ``(B, *D)``: the mean of z_0.
+        """Mean of z_0: the state (x, 0, …), ``(B, k, *D)``, for data x ``(B, *D)``.
 
         Raises
         ------
@@ -672,12 +709,15 @@ class LinearSDE:
 
 
 def check_process(sde: object) -> None:
-    """Raise TypeError unless ``sde`` is a `LinearSDE`, ready for use."""
+    """Raise TypeError unless ``sde`` is an initialised `LinearSDE`."""
     if not isinstance(sde, LinearSDE):
         hint = " (write it with parentheses)" if isinstance(sde, type) else ""
         got = sde.__name__ if isinstance(sde, type) else type(sde).__name__
         msg = f"sde must be a LinearSDE; got {got}{hint}"
         raise TypeError(msg)
     if not hasattr(sde, "dynamics"):
-        msg = f"sde: {type(sde).__name__} has to call super().__init__ with its dynamics"
+        msg = (
+            f"sde must be initialised; {type(sde).__name__} does not call "
+            "super().__init__ with its dynamics"
+        )
         raise TypeError(msg)

@@ -1,15 +1,15 @@
 r"""Interpolants x_t = α(t) x_0 + σ(t) n as linear SDEs with one component.
 
-From the signal α and the noise σ follow
+The signal α and the noise level σ determine
 
 .. math::
     F = \frac{α'}{α}, \qquad G^2 = \frac{2σ\,w}{α}, \qquad
     Ψ(t,s) = \frac{α_t}{α_s}, \qquad
     Q(s,t) = σ_t^2 − Ψ^2 σ_s^2 = \frac{c(s,t)\,(σ_t α_s + σ_s α_t)}{α_s^2},
 
-with the gain c(s, t) = σ_t α_s − σ_s α_t ≥ 0 of noise over signal and its slope w = ασ' − α'σ. The
-gain is never found by a subtraction that cancels. If α(1) = 0, F and G diverge at
-t = 1, but every distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
+with the gain c(s, t) = σ_t α_s − σ_s α_t ≥ 0 and its slope w = ασ' − α'σ. The gain is never
+computed by a subtraction that cancels. If α(1) = 0, F and G diverge at t = 1, but every
+distribution is finite: Ψ(1, s) = 0 and Q(s, 1) = σ(1)².
 """
 
 from __future__ import annotations
@@ -30,47 +30,49 @@ from cldsde.linear.schedule import gauss_legendre
 __all__ = ["Gain", "OfTime", "SignalNoiseDynamics"]
 
 OfTime = Callable[[Tensor], Tensor]
-"""A function of float64 times of any shape to values of that shape."""
+"""Function of float64 times of any shape that returns values of that shape."""
 
 Gain = Callable[[Tensor, Tensor], Tensor]
-"""A function of float64 times s ≤ t of one shape to values of that shape."""
+"""Function of float64 times s ≤ t of one shape that returns values of that shape."""
 
 _NODES, _PANELS = 16, 8
 _CHECKED = 64  # panels of [0, 1] on which the quadrature of the gain is compared with differences
-# As VPSDE has at its end. Steps of solvers that freeze F and G, which are short enough to get away
-# from the pole from there, are not from closer to it.
+# VPSDE has this value at t = 1. Closer to the pole, solvers that freeze F and G over a step would
+# need far shorter steps.
 _LEAST_LOG_SNR = -5.0
 _EPS = torch.finfo(torch.float64).eps
 
 
 class SignalNoiseDynamics(Dynamics):
-    """One component of which the signal α(t) and the noise σ(t) are given.
+    """Dynamics of one component, from its signal α(t) and its noise level σ(t).
 
     Parameters
     ----------
     signal
-        α: float64 times of any shape to values of that shape, α(0) = 1, positive before t = 1.
+        α, a function of float64 times of any shape that returns values of that shape; α(0) = 1,
+        positive before t = 1.
     noise
-        σ, alike: not negative, positive for t > 0. If σ(0) > 0, the process is meant to start with
-        the initial covariance σ(0)².
+        σ, a function like ``signal``; not negative, positive for t > 0. If σ(0) > 0, the process
+        should have the initial covariance σ(0)².
     gain
-        (s, t) to σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None: by a quadrature of
-        the derivatives of α and σ, which is exact to rounding for smooth functions.
+        Function of (s, t) that returns σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None:
+        by a quadrature of the derivatives of α and σ, which is exact to rounding for smooth
+        functions.
     variance_preserving
-        Whether α² + σ² = 1. False: if the functions say so to rounding at 1,025 times.
+        Whether α² + σ² = 1. If False, it is checked to rounding at 1,025 times.
 
     Raises
     ------
     TypeError
-        If an argument cannot be called.
+        If an argument is not a function.
     ValueError
         If a function returns another shape or dtype, or values that are not finite; if α(0) is not
-        1 or α not positive; if σ is negative; if the signal-to-noise ratio rises somewhere; or if
-        the functions are not smooth and ``gain`` is None.
+        1 or α is not positive; if σ is negative; if the signal-to-noise ratio increases somewhere;
+        or if the functions are not smooth and ``gain`` is None.
 
     Examples
     --------
-    Noise whose rate jumps, with its exact gain:
+    A noise level whose rate jumps, with its exact gain:
 
     >>> import torch
     >>> from cldsde import LinearSDE
@@ -101,7 +103,7 @@ class SignalNoiseDynamics(Dynamics):
         self.signal, self.noise, self.gain = signal, noise, gain
         grid = torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu")
         alpha = _values(signal, grid, "signal")
-        # What rounding leaves of a signal that vanishes at the end, as of cos(π/2), is zero.
+        # Treat a signal at the end as zero if it is at the level of rounding, as cos(π/2).
         self._vanishes = abs(float(alpha[-1])) <= 8 * _EPS
         if self._vanishes:
             alpha[-1] = 0.0
@@ -110,14 +112,14 @@ class SignalNoiseDynamics(Dynamics):
         unit = alpha.square() + sigma.square()
         same = bool(((unit - 1).abs() <= 8 * _EPS).all())
         self._preserves_variance = variance_preserving or same
-        # F and G have a pole at the end, or next to it, if the signal vanishes there or falls
-        # sixteenfold within the last thousandth of the time.
+        # F and G have a pole at or near the end if the signal vanishes there, or decreases by a
+        # factor of 16 within the last thousandth of the time.
         pole = 16 * float(alpha[-1]) < float(alpha[-2])
         self.regular_until = self._latest_regular() if pole else 1.0
 
     @override
     def __repr__(self) -> str:
-        """Functions by name, in one line."""
+        """One line with the names of the functions."""
         return f"SignalNoiseDynamics(signal={shown(self.signal)}, noise={shown(self.noise)})"
 
     @override
@@ -154,11 +156,11 @@ class SignalNoiseDynamics(Dynamics):
 
     @override
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
-        """Root of ∫G², by a quadrature that is even in log(1 − t) if G has a pole at 1.
+        """Root of ∫G² by quadrature, uniform in log(1 − t) if G has a pole at 1.
 
-        It is exact to rounding where α and σ are smooth, to about 1e-4 over entries of a table, and
-        to 1e-2 from a time at which the derivatives of α or σ are infinite. Of the solvers, only
-        `StochasticHeun` takes its noise from it.
+        The relative error is at rounding level for smooth α and σ, about 1e-4 across entries of a
+        table, and 1e-2 from a time at which the derivative of α or σ is infinite. `StochasticHeun`
+        is the only solver that uses it.
         """
         x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
@@ -179,7 +181,7 @@ class SignalNoiseDynamics(Dynamics):
 
     @override
     def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
-        del covariance  # one component is its own reversal
+        del covariance  # a process of one component is its own time reversal
         return self if self._preserves_variance else None
 
     def _signal(self, t: Tensor) -> Tensor:
@@ -199,14 +201,14 @@ class SignalNoiseDynamics(Dynamics):
     def _squared_diffusion(self, t: Tensor) -> Tensor:
         (alpha, alpha_rate), (sigma, sigma_rate) = self._with_rates(t)
         squared = 2 * sigma * (alpha * sigma_rate - alpha_rate * sigma) / alpha
-        # If α/σ stands still, rounding may leave less than zero.
+        # If α/σ is constant, rounding may make this negative.
         return torch.where(squared.abs() <= 16 * _EPS * sigma.square(), 0.0, squared)
 
     def _gain(self, s: Tensor, t: Tensor) -> Tensor:
         if self.gain is not None:
             return self.gain(s, t)
         plus, direct = self._subtracted(s, t)
-        # The difference loses two digits at most.
+        # The subtraction loses at most two digits in the other cases.
         close = direct.detach() < 1e-2 * plus.detach()
         if not bool(close.any()):
             return direct
@@ -219,7 +221,7 @@ class SignalNoiseDynamics(Dynamics):
         return later + earlier, later - earlier
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
-        """∫ (α_s σ′ − σ_s α′) over [s, t], in panels that are no longer than those checked."""
+        """∫ (α_s σ′ − σ_s α′) over [s, t], with panels no longer than the checked ones."""
         span = (t - s).unsqueeze(-1)
         longest = float(span.detach().max()) if span.numel() else 0.0
         x, w = _panels(max(1, math.ceil(longest * _CHECKED)))
@@ -251,8 +253,8 @@ class SignalNoiseDynamics(Dynamics):
         if bool(rising.any()) or not bool((direct > 0).any()):
             i = int(rising.nonzero()[0]) if bool(rising.any()) else 0
             msg = (
-                "signal and noise must have a signal-to-noise ratio α/σ that falls with t; it "
-                f"does not between t = {float(grid[i]):g} and {float(grid[i + 1]):g}"
+                "signal and noise must have a ratio α/σ that decreases with t; got an increase "
+                f"between t = {float(grid[i]):g} and {float(grid[i + 1]):g}"
             )
             raise ValueError(msg)
         if self.gain is not None:
@@ -266,15 +268,15 @@ class SignalNoiseDynamics(Dynamics):
             i = int(off.div(plus[close]).nan_to_num(torch.inf).argmax())
             msg = (
                 f"signal and noise must be smooth near t = {float(s[close][i]):g}, because kernels "
-                "over short steps need their derivatives; for others pass the exact gain to "
-                "SignalNoiseDynamics"
+                "over short steps need their derivatives; for functions that are not smooth pass "
+                "the exact gain to SignalNoiseDynamics"
             )
             raise ValueError(msg)
 
     @torch.no_grad()
     def _latest_regular(self) -> float:
         """Latest time with log α/σ ≥ −5, rounded down to four digits of 1 − t."""
-        low, high = 0.0, 1.0  # of 1 − t
+        low, high = 0.0, 1.0  # bracket of 1 − t
         for _ in range(200):
             middle = (low + high) / 2
             t = torch.tensor(1 - middle, dtype=torch.float64, device="cpu")
@@ -292,10 +294,10 @@ class SignalNoiseDynamics(Dynamics):
             advice = (
                 "take t > 0"
                 if where == 0
-                else f"take t ≤ {self.regular_until:.15g}. Distributions are finite there, and "
-                "ExponentialMultistep with predictions of the data starts there"
+                else f"take t ≤ {self.regular_until:.15g}, or ExponentialMultistep with "
+                "prediction='data', which does not evaluate it"
             )
-            msg = f"t: the {name} of this process diverges at t = {where:.15g}; {advice}"
+            msg = f"the {name} of this process diverges at t = {where:.15g}; {advice}"
             raise ValueError(msg)
         return values
 
@@ -308,11 +310,11 @@ def _panels(count: int) -> tuple[Tensor, Tensor]:
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
-    """Values on a grid, if they are finite float64 numbers of its shape."""
+    """Values on a grid; raise unless they are finite float64 numbers of the grid's shape."""
     try:
         values = torch.as_tensor(function(grid), device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"{name} must take a tensor of times, as torch's functions do; {error}"
+        msg = f"{name} must accept a tensor of times, as torch's functions do; it raised: {error}"
         raise ValueError(msg) from error
     if values.shape != grid.shape or values.dtype != torch.float64:
         msg = (
@@ -328,6 +330,9 @@ def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
     try:
         torch.func.jvp(function, (grid,), (torch.ones_like(grid),))
     except (NotImplementedError, RuntimeError) as error:
-        msg = f"{name} must be made of torch's operations, which have derivatives; {error}"
+        msg = (
+            f"{name} must consist of torch's operations, because it is differentiated; it raised: "
+            f"{error}"
+        )
         raise ValueError(msg) from error
     return values

@@ -1,10 +1,11 @@
-"""Linear differential equations in Taylor series, to the relative accuracy of each term.
+"""Taylor series of linear differential equations, with full relative accuracy of each term.
 
-A function on a panel is sampled at Gauss nodes and held by its coefficients in the orthonormal
-Legendre polynomials p_j of x ∈ [0, 1]. About the end of a part of the panel, of relative length ρ,
-it is a series in y ∈ [0, 1], the time before that end, whose term p is of order ρ^p. Such series
-are formed, multiplied and integrated term by term, so that every term keeps its digits however
-short the part is. Values would lose them, as they are equal to leading order.
+A function on a panel is sampled at Gauss nodes and represented by its coefficients in the
+orthonormal Legendre polynomials p_j of x ∈ [0, 1]. Around the end of a part of the panel with
+relative length ρ it is a series in y ∈ [0, 1], the time before that end. Its term p is of order
+ρ^p. Such series are formed, multiplied and integrated term by term, so that every term keeps its
+digits however short the part is. Function values would lose them, because they are equal to leading
+order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["NODES", "TERMS", "basis", "legendre", "taylor", "transition_series",
 
 NODES = 16
 TERMS = 36
-"""Terms of a product."""
+"""Number of terms of a product."""
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -33,17 +34,17 @@ def legendre(values: Tensor) -> Tensor:
 
 
 def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
-    """Legendre coefficients without those that are rounding of the values, entry by entry.
+    """Set Legendre coefficients below the rounding error of the values to zero, entry by entry.
 
-    A derivative of order j would show rounding times NODES^2j. The gradients of all coefficients
-    stay.
+    Otherwise a derivative of order j would amplify the rounding error by NODES^2j. The gradients of
+    all coefficients are kept.
 
     Parameters
     ----------
     series
         ``(p, NODES, a, b)``.
     rounding
-        Rounding of a time relative to the length of its panel, ``(p,)``.
+        Rounding error of a time relative to the length of its panel, ``(p,)``.
     """
     size = series.detach().abs()
     order = torch.arange(NODES, device="cpu", dtype=torch.float64).reshape(-1, 1, 1)
@@ -53,14 +54,14 @@ def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
 
 
 def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
-    """Terms of f(end − length y) in powers of y, from the Legendre coefficients of f.
+    """Taylor terms of f(end − length y) in powers of y, from the Legendre coefficients of f.
 
     Parameters
     ----------
     series
         ``(p, NODES, a, b)``.
     end, length
-        In units of the panel, ``(p,)``.
+        End and length in units of the panel, ``(p,)``.
 
     Returns
     -------
@@ -82,12 +83,12 @@ def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
 
 
 def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
+    """Taylor terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
 
     Parameters
     ----------
     F, G
-        Terms ``(p, NODES, k, k)``, times h, and ``(p, NODES, k, r)``.
+        Taylor terms of hF, ``(p, NODES, k, k)``, and of G, ``(p, NODES, k, r)``.
 
     Returns
     -------
@@ -95,7 +96,7 @@ def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         Terms ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``.
     """
     p, _, k, _ = F.shape
-    # Term n of a product with Y is the last terms of Y, side by side, times these, stacked.
+    # Term n of a product with Y is the latest terms of Y, side by side, times the stacked factors.
     factors = torch.cat([F, G], dim=-1).flip(1).flatten(1, 2)
     recent = torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)
     Y, driven = [recent], []
@@ -130,5 +131,6 @@ def _recurrence() -> Tensor:
 def _transform() -> Tensor:
     """Matrix from values at the Gauss nodes to coefficients, ``(NODES, NODES)``."""
     values = basis(gauss_legendre(NODES)[0])
-    # Christoffel's weights: those of numpy are rounded by some units in the last place.
+    # Compute the Christoffel weights here, because numpy's have an error of some units in the last
+    # place.
     return values.T / values.square().sum(1)

@@ -1,16 +1,16 @@
-"""Scores: exact ones of Gaussian mixtures, learnt ones, and the reverse process they define."""
+"""Scores, exact and learnt, their training, and the reverse process that they define."""
 
 from cldsde.score.conversion import Conversion
-from cldsde.score.denoisers import Denoiser, DenoiserScore, PredictionDenoiser
-from cldsde.score.flow_density import FlowDensity, flow_log_prob
+from cldsde.score.denoisers import DenoiserScore, PredictionDenoiser
+from cldsde.score.flow_density import flow_log_prob
 from cldsde.score.guidance import ConditionalScore, GuidedScore
-from cldsde.score.likelihood import Likelihood, log_likelihood
+from cldsde.score.likelihood import log_likelihood
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
-from cldsde.score.mixture import GaussianMixture, MixtureScore
+from cldsde.score.mixture import GaussianMixture
 from cldsde.score.observation import Observation
 from cldsde.score.paths import NoisePath
-from cldsde.score.posterior_score import Guided, PosteriorScore
+from cldsde.score.posterior_score import PosteriorScore
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess, Score
 from cldsde.score.score_denoiser import ScoreDenoiser
@@ -25,15 +25,10 @@ from cldsde.score.variational import cross_entropy, evidence_lower_bound
 __all__ = [
     "ConditionalScore",
     "Conversion",
-    "Denoiser",
     "DenoiserScore",
-    "FlowDensity",
     "GaussianMixture",
-    "Guided",
     "GuidedScore",
-    "Likelihood",
     "MixedScore",
-    "MixtureScore",
     "NoisePath",
     "Observation",
     "PerturbedData",

@@ -1,4 +1,4 @@
-"""Processes as the objects that torchdiffeq and torchsde integrate."""
+"""Adapters that let torchdiffeq and torchsde integrate a process."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["as_torchdiffeq", "as_torchsde"]
 
 
 def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
-    """A process as the function (t, z) that ``torchdiffeq.odeint`` integrates.
+    """Adapt a process to the function (t, z) that ``torchdiffeq.odeint`` integrates.
 
-    For a `ReverseProcess` this is the probability flow, over decreasing times; for a `LinearSDE`
-    the flow of the mean, F(t) z. If the score is a module, its parameters are parameters of the
-    result, as ``odeint_adjoint`` needs them. Times are constants. For gradients of an adaptive
-    method pass ``first_step``, because torchdiffeq's own guess depends on the state. Pass
-    ``step_t`` with the last time, or the method evaluates past it.
+    For a `ReverseProcess` the function is the probability flow, over decreasing times. For a
+    `LinearSDE` it is the flow of the mean, F(t) z. If the score is a module, its parameters are
+    parameters of the result, as ``odeint_adjoint`` needs them. Times are constants. For gradients
+    of an adaptive method pass ``first_step``, because torchdiffeq's own estimate depends on the
+    state. Pass ``step_t`` with the last time, or the method evaluates past it.
 
     Parameters
     ----------
     process
-        The process.
+        A `ReverseProcess` or a `LinearSDE`.
 
     Raises
     ------
     TypeError
-        If it is neither.
+        If ``process`` is neither.
 
     Examples
     --------
@@ -49,7 +49,7 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
 
 
 class _ProcessModule(torch.nn.Module):
-    """A process for another library; parameters of its score, if a module, are parameters of it."""
+    """A process for another library; it owns the parameters of a score that is a module."""
 
     def __init__(self, process: LinearSDE | ReverseProcess) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def _pack(z: Tensor) -> Tensor:
 
 
 class _TorchSDEForm(_ProcessModule):
-    """See `as_torchsde`."""
+    """Result of `as_torchsde`."""
 
     noise_type = "additive"
 
@@ -91,26 +91,26 @@ class _TorchSDEForm(_ProcessModule):
         self._sde = process.sde if isinstance(process, ReverseProcess) else process
 
     def clock(self, times: Tensor) -> Tensor:
-        """Times of the process as torchsde's increasing ones: −t for a reverse process."""
+        """Convert times of the process to torchsde's increasing times: −t for a reverse process."""
         return -times if self._reverse else times
 
     def pack(self, state: Tensor) -> Tensor:
-        """States ``(B, k, *D)`` as torchsde's ``(B ∏D, k)``."""
-        wanted = (self._sde.components, *self._shape)
-        if state.ndim < 2 or state.shape[1:] != wanted:
-            sizes = ", ".join(map(str, wanted))
+        """Convert states ``(B, k, *D)`` to torchsde's ``(B ∏D, k)``."""
+        expected = (self._sde.components, *self._shape)
+        if state.ndim < 2 or state.shape[1:] != expected:
+            sizes = ", ".join(map(str, expected))
             msg = f"state must have shape (B, {sizes}); got {tuple(state.shape)}"
             raise ValueError(msg)
         return _pack(state)
 
     def unpack(self, y: Tensor) -> Tensor:
-        """Torchsde's ``(*, B ∏D, k)`` as states ``(*, B, k, *D)``."""
+        """Convert torchsde's ``(*, B ∏D, k)`` to states ``(*, B, k, *D)``."""
         size = y.shape[-2] // max(math.prod(self._shape), 1)
         batch = y.reshape(*y.shape[:-2], size, *self._shape, y.shape[-1])
         return batch.movedim(-1, y.ndim - 1)
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """Drift in torchsde's clock."""
+        """Drift as a function of torchsde's time."""
         t, z = self._time(s), self.unpack(y)
         if isinstance(self._process, ReverseProcess):
             return _pack(-self._process.drift(z, t))
@@ -128,12 +128,12 @@ class _TorchSDEForm(_ProcessModule):
 def as_torchsde(
     process: LinearSDE | ReverseProcess, shape: Sequence[int], *, calculus: str = "ito"
 ) -> _TorchSDEForm:
-    """A process as the object that ``torchsde.sdeint`` integrates.
+    """Adapt a process to the object that ``torchsde.sdeint`` integrates.
 
-    torchsde's states are ``(batch, d)``. All numbers of the data are driven alike, so states are
-    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``, and no matrix grows with the square
-    of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times: times of a
-    reverse process decrease, torchsde's increase.
+    torchsde's states are ``(batch, d)``. Every data dimension has the same dynamics, so states are
+    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``. No matrix then grows with the
+    square of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
+    because times of a reverse process decrease and torchsde's times increase.
 
     Parameters
     ----------
@@ -142,12 +142,13 @@ def as_torchsde(
     shape
         Shape ``(*D)`` of one sample's data.
     calculus
-        ``"ito"`` or ``"stratonovich"``, as torchsde's method wants; for additive noise the same.
+        ``"ito"`` or ``"stratonovich"``, as torchsde's method requires. Both are the same for
+        additive noise.
 
     Raises
     ------
     TypeError
-        If the process is neither.
+        If ``process`` is neither.
     ValueError
         If the calculus is unknown.
 

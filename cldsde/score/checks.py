@@ -1,4 +1,4 @@
-"""Checks of the arguments of scores."""
+"""Argument checks of the score layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def one_of(value: object, allowed: object, name: str) -> None:
 
 
 def two_increasing(value: object, name: str) -> tuple[float, float]:
-    """Two real numbers, the first below the second; the second may be infinite.
+    """Check and return two increasing real numbers, of which the second may be infinite.
 
     Raises
     ------
     ValueError
-        If it is anything else.
+        If ``value`` is anything else.
     """
     pair = tuple(value) if isinstance(value, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(x, Real) for x in pair) or not pair[0] < pair[1]:

@@ -19,7 +19,7 @@ def condition_gaussians(
         S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
         C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
 
-    Joseph's form of C' is positive semi-definite also when s is small.
+    This is Joseph's form of C', which stays positive semi-definite for small s.
 
     Parameters
     ----------
@@ -28,26 +28,26 @@ def condition_gaussians(
     A, y
         ``(m, D)`` and ``(m,)``, float64.
     noise_std
-        s.
+        Standard deviation s of the noise.
 
     Returns
     -------
-    tuple
-        log N(y; A m, S), ``(n,)``; ``(n, D)``; ``(n, D, D)``.
+    log_evidence, means, covariances : tuple of Tensor
+        log N(y; A m, S) ``(n,)``, means m' ``(n, D)`` and covariances C' ``(n, D, D)``.
 
     Raises
     ------
     ValueError
-        If y has no density: without noise, rows of A that depend on each other or see nothing of
-        the data.
+        If y has no density. Without noise this happens if rows of A are linearly dependent or zero
+        on the data.
     """
     cross = covariances @ A.mT
     S = A @ cross + noise_std**2 * torch.eye(len(A), dtype=A.dtype, device="cpu")
     roots, faults = torch.linalg.cholesky_ex(S)
     if bool(faults.any()):
         msg = (
-            f"observation: noise_std = {noise_std:g} leaves y without a density under the mixture; "
-            "take a larger one"
+            f"noise_std of the observation must be larger, because y has no density under the "
+            f"mixture; got {noise_std:g}"
         )
         raise ValueError(msg)
     residual = y - means @ A.mT

@@ -1,4 +1,4 @@
-"""Conjugate gradients for a batch of systems whose matrices may fail to be positive."""
+"""Conjugate gradients for a batch of systems whose matrices may not be positive definite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["conjugate_gradients", "dot", "per_sample"]
 
 Operator = Callable[[Tensor], Tensor]
-"""A linear map of a batch ``(B, *E)`` that acts on each sample alone."""
+"""A linear map of a batch ``(B, *E)`` that acts on each sample separately."""
 
 
 def conjugate_gradients(
@@ -22,20 +22,21 @@ def conjugate_gradients(
 ) -> Tensor:
     """Solve R x = b for each sample of a batch.
 
-    A learnt Jacobian makes R neither symmetric nor positive. A sample stops, with the x that it
-    has, when the curvature pᵀRp of its direction p falls below a bound from the theory. If that
+    With a learnt Jacobian R may be neither symmetric nor positive definite. A sample stops with its
+    current x when the curvature pᵀRp of its direction p falls below a theoretical bound. If this
     happens in the first direction, x is the first step for the matrix of ``safe``.
 
     Parameters
     ----------
     apply
-        A direction p to R p and the bound on pᵀRp of each sample, ``(B,)``.
+        Function of a direction p that returns R p and the bound on pᵀRp of each sample, ``(B,)``.
     safe
-        A positive definite matrix in place of R.
+        Product with a positive definite matrix that replaces R.
     b
-        ``(B, *E)``.
+        Right-hand side ``(B, *E)``.
     iterations
-        Most applications of R; fewer if every sample has converged to the precision of its dtype.
+        Largest number of products with R; fewer if every sample has converged to the precision of
+        its dtype.
 
     Returns
     -------
@@ -44,7 +45,7 @@ def conjugate_gradients(
     """
     x, residual, direction = torch.zeros_like(b), b, b
     square = dot(b, b)
-    # In its own units: a relative residual of 2e-12 in float64, 7e-6 in float32.
+    # The relative residual is then 2e-12 in float64 and 7e-6 in float32.
     small = square * torch.finfo(b.dtype).eps ** 1.5
     active = square > 0
     for i in range(iterations):
@@ -52,7 +53,7 @@ def conjugate_gradients(
             break
         moved, least = apply(direction)
         curvature = dot(direction, moved)
-        # Written so that NaN is a fault, too.
+        # This comparison is False for NaN, which counts as a failure, too.
         sound = curvature > least
         if i == 0 and not bool((sound | ~active).all()):
             first = dot(direction, safe(direction))
@@ -72,7 +73,7 @@ def conjugate_gradients(
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """Numbers ``(B,)``, or one, in a shape that multiplies a batch ``(B, *E)``."""
+    """Reshape numbers ``(B,)``, or one number, so that they multiply a batch ``(B, *E)``."""
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 

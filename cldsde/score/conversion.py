@@ -1,13 +1,14 @@
-r"""What a network may predict, and how each prediction follows from another.
+r"""Conversions between predictions of a network: score, noise, data, velocity and flow.
 
-Given the law z_t | x_0 ~ N(ψ x_0, Σ_t), the score of the true marginal obeys
-Σ_t s = −(z − ψ x̂₀) with x̂₀ = E[x_0 | z_t]: k·D numbers with only D unknowns. Order the components
-so that the driven set d comes last and whiten with the root L of the reordered covariance,
+Given the distribution z_t | x_0 ~ N(ψ x_0, Σ_t), the score of the marginal satisfies
+Σ_t s = −(z − ψ x̂₀) with x̂₀ = E[x_0 | z_t]. These are k·D equations with only D unknowns. Order the
+components so that the driven components d come last, and whiten with the root L of the reordered
+covariance,
 
-.. math:: w = L^{-1} z, \qquad c = L^{-1} ψ, \qquad n = −L_{dd}^⊤ s_d,
+.. math:: w = L^{-1} z, \qquad c = L^{-1} ψ, \qquad n = −L_{dd}^⊤ s_d.
 
-where n is the best prediction of the noise that made z_t. Then w_d − n = c_d x̂₀, so that the driven
-score alone gives x̂₀ by least squares, and x̂₀ gives the full score s = −L^{−⊤}(w − c x̂₀).
+n is the best prediction of the noise in z_t. Then w_d − n = c_d x̂₀, so the driven score alone
+determines x̂₀ by least squares, and x̂₀ determines the full score s = −L^{−⊤}(w − c x̂₀).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ __all__ = [
     "Conditioning",
     "Conversion",
     "Prediction",
-    "WhitenedLaw",
-    "conditional_law",
+    "WhitenedKernel",
+    "conditional_kernel",
     "whiten",
 ]
 
@@ -42,18 +43,18 @@ Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 the velocity of the probability flow, which flow matching learns."""
 
 Conditioning = Literal["data", "all"]
-"""What a law is conditioned on: the data x_0 (hybrid score matching) or all of z_0 (denoising)."""
+"""Condition on the data x_0 (hybrid score matching) or on all of z_0 (denoising score matching)."""
 
-# At this ratio of the noise in x̂₀ to that of the best estimate the driven rows have lost x_0.
-# Well-damped processes stay below 4, and underdamped ones pass through infinity.
+# Above this ratio of the noise in x̂₀ to the noise of the best estimate, the driven rows do not
+# determine x_0. Well-damped processes stay below 4. Underdamped processes pass through infinity.
 _LARGEST_AMPLIFICATION = 20.0
 
 
 _OF_ONE_COMPONENT = ("velocity", "flow")
 
 
-class WhitenedLaw(NamedTuple):
-    """The law of z_t given the start, whitened with the driven components last.
+class WhitenedKernel(NamedTuple):
+    """The distribution of z_t given the start, whitened with the driven components last.
 
     Attributes
     ----------
@@ -66,8 +67,8 @@ class WhitenedLaw(NamedTuple):
     signal
         c = L⁻¹ψ, ``(*, k, 1)``.
     noise
-        Takes the noise ε of z_t = ψx_0 + root ε, root in the components' own order, to the noise
-        n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
+        Matrix that maps the noise ε of z_t = ψx_0 + root ε, with the root in the components' own
+        order, to the noise n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
     """
 
     root: Tensor
@@ -86,19 +87,19 @@ class WhitenedLaw(NamedTuple):
         return self.signal.square().sum((-2, -1))
 
 
-def conditional_law(sde: LinearSDE, t: Tensor, conditioning: Conditioning) -> Kernel:
-    """Law of z_t given the data or all of z_0."""
+def conditional_kernel(sde: LinearSDE, t: Tensor, conditioning: Conditioning) -> Kernel:
+    """Kernel of z_t given the data or all of z_0."""
     one_of(conditioning, Conditioning, "conditioning")
     return sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
 
 
-def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
-    """Whiten the law of z_t given the start, at times t > 0.
+def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
+    """Whiten the distribution of z_t given the start, at times t > 0.
 
     Raises
     ------
     ValueError
-        If the law has no density at some time.
+        If the distribution has no density at some time.
     """
     root, psi = kernel.root, kernel.mean[..., :1]
     check_density(root, t, "t")
@@ -112,14 +113,14 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedLaw:
     else:
         ordered = joint_root(root[..., order, :])
         inverse = triangular_inverse(ordered)[..., :, torch.tensor(order, device="cpu").argsort()]
-        # −L_ddᵀ s_d with s = −root⁻ᵀ ε.
+        # The noise is −L_ddᵀ s_d with s = −root⁻ᵀ ε.
         own = triangular_inverse(root)[..., driven].mT
         noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
-    return WhitenedLaw(ordered, inverse, psi, inverse @ psi, noise)
+    return WhitenedKernel(ordered, inverse, psi, inverse @ psi, noise)
 
 
 class Combination(NamedTuple):
-    """A prediction a x_0 + b n of data and noise in x_t = α x_0 + σ n; fields ``(*)``."""
+    """Velocity or flow as a combination a x_0 + b n of data and noise, for x_t = α x_0 + σ n."""
 
     alpha: Tensor
     sigma: Tensor
@@ -127,8 +128,10 @@ class Combination(NamedTuple):
     of_noise: Tensor  # b
 
     @classmethod
-    def at(cls, sde: LinearSDE, law: WhitenedLaw, t: Tensor, kind: Prediction) -> Combination:
-        """The velocity or the flow.
+    def at(
+        cls, sde: LinearSDE, whitened: WhitenedKernel, t: Tensor, kind: Prediction
+    ) -> Combination:
+        """Coefficients of the velocity or the flow at times of shape ``*``.
 
         Raises
         ------
@@ -138,10 +141,10 @@ class Combination(NamedTuple):
         if sde.components != 1:
             msg = (
                 f"a prediction of the {kind} needs a process of one component; "
-                f"{type(sde).__name__} has {sde.components}: take 'noise' or 'data'"
+                f"{type(sde).__name__} has {sde.components}. Use 'noise' or 'data'"
             )
             raise ValueError(msg)
-        alpha, sigma = law.psi[..., 0, 0], law.root[..., 0, 0]
+        alpha, sigma = whitened.psi[..., 0, 0], whitened.root[..., 0, 0]
         if kind == "velocity":
             return cls(alpha, sigma, -sigma, alpha)
         return cls(alpha, sigma, *sde.dynamics.rates(t, sde.initial_covariance[0, 0]))
@@ -154,17 +157,19 @@ class Combination(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """One kind of prediction from another, linear in the state and the prediction.
+    """Conversion of one prediction to another, linear in the state and the prediction.
+
+    Create it with `Conversion.at`, and call it with states and predictions.
 
     Attributes
     ----------
     state
-        ``(*, out, k)`` float64 on the host.
+        Coefficients of the state, ``(*, out, k)`` float64 on the CPU.
     value
-        ``(*, out, in)`` float64 on the host.
+        Coefficients of the prediction, ``(*, out, in)`` float64 on the CPU.
     source, target
-        What is converted to what; ``in`` and ``out`` are 1 for data, velocity and flow, the number
-        of driven components for score and noise, k for the full score.
+        Predictions that are converted from and to. ``in`` and ``out`` are 1 for data, velocity and
+        flow, the number of driven components for score and noise, and k for the full score.
 
     Examples
     --------
@@ -199,7 +204,7 @@ class Conversion:
         *,
         conditioning: Conditioning = "data",
     ) -> Conversion:
-        """Coefficients at times t > 0.
+        """Compute the coefficients at times t > 0.
 
         Parameters
         ----------
@@ -209,34 +214,44 @@ class Conversion:
             Times of any shape in (0, 1].
         source, target
             ``"score"``, ``"noise"``, ``"data"``, ``"full_score"``, ``"velocity"`` or ``"flow"``.
-            The last two need a process of one component. The full score is Σ⁻¹ times
-            what the state differs from ψx̂₀: a rounding of x̂₀ costs it a relative error of about
-            ε √(ψᵀΣ⁻¹ψ), which for third-order processes is large at small times.
+            The last two need a process of one component. The full score amplifies rounding errors:
+            its relative error is about ε √(ψᵀΣ⁻¹ψ), which is large for third-order processes at
+            small times.
         conditioning
-            Which noise is meant: that of z_t given the data (hybrid score matching) or given all
-            of z_0 (denoising score matching).
+            Meaning of ``"noise"``: the noise of z_t given the data (hybrid score matching), or
+            given all of z_0 (denoising score matching).
+
+        Returns
+        -------
+        Conversion
+            For times of the shape of t.
 
         Raises
         ------
         TypeError
-            If ``sde`` is no `LinearSDE` or a time no number.
+            If ``sde`` is not a `LinearSDE`, or a time is not a number.
         ValueError
-            If the law has no density at some time; if velocity or flow are asked for of a process
-            of several components; or if score or noise are asked for what they do not determine:
-            x_0 and the flow if nothing of x_0 is left (`RectifiedFlow` at t = 1), x_0 at isolated
-            times of an underdamped process, the full score if float64 holds no digit of it.
+            The error is raised in any of these cases:
+
+            - The distribution given the data has no density at some time.
+            - Source or target is a velocity or a flow, and the process has several components.
+            - The target is the data or the flow, and nothing of x_0 is left in the state, as for
+              `RectifiedFlow` at t = 1.
+            - The target is the data, and the driven score does not determine it. This happens at
+              isolated times of an underdamped process.
+            - The target is the full score, and float64 has too few digits for it.
         """
         check_process(sde)
         times = as_times(t, "t", sde.T)
         one_of(source, Prediction, "source")
         one_of(target, Prediction, "target")
         one_of(conditioning, Conditioning, "conditioning")
-        law = whiten(sde, sde.marginal(times), times)
-        noise_root = law.driven_root()
+        whitened = whiten(sde, sde.marginal(times), times)
+        noise_root = whitened.driven_root()
         if conditioning == "all" and "noise" in (source, target):
-            given_all = conditional_law(sde, times, conditioning)
+            given_all = conditional_kernel(sde, times, conditioning)
             noise_root = whiten(sde, given_all, times).driven_root()
-        return _Converter(sde, law, noise_root, times).convert(source, target)
+        return _Converter(sde, whitened, noise_root, times).convert(source, target)
 
     def __call__(self, z: Tensor, value: Tensor) -> Tensor:
         """Convert a prediction at a state.
@@ -251,7 +266,7 @@ class Conversion:
         Returns
         -------
         Tensor
-            ``(B, out, *D)``, or ``(B, *D)`` where the target is the data.
+            ``(B, out, *D)``, or ``(B, *D)`` if the target is the data.
 
         Raises
         ------
@@ -260,10 +275,10 @@ class Conversion:
         """
         check_kernel_shape(self.state, z, "z")
         axes = () if self.source == "data" else (self.value.shape[-1],)
-        wanted = (len(z), *axes, *z.shape[2:])
-        if value.shape != wanted:
+        expected = (len(z), *axes, *z.shape[2:])
+        if value.shape != expected:
             msg = (
-                f"value: a prediction of the {self.source} must have shape {tuple(wanted)} for "
+                f"value must be a prediction of the {self.source} of shape {tuple(expected)} for "
                 f"these states; got {tuple(value.shape)}"
             )
             raise ValueError(msg)
@@ -277,7 +292,7 @@ def _block(x: Tensor) -> Tensor:
 
 
 class _Linear(NamedTuple):
-    """A quantity that is linear in the state and in the prediction that is given."""
+    """Coefficients of a quantity that is linear in the state and in the given prediction."""
 
     state: Tensor
     value: Tensor
@@ -287,11 +302,13 @@ class _Linear(NamedTuple):
 
 
 class _Converter:
-    """All predictions in terms of two: the driven noise n of the law given x_0, and x̂₀."""
+    """Converts between all predictions by way of two: the driven noise n given x_0, and x̂₀."""
 
-    def __init__(self, sde: LinearSDE, law: WhitenedLaw, noise_root: Tensor, times: Tensor) -> None:
+    def __init__(
+        self, sde: LinearSDE, whitened: WhitenedKernel, noise_root: Tensor, times: Tensor
+    ) -> None:
         self.sde = sde
-        self.law = law
+        self.whitened = whitened
         self.noise_root = noise_root
         self.times = times
         self.driven = list(sde.driven)
@@ -311,7 +328,7 @@ class _Converter:
         elif source == "data":
             result = self._from_data(given, target)
         elif source == "score":
-            result = self._from_noise(given.through(-self.law.driven_root().mT), target)
+            result = self._from_noise(given.through(-self.whitened.driven_root().mT), target)
         else:
             result = self._from_noise(given.through(self._from_noise_root()), target)
         return Conversion(*result, source, target)
@@ -320,12 +337,12 @@ class _Converter:
         return torch.eye(n, dtype=torch.float64, device="cpu").expand(*self.times.shape, n, n)
 
     def _from_noise_root(self) -> Tensor:
-        """Noise of the law that is meant to noise of the law given x_0: K n' = K' n."""
-        return (triangular_inverse(self.noise_root) @ self.law.driven_root()).mT
+        """Matrix from the noise of the chosen conditioning to the noise given x_0."""
+        return (triangular_inverse(self.noise_root) @ self.whitened.driven_root()).mT
 
     def _finish(self, noise: _Linear, target: Prediction) -> _Linear:
-        """Driven noise to driven noise of the law that is meant, or to the driven score."""
-        to_score = -triangular_inverse(self.law.driven_root()).mT
+        """Convert the noise given x_0 to the noise of the chosen conditioning, or to the score."""
+        to_score = -triangular_inverse(self.whitened.driven_root()).mT
         if target == "score":
             return noise.through(to_score)
         return noise.through(-self.noise_root.mT @ to_score)
@@ -334,19 +351,19 @@ class _Converter:
         if target in ("score", "noise"):
             return self._finish(noise, target)
         if target in _OF_ONE_COMPONENT:
-            # a x_0 + b n with x_0 = (x − σ n) / α.
+            # Insert x_0 = (x − σ n) / α into a x_0 + b n.
             of = self._combination(target)
             self._power()
             return _Linear(
                 _block(of.of_data / of.alpha) + _block(of.determinant / of.alpha) @ noise.state,
                 _block(of.determinant / of.alpha) @ noise.value,
             )
-        c, inverse = self.law.signal, self.law.inverse
+        c, inverse = self.whitened.signal, self.whitened.inverse
         gain = c[..., -self.d :, :].mT / self._driven_power()
         data = _Linear(gain @ (inverse[..., -self.d :, :] - noise.state), -gain @ noise.value)
         if target == "data":
             return data
-        # s = −L⁻ᵀ (w_r − c_r x̂₀, n)
+        # The full score is s = −L⁻ᵀ (w_r − c_r x̂₀, n).
         self._check_resolved()
         rest = c[..., : -self.d, :]
         return _Linear(
@@ -355,29 +372,31 @@ class _Converter:
         ).through(-inverse.mT)
 
     def _from_data(self, data: _Linear, target: Prediction) -> _Linear:
-        residual = _Linear(self.law.inverse - self.law.signal @ data.state, -self.law.signal)
+        residual = _Linear(
+            self.whitened.inverse - self.whitened.signal @ data.state, -self.whitened.signal
+        )
         if target == "full_score":
             self._check_resolved()
-            return residual.through(-self.law.inverse.mT)
+            return residual.through(-self.whitened.inverse.mT)
         if target in _OF_ONE_COMPONENT:
-            # a x_0 + b n with n = (x − α x_0) / σ.
+            # Insert n = (x − α x_0) / σ into a x_0 + b n.
             of = self._combination(target)
             return _Linear(_block(of.of_noise / of.sigma), _block(-of.determinant / of.sigma))
         driven = _Linear(residual.state[..., -self.d :, :], residual.value[..., -self.d :, :])
         return self._finish(driven, target)
 
     def _combination(self, kind: Prediction) -> Combination:
-        return Combination.at(self.sde, self.law, self.times, kind)
+        return Combination.at(self.sde, self.whitened, self.times, kind)
 
     def _from_combination(self, source: Prediction, target: Prediction) -> _Linear:
-        """Data or noise by solving x = α x_0 + σ n and the prediction a x_0 + b n for it."""
+        """Solve x = α x_0 + σ n and the prediction a x_0 + b n for the data or the noise."""
         of = self._combination(source)
         scale = 1 / of.determinant
         if target in ("data", *_OF_ONE_COMPONENT):
             data = _Linear(_block(of.of_noise * scale), _block(-of.sigma * scale))
             if target == "data":
                 return data
-            # a' x_0 + b' n in terms of x = α x_0 + σ n and of the source a x_0 + b n.
+            # Express a' x_0 + b' n by x = α x_0 + σ n and by the source a x_0 + b n.
             to = self._combination(target)
             return _Linear(
                 _block((to.of_data * of.of_noise - to.of_noise * of.of_data) * scale),
@@ -390,12 +409,12 @@ class _Converter:
         if target in _OF_ONE_COMPONENT:
             self._combination(target)  # raises if there are several components
             given = _Linear(torch.zeros_like(self._eye(1)), self._eye(1))
-            return self._from_noise(given.through(-self.law.driven_root().mT), target)
-        c, inverse = self.law.signal, self.law.inverse
+            return self._from_noise(given.through(-self.whitened.driven_root().mT), target)
+        c, inverse = self.whitened.signal, self.whitened.inverse
         if target == "data":
-            # x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ: least squares over all rows.
+            # Least squares over all rows: x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ.
             power = self._power()
-            return _Linear(c.mT @ inverse / power, self.law.psi.mT / power)
+            return _Linear(c.mT @ inverse / power, self.whitened.psi.mT / power)
         select = self._eye(self.k)[..., self.driven, :]
         score = _Linear(torch.zeros_like(select), select)
         if target == "score":
@@ -403,36 +422,36 @@ class _Converter:
         return score.through(-self.noise_root.mT)
 
     def _power(self) -> Tensor:
-        """ψᵀΣ⁻¹ψ, which is above zero where the state says anything of x_0."""
-        power = self.law.information()[..., None, None]
+        """ψᵀΣ⁻¹ψ; raise ValueError if it is zero, because the state then does not depend on x_0."""
+        power = self.whitened.information()[..., None, None]
         if not bool((power > 0).all()):
             end = self.sde.regular_until
             advice = f"take t ≤ {end:.15g}" if end < 1 else "end earlier or lower beta"
             msg = (
-                "t: nothing of x_0 is left in the state at "
-                f"t = {float(self.times.detach().max()):g}, and the score does not determine it; "
+                "t must be earlier: nothing of x_0 is left in the state at "
+                f"t = {float(self.times.detach().max()):g}, so the score does not determine it; "
                 f"{advice}"
             )
             raise ValueError(msg)
         return power
 
     def _check_resolved(self) -> None:
-        """Refuse a full score of which rounding of x̂₀ leaves nothing."""
-        if self.law.signal.shape[-2] == self.d:
+        """Raise ValueError if rounding of x̂₀ leaves no digit of the full score."""
+        if self.whitened.signal.shape[-2] == self.d:
             return  # all components are driven
         loss = torch.finfo(torch.float64).eps * self._power().sqrt().flatten()
         if len(loss) and float(loss.detach().max()) > 1e-4:
             where = float(self.times.detach().flatten()[loss.argmax()])
             msg = (
-                f"t: at t = {where:g} the state tells x_0 so exactly that float64 holds no digit "
-                "of the full score; take later times"
+                f"t must be later for the full score: at t = {where:g} the state determines x_0 so "
+                "exactly that float64 holds no digit of it"
             )
             raise ValueError(msg)
 
     def _driven_power(self) -> Tensor:
-        """The part of it in the driven rows, where they determine x_0."""
+        """Contribution of the driven rows to ψᵀΣ⁻¹ψ; raise if they do not determine x_0."""
         power = self._power()
-        driven = self.law.signal[..., -self.d :, :].square().sum((-2, -1), keepdim=True)
+        driven = self.whitened.signal[..., -self.d :, :].square().sum((-2, -1), keepdim=True)
         amplification = (power / driven).sqrt().flatten()
         worst = float(amplification.detach().max()) if len(amplification) else 1.0
         if not worst <= _LARGEST_AMPLIFICATION:

@@ -1,10 +1,11 @@
 r"""Denoisers D(u, σ) as scores of every linear SDE, and trained networks as denoisers.
 
-All that a state of a linear SDE tells of the data is one combination of its components,
+One combination of the components is a sufficient statistic of the state for the data,
 
 .. math:: û = \frac{ψ^⊤ Σ^{-1} z}{ψ^⊤ Σ^{-1} ψ} = x_0 + σ n, \qquad σ = e^{-κ(t)},
 
-so that E[x_0 | z_t] = D(û, σ) with one denoiser D(u, σ) = E[x_0 | x_0 + σn = u] for all processes.
+with κ = ½ log SNR (`LinearSDE.log_snr`). So E[x_0 | z_t] = D(û, σ), and one denoiser
+D(u, σ) = E[x_0 | x_0 + σn = u] serves all processes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: κ = log(α/σ)."""
 
-# Times and levels in single precision are off by this much, and are taken for the end of the range.
+# Levels beyond the end of the range by less than this relative error count as the end, because
+# times in single precision have such errors.
 _ROUNDING = 1e-4
 
 
@@ -65,42 +67,43 @@ class Denoiser(Protocol):
 class _Rows(NamedTuple):
     """Coefficients of a `DenoiserScore` at times ``*``."""
 
-    estimate: Tensor  # (*, 1, k), takes the state to û
+    estimate: Tensor  # (*, 1, k), maps the state to û
     level: Tensor  # (*), σ
     state: Tensor  # (*, d, k)
     value: Tensor  # (*, d, 1)
 
 
 class DenoiserScore(nn.Module):
-    r"""Score of a linear SDE from a denoiser, which was trained for any other process or none.
+    r"""Score of any linear SDE from a denoiser, such as an EDM or k-diffusion model.
 
     .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
               σ = e^{-κ(t)}
 
-    The conversion is exact, and one score evaluation evaluates the denoiser once.
+    with κ = ½ log SNR (`LinearSDE.log_snr`). The denoiser may have been trained with any other
+    process. The conversion is exact, and one score evaluation evaluates the denoiser once.
 
     Parameters
     ----------
     denoiser
-        denoiser(u, sigma, \*\*conditions): ``(B, *D)`` and ``(B,)`` to an estimate of the data
-        ``(B, *D)``; see `Denoiser`. The times at which a solver asks become noise levels here.
+        Function denoiser(u, sigma, \*\*conditions) of ``(B, *D)`` and ``(B,)`` that returns an
+        estimate of the data ``(B, *D)``; see `Denoiser`. Times are converted to noise levels.
     sde
         The process to sample with.
     noise_levels
-        Smallest and largest σ that the denoiser was trained on. None takes its attribute
-        ``noise_levels``; without one it is evaluated at any level.
+        Smallest and largest σ that the denoiser was trained on. None: the denoiser's attribute
+        ``noise_levels``, or any level if it has none.
 
     Raises
     ------
     TypeError
-        If ``denoiser`` is not callable or ``sde`` is no process.
+        If ``denoiser`` is not callable or ``sde`` is not a process.
     ValueError
         If ``noise_levels`` are not two increasing numbers ≥ 0.
 
     Notes
     -----
-    Called as ``score(z, t, **conditions)`` it passes conditions, such as class labels, to the
-    denoiser; `ConditionalScore` gives a solver a score with its conditions.
+    ``score(z, t, **conditions)`` passes conditions, such as class labels, to the denoiser. For a
+    solver, wrap the score and its conditions in a `ConditionalScore`.
 
     Examples
     --------
@@ -143,7 +146,7 @@ class DenoiserScore(nn.Module):
         return bool(getattr(self.denoiser, "fills", False))
 
     def extra_repr(self) -> str:
-        """Process and levels, which the representation shows before the denoiser."""
+        """Process and levels, for the representation."""
         return f"sde={self.sde!r}, noise_levels={self.noise_levels}"
 
     def forward(self, z: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
@@ -169,7 +172,7 @@ class DenoiserScore(nn.Module):
         dtype = torch.promote_types(z.dtype, torch.float32)
         rows = coefficients_at(self, t, z, self._rows, dtype, 0)
         u = apply_blocks(rows.estimate, z)[:, 0]
-        # A copy: the denoiser may change it, and the table must not change.
+        # Copy the levels, because the denoiser may change them in place.
         sigma = with_known(rows.level.expand(len(z)).clone(), t, self, self._sigma)
         data = self.denoiser(u, sigma, **conditions)
         if not isinstance(data, Tensor) or data.shape != u.shape:
@@ -187,19 +190,19 @@ class DenoiserScore(nn.Module):
         self._sigma(t)
 
     def _rows(self, t: Tensor) -> _Rows:
-        law = whiten(self.sde, self.sde.marginal(t), t)
+        whitened = whiten(self.sde, self.sde.marginal(t), t)
         score = Conversion.at(self.sde, t, "data", "score")
-        information = law.information()[..., None, None]
-        estimate = law.signal.mT @ law.inverse / information
+        information = whitened.information()[..., None, None]
+        estimate = whitened.signal.mT @ whitened.inverse / information
         return _Rows(estimate, self._sigma(t), score.state, score.value)
 
     def _sigma(self, t: Tensor) -> Tensor:
-        """Noise levels of times, in the denoiser's range."""
+        """Noise levels of times; raise if one is outside of the denoiser's range."""
         sigma = (-self.sde.log_snr(t)).exp()
         if not bool(sigma.isfinite().all()):
             msg = (
-                f"t: at t = {float(t.max()):g} the state is independent of the data, and the noise "
-                f"level is infinite; start at t = {self.sde.regular_until:.6g} or earlier"
+                f"t must be at most {self.sde.regular_until:.6g}, because the noise level at "
+                f"t = {float(t.max()):g} is infinite: start earlier"
             )
             raise ValueError(msg)
         if self.noise_levels is None or not sigma.numel():
@@ -216,24 +219,24 @@ class DenoiserScore(nn.Module):
         end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
         low, high = self.noise_levels
         return (
-            f"t: the noise level at t = {float(t):.6g} is σ = {float(sigma):.6g}, and the denoiser "
-            f"was trained on {low:.6g} to {high:.6g}; sample from t = {start:.6g} down to "
-            f"t = {end:.6g}"
+            f"the noise level at t must be one that the denoiser was trained on, {low:.6g} to "
+            f"{high:.6g}; got σ = {float(sigma):.6g} at t = {float(t):.6g}. Sample from "
+            f"t = {start:.6g} down to t = {end:.6g}"
         )
 
 
 def _outside(levels: Tensor, low: float, high: float) -> Tensor:
-    """Which noise levels lie outside of a range, but for rounding."""
+    """Which noise levels lie outside of a range, apart from rounding."""
     return ~((levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING)))
 
 
 def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
-    """Noise levels clamped to a range of training.
+    """Return noise levels clamped to the range of training.
 
     Raises
     ------
     ValueError
-        If one lies outside, but for rounding.
+        If a level lies outside, apart from rounding.
     """
     outside = _outside(levels, low, high)
     if bool(outside.any()):
@@ -255,15 +258,16 @@ class _Levels(NamedTuple):
 
 
 class PredictionDenoiser(nn.Module):
-    r"""Denoiser of a network that predicts noise, data, velocity, flow or score on a noise path.
+    r"""Denoiser from a trained network that predicts noise, data, velocity, flow or score.
 
-    The level σ of the denoiser is found on the path, and the network is evaluated there once, on
+    The time t with the noise level σ is found on the path. The network is evaluated there once, on
     :math:`x_t = α(t) u`.
 
     Parameters
     ----------
     network
-        network(x, clock, \*\*conditions): ``(B, *D)`` and ``(B,)`` to ``(B, *D)``.
+        Function network(x, clock, \*\*conditions) of ``(B, *D)`` and ``(B,)`` that returns
+        ``(B, *D)``.
     path
         Signal and noise of the network's training.
     predicts
@@ -278,7 +282,7 @@ class PredictionDenoiser(nn.Module):
         If an argument has the wrong type.
     ValueError
         If ``predicts`` or ``clock`` is unknown, or the clock is ``"index"`` and the times of the
-        path are no indices.
+        path are not indices.
 
     Examples
     --------
@@ -314,7 +318,10 @@ class PredictionDenoiser(nn.Module):
         if not callable(clock):
             one_of(clock, Clock, "clock")
         if clock == "index" and path.interval[1] <= 1:
-            msg = "clock must not be 'index' for a path whose times are no indices; take 'time'"
+            msg = (
+                "clock must not be 'index' for a path whose times are not indices; use 'time', or "
+                "NoisePath.from_alphas_cumprod"
+            )
             raise ValueError(msg)
         self.network = network
         self.path = path
@@ -327,7 +334,7 @@ class PredictionDenoiser(nn.Module):
         return self.path.noise_levels
 
     def extra_repr(self) -> str:
-        """Path and prediction, which the representation shows before the network."""
+        """Path and prediction, for the representation."""
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
     def forward(self, u: Tensor, sigma: Tensor | float, **conditions: Any) -> Tensor:
@@ -363,7 +370,7 @@ class PredictionDenoiser(nn.Module):
         return (state * u + value * out).to(u.dtype)
 
     def _levels(self, levels: Tensor) -> _Levels:
-        # Functions of the path take one axis of times.
+        # Functions of the path accept one axis of times.
         kappa = -checked_levels(levels, *self.noise_levels).flatten().log()
         t = self.path.time(kappa)
         alpha, sigma = self.path.signal(t), self.path.noise(t)
@@ -397,7 +404,7 @@ class PredictionDenoiser(nn.Module):
 
 
 def read_levels(sigma: Tensor | float, u: Tensor) -> Tensor:
-    """Noise levels in float64 on the CPU, ``()`` if the batch shares one."""
+    """Noise levels as float64 on the CPU, ``()`` if the batch shares one."""
     known = getattr(sigma, "known", None)
     levels = known.value if known is not None else as_float64(sigma).detach().cpu()
     if levels.shape not in (torch.Size([]), torch.Size([len(u)])):

@@ -1,13 +1,14 @@
 r"""Log-densities of states by the probability-flow ODE.
 
-Along the flow dz/dt = f(z, t) = F z − ½ GGᵀ s the log-density of the model obeys the instantaneous
-change of variables (Song et al. 2021, §4.3),
+Along the flow dz/dt = f(z, t) = F z − ½ GGᵀ s the log-density of the model follows the
+instantaneous change of variables (Song et al. 2021, §4.3),
 
 .. math:: \log p_t(z_t) = \log p_T(z_T) + ∫_t^T ∇·f\,dτ, \qquad
           ∇·f = D\,\mathrm{tr}F − \tfrac12 \sum_{i,j\ \text{driven}} (G G^⊤)_{ij}\,
           \mathrm{tr}\frac{∂ s_i}{∂ z_j}.
 
-That is the density of the whole state at t > 0; `cldsde.score.likelihood` makes it one of data.
+This is the density of the whole state at t > 0. `cldsde.score.likelihood` derives the likelihood of
+data from it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ _BACKWARD_AT_ONCE = 64
 
 
 class UnsolvedFlowError(RuntimeError):
-    """The ODE of the flow could not be solved to its end."""
+    """Raised if the ODE of the probability flow cannot be solved to its end."""
 
 
 @dataclass(frozen=True, eq=False)
 class FlowDensity:
-    """Log-density of states under the model, and where the flow takes them.
+    """Log-density of states under the model; the result of `flow_log_prob`.
 
     Attributes
     ----------
@@ -53,7 +54,7 @@ class FlowDensity:
     divergence
         ∫ ∇·f along the path, ``(B,)``.
     nfev
-        Score evaluations.
+        Number of score evaluations.
     """
 
     log_prob: Tensor
@@ -76,36 +77,36 @@ def flow_log_prob(
 ) -> FlowDensity:
     """Log-density of states at time t under the model, by its probability-flow ODE.
 
-    The ODE is solved by torchdiffeq in float64 (float32 on devices that have no other), the score
-    sees states of the dtype given. The tolerances hold for each sample, the divergence integral
-    included; steps are those of the sample that needs the shortest. Times are kept in [t, T], with
-    T = 1 or, if drift and diffusion diverge there, the time with `LinearSDE.log_snr` −10.
-    Nothing of the result carries gradients.
+    torchdiffeq solves the ODE in float64 (float32 on devices without float64). The score gets
+    states of the dtype of ``z``. The tolerances hold for each sample, including its divergence
+    integral, and the step lengths are those of the most demanding sample. Times stay in [t, T],
+    with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
+    The result has no gradients.
 
     Parameters
     ----------
     process
-        Forward process and score; the score must be differentiable in the state.
+        Forward process and score. The score must be differentiable in the state.
     z
         States ``(B, k, *D)``.
     t
         Time of the states, 0 ≤ t < T.
     divergence
-        ``"exact"``: D·len(driven) backward passes an evaluation. ``"hutchinson"``: one, with a
-        random vector of signs for each sample that stays fixed along its path; unbiased.
+        ``"exact"``: D·len(driven) backward passes per evaluation. ``"hutchinson"``: one backward
+        pass, with a random vector of signs per sample that is fixed along its path; unbiased.
     rtol, atol
-        Tolerances of the ODE solver.
+        Relative and absolute tolerance of the ODE solver, > 0.
     method
-        Of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``.
+        Method of torchdiffeq: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"``.
     max_nfev
-        Evaluations after which to give up.
+        Largest number of score evaluations, ≥ 1.
     generator
-        Source of the signs.
+        Random generator of the signs.
 
     Returns
     -------
     FlowDensity
-        In float64 (float32 on devices that have no other).
+        In float64 (float32 on devices without float64).
 
     Raises
     ------
@@ -114,7 +115,7 @@ def flow_log_prob(
     FloatingPointError
         If the score is not finite.
     UnsolvedFlowError
-        A RuntimeError, if ``max_nfev`` is exhausted or the tolerances cannot be met.
+        If ``max_nfev`` is exhausted or the tolerances cannot be met; it is a RuntimeError.
 
     Examples
     --------
@@ -127,7 +128,7 @@ def flow_log_prob(
     >>> bool((found.log_prob - exact).abs() < 1e-2)  # the prior is p_T up to e^{-B/2} = 0.007
     True
     """
-    from torchdiffeq import odeint  # imports scipy, ten times as long as cldsde takes
+    from torchdiffeq import odeint  # imported here because it is slow to import
 
     check_reverse_process(process)
     sde = process.sde
@@ -160,20 +161,23 @@ def flow_log_prob(
     except AssertionError as error:
         if "underflow" not in str(error):
             raise
-        msg = f"rtol, atol: {rtol:g} and {atol:g} cannot be met; the step length underflowed"
+        msg = (
+            f"rtol = {rtol:g} and atol = {atol:g} cannot be met, because the step length "
+            "underflowed; increase them"
+        )
         raise UnsolvedFlowError(msg) from error
     latent, integral = states[-1], integrals[-1]
-    # Before T the noise alone is a little less than the prior.
+    # Before T the prior is the distribution of the noise at that time.
     prior = sde.prior if T == sde.T else Gaussian(sde.marginal(T).root)
     return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
 
-# Those of torchdiffeq that keep a tolerance; fehlberg2 misses it a hundredfold.
+# Adaptive methods of torchdiffeq that meet a tolerance. fehlberg2 misses it by a factor of 100.
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 
 
 def _end(sde: LinearSDE) -> float:
-    """Time from which on the prior is taken for the distribution of the states."""
+    """Time at which the distribution of the states is replaced by the prior."""
     return sde.T if sde.regular_until == sde.T else float(times_of_log_snr(sde, -10.0))
 
 
@@ -184,7 +188,7 @@ def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Flow:
-    """Right-hand side: velocity of the flow and its divergence."""
+    """Right-hand side of the ODE: velocity of the flow and its divergence."""
 
     def __init__(
         self,
@@ -213,14 +217,20 @@ class _Flow:
     def __call__(self, time: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.nfev += 1
         if self.nfev > self._max_nfev:
-            msg = f"max_nfev: {self._max_nfev} evaluations did not reach T; relax rtol and atol"
+            msg = (
+                f"max_nfev = {self._max_nfev} evaluations did not reach T; increase max_nfev, or "
+                "rtol and atol"
+            )
             raise UnsolvedFlowError(msg)
         sde, z = self._process.sde, y[0]
-        # The probe for the first step length may look beyond the interval.
+        # torchdiffeq's estimate of the first step length may look beyond the interval.
         low, high = self._interval
         t = time.cpu().to(torch.float64).clamp(low, high)
         if not bool(t.isfinite()):
-            msg = "rtol, atol: they cannot be met; the first step length is not finite"
+            msg = (
+                "rtol and atol cannot be met, because the first step length is not finite; check "
+                "the score"
+            )
             raise UnsolvedFlowError(msg)
         F, G = sde.drift(t), sde.diffusion(t)
         pull = (G @ G.mT)[..., self._driven]
@@ -242,7 +252,7 @@ class _Flow:
         n = len(leaf)
         if not force.requires_grad:
             msg = (
-                "process: its score must be differentiable in the state; it returned a tensor "
+                "process must have a score that is differentiable in the state; got a score "
                 "without a graph, as under torch.no_grad or after detach"
             )
             raise ValueError(msg)

@@ -19,16 +19,16 @@ __all__ = ["ConditionalScore", "GuidedScore"]
 
 
 class ConditionalScore(nn.Module):
-    """A score given conditions, such as a class: calls ``score(z, t, **conditions)``.
+    """Conditional score, such as the score of a class: calls ``score(z, t, **conditions)``.
 
     Parameters
     ----------
     score
-        A score that takes conditions: a `DenoiserScore`, a `MixedScore` (``condition=…``), or any
+        A score that accepts conditions: a `DenoiserScore`, a `MixedScore` (``condition=…``), or any
         callable.
     conditions
-        Passed to it at every call. Tensors hold one row per sample, ``(B, …)``; a tensor without
-        axes is repeated for each sample, ``(B,)``.
+        Keyword arguments of every call. Tensors have one row per sample, ``(B, …)``. A tensor
+        without axes is repeated for each sample, ``(B,)``.
 
     Raises
     ------
@@ -48,7 +48,7 @@ class ConditionalScore(nn.Module):
         _check_callable(score, "score")
         self.score = score
         self.conditions = conditions
-        # So that a solver finds the process and the noise levels behind the wrapper.
+        # Expose the process and the noise levels of the wrapped score to solvers.
         for name in ("sde", "noise_levels", "evaluations", "check_times"):
             if hasattr(score, name):
                 setattr(self, name, getattr(score, name))
@@ -59,37 +59,58 @@ class ConditionalScore(nn.Module):
         return score
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
-        """E[x_0 | z_t] by the score's own method, ``(B, *D)``."""
+        """E[x_0 | z_t], ``(B, *D)``, from the score's own ``data_prediction``."""
         method: Any = checked_data_method(self.score)
         data: Tensor = method(z, t, **self._expanded(len(z)))
         return data
+
+    def part(self, samples: slice, count: int) -> ConditionalScore:
+        """The score of some of ``count`` samples: tensors of conditions keep the rows of these.
+
+        Raises
+        ------
+        ValueError
+            If a condition has another number of rows than ``count``.
+        """
+        conditions = {}
+        for name, value in self.conditions.items():
+            rows = isinstance(value, Tensor) and value.ndim > 0
+            if rows and len(value) != count:
+                msg = (
+                    f"condition {name} of the score must have one row per sample, {count}; got "
+                    f"{len(value)}"
+                )
+                raise ValueError(msg)
+            conditions[name] = value[samples] if rows else value
+        return ConditionalScore(self.score, **conditions)
 
     def _expanded(self, batch: int) -> dict[str, Any]:
         return {name: _per_sample(x, batch) for name, x in self.conditions.items()}
 
 
 class GuidedScore(nn.Module):
-    r"""Classifier-free guidance (Ho and Salimans 2021), for any two scores of one process.
+    r"""Classifier-free guidance (Ho and Salimans 2021) of any two scores of one process.
 
     .. math:: s = s_u + w\,(s_c − s_u)
 
     Parameters
     ----------
     conditional, unconditional
-        s_c and s_u, callables score(z, t). If both are `ConditionalScore` objects of one score
+        s_c and s_u, functions score(z, t). If both are `ConditionalScore` objects of one score
         whose conditions are tensors of one kind, each guided evaluation is one call with twice the
         batch.
     weight
-        w: 0 is the unconditional score, 1 the conditional score, a larger number strengthens the
-        condition.
+        w: 0 is the unconditional score, 1 the conditional score, and a larger number strengthens
+        the condition.
     interval
-        Noise levels (σ_low, σ_high): guidance acts for σ_low < e^{−κ(t)} ≤ σ_high, and outside of
-        them the score is s_c (Kynkäänniemi et al. 2024). None: at all levels.
+        Noise levels (σ_low, σ_high). Guidance acts for σ_low < σ ≤ σ_high, with σ = e^{−κ(t)} and
+        κ = ½ log SNR. Outside of them the score is s_c (Kynkäänniemi et al. 2024). None: guidance
+        at all levels.
 
     Raises
     ------
     TypeError
-        If a score is not callable or the weight no number.
+        If a score is not callable or the weight is not a number.
     ValueError
         If the weight is not finite, the scores belong to different processes, or the interval is
         empty or given for scores without an attribute ``sde``.
@@ -135,7 +156,7 @@ class GuidedScore(nn.Module):
             self.sde: LinearSDE = found[0]
             if found[-1] is not found[0] and not same_dynamics(found[0], found[-1]):
                 msg = (
-                    f"conditional and unconditional must be scores of one process; got those of "
+                    f"conditional and unconditional must be scores of one process; got scores of "
                     f"{found[0]!r} and {found[-1]!r}"
                 )
                 raise ValueError(msg)
@@ -148,7 +169,7 @@ class GuidedScore(nn.Module):
         self._times = None if self.interval is None else _times(self.interval, found)
 
     def extra_repr(self) -> str:
-        """Weight and interval, which the representation shows before the scores."""
+        """Weight and interval, for the representation."""
         return f"weight={self.weight:g}, interval={self.interval}"
 
     def forward(self, z: Tensor, t: Any) -> Tensor:
@@ -159,14 +180,14 @@ class GuidedScore(nn.Module):
         if not bool(guided.any()):
             return self.conditional(z, t)
         given, free = self._both(z, t)
-        # The weights are numbers or are copied to the device, one per sample.
+        # A shared weight is a number; weights per sample are copied to the device.
         if guided.ndim == 0:
             return free.lerp(given, self.weight)
         weight = torch.where(guided, self.weight, 1.0).to(z).reshape(-1, *(1,) * (z.ndim - 1))
         return free.lerp(given, weight)
 
     def data_prediction(self, z: Tensor, t: Any) -> Tensor:
-        """E[x_0 | z_t] by the scores' own methods, guided, ``(B, *D)``."""
+        """Guided E[x_0 | z_t], ``(B, *D)``, from the scores' own ``data_prediction``."""
         given: Any = self.conditional
         if not bool(self._guided(score_times(t, z)).any()):
             return checked_data_method(given)(z, t)
@@ -174,19 +195,27 @@ class GuidedScore(nn.Module):
         return next(parts).lerp(next(parts), self.weight)
 
     def check_times(self, t: Tensor) -> None:
-        """Raise ValueError if a time is out of the range of a score that knows its noise levels."""
+        """Raise ValueError if a time is outside of the noise levels of either score."""
         for score in (self.conditional, self.unconditional):
             if hasattr(score, "check_times"):
                 score.check_times(t)
 
+    def part(self, samples: slice, count: int) -> GuidedScore:
+        """The guided score of some of ``count`` samples, see `ConditionalScore.part`."""
+        given, free = (
+            score.part(samples, count) if isinstance(score, ConditionalScore) else score
+            for score in (self.conditional, self.unconditional)
+        )
+        return GuidedScore(given, free, self.weight, interval=self.interval)
+
     def evaluations(self, t: Tensor) -> Tensor:
-        """Number of evaluations that a guided one at each time takes, int64 like ``t``.
+        """Number of score evaluations per call at each time, 1 or 2, int64 of the shape of ``t``.
 
         Parameters
         ----------
         t
             Times ``(n,)`` of n calls, or ``(n, B)`` if each sample has a time of its own. A call
-            evaluates both scores for all samples if one of them is guided.
+            evaluates both scores for all samples if any sample is guided.
         """
         if self.weight == 0 and self.interval is None:
             return torch.ones_like(t, dtype=torch.int64)
@@ -219,11 +248,11 @@ class GuidedScore(nn.Module):
 def _joined(
     conditional: Score, unconditional: Score, batch: int
 ) -> tuple[Any, dict[str, Tensor]] | None:
-    """The one score of two conditional ones and the conditions of both, if they can be joined."""
+    """Common score and joined conditions of two conditional scores; None if they differ in kind."""
     first, second = conditional, unconditional
     if not (isinstance(first, ConditionalScore) and isinstance(second, ConditionalScore)):
         return None
-    # Noise that fills states up depends on the place in the batch.
+    # A denoiser that fills states up depends on the place in the batch.
     if getattr(first.score, "fills", False):
         return None
     if first.score is not second.score or first.conditions.keys() != second.conditions.keys():
@@ -250,7 +279,10 @@ def _times(interval: tuple[float, float], found: list[LinearSDE]) -> tuple[float
         msg = f"interval must hold noise levels ≥ 0; got {interval}"
         raise ValueError(msg)
     if not found:
-        msg = "interval must be None if the scores have no attribute sde; noise levels need it"
+        msg = (
+            "interval must be None for scores without an attribute sde, which noise levels need; "
+            f"got {interval}"
+        )
         raise ValueError(msg)
     levels = torch.tensor(interval, dtype=torch.float64, device="cpu")
     ends = times_of_log_snr(found[0], -levels.clamp(1e-300, 1e300).log()).tolist()

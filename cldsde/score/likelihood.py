@@ -1,8 +1,9 @@
 r"""Log-likelihoods of data by the probability-flow ODE.
 
 `cldsde.score.flow_density` gives the density of a whole state at t > 0. The likelihood of data
-needs two things more: the auxiliary components are integrated out by importance sampling, whose
-expected logarithm is a lower bound, and the gap between 0 and t is bridged (see `log_likelihood`).
+needs two further steps. Importance sampling integrates out the auxiliary components; its expected
+logarithm is a lower bound. A choice of the state at t bridges the gap to time 0 (see
+`log_likelihood`).
 """
 
 from __future__ import annotations
@@ -32,20 +33,21 @@ Start = Literal["perturb", "replace"]
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Log-likelihood of data.
+    """Log-likelihood of data; the result of `log_likelihood`.
 
     Attributes
     ----------
     log_prob
-        ``(B,)`` nats.
+        Log-likelihood of each data point, ``(B,)`` nats.
     standard_error
-        Of each estimate, ``(B,)``, from the scatter of its samples; NaN if there is but one.
+        Standard error of each estimate, ``(B,)``, from the spread of its samples; NaN for a single
+        sample.
     is_bound
         Whether the expectation of ``log_prob`` is a lower bound instead of the value itself.
     dimension
-        Numbers of a datum, D.
+        Number D of entries of a data point.
     nfev
-        Score evaluations of each sample of each datum.
+        Score evaluations of each sample of each data point.
     """
 
     log_prob: Tensor
@@ -55,7 +57,7 @@ class Likelihood:
     nfev: int
 
     def bits_per_dim(self, bin_width: float = 1.0) -> Tensor:
-        """Negative log-likelihood in bits a dimension, ``(B,)``; see `bits_per_dim`."""
+        """Negative log-likelihood in bits per dimension, ``(B,)``; see `bits_per_dim`."""
         return bits_per_dim(self.log_prob, self.dimension, bin_width)
 
 
@@ -76,28 +78,29 @@ def log_likelihood(
 ) -> Likelihood:
     r"""Log-likelihood of data under the model, by its probability-flow ODE.
 
-    A state is drawn for each datum from a law q, and the logarithm of
+    States are drawn for each data point from a distribution q. The result is the average of the
+    logarithm of
 
-    .. math:: w = \frac{p_{t_{min}}(z)\ p(x_0 \mid z)}{q(z \mid x_0)}
+    .. math:: w = \frac{p_{t_{min}}(z)\ p(x_0 \mid z)}{q(z \mid x_0)}.
 
-    averaged. E w is the model's density at x_0 and E log w a lower bound on its logarithm.
+    E w is the model's density at x_0, and E log w is a lower bound on its logarithm.
 
     ``start="perturb"``
-        q is the forward process given x_0 at ``t_min``. The model's density of data is that of the
-        estimate x̃ = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ with the noise N(0, 1/ψᵀΣ⁻¹ψ) that it has, p(x_0 | z): a
-        proper bound for a model that stops at ``t_min``.
+        q is the forward process given x_0 at ``t_min``. p(x_0 | z) is the Gaussian with mean
+        x̃ = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ, the estimate of the data, and variance 1/ψᵀΣ⁻¹ψ. This is a proper
+        bound for a model that stops at ``t_min``.
     ``start="replace"``
-        The state is (x_0, v) with auxiliary components v of the process's initial law, and p(x_0|z)
-        is left out: the density of the model's x at ``t_min``, taken at the data (the common
-        practice). Without auxiliary components it is a value; with them a bound on that value.
-        Velocities heat up from their initial law; where their variance at ``t_min`` is twice that,
-        importance weights no longer have a variance, and ``standard_error`` means nothing: take a
-        smaller ``t_min`` or ``"perturb"``.
+        The state is (x_0, v) with auxiliary components v from their initial distribution, and
+        p(x_0|z) is left out. This is the common practice: the density of the model's x at
+        ``t_min``, evaluated at the data. Without auxiliary components it is exact; with them it is
+        a bound on that density. The variance of the velocity grows from its initial value. If it
+        has doubled at ``t_min``, importance weights have infinite variance and ``standard_error``
+        is meaningless. Take a smaller ``t_min`` or ``"perturb"``.
 
     Parameters
     ----------
     process
-        Forward process and score; the score must be differentiable in the state.
+        Forward process and score. The score must be differentiable in the state.
     x0
         Data ``(B, *D)``, floating point.
     t_min
@@ -105,14 +108,14 @@ def log_likelihood(
     start
         See above.
     samples
-        States drawn for each datum.
+        Number of states drawn for each data point, ≥ 1.
     importance_weighted
-        Average w instead of log w over the samples: a tighter bound (Burda et al. 2016). Needs the
-        exact divergence, since noise in log w would bias the mean of w upwards.
+        Average w instead of log w over the samples, for a tighter bound (Burda et al. 2016). It
+        needs the exact divergence, because noise in log w would bias the mean of w upwards.
     divergence, rtol, atol, method, max_nfev
         See `flow_log_prob`.
     generator
-        Source of all noise.
+        Random generator of all noise.
 
     Returns
     -------
@@ -122,8 +125,8 @@ def log_likelihood(
     Raises
     ------
     ValueError
-        If an argument is out of range, shapes do not fit, or the auxiliary components have no
-        initial density where ``start="replace"`` needs it.
+        If an argument is out of range, shapes do not fit, or ``start="replace"`` and the auxiliary
+        components have no initial density.
 
     Examples
     --------
@@ -148,12 +151,12 @@ def log_likelihood(
         msg = f"samples must be a positive integer; got {samples!r}"
         raise ValueError(msg)
     if x0.numel() == 0 and len(x0):
-        msg = f"x0 must hold at least one number a datum; got shape {tuple(x0.shape)}"
+        msg = f"x0 must hold at least one number per data point; got shape {tuple(x0.shape)}"
         raise ValueError(msg)
     if importance_weighted and divergence != "exact":
         msg = (
-            "importance_weighted needs divergence='exact': the noise of a Hutchinson estimate "
-            "would bias the mean of the weights"
+            "divergence must be 'exact' with importance_weighted=True, because the noise of a "
+            f"Hutchinson estimate would bias the mean of the weights; got {divergence!r}"
         )
         raise ValueError(msg)
     repeated = mean.repeat_interleave(samples, dim=0)
@@ -173,7 +176,7 @@ def log_likelihood(
     log_w = (density.log_prob + log_ratio).reshape(len(x0), samples)
     if importance_weighted:
         log_prob = log_w.logsumexp(1) - math.log(samples)
-        # Relative to their mean the weights scatter as the logarithm of it does (delta method).
+        # By the delta method, the log of the mean has the relative spread of the weights.
         spread = (log_w - log_prob.unsqueeze(1)).exp()
     else:
         log_prob, spread = log_w.mean(1), log_w
@@ -194,11 +197,11 @@ def _perturbed(
     sde = process.sde
     times = torch.tensor(t, dtype=torch.float64, device="cpu")
     kernel = sde.marginal(times)
-    law = whiten(sde, kernel, times)
+    whitened = whiten(sde, kernel, times)
     z, epsilon = kernel.perturb(mean, generator=generator)
-    # In whitened coordinates L⁻¹(z − ψx_0) the error of x̃ is c·w/|c|², so that both Gaussians are
-    # functions of the same noise: p(x_0|z)/q(z|x_0) leaves that of the directions normal to c.
-    return z, _noise_ratio(law.inverse @ kernel.root, law.signal, epsilon, kernel.root)
+    # In whitened coordinates w = L⁻¹(z − ψx_0) the error of x̃ is c·w/|c|². Both Gaussians are
+    # functions of the same noise, so p(x_0|z)/q(z|x_0) depends on the directions normal to c only.
+    return z, _noise_ratio(whitened.inverse @ kernel.root, whitened.signal, epsilon, kernel.root)
 
 
 def _noise_ratio(rotation: Tensor, signal: Tensor, epsilon: Tensor, root: Tensor) -> Tensor:
@@ -215,14 +218,14 @@ def _noise_ratio(rotation: Tensor, signal: Tensor, epsilon: Tensor, root: Tensor
 def _replaced(
     process: ReverseProcess, mean: Tensor, t: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """States (x_0, v) with v of the initial law, and −log of its density."""
+    """States (x_0, v) with v from its initial distribution, and minus the log of its density."""
     sde = process.sde
     if sde.components == 1:
         return mean, mean.new_zeros(len(mean))
     root = joint_root(sde.initial_root[1:])
     if not bool((root.diagonal() > 0).all()):
         msg = (
-            "start='replace' needs auxiliary components that start with a density, e.g. "
+            "start='replace' needs auxiliary components with an initial density, e.g. "
             "velocity_scale > 0; use start='perturb'"
         )
         raise ValueError(msg)

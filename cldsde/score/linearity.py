@@ -11,7 +11,7 @@ from cldsde.score.operators import Operator
 
 __all__ = ["check_linear", "operator_norm"]
 
-# Relative error allowed of a linear function: GPUs convolve with 10-bit mantissas (TF32).
+# Largest relative error of a linear function. GPUs convolve with 10-bit mantissas (TF32).
 _TOLERANCE = 3e-3
 
 
@@ -51,19 +51,19 @@ def check_linear(
     size = float(values.abs().max()) + torch.finfo(dtype).tiny
     # The comparisons are written so that NaN fails, too.
     if not float((values[0] - alone[0]).abs().max()) <= _TOLERANCE * size:
-        msg = "forward must act on each sample alone; its values depend on the batch"
+        msg = "forward must act on each sample separately; got values that depend on the batch"
         raise ValueError(msg)
     if not float(values[3].abs().max()) <= _TOLERANCE * size:
         msg = (
-            "forward must be linear; forward(0) is not 0. Subtract the constant from forward and "
+            "forward must be linear; got forward(0) ≠ 0. Subtract the constant from forward and "
             "from y"
         )
         raise ValueError(msg)
     error = float((values[2] - (3 * values[0] - 2 * values[1])).abs().max())
     if not error <= _TOLERANCE * size:
         msg = (
-            "forward must be linear; forward(3a − 2b) differs from 3 forward(a) − 2 forward(b) by "
-            f"{error / size:.2g} of its size"
+            f"forward must be linear; got a relative difference of {error / size:.2g} between "
+            "forward(3a − 2b) and 3 forward(a) − 2 forward(b)"
         )
         raise ValueError(msg)
 

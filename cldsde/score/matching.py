@@ -1,10 +1,10 @@
-r"""Score matching: states with known noise, losses, and what the best score leaves of them.
+r"""Score matching: hybrid and denoising targets, losses, and the loss of the best score.
 
-A state z_t drawn given the start has the score target −L_t^{−⊤}ε, of which the driven rows are
-−L_dd^{−⊤}n* with the noise n* of the driven components given all others (see
-`cldsde.score.conversion`). Given the data alone this is hybrid score matching (Dockhorn et al.
-2022), given all of z_0 denoising score matching. Both have the same minimiser, the score of the
-marginal: the expectation of the second target given (z_t, x_0) is the first, which varies less.
+A state z_t drawn given the start has the score target −L_t^{−⊤}ε. Its driven rows are −L_dd^{−⊤}n*
+with the noise n* of the driven components given all others (see `cldsde.score.conversion`).
+Conditioning on the data alone is hybrid score matching (Dockhorn et al. 2022). Conditioning on all
+of z_0 is denoising score matching. Both have the same minimiser, the score of the marginal. The
+expectation of the denoising target given (z_t, x_0) is the hybrid target, which varies less.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cldsde.score.conversion import (
     Combination,
     Conditioning,
     Conversion,
-    WhitenedLaw,
-    conditional_law,
+    WhitenedKernel,
+    conditional_kernel,
     whiten,
 )
 from cldsde.score.reverse import Score
@@ -45,21 +45,21 @@ __all__ = [
 ]
 
 Target = Literal["score", "noise", "data", "velocity", "flow"]
-"""What a network may be trained to predict; see `cldsde.score.conversion.Prediction`."""
+"""Prediction that a network is trained for; see `cldsde.score.conversion.Prediction`."""
 
 Measured = Literal["noise", "velocity", "flow"]
-"""The quantity whose squared error is the loss. ``"flow"`` is the loss of flow matching."""
+"""Quantity whose squared error is the loss. ``"flow"`` is the loss of flow matching."""
 
 Weighting = Literal["reweighted", "likelihood"] | Callable[[Tensor], Tensor]
-r"""How errors at different times count. ``"reweighted"``: the mean squared error of the noise, or
-of the velocity or flow if the loss is measured on it. ``"likelihood"``: ½‖Gᵀ(s − s*)‖² a data
-dimension, the integrand of a bound on the log-likelihood in nats. A function of float64 times
-``(n,)`` to ``(n,)``: its value times ``"reweighted"``."""
+r"""Weighting of errors over time. ``"reweighted"``: the mean squared error of the noise, or of the
+velocity or flow if the loss measures it. ``"likelihood"``: ½‖Gᵀ(s − s*)‖² per data dimension, the
+integrand of a bound on the log-likelihood in nats. A function of float64 times ``(n,)`` that
+returns ``(n,)``: its value times ``"reweighted"``."""
 
 
 @dataclass(frozen=True, eq=False)
 class PerturbedData:
-    """Data carried to random states of the forward process, and what a network has to learn there.
+    """Perturbed data and training targets: random states of the forward process with their noise.
 
     Attributes
     ----------
@@ -72,13 +72,21 @@ class PerturbedData:
     noise
         n*, the noise of the driven components, ``(B, d, *D)``, standard normal.
     t
-        Times ``()`` or ``(B,)``, float64 on the host.
+        Times ``()`` or ``(B,)``, float64 on the CPU.
     kernel
-        Law of z_t given what it is conditioned on.
+        Distribution of z_t given the data, or given all of z_0.
     conditioning
-        ``"data"`` or ``"all"`` of z_0.
-    law
-        The same law whitened.
+        ``"data"`` or ``"all"``.
+    whitened
+        The kernel, whitened.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import CLD
+    >>> pair = PerturbedData.draw(CLD(), torch.randn(8, 3), 0.5)
+    >>> pair.z.shape, pair.target("noise").shape
+    (torch.Size([8, 2, 3]), torch.Size([8, 1, 3]))
     """
 
     sde: LinearSDE
@@ -88,7 +96,7 @@ class PerturbedData:
     t: Tensor
     kernel: Kernel
     conditioning: Conditioning
-    law: WhitenedLaw
+    whitened: WhitenedKernel
 
     @classmethod
     def draw(
@@ -100,7 +108,7 @@ class PerturbedData:
         conditioning: Conditioning = "data",
         generator: Generators | None = None,
     ) -> PerturbedData:
-        """Draw z_t from the forward process started at data.
+        """Draw z_t from the forward process that starts at the data.
 
         Parameters
         ----------
@@ -111,15 +119,15 @@ class PerturbedData:
         t
             One time or ``(B,)``, in (0, 1].
         conditioning
-            ``"data"``: the targets of hybrid score matching. ``"all"``: those of denoising score
-            matching; z_0 is drawn first.
+            ``"data"``: targets of hybrid score matching. ``"all"``: targets of denoising score
+            matching, for which z_0 is drawn first.
         generator
-            Source of the normals; several draw for even shares of the batch.
+            Random generator, or several, each of which draws for an equal share of the batch.
 
         Raises
         ------
         TypeError
-            If the data are no floating-point tensor or a time no number.
+            If the data are not a floating-point tensor, or a time is not a number.
         ValueError
             If shapes do not fit, a time lies outside (0, 1] or ``conditioning`` is unknown.
         """
@@ -130,14 +138,14 @@ class PerturbedData:
         times = score_times(t, start)
         if conditioning == "all":
             start = sde.augment(x0, generator)
-        kernel = conditional_law(sde, times, conditioning)
-        law = whiten(sde, kernel, times)
+        kernel = conditional_kernel(sde, times, conditioning)
+        whitened = whiten(sde, kernel, times)
         z, epsilon = kernel.perturb(start, generator=generator)
-        noise = apply_blocks(law.noise, epsilon)
-        return cls(sde, x0, z, noise, times, kernel, conditioning, law)
+        noise = apply_blocks(whitened.noise, epsilon)
+        return cls(sde, x0, z, noise, times, kernel, conditioning, whitened)
 
     def target(self, prediction: Target = "score") -> Tensor:
-        """What a network that predicts the given quantity is to learn.
+        """Training target of a network that predicts the given quantity.
 
         Returns
         -------
@@ -160,7 +168,7 @@ class PerturbedData:
             return self.x0
         if prediction == "noise":
             return self.noise
-        return apply_blocks(-triangular_inverse(self.law.driven_root()).mT, self.noise)
+        return apply_blocks(-triangular_inverse(self.whitened.driven_root()).mT, self.noise)
 
     def loss(
         self,
@@ -170,25 +178,27 @@ class PerturbedData:
         weighting: Weighting = "reweighted",
         measured: Measured | None = None,
     ) -> Tensor:
-        """Loss of each sample, ``(B,)``, for what a network returned at ``z``.
+        """Score-matching loss of each sample, ``(B,)``, for a network's output at ``z``.
 
         Parameters
         ----------
         output
             The prediction, ``(B, d, *D)``, or ``(B, *D)`` for the data.
         prediction
-            The quantity that is predicted.
+            Quantity that is predicted.
         weighting
             See `Weighting`.
         measured
-            The quantity whose error counts: the noise, velocity or flow that the prediction amounts
-            to. None: the velocity or flow if that is predicted, else the noise.
+            Quantity whose error is the loss; the prediction is converted to it. None: the velocity
+            or flow if it is predicted, otherwise the noise.
 
         Raises
         ------
+        TypeError
+            If the output is not a tensor.
         ValueError
-            If the output has another shape, an option is unknown, or a velocity or a flow is wanted
-            of a process with several components or of states drawn given all of z_0.
+            If the output has another shape or an option is unknown. Also if a velocity or a flow is
+            used with several components, or with states drawn given all of z_0.
         """
         one_of(prediction, Target, "prediction")
         if measured is None:
@@ -197,10 +207,10 @@ class PerturbedData:
         if not isinstance(output, Tensor):
             msg = f"output must be a tensor; got {type(output).__name__}"
             raise TypeError(msg)
-        wanted = self.x0.shape if prediction == "data" else self.noise.shape
-        if output.shape != wanted:
+        expected = self.x0.shape if prediction == "data" else self.noise.shape
+        if output.shape != expected:
             msg = (
-                f"output: a prediction of the {prediction} must have shape {tuple(wanted)}; "
+                f"output must be a prediction of the {prediction} of shape {tuple(expected)}; "
                 f"got {tuple(output.shape)}"
             )
             raise ValueError(msg)
@@ -209,13 +219,13 @@ class PerturbedData:
             if prediction != "data" and self.sde.regular_until < self.sde.T:
                 self._check_before_end()
             error = self._noise_error(output, prediction)
-            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.law), error)
+            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.whitened), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         error = self._error(output, prediction, measured)
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
 
     def _error(self, output: Tensor, prediction: Target, measured: Measured) -> Tensor:
-        """Error of the quantity that is measured."""
+        """Error of the measured quantity."""
         if measured == "noise":
             return self._noise_error(output, prediction)
         if prediction == measured:
@@ -224,51 +234,52 @@ class PerturbedData:
         if prediction == "data":
             return _scaled(-of.determinant / of.sigma, (output - self.x0).unsqueeze(1))
         if prediction in ("velocity", "flow"):
-            # The error of each is −det/σ times that of the data.
+            # The error of each is −det/σ times the error of the data.
             given = self._combination(prediction)
             return _scaled(of.determinant / given.determinant, output - self.target(prediction))
         return _scaled(of.determinant / of.alpha, self._noise_error(output, prediction))
 
     def _noise_error(self, output: Tensor, prediction: Target) -> Tensor:
-        """Error of the noise that a prediction amounts to."""
+        """Error of the noise after conversion of the prediction."""
         if prediction in ("velocity", "flow"):
             of = self._combination(prediction)
             return _scaled(of.alpha / of.determinant, output - self.target(prediction))
         if prediction == "data" and self.conditioning == "data":
-            # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0): in terms of the data nothing cancels.
-            driven = self.law.signal[..., -self.noise.shape[1] :, :]
+            # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0) = c (x_0 − x̂₀), which does not cancel.
+            driven = self.whitened.signal[..., -self.noise.shape[1] :, :]
             return apply_blocks(driven, (self.x0 - output).unsqueeze(1))
         if prediction == "data":
             convert = Conversion.at(self.sde, self.t, "data", "noise", conditioning="all")
             return convert(self.z, output) - self.noise
         if prediction == "score":
-            return apply_blocks(-self.law.driven_root().mT, output) - self.noise
+            return apply_blocks(-self.whitened.driven_root().mT, output) - self.noise
         return output - self.noise
 
     def _check_before_end(self) -> None:
         if bool((self.t == self.sde.T).any()):
             msg = (
-                f"t must lie below {self.sde.T:g} for weighting='likelihood' unless the data are "
-                "predicted, because the diffusion of this process diverges there"
+                f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
+                "diffusion of this process diverges there; draw earlier times or use "
+                "prediction='data'"
             )
             raise ValueError(msg)
 
     def _combination(self, kind: Target) -> Combination:
         if self.conditioning != "data":
             msg = (
-                f"a prediction of the {kind} is defined given the data; draw states with "
-                f"conditioning='data'; got {self.conditioning!r}"
+                f"conditioning must be 'data' for a prediction of the {kind}; got "
+                f"{self.conditioning!r}"
             )
             raise ValueError(msg)
-        return Combination.at(self.sde, self.law, self.t, kind)
+        return Combination.at(self.sde, self.whitened, self.t, kind)
 
 
 def _scaled(factor: Tensor, values: Tensor) -> Tensor:
     """Values ``(B, 1, *D)`` times a finite factor ``()`` or ``(B,)``."""
     if not bool(factor.detach().isfinite().all()):
         msg = (
-            "t: the quantity that is measured is infinite at a time at which nothing of the data "
-            "is left; draw earlier times, or take another prediction"
+            "t must be earlier, because the error of this prediction is infinite when nothing of "
+            "the data is left; draw earlier times, or use another prediction"
         )
         raise ValueError(msg)
     return apply_blocks(factor[..., None, None], values)
@@ -290,8 +301,8 @@ def score_matching_loss(
     Parameters
     ----------
     model
-        model(z, t): states ``(B, k, *D)`` and times ``(B,)``, on the data's device, to a
-        prediction ``(B, d, *D)``, or ``(B, *D)`` where it predicts the data.
+        Function model(z, t) of states ``(B, k, *D)`` and times ``(B,)``, on the data's device. It
+        returns a prediction ``(B, d, *D)``, or ``(B, *D)`` if it predicts the data.
     sde
         The forward process.
     x0
@@ -299,20 +310,24 @@ def score_matching_loss(
     t
         One time or ``(B,)`` in (0, 1]; see `TimeSampler`.
     prediction
-        What the model returns: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
-        With ``"flow"`` and a process such as `cldsde.RectifiedFlow` the loss is that of flow
-        matching.
+        Prediction of the model: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
+        With ``"flow"`` and `cldsde.RectifiedFlow` this is the flow-matching loss.
     conditioning
         ``"data"``: hybrid score matching. ``"all"``: denoising score matching.
     weighting
         See `Weighting`.
     generator
-        Source of the noise.
+        Random generator of the noise.
 
     Returns
     -------
     Tensor
-        ``(B,)``, before any weight of the times' own density.
+        Loss of each sample ``(B,)``, without the weights of a `TimeSampler`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `PerturbedData.draw` and `PerturbedData.loss`.
 
     Examples
     --------
@@ -339,12 +354,12 @@ def optimal_loss(
     conditioning: Conditioning = "data",
     weighting: Weighting = "reweighted",
 ) -> Tensor:
-    r"""Expected loss that the best score leaves on Gaussian data, a number for each time.
+    r"""Expected score-matching loss of the best score on Gaussian data, at each time.
 
-    With C whitening what the reference law of covariance Σ_t + UUᵀ has beyond the conditional one,
-    C = L⁻¹U, the noise that stays unknown has the covariance [C (I + CᵀC)⁻¹ Cᵀ]_dd. For hybrid
-    score matching and the weighting ``"likelihood"`` the loss is −dH/dt of
-    H = ½ log(1 + s₀² ψᵀΣ_t⁻¹ψ). It is the density from which to draw times: `TimeSampler`.
+    The marginal of the Gaussian data has the covariance Σ_t + UUᵀ. With C = L⁻¹U the unpredictable
+    part of the noise has the covariance [C (I + CᵀC)⁻¹ Cᵀ]_dd. For hybrid score matching with the
+    weighting ``"likelihood"`` the loss is −dH/dt of H = ½ log(1 + s₀² ψᵀΣ_t⁻¹ψ). Use it as the
+    density of a `TimeSampler`.
 
     Parameters
     ----------
@@ -355,45 +370,51 @@ def optimal_loss(
     data_variance
         s₀², the mean variance of the data's entries.
     conditioning, weighting
-        Those of the loss.
+        See `score_matching_loss`.
 
     Returns
     -------
     Tensor
-        Of the shape of t, float64 on the host.
+        Of the shape of t, float64 on the CPU.
 
     Raises
     ------
     ValueError
-        If the law has no density at some time or an argument is out of range.
+        If the distribution has no density at some time, or an argument is out of range.
+
+    Examples
+    --------
+    >>> from cldsde import VPSDE
+    >>> bool(optimal_loss(VPSDE(), 0.9) < optimal_loss(VPSDE(), 0.1))
+    True
     """
     check_process(sde)
     check_positive(data_variance, "data_variance")
     times = as_times(t, "t", sde.T)
-    kernel = conditional_law(sde, times, conditioning)
-    law = whiten(sde, kernel, times)
+    kernel = conditional_kernel(sde, times, conditioning)
+    whitened = whiten(sde, kernel, times)
     U = math.sqrt(data_variance) * kernel.mean[..., :1]
     if conditioning == "all":
         U = torch.cat([U, kernel.mean @ sde.initial_root], dim=-1)
-    C = law.inverse @ U
+    C = whitened.inverse @ U
     eye = torch.eye(U.shape[-1], dtype=torch.float64, device="cpu")
     factor = joint_root(eye, C.mT)
     d = len(sde.driven)
     unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
     if weighting == "likelihood":
-        pulled = likelihood_rows(sde, times, law) @ unknown
+        pulled = likelihood_rows(sde, times, whitened) @ unknown
         return 0.5 * pulled.square().sum((-2, -1))
     return _weights(weighting, times) * unknown.square().sum((-2, -1)) / d
 
 
-def likelihood_rows(sde: LinearSDE, t: Tensor, law: WhitenedLaw) -> Tensor:
-    """(L_dd⁻¹ G_d)ᵀ, which takes an error of the noise to one of −Gᵀs, ``(*, r, d)``."""
-    # At t = 1 of an interpolant G diverges. Errors that are α times one of the data are zero there,
-    # whatever finite rows they are multiplied by; `PerturbedData.loss` refuses the others.
+def likelihood_rows(sde: LinearSDE, t: Tensor, whitened: WhitenedKernel) -> Tensor:
+    """Matrix (L_dd⁻¹ G_d)ᵀ from an error of the noise to an error of −Gᵀs, ``(*, r, d)``."""
+    # G of an interpolant diverges at t = 1. An error that is α times an error of the data is zero
+    # there for any finite matrix. `PerturbedData.loss` raises for the other predictions.
     end = sde.regular_until
     finite = torch.where((t == sde.T) & (end < sde.T), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]
-    return (triangular_inverse(law.driven_root()) @ G).mT
+    return (triangular_inverse(whitened.driven_root()) @ G).mT
 
 
 def _weights(weighting: Weighting, t: Tensor) -> Tensor:

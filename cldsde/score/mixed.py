@@ -1,31 +1,31 @@
-r"""The mixed score: a Gaussian reference in closed form plus a network for the rest.
+r"""Mixed score: a Gaussian reference in closed form plus a network.
 
-If the data were N(μ, s₀²) the marginal would be Gaussian with covariance
-Σ_ref = Σ_t + s₀² ψψᵀ, and its score linear. The network only has to learn what the data add,
+If the data were N(μ, s₀²), the marginal would be Gaussian with covariance Σ_ref = Σ_t + s₀² ψψᵀ,
+and its score would be linear. The network only has to learn the difference,
 
 .. math::
     s_d = −L_{dd}^{−⊤} n, \qquad
     n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + c_{out}\, n_θ(z, t),
 
 where n is the prediction of the noise of the driven components (see `cldsde.score.conversion`).
-With s₀² the variance of the data the reference is exact for Gaussian data at all t, the correlation
-of x and v included. Dockhorn et al. (2022, §3.2) use −v/Σ_vv with s₀ = 0, which nears it as t → 1.
+With s₀² the variance of the data, the reference is exact for Gaussian data at all t, including the
+correlation of x and v. Dockhorn et al. (2022, §3.2) use −v/Σ_vv with s₀ = 0, which is close to it
+for t → 1.
 
-For such data n_ref is the best prediction of the noise, and what it leaves open has the covariance
-s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. So c_out = s₀ c_d / √(1 + s₀² cᵀc): the network's target
-is the error of the reference's x_0 over its standard deviation, of unit size at every t, where data
-are seen through noise and where they are not.
+For Gaussian data n_ref is the best prediction of the noise. The remaining noise has the covariance
+s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ, so c_out = s₀ c_d / √(1 + s₀² cᵀc). The network's target
+is the error of the reference's x_0 divided by its standard deviation. It has unit size at every t.
 
-All that the state tells of x_0 is in one of its combinations, the best unbiased estimate
+The best unbiased estimate of the data is a sufficient statistic of the state for x_0,
 
-.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ε / \sqrt{ψ^⊤Σ^{−1}ψ},
+.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ε / \sqrt{ψ^⊤Σ^{−1}ψ}.
 
-since the likelihood of x_0 depends on z through it alone: E[x_0 | z_t] = E[x_0 | û], the same
-function of û and of the signal-to-noise ratio for every process. A network that is shown û need not
-learn which combination matters at which time, and serves all processes.
+So E[x_0 | z_t] = E[x_0 | û], which is the same function of û and of the signal-to-noise ratio for
+every process. A network with û as its input need not learn the combination, and serves all
+processes.
 
-The convex form (Vahdat, Kreis and Kautz 2021, §3.2) lets each channel choose between the two by a
-learnt weight a, the logistic function of a parameter:
+The convex form (Vahdat, Kreis and Kautz 2021, §3.2) has a learnt weight a per channel, the logistic
+function of a parameter:
 
 .. math:: n = (1 − a)\, n_{ref} + a\, n_θ(z, t).
 """
@@ -45,7 +45,7 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Combination, Conversion, WhitenedLaw, whiten
+from cldsde.score.conversion import Combination, Conversion, WhitenedKernel, whiten
 from cldsde.score.matching import Measured, PerturbedData, Weighting
 from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import LogSNRDensity
@@ -58,19 +58,19 @@ _LEAST_CLOCK = -10.0
 Output = Literal["score", "noise", "data", "velocity", "flow"]
 
 Inputs = Literal["state", "estimate"]
-"""What the network is shown: all components, or the best unbiased estimate of the data."""
+"""Input of the network: all components, or the best unbiased estimate of the data."""
 
 
 class _Coefficients(NamedTuple):
-    """What a mixed score needs at times of shape ``*``; ``*V`` is the shape of the variance."""
+    """Coefficients at times of shape ``*``; ``*V`` is the shape of the variance."""
 
-    psi: Tensor  # (*, k), takes the data to the mean of the state
-    reference: Tensor  # (*, d, k, *V), takes z − ψμ to n_ref
-    inputs: Tensor  # (*, k, *V), makes what the network is shown of unit size
-    residual: Tensor  # (*, d, *V), c_out, makes the network's target of unit size
-    data: Tensor  # (*, k, *V), takes z − ψμ to the reference's x_0 − μ
+    psi: Tensor  # (*, k), maps the data to the mean of the state
+    reference: Tensor  # (*, d, k, *V), maps z − ψμ to n_ref
+    inputs: Tensor  # (*, k, *V), scales the network's input to unit size
+    residual: Tensor  # (*, d, *V), c_out, scales the network's output
+    data: Tensor  # (*, k, *V), maps z − ψμ to the reference's x_0 − μ
     data_residual: Tensor  # (*, *V), standard deviation of x_0 given the reference and z
-    log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's clock
+    log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
 
     def to(self, like: Tensor) -> _Coefficients:
@@ -86,42 +86,40 @@ class _Coefficients(NamedTuple):
 
 
 class MixedScore(nn.Module):
-    """Score of the driven components as a Gaussian reference plus a network's noise prediction.
+    """Mixed score: a Gaussian reference plus a network that predicts the rest of the noise.
 
     Parameters
     ----------
     network
-        Module of (state, clock): ``(B, k·C, *S)`` and ``(B,)`` to ``(B, len(driven)·C, *S)`` for
-        data ``(B, C, *S)``. It sees the state scaled to unit size a component and, as its clock,
-        κ(t), half the log of the signal-to-noise ratio of the process, or −10 if that is larger. A
-        conditional one is called as (state, clock, condition). See ``inputs`` for one that is shown
-        an estimate.
+        Module called as (state, clock) with ``(B, k·C, *S)`` and ``(B,)`` for data ``(B, C, *S)``.
+        It returns ``(B, len(driven)·C, *S)``. Each component of the state is scaled to unit size.
+        The clock is κ(t) = ½ log SNR (`LinearSDE.log_snr`), and at least −10. A conditional network
+        is called as (state, clock, condition).
     sde
         The forward process.
     data_mean, data_variance
-        μ and s₀² of the reference: numbers, or tensors that broadcast with ``(C, *S)``, e.g.
-        ``(C, 1, 1)``, both of one shape; the variance is positive.
+        μ and s₀² > 0 of the reference: numbers, or tensors of one shape that broadcast with
+        ``(C, *S)``, e.g. ``(C, 1, 1)``.
     inputs
-        ``"state"``: the network is shown the components as they are. ``"estimate"``: it is shown
-        the one combination of them that tells all they tell of the data, and returns as much,
-        ``(B, C, *S)`` both: a network trained with one process serves any other, at those
-        signal-to-noise ratios that it was trained on (`LinearSDE.log_snr`).
+        ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
+        unbiased estimate of the data, ``(B, C, *S)``, and its output has the same shape. Such a
+        network serves any process at the signal-to-noise ratios of its training.
     mixing_logits
-        None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 for each of
-        ``(C, 1, 1)``: the convex form, with weights a = 1/(1 + e^{−logit}) that start there and
-        are learnt; of networks that are shown the state.
+        None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in
+        ``(C, 1, 1)``: the convex form, with learnt weights a = 1/(1 + e^{−logit}) that start from
+        these logits. For ``inputs="state"`` only.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        If mean, variance or logits are not finite, mean and variance of different shape, the
-        variance is not positive, or logits are given to a network that is shown the estimate.
+        If mean, variance or logits are not finite, mean and variance have different shapes, the
+        variance is not positive, or logits are given with ``inputs="estimate"``.
 
     Examples
     --------
-    A network of VP data gives the score of CLD as well:
+    A network that was trained with VP gives a score of CLD as well:
 
     >>> import torch
     >>> from cldsde import CLD, VPSDE
@@ -159,11 +157,14 @@ class MixedScore(nn.Module):
             )
             raise ValueError(msg)
         if not bool(data_mean.isfinite().all()):
-            msg = "data_mean must be finite"
+            msg = f"data_mean must be finite; got {data_mean.tolist()}"
             raise ValueError(msg)
         single = data_variance.to(torch.float32)
         if not bool((single.isfinite() & (single > 0)).all()):
-            msg = "data_variance must be finite and positive, in single precision"
+            msg = (
+                "data_variance must be finite and positive in single precision; got "
+                f"{data_variance.tolist()}"
+            )
             raise ValueError(msg)
         if mixing_logits is not None and not (
             isinstance(mixing_logits, Tensor) and bool(mixing_logits.isfinite().all())
@@ -171,7 +172,10 @@ class MixedScore(nn.Module):
             msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
             raise ValueError(msg)
         if mixing_logits is not None and inputs != "state":
-            msg = f"mixing_logits must be None where inputs is {inputs!r}; they weigh noise"
+            msg = (
+                "mixing_logits must be None unless inputs='state', because they weight noise; got "
+                f"inputs={inputs!r}"
+            )
             raise ValueError(msg)
         self.network = network
         self.sde = sde
@@ -183,21 +187,22 @@ class MixedScore(nn.Module):
         )
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
-        # The host's float64 copy, of which the coefficients are made; not moved by .to(device).
+        # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
         self._variance = self.data_variance.cpu().to(torch.float64)
-        self._loads = 0  # how often other values were loaded
+        self._loads = 0  # number of loaded state dicts, a version of the coefficients
 
     @property
     def denoiser(self) -> ScoreDenoiser:
-        """The denoiser D(u, σ) that the model has learnt, for sampling with other processes.
+        """The model's denoiser D(u, σ), for sampling with other processes.
 
-        Conditions are the model's, as in ``denoiser(u, sigma, condition=label)``. If the network is
-        shown a state of several components, noise fills the state up; see `ScoreDenoiser`.
+        It accepts the model's conditions, as in ``denoiser(u, sigma, condition=label)``. If the
+        network's input is a state of several components, noise fills the state up; see
+        `ScoreDenoiser`.
         """
         return ScoreDenoiser(self, fill=self.inputs == "state")
 
     def extra_repr(self) -> str:
-        """Process and inputs, which the representation shows before the network."""
+        """Process and inputs, for the representation."""
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
     def forward(
@@ -218,10 +223,16 @@ class MixedScore(nn.Module):
             One time or ``(B,)``, above 0.
         prediction
             ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
-            component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form these
-            three stay exact at t = 1 of `cldsde.RectifiedFlow`, where nothing of the data is left.
+            component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form the last
+            three are exact even at t = 1 of `cldsde.RectifiedFlow`.
         condition
-            Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
+            Condition of each sample, ``(B, ...)``, or of all, 0-dimensional. It is passed to the
+            network.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
         """
         one_of(prediction, Output, "prediction")
         check_state(z, self.sde.components)
@@ -256,25 +267,24 @@ class MixedScore(nn.Module):
         Parameters
         ----------
         pair
-            States and what is to be learnt there. Hybrid score matching shares its kernels with
-            the score, so that they are computed once.
+            Perturbed data. Hybrid score matching shares its kernels with the score, so that they
+            are computed once.
         prediction
-            The prediction whose squared error counts: ``"noise"``, or for processes of one
-            component ``"velocity"`` or ``"flow"``. The network's output means the same
-            for each choice.
+            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
+            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
         weighting
             See `Weighting`.
         condition
-            As `forward` takes it.
+            See `forward`.
         """
         one_of(prediction, Measured, "prediction")
         if pair.conditioning == "all":
-            # The noise given all of z_0 is in units of another root: only the score is the same.
+            # The noise given all of z_0 belongs to another root, so compare scores.
             score = self(pair.z, pair.t, condition=condition)
             return pair.loss(score, "score", weighting=weighting, measured=prediction)
-        coefficients = self._coefficients(pair.t, pair.kernel, pair.law)
+        coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
-            known = weighting.of_law(pair.t, pair.law, coefficients)
+            known = weighting.of_kernel(pair.t, pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         if prediction != "noise" and self._of_data:
             data = self._data(pair.z, coefficients.to(pair.z), condition)
@@ -284,37 +294,38 @@ class MixedScore(nn.Module):
 
     @property
     def _of_data(self) -> bool:
-        """Whether `_data` gives the prediction of the data, by no detour through the noise."""
+        """Whether `_data` gives the data prediction directly, without the noise."""
         return self.sde.components == 1 and self.mixing_logits is None
 
     def residual_variance(self, t: Tensor, prediction: Measured = "noise") -> Tensor:
-        """Mean squared noise, velocity or flow that the reference leaves open, at times ``(n,)``.
+        """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.
 
-        It is the loss of the untrained model on Gaussian data, and a density for `TimeSampler`
-        that gives all times the same share of the training signal.
+        It is the loss of the untrained model on Gaussian data. As the density of a `TimeSampler`
+        it gives all times the same share of the training signal.
         """
         one_of(prediction, Measured, "prediction")
         if prediction == "noise":
             return self._coefficients(t).residual_variance()
-        law = whiten(self.sde, self.sde.marginal(t), t)
-        of = Combination.at(self.sde, law, t, prediction)
+        whitened = whiten(self.sde, self.sde.marginal(t), t)
+        of = Combination.at(self.sde, whitened, t, prediction)
         scale = (of.determinant / of.sigma).square()
         return scale * self._coefficients(t).data_residual_variance()
 
     def log_snr_weighting(
         self, *, mean: float = 1.2, std: float = 1.2
     ) -> Callable[[Tensor], Tensor]:
-        """Weights by which noise levels count as they do where they are drawn by `log_snr_density`.
+        """EDM-style weighting: errors count by the density of noise levels, for every process.
 
         In the additive form, with one variance for all data, the network's target has unit size at
-        every time. So weighted, the loss is the mean squared error of its output over noise levels
-        with that density, the same for every process (Karras et al. 2022, §5); where several
-        components are driven or variances differ, they count as they do at each time without it.
+        every time. With this weighting the loss is the mean squared error of the network's output
+        over noise levels with the density of `log_snr_density` (Karras et al. 2022, §5). It is the
+        same for every process. The relative weights of several driven components, or of different
+        variances, stay as they are at each time.
 
         Parameters
         ----------
         mean, std
-            See `log_snr_density`, which is the density to draw times from.
+            See `log_snr_density`, which is also the density to draw times from.
 
         Returns
         -------
@@ -329,36 +340,37 @@ class MixedScore(nn.Module):
         self._loads += 1
 
     def _coefficients(
-        self, times: Tensor, kernel: Kernel | None = None, law: WhitenedLaw | None = None
+        self, times: Tensor, kernel: Kernel | None = None, whitened: WhitenedKernel | None = None
     ) -> _Coefficients:
-        if kernel is None or law is None:
+        if kernel is None or whitened is None:
             kernel = self.sde.marginal(times)
-            law = whiten(self.sde, kernel, times)
-        psi, signal, noise_root = law.psi.squeeze(-1), law.signal.squeeze(-1), law.driven_root()
-        # A finite clock, also at times when nothing of the data is left.
-        log_snr = (0.5 * law.information().log()).clamp_min(_LEAST_CLOCK)
+            whitened = whiten(self.sde, kernel, times)
+        psi, signal = whitened.psi.squeeze(-1), whitened.signal.squeeze(-1)
+        noise_root = whitened.driven_root()
+        # Keep the clock finite at times when nothing of the data is left.
+        log_snr = (0.5 * whitened.information().log()).clamp_min(_LEAST_CLOCK)
         to_score = -triangular_inverse(noise_root).mT
 
-        # One reference law for each entry of the variance, in axes (*, *V, k, k).
+        # There is one reference for each entry of the variance, in axes (*, *V, k, k).
         ones = (1,) * self._variance.ndim
 
         def over_variance(blocks: Tensor) -> Tensor:
             return blocks.reshape(*psi.shape[:-1], *ones, *blocks.shape[-2:])
 
-        spread = self._variance.sqrt()[..., None, None] * over_variance(law.psi)
+        spread = self._variance.sqrt()[..., None, None] * over_variance(whitened.psi)
         factor = joint_root(over_variance(kernel.root), spread)
         whitening = triangular_inverse(factor)
         precision = whitening[..., list(self.sde.driven)].mT @ whitening
         reference = over_variance(noise_root).mT @ precision
         gain = spread.mT @ whitening.mT @ whitening
         data = (self._variance.sqrt()[..., None, None] * gain).squeeze(-2)
-        information = law.information().reshape(psi.shape[:-1] + ones)
+        information = whitened.information().reshape(psi.shape[:-1] + ones)
         total = 1 + self._variance * information
-        # Of one component the estimate is the state in other units.
+        # For one component the estimate is the state in other units.
         if self.inputs == "state" or self.sde.components == 1:
             inputs = factor.square().sum(-1).rsqrt()
         else:
-            weights = (law.signal.mT @ law.inverse).reshape(*psi.shape[:-1], *ones, -1)
+            weights = (whitened.signal.mT @ whitened.inverse).reshape(*psi.shape[:-1], *ones, -1)
             inputs = weights / (information * total).sqrt()[..., None]
         signal = signal[..., -len(self.sde.driven) :].reshape(*psi.shape[:-1], *ones, -1)
         data_residual = (self._variance / total).sqrt()
@@ -393,12 +405,12 @@ class MixedScore(nn.Module):
         """E[x_0 | z_t] of a process of one component, ``(B, *D)``."""
         centred, mean = self._centred(z, c)
         reference = mean + (self._spread(c, c.data, 1, z) * centred).sum(1)
-        # n = (z − ψ x_0) / σ: what raises the noise lowers the data.
+        # n = (z − ψ x_0) / σ, so the network's noise enters the data with a minus sign.
         learnt = self._learnt(centred, c, condition).to(reference.dtype)[:, 0]
         return reference - self._spread(c, c.data_residual, 0, z) * learnt
 
     def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:
-        """Batch axis in front, axes of V aligned with those of the data."""
+        """Reshape coefficients: batch axis in front, axes of V aligned with the data's axes."""
         if c.log_snr.ndim == 0:
             field = field.unsqueeze(0)
         shape, variance_axes = field.shape[: 1 + inner], field.shape[1 + inner :]
@@ -411,8 +423,8 @@ class MixedScore(nn.Module):
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
             msg = (
-                f"z must have shape (B, {self.sde.components}, *D) with the data axes of data_mean "
-                f"and data_variance, {tuple(self.data_mean.shape)}, and one at least; "
+                f"z must have shape (B, {self.sde.components}, *D) with at least one data axis and "
+                f"the axes of data_mean and data_variance, {tuple(self.data_mean.shape)}; "
                 f"got {tuple(z.shape)}"
             )
             raise ValueError(msg)
@@ -432,9 +444,9 @@ class MixedScore(nn.Module):
             learnt = self.network(inputs, clock, condition.expand(batch, *condition.shape[1:]))
         data = centred.shape[2:]
         outputs = len(self.sde.driven) if self.inputs == "state" else 1
-        wanted = (batch, outputs * data[0], *data[1:])
-        if learnt.shape != wanted:
-            msg = f"network must return shape {wanted}; got {tuple(learnt.shape)}"
+        expected = (batch, outputs * data[0], *data[1:])
+        if learnt.shape != expected:
+            msg = f"network must return shape {expected}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
         return learnt.reshape(batch, outputs, *data)
 
@@ -445,7 +457,7 @@ def _as_tensor(value: Tensor | float, name: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _LogSNRWeighting:
-    """`MixedScore.log_snr_weighting`: a density of times over the mean square of c_out."""
+    """Result of `MixedScore.log_snr_weighting`: a density of times divided by mean c_out²."""
 
     model: MixedScore
     density: LogSNRDensity
@@ -453,6 +465,8 @@ class _LogSNRWeighting:
     def __call__(self, t: Tensor) -> Tensor:
         return self.density(t) / self.model.residual_variance(t)
 
-    def of_law(self, times: Tensor, law: WhitenedLaw, coefficients: _Coefficients) -> Tensor:
-        """The same, from what the loss has found already."""
-        return self.density.of_law(times, law) / coefficients.residual_variance()
+    def of_kernel(
+        self, times: Tensor, whitened: WhitenedKernel, coefficients: _Coefficients
+    ) -> Tensor:
+        """The weights from kernel and coefficients that the loss has computed already."""
+        return self.density.of_kernel(times, whitened) / coefficients.residual_variance()

@@ -1,4 +1,4 @@
-"""Gaussian mixtures as data: closed-form densities and scores under any linear SDE."""
+"""Gaussian mixtures as data distributions, with exact densities and scores under any linear SDE."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from cldsde.score.times import coefficients_at, score_times
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
 
 Rows = Literal["driven", "all", "auxiliary"]
-"""Components whose score is wanted."""
+"""Components whose score is computed."""
 
-_DENSE = 32  # numbers of a state up to which matrices over all of them are small
+_DENSE = 32  # largest size of a state for which dense matrices over all its numbers are fast
 
 
 class _Marginal(NamedTuple):
-    """The law of z_t for each mixture component, in the eigenbasis of its covariance.
+    """The distribution of z_t for each mixture component, in the eigenbasis of its covariance.
 
     Axes are ``(*times, component of the mixture, eigen-direction, k, k)``.
     """
 
-    psi: Tensor  # (*, k), takes the data to the mean of the state
+    psi: Tensor  # (*, k), maps the data to the mean of the state
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
     data_log_scale: Tensor  # (*, n), the same for the data component of the state alone
@@ -44,8 +44,8 @@ class _Marginal(NamedTuple):
         return _Marginal(*(field.to(like) for field in self))
 
 
-class _DenseLaw(NamedTuple):
-    """The same as matrices over all k·D numbers of a state, ordered component by component."""
+class _DenseMarginal(NamedTuple):
+    """The same with matrices over all k·D numbers of a state, ordered component by component."""
 
     mean: Tensor  # (*, n, k D, 1)
     whitening: Tensor  # (*, n, k D, k D)
@@ -54,16 +54,16 @@ class _DenseLaw(NamedTuple):
 
 
 class GaussianMixture:
-    r"""Data law Σᵢ wᵢ N(mᵢ, Cᵢ) on R^D, in closed form under any linear SDE.
+    r"""Gaussian mixture Σᵢ wᵢ N(mᵢ, Cᵢ) on R^D as data, with exact scores under any linear SDE.
 
     In the eigenbasis of Cᵢ = U diag(λ) Uᵀ the state splits into D independent k-vectors with
-    covariance Σ_t + λⱼψψᵀ, ψ = Ψ(t, 0) e₀, whose root tri[L_t, √λⱼ ψ] is taken orthogonally. So
-    λⱼ = 0 is allowed: point masses, lines, planes.
+    covariance Σ_t + λⱼψψᵀ, ψ = Ψ(t, 0) e₀. The root tri[L_t, √λⱼ ψ] is computed by an LQ
+    factorisation. λⱼ = 0 is therefore allowed: point masses, lines, planes.
 
     Parameters
     ----------
     weights
-        ``(n,)``, positive; normalised to sum 1.
+        ``(n,)``, positive; they are normalised to sum 1.
     means
         ``(n, D)``.
     covariances
@@ -72,8 +72,8 @@ class GaussianMixture:
     Raises
     ------
     ValueError
-        If shapes do not fit, a weight is not positive, or a covariance is not symmetric positive
-        semi-definite or requires gradients.
+        If shapes do not fit, a number is not finite, a weight is not positive, or a covariance is
+        not symmetric positive semi-definite or requires gradients.
 
     Examples
     --------
@@ -119,26 +119,26 @@ class GaussianMixture:
             msg = f"weights must be finite and positive; got {self.weights.tolist()}"
             raise ValueError(msg)
         if not bool(self.means.isfinite().all() and self.covariances.isfinite().all()):
-            msg = "means and covariances must be finite"
+            msg = "means and covariances must be finite; got NaN or infinity"
             raise ValueError(msg)
         if self.covariances.requires_grad:
             msg = (
-                "covariances must not require gradients: derivatives with respect to them do not "
-                "exist where eigenvalues coincide; detach them"
+                "covariances must not require gradients, because derivatives do not exist if "
+                "eigenvalues coincide; pass covariances.detach()"
             )
             raise ValueError(msg)
         scale = self.covariances.abs().amax((1, 2))
         if bool(
             ((self.covariances - self.covariances.mT).abs().amax((1, 2)) > 1e-12 * scale).any()
         ):
-            msg = "covariances must be symmetric"
+            msg = f"covariances must be symmetric; got {self.covariances.tolist()}"
             raise ValueError(msg)
         self.weights = self.weights / self.weights.sum()
         self._variances, self._axes = torch.linalg.eigh(self.covariances)
         self._moved: dict[tuple[torch.dtype, torch.device], Any] = {}
         if bool((self._variances.amin(1) < -1e-12 * scale).any()):
             msg = (
-                "covariances must be positive semi-definite; the smallest eigenvalue is "
+                "covariances must be positive semi-definite; got the eigenvalue "
                 f"{float(self._variances.min()):g}"
             )
             raise ValueError(msg)
@@ -182,9 +182,9 @@ class GaussianMixture:
         sde
             The forward process.
         z
-            ``(B, k, *D)`` with D numbers a component.
+            ``(B, k, *D)`` with D numbers per component.
         t
-            One time or ``(B,)``, where the law has a density: t > 0.
+            One time or ``(B,)``, at which the distribution has a density; t > 0 always has one.
 
         Returns
         -------
@@ -194,7 +194,7 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If shapes do not fit or the law has no density at some time.
+            If shapes do not fit or the distribution has no density at some time.
         """
         check_process(sde)
         flat = self._flat_state(sde, z)
@@ -203,10 +203,10 @@ class GaussianMixture:
         return log_terms.logsumexp(-1).to(z.dtype)
 
     def conditional_log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
-        """Log-density of the auxiliary components given the first, log p_t(v, … | x).
+        """Log-density of the auxiliary components given the data component, log p_t(v, … | x).
 
-        Its gradient is ``score(sde, rows="auxiliary")``, that of log p_t(z): p_t(x) does not
-        depend on the auxiliary components.
+        Its gradient is ``score(sde, rows="auxiliary")``. It equals the gradient of log p_t(z),
+        because p_t(x) does not depend on the auxiliary components.
 
         Parameters
         ----------
@@ -215,7 +215,7 @@ class GaussianMixture:
         z
             ``(B, k, *D)``.
         t
-            One time or ``(B,)``, where the law has a density.
+            One time or ``(B,)``, at which the distribution has a density.
 
         Returns
         -------
@@ -225,19 +225,20 @@ class GaussianMixture:
         Raises
         ------
         ValueError
-            If the process has one component only, shapes do not fit, or the law has no density.
+            If the process has one component only, shapes do not fit, or the distribution has no
+            density.
         """
         _rows(sde, "auxiliary")
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
-            law = self._marginal(sde, score_times(t, z)).to(flat)
-            whitened, log_joint = self._terms(flat, law)
-            # The root is lower triangular, so its first row whitens x by itself.
-            log_data = law.data_log_scale - 0.5 * whitened[:, :, 0].square().sum(-1)
+            marginal = self._marginal(sde, score_times(t, z)).to(flat)
+            whitened, log_joint = self._terms(flat, marginal)
+            # The root is lower triangular, so its first row whitens x alone.
+            log_data = marginal.data_log_scale - 0.5 * whitened[:, :, 0].square().sum(-1)
             return (log_joint.logsumexp(-1) - log_data.logsumexp(-1)).to(z.dtype)
 
     def posterior_mean(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
-        """E[x_0 | z_t = z], the best prediction of the data, ``(B, *D)``.
+        """Posterior mean E[x_0 | z_t = z], the best prediction of the data, ``(B, *D)``.
 
         Parameters
         ----------
@@ -246,19 +247,19 @@ class GaussianMixture:
         z
             ``(B, k, *D)``.
         t
-            One time or ``(B,)``, where the law has a density.
+            One time or ``(B,)``, at which the distribution has a density.
 
         Raises
         ------
         ValueError
-            If shapes do not fit or the law has no density at some time.
+            If shapes do not fit or the distribution has no density at some time.
         """
         check_process(sde)
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
-            law = self._marginal(sde, score_times(t, z)).to(flat)
-            whitened, log_terms = self._terms(flat, law)
-            signal = torch.einsum("...njkl,...l->...nkj", law.whitening, law.psi)
+            marginal = self._marginal(sde, score_times(t, z)).to(flat)
+            whitened, log_terms = self._terms(flat, marginal)
+            signal = torch.einsum("...njkl,...l->...nkj", marginal.whitening, marginal.psi)
             gain = self._variances.to(flat) * (signal * whitened).sum(-2)
             data_means, axes = self._like(flat)
             means = data_means + torch.einsum("bnj,ndj->bnd", gain, axes)
@@ -266,16 +267,20 @@ class GaussianMixture:
         return mean.to(z.dtype).reshape(len(z), *z.shape[2:])
 
     def score(self, sde: LinearSDE, *, rows: Rows = "driven") -> MixtureScore:
-        """Exact score ∂ log p_t(z)/∂z, a callable score(z, t).
+        """Exact score ∂ log p_t(z)/∂z, as a function score(z, t).
 
         Parameters
         ----------
         sde
             The forward process.
         rows
-            ``"driven"``: of the components that noise enters, what a `ReverseProcess` needs.
-            ``"all"``: of all components. ``"auxiliary"``: of all but the data, which is the
-            conditional score ∂ log p_t(v, … | x)/∂(v, …).
+            Components of the score. ``"driven"``: the components that noise enters, as a
+            `ReverseProcess` needs. ``"all"``: all components. ``"auxiliary"``: all but the data,
+            which is the conditional score ∂ log p_t(v, … | x)/∂(v, …).
+
+        Returns
+        -------
+        MixtureScore
 
         Raises
         ------
@@ -285,7 +290,7 @@ class GaussianMixture:
         return MixtureScore(self, sde, rows=rows)
 
     def condition(self, observation: Observation) -> GaussianMixture:
-        """Exact posterior p(x_0 | y) of a linear observation, a mixture again.
+        """Exact posterior p(x_0 | y) given a linear observation, which is a mixture again.
 
         ``mixture.condition(observation).score(sde)`` is the exact guided score ∂ log p(z_t | y)/∂z
         of any process.
@@ -293,17 +298,17 @@ class GaussianMixture:
         Parameters
         ----------
         observation
-            One observation of the data, whose shape has D numbers.
+            One observation of data of D numbers.
 
         Returns
         -------
         GaussianMixture
-            With as many components, in the same order.
+            Posterior with the same number of modes, in the same order.
 
         Raises
         ------
         TypeError
-            If it is no `Observation`.
+            If ``observation`` is not an `Observation`.
         ValueError
             If it does not fit the data, holds several observations, or has no density.
 
@@ -317,14 +322,14 @@ class GaussianMixture:
         tensor([[0.8000, 0.6400]], dtype=torch.float64)
         """
         log_evidence, means, covariances = self._conditioned(observation)
-        # A weight that underflows keeps its place: weights are positive.
+        # Weights must be positive, so a weight that underflows is set to the smallest number.
         weights = (self.weights.log() + log_evidence).softmax(0)
         return GaussianMixture(
             weights.clamp_min(torch.finfo(weights.dtype).tiny), means, covariances
         )
 
     def log_evidence(self, observation: Observation) -> float:
-        """Log-density log p(y) of a linear observation of the data.
+        """Log-evidence log p(y) of a linear observation of the data, in nats.
 
         Parameters
         ----------
@@ -338,8 +343,8 @@ class GaussianMixture:
         shape = check_observation(observation).shape or (self.dimension,)
         if math.prod(shape) != self.dimension:
             msg = (
-                f"observation must be of data of {self.dimension} numbers, as the mixture is; "
-                f"got {tuple(shape)}"
+                f"observation must be of data of {self.dimension} numbers, the mixture's "
+                f"dimension; got data of shape {tuple(shape)}"
             )
             raise ValueError(msg)
         observation.check(shape, dtype=torch.float64)
@@ -359,7 +364,7 @@ class GaussianMixture:
         flat = flat.to(torch.promote_types(z.dtype, torch.float32))
         if flat.shape[-1] != self.dimension:
             msg = (
-                f"z must hold {self.dimension} numbers a component, as the mixture does; "
+                f"z must hold {self.dimension} numbers per component, the mixture's dimension; "
                 f"got shape {tuple(z.shape)}"
             )
             raise ValueError(msg)
@@ -372,67 +377,67 @@ class GaussianMixture:
         factor = joint_root(root[..., None, None, :, :], spread)
         check_density(factor, t, "t")
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        # Rows of the root to log-densities, weighted: one row for x alone, all for the state.
+        # Weighted log-normalisations: the first row of the root for x alone, all rows for z.
         constant = 0.5 * self.dimension * math.log(2 * math.pi)
         scales = self.weights.log().unsqueeze(-1) - (diagonal.log().sum(-2) + constant).cumsum(-1)
         return _Marginal(psi, triangular_inverse(factor), scales[..., -1], scales[..., 0])
 
-    def _terms(self, z: Tensor, law: _Marginal) -> tuple[Tensor, Tensor]:
+    def _terms(self, z: Tensor, marginal: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
-        law = law.to(z)
+        marginal = marginal.to(z)
         data_means, axes = self._like(z)
-        means = law.psi[..., None, :, None] * data_means.unsqueeze(1)
+        means = marginal.psi[..., None, :, None] * data_means.unsqueeze(1)
         residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, axes)
-        whitened = torch.einsum("...njkl,...nlj->...nkj", law.whitening, residual)
-        return whitened, law.log_scale - 0.5 * whitened.square().sum((-2, -1))
+        whitened = torch.einsum("...njkl,...nlj->...nkj", marginal.whitening, residual)
+        return whitened, marginal.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _dense_law(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseLaw:
-        law = self._marginal(sde, t)
-        whitening = torch.einsum("...njkl,nij->...nkjli", law.whitening, self._axes)
+    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseMarginal:
+        marginal = self._marginal(sde, t)
+        whitening = torch.einsum("...njkl,nij->...nkjli", marginal.whitening, self._axes)
         pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
-        mean = torch.einsum("...l,ni->...nli", law.psi, self.means).flatten(-2)
+        mean = torch.einsum("...l,ni->...nli", marginal.psi, self.means).flatten(-2)
         whole = whitening.flatten(-2).flatten(-3, -2)
-        return _DenseLaw(mean.unsqueeze(-1), whole, law.log_scale.unsqueeze(-1), pull)
+        return _DenseMarginal(mean.unsqueeze(-1), whole, marginal.log_scale.unsqueeze(-1), pull)
 
-    def _score(self, flat: Tensor, rows: list[int], law: _Marginal) -> Tensor:
-        whitened, log_terms = self._terms(flat, law)
+    def _score(self, flat: Tensor, rows: list[int], marginal: _Marginal) -> Tensor:
+        whitened, log_terms = self._terms(flat, marginal)
         responsible = log_terms.softmax(-1)
         # A list of rows would be an index tensor, copied to the device.
-        whitening = torch.stack([law.whitening[..., row] for row in rows], dim=-1)
+        whitening = torch.stack([marginal.whitening[..., row] for row in rows], dim=-1)
         pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
         return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._like(flat)[1])
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and axes in the dtype and on the device of states; moved once, unless learnt."""
+        """Means and axes in the dtype and on the device of states; copied once, unless learnt."""
         version, key = self._version("moved"), (z.dtype, z.device)
         if version is None:
             return self.means.to(z), self._axes.to(z)
         if self._moved.get(key, (None,))[0] != version:
-            # torch.compile takes the mode by position only.
+            # torch.compile accepts the mode as a positional argument only.
             with torch.inference_mode(False), torch.no_grad():
                 self._moved[key] = version, (self.means.to(z), self._axes.to(z))
         found: tuple[Tensor, Tensor] = self._moved[key][1]
         return found
 
     def _version(self, purpose: str) -> object:
-        """Changes with weights and means, which may be learnt; None if they are differentiated."""
+        """Version of weights and means, which may be learnt; None if they need gradients."""
         parts = (self.weights, self.means)
         if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
             return None
         return purpose, *(0 if x.is_inference() else x._version for x in parts)
 
 
-def _dense_score(flat: Tensor, law: _DenseLaw) -> Tensor:
+def _dense_score(flat: Tensor, marginal: _DenseMarginal) -> Tensor:
     """Score ``(B, d D)`` of states ``(B, k D)`` that share a time.
 
-    The batch lies in the last axis: sums and softmaxes of few entries are many times faster along
-    it than across it.
+    The batch is the last axis, because sums and softmaxes over few entries are much faster if the
+    long axis is contiguous.
     """
-    whitened = law.whitening @ (flat.mT - law.mean)
+    whitened = marginal.whitening @ (flat.mT - marginal.mean)
     if len(whitened) > 1:
-        log_terms = law.log_scale - 0.5 * whitened.square().sum(1)
+        log_terms = marginal.log_scale - 0.5 * whitened.square().sum(1)
         whitened = whitened * log_terms.softmax(0).unsqueeze(1)
-    score: Tensor = (law.pull @ whitened.flatten(0, 1)).mT
+    score: Tensor = (marginal.pull @ whitened.flatten(0, 1)).mT
     return score
 
 
@@ -442,7 +447,10 @@ def _rows(sde: LinearSDE, rows: Rows) -> list[int]:
     if rows == "driven":
         return list(sde.driven)
     if rows == "auxiliary" and sde.components == 1:
-        msg = f"rows: {type(sde).__name__} has no auxiliary components, only the data"
+        msg = (
+            f"rows must be 'driven' or 'all', because {type(sde).__name__} has no auxiliary "
+            "components; got 'auxiliary'"
+        )
         raise ValueError(msg)
     return list(range(1 if rows == "auxiliary" else 0, sde.components))
 
@@ -456,9 +464,9 @@ def _numbers(value: object, name: str) -> Tensor:
 
 
 class MixtureScore:
-    """Exact score ∂ log p_t(z)/∂z on some components; see `GaussianMixture.score`.
+    """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`; create it with `GaussianMixture.score`.
 
-    Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``; it returns
+    Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``. It returns
     ``(B, len(rows), *D)``.
     """
 
@@ -474,26 +482,27 @@ class MixtureScore:
     def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
         """Score at one time or ``(B,)`` times."""
         data, rows = self.data, self.rows
-        # Half precision is for states; densities are compared in single precision at least.
+        # Compare densities in single precision at least, also for states in half precision.
         flat = data._flat_state(self.sde, z)
         shared = score_times(t, z).ndim == 0
         with torch.autocast(z.device.type, enabled=False):
             if shared and self.sde.components * data.dimension <= _DENSE:
                 dense = coefficients_at(
-                    self, t, z, self._dense_law, flat.dtype, data._version("dense")
+                    self, t, z, self._dense_marginal, flat.dtype, data._version("dense")
                 )
                 score = _dense_score(flat.flatten(1), dense)
             else:
-                law = coefficients_at(self, t, z, self._law, flat.dtype, data._version("law"))
-                score = data._score(flat, rows, law)
+                version = data._version("marginal")
+                marginal = coefficients_at(self, t, z, self._marginal, flat.dtype, version)
+                score = data._score(flat, rows, marginal)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
-        """E[x_0 | z_t = z], ``(B, *D)``, also at times when the score does not determine it."""
+        """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
         return self.data.posterior_mean(self.sde, z, t)
 
-    def _dense_law(self, t: Tensor) -> _DenseLaw:
-        return self.data._dense_law(self.sde, self.rows, t)
+    def _dense_marginal(self, t: Tensor) -> _DenseMarginal:
+        return self.data._dense_marginal(self.sde, self.rows, t)
 
-    def _law(self, t: Tensor) -> _Marginal:
+    def _marginal(self, t: Tensor) -> _Marginal:
         return self.data._marginal(self.sde, t)

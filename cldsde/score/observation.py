@@ -1,4 +1,4 @@
-"""Linear observations of the data: y = A x_0 + s n, for inverse problems."""
+"""Linear observations y = A x_0 + s n of the data, for inverse problems and inpainting."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cldsde.score.operators import block_means, correlation, matrix_product, sel
 
 __all__ = ["Observation", "check_observation"]
 
-# Where sampling ends, the noise of the state is at most this part of the noise of the observation:
-# at 0.3 the covariance of exact samples is 4–8 % too large, at 1 it is 36 %.
+# Largest ratio of the state's noise at the end of sampling to the noise of the observation. At 0.3
+# the covariance of exact samples is 4–8 % too large, at 1 it is 36 % too large.
 _END_LEVEL = 0.3
 
 
@@ -32,10 +32,10 @@ class Observation:
     Parameters
     ----------
     forward
-        A: a function of a batch of data ``(B, *D)`` that returns ``(B, *E)``, linear in the data
-        and acting on each sample alone. Its adjoint is found by autograd.
+        A, a function of a batch of data ``(B, *D)`` that returns ``(B, *E)``. It is linear and acts
+        on each sample separately. Its adjoint is computed by autograd.
     y
-        What was observed, ``(*E)``; or ``(B, *E)``, one observation per sample of a batch.
+        Observed values, ``(*E)``, or one observation per sample, ``(B, *E)``.
     noise_std
         s ≥ 0, the standard deviation of the noise.
     shape
@@ -44,7 +44,7 @@ class Observation:
     Raises
     ------
     TypeError
-        If ``forward`` cannot be called, or y or the noise are no numbers.
+        If ``forward`` is not callable, or y or the noise are not real numbers.
     ValueError
         If y is not finite or the noise is negative.
 
@@ -79,7 +79,7 @@ class Observation:
             raise TypeError(msg)
         object.__setattr__(self, "y", _as_tensor(self.y, "y"))
         if not bool(self.y.isfinite().all()):
-            msg = "y must be finite; it holds NaN or infinity"
+            msg = "y must be finite; got NaN or infinity"
             raise ValueError(msg)
         std = as_number(self.noise_std, "noise_std")
         if not 0 <= std < math.inf:
@@ -93,14 +93,14 @@ class Observation:
 
     @classmethod
     def mask(cls, mask: Tensor, y: Tensor, noise_std: float) -> Self:
-        """Observe some entries of the data: inpainting, or imputation of a time series.
+        """Observe some entries of the data, for inpainting or imputation of a time series.
 
         Parameters
         ----------
         mask
-            Bool ``(*D)``, True for the entries that are observed.
+            Bool ``(*D)``, True for observed entries.
         y
-            Data ``(*D)``, or ``(B, *D)``; only its observed entries are read.
+            Data ``(*D)`` or ``(B, *D)``. Entries outside of the mask are ignored.
         noise_std
             Standard deviation of the noise.
 
@@ -109,7 +109,7 @@ class Observation:
         TypeError
             If the mask is not boolean.
         ValueError
-            If the mask marks nothing, or y does not have the mask's shape.
+            If the mask marks no entry, or y does not have the mask's shape.
         """
         forward = selection(mask)
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
@@ -135,19 +135,19 @@ class Observation:
         Raises
         ------
         ValueError
-            If A is no finite matrix.
+            If A is not a finite matrix.
         """
         matrix = _as_tensor(A, "A")
         return cls(matrix_product(matrix), y, noise_std, (matrix.shape[1],))
 
     @classmethod
     def downsample(cls, factor: int, y: Tensor, noise_std: float) -> Self:
-        """Observe means over blocks of the data: super-resolution.
+        """Observe block means of the data, for super-resolution.
 
         Parameters
         ----------
         factor
-            Entries of a block along each spatial axis, at least 2.
+            Size of a block along each spatial axis, at least 2.
         y
             ``(C, *S)``: channels, then one or more spatial axes. The data are
             ``(C, *(factor · S))``.
@@ -173,13 +173,13 @@ class Observation:
 
     @classmethod
     def blur(cls, kernel: Tensor, y: Tensor, noise_std: float) -> Self:
-        """Observe images convolved with a kernel: deblurring.
+        """Observe images convolved with a kernel, for deblurring.
 
         Parameters
         ----------
         kernel
-            ``(h, w)``, odd sizes; zeros surround the image. It is correlated, as by
-            `torch.nn.functional.conv2d`: flip it for a convolution.
+            ``(h, w)`` with odd sizes. The image is padded with zeros and correlated with the
+            kernel, as by `torch.nn.functional.conv2d`; flip the kernel for a convolution.
         y
             ``(C, H, W)``.
         noise_std
@@ -188,7 +188,7 @@ class Observation:
         Raises
         ------
         ValueError
-            If the kernel has no odd sizes or is not finite, or y is no image.
+            If the kernel does not have odd sizes or is not finite, or y is not an image.
         """
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
         if image.ndim != 3:
@@ -198,13 +198,13 @@ class Observation:
         return cls(correlation(shape, weights), image, noise_std, shape)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Difference y − A x for data ``(B, *D)``, ``(B, *E)``."""
+        """Residual y − A x ``(B, *E)`` for data x ``(B, *D)``."""
         seen = self.forward(x)
         return self.y.to(seen) - seen
 
     def adjoint(self, v: Tensor, shape: Sequence[int]) -> Tensor:
-        """Aᵀv for a batch ``(B, *E)`` and data of shape ``(*D)``, ``(B, *D)``."""
-        # Inside inference mode autograd would not record A.
+        """Adjoint Aᵀv ``(B, *D)`` for a batch v ``(B, *E)`` and data of shape ``(*D)``."""
+        # Leave inference mode, in which autograd does not record A.
         with torch.inference_mode(mode=False), torch.enable_grad():
             x = torch.zeros(len(v), *shape, dtype=v.dtype, device=v.device, requires_grad=True)
             v = v.clone() if v.is_inference() else v
@@ -212,24 +212,25 @@ class Observation:
         return found
 
     def gram(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A Aᵀ as a matrix ``(m, m)`` over the flattened numbers of y, like a tensor."""
+        """Matrix A Aᵀ ``(m, m)`` over the flattened y, with dtype and device of ``like``."""
         seen = self._seen_shape(shape, like)
         size = math.prod(seen)
         units = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *seen)
         return self.forward(self.adjoint(units, shape)).reshape(size, size)
 
     def dense(self, shape: Sequence[int]) -> Tensor:
-        """A as a matrix ``(m, ∏D)`` in float64 on the CPU."""
+        """Matrix of A, ``(m, ∏D)`` float64 on the CPU."""
         size = math.prod(shape)
         units = torch.eye(size, dtype=torch.float64, device="cpu").reshape(size, *shape)
         with torch.no_grad():
             return self.forward(units).reshape(size, -1).mT
 
     def end_time(self, sde: LinearSDE, shape: Sequence[int]) -> float:
-        """Latest time at which sampling may end: later ones blur the posterior.
+        """Latest end time of sampling; a later end blurs the posterior.
 
-        The state at a time t tells the data with an error of standard deviation σ = e^{−κ(t)}. If
-        the norm of A times σ is above 0.3 s, samples are visibly wider than the posterior.
+        The state at time t determines the data up to an error of standard deviation σ = e^{−κ(t)},
+        with κ = ½ log SNR (`LinearSDE.log_snr`). If the norm of A times σ is above 0.3 s, samples
+        are visibly wider than the posterior.
 
         Parameters
         ----------
@@ -241,12 +242,12 @@ class Observation:
         Raises
         ------
         ValueError
-            If the observation has no noise, which no time above 0 resolves.
+            If ``noise_std`` is 0.
         """
         if self.noise_std == 0:
             msg = (
-                "noise_std must be positive to sample a posterior: samples end with a little noise "
-                "of their own; got 0. Take a small positive one"
+                "noise_std must be positive to sample a posterior, because samples end with some "
+                "noise of their own; got 0. Use a small positive number"
             )
             raise ValueError(msg)
         norm = operator_norm(self.forward, self.adjoint, shape)
@@ -281,7 +282,7 @@ class Observation:
 
 
 def check_observation(observation: object) -> Observation:
-    """Return the argument if it is an `Observation`, raise TypeError otherwise."""
+    """Return the argument if it is an `Observation`; otherwise raise TypeError."""
     if not isinstance(observation, Observation):
         msg = f"observation must be an Observation; got {type(observation).__name__}"
         raise TypeError(msg)

@@ -1,4 +1,4 @@
-"""Linear functions of a batch of data, of which `Observation` is made."""
+"""Linear operators on a batch of data, for `Observation`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional
 __all__ = ["block_means", "correlation", "matrix_product", "selection"]
 
 Operator = Callable[[Tensor], Tensor]
-"""Data ``(B, *D)`` to ``(B, *E)``."""
+"""Function of data ``(B, *D)`` that returns ``(B, *E)``."""
 
 
 def selection(mask: Tensor) -> Operator:
-    """The entries that a bool mask ``(*D)`` marks, ``(B, m)``.
+    """Selection of the entries that a bool mask ``(*D)`` marks, ``(B, m)``.
 
     Raises
     ------
     TypeError
         If the mask is not boolean.
     ValueError
-        If it marks nothing.
+        If the mask marks no entry.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -31,7 +31,7 @@ def selection(mask: Tensor) -> Operator:
         raise TypeError(msg)
     where = mask.flatten().nonzero().flatten()
     if not len(where):
-        msg = "mask must mark at least one entry as observed; it marks none"
+        msg = "mask must mark at least one entry as observed; got none"
         raise ValueError(msg)
 
     def forward(x: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ def selection(mask: Tensor) -> Operator:
 
 
 def matrix_product(matrix: Tensor) -> Operator:
-    """The product with a matrix ``(m, D)`` of flattened data, ``(B, m)``.
+    """Product of a matrix ``(m, D)`` with flattened data, ``(B, m)``.
 
     Raises
     ------
     ValueError
-        If it is no finite matrix.
+        If ``matrix`` is not a finite matrix.
     """
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
         msg = f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}"
@@ -61,7 +61,7 @@ def matrix_product(matrix: Tensor) -> Operator:
 
 
 def block_means(shape: tuple[int, ...], factor: int) -> Operator:
-    """Means over blocks along all axes but the first of data of a shape ``(C, *S)``."""
+    """Block means along all axes but the first, for data of shape ``(C, *S)``."""
 
     def forward(x: Tensor) -> Tensor:
         _check_shape(x, shape)
@@ -74,12 +74,12 @@ def block_means(shape: tuple[int, ...], factor: int) -> Operator:
 
 
 def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
-    """Images ``(C, H, W)`` correlated with a kernel of odd sizes, zeros around them.
+    """Correlation of images ``(C, H, W)`` with a kernel of odd sizes and zero padding.
 
     Raises
     ------
     ValueError
-        If the kernel has no odd sizes or is not finite.
+        If the kernel does not have odd sizes or is not finite.
     """
     odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
     if not odd or not bool(kernel.isfinite().all()):
@@ -98,13 +98,13 @@ def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
 def _check_size(x: Tensor, size: int, name: str) -> None:
     if math.prod(x.shape[1:]) != size:
         msg = (
-            f"{name} is for data of {size} numbers; got data of shape {tuple(x.shape[1:])}, "
-            f"{math.prod(x.shape[1:])} numbers"
+            f"{name} must fit the data: it is for {size} numbers; got data of shape "
+            f"{tuple(x.shape[1:])}, {math.prod(x.shape[1:])} numbers"
         )
         raise ValueError(msg)
 
 
 def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
-        msg = f"y is of data of shape {shape}; got data of shape {tuple(x.shape[1:])}"
+        msg = f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}"
         raise ValueError(msg)

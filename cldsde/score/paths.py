@@ -1,4 +1,4 @@
-r"""Noise paths: how a network's training made noisy data, :math:`x_t = α(t)\,x_0 + σ(t)\,n`."""
+r"""Noise paths: signal and noise of a network's training data, x_t = α(t) x_0 + σ(t) n."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ __all__ = ["NoisePath"]
 
 Function = Callable[[Tensor], Tensor]
 
-_POINTS = 257  # at which a path is checked
-# Halvings of an interval that find a time of 1e-9 to the last digit.
+_POINTS = 257  # times at which a path is checked
+# With this many bisections a time of 1e-9 is found to the last digit.
 _HALVINGS = 90
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NoisePath:
-    r"""Signal and noise of the data that a network was trained on.
+    r"""Noise schedule of a network's training, as signal α(t) and noise σ(t).
 
     .. math:: x_t = α(t)\,x_0 + σ(t)\,n, \qquad n ∼ N(0, I)
 
-    The ratio σ/α is the noise level, which `PredictionDenoiser` receives; it grows with t.
+    The ratio σ/α is the noise level that `PredictionDenoiser` receives. It must increase with t.
 
     Parameters
     ----------
     signal, noise
-        α and σ: float64 times ``(n,)`` to values ``(n,)``, on the CPU.
+        α and σ, functions of float64 times ``(n,)`` on the CPU that return values ``(n,)``.
     interval
         Times that the network was trained on, from the least noise to the most.
     inverse
-        Half log-SNR κ = log(α/σ), ``(n,)``, to the time that has it. None finds it by bisection.
+        Function of κ = log(α/σ) ``(n,)`` that returns the time with this κ. None: bisection.
     rates
-        Times to (α', σ'), for networks that predict a flow. None uses automatic differentiation.
+        Function of times that returns (α', σ'), for networks that predict a flow. None: automatic
+        differentiation.
 
     Raises
     ------
     TypeError
         If a function is not callable, or does not return a tensor.
     ValueError
-        If the interval is empty, a value is negative or not finite, or the noise level does not
-        grow with t.
+        If the interval is empty, a value is negative or not finite, the noise level does not
+        increase with t, or ``inverse`` is not the inverse.
 
     Examples
     --------
-    The path of a network that was trained on σ between 0.002 and 80, with σ as its clock:
+    The path of a network that was trained on σ between 0.002 and 80, with σ as its time:
 
     >>> import torch
     >>> path = NoisePath(torch.ones_like, lambda t: t, interval=(0.002, 80.0))
@@ -84,8 +85,8 @@ class NoisePath:
         if bool(falls.any()):
             where = times[:-1][falls][0]
             msg = (
-                "signal and noise must have a ratio noise/signal that grows with t; it does not "
-                f"after t = {where:.6g}"
+                "signal and noise must have a ratio noise/signal that increases with t; got a "
+                f"decrease after t = {where:.6g}"
             )
             raise ValueError(msg)
         if self.inverse is not None:
@@ -93,30 +94,30 @@ class NoisePath:
             off = (self.inverse(-level[1:-1].log()) - inner).abs()
             if not bool((off <= 1e-6 * (end - start)).all()):
                 msg = (
-                    "inverse must take κ = log(signal/noise) to its time; at the κ of "
-                    f"t = {float(inner[off.nan_to_num(math.inf).argmax()]):.6g} it does not"
+                    "inverse must map κ = log(signal/noise) to its time; got another time at the κ "
+                    f"of t = {float(inner[off.nan_to_num(math.inf).argmax()]):.6g}"
                 )
                 raise ValueError(msg)
 
     def __repr__(self) -> str:
-        """Functions and interval in one line."""
+        """One line with functions and interval."""
         return constructor_repr(self)
 
     @classmethod
     def linear(cls) -> NoisePath:
-        """The straight path of rectified flow and flow matching, α = 1 − t, σ = t on [0, 1]."""
+        """Linear path of rectified flow and flow matching: α = 1 − t, σ = t on [0, 1]."""
         return cls(_falling, _rising, inverse=_linear_time)
 
     @classmethod
     def cosine(cls) -> NoisePath:
-        """The path α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
+        """Cosine path: α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
         return cls(_cosine, _sine, inverse=_cosine_time)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
-        r"""The path of a discrete diffusion model, α² = ᾱ_i and σ² = 1 − ᾱ_i at t = i.
+        r"""Path of a discrete diffusion model: α² = ᾱ_i and σ² = 1 − ᾱ_i at t = i.
 
-        Between two levels log-SNR is linear in t. Levels at the end of the table with ᾱ = 0, at
+        Between two levels log-SNR is linear in t. Levels with ᾱ = 0 at the end of the table, at
         which nothing of the data is left, are not part of the path.
 
         Parameters
@@ -149,7 +150,7 @@ class NoisePath:
 
     @classmethod
     def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
-        """The path of a process of one component, of a network trained on its perturbed data.
+        """Path of a process with one component, for networks trained on its perturbed data.
 
         Parameters
         ----------
@@ -161,15 +162,15 @@ class NoisePath:
         Raises
         ------
         TypeError
-            If ``sde`` is no process.
+            If ``sde`` is not a process.
         ValueError
-            If it has several components, or ``start`` is not a time of it above 0.
+            If it has several components, or not 0 < ``start`` < T.
         """
         check_process(sde)
         if sde.components != 1:
             msg = (
-                f"sde must have one component; {sde!r} has {sde.components}. A network trained "
-                "with it is a MixedScore, or a score(z, t)"
+                f"sde must have one component; got {sde!r} with {sde.components}. Use a "
+                "MixedScore, or a score(z, t), for a network that was trained with it"
             )
             raise ValueError(msg)
         if not 0 < start < sde.T:
@@ -192,7 +193,7 @@ class NoisePath:
         return low, high
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """Times at which κ = log(α/σ) has given values, ``(n,)`` or ``()`` float64."""
+        """Times with given values of κ = log(α/σ), ``(n,)`` or ``()`` float64."""
         if self.inverse is not None:
             return self.inverse(log_snr).clamp(*self.interval)
         low, high = (torch.full_like(log_snr, end) for end in self.interval)
@@ -203,7 +204,7 @@ class NoisePath:
         return 0.5 * (low + high)
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α' and σ' at times, of the shape of t."""
+        """Derivatives α' and σ' at times, of the shape of t."""
         if self.rates is not None:
             return self.rates(t)
         return _derivative(self.signal, t, "signal"), _derivative(self.noise, t, "noise")
@@ -217,12 +218,14 @@ def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
         if values.requires_grad:
             return torch.autograd.grad(values, at)[0]
     if bool((function(t) != function(t + 1e-3 * (0.5 - t).sign())).any()):
-        msg = f"{name} is no function of torch that can be differentiated; pass rates to the path"
+        msg = (
+            f"{name} must consist of torch's operations to be differentiated; otherwise pass rates"
+        )
         raise ValueError(msg)
     return torch.zeros_like(t)
 
 
-# Functions and classes of the module, not lambdas, so that a path can be pickled.
+# These are functions and classes of the module, so that a path can be pickled.
 
 
 def _falling(t: Tensor) -> Tensor:
@@ -238,7 +241,7 @@ def _linear_time(kappa: Tensor) -> Tensor:
 
 
 def _cosine(t: Tensor) -> Tensor:
-    # Not cos(πt/2), which is 6e-17 at t = 1.
+    # cos(πt/2) would be 6e-17 at t = 1 instead of 0.
     return (0.5 * math.pi * (1 - t)).sin()
 
 
@@ -302,5 +305,8 @@ def _check_values(values: object, times: Tensor, name: str) -> None:
         raise ValueError(msg)
     bad = ~(values.isfinite() & (values >= 0))
     if bool(bad.any()):
-        msg = f"{name} must be finite and not negative; at t = {times[bad][0]:.6g} it is not"
+        msg = (
+            f"{name} must be finite and not negative; got {float(values[bad][0]):.6g} at "
+            f"t = {float(times[bad][0]):.6g}"
+        )
         raise ValueError(msg)

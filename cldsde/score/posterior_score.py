@@ -1,14 +1,14 @@
-r"""Scores of the data given a linear observation, for inverse problems.
+r"""Posterior scores given a linear observation of the data, for inverse problems.
 
-Notation: û = aᵀz is the best unbiased estimate of x_0 from the state, with an error of standard
-deviation σ = e^{−κ(t)}; D = E[x_0 | û], J = ∂D/∂û, and V = Cov[x_0 | û] = σ²J. If x_0 given û were
-Gaussian, then
+Notation: û = aᵀz is the best unbiased estimate of x_0 from the state. Its error has the standard
+deviation σ = e^{−κ(t)} with κ = ½ log SNR. D = E[x_0 | û], J = ∂D/∂û, and V = Cov[x_0 | û] = σ²J.
+If x_0 given û were Gaussian, then
 
 .. math:: D_y = E[x_0 | z_t, y] = D + V A^⊤ R^{-1} (y − A D), \qquad R = A V A^⊤ + s^2 I,
 
-and the score of p(z_t | y) would follow from D_y as the score of p(z_t) follows from D. Since
-û(z + ψδ) = û + δ, products with J need the gradient with respect to the state alone:
-Jᵀw = ψᵀ ∂_z (wᵀD). So any score will do, of any process.
+and the score of p(z_t | y) would follow from D_y as the score of p(z_t) follows from D. Because
+û(z + ψδ) = û + δ, products with J need gradients by the state only: Jᵀw = ψᵀ ∂_z (wᵀD). The method
+therefore works with any score of any process.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ PosteriorMethod = Literal["moments", "pigdm", "dps"]
 """Approximations of p(y | z_t). ``"moments"``: R = A V Aᵀ + s²I, moment matching (MMPS).
 ``"pigdm"``: R = r²A Aᵀ + s²I (ΠGDM). ``"dps"``: R = s²I (DPS)."""
 
-# Most conjugate-gradient iterations of a solve to convergence.
+# Largest number of conjugate-gradient iterations of a solve to convergence.
 _LONGEST_SOLVE = 100
 
 
 class _Coefficients(NamedTuple):
     """Coefficients of a process at times of shape ``*``, with k components, d of them driven."""
 
-    state: Tensor  # (*, 1, k), takes the state, and
-    score: Tensor  # (*, 1, d), the driven score to D
+    state: Tensor  # (*, 1, k), of the state in D
+    score: Tensor  # (*, 1, d), of the driven score in D
     psi: Tensor  # (*, 1, k)
-    to_score: Tensor  # (*, d, 1), takes a change of D to that of the driven score
+    to_score: Tensor  # (*, d, 1), maps a change of D to a change of the driven score
     variance: Tensor  # (*, 1), σ²
 
 
 class Guided(NamedTuple):
-    """Prediction of the data without and with an observation, and how likely it is."""
+    """Data prediction without and with an observation, and the likelihood of the observation."""
 
     data: Tensor  #: D, ``(B, *D)``.
     shift: Tensor  #: D_y − D, ``(B, *D)``.
@@ -63,7 +63,7 @@ class _Linearised(NamedTuple):
 
     score: Tensor
     data: Tensor
-    spread: Callable[[Tensor], Tensor]  # w to V w
+    spread: Callable[[Tensor], Tensor]  # maps w to V w
     coefficients: _Coefficients
     isotropic: Tensor  # r², (B,) or (1,)
 
@@ -74,30 +74,30 @@ class PosteriorScore(nn.Module):
     .. math::
         \hat x_y = D + V A^⊤ R^{-1} (y − A D), \qquad D = E[x_0 | z_t], \quad V ≈ Cov[x_0 | z_t]
 
-    The methods differ in R. None samples the posterior exactly, whatever the solver and the number
-    of steps: `solvers.sample_posterior` corrects them.
+    The methods differ in R. All are biased for every solver and number of steps;
+    `solvers.sample_posterior` corrects the bias.
 
     Parameters
     ----------
     score
-        score(z, t) of the driven components: exact, or a network, under any linear SDE.
+        Function score(z, t) of the driven components, exact or a network, of any linear SDE.
     observation
-        What was observed.
+        The observation.
     method
         ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
         ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
         ``"dps"``: R = s²I; with the right noise it overshoots, and diverges for small s.
     iterations
-        Conjugate-gradient iterations of ``"moments"``, one gradient of the score each; None
-        takes as many as y has numbers, at most 100: to convergence.
+        Conjugate-gradient iterations of ``"moments"``; each takes one gradient of the score. None:
+        to convergence, with at most as many as y has numbers and at most 100.
     gradient
-        False replaces V by r²I: no gradient of the score is taken, and ``"moments"`` and
-        ``"pigdm"`` coincide.
+        Whether to take gradients of the score. False replaces V by r²I; ``"moments"`` and
+        ``"pigdm"`` are then the same.
     data_variance
-        v₀, the variance of one number of the data, for r² and for the guard of the conjugate
-        gradients: a direction in which V exceeds the data's total variance is not followed.
+        v₀, the variance of one number of the data. It sets r², and it limits the conjugate
+        gradients: they stop at a direction in which V exceeds the data's total variance.
     sde
-        The forward process; None takes ``score.sde``.
+        The forward process; None: ``score.sde``.
 
     Raises
     ------
@@ -167,7 +167,7 @@ class PosteriorScore(nn.Module):
             raise ValueError(msg)
         if method == "dps" and observation.noise_std == 0:
             msg = (
-                "method 'dps' divides by the noise: noise_std must be positive; got 0. Take "
+                "noise_std must be positive with method='dps', which divides by it; got 0. Use "
                 "'moments' or 'pigdm'"
             )
             raise ValueError(msg)
@@ -185,7 +185,7 @@ class PosteriorScore(nn.Module):
         self.data_variance = variance
 
     def __repr__(self) -> str:
-        """Score, observation and method in one line."""
+        """One line with score, observation and method."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
     def forward(self, z: Tensor, t: Tensor | float) -> Tensor:
@@ -241,14 +241,14 @@ class PosteriorScore(nn.Module):
         def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
             return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
 
-        # No eigenvalue of a covariance exceeds its trace, that of the data on average.
+        # No eigenvalue of a covariance exceeds its trace, on average the trace of the data's.
         total = self.data_variance * math.prod(shape)
 
         def moments(v: Tensor) -> tuple[Tensor, Tensor]:
             pulled = found.spread(observation.adjoint(v, shape))
-            # For a covariance, |V w|² is at most its largest eigenvalue times wᵀV w. A learnt
-            # Jacobian that is small for y but not for the rest of x would throw the rest far off.
-            # Half the bound, as rounding may take a part of it.
+            # For a covariance |V w|² is at most its largest eigenvalue times wᵀV w. Without this
+            # bound, a learnt Jacobian that is small for y but not for the rest of x would cause
+            # large errors in the rest. Use half the bound to allow for rounding.
             least = 0.5 * (variance * dot(v, v) + dot(pulled, pulled) / total)
             return observation.forward(pulled) + variance * v, least
 
@@ -260,8 +260,8 @@ class PosteriorScore(nn.Module):
                 moments if matched else bounded,
                 isotropic,
                 residual,
-                # In exact arithmetic as many as there are numbers suffice; more let the error of a
-                # Jacobian that is not symmetric grow.
+                # In exact arithmetic as many iterations as y has numbers suffice. More of them
+                # amplify the error of a Jacobian that is not symmetric.
                 iterations=(matched and self.iterations)
                 or min(_LONGEST_SOLVE, residual[0].numel()),
             )
@@ -293,7 +293,8 @@ class PosteriorScore(nn.Module):
         check_state(z, self.sde.components)
         if torch.is_grad_enabled() and z.requires_grad:
             msg = (
-                "z must not require gradients: a PosteriorScore cannot be differentiated; detach it"
+                "z must not require gradients, because a PosteriorScore cannot be differentiated; "
+                "pass z.detach()"
             )
             raise ValueError(msg)
         self.observation.check(z.shape[2:], dtype=z.dtype, device=z.device)
@@ -310,7 +311,7 @@ class PosteriorScore(nn.Module):
             return _Linearised(
                 score, data, lambda w: per_sample(isotropic, w) * w, coefficients, isotropic
             )
-        # Solvers run without gradients, perhaps in inference mode; V needs them.
+        # V needs gradients, which solvers disable.
         with torch.inference_mode(mode=False), torch.enable_grad():
             state = z.detach().clone().requires_grad_()
             score = checked_score(self.score(state, t), state, driven)
@@ -344,7 +345,7 @@ class PosteriorScore(nn.Module):
 
 
 def _plain(t: Tensor | float, z: Tensor) -> Tensor:
-    """Times as a score receives them, that autograd can record also in inference mode."""
+    """Times as a score receives them, as tensors that autograd can record in inference mode."""
     if not isinstance(t, Tensor):
         with torch.inference_mode(mode=False):
             return score_argument(score_times(t, z), z).expand(len(z))

@@ -1,4 +1,4 @@
-"""Discrete data as continuous ones, and likelihoods in bits per dimension."""
+"""Dequantisation of discrete data, and likelihoods in bits per dimension."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ __all__ = ["bits_per_dim", "dequantise"]
 
 
 def bits_per_dim(log_prob: Tensor, dimension: int, bin_width: float = 1.0) -> Tensor:
-    """Negative log-likelihood in bits a dimension of the discrete data that were dequantised.
+    """Negative log-likelihood in bits per dimension of dequantised discrete data.
 
     Parameters
     ----------
     log_prob
-        Log-density in nats.
+        Log-density in nats, of any shape.
     dimension
-        Numbers of a datum.
+        Number D of entries of a data point.
     bin_width
-        Distance of two levels in the units of the density: 2/256 for bytes scaled to [−1, 1],
-        1/256 for [0, 1]; 1 for a density of its own.
+        Distance between two levels in the units of the density: 2/256 for bytes scaled to [−1, 1],
+        1/256 for [0, 1], and 1 for continuous data.
+
+    Returns
+    -------
+    Tensor
+        Of the shape of ``log_prob``.
 
     Examples
     --------
@@ -45,7 +50,7 @@ def dequantise(
     high: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Spread discrete levels uniformly over their bins, (level + U) / count, scaled to [low, high].
+    """Uniform dequantisation: (level + U) / count with U ~ U(0, 1), scaled to [low, high].
 
     The density of the result bounds the probability of the levels (Theis et al. 2016): pass
     ``bin_width=(high - low) / count`` to `bits_per_dim`.
@@ -59,7 +64,7 @@ def dequantise(
     low, high
         Ends of the scale.
     generator
-        Source of U.
+        Random generator of U.
 
     Returns
     -------
@@ -72,6 +77,13 @@ def dequantise(
         If the levels are not integers.
     ValueError
         If a level is out of range or low ≥ high.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = dequantise(torch.tensor([0, 255]), generator=torch.Generator().manual_seed(0))
+    >>> bool((x[0] < -0.99) and (x[1] > 0.99))
+    True
     """
     if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.is_complex():
         got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__

@@ -1,4 +1,4 @@
-"""The reverse process: a forward process and a score."""
+"""Reverse process: the time reversal of a forward process, defined by a score."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = [
 
 
 class Score(Protocol):
-    """Score of the driven components: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``.
+    """Interface of a score: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``.
 
-    The times are rounded to the dtype of the state, float32 at least, and on its device: one may be
-    less than the grid's by half a unit in its last place. They are a view of one
-    number where the batch shares it, and not to be written to; nor is the state.
+    The times are on the state's device and rounded to its dtype, float32 at least. They may differ
+    from the grid's times by this rounding. If the batch shares one time, they are an expanded view
+    of one number. A score must not change times or states in place.
 
     A score may have a method ``data_prediction(z, t)`` for E[x_0 | z_t], ``(B, *D)``. Solvers call
-    it, in place of the score, at times when a state tells so little of the data (κ < −8) that the
-    score does not determine the prediction: at t = 1 of `RectifiedFlow`.
+    it in place of the score if the score does not determine the data accurately (κ < −8), for
+    example at t = 1 of `RectifiedFlow`.
     """
 
     def __call__(self, z: Tensor, t: Tensor, /) -> Tensor:
@@ -61,10 +61,10 @@ def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
-    """What a score returned, in the state's dtype, if it is ``(B, driven, *D)``; or raise."""
+    """Return a score's result in the state's dtype; raise unless it is ``(B, driven, *D)``."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        msg = f"score must return a tensor of real floating-point numbers; got {got}"
+        msg = f"score must return a real floating-point tensor; got {got}"
         raise TypeError(msg)
     batch, _, *data = z.shape
     if value.shape != (shape := (batch, driven, *data)):
@@ -87,24 +87,25 @@ def check_no_denoiser(score: object, name: str) -> None:
 
 
 class ReverseProcess:
-    r"""The time reversal of a linear SDE with a given score.
+    r"""Reverse process: the time reversal of a linear SDE with a given score.
 
     .. math::
         \text{reverse SDE} \quad dz &= [F z − G G^⊤ s]\,dt + G\,d\bar w \\
         \text{probability flow} \quad dz &= [F z − \tfrac12 G G^⊤ s]\,dt \\
         \text{the family between} \quad dz &= [F z − \tfrac{1+λ^2}2 G G^⊤ s]\,dt + λ G\,d\bar w
 
-    all in the forward clock, integrated from t = 1 down (Anderson 1982; Song et al. 2021, eqs. 6
-    and 13). All have the marginals of the forward process; λ ≥ 0 is the stochasticity, 1 for the
-    reverse SDE and 0 for the flow. G Gᵀ s needs the score's driven rows only.
+    t is forward time in all of them, and they are integrated from t = 1 down (Anderson 1982; Song
+    et al. 2021, eqs. 6 and 13). All have the marginals of the forward process. λ ≥ 0 is the
+    stochasticity, 1 for the reverse SDE and 0 for the probability flow. G Gᵀ s needs the score of
+    the driven components only.
 
     Parameters
     ----------
     sde
         The forward process.
     score
-        score(z, t): state ``(B, k, *D)`` and times ``(B,)`` to ``(B, len(driven), *D)``; see
-        `Score`.
+        Function score(z, t) of states ``(B, k, *D)`` and times ``(B,)`` that returns
+        ``(B, len(driven), *D)``; see `Score`.
 
     Raises
     ------
@@ -131,19 +132,20 @@ class ReverseProcess:
         other = getattr(score, "sde", sde)
         if other is not sde and not same_dynamics(sde, other):
             msg = (
-                f"score belongs to another process, {other!r}, than sde, {sde!r}: their drift, "
-                "diffusion or initial covariance differ"
+                f"score belongs to another process, {other!r}, than sde, {sde!r}: drift, diffusion "
+                "or initial covariance differ. Use the score of sde, or wrap the score's denoiser "
+                "in a DenoiserScore"
             )
             raise ValueError(msg)
         self.sde = sde
         self.score = score
 
     def __repr__(self) -> str:
-        """Process and score in one line."""
+        """One line with process and score."""
         return constructor_repr(self)
 
     def drift(self, z: Tensor, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
-        """Drift in the forward clock, F z − (1 + λ²)/2 GGᵀ s, ``(B, k, *D)``.
+        """Drift F z − (1 + λ²)/2 GGᵀ s in forward time, ``(B, k, *D)``.
 
         Parameters
         ----------
@@ -162,16 +164,16 @@ class ReverseProcess:
         return apply_blocks(self.sde.drift(times), z) - apply_blocks(pull, score)
 
     def probability_flow(self, z: Tensor, t: TimeLike) -> Tensor:
-        """Velocity of the probability-flow ODE in the forward clock, F z − ½ GGᵀ s."""
+        """Velocity F z − ½ GGᵀ s of the probability-flow ODE in forward time, ``(B, k, *D)``."""
         return self.drift(z, t, stochasticity=0.0)
 
     def diffusion(self, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
-        """λ G(t), ``(*t.shape, k, r)`` float64 on the host."""
+        """Diffusion matrix λ G(t), ``(*t.shape, k, r)`` float64 on the CPU."""
         check_at_least(stochasticity, 0.0, "stochasticity")
         return stochasticity * self.sde.diffusion(t)
 
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
-        """E[x_0 | z_t] from the score's driven rows, ``(B, *D)``; one score evaluation.
+        """Data prediction E[x_0 | z_t] from the driven score, ``(B, *D)``; one score evaluation.
 
         Raises
         ------
@@ -181,7 +183,7 @@ class ReverseProcess:
         return self._converted(z, t, "data")
 
     def full_score(self, z: Tensor, t: TimeLike) -> Tensor:
-        """∂ log p_t(z)/∂z on all components, ``(B, k, *D)``, from the score's driven rows.
+        """Score ∂ log p_t(z)/∂z of all components, ``(B, k, *D)``, from the driven score.
 
         Raises
         ------
@@ -196,28 +198,28 @@ class ReverseProcess:
         return convert(z, self.evaluate(z, times))
 
     def evaluations(self, times: Tensor) -> Tensor:
-        """Number of evaluations that one of the score at each time counts for, int64.
+        """Network evaluations per score evaluation at each time, int64 of the shape of ``times``.
 
-        It is 1, unless the score has a method ``evaluations`` that says otherwise: with guidance
+        The number is 1, or the value of the score's method ``evaluations``. With guidance
         (`GuidedScore`) a network is evaluated twice.
         """
         counts = getattr(self.score, "evaluations", None)
         return torch.ones_like(times, dtype=torch.int64) if counts is None else counts(times)
 
     def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
-        """Score of the driven components at float64 times on the host, ``()`` or ``(B,)``, checked.
+        """Evaluate and check the score at float64 times on the CPU, ``()`` or ``(B,)``.
 
         Raises
         ------
         TypeError, ValueError
             If the score does not return a tensor ``(B, len(driven), *D)``.
         """
-        asked = score_argument(times, z).expand(len(z))
-        return checked_score(self.score(z, asked), z, len(self.sde.driven))
+        argument = score_argument(times, z).expand(len(z))
+        return checked_score(self.score(z, argument), z, len(self.sde.driven))
 
 
 class KnownScore:
-    """The score of a process at known times: counts evaluations and checks their results."""
+    """Score of a process at known times; it counts evaluations and checks their results."""
 
     def __init__(
         self, process: ReverseProcess, times: KnownTimes, z: Tensor, moved: Tensor | None = None
@@ -230,13 +232,13 @@ class KnownScore:
             self._counts = process.evaluations(times.times).tolist()
 
     def __call__(self, z: Tensor, number: int) -> Tensor:
-        """Score ``(B, d, *D)`` of states at the time of the given number."""
+        """Score ``(B, d, *D)`` of states at the time with the given index."""
         self.nfev += 1 if self._counts is None else self._counts[number]
         z = z.contiguous()
         return checked_score(self._score(z, self._arguments[number]), z, self._driven)
 
     def data_prediction(self, z: Tensor, number: int) -> Tensor:
-        """E[x_0 | z_t] by the score's own method, ``(B, 1, *D)``; counts as one evaluation."""
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method; it counts as one evaluation."""
         self.nfev += 1
         z = z.contiguous()
         value = checked_data_method(self._score)(z, self._arguments[number])
@@ -248,19 +250,19 @@ class KnownScore:
 
 
 def checked_data_method(score: object) -> Callable[[Tensor, Tensor], Tensor]:
-    """The method ``data_prediction`` of a score.
+    """Return the method ``data_prediction`` of a score.
 
     Raises
     ------
     ValueError
-        If it has none.
+        If the score has no such method.
     """
     method: Callable[[Tensor, Tensor], Tensor] | None = getattr(score, "data_prediction", None)
     if method is None:
         msg = (
-            f"score: {type(score).__name__} has no method data_prediction(z, t), which is called "
-            "when a state tells nothing of the data, as at t = 1; start at an earlier time "
-            "(LinearSDE.regular_until) or add the method"
+            "score must have a method data_prediction(z, t) to start at this time, because the "
+            f"score does not determine the data; got {type(score).__name__} without it. Start at "
+            "LinearSDE.regular_until or earlier, or add the method"
         )
         raise ValueError(msg)
     return method

@@ -1,13 +1,13 @@
-r"""The denoiser of a score: a network trained with one process samples with every other.
+r"""Denoiser from a score: a network trained with one process samples with any other.
 
-A state that agrees with data plus noise, u = x_0 + σ n, is
+Given noisy data u = x_0 + σ n, a state at the time of the noise level σ is
 
-.. math:: z = ψ u + L P ξ, \qquad P = I − w w^⊤ / w^⊤ w, \quad w = L^{-1} ψ,
+.. math:: z = ψ u + L P ξ, \qquad P = I − w w^⊤ / w^⊤ w, \quad w = L^{-1} ψ.
 
-at the time of the noise level σ: its best estimate of the data is u, and LPξ is independent of the
-data. The score at z gives E[x_0 | z] = D(u, σ). An exact score gives the same for every ξ. A
-network that was trained on states needs ξ: without it, or with one ξ for all samples, the network
-sees states that it was not trained on.
+Its best estimate of the data is u, and LPξ is independent of the data. The score at z gives
+E[x_0 | z] = D(u, σ). An exact score gives the same for every ξ. A network that was trained on
+states needs ξ. Without it, or with one ξ for all samples, the network gets states that it was not
+trained on.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class _Lift(NamedTuple):
 
 
 class ScoreDenoiser(nn.Module):
-    r"""Denoiser D(u, σ) of a score of any linear SDE, to sample with other processes.
+    r"""Denoiser D(u, σ) from a score of any linear SDE, to sample with other processes.
 
     Parameters
     ----------
     score
-        score(z, t, \*\*conditions) of the driven components, such as a `MixedScore`.
+        Function score(z, t, \*\*conditions) of the driven components, such as a `MixedScore`.
     sde
-        The process of the score. None takes its attribute ``sde``.
+        The process of the score. None: the score's attribute ``sde``.
     fill
-        Whether to add ξ to states of several components. False is for scores that depend on the
-        state through its estimate of the data alone, such as exact ones.
+        Whether to add ξ to states of several components. Use False for scores that depend on the
+        state only through its estimate of the data, such as exact scores.
     start
         Smallest time that the score was trained on, > 0.
     seed
@@ -61,8 +61,8 @@ class ScoreDenoiser(nn.Module):
     TypeError
         If ``score`` is not callable or there is no process.
     ValueError
-        If ``start`` is no time of the process above 0. At an evaluation: if the driven score does
-        not determine the data (see `Conversion`), or a noise level is not one of the process.
+        If not 0 < ``start`` < T. At an evaluation: if the driven score does not determine the data
+        (see `Conversion`), or a noise level lies outside of the process's range.
 
     Examples
     --------
@@ -133,7 +133,7 @@ class ScoreDenoiser(nn.Module):
         return (apply_blocks(lift.state, z) + apply_blocks(lift.value, score))[:, 0]
 
     def _noise(self, z: Tensor) -> Tensor:
-        """Noise of the seed, drawn on the CPU once for all states of a kind."""
+        """Noise of the seed, drawn on the CPU once per shape, dtype and device of the states."""
         kind = (z.shape, z.dtype, z.device)
         if self._kept is None or self._kept[0] != kind:
             generator = torch.Generator().manual_seed(self.seed)
@@ -151,11 +151,12 @@ class ScoreDenoiser(nn.Module):
     def _lift(self, levels: Tensor) -> _Lift:
         t = self._times(levels)
         kernel = self.sde.marginal(t)
-        law = whiten(self.sde, kernel, t)
+        whitened = whiten(self.sde, kernel, t)
         data = Conversion.at(self.sde, t, "score", "data")
         k = self.sde.components
-        # û = wᵀL⁻¹z/q takes L P ξ to 0.
-        estimate = law.signal.mT @ law.inverse / law.information()[..., None, None]
+        # û = wᵀL⁻¹z/q maps L P ξ to 0.
+        information = whitened.information()[..., None, None]
+        estimate = whitened.signal.mT @ whitened.inverse / information
         eye = torch.eye(k, dtype=torch.float64, device="cpu")
-        rest = (eye - law.psi @ estimate) @ kernel.root
-        return _Lift(t, law.psi, rest, data.state, data.value)
+        rest = (eye - whitened.psi @ estimate) @ kernel.root
+        return _Lift(t, whitened.psi, rest, data.state, data.value)

@@ -1,4 +1,4 @@
-"""Importance sampling of training times."""
+"""Importance sampling of training times, and densities to sample them from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from cldsde.linear.checks import as_number, as_times, check_between, check_positive
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import Conditioning, WhitenedLaw, whiten
+from cldsde.score.conversion import Conditioning, WhitenedKernel, whiten
 from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 
 __all__ = ["TimeSampler", "log_snr_density", "logit_normal_density", "mode_density"]
@@ -22,20 +22,22 @@ _KNOTS = 2001
 
 
 class TimeSampler:
-    """Draws times from a density given up to a constant, with the weights that undo it.
+    """Importance sampler of training times: draws times from a density, with weights.
 
-    The density is tabulated on 2,001 times that are even in log t, and its distribution function
-    inverted by linear interpolation; so the density of the draws is constant between knots, and
-    the weights are those of that density exactly: for any loss, the mean of weight · loss is
-    unbiased for the mean of the loss over times uniform on [t_min, 1]. Between no two knots lies
-    less than 1e-13 of the draws.
+    The mean of weight · loss is an unbiased estimate of the mean loss over times uniform on
+    [t_min, 1], for any loss.
+
+    The density is tabulated at 2,001 times uniform in log t, and its distribution function is
+    inverted by linear interpolation. The density of the draws is therefore constant between knots,
+    and the weights belong to this density exactly. Each interval between knots gets at least 1e-13
+    of the draws.
 
     Parameters
     ----------
     density
-        Float64 times ``(n,)`` to values ``(n,)``, finite and positive. The best is the root of
-        the loss's second moment at each time; proportional to the loss, it makes the expected
-        weighted loss the same at every time.
+        Function of float64 times ``(n,)`` that returns values ``(n,)``, finite and positive. It
+        need not be normalised. The best density is the root of the loss's second moment at each
+        time. A density proportional to the loss makes the expected weighted loss constant in time.
     t_min
         Smallest time, in (0, ½].
 
@@ -61,13 +63,16 @@ class TimeSampler:
         self._knots[0], self._knots[-1] = t_min, 1.0
         values = torch.as_tensor(density(self._knots), dtype=torch.float64, device="cpu")
         fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
-        # It may be zero at an end, as the best loss is where nothing of the data is left.
+        # The density may be zero at an end, as the best loss is if nothing of the data is left.
         if not fits or not bool((values[1:-1] > 0).all()):
-            msg = "density must return one finite, positive value for each time"
+            msg = (
+                "density must return one finite, positive value per time, shape "
+                f"{tuple(self._knots.shape)}; got shape {tuple(values.shape)} and values {values}"
+            )
             raise ValueError(msg)
         widths = self._knots.diff()
         mass = 0.5 * (values[1:] + values[:-1]) * widths
-        # Less is lost in sums near 1, and a time that is never drawn has no weight.
+        # A smaller mass would be lost in sums near 1, and a time without mass has no weight.
         mass = mass.clamp_min(1e-13 * float(mass.sum()))
         self._cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)]) / mass.sum()
         self._cumulative[-1] = 1.0
@@ -83,7 +88,7 @@ class TimeSampler:
         conditioning: Conditioning = "data",
         weighting: Weighting = "reweighted",
     ) -> TimeSampler:
-        """Times at which the best score's loss on Gaussian data is the same share of the whole.
+        """Importance sampler for Gaussian data: the density is the loss of the best score.
 
         Parameters
         ----------
@@ -110,15 +115,15 @@ class TimeSampler:
         return cls(density, t_min)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` times, one in each n-th part of the distribution, and their weights.
+        """Draw ``n`` stratified times and their weights: one time in each n-th of the distribution.
 
-        The parts come in random order, so that each time has the density by itself, whichever datum
-        it meets; together they are spread more evenly than independent times.
+        The order of the strata is random, so each time by itself has the density. Together they are
+        spread more evenly than independent times.
 
         Returns
         -------
         t, weight : tuple of Tensor
-            ``(n,)`` float64 on the host.
+            ``(n,)`` float64 on the CPU.
         """
         check_generator(generator, several=False)
         device = torch.device("cpu") if generator is None else generator.device
@@ -128,12 +133,12 @@ class TimeSampler:
         return self.quantiles((part + shift) / n)
 
     def quantiles(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Times, and their weights, below which the shares u ∈ [0, 1] of the draws lie.
+        """Quantiles of the times at u ∈ [0, 1], and their weights.
 
         Raises
         ------
         ValueError
-            If a share lies outside [0, 1].
+            If a number lies outside [0, 1].
         """
         if not bool(((u >= 0) & (u <= 1)).all()):
             msg = f"u must lie in [0, 1]; got values from {float(u.min()):g} to {float(u.max()):g}"
@@ -149,9 +154,9 @@ class TimeSampler:
 def log_snr_density(
     sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2
 ) -> Callable[[Tensor], Tensor]:
-    r"""Density of times at which half the log of the signal-to-noise ratio is normal.
+    r"""EDM's density of training times: κ = ½ log SNR is normally distributed.
 
-    With κ(t) = ½ log ψᵀΣ⁻¹ψ, whatever the process's clock,
+    For any noise schedule, with κ(t) = ½ log ψᵀΣ⁻¹ψ (`LinearSDE.log_snr`),
 
     .. math:: p(t) = N(κ(t);\ \text{mean}, \text{std}^2)\,|\dot κ(t)|, \qquad
               −\dot κ = \frac{|G^⊤ Σ^{−1} ψ|^2}{2\,ψ^⊤ Σ^{−1} ψ}.
@@ -161,15 +166,15 @@ def log_snr_density(
     sde
         The forward process.
     mean, std
-        Of κ, that is of −log of the noise's standard deviation, in the units of the data. The
-        defaults are those with which Karras et al. (2022, table 1) train on images in [−1, 1],
-        whose deviation is about ½; for data of another deviation s take mean − log 2s.
+        Mean and standard deviation of κ = −log σ with the noise level σ. The defaults are from
+        Karras et al. (2022, table 1), who train on images in [−1, 1] with a standard deviation of
+        about ½. For data with standard deviation s take mean − log 2s.
 
     Returns
     -------
     callable
-        Float64 times of any shape in (0, 1] to values of that shape; for `TimeSampler`, and with
-        `MixedScore.log_snr_weighting` for a loss by noise levels.
+        Function of float64 times of any shape in (0, 1] that returns values of that shape. Use it
+        with `TimeSampler`, and with `MixedScore.log_snr_weighting` for a loss by noise levels.
 
     Raises
     ------
@@ -189,14 +194,14 @@ def log_snr_density(
 
 @dataclass(frozen=True)
 class LogSNRDensity:
-    """The density of `log_snr_density`, which is called with times."""
+    """Result of `log_snr_density`."""
 
     sde: LinearSDE
     mean: float
     std: float
 
     def __post_init__(self) -> None:
-        """Refuse another type than a process, and numbers that are out of range."""
+        """Check the process and the numbers."""
         check_process(self.sde)
         check_positive(self.std, "std")
         if not math.isfinite(as_number(self.mean, "mean")):
@@ -206,16 +211,16 @@ class LogSNRDensity:
     def __call__(self, t: Tensor) -> Tensor:
         """Density at times of any shape in (0, 1]."""
         times = as_times(t, "t", self.sde.T)
-        return self.of_law(times, whiten(self.sde, self.sde.marginal(times), times))
+        return self.of_kernel(times, whiten(self.sde, self.sde.marginal(times), times))
 
-    def of_law(self, times: Tensor, law: WhitenedLaw) -> Tensor:
-        """The same where the law of each time is known."""
-        information = law.information()
-        driven = law.signal[..., -len(self.sde.driven) :, :]
-        pulled = likelihood_rows(self.sde, times, law) @ driven
+    def of_kernel(self, times: Tensor, whitened: WhitenedKernel) -> Tensor:
+        """Density at times whose whitened kernel is known."""
+        information = whitened.information()
+        driven = whitened.signal[..., -len(self.sde.driven) :, :]
+        pulled = likelihood_rows(self.sde, times, whitened) @ driven
         nothing = information == 0
         rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
-        # Beyond 30 deviations it would be zero, which a time's weight is divided by.
+        # Clamp at 30 standard deviations, because weights divide by the density.
         distance = ((0.5 * information.log() - self.mean) / self.std).clamp(-30, 30)
         return rate * torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
 
@@ -223,17 +228,19 @@ class LogSNRDensity:
 def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Tensor], Tensor]:
     r"""Density of times whose logit log t/(1 − t) is normal (Esser et al. 2024, equation 19).
 
-    For `cldsde.RectifiedFlow`, under which the logit is −κ, it is `log_snr_density` of mean −mean.
+    For `cldsde.RectifiedFlow` the logit is −κ, so the density equals `log_snr_density` with the
+    mean −``mean``.
 
     Parameters
     ----------
     mean, std
-        Of the logit; a negative mean prefers times near the data.
+        Mean and standard deviation of the logit. A negative mean prefers times near the data.
 
     Returns
     -------
     callable
-        Float64 times of any shape in (0, 1] to values of that shape, for `TimeSampler`.
+        Function of float64 times of any shape in (0, 1] that returns values of that shape, for
+        `TimeSampler`.
 
     Raises
     ------
@@ -252,13 +259,13 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
 
 @dataclass(frozen=True)
 class LogitNormalDensity:
-    """The density of `logit_normal_density`, which is called with times."""
+    """Result of `logit_normal_density`."""
 
     mean: float
     std: float
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are out of range."""
+        """Check the numbers."""
         check_positive(self.std, "std")
         if not math.isfinite(as_number(self.mean, "mean")):
             msg = f"mean must be finite; got {self.mean!r}"
@@ -280,12 +287,13 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     Parameters
     ----------
     scale
-        s in (−1, 2/(π − 2)): 0 is uniform, above it the middle is preferred, below it the ends.
+        s in (−1, 2/(π − 2)). 0 is uniform; a positive s prefers the middle, a negative s the ends.
 
     Returns
     -------
     callable
-        Float64 times of any shape in [0, 1] to values of that shape, for `TimeSampler`.
+        Function of float64 times of any shape in [0, 1] that returns values of that shape, for
+        `TimeSampler`.
 
     Raises
     ------
@@ -303,22 +311,22 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class ModeDensity:
-    """The density of `mode_density`, which is called with times."""
+    """Result of `mode_density`."""
 
     scale: float
 
     def __post_init__(self) -> None:
-        """Refuse a scale that is out of range."""
+        """Check the scale."""
         check_between(self.scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
 
     def __call__(self, t: Tensor | float) -> Tensor:
         """Density at times of any shape in [0, 1]."""
         times = as_times(t, "t", 1.0)
         low, high = torch.zeros_like(times), torch.ones_like(times)
-        for _ in range(60):  # t falls with u
+        for _ in range(60):  # bisection; t decreases with u
             u = (low + high) / 2
-            bend = (math.pi / 2 * u).cos().square() - 1 + u
-            above = 1 - u - self.scale * bend > times
+            curve = (math.pi / 2 * u).cos().square() - 1 + u
+            above = 1 - u - self.scale * curve > times
             low, high = torch.where(above, u, low), torch.where(above, high, u)
         u = (low + high) / 2
         return 1 / (1 + self.scale * (1 - math.pi / 2 * (math.pi * u).sin()))

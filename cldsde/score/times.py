@@ -1,8 +1,8 @@
 """Times at which a score is called.
 
 A score is called as score(z, t) with times ``(B,)`` on the state's device, rounded to its dtype.
-The coefficients of a process are computed on the CPU, from float64 times. To read the times back
-would wait for the device and lose digits. So solvers hand out times that remember their float64
+The coefficients of a process are computed on the CPU from float64 times. Reading the times back
+would wait for the device and lose digits. Solvers therefore pass times that remember their float64
 values (`KnownTimes`), and scores compute their coefficients for all of these times at once
 (`coefficients_at`).
 """
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
-"""A NamedTuple of tensors, whose first axes are those of the times."""
+"""A NamedTuple of tensors whose first axes are the axes of the times."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.compiler.disable` that does not import the compiler unless a graph is being traced."""
+    """Apply `torch.compiler.disable`, but import the compiler only while a graph is traced."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -63,14 +63,14 @@ class KnownTimes:
         self._mapped: WeakKeyDictionary[object, KnownTimes] = WeakKeyDictionary()
 
     def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[Tensor]:
-        """The times as a score receives them, one tensor ``(B,)`` for each evaluation.
+        """Times as a score receives them, one tensor ``(B,)`` per evaluation.
 
         Parameters
         ----------
         z
-            States like those that the score will see, ``(B, k, *D)``.
+            States ``(B, k, *D)`` with the shape, dtype and device of the score's argument.
         moved
-            The times in the dtype and on the device of the score's argument, if they are there.
+            The times in that dtype and on that device, if they have been copied already.
         """
         table = score_argument(self.times, z) if moved is None else moved
         found = [row.expand(len(z)) for row in table.unbind()]
@@ -79,9 +79,9 @@ class KnownTimes:
         return found
 
     def mapped(self, owner: object, function: Callable[[Tensor], Tensor]) -> KnownTimes:
-        """Values of a function of the times, such as noise levels, known as the times are.
+        """Known values of a function of the times, such as noise levels.
 
-        The function is called once for each ``owner``.
+        The function is called once per ``owner``.
         """
         if owner not in self._mapped:
             with torch.inference_mode(False), torch.no_grad():
@@ -89,7 +89,7 @@ class KnownTimes:
         return self._mapped[owner]
 
     def __reduce__(self) -> tuple[type[KnownTimes], tuple[Tensor]]:
-        """Copies are without tables, which are made again when they are needed."""
+        """Pickle without the tables, which are computed again when needed."""
         return KnownTimes, (self.times,)
 
     def row(
@@ -100,9 +100,9 @@ class KnownTimes:
         kind: tuple[torch.dtype, torch.device],
         version: object,
     ) -> Coefficients:
-        """Coefficients of ``owner`` at the time of a number; those of all times are made together.
+        """Coefficients of ``owner`` at the time with the given index, from a table of all times.
 
-        Each dtype and device has a table, which is made again for another version of the owner.
+        There is one table per dtype and device. It is computed again if the version changes.
         """
         tables = self._tables.setdefault(owner, {})
         known, rows = tables.get(kind, (None, []))
@@ -126,7 +126,7 @@ class _Entry(NamedTuple):
 
 
 def score_argument(times: Tensor, z: Tensor) -> Tensor:
-    """Times as a score receives them: on the state's device, in its dtype or float32 at least."""
+    """Times as a score receives them: on the state's device, in its dtype, at least float32."""
     return times.to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
 
 
@@ -137,9 +137,8 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
     Parameters
     ----------
     t
-        One time or ``(B,)``. The values of times that a solver hands out are not read back. A
-        ``(B,)`` tensor expanded from one number (stride 0) is known to be shared without looking at
-        its values.
+        One time or ``(B,)``. The values of times from a solver are not read back. A ``(B,)`` tensor
+        expanded from one number (stride 0) counts as shared without a look at its values.
     z
         The state, ``(B, k, *D)``.
 
@@ -152,7 +151,7 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
     if known is not None:
         value: Tensor = known.value
         if value.ndim and len(value) != len(z):
-            msg = f"t holds {len(value)} times for a batch of {len(z)} samples"
+            msg = f"t must hold one time per sample, {len(z)}; got {len(value)} times"
             raise ValueError(msg)
         return value
     if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
@@ -168,14 +167,14 @@ def score_times(t: TimeLike, z: Tensor) -> Tensor:
 def with_known(
     argument: Tensor, t: TimeLike, owner: object, function: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``argument``, the values of a function of times t, which remembers their float64 values.
+    """Mark values of a function of times t with their float64 values, and return them.
 
     Parameters
     ----------
     argument
-        ``(B,)``, the values on the state's device; the tensor itself is marked and returned.
+        Values ``(B,)`` on the state's device. The tensor itself is marked and returned.
     t
-        Times that a solver has handed out; for any other times nothing is remembered.
+        Times from a solver. For other times the tensor is not marked.
     owner, function
         See `KnownTimes.mapped`.
     """
@@ -201,18 +200,18 @@ def coefficients_at(
     Parameters
     ----------
     owner
-        The score; tables of known times are kept for it.
+        The score, which owns the tables of known times.
     t, z
         Arguments of the call.
     make
-        Times, float64 on the CPU, to a NamedTuple of float64 tensors.
+        Function of float64 times on the CPU that returns a NamedTuple of float64 tensors.
     dtype
-        Of the result.
+        Dtype of the result.
     version
-        Of what the coefficients depend on, not None; a table of another version is made again.
-        None if they are to be differentiated: then they are computed at each call.
+        Version of everything that the coefficients depend on. A table of another version is
+        computed again. None: the coefficients need gradients and are computed at each call.
     read
-        Checks ``t`` and returns its values in float64 on the CPU.
+        Function that checks ``t`` and returns its values as float64 on the CPU.
     """
 
     def moved(times: Tensor) -> Coefficients:
@@ -230,7 +229,7 @@ def coefficients_at(
 
 
 def on_device(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Tensors of the CPU in a dtype and on a device, moved there in one copy."""
+    """Copy CPU tensors to a device in a given dtype, in one transfer."""
     parts = [part.to(dtype) for part in parts]
     if device.type == "cpu":
         return parts

@@ -1,9 +1,9 @@
-r"""Bounds on likelihoods by diffusion models without solving an ODE, and cross-entropies.
+r"""Evidence lower bounds of diffusion models without an ODE, and cross-entropies.
 
-The reverse SDE from the prior to t_min, followed by the decoder p(x_0 | z) = N(x̃(z), 1/I) with
-x̃ = ψᵀΣ⁻¹z / I and I = ψᵀΣ⁻¹ψ at t_min, is a latent-variable model, and the forward process given
-x_0 a law of its latents. The divergence of the two path measures gives (Kingma et al. 2021; with
-auxiliary components Singhal, Goldstein and Ranganath 2023)
+The reverse SDE from the prior to t_min, followed by a decoder, is a latent-variable model. The
+decoder is p(x_0 | z) = N(x̃(z), 1/I) with x̃ = ψᵀΣ⁻¹z / I and I = ψᵀΣ⁻¹ψ at t_min. The forward
+process given x_0 is the approximate posterior of its latents. The divergence of the two path
+measures gives (Kingma et al. 2021; with auxiliary components Singhal, Goldstein and Ranganath 2023)
 
 .. math::
     −\log p(x_0) ≤ \mathrm{KL}\bigl(q(z_T | x_0) \,\|\, p_T\bigr)
@@ -11,14 +11,14 @@ auxiliary components Singhal, Goldstein and Ranganath 2023)
       + \tfrac D2 \log\frac{2πe}{I(t_{min})}.
 
 q(z_t | x_0) has the auxiliary components integrated out, so the integrand is the hybrid
-score-matching loss. In terms of the data prediction it is ½ (−dI/dt) E|x_0 − x̂_0|²: with the best
-score the bound depends on the process through I(t_min) and the law at T alone (Kingma et al. 2021,
-for k = 1), and what else a learnt process gains is a score that is easier to learn. Everything is
-differentiable in the process.
+score-matching loss. In terms of the data prediction it is ½ (−dI/dt) E|x_0 − x̂_0|². With the best
+score the bound therefore depends on the process only through I(t_min) and the distribution at T
+(Kingma et al. 2021, for k = 1). A learnt process can gain more only if its score is easier to
+learn. Everything is differentiable in the process.
 
-Where the data are themselves latent variables with a law q of their own, the same divergence gives
-the cross-entropy of q and the model at t_min, all components taken together (Vahdat, Kreis and
-Kautz 2021, theorem 1, for k = 1),
+If the data are latent variables with a distribution q, the same divergence gives the cross-entropy
+of q and the model at t_min, for all components together (Vahdat, Kreis and Kautz 2021, theorem 1,
+for k = 1),
 
 .. math::
     \mathrm{CE}(q_{t_{min}} ‖ p_{t_{min}}) ≤ \mathbb{E}_{x_0 ∼ q} \Bigl[
@@ -26,8 +26,8 @@ Kautz 2021, theorem 1, for k = 1),
       + ∫_{t_{min}}^T \tfrac12 \mathbb{E} ‖G^⊤ (s − ∇\log q(z_t | x_0))‖^2\,dt
       + \tfrac D2 \log\bigl((2πe)^k \det Σ_{t_{min}}\bigr) \Bigr],
 
-with equality where s is the score of a process that starts at some law and ends at p_T. The last
-term is the entropy of z given x_0, and the decoder of the lower bound stands in its place.
+with equality if s is the score of a process that starts from some distribution and ends at p_T. The
+last term is the entropy of z given x_0. The evidence lower bound has the decoder's term instead.
 """
 
 from __future__ import annotations
@@ -67,36 +67,37 @@ def evidence_lower_bound(
     data_variance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Unbiased estimate of the evidence lower bound of each datum, ``(B,)`` nats.
+    """Unbiased estimate of the evidence lower bound (ELBO) of each data point, ``(B,)`` nats.
 
-    Estimates of one batch share stratified times: their mean scatters less than their scatter says.
+    Estimates of one batch share stratified times. The standard error of their mean is therefore
+    smaller than their spread suggests.
 
     Parameters
     ----------
     model
-        model(z, t), as for `score_matching_loss`.
+        Function model(z, t), as for `score_matching_loss`.
     sde
         The forward process.
     x0
         Data ``(B, *D)``.
     t, weight
-        Times ``(B,)`` in [t_min, T] and their weights, as `TimeSampler` draws them: the mean of
-        weight · f(t) is that of f over uniform times.
+        Times ``(B,)`` in [t_min, T] and their weights, from a `TimeSampler`. The mean of
+        weight · f(t) must equal the mean of f over uniform times.
     t_min
         Time at which the model stops and decodes, 0 < t_min < T.
     prediction
-        What the model returns: ``"score"``, ``"noise"`` or ``"data"``.
+        Prediction of the model: ``"score"``, ``"noise"`` or ``"data"``.
     data_mean, data_variance
-        Of a Gaussian near the data, whose bound is known in closed form: a control variate. With
-        the data's own moments nothing is left to chance where the data are Gaussian and the model
-        exact; for modes far apart it takes away a part of the variance. None: without.
+        Mean and variance of a Gaussian reference, whose known bound is a control variate. With the
+        data's own moments the estimate has no variance for Gaussian data and an exact model. For
+        separated modes it removes a part of the variance. None: no control variate.
     generator
-        Source of the noise.
+        Random generator of the noise.
 
     Raises
     ------
     ValueError
-        If a time lies outside [t_min, T], shapes do not fit, or a law has no density.
+        If a time lies outside [t_min, T], shapes do not fit, or a distribution has no density.
 
     Examples
     --------
@@ -121,7 +122,7 @@ def evidence_lower_bound(
     losses = pair.loss(output, prediction, weighting="likelihood")
     known: Tensor | float = 0.0
     if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
-        msg = "data_mean is that of the control variate; give data_variance too"
+        msg = "data_variance must be given with data_mean, for the control variate; got None"
         raise ValueError(msg)
     if data_variance is not None:
         check_positive(data_variance, "data_variance")
@@ -141,43 +142,44 @@ def cross_entropy(
     of: CrossEntropyOf = "state",
     prior: Gaussian | None = None,
 ) -> Tensor:
-    r"""Estimate −E log p(z) at t_min for z drawn given each datum, ``(B,)`` nats.
+    r"""Cross-entropy of a data distribution and a diffusion model, ``(B,)`` nats.
 
-    Its mean over data drawn from a law q bounds the cross-entropy of q, carried to t_min by the
-    process, and the model: the term by which a latent diffusion model is trained together with
-    the encoder that q is of. It is differentiable in the data, too.
+    The value estimates −E log p(z) at t_min for z drawn given each data point. Its mean over data
+    from a distribution q bounds the cross-entropy of the perturbed q and the model. This is the
+    loss for training a latent diffusion model together with the encoder of q. It is differentiable
+    in the data, too.
 
     Parameters
     ----------
     pair
         Random states of the process given the data, at times in [t_min, T].
     losses
-        Of the model's score there, ``(B,)``: what ``pair.loss(…, weighting="likelihood")`` or
-        `MixedScore.loss` returns.
+        Losses of the model's score, ``(B,)``, from ``pair.loss(…, weighting="likelihood")`` or
+        `MixedScore.loss`.
     weight
-        Weights ``(B,)`` of the times, as `TimeSampler` draws them: the mean of weight · f(t) is
-        that of f over uniform times.
+        Weights ``(B,)`` of the times, from a `TimeSampler`. The mean of weight · f(t) must equal
+        the mean of f over uniform times.
     t_min
         Time at which the model stops, 0 < t_min < T.
     of
-        ``"state"``: of all components at t_min. ``"data"``: of the data, the model decoding them
-        at t_min; minus the evidence lower bound. The two differ by a constant.
+        ``"state"``: all components at t_min. ``"data"``: the data, which the model decodes at
+        t_min; this is minus the evidence lower bound. The two differ by a constant.
     prior
-        Law that the model starts from; None: the process's own.
+        Distribution that the model starts from; None: the process's prior.
 
     Raises
     ------
     ValueError
-        If the pair is conditioned on more than the data, a time lies outside [t_min, T], shapes
-        do not fit, or a law has no density.
+        If the pair is conditioned on all of z_0, a time lies outside [t_min, T], shapes do not fit,
+        or a distribution has no density.
 
     Notes
     -----
-    Auxiliary components start independent of the data, and bring their own entropy along: for CLD
-    ½ log(2πeγM) nats a data dimension. Where they start far from equilibrium, the cross-entropy of
-    the state at t_min > 0 less that entropy is far above that of the data: by 0.3 nats a dimension
-    for CLD with ``velocity_scale=0.04`` at 1e-3, and not at all with 1, the process of choice for
-    latent variables. That of the data does not have this gap.
+    Auxiliary components start independent of the data and add their own entropy: for CLD
+    ½ log(2πeγM) nats per data dimension. Subtracting it does not give the cross-entropy of the data
+    if the auxiliary components start far from equilibrium. For CLD with ``velocity_scale=0.04`` at
+    t_min = 1e-3 the difference is 0.3 nats per dimension. With ``velocity_scale=1`` there is none,
+    which makes it the best choice for latent variables. ``of="data"`` does not have this gap.
 
     References
     ----------
@@ -186,7 +188,7 @@ def cross_entropy(
 
     Examples
     --------
-    Of a narrow encoder, N(0.5, 0.01), and a wide prior, N(0, 0.5):
+    Cross-entropy of a narrow encoder, N(0.5, 0.01), and a wide prior, N(0, 0.5):
 
     >>> import torch
     >>> from cldsde import CLD, GaussianMixture
@@ -223,14 +225,14 @@ def cross_entropy(
 
 
 def _state_entropy(sde: LinearSDE, t: float) -> Tensor:
-    """Entropy of the state given the data, a data dimension."""
+    """Entropy of the state given the data, per data dimension."""
     root = sde.marginal(t).root
     check_density(root, torch.tensor(t, device="cpu"), "t_min")
     return 0.5 * sde.components * math.log(2 * math.pi * math.e) + root.diagonal().log().sum()
 
 
 def _decoder_entropy(sde: LinearSDE, t: float) -> Tensor:
-    """½ log(2πe/I), of the decoder N(x̃, 1/I), a data dimension."""
+    """Entropy ½ log(2πe/I) of the decoder N(x̃, 1/I), per data dimension."""
     return 0.5 * math.log(2 * math.pi * math.e) - sde.log_snr(t)
 
 
@@ -253,30 +255,33 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
 
 @dataclass(frozen=True)
 class _GaussianReference:
-    """Data N(μ, s²), whose best prediction and diffusion term are known in closed form."""
+    """Gaussian data N(μ, s²), with closed forms of the best prediction and the diffusion term."""
 
     mean: Tensor | float
     variance: float
 
     def noise_prediction(self, pair: PerturbedData) -> Tensor:
-        """E[n* | z_t] for such data, from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
+        """E[n* | z_t] for Gaussian data, from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
 
-        From the state, as a model's prediction is, so that both see the same rounding of it.
+        It is computed from the state, as a model's prediction is, so that both have the same
+        rounding errors.
         """
-        law, information = pair.law, pair.law.information()[..., None, None]
-        gain = self.variance / (1 + self.variance * information) * law.signal.mT @ law.inverse
+        whitened = pair.whitened
+        information = whitened.information()[..., None, None]
+        shrinkage = self.variance / (1 + self.variance * information)
+        gain = shrinkage * whitened.signal.mT @ whitened.inverse
         driven = slice(-len(pair.sde.driven), None)
-        signal = law.signal[..., driven, :]
-        noise = law.inverse[..., driven, :] - signal @ gain
+        signal = whitened.signal[..., driven, :]
+        noise = whitened.inverse[..., driven, :] - signal @ gain
         mean = self._mean(pair.x0).unsqueeze(1)
-        centred = pair.z - apply_blocks(law.psi, mean)
+        centred = pair.z - apply_blocks(whitened.psi, mean)
         return apply_blocks(noise, centred)
 
     def diffusion_term(self, sde: LinearSDE, x0: Tensor, t_min: float) -> Tensor:
         """½ ∫ E|x_0 − x̂_0|² (−dI) for this prediction and given data, ``(B,)`` nats.
 
-        With u = 1 + s²I, E(x_0 − x̂_0)² = [(x_0 − μ)² + s⁴ I] / u², and the integral is that of a
-        rational function of I.
+        With u = 1 + s²I the integrand is E(x_0 − x̂_0)² = [(x_0 − μ)² + s⁴ I] / u², a rational
+        function of I.
         """
         ends = torch.tensor([t_min, sde.T], dtype=torch.float64, device="cpu")
         first, last = 1 + self.variance * (2 * sde.log_snr(ends)).exp()
@@ -299,7 +304,7 @@ def _prior_divergence(sde: LinearSDE, x0: Tensor, prior: Gaussian) -> Tensor:
     """KL(q(z_T | x_0) ‖ prior), ``(B,)``."""
     k = sde.components
     if prior.root.shape != (k, k):
-        msg = f"prior must be of {k} components, those of {sde!r}; got {tuple(prior.root.shape)}"
+        msg = f"prior must have the {k} components of {sde!r}; got {tuple(prior.root.shape)}"
         raise ValueError(msg)
     kernel = sde.marginal(sde.T)
     inverse = triangular_inverse(prior.root)

@@ -146,7 +146,7 @@ def test_evaluation_of_a_diffusers_folder_and_of_another_process(model, run, tmp
         (["--model", "MODEL", "--process", "CLD", "--process-set", "bet=3"], "bet"),
         (["--model", "nowhere"], "nowhere is no folder"),
         (["--model", "MODEL", "--t-start", "2"], "--t-start"),
-        (["--model", "MODEL", "--t-start", "1.0", "--nfe", "4"], "trained on 0.01"),
+        (["--model", "MODEL", "--t-start", "1.0", "--nfe", "4"], "trained on, 0.01"),
         (["--model", "MODEL", "--class", "1"], "--class"),
     ],
 )

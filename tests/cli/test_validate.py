@@ -15,7 +15,8 @@ import pytest
 import cldsde
 from cldsde.cli import main, validate
 from cldsde.solvers import named_solvers
-from cldsde.validation import Report, problems
+from cldsde.validation import problems
+from cldsde.validation.report import Report
 from command import refused
 
 # What a user may write: Euler–Maruyama with coefficients of mid time.

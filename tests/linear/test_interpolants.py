@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 
 from cldsde import VPSDE, CosineVP, LinearSDE, RectifiedFlow
-from cldsde.linear import SignalNoiseDynamics
 from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from strategies import intervals
 
 DIGITS = 40
@@ -384,12 +384,12 @@ class TestRejections:
             (lambda t: torch.cos(3 * t), lambda t: t, "signal must be positive before t = 1"),
             (lambda t: 0.9 - t / 2, lambda t: t, "signal must be 1 at t = 0.*got 0.9"),
             (lambda t: 1 - t / 2, lambda t: t - 0.1, "noise must be not negative; got -0.1"),
-            (lambda t: 1 + 0 * t, lambda t: t * (1.5 - t), "signal-to-noise ratio .* falls"),
+            (lambda t: 1 + 0 * t, lambda t: t * (1.5 - t), "α/σ that decreases"),
             (lambda t: 1.0, lambda t: t, "signal must return float64 of the shape"),
             (lambda t: 1 - t, lambda t: t.float(), "noise must return float64"),
             (lambda t: 1 - t, lambda t: torch.where(t < 0.31, t, 2 * t - 0.31), "smooth near"),
-            (lambda t: 1 - t, math.sqrt, "noise must take a tensor of times"),
-            (lambda t: 1 - t, Cubed.apply, "noise must be made of torch's operations"),
+            (lambda t: 1 - t, math.sqrt, "noise must accept a tensor of times"),
+            (lambda t: 1 - t, Cubed.apply, "noise must consist of torch's operations"),
         ],
     )
     def test_what_is_no_interpolant_is_rejected(

@@ -662,8 +662,8 @@ def test_times_of_single_precision_are_taken_as_they_are() -> None:
         (-0.1, 0.5, r"s must lie in \[0, 1\]"),
         (0.5, 1.1, r"t must lie in \[0, 1\]"),
         (0.5, tensor([0.9, math.inf]), r"t must lie in \[0, 1\]"),
-        (0.0, 0.0, "t: the law given the start has no density at t = 0"),
-        (0.0, tensor([0.5, 0.0]), "t: the law given the start has no density at t = 0"),
+        (0.0, 0.0, "distribution given the start has no density at t = 0"),
+        (0.0, tensor([0.5, 0.0]), "distribution given the start has no density at t = 0"),
         (tensor([0.1, 0.2]), tensor([0.5, 0.6, 0.7]), "s and t must broadcast"),
     ],
 )
@@ -688,9 +688,9 @@ def test_a_start_without_density_serves_the_posterior_only(
     initial: str, stochasticity: float
 ) -> None:
     sigma = initial_covariance(initial, 2)
-    with pytest.raises(ValueError, match="s: the law given the start has no density at s = 0"):
+    with pytest.raises(ValueError, match="distribution given the start has no density at s = 0"):
         CLD().posterior(0.0, 0.5, stochasticity=stochasticity, initial_covariance=sigma)
-    with pytest.raises(ValueError, match="t: the law given the start has no density at t = 0"):
+    with pytest.raises(ValueError, match="distribution given the start has no density at t = 0"):
         CLD().probability_flow_root(0.0, sigma)
 
 

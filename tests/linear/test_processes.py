@@ -307,14 +307,14 @@ class TestFromFunctions:
     @pytest.mark.parametrize(
         ("drift", "diffusion", "message"),
         [
-            (lambda t: [[-1.0, 0.0]], lambda t: [[1.0]], "drift: .*square"),
-            (lambda t: -1.0, lambda t: [[1.0]], "drift: .*one matrix a time"),
-            (lambda t: [-1.0], lambda t: [[1.0]], "drift: .*one matrix a time"),
-            (lambda t: [[-1.0]], lambda t: 1.0, "diffusion: .*one matrix a time"),
-            (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion: .*as many rows"),
-            (lambda t: [[math.nan]], lambda t: [[1.0]], "drift: .*finite.*t = 0"),
-            (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion: .*finite.*t = 1"),
-            (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion: .*zeros alone"),
+            (lambda t: [[-1.0, 0.0]], lambda t: [[1.0]], "drift must .*square"),
+            (lambda t: -1.0, lambda t: [[1.0]], "drift must .*one matrix per time"),
+            (lambda t: [-1.0], lambda t: [[1.0]], "drift must .*one matrix per time"),
+            (lambda t: [[-1.0]], lambda t: 1.0, "diffusion must .*one matrix per time"),
+            (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion must .*as many rows"),
+            (lambda t: [[math.nan]], lambda t: [[1.0]], "drift must be finite.*t = 0"),
+            (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion must be finite.*t = 1"),
+            (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion must have a nonzero entry"),
         ],
     )
     def test_functions_that_do_not_fit_are_refused(
@@ -387,7 +387,7 @@ class TestRefusals:
             ([[-1.0]], [[1.0], [1.0]], "Q_root must be a matrix of shape 1 × any"),
             ([[-1.0]], [1.0], "Q_root must be a matrix"),
             ([[-1.0]], [[math.inf]], "Q_root must be finite"),
-            ([[-1.0]], [[0.0]], "Q_root must have an entry that is not zero"),
+            ([[-1.0]], [[0.0]], "Q_root must have a nonzero entry"),
         ],
     )
     def test_matrices_that_do_not_fit_are_refused(self, A: Any, Q_root: Any, message: str) -> None:
@@ -438,7 +438,7 @@ class TestRefusals:
         assert torch.equal(CLD().marginal(t).mean, CLD().marginal(1.0).mean)
 
     def test_the_earlier_time_comes_first(self) -> None:
-        with pytest.raises(ValueError, match=r"s = 0\.5, t = 0\.2 .*earlier time comes first"):
+        with pytest.raises(ValueError, match=r"s = 0\.5, t = 0\.2\. Pass the earlier time first"):
             CLD().transition(0.5, 0.2)
         with pytest.raises(ValueError, match="s must not be later than t"):
             CLD().transition_matrix(0.5, 0.2)

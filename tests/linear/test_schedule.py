@@ -164,12 +164,12 @@ def test_a_given_integral_is_used() -> None:
 
 
 def test_an_integral_of_another_rate_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the integral over .* is 5, that of the rate 1\.5"):
+    with pytest.raises(ValueError, match=r"integral of rate over .*, 1\.5; got 5"):
         Schedule(lambda t: 1 + t, lambda s, t: 5 * (t - s))
 
 
 def test_a_rate_that_the_quadrature_does_not_resolve_needs_its_integral() -> None:
-    with pytest.raises(ValueError, match="give the integral"):
+    with pytest.raises(ValueError, match="Pass integral"):
         Schedule(lambda t: torch.exp(-(((t - 0.5) / 1e-3) ** 2)))
 
 
@@ -259,7 +259,7 @@ def test_a_rate_of_another_shape_is_refused(rate: Any) -> None:
 
 @pytest.mark.parametrize("rate", [3.0, (0.1, 20.0), None])
 def test_a_rate_that_is_no_function_is_refused(rate: Any) -> None:
-    with pytest.raises(TypeError, match=r"callable|Schedule\.of"):
+    with pytest.raises(TypeError, match=r"must be functions|Schedule\.of"):
         Schedule(rate)
 
 
@@ -273,7 +273,7 @@ def test_a_process_takes_a_schedule() -> None:
 
 
 def test_functions_of_numbers_are_refused_as_rates() -> None:
-    with pytest.raises(ValueError, match="the rate must take a tensor of times"):
+    with pytest.raises(ValueError, match="rate must accept a tensor of times"):
         Schedule(lambda t: torch.tensor(math.exp(t)))
 
 

@@ -159,7 +159,7 @@ def test_a_prior_of_other_components_is_refused(k: int) -> None:
     pair, weight = cubature(CLD(velocity_scale=1.0), 8)
     losses = torch.zeros(len(pair.x0), dtype=torch.float64)
     prior = Gaussian(torch.eye(k, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"prior must be of 2 components.*got \(\d, \d\)"):
+    with pytest.raises(ValueError, match=r"prior must have the 2 components.*got \(\d, \d\)"):
         cross_entropy(pair, losses, weight, t_min=T_MIN, prior=prior)
 
 

@@ -242,12 +242,12 @@ class TestNoisePath:
             (
                 lambda: NoisePath(lambda t: 1 - t, lambda t: t * (1 - t)),
                 ValueError,
-                "noise/signal that grows with t; it does not after t = 0.99",
+                "noise/signal that increases with t; got a decrease after t = 0.99",
             ),
             (
                 lambda: NoisePath(lambda t: 1 - t, lambda t: (t - 0.5).abs()),
                 ValueError,
-                "grows with t; it does not after t = 0",
+                "increases with t; got a decrease after t = 0",
             ),
             (lambda: NoisePath(lambda t: 1 / t, lambda t: t), ValueError, "signal must be finite"),
             (lambda: NoisePath(lambda t: 1 - 2 * t, lambda t: t), ValueError, "signal must be fin"),
@@ -266,7 +266,7 @@ class TestNoisePath:
                 ValueError,
                 "table must be a tensor",
             ),
-            (lambda: NoisePath.of(CLD()), ValueError, "sde must have one component; CLD"),
+            (lambda: NoisePath.of(CLD()), ValueError, "sde must have one component; got CLD"),
         ],
     )
     def test_paths_that_are_none(self, make, error, message):
@@ -342,7 +342,9 @@ class TestErrors:
         score = DenoiserScore(counted, sde, noise_levels=(0.01, 80.0))
         process = ReverseProcess(sde, score)
         start = sde.prior.sample((4, 2), generator=generator())
-        with pytest.raises(ValueError, match=r"σ = 247.* 0.01 to 80; sample from t = 0.8") as error:
+        with pytest.raises(
+            ValueError, match=r"0.01 to 80; got σ = 247.* Sample from t = 0.8"
+        ) as error:
             solvers.solve(process, solvers.EulerMaruyama(), start, solvers.root_times(1.0, 0.1, 4))
         assert not asked
         words = str(error.value).split("t = ")

@@ -133,7 +133,7 @@ def test_arguments():
         GuidedScore(given, free, "2")
     with pytest.raises(ValueError, match="interval must be two increasing numbers"):
         GuidedScore(given, free, 2.0, interval=(2.0, 0.2))
-    with pytest.raises(ValueError, match="interval must be None if the scores have no"):
+    with pytest.raises(ValueError, match="interval must be None for scores without an"):
         GuidedScore(lambda z, t: z, lambda z, t: z, 2.0, interval=(0.2, 2.0))
 
 

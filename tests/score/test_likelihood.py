@@ -25,14 +25,9 @@ from cldsde import (
     ReverseProcess,
     SubVPSDE,
 )
-from cldsde.score import (
-    FlowDensity,
-    Likelihood,
-    bits_per_dim,
-    dequantise,
-    flow_log_prob,
-    log_likelihood,
-)
+from cldsde.score import bits_per_dim, dequantise, flow_log_prob, log_likelihood
+from cldsde.score.flow_density import FlowDensity
+from cldsde.score.likelihood import Likelihood
 from score.exact import EPS
 
 PROCESSES: dict[str, Any] = {
@@ -1130,7 +1125,7 @@ class TestRefusals:
             ({"samples": 0}, "samples"),
             (
                 {"importance_weighted": True, "divergence": "hutchinson"},
-                "importance_weighted needs divergence='exact'",
+                "divergence must be 'exact' with importance_weighted=True",
             ),
         ],
     )

@@ -638,7 +638,7 @@ class TestRefusals:
     def test_an_output_of_another_shape_is_refused(self, prediction: Any, shape: Any) -> None:
         # None of them broadcasts in silence.
         pair = PerturbedData.draw(CLD(), data(3, 2), 0.5)
-        with pytest.raises(ValueError, match=f"prediction of the {prediction} must have shape"):
+        with pytest.raises(ValueError, match=f"must be a prediction of the {prediction} of shape"):
             pair.loss(torch.zeros(shape, dtype=torch.float64), prediction)
 
     @pytest.mark.parametrize("x0", [torch.zeros(3, 2, dtype=torch.int64), [0.0], None])

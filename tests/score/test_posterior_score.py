@@ -176,8 +176,8 @@ def test_observations_that_do_not_fit_are_errors_before_the_score_is_evaluated()
     z = torch.zeros(2, 1, 3)
     for forward, y, message in (
         (lambda x: x**2, torch.ones(3), "must be linear"),
-        (lambda x: x + 1, torch.ones(3), r"forward\(0\) is not 0"),
-        (lambda x: x - x.mean(0), torch.ones(3), "each sample alone"),
+        (lambda x: x + 1, torch.ones(3), r"forward\(0\) ≠ 0"),
+        (lambda x: x - x.mean(0), torch.ones(3), "each sample separately"),
         (lambda x: x, torch.ones(2), "y must have shape"),
         (lambda x: x.detach(), torch.ones(3), "autograd can differentiate"),
     ):

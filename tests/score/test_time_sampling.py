@@ -211,7 +211,7 @@ class TestImportance:
 
 @pytest.mark.parametrize("weighting", [lambda t: 0 * t, lambda t: -t, lambda t: t * math.nan])
 def test_weightings_without_mass_are_refused(weighting: Any) -> None:
-    with pytest.raises(ValueError, match="one finite, positive value for each time"):
+    with pytest.raises(ValueError, match="one finite, positive value per time"):
         TimeSampler.importance(CLD(), 1e-3, weighting=weighting)
 
 
@@ -248,7 +248,7 @@ class TestRefusals:
         ],
     )
     def test_densities_have_to_be_finite_and_positive(self, density: Any) -> None:
-        with pytest.raises(ValueError, match="one finite, positive value for each time"):
+        with pytest.raises(ValueError, match="one finite, positive value per time"):
             TimeSampler(density, 1e-3)
 
     @pytest.mark.parametrize("u", [-0.1, 1.1, math.nan])

@@ -99,7 +99,7 @@ def test_known_times_of_samples_are_for_that_many_samples() -> None:
     times = KnownTimes(torch.tensor([[0.9, 0.5, 0.1]], dtype=torch.float64))
     (t,) = times.arguments(z)
     assert torch.equal(score(z, t), score(z, times.times[0]))
-    with pytest.raises(ValueError, match="3 times for a batch of 6 samples"):
+    with pytest.raises(ValueError, match="one time per sample, 6; got 3 times"):
         score(torch.cat([z, z]), t)
 
 

@@ -497,8 +497,8 @@ class TestRefusals:
             ({"stochasticity": None}, "stochasticity must be a real number"),
             ({"prediction": "noise", "stochasticity": 0.5}, "'noise' is deterministic"),
             ({"prediction": "noise", "stochasticity": level}, "'noise' is deterministic"),
-            ({"weights": "published"}, "are those of variable='log_snr'"),
-            ({"weights": "published", "variable": "time"}, "are those of variable='log_snr'"),
+            ({"weights": "published"}, "needs variable='log_snr'"),
+            ({"weights": "published", "variable": "time"}, "needs variable='log_snr'"),
             ({"weights": "published", "variable": "log_snr", "order": 3}, "order 1 or 2"),
         ],
     )

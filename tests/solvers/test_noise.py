@@ -116,7 +116,7 @@ def test_a_batch_of_another_size_is_refused_before_a_score_is_asked_for() -> Non
 
     process, z = ReverseProcess(CLD(), untouchable), torch.zeros(3, 2, 2)
     for solver in SOLVERS.values():
-        with pytest.raises(ValueError, match="there are 7 seeds for a batch of 3 samples"):
+        with pytest.raises(ValueError, match="one seed per sample, 3; got 7 seeds"):
             solvers.solve(process, solver, z, GRID, noise=SampleNoise(SEEDS))
 
 
@@ -315,12 +315,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("batch", [0, 1, 3])
     def test_batches_of_another_size(self, batch: int) -> None:
-        with pytest.raises(ValueError, match=f"2 seeds for a batch of {batch} samples"):
+        with pytest.raises(ValueError, match=f"one seed per sample, {batch}; got 2 seeds"):
             SampleNoise([1, 2]).normal(torch.zeros(batch, 1, 4), 1)
 
     def test_solving_a_batch_of_another_size(self) -> None:
         sde = CLD()
-        with pytest.raises(ValueError, match="2 seeds for a batch of 3 samples"):
+        with pytest.raises(ValueError, match="one seed per sample, 3; got 2 seeds"):
             solvers.solve(
                 ReverseProcess(sde, elementwise(sde)),
                 SOLVERS["EM"],

@@ -343,7 +343,7 @@ class TestRefusals:
         ],
     )
     def test_predictors_without_a_state_at_grid_times(self, predictor: Solver) -> None:
-        with pytest.raises(ValueError, match="predictor must leave a state at each grid time"):
+        with pytest.raises(ValueError, match="predictor must have a state at each grid time"):
             PredictorCorrector(predictor, Langevin())
 
     @pytest.mark.parametrize("predictor", [None, "EM", solvers.EulerMaruyama, Langevin()])

@@ -226,7 +226,7 @@ def test_arguments(change, error, message):
 def test_a_window_without_levels():
     sde = HOLD()  # reaches σ = 22 only
     score = DenoiserScore(lambda u, sigma: u, sde, noise_levels=(50.0, 80.0))
-    with pytest.raises(ValueError, match="there is no time between"):
+    with pytest.raises(ValueError, match=r"range of times .* is empty"):
         cldsde.sample(sde, score, (2, 3))
 
 
@@ -235,3 +235,22 @@ def test_random_numbers_of_the_caller_are_left_alone():
     before = torch.random.get_rng_state()
     cldsde.sample(VPSDE(), lambda z, t: -z, (2, 3), nfe=3)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["conditional", "guided"])
+def test_conditions_of_samples_follow_them_into_their_batches(guided):
+    """Sample i is data of variance v_i, whatever the batch; equal up to rounding of float32."""
+    sde = cldsde.VPSDE()
+
+    def denoiser(u: Tensor, sigma: Tensor, variance: Tensor) -> Tensor:
+        return u * (variance / (variance + sigma**2)).unsqueeze(1)
+
+    base = DenoiserScore(denoiser, sde)
+    score: Any = ConditionalScore(base, variance=torch.linspace(0.01, 4, 10))
+    if guided:
+        score = cldsde.GuidedScore(score, ConditionalScore(base, variance=torch.ones(10)), 2.0)
+    whole = cldsde.sample(sde, score, (10, 3), nfe=6)
+    parts = cldsde.sample(sde, score, (10, 3), nfe=6, batch=4)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="condition variance has 10 rows for 12 samples"):
+        cldsde.sample(sde, score, (12, 3), nfe=6, batch=5)

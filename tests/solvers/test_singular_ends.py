@@ -18,7 +18,7 @@ from cldsde import (
     ReverseProcess,
     solvers,
 )
-from cldsde.linear import SignalNoiseDynamics
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import named_solvers
 
@@ -72,7 +72,7 @@ def test_a_solver_samples_from_the_end_or_says_from_where_it_starts(name: str, s
         assert found.success
         assert "multistep" in solver
         return
-    applies = not ("stationary law" in text or "position and velocity" in text)
+    applies = not ("stationary distribution" in text or "position and velocity" in text)
     if applies:
         until = PROCESSES[name].regular_until
         assert f"take t ≤ {until:.15g}" in text
@@ -184,7 +184,7 @@ def test_a_score_without_a_data_prediction_says_where_to_start() -> None:
     exact = DATA.score(sde)
     reverse = ReverseProcess(sde, exact.__call__)
     solver = solvers.ExponentialMultistep()
-    with pytest.raises(ValueError, match=r"has no method data_prediction.*regular_until"):
+    with pytest.raises(ValueError, match=r"must have a method data_prediction.*regular_until"):
         solvers.plan(reverse, solver, solvers.root_times(1.0, 0.05, 20))
     times = solvers.root_times(sde.regular_until, 0.05, 20)
     late = solvers.solve(reverse, solver, states(), times).state

@@ -378,8 +378,8 @@ class TestNoise:
     @pytest.mark.parametrize(
         ("draws", "got"),
         [
-            ([], "the end of the record"),
-            ([torch.zeros(3, 1, 2)] * 3, "the end of the record"),
+            ([], "which are used up"),
+            ([torch.zeros(3, 1, 2)] * 3, "which are used up"),
             ([torch.zeros(3, 2, 2)] * 4, r"\(3, 2, 2\)"),
             ([torch.zeros(2, 1, 2)] * 4, r"\(2, 1, 2\)"),
         ],
@@ -506,7 +506,9 @@ class TestRefusals:
     def test_sscs_without_a_stationary_law_to_split_at(self, make: Any) -> None:
         sde = make()
         process = ReverseProcess(sde, untouchable)
-        with pytest.raises(ValueError, match=r"SSCS needs .*stationary law.* Use StochasticHeun"):
+        with pytest.raises(
+            ValueError, match=r"SSCS needs .*stationary distribution.* Use StochasticHeun"
+        ):
             solvers.solve(process, SSCS, start(sde), GRID)
 
     @pytest.mark.parametrize("shape", [(3, 2, 2), (3, 1, 1), (1, 1, 2), (3, 2), (3, 1, 2, 1)])

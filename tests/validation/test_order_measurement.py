@@ -31,8 +31,6 @@ from cldsde.solvers.authoring import Facts, PathNoise, Solver
 from cldsde.validation import (
     GaussianReference,
     Problem,
-    Verdict,
-    forward_processes,
     moment_error,
     ode_order,
     orders,
@@ -43,6 +41,8 @@ from cldsde.validation import (
     weak_order,
 )
 from cldsde.validation.cases import FlowCase, PathCase
+from cldsde.validation.order_estimate import Verdict
+from cldsde.validation.problems import forward_processes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -7,13 +7,13 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, Observation
 from cldsde.validation import (
-    Verdict,
     calibration_ranks,
     posterior_error,
-    posterior_methods,
     posterior_problems,
     sliced_wasserstein,
 )
+from cldsde.validation.order_estimate import Verdict
+from cldsde.validation.posterior_methods import posterior_methods
 from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
 
 NAMES = list(posterior_problems())

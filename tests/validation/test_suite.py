@@ -30,26 +30,19 @@ from cldsde.solvers import (
     ReverseDiffusion,
     Splitting,
     StochasticHeun,
-    canonical_name,
     find_solver,
     named_solvers,
 )
 from cldsde.solvers.authoring import Facts, Solver
-from cldsde.validation import (
-    Check,
-    OrderEstimate,
-    Report,
-    Verdict,
-    WorkPrecision,
-    WorkPrecisionPoint,
-    checks,
-    estimate_order,
-    forward_processes,
-    problems,
-    suite,
-    summarise,
-)
+from cldsde.solvers.named import canonical_name
+from cldsde.validation import OrderEstimate, WorkPrecision, estimate_order, problems, suite
+from cldsde.validation.checks import Check
 from cldsde.validation.law import LawCase
+from cldsde.validation.order_estimate import Verdict
+from cldsde.validation.problems import forward_processes
+from cldsde.validation.report import Report
+from cldsde.validation.suite import checks, summarise
+from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
 PROBLEMS = problems()

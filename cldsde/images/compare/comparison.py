@@ -43,24 +43,6 @@ class Comparison:
     """A comparison in its folder.
 
     The constructor checks everything and opens the folders; `run` does the work.
-
-    Parameters
-    ----------
-    config
-        The comparison.
-    out
-        The folder; made if missing. A comparison in it with other models and rows is continued.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
-
-    Raises
-    ------
-    ValueError
-        If something does not fit, or a folder or file belongs to something else or is damaged.
-    OSError
-        If the folder cannot be made or written.
     """
 
     def __init__(
@@ -100,13 +82,7 @@ class Comparison:
                     self._add_model(name, model)
 
     def run(self) -> dict[str, Any]:
-        """Train and measure everything that is missing; return the content of `RESULTS`.
-
-        Raises
-        ------
-        ValueError, FloatingPointError, OSError
-            See `train` and `Evaluation.of_run`; finished work is kept.
-        """
+        """Train and measure everything that is missing; return the content of `RESULTS`."""
         try:
             cells = [cell for row in self.config.rows for cell in self._row(row)["cells"]]
             if not self._are_filled(cells):

@@ -27,7 +27,7 @@ from cldsde.images.schema import (
 )
 from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
-from cldsde.solvers import canonical_name
+from cldsde.solvers.named import canonical_name
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
@@ -215,24 +215,12 @@ class ComparisonConfig(Configuration):
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
-    """Read a comparison from a file in TOML, YAML or JSON, with overrides such as ``samples=64``.
-
-    Raises
-    ------
-    SettingError
-        If the file cannot be read, or for the reasons of `ComparisonConfig.from_dict`.
-    """
+    """Read a comparison from a file, with overrides such as ``samples=64``; see `load_config`."""
     return ComparisonConfig.from_dict(with_overrides(read_file(path), overrides))
 
 
 def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataSet:
-    """Check that all models can be trained and sampled, and return the images.
-
-    Raises
-    ------
-    SettingError
-        If data, networks, processes, solvers and device do not fit.
-    """
+    """Check that all models can be trained and sampled, and return the images."""
     data = next(iter(config.runs.values())).data.load()
     for name, run in config.runs.items():
         try:

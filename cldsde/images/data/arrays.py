@@ -28,19 +28,12 @@ def array_images(
     layout: Layout = "auto",
     levels: int = 256,
 ) -> ArrayImages:
-    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order.
-
-    Parameters
-    ----------
-    path, images, labels, layout, levels
-        See `array_file`.
+    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
-    TypeError, ValueError
-        If a file cannot be read, or holds something else.
+    FileNotFoundError, TypeError, ValueError
+        If there is no such file, or it cannot be read or holds something else.
     """
     check_choice(layout, get_args(Layout), "layout")
     as_whole(levels, "levels", 2, 256)

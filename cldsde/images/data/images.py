@@ -87,24 +87,7 @@ class Images(ABC):
         return f"{type(self).__name__}({len(self)} of {shape}, {self.levels} levels{classes})"
 
     def load(self, rows: Tensor) -> Tensor:
-        """Load the images of some rows.
-
-        Parameters
-        ----------
-        rows
-            Row numbers ``(n,)`` int64 in 0 … N − 1, in any order, with or without repeats.
-
-        Returns
-        -------
-        Tensor
-            ``(n, C, H, W)`` uint8 on the CPU.
-
-        Raises
-        ------
-        TypeError, ValueError, IndexError
-            If ``rows`` has another type or shape, a file cannot be decoded, or a row is out of
-            range.
-        """
+        """Load rows ``(n,)`` int64, in any order and with repeats, as ``(n, C, H, W)`` uint8."""
         rows = self.check_rows(rows)
         if len(rows) == 0:
             return torch.empty((0, *self.shape), dtype=torch.uint8)
@@ -132,18 +115,6 @@ class Images(ABC):
 
 class ArrayImages(Images):
     """Images in memory.
-
-    Parameters
-    ----------
-    images
-        ``(N, C, H, W)`` uint8 on the CPU, values 0 … levels − 1; not copied.
-    levels, labels, classes
-        See `Images`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are no uint8 tensor on the CPU, or shape, values or labels do not fit.
 
     Examples
     --------
@@ -178,20 +149,7 @@ class ArrayImages(Images):
 
 
 class Subset(Images):
-    """Some rows of other images, in a given order; the images are shared, not copied.
-
-    Parameters
-    ----------
-    images
-        The images.
-    rows
-        Row numbers ``(n,)`` int64, at least one.
-
-    Raises
-    ------
-    IndexError, ValueError
-        If a row is out of range, or there is none.
-    """
+    """Some rows ``(n,)`` of other images, in a given order; the images are shared, not copied."""
 
     def __init__(self, images: Images, rows: Tensor) -> None:
         rows = images.check_rows(rows).clone()

@@ -17,24 +17,7 @@ from cldsde.score import quantisation
 
 
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Map levels to [−1, 1], both ends included: 2x/(levels − 1) − 1.
-
-    Parameters
-    ----------
-    images
-        uint8 of any shape, values 0 … levels − 1.
-    levels
-        Number of grey levels.
-
-    Returns
-    -------
-    Tensor
-        float32 on the device of the images.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not uint8, or a value is out of range.
+    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
 
     Examples
     --------
@@ -51,27 +34,10 @@ def pixels_of(images: Images) -> Tensor:
 
 
 def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -> Tensor:
-    """Round numbers of [−1, 1] to levels: the inverse of `to_unit`, or of dequantisation.
+    """Round numbers of any shape to uint8 levels: the inverse of `to_unit`, or of dequantisation.
 
-    Parameters
-    ----------
-    images
-        Floating-point numbers of any shape; numbers outside [−1, 1] are clamped.
-    levels
-        Number of grey levels.
-    dequantised
-        Whether the numbers are levels spread over their bins, (2x + 2U)/levels − 1, instead of
-        2x/(levels − 1) − 1.
-
-    Returns
-    -------
-    Tensor
-        uint8 on the device of the images.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not floating-point numbers, or hold a NaN.
+    Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
+    (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
     as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -97,31 +63,10 @@ def augment(
     dequantise: bool,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Make training data of bytes: mirror half of the images, and map them to [−1, 1].
+    """Map bytes ``(n, C, H, W)`` to float32 in [−1, 1] for training.
 
-    Parameters
-    ----------
-    images
-        ``(n, C, H, W)`` uint8, values 0 … levels − 1.
-    levels
-        Number of grey levels.
-    flip
-        Mirror each image, left to right, with probability 1/2.
-    dequantise
-        Spread each level uniformly over its bin, of width 2/levels
-        (`cldsde.score.dequantise`). Otherwise `to_unit`.
-    generator
-        Source of random numbers.
-
-    Returns
-    -------
-    Tensor
-        ``(n, C, H, W)`` float32 on the device of the images.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the images are not uint8 or do not have four axes, or a value is out of range.
+    ``flip`` mirrors each image with probability 1/2. ``dequantise`` spreads each level uniformly
+    over its bin (`cldsde.score.dequantise`), instead of `to_unit`.
 
     Notes
     -----
@@ -148,25 +93,10 @@ def channel_statistics(
     per: Literal["scalar", "channel", "pixel"] = "channel",
     dequantise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the numbers in [−1, 1]; the variance is divided by their count.
+    """Mean and variance of the numbers in [−1, 1], of `to_unit` or of dequantised images.
 
-    Sums of levels and of their squares are integers, so that both results are exact up to one
-    rounding, however many images there are. A constant channel or pixel has variance 0.
-
-    Parameters
-    ----------
-    images
-        The images; they are loaded in chunks.
-    per
-        "scalar": over everything, results of shape ``()``; "channel": ``(C, 1, 1)``;
-        "pixel": ``(C, H, W)``.
-    dequantise
-        For images that `augment` dequantises, in expectation, rather than for `to_unit`.
-
-    Returns
-    -------
-    mean, variance : Tensor
-        float64 on the CPU.
+    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
+    squares are integers, so that both are exact up to one rounding, however many images there are.
     """
     check_choice(per, ("scalar", "channel", "pixel"), "per")
     c, h, w = images.shape

@@ -26,23 +26,9 @@ def all_bytes(images: Images) -> Tensor:
 
 
 def load_samples(path: Path) -> Tensor:
-    """Load samples from an array file, or from a folder of pictures.
+    """Load samples ``(N, C, H, W)`` uint8 with 256 levels, from a file or a folder of ``*.png``.
 
-    Parameters
-    ----------
-    path
-        A folder of ``*.png``, a ``.npy``, or a ``.npz``, whose number ``levels`` is the number of
-        grey levels of its images; 256 if it is missing.
-
-    Returns
-    -------
-    Tensor
-        ``(N, C, H, W)`` uint8 with 256 levels.
-
-    Raises
-    ------
-    ValueError
-        If there are none, they are not of one size, or they exceed their levels.
+    An array ``levels`` of a ``.npz`` is the number of grey levels of its images, 256 by default.
     """
     if path.is_dir():
         return _pictures(path)

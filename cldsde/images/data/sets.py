@@ -64,11 +64,6 @@ def digits(*, held_out: float = 0.2, seed: int = 0) -> DataSet:
         Share of the images held out, below 1, or their number.
     seed
         Seed of the split.
-
-    Raises
-    ------
-    ValueError
-        If either part would be empty.
     """
     _check_split(held_out, seed)
     from sklearn.datasets import load_digits
@@ -99,10 +94,8 @@ def fashion_mnist(*, path: str | Path | None = None, size: Literal[16, 28, 32] =
 
     Raises
     ------
-    FileNotFoundError
-        If a file is missing.
-    ValueError
-        If a file is damaged or holds something else; the message names it.
+    FileNotFoundError, ValueError
+        If a file is missing, damaged or holds something else; the message names it.
     """
     check_choice(size, (16, 28, 32), "size")
     folder = fashion_folder() if path is None else as_folder(path)
@@ -127,10 +120,8 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
 
     Raises
     ------
-    ImportError
-        If torchvision is missing.
-    FileNotFoundError
-        If the set is not there, or damaged.
+    ImportError, FileNotFoundError
+        If torchvision is missing, or the set is not there or damaged.
     """
     check_choice(name, get_args(TorchvisionName), "name")
     layout: Layout = "NHW"
@@ -184,15 +175,8 @@ def image_folder(
     ----------
     path, size, channels, classes, workers, skip_damaged
         See `FolderImages`.
-    held_out
-        Share of the images held out, below 1, or their number.
-    seed
-        Seed of the split, which depends on nothing else but the number of images.
-
-    Raises
-    ------
-    TypeError, ValueError, OSError
-        See `FolderImages`; and if either part would be empty.
+    held_out, seed
+        See `digits`.
     """
     _check_split(held_out, seed)
     options: dict[str, Any] = {"size": size, "channels": channels, "classes": classes}
@@ -229,17 +213,8 @@ def array_file(
         four for NHWC or NCHW, whichever has 1 or 3 in the place of C; ambiguous shapes are errors.
     levels
         Number of grey levels.
-    held_out
-        Share of the images held out, below 1, or their number.
-    seed
-        Seed of the split.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    TypeError, ValueError
-        If a file cannot be read, or holds something else.
+    held_out, seed
+        See `digits`.
     """
     _check_split(held_out, seed)
     found = array_images(path, images=images, labels=labels, layout=layout, levels=levels)

@@ -24,19 +24,7 @@ _LARGEST = 4096  # width, number of features or classes
 
 
 class ImageClassifier(nn.Module):
-    """A small convolutional classifier whose last hidden layer serves as a feature space.
-
-    Parameters
-    ----------
-    channels
-        Channels of an image.
-    classes
-        Number of classes.
-    width
-        Channels of the first convolution; later ones have two and four times as many.
-    size
-        Number of features.
-    """
+    """A small convolutional classifier whose last hidden layer serves as a feature space."""
 
     def __init__(self, channels: int, classes: int, *, width: int = 16, size: int = 128) -> None:
         super().__init__()
@@ -62,13 +50,7 @@ class ImageClassifier(nn.Module):
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """Activations ``(B, size)`` of the last hidden layer for images in [−1, 1].
-
-        Raises
-        ------
-        ValueError
-            If the images have other channels than the classifier or are below 8 × 8.
-        """
+        """Activations ``(B, size)`` of the last hidden layer for images in [−1, 1]."""
         channels = self.architecture["channels"]
         fits = images.ndim == 4 and images.shape[1] == channels
         if not fits or min(images.shape[2:]) < _SMALLEST:
@@ -80,15 +62,7 @@ class ImageClassifier(nn.Module):
 
 
 class ClassifierFeatures:
-    """The features of a trained classifier as a `FeatureNetwork`.
-
-    Parameters
-    ----------
-    classifier
-        A trained classifier; it is put into evaluation mode.
-    device
-        Where to evaluate it.
-    """
+    """The features of a trained classifier as a `FeatureNetwork`."""
 
     def __init__(self, classifier: ImageClassifier, *, device: torch.device | str = "cpu") -> None:
         self.classifier = classifier.to(device).eval().requires_grad_(False)
@@ -121,32 +95,6 @@ def train_classifier(
 
     The same seed gives the same bits on the same machine with the same number of threads. The
     global random state is not changed.
-
-    Parameters
-    ----------
-    images, held_out
-        uint8 ``(N, C, H, W)`` and ``(M, C, H, W)``, H and W at least 8.
-    labels, held_out_labels
-        Classes, integers ``(N,)`` and ``(M,)`` from 0. The training labels set their number.
-    epochs
-        Passes over the training images.
-    batch
-        Images per step; images left over at the end of a pass are skipped.
-    width, size
-        See `ImageClassifier`.
-    learning_rate
-        Peak of a one-cycle schedule.
-    seed
-        Seed of the initial weights and the order of the images.
-    device
-        Where to train.
-    progress
-        Show a progress bar on stderr.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If shapes or dtypes do not fit or an argument is out of range.
     """
     check_images(images, "images", smallest=_SMALLEST, least=2)
     check_images(held_out, "held_out", smallest=_SMALLEST)
@@ -199,15 +147,7 @@ def save_classifier(
 def load_classifier(
     file: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[ImageClassifier, dict[str, str]]:
-    """Load a classifier, in evaluation mode, and the notes that `save_classifier` wrote.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is damaged or holds something else.
-    """
+    """Load a classifier, in evaluation mode, and the notes that `save_classifier` wrote."""
     tensors, notes = load_tensors(file, "ImageClassifier")
     try:
         # On the meta device sizes are compared before any memory is allocated.

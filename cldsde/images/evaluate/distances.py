@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from cldsde.images.checks import as_whole, check_images, check_same_shape
 from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
 
 
@@ -116,26 +114,7 @@ class FeatureStatistics:
         name: str | None = None,
         progress: bool = False,
     ) -> FeatureStatistics:
-        """Compute statistics batch by batch in float64.
-
-        Parameters
-        ----------
-        images
-            uint8 ``(N, C, H, W)``, at least two.
-        features
-            Feature network.
-        batch
-            Images per batch.
-        name
-            Name of the feature network; None takes its own.
-        progress
-            Show a progress bar on stderr.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an argument is out of range, or the network does not return finite ``(B, F)``.
-        """
+        """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
         name = feature_name(features) if name is None else name
         parts = images.split(as_whole(batch, "batch", 1))  # type: ignore[no-untyped-call]
@@ -155,40 +134,9 @@ class FeatureStatistics:
             mean, count = mean + shift * (len(rows) / total), total
         return cls(mean, scatter / (count - 1), count, name, images_sha256(images))
 
-    def save(self, file: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
-        notes = {"features": self.features, "data_sha256": self.data_sha256}
-        tensors = {"mean": self.mean, "covariance": self.covariance}
-        save_tensors(file, "FeatureStatistics", tensors, {"count": str(self.count), **notes})
-
-    @classmethod
-    def load(cls, file: Path) -> FeatureStatistics:
-        """Load the file that `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is damaged or holds something else.
-        """
-        tensors, notes = load_tensors(file, "FeatureStatistics")
-        try:
-            named = {key: notes[key] for key in ("features", "data_sha256")}
-            return cls(tensors["mean"], tensors["covariance"], int(notes["count"]), **named)
-        except (KeyError, ValueError) as error:
-            msg = f"{file} is damaged: it lacks a part of the statistics ({error})"
-            raise ValueError(msg) from error
-
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`.
-
-    Raises
-    ------
-    ValueError
-        If the statistics are of different features.
-    """
+    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`."""
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         msg = f"statistics must be of the same features; got {own} and {other}"

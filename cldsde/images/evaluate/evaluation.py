@@ -103,21 +103,7 @@ class Evaluation(Reference):
     def check(
         self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
     ) -> None:
-        """Raise an error if something cannot be measured, before any work is done.
-
-        Parameters
-        ----------
-        images
-            Number of images to be measured; None takes the number of a repetition.
-        shape
-            ``(C, H, W)`` of the images to be measured; None takes the shape of the data.
-
-        Raises
-        ------
-        SettingError
-            If a metric is unknown, a number out of range, an input of a metric is missing, or
-            images are too few or of another size than the data.
-        """
+        """Raise an error if something cannot be measured, before any work is done."""
         train, images = self.data.train, self.samples if images is None else images
         if shape is not None and shape != train.shape:
             own, others = ("×".join(map(str, x)) for x in (shape, train.shape))
@@ -185,16 +171,6 @@ class Evaluation(Reference):
 
         Cells of a solver with other options are measured again, for example after a change of a
         default. Failures are results and are not repeated. Several processes may write to one file.
-
-        Raises
-        ------
-        UndefinedLikelihoodError
-            If the model defines no bits per dim.
-        ValueError
-            If the file of results or the classifier does not fit the model, the data or the
-            features.
-        FloatingPointError
-            If images of a recipe, or the likelihood, are not finite, now or when they were tried.
         """
         found = stored_results(results, model.digest)
         if "bpd" in self.metrics:

@@ -22,26 +22,10 @@ FeatureNetwork = Callable[[Tensor], Tensor]
 
 
 def load_features(name: str) -> FeatureNetwork:
-    """Load a feature network by its name.
+    """Load a feature network by its name, ``module:attribute``.
 
-    Parameters
-    ----------
-    name
-        ``module:attribute``. A class is instantiated without arguments; any other callable is
-        taken as it is. PyTorch modules are put into evaluation mode.
-
-    Returns
-    -------
-    FeatureNetwork
-        Takes uint8 images ``(B, C, H, W)``, returns features ``(B, F)``.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If a module that the network's module imports is missing.
-    SettingError
-        If the name has another form, there is no such module or attribute, the module or the
-        class fails, or the attribute cannot be called.
+    A class is instantiated without arguments; any other callable is taken as it is. PyTorch modules
+    are put into evaluation mode.
 
     Examples
     --------
@@ -93,13 +77,7 @@ def checked_features(values: object, count: int) -> Tensor:
 
 
 def feature_name(features: FeatureNetwork) -> str:
-    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code.
-
-    Raises
-    ------
-    TypeError
-        If it cannot be called.
-    """
+    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code."""
     if not callable(features) or isinstance(features, type):
         got = repr(features) if isinstance(features, type) else type(features).__name__
         wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"

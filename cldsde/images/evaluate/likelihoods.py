@@ -90,10 +90,8 @@ def likelihood(
         Seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
-    device
-        Where to compute.
-    progress
-        Show a progress bar on stderr.
+    device, progress
+        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------
@@ -152,33 +150,7 @@ def latent_likelihood(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Bits per dim of a latent model on images, by its evidence lower bound.
-
-    Parameters
-    ----------
-    model
-        A model with an autoencoder, on ``device``, in evaluation mode.
-    images, levels, batch, device, progress
-        See `likelihood`.
-    seed
-        Seed of the latent variables, times and noise.
-    t_min
-        Time at which the prior's process ends.
-    samples
-        Samples of latent variables, time and noise per image.
-
-    Returns
-    -------
-    dict
-        See `likelihood`.
-
-    Raises
-    ------
-    UndefinedLikelihoodError
-        If the autoencoder's distribution of pixels has another number of levels.
-    TypeError, ValueError
-        If an argument is out of range, or the model has no autoencoder or is in training mode.
-    """
+    """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`."""
     if model.vae is None:
         msg = "model must have an autoencoder; use likelihood for a model of pixels"
         raise ValueError(msg)

@@ -69,13 +69,7 @@ class _Results(TypedDict):
 
 
 def stored_results(results: Path, digest: str) -> dict[str, Any]:
-    """Results of an evaluation so far, from their file.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or holds results of a model with another digest.
-    """
+    """Results of an evaluation so far, from their file."""
     fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
     if not results.exists():
         return fresh

@@ -3,7 +3,7 @@
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.sample.sampler import ImageSampler, Samples, draw_images
 
 __all__ = [
     "ImageSampler",
@@ -12,5 +12,6 @@ __all__ = [
     "Samples",
     "alone",
     "check_output",
+    "draw_images",
     "draw_to",
 ]

@@ -66,28 +66,6 @@ def draw_to(
 
     Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: a later
     call for the same request resumes.
-
-    Parameters
-    ----------
-    out
-        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``levels``, the number of their grey
-        levels, ``seeds``, ``evaluations``, the number of score evaluations of each, and, if there
-        are classes, ``labels``; ``FILE.png``, a grid; or a folder of pictures named by their seeds.
-    request
-        The request.
-    process, processes
-        Share of the batches: every ``processes``-th, beginning with ``process``.
-    wait
-        Returns when all processes have called it.
-
-    Raises
-    ------
-    FloatingPointError
-        If an image is not finite.
-    SettingError
-        If the folder of parts holds other files, or another call writes to this output.
-    OSError
-        If a file cannot be written; finished batches are kept.
     """
     with alone(out) if process == 0 else nullcontext():
         parts = _parts_folder(out)

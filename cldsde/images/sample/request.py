@@ -53,13 +53,7 @@ class SampleRequest:
     observed: ObservedImage | None = None
 
     def check(self) -> None:
-        """Check the options against the model, before any work is done.
-
-        Raises
-        ------
-        SettingError
-            If options do not fit the model or each other.
-        """
+        """Check the options against the model, before any work is done."""
         if self.batch < 1:
             raise SettingError("batch", f"must be at least 1; got {self.batch}")
         if self.guidance < 0 or not np.isfinite(self.guidance):

@@ -91,35 +91,6 @@ class ImageSampler:
 
     Solver, grid and tables are computed once, for any number of batches. An image depends on its
     own seed alone, except for rounding in the network, which may depend on the size of the batch.
-
-    Parameters
-    ----------
-    score
-        A `MixedScore`, or any score together with ``sde``.
-    space
-        Shape, grey levels and classes of the images.
-    sampling
-        Solver and budget.
-    sde
-        The forward process; None takes the process of the score.
-    vae
-        The autoencoder, for a process of latent variables.
-    label
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class, or
-        all of them if the model was trained with classes only.
-    guidance
-        Weight of the class, see `cldsde.GuidedScore`.
-    observed
-        An observation of the images, if any.
-    batch
-        Images per batch.
-    device
-        Device of the states; None takes the device of the score's buffers.
-
-    Raises
-    ------
-    SettingError
-        If solver, budget and process do not fit.
     """
 
     def __init__(
@@ -156,15 +127,7 @@ class ImageSampler:
         return class_batches(self._space, seeds, self._batch, self._label)
 
     def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
-        """Sample one image for each seed in [0, 2³²), as one batch of one class or none.
-
-        Raises
-        ------
-        ValueError
-            If a seed is out of range.
-        FloatingPointError
-            If an image is not finite.
-        """
+        """Sample one image for each seed in [0, 2³²), as one batch of one class or none."""
         plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
         if label is not None:
             score = self._given(label)

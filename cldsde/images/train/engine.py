@@ -23,13 +23,7 @@ _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that write
 def check_run(
     config: RunConfig, data: DataSet, *, device: str = "auto", processes: int = 1
 ) -> Statistics:
-    """Check that a model can be trained and sampled; return the statistics of the data.
-
-    Raises
-    ------
-    SettingError
-        If network, process, solver, images, device and processes do not fit.
-    """
+    """Check that a model can be trained and sampled; return the statistics of the data."""
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:

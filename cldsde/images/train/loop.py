@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState
@@ -67,30 +67,6 @@ def train(
     with the same bits as an uninterrupted run, on a GPU up to nondeterministic kernels. A finished
     run is loaded, or trained further if ``training.images`` has grown. Under ``torchrun`` or
     ``accelerate launch`` the processes share each batch.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    data
-        Its images.
-    run
-        Where to write.
-    device
-        ``"auto"``: the GPU that the process is given, or the CPU; or the name of a device.
-    statistics
-        The result of `check_run`, if it was called.
-    progress
-        Show a progress bar with loss and time left on stderr.
-
-    Raises
-    ------
-    ValueError
-        If configuration, data and device do not fit, or a file of the run cannot be used.
-    FloatingPointError
-        If the loss or a weight is not finite; the last saved state stays.
-    OSError
-        If a file cannot be written; the last saved state stays.
     """
     with _learner(config, data, device, statistics) as learner:
         return _Trainer(learner, run).run(progress=progress)
@@ -280,10 +256,12 @@ class _Trainer:
             found["fd"] = distance(self.learner, self.sampler, self.folder.path)
             self._record(seen, found, seconds)
         if settings.snapshots:
-            value = -float(seen)  # the last ones are kept
-            if settings.snapshots_by != "last":
-                held_out = self.learner.held_out(done - 1)
-                value = found["fd"] if settings.snapshots_by == "fd" else held_out or math.inf
+            if settings.snapshots_by == "last":
+                value = -float(seen)
+            elif settings.snapshots_by == "fd":
+                value = found["fd"]
+            else:
+                value = cast(float, self.learner.held_out(done - 1))
             write = partial(save_model, weights=weights, config=self.config, space=self.space)
             keep_snapshot(self.folder, write, seen, value, settings.snapshots)
 
@@ -323,13 +301,7 @@ class _Trainer:
 
 
 def copy_weights(model: DiffusionModel, source: Path) -> None:
-    """Copy weights of another run, or of a diffusers `UNet2DModel`; the statistics stay.
-
-    Raises
-    ------
-    SettingError
-        If the weights are not there or do not fit; the key is ``"training.init_from"``.
-    """
+    """Copy weights of another run, or of a diffusers `UNet2DModel`; the statistics stay."""
     own = ("data_mean", "data_variance")
     try:
         if (source / MODEL).is_file():

@@ -69,17 +69,7 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
 
 
 class Rehearsal(NamedTuple):
-    """Measurements of the first steps of a training.
-
-    Attributes
-    ----------
-    parameters
-        Number of parameters of score and autoencoder.
-    images_per_second
-        Speed of an optimiser step, over all processes.
-    memory
-        Peak memory in bytes, of the GPU or of the process on a CPU.
-    """
+    """Measurements of the first steps of a training."""
 
     parameters: int
     images_per_second: float

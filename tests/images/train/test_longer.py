@@ -100,6 +100,15 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(tm
         trained(tmp_path / "other", other)
 
 
+def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
+    digest = RunConfig.model_digest
+    with monkeypatch.context() as patch:
+        old = {"before_predictions": True}
+        patch.setattr(RunConfig, "model_digest", lambda self, **_: digest(self, **old))
+        trained(tmp_path, config())
+    assert load_model(tmp_path).images_seen == 64
+
+
 def snapshots(folder) -> list[int]:
     return sorted(int(file.stem) for file in (folder / "snapshots").glob("*.safetensors"))
 
