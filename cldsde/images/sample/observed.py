@@ -173,7 +173,7 @@ class Conditioning:
     def score(self, score: Score, sde: LinearSDE) -> Score:
         """The score given the observation, if the method has one."""
         method = self.observed.method
-        if method in {"twisted", "replacement"}:
+        if method == "twisted" or method == "replacement":  # noqa: PLR1714 mypy narrows this form
             return score
         return PosteriorScore(score, self.observation, method, sde=sde)
 
@@ -227,7 +227,7 @@ class Conditioning:
         chosen = torch.cat(
             [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
         )
-        data = found.samples.unflatten(0, (-1, count))
+        data = found.samples.reshape(-1, count, *found.samples.shape[1:])
         return data[torch.arange(len(seeds)), chosen], torch.full((len(seeds),), count * found.nfev)
 
 
