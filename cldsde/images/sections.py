@@ -158,7 +158,8 @@ class ScoreConfig:
         Parameterisation of the score: ``"cldsde"``, or that of a published code, see
         `cldsde.pretrained.published_score`: ``"cld-sgm"``, ``"score-sde-vp"``, ``"score-sde-ve"``.
     mixed, numerical_eps, levels
-        Options of the published parameterisations, see `cldsde.pretrained.published_score.Parameterisation`.
+        Options of the published parameterisations, see
+        `cldsde.pretrained.published_score.Parameterisation`.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
