@@ -97,6 +97,8 @@ autosummary_context = {
         "cldsde.pretrained.from_diffusers": [
             "cldsde.pretrained.diffusers_models.DiffusersDenoiser"
         ],
+        "cldsde.pretrained.load_cld_sgm": ["cldsde.pretrained.published_score.PublishedScore"],
+        "cldsde.pretrained.PublishedModel": ["cldsde.pretrained.published_score.Parameterisation"],
         "cldsde.score.DenoiserScore": ["cldsde.score.denoisers.Denoiser"],
         "cldsde.score.GaussianMixture": ["cldsde.score.mixture.MixtureScore"],
         "cldsde.score.PosteriorScore": ["cldsde.score.posterior_score.Guided"],

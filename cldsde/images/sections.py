@@ -28,8 +28,7 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.pretrained import Parameterisation
-from cldsde.pretrained.published_score import Code
+from cldsde.pretrained.published_score import Code, Parameterisation
 from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
@@ -159,7 +158,8 @@ class ScoreConfig:
         Parameterisation of the score: ``"cldsde"``, or that of a published code, see
         `cldsde.pretrained.published_score`: ``"cld-sgm"``, ``"score-sde-vp"``, ``"score-sde-ve"``.
     mixed, numerical_eps, levels
-        Options of the published parameterisations, see `cldsde.pretrained.Parameterisation`.
+        Options of the published parameterisations, see
+        `cldsde.pretrained.published_score.Parameterisation`.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"

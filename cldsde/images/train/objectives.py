@@ -26,7 +26,7 @@ from torch import Tensor
 from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
-from cldsde.pretrained import PublishedScore
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import (
     MixedScore,
     PerturbedData,
@@ -103,7 +103,9 @@ class ScoreMatching:
             sampler = TimeSampler(density, t_min)
         self.samplers = (sampler,)
 
-    def of(self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators) -> Tensor:
+    def of(
+        self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
+    ) -> Tensor:
         """Weighted loss of each sample, ``(B,)``."""
         t, weight = batch.times[0]
         pair = PerturbedData.draw(
