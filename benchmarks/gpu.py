@@ -1,4 +1,4 @@
-"""What only a GPU can tell: agreement with the CPU, precision, compilation, speed and memory.
+"""Measurements that need a GPU: agreement with the CPU, precision, speed and memory.
 
 ``python benchmarks/gpu.py RESULTS`` measures the published CIFAR-10 network of CLD on the first GPU
 and writes RESULTS as JSON, with a description of the device. Exit codes:
@@ -50,7 +50,7 @@ SMALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured, and on what."""
+    """Device, sizes and number of repetitions."""
 
     device: str
     size: int = 32
@@ -227,7 +227,7 @@ def training(setting: Setting) -> dict[str, Any]:
 
 
 def processes(setting: Setting) -> dict[str, Any]:
-    """Gradients of two processes on one device, against those of one process."""
+    """Difference of gradients between two processes on one device and a single process."""
     found: dict[str, Any] = {"failed": []}
     backends = ["gloo", "nccl"] if setting.on_gpu else ["gloo"]
     for backend in backends:
