@@ -103,11 +103,11 @@ class TestRecognition:
         model = PUBLISHED["score-sde"][name]
         found = self.like(model)
         assert recognise(found, tmp_path / name / "checkpoint_15.pth", "score-sde") is model
-        with pytest.raises(ValueError, match="config must be given.*vp/cifar10_ddpmpp_deep_cont"):
+        with pytest.raises(ValueError, match=r"config must be given.*vp/cifar10_ddpmpp_deep_cont"):
             recognise(found, tmp_path / "checkpoint_15.pth", "score-sde")
 
     def test_an_unknown_name_is_rejected(self, tmp_path):
-        with pytest.raises(ValueError, match="config must be one of cifar10, .*; got 'imagenet'"):
+        with pytest.raises(ValueError, match=r"config must be one of cifar10, .*; got 'imagenet'"):
             load_cld_sgm(save_checkpoint("cld_fourier", tmp_path), "imagenet")
 
 
@@ -137,7 +137,7 @@ class TestRejections:
         whole = file.read_bytes()
         file.write_bytes(whole[: int(share * len(whole))])
         assert not zipfile.is_zipfile(file)
-        with pytest.raises(ValueError, match="is truncated, no checkpoint of torch.save"):
+        with pytest.raises(ValueError, match=r"is truncated, no checkpoint of torch\.save"):
             load_cld_sgm(file, self.MODEL)
 
     @pytest.mark.parametrize("part", ["model", "ema", "step"])
