@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from cldsde.cli import compare, demo, evaluate, sample, train, validate
+from cldsde.cli import compare, demo, evaluate, import_published, sample, train, validate
 
 __all__ = ["main"]
 
@@ -26,6 +26,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "validate": validate,
+    "import": import_published,
 }
 
 

@@ -57,7 +57,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     path = Path(options.config).expanduser()
     config = load_config(path, overrides)
     if options.print_config:
-        return lambda: print(config.to_toml(), end="")
+        with needs_images():
+            from cldsde.images.train import outlook
+        comments = "".join(f"# {line}\n" for line in outlook(config))
+        return lambda: print(comments + config.to_toml(), end="")
     resolved = resolve_device(options.device)
     # Without a GPU processes find each other only if they are told that there is none.
     device = "cpu" if resolved == "cpu" else options.device

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cldsde.images.errors import SettingError
 from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
@@ -70,6 +70,8 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         """Reject settings that do not go together."""
+        if self.score.code != "cldsde":
+            self._check_published()
         prediction, latent = self.score.prediction, self.latent
         if prediction != "noise":
             components = self.process.make().components
@@ -96,6 +98,18 @@ class RunConfig(Configuration):
             msg = f"must leave some of training.images, {images}, to the second stage; got "
             raise SettingError("latent.pretraining", f"{msg}{latent.pretraining}")
 
+    def _check_published(self) -> None:
+        """Reject settings that a published parameterisation does not have."""
+        given = f"if score.code is {self.score.code!r}"
+        if self.latent is not None:
+            raise SettingError("latent", f"must be absent {given}")
+        if self.training.times == "importance" or self.training.weighting == "log_snr":
+            msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
+            raise SettingError("training.times", msg)
+        if len(self.process.make().driven) != 1:
+            msg = f"must be a process with one driven component {given}; got {self.process.name}"
+            raise SettingError("process.name", msg)
+
     @property
     def pretraining_steps(self) -> int:
         """Optimiser steps of the first stage of a latent model; 0 for other models."""
@@ -103,7 +117,7 @@ class RunConfig(Configuration):
 
     def training_digest(self) -> str:
         """Digest of all settings that the weights depend on: those that are not `FREE`."""
-        values = self.to_dict()
+        values = _without_defaults(self)
         for path in self.FREE:
             *outer, last = path.split(".")
             place = values
@@ -117,13 +131,25 @@ class RunConfig(Configuration):
 
         Runs that were trained before there was ``score.prediction`` have a digest without it.
         """
-        values = self.to_dict()
+        values = _without_defaults(self)
         parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
         parts["data"]["options"].pop("path", None)
         parts["t_min"] = self.training.t_min
         if before_predictions:
             del parts["score"]["prediction"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_defaults(config: RunConfig) -> dict[str, Any]:
+    """Plain types without settings that older runs did not have, unless they are in use."""
+    values = config.to_dict()
+    added = {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None}
+    for name, value in added.items():
+        if values["score"][name] == value:
+            del values["score"][name]
+    if config.training.reduction == "mean":
+        del values["training"]["reduction"]
+    return values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

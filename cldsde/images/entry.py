@@ -23,6 +23,7 @@ from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples
 from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
+from cldsde.pretrained import PublishedScore
 from cldsde.score import MixedScore
 
 
@@ -90,7 +91,7 @@ class Run:
         return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)
 
     @property
-    def score(self) -> MixedScore:
+    def score(self) -> MixedScore | PublishedScore:
         """The score; a function of state and time."""
         return self.model.score
 

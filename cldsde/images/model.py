@@ -20,6 +20,7 @@ from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
+from cldsde.pretrained import PublishedScore
 from cldsde.score import MixedScore
 
 MODEL = "model.safetensors"
@@ -32,7 +33,7 @@ KIND = "an image model of cldsde, version 2"
 class DiffusionModel(nn.Module):
     """A score of images, or a score of latent variables with their autoencoder."""
 
-    def __init__(self, score: MixedScore, vae: VAE | None = None) -> None:
+    def __init__(self, score: MixedScore | PublishedScore, vae: VAE | None = None) -> None:
         super().__init__()
         self.score = score
         self.vae = vae
@@ -121,7 +122,7 @@ class ImageModel:
     digest: str
 
     @property
-    def score(self) -> MixedScore:
+    def score(self) -> MixedScore | PublishedScore:
         """The score."""
         return self.model.score
 
@@ -187,6 +188,11 @@ def make_model(
     """
     vae = make_vae(config, space)
     shape = space.shape if vae is None else vae.latent_shape
+    log_clock = config.network.options.get("fourier_scale") is not None
+    published = config.score.published(log_clock=log_clock)
+    if published is not None:
+        network = make_network(config, shape, space.classes)
+        return DiffusionModel(PublishedScore(network, config.process.make(), published))
     if statistics is None or vae is not None:
         sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
         size = sizes[config.score.reference]

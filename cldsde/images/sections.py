@@ -28,6 +28,8 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
+from cldsde.pretrained import Parameterisation
+from cldsde.pretrained.published_score import Code
 from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
@@ -153,15 +155,49 @@ class ScoreConfig:
     mixing
         None: the network's part is added to the reference's. A number m: each channel weighs the
         two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m.
+    code
+        Parameterisation of the score: ``"cldsde"``, or that of a published code, see
+        `cldsde.pretrained.published_score`: ``"cld-sgm"``, ``"score-sde-vp"``, ``"score-sde-ve"``.
+    mixed, numerical_eps, levels
+        Options of the published parameterisations, see `cldsde.pretrained.Parameterisation`.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
     inputs: Literal["state", "estimate"] = "state"
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     mixing: Number | None = None
+    code: Literal["cldsde"] | Code = "cldsde"
+    mixed: Flag = False
+    numerical_eps: Annotated[Number, Field(ge=0)] = 0.0
+    levels: Count | None = None
+
+    def published(self, *, log_clock: bool) -> Parameterisation | None:
+        """The published parameterisation; None for ``code = "cldsde"``.
+
+        ``log_clock`` says whether the network has Fourier features.
+        """
+        if self.code == "cldsde":
+            return None
+        options = (self.mixed, self.numerical_eps, self.levels)
+        names = ("mixed", "numerical_eps", "levels")
+        with setting("code"):
+            return Parameterisation(
+                code=self.code, log_clock=log_clock, **dict(zip(names, options, strict=True))
+            )
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
+        if self.code == "cldsde":
+            if (self.mixed, self.numerical_eps, self.levels) != (False, 0.0, None):
+                msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+                raise SettingError("code", msg)
+        elif (self.reference, self.inputs, self.prediction, self.mixing) != (
+            *("scalar", "state", "noise"),
+            None,
+        ):
+            msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
+            raise SettingError("code", msg)
+        self.published(log_clock=False)
         if self.mixing is not None and self.inputs != "state":
             msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
             raise SettingError("mixing", msg)
@@ -225,6 +261,9 @@ class TrainingConfig:
     ema_decay
         Decay per step of the exponential moving average of the weights, which is sampled; at first
         (n + 1)/(n + 10) after n steps, if that is smaller.
+    reduction
+        ``"mean"`` or ``"sum"`` of the squared error over the numbers of an image: the scale of the
+        gradients that ``clip`` limits.
     conditioning
         ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
     weighting
@@ -276,6 +315,7 @@ class TrainingConfig:
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip: Positive | None = 1.0
     ema_decay: Share = 0.9999
+    reduction: Literal["mean", "sum"] = "mean"
     conditioning: Literal["data", "all"] = "data"
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
     log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2

@@ -23,6 +23,14 @@ TorchvisionName = Literal[
     "CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "STL10", "SVHN", "USPS"
 ]
 
+TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
+    **dict.fromkeys(("CIFAR10", "CIFAR100", "SVHN"), (3, 32, 32)),
+    **dict.fromkeys(("FashionMNIST", "KMNIST", "MNIST", "QMNIST"), (1, 28, 28)),
+    "STL10": (3, 96, 96),
+    "USPS": (1, 16, 16),
+}
+"""Shapes of the images, known without them."""
+
 
 class DataSet(NamedTuple):
     """Images to train on, and images held out.

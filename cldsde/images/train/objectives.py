@@ -23,9 +23,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.images.config import RunConfig
+from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
+from cldsde.pretrained import PublishedScore
 from cldsde.score import (
     MixedScore,
     PerturbedData,
@@ -73,40 +74,36 @@ class ScoreMatching:
     ``samplers`` draw the times of a batch.
     """
 
-    def __init__(self, score: MixedScore, config: RunConfig) -> None:
+    def __init__(self, score: MixedScore | PublishedScore, config: RunConfig) -> None:
         settings = config.training
+        self._sums = settings.reduction == "sum"
         self._conditioning = settings.conditioning
         self._prediction: Measured = config.score.prediction
         self._weighting: Weighting
         t_min = settings.t_min
+        density = _density(score, settings, self._prediction)
         if settings.weighting == "log_snr":
             normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
-            self._weighting = score.log_snr_weighting(**normal)
+            self._weighting = score.log_snr_weighting(**normal)  # type: ignore[union-attr]
             self._prediction = "noise"  # the weighting is in its units
-            sampler = TimeSampler(log_snr_density(score.sde, **normal), t_min)
         elif settings.times in ("logit_normal", "mode"):
-            density = mode_density(settings.mode_scale)
-            if settings.times == "logit_normal":
-                density = logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
+            assert density is not None
             self._weighting = density
-            sampler = TimeSampler(density, t_min)
         else:
             self._weighting = settings.weighting
-            if settings.conditioning == "data" and settings.weighting == "reweighted":
-                residual = partial(score.residual_variance, prediction=self._prediction)
-                sampler = TimeSampler(residual, t_min)
-            else:
-                sampler = TimeSampler.importance(
-                    score.sde,
-                    t_min,
-                    data_variance=float(score.data_variance.mean()),
-                    conditioning=settings.conditioning,
-                    weighting=settings.weighting,
-                )
-        even = settings.times == "uniform"
-        self.samplers = (TimeSampler(torch.ones_like, t_min) if even else sampler,)
+        if density is None:
+            sampler = TimeSampler.importance(
+                score.sde,
+                t_min,
+                data_variance=float(score.data_variance.mean()),  # type: ignore[union-attr]
+                conditioning=settings.conditioning,
+                weighting=settings.weighting,  # type: ignore[arg-type]
+            )
+        else:
+            sampler = TimeSampler(density, t_min)
+        self.samplers = (sampler,)
 
-    def of(self, score: MixedScore, x0: Tensor, batch: Batch, generator: Generators) -> Tensor:
+    def of(self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators) -> Tensor:
         """Weighted loss of each sample, ``(B,)``."""
         t, weight = batch.times[0]
         pair = PerturbedData.draw(
@@ -114,6 +111,8 @@ class ScoreMatching:
         )
         kind = {"prediction": self._prediction, "weighting": self._weighting}
         losses = score.loss(pair, condition=batch.labels, **kind)  # type: ignore[arg-type]
+        if self._sums:
+            losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
 
     def losses(
@@ -179,6 +178,23 @@ class LatentObjective:
         t_min = self._settings.t_min if step >= self._pretraining else None
         bound = negative_evidence_lower_bound(model, batch, generator, t_min)
         return bit_per_dim(batch.images) * bound
+
+
+def _density(
+    score: MixedScore | PublishedScore, settings: TrainingConfig, prediction: Measured
+) -> Callable[[Tensor], Tensor] | None:
+    """Density of the times; None for the importance of the process alone."""
+    if settings.times == "uniform":
+        return torch.ones_like
+    if settings.weighting == "log_snr":
+        return log_snr_density(score.sde, mean=settings.log_snr_mean, std=settings.log_snr_std)
+    if settings.times == "logit_normal":
+        return logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
+    if settings.times == "mode":
+        return mode_density(settings.mode_scale)
+    if settings.conditioning == "data" and settings.weighting == "reweighted":
+        return partial(score.residual_variance, prediction=prediction)  # type: ignore[union-attr]
+    return None
 
 
 Objective = ScoreMatching | LatentObjective

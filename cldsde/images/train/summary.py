@@ -10,11 +10,43 @@ import torch
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
+from cldsde.images.data.sets import TORCHVISION_SHAPES
 from cldsde.images.model import ImageSpace, make_network, make_vae
 from cldsde.images.networks import parameter_count
 from cldsde.images.train.learner import Learner
 
 _COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
+
+
+def outlook(config: RunConfig) -> list[str]:
+    """Lines about parameters and memory of a training, of data that need not be there."""
+    options = config.data.options
+    if config.data.name == "torchvision":
+        space = ImageSpace(TORCHVISION_SHAPES[options["name"]])
+    elif config.data.name == "folder":
+        size = options["size"]
+        space = ImageSpace((options.get("channels", 3), size, size))
+    else:
+        try:
+            space = ImageSpace.of(config.data.load().train, config)
+        except (ValueError, OSError, ImportError) as error:
+            return [f"parameters: unknown without the data ({error})"]
+    count, memory = _sizes(config, space)
+    return [
+        f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
+        f"memory: {memory:,.0f} MiB for weights, their average, gradients and Adam's moments; "
+        "activations need more",
+        "images per second and peak memory: cldsde train --dry-run measures them",
+    ]
+
+
+def _sizes(config: RunConfig, space: ImageSpace) -> tuple[int, float]:
+    """Parameters, and MiB of all that is kept of each."""
+    vae = make_vae(config, space, device="meta")
+    shape_of_state = space.shape if vae is None else vae.latent_shape
+    network = make_network(config, shape_of_state, space.classes, "meta")
+    count = parameter_count(network) + (0 if vae is None else parameter_count(vae))
+    return count, 4 * _COPIES * count / 2**20
 
 
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
@@ -23,12 +55,7 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     held = 0 if held_out is None else len(held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
     shape = "×".join(map(str, train.shape))
-    space = ImageSpace.of(train, config)
-    vae = make_vae(config, space, device="meta")
-    shape_of_state = space.shape if vae is None else vae.latent_shape
-    network = make_network(config, shape_of_state, space.classes, "meta")
-    count = parameter_count(network) + (0 if vae is None else parameter_count(vae))
-    memory = 4 * _COPIES * count / 2**20
+    count, memory = _sizes(config, ImageSpace.of(train, config))
     if device in {"auto", "cuda"} and torch.cuda.is_available():
         device = f"{device} ({torch.cuda.get_device_name()})"
     of_data = f"{len(train):,} images of {shape}, {train.levels} levels, {classes}"
