@@ -8,13 +8,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from published_data import MODELS, checkpoint, save_checkpoint
 
 from cldsde import pretrained
 from cldsde.cli import main
 from cldsde.images import published
 from cldsde.images.model import load_model
 from command import refused
+from published_data import MODELS, checkpoint, save_checkpoint
 
 pytest.importorskip("diffusers")
 

@@ -171,7 +171,8 @@ class TestParts:
         silent = [
             key
             for key, p in network.named_parameters()
-            if not key.endswith(("to_k.bias", "key.bias")) and (p.grad is None or not bool((p.grad != 0).any()))
+            if not key.endswith(("to_k.bias", "key.bias"))
+            and (p.grad is None or not bool((p.grad != 0).any()))
         ]
         assert silent == []
 

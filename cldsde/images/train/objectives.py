@@ -103,7 +103,9 @@ class ScoreMatching:
             sampler = TimeSampler(density, t_min)
         self.samplers = (sampler,)
 
-    def of(self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators) -> Tensor:
+    def of(
+        self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
+    ) -> Tensor:
         """Weighted loss of each sample, ``(B,)``."""
         t, weight = batch.times[0]
         pair = PerturbedData.draw(
