@@ -179,11 +179,13 @@ class ScoreConfig:
         """
         if self.code == "cldsde":
             return None
-        options = (self.mixed, self.numerical_eps, self.levels)
-        names = ("mixed", "numerical_eps", "levels")
         with setting("code"):
             return Parameterisation(
-                code=self.code, log_clock=log_clock, **dict(zip(names, options, strict=True))
+                code=self.code,
+                log_clock=log_clock,
+                mixed=self.mixed,
+                numerical_eps=self.numerical_eps,
+                levels=self.levels,
             )
 
     def __post_init__(self) -> None:
