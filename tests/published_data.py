@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cldsde.pretrained import Parameterisation, PublishedModel
+from cldsde.pretrained import PublishedModel
+from cldsde.pretrained.published_score import Parameterisation
 
 DATA = Path(__file__).parent / "data"
 

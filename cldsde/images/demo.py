@@ -59,26 +59,9 @@ def _full_training() -> TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Settings of the demonstration.
+    """Settings of the demonstration: ``sets`` of ``samples`` images for each solver and NFE.
 
-    Attributes
-    ----------
-    seed
-        Seed of weights, training and sampling.
-    device
-        Torch device.
-    channels
-        Channels of the network's levels.
-    training
-        Training of the score.
-    nfe
-        Budgets of score evaluations per sample, the final denoising included.
-    t_end
-        ε, the time at which sampling ends.
-    samples
-        Images per set.
-    sets
-        Sets of images, with seeds of their own, for each cell of the table.
+    Sampling ends at ``t_end``; NFE include the final denoising.
     """
 
     seed: int = 0

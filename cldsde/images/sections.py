@@ -28,8 +28,7 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.pretrained import Parameterisation
-from cldsde.pretrained.published_score import Code
+from cldsde.pretrained.published_score import Code, Parameterisation
 from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
@@ -158,7 +157,7 @@ class ScoreConfig:
     code
         Code whose parameterisation the score has: ``"cldsde"``, or a published code,
         ``"cld-sgm"``, ``"score-sde-vp"`` or ``"score-sde-ve"``; see
-        `cldsde.pretrained.Parameterisation`.
+        ``cldsde.pretrained.published_score.Parameterisation``.
     mixed, numerical_eps, levels
         Options of the published parameterisations.
     """

@@ -147,7 +147,7 @@ def test_a_method_of_torchdiffeq_with_fixed_steps_takes_a_budget(run, tmp_path, 
     [
         (["--solver", "sscz"], "'sscz'; did you mean sscs?"),
         (["--nfe", "1"], "--nfe: must be"),
-        (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
+        (["--solver", "probability-flow", "--nfe", "10"], "is adaptive; use --set"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
         (["--seeds", "x"], "--seeds must be A-B"),
         (["--seeds", "0-3", "--seed", "5"], "alternatives"),

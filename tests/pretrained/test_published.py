@@ -12,16 +12,12 @@ import pytest
 import torch
 
 from cldsde import CLD, PSLD
-from cldsde.pretrained import (
-    PUBLISHED,
-    Parameterisation,
-    PublishedScore,
-    load_cld_sgm,
-    load_score_sde,
-)
+from cldsde.pretrained import load_cld_sgm, load_score_sde
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
+from cldsde.pretrained.published_models import PUBLISHED
+from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 from published_data import CLD_SGM, MODELS, SCORE_SDE, case, checkpoint, save_checkpoint
 
 

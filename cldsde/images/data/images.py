@@ -15,38 +15,11 @@ CHUNK = 2**22
 
 
 class Images(ABC):
-    """Images of one shape, as bytes, found by row number.
+    """Images of one shape ``(C, H, W)``, as bytes, found by row number.
 
-    Parameters
-    ----------
-    count
-        Number of images, at least one.
-    shape
-        Channels, height and width.
-    levels
-        Number of grey levels, 2 to 256; values are 0 … levels − 1.
-    labels
-        Classes ``(N,)`` int64, or None.
-    classes
-        Number of classes, or their names; None stands for the largest label + 1.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        ``(C, H, W)``.
-    levels, labels
-        As given.
-    classes : int or None
-        Number of classes.
-    class_names : tuple of str or None
-        Names of the classes if they are known.
-    skipped : tuple of str
-        Files of the source that were left out, and the reason.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the parts do not fit together.
+    Values are 0 … levels − 1. Labels are classes ``(N,)``; ``classes`` is their number or their
+    names, and None stands for the largest label + 1. ``class_names`` are the names if they are
+    known, ``skipped`` the files of the source that were left out, and the reasons.
     """
 
     def __init__(

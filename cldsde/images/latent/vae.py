@@ -42,16 +42,9 @@ _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
 
 
 class Posterior(NamedTuple):
-    """q(z | x): independent normals, one for each number of the latent maps of a batch.
+    """q(z | x): independent normals ``(B, *D)``, one per number of the latent maps of a batch.
 
     Its logarithms are in nats, summed over the latent map.
-
-    Parameters
-    ----------
-    mean
-        ``(B, *D)``.
-    log_std
-        Logarithm of the standard deviation, ``(B, *D)``.
     """
 
     mean: Tensor

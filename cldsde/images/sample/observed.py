@@ -173,7 +173,7 @@ class Conditioning:
     def score(self, score: Score, sde: LinearSDE) -> Score:
         """The score given the observation, if the method has one."""
         method = self.observed.method
-        if method == "twisted" or method == "replacement":  # noqa: PLR1714 - mypy narrows this form
+        if method == "twisted" or method == "replacement":  # noqa: PLR1714 mypy narrows this form
             return score
         return PosteriorScore(score, self.observation, method, sde=sde)
 
