@@ -1,4 +1,4 @@
-"""The probability flow with adaptive steps, to the same tolerance, with an exact mixture score."""
+"""Adaptive solvers of the probability flow at one tolerance, with an exact mixture score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling of images: the time that is not spent in the network, tables included."""
+"""Overhead of sampling images: the time outside of the network, including the solver's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transition kernels of a grid, against one matrix exponential per time."""
+"""Transition kernels of a grid, compared with one matrix exponential per time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.parametrize("threads", ["one thread"], indirect=True)
 
 
 def blocks(sde, s, t):
-    """The matrices that Van Loan's method exponentiates, from F and G in the middle of each step.
+    """Matrices that Van Loan's method exponentiates, from F and G in the middle of each step.
 
-    The method overflows for long steps; for short ones small covariances lose digits.
+    The method overflows for long steps. For short steps small covariances lose digits.
     """
     k, middle = sde.components, (s + t) / 2
     F, G = sde.drift(middle), sde.diffusion(middle)
@@ -24,17 +24,17 @@ def blocks(sde, s, t):
     return block * (t - s)[:, None, None]
 
 
-def law(exponential, k):
+def factors(exponential, k):
     psi = exponential[..., k:, k:].mT
     return psi, psi @ exponential[..., :k, k:]
 
 
 def step_by_step(sde, s, t):
-    return [law(torch.matrix_exp(block), sde.components) for block in blocks(sde, s, t)]
+    return [factors(torch.matrix_exp(block), sde.components) for block in blocks(sde, s, t)]
 
 
 def at_once(sde, s, t):
-    return law(torch.matrix_exp(blocks(sde, s, t)), sde.components)
+    return factors(torch.matrix_exp(blocks(sde, s, t)), sde.components)
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -1,4 +1,4 @@
-"""Noise sources at the size of images, against fresh normals of as many numbers."""
+"""Noise sources at the size of images, compared with the same number of fresh normals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A training step: all of it, and the time that is not spent in the network.
+"""Duration of a training step, and its overhead outside of the network.
 
-Times, kernels, noise, targets and weights are timed with a network that takes almost no time. The
-optimiser and the average of the weights belong to neither.
+The overhead (times, kernels, noise, targets and weights) is measured with a network that takes
+almost no time. The optimiser and the average of the weights are not included.
 """
 
 from __future__ import annotations

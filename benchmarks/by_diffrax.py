@@ -18,11 +18,11 @@ __all__ = ["euler_maruyama"]
 def euler_maruyama(
     start: torch.Tensor, times: torch.Tensor, path: Literal["stepwise", "tree"]
 ) -> Callable[[], np.ndarray]:
-    """A compiled solve of states ``(B, 2, D)`` over an even grid, with `problems.linear` as score.
+    """Compiled solve of states ``(B, 2, D)`` over a uniform grid, with `problems.linear` as score.
 
-    ``path`` is diffrax's cheapest Brownian motion, or the default one, which is refinable.
+    ``path`` is diffrax's cheapest Brownian motion, or its default, which can be refined.
     """
-    # Before JAX starts.
+    # JAX reads the variable when it starts.
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     )
@@ -63,7 +63,7 @@ def euler_maruyama(
             h,
             y0,
             saveat=diffrax.SaveAt(t1=True),
-            adjoint=diffrax.ForwardMode(),  # the only one that lets a path draw as it goes
+            adjoint=diffrax.ForwardMode(),  # the only mode in which a path draws step by step
             max_steps=steps + 2,
         ).ys[-1]
 

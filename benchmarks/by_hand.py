@@ -1,6 +1,6 @@
-"""Loops written by hand for CLD with β = 4, M = 1/4 and Γ = 1: what one would write without cldsde.
+"""Hand-written solver loops for CLD with β = 4, M = 1/4 and Γ = 1, as one would without cldsde.
 
-Every operation is in place, and constants of an even grid are computed once. States are
+Every operation is in place, and constants of a uniform grid are computed once. States are
 ``(B, 2, *D)`` in contiguous memory, which plain functions as scores expect.
 """
 
@@ -25,7 +25,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 def euler_maruyama(
     score: Score, start: Tensor, times: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """States ``(B, 2, *D)`` at the end of a decreasing grid."""
+    """Final states ``(B, 2, *D)`` of Euler–Maruyama on a decreasing grid."""
     z = start.clone()
     x, v = z.unbind(1)
     noise = start.new_empty(v.shape)
@@ -33,7 +33,7 @@ def euler_maruyama(
     for t, h in zip(times[:-1].to(start), (-times.diff()).tolist(), strict=True):
         pull = score(z, t.expand(len(z)))[:, 0]
         noise.normal_(generator=generator)
-        # The coefficient of v undoes that v is added the position of the step's end.
+        # v is updated with the new position, so its coefficient subtracts the position's change.
         x.add_(v, alpha=-BETA * INVERSE_MASS * h)
         v.mul_(1 + damping * h + BETA**2 * INVERSE_MASS * h**2)
         v.add_(x, alpha=BETA * h).add_(pull, alpha=drive * h)
@@ -79,8 +79,8 @@ def sscs(score: Score, start: Tensor, times: Tensor, generator: torch.Generator)
 def _move(h: float) -> tuple[np.ndarray, np.ndarray]:
     """Matrix and noise root of the stationary process, back in time by h (Van Loan 1978)."""
     F = BETA * np.array([[0.0, INVERSE_MASS], [-1.0, -FRICTION * INVERSE_MASS]])
-    law = np.diag([1.0, 1 / INVERSE_MASS])
-    back = law @ F.T @ np.linalg.inv(law)
+    stationary = np.diag([1.0, 1 / INVERSE_MASS])
+    back = stationary @ F.T @ np.linalg.inv(stationary)
     noise = np.diag([0.0, 2 * FRICTION * BETA])
     block = np.block([[-back, noise], [np.zeros((2, 2)), back.T]])
     exponential = expm(block * h)

@@ -15,7 +15,7 @@ __all__ = ["EulerMaruyama"]
 
 
 class EulerMaruyama:
-    """A problem in torchsde's clock and layout, ``(B, 2·D)``, for a grid of even steps."""
+    """A problem in torchsde's time and layout, ``(B, 2·D)``, for a uniform grid."""
 
     noise_type, sde_type = "additive", "ito"
 
@@ -29,7 +29,7 @@ class EulerMaruyama:
         self.root = torch.cat([0 * root, root]).expand(len(state), -1, -1)
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
-        # torchsde sums its steps, and may pass the end.
+        # torchsde sums up its steps, and rounding may lead past the end.
         t = (-s).clamp(self.times[-1], self.times[0]).to(y)
         pull = self.score(y.view(self.shape), t.expand(len(y))).flatten(1)
         x, v = y.chunk(2, dim=1)
@@ -51,7 +51,7 @@ class EulerMaruyama:
 
     @torch.no_grad()
     def run(self, *, informed: bool) -> Tensor:
-        """Solve, with torchsde's default Brownian motion or one that knows the step."""
+        """Solve with torchsde's default Brownian motion, or with one that knows the step."""
         ends = torch.tensor([-float(self.times[0]), -float(self.times[-1])], dtype=torch.float64)
         motion = torchsde.BrownianInterval(
             *ends, size=(len(self.y0), self.size), **({"dt": self.h} if informed else {})

@@ -45,7 +45,7 @@ def threads(request: Any) -> Iterator[str]:
 
 @pytest.fixture
 def race(benchmark: Any, request: Any, threads: str) -> Callable[..., None]:
-    """Time rivals that take turns; keep medians and the ratios of the first rival to the others.
+    """Time rivals alternately; keep medians and the ratios of the first rival to the others.
 
     With one thread the clock is processor time, with default threads it is wall time. ``at_most``
     limits ratios; it is a target with one thread only. ``below`` limits seconds per unit. A run

@@ -1,8 +1,8 @@
 """Fréchet distances of solvers on trained velocity-score networks: the docs' table on digits.
 
 ``python benchmarks/digits_solvers.py RUNS docs/data/digits-solvers.json`` trains the network of the
-demonstration for each seed in a folder of RUNS, or takes what is trained there, and samples it with
-each recipe. Finished cells are kept, so that it can be interrupted.
+demonstration for each seed in a folder of RUNS, or loads a trained one. It samples the networks
+with each recipe. It can be interrupted and keeps finished cells.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def multistep(**options: Any) -> solvers.ExponentialMultistep:
 
 
 def early(t: torch.Tensor) -> torch.Tensor:
-    """Noise while t > 0.1 only."""
+    """Stochasticity 1 for t > 0.1, and 0 below."""
     return (t > 0.1).to(t)
 
 
-# Name to solver, grid, end and start.
+# Solver, grid, end and start by name.
 RECIPES: dict[str, tuple[solvers.Solver, str, float, float]] = {
     "Euler–Maruyama": (solvers.EulerMaruyama(), "root", 2e-2, 1.0),
     "SSCS": (solvers.SSCS(), "root", 2e-2, 1.0),

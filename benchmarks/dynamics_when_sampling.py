@@ -1,4 +1,4 @@
-"""Fréchet distances of trained networks under the dynamics of other processes: the docs' table.
+"""Fréchet distances of trained networks sampled with other processes: the docs' table.
 
 ``python benchmarks/dynamics_when_sampling.py RESULTS NAME=RUN ...`` samples the network of each run
 folder of Fashion-MNIST (`configs/fashion_mnist_cpu.toml`) with every process. All cells share the

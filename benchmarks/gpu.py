@@ -1,4 +1,4 @@
-"""What only a GPU can tell: agreement with the CPU, precision, compilation, speed and memory.
+"""Measurements that need a GPU: agreement with the CPU, precision, speed and memory.
 
 ``python benchmarks/gpu.py RESULTS`` measures the published CIFAR-10 network of CLD on the first GPU
 and writes RESULTS as JSON, with a description of the device. Exit codes:
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ SMALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured, and on what."""
+    """Device, sizes and number of repetitions."""
 
     device: str
     size: int = 32
@@ -160,7 +161,10 @@ def sampling(setting: Setting) -> dict[str, Any]:
     """Images per second of sampling, its share outside the network, and peak memory."""
     found: dict[str, Any] = {"failed": []}
     kinds: list[tuple[str, Any, bool, str | None]] = [("fp32", None, False, None)]
-    kinds += [("bf16", torch.bfloat16, False, None), ("bf16, channels last", torch.bfloat16, True, None)]
+    kinds += [
+        ("bf16", torch.bfloat16, False, None),
+        ("bf16, channels last", torch.bfloat16, True, None),
+    ]
     kinds += [(f"bf16, compile={mode}", torch.bfloat16, True, mode) for mode in setting.modes]
     for batch in setting.batches:
         reference: Tensor | None = None
@@ -180,8 +184,8 @@ def sampling(setting: Setting) -> dict[str, Any]:
             cast = nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype)
             with setting.peak(row), torch.no_grad(), cast:
                 images = sampler.draw(range(batch)).images.double()
-                seconds = setting.seconds(lambda s=sampler: s.draw(range(batch)))
-                alone = setting.seconds(lambda n=score.network, x=inputs: n(*x))
+                seconds = setting.seconds(partial(sampler.draw, range(batch)))
+                alone = setting.seconds(partial(score.network, *inputs))
             row["images_per_second"] = batch / seconds
             row["evaluations_per_second"] = batch * setting.evaluations / seconds
             row["share_outside_network"] = 1 - setting.evaluations * alone / seconds
@@ -205,10 +209,9 @@ def training(setting: Setting) -> dict[str, Any]:
         facts = check_run(config, data, device=setting.device)
         learner = Learner(config, data, facts, make_engine(config, setting.device))
         row: dict[str, Any] = {}
-        steps = iter(range(10_000))
         with setting.peak(row):
             loaded = learner.feed.load(0)
-            seconds = setting.seconds(lambda: learner.step(next(steps), loaded))
+            seconds = setting.seconds(partial(learner.step, 0, loaded))
         network, inputs = _network(setting, batch)
         network.train()
 
@@ -224,7 +227,7 @@ def training(setting: Setting) -> dict[str, Any]:
 
 
 def processes(setting: Setting) -> dict[str, Any]:
-    """Gradients of two processes on one device, against those of one process."""
+    """Difference of gradients between two processes on one device and a single process."""
     found: dict[str, Any] = {"failed": []}
     backends = ["gloo", "nccl"] if setting.on_gpu else ["gloo"]
     for backend in backends:

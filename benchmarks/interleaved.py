@@ -1,4 +1,4 @@
-"""Timing of rivals that take turns, so that the machine's other load slows all of them alike."""
+"""Alternating timing of rivals, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def interleave(
     rounds: int,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Seconds of each rival in each round, after one round that does not count.
+    """Seconds of each rival in each round, after a warm-up round.
 
-    If only one round is asked for, as for runs of minutes, no other precedes it. The default clock
-    is the processor time of the process, which other processes hardly change.
+    With a single round, for runs of minutes, there is no warm-up. The default clock is the
+    processor time of the process, which other processes hardly change.
     """
     if rounds != 1:
         for run in rivals.values():
@@ -27,7 +27,7 @@ def interleave(
     turns = deque(rivals)
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
-        # The order changes, because a run leaves its data in the caches for the next one.
+        # Rotate the order, because a run leaves its data in the caches for the next run.
         turns.rotate(1)
         gc.collect()
         gc.disable()
@@ -42,5 +42,5 @@ def interleave(
 
 
 def ratio(subject: Sequence[float], rival: Sequence[float]) -> float:
-    """Median over the rounds of the subject's time in units of the rival's."""
+    """Median over the rounds of the subject's time divided by the rival's time."""
     return statistics.median(a / b for a, b in zip(subject, rival, strict=True))

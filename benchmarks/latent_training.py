@@ -1,7 +1,7 @@
-"""How bits a dimension fall while latent models train, and what their autoencoders alone cost.
+"""Bits per dim of latent models during training, and Fréchet distances of their autoencoders.
 
-``python benchmarks/latent_training.py RESULTS FASHION RUN ...`` takes what ``cldsde compare
-fashion_mnist --out FASHION`` has made, and runs of latent models on digits, such as
+``python benchmarks/latent_training.py RESULTS FASHION RUN ...`` reads the folder of ``cldsde
+compare fashion_mnist --out FASHION``, and runs of latent models on digits, such as
 ``digits-0/models/LSGM``.
 """
 
@@ -44,13 +44,13 @@ def main() -> None:
 
 
 def bits(run: Path) -> list[tuple[int, float]]:
-    """Images seen, and bits a dimension of images not trained on."""
+    """Images seen, and bits per dim of held-out images."""
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [(line["images"], round(line["held_out_loss"], 4)) for line in lines]
 
 
 def digits(runs: list[Path]) -> dict[str, dict[str, float]]:
-    """Bits at the end of each run, by what it is and its seed."""
+    """Bits per dim at the end of each run, by kind and seed."""
     table: dict[str, dict[str, float]] = {}
     for run in runs:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text()))
@@ -81,7 +81,7 @@ def described(config: RunConfig) -> str:
 
 
 def reconstructions(folder: Path) -> dict[str, float]:
-    """Fréchet distances of images not trained on, and of what autoencoders make of them."""
+    """Fréchet distances of held-out images, and of their reconstructions by the autoencoders."""
     config = ComparisonConfig.from_dict(json.loads((folder / RESULTS).read_text())["config"])
     data = next(iter(config.runs.values())).data.load()
     evaluation = Evaluation(

@@ -1,13 +1,12 @@
-"""What a network's training costs in quality, and what the dynamics that it is sampled with.
+"""Effects of the training process and of the sampling process on image quality.
 
-``python benchmarks/networks_and_dynamics.py RESULTS FOLDER ...`` takes comparisons that
-``cldsde compare cld_variants --out FOLDER`` has made. A network that is shown the best estimate of
-the data serves every process, so that the one trained with VP and the one trained with CLD can each
-be sampled with either. CLD starts at a somewhat lower signal-to-noise ratio than VP is trained on,
-where data do not show yet.
+``python benchmarks/networks_and_dynamics.py RESULTS FOLDER ...`` reads the folders of ``cldsde
+compare cld_variants --out FOLDER``. A network whose input is the best estimate of the data serves
+every process. So the network trained with VP and the network trained with CLD can each be sampled
+with both. CLD starts at a slightly lower signal-to-noise ratio than VP was trained on, but the data
+have no influence there.
 
-RESULTS names the weights that its numbers are of, and is gone on with where they are those of the
-folders.
+RESULTS records the digests of the networks. If they match the folders, the measurement resumes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ NETWORKS = ("VP", "CLD-estimate", "CLD-estimate-log-snr")
 DYNAMICS = ("VP", "CLD", "PSLD")  # of the models of these names
 SAMPLERS = {"multistep SDE": "multistep-2-sde", "multistep ODE": "multistep-2"}
 BUDGETS = (10, 20)
-# Whether more steps mend what the flow does to a network's error.
+# Test whether more steps reduce the effect of the flow on a network's error.
 LONG = [
     (network, dynamics, "multistep ODE", 100) for network in NETWORKS for dynamics in ("VP", "CLD")
 ]
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 class Crossing:
-    """The networks of one comparison, and what is known of them."""
+    """The networks of one comparison, with the results so far."""
 
     def __init__(self, folder: Path, results: dict[str, Any]) -> None:
         if not (folder / RESULTS).is_file():

@@ -27,7 +27,7 @@ SIZE, GAP, ZOOM = 16, 2, 3  # of an image, between two, of the picture
 
 
 def last_line(file: Path) -> np.ndarray:
-    """Of a picture with a line for each budget, that of the largest, with a gap around it."""
+    """Cut out the row of the largest budget from a picture with one row per budget."""
     sheet = np.asarray(Image.open(file).convert("L"))
     return sheet[-(SIZE + 2 * GAP) :]
 

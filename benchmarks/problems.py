@@ -18,7 +18,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear(sde: LinearSDE, dimension: int) -> Score:
-    """The score of the process's stationary distribution, by one product of matrices."""
+    """Score of the process's stationary distribution, by one matrix product."""
     precision = torch.linalg.inv(sde.stationary_covariance)[list(sde.driven)]
     matrix = -torch.kron(precision, torch.eye(dimension)).T.float().contiguous()
     return lambda z, t: (z.flatten(1) @ matrix).view(len(z), -1, dimension)

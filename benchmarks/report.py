@@ -46,7 +46,7 @@ def results(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(raw: dict[str, Any]) -> str:
-    """The commit that was measured, and whether files differed from it."""
+    """The measured commit, and whether files differed from it."""
     info = raw["commit_info"]
     changed = " with changes" if info.get("dirty") else ""
     return f"{info['id'][:12]}{changed}" if info.get("id") else "unknown"
@@ -58,7 +58,7 @@ def races(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rounded(race: dict[str, Any]) -> dict[str, Any]:
-    """Six digits, of which three are shown, so that a rounded number meets the same targets."""
+    """Round to six digits; three are shown, so that a rounded number meets the same targets."""
     shown = {
         key: {name: float(f"{value:.6g}") for name, value in race[key].items()}
         for key in ("seconds", "ratios", "at_most", "below")
@@ -115,14 +115,14 @@ def machine(found: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits at least, in a unit that fits."""
+    """Format with at least three digits and a suitable unit."""
     unit, size = next((u for u in (("s", 1), ("ms", 1e-3)) if seconds >= u[1]), ("µs", 1e-6))
     value = seconds / size
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def lost(file: Path, found: dict[str, Any]) -> list[str]:
-    """Races and rivals of a file of results that new ones do not have."""
+    """Races and rivals of a file of results that the new results lack."""
     if not file.exists():
         return []
     new = {race["question"]: race["seconds"] for race in found["races"]}

@@ -23,11 +23,12 @@ from .grids import (
 from .imputation import Imputation
 from .named import find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
-from .planning import Plan, Solution, SolveWarning, plan, solve
+from .planning import Plan, plan, solve
 from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .sampling import RECOMMENDED, sample
+from .solution import Solution, SolveWarning
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun

@@ -344,7 +344,7 @@ class ExponentialMultistep(GridSolver):
             else:
                 basis = _lagrange(points, position(steps.nodes[which]))  # (steps, q, count)
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
-                # The weights add up to those of a constant, which need no quadrature.
+                # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
             rows = [as_blocks(part) for part in parts]
             blocks += [[row[i] for row in rows] for i in range(len(which))]

@@ -253,7 +253,7 @@ class _Path:
         return increment
 
     def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
-        """Drop pieces of accepted steps; without ``keep_rejected`` also those of rejected steps."""
+        """Drop pieces of accepted steps; without ``keep_rejected`` also of rejected steps."""
         accept = accept.unsqueeze(1)
         gone = self._inside & accept if keep_rejected else self._inside | ~accept
         self._begins = self._begins - torch.where(accept, self._h, 0.0)

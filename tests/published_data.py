@@ -1,4 +1,4 @@
-"""Published networks in small: numbers of the reference codes, and checkpoints as they write them."""
+"""Small published networks: numbers of the reference codes, and checkpoints like theirs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cldsde.pretrained import Parameterisation, PublishedModel
+from cldsde.pretrained import PublishedModel
+from cldsde.pretrained.published_score import Parameterisation
 
 DATA = Path(__file__).parent / "data"
 
@@ -81,7 +82,7 @@ def case(name: str) -> dict[str, Any]:
 
 
 def checkpoint(name: str) -> dict[str, Any]:
-    """A checkpoint as the code writes it; weights that are averaged are zero in the model itself."""
+    """A checkpoint as the code writes it; averaged weights are zero in the model itself."""
     found, start = case(name), 0
     model, average = OrderedDict(), []
     if "sigmas" in found:

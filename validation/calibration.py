@@ -1,4 +1,4 @@
-"""Simulation-based calibration: ranks of the truth among posterior samples."""
+"""Simulation-based calibration of posterior samplers, by ranks of the truth."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ __all__ = ["Calibration", "calibration_ranks"]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Ranks of the truth among posterior samples, which are uniform if the sampler is exact.
+    """Ranks of the truth among posterior samples, which are uniform for an exact sampler.
 
     Attributes
     ----------
     ranks
-        ``(draws, D + m)`` in [0, 1]: of the D numbers of the data, then of the m of A x.
+        ``(draws, D + m)`` in [0, 1]: ranks of the D numbers of the data, then of the m numbers of
+        A x.
     p_values
-        ``(D + m,)``, of the Kolmogorov–Smirnov test of each for uniformity.
+        ``(D + m,)``: p-value of the Kolmogorov–Smirnov test for uniformity, for each number.
     """
 
     ranks: Tensor = field(repr=False)
@@ -47,28 +48,32 @@ def calibration_ranks(
     steps: int = 50,
     seed: int = 0,
 ) -> Calibration:
-    """Test a posterior sampler where the exact posterior is not needed: by simulation.
+    """Simulation-based calibration: test a posterior sampler without the exact posterior.
 
-    Data are drawn, observed, and sampled given the observation. If the samples are from the
-    posterior, the truth is one more of them: its rank among them is uniform, in every number of the
-    data and of A x.
+    Data are drawn and observed, and the sampler is run on each observation. If the sampler is
+    exact, the truth has the distribution of the samples. Its rank among them is then uniform, for
+    every number of the data and of A x.
 
     Parameters
     ----------
     method
-        A name of `posterior_methods`, or a sampler of one's own.
+        A name in `posterior_methods`, or your own sampler.
     problem
-        Its y is not used: each draw has one of its own.
+        The problem. Its y is not used, because each draw has an observation of its own.
     sde
-        The forward process; None is `CLD`.
+        The forward process; None: `CLD`.
     draws
-        Data that are drawn.
+        Number of data points drawn.
     samples
-        Posterior samples of each.
+        Number of posterior samples per data point.
     steps
         Steps of the grid, as in `posterior_error`.
     seed
-        Of all that is drawn.
+        Seed of all random numbers.
+
+    Returns
+    -------
+    Calibration
 
     References
     ----------
@@ -89,7 +94,7 @@ def calibration_ranks(
         x, weights = found if isinstance(found, tuple) else (found, None)
         mass = torch.full((len(x),), 1 / len(x)) if weights is None else weights
         below = (_numbers(drawn, x) < _numbers(drawn, truth)).double()
-        # The truth takes one of samples + 1 places; a uniform number makes its rank continuous.
+        # The truth has one of samples + 1 ranks; a uniform number makes the rank continuous.
         jitter = torch.rand(below.shape[1], generator=g, dtype=torch.float64)
         rows.append((samples * (mass.double() @ below) + jitter) / (samples + 1))
     ranks = torch.stack(rows)

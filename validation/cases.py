@@ -1,4 +1,4 @@
-"""Exact answers that are sampled once on a problem and shared by all solvers."""
+"""Exact flows and paths of a problem, sampled once and shared by all solvers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .reference import GaussianReference
 
 __all__ = ["FlowCase", "PathCase"]
 
-_NODES = 6  # of a quadrature over a cell
+_NODES = 6  # quadrature nodes per cell
 
 
 class FlowCase:
-    """Start states of a problem and where the probability flow takes them.
+    """Start states of a problem and the exact end states of the probability flow.
 
-    With Gaussian data the flow is known; for mixtures the reference is scipy's method of order 8 at
+    For Gaussian data the flow is known. For mixtures the reference is scipy's method of order 8 at
     a tolerance of 1e-13.
 
     Parameters
@@ -34,7 +34,7 @@ class FlowCase:
     samples
         Number of states.
     generator
-        Where they come from.
+        Random generator of the states.
 
     Attributes
     ----------
@@ -57,10 +57,10 @@ def _exact_flow(problem: Problem, start: Tensor) -> Tensor:
 
 
 def _numerical_flow(problem: Problem, start: Tensor) -> Tensor:
-    from scipy.integrate import solve_ivp  # slow to import, and seldom wanted
+    from scipy.integrate import solve_ivp  # imported here because it is slow to import
 
     def slope(x: float, flat: Any) -> Any:
-        # In log t the flow near the data is as smooth as elsewhere.
+        # As a function of log t, the flow near the data is as smooth as at other times.
         t = min(max(math.exp(x), problem.end), problem.start)
         state = torch.from_numpy(flat.copy()).reshape(start.shape)
         return t * problem.process.probability_flow(state, t).flatten().numpy()
@@ -77,12 +77,16 @@ def _numerical_flow(problem: Problem, start: Tensor) -> Tensor:
 
 
 class PathCase:
-    """Brownian paths over a grid with what a solver sees of them, and the exact ends.
+    """Brownian paths over a grid, with the functionals that solvers use and the exact end states.
 
-    Of each cell are drawn jointly the increment of w, its integral over time, the integral that the
-    process makes of it and, with Gaussian data of one dimension, where the reverse SDE is linear,
-    what noise adds to its solution. Moments are those of `GaussianReference`; transitions within a
-    cell are the package's, which are checked by themselves.
+    For each cell these are drawn jointly:
+
+    - the increment of w, and its integral over time;
+    - the stochastic integral of the process;
+    - for Gaussian data of one dimension, the noise in the solution of the linear reverse SDE.
+
+    Moments come from `GaussianReference`. Transitions within a cell come from the package, whose
+    kernels are checked separately.
 
     Parameters
     ----------
@@ -93,14 +97,14 @@ class PathCase:
     samples
         Number of paths.
     generator
-        Where they come from.
+        Random generator of the paths.
 
     Attributes
     ----------
     start
         States ``(samples, k, D)`` at the start of the paths.
     end
-        States where they end; None unless the data are Gaussian of one dimension.
+        Exact end states; None unless the data are Gaussian of one dimension.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class PathCase:
         cells, m = len(t), G.shape[-1]
         eye = torch.eye(m, dtype=torch.float64).expand(cells, _NODES, m, m)
         forth = sde.transition_matrix(nodes, t.unsqueeze(1).expand(-1, _NODES))
-        # The time integral in units of the cell, so that all rows are of one size.
+        # Divide the time integral by the cell's length, so that all rows have similar sizes.
         parts = [eye, x[:, None, None] * eye, forth @ G]
         exact = _ExactSteps(problem, times, nodes) if problem.exact else None
         if exact is not None:
@@ -143,7 +147,7 @@ class PathCase:
             self.end = z
 
     def draws(self, noise: PathNoise, every: int) -> list[Tensor]:
-        """The normals of a solver that steps over so many cells at a time."""
+        """Normals of a solver whose steps span the given number of cells."""
         draws = []
         for i, first in enumerate(range(0, len(self._increments), every)):
             cells = range(first, first + every)
@@ -162,7 +166,7 @@ class PathCase:
                 end = self.times[first + every]
                 total = torch.zeros_like(increment)
                 for cell in cells:
-                    # What has come so far goes on for the rest of the step.
+                    # The path's value at the end of the cell counts for the rest of the step.
                     rest = self.times[cell + 1] - end
                     total = total + self._time_integrals[cell] + rest * self._increments[cell]
                 draw = draw + apply_blocks(noise.time_integral[i], total)
@@ -171,7 +175,7 @@ class PathCase:
 
 
 class _ExactSteps:
-    """The reverse SDE with Gaussian data: Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹ and its means."""
+    """Exact reverse SDE for Gaussian data: Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹ and its means."""
 
     def __init__(self, problem: Problem, times: Tensor, nodes: Tensor) -> None:
         self._sde = problem.sde
@@ -182,7 +186,7 @@ class _ExactSteps:
         self._move = self._reverse(u, t)
 
     def step(self, i: int, z: Tensor) -> Tensor:
-        """Without the noise."""
+        """Exact step without its noise."""
         mean, following = (self._reference.moments(float(s))[0] for s in self._times[i : i + 2])
         return following + apply_blocks(self._move[i], z - mean)
 

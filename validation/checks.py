@@ -1,4 +1,4 @@
-"""Single measurements of a solver, or of a process's kernel, against what is declared."""
+"""Single checks of a solver against its declared facts, or of a process's kernel."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ _KERNEL_TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement against what is declared.
+    """One measurement compared with the declared value.
 
     Attributes
     ----------
     kind
-        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"law"``,
-        ``"NFE a step"``, ``"bias"``, ``"error at 100 steps"``, or where nothing could be measured
+        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"distribution"``,
+        ``"NFE per step"``, ``"bias"`` or ``"error at 100 steps"``. If nothing could be measured:
         ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
     subject
-        Name of the solver, or of the process whose kernel it is.
+        Name of the solver, or of the process of a kernel.
     problem
         Name of the problem.
     declared, measured
-        Numbers: orders, or errors; None where there is none. Of a law the worst of its statistics
-        is measured, as a part of what is allowed: 1 passes.
+        Orders or errors; None if there are none. For a distribution ``measured`` is the worst ratio
+        of a statistic's error to the allowed error; at most 1 passes.
     verdict
-        PASS, FAIL or INCONCLUSIVE; None for what is only reported.
+        PASS, FAIL or INCONCLUSIVE; None for a check that is only reported.
     message
-        What was found, in words, on one line.
+        Result in words, on one line.
     seconds
-        Time it took.
+        Duration of the check.
     estimate
-        The levels behind an order; None for other kinds.
+        Estimate of an order, with its levels; None for other kinds.
     """
 
     kind: str
@@ -75,14 +75,14 @@ class Check:
     estimate: OrderEstimate | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON types."""
+        """Convert to JSON types."""
         estimate = None if self.estimate is None else self.estimate.to_dict()
         result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
         return result
 
 
 def in_words(error: BaseException) -> str:
-    """An error on one line."""
+    """Describe an error on one line."""
     return _one_line(f"{type(error).__name__}: {error}")
 
 
@@ -91,7 +91,7 @@ def _one_line(text: str) -> str:
 
 
 def facts_fault(solver: Solver) -> str:
-    """What is wrong with what a solver declares; empty where nothing is."""
+    """Describe a fault in a solver's declared facts; empty if there is none."""
     try:
         facts: object = solver.facts
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
@@ -112,21 +112,21 @@ def facts_fault(solver: Solver) -> str:
 
 
 def kernel_check(name: str, sde: LinearSDE) -> Check:
-    """Whether a process's transition kernels solve its differential equations."""
+    """Check that a process's transition kernels solve its differential equations."""
     began, found = time.perf_counter(), []
     # If drift and diffusion diverge at the end, the equations are solved up to t = 0.99.
     end = 1.0 if sde.regular_until == sde.T else 0.99
     for s, t in ((0.0, 0.01), (0.3, 0.35), (0.1, 0.9), (0.0, end)):
         psi, covariance = reference_kernel(sde, s, t)
         kernel = sde.transition(s, t)
-        deviation = covariance.diagonal().sqrt()
-        scale = torch.outer(deviation, deviation)
+        std = covariance.diagonal().sqrt()
+        scale = torch.outer(std, std)
         errors = (
             (kernel.mean - psi).abs() / psi.abs().max(),
             (kernel.covariance - covariance).abs() / torch.where(scale > 0, scale, 1.0),
         )
         found.append(torch.stack([error.max() for error in errors]).max())
-    # Not Python's max, which would drop what is not a number.
+    # Use torch's max, because Python's max would ignore NaN.
     worst = float(torch.stack(found).max())
     passed = worst <= _KERNEL_TOLERANCE
     return Check(
@@ -142,9 +142,9 @@ def kernel_check(name: str, sde: LinearSDE) -> Check:
 
 
 def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
-    """Near the data orders show at unaffordable steps only; what counts is the error itself.
+    """Report a solver's error near the data, where orders would need unaffordably many steps.
 
-    It is reported, and fails where it is above the size of the moments or no number.
+    The check fails if the error is larger than the moments, or is not a number.
     """
     times = quadratic_times(problem.start, problem.end, 100)
     reference = GaussianReference(problem, times[[0, -1]])
@@ -157,13 +157,13 @@ def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
         declared=None,
         measured=error,
         verdict=None if error <= size else Verdict.FAIL,
-        message=f"moments off by {error:.1e}, the largest of them is {size:.1e}",
+        message=f"error of the moments {error:.1e}, largest moment {size:.1e}",
         seconds=time.perf_counter() - began,
     )
 
 
 def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
-    """Whether a solver asks for the score as often as it says."""
+    """Check a solver's number of score evaluations per step."""
     steps, g = 8, torch.Generator().manual_seed(0)
     sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
     start = problem.sample(2, g)
@@ -176,7 +176,7 @@ def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
         raise ValueError(msg)
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
     return Check(
-        kind="NFE a step",
+        kind="NFE per step",
         subject=name,
         problem=problem.name,
         declared=declared,
@@ -196,15 +196,15 @@ def bias_check(
     *,
     quick: bool,
 ) -> Check:
-    """Whether an adaptive solver with noise leaves two points where they are."""
+    """Check that an adaptive solver with noise has no bias on data of two points."""
     n = 5000 if quick else 40_000
     strict = dataclasses.replace(solver, rtol=0.01, atol=0.002)  # type: ignore[type-var]
     ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
     found = solve(problem.process, strict, problem.sample(n, g), ends, generator=g, warn=False)
     x = found.data.abs() / float(problem.sde.marginal(problem.end).mean)
     ratio, spread = float(x.mean()), float(x.std()) / math.sqrt(n)
-    # Of 200 000 samples a bridge leaves 0.0000 ± 0.0001 at these tolerances, and noise drawn anew
-    # 0.017 (benchmarks/gotta_go_fast_bias.py): a thousandth is far from both.
+    # With 200,000 samples at these tolerances the bias is 0.0000 ± 0.0001 with a Brownian bridge.
+    # With fresh noise it is 0.017 (benchmarks/gotta_go_fast_bias.py). The limit separates them.
     passed = found.success and abs(ratio - 1) <= 5 * spread + 1e-3
     return Check(
         kind="bias",

@@ -1,4 +1,4 @@
-"""Distances between what a solver samples and the law that it should sample."""
+"""Distances between a solver's samples and the exact distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["bures_wasserstein", "mode_spread_error", "sliced_wasserstein"]
 def bures_wasserstein(
     mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor
 ) -> float:
-    r"""Wasserstein-2 distance of two Gaussians.
+    r"""Wasserstein-2 (Bures–Wasserstein) distance of two Gaussians.
 
     .. math:: W_2^2 = |m_1 − m_2|^2 + \operatorname{tr}\bigl(C_1 + C_2
               − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
@@ -95,13 +95,14 @@ def sliced_wasserstein(
 
 
 def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: float) -> float:
-    r"""Root mean square over modes of the relative error of their standard deviation.
+    r"""Relative error of the modes' standard deviations, root mean square over modes.
 
-    A point belongs to modes by their posterior weights :math:`r_i(x)` under the exact law. There
-    :math:`\operatorname E r_i (x − m_i)(x − m_i)^⊤ / \operatorname E r_i = C_i`, however much modes
-    overlap, so that the error of exact samples goes to 0 with their number. Errors of a solver that
-    sharpens or blurs show here long before they show in distances between laws, the better the
-    further modes lie apart.
+    A point counts for each mode with the mode's posterior weight :math:`r_i(x)` under the exact
+    distribution. Then :math:`\operatorname E r_i (x − m_i)(x − m_i)^⊤ / \operatorname E r_i = C_i`,
+    however much modes overlap. The error of exact samples therefore goes to 0 with their number.
+
+    Solvers that sharpen or blur modes show an error here long before distances between
+    distributions grow, in particular for modes that lie far apart.
 
     Parameters
     ----------
@@ -110,12 +111,12 @@ def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: flo
     data
         A mixture.
     scale, noise
-        What the process has made of the data.
+        Scale of the data and variance of the noise at the time of the samples.
 
     Raises
     ------
     ValueError
-        If a mode is flat: without noise there, points have no weights.
+        If a mode is flat in some direction and ``noise`` is 0.
 
     Examples
     --------
@@ -145,7 +146,7 @@ def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: flo
             continue
         own = own / total
         from_mean = samples - own @ samples
-        # The share that the mean takes up: 1/n of points with equal weights.
+        # The estimated mean reduces the variance, by 1/n for points with equal weights.
         variance = (own @ from_mean.square()).mean() / (1 - own.square().sum())
         expected = covariances[i].diagonal().mean()
         errors.append(float((variance / expected).sqrt()) - 1)

@@ -1,12 +1,12 @@
-"""Exact moments of a solver: no Monte Carlo.
+"""Exact moments of a solver's samples, without Monte Carlo.
 
-With Gaussian data the score is affine, so a solve is an affine map of its start and its noise,
-z' = b + X z + N ξ. Its matrices are *probed* by solving from basis vectors, and mean and covariance
-follow exactly:
+With Gaussian data the score is affine. A solve is then an affine map of its start and its noise,
+z' = b + X z + N ξ. Solving from basis vectors *probes* its matrices. Mean and covariance follow
+exactly:
 
     m' = X m + b,      C' = X C Xᵀ + N Nᵀ.
 
-The difference to the true marginal is the solver's weak error, to rounding.
+The difference from the true marginal is the solver's weak error, up to rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["propagate_moments"]
 
 
 class _CountingNoise(NoiseSource):
-    """Zeros; remembers how many rows each draw asked for."""
+    """Noise source of zeros that records the number of rows of each draw."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -33,9 +33,10 @@ class _CountingNoise(NoiseSource):
 
 
 class _BasisNoise(NoiseSource):
-    """Zeros for the first samples, a unit vector of a solve's noise for each of the next.
+    """Noise source of unit vectors, to probe a solve.
 
-    The last sample has twice the sum of all unit vectors.
+    The first samples get zeros. Each of the next samples gets one unit vector of a solve's noise.
+    The last sample gets twice the sum of all unit vectors.
     """
 
     def __init__(self, rows: list[int], first: int) -> None:
@@ -43,7 +44,10 @@ class _BasisNoise(NoiseSource):
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         if next(self._rows, None) != rows:
-            msg = "solver: the noise that its steps draw depends on the state"
+            msg = (
+                "solver must draw the same noise for every state; got another number of rows. "
+                "Sample its distribution instead"
+            )
             raise ValueError(msg)
         numbers = rows * z.shape[2]
         draw = z.new_zeros(len(z), numbers)
@@ -57,7 +61,7 @@ class _BasisNoise(NoiseSource):
 def propagate_moments(
     process: ReverseProcess, solver: Solver, times: Tensor, mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the state that a solver produces, if the score is affine.
+    """Exact mean and covariance of a solver's final state, for an affine score.
 
     Parameters
     ----------
@@ -75,19 +79,34 @@ def propagate_moments(
     Returns
     -------
     mean, covariance : tuple of Tensor
-        At ``times[-1]``, float64, ``(k, D)`` and ``(kD, kD)``.
+        Moments at ``times[-1]``, float64, ``(k, D)`` and ``(kD, kD)``.
 
     Raises
     ------
     TypeError
-        If the solver chooses its times.
+        If the solver is adaptive.
     ValueError
         If the shapes of the moments do not fit, the grid does not decrease, or the score or the
         solver's step is not affine.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import solvers, validation
+    >>> problem = validation.problems()["VP"]
+    >>> mean, covariance = propagate_moments(
+    ...     problem.process,
+    ...     solvers.EulerMaruyama(),
+    ...     solvers.uniform_times(1.0, 0.05, 8),
+    ...     torch.zeros(1, 1),
+    ...     torch.eye(1),
+    ... )
+    >>> mean.shape, covariance.shape
+    (torch.Size([1, 1]), torch.Size([1, 1]))
     """
     sampler = plan(process, solver, times)
     if sampler.nfev is None:
-        msg = f"solver must work on a fixed grid; {type(solver).__name__} chooses its own times"
+        msg = f"solver must work on a fixed grid; {type(solver).__name__} is adaptive"
         raise TypeError(msg)
     k, dimension = mean.shape if mean.ndim == 2 else (0, 0)
     size = k * dimension
@@ -99,7 +118,7 @@ def propagate_moments(
         raise ValueError(msg)
 
     def end(start: Tensor, noise: NoiseSource) -> Tensor:
-        # If a solve diverges, the moments are not finite.
+        # Do not warn: if a solve diverges, the moments are not finite.
         states = start.reshape(-1, k, dimension)
         return sampler.solve(states, noise=noise, warn=False).state.flatten(1)
 
@@ -108,28 +127,33 @@ def propagate_moments(
     alone, again = end(origin, zeros), end(origin, _CountingNoise())
     if not torch.equal(alone, again) and bool(alone.isfinite().all()):
         msg = (
-            "solver: the same state and noise gave two different results; does the solver draw "
-            "noise outside `noise.normal`?"
+            "the same state and noise gave two different results; does the solver draw noise "
+            "outside `noise.normal`?"
         )
         raise ValueError(msg)
-    # The origin, unit vectors, and a point that an affine map takes to their combination.
+    # Start from the origin, unit vectors, and twice their sum, which tests that the map is affine.
     states = torch.cat([origin, torch.eye(size).to(m), m.new_full((1, size), 2.0)])
     padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
     out = end(torch.cat([states, padding]), _BasisNoise(zeros.rows, len(states)))
     b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
-    rest = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
-    bent = float((out[-1] - b - 2 * N.sum(1)).abs().max())
-    # NaN passes: if a solve is not finite, neither are the moments. Rounding is 1e-15 of the
-    # largest number times the steps; a score that is not affine is off by parts of that number.
+    state_error = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
+    noise_error = float((out[-1] - b - 2 * N.sum(1)).abs().max())
+    # NaN passes, because the moments are then NaN, too. The rounding error is 1e-15 of the largest
+    # number times the steps. A score that is not affine causes errors of the size of that number.
     allowed = 1e-9 * float(out.abs().max())
-    # A step that uses means over a batch, as a corrector's may, is another one alone.
-    if bent > allowed or float((b - alone).abs().max()) > allowed:
-        msg = "solver: its steps are not affine in their noise; sample its distribution instead"
-        raise ValueError(msg)
-    if rest > allowed:
+    # A step that uses means over a batch, as a corrector's may, changes with the batch.
+    batch_error = float((b - alone).abs().max())
+    if noise_error > allowed or batch_error > allowed:
+        error = max(noise_error, batch_error) / float(out.abs().max())
         msg = (
-            "process: its score is not affine in the state, so the solver's steps are not; take "
-            "Gaussian data"
+            f"solver must have steps that are affine in their noise; got a relative error of "
+            f"{error:.1g}. Sample its distribution instead"
+        )
+        raise ValueError(msg)
+    if state_error > allowed:
+        msg = (
+            "process must have a score that is affine in the state; got a relative error of "
+            f"{state_error / float(out.abs().max()):.1g}. Use Gaussian data"
         )
         raise ValueError(msg)
     m, C = b + X @ m, X @ C @ X.T + N @ N.T

@@ -1,7 +1,7 @@
-"""Orders of convergence from errors on several grids, with intervals, against declared orders.
+"""Estimates of orders of convergence, with confidence intervals, from errors on several grids.
 
-Errors are either exact or Monte Carlo estimates with standard errors; `estimate_order` treats both
-by one rule, generalised least squares with a prior on what precedes the asymptotic range.
+Errors are exact, or Monte Carlo estimates with standard errors. `estimate_order` treats both by one
+rule: generalised least squares with a prior on the pre-asymptotic terms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .plain import plain
+from .regression import is_steady, local_orders, log_slope, student_quantile, turns
 
 __all__ = ["Level", "OrderEstimate", "Verdict", "estimate_order"]
 
@@ -26,7 +27,7 @@ _ROUNDING = "below rounding"
 _NOISE = "below 3 standard errors"
 _DISAGREES = "disagrees with finer levels"
 
-_MODEL = 1e-3  # relative deviation of an error from any expansion, however smooth it looks
+_MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
 
 
 class Verdict(enum.StrEnum):
@@ -46,13 +47,13 @@ class Level:
     step
         Step size.
     error
-        Error; NaN where the solver diverged.
+        Error; NaN if the solver diverged.
     standard_error
-        Standard error of the error; 0 for an exact one.
+        Standard error of the error; 0 for an exact error.
     kept
-        Whether the level takes part in the estimate.
+        Whether the estimate uses the level.
     reason
-        Why it does not; empty if it does.
+        Reason why the level was dropped; empty if it is kept.
     """
 
     step: float
@@ -64,26 +65,25 @@ class Level:
 
 @dataclass(frozen=True)
 class OrderEstimate:
-    """A measured order of convergence, made by `estimate_order`.
+    """A measured order of convergence; the result of `estimate_order`.
 
     Attributes
     ----------
     order, low, high
-        Estimate and ends of its interval; NaN where fewer than 3 levels are left.
+        Estimate and ends of its confidence interval; NaN if fewer than 3 levels are left.
     expected
         Declared order, or None.
     tolerance
-        By how much the order may fall short of ``expected``, and the largest half-width of an
-        interval that passes.
+        Largest shortfall from ``expected``, and largest half-width of an interval, that pass.
     confidence
-        Of the interval.
+        Confidence level of the interval.
     local_orders
-        Order, low and high between neighbouring kept levels, from the coarsest; the intervals are
-        for their sampling and rounding errors alone.
+        Order, low and high between neighbouring kept levels, from the coarsest. These intervals
+        cover sampling and rounding errors only.
     levels
         All levels, from the coarsest.
     verdict
-        None where there is no ``expected``.
+        PASS, FAIL or INCONCLUSIVE; None without ``expected``.
     message
         The outcome in a sentence.
     """
@@ -105,7 +105,7 @@ class OrderEstimate:
         return self.expected is not None and self.low > self.expected + self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and `exceeds` as strict JSON knows them: lists for tuples, None for NaN."""
+        """Fields and `exceeds` in types of strict JSON: lists for tuples, None for NaN."""
         return {**plain(asdict(self)), "exceeds": self.exceeds}
 
     def to_json(self) -> str:
@@ -133,33 +133,31 @@ def estimate_order(
     rounding: ArrayLike | None = None,
     spacing: float = 0.5,
 ) -> OrderEstimate:
-    r"""Order p of errors :math:`e(h) = C h^p (1 + O(h^q))`, with an interval and a verdict.
+    r"""Estimate the order p of errors :math:`e(h) = C h^p (1 + O(h^q))`, with an interval.
 
     Parameters
     ----------
     steps
         Step sizes ``(n,)``, positive and decreasing; usually halved from level to level.
     errors
-        Magnitudes of the errors ``(n,)``. One that is not finite, from a solver that diverged,
-        drops its level.
+        Magnitudes of the errors ``(n,)``. A level whose error is not finite, from a solver that
+        diverged, is dropped.
     standard_errors
-        Their standard errors ``(n,)``, or one for all; by default 0: errors are exact. Levels are
-        taken to be independent of each other.
+        Standard errors ``(n,)`` of the errors, or one for all. None: 0, for exact errors. Levels
+        are assumed to be independent.
     expected
-        Order to compare with.
+        Declared order to compare with.
     tolerance
-        By how much the order may fall short of ``expected``, and the largest half-width of an
-        interval that passes.
+        Largest shortfall from ``expected``, and largest half-width of an interval, that pass.
     confidence
-        Of the intervals, in (0, 1).
+        Confidence level of the intervals, in (0, 1).
     rounding
-        Bounds on the rounding errors of ``errors``, ``(n,)`` or one for all; by default
+        Bounds on the rounding errors of ``errors``, ``(n,)`` or one for all. None:
         :math:`10 · 2^{-52}/h`, for solutions of size 1.
     spacing
-        q, the distance between the powers of h in the error's expansion. One of 1/2 allows for
-        most; take 1 only where the powers are known to be whole ones apart, as those of a one-step
-        method for an ordinary differential equation are, and those of moments of a solver of an SDE
-        with smooth coefficients [1]_ [2]_. The interval is narrower then.
+        q, the distance between the powers of h in the error's expansion. 1/2 covers most methods.
+        With 1 the interval is narrower. It holds for one-step methods for ordinary differential
+        equations, and for moments of solvers of SDEs with smooth coefficients [1]_ [2]_.
 
     Returns
     -------
@@ -178,13 +176,13 @@ def estimate_order(
 
     .. math:: v_i = (s_i/e_i)^2 + (ρ_i/3e_i)^2 + 0.001^2
 
-    with the standard error s, the rounding error ρ, and 0.1 % for what no expansion describes.
+    with the standard error s, the rounding error ρ, and 0.1 % for the error of the expansion.
 
     1. Levels are dropped whose error is not finite, at most ρ, or below 3 s.
-    2. While the local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, differs from any
-       finer local order by more than ``tolerance`` plus the half-width of the difference's
-       interval, the coarsest level is dropped.
-    3. Fewer than 3 levels have no order.
+    2. The local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, is compared with all
+       finer local orders. If it differs by more than ``tolerance`` plus the half-width of the
+       difference's interval, the coarsest level is dropped. This is repeated.
+    3. If fewer than 3 levels are left, there is no order.
     4. The order is the slope of :math:`\log e` on :math:`\log h` by generalised least squares. Its
        covariance matrix is
 
@@ -193,32 +191,42 @@ def estimate_order(
 
        with :math:`h_1` the coarsest kept step. The second part is the covariance of
        :math:`\sum_{k≥1} c_k (h/h_1)^{kq}` with independent :math:`c_k` of standard deviation
-       :math:`2^{-k}`: terms that precede the asymptotic range are allowed for, and where the
-       errors are precise enough they are extrapolated away. Where local orders do not go one way by
-       less and less, as one leading term makes them, q is 1/2 at most.
-    5. The interval is the normal one, widened by :math:`\sqrt{χ^2/(n - 2)}` where the residuals'
-       :math:`χ^2` is larger than n − 2. Then it is that of Student's law with n − 2 degrees of
-       freedom unless all levels have standard errors: scatter is known from residuals alone.
+       :math:`2^{-k}`. It models the pre-asymptotic terms. If the errors are precise enough, the
+       regression extrapolates these terms away. One leading term makes local orders monotonic with
+       decreasing changes. If they are not, q is at most 1/2.
+    5. The interval is the normal interval, widened by :math:`\sqrt{χ^2/(n - 2)}` if the residuals'
+       :math:`χ^2` exceeds n − 2. In that case, unless all levels have standard errors, Student's
+       distribution with n − 2 degrees of freedom is used.
 
-    The verdict is FAIL if the interval lies below ``expected - tolerance``; PASS if it lies at or
-    above and its half-width is at most ``tolerance``; INCONCLUSIVE otherwise. An order above the
-    declared one passes, see `OrderEstimate.exceeds`: on easy problems many solvers are better than
-    they promise. Whatever the interval is, the verdict is FAIL where, of the levels that rule 1
-    leaves, the interval of the last local order lies
+    The verdict is
 
-    - below ``expected - 2 * tolerance``: errors stop falling above rounding and noise, unless no
-      level has a standard error and local orders go up and down, as those of noise do; or
-    - below ``expected - tolerance``, and the finest error exceeds the coarsest by more than the
-      interval of their difference: errors grow.
+    - FAIL if the interval lies below ``expected - tolerance``;
+    - PASS if it does not reach below ``expected - tolerance``, and its half-width is at most
+      ``tolerance``;
+    - INCONCLUSIVE otherwise.
 
-    What precedes the asymptotic range may be large, but not without limit. Of exact errors
-    :math:`C h^p (1 + a (h/h_1)^r)` on halved steps the interval covers p for a between −0.9 and 4
-    where r = 1 and there are 5 levels or more, for a up to 2 with 4 levels, and for a up to 1 where
-    r = 1/2, with q = 1/2. Noise whose standard errors are not given costs: of 5 % at each of 4 to 8
-    levels an interval of 95 % covers in about 85 of 100 cases. Give them where there are any.
+    An order above the declared order passes, because many solvers are better than declared on easy
+    problems; see `OrderEstimate.exceeds`. Independent of the interval, the verdict is FAIL in two
+    cases, which concern the last local order of the levels that rule 1 leaves:
 
-    An interval says nothing about finer grids than the measured ones. An error that approaches a
-    constant well below the finest level is not noticed.
+    - Its interval lies below ``expected - 2 * tolerance``: errors stop decreasing above rounding
+      and noise. An exception are levels without standard errors whose local orders go up and down
+      like noise.
+    - Its interval lies below ``expected - tolerance``, and the finest error exceeds the coarsest
+      significantly: errors grow.
+
+    Pre-asymptotic terms may be large, but not arbitrarily large. For exact errors
+    :math:`C h^p (1 + a (h/h_1)^r)` on halved steps, the interval covers p in these cases:
+
+    - r = 1, 5 levels or more: a from −0.9 to 4;
+    - r = 1, 4 levels: a up to 2;
+    - r = 1/2 and q = 1/2: a up to 1.
+
+    Pass standard errors if there are any. With unknown noise of 5 % at each of 4 to 8 levels, an
+    interval of 95 % covers p in about 85 of 100 cases.
+
+    The interval says nothing about finer grids than the measured ones. An error that approaches a
+    constant well below the finest level is not detected.
 
     References
     ----------
@@ -244,7 +252,7 @@ def estimate_order(
     variances = np.zeros_like(e)
     variances[kept] = (s[kept] / e[kept]) ** 2 + (floor[kept] / 3 / e[kept]) ** 2 + _MODEL**2
     while len(kept) >= 3:
-        local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+        local, covariance = local_orders(x[kept], y[kept], variances[kept])
         spread = covariance[0, 0] + covariance.diagonal() - 2 * covariance[0]
         allowed = tolerance + quantile * np.sqrt(spread[1:])
         if (np.abs(local[1:] - local[0]) <= allowed).all():
@@ -254,14 +262,14 @@ def estimate_order(
 
     order = low = high = math.nan
     if len(kept) >= 3:
-        if not _steady(x[kept], y[kept], variances[kept], quantile):
+        if not is_steady(x[kept], y[kept], variances[kept], quantile):
             spacing = min(spacing, 0.5)
-        order, deviation, excess = _slope(x[kept], y[kept], variances[kept], spacing)
-        # Where scatter is known from residuals alone its own uncertainty counts, too.
+        order, std, excess = log_slope(x[kept], y[kept], variances[kept], spacing)
+        # A variance that is estimated from residuals has an uncertainty of its own.
         known = excess <= 1 or bool((s[kept] > 0).all())
-        student = quantile if known else _student(confidence, len(kept) - 2)
-        low, high = order - student * deviation, order + student * deviation
-    local, covariance = _local_orders(x[kept], y[kept], variances[kept])
+        student = quantile if known else student_quantile(confidence, len(kept) - 2)
+        low, high = order - student * std, order + student * std
+    local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     verdict, fault, grown = None, "", False
     if expected is not None:
@@ -270,10 +278,10 @@ def estimate_order(
             ends = usable[[0, -1]]
             noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
             grown = e[ends[1]] - e[ends[0]] > noise
-            # Rule 2 drops coarse levels alone: the last two are those of rule 1.
+            # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
             limit = local[-1] + margins[-1]
-            if not s[usable].any() and _turns(x[usable], y[usable], variances[usable], quantile):
-                limit = math.inf  # noise that no standard error tells of
+            if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
+                limit = math.inf  # the levels have noise without known standard errors
             fault = _fault(local[-1], limit, grown, expected, tolerance)
         if fault and (grown or verdict is not Verdict.FAIL):
             verdict = Verdict.FAIL
@@ -306,85 +314,12 @@ def estimate_order(
 
 
 def _reason(error: float, standard_error: float, floor: float) -> str:
-    """Why a level cannot be used, whatever the others are."""
+    """Reason why a level cannot be used, independent of the other levels; empty if it can."""
     if not math.isfinite(error):
         return _NOT_FINITE
     if error <= floor:
         return _ROUNDING
     return _NOISE if error / 3 < standard_error else ""
-
-
-def _local_orders(
-    x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slopes between neighbours, and their covariance matrix."""
-    differences = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]
-    return differences @ y, (differences * variances) @ differences.T
-
-
-def _steady(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
-    """Whether local orders go one way, by less and less, up to their sampling errors."""
-    changes, noise = _changes(x, y, variances, quantile)
-    growth = np.diff(np.abs(changes))
-    grows = bool((growth > noise[1:] + noise[:-1]).any())
-    return not (grows or _turns(x, y, variances, quantile))
-
-
-def _turns(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
-    """Whether local orders go up and down by more than their sampling errors."""
-    changes, noise = _changes(x, y, variances, quantile)
-    seen = np.sign(changes) * (np.abs(changes) > noise)
-    return bool((seen > 0).any() and (seen < 0).any())
-
-
-def _changes(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Changes of local orders, and the half-widths of their intervals."""
-    local, covariance = _local_orders(x, y, variances)
-    differences = np.diff(np.eye(len(local)), axis=0)
-    spread = differences @ covariance @ differences.T
-    return np.diff(local), quantile * np.sqrt(spread.diagonal())
-
-
-def _slope(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    spacing: float,
-) -> tuple[float, float, float]:
-    """Slope of y on x by generalised least squares, its standard deviation, and χ²/(n − 2)."""
-    power = np.exp(spacing * (x - x[0]))
-    u = np.outer(power, power) / 4
-    root = np.linalg.cholesky(np.diag(variances) + u / (1 - u))
-    columns = np.stack([np.ones_like(x), x - x[0], y - y[0]], axis=1)
-    one, regressor, response = np.linalg.solve(root, columns).T
-    regressor, response = (z - one * (one @ z) / (one @ one) for z in (regressor, response))
-    information = regressor @ regressor
-    slope = regressor @ response / information
-    residuals = response - slope * regressor
-    excess = float(residuals @ residuals) / (len(x) - 2)
-    return float(slope), math.sqrt(max(1.0, excess) / float(information)), excess
-
-
-def _student(confidence: float, freedom: int) -> float:
-    """Quantile of Student's law."""
-    from scipy.stats import t  # slow to import, and seldom wanted
-
-    return float(t.ppf((1 + confidence) / 2, freedom))
 
 
 def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:
@@ -397,12 +332,12 @@ def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdic
 
 
 def _fault(last: float, limit: float, grown: bool, expected: float, tolerance: float) -> str:
-    """What is wrong whatever the slope is, with the last local order and its upper limit."""
+    """Fault that the last local order and its upper limit show, independent of the slope."""
     if grown and limit < expected - tolerance:
         return f"The errors grow as steps shrink; the last local order is {last:.2f}."
     if limit < expected - 2 * tolerance:
         return (
-            f"The errors stop falling: the last local order is {last:.2f}, more than "
+            f"The errors stop decreasing: the last local order is {last:.2f}, more than "
             f"{2 * tolerance:g} below the declared {expected:g}."
         )
     return ""
@@ -423,7 +358,7 @@ def _message(
         why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
         return f"An order needs 3 levels, and {used} can be used{why and f' ({why})'}."
     if expected is None:
-        relation = "has nothing to be compared with"
+        relation = "has no declared order to be compared with"
     elif verdict is Verdict.FAIL:
         relation = f"is more than {tolerance:g} below the declared {expected:g}"
     elif verdict is Verdict.PASS and low > expected + tolerance:
@@ -462,7 +397,7 @@ def _checked_levels(
         10 * np.finfo(float).eps / h if rounding is None else rounding, "rounding", h
     )
     if not (s[np.isfinite(e)] >= 0).all():
-        msg = f"standard_errors must be 0 or above where the error is finite; got {s.tolist()}"
+        msg = f"standard_errors must be 0 or above if the error is finite; got {s.tolist()}"
         raise ValueError(msg)
     if not (floor >= 0).all():
         msg = f"rounding must be 0 or above; got {floor.tolist()}"

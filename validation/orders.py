@@ -1,4 +1,4 @@
-"""Orders of convergence of a solver on a reference problem."""
+"""Weak, strong and ODE orders of convergence of a solver on a reference problem."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ __all__ = ["moment_error", "ode_order", "strong_order", "weak_order"]
 
 Grid = Callable[[float, float, int], Tensor]
 
-_ROUNDING = 1e-12  # of moments of size 1, ten times what their references are solved to
-_EXACT_SAMPLES = 2_000_000  # ten times a solver's or more: of their error little is left
-_BATCH = 10_000  # samples whose paths are held at a time
-_ROUNDING_OF_A_STEP = 1e-15  # of states of size 1 to 5
+_ROUNDING = 1e-12  # error of moments of size 1, ten times the tolerance of their references
+_EXACT_SAMPLES = 2_000_000  # at least ten times a solver's samples, so that their error is small
+_BATCH = 10_000  # largest number of samples whose paths are in memory
+_ROUNDING_OF_A_STEP = 1e-15  # for states of size 1 to 5
 
 
 def moment_error(
     solver: Solver, problem: Problem, times: Tensor, reference: GaussianReference | None = None
 ) -> float:
-    """Largest error of the mean and covariance that a solver ends with, to rounding.
+    """Largest error of a solver's final mean and covariance, exact up to rounding.
 
     Parameters
     ----------
     solver
-        A solver on a fixed grid whose steps are affine where the score is.
+        A solver on a fixed grid whose steps are affine if the score is.
     problem
         Gaussian data of one dimension.
     times
-        Decreasing grid ``(n + 1,)``; the solver starts with the exact moments.
+        Decreasing grid ``(n + 1,)``. The solver starts from the exact moments.
     reference
-        The exact answers, if they are at hand.
+        The exact moments, if they have been computed already.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def moment_error(
         reference = GaussianReference(problem, times[[0, -1]])
     found = propagate_moments(problem.process, solver, times, *reference.moments(float(times[0])))
     exact = reference.moments(float(times[-1]))
-    # Not Python's max, which would drop what is not a number.
+    # Use torch's max, because Python's max would ignore NaN.
     errors = [(a - b).flatten() for a, b in zip(found, exact, strict=True)]
     return float(torch.cat(errors).abs().max())
 
@@ -83,37 +83,42 @@ def weak_order(
     samples: int = 200_000,
     generator: torch.Generator | None = None,
 ) -> OrderEstimate:
-    """Order of a solver in law, against the order that it declares.
+    """Measure a solver's weak order (order in distribution), and compare it with the declared one.
 
-    With Gaussian data the moments of each level are exact and there is no sampling error, and it
-    takes a moment. For mixtures they are sampled, for a minute or two: neighbouring levels share
-    their start and their Brownian path, and the order is that of their differences, whose sampling
-    error is small; the finest level is held against the exact moments.
+    With Gaussian data the moments of each level are exact. There is no sampling error, and the
+    measurement takes a moment. For mixtures the moments are sampled, which takes a minute or two.
+    Neighbouring levels then share their start and their Brownian path. Their differences have a
+    small sampling error and determine the order. The finest level is compared with exact moments.
 
     Parameters
     ----------
     solver
-        A solver on a fixed grid; for mixtures one that follows a Brownian path.
+        A solver on a fixed grid; for mixtures a solver with ``path_noise``.
     problem
-        Where to measure.
+        The reference problem.
     steps
         Numbers of steps, increasing; for mixtures each a divisor of the last.
     grid
-        Function of (T, ε, n) that makes the grids.
+        Function of (T, ε, n) that returns a grid.
     tolerance
-        How far the order may be below what is declared.
+        Largest shortfall from the declared order.
     reference
-        Of Gaussian data, the exact answers at the ends, if they are at hand.
+        For Gaussian data: the exact moments at the ends, if they have been computed already.
     samples, generator
-        Of mixtures: how many samples, and where they come from.
+        For mixtures: number of samples, and their random generator.
+
+    Returns
+    -------
+    OrderEstimate
 
     Raises
     ------
     TypeError
-        If the solver has no fixed grid, or for mixtures follows no Brownian path.
+        If the solver is adaptive, or lacks ``path_noise`` for a mixture.
     ValueError
-        If it does not apply to the problem, steps are not positive and increasing or, for mixtures,
-        do not all divide the last, or samples are too few for a standard error.
+        If the solver does not apply to the problem, steps are not positive and increasing, samples
+        are too few for a standard error, or for mixtures a number of steps does not divide the
+        last.
 
     Examples
     --------
@@ -133,7 +138,7 @@ def weak_order(
     if reference is None:
         reference = GaussianReference(problem, grids[0][[0, -1]])
     errors = [moment_error(solver, problem, times, reference) for times in grids]
-    # Rounding adds up like a random walk, and goes with the size of the moments.
+    # Rounding errors add up like a random walk, in proportion to the size of the moments.
     ends = [float(times) for times in grids[0][[0, -1]]]
     sizes = [float(moment.abs().max()) for t in ends for moment in reference.moments(t)]
     rounding = _ROUNDING * max(1.0, *sizes)
@@ -158,8 +163,8 @@ def _sampled_weak_order(
 ) -> OrderEstimate:
     if solver.path_noise(problem.process, grids[0]) is None:
         msg = (
-            f"solver: on mixtures the weak order is measured along shared Brownian paths, which "
-            f"{solver!r} does not follow; take a problem with Gaussian data"
+            f"solver must have `path_noise` for a weak order on mixtures, which is measured along "
+            f"shared Brownian paths; got {solver!r}. Use a problem with Gaussian data"
         )
         raise TypeError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -173,8 +178,9 @@ def _sampled_weak_order(
             values[level, batch] = _observables(_along(solver, problem, paths, stride)[:, 0])
     differences = values[:-1] - values[1:]
     means = differences.mean(1)
-    # Along the direction of the next coarser level, whose own noise is small beside it: a length
-    # would be too long by the noise. The scatter counts how the functions vary together.
+    # Project on the direction of the next coarser level, whose noise is relatively small. Noise
+    # would bias a norm upwards. The spread of the projections includes correlations of the
+    # functions.
     sizes = np.sqrt((means**2).sum(-1))
     directions = means / np.where(sizes > 0, sizes, 1.0)[:, None]
     directions = np.concatenate([directions[:1], directions[:-1]])
@@ -185,21 +191,23 @@ def _sampled_weak_order(
     estimate = estimate_order(
         h[:-1], errors.tolist(), noise.tolist(), expected=declared, tolerance=tolerance
     )
-    # Whether what the levels converge to is the law itself.
+    # Check that the levels converge to the exact distribution.
     parts = max(batches, _EXACT_SAMPLES // size)
     exact = np.stack(
         [_observables(problem.sample(size, g, at=problem.end)[:, 0]) for _ in range(parts)]
     )
     rest = np.abs(values[-1].mean(0) - exact.mean(0))
     sampling = values[-1].var(0, ddof=1) / batches + exact.var(0, ddof=1) / parts
-    # Of an error of order p, 1/(2^p − 1) of the last difference is left: 2.4 of it for p = 1/2.
+    # An error of order p is the last difference times 1/(2^p − 1), which is 2.4 for p = 1/2.
     doubt = 5 * np.sqrt(sampling) + 4 * errors[-1]
     if not bool((rest > doubt).any()) or estimate.verdict is Verdict.FAIL:
         return estimate
     return dataclasses.replace(
         estimate,
         verdict=None if declared is None else Verdict.FAIL,
-        message=f"not the law, whatever the order is: off by {rest.max():.2g} at the finest level",
+        message=(
+            f"wrong distribution, whatever the order is: error {rest.max():.2g} at the finest level"
+        ),
     )
 
 
@@ -220,33 +228,44 @@ def ode_order(
     samples: int = 200,
     generator: torch.Generator | None = None,
 ) -> OrderEstimate:
-    """Order of a solver for the probability flow, against the order that it declares.
+    """Measure a solver's order for the probability-flow ODE, and compare it with the declared one.
 
-    The error is the root mean square over samples. Adaptive solvers are made to take even steps
-    (``with_step``), which is what their order is about.
+    The error is the root mean square over samples. Adaptive solvers take steps of one length
+    (``with_step``), because their order refers to such steps.
 
     Parameters
     ----------
     solver
         A deterministic solver.
     problem
-        Where to measure.
+        The reference problem.
     steps
         Numbers of steps, increasing.
     grid
-        Function of (T, ε, n) that makes the grids.
+        Function of (T, ε, n) that returns a grid.
     tolerance
-        How far the order may be below what is declared.
+        Largest shortfall from the declared order.
     case
-        Start states and their ends, if they are at hand.
+        Start states and their exact end states, if they have been computed already.
     samples, generator
-        Otherwise, how many start states, and where they come from.
+        Otherwise the number of start states, and their random generator.
+
+    Returns
+    -------
+    OrderEstimate
 
     Raises
     ------
     ValueError
-        If the solver chooses its times and cannot take even steps, it does not apply to the
+        If the solver is adaptive and cannot take steps of one length, it does not apply to the
         problem, or steps are not positive and increasing.
+
+    Examples
+    --------
+    >>> from cldsde import solvers, validation
+    >>> solver = solvers.ExponentialMultistep(order=2)
+    >>> validation.ode_order(solver, validation.problems()["VP"], samples=20).verdict
+    <Verdict.PASS: 'PASS'>
     """
     check_problem(problem)
     _check_steps(steps)
@@ -283,42 +302,54 @@ def strong_order(
     samples: int = 2000,
     generator: torch.Generator | None = None,
 ) -> OrderEstimate:
-    """Order of a solver along Brownian paths, against the order that it declares.
+    """Measure a solver's strong order along Brownian paths, and compare it with the declared one.
 
-    With Gaussian data the exact ends of the paths are known. For mixtures the order is that of the
-    distances between neighbouring levels; it may be lower there, where the score bends. Whether the
-    levels approach the right paths is then not seen: `weak_order` looks at the law.
+    With Gaussian data the exact ends of the paths are known. For mixtures the order follows from
+    distances between neighbouring levels. It may be lower there, because the score is nonlinear.
+    These distances do not show whether the levels converge to the right paths; `weak_order` checks
+    the distribution.
 
     Parameters
     ----------
     solver
-        A solver that follows a Brownian path (has ``path_noise``).
+        A solver with ``path_noise``.
     problem
-        Where to measure.
+        The reference problem.
     steps
         Numbers of steps, increasing, each a divisor of the last.
     grid
-        Function of (T, ε, n) that makes the finest grid; the others leave out times of it.
+        Function of (T, ε, n) that returns the finest grid; the others are subsets of it.
     tolerance
-        How far the order may be below what is declared.
+        Largest shortfall from the declared order.
     case
-        Paths over the finest grid, if they are at hand.
+        Paths over the finest grid, if they have been computed already.
     samples, generator
-        Otherwise, how many, and where they come from.
+        Otherwise the number of paths, and their random generator.
+
+    Returns
+    -------
+    OrderEstimate
 
     Raises
     ------
     TypeError
-        If the solver has no fixed grid or follows no Brownian path.
+        If the solver is adaptive or lacks ``path_noise``.
     ValueError
-        If it does not apply to the problem, steps are not positive and increasing or do not all
-        divide the finest, or samples are too few for a standard error.
+        If the solver does not apply to the problem, steps are not positive and increasing, a number
+        of steps does not divide the finest, or samples are too few for a standard error.
+
+    Examples
+    --------
+    >>> from cldsde import solvers, validation
+    >>> problem = validation.problems()["VP"]
+    >>> validation.strong_order(solvers.EulerMaruyama(), problem, samples=400).verdict
+    <Verdict.PASS: 'PASS'>
     """
     _check_solver(solver)
     check_problem(problem)
     _check_steps(steps)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
-        msg = f"solver must follow a Brownian path for a strong order; {solver!r} does not"
+        msg = f"solver must have `path_noise` for a strong order; {solver!r} has none"
         raise TypeError(msg)
     batches = 10
     _check_samples(samples if case is None else len(case.start), 2 * batches)
@@ -334,7 +365,7 @@ def strong_order(
         squares = (ends - target).square().flatten(1).sum(1)
         means = squares[: batches * size].reshape(batches, size).mean(1)
         errors.append(float(means.mean().sqrt()))
-        # The error of a root is that of its square over twice the root.
+        # The error of a root is the error of its square divided by twice the root.
         spread = float(means.std() / math.sqrt(batches))
         spreads.append(spread / (2 * errors[-1]) if errors[-1] else 0.0)
     return estimate_order(
@@ -361,7 +392,7 @@ def _check_samples(samples: int, least: int) -> None:
 
 
 def _strides(steps: Sequence[int], cells: int) -> list[int]:
-    """Over how many cells of the finest grid the steps of each level go."""
+    """Number of cells of the finest grid per step, for each level."""
     uneven = [n for n in steps if n < 1 or cells % n]
     if uneven:
         msg = f"steps must be divisors of the finest, {cells}; got {uneven[0]}"
@@ -370,7 +401,7 @@ def _strides(steps: Sequence[int], cells: int) -> list[int]:
 
 
 def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
-    """States that a solver ends with along paths, ``(samples, k, D)``."""
+    """Final states of a solver along given paths, ``(samples, k, D)``."""
     times = paths.times[::stride]
     functionals = solver.path_noise(problem.process, times)
     assert functionals is not None

@@ -1,4 +1,4 @@
-"""Pages of reports: one self-contained file, for light and dark screens and for telephones."""
+"""HTML pages of reports: one self-contained file for light, dark and small screens."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ __all__ = ["data_uri", "figure_uri", "render_page"]
 
 
 def render_page(title: str, body: str, **values: Any) -> str:
-    """A page as HTML.
+    """Render an HTML page.
 
     Parameters
     ----------
     title
-        What stands in its title and in its heading.
+        Title and heading of the page.
     body
-        The rest, a template of jinja2. A table goes into ``<div class="scroll">``, numbers in it
-        are ``<td class="number">``, sentences ``<td class="words">``.
+        Jinja2 template of the rest. Put a table into ``<div class="scroll">``, with numbers in
+        ``<td class="number">`` and sentences in ``<td class="words">``.
     values
-        What the template names; text is escaped.
+        Variables of the template; text is escaped.
     """
-    from jinja2 import Environment  # seldom wanted
+    from jinja2 import Environment  # imported here because it is seldom needed
 
     environment = Environment(autoescape=True)
     template = environment.from_string(_FRAME.replace("BODY", body))
@@ -30,14 +30,14 @@ def render_page(title: str, body: str, **values: Any) -> str:
 
 
 def figure_uri(figure: Any) -> str:
-    """A figure of matplotlib as the source of an image."""
+    """Encode a matplotlib figure as the source of an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Content of a file as the source of an image, of a kind such as ``"image/png"``."""
+    """Encode a file's content as the source of an image, of a kind such as ``"image/png"``."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

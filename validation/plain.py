@@ -1,4 +1,4 @@
-"""Results in the types that strict JSON knows."""
+"""Conversion of results to types of strict JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["plain"]
 
 
 def plain(value: Any) -> Any:
-    """A nest of dicts and sequences, with lists for tuples and None for what is not finite."""
+    """Convert nested dicts and sequences: lists for tuples, None for NaN and infinity."""
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, tuple | list):

@@ -8,7 +8,7 @@ __all__ = ["canvas"]
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes, without a window.
+    """Create a matplotlib figure and its axes, without a window.
 
     Raises
     ------

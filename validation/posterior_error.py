@@ -32,8 +32,8 @@ _FLOORS = 8  # pairs of exact samples from which floors are measured
 class PosteriorError:
     """Distance of a sampler's distribution from the exact posterior.
 
-    Numbers are means over repetitions; ``…_std`` are their standard errors. A "floor" is what as
-    many exact samples give: 1 is as good as exact.
+    Numbers are means over repetitions; ``…_std`` are their standard errors. A "floor" is the value
+    for the same number of exact samples, so a ratio of 1 is as good as exact.
 
     Attributes
     ----------
@@ -79,10 +79,10 @@ class PosteriorError:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Whether a sampler that claims the exact posterior has it; None for others.
+        """Whether a sampler that claims the exact posterior has it; None for other samplers.
 
-        FAIL if by more than two standard errors the distance is above 3 floors, the weights are
-        off by more than 0.1 and the floor, or a moment by more than 6 floors.
+        FAIL if a bound is exceeded by more than two standard errors. The bounds are 3 floors for
+        the distance, 0.1 plus the floor for the weights, and 6 floors for the moments.
         """
         if not self.exact:
             return None
@@ -92,7 +92,7 @@ class PosteriorError:
             (self.mean_error, self.mean_error_std, _MOMENT),
             (self.spread_error, self.spread_error_std, _MOMENT),
         )
-        # Written so that NaN fails.
+        # These comparisons are False for NaN, which therefore fails.
         sound = all(value - 2 * std <= bound for value, std, bound in bounds)
         return Verdict.PASS if sound else Verdict.FAIL
 
@@ -113,25 +113,25 @@ def posterior_error(
     seed: int = 0,
     name: str | None = None,
 ) -> PosteriorError:
-    """Measure how far a posterior sampler is from the exact posterior.
+    """Measure the error of a posterior sampler against the exact posterior.
 
     Parameters
     ----------
     method
-        A name of `posterior_methods`, or a sampler of one's own (`PosteriorSampler`), which then
-        claims the exact posterior.
+        A name in `posterior_methods`, or your own sampler (`PosteriorSampler`), which then claims
+        the exact posterior.
     problem
         Data and observation.
     sde
-        The forward process; None is `CLD`.
+        The forward process; None: `CLD`.
     samples
-        Samples of each repetition, 100 at least.
+        Samples of each repetition, at least 100.
     steps
-        Steps of the grid, `PosteriorProblem.times`.
+        Steps of the grid, `PosteriorProblem.times`, at least 2.
     repeats
-        Independent repetitions, 2 at least.
+        Independent repetitions, at least 2.
     seed
-        Of all that is drawn.
+        Seed of all random numbers.
     name
         Name of the method in the result.
 
@@ -172,7 +172,7 @@ def posterior_error(
     times = problem.times(sde, steps)
     began, rows = time.perf_counter(), []
     for repeat in range(repeats):
-        # Far from the seeds of the exact samples.
+        # Use seeds far from the seeds of the exact samples.
         g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + repeat)
         drawn = chosen.sampler(process, problem.observation, times, samples, g)
         x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)

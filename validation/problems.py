@@ -1,4 +1,4 @@
-"""Reference problems: processes and data of which everything is known exactly."""
+"""Reference problems: processes and data with exact scores, densities and samples."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["Problem", "check_problem", "forward_processes", "problems"]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The reversal of a process from T to ε, for data with an exact score.
+    """Reference problem: the reverse process from T to ε, for data with an exact score.
 
     Parameters
     ----------
     name
-        What it is called in reports.
+        Name in reports.
     sde
         The forward process.
     data
-        The law of the data.
+        Distribution of the data.
     end
-        ε, where errors are measured.
+        ε, the time at which errors are measured.
     start
-        T, where solvers start from the exact law.
+        Time at which solvers start, from the exact distribution.
 
     Examples
     --------
@@ -52,12 +52,12 @@ class Problem:
 
     @property
     def exact(self) -> bool:
-        """Whether laws, flows and paths are known: Gaussian data of one dimension."""
+        """Whether distributions, flows and paths are known: Gaussian data of one dimension."""
         return self.gaussian and self.dimension == 1
 
     @property
     def dimension(self) -> int:
-        """Numbers of a data point."""
+        """Number of entries of a data point."""
         return self.data.dimension
 
     @cached_property
@@ -66,7 +66,10 @@ class Problem:
         return ReverseProcess(self.sde, self.data.score(self.sde))
 
     def sample(self, n: int, generator: torch.Generator, *, at: float | None = None) -> Tensor:
-        """Draw states of the exact law at a time, None for the start, ``(n, k, D)`` float64."""
+        """Draw states from the exact distribution at a time, ``(n, k, D)`` float64.
+
+        ``at=None`` is the start.
+        """
         x = self.data.sample(n, generator=generator, dtype=torch.float64)
         z = self.sde.augment(x, generator=generator)
         kernel = self.sde.transition(0.0, self.start if at is None else at)
@@ -74,12 +77,17 @@ class Problem:
 
 
 def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
-    """Processes of every kind, by name: their kernels are checked.
+    """Processes of every kind, by name, whose kernels a validation checks.
 
     Returns
     -------
     dict
-        Names to functions that make them.
+        Names and functions that create the processes.
+
+    Examples
+    --------
+    >>> forward_processes()["VP"]().components
+    1
     """
     return {
         "VP": VPSDE,
@@ -99,17 +107,22 @@ def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
 
 
 def problems() -> dict[str, Problem]:
-    """The reference problems, by name.
+    """Reference problems, by name.
 
-    Gaussian data N(0.3, 0.25) under each family, two with an end near the data, where the score is
-    stiff; mixtures in one and two dimensions. In "CLD, rotation" covariances are stationary: the
-    probability flow turns six times at a growing pace, so that errors of any order rise well above
-    rounding at steps that follow it.
+    They are Gaussian data N(0.3, 0.25) under each family of processes, and mixtures in one and two
+    dimensions. Two problems end near the data, where the score is stiff. In "CLD, rotation"
+    covariances are stationary and the probability flow makes six turns at an increasing rate.
+    Errors of any order are then well above rounding at steps that resolve it.
 
     Returns
     -------
     dict
-        Names to problems.
+        Names and problems.
+
+    Examples
+    --------
+    >>> problems()["CLD, ring"].dimension
+    2
     """
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])
@@ -143,7 +156,7 @@ def problems() -> dict[str, Problem]:
 
 
 def _two_points() -> GaussianMixture:
-    """Two points in one dimension, but for a little width that gives them a density."""
+    """Two narrow modes in one dimension, with a small width that gives them a density."""
     return GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.05**2]]] * 2)
 
 
@@ -152,7 +165,7 @@ def _three_modes() -> GaussianMixture:
 
 
 def _ring() -> GaussianMixture:
-    """Eight modes in two dimensions, each coordinate of unit variance but for theirs."""
+    """Eight modes in two dimensions, whose centres have unit variance in each coordinate."""
     angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
     means = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
     return GaussianMixture([1.0] * 8, means, 0.04 * torch.eye(2).expand(8, 2, 2))
@@ -168,7 +181,7 @@ def _four_components() -> LinearSDE:
 
 
 def _non_commuting() -> LinearSDE:
-    """F turns with time, so that no time change makes it constant."""
+    """F rotates with time, so that it does not commute with itself."""
 
     def drift(t: Tensor) -> Tensor:
         angle = 3 * t
@@ -185,7 +198,7 @@ def _non_commuting() -> LinearSDE:
 
 
 def check_problem(problem: object) -> None:
-    """Raise TypeError unless it is a `Problem`."""
+    """Raise TypeError unless ``problem`` is a `Problem`."""
     if not isinstance(problem, Problem):
         msg = f"problem must be a Problem, such as problems()['CLD']; got {problem!r}"
         raise TypeError(msg)

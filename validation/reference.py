@@ -1,8 +1,8 @@
-"""Exact answers that use none of the package's kernels.
+"""Reference solutions that do not use the package's kernels.
 
-Of a process only F, G and the law of z_0 are taken, by their definition; transition matrices,
-covariances and flows come from integrating their differential equations with scipy's method of
-order 8 at a tolerance near rounding.
+They use only F, G and the distribution of z_0 of a process. Transition matrices, covariances and
+flows are integrated from their differential equations, with scipy's method of order 8 at a
+tolerance near rounding.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def _integrate(
     slope: Callable[[float, Array], Array], ends: tuple[float, float], start: Array, at: Array
 ) -> Array:
     """Solution at increasing times ``at`` within the ends, ``(len(at), *start.shape)``."""
-    from scipy.integrate import solve_ivp  # slow to import, and seldom wanted
+    from scipy.integrate import solve_ivp  # imported here because it is slow to import
 
-    def run(s: float, t: float, state: Array, wanted: Array | None = None) -> Array:
+    def run(s: float, t: float, state: Array, stops: Array | None = None) -> Array:
         found = solve_ivp(
             lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
             (s, t),
             state,
-            t_eval=wanted,
+            t_eval=stops,
             method="DOP853",
             rtol=_TOLERANCE,
             atol=_TOLERANCE * 1e-3,
@@ -50,7 +50,7 @@ def _integrate(
         first = at if at[0] > ends[0] else at[1:]
         states = run(*ends, start.flatten(), first).T.reshape(-1, *start.shape)
         return states if at[0] > ends[0] else np.concatenate([start[None], states])
-    # A solve to each time: interpolation between steps would cost two or three digits.
+    # Solve up to each time, because interpolation between steps would lose two or three digits.
     pieces, state, now = [], start.flatten(), ends[0]
     for stop in at:
         if stop > now:
@@ -67,7 +67,7 @@ def _coefficients(sde: LinearSDE, t: float) -> tuple[Array, Array]:
 
 
 def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor]:
-    r"""Transition matrix and covariance of z_t given z_s, from their differential equations.
+    r"""Reference transition matrix and covariance of z_t given z_s, from differential equations.
 
     .. math:: \dotΨ = FΨ, \qquad \dot Q = FQ + QF^⊤ + GG^⊤
 
@@ -103,7 +103,7 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
 
 class GaussianReference:
-    r"""Law and probability flow of a problem with Gaussian data of one dimension, at given times.
+    r"""Reference moments and probability flow for Gaussian data of one dimension, at given times.
 
     .. math::
         m_t = Ψ(t, 0)\,m_0, \qquad Σ_t = Ψ Σ_0 Ψ^⊤ + Q, \qquad
@@ -113,19 +113,28 @@ class GaussianReference:
     Parameters
     ----------
     problem
-        Gaussian data of one dimension.
+        A problem with Gaussian data of one dimension.
     times
-        Times in (0, T] where answers are wanted.
+        Times in (0, T] of the answers.
 
     Raises
     ------
     ValueError
-        If the data are not such.
+        If the data are not Gaussian of one dimension.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde.validation import problems
+    >>> times = torch.tensor([0.05, 1.0], dtype=torch.float64)
+    >>> mean, covariance = GaussianReference(problems()["VP"], times).moments(1.0)
+    >>> mean.shape, covariance.shape
+    (torch.Size([1, 1]), torch.Size([1, 1]))
     """
 
     def __init__(self, problem: Problem, times: Tensor) -> None:
         if not problem.exact:
-            msg = f"problem must have Gaussian data of one dimension; {problem.name!r} has not"
+            msg = f"problem must have Gaussian data of one dimension; got {problem.name!r}"
             raise ValueError(msg)
         self.problem = problem
         sde, k = problem.sde, problem.sde.components
@@ -135,17 +144,18 @@ class GaussianReference:
         mean = np.zeros((k, 1))
         mean[0] = float(problem.data.means[0, 0])
 
-        def law(time: float, y: Array) -> Array:
+        def moments(time: float, y: Array) -> Array:
             F, noise = _coefficients(sde, time)
             moved = F @ y[:, :k]
             return np.concatenate([moved + moved.T + noise, F @ y[:, k:]], axis=1)
 
         at = np.array(self._times)
-        laws = _integrate(law, (0.0, at[-1]), np.concatenate([covariance, mean], axis=1), at)
-        self._covariance, self._mean = laws[:, :, :k], laws[:, :, k:]
+        start = np.concatenate([covariance, mean], axis=1)
+        found = _integrate(moments, (0.0, at[-1]), start, at)
+        self._covariance, self._mean = found[:, :, :k], found[:, :, k:]
 
         def flow(time: float, y: Array) -> Array:
-            # Σ and Φ from the first time on.
+            # y holds Σ and Φ from the first time on.
             F, noise = _coefficients(sde, time)
             moved = F @ y[0]
             pull = noise @ np.linalg.inv(y[0]) / 2
@@ -157,7 +167,7 @@ class GaussianReference:
     def _index(self, t: float) -> int:
         i = bisect.bisect_left(self._times, t)
         if i == len(self._times) or self._times[i] != t:
-            msg = f"t must be one of the {len(self._times)} times that were given; got {t!r}"
+            msg = f"t must be one of the {len(self._times)} times of this reference; got {t!r}"
             raise ValueError(msg)
         return i
 
@@ -167,7 +177,7 @@ class GaussianReference:
         return torch.from_numpy(self._mean[i].copy()), torch.from_numpy(self._covariance[i].copy())
 
     def flow(self, z: Tensor, t: float, u: float) -> Tensor:
-        """The probability flow from t to u, of states ``(B, k, 1)``."""
+        """Exact probability flow of states ``(B, k, 1)`` from t to u."""
         i, j = self._index(t), self._index(u)
         move = torch.from_numpy(self._flow[j] @ np.linalg.inv(self._flow[i]))
         return self.moments(u)[0] + move @ (z - self.moments(t)[0])

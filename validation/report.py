@@ -1,4 +1,4 @@
-"""Reports of a validation: a table for the terminal, JSON, and a page with plots."""
+"""Validation reports: a table for the terminal, JSON, and an HTML page with plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .page import data_uri, figure_uri, render_page
 from .plots import canvas
-from .suite import declared_too_low, declares_order, inconclusive, summarise
+from .suite import declares_order
+from .summary import declared_too_low, inconclusive, summarise
 from .work_precision import WorkPrecision
 
 __all__ = ["PAGE", "Report", "part_of"]
@@ -31,18 +32,18 @@ PAGE = "index.html"
 
 @dataclass(frozen=True)
 class Report:
-    """What a validation found.
+    """Report of a validation.
 
     Attributes
     ----------
     checks
-        In the order in which they were made.
+        The checks, in their order.
     tables
         Work–precision tables.
     complete
         Whether all checks were made.
     solvers
-        The solvers by name, for what they declare.
+        The solvers by name, for their declared facts.
     """
 
     checks: Sequence[Check]
@@ -51,7 +52,7 @@ class Report:
     solvers: Mapping[str, Solver] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON types, with versions and the machine."""
+        """Convert to JSON types, with versions and the machine."""
         return {
             "cldsde": version("cldsde"),
             "torch": torch.__version__,
@@ -65,7 +66,7 @@ class Report:
         }
 
     def write_json(self, file: Path) -> None:
-        """Write the report, or leave the file as it was."""
+        """Write the report to a file; on failure the old file stays."""
         part = part_of(file)
         part.write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
@@ -73,9 +74,9 @@ class Report:
         part.replace(file)
 
     def to_text(self) -> str:
-        """A table for the terminal, then why some orders are not confirmed, and how many pass.
+        """Text for the terminal: a table, reasons of unconfirmed orders, and the number of passes.
 
-        The table has a line for each solver and kind of order.
+        The table has a line for each solver and kind of check.
         """
         rows = [("", "declared", "measured", "on", "verdict")]
         summary = summarise(self.checks)
@@ -101,14 +102,14 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
         passed = [name for name, verdict in summary.items() if verdict is Verdict.PASS]
-        closing = f"{len(passed)} of {len(summary)} hold what they declare"
+        closing = f"{len(passed)} of {len(summary)} pass"
         if not self.complete:
-            closing += ", of what was measured before the interruption"
+            closing += ", among the checks before the interruption"
         table = "\n".join(line.rstrip() for line in lines)
         return "\n\n".join(filter(None, [table, "\n".join(self.unconfirmed()), f"{closing}."]))
 
     def unconfirmed(self) -> list[str]:
-        """Why no problem confirms what a solver declares, a line for each reason."""
+        """Reasons why no problem confirms a declared order, one line each."""
         passed = {(c.subject, c.kind) for c in self.checks if c.verdict is Verdict.PASS}
         reasons: dict[tuple[str, str, str], list[str]] = {}
         for c in self.checks:
@@ -120,15 +121,15 @@ class Report:
         ]
 
     def summary(self) -> dict[str, Verdict]:
-        """A verdict for each solver that was measured and for the kernels."""
+        """A verdict for each measured solver and for the kernels."""
         return summarise(self.checks)
 
     def inconclusive(self) -> dict[str, str]:
-        """How many checks of a solver came to no conclusion, where some did not."""
+        """Numbers of inconclusive checks, as "2 of 9", for solvers that have some."""
         return inconclusive(self.checks)
 
-    def refusals(self, names: Sequence[str]) -> list[str]:
-        """Where solvers of these names do not apply and why, a line for each and each reason."""
+    def rejections(self, names: Sequence[str]) -> list[str]:
+        """Problems to which the named solvers do not apply, one line per solver and reason."""
         problems: dict[tuple[str, str], list[str]] = {}
         for check in [check for check in self._not_applicable() if check.subject in names]:
             problems.setdefault((check.subject, check.message), []).append(check.problem)
@@ -141,10 +142,10 @@ class Report:
         return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
     def unmeasured(self) -> list[str]:
-        """Solvers without an order of which nothing tells what they sample, a line each."""
+        """Solvers without an order whose samples were not checked, one line each."""
         return [
-            f"{name} declares no order, and what it samples was not measured on these problems; "
-            "its law is held against that of 'VP, ring' and 'CLD, ring'"
+            f"{name} declares no order, and its samples were not checked on these problems; add "
+            "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
             for name, verdict in summarise(self.checks).items()
             if name in self.solvers and verdict is Verdict.INCONCLUSIVE
             for solver in [self.solvers[name]]
@@ -152,21 +153,21 @@ class Report:
         ]
 
     def failures(self) -> list[str]:
-        """What failed, a line each."""
+        """Failed checks, one line each."""
         lines = [
-            f"{check.subject}, {check.kind}{where}: {check.message}"
+            f"{check.subject}, {check.kind}{place}: {check.message}"
             for check in self.checks
-            for where in [f" on {check.problem}" if check.problem else ""]
+            for place in [f" on {check.problem}" if check.problem else ""]
             if check.verdict is Verdict.FAIL
         ]
         for name in self.solvers:
             kind = declared_too_low([check for check in self.checks if check.subject == name])
             if kind:
-                lines.append(f"{name}, {kind}: above what is declared on every problem")
+                lines.append(f"{name}, {kind}: above the declared order on every problem")
         return lines
 
     def solver_table(self) -> list[dict[str, str]]:
-        """What each solver declares beside what was measured, for the documentation."""
+        """Declared facts and measured orders of each solver, for the documentation."""
         rows = []
         for name, solver in self.solvers.items():
             own = [check for check in self.checks if check.subject == name]
@@ -176,7 +177,7 @@ class Report:
             row = {
                 "solver": repr(solver),
                 "applies to": facts.applies_to,
-                "NFE a step": str(facts.nfe_per_step),
+                "NFE per step": str(facts.nfe_per_step),
             }
             for kind, declared in (
                 ("weak order", facts.weak_order),
@@ -194,7 +195,7 @@ class Report:
         return rows
 
     def write_html(self, folder: Path) -> Path:
-        """Write ``index.html`` with tables and plots into a folder that exists.
+        """Write ``index.html`` with tables and plots into an existing folder.
 
         Raises
         ------
@@ -223,7 +224,7 @@ class Report:
 
 
 def part_of(file: Path) -> Path:
-    """What a file is called until it is complete."""
+    """Temporary name of a file until it is complete."""
     return file.with_name(file.name + ".part")
 
 
@@ -236,8 +237,8 @@ def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
     if kind == NOT_APPLICABLE and own[0].verdict is None:
         reasons = "; ".join(dict.fromkeys(check.message for check in own))
         return f"{subject}: {kind}", "", "", _names(own), reasons
-    if kind == "law" and values:
-        measured = f"{_range(values, '.2f')} of what is allowed"
+    if kind == "distribution" and values:
+        measured = f"{_range(values, '.2f')} of the allowed error"
     verdicts = [str(check.verdict) for check in own if check.verdict is not None]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     return (
@@ -254,7 +255,7 @@ def _names(own: Sequence[Check]) -> str:
 
 
 def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str:
-    """Orders measured on several problems, from the lowest to the highest."""
+    """Range of the orders measured on several problems."""
     found = [estimate for estimate in estimates if math.isfinite(estimate.order)]
     if not found:
         return "—" if estimates else ""
@@ -273,8 +274,8 @@ def _range(values: Sequence[float], digits: str) -> str:
 def _html_row(check: Check) -> dict[str, str]:
     estimate = check.estimate
     measured = "" if check.measured is None else f"{check.measured:.4g}"
-    if check.kind == "law" and measured:
-        measured = f"{check.measured:.2f} of what is allowed"
+    if check.kind == "distribution" and measured:
+        measured = f"{check.measured:.2f} of the allowed error"
     if estimate is not None and math.isfinite(estimate.order):
         measured = f"{estimate.order:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
     return {
@@ -296,7 +297,7 @@ def _drawable(check: Check) -> bool:
 
 
 def _curves(subject: str, found: Sequence[Check]) -> str:
-    """Errors against steps of one solver, levels that were dropped hollow."""
+    """Plot of a solver's errors against steps, with hollow markers for dropped levels."""
     figure, axes = canvas(8, 3.6)
     own = [c for c in found if c.subject == subject and _drawable(c)]
     for i, check in enumerate(own):
@@ -340,10 +341,10 @@ def _diagram(table: WorkPrecision) -> str:
 
 
 _BODY = """\
-<p>{{ report.checks | length }} checks{% if not report.complete %}, not all that were asked
-for{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders are given with their
-confidence intervals; one passes where its interval is narrow and at most a quarter below what is
-declared. Of a law is given the statistic that is nearest to its limit, as a part of it.</p>
+<p>{{ report.checks | length }} checks{% if not report.complete %} (interrupted, incomplete)
+{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders have confidence
+intervals. An order passes if its interval is narrow and at most a quarter below the declared order.
+For a distribution the table has the largest error of a statistic, divided by the allowed error.</p>
 <h2>Summary</h2>
 <div class="scroll"><table>
 {% for name, verdict in summary.items() %}
@@ -353,8 +354,8 @@ declared. Of a law is given the statistic that is nearest to its limit, as a par
 </table></div>
 <h2>Checks</h2>
 <div class="scroll"><table>
-<tr><th>solver</th><th>what</th><th>problem</th><th>declared</th><th>measured</th><th>verdict</th>
-<th>in words</th><th>s</th></tr>
+<tr><th>solver</th><th>check</th><th>problem</th><th>declared</th><th>measured</th>
+<th>verdict</th><th>message</th><th>seconds</th></tr>
 {% for row in rows %}
 <tr><td>{{ row.subject }}</td><td>{{ row.kind }}</td><td>{{ row.problem }}</td>
 <td class="number">{{ row.declared }}</td><td class="number">{{ row.measured }}</td>
@@ -367,7 +368,7 @@ declared. Of a law is given the statistic that is nearest to its limit, as a par
 <p><img src="{{ image }}" alt="Error against score evaluations on {{ name }}"></p>
 {% endfor %}
 {% if curves %}<h2>Errors against steps</h2>
-<p>Hollow levels were dropped by the rule of the estimate.</p>{% endif %}
+<p>Hollow markers are levels that the estimate dropped.</p>{% endif %}
 {% for name, image in curves %}
 <p><img src="{{ image }}" alt="Errors of {{ name }} against the step"></p>
 {% endfor %}

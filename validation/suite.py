@@ -1,4 +1,4 @@
-"""Every solver on every problem that it applies to, against what it declares."""
+"""Validation suite: checks every solver on every applicable problem against its declared facts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .checks import (
     kernel_check,
     stiff_check,
 )
-from .law import LawCase, law_check
+from .distribution import DistributionCase, distribution_check
 from .order_estimate import OrderEstimate, Verdict
 from .orders import ode_order, strong_order, weak_order
 from .problems import Problem, forward_processes
@@ -34,12 +34,9 @@ __all__ = [
     "QUICK_PROBLEMS",
     "checks",
     "count",
-    "declared_too_low",
     "declares_order",
     "generator_of",
-    "inconclusive",
-    "refusal",
-    "summarise",
+    "rejection",
 ]
 
 QUICK_PROBLEMS = (
@@ -54,7 +51,7 @@ QUICK_PROBLEMS = (
     ),
     *("VP, three modes", "CLD, ring", "VP, ring"),
 )
-"""What there is time for in a quick validation: a problem of each kind of difficulty."""
+"""Problems of a quick validation: one for each kind of difficulty."""
 
 
 def checks(
@@ -65,26 +62,26 @@ def checks(
     quick: bool = False,
     seed: int = 0,
 ) -> Iterator[Check]:
-    """Measure kernels, and each solver on each problem that it applies to.
+    """Check kernels, and each solver on each problem that it applies to.
 
-    Where a solver refuses a problem a check of the kind ``"not applicable"`` has its reason; it
-    fails where the solver declares every linear SDE.
+    If a solver rejects a problem, a check of the kind ``"not applicable"`` has the reason. This
+    check fails if the solver declares that it applies to every linear SDE.
 
     Parameters
     ----------
     chosen, cases
-        Names to solvers and to problems.
+        Solvers and problems by name.
     kernels
-        Whether to check transition kernels too.
+        Whether to check transition kernels, too.
     quick
-        Fewer levels and samples.
+        Whether to use fewer levels and samples.
     seed
-        Of what is sampled.
+        Seed of all samples.
 
     Yields
     ------
     Check
-        As they come.
+        One check after the other.
     """
     if kernels:
         for name, make in forward_processes().items():
@@ -97,9 +94,9 @@ def checks(
             continue
         for problem in cases.values():
             kinds = _kinds(solver, problem, quick=quick)
-            refused = _refused(name, solver, problem, quick=quick) if kinds else None
-            if refused is not None:
-                yield refused
+            rejected = _rejected(name, solver, problem, quick=quick) if kinds else None
+            if rejected is not None:
+                yield rejected
                 continue
             for kind in kinds:
                 yield _check(kind, name, solver, problem, shared, quick=quick, seed=seed)
@@ -112,7 +109,7 @@ def count(
     kernels: bool = True,
     quick: bool = False,
 ) -> int:
-    """How many checks there are at most, for a progress bar."""
+    """Largest number of checks, for a progress bar."""
     ours = sum(
         1
         if facts_fault(solver)
@@ -123,49 +120,53 @@ def count(
 
 
 _STIFF, _BIASED = "CLD, stiff end", "VP, two points"
-_RINGS = ("CLD, ring", "VP, ring")  # of two dimensions: laws alone
+_RINGS = ("CLD, ring", "VP, ring")  # two-dimensional data, for distributions only
 _SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
 _ROTATION, _HIGH = "CLD, rotation", 5  # for orders above 5
 _FLOWS, _LONG = ("VP", "CLD", "VP, three modes"), ("VE",)  # in a quick validation
-_COUNTED = ("VP", "CLD")  # where evaluations are counted
+_COUNTED = ("VP", "CLD")  # problems on which evaluations are counted
+
+# The seed of a check depends on its kind. This name keeps the random numbers of earlier reports.
+_SEED_NAMES = {"distribution": "law"}
 
 
 def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
-    """What there is to measure of a solver on a problem."""
+    """Kinds of checks of a solver on a problem."""
     facts = solver.facts
     noisy = facts.adaptive and facts.ode_order is None
     if problem.name == _BIASED:
         return ["bias"] if noisy else []
     modes = not problem.gaussian
-    # A solver without an order is held to the law as a whole, and on rings alone: a corrector goes
-    # by the length of a score, which a single number has not.
-    held = problem.name in _RINGS or facts.adaptive or declares_order(solver)
-    laws = ["law"] if modes and held and not (quick and _seldom(solver, problem)) else []
+    # The distribution of a solver without an order is checked on rings only: a corrector uses the
+    # norm of a score, which needs several dimensions.
+    checkable = problem.name in _RINGS or facts.adaptive or declares_order(solver)
+    skipped = quick and _skipped_if_quick(solver, problem)
+    kinds = ["distribution"] if modes and checkable and not skipped else []
     if noisy or problem.name in _RINGS:
-        return laws
+        return kinds
     if problem.name == _STIFF:
-        # A step that goes by the length of its noise, as a corrector's does, has no exact moments.
+        # A step that depends on the norm of its noise, as a corrector's, has no exact moments.
         exact = not facts.adaptive and declares_order(solver)
         return ["error at 100 steps"] if exact else []
     if problem.name == _ROTATION:
         return ["ODE order"] if _high_order(solver) else []
-    kinds = laws
-    # With lines high orders hardly show between the first asymptotic steps and rounding.
-    wanted = problem.name not in _SLOW
+    # With Gaussian data the range between pre-asymptotic errors and rounding is too small for high
+    # orders.
+    measurable = problem.name not in _SLOW
     if quick:
-        # Order 5 shows where the flow is long, at steps that would be too many elsewhere.
-        wanted = problem.name in (_LONG if (facts.ode_order or 0) > 4 else _FLOWS)
-    if facts.ode_order is not None and wanted:
+        # Order 5 is visible on long flows, with numbers of steps that are too large for others.
+        measurable = problem.name in (_LONG if (facts.ode_order or 0) > 4 else _FLOWS)
+    if facts.ode_order is not None and measurable:
         kinds += ["ODE order"] if modes or not _high_order(solver) else []
     if not facts.adaptive and problem.dimension == 1:
         followed = _has_path(solver, problem)
         if facts.weak_order is not None and (not modes or (followed and not quick)):
             kinds.append("weak order")
-        # With modes the score bends, which may cost a strong order that lines would not.
+        # With modes the score is nonlinear, which may reduce the strong order.
         if facts.strong_order is not None and (not modes or followed):
             kinds.append("strong order")
     if not facts.adaptive and problem.name in _COUNTED:
-        kinds.append("NFE a step")
+        kinds.append("NFE per step")
     return kinds
 
 
@@ -175,8 +176,8 @@ def declares_order(solver: Solver) -> bool:
     return (facts.weak_order or facts.strong_order or facts.ode_order) is not None
 
 
-def _seldom(solver: Solver, problem: Problem) -> bool:
-    """Whether a law is left out of a quick validation: steps of each sample's own take long."""
+def _skipped_if_quick(solver: Solver, problem: Problem) -> bool:
+    """Whether a quick validation skips a distribution; step lengths per sample are slow."""
     return problem.name not in (("VP, ring",) if solver.facts.adaptive else _RINGS)
 
 
@@ -194,24 +195,24 @@ def _check(
     quick: bool,
     seed: int,
 ) -> Check:
-    """One check of a solver that does not refuse the problem."""
+    """Make one check of a solver that does not reject the problem."""
     began = time.perf_counter()
-    g = generator_of(seed, f"{kind} of a solver")
+    g = generator_of(seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
     try:
-        if kind == "law":
+        if kind == "distribution":
             steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
-            case = shared.law(problem, _law_samples(solver, problem, quick=quick))
-            return law_check(name, solver, problem, case, g, began, steps=steps)
+            case = shared.distribution(problem, _sample_count(solver, problem, quick=quick))
+            return distribution_check(name, solver, problem, case, g, began, steps=steps)
         if kind == "bias":
             return bias_check(name, solver, problem, g, began, quick=quick)
         if kind in _SIMPLE:
             return _SIMPLE[kind](name, solver, problem, began)
         sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
-        unfollowed = _no_path(solver, problem) if sampled else ""
-        if unfollowed and kind == "weak order":
-            text = f"a weak order with modes needs a Brownian path, and {unfollowed}"
+        no_path = _no_path(solver, problem) if sampled else ""
+        if no_path and kind == "weak order":
+            text = f"a weak order with modes needs a Brownian path, and {no_path}"
             return Check(NOT_APPLICABLE, name, problem.name, None, None, None, text, 0.0)
-        estimate = None if unfollowed else _estimate(kind, solver, problem, shared, g)
+        estimate = None if no_path else _estimate(kind, solver, problem, shared, g)
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         seconds = time.perf_counter() - began
         return Check(kind, name, problem.name, None, None, Verdict.FAIL, in_words(error), seconds)
@@ -220,8 +221,7 @@ def _check(
         declared, order = solver.facts.strong_order, None
         verdict = Verdict.INCONCLUSIVE
         message = (
-            f"`strong_order={declared:g}` is declared but {unfollowed}: implement it or drop the "
-            "claim"
+            f"`strong_order={declared:g}` is declared but {no_path}: implement it or drop the claim"
         )
     else:
         declared, verdict, message = estimate.expected, estimate.verdict, estimate.message
@@ -243,27 +243,28 @@ def _check(
 
 
 def generator_of(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own for each purpose: one seed for two would make their samples alike."""
+    """Random generator for one purpose; two purposes with one seed would share their samples."""
     digest = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 class _Cases:
-    """What solvers share on a problem, made when it is first wanted."""
+    """Exact answers that all solvers share on a problem, computed on first use."""
 
     def __init__(self, *, quick: bool, seed: int) -> None:
         self.quick, self._seed = quick, seed
         self._made: dict[tuple[str, str], Any] = {}
 
-    def law(self, problem: Problem, samples: int) -> LawCase:
-        """The exact law for so many samples."""
-        found: LawCase = self.get(
-            f"law of {samples}", problem, lambda g: LawCase(problem, samples, g)
+    def distribution(self, problem: Problem, samples: int) -> DistributionCase:
+        """Statistics of the exact distribution for a number of samples."""
+        kind = f"{_SEED_NAMES['distribution']} of {samples}"
+        found: DistributionCase = self.get(
+            kind, problem, lambda g: DistributionCase(problem, samples, g)
         )
         return found
 
     def get(self, kind: str, problem: Problem, make: Callable[[torch.Generator], Any]) -> Any:
-        """What ``make`` makes of a fresh generator, once."""
+        """Result of ``make`` with a generator of its own, computed once."""
         key = (kind, problem.name)
         if key not in self._made:
             self._made[key] = make(generator_of(self._seed, kind))
@@ -285,11 +286,11 @@ def _estimate(
         fast = cases.quick and (solver.facts.ode_order or 0) > 3  # and soon at rounding
         steps = _halved(finest[kind] // (2 if fast else 1), 5 if cases.quick else 6)
         if solver.facts.adaptive:
-            # Of high orders halved steps leave few levels above rounding.
+            # With halved steps few levels of a high order are above rounding, so take denser steps.
             if _high_order(solver):
                 steps = _denser(20, 5 if cases.quick else 7)
                 return ode_order(solver, problem, steps=steps, case=flow)
-            # Without velocities rounding is met soon; with them errors settle late.
+            # With velocities the asymptotic range starts later; without them rounding comes sooner.
             coarsest = 32 if problem.sde.components > 1 else 16
             steps = _denser(8 if cases.quick else coarsest, 7)
             finer = _denser(16 if cases.quick else 2 * coarsest, 7)
@@ -298,7 +299,7 @@ def _estimate(
         times = uniform_times(problem.start, problem.end, finest[kind])
         samples = 3000 if cases.quick else 6000
         paths = cases.get(kind, problem, lambda g: PathCase(problem, times, samples, g))
-        # Where there are no exact ends the finest level is what others are held against.
+        # Without exact ends the finest level is the reference for the others.
         steps = _halved(finest[kind], 5 if problem.exact else 6)
         return strong_order(solver, problem, steps=steps, case=paths)
     if problem.gaussian:
@@ -322,7 +323,7 @@ def _refined(
     steps: Sequence[int],
     finer: Sequence[int] | None = None,
 ) -> OrderEstimate:
-    """An order from exact errors, once more at finer steps where the first are inconclusive."""
+    """Estimate an order from exact errors; repeat with finer steps if it is inconclusive."""
     estimate = measure(steps)
     if estimate.verdict is Verdict.INCONCLUSIVE and math.isfinite(estimate.levels[-1].error):
         again = measure(finer or _denser(steps[-1] // 4, 9))
@@ -330,15 +331,14 @@ def _refined(
     return estimate
 
 
-_ORDERS = ("weak order", "strong order", "ODE order")
 _FINEST = {"ODE order": 512, "strong order": 512, "weak order": 1024}
 _FINEST_QUICK = {"ODE order": 256, "strong order": 256, "weak order": 256}
 
 
-# For a mixture under a process with velocities or without, and a solver of weak order 2 or below:
-# grid, finest steps, samples. Velocities are stiff near the data, where quadratic grids have more
-# steps. Of order 2 differences are small beside their scatter, which is of the strong order: steps
-# must be long, and samples many.
+# Grid, finest steps and samples for a mixture. The key says whether the process has velocities, and
+# whether the weak order is at least 2. Velocities are stiff near the data, where quadratic grids
+# have more steps. For order 2 differences are small compared with their spread, which has the
+# strong order, so steps must be long and samples many.
 _SAMPLED = {
     (False, False): (uniform_times, 256, 100_000),
     (False, True): (uniform_times, 64, 200_000),
@@ -357,8 +357,8 @@ def _halved(finest: int, levels: int) -> list[int]:
     return [finest // 2**level for level in reversed(range(levels))]
 
 
-def _law_samples(solver: Solver, problem: Problem, *, quick: bool) -> int:
-    """As many as there is time for; steps of each sample's own, and many modes, take long."""
+def _sample_count(solver: Solver, problem: Problem, *, quick: bool) -> int:
+    """Number of samples for a distribution; step lengths per sample and many modes are slow."""
     if solver.facts.adaptive:
         return 500 if quick else 1000
     if quick:
@@ -366,30 +366,30 @@ def _law_samples(solver: Solver, problem: Problem, *, quick: bool) -> int:
     return 12_000 if problem.name in _RINGS else 20_000
 
 
-_SIMPLE = {"error at 100 steps": stiff_check, "NFE a step": count_check}
+_SIMPLE = {"error at 100 steps": stiff_check, "NFE per step": count_check}
 
 
-_EVERYWHERE = "every linear SDE"  # of what a solver declares to apply to
+_EVERYWHERE = "every linear SDE"  # the value of `Facts.applies_to` for all processes
 
 
-def _refused(name: str, solver: Solver, problem: Problem, *, quick: bool) -> Check | None:
-    """What a solver says where it does not apply; a fault where it declares to apply everywhere."""
+def _rejected(name: str, solver: Solver, problem: Problem, *, quick: bool) -> Check | None:
+    """Check with a solver's reason to reject a problem; None if it does not reject it."""
     began = time.perf_counter()
-    text = refusal(solver, problem, 64 if quick else 512)
+    text = rejection(solver, problem, 64 if quick else 512)
     if not text:
         return None
     verdict = None
     if solver.facts.applies_to == _EVERYWHERE:
-        verdict, text = Verdict.FAIL, f"declared for {_EVERYWHERE}, but refuses: {text}"
+        verdict, text = Verdict.FAIL, f"declared for {_EVERYWHERE}, but rejects it: {text}"
     seconds = time.perf_counter() - began
     return Check(NOT_APPLICABLE, name, problem.name, None, None, verdict, text, seconds)
 
 
-def refusal(solver: Solver, problem: Problem, steps: int = 512) -> str:
-    """Why a solver does not take a problem's process on a grid; empty where it does.
+def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:
+    """Reason why a solver rejects a problem's process on a grid; empty if it does not.
 
-    Some processes are out of reach at single times only, which fine grids meet. What else goes
-    wrong is no refusal, and left to the checks to find.
+    Some processes are rejected at single times only, which fine grids contain. Only ValueError
+    counts as a rejection; the checks report other errors.
     """
     try:
         solver.prepare(problem.process, uniform_times(problem.start, problem.end, steps))
@@ -404,7 +404,7 @@ _MISSING = "`path_noise` is missing"
 
 
 def _no_path(solver: Solver, problem: Problem) -> str:
-    """Why a solver's normals are no functionals of a Brownian path; empty if they are."""
+    """Reason why a solver's normals are not functionals of a Brownian path; empty if they are."""
     times = uniform_times(problem.start, problem.end, 8)
     try:
         found = solver.path_noise(problem.process, times)
@@ -414,54 +414,8 @@ def _no_path(solver: Solver, problem: Problem) -> str:
 
 
 def _has_path(solver: Solver, problem: Problem) -> bool:
-    """Whether a solver has `path_noise`; an error that it raises is left for the checks to find."""
+    """Whether a solver has `path_noise`; the checks report an error that it raises."""
     try:
         return _no_path(solver, problem) != _MISSING
     except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
         return True
-
-
-def summarise(found: Sequence[Check]) -> dict[str, Verdict]:
-    """A verdict for each solver that was measured, and for the kernels.
-
-    FAIL where a check failed, or where an order is declared below what is measured on every
-    problem; PASS where every kind of order that was looked at passed on some problem, or, where
-    there is none, another check of what is sampled did: how often the score is asked says nothing
-    of it.
-    """
-    summary = {}
-    measured = [c for c in found if c.kind != NOT_APPLICABLE or c.verdict is not None]
-    for subject in dict.fromkeys(_group(check) for check in measured):
-        own = [check for check in found if _group(check) == subject]
-        passed = {check.kind for check in own if check.verdict is Verdict.PASS}
-        if any(check.verdict is Verdict.FAIL for check in own) or declared_too_low(own):
-            summary[subject] = Verdict.FAIL
-        else:
-            orders = {check.kind for check in own} & set(_ORDERS)
-            settled = orders <= passed if orders else bool(passed - {"NFE a step"})
-            summary[subject] = Verdict.PASS if settled else Verdict.INCONCLUSIVE
-    return summary
-
-
-def inconclusive(found: Sequence[Check]) -> dict[str, str]:
-    """How many of a solver's checks came to no conclusion, as "2 of 9", where some did not."""
-    counts = {}
-    for subject in summarise(found):
-        own = [c.verdict for c in found if _group(c) == subject and c.verdict is not None]
-        if Verdict.INCONCLUSIVE in own:
-            counts[subject] = f"{own.count(Verdict.INCONCLUSIVE)} of {len(own)}"
-    return counts
-
-
-def _group(check: Check) -> str:
-    return "kernels" if check.kind == "kernel" else check.subject
-
-
-def declared_too_low(own: Sequence[Check]) -> str:
-    """Which kind of order of a solver is above what it declares wherever it is known; or empty."""
-    for kind in _ORDERS:
-        estimates = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
-        conclusive = [e for e in estimates if e.verdict is not Verdict.INCONCLUSIVE]
-        if len(conclusive) > 1 and all(e.exceeds for e in conclusive):
-            return kind
-    return ""

@@ -1,4 +1,4 @@
-"""Error against work: what a number of score evaluations, or of seconds, buys."""
+"""Work–precision diagrams: error against score evaluations or seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["WorkPrecision", "WorkPrecisionPoint", "work_precision"]
 
 Grid = Callable[[float, float, int], Tensor]
 
-# What is on the axis of a diagram; data of the reference problems have no unit.
+# Labels of a diagram's axis. Data of the reference problems have no unit.
 _METRICS = {
     "moments": "largest error of mean and covariance",
     "bures": "Wasserstein-2 distance",
@@ -47,15 +47,16 @@ class WorkPrecisionPoint:
     Attributes
     ----------
     solver
-        Its name.
+        Name of the solver.
     nfe
-        Score evaluations used.
+        Number of score evaluations per sample.
     seconds
         Time of a solve of ``samples`` states.
     error, standard_error
-        In the metric of the table; the standard error is 0 where the error is exact.
+        Error in the metric of the table, and its standard error, which is 0 for exact errors.
     pareto
-        Whether no other point has less error for as few evaluations.
+        Whether the point is on the Pareto front: no other solver reaches a smaller error with as
+        few evaluations.
     """
 
     solver: str
@@ -68,19 +69,19 @@ class WorkPrecisionPoint:
 
 @dataclass(frozen=True)
 class WorkPrecision:
-    """A work–precision table.
+    """A work–precision table; the result of `work_precision`.
 
     Attributes
     ----------
     problem
         Name of the problem.
     metric
-        What the errors are.
+        Name of the error metric.
     points
-        One for each solver and budget.
+        One point for each solver and budget.
     floor
-        Error of exact samples of the same number, below which errors say nothing; None where errors
-        are exact.
+        Error of the same number of exact samples, below which errors are not significant; None if
+        errors are exact.
     """
 
     problem: str
@@ -90,20 +91,20 @@ class WorkPrecision:
 
     @classmethod
     def joined(cls, tables: Sequence[WorkPrecision]) -> WorkPrecision:
-        """One table of several, of one problem and metric, with the front of all."""
+        """Join tables of one problem and metric, with the Pareto front of all."""
         points = [point for table in tables for point in table.points]
         floors = [table.floor for table in tables if table.floor is not None]
         floor = sum(floors) / len(floors) if floors else None
         return cls(tables[0].problem, tables[0].metric, tuple(_with_front(points)), floor)
 
     def to_json(self) -> str:
-        """The table as JSON; null for an error that is not finite."""
+        """Convert the table to JSON, with null for an error that is not finite."""
         return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """The table as Markdown: a line a solver, a column a budget; Pareto points are bold.
+        """Convert the table to Markdown: one line per solver, one column per budget.
 
-        Where errors are of samples the last line is the floor.
+        Bold marks the Pareto front. If errors are measured on samples, the last line is the floor.
         """
         budgets = sorted({point.nfe for point in self.points})
         names = list(dict.fromkeys(point.solver for point in self.points))
@@ -130,16 +131,16 @@ class WorkPrecision:
         against: str = "nfe",
         file_format: str | None = None,
     ) -> None:
-        """Draw error against work on logarithmic axes.
+        """Plot error against work on logarithmic axes.
 
         Parameters
         ----------
         file
-            Where to, e.g. ``work.svg``.
+            File to write, e.g. ``work.svg``.
         against
-            ``"nfe"`` or ``"seconds"``.
+            Horizontal axis: ``"nfe"`` or ``"seconds"``.
         file_format
-            ``"svg"``, ``"png"``, …; None goes by the file's suffix.
+            ``"svg"``, ``"png"``, …; None: from the file's suffix.
 
         Raises
         ------
@@ -188,37 +189,43 @@ def work_precision(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> WorkPrecision:
-    """Measure errors of solvers at budgets of score evaluations.
+    """Measure a work–precision table: errors of solvers at budgets of score evaluations.
 
     Parameters
     ----------
     problem
-        Where to measure.
+        The reference problem.
     solvers
-        Names to solvers. Those that choose their times are run once, at their tolerance.
+        Solvers by name. Adaptive solvers are run once, at their tolerance.
     budgets
-        Score evaluations; a solver takes as many steps as they allow.
+        Numbers of score evaluations; a solver takes as many steps as a budget allows.
     grid
-        Function of (T, ε, n) that makes the grids.
+        Function of (T, ε, n) that returns a grid.
     metric
-        ``"moments"``: the largest error of mean and covariance, or ``"bures"``: the Wasserstein-2
-        distance of the Gaussian that comes out, both exact and for Gaussian data and solvers on a
-        grid; ``"sliced"``: the sliced Wasserstein-2 distance of samples, which does not fall below
-        that of two exact samples; ``"spread"``: the error of the modes' standard deviations, of
-        samples too. None is the first that applies.
+        Error metric. None: the first of ``"moments"`` and ``"sliced"`` that applies.
+
+        ``"moments"``: largest error of mean and covariance, exact. ``"bures"``: Wasserstein-2
+        distance of the sampled Gaussian, exact. Both are for Gaussian data of one dimension and
+        solvers on a grid.
+
+        ``"sliced"``: sliced Wasserstein-2 distance of samples; exact samples have a floor above 0.
+        ``"spread"``: relative error of the modes' standard deviations, measured on samples.
     samples, repeats, generator
-        Samples that are timed, and measured where the metric is of samples; repeats of these, which
-        give the standard error; and where they come from.
+        Number of samples per solve, number of repeats for the standard error, and random generator.
     progress
         Show a progress bar on stderr.
+
+    Returns
+    -------
+    WorkPrecision
 
     Raises
     ------
     ValueError
         If the metric is unknown or does not fit the problem, a solver does not apply, a budget is
-        no positive integer or allows a solver no step, or there are no samples or repeats.
+        not a positive integer or allows no step, or there are no samples or repeats.
     TypeError
-        If the problem is no `Problem`, or solvers are no mapping of names to solvers.
+        If ``problem`` is not a `Problem`, or ``solvers`` is not a mapping of names to solvers.
 
     Examples
     --------
@@ -239,13 +246,16 @@ def work_precision(
         raise ValueError(msg)
     sampled = chosen in ("sliced", "spread")
     if not sampled and not exact:
-        msg = f"metric={chosen!r} is for Gaussian data of one dimension; take 'sliced'"
+        msg = (
+            f"metric must be 'sliced' or 'spread' unless the data are Gaussian of one dimension; "
+            f"got {chosen!r}"
+        )
         raise ValueError(msg)
     own = [name for name, solver in solvers.items() if solver.facts.adaptive]
     if own and not sampled:
         msg = (
-            f"metric={chosen!r} is exact for solvers on a grid alone, and {own[0]!r} chooses its "
-            "times; take metric='sliced' for all"
+            f"metric must be 'sliced' or 'spread' for adaptive solvers such as {own[0]!r}; got "
+            f"{chosen!r}"
         )
         raise ValueError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -261,8 +271,8 @@ def work_precision(
     for name, solver, budget in cells:
         if budget < evaluations[name] and not solver.facts.adaptive:
             msg = (
-                f"budgets must allow each solver a step; {name!r} takes {evaluations[name]} "
-                f"evaluations, got {budget}"
+                f"budgets must allow at least one step, which takes {evaluations[name]} "
+                f"evaluations for {name!r}; got {budget}"
             )
             raise ValueError(msg)
     floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
@@ -273,8 +283,8 @@ def work_precision(
             if chosen == "moments":
                 error = moment_error(solver, problem, times, reference)
             else:
-                law = reference.moments(float(times[0]))
-                found = propagate_moments(problem.process, solver, times, *law)
+                start_moments = reference.moments(float(times[0]))
+                found = propagate_moments(problem.process, solver, times, *start_moments)
                 mean, covariance = reference.moments(float(times[-1]))
                 error = bures_wasserstein(found[0][:, 0], found[1], mean[:, 0], covariance)
             start = problem.sample(samples, g)
@@ -309,8 +319,8 @@ def _check_arguments(
 def _evaluations(solver: Solver, problem: Problem) -> int:
     """Score evaluations per step, which may depend on the process."""
     times = quadratic_times(problem.start, problem.end, 8)
-    asked = solver.evaluation_times(problem.process, times)
-    return solver.facts.nfe_per_step if asked is None else -(-len(asked) // 8)
+    score_times = solver.evaluation_times(problem.process, times)
+    return solver.facts.nfe_per_step if score_times is None else -(-len(score_times) // 8)
 
 
 def _sampled(
@@ -340,12 +350,12 @@ def _sampled(
 
 
 def _error(problem: Problem, metric: str, x: Tensor, g: torch.Generator) -> float:
-    """Of samples ``(n, D)``, in a metric of samples."""
+    """Error of samples ``(n, D)`` in a metric of samples."""
     if metric == "sliced":
         exact = problem.sample(len(x), g, at=problem.end)[:, 0]
         return sliced_wasserstein(x, exact, generator=g)
-    law = problem.sde.marginal(problem.end)
-    scale, noise = float(law.mean[0, 0]), float(law.covariance[0, 0])
+    kernel = problem.sde.marginal(problem.end)
+    scale, noise = float(kernel.mean[0, 0]), float(kernel.covariance[0, 0])
     return mode_spread_error(x, problem.data, scale, noise)
 
 

@@ -1,14 +1,16 @@
-"""Measure the convergence order of every solver against what it declares.
+"""Measure the convergence order of every solver and compare it with the declared order.
 
-Checks the transition kernels, and each solver on each reference problem that it applies to, against
-answers that are known exactly. The exit code is 1 where a check fails, where nothing confirms what
-a solver declares or shows what it samples, where a solver that was named could be measured nowhere,
-and where the table could not be printed or a file not be written. A solver of one's own is named as
-module:ClassName. Results so far are kept when the command is interrupted.
+The command checks the transition kernels, and each solver on each applicable reference problem,
+against exact answers. Name your own solver as module:ClassName. If the command is interrupted, it
+keeps the results so far.
 
-With --posterior it measures samplers of inverse problems instead, against exact posteriors. The
-exit code is 1 if a sampler that claims the exact posterior misses it, or a planted wrong one is not
-found.
+The command exits with 1 if a check fails, or if no problem confirms a declared order or checks a
+solver's samples. It also exits with 1 if no problem applies to a named solver, or if a result
+cannot be written.
+
+With --posterior the command measures posterior samplers of inverse problems instead, against exact
+posteriors. It exits with 1 if a sampler that claims the exact posterior misses it, or if a planted
+wrong sampler is not detected.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from cldsde.validation.suite import (
     checks,
     count,
     declares_order,
-    refusal,
-    summarise,
+    rejection,
 )
+from cldsde.validation.summary import summarise
 
 from .posterior import prepare_posterior
 
@@ -48,14 +50,14 @@ __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 INTERRUPTED = "interrupted; results so far are in the file of --json and the page of --out"
 
-# What work–precision diagrams are drawn of: problems, and how errors are measured. Of samples with
-# modes their spread tells solvers apart long after distances between laws are at their floor.
+# Problems of the work–precision diagrams, with their metrics. On mixtures the modes' spread
+# distinguishes solvers long after distances between distributions have reached their floor.
 _DIAGRAMS: dict[str, dict[str, Any]] = {
     "VP": {},
     "CLD": {},
     "CLD, ring": {"metric": "spread", "budgets": (10, 20, 50, 100), "samples": 2048},
 }
-_FEW_SAMPLES = 512  # in a quick validation
+_FEW_SAMPLES = 512  # samples of a diagram in a quick validation
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -63,51 +65,51 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer problems, levels and samples, in two to five minutes",
+        help="fewer problems, levels and samples; takes two to five minutes",
     )
     parser.add_argument(
         "--solver",
         type=str,
         action="append",
         metavar="NAME",
-        help="a solver's name or module:ClassName, again for more; all where not given",
+        help="name of a solver, or module:ClassName; may be repeated (default: all solvers)",
     )
     parser.add_argument(
         "--problem",
         type=str,
         action="append",
         metavar="NAME",
-        help="a problem's name, again for more; all where not given",
+        help="name of a problem; may be repeated (default: all problems)",
     )
-    parser.add_argument("--json", type=str, metavar="FILE", help="write all numbers to a file")
+    parser.add_argument("--json", type=str, metavar="FILE", help="file for all numbers, as JSON")
+    parser.add_argument("--out", type=str, metavar="DIR", help="folder for an HTML page with plots")
     parser.add_argument(
-        "--out", type=str, metavar="DIR", help="write a page with plots to a folder"
+        "--seed", type=int, metavar="N", default=0, help="random seed of all samples"
     )
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of what is sampled")
     parser.add_argument(
         "--posterior",
         action="store_true",
-        help="posterior samplers of inverse problems instead of solvers, against exact posteriors",
+        help="measure posterior samplers of inverse problems instead of solvers",
     )
     parser.add_argument(
         "--sampler",
         type=str,
         action="append",
         metavar="MODULE:FUNCTION",
-        help="posterior sampler of one's own for --posterior, again for more",
+        help="your own posterior sampler for --posterior; may be repeated",
     )
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the options and return the work that is left.
+    """Check the options and return a function that does the work.
 
     Raises
     ------
     ImportError
-        If a page is wanted and the extra ``validation`` is not installed.
+        If ``--out`` is given and the extra ``validation`` is not installed.
     ValueError
-        If a solver or a problem does not exist, nothing is measured on a problem that was asked
-        for, or the seed is out of range.
+        If a solver or a problem does not exist, a named problem has no checks, or the seed is out
+        of range.
     OSError
         If a file or folder cannot be written.
     """
@@ -123,8 +125,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if unknown:
         msg = f"--problem must be one of {', '.join(map(repr, known))}; got {unknown[0]!r}"
         raise ValueError(msg)
-    asked = options.problem or (QUICK_PROBLEMS if options.quick else known)
-    cases = {name: known[name] for name in asked}
+    selected = options.problem or (QUICK_PROBLEMS if options.quick else known)
+    cases = {name: known[name] for name in selected}
     idle = [
         name
         for name in options.problem or ()
@@ -132,8 +134,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     ]
     if idle:
         msg = (
-            f"--problem {idle[0]!r}: there is nothing to measure on it of "
-            f"{', '.join(chosen)}; take another problem or solver"
+            f"--problem {idle[0]!r} has no check for {', '.join(chosen)}; choose another problem "
+            "or solver"
         )
         raise ValueError(msg)
     folder, file = _writable(options.out, options.json)
@@ -161,7 +163,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             complete = True
         finally:
             report = Report(found, tables, complete, chosen)
-            # First what lasts: a terminal may be gone, or not know the letters of a table.
+            # Write the files first, because printing to a closed terminal may fail.
             files.finish(report)
             _print(report.to_text(), files.errors)
             if files.page is not None:
@@ -175,37 +177,37 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 
 def _print(text: str, errors: list[str]) -> None:
-    """Print what stdout has letters for; that nobody reads it is no error, another fault is."""
+    """Print with the characters that stdout supports; a closed pipe is not an error."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             errors.append(f"the table cannot be printed: {in_words(error)}")
-        # Python would complain once more when it flushes stdout at its end.
+        # Redirect stdout, because Python would raise again when it flushes stdout at exit.
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> None:
-    """Say on stderr what is not as declared, and raise ArithmeticError if anything is.
+    """Print failures to stderr, and raise ArithmeticError if the validation did not succeed.
 
-    A solver that was named and measured nowhere, a declared order that was confirmed nowhere, and a
-    file that could not be written are no success, either.
+    It did not succeed either if a named solver was not measured, no problem confirmed a declared
+    order, or a file could not be written.
     """
     summary = report.summary()
     unsure = [f"{counted} of {name}" for name, counted in report.inconclusive().items()]
     if unsure:
-        print(f"\nChecks without a conclusion: {', '.join(unsure)}", file=sys.stderr)
-    lines = [*report.refusals(named), *report.unmeasured(), *report.failures()]
+        print(f"\nInconclusive checks: {', '.join(unsure)}", file=sys.stderr)
+    lines = [*report.rejections(named), *report.unmeasured(), *report.failures()]
     if lines:
         print("\n" + "\n".join(lines), file=sys.stderr)
     complaints = []
     for name in named:
         if name not in summary:
             reasons = [check.message for check in report.checks if check.subject == name]
-            why = next(iter(reasons), "it declares nothing that these problems measure")
-            complaints.append(f"--solver {name}: no problem to measure it on: {why}")
+            why = next(iter(reasons), "these problems have no check for its declared facts")
+            complaints.append(f"--solver {name} was not measured: {why}")
     failed = [name for name, verdict in summary.items() if verdict is Verdict.FAIL]
     if failed:
         complaints.append(f"{len(failed)} of {len(summary)} failed: {', '.join(failed)}")
@@ -217,8 +219,8 @@ def _judge(report: Report, named: Sequence[str], unwritten: Sequence[str]) -> No
     ]
     if doubtful:
         complaints.append(
-            f"{len(doubtful)} of {len(summary)} neither passed nor failed, as nothing confirmed "
-            f"what they declare: {', '.join(doubtful)}"
+            f"{len(doubtful)} of {len(summary)} are inconclusive, because no problem confirmed a "
+            f"declared order: {', '.join(doubtful)}"
         )
     complaints += unwritten
     if complaints:
@@ -232,7 +234,7 @@ def _diagrams(
     *,
     quick: bool,
 ) -> Iterator[WorkPrecision]:
-    """Work and precision of solvers on a grid; what one raises becomes a check that fails."""
+    """Work–precision tables of solvers on a grid; an error that one raises is a failed check."""
     for problem in cases.values():
         if problem.name not in _DIAGRAMS:
             continue
@@ -244,8 +246,9 @@ def _diagrams(
             name
             for name, solver in chosen.items()
             if not solver.facts.adaptive
-            and not refusal(solver, problem)
-            and ("metric" in options or declares_order(solver))  # else it has no exact moments
+            and not rejection(solver, problem)
+            # A solver without an order has no exact moments.
+            and ("metric" in options or declares_order(solver))
         ]
         for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
             began = time.perf_counter()
@@ -262,7 +265,7 @@ def _diagrams(
 
 
 class _Files:
-    """Where results go. What cannot be written is said once, and again when the work is done."""
+    """Files of the results; a file that cannot be written is reported, and retried at the end."""
 
     def __init__(self, file: Path | None, folder: Path | None) -> None:
         self._file, self._folder = file, folder
@@ -271,7 +274,7 @@ class _Files:
         self.page: Path | None = None
 
     def save(self, report: Report) -> None:
-        """Write what there is so far."""
+        """Write the results so far."""
         if self._file is None or self._warned:
             return
         try:
@@ -279,12 +282,12 @@ class _Files:
         except OSError as error:
             self._warned = True
             print(
-                f"\n--json cannot be written now and is tried again at the end: {error}",
+                f"\n--json cannot be written now; it is retried at the end: {error}",
                 file=sys.stderr,
             )
 
     def finish(self, report: Report) -> None:
-        """Write all that can be written."""
+        """Write all files."""
         if self._file is not None:
             self._try("--json", report.write_json, self._file)
         if self._folder is not None and self._try("--out", report.write_html, self._folder):
@@ -293,18 +296,18 @@ class _Files:
     def _try(self, option: str, write: Callable[[Path], object], where: Path) -> bool:
         try:
             write(where)
-        except Exception as error:  # noqa: BLE001 one file must not cost the other
+        except Exception as error:  # noqa: BLE001 the other file must still be written
             self.errors.append(f"{option} cannot be written: {in_words(error)}")
             return False
         return True
 
 
 def _writable(out: str | None, json: str | None) -> tuple[Path | None, Path | None]:
-    """Where results go; folders that are made are removed where anything is refused."""
-    where = Path(out or "").expanduser().absolute()
-    made = [folder for folder in (where, *where.parents) if not folder.exists()]
+    """Check and create folder and file; on an error remove the created folders."""
+    path = Path(out or "").expanduser().absolute()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        # The file may lie in the folder.
+        # Create the folder first, because the file may be in it.
         return _writable_folder(out), _writable_file(json)
     except (ValueError, OSError):
         for folder in made:
@@ -318,7 +321,7 @@ def _writable_file(name: str | None) -> Path | None:
         return None
     file = Path(name).expanduser().resolve()
     if not name.strip() or (file.exists() and not file.is_file()):
-        msg = f"--json must be the name of a file; got {name!r}"
+        msg = f"--json must be a file name; got {name!r}"
         raise ValueError(msg)
     _try_to_write(file)
     return file
@@ -328,19 +331,21 @@ def _writable_folder(name: str | None) -> Path | None:
     if name is None:
         return None
     if not name.strip():
-        msg = "--out must be the name of a folder; got an empty one"
+        msg = "--out must be a folder name; got an empty name"
         raise ValueError(msg)
     if importlib.util.find_spec("matplotlib") is None:
         msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
         raise ImportError(msg)
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
-        msg = f"--out must be the name of a folder; {name!r} is a file"
+        msg = f"--out must be a folder name; {name!r} is a file"
         raise ValueError(msg)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
     if page.exists() and not page.is_file():
-        msg = f"--out must be a folder for a page; {str(page)!r} is no file"
+        msg = (
+            f"--out must be a folder in which the page can be written; {str(page)!r} is not a file"
+        )
         raise ValueError(msg)
     _try_to_write(page)
     return folder

@@ -23,7 +23,7 @@ from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples
 from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
-from cldsde.pretrained import PublishedScore
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
 
 

@@ -20,7 +20,7 @@ from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
-from cldsde.pretrained import PublishedScore
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
 
 MODEL = "model.safetensors"

@@ -166,7 +166,7 @@ class NCSNpp(_ScoreNetwork):
     fir
         Resample with the anti-aliasing filter (1, 3, 3, 1).
     inputs_enter, outputs_leave
-        See `cldsde.pretrained.ncsnpp`.
+        See the module ``cldsde.pretrained.ncsnpp``.
     fourier_scale
         None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
         frequencies 2π N(0, σ²), drawn with the weights and kept with them. The published value 16

@@ -28,8 +28,7 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
-from cldsde.pretrained import Parameterisation
-from cldsde.pretrained.published_score import Code
+from cldsde.pretrained.published_score import Code, Parameterisation
 from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
@@ -156,10 +155,10 @@ class ScoreConfig:
         None: the network's part is added to the reference's. A number m: each channel weighs the
         two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m.
     code
-        Parameterisation of the score: ``"cldsde"``, or that of a published code, see
-        `cldsde.pretrained.published_score`: ``"cld-sgm"``, ``"score-sde-vp"``, ``"score-sde-ve"``.
+        Code whose parameterisation the score has: ``"cldsde"``, or a published code,
+        ``"cld-sgm"``, ``"score-sde-vp"`` or ``"score-sde-ve"``.
     mixed, numerical_eps, levels
-        Options of the published parameterisations, see `cldsde.pretrained.Parameterisation`.
+        Options of the published parameterisations.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"

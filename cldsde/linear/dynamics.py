@@ -130,7 +130,7 @@ class TimeChangedDynamics(Dynamics):
 
     Some rows may be parallel to leading order in h₀, for example if noise reaches two components
     through the same third one. Gaussian elimination of the Taylor terms removes the leading term of
-    each row from the rows below it, and a lower-triangular factor on the left undoes it at the end.
+    each row from the rows below. A lower-triangular factor on the left undoes this at the end.
     The triangular factor of √h₀ [C_0, C_1, …] is found by an LQ factorisation. Then m doublings
     compose the step with itself,
 

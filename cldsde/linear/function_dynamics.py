@@ -28,12 +28,12 @@ class FunctionDynamics(Dynamics):
 
     [0, end] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
     Panels are shorter if the functions vary quickly, and enclose jumps. On a panel, or on a part of
-    it, Ψ(end, τ) G(τ) is a Taylor series whose terms have full relative accuracy however short the
+    it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have full relative accuracy however short the
     part is. Gaussian elimination of common leading terms then keeps the digits of each row of the
     noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
 
-    Structure shorter than 1/256 may be missed. If several panels are much shorter than 1/‖F‖, as
-    near a jump or a square root of t, composing them loses digits of the smallest rows.
+    Structure shorter than 1/256 may be missed. Near a jump or a square root of t, panels are much
+    shorter than 1/‖F‖. Composing them loses digits of the smallest rows.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ def carried_increments(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool)
 
 
 def split_rotations(earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotations that map the normals of an interval and fresh normals to those of its halves.
+    """Rotations that map the normals of an interval and fresh normals to normals of its halves.
 
     Parameters
     ----------

@@ -91,7 +91,7 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
         )
         raise ValueError(msg)
     angles = _Angles(values)
-    # The rounding error of an angle between entries is that of the number of entries times t.
+    # Between entries an angle has the rounding error of the number of entries times t.
     dynamics = SignalNoiseDynamics(
         angles.signal, angles.noise, gain=angles.gain, variance_preserving=True
     )

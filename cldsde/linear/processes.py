@@ -116,7 +116,7 @@ class SubVPSDE(LinearSDE):
 
     .. math:: dx = -\tfrac12 β(t)\,x\,dt + \sqrt{β(t)(1 - e^{-2B(t)})}\,dw, \qquad B(t) = ∫_0^t β
 
-    Its variance given x_0, (1 − e^{−B})², stays below that of `VPSDE`. The prior is N(0, 1).
+    Its variance given x_0, (1 − e^{−B})², is smaller than for `VPSDE`. The prior is N(0, 1).
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Noise schedules: a rate β(t) ≥ 0 and its integral.
 
-A process with drift β(t) A and squared diffusion β(t) Q̄ is the process with constant A and Q̄ at
-the rescaled time B(s, t) = ∫_s^t β. The integral is a function of the pair (s, t), because
+Consider a process with drift β(t) A and squared diffusion β(t) Q̄. It is the process with constant A
+and Q̄ at the rescaled time B(s, t) = ∫_s^t β. The integral is a function of the pair (s, t), because
 B(t) − B(s) would cancel for small t − s.
 """
 

@@ -112,8 +112,8 @@ class SignalNoiseDynamics(Dynamics):
         unit = alpha.square() + sigma.square()
         same = bool(((unit - 1).abs() <= 8 * _EPS).all())
         self._preserves_variance = variance_preserving or same
-        # F and G have a pole at or near the end if the signal vanishes there, or decreases by a
-        # factor of 16 within the last thousandth of the time.
+        # F and G have a pole at or near the end in two cases: the signal vanishes there, or
+        # decreases by a factor of 16 within the last thousandth of the time.
         pole = 16 * float(alpha[-1]) < float(alpha[-2])
         self.regular_until = self._latest_regular() if pole else 1.0
 
@@ -158,9 +158,9 @@ class SignalNoiseDynamics(Dynamics):
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         """Root of ∫G² by quadrature, uniform in log(1 − t) if G has a pole at 1.
 
-        The relative error is at rounding level for smooth α and σ, about 1e-4 across entries of a
-        table, and 1e-2 from a time at which the derivative of α or σ is infinite. `StochasticHeun`
-        is the only solver that uses it.
+        The relative error is at rounding level for smooth α and σ, and about 1e-4 across entries of
+        a table. It is 1e-2 from a time at which the derivative of α or σ is infinite.
+        `StochasticHeun` is the only solver that uses it.
         """
         x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)

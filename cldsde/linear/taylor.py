@@ -1,11 +1,11 @@
 """Taylor series of linear differential equations, with full relative accuracy of each term.
 
 A function on a panel is sampled at Gauss nodes and represented by its coefficients in the
-orthonormal Legendre polynomials p_j of x ∈ [0, 1]. Around the end of a part of the panel with
-relative length ρ it is a series in y ∈ [0, 1], the time before that end. Its term p is of order
-ρ^p. Such series are formed, multiplied and integrated term by term, so that every term keeps its
-digits however short the part is. Function values would lose them, because they are equal to leading
-order.
+orthonormal Legendre polynomials p_j of x ∈ [0, 1]. Consider a part of the panel with the relative
+length ρ. Around its end the function is a series in y ∈ [0, 1], the time before the end. Term p is
+of order ρ^p. Such series are formed, multiplied and integrated term by term, so that every term
+keeps its digits however short the part is. Function values would lose them, because they are equal
+to leading order.
 """
 
 from __future__ import annotations

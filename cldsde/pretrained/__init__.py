@@ -1,16 +1,7 @@
-"""Networks that other people trained: models of diffusers as denoisers, published ones as scores."""
+"""Networks that other people trained: diffusers models as denoisers, checkpoints as scores."""
 
 from cldsde.pretrained.diffusers_models import from_diffusers
 from cldsde.pretrained.published import load_cld_sgm, load_score_sde
-from cldsde.pretrained.published_models import PUBLISHED, PublishedModel
-from cldsde.pretrained.published_score import Parameterisation, PublishedScore
+from cldsde.pretrained.published_models import PublishedModel
 
-__all__ = [
-    "PUBLISHED",
-    "Parameterisation",
-    "PublishedModel",
-    "PublishedScore",
-    "from_diffusers",
-    "load_cld_sgm",
-    "load_score_sde",
-]
+__all__ = ["PublishedModel", "from_diffusers", "load_cld_sgm", "load_score_sde"]

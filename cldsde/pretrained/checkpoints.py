@@ -70,7 +70,7 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A published weight and its place in `NCSNpp`."""
+    """A published weight and its place in ``NCSNpp``."""
 
     name: str
     own: str
@@ -102,8 +102,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()
         msg = (
-            f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is never "
-            f"run ({reason[0] if reason else type(error).__name__})"
+            f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is "
+            f"never run ({reason[0] if reason else type(error).__name__})"
         )
         raise ValueError(msg) from error
     return _checked(found, path)

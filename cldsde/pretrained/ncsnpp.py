@@ -9,13 +9,14 @@ are divided by √2. Two choices tell the published networks apart:
 - ``outputs_leave``: the output is made at full resolution (``"once"``), or is a sum over the levels
   (``"skip"``).
 
-`NCSNpp.published_layers` lists the layers in the order of the published code.
+``NCSNpp.published_layers`` lists the layers in the order of the published code.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -58,7 +59,7 @@ class NCSNpp(nn.Module):
     fir
         Resample with the filter (1, 3, 3, 1) instead of averages and nearest neighbours.
     inputs_enter, outputs_leave
-        See `cldsde.pretrained.ncsnpp`.
+        See the module ``cldsde.pretrained.ncsnpp``.
     fourier_scale
         Standard deviation of the frequencies of random Fourier features of the clock, which are
         drawn with the weights. None: sines and cosines with frequencies from 1 down to 1/10,000.
@@ -167,7 +168,9 @@ class NCSNpp(nn.Module):
             What ``class_embedding`` takes, if there is one.
         """
         # In single precision whatever the precision around it: phases reach thousands of radians.
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        casts = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
             embedding = self.embedding(clock)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(label)

@@ -30,11 +30,11 @@ class PublishedModel:
     Attributes
     ----------
     process, options
-        Class of `cldsde.linear` and its arguments.
+        Class of ``cldsde.linear`` and its arguments.
     shape
         Channels, rows and columns of the images.
     network
-        Arguments of `cldsde.pretrained.ncsnpp.NCSNpp` beside shape and outputs.
+        Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp`` beside shape and outputs.
     parameterisation
         How the network becomes a score.
     sigmas
@@ -164,7 +164,9 @@ def _score_sde() -> dict[str, PublishedModel]:
         )
         if size == 1024:
             channels = (16, 32, 64, 128, 256, 512, 512, 512)
-            made = replace(made, batch=8, network={**made.network, "channels": channels, "blocks": 1})
+            made = replace(
+                made, batch=8, network={**made.network, "channels": channels, "blocks": 1}
+            )
         models[f"ve/{name}_ncsnpp_continuous"] = made
     return models
 

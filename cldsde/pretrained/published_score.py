@@ -92,7 +92,7 @@ class Parameterisation:
 
 
 class _Coefficients(NamedTuple):
-    """What a published score needs at times of shape ``*``."""
+    """Coefficients of a published score at times of shape ``*``."""
 
     clock: Tensor
     gain: Tensor
@@ -121,9 +121,8 @@ class PublishedScore(nn.Module):
 
     Notes
     -----
-    For networks of discrete levels the gain is that of the level, at every time, as in the code
-    that trained them: a VP network at the level ⌊(N − 1) t⌋, a VE network at (N − 1)(1 − t)
-    rounded.
+    For networks of discrete levels the gain belongs to a level, as in the code that trained them. A
+    VP network has the level ⌊(N − 1) t⌋ at time t, a VE network (N − 1)(1 − t) rounded.
 
     References
     ----------

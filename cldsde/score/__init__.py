@@ -1,7 +1,8 @@
 """Scores, exact and learnt, their training, and the reverse process that they define."""
 
 from cldsde.score.conversion import Conversion
-from cldsde.score.denoisers import DenoiserScore, PredictionDenoiser
+from cldsde.score.denoiser_score import DenoiserScore
+from cldsde.score.denoisers import PredictionDenoiser
 from cldsde.score.flow_density import flow_log_prob
 from cldsde.score.guidance import ConditionalScore, GuidedScore
 from cldsde.score.likelihood import log_likelihood

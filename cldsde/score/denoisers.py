@@ -1,12 +1,4 @@
-r"""Denoisers D(u, σ) as scores of every linear SDE, and trained networks as denoisers.
-
-One combination of the components is a sufficient statistic of the state for the data,
-
-.. math:: û = \frac{ψ^⊤ Σ^{-1} z}{ψ^⊤ Σ^{-1} ψ} = x_0 + σ n, \qquad σ = e^{-κ(t)},
-
-with κ = ½ log SNR (`LinearSDE.log_snr`). So E[x_0 | z_t] = D(û, σ), and one denoiser
-D(u, σ) = E[x_0 | x_0 + σn = u] serves all processes.
-"""
+"""Denoisers D(u, σ): their interface, and denoisers from trained networks."""
 
 from __future__ import annotations
 
@@ -16,24 +8,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_float64, check_state
-from cldsde.linear.log_snr import times_of_log_snr
-from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of, two_increasing
-from cldsde.score.conversion import Conversion, whiten
+from cldsde.score.checks import one_of
+from cldsde.score.noise_levels import checked_levels, read_levels
 from cldsde.score.paths import NoisePath
-from cldsde.score.times import coefficients_at, with_known
+from cldsde.score.times import coefficients_at
 
-__all__ = [
-    "Clock",
-    "Denoiser",
-    "DenoiserScore",
-    "PredictionDenoiser",
-    "Predicts",
-    "checked_levels",
-    "read_levels",
-]
+__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "Predicts"]
 
 Predicts = Literal["noise", "data", "velocity", "flow", "score"]
 """Prediction of a network from x = α x_0 + σ n.
@@ -47,10 +27,6 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: κ = log(α/σ)."""
 
-# Levels beyond the end of the range by less than this relative error count as the end, because
-# times in single precision have such errors.
-_ROUNDING = 1e-4
-
 
 class Denoiser(Protocol):
     """Estimate of the data from data plus noise, as EDM and k-diffusion define it.
@@ -62,190 +38,6 @@ class Denoiser(Protocol):
     def __call__(self, u: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
         """E[x_0 | x_0 + σ n = u] of ``(B, *D)`` and ``(B,)``, like ``u``."""
         ...
-
-
-class _Rows(NamedTuple):
-    """Coefficients of a `DenoiserScore` at times ``*``."""
-
-    estimate: Tensor  # (*, 1, k), maps the state to û
-    level: Tensor  # (*), σ
-    state: Tensor  # (*, d, k)
-    value: Tensor  # (*, d, 1)
-
-
-class DenoiserScore(nn.Module):
-    r"""Score of any linear SDE from a denoiser, such as an EDM or k-diffusion model.
-
-    .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
-              σ = e^{-κ(t)}
-
-    with κ = ½ log SNR (`LinearSDE.log_snr`). The denoiser may have been trained with any other
-    process. The conversion is exact, and one score evaluation evaluates the denoiser once.
-
-    Parameters
-    ----------
-    denoiser
-        Function denoiser(u, sigma, \*\*conditions) of ``(B, *D)`` and ``(B,)`` that returns an
-        estimate of the data ``(B, *D)``; see `Denoiser`. Times are converted to noise levels.
-    sde
-        The process to sample with.
-    noise_levels
-        Smallest and largest σ that the denoiser was trained on. None: the denoiser's attribute
-        ``noise_levels``, or any level if it has none.
-
-    Raises
-    ------
-    TypeError
-        If ``denoiser`` is not callable or ``sde`` is not a process.
-    ValueError
-        If ``noise_levels`` are not two increasing numbers ≥ 0.
-
-    Notes
-    -----
-    ``score(z, t, **conditions)`` passes conditions, such as class labels, to the denoiser. For a
-    solver, wrap the score and its conditions in a `ConditionalScore`.
-
-    Examples
-    --------
-    Normal data of variance 4, sampled with critically damped Langevin dynamics:
-
-    >>> import torch, cldsde
-    >>> def denoiser(u, sigma):
-    ...     return u * (4 / (4 + sigma**2)).unsqueeze(1)
-    >>> sde = cldsde.CLD()
-    >>> x = cldsde.sample(sde, DenoiserScore(denoiser, sde), (2000, 3))
-    >>> bool((x.var(0) - 4).abs().max() < 0.6)
-    True
-    """
-
-    def __init__(
-        self,
-        denoiser: Callable[..., Tensor],
-        sde: LinearSDE,
-        *,
-        noise_levels: tuple[float, float] | None = None,
-    ) -> None:
-        super().__init__()
-        check_process(sde)
-        if not callable(denoiser):
-            msg = f"denoiser must be a callable denoiser(u, sigma); got {denoiser!r}"
-            raise TypeError(msg)
-        self.denoiser = denoiser
-        self.sde = sde
-        found = noise_levels
-        if found is None:
-            found = getattr(denoiser, "noise_levels", None)
-        self.noise_levels = None if found is None else two_increasing(found, "noise_levels")
-        if self.noise_levels is not None and self.noise_levels[0] < 0:
-            msg = f"noise_levels must be at least 0; got {self.noise_levels}"
-            raise ValueError(msg)
-
-    @property
-    def fills(self) -> bool:
-        """Whether the denoiser adds noise that depends on a sample's place in the batch."""
-        return bool(getattr(self.denoiser, "fills", False))
-
-    def extra_repr(self) -> str:
-        """Process and levels, for the representation."""
-        return f"sde={self.sde!r}, noise_levels={self.noise_levels}"
-
-    def forward(self, z: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
-        """Score of the driven components, ``(B, len(driven), *D)``.
-
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)``.
-        t
-            One time or ``(B,)``, above 0.
-        conditions
-            Passed to the denoiser.
-
-        Raises
-        ------
-        ValueError
-            If the noise level at a time lies outside of the denoiser's, or the denoiser returns
-            another shape. The levels of all times that a solver knows are checked before the first
-            evaluation.
-        """
-        check_state(z, self.sde.components)
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        rows = coefficients_at(self, t, z, self._rows, dtype, 0)
-        u = apply_blocks(rows.estimate, z)[:, 0]
-        # Copy the levels, because the denoiser may change them in place.
-        sigma = with_known(rows.level.expand(len(z)).clone(), t, self, self._sigma)
-        data = self.denoiser(u, sigma, **conditions)
-        if not isinstance(data, Tensor) or data.shape != u.shape:
-            got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-            msg = f"denoiser must return a tensor like its input, {tuple(u.shape)}; got {got}"
-            raise ValueError(msg)
-        data = data.to(z.dtype).unsqueeze(1)
-        return apply_blocks(rows.state, z) + apply_blocks(rows.value, data)
-
-    def check_times(self, t: Tensor) -> None:
-        """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range.
-
-        `cldsde.solvers.plan` calls it with the times of a grid.
-        """
-        self._sigma(t)
-
-    def _rows(self, t: Tensor) -> _Rows:
-        whitened = whiten(self.sde, self.sde.marginal(t), t)
-        score = Conversion.at(self.sde, t, "data", "score")
-        information = whitened.information()[..., None, None]
-        estimate = whitened.signal.mT @ whitened.inverse / information
-        return _Rows(estimate, self._sigma(t), score.state, score.value)
-
-    def _sigma(self, t: Tensor) -> Tensor:
-        """Noise levels of times; raise if one is outside of the denoiser's range."""
-        sigma = (-self.sde.log_snr(t)).exp()
-        if not bool(sigma.isfinite().all()):
-            msg = (
-                f"t must be at most {self.sde.regular_until:.6g}, because the noise level at "
-                f"t = {float(t.max()):g} is infinite: start earlier"
-            )
-            raise ValueError(msg)
-        if self.noise_levels is None or not sigma.numel():
-            return sigma
-        low, high = self.noise_levels
-        outside = _outside(sigma, low, high)
-        if bool(outside.any()):
-            raise ValueError(self._out_of_range(t[outside][0], sigma[outside][0]))
-        return sigma.clamp(low, high)
-
-    def _out_of_range(self, t: Tensor, sigma: Tensor) -> str:
-        assert self.noise_levels is not None
-        bounds = torch.tensor(self.noise_levels, dtype=torch.float64, device="cpu")
-        end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
-        low, high = self.noise_levels
-        return (
-            f"the noise level at t must be one that the denoiser was trained on, {low:.6g} to "
-            f"{high:.6g}; got σ = {float(sigma):.6g} at t = {float(t):.6g}. Sample from "
-            f"t = {start:.6g} down to t = {end:.6g}"
-        )
-
-
-def _outside(levels: Tensor, low: float, high: float) -> Tensor:
-    """Which noise levels lie outside of a range, apart from rounding."""
-    return ~((levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING)))
-
-
-def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
-    """Return noise levels clamped to the range of training.
-
-    Raises
-    ------
-    ValueError
-        If a level lies outside, apart from rounding.
-    """
-    outside = _outside(levels, low, high)
-    if bool(outside.any()):
-        msg = (
-            f"sigma must lie in [{low:.6g}, {high:.6g}], the noise levels of the network's "
-            f"training; got {float(levels[outside][0]):.6g}"
-        )
-        raise ValueError(msg)
-    return levels.clamp(low, high)
 
 
 class _Levels(NamedTuple):
@@ -289,7 +81,7 @@ class PredictionDenoiser(nn.Module):
     A network that predicts the noise of 1,000 levels, as a denoiser and as a score of CLD:
 
     >>> import torch
-    >>> from cldsde import CLD
+    >>> from cldsde import CLD, DenoiserScore
     >>> betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     >>> path = NoisePath.from_alphas_cumprod((1 - betas).cumprod(0))
     >>> network = lambda x, index: x  # predicts the noise of normal data at every level, nearly
@@ -401,13 +193,3 @@ class PredictionDenoiser(nn.Module):
             return t.round()
         known = {"time": t, "sigma": (-kappa).exp(), "log_sigma/4": -kappa / 4, "log_snr": kappa}
         return known[self.clock]
-
-
-def read_levels(sigma: Tensor | float, u: Tensor) -> Tensor:
-    """Noise levels as float64 on the CPU, ``()`` if the batch shares one."""
-    known = getattr(sigma, "known", None)
-    levels = known.value if known is not None else as_float64(sigma).detach().cpu()
-    if levels.shape not in (torch.Size([]), torch.Size([len(u)])):
-        msg = f"sigma must be one level or have shape ({len(u)},); got {tuple(levels.shape)}"
-        raise ValueError(msg)
-    return levels

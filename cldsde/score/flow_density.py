@@ -79,8 +79,8 @@ def flow_log_prob(
 
     torchdiffeq solves the ODE in float64 (float32 on devices without float64). The score gets
     states of the dtype of ``z``. The tolerances hold for each sample, including its divergence
-    integral, and the step lengths are those of the most demanding sample. Times stay in [t, T],
-    with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
+    integral, so the most demanding sample sets the step lengths. Times stay in [t, T], with T = 1,
+    or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
     The result has no gradients.
 
     Parameters

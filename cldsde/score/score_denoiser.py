@@ -22,7 +22,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, whiten
-from cldsde.score.denoisers import checked_levels, read_levels
+from cldsde.score.noise_levels import checked_levels, read_levels
 from cldsde.score.times import coefficients_at, with_known
 
 __all__ = ["ScoreDenoiser"]

@@ -16,9 +16,9 @@ score the bound therefore depends on the process only through I(t_min) and the d
 (Kingma et al. 2021, for k = 1). A learnt process can gain more only if its score is easier to
 learn. Everything is differentiable in the process.
 
-If the data are latent variables with a distribution q, the same divergence gives the cross-entropy
-of q and the model at t_min, for all components together (Vahdat, Kreis and Kautz 2021, theorem 1,
-for k = 1),
+The data may be latent variables with a distribution q. The same divergence then gives the
+cross-entropy of q and the model at t_min, for all components together (Vahdat, Kreis and Kautz
+2021, theorem 1, for k = 1),
 
 .. math::
     \mathrm{CE}(q_{t_{min}} ‖ p_{t_{min}}) ≤ \mathbb{E}_{x_0 ∼ q} \Bigl[

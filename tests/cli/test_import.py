@@ -13,6 +13,7 @@ from cldsde import pretrained
 from cldsde.cli import main
 from cldsde.images import published
 from cldsde.images.model import load_model
+from cldsde.pretrained.published_models import PUBLISHED
 from command import refused
 from published_data import MODELS, checkpoint, save_checkpoint
 
@@ -129,7 +130,7 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path, capsys):
 
 
 def test_the_settings_of_every_published_model_make_a_configuration():
-    for models in pretrained.PUBLISHED.values():
+    for models in PUBLISHED.values():
         for model in models.values():
             config = published.RunConfig.from_dict(published._settings(model, 128))
             assert repr(config.process.make()) == repr(model.make_process())

@@ -92,7 +92,7 @@ def test_a_solver_that_keeps_its_word_passes(capsys, here):
     captured = capsys.readouterr()
     line, count = [line for line in captured.out.splitlines() if line.startswith("sscs")]
     assert line.split("  ")[0] == "sscs: weak order"
-    assert count.split("  ")[0] == "sscs: NFE a step"
+    assert count.split("  ")[0] == "sscs: NFE per step"
     assert "1 PASS" in line
     assert "CLD" in line
     assert "checks" in captured.err
@@ -131,17 +131,17 @@ def test_a_solver_of_ones_own_is_found_where_the_user_stands(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "my_solver:CentredEuler: weak order" in result.stdout
-    assert result.stdout.endswith("\n2 of 2 hold what they declare.\n")
+    assert result.stdout.endswith("\n2 of 2 pass.\n")
     report = read(tmp_path / "report.json")
     assert report["summary"] == {"my_solver:CentredEuler": "PASS", "euler-maruyama": "PASS"}
     assert report["complete"] is True
     assert report["cldsde"] == cldsde.__version__
     assert [(c["subject"], c["kind"]) for c in report["checks"]] == [
         ("my_solver:CentredEuler", "weak order"),
-        ("my_solver:CentredEuler", "NFE a step"),
+        ("my_solver:CentredEuler", "NFE per step"),
         ("euler-maruyama", "weak order"),
         ("euler-maruyama", "strong order"),
-        ("euler-maruyama", "NFE a step"),
+        ("euler-maruyama", "NFE per step"),
     ]
     for check in [c for c in report["checks"] if c["estimate"]]:
         assert check["verdict"] == "PASS"
@@ -167,7 +167,12 @@ def test_a_page_is_written_with_a_diagram_of_work(capsys, here):
 def test_the_help_names_what_makes_the_exit_code_1(capsys):
     assert run("validate", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for cause in ("a check fails", "nothing confirms", "measured nowhere", "not be written"):
+    for cause in (
+        "a check fails",
+        "no problem confirms",
+        "no problem applies",
+        "cannot be written",
+    ):
         assert cause in text
 
 
@@ -352,9 +357,9 @@ def test_an_interruption_keeps_what_was_found(capsys, here):
     report = read(here / "report.json")
     assert report["complete"] is False
     made = [(c["problem"], c["kind"], c["verdict"]) for c in report["checks"]]
-    assert made == [("VP", "weak order", "PASS"), ("VP", "NFE a step", "PASS")]
+    assert made == [("VP", "weak order", "PASS"), ("VP", "NFE per step", "PASS")]
     assert "my_long:Interrupted: weak order" in captured.out
-    assert "not all that were asked" in (here / "page" / "index.html").read_text()
+    assert "interrupted, incomplete" in (here / "page" / "index.html").read_text()
     assert not list(here.glob("*.part"))
 
 
@@ -454,7 +459,7 @@ def test_a_solver_that_was_measured_nowhere_is_not_said_to_pass(capsys, here):
     captured = capsys.readouterr()
     assert code == 1
     assert "sscs: not applicable" in captured.out
-    assert "error: --solver sscs: no problem to measure it on: SSCS needs" in captured.err
+    assert "error: --solver sscs was not measured: SSCS needs" in captured.err
     assert read(here / "a.json")["summary"] == {}
 
 
@@ -464,7 +469,7 @@ def test_a_solver_without_an_order_is_not_said_to_pass_where_its_law_was_not_loo
     code = run(*QUICK, "--solver", "predictor-corrector", "--json", "a.json")
     captured = capsys.readouterr()
     assert code == 1
-    assert "predictor-corrector declares no order, and what it samples was not measured" in (
+    assert "predictor-corrector declares no order, and its samples were not checked" in (
         captured.err
     )
     assert read(here / "a.json")["summary"] == {"predictor-corrector": "INCONCLUSIVE"}
@@ -477,10 +482,10 @@ def test_orders_that_nothing_confirms_are_no_success(capsys, here):
     code = run(*QUICK, "--solver", "my_doubt:CentredEuler", "--json", "doubt.json")
     captured = capsys.readouterr()
     assert code == 1
-    assert "Checks without a conclusion: 1 of 2 of my_doubt:CentredEuler" in captured.err
+    assert "Inconclusive checks: 1 of 2 of my_doubt:CentredEuler" in captured.err
     assert captured.err.splitlines()[-1] == (
-        "cldsde validate: error: 1 of 1 neither passed nor failed, as nothing confirmed what they "
-        "declare: my_doubt:CentredEuler"
+        "cldsde validate: error: 1 of 1 are inconclusive, because no problem confirmed a declared "
+        "order: my_doubt:CentredEuler"
     )
     report = read(here / "doubt.json")
     assert report["summary"] == {"my_doubt:CentredEuler": "INCONCLUSIVE"}
@@ -497,7 +502,7 @@ def test_the_table_says_why_nothing_confirms_an_order(capsys, here):
         "my_claims:CentredEuler, strong order on VP, CLD: `strong_order=1` is declared but "
         "`path_noise` is missing: implement it or drop the claim"
     )
-    assert closing == "0 of 1 hold what they declare.\n"
+    assert closing == "0 of 1 pass.\n"
 
 
 def test_a_solver_that_draws_its_own_noise_is_told_so(capsys, here):
@@ -513,7 +518,7 @@ def test_a_solver_that_draws_its_own_noise_is_told_so(capsys, here):
     assert run(*QUICK, "--solver", "my_drawing:CentredEuler") == 1
     reasons = capsys.readouterr().err.splitlines()
     text = "the same state and noise gave two different results; does the solver draw noise outside"
-    for kind, name in (("weak order", "solver: "), ("NFE a step", "")):
+    for kind, name in (("weak order", "solver: "), ("NFE per step", "")):
         found = f"my_drawing:CentredEuler, {kind} on CLD: ValueError: {name}{text} `noise.normal`?"
         assert found in reasons
 
@@ -544,7 +549,7 @@ def test_results_that_cannot_be_written_are_printed_and_the_page_is_kept(capsys,
     captured = capsys.readouterr()
     assert code == 1
     assert "my_removing:Removing: weak order" in captured.out
-    assert captured.err.count("tried again at the end") == 1
+    assert captured.err.count("retried at the end") == 1
     last = captured.err.splitlines()[-1]
     assert last.startswith("cldsde validate: error: --json cannot be written: FileNotFoundError")
     assert "Traceback" not in captured.err
@@ -595,15 +600,19 @@ def test_rings_are_measured_and_drawn(capsys, here):
     arguments = ("validate", "--quick", "--problem", "CLD, ring", "--solver", "sscs")
     assert run(*arguments, "--out", "page", "--json", "ring.json") == 0
     captured = capsys.readouterr()
-    assert "sscs: law" in captured.out
+    assert "sscs: distribution" in captured.out
     report = read(here / "ring.json")
     (check,) = report["checks"]
-    assert (check["kind"], check["problem"], check["verdict"]) == ("law", "CLD, ring", "PASS")
+    assert (check["kind"], check["problem"], check["verdict"]) == (
+        "distribution",
+        "CLD, ring",
+        "PASS",
+    )
     assert 0 < check["measured"] < 1  # of what is allowed
     assert check["declared"] is None
-    assert f"{check['measured']:.2f} of what is allowed" in captured.out
+    assert f"{check['measured']:.2f} of the allowed error" in captured.out
     page = (here / "page" / "index.html").read_text(encoding="utf-8")
-    assert f"{check['measured']:.2f} of what is allowed" in page
+    assert f"{check['measured']:.2f} of the allowed error" in page
     assert "sliced W₂" in check["message"]
     assert "spread of modes" in check["message"]
     (table,) = report["work_precision"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cldsde import pretrained
 from cldsde.cli import main
 from cldsde.images.config import load_config
 from cldsde.images.data import ArrayImages, DataSet
@@ -18,6 +17,7 @@ from cldsde.images.networks import parameter_count
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import draw_images
 from cldsde.images.train.loop import train
+from cldsde.pretrained import published_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Millions of parameters of the published networks (Dockhorn et al. 2022).
@@ -47,7 +47,10 @@ def test_networks_have_the_published_size(name):
     ],
 )
 def test_configurations_are_those_of_the_published_checkpoints(name, settings):
-    config, model = load_config(CONFIGS / f"{name}.toml"), pretrained.PUBLISHED["cld-sgm"][settings]
+    config, model = (
+        load_config(CONFIGS / f"{name}.toml"),
+        published_models.PUBLISHED["cld-sgm"][settings],
+    )
     assert repr(config.process.make()) == repr(model.make_process())
     shape, _ = PUBLISHED[name]
     network = make_network(config, shape, None, device="meta").network

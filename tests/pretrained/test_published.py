@@ -10,19 +10,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from published_data import CLD_SGM, MODELS, SCORE_SDE, case, checkpoint, save_checkpoint
 
 from cldsde import CLD, PSLD
-from cldsde.pretrained import (
-    PUBLISHED,
-    Parameterisation,
-    PublishedScore,
-    load_cld_sgm,
-    load_score_sde,
-)
+from cldsde.pretrained import load_cld_sgm, load_score_sde
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
+from cldsde.pretrained.published_models import PUBLISHED
+from cldsde.pretrained.published_score import Parameterisation, PublishedScore
+from published_data import CLD_SGM, MODELS, SCORE_SDE, case, checkpoint, save_checkpoint
 
 
 def saved(folder, contents):
@@ -107,11 +103,11 @@ class TestRecognition:
         model = PUBLISHED["score-sde"][name]
         found = self.like(model)
         assert recognise(found, tmp_path / name / "checkpoint_15.pth", "score-sde") is model
-        with pytest.raises(ValueError, match="config must be given.*vp/cifar10_ddpmpp_deep_cont"):
+        with pytest.raises(ValueError, match=r"config must be given.*vp/cifar10_ddpmpp_deep_cont"):
             recognise(found, tmp_path / "checkpoint_15.pth", "score-sde")
 
     def test_an_unknown_name_is_rejected(self, tmp_path):
-        with pytest.raises(ValueError, match="config must be one of cifar10, .*; got 'imagenet'"):
+        with pytest.raises(ValueError, match=r"config must be one of cifar10, .*; got 'imagenet'"):
             load_cld_sgm(save_checkpoint("cld_fourier", tmp_path), "imagenet")
 
 
@@ -141,7 +137,7 @@ class TestRejections:
         whole = file.read_bytes()
         file.write_bytes(whole[: int(share * len(whole))])
         assert not zipfile.is_zipfile(file)
-        with pytest.raises(ValueError, match="is truncated, no checkpoint of torch.save"):
+        with pytest.raises(ValueError, match=r"is truncated, no checkpoint of torch\.save"):
             load_cld_sgm(file, self.MODEL)
 
     @pytest.mark.parametrize("part", ["model", "ema", "step"])

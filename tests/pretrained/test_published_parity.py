@@ -9,17 +9,19 @@ import dataclasses
 
 import pytest
 import torch
-from published_data import CLD_SGM, MODELS, SCORE_SDE, case, save_checkpoint
 
 from cldsde import ReverseProcess, solvers
 from cldsde.pretrained import load_cld_sgm, load_score_sde
 from cldsde.score.matching import PerturbedData
 from cldsde.solvers.noise import RecordedNoise
+from published_data import CLD_SGM, MODELS, SCORE_SDE, case, save_checkpoint
 
 RELATIVE = 1e-5
 every_case = pytest.mark.parametrize("name", list(MODELS))
 # The codes train networks of discrete levels with tables of the levels.
-continuous_cases = pytest.mark.parametrize("name", [name for name in MODELS if "levels" not in name])
+continuous_cases = pytest.mark.parametrize(
+    "name", [name for name in MODELS if "levels" not in name]
+)
 
 
 @pytest.fixture

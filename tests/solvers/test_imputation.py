@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
-from cldsde.images.sample.request import grey_basis
+from cldsde.images.sample.observed import grey_basis
 from cldsde.linear.blocks import apply_blocks
 from cldsde.solvers import Imputation
 from cldsde.solvers.authoring import Solver

@@ -924,7 +924,7 @@ class TestRefusals:
     def test_a_path_where_its_increments_are_not_drawn(self, solver: Any) -> None:
         sde, times = CLD(), root_times(1.0, 0.05, 9)
         path = BrownianPath(sde, times, (4, 1), generator=generator())
-        with pytest.raises(ValueError, match="noise: "):
+        with pytest.raises(ValueError, match="noise must not be a BrownianPath"):
             solve(ReverseProcess(sde, untouchable), solver, start(sde, (4, 1)), times, noise=path)
 
     def test_moments_are_for_grids(self) -> None:

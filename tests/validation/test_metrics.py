@@ -399,7 +399,7 @@ def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
         ({"budgets": (-3,)}, ValueError, "budgets must be positive"),
         ({"budgets": (10.5,)}, ValueError, "budgets must be positive"),
         ({"budgets": 10}, ValueError, "budgets must be positive"),
-        ({"budgets": (10, 1)}, ValueError, "budgets must allow each solver a step; 'heun' takes 2"),
+        ({"budgets": (10, 1)}, ValueError, "budgets must allow at least one step, which takes 2"),
         ({"samples": 0}, ValueError, "samples must be a positive integer; got 0"),
         ({"repeats": 0}, ValueError, "repeats must be a positive integer; got 0"),
         ({"repeats": 1.5}, ValueError, "repeats must be"),

@@ -500,7 +500,7 @@ class TestSamples:
 ONE = torch.zeros(2, 1)
 GRID = solvers.uniform_times(1.0, 0.1, 3)
 OWN_NOISE = "the same state and noise gave two different results; does the solver draw noise outs"
-MOODY = "the noise that its steps draw depends on the state"
+MOODY = "solver must draw the same noise for every state"
 
 
 class OwnNoise(solvers.EulerMaruyama):
@@ -585,7 +585,7 @@ class TestRefusals:
         solver = solvers.PredictorCorrector(corrector=solvers.Langevin(norm=norm))
         process = ReverseProcess(CLD(), DATA.score(CLD()))
         times = solvers.uniform_times(1.0, END, 4)
-        with pytest.raises(ValueError, match="not affine"):
+        with pytest.raises(ValueError, match="affine in"):
             propagate_moments(process, solver, times, torch.zeros(2, 1), torch.eye(2))
 
     @pytest.mark.parametrize(("solver", "reason"), [(OwnNoise(), OWN_NOISE), (Moody(), MOODY)])

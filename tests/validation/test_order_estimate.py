@@ -139,10 +139,10 @@ def test_noise_that_no_standard_error_tells_of_widens_the_interval(count):
 
 def test_errors_that_go_up_and_down_without_standard_errors_do_not_stop_falling():
     errors = STEPS * [1, 0.8, 1.2, 0.9, 0.7, 1.3]
-    assert "stop falling" not in estimate_order(STEPS, errors, expected=1).message
+    assert "stop decreasing" not in estimate_order(STEPS, errors, expected=1).message
     # The same last order, and a smooth curve.
     errors = STEPS * [1, 1, 1, 1, 1, 1.3 / 0.7]
-    assert "stop falling" in estimate_order(STEPS, errors, expected=1).message
+    assert "stop decreasing" in estimate_order(STEPS, errors, expected=1).message
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -425,7 +425,7 @@ def test_a_sudden_constant_leaves_no_order_or_a_low_one():
     estimate = estimate_order(STEPS, errors, expected=2)
     assert math.isnan(estimate.order)
     assert estimate.verdict is Verdict.FAIL
-    assert "stop falling: the last local order is 0.00" in estimate.message
+    assert "stop decreasing: the last local order is 0.00" in estimate.message
     # Where the last order is not so low, there are too few levels to tell.
     errors = STEPS ** [2.0, 2, 2, 2, 1, 1] * [1, 1, 1, 1, STEPS[4], STEPS[4] * 0.75]
     estimate = estimate_order(STEPS, errors, expected=1.5)

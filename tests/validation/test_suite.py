@@ -37,11 +37,12 @@ from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.named import canonical_name
 from cldsde.validation import OrderEstimate, WorkPrecision, estimate_order, problems, suite
 from cldsde.validation.checks import Check
-from cldsde.validation.law import LawCase
+from cldsde.validation.distribution import DistributionCase
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.problems import forward_processes
 from cldsde.validation.report import Report
-from cldsde.validation.suite import checks, summarise
+from cldsde.validation.suite import checks
+from cldsde.validation.summary import summarise
 from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
@@ -58,7 +59,7 @@ def measured(solver: Any, names: Sequence[str], name: str = "it") -> list[Check]
 
 def of_orders(found: Sequence[Check]) -> list[Check]:
     """Without counts of evaluations, which have tests of their own."""
-    return [check for check in found if check.kind != "NFE a step"]
+    return [check for check in found if check.kind != "NFE per step"]
 
 
 def verdicts(found: Sequence[Check]) -> set[tuple[str, str, Verdict | None]]:
@@ -437,7 +438,7 @@ class OwnNoise(EulerMaruyama):
     [
         (Unprepared(), "no tables"),
         (Pathless(), "no path"),
-        (Undecided(), "the noise that its steps draw depends on the state"),
+        (Undecided(), "solver must draw the same noise for every state"),
         (OwnNoise(), "the same state and noise gave two different results; does the solver draw"),
     ],
 )
@@ -466,8 +467,8 @@ def test_a_solver_is_not_measured_where_it_does_not_apply():
     report = Report(found, solvers={"it": SSCS()})
     assert report.to_text().splitlines()[1].startswith("it: not applicable")
     assert refused.message in report.to_text()
-    assert report.refusals(["it"]) == [f"it is not measured on VE: {refused.message}"]
-    assert report.refusals(["another"]) == report.failures() == []
+    assert report.rejections(["it"]) == [f"it is not measured on VE: {refused.message}"]
+    assert report.rejections(["another"]) == report.failures() == []
     assert strict(report.to_dict())["checks"][0]["kind"] == "not applicable"
 
 
@@ -483,7 +484,7 @@ def test_a_refusal_of_a_solver_that_is_declared_for_every_process_fails():
     refused = [c for c in found if c.kind == "not applicable"]
     assert [(c.problem, c.verdict) for c in refused] == [(CLD, FAIL), (LINEAR, FAIL)]
     assert refused[0].message == (
-        "declared for every linear SDE, but refuses: a slip, not a reason"
+        "declared for every linear SDE, but rejects it: a slip, not a reason"
     )
     assert summarise(found) == {"it": FAIL}
 
@@ -509,7 +510,7 @@ def test_solvers_of_the_package_refuse_what_they_are_not_for_and_nothing_else(na
     expected = next((found for start, found in APPLIES.items() if name.startswith(start)), ALL)
     # An underdamped process is out of reach at single times, which few steps may miss.
     steps = {"CLD, underdamped": 64}
-    refused = {p for p in ALL if suite.refusal(solver, PROBLEMS[p], steps=steps.get(p, 8))}
+    refused = {p for p in ALL if suite.rejection(solver, PROBLEMS[p], steps=steps.get(p, 8))}
     assert refused == ALL - expected
     assert (solver.facts.applies_to == "every linear SDE") == (expected == ALL)
 
@@ -587,11 +588,11 @@ class Nothing(EulerMaruyama):
 )
 def test_faults_that_lines_do_not_show_change_the_law_with_modes(faulty, healthy, problem):
     (found,) = measured(faulty, [problem])
-    assert (found.kind, found.verdict) == ("law", FAIL)
-    assert "not the law" in found.message
+    assert (found.kind, found.verdict) == ("distribution", FAIL)
+    assert "wrong distribution" in found.message
     assert found.measured > 1 > measured(healthy, [problem])[0].measured  # of what is allowed
     (found,) = measured(healthy, [problem])
-    assert (found.kind, found.verdict, found.declared) == ("law", PASS, None)
+    assert (found.kind, found.verdict, found.declared) == ("distribution", PASS, None)
 
 
 @pytest.mark.parametrize("problem", ["VP, ring", "CLD, ring"])
@@ -606,7 +607,7 @@ def test_grids_that_differ_by_as_much_as_the_law_is_wide_say_nothing():
     """Of an order of 1/10 nearly 14 times the difference of two grids is left."""
     (found,) = measured(declaring(EulerMaruyama, weak_order=0.1)(), ["VP, ring"])
     assert found.verdict is INCONCLUSIVE
-    assert "differ by as much as the law" in found.message
+    assert "differ by as much as the distribution" in found.message
     assert "128 evaluations" in found.message
 
 
@@ -621,7 +622,7 @@ def test_finer_grids_are_looked_at_where_coarse_ones_say_too_little():
 def test_a_full_validation_sees_a_score_without_a_tenth_of_its_bend(problem):
     cases = {problem: PROBLEMS[problem]}
     solvers = {"faulty": straightened(SSCS, 0.1)(), "healthy": SSCS()}
-    found = [c for c in checks(solvers, cases, kernels=False) if c.kind == "law"]
+    found = [c for c in checks(solvers, cases, kernels=False) if c.kind == "distribution"]
     assert [(c.subject, c.verdict) for c in found] == [("faulty", FAIL), ("healthy", PASS)]
 
 
@@ -634,18 +635,18 @@ def test_a_solver_that_declares_no_order_is_held_to_the_law_as_a_whole():
     problems = [VP, "VP, ring", "CLD, ring", "VP, three modes"]
     found = measured(PredictorCorrector(), problems)
     assert summarise(found) == {"it": PASS}
-    laws = [c for c in found if c.kind == "law"]
+    laws = [c for c in found if c.kind == "distribution"]
     assert {c.problem for c in laws} == {"VP, ring", "CLD, ring"}
     assert all("declares no order" in c.message for c in laws)
     found = measured(Nothing(), problems)
-    assert {c.verdict for c in found if c.kind == "law"} == {FAIL}
+    assert {c.verdict for c in found if c.kind == "distribution"} == {FAIL}
     assert summarise(found) == {"it": FAIL}
 
 
 @pytest.mark.parametrize("solver", [PredictorCorrector(), Nothing()])
 def test_how_often_the_score_is_asked_says_nothing_of_what_is_sampled(solver):
     found = measured(solver, [VP, CLD, "CLD, stiff end"])
-    assert {(c.kind, c.verdict) for c in found} == {("NFE a step", PASS)}
+    assert {(c.kind, c.verdict) for c in found} == {("NFE per step", PASS)}
     assert summarise(found) == {"it": INCONCLUSIVE}
 
 
@@ -656,7 +657,7 @@ def test_a_strong_order_is_held_to_the_law_too():
             return replace(super().facts, weak_order=None)
 
     (found,) = measured(Along(), ["VP, ring"])
-    assert (found.kind, found.verdict) == ("law", PASS)
+    assert (found.kind, found.verdict) == ("distribution", PASS)
     (found,) = measured(straightened(Along)(), ["VP, ring"])
     assert found.verdict is FAIL
 
@@ -676,7 +677,7 @@ def test_starts_of_a_solver_have_nothing_to_do_with_the_exact_samples():
 def test_a_law_is_of_moments_shares_and_spreads_with_errors_that_cover():
     """Exact samples of another seed deviate by standard errors, as normal numbers do."""
     problem = PROBLEMS["CLD, ring"]
-    case = LawCase(problem, 1200, torch.Generator().manual_seed(0))
+    case = DistributionCase(problem, 1200, torch.Generator().manual_seed(0))
     assert len(case.names) == len(case.expected) == 4 + 10 + 8 + 8
     g = torch.Generator().manual_seed(1)
     drawn = torch.stack(
@@ -759,7 +760,7 @@ def test_evaluations_are_counted_against_the_declaration():
     solvers = {"em": EulerMaruyama(), "heun": StochasticHeun(), "modest": Modest()}
     made = checks(solvers, {VP: PROBLEMS[VP]}, kernels=False, quick=True)
     counted = {
-        c.subject: (c.declared, c.measured, c.verdict) for c in made if c.kind == "NFE a step"
+        c.subject: (c.declared, c.measured, c.verdict) for c in made if c.kind == "NFE per step"
     }
     assert counted == {"em": (1, 1, PASS), "heun": (2, 2, PASS), "modest": (2, 1, FAIL)}
 
@@ -790,7 +791,7 @@ def test_a_high_order_is_measured_where_it_rises_above_rounding():
         assert suite._kinds(solver, PROBLEMS[name], quick=True) == expected
     assert suite._kinds(low, PROBLEMS[CLD], quick=False) == [ODE]
     # Where the score bends it is looked at, too.
-    assert suite._kinds(high, PROBLEMS["VP, three modes"], quick=False) == ["law", ODE]
+    assert suite._kinds(high, PROBLEMS["VP, three modes"], quick=False) == ["distribution", ODE]
 
 
 def test_exact_errors_are_looked_at_once_more_where_they_are_inconclusive():
@@ -842,7 +843,7 @@ def test_a_solver_that_refuses_a_path_has_no_weak_order_on_a_mixture_and_does_no
 
     made = list(checks({"it": Refusing()}, {"m": PROBLEMS["VP, three modes"]}, kernels=False))
     assert [(c.kind, c.verdict) for c in made] == [
-        ("law", PASS),
+        ("distribution", PASS),
         ("not applicable", None),
         (STRONG, INCONCLUSIVE),
     ]
@@ -887,9 +888,18 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
     assert report["complete"] is True
     assert set(report["summary"]) == {"kernels", *named_solvers()}
     assert {row["solver"] for row in report["solvers"]} == {*map(repr, named_solvers().values())}
-    kinds = {"kernel", WEAK, STRONG, ODE, "law", "bias", "error at 100 steps", "NFE a step"}
+    kinds = {
+        "kernel",
+        WEAK,
+        STRONG,
+        ODE,
+        "distribution",
+        "bias",
+        "error at 100 steps",
+        "NFE per step",
+    }
     assert {check["kind"] for check in report["checks"]} == {*kinds, "not applicable"}
-    law = {check["subject"] for check in report["checks"] if check["kind"] == "law"}
+    law = {check["subject"] for check in report["checks"] if check["kind"] == "distribution"}
     assert law == set(named_solvers())
 
 
@@ -1028,7 +1038,7 @@ def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkey
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
     table, reasons, closing = Report(diverse()).to_text().split("\n\n")
-    assert closing == "2 of 6 hold what they declare."
+    assert closing == "2 of 6 pass."
     assert reasons.startswith("third, weak order on VP: An order needs")
     lines = table.splitlines()
     assert lines[0].split() == ["declared", "measured", "on", "verdict"]
@@ -1054,7 +1064,7 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     assert "0.25" in text["third: error at 100 steps"]
     header, _, closing = Report(()).to_text().splitlines()
     assert header.split() == ["declared", "measured", "on", "verdict"]
-    assert closing == "0 of 0 hold what they declare."
+    assert closing == "0 of 0 pass."
 
 
 def test_reasons_why_nothing_confirms_a_declared_order_are_below_the_table_once():
@@ -1073,7 +1083,7 @@ def test_reasons_why_nothing_confirms_a_declared_order_are_below_the_table_once(
     assert second == f"other, weak order on VP: {found[-1].message}"
     assert report.to_text().split("\n\n")[1:] == [
         f"{first}\n{second}",
-        "0 of 2 hold what they declare.",
+        "0 of 2 pass.",
     ]
 
 
@@ -1088,7 +1098,7 @@ def test_the_table_for_the_documentation_has_declared_beside_measured():
     table = Report(diverse(), solvers=solvers).solver_table()
     assert [row["solver"] for row in table] == [repr(solver) for solver in solvers.values()]
     first, third, unmeasured = table
-    assert first["NFE a step"] == "2"
+    assert first["NFE per step"] == "2"
     assert first["applies to"] == "every linear SDE"
     assert (first[WEAK], first[STRONG], first[ODE]) == ("2", "1", "")
     low = min(estimated(order, 1).low for order in (1, 1.2))
@@ -1115,9 +1125,9 @@ def test_a_broken_solver_keeps_its_place_on_the_page(tmp_path):
 
 def test_the_page_names_the_axes_and_gives_sentences_room(tmp_path):
     """Of a law it has the worst statistic as a part of its limit, and nothing as declared."""
-    law = Check("law", "first", "VP, ring", None, 0.634, PASS, "sliced W₂ 0.05", 0.1)
+    law = Check("distribution", "first", "VP, ring", None, 0.634, PASS, "sliced W₂ 0.05", 0.1)
     page = Report([*diverse()[2:4], law]).write_html(tmp_path).read_text(encoding="utf-8")
-    assert "0.63 of what is allowed" in page
+    assert "0.63 of the allowed error" in page
     assert ".words { min-width" in page
     assert '<td class="words">sliced W₂ 0.05</td>' in page
     (image,) = re.findall('svg\\+xml;base64,([^"]+)', page)
@@ -1136,7 +1146,7 @@ def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
     # A diagram of work, and errors of the two solvers with an order.
     assert page.count("data:image/svg+xml;base64,") == 3
-    assert "not all that were asked" in page
+    assert "interrupted, incomplete" in page
     assert "&lt;CLD&gt;" in page
     assert "<CLD>" not in page
 

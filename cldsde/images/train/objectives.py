@@ -26,7 +26,7 @@ from torch import Tensor
 from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
-from cldsde.pretrained import PublishedScore
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import (
     MixedScore,
     PerturbedData,

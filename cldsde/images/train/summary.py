@@ -34,10 +34,7 @@ def outlook(config: RunConfig) -> list[str]:
     count, memory = _sizes(config, space)
     return [
         f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
-        (
-            f"memory: {memory:,.0f} MiB for weights, their average, gradients and Adam's moments; "
-            "activations need more"
-        ),
+        f"memory: {memory:,.0f} MiB for weights, average, gradients and moments, and activations",
         "images per second and peak memory: cldsde train --dry-run measures them",
     ]
 

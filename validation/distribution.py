@@ -1,4 +1,4 @@
-"""Whether a solver samples the right law where the score bends and data have several dimensions."""
+"""Check of a solver's sampled distribution on mixtures, where the score is nonlinear."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .checks import Check
 from .order_estimate import Verdict
 from .problems import Problem
 
-__all__ = ["LawCase", "law_check"]
+__all__ = ["DistributionCase", "distribution_check"]
 
-_BATCHES = 20  # of a solver's samples
-_EXACT = 20  # exact samples for each of a solver's
-_ERRORS = 5  # standard errors: of a thousand statistics one in a thousand runs falls out
-_SLACK = 2  # what is left out where an error is extrapolated from two grids
-_WIDE = 0.5  # of what one sample scatters: an extrapolated error above it says too little
-_LOOKS = 3  # at pairs of grids, each twice as fine as the one before
-_MISPLACED = 0.15  # share of a law that a solver without an order may have elsewhere
+_BATCHES = 20  # batches of a solver's samples
+_EXACT = 20  # number of exact sample sets of the size of a solver's
+_ERRORS = 5  # allowed standard errors: with 1,000 statistics one run in 1,000 fails by chance
+_SLACK = 2  # safety factor of an error that is extrapolated from two grids
+_WIDE = 0.5  # largest extrapolated error that is conclusive, in units of a sample's spread
+_PAIRS = 3  # number of pairs of grids, each twice as fine as the previous pair
+_MISPLACED = 0.15  # allowed Kolmogorov distance of a solver that declares no order
 _DIRECTIONS = 32
 
 
-class LawCase:
-    """Statistics of the exact law of a mixture at the end, as samples of one size have them.
+class DistributionCase:
+    """Statistics of the exact distribution of a mixture at ε, for samples of one size.
 
     Parameters
     ----------
@@ -40,21 +40,21 @@ class LawCase:
     samples
         Number of samples of a solver, a multiple of 20.
     generator
-        Where exact samples come from.
+        Random generator of the exact samples.
 
     Attributes
     ----------
     names
-        Of the statistics: means and covariances of the state, and shares and standard deviations of
-        the modes, each with the points that are nearest to its mean.
+        Names of the statistics: means and covariances of the state, and weights and standard
+        deviations of the modes. A point belongs to the mode with the nearest mean.
     expected, error
         Mean of the statistics, and the standard error of a solver's difference from it.
     scatter
-        Standard deviations of what one sample adds to the statistics.
+        Standard deviation of a single sample's contribution to the statistics.
     floor, spread
         Mean and standard deviation of the sliced Wasserstein-2 distance of two exact samples.
     size
-        Standard deviation of the law, over directions: its distance from a point.
+        Standard deviation of the distribution, averaged over directions.
     """
 
     def __init__(self, problem: Problem, samples: int, generator: torch.Generator) -> None:
@@ -90,7 +90,7 @@ class LawCase:
         return self._batches(z).mean(0)
 
     def projected(self, z: Tensor) -> Tensor:
-        """The data of states on each direction, sorted."""
+        """Projections of the data on each direction, sorted."""
         return (z[:, 0] @ self._directions).sort(0).values
 
     def distance(self, projected: Tensor, other: Tensor | None = None) -> float:
@@ -99,7 +99,7 @@ class LawCase:
         return float((projected - other).square().mean().sqrt())
 
     def misplaced(self, projected: Tensor) -> float:
-        """Share of the law that is elsewhere: Kolmogorov's distance, over directions."""
+        """Kolmogorov distance to an exact sample, root mean square over directions."""
         found = []
         for own, exact in zip(projected.T.contiguous(), self.reference.T.contiguous(), strict=True):
             at = torch.cat([own, exact])
@@ -108,7 +108,10 @@ class LawCase:
         return float(torch.stack(found).square().mean().sqrt())
 
     def _batches(self, z: Tensor) -> Tensor:
-        """Statistics ``(batches, statistics)`` of batches, not of all: roots are biased alike."""
+        """Statistics of each batch, ``(batches, statistics)``.
+
+        Exact samples use batches of the same size, so that the bias of roots cancels.
+        """
         problem = self._problem
         batched = z.reshape(_BATCHES, -1, *z.shape[1:])
         flat = batched.flatten(2)
@@ -126,49 +129,51 @@ class LawCase:
 
 
 class _Comparison(NamedTuple):
-    """Statistics of a solver on two grids against the exact ones; the last one is the distance."""
+    """Statistics of a solver on two grids compared with exact ones; the last is the distance."""
 
-    ratio: Tensor  # of what the finer grid is off to what is allowed
+    ratio: Tensor  # error on the finer grid divided by the allowed error
     allowed: Tensor
-    growth: Tensor  # of the error from the coarser to the finer grid, in standard errors
-    wide: bool  # whether an extrapolated error is as large as the law itself
+    growth: Tensor  # growth of the error from the coarser to the finer grid, in standard errors
+    wide: bool  # whether an extrapolated error is as large as the distribution itself
 
 
-def law_check(
+def distribution_check(
     name: str,
     solver: Solver,
     problem: Problem,
-    case: LawCase,
+    case: DistributionCase,
     g: torch.Generator,
     began: float,
     *,
     steps: int,
 ) -> Check:
-    """Whether samples of a solver are of the law at the end, but for the error of its order.
+    """Check that a solver samples the exact distribution, up to the error of its declared order.
 
-    Each statistic of a `LawCase`, and the distance between samples, may be off by twice what the
-    difference of two grids says is left at the finer one, for the order that the solver declares,
-    and by 5 standard errors of both. It fails, too, where an error grows from the coarser to the
-    finer grid by more than 5 standard errors: the difference of the two would cover it. Where the
-    difference says too little, as it is as large as the law, finer grids are looked at, and where
-    they do not help the check comes to no conclusion. Of solvers that choose their times two
-    tolerances take the place of grids.
+    The solver runs on two grids. The check covers each statistic of a `DistributionCase`, and the
+    distance between samples. From the difference of the two grids and the declared order follows
+    the error that is left on the finer grid. The allowed error is twice this error plus 5 standard
+    errors.
 
-    A solver that declares no order is held to the law as a whole: at most 15 % of it, as seen along
-    a direction, may be elsewhere.
+    The check also fails if an error grows by more than 5 standard errors on the finer grid. The
+    difference of the grids would hide such an error. If the difference is as large as the
+    distribution, finer grids are tried, and after them the check is inconclusive. For adaptive
+    solvers two tolerances replace the grids.
+
+    A solver that declares no order must have a Kolmogorov distance of at most 15 % along random
+    directions.
 
     Parameters
     ----------
     name, solver, problem
-        What is checked, and where.
+        The solver, its name, and the problem.
     case
-        The exact law.
+        Statistics of the exact distribution.
     g
-        Source of starts and noise.
+        Random generator of starts and noise.
     began
-        When the clock was started.
+        Start of the check, from `time.perf_counter`.
     steps
-        Steps of the finer grid; the other has half.
+        Steps of the finer grid; the coarser grid has half as many.
     """
     facts = solver.facts
     start, seed = problem.sample(case.samples, g), int(torch.randint(2**62, (), generator=g))
@@ -185,26 +190,25 @@ def law_check(
         evaluations = found.nfev
         return found.state
 
-    # A method of a strong order has at least that order in law.
+    # The weak order is at least as high as the strong order.
     order = facts.weak_order or facts.ode_order or facts.strong_order
     if order is None and not facts.adaptive:
         fine = run(steps)
         share = case.misplaced(case.projected(fine))
         ratio, verdict = share / _MISPLACED, Verdict.PASS if share <= _MISPLACED else Verdict.FAIL
         text = (
-            "declares no order and is held to the law as a whole: "
-            f"{share:.1%} of it is elsewhere, {_MISPLACED:.0%} at most"
+            "declares no order and is compared with the distribution as a whole: Kolmogorov "
+            f"distance {share:.1%}, allowed {_MISPLACED:.0%}"
         )
     else:
-        # The error of a step is held to the tolerance, so that four times the tolerance are at
-        # least twice the step for a method whose error estimate is of order 2 or less, and what it
-        # leaves halves.
+        # The tolerance bounds the error of a step. With an error estimate of order 2 or less, four
+        # times the tolerance means at least twice the step, so the remaining error halves.
         left = 1 / (2 ** (1 if facts.adaptive or order is None else order) - 1)
         coarse, fine = run(steps // 2, 4), run(steps)
         compared = _compared(case, coarse, fine, left)
-        looks = 1 if facts.adaptive else _LOOKS
-        while _judge(compared) is Verdict.INCONCLUSIVE and looks > 1:
-            looks, steps = looks - 1, 2 * steps
+        pairs = 1 if facts.adaptive else _PAIRS
+        while _judge(compared) is Verdict.INCONCLUSIVE and pairs > 1:
+            pairs, steps = pairs - 1, 2 * steps
             coarse, fine = fine, run(steps)
             compared = _compared(case, coarse, fine, left)
         ratio, verdict = float(compared.ratio.max()), _judge(compared)
@@ -213,24 +217,24 @@ def law_check(
     modes = len(problem.data.weights)
     off = float((case.statistics(fine) / case.expected - 1)[-modes:].square().mean().sqrt())
     return Check(
-        kind="law",
+        kind="distribution",
         subject=name,
         problem=problem.name,
         declared=None,
         measured=ratio,
         verdict=verdict,
         message=(
-            f"sliced W₂ {distance:.2g} ({case.floor:.2g} between exact samples), spread of modes "
-            f"off by {off:.1%} with {evaluations} evaluations; {text}"
+            f"sliced W₂ {distance:.2g} ({case.floor:.2g} between exact samples), error of the "
+            f"modes' spread {off:.1%} with {evaluations} evaluations; {text}"
         ),
         seconds=time.perf_counter() - began,
     )
 
 
-def _compared(case: LawCase, coarse: Tensor, fine: Tensor, left: float) -> _Comparison:
+def _compared(case: DistributionCase, coarse: Tensor, fine: Tensor, left: float) -> _Comparison:
     first, second = (case.statistics(z) for z in (coarse, fine))
     apart = (first - second).abs()
-    # What is left has an error, too, that of a difference of two samples.
+    # The extrapolated error has the sampling error of a difference of two samples.
     errors = case.error * math.sqrt(1 + 2 * left**2)
     off, before = ((found - case.expected).abs() for found in (second, first))
     projected = [case.projected(z) for z in (coarse, fine)]
@@ -253,15 +257,15 @@ def _with(statistics: Tensor, distance: float) -> Tensor:
 
 
 def _judge(compared: _Comparison) -> Verdict:
-    # What is not a number is in no order: it fails.
+    # Comparisons with NaN are False, so NaN fails.
     near = bool((compared.ratio <= 1).all() and (compared.growth <= _ERRORS).all())
     if not near:
         return Verdict.FAIL
     return Verdict.INCONCLUSIVE if compared.wide else Verdict.PASS
 
 
-def _in_words(case: LawCase, coarse: Tensor, fine: Tensor, compared: _Comparison) -> str:
-    """The statistic that is nearest to its limit, or beyond it."""
+def _in_words(case: DistributionCase, coarse: Tensor, fine: Tensor, compared: _Comparison) -> str:
+    """Describe the statistic that is nearest to its limit, or beyond it."""
     names = [*case.names, "sliced W₂"]
     exact = _with(case.expected, 0.0)
     first, second = (
@@ -269,17 +273,18 @@ def _in_words(case: LawCase, coarse: Tensor, fine: Tensor, compared: _Comparison
     )
     worst, grown = int(compared.ratio.argmax()), int(compared.growth.argmax())
     if not float(compared.growth[grown]) <= _ERRORS:
-        i, text = grown, f"not the law: errors grow as steps shrink, {names[grown]} is "
-        text += f"{float(second[i]):.4g} and {float(first[i]):.4g} with half the steps, "
-        return text + f"exactly {float(exact[i]):.4g}"
-    text = f"{names[worst]} is {float(second[worst]):.4g}, exactly {float(exact[worst]):.4g} "
-    text += f"± {float(compared.allowed[worst]):.1g}"
+        i = grown
+        text = f"wrong distribution: errors grow as steps shrink; {names[grown]} is "
+        text += f"{float(second[i]):.4g}, and {float(first[i]):.4g} with half the steps; "
+        return text + f"the exact value is {float(exact[i]):.4g}"
+    text = f"{names[worst]} is {float(second[worst]):.4g}, the exact value is "
+    text += f"{float(exact[worst]):.4g} ± {float(compared.allowed[worst]):.1g}"
     verdict = _judge(compared)
     if verdict is Verdict.FAIL:
-        return f"not the law: {text}"
-    return (
-        text if verdict is Verdict.PASS else f"grids differ by as much as the law is wide: {text}"
-    )
+        return f"wrong distribution: {text}"
+    if verdict is Verdict.PASS:
+        return text
+    return f"the two grids differ by as much as the distribution is wide: {text}"
 
 
 def _with_tolerance(solver: Solver, factor: float) -> Any:
@@ -288,5 +293,8 @@ def _with_tolerance(solver: Solver, factor: float) -> Any:
         rtol, atol = solver.rtol, solver.atol  # type: ignore[attr-defined]
         return dataclasses.replace(solver, rtol=factor * rtol, atol=factor * atol)  # type: ignore[type-var]
     except (AttributeError, TypeError) as error:
-        msg = "it is adaptive, so it must be a dataclass with fields rtol and atol"
+        msg = (
+            "an adaptive solver must be a dataclass with fields rtol and atol; got "
+            f"{type(solver).__name__}"
+        )
         raise TypeError(msg) from error

@@ -1,0 +1,157 @@
+"""Result of a solve, and the warning about a failed solve."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Integration
+
+__all__ = ["Solution", "SolveWarning", "finished", "finite_samples", "warn_of_failure"]
+
+
+class SolveWarning(RuntimeWarning):
+    """Warning that a solve failed: it did not reach its end with finite numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Result of `solve`; fields have the names that `scipy.integrate` uses.
+
+    Attributes
+    ----------
+    state
+        Final state ``(B, k, *D)``.
+    data
+        ``(B, *D)``: the data component of the state, or the denoised data if ``denoise`` is set.
+    t
+        Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
+    y
+        States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN.
+    nfev
+        Score evaluations per sample, counted by wrapping the score. If samples differ, the largest
+        number; ``stats["nfev"]`` holds all.
+    status
+        0: every sample arrived. 1: a state is not finite, or a solver gave up. 2: the callback
+        stopped the solve.
+    message
+        The outcome in words.
+    log_probs
+        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats;
+        otherwise None.
+    stats
+        Further numbers. ``success`` ``(B,)``: which samples arrived with finite numbers. ``nfev``
+        ``(B,)``: evaluations of each sample. ``steps``: for solvers on a grid. ``attempts``: for
+        adaptive solvers.
+    """
+
+    state: Tensor
+    data: Tensor
+    t: Tensor
+    y: Tensor
+    nfev: int
+    status: int
+    message: str
+    stats: dict[str, Any] = field(default_factory=dict)
+    log_probs: Tensor | None = None
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``."""
+        return None if self.log_probs is None else self.log_probs.sum(0)
+
+    @property
+    def success(self) -> bool:
+        """Whether every sample reached the end with finite numbers."""
+        return self.status == 0
+
+    def raise_for_failure(self) -> Solution:
+        """Return the solution if the solve did not fail.
+
+        Raises
+        ------
+        FloatingPointError
+            If ``status`` is 1.
+        """
+        if self.status == 1:
+            raise FloatingPointError(self.message)
+        return self
+
+    def __repr__(self) -> str:
+        """Facts in one line."""
+        return (
+            f"Solution(success={self.success}, nfev={self.nfev}, state={tuple(self.state.shape)}, "
+            f"message={self.message!r})"
+        )
+
+
+def finished(
+    done: Integration,
+    final: Callable[[Tensor], Tensor] | None,
+    evaluations: int,
+    states: Tensor,
+    requested: Tensor,
+) -> Solution:
+    """Make a solution from an integration.
+
+    Parameters
+    ----------
+    done
+        The integration.
+    final
+        Function of final states that returns denoised data; None for the data component.
+    evaluations
+        Score evaluations of ``final``.
+    states, requested
+        Requested states ``(S, B, k, *D)`` and their times ``(S,)``.
+    """
+    nfev, z = done.nfev, done.state.contiguous()
+    data = z[:, 0]
+    if final is not None and bool(done.success.any()):
+        nfev = nfev + evaluations * done.success
+        if bool(done.success.all()):
+            data = final(z)
+        else:
+            rows = done.success.nonzero().flatten().to(z.device)
+            data = data.index_copy(0, rows, final(z[rows]))
+    finite = finite_samples(z) if final is None else finite_samples(z) & finite_samples(data)
+    success = done.success & finite.cpu()
+    message = done.message
+    if bool(done.success.all()) and not bool(success.all()):
+        message = "the state is not finite: the score is not finite, or the steps are too long"
+    stats = {**done.stats, "nfev": nfev, "success": success}
+    status = 2 if done.stopped else 0 if bool(success.all()) else 1
+    return Solution(
+        state=z,
+        data=data,
+        t=requested,
+        y=states,
+        nfev=int(nfev.max()) if len(nfev) else 0,
+        status=status,
+        message=message,
+        stats=stats,
+        log_probs=done.log_probs,
+    )
+
+
+def warn_of_failure(message: str) -> None:
+    """Warn of a failed solve at the first stack frame outside the package."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("cldsde."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"the solve failed: {message}", SolveWarning, stacklevel=level)
+
+
+def finite_samples(x: Tensor) -> Tensor:
+    """Which samples are finite, ``(B,)``, without a temporary tensor of the size of x."""
+    if not x.numel():
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    # amin and amax return NaN if any number is NaN.
+    rows = x.reshape(len(x), -1)
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
