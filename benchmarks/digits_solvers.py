@@ -17,10 +17,10 @@ import torch
 from cldsde import ReverseProcess, solvers
 from cldsde.images.data import digits, pixels_of
 from cldsde.images.demo import DemoConfig, trained_model
-from cldsde.images.digit_classifier import train_classifier
 from cldsde.images.evaluate import frechet_distance
 from cldsde.images.runs import RunFolder
 from cldsde.progress import progress_bar
+from digit_classifier import train_classifier
 
 BUDGETS = (7, 10, 20, 50, 100)
 

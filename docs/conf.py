@@ -76,6 +76,7 @@ nb_execution_cache_path = str(HERE / "_build" / "cells" / _version_of_content())
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and warnings about the building machine
 nb_render_markdown_format = "gfm"  # with tables
 nb_execution_timeout = 600  # seconds per cell; some cells train a network
 
@@ -96,6 +97,8 @@ autosummary_context = {
         "cldsde.pretrained.from_diffusers": [
             "cldsde.pretrained.diffusers_models.DiffusersDenoiser"
         ],
+        "cldsde.pretrained.load_cld_sgm": ["cldsde.pretrained.published_score.PublishedScore"],
+        "cldsde.pretrained.PublishedModel": ["cldsde.pretrained.published_score.Parameterisation"],
         "cldsde.score.DenoiserScore": ["cldsde.score.denoisers.Denoiser"],
         "cldsde.score.GaussianMixture": ["cldsde.score.mixture.MixtureScore"],
         "cldsde.score.PosteriorScore": ["cldsde.score.posterior_score.Guided"],

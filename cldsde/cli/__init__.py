@@ -1,7 +1,7 @@
 """The command ``cldsde``.
 
-Exit codes: 0 success, 1 the work failed, 2 the arguments were refused, 130 interrupted. Errors
-are one line on stderr.
+Exit codes: 0 success, 1 the work failed, 2 invalid arguments, 130 interrupted. Errors are one line
+on stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from cldsde.cli import compare, demo, evaluate, sample, train, validate
+from cldsde.cli import compare, demo, evaluate, import_published, sample, train, validate
 
 __all__ = ["main"]
 
@@ -26,11 +26,12 @@ _COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "validate": validate,
+    "import": import_published,
 }
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Names defaults, but not that there is none."""
+    """Help texts with defaults other than None."""
 
     def _get_help_string(self, action: Action) -> str:
         text = super()._get_help_string(action)
@@ -74,27 +75,16 @@ def _build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Parameters
-    ----------
-    arguments
-        Words of the command line after ``cldsde``; None takes the process's own.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
+    """Run a command."""
     program, interrupted = "cldsde", "interrupted"
     try:
         options = _build_parser().parse_args(None if arguments is None else list(arguments))
         program = f"cldsde {options.command}"
-        # What options name as `module:name` is looked for where the user stands, too.
+        # `module:name` in options is imported from the current folder, too.
         if "" not in sys.path:
             sys.path.append("")
         try:
-            # Everything that can be refused is refused here, before any work is done.
+            # All arguments are checked here, before any work is done.
             work = _COMMANDS[options.command].prepare(options[options.command])
         except (ValueError, ImportError, OSError) as error:
             _complain(program, _rendered(error, options.command))
@@ -116,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rendered(error: Exception, command: str) -> str:
-    """An error in the words of the command line: settings that are options by their option."""
+    """An error with the option of a setting in place of its key, if there is one."""
     key = getattr(error, "key", None)
     if key is None:
         return str(error)
@@ -128,7 +118,7 @@ def _rendered(error: Exception, command: str) -> str:
 
 
 def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether an error is that of an allocator: on the host torch has no class of its own."""
+    """Whether an allocator failed: on the CPU torch has no exception class for it."""
     named = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return named or "can't allocate memory" in str(error)
 

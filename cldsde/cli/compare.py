@@ -1,10 +1,9 @@
 """Train models and compare their samplers: tables, plots and samples, in resumable pieces.
 
-Each model of the comparison is trained, or taken up where it is trained already, and sampled with
-each of its rows at each budget of score evaluations or tolerance. The same command goes on where an
-interrupted one was left, and with rows and models that were added to the file. The folders in
-DIR/models are runs: cldsde sample and cldsde evaluate take them, and cldsde train may have made
-them.
+Each model of the comparison is trained, unless it is trained already, and sampled with each of its
+rows at each budget of score evaluations or tolerance. The same command resumes an interrupted
+comparison, also with rows and models that were added to the file. The folders in DIR/models are
+runs of cldsde train, which cldsde sample and cldsde evaluate take.
 """
 
 from __future__ import annotations
@@ -15,60 +14,38 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import add_device_argument, resolve_device
-from cldsde.cli.extras import needs_images
+from cldsde.cli.options import (
+    INTERRUPTED,
+    add_device_argument,
+    add_set_argument,
+    needs_images,
+    option,
+    resolve_device,
+)
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
-INTERRUPTED = "interrupted; the same command goes on"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde compare``."""
-    parser.add_argument(
-        "config",
-        type=str,
-        nargs="?",
-        metavar="CONFIG",
-        help="file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the "
-        "default), cld_variants or quick",
+    text = (
+        "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
     )
+    option(parser, "config", "CONFIG", f"{text}cld_variants or quick", nargs="?")
     parser.add_argument(
         "--quick", action="store_true", help="digits and tiny networks, under ten minutes"
     )
-    parser.add_argument(
-        "--out",
-        type=str,
-        metavar="DIR",
-        help="folder, made if missing; comparison- and the name of the configuration by default",
-    )
-    parser.add_argument(
-        "--set",
-        type=str,
-        action="append",
-        metavar="KEY=VALUE",
-        help="override of a key, such as base.training.images=1000; may be repeated",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of training and of all images")
+    text = "folder, made if missing; comparison- and the name of the configuration by default"
+    option(parser, "--out", "DIR", text)
+    add_set_argument(parser, "override of a key, such as base.training.images=1000")
+    option(parser, "--seed", "N", "seed of training and of all images", type=int)
     add_device_argument(parser)
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and stop"
-    )
+    text = "print the resolved configuration and stop"
+    parser.add_argument("--print-config", action="store_true", help=text)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the comparison, read the data, open all folders; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the configuration is refused, the data are not there, or a folder or file belongs to
-        something else.
-    OSError
-        If a folder cannot be written.
-    """
+    """Check the comparison, read the data, open all folders; return the remaining work."""
     with needs_images():
         from cldsde.images.compare import PRESETS, Comparison, load_comparison
         from cldsde.images.compare.report import RESULTS

@@ -1,4 +1,4 @@
-"""Train CLD on handwritten digits and draw new ones, in minutes on a CPU.
+"""Train CLD on handwritten digits and sample new ones, in minutes on a CPU.
 
 Trains a score network by hybrid score matching on the 8×8 digits that ship with scikit-learn,
 samples it with Euler–Maruyama, SSCS and the exponential multistep solver at several budgets of
@@ -13,39 +13,27 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import add_device_argument, resolve_device
-from cldsde.cli.extras import needs_images
+from cldsde.cli.options import (
+    INTERRUPTED,
+    add_device_argument,
+    needs_images,
+    option,
+    resolve_device,
+)
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
-INTERRUPTED = "interrupted; the same command goes on"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
-    parser.add_argument("--quick", action="store_true", help="the same in small, in one minute")
-    parser.add_argument(
-        "--out", type=str, metavar="DIR", default="cldsde-demo", help="run folder, made if missing"
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="of weights, training and sampling"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smaller version, in one minute")
+    option(parser, "--out", "DIR", "run folder, made if missing", default="cldsde-demo")
+    option(parser, "--seed", "N", "seed of weights, training and sampling", type=int, default=0)
     add_device_argument(parser)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the options, open the run folder, and return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the device is not there, the seed is out of range, or the folder belongs to something
-        else.
-    OSError
-        If the folder cannot be written.
-    """
+    """Check the options, open the run folder, and return the remaining work."""
     with needs_images():
         from cldsde.images.demo import DemoConfig, run_demo
         from cldsde.images.runs import RunFolder
@@ -61,22 +49,19 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
     def work() -> None:
         report = run_demo(config, folder)
-        shares = " ".join(
-            f"{digit}: {share:.0%}" for digit, share in enumerate(report.class_shares)
-        )
-        print(f"\n{report.table()}\n")
-        print(f"{report.sentence()}\n")
+        shares = enumerate(report.class_shares)
+        print(f"\n{report.table()}\n\n{report.sentence()}\n")
         if options.quick:
             print(
-                f"Trained for a moment and measured on {config.samples} images: enough to see it "
+                f"Trained briefly and measured on {config.samples} images: enough to see it "
                 "work, too few to rank solvers.\n"
             )
         print(
             f"FD of samples of a Gaussian fitted to the pixels: {report.baseline:.2f}\n"
-            f"Classifier on held-out digits: {report.accuracy:.1%}. "
-            f"Classes among samples: {shares}\n"
+            f"Classifier on held-out digits: {report.accuracy:.1%}. Classes among samples: "
+            f"{' '.join(f'{digit}: {share:.0%}' for digit, share in shares)}\n"
             f"Took {report.seconds:.0f} s. Everything is in {folder.path.resolve()}:\n"
-            "  samples.png       real beside generated digits\n"
+            "  samples.png       real and generated digits\n"
             "  trajectories.png  data and velocity, diffused and generated\n"
             "  distances.png     FD against score evaluations (table.md, results.json)\n"
             "  samples.npz       the generated images\n"

@@ -1,8 +1,8 @@
 """Train a score model on images, from a configuration file.
 
 Writes a run folder: the resolved configuration, metrics, grids of samples and checkpoints. The same
-command goes on where an interrupted run was left. On several GPUs or machines: ``torchrun
---nproc-per-node 8 -m cldsde train CONFIG …``, or ``accelerate launch``.
+command resumes an interrupted run. On several GPUs or machines: ``torchrun --nproc-per-node 8 -m
+cldsde train CONFIG …``, or ``accelerate launch``.
 """
 
 from __future__ import annotations
@@ -16,66 +16,37 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.devices import add_device_argument, resolve_device
-from cldsde.cli.extras import needs_images
+from cldsde.cli.options import (
+    INTERRUPTED,
+    add_device_argument,
+    add_set_argument,
+    needs_images,
+    option,
+    resolve_device,
+)
 
 __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
-INTERRUPTED = "interrupted; the same command goes on"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde train``."""
-    parser.add_argument("config", type=str, metavar="CONFIG", help="file in TOML, YAML or JSON")
-    parser.add_argument(
-        "--set",
-        type=str,
-        action="append",
-        metavar="KEY=VALUE",
-        help="override of a key, such as training.batch=64; may be repeated",
-    )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of weights, data order, times and noise"
-    )
-    parser.add_argument(
-        "--out",
-        type=str,
-        metavar="DIR",
-        help="run folder, made if missing; the name of the configuration by default",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="refuse to begin a new run where there is none"
-    )
-    parser.add_argument(
-        "--init-from",
-        type=str,
-        metavar="RUN",
-        help="run, or diffusers folder, whose weights to start from",
-    )
+    option(parser, "config", "CONFIG", "file in TOML, YAML or JSON")
+    add_set_argument(parser, "override of a key, such as training.batch=64")
+    option(parser, "--seed", "N", "seed of weights, data order, times and noise", type=int)
+    text = "run folder, made if missing; the name of the configuration by default"
+    option(parser, "--out", "DIR", text)
+    parser.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
+    text = "run, or diffusers folder, whose weights to start from"
+    option(parser, "--init-from", "RUN", text)
     add_device_argument(parser)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything, measure two steps, write nothing and stop",
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and stop"
-    )
+    text = "check everything, measure two steps, write nothing and stop"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "print the resolved configuration and stop"
+    parser.add_argument("--print-config", action="store_true", help=text)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the configuration, read the data, open the run folder; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the configuration is refused, the data are not there, or the folder belongs to another
-        run.
-    OSError
-        If the folder cannot be written.
-    """
+    """Check the configuration, read the data, open the run folder; return the remaining work."""
     with needs_images():
         from cldsde.images.config import load_config
     overrides = list(options.set or [])
@@ -86,9 +57,12 @@ def prepare(options: Namespace) -> Callable[[], None]:
     path = Path(options.config).expanduser()
     config = load_config(path, overrides)
     if options.print_config:
-        return lambda: print(config.to_toml(), end="")
+        with needs_images():
+            from cldsde.images.train import outlook
+        comments = "".join(f"# {line}\n" for line in outlook(config))
+        return lambda: print(comments + config.to_toml(), end="")
     resolved = resolve_device(options.device)
-    # Without a GPU processes find each other only where they are told that there is none.
+    # Without a GPU processes find each other only if they are told that there is none.
     device = "cpu" if resolved == "cpu" else options.device
     with needs_images():
         from accelerate import PartialState
@@ -97,14 +71,12 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.train import check_run, rehearse, summary, train
     out = Path(options.out).expanduser() if options.out else Path(path.stem)
     if options.resume and not (out / CONFIG).exists():
-        msg = f"--resume: {out} holds no run to go on with"
+        msg = f"--resume: {out} holds no run to resume"
         raise ValueError(msg)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
-        msg = (
-            f"--device {options.device}: {started} processes were started, and do not form a group"
-        )
+        msg = f"--device {options.device}: the {started} processes do not form a group"
         raise ValueError(msg)
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)

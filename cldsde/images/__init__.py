@@ -8,6 +8,6 @@ Needs the extra ``images``: ``pip install 'cldsde[images]'``. One folder stands 
 `networks` are used by all of them.
 """
 
-from cldsde.images.entry import Run, as_array, as_pictures, train
+from cldsde.images.entry import Run, as_array, as_pictures
 
-__all__ = ["Run", "as_array", "as_pictures", "train"]
+__all__ = ["Run", "as_array", "as_pictures"]

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cldsde.images.errors import SettingError
-from cldsde.images.schema import (
-    Natural,
-    as_toml,
-    from_dict,
-    plain,
-    read_file,
-    section,
-    with_overrides,
-)
+from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
 from cldsde.images.sections import (
     DataConfig,
     LatentConfig,
@@ -43,18 +35,17 @@ __all__ = [
 
 
 @section
-class RunConfig:
+class RunConfig(Configuration):
     """Everything that a trained model depends on.
 
     Attributes
     ----------
     seed
-        Of weights, order of the images, times and noise.
+        Seed of weights, order of the images, times and noise.
     data, process, network, score, training, sampling
         The sections.
     latent
-        The autoencoder in whose latent space the process lives; None: there is none, and it lives
-        among the pixels.
+        The autoencoder of a latent model; None for a model of pixels.
     """
 
     seed: Natural = 0
@@ -72,15 +63,29 @@ class RunConfig:
         "data.options.workers",
         *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
         *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
-        *(f"training.{key}" for key in ("sample_grid", "snapshots", "keep_state", "init_from")),
+        *(f"training.{key}" for key in ("sample_grid", "snapshots", "snapshots_by", "measure")),
+        *(f"training.{key}" for key in ("measure_samples", "keep_state", "init_from")),
     )
     """Settings that do not change the model: a run may be resumed with others."""
 
     def __post_init__(self) -> None:
         """Reject settings that do not go together."""
-        if self.score.prediction != "noise":
-            self._check_prediction()
-        if self.latent is None:
+        if self.score.code != "cldsde":
+            self._check_published()
+        prediction, latent = self.score.prediction, self.latent
+        if prediction != "noise":
+            components = self.process.make().components
+            if components != 1:
+                msg = (
+                    f"must be 'noise' for a process of several components; got {prediction!r} for "
+                )
+                msg += f"{self.process.name}, which has {components}"
+                raise SettingError("score.prediction", msg)
+            if self.training.conditioning != "data":
+                msg = f"must be 'data' if score.prediction is {prediction!r}; got "
+                msg += repr(self.training.conditioning)
+                raise SettingError("training.conditioning", msg)
+        if latent is None:
             return
         if self.data.dequantise:
             msg = "must be false: a latent model has a distribution of grey levels"
@@ -89,57 +94,30 @@ class RunConfig:
             msg = f"must be 'scalar' for a latent model; got {self.score.reference!r}"
             raise SettingError("score.reference", msg)
         if self.pretraining_steps >= self.training.steps:
-            msg = (
-                f"must leave some of training.images, {self.training.images}, to the second stage; "
-                f"got {self.latent.pretraining}"
-            )
-            raise SettingError("latent.pretraining", msg)
+            images = self.training.images
+            msg = f"must leave some of training.images, {images}, to the second stage; got "
+            raise SettingError("latent.pretraining", f"{msg}{latent.pretraining}")
 
-    def _check_prediction(self) -> None:
-        """Reject a velocity or flow that the process or the training does not have."""
-        components = self.process.make().components
-        prediction = self.score.prediction
-        if components != 1:
-            msg = (
-                f"must be 'noise' for a process of several components; got {prediction!r} for "
-                f"{self.process.name}, which has {components}"
-            )
-            raise SettingError("score.prediction", msg)
-        if self.training.conditioning != "data":
-            msg = (
-                f"must be 'data' if score.prediction is {prediction!r}; got "
-                f"{self.training.conditioning!r}"
-            )
-            raise SettingError("training.conditioning", msg)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Check and build a configuration from plain types.
-
-        Raises
-        ------
-        SettingError
-            If a key is unknown, missing or of the wrong type, or a value out of range.
-        """
-        return from_dict(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON types, defaults included."""
-        values: dict[str, Any] = plain(self)
-        return values
-
-    def to_toml(self) -> str:
-        """As a TOML file that `load_config` reads; see `as_toml` for what is None."""
-        return as_toml(self)
+    def _check_published(self) -> None:
+        """Reject settings that a published parameterisation does not have."""
+        given = f"if score.code is {self.score.code!r}"
+        if self.latent is not None:
+            raise SettingError("latent", f"must be absent {given}")
+        if self.training.times == "importance" or self.training.weighting == "log_snr":
+            msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
+            raise SettingError("training.times", msg)
+        if len(self.process.make().driven) != 1:
+            msg = f"must be a process with one driven component {given}; got {self.process.name}"
+            raise SettingError("process.name", msg)
 
     @property
     def pretraining_steps(self) -> int:
-        """Optimiser steps of the first stage of a latent model; 0 of any other."""
+        """Optimiser steps of the first stage of a latent model; 0 for other models."""
         return 0 if self.latent is None else -(-self.latent.pretraining // self.training.batch)
 
     def training_digest(self) -> str:
-        """Digest of what the weights depend on: of everything that is not `FREE`."""
-        values = self.to_dict()
+        """Digest of all settings that the weights depend on: those that are not `FREE`."""
+        values = _without_defaults(self)
         for path in self.FREE:
             *outer, last = path.split(".")
             place = values
@@ -148,16 +126,30 @@ class RunConfig:
             place.pop(last, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def model_digest(self) -> str:
-        """Digest of what the weights mean: process, networks, reference, data and smallest time.
+    def model_digest(self, *, before_predictions: bool = False) -> str:
+        """Digest of process, networks, reference, data (not their path) and smallest time.
 
-        Where files of the data lie is no part of it.
+        Runs that were trained before there was ``score.prediction`` have a digest without it.
         """
-        values = self.to_dict()
+        values = _without_defaults(self)
         parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
         parts["data"]["options"].pop("path", None)
         parts["t_min"] = self.training.t_min
+        if before_predictions:
+            del parts["score"]["prediction"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_defaults(config: RunConfig) -> dict[str, Any]:
+    """Plain types without settings that older runs did not have, unless they are in use."""
+    values = config.to_dict()
+    added = {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None}
+    for name, value in added.items():
+        if values["score"][name] == value:
+            del values["score"][name]
+    if config.training.reduction == "mean":
+        del values["training"]["reduction"]
+    return values
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -168,11 +160,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     path
         File in TOML, YAML or JSON, by its suffix.
     overrides
-        ``section.key=value``, the value as TOML writes it, or else a bare word.
+        ``section.key=value``, the value in TOML or a bare word.
 
     Raises
     ------
     SettingError
-        If the file cannot be read, or for the reasons of `RunConfig.from_dict`.
+        If the file cannot be read, a key is unknown or missing, or a value out of range.
     """
     return RunConfig.from_dict(with_overrides(read_file(path), overrides))

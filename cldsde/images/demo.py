@@ -1,4 +1,4 @@
-"""The demonstration: CLD learns handwritten digits and draws new ones."""
+"""The demonstration: CLD is trained on handwritten digits and samples new ones."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cldsde import solvers
 from cldsde.images.config import NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
 from cldsde.images.data import DataSet, digits, pixels_of, to_unit
-from cldsde.images.digit_classifier import DigitClassifier, train_classifier
-from cldsde.images.evaluate import frechet_distance
+from cldsde.images.data.samples import all_bytes, as_bytes
+from cldsde.images.evaluate import ClassifierFeatures, frechet_distance, train_classifier
 from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
 from cldsde.images.model import ImageSpace
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.schema import plain
+from cldsde.images.tables import Entry, Table, mean_and_spread
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
 
-__all__ = ["DemoConfig", "DemoReport", "run_demo", "trained_model"]
-
 _RESULTS = (
-    "results.json",
-    "table.md",
-    "samples.npz",
-    "samples.png",
-    "trajectories.png",
-    "distances.png",
+    *("results.json", "table.md", "samples.npz"),
+    *("samples.png", "trajectories.png", "distances.png"),
 )
-_SOLVERS = {"EM": "euler-maruyama", "SSCS": "sscs", "multistep": "multistep-2-sde"}
-_BATCH = 500  # images sampled at once
+_SOLVERS: dict[str, dict[str, Any]] = {
+    "EM": {"solver": "euler-maruyama"},
+    "SSCS": {"solver": "sscs"},
+    # Few steps are better spent after the first part, in which noise hides the data.
+    "multistep": {"solver": "multistep-2-sde", "t_start": 0.7},
+}
+_BATCH = 500  # images per batch
 
 
 def _full_training() -> TrainingConfig:
@@ -60,26 +59,9 @@ def _full_training() -> TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Everything that the demonstration depends on.
+    """Settings of the demonstration: ``sets`` of ``samples`` images for each solver and NFE.
 
-    Attributes
-    ----------
-    seed
-        Of weights, training and sampling.
-    device
-        Torch device.
-    channels
-        Of the network's levels.
-    training
-        How the score is trained.
-    nfe
-        Budgets of score evaluations a sample, the final denoising included.
-    t_end
-        ε, where sampling ends.
-    samples
-        Images of a set.
-    sets
-        Sets of images, with seeds of their own, for each cell of the table.
+    Sampling ends at ``t_end``; NFE include the final denoising.
     """
 
     seed: int = 0
@@ -93,16 +75,10 @@ class DemoConfig:
 
     @classmethod
     def quick(cls, **changes: Any) -> DemoConfig:
-        """The same in small, for a first look and for tests."""
-        training = dataclasses.replace(
-            _full_training(),
-            images=51_200,
-            learning_rate=2e-3,
-            warmup=3_200,
-            ema_decay=0.99,
-            save_every=6_400,
-            sample_every=51_200,
-        )
+        """A smaller version, for a first look and for tests."""
+        shorter = {"images": 51_200, "warmup": 3_200, "save_every": 6_400, "sample_every": 51_200}
+        rates = {"learning_rate": 2e-3, "ema_decay": 0.99}
+        training = dataclasses.replace(_full_training(), **shorter, **rates)  # type: ignore[arg-type]
         return cls(**{"training": training, "nfe": (10, 50), "samples": 300, **changes})
 
     def model(self) -> RunConfig:
@@ -115,8 +91,8 @@ class DemoConfig:
         )
 
     def recipe(self, solver: str, nfe: int) -> SamplingConfig:
-        """How a solver of the table samples with a budget."""
-        return SamplingConfig(solver=_SOLVERS[solver], nfe=nfe, t_end=self.t_end)
+        """Sampling settings of a solver of the table with a budget."""
+        return SamplingConfig(nfe=nfe, t_end=self.t_end, **_SOLVERS[solver])
 
     def resolved(self) -> dict[str, Any]:
         """The configuration in JSON types."""
@@ -125,21 +101,7 @@ class DemoConfig:
 
 
 class DemoReport(NamedTuple):
-    """What the demonstration found; also in ``results.json``.
-
-    Attributes
-    ----------
-    accuracy
-        Of the classifier on held-out digits.
-    distances
-        Solver to NFE to the Fréchet distances of the sets of samples from all real digits.
-    baseline
-        Fréchet distance of samples of a Gaussian fitted to the training pixels.
-    class_shares
-        Shares of the ten classes among the multistep samples at the largest NFE.
-    seconds
-        Wall time.
-    """
+    """Results of the demonstration; also in ``results.json``."""
 
     accuracy: float
     distances: dict[str, dict[int, list[float]]]
@@ -150,21 +112,16 @@ class DemoReport(NamedTuple):
     def table(self) -> str:
         """The distances as a Markdown table."""
         budgets = list(next(iter(self.distances.values())))
-        lines = [
-            "| FD at NFE | " + " | ".join(str(nfe) for nfe in budgets) + " |",
-            "| --- |" + " ---: |" * len(budgets),
+        rows = [
+            [Entry(name, number=False), *(Entry(mean_and_spread(row[n], 2)) for n in budgets)]
+            for name, row in self.distances.items()
         ]
-        for name, row in self.distances.items():
-            cells = [f"{mean(row[n]):.2f} ± {stdev(row[n]):.2f}" for n in budgets]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return Table("", ["FD at NFE", *map(str, budgets)], rows, []).markdown()
 
     def sentence(self) -> str:
-        """Evaluations that the other solvers need for what multistep reaches with the fewest."""
-        means = {
-            name: {n: mean(values) for n, values in row.items()}
-            for name, row in self.distances.items()
-        }
+        """Evaluations that the other solvers need for the best result with the fewest."""
+        rows = self.distances.items()
+        means = {name: {n: mean(values) for n, values in row.items()} for name, row in rows}
         own = means.pop("multistep")
         fewest, most = min(own), max(own)
         needs = []
@@ -176,67 +133,53 @@ class DemoReport(NamedTuple):
 
 
 def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> DemoReport:
-    """Train CLD on digits, sample it with three solvers, measure, and draw.
-
-    Parameters
-    ----------
-    config
-        What to do.
-    run
-        Where to write. An interrupted run goes on where it was; one that is finished is reported
-        again.
-    progress
-        Show progress bars on stderr.
-    """
+    """Train CLD on digits, sample it with three solvers, measure, and plot."""
     if all((run / name).exists() for name in _RESULTS):
         return _stored_report(run)
     began = time.monotonic()
     data = digits()
-    classifier, accuracy = train_classifier(data, seed=config.seed, progress=progress)
+    levels = data.train.levels
+    train_set, held_out = ((all_bytes(part), part.labels) for part in data.all)
+    classifier, accuracy = train_classifier(
+        *(*train_set, *held_out),  # type: ignore[arg-type]
+        epochs=20,
+        batch=64,
+        size=64,
+        seed=config.seed,
+        progress=progress,
+    )
+    features = ClassifierFeatures(classifier)
     model = trained_model(config, run, progress=progress)
     space = ImageSpace.of(data.train, config.model())
-
-    real = torch.cat([pixels_of(part) for part in data.all])
-    features = classifier.features(real)
+    real = features(torch.cat([train_set[0], held_out[0]]))
     distances: dict[str, dict[int, list[float]]] = {name: {} for name in _SOLVERS}
     cells = [(name, nfe) for name in _SOLVERS for nfe in config.nfe]
-    sets = [
-        range(first, first + config.samples)
-        for first in range(0, config.sets * config.samples, config.samples)
-    ]
     with progress_bar(cells, shown=progress, desc="sampling") as bar:
         for name, nfe in bar:
             bar.set_postfix(solver=name, nfe=nfe)
-            recipe = config.recipe(name, nfe)
-            sampler = ImageSampler(model, space, recipe, batch=_BATCH)
+            sampler = ImageSampler(model, space, config.recipe(name, nfe), batch=_BATCH)
             values = distances[name][nfe] = []
-            for seeds in sets:
-                images = to_unit(sampler.sample(seeds).images, space.levels)
-                values.append(frechet_distance(classifier.features(images), features))
+            for first in range(0, config.sets * config.samples, config.samples):
+                drawn = sampler.sample(range(first, first + config.samples)).images
+                values.append(frechet_distance(features(as_bytes(drawn, levels)), real))
     # The last cell belongs to the multistep solver at its largest budget.
+    images = to_unit(drawn, levels)
     labels = classifier(images).argmax(1)
-    shares = (labels.bincount(minlength=10) / len(labels)).tolist()
     report = DemoReport(
         accuracy=accuracy,
         distances=distances,
-        baseline=frechet_distance(_gaussian_features(data, classifier, config), features),
-        class_shares=shares,
+        baseline=frechet_distance(classifier.features(_gaussian(data, config)), real),
+        class_shares=(labels.bincount(minlength=10) / len(labels)).tolist(),
         seconds=time.monotonic() - began,
     )
     run.write_json("results.json", report._asdict())
     run.write("table.md", lambda file: file.write_text(report.table() + "\n"))
-    run.write(
-        "samples.npz",
-        lambda file: np.savez(file, images=images[:, 0].numpy(), labels=labels.numpy()),
-    )
-    caption = f"generated, {name} at {nfe} NFE"
-    run.write("samples.png", lambda file: plot_samples(file, real[-100:], images, caption))
-    process = ReverseProcess(model.sde, model)
-    run.write("trajectories.png", lambda file: _draw_trajectories(file, process, data, config))
-    run.write(
-        "distances.png",
-        lambda file: plot_distances(file, distances, report.baseline),
-    )
+    arrays = {"images": images[:, 0].numpy(), "labels": labels.numpy()}
+    run.write("samples.npz", lambda file: np.savez(file, **arrays))
+    shown, caption = pixels_of(data.all[-1])[-100:], f"generated, {name} at {nfe} NFE"
+    run.write("samples.png", lambda file: plot_samples(file, shown, images, caption))
+    run.write("trajectories.png", lambda file: _draw_trajectories(file, model, data, config))
+    run.write("distances.png", lambda file: plot_distances(file, distances, report.baseline))
     return report
 
 
@@ -253,40 +196,26 @@ def _stored_report(run: RunFolder) -> DemoReport:
 
 
 def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> MixedScore:
-    """Train the demonstration's network in the folder ``model`` of the run, or load it from there.
-
-    Parameters
-    ----------
-    config
-        What to train.
-    run
-        The demonstration's run; its folder ``model`` is a run of ``cldsde train``.
-    progress
-        Show a progress bar on stderr.
-
-    Raises
-    ------
-    ValueError
-        If a checkpoint is damaged.
-    """
+    """Train the network in the folder ``model`` of the demonstration's run, or load it."""
     model = config.model()
     folder = RunFolder(run / "model", model.to_dict())
     data = model.data.load()
-    return train(model, data, folder, device=config.device, progress=progress).score
+    score = train(model, data, folder, device=config.device, progress=progress).score
+    assert isinstance(score, MixedScore)
+    return score
 
 
-def _gaussian_features(data: DataSet, classifier: DigitClassifier, config: DemoConfig) -> Tensor:
+def _gaussian(data: DataSet, config: DemoConfig) -> torch.Tensor:
+    """Samples of a Gaussian fitted to the training pixels."""
     pixels = pixels_of(data.train).flatten(1).double()
     fitted = GaussianMixture([1.0], pixels.mean(0, keepdim=True), torch.cov(pixels.T)[None])
     generator = torch.Generator().manual_seed(config.seed)
     images = fitted.sample(config.samples, generator=generator).reshape(-1, 1, 8, 8)
-    return classifier.features(images.clamp(-1, 1))
+    return images.clamp(-1, 1).float()
 
 
-def _draw_trajectories(
-    file: Path, process: ReverseProcess, data: DataSet, config: DemoConfig
-) -> None:
-    sde = process.sde
+def _draw_trajectories(file: Path, model: MixedScore, data: DataSet, config: DemoConfig) -> None:
+    sde, process = model.sde, ReverseProcess(model.sde, model)
     generator = torch.Generator().manual_seed(config.seed)
     columns, refinement = 9, 20
     grid = solvers.root_times(sde.T, config.t_end, (columns - 1) * refinement)
@@ -297,15 +226,10 @@ def _draw_trajectories(
     for s, t in pairwise(stops):
         forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))
 
-    z = sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)
-    backward = [z]
+    backward = [sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)]
     for i in range(0, len(grid) - 1, refinement):
-        solution = solvers.solve(
-            process,
-            solvers.SSCS(),
-            backward[-1],
-            grid[i : i + refinement + 1],
-            generator=generator,
-        )
-        backward.append(solution.state)
+        times = grid[i : i + refinement + 1]
+        solver = solvers.SSCS()
+        found = solvers.solve(process, solver, backward[-1], times, generator=generator)
+        backward.append(found.state)
     plot_trajectories(file, stops.tolist(), torch.cat(forward), torch.cat(backward[::-1]).cpu())

@@ -1,15 +1,16 @@
-"""Trained runs from Python, in as few words as on the command line."""
+"""Image models from Python, as briefly as on the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image as PILImage
 
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
@@ -19,15 +20,11 @@ from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import ImageSampler, Samples
-from cldsde.images.train.loop import train as train_model
+from cldsde.images.sample.sampler import Samples
+from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
-
-__all__ = ["Run", "as_array", "as_pictures", "train"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +34,64 @@ class Run:
     Attributes
     ----------
     model
-        The model and what it was trained to make.
+        The model and its configuration.
     """
 
     model: ImageModel
 
     @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Run:
-        """Load the model of a run folder; runs no code of its files.
+    def load(
+        cls, folder: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
+    ) -> Run:
+        """Load the model of a run folder.
+
+        Runs no code of its files, unless ``trust`` allows a network named by ``module:Class``.
 
         Raises
         ------
         ValueError
             If there is no such run, or a file of it cannot be used.
         """
-        return cls(load_model(folder, device))
+        return cls(load_model(folder, device, trust=trust))
+
+    @classmethod
+    def train(
+        cls,
+        config: RunConfig | Path | str,
+        data: DataSet | None = None,
+        out: Path | str = "run",
+        *,
+        device: str = "auto",
+        progress: bool = True,
+    ) -> Run:
+        """Train a model, or resume its training; the same as ``cldsde train``.
+
+        Parameters
+        ----------
+        config
+            A configuration, or its file.
+        data
+            The images; None reads the data set of the configuration.
+        out
+            Run folder, made if missing.
+        device
+            ``"auto"``, or the name of a device.
+        progress
+            Show a progress bar on stderr.
+
+        Raises
+        ------
+        SettingError
+            If settings, data, device and folder do not fit.
+        """
+        config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
+        data = config.data.load() if data is None else data
+        folder = RunFolder(Path(out).expanduser(), config.to_dict(), free=config.FREE)
+        train(config, data, folder, device=device, progress=progress)
+        return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)
 
     @property
-    def score(self) -> MixedScore:
+    def score(self) -> MixedScore | PublishedScore:
         """The score; a function of state and time."""
         return self.model.score
 
@@ -92,7 +129,7 @@ class Run:
         observed
             A picture of what is known of the images, if anything.
         batch
-            Images sampled at once.
+            Images per batch.
         progress
             Show a progress bar on stderr.
         **sampling
@@ -108,16 +145,15 @@ class Run:
         SettingError
             If a setting does not fit the model.
         """
-        model, recipe = self.model, self.config.sampling
+        recipe, space = self.config.sampling, self.model.space
         if "solver" in sampling:
             recipe = replace(recipe, options={})
         number: int | Literal["all"] | None = None
-        if label == "all" and model.space.classes is not None:
-            number = "all"
-        elif label is not None:
-            number = model.space.class_number(label)
+        if label is not None:
+            every = label == "all" and space.classes is not None
+            number = "all" if every else space.class_number(label)
         request = SampleRequest(
-            model=model,
+            model=self.model,
             sampling=replace(recipe, **sampling),
             seeds=range(1),
             batch=batch,
@@ -126,8 +162,7 @@ class Run:
             observed=observed,
         )
         request.check()
-        sampler: ImageSampler = request.sampler
-        return sampler.sample(list(seeds), progress=progress)
+        return request.sampler.sample(list(seeds), progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
         """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.
@@ -141,44 +176,9 @@ class Run:
             If the network has layers that a `UNet2DModel` does not have.
         """
         if self.config.network.name != "UNet" or self.model.space.classes is not None:
-            msg = "a UNet2DModel holds a UNet without classes"
-            raise SettingError("network.name", f"{msg}; got {self.config.network.name}")
+            msg = f"a UNet2DModel holds a UNet without classes; got {self.config.network.name}"
+            raise SettingError("network.name", msg)
         self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]
-
-
-def train(
-    config: RunConfig | Path | str,
-    data: DataSet | None = None,
-    out: Path | str = "run",
-    *,
-    device: str = "auto",
-    progress: bool = True,
-) -> Run:
-    """Train a model, or resume its training; the same as ``cldsde train``.
-
-    Parameters
-    ----------
-    config
-        A configuration, or its file.
-    data
-        The images; None reads those of the configuration.
-    out
-        Run folder, made if missing.
-    device
-        ``"auto"``, or the name of a device.
-    progress
-        Show a progress bar on stderr.
-
-    Raises
-    ------
-    SettingError
-        If settings, data, device and folder do not fit.
-    """
-    config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
-    data = config.data.load() if data is None else data
-    folder = RunFolder(Path(out).expanduser(), config.to_dict(), free=config.FREE)
-    train_model(config, data, folder, device=device, progress=progress)
-    return Run.load(folder.path, "cpu" if device == "auto" else device)
 
 
 def as_array(samples: Samples) -> NDArray[np.uint8]:

@@ -9,18 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SettingError", "setting"]
-
 
 class SettingError(ValueError):
-    """A setting that cannot be used.
-
-    Parameters
-    ----------
-    key
-        Name of the setting: a key such as ``"training.batch"``, or the name of an argument.
-    reason
-        The reason why its value cannot be used.
+    """A setting that cannot be used: its key or the name of an argument, and the reason.
 
     Examples
     --------
@@ -44,13 +35,7 @@ class SettingError(ValueError):
 
 @contextmanager
 def setting(key: str) -> Iterator[None]:
-    """Attribute the errors of a block to a setting, or to one of a section of that name.
-
-    Raises
-    ------
-    SettingError
-        For a ValueError, TypeError, ArithmeticError or OSError of the block.
-    """
+    """Turn errors of a block about values, types, arithmetic or files into those of a setting."""
     try:
         yield
     except SettingError as error:

@@ -1,4 +1,4 @@
-"""Figures of the demonstration."""
+"""Pictures of images, and figures of the demonstration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,15 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cldsde.images.data.pictures import open_picture
-
-__all__ = [
-    "is_whole_picture",
-    "picture",
-    "plot_distances",
-    "plot_samples",
-    "plot_trajectories",
-    "save_grid",
-]
 
 
 def save_grid(
@@ -34,35 +24,31 @@ def save_grid(
     columns: int | None = None,
     notes: PngInfo | None = None,
 ) -> None:
-    """Images in a grid as a picture; pixels of small images become squares.
+    """Write images ``(N, C, H, W)`` uint8 in a grid; pixels of small images become squares.
 
-    Parameters
-    ----------
-    file
-        Picture to write; its suffix gives the format.
-    images
-        ``(N, C, H, W)`` uint8, C = 1 or 3.
-    levels
-        Grey levels of the images.
-    columns
-        Images of a line; None makes the grid as nearly square as may be.
-    notes
-        Texts for the header of a PNG.
+    Without ``columns`` the grid is nearly square. ``notes`` go into the header of a PNG.
     """
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
-    rows = -(-n // columns)
-    sheet = np.zeros((rows * (height + 2) + 2, columns * (width + 2) + 2, channels), np.uint8)
-    for i, image in enumerate(images.movedim(1, -1).cpu().numpy()):
-        top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
-        sheet[top : top + height, left : left + width] = image
+    sheet = _montage(images.cpu().numpy(), columns, gap=2, fill=0)
+    sheet = np.pad(sheet, ((0, 0), (2, 2), (2, 2)))
     scale = max(1, 24 // max(height, width))
-    sheet = sheet.repeat(scale, 0).repeat(scale, 1)
-    picture(sheet.transpose(2, 0, 1), levels).save(file, pnginfo=notes)
+    picture(sheet.repeat(scale, 1).repeat(scale, 2), levels).save(file, pnginfo=notes)
+
+
+def _montage(images: NDArray, columns: int, *, gap: int, fill: float) -> NDArray:  # type: ignore[type-arg]
+    """Images ``(N, C, H, W)`` in rows of ``columns``, with gaps between them: ``(C, H', W')``."""
+    n, channels, height, width = images.shape
+    rows, high, wide = -(-n // columns), height + gap, width + gap
+    sheet = np.full((channels, rows * high - gap, columns * wide - gap), fill, images.dtype)
+    for i, image in enumerate(images):
+        top, left = i // columns * high, i % columns * wide
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
 
 
 def is_whole_picture(file: Path) -> bool:
-    """Whether a picture is there and can be read to its end."""
+    """Whether a picture exists and can be read to its end."""
     try:
         with open_picture(file) as opened:
             opened.verify()  # checksums, if the format has any
@@ -74,46 +60,19 @@ def is_whole_picture(file: Path) -> bool:
 
 
 def picture(image: NDArray[np.uint8], levels: int = 256) -> Image.Image:
-    """An image ``(C, H, W)`` of so many grey levels, C = 1 or 3, as one of Pillow's."""
+    """An image ``(C, H, W)`` with C = 1 or 3 as one of Pillow's."""
     scaled = np.rint(image * (255 / (levels - 1))).astype(np.uint8)
     return Image.fromarray(scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0))
 
 
-def _montage(images: Tensor, columns: int, gap: int = 1) -> NDArray[np.float32]:
-    """Images ``(N, 1, H, W)`` in rows of ``columns``, a light frame between them."""
-    n, _, height, width = images.shape
-    rows = -(-n // columns)
-    sheet = np.full(
-        (rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan, np.float32
-    )
-    for i, image in enumerate(images[:, 0].cpu().numpy()):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
-
-
-def _show(axes: Axes, sheet: NDArray[np.float32], limit: float, colours: str) -> None:
-    axes.imshow(sheet, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_axis_off()
-
-
 def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> None:
-    """Real beside generated images, 100 each at most.
-
-    Parameters
-    ----------
-    file
-        Picture to write; its suffix gives the format.
-    real, generated
-        Images ``(N, 1, H, W)`` in [−1, 1].
-    caption
-        Title of the generated ones.
-    """
+    """Plot real and generated images ``(N, 1, H, W)`` in [−1, 1] side by side, 100 at most."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    for axes, images, title in zip(
-        figure.subplots(1, 2), (real, generated), ("real", caption), strict=True
-    ):
-        _show(axes, _montage(images[:100], 10), 1.0, "gray")
+    pairs = ((real, "real"), (generated, caption))
+    for axes, (images, title) in zip(figure.subplots(1, 2), pairs, strict=True):
+        sheet = _montage(images[:100].cpu().numpy(), 10, gap=1, fill=np.nan)[0]
+        axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
         axes.set_title(title)
     figure.savefig(file, dpi=150)
 
@@ -121,58 +80,32 @@ def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> N
 def plot_trajectories(
     file: Path, times: Sequence[float], forward: Tensor, backward: Tensor
 ) -> None:
-    """Data and velocity along the diffusion of one image, and along the generation of another.
+    """Plot data and velocity along the diffusion of one image, and the generation of another.
 
-    Parameters
-    ----------
-    file
-        Picture to write.
-    times
-        Times of the columns, increasing.
-    forward, backward
-        States ``(len(times), 2, 1, H, W)`` at these times.
+    The states ``(len(times), 2, 1, H, W)`` are at increasing times.
     """
     figure = Figure(figsize=(1.05 * len(times) + 0.9, 5.2), layout="constrained")
     grid = figure.subplots(4, len(times))
-    rows = (
-        (forward[:, 0], "x", "gray"),
-        (forward[:, 1], "v", "RdBu_r"),
-        (backward[:, 0], "x", "gray"),
-        (backward[:, 1], "v", "RdBu_r"),
-    )
-    for row, (images, name, colours) in enumerate(rows):
-        limit = 1.0 if name == "x" else 1.5
-        for column, image in enumerate(images):
-            axes = grid[row, column]
-            axes.imshow(
-                image[0].cpu().numpy(),
-                cmap=colours,
-                vmin=-limit,
-                vmax=limit,
-                interpolation="nearest",
-            )
+    for row, line in enumerate(grid):
+        states, name = (forward if row < 2 else backward)[:, row % 2], "xv"[row % 2]
+        colours, limit = ("gray", 1.0) if name == "x" else ("RdBu_r", 1.5)
+        for axes, image in zip(line, states, strict=True):
+            pixels = image[0].cpu().numpy()
+            axes.imshow(pixels, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            if column == 0:
-                side = "diffusion →" if row < 2 else "← generation"
-                axes.set_ylabel(f"{side}\n{name}")
-            if row == 0:
-                axes.set_title(f"t = {times[column]:.3g}", fontsize=9)
+        line[0].set_ylabel(f"{'diffusion →' if row < 2 else '← generation'}\n{name}")
+    for axes, time in zip(grid[0], times, strict=True):
+        axes.set_title(f"t = {time:.3g}", fontsize=9)
     figure.savefig(file, dpi=150)
 
 
 def plot_distances(
     file: Path, distances: Mapping[str, Mapping[int, Sequence[float]]], baseline: float
 ) -> None:
-    """Fréchet distance against NFE, one line per solver, with a band of one standard deviation.
+    """Plot Fréchet distance against NFE, one line per solver, with a band of one deviation.
 
-    Parameters
-    ----------
-    file
-        Picture to write.
-    distances
-        Solver to NFE to the distances of several sets of samples.
-    baseline
-        Distance of samples of a Gaussian fitted to the training pixels.
+    ``distances`` maps solver and NFE to the distances of several sets of samples; ``baseline`` is
+    the distance of samples of a Gaussian fitted to the training pixels.
     """
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -183,7 +116,7 @@ def plot_distances(
         low, high = np.maximum(means - spread, means / 2), means + spread
         axes.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
     nfes = sorted({nfe for values in distances.values() for nfe in values})
-    axes.axhline(baseline, color="0.5", linestyle="--", label="Gaussian fitted to the pixels")
+    axes.axhline(baseline, color="0.5", linestyle="dashed", label="Gaussian fitted to the pixels")
     axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
     axes.minorticks_off()
     axes.set(xlabel="score evaluations per sample (NFE)", ylabel="Fréchet distance (FD)")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: whatever happens while they are written."""
+"""Files that are whole or do not exist, whatever happens while they are written; locks."""
 
 from __future__ import annotations
 
@@ -16,33 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "PARTIAL",
-    "all_to_disk",
-    "brief",
-    "check_writable",
-    "file_lock",
-    "load_tensors",
-    "lock",
-    "save_tensors",
-    "tensors_digest",
-    "write_whole",
-]
-
 PARTIAL = ".partial-"
 """Beginning of the names of files that are being written."""
 
 
 def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved.
-
-    Parameters
-    ----------
-    target
-        The file; what is there is replaced.
-    writer
-        Writes to the path that it is given, which has the suffix of the target.
-    """
+    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=PARTIAL, suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -56,14 +35,17 @@ def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
         raise
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that no file can be put into; it is made, with its parents, if missing.
+def _to_disk(file: Path) -> None:
+    """Wait until a file is on the disk: its name must not be given to a file that may be lost."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    Raises
-    ------
-    OSError
-        If it cannot be made or written.
-    """
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError if a folder cannot be made or written; it is made if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
@@ -75,43 +57,29 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def file_lock(name: Path, *, wait: bool) -> Iterator[None]:
-    """Lock a name for one block of one process at a time, if the system can.
+    """Lock a name for one process at a time, if the system can; BlockingIOError unless ``wait``.
 
     The lock is on a file beside it, ``.NAME.lock``, which is removed in the end.
-
-    Parameters
-    ----------
-    name
-        File or folder, which need not be there.
-    wait
-        Whether to wait while another one holds it.
-
-    Raises
-    ------
-    BlockingIOError
-        If another one holds it, and this one does not wait.
-    OSError
-        If no file can be put beside it.
     """
     beside = name.with_name(f".{name.name}.lock")
     handle = _locked(beside, wait=wait)
     try:
         yield
     finally:
-        if os.name != "nt":  # where an open file cannot be removed
+        if os.name != "nt":  # Windows cannot remove an open file
             beside.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _locked(file: Path, *, wait: bool) -> int:
-    """A locked file that is still the one of its name: who held it before has removed his."""
+    """A locked file that still has its name: an earlier holder removes its file."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             lock(handle, wait=wait)
             if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
                 return handle
-        except FileNotFoundError:  # removed between two looks
+        except FileNotFoundError:  # removed between the two calls
             pass
         except BaseException:
             os.close(handle)
@@ -120,13 +88,7 @@ def _locked(file: Path, *, wait: bool) -> int:
 
 
 def lock(handle: int, *, wait: bool) -> None:
-    """Lock an open file for this process alone, where system and file system can.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process has locked it, and this one does not wait.
-    """
+    """Lock an open file for this process, if the system can; BlockingIOError unless ``wait``."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -141,58 +103,38 @@ def lock(handle: int, *, wait: bool) -> None:
 def save_tensors(
     file: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, whole or not at all, with a digest of all that it holds.
+    """Write a safetensors file, whole or not at all, with a digest of its content.
 
     Equal contents make equal files.
-
-    Parameters
-    ----------
-    file
-        Where to.
-    kind
-        What the file is; `load_tensors` refuses others.
-    tensors, metadata
-        What to write.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
     """
-    hosted = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
+    on_cpu = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
     notes = {**metadata, "kind": kind}
-    notes["sha256"] = tensors_digest(hosted, notes)
+    notes["sha256"] = tensors_digest(on_cpu, notes)
     try:
-        write_whole(file, lambda path: _save_sorted(path, hosted, notes))
+        write_whole(file, lambda path: _save_sorted(path, on_cpu, notes))
     except (OSError, SafetensorError) as error:
         msg = f"{file} cannot be written ({brief(error)})"
         raise OSError(msg) from error
 
 
 def _save_sorted(file: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    """Write tensors and notes; the library puts the notes in an order of chance."""
+    """Write tensors and notes; the library writes the notes in random order."""
     save_file(tensors, file, metadata=notes)
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
         header["__metadata__"] = dict(sorted(notes.items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size  # what is in another order is no longer
+        assert len(text) <= size  # another order is not longer
         stream.seek(8)
         stream.write(text.ljust(size))
 
 
 def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that `save_tensors` wrote; ``"sha256"`` is its digest.
+    """Load tensors and metadata that `save_tensors` wrote; ``"sha256"`` is the digest.
 
-    No code of the file's is run.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is damaged or of another kind.
+    Runs no code of the file. Raises a FileNotFoundError if there is none, a ValueError if it is
+    damaged or of another kind.
     """
     if not file.is_file():
         msg = f"there is no file {file}"
@@ -207,38 +149,22 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     if notes.get("kind") != kind:
         msg = f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}"
         raise ValueError(msg)
-    written = notes.pop("sha256", None)
+    written = notes.pop("sha256", "")
     if written != tensors_digest(tensors, notes):
         msg = f"{file} is damaged: its contents differ from the digest written with them"
         raise ValueError(msg)
     del notes["kind"]
-    assert written is not None
     return tensors, {**notes, "sha256": written}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of tensors on the host and their notes."""
+    """SHA-256 of tensors on the CPU and their notes."""
     total = hashlib.sha256(json.dumps(sorted((notes or {}).items())).encode())
     for key in sorted(tensors):
         x = tensors[key]
         total.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
         total.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def _to_disk(file: Path) -> None:
-    """Wait until a file is on the disk: a name must never be given to what may be lost."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def all_to_disk() -> None:
-    """Wait until all files written so far are on the disk, where the system can."""
-    if hasattr(os, "sync"):
-        os.sync()
 
 
 def brief(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,12 @@ from cldsde.images.data import Images, channel_statistics
 from cldsde.images.errors import SettingError, setting
 from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.latent import VAE
+from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
-
-__all__ = [
-    "KIND",
-    "MODEL",
-    "DiffusionModel",
-    "ImageModel",
-    "ImageSpace",
-    "Statistics",
-    "check_model",
-    "data_statistics",
-    "load_model",
-    "make_model",
-    "make_network",
-    "make_vae",
-    "read_model",
-    "save_model",
-]
 
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
@@ -46,17 +31,9 @@ KIND = "an image model of cldsde, version 2"
 
 
 class DiffusionModel(nn.Module):
-    """What is trained: a score, and for a latent model the autoencoder in whose space it lives.
+    """A score of images, or a score of latent variables with their autoencoder."""
 
-    Parameters
-    ----------
-    score
-        Of images, or of latent variables.
-    vae
-        The autoencoder; None where the process lives among the pixels.
-    """
-
-    def __init__(self, score: MixedScore, vae: VAE | None = None) -> None:
+    def __init__(self, score: MixedScore | PublishedScore, vae: VAE | None = None) -> None:
         super().__init__()
         self.score = score
         self.vae = vae
@@ -64,7 +41,7 @@ class DiffusionModel(nn.Module):
 
 @dataclass(frozen=True)
 class ImageSpace:
-    """What kind of images a model makes.
+    """The images of a model.
 
     Attributes
     ----------
@@ -73,11 +50,11 @@ class ImageSpace:
     levels
         Grey levels.
     dequantised
-        Whether the model saw levels spread over their bins.
+        Whether the model was trained on levels spread over their bins.
     classes
-        Number of classes that the network is told of; None where it is told none.
+        Number of classes that the network sees; None if it sees none.
     always_classes
-        Whether it always is: then it cannot sample an image of no class.
+        Whether it always sees one: then it cannot sample an image of no class.
     class_names
         Names of the classes, if the data set has them.
     """
@@ -91,33 +68,19 @@ class ImageSpace:
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
-        """That of a configuration's data.
-
-        Raises
-        ------
-        SettingError
-            If classes are wanted of images that have none.
-        """
+        """The space of a configuration's data; raise a SettingError if classes are missing."""
         conditional = config.network.conditional
         if conditional and (images.labels is None or images.classes is None):
             raise SettingError("network.conditional", "the images have no classes")
         return cls(
-            images.shape,
-            images.levels,
-            config.data.dequantise,
+            *(images.shape, images.levels, config.data.dequantise),
             images.classes if conditional else None,
             conditional and config.network.label_dropout == 0,
             images.class_names if conditional else None,
         )
 
     def class_number(self, label: int | str) -> int:
-        """The class of a name or number.
-
-        Raises
-        ------
-        SettingError
-            If there is no such class; the key is ``"label"``.
-        """
+        """The class of a name or number; raise a SettingError with key ``"label"`` if none."""
         if self.classes is None:
             msg = "the network was not trained with classes (network.conditional)"
             raise SettingError("label", msg)
@@ -125,59 +88,32 @@ class ImageSpace:
         if label in names:
             return names.index(str(label))
         if not str(label).isdigit() or int(label) >= self.classes:
-            named = f", or one of {', '.join(names)}" if names else ""
-            msg = f"must be 'all', a number from 0 to {self.classes - 1}{named}; got {label!r}"
+            or_named = f", or one of {', '.join(names)}" if names else ""
+            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {label!r}"
             raise SettingError("label", msg)
         return int(label)
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of the data in [−1, 1], for the reference of the score.
-
-    Attributes
-    ----------
-    data_mean, data_variance
-        ``()``, ``(C, 1, 1)`` or ``(C, H, W)``, float64.
-    """
+    """Mean and variance of the data for the reference, float64; see `channel_statistics`."""
 
     data_mean: Tensor
     data_variance: Tensor
 
 
 def data_statistics(config: RunConfig, images: Images) -> Statistics:
-    """Mean and variance as a configuration's reference takes them.
-
-    Raises
-    ------
-    SettingError
-        If some variance is 0.
-    """
-    found = Statistics(
-        *channel_statistics(images, per=config.score.reference, dequantise=config.data.dequantise)
-    )
+    """Mean and variance for a configuration's reference; raise if some variance is 0."""
+    per, dequantise = config.score.reference, config.data.dequantise
+    found = Statistics(*channel_statistics(images, per=per, dequantise=dequantise))
     if not bool((found.data_variance > 0).all()):
-        msg = f"with {config.score.reference!r} some variance of the data is 0; take a coarser one"
+        msg = f"with {per!r} some variance of the data is 0; use a coarser reference"
         raise SettingError("score.reference", msg)
     return found
 
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A trained model and what it was trained to make.
-
-    Attributes
-    ----------
-    model
-        Score and autoencoder, with averaged weights, in evaluation mode.
-    space
-        The images it makes.
-    config
-        The configuration of its run.
-    images_seen
-        How long it was trained.
-    digest
-        Of the weights: sha256.
-    """
+    """A trained model, its images and its configuration."""
 
     model: DiffusionModel
     space: ImageSpace
@@ -186,13 +122,13 @@ class ImageModel:
     digest: str
 
     @property
-    def score(self) -> MixedScore:
+    def score(self) -> MixedScore | PublishedScore:
         """The score."""
         return self.model.score
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How it is sampled, unless a request says otherwise."""
+        """Its default sampling settings."""
         return self.config.sampling
 
     @property
@@ -202,74 +138,43 @@ class ImageModel:
 
     @property
     def vae(self) -> VAE | None:
-        """The autoencoder; None where there is none."""
+        """The autoencoder; None for a model of pixels."""
         return self.model.vae
 
 
 def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE | None:
-    """The autoencoder, with the weights of the configuration's seed; None where there is none.
-
-    Raises
-    ------
-    ValueError
-        If it does not fit the images.
-    """
+    """The autoencoder, with weights of the configuration's seed; None for a model of pixels."""
     latent = config.latent
     if latent is None:
         return None
+    names = ("latent_channels", "channels", "blocks", "groups", "likelihood")
+    options = {name: getattr(latent, name) for name in names}
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
         torch.manual_seed(stream_seed(config.seed, "autoencoder"))
-        return VAE(
-            space.shape,
-            space.levels,
-            latent_channels=latent.latent_channels,
-            channels=latent.channels,
-            blocks=latent.blocks,
-            groups=latent.groups,
-            likelihood=latent.likelihood,
-        )
+        return VAE(space.shape, space.levels, **options)
 
 
 def make_network(
     config: RunConfig, shape: Sequence[int], classes: int | None, device: str = "cpu"
 ) -> nn.Module:
-    """The network, with the weights of the configuration's seed; none on the device ``"meta"``.
+    """The network for data of a shape ``(C, H, W)`` and a number of classes, or None.
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    shape
-        ``(C, H, W)`` of what the process is of: images or latent variables.
-    classes
-        Number of classes that it is told of; None: none.
-    device
-        Where to make it.
-
-    Raises
-    ------
-    ValueError
-        If it does not fit the shape.
+    It has weights of the configuration's seed, or none on the device ``"meta"``. Raises a
+    SettingError if it does not fit the shape, or a network of one's own cannot be imported.
     """
-    sde, whole = config.process.make(), config.score.inputs == "state"
+    sde, network = config.process.make(), config.network
+    kind: Any = NETWORKS.get(network.name) or named(network.name, "network.name")
+    sizes = (sde.components, len(sde.driven)) if config.score.inputs == "state" else (1, 1)
+    with setting("network"):
+        options = network.checked_options(kind)
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("network.options"):
         torch.manual_seed(config.seed)
-        return NETWORKS[config.network.name](
-            shape,
-            *((sde.components, len(sde.driven)) if whole else (1, 1)),
-            classes=classes,
-            **config.network.options,
-        )
+        made: nn.Module = kind(shape, *sizes, classes=classes, **options)
+    return made
 
 
 def check_model(config: RunConfig, space: ImageSpace) -> None:
-    """Refuse networks that do not fit the images, before any weight is made.
-
-    Raises
-    ------
-    ValueError
-        If one does not.
-    """
+    """Raise a SettingError if a network does not fit the images, before any weight is made."""
     vae = make_vae(config, space, device="meta")
     make_network(config, space.shape if vae is None else vae.latent_shape, space.classes, "meta")
 
@@ -277,24 +182,17 @@ def check_model(config: RunConfig, space: ImageSpace) -> None:
 def make_model(
     config: RunConfig, space: ImageSpace, statistics: Statistics | None = None
 ) -> DiffusionModel:
-    """An untrained model; its weights are those of the configuration's seed.
+    """An untrained model, with weights of the configuration's seed.
 
-    Parameters
-    ----------
-    config
-        The configuration.
-    space
-        The images.
-    statistics
-        Of the data; None where weights are going to be loaded, which bring their own.
-
-    Raises
-    ------
-    ValueError
-        If a network does not fit the images.
+    Without statistics of the data, weights are going to be loaded that include them.
     """
     vae = make_vae(config, space)
     shape = space.shape if vae is None else vae.latent_shape
+    log_clock = config.network.options.get("fourier_scale") is not None
+    published = config.score.published(log_clock=log_clock)
+    if published is not None:
+        network = make_network(config, shape, space.classes)
+        return DiffusionModel(PublishedScore(network, config.process.make(), published))
     if statistics is None or vae is not None:
         sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
         size = sizes[config.score.reference]
@@ -319,36 +217,20 @@ def save_model(
     images_seen: int,
 ) -> None:
     """Write a model file, whole or not at all."""
+    flags = [space.levels, space.dequantised, space.classes, space.always_classes]
     metadata = {
         "shape": json.dumps(space.shape),
-        "space": json.dumps(
-            [
-                *(space.levels, space.dequantised, space.classes, space.always_classes),
-                space.class_names,
-            ]
-        ),
+        "space": json.dumps([*flags, space.class_names]),
         "images_seen": str(images_seen),
         "config": config.model_digest(),
     }
     save_tensors(file, KIND, weights, metadata)
 
 
-def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageModel:
-    """Load the model of a run; runs no code of the file's.
-
-    Parameters
-    ----------
-    run
-        Folder of the run.
-    device
-        Where to put the model.
-
-    Raises
-    ------
-    ValueError
-        If there is no such run, it has no model yet, the file is damaged, or was written for
-        another configuration.
-    """
+def load_model(
+    run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
+) -> ImageModel:
+    """Load the model of a run."""
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
@@ -356,7 +238,7 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageMode
         raise ValueError(msg)
     file = run / MODEL
     if not file.is_file():
-        msg = f"{run} has no {MODEL} yet: its training has not come to the first checkpoint"
+        msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; its models are in {run / 'models'}"
         raise ValueError(msg)
@@ -365,27 +247,28 @@ def load_model(run: Path | str, device: torch.device | str = "cpu") -> ImageMode
     except (ValueError, OSError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
+    if ":" in config.network.name and not trust:
+        msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
+        raise SettingError("trust", f"{msg}allow it if you trust the code")
     return read_model(file, config, device)
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
-    """Load a model file that was written for a configuration; runs no code of the file's.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or was written for another configuration.
-    """
+    """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
-        if metadata["config"] != config.model_digest():
+        older = config.score.prediction == "noise"
+        if metadata["config"] not in {
+            config.model_digest(),
+            config.model_digest(before_predictions=older),
+        }:
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         channels, height, width = json.loads(metadata["shape"])
         levels, dequantised, classes, always, *names = json.loads(metadata["space"])
-        named = tuple(names[0]) if names and names[0] else None  # older files have no names
+        class_names = tuple(names[0]) if names and names[0] else None  # older files have no names
         space = ImageSpace(
-            (channels, height, width), levels, dequantised, classes, always, class_names=named
+            (channels, height, width), levels, dequantised, classes, always, class_names
         )
         model = make_model(config, space)
         model.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""Run folders: where a run keeps its configuration, metrics, checkpoints and results."""
+"""Run folders, which keep the configuration, metrics, checkpoints and results of a run."""
 
 from __future__ import annotations
 
@@ -10,47 +10,23 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from cldsde.images.config import RunConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.files import PARTIAL, check_writable, lock, write_whole
-
-__all__ = ["CONFIG", "METRICS", "RunFolder", "check_folder"]
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
 METRICS = "metrics.jsonl"
-"""File of a run that holds a line of numbers for every part of its training."""
+"""File of a run with lines of numbers about its training."""
 
-_AGAIN = "delete it to have it made again"
-_FOLDERS = ("evaluations", "samples")  # of a run, for files of its own
+_FOLDERS = ("evaluations", "samples", "snapshots")  # of a run, for files of its own
 
 
 class RunFolder:
     """A folder that belongs to one configuration.
 
     Opening it checks everything before anything is written: a folder of another configuration, or
-    one that holds other files, is refused and left as it is. A folder of the same configuration
-    is a run to be continued.
-
-    Parameters
-    ----------
-    path
-        The folder; made, with its parents, if it does not exist.
-    config
-        The resolved configuration, JSON types only.
-    shared
-        Whether another process of the same run has opened the folder, and this one only reads it.
-    parts
-        Names of what may be there before the folder is anyone's.
-    free
-        Settings, ``section.key`` or a whole section, that may differ from those that the folder
-        was made with: nothing in it depends on them. Those given here take their place.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds a run of another configuration, or other files.
-    OSError
-        If the folder cannot be made or written.
+    with other files, is an error and not changed. A folder of the same configuration is continued.
     """
 
     def __init__(
@@ -71,21 +47,18 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists():
                 self.write_json(CONFIG, config)
-            weakref.finalize(self, os.close, _lock(path / CONFIG))
-            if json.loads((path / CONFIG).read_text()) != config:  # in what is free
+            self._lock()
+            if json.loads((path / CONFIG).read_text()) != config:  # free settings differ
                 self.write_json(CONFIG, config)
-                # The first lock is of the file that was replaced.
-                weakref.finalize(self, os.close, _lock(path / CONFIG))
-            # By a process that was killed. Runs below this one have locks of their own, and may be
-            # written to.
+                self._lock()  # the first lock is of the file that was replaced
+            # Left by a killed process. Runs in folders below have locks of their own.
             for folder in (path, *(path / name for name in _FOLDERS)):
                 for left in folder.glob(f"{PARTIAL}*"):
                     left.unlink()
         except BlockingIOError:
             raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
-            # Leave no half-made folder behind.
-            for parent in missing:
+            for parent in missing:  # leave no half-made folder behind
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
             msg = f"{path} cannot be made or written ({error.strerror or error})"
@@ -102,7 +75,8 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write JSON, whole or not at all."""
-        return self.write(name, lambda file: file.write_text(_dumps(content)))
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return self.write(name, lambda file: file.write_text(text))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -110,56 +84,32 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def damaged(self, name: str, reason: object, *, cost: str = "") -> str:
-        """Message for a file of the run that cannot be used.
-
-        Parameters
-        ----------
-        name
-            The file.
-        reason
-            What is wrong with it.
-        cost
-            What it takes to make it again, where that is much.
-        """
-        again = f"put a copy of it back, or delete it to {cost}" if cost else _AGAIN
+        """Message for a damaged file of the run; ``cost`` is the effort to make it again."""
+        again = f"put a copy of it back, or delete it to {cost}"
+        again = again if cost else "delete it to have it made again"
         return f"{self.path / name} is damaged ({reason}); {again}"
 
     def forget_metrics_after(self, images: int) -> None:
-        """Drop lines of ``metrics.jsonl`` beyond ``images``: a continued run writes them again."""
+        """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""
         metrics = self.path / METRICS
         if metrics.exists():
             lines = metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _images(line) <= images]
             self.write(METRICS, lambda file: file.write_text("".join(kept)))
 
+    def _lock(self) -> None:
+        """Hold the configuration file for this process while the object exists."""
+        handle = os.open(self.path / CONFIG, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        lock(handle, wait=False)
+
 
 def _images(line: str) -> float:
-    """Images seen at a line of metrics; infinite for one that was cut off while it was written."""
+    """Images seen at a line of metrics; infinite if the line was cut off."""
     try:
         return float(json.loads(line)["images"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-def _lock(file: Path) -> int:
-    """Open a file and hold it for this process alone, where the system can; return its number.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process holds it.
-    """
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        lock(handle, wait=False)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _dumps(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_folder(
@@ -169,41 +119,46 @@ def check_folder(
     parts: Collection[str] = (),
     free: Collection[str] = (),
 ) -> None:
-    """Raise where a `RunFolder` would, and make nothing."""
-    if path.is_dir():
-        _check_owner(path, config, parts, free)
-        check_writable(path)
-    elif path.exists():
-        raise SettingError("out", f"{path} is not a folder")
-
-
-def _check_owner(
-    path: Path, config: Mapping[str, Any], parts: Collection[str], free: Collection[str]
-) -> None:
-    held = [entry.name for entry in path.iterdir()]
-    if all(name.startswith(PARTIAL) or name in parts for name in held):
+    """Raise the errors of `RunFolder`, and make nothing."""
+    if not path.is_dir():
+        if path.exists():
+            raise SettingError("out", f"{path} is not a folder")
         return
-    if not (path / CONFIG).is_file():
-        msg = f"{path} holds files that are no run of cldsde; choose another folder"
-        raise SettingError("out", msg)
+    names = [entry.name for entry in path.iterdir()]
+    if not all(name.startswith(PARTIAL) or name in parts for name in names):
+        problem = _problem(path, config, free)
+        if problem is not None:
+            raise SettingError("out", f"{problem}; choose another folder")
+    check_writable(path)
+
+
+def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> str | None:
+    """The reason why a folder cannot hold a run of a configuration."""
+    file = path / CONFIG
+    if not file.is_file():
+        return f"{path} holds files that are no run of cldsde"
     try:
-        found = json.loads((path / CONFIG).read_text())
+        found = json.loads(file.read_text())
     except ValueError as error:
-        msg = f"{path / CONFIG} is not valid JSON ({error}); choose another folder"
-        raise SettingError("out", msg) from None
+        return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
-        msg = f"{path / CONFIG} is no configuration of cldsde; choose another folder"
-        raise SettingError("out", msg)
-    wanted, there = _leaves(config), _leaves(found)
-    names = [
+        return f"{file} is no configuration of cldsde"
+    wanted, there = _leaves(config), _leaves(_completed(found))
+    others = [
         key
         for key in {**wanted, **there}
         if wanted.get(key) != there.get(key)
         and not any(f"{key}.".startswith(f"{name}.") for name in free)
     ]
-    if names:
-        msg = f"{path} holds a run with other settings ({', '.join(names)}); choose another folder"
-        raise SettingError("out", msg)
+    return f"{path} holds a run with other settings ({', '.join(others)})" if others else None
+
+
+def _completed(found: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of settings that it is older than, if it is of a model."""
+    try:
+        return RunConfig.from_dict(found).to_dict()
+    except SettingError:
+        return found
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

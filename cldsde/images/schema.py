@@ -14,33 +14,15 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Self, TypeVar, cast, dataclass_transform
 
 import pydantic
 import tomli_w
 import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
-from cldsde.images.errors import SettingError
-
-__all__ = [
-    "Count",
-    "Flag",
-    "Natural",
-    "Number",
-    "Positive",
-    "Share",
-    "as_toml",
-    "check_keys",
-    "check_name",
-    "checked_options",
-    "from_dict",
-    "parse_overrides",
-    "plain",
-    "read_file",
-    "section",
-    "with_overrides",
-]
+from cldsde.images.errors import SettingError, setting
 
 T = TypeVar("T")
 
@@ -63,7 +45,7 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
 def section(kind: type[T]) -> type[T]:
-    """Make a frozen keyword-only dataclass whose values pydantic checks, with errors as data."""
+    """Make a frozen keyword-only dataclass that pydantic checks, with errors as data."""
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     made = pydantic.dataclasses.dataclass(kind, frozen=True, kw_only=True, config=config)
     validate: Callable[..., None] = made.__init__
@@ -80,26 +62,28 @@ def section(kind: type[T]) -> type[T]:
     return cast(type[T], made)
 
 
+class Configuration:
+    """A section that is a whole file, from and to plain types."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Check and build a configuration from plain types."""
+        return from_dict(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration in JSON types, defaults included."""
+        values: dict[str, Any] = plain(self)
+        return values
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML file; the word ``"none"`` stands for None."""
+        return tomli_w.dumps(_replaced(self.to_dict(), None, "none"))
+
+
 def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
-    """A section, and those in it, from a mapping.
-
-    Parameters
-    ----------
-    kind
-        The section's class.
-    values
-        Keys to values in plain types.
-    prefix
-        Its place in the file, such as ``"training"``.
-
-    Raises
-    ------
-    SettingError
-        If a key is unknown, missing or of the wrong type, or a value out of range.
-    """
+    """Make a section from a mapping; its place in the file, ``prefix``, is named in errors."""
     if not isinstance(values, Mapping):
-        msg = f"must be a section; got {values!r}"
-        raise SettingError(prefix or "the configuration", msg)
+        raise SettingError(prefix or "the configuration", f"must be a section; got {values!r}")
     try:
         return kind(**{str(key): value for key, value in values.items()})
     except SettingError as error:
@@ -115,31 +99,26 @@ def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
     if isinstance(cause, SettingError):
         return cause.within(key)
     if first["type"] == "unexpected_keyword_argument":
-        known = [entry.name for entry in dataclasses.fields(_section_at(kind, place[:-1]))]
+        for part in place[:-1]:
+            if isinstance(part, str):
+                leaves = _leaves(typing.get_type_hints(kind)[part])
+                kind = cast(Any, next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf)))
+        known = [entry.name for entry in dataclasses.fields(kind)]
         return SettingError(key, _unknown(str(place[-1]), known))
     return SettingError(key, _reason(error))
 
 
 def _reason(error: ValidationError) -> str:
-    """What pydantic says of a value, as a clause about it."""
+    """The message of pydantic as a clause about the value."""
     first, *others = error.errors(include_url=False)
     if first["type"] == "missing":
         return "is missing"
     if first["type"] in {"dataclass_type", "mapping_type"}:
         return f"must be a section; got {first['input']!r}"
-    # The members of a union each have their say about the same value.
+    # Each member of a union reports an error about the same value.
     same = [first, *(one for one in others if one["input"] is first["input"])]
     wanted = " or ".join(one["msg"].removeprefix("Input should be ") for one in same)
     return f"must be {wanted}; got {first['input']!r}"
-
-
-def _section_at(kind: type[Any], place: Sequence[int | str]) -> type[Any]:
-    """The class of the section at a place in another section."""
-    for part in place:
-        if isinstance(part, str):
-            leaves = _leaves(typing.get_type_hints(kind)[part])
-            kind = cast(Any, next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf)))
-    return kind
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -148,14 +127,14 @@ def _leaves(hint: Any) -> list[Any]:
 
 
 def check_name(name: str, known: Iterable[str], key: str) -> None:
-    """Raise a SettingError, with the nearest valid name, for one that is not known."""
+    """Raise a SettingError, with the nearest valid name, for an unknown name."""
     if name not in known:
         msg = f"must be one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
         raise SettingError(key, msg)
 
 
 def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> None:
-    """Raise a SettingError, with the nearest valid name, for a key that is not known."""
+    """Raise a SettingError, with the nearest valid name, for an unknown key."""
     for key in values:
         if key not in known:
             raise SettingError(f"{prefix}.{key}", _unknown(str(key), list(known)))
@@ -176,46 +155,31 @@ def checked_options(
     given: Sequence[str] = (),
     key: str = "options",
 ) -> dict[str, Any]:
-    """Options of a function or class, checked against its signature.
+    """Check options against the signature of a function or class; convert sections to dataclasses.
 
-    Parameters
-    ----------
-    make
-        The function or class.
-    options
-        Its arguments by name; those of a dataclass among them may be a mapping.
-    given
-        Arguments that somebody else gives.
-    key
-        Name of the options in errors.
-
-    Raises
-    ------
-    SettingError
-        If an option is unknown, missing or of the wrong type.
+    Arguments in ``given`` are no options. Errors name options below ``key``.
     """
     hints = typing.get_type_hints(
         inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
     )
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(make).parameters.items()
-        if name not in given
-    }
+    parameters = dict(inspect.signature(make).parameters)
+    for name in given:
+        parameters.pop(name, None)
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise SettingError(f"{key}.{name}", "is missing")
-    return {name: _checked(value, hints[name], f"{key}.{name}") for name, value in options.items()}
+    return {
+        name: _checked(value, hints.get(name, Any), f"{key}.{name}")
+        for name, value in options.items()
+    }
 
 
 def _checked(value: object, hint: Any, key: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         options = checked_options(hint, value, key=key)
-        try:
+        with setting(key):
             return hint(**options)
-        except (TypeError, ValueError) as error:
-            raise SettingError(key, str(error)) from error
     try:
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
@@ -223,17 +187,12 @@ def _checked(value: object, hint: Any, key: str) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a file in TOML, YAML or JSON holds, by its suffix.
+    """Values of a file in TOML, YAML or JSON, by its suffix.
 
-    In TOML, which has no null, the word ``"none"`` stands for None.
-
-    Raises
-    ------
-    SettingError
-        If it cannot be read or is no such file; the key is the path.
+    In TOML, which has no null, the word ``"none"`` stands for None. Errors have the path as key.
     """
     readers: dict[str, Callable[[str], Any]] = {
-        ".toml": lambda text: _from_toml(tomllib.loads(text)),
+        ".toml": lambda text: _replaced(tomllib.loads(text), "none", None),
         ".yaml": lambda text: yaml.load(text, _Loader),
         ".yml": lambda text: yaml.load(text, _Loader),
         ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
@@ -254,7 +213,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A mapping whose keys stand once each, as in TOML."""
+    """A mapping with unique keys, as in TOML."""
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
@@ -278,39 +237,30 @@ _Loader.add_implicit_resolver(
 
 
 def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dict[str, Any]:
-    """Values of ``key=value`` words, each as TOML writes it, or else a bare word.
-
-    Raises
-    ------
-    SettingError
-        If a word is no ``key=value``; the key is ``"set"``.
-    """
+    """Values of ``key=value`` words, each in TOML or a bare word; errors have the key ``"set"``."""
     values = {}
     for override in overrides:
         key, separator, text = (part.strip() for part in override.partition("="))
         if not separator or not key:
             raise SettingError("set", f"takes key=value, such as {example}; got {override!r}")
         try:
-            values[key] = _from_toml(tomllib.loads(f"value = {text}")["value"])
+            value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            values[key] = _from_toml(text)
+            value = text
+        values[key] = _replaced(value, "none", None)
     return values
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A configuration with some values put at ``section.key``; sections are made where missing.
-
-    Raises
-    ------
-    SettingError
-        If a word is no ``key=value``, or a key goes through what is no section.
-    """
+    """A configuration with values of ``section.key=value`` words; missing sections are made."""
     changed: dict[str, Any] = plain(values)
     for path, value in parse_overrides(overrides, "training.batch=64").items():
         place: Any = changed
         *outer, last = path.split(".")
         for key in outer:
-            place = place.setdefault(key, {})
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
             if not isinstance(place, dict):
                 raise SettingError(path, f"{key} is not a section")
         place[last] = value
@@ -319,44 +269,13 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
 
 def plain(value: Any) -> Any:
     """A value in JSON types: sections as mappings, paths as texts, tuples as lists."""
-    if dataclasses.is_dataclass(value):
-        return {
-            entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return to_jsonable_python(value)
 
 
-def as_toml(config: Any) -> str:
-    """A configuration, a section, as `read_file` reads it.
-
-    TOML has no None: a field that is None by default is left out, and everywhere else the word
-    ``"none"`` stands for it.
-    """
-    values: dict[str, Any] = _for_toml(config)
-    return tomli_w.dumps(values)
-
-
-def _for_toml(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {
-            entry.name: _for_toml(getattr(value, entry.name))
-            for entry in dataclasses.fields(value)
-            if getattr(value, entry.name) is not None or entry.default is not None
-        }
-    if isinstance(value, Mapping):
-        return {key: _for_toml(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_for_toml(item) for item in value]
-    return "none" if value is None else plain(value)
-
-
-def _from_toml(value: Any) -> Any:
+def _replaced(value: Any, old: object, new: object) -> Any:
+    """A nested value with another one in each place of ``old``."""
     if isinstance(value, dict):
-        return {key: _from_toml(item) for key, item in value.items()}
+        return {key: _replaced(item, old, new) for key, item in value.items()}
     if isinstance(value, list):
-        return [_from_toml(item) for item in value]
-    return None if value == "none" else value
+        return [_replaced(item, old, new) for item in value]
+    return new if value == old and type(value) is type(old) else value

@@ -9,6 +9,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
+from torch import nn
 
 from cldsde import linear
 from cldsde.images.data import DATA_SETS, DataSet
@@ -27,18 +28,8 @@ from cldsde.images.schema import (
     section,
 )
 from cldsde.linear import LinearSDE, Schedule
+from cldsde.pretrained.published_score import Code, Parameterisation
 from cldsde.solvers.named import canonical_name
-
-__all__ = [
-    "DataConfig",
-    "LatentConfig",
-    "NetworkConfig",
-    "ProcessConfig",
-    "SamplingConfig",
-    "ScoreConfig",
-    "Time",
-    "TrainingConfig",
-]
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""
@@ -58,7 +49,7 @@ class DataConfig:
     flip
         Mirror each image, left to right, with probability one half.
     dequantise
-        Spread each grey level uniformly over its bin; what likelihoods are bounds of.
+        Spread each grey level uniformly over its bin, as likelihoods need.
     """
 
     name: str = "digits"
@@ -67,18 +58,12 @@ class DataConfig:
     dequantise: Flag = False
 
     def __post_init__(self) -> None:
-        """Refuse unknown data sets and options."""
+        """Check name and options."""
         check_name(self.name, DATA_SETS, "name")
         object.__setattr__(self, "options", checked_options(DATA_SETS[self.name], self.options))
 
     def load(self) -> DataSet:
-        """Read the images.
-
-        Raises
-        ------
-        SettingError
-            If they are not there, or an option does not fit them.
-        """
+        """Read the images; raise a SettingError if they are missing or an option does not fit."""
         with setting("data.options"):
             return DATA_SETS[self.name](**self.options)
 
@@ -93,15 +78,15 @@ class ProcessConfig:
         A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``,
         ``"VESDE"``, ``"RectifiedFlow"`` or ``"CosineVP"``.
     options
-        Its arguments: numbers; for a rate β that is linear in time a pair; ``"cosine"`` for the
-        argument ``schedule``.
+        Arguments of the class: numbers; a pair for a rate β that is linear in time; ``"cosine"``
+        for the argument ``schedule``.
     """
 
     name: str = "CLD"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse unknown processes and options."""
+        """Check name and options."""
         check_name(self.name, PROCESSES, "name")
         self.make()
 
@@ -122,14 +107,15 @@ class NetworkConfig:
     Attributes
     ----------
     name
-        ``"UNet"`` or ``"NCSNpp"``.
+        A class of `cldsde.images.networks`, such as ``"UNet"`` or ``"NCSNpp"``; or
+        ``module:Class`` of a network of one's own, see `cldsde.images.networks.NETWORKS`.
     options
-        Arguments of the class of that name in `cldsde.images.networks`.
+        Arguments of the class.
     conditional
         Whether the network sees the images' classes.
     label_dropout
-        Share of the images whose class is hidden from it, which images of no class and guidance
-        need.
+        Share of the images whose class is hidden from the network, for sampling without class and
+        for guidance.
     """
 
     name: str = "UNet"
@@ -138,42 +124,82 @@ class NetworkConfig:
     label_dropout: Share = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse unknown networks and options."""
-        check_name(self.name, NETWORKS, "name")
-        given = ("shape", "inputs", "outputs", "classes")
-        checked = checked_options(NETWORKS[self.name], self.options, given=given)
-        object.__setattr__(self, "options", checked)
+        """Check name and options; code of one's own is imported when the network is made."""
+        if ":" not in self.name:
+            check_name(self.name, NETWORKS, "name")
+            object.__setattr__(self, "options", self.checked_options(NETWORKS[self.name]))
+
+    def checked_options(self, kind: type[nn.Module]) -> dict[str, Any]:
+        """The options, checked against a network class."""
+        return checked_options(kind, self.options, ("shape", "inputs", "outputs", "classes"))
 
 
 @section
 class ScoreConfig:
-    """How the score is put together.
+    """Parts of the score.
 
     Attributes
     ----------
     reference
-        Gaussian whose score is given in closed form beside the network's part, see
-        `cldsde.MixedScore`: with one mean and variance for the whole set (``"scalar"``), for each
-        channel or for each pixel. That of a latent model is standard normal.
+        Gaussian whose score is added to the network's in closed form, see `cldsde.MixedScore`: with
+        one mean and variance for the whole set (``"scalar"``), per channel or per pixel. For a
+        latent model it is standard normal.
     inputs
-        What the network is shown: all components (``"state"``), or the one combination of them that
-        tells all they tell of the data (``"estimate"``).
+        Input of the network: all components (``"state"``), or the sufficient combination of them
+        for the data (``"estimate"``).
     prediction
         The prediction whose squared error is the loss: ``"noise"``, or for processes of one
         component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is
         flow matching. The network returns the same quantity for all three.
     mixing
-        None: the network's part is added to the reference's. A number: each channel weighs the
-        two, with a learnt weight 1/(1 + e^−m) of the network's part where m starts at this number.
+        None: the network's part is added to the reference's. A number m: each channel weighs the
+        two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m.
+    code
+        Code whose parameterisation the score has: ``"cldsde"``, or a published code,
+        ``"cld-sgm"``, ``"score-sde-vp"`` or ``"score-sde-ve"``; see
+        ``cldsde.pretrained.published_score.Parameterisation``.
+    mixed, numerical_eps, levels
+        Options of the published parameterisations.
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
     inputs: Literal["state", "estimate"] = "state"
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     mixing: Number | None = None
+    code: Literal["cldsde"] | Code = "cldsde"
+    mixed: Flag = False
+    numerical_eps: Annotated[Number, Field(ge=0)] = 0.0
+    levels: Count | None = None
+
+    def published(self, *, log_clock: bool) -> Parameterisation | None:
+        """The published parameterisation; None for ``code = "cldsde"``.
+
+        ``log_clock`` says whether the network has Fourier features.
+        """
+        if self.code == "cldsde":
+            return None
+        with setting("code"):
+            return Parameterisation(
+                code=self.code,
+                log_clock=log_clock,
+                mixed=self.mixed,
+                numerical_eps=self.numerical_eps,
+                levels=self.levels,
+            )
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Check the settings against each other."""
+        if self.code == "cldsde":
+            if (self.mixed, self.numerical_eps, self.levels) != (False, 0.0, None):
+                msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+                raise SettingError("code", msg)
+        elif (self.reference, self.inputs, self.prediction, self.mixing) != (
+            *("scalar", "state", "noise"),
+            None,
+        ):
+            msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
+            raise SettingError("code", msg)
+        self.published(log_clock=False)
         if self.mixing is not None and self.inputs != "state":
             msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
             raise SettingError("mixing", msg)
@@ -189,16 +215,16 @@ class LatentConfig:
     Attributes
     ----------
     latent_channels, channels, blocks, groups, likelihood
-        Of the autoencoder, see `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"``
-        images of more than two grey levels can be trained on, but have no bits a dimension.
+        See `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"`` a model can be trained
+        on images of more than two grey levels, but has no bits per dim for them.
     pretraining
-        Images of the first stage, in which the prior is standard normal. In the second, which
-        takes what is left of ``training.images``, autoencoder and prior are trained together.
+        Images of the first stage, in which the prior is standard normal. In the second stage, the
+        rest of ``training.images``, autoencoder and prior are trained together.
     annealing
         Images over which the weight of the divergence from the prior rises from 0 to 1 at first.
     learning_rate, joint_learning_rate
-        Peak of Adam's for the autoencoder in the first and in the second stage; warm-up and decay
-        are those of ``training`` in each.
+        Peak learning rate of the autoencoder in the first and in the second stage; each has the
+        warm-up and decay of ``training``.
     """
 
     latent_channels: Count = 4
@@ -214,59 +240,67 @@ class LatentConfig:
 
 @section
 class TrainingConfig:
-    """How a score model is trained. Lengths are in images seen, whatever the number of processes.
+    """Training of a score model. Lengths are in images seen by all processes together.
 
     Attributes
     ----------
     images
         Images to train on, repetitions counted.
     batch
-        Images of an optimiser step, over all processes.
+        Images per optimiser step, over all processes.
     micro_batch
-        Images that a process takes through the network at once, at most; None: its whole share.
+        Largest number of images per pass through the network; None: the whole share of a process.
     learning_rate
-        Peak of Adam's.
+        Peak learning rate of Adam.
     warmup
         Images over which the learning rate rises linearly.
     decay
-        What follows: ``"cosine"`` to zero at the end, or ``"constant"``.
+        Schedule after the warm-up: ``"cosine"`` to zero at the end, or ``"constant"``.
     weight_decay
-        Of Adam, decoupled (AdamW).
+        Decoupled weight decay (AdamW).
     clip
         Largest norm of the gradient, of score and autoencoder each; None does not limit it.
     ema_decay
-        Decay a step of the exponential moving average of the weights, which is what is sampled; at
-        first that of (n + 1)/(n + 10) after n steps, if it is smaller.
+        Decay per step of the exponential moving average of the weights, which is sampled; at first
+        (n + 1)/(n + 10) after n steps, if that is smaller.
+    reduction
+        ``"mean"`` or ``"sum"`` of the squared error over the numbers of an image: the scale of the
+        gradients that ``clip`` limits.
     conditioning
         ``"data"``: hybrid score matching; ``"all"``: denoising score matching.
     weighting
-        ``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels count as if
-        drawn with half the log of the signal-to-noise ratio normal, of `log_snr_mean` and
+        ``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels are weighted
+        as if κ, half the log of the signal-to-noise ratio, were normal with `log_snr_mean` and
         `log_snr_std`, the same for every process.
     log_snr_mean, log_snr_std
-        Of ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`.
+        For ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`.
     times
-        ``"importance"``: drawn in proportion to the loss of the untrained model, with the weights
-        that undo it; ``"uniform"``; or, with weights that do not undo it, ``"logit_normal"`` or
-        ``"mode"``: times count as often as they are drawn (Esser et al. 2024).
+        ``"importance"``: times in proportion to the loss of the untrained model, with the inverse
+        weights; ``"uniform"``; or, without inverse weights, ``"logit_normal"`` or ``"mode"`` (Esser
+        et al. 2024).
     logit_mean, logit_std
-        Of ``times = "logit_normal"``; see `cldsde.score.logit_normal_density`.
+        For ``times = "logit_normal"``; see `cldsde.score.logit_normal_density`.
     mode_scale
-        Of ``times = "mode"``; see `cldsde.score.mode_density`.
+        For ``times = "mode"``; see `cldsde.score.mode_density`.
     t_min
         Smallest time; the loss is the mean over [t_min, 1].
     precision
-        Of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        Precision of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     compile
         Compile the network with ``torch.compile``.
     held_out
-        Images of the held-out set whose loss is logged, at most.
+        Largest number of held-out images whose loss is logged.
     log_every, save_every, sample_every
-        Images between lines of metrics, states saved to resume from, and grids of samples.
+        Images between lines of metrics, saved states, and grids of samples.
     sample_grid
         Images of a grid.
     snapshots
-        How many of the last averaged weights are kept in the folder ``snapshots``.
+        Number of averaged weights that are kept in the folder ``snapshots``.
+    snapshots_by
+        Which are kept: the ``"last"``, or those with the smallest ``"held_out_loss"`` or ``"fd"``.
+    measure, measure_samples
+        ``"fd"`` measures with each saved state the Fréchet distance of so many samples to the
+        training images, in features of a classifier of their classes; None measures nothing.
     keep_state
         Keep the training state of a finished run, so that it can be trained further.
     init_from
@@ -283,6 +317,7 @@ class TrainingConfig:
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip: Positive | None = 1.0
     ema_decay: Share = 0.9999
+    reduction: Literal["mean", "sum"] = "mean"
     conditioning: Literal["data", "all"] = "data"
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
     log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
@@ -300,47 +335,49 @@ class TrainingConfig:
     sample_every: Count = 100_000
     sample_grid: Count = 64
     snapshots: Natural = 0
+    snapshots_by: Literal["last", "held_out_loss", "fd"] = "last"
+    measure: Literal["fd"] | None = None
+    measure_samples: Annotated[Count, Field(ge=2)] = 1000
     keep_state: Flag = True
     init_from: str | None = None
 
     def __post_init__(self) -> None:
         """Reject weightings that do not go with other settings."""
         if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
-            msg = (
-                f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
-                f"got {self.weighting!r}"
-            )
-            raise SettingError("weighting", msg)
+            msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
+            raise SettingError("weighting", f"{msg}got {self.weighting!r}")
         if self.weighting == "log_snr" and self.conditioning != "data":
             msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
             raise SettingError("conditioning", msg)
+        if self.snapshots_by == "fd" and self.measure != "fd":
+            raise SettingError("snapshots_by", "'fd' needs training.measure = 'fd'")
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Number of optimiser steps."""
         return -(-self.images // self.batch)
 
 
 @section
 class SamplingConfig:
-    """How grids of samples are drawn in training, and what ``cldsde sample`` does by default.
+    """Sampling of grids during training, and defaults of ``cldsde sample``.
 
     Attributes
     ----------
     solver
         Name of a solver; a short one, such as ``em``, becomes the full one.
     nfe
-        Score evaluations an image, the last denoising included.
+        Score evaluations per image, the last denoising included.
     grid
-        Where the times of the steps lie: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
+        Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
         ``"logistic"`` or ``"karras"``.
     t_start, t_end
-        Times at which sampling starts and ends (ε). None: the times that `cldsde.sample` takes,
-        where κ, half the log of the signal-to-noise ratio, is −3.3 and 3.3.
+        Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, the times at
+        which κ, half the log of the signal-to-noise ratio, is −3.3 and 3.3.
     denoise
-        Whether the data prediction at ε is the image, rather than the state there.
+        Return the data prediction at ε instead of the state there.
     options
-        Fields of the solver that are to differ, such as ``rtol``.
+        Fields of the solver that differ from its defaults, such as ``rtol``.
     """
 
     solver: str = "multistep-2-sde"

@@ -1,7 +1,7 @@
-"""Randomness of training as a function of the seed and of the place where it is used.
+"""Randomness of training as a function of the seed and of the step and purpose.
 
-Nothing is carried from step to step: a run that resumes, or that is shared by other processes,
-draws what it would have drawn.
+No state is carried from step to step: a resumed run, or one on other processes, has the same random
+numbers.
 """
 
 from __future__ import annotations
@@ -12,33 +12,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["image_order", "stream", "stream_seed"]
-
 
 def stream_seed(seed: int, purpose: str, *place: int) -> int:
     """A seed in [0, 2³²) for one purpose at one place, e.g. ``("noise", step, part)``."""
     text = "/".join([str(seed), purpose, *map(str, place)])
-    # torch's generator on the host looks at 32 bits of its seed.
+    # torch's generator on the CPU uses 32 bits of its seed.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def stream(
     seed: int, purpose: str, *place: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator of its own for one purpose at one place."""
+    """A generator for one purpose at one place."""
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *place))
 
 
 def image_order(seed: int, images: int, first: int, count: int) -> Tensor:
-    """Rows of the data set that are seen at positions ``first`` … ``first + count - 1``.
-
-    Each pass over the data has an order of its own.
-
-    Returns
-    -------
-    Tensor
-        ``(count,)`` int64.
-    """
+    """Rows ``(count,)`` of the data set at positions from ``first`` on; each pass has its order."""
     positions = torch.arange(first, first + count)
     passes, rows = positions // images, positions % images
     order = torch.empty_like(rows)

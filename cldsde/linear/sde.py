@@ -51,7 +51,7 @@ class LinearSDE:
     Raises
     ------
     TypeError
-        If ``dynamics`` is not a `Dynamics`.
+        If ``dynamics`` has another type than ``Dynamics``.
     ValueError
         If a covariance is not a symmetric positive semi-definite k×k matrix,
         ``stationary_covariance`` is not stationary, or a subclass sets another ``T`` than 1.

@@ -87,7 +87,7 @@ def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_p
     monkeypatch.setattr(evaluation_table, "draw_images", interrupted)
     assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "cldsde compare: interrupted; the same command goes on"
+        "cldsde compare: interrupted; the same command resumes"
     )
     cells = json.loads((out / "comparison.json").read_text())["rows"][0]["cells"]
     assert "Unfinished." in (out / "report.html").read_text()

@@ -147,7 +147,7 @@ def test_a_method_of_torchdiffeq_with_fixed_steps_takes_a_budget(run, tmp_path, 
     [
         (["--solver", "sscz"], "'sscz'; did you mean sscs?"),
         (["--nfe", "1"], "--nfe: must be"),
-        (["--solver", "probability-flow", "--nfe", "10"], "chooses its own times"),
+        (["--solver", "probability-flow", "--nfe", "10"], "is adaptive; use --set"),
         (["--seeds", "5-3"], "--seeds must be A-B"),
         (["--seeds", "x"], "--seeds must be A-B"),
         (["--seeds", "0-3", "--seed", "5"], "alternatives"),
@@ -208,7 +208,7 @@ def test_a_run_is_measured_and_what_is_done_is_kept(run, tmp_path, capsys):
     assert main([*arguments, "--metrics", "bpd", "--likelihood-images", "2"]) == 0
     bits = json.loads(out.read_text())["likelihood"]
     assert bits["images"] == 2
-    assert "bits a dimension" in capsys.readouterr().out
+    assert "bits per dim" in capsys.readouterr().out
 
 
 def test_samples_are_as_far_from_the_data_in_a_file_a_folder_and_of_the_run(run, tmp_path):
@@ -275,7 +275,7 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
         ([run, "--features", "math:pi"], "--features: must be callable"),
         (
             [run, "--features", "torch:flatten"],
-            "flatten' makes none of images (2, 1, 8, 8) (TypeError",
+            "flatten' fails for images (2, 1, 8, 8) (TypeError",
         ),
         (
             [run, "--features", "broken:Network"],

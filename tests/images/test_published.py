@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from cldsde.cli import main
 from cldsde.images.config import load_config
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, make_network
@@ -15,13 +17,15 @@ from cldsde.images.networks import parameter_count
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import draw_images
 from cldsde.images.train.loop import train
+from cldsde.pretrained import published_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Parameters of the published networks (Dockhorn et al. 2022), 107.6 M and 65.5 M.
+# Millions of parameters of the published networks (Dockhorn et al. 2022).
 PUBLISHED = {
-    "cifar10_cld": ((3, 32, 32), 107.6e6),
-    "cifar10_vp": ((3, 32, 32), 107.6e6),
-    "celebahq256_cld": ((3, 256, 256), 65.5e6),
+    "cifar10_cld": ((3, 32, 32), 107.6),
+    "cifar10_vp": ((3, 32, 32), 107.6),
+    "celebahq256_cld": ((3, 256, 256), 65.5),
+    "celebahq256_cld_later": ((3, 256, 256), 103.1),
 }
 
 
@@ -30,8 +34,42 @@ def test_networks_have_the_published_size(name):
     shape, count = PUBLISHED[name]
     config = load_config(CONFIGS / f"{name}.toml")
     network = make_network(config, shape, None, device="meta")
-    # diffusers' skip blocks replace convolutions of 0.9 M parameters.
-    assert parameter_count(network) == pytest.approx(count, rel=0.01)
+    assert round(parameter_count(network) / 1e6, 1) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cifar10_cld", "cifar10"),
+        ("cifar10_vp", "cifar10_vpsde"),
+        ("celebahq256_cld", "celeba_paper"),
+        ("celebahq256_cld_later", "celeba_post_paper"),
+    ],
+)
+def test_configurations_are_those_of_the_published_checkpoints(name, settings):
+    config, model = (
+        load_config(CONFIGS / f"{name}.toml"),
+        published_models.PUBLISHED["cld-sgm"][settings],
+    )
+    assert repr(config.process.make()) == repr(model.make_process())
+    shape, _ = PUBLISHED[name]
+    network = make_network(config, shape, None, device="meta").network
+    published = model.make_network("meta")
+    assert repr(network) == repr(published)
+    log_clock = "fourier_scale" in config.network.options
+    how = config.score.published(log_clock=log_clock)
+    # Training here needs no number added to variances.
+    assert how == dataclasses.replace(model.parameterisation, numerical_eps=0.0)
+    assert (config.training.batch, config.training.t_min) == (model.batch, model.t_min)
+
+
+def test_the_printed_configuration_tells_parameters_and_memory(capsys):
+    assert main(["train", str(CONFIGS / "cifar10_cld.toml"), "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "# parameters: 107,593,859, images of 3×32×32" in text
+    # Four bytes of weights, average, gradient and two moments each.
+    assert f"# memory: {20 * 107_593_859 / 2**20:,.0f} MiB" in text
+    assert tomllib.loads(text)["training"]["warmup"] == 12_800_000
 
 
 @pytest.mark.slow

@@ -1,10 +1,8 @@
-"""Comparison of models and samplers: one data set, one feature space, one count of evaluations.
+"""Comparison of models and samplers on one data set: a loop over training and evaluation.
 
-Whatever is done is in files at once: runs of the models in ``models``, cells as
-`Evaluation` keeps them in ``evaluations``, the classifier whose features all models are compared
-in. `RESULTS` is made of these after every cell, and the report of it alone, after every row; so a
-comparison that is cut off anywhere goes on, and one whose rows or models are added to keeps what it
-has.
+Runs of the models are kept in ``models``, cells in ``evaluations`` as `Evaluation` keeps them. The
+file `RESULTS` is made of these after every cell, and the report of it after every row. A comparison
+that is interrupted resumes, and keeps its cells if rows or models are added.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,10 @@ from torch import Tensor, nn
 
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_results, write_report
-from cldsde.images.config import ProcessConfig, SamplingConfig
+from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.evaluate.evaluation import Evaluation
+from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError
 from cldsde.images.evaluate.results import (
     FAILED,
     SAMPLING,
@@ -31,42 +29,20 @@ from cldsde.images.evaluate.results import (
     resolved_solver,
     stored_results,
 )
-from cldsde.images.evaluate.shared import UndefinedLikelihoodError
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.train.loop import TRAINING, train
 from cldsde.progress import progress_bar
 
-__all__ = ["Comparison"]
-
 _FOLDERS = ("models", "evaluations", "samples")
-_COLUMNS = 16  # images of each line of a picture of samples
+_COLUMNS = 16  # images per line of a picture of samples
 
 
 class Comparison:
     """A comparison in its folder.
 
-    Making one checks everything and opens the folder, and those of the models; `run` does the work.
-
-    Parameters
-    ----------
-    config
-        What to compare.
-    out
-        The folder; made if missing. One of a comparison that differs in models and rows only is
-        gone on with.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
-
-    Raises
-    ------
-    ValueError
-        If something does not fit, or a folder or file belongs to something else or is damaged.
-    OSError
-        If the folder cannot be made or written.
+    The constructor checks everything and opens the folders; `run` does the work.
     """
 
     def __init__(
@@ -75,7 +51,7 @@ class Comparison:
         self.config, self.device, self.progress = config, device, progress
         self.data = check_comparison(config, device=device)
         self.distances = self._evaluation(out, *(x for x in config.metrics if x != "bpd"))
-        # All folders are looked at before any is made.
+        # All folders are checked before any is made.
         for name in _FOLDERS:
             if (out / name).exists() and not (out / name).is_dir():
                 raise SettingError("out", f"{out / name} is not a folder; move it away")
@@ -98,29 +74,30 @@ class Comparison:
         for name, run in self.runs.items():
             if (run / MODEL).exists():
                 try:
-                    model = load_model(run.path)
+                    model = load_model(run.path, trust=True)
                 except ValueError as error:
                     raise ValueError(run.damaged(MODEL, error, cost=TRAINING)) from error
                 training = config.runs[name].training
                 if model.images_seen == training.steps * training.batch:
-                    self._take_up(name, model)
+                    self._add_model(name, model)
 
     def run(self) -> dict[str, Any]:
-        """Train and measure what is missing; return what `RESULTS` then holds.
-
-        Raises
-        ------
-        ValueError, FloatingPointError, OSError
-            As `train` and `Evaluation.of_run` do; what is done is kept.
-        """
+        """Train and measure everything that is missing; return the content of `RESULTS`."""
         try:
-            if not self._are_filled([self._row(row) for row in self.config.rows]):
-                # All depends on the features: what is wrong with them is seen before any training.
+            cells = [cell for row in self.config.rows for cell in self._row(row)["cells"]]
+            if not self._are_filled(cells):
+                # Everything depends on the features: their errors come before any training.
                 self.distances.prepare(progress=self.progress)
-            for name in self.config.models:
-                model = self._trained(name)
+            for name, settings in self.config.runs.items():
+                options = {"device": self.device, "progress": self.progress}
+                train(settings, self.data, self.runs[name], **options)  # type: ignore[arg-type]
+                model = load_model(self.runs[name].path, self.device, trust=True)
+                self._add_model(name, model)
+                self._write()
                 self._fill(name, model)
-                self._measure_bits(name, model)
+                if "bpd" in self.config.metrics:
+                    evaluation = self._evaluation(self.folder.path, "bpd")
+                    self._measure(evaluation, name, model, [])
         finally:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
@@ -128,37 +105,26 @@ class Comparison:
 
     def _evaluation(self, out: Path, *metrics: str) -> Evaluation:
         config = self.config
+        names = ("samples", "repeats", "first_seed", "batch", "features", "likelihood_images")
         evaluation = Evaluation(
             data=self.data,
             metrics=metrics,
-            samples=config.samples,
-            repeats=config.repeats,
-            first_seed=config.first_seed,
-            batch=config.batch,
-            features=config.features,
             weights=None if config.weights is None else Path(config.weights).expanduser(),
-            likelihood_images=config.likelihood_images,
             folder=out,
             device=self.device,
+            **{name: getattr(config, name) for name in names},
         )
         evaluation.check()
         return evaluation
 
-    def _trained(self, name: str) -> ImageModel:
-        run = self.runs[name]
-        train(self.config.runs[name], self.data, run, device=self.device, progress=self.progress)
-        model = load_model(run.path, self.device)
-        self._take_up(name, model)
-        self._write()
-        return model
-
-    def _take_up(self, name: str, model: ImageModel) -> None:
-        """Note a trained model, and what was measured of it."""
+    def _add_model(self, name: str, model: ImageModel) -> None:
+        """Add a trained model to the results, and its measures so far."""
         self.found[name] = stored_results(self._evaluated(name), model.digest)
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
+        options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
         self.models[name] = {
-            "process": _words(config.process),
+            "process": f"{config.process.name}({options})",
             "parameters": {
                 "score": _numbers(model.score),
                 "autoencoder": 0 if vae is None else _numbers(vae),
@@ -179,34 +145,29 @@ class Comparison:
             for row in rows:
                 for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
                     bar.set_postfix_str(f"{row.label}, {budget:g}")
-                    self._measure(name, model, recipe)
+                    self._measure(self.distances, name, model, [recipe])
                     bar.update()
                 self._draw(row, model)
                 self._write()
-                self._report()
+                # Written after every row: a killed process has no time for a report at its end.
+                if self.results != self.shown:
+                    write_report(self.folder.path, pictures=False)
+                    self.shown = self.results
 
-    def _measure(self, name: str, model: ImageModel, recipe: SamplingConfig) -> None:
+    def _measure(
+        self, evaluation: Evaluation, name: str, model: ImageModel, recipes: list[SamplingConfig]
+    ) -> None:
         try:
-            self.found[name] = self.distances.of_run(model, [recipe], self._evaluated(name))
-        except FloatingPointError:
-            # That a sampler fails at a budget is a result, too, and kept beside the others.
-            self.found[name] = stored_results(self._evaluated(name), model.digest)
-        self._write()
-
-    def _measure_bits(self, name: str, model: ImageModel) -> None:
-        if "bpd" not in self.config.metrics:
-            return
-        try:
-            evaluation = self._evaluation(self.folder.path, "bpd")
-            self.found[name] = evaluation.of_run(model, [], self._evaluated(name))
+            self.found[name] = evaluation.of_run(model, recipes, self._evaluated(name))
         except UndefinedLikelihoodError as error:
             self.undefined[name] = str(error)
         except FloatingPointError:
+            # The failure of a sampler at a budget is a result, too, and stored with the others.
             self.found[name] = stored_results(self._evaluated(name), model.digest)
         self._write()
 
     def _draw(self, row: RowConfig, model: ImageModel) -> None:
-        """Keep a picture of a row's first images, a line for each budget."""
+        """Keep a picture of a row's first images, one line per budget."""
         name = _picture_name(row, model.digest)
         if is_whole_picture(self.folder / name):
             return
@@ -218,50 +179,34 @@ class Comparison:
                 lines.append(self.distances.draw(model, recipe, seeds).images)
             except FloatingPointError:
                 lines.append(torch.zeros(len(seeds), *model.space.shape, dtype=torch.uint8))
-        self.folder.write(
-            name,
-            lambda file: save_grid(file, torch.cat(lines), model.space.levels, columns=len(seeds)),
-        )
+        sheet, levels = torch.cat(lines), model.space.levels
+        self.folder.write(name, lambda file: save_grid(file, sheet, levels, columns=len(seeds)))
 
     def _evaluated(self, name: str) -> Path:
         return self.folder / f"evaluations/{name}.json"
 
     def _write(self) -> None:
-        """Put what there is into `RESULTS`."""
+        """Collect all results in `RESULTS`."""
         rows = [self._row(row) for row in self.config.rows]
-        models = {
-            name: {**self.models[name], "bits": self._bits(name)}
-            for name in self.config.models
-            if name in self.models
-        }
-        results = {
+        names = [name for name in self.config.models if name in self.models]
+        models = {name: {**self.models[name], "bits": self._bits(name)} for name in names}
+        measured = [model["bits"] is not None for model in models.values()]
+        self.results = {
             "format": FORMAT,
-            "complete": self._is_complete(models, rows),
+            "complete": (
+                len(models) == len(self.config.models)
+                and self._are_filled([cell for row in rows for cell in row["cells"]])
+                and ("bpd" not in self.config.metrics or all(measured))
+            ),
             "made": self._origins(),
             "reference": self._reference(),
             "models": models,
             "rows": rows,
             "config": self.config.to_dict(),
         }
-        self.results = results
-        self.folder.write_json(RESULTS, results)
+        self.folder.write_json(RESULTS, self.results)
 
-    def _report(self) -> None:
-        """Show what there is, if it is more than was shown: a kill leaves no time for it."""
-        if self.results != self.shown:
-            write_report(self.folder.path, pictures=False)
-            self.shown = self.results
-
-    def _is_complete(self, models: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-        bits = [model["bits"] for model in models.values()]
-        return (
-            len(models) == len(self.config.models)
-            and self._are_filled(rows)
-            and ("bpd" not in self.config.metrics or None not in bits)
-        )
-
-    def _are_filled(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        cells = [cell for row in rows for cell in row["cells"]]
+    def _are_filled(self, cells: list[dict[str, Any]]) -> bool:
         return all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
 
     def _row(self, row: RowConfig) -> dict[str, Any]:
@@ -282,17 +227,15 @@ class Comparison:
             if failures:
                 cell["reason"] = failures[0]
             cells.append(cell)
-        picture = None
-        if row.model in self.models:
-            name = _picture_name(row, self.models[row.model]["weights"])
-            picture = name if (self.folder / name).exists() else None
+        model = self.models.get(row.model)
+        picture = None if model is None else _picture_name(row, model["weights"])
         return {
             "model": row.model,
             "label": row.label,
             "solver": row.solver,
             "adaptive": not row.nfe,
             "fixed": {} if row.nfe else row.fixed,
-            "picture": picture,
+            "picture": picture if picture and (self.folder / picture).exists() else None,
             "cells": cells,
         }
 
@@ -306,32 +249,25 @@ class Comparison:
         return {**{key: found[key] for key in kept}, "t_min": found["settings"]["t_min"]}
 
     def _likelihood(self, name: str) -> dict[str, Any] | None:
-        """What is kept of a model's likelihood of as many images as are wanted."""
+        """A model's stored likelihood, if it is of as many images as configured."""
         found: dict[str, Any] | None = self.found[name]["likelihood"]
-        wanted = found is not None and found["asked"] == self.config.likelihood_images
-        return found if wanted else None
+        return found if found and found["asked"] == self.config.likelihood_images else None
 
     def _origins(self) -> list[dict[str, Any]]:
-        """Versions, machines, devices and threads that the numbers are from: different ones."""
-        cells = [
+        """The distinct versions, machines, devices and threads that computed the numbers."""
+        records = [
             cell[SAMPLING]
             for row in self.config.rows
             if row.model in self.found
             for recipe in row.recipes()
             for cell in self.distances.tried(self.found[row.model], recipe)
         ]
-        bits = [self._likelihood(name) for name in self.found]
-        made = [one for record in [*cells, *filter(None, bits)] for one in record.get("made", [])]
+        records += filter(None, map(self._likelihood, self.found))
+        made = [one for record in records for one in record.get("made", [])]
         return [one for i, one in enumerate(made) if one not in made[:i]]
 
     def _reference(self) -> dict[str, Any] | None:
-        """What the distances of all cells are to, and in which features.
-
-        Raises
-        ------
-        ValueError
-            If cells differ in that.
-        """
+        """The reference and the features of all distances; raise if cells differ in them."""
         keys = ("features", "reference_samples", "reference_sha256")
         references = [
             {key: measure[key] for key in keys}
@@ -342,10 +278,8 @@ class Comparison:
             if name.startswith("fd ")
         ]
         if any(one != references[0] for one in references):
-            msg = (
-                f"{self.folder / 'evaluations'} holds distances in the features of different "
-                "classifiers; delete it to have them measured again"
-            )
+            msg = f"{self.folder / 'evaluations'} holds distances in the features of different "
+            msg += "classifiers; delete it to have them measured again"
             raise ValueError(msg)
         return references[0] if references else None
 
@@ -354,13 +288,8 @@ def _numbers(part: nn.Module) -> int:
     return sum(x.numel() for x in part.parameters())
 
 
-def _words(process: ProcessConfig) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in process.options.items())
-    return f"{process.name}({options})"
-
-
 def _training_seconds(metrics: Path) -> float | None:
-    """Seconds of a training, all its parts together, from the last line of its metrics."""
+    """Seconds of a training, from the last line of its metrics."""
     try:
         return float(json.loads(metrics.read_text().splitlines()[-1])["seconds"])
     except (OSError, LookupError, TypeError, ValueError):
@@ -368,10 +297,9 @@ def _training_seconds(metrics: Path) -> float | None:
 
 
 def _picture_name(row: RowConfig, weights: str) -> str:
-    """File of a row's picture; another recipe or model has another."""
+    """File of a row's picture, which depends on recipes and weights."""
     recipes = row.recipes()
     parts = f"{weights} {recipes} {[resolved_solver(recipe) for recipe in recipes]}"
     digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
     words = "".join(x if x.isalnum() else " " for x in row.label.lower())
-    slug = "-".join(words.split())
-    return f"samples/{row.model}-{slug}-{digest}.png"
+    return f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"

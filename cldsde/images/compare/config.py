@@ -16,13 +16,11 @@ from cldsde.images.errors import SettingError, setting
 from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import check_sampling, make_solver
 from cldsde.images.schema import (
+    Configuration,
     Count,
     Flag,
     Positive,
-    as_toml,
     check_name,
-    from_dict,
-    plain,
     read_file,
     section,
     with_overrides,
@@ -31,22 +29,14 @@ from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
 from cldsde.solvers.named import canonical_name
 
-__all__ = [
-    "PRESETS",
-    "ComparisonConfig",
-    "RowConfig",
-    "check_comparison",
-    "load_comparison",
-]
-
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
     for name in ("fashion_mnist", "cld_variants", "quick")
 }
 """Comparisons that come with the package."""
 
-_TOLERANCES = ("rtol", "atol")  # what a tolerance of a row sets
-_IMAGES = 2**20  # with seeds of their own, for each seed of a comparison
+_TOLERANCES = ("rtol", "atol")
+_IMAGES = 2**20  # images with seeds of their own, for each seed of a comparison
 
 
 @section
@@ -60,14 +50,14 @@ class RowConfig:
     solver
         Name of the solver.
     label
-        What the row is called; the name of the solver if empty.
+        Name of the row; the name of the solver if empty.
     grid, t_end, denoise, options
         See `SamplingConfig`.
     nfe
-        Budgets of score evaluations an image, for solvers on a grid.
+        Budgets of score evaluations per image, for solvers on a grid.
     tolerances
-        Each sets ``rtol`` and ``atol``, or the one of them that ``options`` does not set, for
-        solvers that choose their steps.
+        Tolerances of adaptive solvers. Each sets ``rtol`` and ``atol``, or the one that ``options``
+        does not set.
     """
 
     model: str
@@ -81,18 +71,17 @@ class RowConfig:
     tolerances: tuple[Positive, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no solver of that name can do."""
+        """Resolve the names, and check budgets and options."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
-        solver = make_solver(self._recipe())
-        given, other = "nfe", "tolerances"
-        if solver.facts.adaptive:
-            given, other = other, given
-        if not getattr(self, given) or getattr(self, other):
-            msg = f"{self.solver} needs a list of {given}, and no {other}"
-            raise SettingError(given, msg)
-        if len(set(getattr(self, given))) < len(getattr(self, given)):
-            raise SettingError(given, f"must differ; got {list(getattr(self, given))}")
+        needed, other = "nfe", "tolerances"
+        if make_solver(self._recipe()).facts.adaptive:
+            needed, other = other, needed
+        budgets = getattr(self, needed)
+        if not budgets or getattr(self, other):
+            raise SettingError(needed, f"{self.solver} needs a list of {needed}, and no {other}")
+        if len(set(budgets)) < len(budgets):
+            raise SettingError(needed, f"must differ; got {list(budgets)}")
         if self.tolerances and len(self.fixed) == len(_TOLERANCES):
             msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
             raise SettingError("tolerances", msg)
@@ -105,11 +94,11 @@ class RowConfig:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """What ``options`` sets of what a tolerance would set."""
+        """Tolerances that ``options`` sets."""
         return {name: self.options[name] for name in _TOLERANCES if name in self.options}
 
     def recipes(self) -> list[SamplingConfig]:
-        """One for each budget."""
+        """The sampling settings for each budget."""
         if self.nfe:
             return [self._recipe(nfe=nfe) for nfe in self.nfe]
         return [
@@ -118,28 +107,28 @@ class RowConfig:
         ]
 
     def _recipe(self, **changes: Any) -> SamplingConfig:
-        own = {name: getattr(self, name) for name in ("solver", "grid", "t_end", "denoise")}
-        recipe = SamplingConfig(**{**own, "options": self.options, **changes})
+        names = ("solver", "grid", "t_end", "denoise", "options")
+        recipe = SamplingConfig(**{**{name: getattr(self, name) for name in names}, **changes})
         make_solver(recipe)
         return recipe
 
 
 @section
-class ComparisonConfig:
-    """Which models are compared, and how.
+class ComparisonConfig(Configuration):
+    """Models to compare, and samplers and metrics to compare them with.
 
     Attributes
     ----------
     seed
-        Of weights and training of all models; that of each image follows from it.
+        Seed of weights and training of all models; the seed of each image follows from it.
     samples
-        Images of a cell of the table, for each repeat.
+        Images per cell of the table and repeat.
     repeats
-        Sets of images, with seeds of their own, whose spread is reported.
+        Sets of images with seeds of their own, whose spread is reported.
     batch
-        Images at once.
+        Images per batch.
     metrics
-        Of `cldsde.images.evaluate.evaluation.METRICS`.
+        Some of `cldsde.images.evaluate.evaluation.METRICS`.
     features, weights
         See `cldsde.images.evaluate.evaluation.Evaluation`.
     likelihood_images
@@ -165,7 +154,7 @@ class ComparisonConfig:
     rows: tuple[RowConfig, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared; build the configuration of each model."""
+        """Check the parts against each other, and build the configuration of each model."""
         if self.samples * self.repeats > _IMAGES:
             product = f"{self.samples:,} times {self.repeats:,}"
             msg = f"times repeats must be at most {_IMAGES:,}; got {product}"
@@ -176,51 +165,28 @@ class ComparisonConfig:
         for metric in self.metrics:
             check_name(metric, METRICS, "metrics")
         if set(self.metrics) == {"bpd"}:
-            msg = "must hold one of samples, such as fd; got bpd alone"
-            raise SettingError("metrics", msg)
-        for i, row in enumerate(self.rows):
-            check_name(row.model, self.models, f"rows[{i}].model")
+            raise SettingError("metrics", "must hold one of samples, such as fd; got bpd alone")
         names = [(row.model, row.label) for row in self.rows]
-        twice = [
-            f"{label!r} of {model}" for model, label in names if names.count((model, label)) > 1
-        ]
-        if twice:
-            msg = f"labels of a model must differ; got twice {twice[0]}"
-            raise SettingError("rows", msg)
+        for i, (model, label) in enumerate(names):
+            check_name(model, self.models, f"rows[{i}].model")
+            if (model, label) in names[:i]:
+                msg = f"labels of a model must differ; got twice {label!r} of {model}"
+                raise SettingError("rows", msg)
         first, *others = self.runs
+        data = self.runs[first].data
         for name in others:
-            data, expected = self.runs[name].data, self.runs[first].data
-            if (data.name, data.options) != (expected.name, expected.options):
+            own = self.runs[name].data
+            if (own.name, own.options) != (data.name, data.options):
                 msg = f"must be the data of {first}: samples are compared with it"
                 raise SettingError(f"models.{name}.data", msg)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ComparisonConfig:
-        """Check and build a comparison from plain types.
-
-        Raises
-        ------
-        SettingError
-            If a key is unknown, missing or of the wrong type, or a value out of range.
-        """
-        return from_dict(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """In JSON types, defaults included."""
-        values: dict[str, Any] = plain(self)
-        return values
-
-    def to_toml(self) -> str:
-        """As a TOML file that `load_comparison` reads; see `as_toml` for what is None."""
-        return as_toml(self)
-
     @property
     def first_seed(self) -> int:
-        """Seed of the first image of each cell; others follow one by one."""
+        """Seed of the first image of each cell; the others count from there."""
         return self.seed * _IMAGES
 
     def shared(self) -> dict[str, Any]:
-        """What all cells depend on: models, rows, metrics and repeats may be added later."""
+        """Settings of all cells; models, rows, metrics and repeats may be added later."""
         return {name: getattr(self, name) for name in ("seed", "samples", "batch", "features")}
 
     @cached_property
@@ -249,24 +215,12 @@ class ComparisonConfig:
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
-    """Read a comparison from a file in TOML, YAML or JSON, with overrides such as ``samples=64``.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or for the reasons of `ComparisonConfig.from_dict`.
-    """
+    """Read a comparison from a file, with overrides such as ``samples=64``; see `load_config`."""
     return ComparisonConfig.from_dict(with_overrides(read_file(path), overrides))
 
 
 def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataSet:
-    """Refuse what cannot be trained or sampled, before anything is made; return the images.
-
-    Raises
-    ------
-    ValueError
-        If data, networks, processes, solvers and device do not fit; the message names the key.
-    """
+    """Check that all models can be trained and sampled, and return the images."""
     data = next(iter(config.runs.values())).data.load()
     for name, run in config.runs.items():
         try:
@@ -282,21 +236,18 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with a model's own values in their places, sections key by key."""
-    merged = dict(base)
-    for key, value in own.items():
-        there = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(there, Mapping):
-            merged[key] = _merged(there, value)
-        else:
-            merged[key] = value
+    """The base with a model's own values, sections key by key."""
+    merged = {**base, **own}
+    for key in base.keys() & own.keys():
+        if isinstance(base[key], Mapping) and isinstance(own[key], Mapping):
+            merged[key] = _merged(base[key], own[key])
     return merged
 
 
-def _holds(section: Any, path: Sequence[str]) -> bool:
-    """Whether a value stands at a path of keys, in nested sections."""
+def _holds(values: Any, path: Sequence[str]) -> bool:
+    """Whether nested sections hold a path of keys."""
     for key in path:
-        if not isinstance(section, Mapping) or key not in section:
+        if not isinstance(values, Mapping) or key not in values:
             return False
-        section = section[key]
+        values = values[key]
     return True

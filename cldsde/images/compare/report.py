@@ -1,4 +1,4 @@
-"""Report of a comparison, made of its file of results and its pictures alone."""
+"""Report of a comparison, from its file of results and its pictures."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ from cldsde.images.figures import is_whole_picture
 from cldsde.images.files import write_whole
 from cldsde.validation.page import data_uri, render_page
 
-__all__ = ["FORMAT", "RESULTS", "plot_measure", "read_results", "write_report"]
-
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
-"""What the file of results says that it is."""
+"""Format of the file of results, in the file itself."""
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What a comparison has found so far.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or holds something else.
-    """
+    """Results of a comparison so far, from their file."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -51,12 +43,7 @@ def read_results(file: Path) -> dict[str, Any]:
 def write_report(folder: Path, *, pictures: bool = True) -> None:
     """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
 
-    Parameters
-    ----------
-    folder
-        Of the comparison.
-    pictures
-        Write the plots as PNG, too, which takes as long as all the rest.
+    Without ``pictures`` plots are not written as PNG, which takes as long as the rest.
     """
     results = read_results(folder / RESULTS)
     found = tables(results)
@@ -65,10 +52,9 @@ def write_report(folder: Path, *, pictures: bool = True) -> None:
     plots = []
     for measure in measures_of(results):
         figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
-        _save(figure, file)
+        for each in [file, file.with_suffix(".png")] if pictures else [file]:
+            write_whole(each, lambda path, figure=figure: figure.savefig(path, dpi=150))  # type: ignore[misc]
         plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
-        if pictures:
-            _save(figure, file.with_suffix(".png"))
     page = render_page(
         "Comparison of models and samplers",
         _BODY,
@@ -85,19 +71,9 @@ def write_report(folder: Path, *, pictures: bool = True) -> None:
 
 
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
-    """A measure against score evaluations: a panel for each model, the others behind it in grey.
+    """Plot a measure against score evaluations, one panel per model, the others in grey.
 
-    Parameters
-    ----------
-    results
-        Of a comparison.
-    measure
-        One of `cldsde.images.compare.tables.measures_of`.
-
-    Returns
-    -------
-    Figure
-        Means over repeats, with their standard deviations.
+    Returns means over repeats, with their standard deviations.
     """
     rows = [
         (row["model"], row["label"], cells)
@@ -132,16 +108,14 @@ def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
         _logarithmic(axes)
     for axes in grid.flat[len(models) :]:
         axes.set_axis_off()
-    figure.supxlabel("score evaluations an image (NFE)", fontsize="medium")
+    figure.supxlabel("score evaluations per image (NFE)", fontsize="medium")
     figure.supylabel(MEASURES[measure], fontsize="medium")
     return figure
 
 
 def _means(cells: list[dict[str, Any]], measure: str) -> tuple[list[float], list[float]]:
-    return (
-        [cell["nfe"] for cell in cells],
-        [statistics.mean(cell["measures"][measure]) for cell in cells],
-    )
+    values = [cell["measures"][measure] for cell in cells]
+    return [cell["nfe"] for cell in cells], list(map(statistics.mean, values))
 
 
 def _spread(values: list[float]) -> float:
@@ -158,17 +132,13 @@ def _logarithmic(axes: Axes) -> None:
     axes.grid(visible=True, alpha=0.3)
 
 
-def _save(figure: Figure, file: Path) -> None:
-    write_whole(file, lambda path: figure.savefig(path, dpi=150))
-
-
 _BODY = """\
 <p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
-{% if results.config.repeats == 1 %}set{% else %}sets{% endif %} of
+set{{ "" if results.config.repeats == 1 else "s" }} of
 {{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
 standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
 with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
-{{ one.threads }} {% if one.threads == 1 %}thread{% else %}threads{% endif %}, {{ one.machine }}.
+{{ one.threads }} thread{{ "" if one.threads == 1 else "s" }}, {{ one.machine }}.
 {%- endfor %}</p>
 {% for title, image in plots %}
 <p class="scroll"><img class="plot" src="{{ image }}"

@@ -1,13 +1,13 @@
 """Image data sets as bytes with labels, and their way to numbers in [−1, 1] and back.
 
-A data set is two `Images`, one to train on and one held out. `Images` answer one question: the
-bytes of the images with these row numbers. Whether they lie in memory or are decoded when asked
-for is their own business, so that a data set may be larger than memory.
+A data set is two `Images`, one to train on and one held out. `Images` return the bytes of images by
+their row numbers, from memory or decoded on access, so that a data set may exceed memory.
 
 Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
 `augment` can instead spread every level over its bin, as likelihoods of discrete data need.
 """
 
+from cldsde.images.data.arrays import array_images
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.images import ArrayImages, Images, Subset
 from cldsde.images.data.pixels import (
@@ -21,7 +21,6 @@ from cldsde.images.data.sets import (
     DATA_SETS,
     DataSet,
     array_file,
-    array_images,
     digits,
     fashion_mnist,
     image_folder,

@@ -1,4 +1,4 @@
-"""Arrays of NumPy's files and of torchvision's sets, and the order of their axes."""
+"""Images in the array files of NumPy, and the order of their axes."""
 
 from __future__ import annotations
 
@@ -6,63 +6,82 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.data.checks import listed, what_instead
-
-__all__ = ["Layout", "layout_of", "read_arrays", "to_nchw", "torchvision_arrays"]
+from cldsde.images.checks import as_whole, check_choice, listed, what_instead
+from cldsde.images.data.images import ArrayImages
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
-def layout_of(shape: Sequence[int], layout: Layout, file: Path) -> Layout:
-    """The order of the axes, found by the shape where it is not given."""
+def array_images(
+    path: str | Path,
+    *,
+    images: str | None = None,
+    labels: str | None = None,
+    layout: Layout = "auto",
+    levels: int = 256,
+) -> ArrayImages:
+    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
+
+    Raises
+    ------
+    FileNotFoundError, TypeError, ValueError
+        If there is no such file, or it cannot be read or holds something else.
+    """
+    check_choice(layout, get_args(Layout), "layout")
+    as_whole(levels, "levels", 2, 256)
+    file = Path(path).expanduser()
+    pixels, targets = _read(file, images, labels)
+    if pixels.dtype != np.uint8:
+        msg = f"{file} must hold images of uint8; got {pixels.dtype}"
+        raise TypeError(msg)
+    if 0 in pixels.shape:
+        msg = f"{file} must hold at least one image; got shape {pixels.shape}"
+        raise ValueError(msg)
+    tensor = to_nchw(torch.from_numpy(pixels), _layout_of(pixels.shape, layout, file))
+    if targets is not None and (targets.dtype.kind not in "iu" or targets.shape != (len(pixels),)):
+        got = f"{targets.dtype} of shape {targets.shape}"
+        msg = f"labels must be integers of shape ({len(pixels)},), one per image; got {got}"
+        raise ValueError(msg)
+    numbers = None if targets is None else torch.from_numpy(targets.astype(np.int64))
+    return ArrayImages(tensor, levels=levels, labels=numbers)
+
+
+def to_nchw(images: Tensor, layout: Layout) -> Tensor:
+    """A view of the images with axes (N, C, H, W)."""
+    if layout == "NHW":
+        return images.unsqueeze(1)
+    return images.permute(0, 3, 1, 2) if layout == "NHWC" else images
+
+
+def _layout_of(shape: Sequence[int], layout: Layout, file: Path) -> Layout:
+    """The order of the axes, found by the shape if it is not given."""
     if layout != "auto":
         if len(shape) != len(layout):
             msg = f"layout {layout} must have {len(layout)} axes; got shape {tuple(shape)} ({file})"
             raise ValueError(msg)
         return layout
     readings: list[Layout] = []
-    if len(shape) == 3:
-        # (H, W, 3) is one image, and (3, H, W) as well.
-        readings = ["NHW"] if shape[0] not in (1, 3) and shape[2] not in (1, 3) else []
+    # (H, W, 3) and (3, H, W) are one image each.
+    if len(shape) == 3 and shape[0] not in (1, 3) and shape[2] not in (1, 3):
+        readings = ["NHW"]
     elif len(shape) == 4:
-        if shape[3] in (1, 3):
-            readings.append("NHWC")
-        if shape[1] in (1, 3):
-            readings.append("NCHW")
+        axes: list[tuple[Layout, int]] = [("NHWC", shape[3]), ("NCHW", shape[1])]
+        readings = [reading for reading, channels in axes if channels in (1, 3)]
     if len(readings) != 1:
-        msg = (
-            f"layout must be given, as NHW, NHWC or NCHW, for the shape of {file}; got "
-            f"{tuple(shape)}, which could be several or none of them"
-        )
-        raise ValueError(msg)
+        msg = f"layout must be given, as NHW, NHWC or NCHW, for the shape of {file}; got "
+        raise ValueError(f"{msg}{tuple(shape)}, which could be several or none of them")
     return readings[0]
 
 
-def to_nchw(images: Tensor, layout: Layout) -> Tensor:
-    """The images with axes (N, C, H, W), not copied."""
-    if layout == "NHW":
-        return images.unsqueeze(1)
-    return images.permute(0, 3, 1, 2) if layout == "NHWC" else images
-
-
-def torchvision_arrays(source: Any, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) and classes (N,) of a data set of torchvision."""
-    images = torch.from_numpy(np.ascontiguousarray(source.data))
-    labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels)
-    if labels.ndim == 2:  # QMNIST tells more than the class
-        labels = labels[:, 0]
-    return to_nchw(images, layout), labels.to(torch.int64)
-
-
-def read_arrays(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
+def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     """The arrays of images and labels of a file."""
     if not path.is_file():
         msg = f"path must be a file; got {path}, which {what_instead(path)}"
@@ -78,14 +97,14 @@ def read_arrays(path: Path, images: str | None, labels: str | None) -> tuple[Arr
         return _npy(path), None
     beside = Path(labels).expanduser()
     if not beside.is_file():
-        msg = f"labels must be a .npy where path is one; got {beside}, which {what_instead(beside)}"
+        msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
         raise FileNotFoundError(msg)
     return _npy(path), _npy(beside)
 
 
 def _npy(file: Path) -> Array:
     try:
-        # Copy-on-write: torch wants memory that it may write to, and the file stays as it is.
+        # Copy-on-write: torch needs writable memory, and the file must not change.
         array: Array = np.lib.format.open_memmap(file, mode="c")
     except _UNREADABLE as error:
         msg = f"{file} cannot be read as .npy: {error}"
@@ -95,12 +114,10 @@ def _npy(file: Path) -> Array:
 
 def _members(file: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     try:
-        # Opened here, since np.load leaves damaged archives open.
+        # Opened here, because np.load leaves damaged archives open.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             names = list(archive.files)
-            wanted = (
-                names if images is None else [name for name in names if name in (images, labels)]
-            )
+            wanted = [name for name in names if images is None or name in (images, labels)]
             arrays = {name: archive[name] for name in wanted}
     except _UNREADABLE as error:
         msg = f"{file} cannot be read as .npz: {error}"
@@ -109,17 +126,9 @@ def _members(file: Path, images: str | None, labels: str | None) -> tuple[Array,
         if name is not None and name not in arrays:
             msg = f"{option} must be an array of {file}: {listed(names, 'or')}; got {name!r}"
             raise ValueError(msg)
-    if images is None:
-        found = [
-            name
-            for name, array in arrays.items()
-            if name != labels and array.dtype == np.uint8 and array.ndim in (3, 4)
-        ]
-        if len(found) != 1:
-            msg = (
-                f"images must name the array of images, for {len(found)} arrays of {file} could "
-                f"be it; it holds {listed(names)}"
-            )
-            raise ValueError(msg)
-        (images,) = found
-    return arrays[images], None if labels is None else arrays[labels]
+    fits = {name for name, x in arrays.items() if x.dtype == np.uint8 and x.ndim in (3, 4)}
+    found = [images] if images is not None else sorted(fits - {labels})
+    if len(found) != 1:
+        msg = f"images must name the array of images, for {len(found)} arrays of {file} could be "
+        raise ValueError(f"{msg}it; it holds {listed(names)}")
+    return arrays[found[0]], None if labels is None else arrays[labels]

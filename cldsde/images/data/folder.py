@@ -1,4 +1,4 @@
-"""Images of a folder, decoded when they are asked for."""
+"""Images of a folder, decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -10,29 +10,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from cldsde.images.data.checks import as_folder, as_whole, check_choice, listed, missing
+from cldsde.images.checks import as_whole, check_choice, listed, what_instead
 from cldsde.images.data.images import Images
 from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
 
-__all__ = ["FolderImages"]
-
 
 class FolderImages(Images):
-    """The image files of a folder and the folders in it, decoded when they are asked for.
+    """The image files of a folder and its subfolders, decoded when they are needed.
 
-    Every file is opened once when the object is made, which reads its header, and decoded anew
-    each time that its row is loaded.
+    Every file is opened once when the object is made, which reads its header, and decoded each time
+    that its row is loaded.
 
     Parameters
     ----------
     path
         The folder.
     size
-        Height and width. An image is cropped to its central square, and that is resized by a
-        bicubic filter that covers whole source pixels (Pillow's); a square of that size is left
-        as it is, a smaller one is enlarged.
+        Height and width. An image is cropped to its central square, which is resized by Pillow's
+        bicubic filter with antialiasing; a square of that size is not changed.
     channels
         3 for RGB, 1 for grey.
     classes
@@ -53,21 +51,21 @@ class FolderImages(Images):
     ------
     TypeError, ValueError
         If an option is not allowed, the folder holds no image, a class has none, an image belongs
-        to no class, links go round in a circle, or a file cannot be decoded.
+        to no class, links form a cycle, or a file cannot be decoded.
     OSError
         If the folder cannot be read.
 
     Notes
     -----
-    Files are told by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case; all
-    others are left out, as are files and folders whose name starts with a dot. Links to files and
-    folders are followed. Rows are in the order of the names of folders and file, compared by code
-    points of their NFC form, so that it does not depend on the file system.
+    Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case; files
+    and folders whose name starts with a dot are left out. Links are followed. Rows are in the order
+    of the names of folders and file, compared by code points of their NFC form, so that the order
+    does not depend on the file system.
 
     EXIF orientation is applied. Transparent images are laid over white. Grey becomes three equal
     channels, and RGB becomes grey by Pillow's (Rec. 601) weights. 16-bit grey is scaled by 1/257
     and rounded. CMYK is converted without its colour profile. Images of 32-bit or floating-point
-    pixels are refused, since their scale is not known. Of several frames the first counts.
+    pixels are errors, because their scale is not known. Of several frames the first is used.
     """
 
     def __init__(
@@ -83,50 +81,35 @@ class FolderImages(Images):
         size = as_whole(size, "size", 1)
         check_choice(channels, (1, 3), "channels")
         self._workers = as_whole(workers, "workers", 1)
-        _import_pillow()
         root = as_folder(path)
-        names: list[str] | None = None
-        numbers: list[int] | None = None
-        if classes:
-            names, files, numbers = _class_files(root)
-        else:
-            files = _image_files(root)
-        if not files:
+        names, found = _classes(root) if classes else (None, [(file, 0) for file in _walk(root)])
+        if not found:
             msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        damaged = self._damaged(files, _check_whole if skip_damaged else _check_header)
-        if damaged and not skip_damaged:
-            raise ValueError(_told(damaged))
-        kept = [i for i, file in enumerate(files) if file not in damaged]
-        if not kept:
-            raise ValueError(_told(damaged))
-        labels = None if numbers is None else torch.tensor([numbers[i] for i in kept])
+        check = _check_whole if skip_damaged else _check_header
+        damaged = self._damaged([file for file, _ in found], check)
+        kept = [(file, number) for file, number in found if file not in damaged]
+        if damaged and not (skip_damaged and kept):
+            raise ValueError(_described(damaged))
+        labels = None if names is None else torch.tensor([number for _, number in kept])
         super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
-        self.files = tuple(files[i] for i in kept)
+        self.files = tuple(file for file, _ in kept)
         self.skipped = (*damaged.values(), *_other_files(root))
 
     def _read(self, rows: Tensor) -> Tensor:
         channels, size, _ = self.shape
-        batch = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
-
-        def decode(place: int) -> None:
-            batch[place] = _decode(self.files[int(rows[place])], size, channels)
-
+        files = [self.files[row] for row in rows.tolist()]
         try:
             with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
-                for _ in pool.map(decode, range(len(rows))):
-                    pass
+                return torch.stack(
+                    list(pool.map(lambda file: _decode(file, size, channels), files))
+                )
         except ValueError:
-            # One that cannot be decoded is seldom alone: all are named at once.
-            raise ValueError(_told(self._damaged(self.files, _check_whole))) from None
-        return batch
+            # A damaged file is seldom alone: name all at once.
+            raise ValueError(_described(self._damaged(self.files, _check_whole))) from None
 
     def _damaged(self, files: Sequence[Path], check: Callable[[Path], object]) -> dict[Path, str]:
-        """Files that cannot be decoded, and why.
-
-        A pool of its own takes a fraction of a millisecond, and nothing is left over that could
-        not be pickled or would be broken by a fork.
-        """
+        """Files that cannot be decoded, and why."""
 
         def reason(file: Path) -> str | None:
             try:
@@ -135,25 +118,33 @@ class FolderImages(Images):
                 return str(error)
             return None
 
+        # A pool per call takes a fraction of a millisecond, and can be pickled and forked.
         with ThreadPoolExecutor(min(self._workers, len(files))) as pool:
             found = zip(files, pool.map(reason, files), strict=True)
             return {file: text for file, text in found if text is not None}
 
 
-def _told(damaged: Mapping[Path, str]) -> str:
+def as_folder(path: str | Path) -> Path:
+    """The path of a folder that exists."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        msg = f"path must be a folder; got {folder}, which {what_instead(folder)}"
+        raise (NotADirectoryError if folder.exists() else FileNotFoundError)(msg)
+    return folder
+
+
+def _described(damaged: Mapping[Path, str]) -> str:
     """Damaged files in one line, ten at most."""
     first, *others = damaged.values()
     if not others:
         return f"{first}; skip_damaged = true leaves it out"
     names = ", ".join(str(file) for file in list(damaged)[1:10])
-    more = ", …" if len(damaged) > 10 else ""
-    return (
-        f"{first}; nor can {len(others)} others: {names}{more}. skip_damaged = true leaves them out"
-    )
+    more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
+    return f"{first}; nor can {more}. skip_damaged = true leaves them out"
 
 
 def _other_files(root: Path) -> list[str]:
-    """How many files have suffixes of no picture, by suffix."""
+    """Numbers of files with suffixes of no picture, by suffix."""
     counts = Counter(
         file.suffix or "no suffix"
         for file in root.rglob("*")
@@ -162,63 +153,48 @@ def _other_files(root: Path) -> list[str]:
     return [f"{count} files that end in {suffix}" for suffix, count in sorted(counts.items())]
 
 
-def _import_pillow() -> None:
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise ImportError(missing("FolderImages", "Pillow")) from error
-
-
 def _name_order(path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Key that sorts alike on file systems that compose accents and on those that split them."""
+    """Sorting key that does not depend on how a file system composes accents."""
     return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Subfolders and image files of a folder, links followed, each in order."""
+    """Subfolders and image files of a folder, links followed."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
+            if entry.is_dir() and entry.name[0] != ".":
                 folders.append(folder / entry.name)
-            elif Path(entry.name).suffix.lower() in SUFFIXES:
+            elif entry.name[0] != "." and Path(entry.name).suffix.lower() in SUFFIXES:
                 files.append(folder / entry.name)
-    return sorted(folders, key=_name_order), sorted(files, key=_name_order)
+    return sorted(folders, key=_name_order), files
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(_walk(folder, ()), key=_name_order)
-
-
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterable[Path]:
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """All image files of a folder and its subfolders, in order."""
     here = folder.resolve()
     if here in above:
         msg = f"{folder} is a link to a folder that it lies in; remove it"
         raise ValueError(msg)
     folders, files = _visible(folder)
-    yield from files
-    for inner in folders:
-        yield from _walk(inner, (*above, here))
+    inner: Iterable[Path] = (file for each in folders for file in _walk(each, (*above, here)))
+    return sorted([*files, *inner], key=_name_order)
 
 
-def _class_files(root: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Names of the classes, files and their classes."""
+def _classes(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Names of the classes, and files with their classes."""
     folders, stray = _visible(root)
     if stray:
-        msg = f"{stray[0]} belongs to no class; with classes=True images lie in subfolders"
-        raise ValueError(msg)
-    files: list[Path] = []
-    numbers: list[int] = []
+        msg = f"{min(stray, key=_name_order)} belongs to no class; with classes=True images lie in "
+        raise ValueError(f"{msg}subfolders")
+    files: list[tuple[Path, int]] = []
     for number, folder in enumerate(folders):
-        found = sorted(_walk(folder, (root.resolve(),)), key=_name_order)
+        found = _walk(folder, (root.resolve(),))
         if not found:
             msg = f"{folder} is a class without an image; add images or remove it"
             raise ValueError(msg)
-        files += found
-        numbers += [number] * len(found)
-    return [folder.name for folder in folders], files, numbers
+        files += [(file, number) for file in found]
+    return [folder.name for folder in folders], files
 
 
 def _check_header(file: Path) -> None:
@@ -232,8 +208,6 @@ def _check_whole(file: Path) -> None:
 
 
 def _decode(file: Path, size: int, channels: int) -> Tensor:
-    from PIL import Image
-
     image = read_picture(file, "RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cldsde.images.data.checks import listed
+from cldsde.images.checks import listed
 from cldsde.images.data.images import CHUNK, ArrayImages
-
-__all__ = ["fashion_folder", "fashion_part", "idx_file"]
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -27,7 +25,7 @@ _FASHION_CLASSES = (
 
 
 def fashion_folder() -> Path:
-    """The first folder that exists of those where Fashion-MNIST may lie."""
+    """The first existing folder among the usual places of Fashion-MNIST."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folders = [_DEBIAN, cache / "cldsde" / "fashion-mnist"]
     if os.environ.get("CLDSDE_DATA"):
@@ -37,14 +35,35 @@ def fashion_folder() -> Path:
             return folder
     msg = (
         f"Fashion-MNIST is in none of {listed(folders)}; get it with `apt install "
-        "dataset-fashion-mnist` (Debian), or with torchvision: "
-        "torchvision.datasets.FashionMNIST(FOLDER, download=True), then "
-        "path=FOLDER/FashionMNIST/raw"
+        "dataset-fashion-mnist` (Debian), or with torchvision: torchvision.datasets.FashionMNIST("
+        "FOLDER, download=True), then path=FOLDER/FashionMNIST/raw"
     )
     raise FileNotFoundError(msg)
 
 
-def idx_file(folder: Path, name: str) -> Path:
+def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
+    """The training or the test part, checked and resized."""
+    image_file = _file(folder, f"{part}-images-idx3-ubyte")
+    label_file = _file(folder, f"{part}-labels-idx1-ubyte")
+    images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
+    problem = None
+    if images.shape[1:] != (28, 28) or len(images) == 0:
+        problem = f"{image_file} must hold images of 28 × 28; got shape {tuple(images.shape)}"
+    elif len(labels) != len(images):
+        problem = f"{label_file} must hold {len(images)} labels, one per image; got {len(labels)}"
+    elif int(labels.max()) >= len(_FASHION_CLASSES):
+        problem = f"{label_file} must hold labels 0 … 9; got {int(labels.max())}"
+    if problem is not None:
+        raise ValueError(problem)
+    images = images.unsqueeze(1)
+    if size > 28:
+        images = F.pad(images, [(size - 28) // 2] * 4)
+    elif size < 28:
+        images = _shrink(images, size)
+    return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
+
+
+def _file(folder: Path, name: str) -> Path:
     """A file of the folder, plain or compressed."""
     for file in (folder / name, folder / f"{name}.gz"):
         if file.is_file():
@@ -54,10 +73,10 @@ def idx_file(folder: Path, name: str) -> Path:
 
 
 def _read_idx(file: Path, axes: int) -> Tensor:
-    """A file of bytes in the IDX format: magic number, sizes, values."""
+    """Bytes in the IDX format: magic number, sizes, values."""
     try:
         content = file.read_bytes()
-        if content[:2] == b"\x1f\x8b":  # whatever the name says; IDX begins with two zeros
+        if content[:2] == b"\x1f\x8b":  # gzip, whatever the name; IDX begins with two zeros
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         msg = f"{file} cannot be read: {error}"
@@ -71,41 +90,16 @@ def _read_idx(file: Path, axes: int) -> Tensor:
         raise ValueError(msg)
     sizes = struct.unpack(f">{axes}I", content[4:header])
     if len(content) - header != math.prod(sizes):
-        shape = " × ".join(str(n) for n in sizes)
-        msg = (
-            f"{file} must hold {shape} bytes after its header, as that says; got "
-            f"{len(content) - header}"
-        )
+        shape, got = " × ".join(str(n) for n in sizes), len(content) - header
+        msg = f"{file} must hold {shape} bytes after its header, which states so; got {got}"
         raise ValueError(msg)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy()).reshape(sizes)
 
 
-def fashion_part(image_file: Path, label_file: Path, size: int) -> ArrayImages:
-    """The training or the test part, checked and brought to its size."""
-    images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
-    if images.shape[1:] != (28, 28) or len(images) == 0:
-        msg = f"{image_file} must hold images of 28 × 28; got shape {tuple(images.shape)}"
-        raise ValueError(msg)
-    if len(labels) != len(images):
-        msg = f"{label_file} must hold {len(images)} labels, one an image; got {len(labels)}"
-        raise ValueError(msg)
-    if int(labels.max()) >= len(_FASHION_CLASSES):
-        msg = f"{label_file} must hold labels 0 … 9; got {int(labels.max())}"
-        raise ValueError(msg)
-    images = images.unsqueeze(1)
-    if size > 28:
-        images = F.pad(images, [(size - 28) // 2] * 4)
-    elif size < 28:
-        images = _shrink(images, size)
-    return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
-
-
 def _shrink(images: Tensor, size: int) -> Tensor:
-    chunk = max(1, CHUNK // images[0].numel())
-    shrunk = torch.empty((*images.shape[:2], size, size), dtype=torch.uint8)
-    for first in range(0, len(images), chunk):
+    shrunk = []
+    for part in images.split(max(1, CHUNK // images[0].numel())):  # type: ignore[no-untyped-call]
         # In float32: torch's kernels for bytes differ from one processor to another.
-        part = images[first : first + chunk].to(torch.float32)
-        part = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
-        shrunk[first : first + chunk] = part.round().clamp(0, 255)
-    return shrunk
+        fine = F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
+        shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(shrunk)

@@ -8,49 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cldsde.images.data.checks import as_whole, check_values
-
-__all__ = ["CHUNK", "ArrayImages", "Images", "Subset"]
+from cldsde.images.checks import as_whole, check_labels, check_values
 
 CHUNK = 2**22
-"""Numbers that are held at once where a whole data set is gone through."""
+"""Numbers that are held at once when a whole data set is read."""
 
 
 class Images(ABC):
-    """Images of one shape, as bytes, found by row number.
+    """Images of one shape ``(C, H, W)``, as bytes, found by row number.
 
-    Parameters
-    ----------
-    count
-        Number of images, at least one.
-    shape
-        Channels, height and width.
-    levels
-        Number of grey levels, 2 to 256.
-    labels
-        Classes ``(N,)`` int64, or None.
-    classes
-        Number of classes, or their names; None with labels stands for the largest label + 1.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        ``(C, H, W)``.
-    levels : int
-        Number of grey levels; values are 0 … levels − 1.
-    labels : Tensor or None
-        ``(N,)`` int64 on the host.
-    classes : int or None
-        Number of classes.
-    class_names : tuple of str or None
-        Names of the classes where they are known.
-    skipped : tuple of str
-        Files of the source that were left out, and the reason.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the parts do not fit together.
+    Values are 0 … levels − 1. Labels are classes ``(N,)``; ``classes`` is their number or their
+    names, and None stands for the largest label + 1. ``class_names`` are the names if they are
+    known, ``skipped`` the files of the source that were left out, and the reasons.
     """
 
     def __init__(
@@ -69,32 +38,17 @@ class Images(ABC):
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.levels = as_whole(levels, "levels", 2, 256)
         self.skipped: tuple[str, ...] = ()
-        self.labels = labels
+        self.labels: Tensor | None = None
         self.classes: int | None = None
         self.class_names: tuple[str, ...] | None = None
-        if labels is None:
-            if classes is not None:
-                msg = "classes needs labels; got classes without labels"
-                raise ValueError(msg)
-            return
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            msg = f"labels must be a tensor of int64; got {got}"
-            raise TypeError(msg)
-        if labels.shape != (count,):
-            msg = f"labels must have shape ({count},), one an image; got {tuple(labels.shape)}"
-            raise ValueError(msg)
-        self.labels = labels.cpu()
-        low, high = int(labels.min()), int(labels.max())
-        if classes is None:
-            self.classes = high + 1
-        elif isinstance(classes, int):
-            self.classes = as_whole(classes, "classes", 1)
-        else:
-            self.class_names = tuple(classes)
-            self.classes = len(self.class_names)
-        if low < 0 or high >= self.classes:
-            msg = f"labels must lie in 0 … {self.classes - 1}; got {low} to {high}"
+        if labels is not None:
+            if not (classes is None or isinstance(classes, int)):
+                self.class_names = tuple(classes)
+            known = classes if isinstance(classes, int | None) else len(classes)
+            self.classes = check_labels(labels, "labels", count, known)
+            self.labels = labels.to("cpu", torch.int64)
+        elif classes is not None:
+            msg = "classes needs labels; got classes without labels"
             raise ValueError(msg)
 
     def __len__(self) -> int:
@@ -106,34 +60,14 @@ class Images(ABC):
         return f"{type(self).__name__}({len(self)} of {shape}, {self.levels} levels{classes})"
 
     def load(self, rows: Tensor) -> Tensor:
-        """The images of some rows.
-
-        Parameters
-        ----------
-        rows
-            Row numbers ``(n,)`` int64 in 0 … N − 1, in any order, with or without repeats.
-
-        Returns
-        -------
-        Tensor
-            ``(n, C, H, W)`` uint8 on the host.
-
-        Raises
-        ------
-        TypeError
-            If ``rows`` is no int64 tensor.
-        ValueError
-            If ``rows`` has more or fewer axes than one, or a file cannot be decoded.
-        IndexError
-            If a row is out of range; negative ones are.
-        """
+        """Load rows ``(n,)`` int64, in any order and with repeats, as ``(n, C, H, W)`` uint8."""
         rows = self.check_rows(rows)
         if len(rows) == 0:
             return torch.empty((0, *self.shape), dtype=torch.uint8)
         return self._read(rows)
 
     def check_rows(self, rows: Tensor) -> Tensor:
-        """Return row numbers on the host if these images have them, raise as `load` otherwise."""
+        """Return row numbers on the CPU if these images have them, raise as `load` otherwise."""
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             msg = f"rows must be a tensor of int64; got {got}"
@@ -141,36 +75,19 @@ class Images(ABC):
         if rows.ndim != 1:
             msg = f"rows must have one axis; got shape {tuple(rows.shape)}"
             raise ValueError(msg)
-        rows = rows.cpu()
-        if len(rows) == 0:
-            return rows
-        low, high = (int(row) for row in rows.aminmax())
+        low, high = map(int, rows.aminmax()) if len(rows) else (0, 0)
         if low < 0 or high >= len(self):
             msg = f"rows must lie in 0 … {len(self) - 1}; got {low} to {high}"
             raise IndexError(msg)
-        return rows
+        return rows.cpu()
 
     @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:
-        """The images of rows that are known to exist, at least one; a tensor of the caller's."""
+        """A new tensor of the images of at least one row; all rows exist."""
 
 
 class ArrayImages(Images):
     """Images in memory.
-
-    Parameters
-    ----------
-    images
-        ``(N, C, H, W)`` uint8 on the host, values 0 … levels − 1; not copied.
-    levels, labels, classes
-        As for `Images`.
-
-    Raises
-    ------
-    TypeError
-        If the images are no uint8 tensor on the host.
-    ValueError
-        If their shape or values are not allowed.
 
     Examples
     --------
@@ -189,13 +106,15 @@ class ArrayImages(Images):
         labels: Tensor | None = None,
         classes: int | Sequence[str] | None = None,
     ) -> None:
-        _check_bytes(images, levels)
+        check_values(images, levels)
+        if images.ndim != 4 or images.numel() == 0:
+            msg = f"images must have shape (N, C, H, W), none of them 0; got {tuple(images.shape)}"
+            raise ValueError(msg)
         if images.device.type != "cpu":
-            msg = f"images must be on the host; got {images.device}"
+            msg = f"images must be on the CPU; got {images.device}"
             raise TypeError(msg)
-        super().__init__(
-            len(images), images.shape[1:], levels=levels, labels=labels, classes=classes
-        )
+        shape = images.shape[1:]
+        super().__init__(len(images), shape, levels=levels, labels=labels, classes=classes)
         self._images = images
 
     def _read(self, rows: Tensor) -> Tensor:
@@ -203,46 +122,20 @@ class ArrayImages(Images):
 
 
 class Subset(Images):
-    """Some rows of other images, in a given order; the images are shared, not copied.
-
-    Parameters
-    ----------
-    images
-        Where the rows are.
-    rows
-        Row numbers ``(n,)`` int64, at least one.
-
-    Raises
-    ------
-    IndexError
-        If a row is out of range.
-    ValueError
-        If there is no row.
-    """
+    """Some rows ``(n,)`` of other images, in a given order; the images are shared, not copied."""
 
     def __init__(self, images: Images, rows: Tensor) -> None:
         rows = images.check_rows(rows).clone()
         if len(rows) == 0:
             msg = "rows must hold at least one row; got none"
             raise ValueError(msg)
+        labels = None if images.labels is None else images.labels[rows]
+        classes = images.class_names or images.classes
         super().__init__(
-            len(rows),
-            images.shape,
-            levels=images.levels,
-            labels=None if images.labels is None else images.labels[rows],
-            classes=images.class_names or images.classes,
+            len(rows), images.shape, levels=images.levels, labels=labels, classes=classes
         )
-        self._images = images
-        self._rows = rows
+        self._images, self._rows = images, rows
         self.skipped = images.skipped
 
     def _read(self, rows: Tensor) -> Tensor:
         return self._images.load(self._rows[rows])
-
-
-def _check_bytes(images: Tensor, levels: int) -> None:
-    levels = as_whole(levels, "levels", 2, 256)
-    check_values(images, levels)
-    if images.ndim != 4 or images.numel() == 0:
-        msg = f"images must have shape (N, C, H, W), none of them 0; got {tuple(images.shape)}"
-        raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Reading of picture files behind walls: allowed formats, limited sizes, regular files."""
+"""Safe reading of picture files: allowed formats, limited sizes, regular files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from PIL.Image import Image as PILImage
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
-
-__all__ = ["SUFFIXES", "open_picture", "pixels_of_picture", "read_picture"]
 
 # Formats that Pillow decodes itself: others, such as EPS, would start a program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -30,16 +26,7 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_G
 
 @contextmanager
 def open_picture(file: Path) -> Iterator[PILImage]:
-    """Open a picture file; its pixels are decoded when they are asked for.
-
-    Raises
-    ------
-    ValueError
-        If it is no regular file, of another format, of pixels without a known scale, larger than
-        Pillow's limit against decompression bombs, or damaged; also inside the block.
-    """
-    from PIL import Image
-
+    """Open a picture file, whose pixels are decoded on access; raise a ValueError if unsafe."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for without end
             msg = "it is not a regular file"
@@ -55,22 +42,7 @@ def open_picture(file: Path) -> Iterator[PILImage]:
 
 
 def read_picture(file: Path, mode: str | None = None) -> PILImage:
-    """A picture with its orientation applied, in 8-bit RGB or grey.
-
-    Parameters
-    ----------
-    file
-        The picture.
-    mode
-        ``"RGB"`` or ``"L"``; None is grey for grey pictures, RGB for all others.
-
-    Raises
-    ------
-    ValueError
-        See `open_picture`.
-    """
-    from PIL import ImageOps
-
+    """A picture with its orientation applied, in 8-bit RGB or grey."""
     with open_picture(file) as opened:
         grey = opened.mode in {"1", "L", *_GREY16}
         return _to_colour(ImageOps.exif_transpose(opened), mode or ("L" if grey else "RGB"))
@@ -83,8 +55,6 @@ def pixels_of_picture(image: PILImage) -> Tensor:
 
 
 def _to_colour(image: PILImage, mode: str) -> PILImage:
-    from PIL import Image
-
     if image.mode in _GREY16:
         # Pillow's own conversion cuts off instead of scaling; 65535 = 257 · 255.
         fine = np.asarray(image).astype(np.uint32)

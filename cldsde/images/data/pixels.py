@@ -11,44 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cldsde.images.data.checks import as_whole, check_choice, check_values
+from cldsde.images.checks import as_whole, check_choice, check_values
 from cldsde.images.data.images import CHUNK, Images
 from cldsde.score import quantisation
 
-__all__ = ["augment", "channel_statistics", "pixels_of", "to_levels", "to_unit"]
-
 
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Put levels on [−1, 1], both ends included: 2x/(levels − 1) − 1.
-
-    Parameters
-    ----------
-    images
-        uint8 of any shape, values 0 … levels − 1.
-    levels
-        Number of grey levels.
-
-    Returns
-    -------
-    Tensor
-        float32 on the device of the images.
-
-    Raises
-    ------
-    TypeError
-        If the images are not uint8.
-    ValueError
-        If a value is out of range.
+    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
 
     Examples
     --------
     >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
     [-1.0, 0.0, 1.0]
     """
-    levels = as_whole(levels, "levels", 2, 256)
-    check_values(images, levels)
     # In this order both ends are exact.
-    return 2 * images.to(torch.float32) / (levels - 1) - 1
+    return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
 
 
 def pixels_of(images: Images) -> Tensor:
@@ -57,31 +34,12 @@ def pixels_of(images: Images) -> Tensor:
 
 
 def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -> Tensor:
-    """Round numbers of [−1, 1] to levels: the inverse of `to_unit`, or of dequantisation.
+    """Round numbers of any shape to uint8 levels: the inverse of `to_unit`, or of dequantisation.
 
-    Parameters
-    ----------
-    images
-        Floating-point numbers of any shape; what lies outside of [−1, 1] goes to its ends.
-    levels
-        Number of grey levels.
-    dequantised
-        Whether the numbers are levels spread over their bins, (2x + 2U)/levels − 1, and not
-        2x/(levels − 1) − 1.
-
-    Returns
-    -------
-    Tensor
-        uint8 on the device of the images.
-
-    Raises
-    ------
-    TypeError
-        If the images are not floating-point numbers.
-    ValueError
-        If there is a NaN.
+    Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
+    (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
-    levels = as_whole(levels, "levels", 2, 256)
+    as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         msg = f"images must be a floating-point tensor; got {got}"
@@ -105,41 +63,17 @@ def augment(
     dequantise: bool,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Make training data of bytes: mirror half of the images, and put them on [−1, 1].
+    """Map bytes ``(n, C, H, W)`` to float32 in [−1, 1] for training.
 
-    Parameters
-    ----------
-    images
-        ``(n, C, H, W)`` uint8, values 0 … levels − 1.
-    levels
-        Number of grey levels.
-    flip
-        Mirror each image, left to right, with probability 1/2.
-    dequantise
-        Spread each level uniformly over its bin, of width 2/levels
-        (`cldsde.score.dequantise`). Otherwise `to_unit`.
-    generator
-        Source of the draws.
-
-    Returns
-    -------
-    Tensor
-        ``(n, C, H, W)`` float32 on the device of the images.
-
-    Raises
-    ------
-    TypeError
-        If the images are not uint8.
-    ValueError
-        If they do not have four axes, or a value is out of range.
+    ``flip`` mirrors each image with probability 1/2. ``dequantise`` spreads each level uniformly
+    over its bin (`cldsde.score.dequantise`), instead of `to_unit`.
 
     Notes
     -----
-    Draws, in this order: if ``flip``, n uniform numbers, one an image, mirrored where below 1/2;
-    then, if ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They
-    depend on nothing but the shape and these two flags.
+    The order of the random numbers: if ``flip``, n uniform numbers, mirrored below 1/2; then, if
+    ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They depend on
+    nothing but the shape and these two flags.
     """
-    levels = as_whole(levels, "levels", 2, 256)
     check_values(images, levels)
     if images.ndim != 4:
         msg = f"images must have shape (n, C, H, W); got {tuple(images.shape)}"
@@ -159,26 +93,10 @@ def channel_statistics(
     per: Literal["scalar", "channel", "pixel"] = "channel",
     dequantise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the numbers in [−1, 1], the latter divided by their count.
+    """Mean and variance of the numbers in [−1, 1], of `to_unit` or of dequantised images.
 
-    Sums of levels and of their squares are integers, so that both results are exact but for one
-    rounding, however many images there are. A channel or pixel that never changes has variance 0,
-    which is returned as it is: whoever divides by it must see to that.
-
-    Parameters
-    ----------
-    images
-        The images; they are loaded in chunks.
-    per
-        "scalar": over everything, results of shape ``()``; "channel": ``(C, 1, 1)``;
-        "pixel": ``(C, H, W)``.
-    dequantise
-        For images that `augment` dequantises, in expectation, rather than for `to_unit`.
-
-    Returns
-    -------
-    mean, variance : Tensor
-        float64 on the host.
+    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
+    squares are integers, so that both are exact up to one rounding, however many images there are.
     """
     check_choice(per, ("scalar", "channel", "pixel"), "per")
     c, h, w = images.shape
@@ -186,9 +104,7 @@ def channel_statistics(
     axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
     total = torch.zeros(shapes[per], dtype=torch.int64)
     squares = torch.zeros_like(total)
-    chunk = max(1, CHUNK // (c * h * w))
-    for first in range(0, len(images), chunk):
-        rows = torch.arange(first, min(first + chunk, len(images)))
+    for rows in torch.arange(len(images)).split(max(1, CHUNK // (c * h * w))):  # type: ignore[no-untyped-call]
         levels = images.load(rows).to(torch.int32)
         total += levels.sum(axes[per], dtype=torch.int64).reshape(total.shape)
         squares += levels.square().sum(axes[per], dtype=torch.int64).reshape(total.shape)
@@ -201,7 +117,5 @@ def channel_statistics(
     sums = list(zip(total.flatten().tolist(), squares.flatten().tolist(), strict=True))
     mean = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
     variance = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
-    return (
-        torch.tensor(mean, dtype=torch.float64).reshape(total.shape),
-        torch.tensor(variance, dtype=torch.float64).reshape(total.shape),
-    )
+    found = (torch.tensor(x, dtype=torch.float64).reshape(total.shape) for x in (mean, variance))
+    return next(found), next(found)

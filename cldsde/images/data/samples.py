@@ -1,19 +1,16 @@
-"""Images to be measured: as bytes, and from files that need not be of this package."""
+"""Images to be measured: as bytes, and from files of any origin."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.data import array_images
+from cldsde.images.data import Images, array_images
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
-
-__all__ = ["as_bytes", "load_samples"]
 
 
 def as_bytes(images: Tensor, levels: int) -> Tensor:
@@ -23,31 +20,18 @@ def as_bytes(images: Tensor, levels: int) -> Tensor:
     return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
 
 
+def all_bytes(images: Images) -> Tensor:
+    """All images of a set as bytes from 0 to 255."""
+    return as_bytes(images.load(torch.arange(len(images))), images.levels)
+
+
 def load_samples(path: Path) -> Tensor:
-    """Samples from an array file, or from a folder of pictures.
+    """Load samples ``(N, C, H, W)`` uint8 with 256 levels, from a file or a folder of ``*.png``.
 
-    Parameters
-    ----------
-    path
-        A folder of ``*.png``, a ``.npy``, or a ``.npz``, whose number ``levels`` says how many grey
-        levels its images have; 256 where it is missing.
-
-    Returns
-    -------
-    Tensor
-        ``(N, C, H, W)`` uint8 with 256 levels.
-
-    Raises
-    ------
-    ValueError
-        If there are none, they are not of one size, or they exceed their levels.
+    An array ``levels`` of a ``.npz`` is the number of grey levels of its images, 256 by default.
     """
     if path.is_dir():
-        files = sorted(path.glob("*.png"))
-        if not files:
-            msg = f"{path} holds no pictures (*.png)"
-            raise ValueError(msg)
-        return torch.stack(list(_pixels(files)))
+        return _pictures(path)
     if path.suffix not in {".npz", ".npy"}:
         msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
         raise ValueError(msg)
@@ -64,7 +48,6 @@ def load_samples(path: Path) -> Tensor:
 
 
 def _levels_of(path: Path) -> int:
-    """Grey levels of the images of an array file that could be read."""
     if not zipfile.is_zipfile(path):
         return 256
     with np.load(path, allow_pickle=False) as archive:
@@ -75,15 +58,16 @@ def _levels_of(path: Path) -> int:
     return int(levels)
 
 
-def _pixels(files: Sequence[Path]) -> Iterator[Tensor]:
-    shape = None
+def _pictures(folder: Path) -> Tensor:
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        msg = f"{folder} holds no pictures (*.png)"
+        raise ValueError(msg)
+    found: list[Tensor] = []
     for file in files:
-        pixels = pixels_of_picture(read_picture(file))
-        shape = shape or pixels.shape
-        if pixels.shape != shape:
-            msg = (
-                f"{file} must have the shape of {files[0].name}, {tuple(shape)}; got "
-                f"{tuple(pixels.shape)}"
-            )
+        found.append(pixels_of_picture(read_picture(file)))
+        own, first = tuple(found[-1].shape), tuple(found[0].shape)
+        if own != first:
+            msg = f"{file} must have the shape of {files[0].name}, {first}; got {own}"
             raise ValueError(msg)
-        yield pixels
+    return torch.stack(found)

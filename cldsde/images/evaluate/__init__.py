@@ -1,10 +1,10 @@
-"""How good samples and models are: Fréchet distances, Inception metrics, likelihoods.
+"""Quality of samples and models: Fréchet distances, Inception metrics, likelihoods.
 
-All take uint8 images ``(N, C, H, W)`` on the host and return dictionaries of JSON types that hold
-the numbers and what they depend on: settings, hashes of images and weights, versions. Published
-FIDs are of 50,000 samples against the training set in the features of the Inception network of
-2015, resized as TensorFlow 1 did (`inception_metrics`); a distance in any other features, from
-fewer samples or to other images compares with nothing but its like.
+All functions take uint8 images ``(N, C, H, W)`` on the CPU. They return dictionaries of JSON types
+with the numbers, their settings, hashes of images and weights, and versions. Published FIDs are of
+50,000 samples against the training set in the features of the Inception network of 2015, resized as
+in TensorFlow 1 (`inception_metrics`). Distances are comparable only in the same features, from as
+many samples and to the same images.
 """
 
 from cldsde.images.evaluate.classifier import (
@@ -28,9 +28,11 @@ from cldsde.images.evaluate.features import (
     load_features,
 )
 from cldsde.images.evaluate.inception import InceptionMetric, inception_metrics
-from cldsde.images.evaluate.latent_bound import latent_likelihood
-from cldsde.images.evaluate.likelihoods import likelihood
-from cldsde.images.evaluate.shared import UndefinedLikelihoodError
+from cldsde.images.evaluate.likelihoods import (
+    UndefinedLikelihoodError,
+    latent_likelihood,
+    likelihood,
+)
 from cldsde.images.evaluate.weights import INCEPTION_FILE, check_inception_weights
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A classifier of the data at hand, whose last hidden layer is a feature space that fits them."""
+"""A classifier of the data at hand, whose last hidden layer is a feature space for them."""
 
 from __future__ import annotations
 
@@ -11,55 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldsde.images.evaluate.shared import check_count, check_images, parts
+from cldsde.images.checks import as_whole, check_images, check_labels, check_same_shape
 from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
 from cldsde.linear.checks import check_positive
 from cldsde.progress import progress_bar
 
-__all__ = [
-    "ClassifierFeatures",
-    "ImageClassifier",
-    "load_classifier",
-    "save_classifier",
-    "train_classifier",
-]
-
 _NAME = "cldsde.images.evaluation:ImageClassifier"
 """Files of results and of statistics know the features by this name: it outlasts the module's."""
 
-_SMALLEST = 8
-_LARGEST_WIDTH = 4096
+_SMALLEST = 8  # height and width
+_LARGEST = 4096  # width, number of features or classes
 
 
 class ImageClassifier(nn.Module):
-    """A small convolutional classifier whose last hidden layer serves as a feature space.
-
-    Parameters
-    ----------
-    channels
-        Channels of an image.
-    classes
-        Number of classes.
-    width
-        Channels of the first convolution; later ones have two and four times as many.
-    size
-        Number of features.
-    """
+    """A small convolutional classifier whose last hidden layer serves as a feature space."""
 
     def __init__(self, channels: int, classes: int, *, width: int = 16, size: int = 128) -> None:
         super().__init__()
-        self.architecture = {
-            "channels": channels,
-            "classes": classes,
-            "width": width,
-            "size": size,
-        }
+        self.architecture = {"channels": channels, "classes": classes, "width": width, "size": size}
         for name, value in self.architecture.items():
-            if check_count(value, name) > _LARGEST_WIDTH:
-                msg = f"{name} must be at most {_LARGEST_WIDTH}; got {value}"
-                raise ValueError(msg)
-        widths = (channels, width, 2 * width, 4 * width, 4 * width)
+            as_whole(value, name, 1, _LARGEST)
         layers: list[nn.Module] = []
+        widths = (channels, width, 2 * width, 4 * width, 4 * width)
         for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             stride = 2 if i in {1, 2} else 1
             layers += [
@@ -67,13 +40,8 @@ class ImageClassifier(nn.Module):
                 nn.BatchNorm2d(outputs),
                 nn.ReLU(),
             ]
-        self.body = nn.Sequential(
-            *layers,
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(16 * width, size),
-            nn.ReLU(),
-        )
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, size), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(size, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,35 +50,19 @@ class ImageClassifier(nn.Module):
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """Activations of the last hidden layer, ``(B, size)``, of images in [−1, 1].
-
-        Raises
-        ------
-        ValueError
-            If the images do not have the channels of the classifier or are below 8 × 8.
-        """
+        """Activations ``(B, size)`` of the last hidden layer for images in [−1, 1]."""
         channels = self.architecture["channels"]
         fits = images.ndim == 4 and images.shape[1] == channels
         if not fits or min(images.shape[2:]) < _SMALLEST:
-            msg = (
-                f"images must have shape (B, {channels}, H, W) with H and W at least {_SMALLEST}; "
-                f"got {tuple(images.shape)}"
-            )
+            wanted = f"(B, {channels}, H, W) with H and W at least {_SMALLEST}"
+            msg = f"images must have shape {wanted}; got {tuple(images.shape)}"
             raise ValueError(msg)
         features: Tensor = self.body(images)
         return features
 
 
 class ClassifierFeatures:
-    """The features of a trained classifier as a `FeatureNetwork`.
-
-    Parameters
-    ----------
-    classifier
-        A trained one; it is put into evaluation mode.
-    device
-        Where to evaluate it.
-    """
+    """The features of a trained classifier as a `FeatureNetwork`."""
 
     def __init__(self, classifier: ImageClassifier, *, device: torch.device | str = "cpu") -> None:
         self.classifier = classifier.to(device).eval().requires_grad_(False)
@@ -142,53 +94,16 @@ def train_classifier(
     """Train an `ImageClassifier`; return it in evaluation mode with its held-out accuracy.
 
     The same seed gives the same bits on the same machine with the same number of threads. The
-    global random state is left alone.
-
-    Parameters
-    ----------
-    images, held_out
-        uint8 ``(N, C, H, W)`` and ``(M, C, H, W)``, H and W at least 8.
-    labels, held_out_labels
-        Classes, integers ``(N,)`` and ``(M,)``, counted from 0; the training labels say how many
-        classes there are.
-    epochs
-        Passes over the training images.
-    batch
-        Images a step; the images left over at the end of a pass are skipped.
-    width, size
-        Of the classifier.
-    learning_rate
-        Its peak, in a one-cycle schedule.
-    seed
-        Of the initial weights and the order of the images.
-    device
-        Where to train.
-    progress
-        Show a progress bar on stderr.
-
-    Raises
-    ------
-    TypeError
-        If images are no uint8 tensors or labels no integer tensors.
-    ValueError
-        If shapes do not fit or an argument is out of range.
+    global random state is not changed.
     """
-    check_images(images, "images", smallest=_SMALLEST)
+    check_images(images, "images", smallest=_SMALLEST, least=2)
     check_images(held_out, "held_out", smallest=_SMALLEST)
-    if held_out.shape[1:] != images.shape[1:]:
-        msg = (
-            f"held_out must have the shape of images, {tuple(images.shape[1:])}; "
-            f"got {tuple(held_out.shape[1:])}"
-        )
-        raise ValueError(msg)
-    classes = _check_labels(labels, "labels", len(images), None)
-    _check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
-    check_count(epochs, "epochs")
-    batch = min(check_count(batch, "batch", least=2), len(images))
+    check_same_shape(images, held_out, "held_out")
+    classes = check_labels(labels, "labels", len(images))
+    check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
+    as_whole(epochs, "epochs", 1)
+    batch = min(as_whole(batch, "batch", 2), len(images))
     check_positive(learning_rate, "learning_rate")
-    if batch < 2:
-        msg = f"images must hold at least two; got {len(images)}"
-        raise ValueError(msg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier(images.shape[1], classes, width=width, size=size)
@@ -196,10 +111,9 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     steps = len(images) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, learning_rate, total_steps=epochs * steps
-    )
-    with progress_bar(None, shown=progress, total=epochs * steps, desc="classifier") as bar:
+    total = epochs * steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=total)
+    with progress_bar(None, shown=progress, total=total, desc="classifier") as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for rows in order[: steps * batch].reshape(-1, batch):
@@ -211,29 +125,21 @@ def train_classifier(
                 optimiser.step()
                 schedule.step()
                 bar.update()
-    # Sums come in another order where channels are last; saved weights have them first.
+    # Sums have another order in the channels-last layout; saved weights have channels first.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    hits = 0
-    for part, target in zip(parts(held_out, 512), parts(held_out_labels, 512), strict=True):
-        hits += int((model(_scaled(part.to(device))).argmax(1).cpu() == target.cpu()).sum())
+    pairs = zip(held_out.split(512), held_out_labels.split(512), strict=True)  # type: ignore[no-untyped-call]
+    hits = sum(
+        int((model(_scaled(part.to(device))).argmax(1).cpu() == target.cpu()).sum())
+        for part, target in pairs
+    )
     return model, hits / len(held_out)
 
 
 def save_classifier(
     classifier: ImageClassifier, file: Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a classifier as safetensors, its architecture in the metadata, whole or not at all.
-
-    Parameters
-    ----------
-    classifier
-        The classifier.
-    file
-        Where to; a file that is there is replaced.
-    metadata
-        Further notes, e.g. the data it was trained on and its accuracy.
-    """
+    """Write a classifier and notes as a safetensors file, whole or not at all."""
     notes = {**(metadata or {}), "architecture": json.dumps(classifier.architecture)}
     save_tensors(file, "ImageClassifier", classifier.state_dict(), notes)
 
@@ -241,18 +147,10 @@ def save_classifier(
 def load_classifier(
     file: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[ImageClassifier, dict[str, str]]:
-    """Read what `save_classifier` wrote: the classifier in evaluation mode and the notes.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is damaged or holds something else.
-    """
+    """Load a classifier, in evaluation mode, and the notes that `save_classifier` wrote."""
     tensors, notes = load_tensors(file, "ImageClassifier")
     try:
-        # The sizes of the tensors decide before any memory is taken.
+        # On the meta device sizes are compared before any memory is allocated.
         with torch.device("meta"):
             model = ImageClassifier(**json.loads(notes.pop("architecture")))
         model.load_state_dict(tensors, assign=True)
@@ -261,23 +159,6 @@ def load_classifier(
         raise ValueError(msg) from error
     del notes["sha256"]
     return model.to(device).eval().requires_grad_(False), notes
-
-
-def _check_labels(labels: object, name: str, count: int, classes: int | None) -> int:
-    """Check labels and return the number of classes."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        msg = f"{name} must be a tensor of integers; got {got}"
-        raise TypeError(msg)
-    if labels.shape != (count,):
-        msg = f"{name} must hold one class an image, ({count},); got {tuple(labels.shape)}"
-        raise ValueError(msg)
-    low, high = int(labels.min()), int(labels.max())
-    limit = _LARGEST_WIDTH if classes is None else classes
-    if low < 0 or high >= limit:
-        msg = f"{name} must lie in 0 … {limit - 1}; got {low} to {high}"
-        raise ValueError(msg)
-    return high + 1
 
 
 def _scaled(images: Tensor) -> Tensor:

@@ -1,34 +1,18 @@
-"""Fréchet distances between the Gaussians of two sets of images, in any features."""
+"""Fréchet distances between Gaussians fitted to two sets of images, in any features."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cldsde.images.checks import as_whole, check_images, check_same_shape
 from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
-from cldsde.images.evaluate.shared import (
-    check_count,
-    check_images,
-    check_pair,
-    package_versions,
-    parts,
-)
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
-
-__all__ = [
-    "FeatureStatistics",
-    "frechet",
-    "frechet_distance",
-    "frechet_of",
-    "images_sha256",
-]
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -36,8 +20,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
 
-    The squared Wasserstein-2 distance of the two normal laws (Dowson and Landau 1982). It is
-    called FID only with the features of Inception-v3 (Heusel et al. 2017).
+    The squared Wasserstein-2 distance of the two normal distributions (Dowson and Landau 1982). It
+    is called FID only with the features of Inception-v3 (Heusel et al. 2017).
 
     Parameters
     ----------
@@ -57,10 +41,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     12.0
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        msg = (
-            "first and second must be (n, F) and (m, F); got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}"
-        )
+        got = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        msg = f"first and second must be (n, F) and (m, F); got {got}"
         raise ValueError(msg)
     if min(len(first), len(second)) < 2:
         msg = f"first and second need two rows each; got {len(first)} and {len(second)}"
@@ -88,9 +70,14 @@ def _root(covariance: Tensor) -> Tensor:
 def images_sha256(images: Tensor) -> str:
     """SHA-256 of the shape and the bytes of uint8 images."""
     total = hashlib.sha256(f"{tuple(images.shape)}".encode())
-    for part in parts(images, 4096):
+    for part in images.split(4096):  # type: ignore[no-untyped-call]
         total.update(part.numpy().tobytes())
     return total.hexdigest()
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages by their names."""
+    return {package: version(package) for package in packages}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +95,7 @@ class FeatureStatistics:
     features
         Name of the feature network, see `feature_name`.
     data_sha256
-        Of the images, see `images_sha256`.
+        Hash of the images, see `images_sha256`.
     """
 
     mean: Tensor
@@ -127,127 +114,32 @@ class FeatureStatistics:
         name: str | None = None,
         progress: bool = False,
     ) -> FeatureStatistics:
-        """Statistics of images, batch by batch in float64: no more than a batch is held.
-
-        Parameters
-        ----------
-        images
-            uint8 ``(N, C, H, W)``, two at least.
-        features
-            Feature network.
-        batch
-            Images at a time.
-        name
-            Of the feature network; its own where None.
-        progress
-            Show a progress bar on stderr.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an argument is out of range, or the network does not return finite ``(B, F)``.
-        """
+        """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
-        check_count(batch, "batch")
         name = feature_name(features) if name is None else name
-        moments: _Moments | None = None
-        batches = math.ceil(len(images) / batch)
-        for part in progress_bar(
-            parts(images, batch), shown=progress, total=batches, desc="features"
-        ):
+        parts = images.split(as_whole(batch, "batch", 1))  # type: ignore[no-untyped-call]
+        count, mean, scatter = 0, torch.zeros(()), torch.zeros(())
+        for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
             with torch.no_grad():
-                values = checked_features(features(part), len(part))
-            new = _Moments.of(values)
-            if moments is not None and len(moments.mean) != len(new.mean):
-                msg = (
-                    "features must return as many features for each batch; got "
-                    f"{len(moments.mean)} and {len(new.mean)}"
-                )
+                rows = checked_features(features(part), len(part))
+            if count and mean.shape != rows.shape[1:]:
+                sizes = f"{len(mean)} and {rows.shape[1]}"
+                msg = f"features must return as many features for each batch; got {sizes}"
                 raise ValueError(msg)
-            moments = new if moments is None else moments.joined(new)
-        assert moments is not None  # there are two images at least
-        return cls(
-            moments.mean,
-            moments.scatter / (moments.count - 1),
-            moments.count,
-            name,
-            images_sha256(images),
-        )
-
-    def save(self, file: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
-        notes = {
-            "count": str(self.count),
-            "features": self.features,
-            "data_sha256": self.data_sha256,
-        }
-        tensors = {"mean": self.mean, "covariance": self.covariance}
-        save_tensors(file, "FeatureStatistics", tensors, notes)
-
-    @classmethod
-    def load(cls, file: Path) -> FeatureStatistics:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is damaged or holds something else.
-        """
-        tensors, notes = load_tensors(file, "FeatureStatistics")
-        try:
-            return cls(
-                tensors["mean"],
-                tensors["covariance"],
-                int(notes["count"]),
-                notes["features"],
-                notes["data_sha256"],
-            )
-        except (KeyError, ValueError) as error:
-            msg = f"{file} is damaged: it lacks a part of the statistics ({error})"
-            raise ValueError(msg) from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """Mean and scatter matrix Σ(x − m)(x − m)ᵀ of some rows, in float64 on the host."""
-
-    count: int
-    mean: Tensor
-    scatter: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> _Moments:
-        mean = rows.mean(0)
-        centred = rows - mean
-        return cls(len(rows), mean, centred.T @ centred)
-
-    def joined(self, other: _Moments) -> _Moments:
-        """Moments of both sets of rows; sums of non-negative terms, so that nothing cancels."""
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        weight = self.count * other.count / count
-        return _Moments(
-            count,
-            self.mean + shift * (other.count / count),
-            self.scatter + other.scatter + weight * torch.outer(shift, shift),
-        )
+            # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
+            own = rows.mean(0)
+            centred, shift, total = rows - own, own - mean, count + len(rows)
+            weight = count * len(rows) / total
+            scatter = scatter + centred.T @ centred + weight * torch.outer(shift, shift)
+            mean, count = mean + shift * (len(rows) / total), total
+        return cls(mean, scatter / (count - 1), count, name, images_sha256(images))
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`.
-
-    Raises
-    ------
-    ValueError
-        If the statistics are of different features.
-    """
+    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`."""
     if first.features != second.features or first.mean.shape != second.mean.shape:
-        msg = (
-            "statistics must be of the same features; got "
-            f"{first.features!r} ({len(first.mean)}) and {second.features!r} ({len(second.mean)})"
-        )
+        own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
+        msg = f"statistics must be of the same features; got {own} and {other}"
         raise ValueError(msg)
     return _gaussian_distance(first.mean, first.covariance, second.mean, second.covariance)
 
@@ -263,21 +155,21 @@ def frechet(
 ) -> dict[str, Any]:
     """Fréchet distance of images to a reference in the features of any network.
 
-    It is biased upwards, by about a constant over the number of images: compare equal numbers only.
-    Where there are no more images than features a covariance is singular, and the bias large.
+    It is biased upwards by about a constant divided by the number of images: compare equal numbers
+    only. With no more images than features a covariance is singular, and the bias large.
 
     Parameters
     ----------
     images
-        uint8 ``(N, C, H, W)``, two at least.
+        uint8 ``(N, C, H, W)``, at least two.
     reference
         uint8 ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
     batch
-        Images at a time.
+        Images per batch.
     name
-        Of the feature network; its own where None.
+        Name of the feature network; None takes its own.
     progress
         Show progress bars on stderr.
 
@@ -286,7 +178,7 @@ def frechet(
     dict
         ``frechet_distance``, ``features`` and ``feature_count``, ``samples`` and
         ``reference_samples``, ``samples_sha256`` and ``reference_sha256``, ``singular``: whether a
-        covariance is for want of images, ``versions``.
+        set has no more images than features, ``versions``.
 
     Raises
     ------
@@ -295,20 +187,18 @@ def frechet(
         other features.
     """
     check_images(images, "images", least=2)
-    check_count(batch, "batch")
     name = feature_name(features) if name is None else name
+    options: dict[str, Any] = {"batch": as_whole(batch, "batch", 1), "name": name}
     if isinstance(reference, FeatureStatistics):
         if reference.features != name:
-            msg = f"reference must be in the features {name!r}; got statistics in "
-            msg += repr(reference.features)
+            got = f"statistics in {reference.features!r}"
+            msg = f"reference must be in the features {name!r}; got {got}"
             raise ValueError(msg)
         second = reference
     else:
-        check_pair(images, check_images(reference, "reference", least=2))
-        second = FeatureStatistics.of(
-            reference, features, batch=batch, name=name, progress=progress
-        )
-    first = FeatureStatistics.of(images, features, batch=batch, name=name, progress=progress)
+        check_same_shape(images, check_images(reference, "reference", least=2))
+        second = FeatureStatistics.of(reference, features, progress=progress, **options)
+    first = FeatureStatistics.of(images, features, progress=progress, **options)
     return {
         "frechet_distance": frechet_of(first, second),
         "features": name,

@@ -1,4 +1,4 @@
-"""Likelihoods of images under score models."""
+"""Likelihoods of images under score models and latent models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cldsde.images.evaluate.distances import images_sha256
-from cldsde.images.evaluate.shared import (
-    check_count,
-    check_images,
-    package_versions,
-    parts,
-)
-from cldsde.linear.checks import check_between, check_positive
+from cldsde.images.checks import as_whole, check_images, check_values
+from cldsde.images.data import to_unit
+from cldsde.images.evaluate.distances import images_sha256, package_versions
+from cldsde.images.model import DiffusionModel
+from cldsde.images.train.objectives import Batch, Times, bit_per_dim, negative_evidence_lower_bound
+from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
-from cldsde.score import ReverseProcess, dequantise, log_likelihood
+from cldsde.score import ReverseProcess, TimeSampler, dequantise, log_likelihood
 from cldsde.score.checks import one_of
 from cldsde.score.flow_density import Divergence
-
-__all__ = ["check_levels", "likelihood", "mean_bits"]
 
 Kind = Literal["auto", "exact", "bound"]
 Scale = Literal["bins", "ends"]
@@ -36,7 +32,15 @@ _QUANTITY = {
         "negative lower bound on the log-density of dequantised images, of a model that stops at "
         "t_min; an upper bound on the bits of the discrete images"
     ),
+    "latent": (
+        "negative evidence lower bound of a latent model whose prior stops at t_min; an upper "
+        "bound on the bits of the discrete images"
+    ),
 }
+
+
+class UndefinedLikelihoodError(ValueError):
+    """The model defines no likelihood of such images."""
 
 
 def likelihood(
@@ -57,48 +61,45 @@ def likelihood(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Bits a dimension of a score model on images, by its probability-flow ODE.
+    """Bits per dim of a score model on images, by its probability-flow ODE.
 
-    Levels are dequantised, spread uniformly over their bins. The dequantised images depend on the
-    seed alone; the noise of the estimate, where there is any, on the batches, too.
+    Levels are dequantised: spread uniformly over their bins. The dequantised images depend on the
+    seed alone, the noise of the estimate also on the batches.
 
     Parameters
     ----------
     model
-        A `ReverseProcess`, or a score that knows its process by an attribute ``sde``, such as
-        `MixedScore`; on ``device``, in evaluation mode.
+        A `ReverseProcess`, or a score with an attribute ``sde``, such as `MixedScore`; on
+        ``device``, in evaluation mode.
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
     kind
         ``"exact"``: the model's density at ``t_min``, taken at the images, for processes without
-        auxiliary components. ``"bound"``: a proper lower bound for a model that stops at ``t_min``,
-        for all processes; see `log_likelihood`, where they are ``"replace"`` and ``"perturb"``.
-        ``"auto"``: exact where there are no auxiliary components.
+        auxiliary components. ``"bound"``: a lower bound for a model that stops at ``t_min``, for
+        all processes. See `log_likelihood`, which calls them ``"replace"`` and ``"perturb"``.
+        ``"auto"``: exact if there are no auxiliary components.
     levels
         Number of grey levels L, 2 … 256.
     scale
-        Of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to [−1, 1],
-        dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about them. A model
-        trained on the levels themselves has no density to speak of at small ``t_min``.
+        Scale of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to
+        [−1, 1], dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about
+        them. A model trained on the levels themselves has no useful density at small ``t_min``.
     batch
-        Images at a time.
+        Images per batch.
     seed
-        Of the dequantisation and all other noise.
+        Seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
-    device
-        Where to compute.
-    progress
-        Show a progress bar on stderr.
+    device, progress
+        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------
     dict
         ``bits_per_dim``, the mean over images; ``standard_error`` of that mean, which covers the
         choice of the images and all noise (None for one image); ``images``, their number;
-        ``quantity``, what was computed, in words; ``is_bound``, whether it is a bound on the
-        density's bits and not their value; ``nfev`` of each image, on average over images;
-        ``images_sha256``, ``process``, ``settings`` and ``versions``.
+        ``quantity``, a description; ``is_bound``: bound or value of the density's bits; ``nfev``
+        per image, on average; ``images_sha256``, ``process``, ``settings`` and ``versions``.
 
     Raises
     ------
@@ -108,124 +109,114 @@ def likelihood(
     process = _process_of(model)
     one_of(kind, Kind, "kind")
     one_of(scale, Scale, "scale")
-    one_of(divergence, Divergence, "divergence")
-    check_levels(images, levels)
-    _check_numbers(
-        process,
-        {"batch": batch, "samples": samples, "max_nfev": max_nfev},
-        seed=seed,
-        t_min=t_min,
-        rtol=rtol,
-        atol=atol,
-    )
-    kind = _resolved(kind, process)
-    options: dict[str, Any] = {
-        "samples": samples,
-        "divergence": divergence,
-        "rtol": rtol,
-        "atol": atol,
-        "max_nfev": max_nfev,
-    }
-    generator = torch.Generator().manual_seed(seed)
+    check_values(check_images(images, "images"), levels)
+    as_whole(batch, "batch", 1)
+    if kind == "exact" and process.sde.components > 1:
+        msg = "kind='exact' needs a process without auxiliary components; got "
+        msg += f"{process.sde!r}; use 'bound'"
+        raise ValueError(msg)
+    if kind == "auto":
+        kind = "exact" if process.sde.components == 1 else "bound"
+    options: dict[str, Any] = {"samples": samples, "divergence": divergence}
+    options |= {"rtol": rtol, "atol": atol, "max_nfev": max_nfev}
+    generator = torch.Generator().manual_seed(as_whole(seed, "seed", 0))
     end = 1.0 if scale == "bins" else levels / (levels - 1)
     data = dequantise(images, count=levels, low=-end, high=end, generator=generator)
+    start: Any = "replace" if kind == "exact" else "perturb"
     bits, nfev = [], 0
     with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
-        for part in parts(data, batch):
+        for part in data.split(batch):  # type: ignore[no-untyped-call]
             found = log_likelihood(
-                process,
-                part.to(device),
-                t_min,
-                start="replace" if kind == "exact" else "perturb",
-                generator=generator,
-                **options,
+                process, part.to(device), t_min, start=start, generator=generator, **options
             )
             bits.append(found.bits_per_dim(2 * end / levels).cpu().to(torch.float64))
             nfev += found.nfev * len(part)
             bar.update(len(part))
-    settings = {
-        "kind": kind,
-        "levels": levels,
-        "scale": scale,
-        "batch": batch,
-        "seed": seed,
-        "t_min": t_min,
-        **options,
-        "device": str(device),
-    }
-    return {
-        **mean_bits(torch.cat(bits)),
-        "quantity": _QUANTITY[kind],
-        "is_bound": found.is_bound,
-        "nfev": nfev / len(images),
-        "images_sha256": images_sha256(images),
-        "process": repr(process.sde),
-        "settings": settings,
-        "versions": package_versions("cldsde", "torch", "torchdiffeq"),
-    }
+    settings = {"kind": kind, "scale": scale, **options, "levels": levels, "batch": batch}
+    settings |= {"seed": seed, "t_min": t_min, "device": str(device)}
+    found_bits = _report(torch.cat(bits), images, process.sde, kind, settings, "torchdiffeq")
+    return {**found_bits, "is_bound": found.is_bound, "nfev": nfev / len(images)}
 
 
-def mean_bits(bits: Tensor) -> dict[str, Any]:
-    """Mean over images and its standard error."""
-    error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else None
-    return {"bits_per_dim": float(bits.mean()), "standard_error": error, "images": len(bits)}
-
-
-def check_levels(images: Tensor, levels: int) -> None:
-    """Raise unless images are uint8 ``(N, C, H, W)`` with values below ``levels``."""
-    check_images(images, "images", least=1)
-    if check_count(levels, "levels", least=2) > 256:
-        msg = f"levels must be at most 256, the number of uint8 values; got {levels}"
-        raise ValueError(msg)
-    if int(images.max()) >= levels:
-        msg = f"images must have values below levels, {levels}; got {int(images.max())}"
-        raise ValueError(msg)
-
-
-def _check_numbers(
-    process: ReverseProcess,
-    counts: dict[str, int],
+def latent_likelihood(
+    model: DiffusionModel,
+    images: Tensor,
     *,
-    seed: int,
-    t_min: float,
-    rtol: float,
-    atol: float,
-) -> None:
-    for name, value in counts.items():
-        check_count(value, name)
-    check_count(seed, "seed", least=0)
-    check_between(t_min, 1e-300, process.sde.T * (1 - 1e-9), "t_min")
-    check_positive(rtol, "rtol")
-    check_positive(atol, "atol")
-
-
-def _resolved(kind: Kind, process: ReverseProcess) -> Kind:
-    """Check the kind against the process; what ``"auto"`` stands for."""
-    components = process.sde.components
-    if kind == "auto":
-        return "exact" if components == 1 else "bound"
-    if kind == "exact" and components > 1:
-        msg = (
-            "kind='exact' needs a process without auxiliary components; got "
-            f"{process.sde!r}; use 'bound'"
-        )
+    levels: int = 256,
+    batch: int = 64,
+    seed: int = 0,
+    t_min: float = 1e-3,
+    samples: int = 16,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`."""
+    if model.vae is None:
+        msg = "model must have an autoencoder; use likelihood for a model of pixels"
         raise ValueError(msg)
-    return kind
+    _check_mode(model)
+    check_values(check_images(images, "images"), levels)
+    pixels = model.vae.likelihood
+    if pixels.levels != levels:
+        name = type(pixels).__name__
+        msg = f"the autoencoder's distribution of pixels, {name}, is of {pixels.levels} grey "
+        msg += f"levels, so that no bound on the bits of images of {levels} follows from it"
+        raise UndefinedLikelihoodError(msg)
+    for name, value in {"batch": batch, "samples": samples}.items():
+        as_whole(value, name, 1)
+    sde = model.score.sde
+    generator = torch.Generator().manual_seed(as_whole(seed, "seed", 0))
+    sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
+    bits = []
+    with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
+        for part in images.split(batch):  # type: ignore[no-untyped-call]
+            x = to_unit(part, levels).to(device)
+            total = torch.zeros(len(x), dtype=torch.float64)
+            for _ in range(samples):
+                times = Times(*sampler.sample(len(x), generator=generator))
+                pair = Batch(x, None, (times, times))
+                with torch.no_grad():
+                    bound = negative_evidence_lower_bound(model, pair, generator, t_min)
+                total += bound.cpu().double()
+            bits.append(bit_per_dim(x) * total / samples)
+            bar.update(len(part))
+    settings: dict[str, Any] = {"levels": levels, "batch": batch, "seed": seed, "t_min": t_min}
+    settings |= {"samples": samples, "device": str(device)}
+    found = _report(torch.cat(bits), images, sde, "latent", settings, "diffusers")
+    return {**found, "is_bound": True, "nfev": samples}
+
+
+def _report(
+    bits: Tensor, images: Tensor, sde: LinearSDE, kind: str, settings: dict[str, Any], package: str
+) -> dict[str, Any]:
+    """Mean over images with its standard error, and everything that it depends on."""
+    error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else None
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "standard_error": error,
+        "images": len(bits),
+        "quantity": _QUANTITY[kind],
+        "images_sha256": images_sha256(images),
+        "process": repr(sde),
+        "settings": settings,
+        "versions": package_versions("cldsde", "torch", package),
+    }
 
 
 def _process_of(model: Any) -> ReverseProcess:
-    if isinstance(model, ReverseProcess):
-        process = model
-    else:
+    if not isinstance(model, ReverseProcess):
         sde = getattr(model, "sde", None)
         if sde is None:
-            msg = (
-                "model must be a ReverseProcess, or a score with an attribute sde; got "
-                f"{type(model).__name__}"
-            )
+            kind = type(model).__name__
+            msg = f"model must be a ReverseProcess, or a score with an attribute sde; got {kind}"
             raise TypeError(msg)
-        process = ReverseProcess(sde, model)
-    if isinstance(process.score, nn.Module) and process.score.training:
+        model = ReverseProcess(sde, model)
+    _check_mode(model.score)
+    process: ReverseProcess = model
+    return process
+
+
+def _check_mode(model: object) -> None:
+    if isinstance(model, nn.Module) and model.training:
         msg = "model must be in evaluation mode; call .eval()"
         raise ValueError(msg)
-    return process

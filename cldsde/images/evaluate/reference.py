@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cldsde.images.data import DataSet, Images
-from cldsde.images.data.samples import as_bytes
+from cldsde.images.data import DataSet
+from cldsde.images.data.samples import all_bytes
 from cldsde.images.errors import SettingError
 from cldsde.images.evaluate.classifier import (
     ClassifierFeatures,
@@ -23,35 +23,14 @@ from cldsde.images.evaluate.distances import FeatureStatistics, images_sha256
 from cldsde.images.evaluate.features import FeatureNetwork, load_features
 from cldsde.images.files import file_lock, tensors_digest
 
-__all__ = ["CLASSIFIER", "Reference"]
-
 CLASSIFIER = "classifier.safetensors"
 """File of the classifier whose features a data set is compared in."""
-_TRAINED_ON = 150_000  # images that a classifier sees at least, repetitions counted
+_TRAINED_ON = 150_000  # images that a classifier is trained on at least, repetitions counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A data set to compare with, and the features to compare in.
-
-    Attributes
-    ----------
-    data
-        The data set.
-    part
-        ``"train"``, as published distances are, or ``"held_out"``.
-    features
-        ``"classifier"``: of a classifier trained on the data's classes and kept in ``folder``; or
-        ``module:attribute`` of a network of the user's.
-    likelihood_images
-        Held-out images whose likelihood is computed.
-    folder
-        Where the classifier is kept.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
-    """
+    """A data set to compare with, and the features to compare in; see `Evaluation`."""
 
     data: DataSet
     part: Literal["train", "held_out"] = "train"
@@ -73,27 +52,20 @@ class Reference:
         return images_sha256(self._likelihood_images)
 
     @cached_property
+    def _reference(self) -> Tensor:
+        return all_bytes(getattr(self.data, self.part))
+
+    @cached_property
     def _reference_sha256(self) -> str:
         return images_sha256(self._reference)
 
     @cached_property
-    def _reference(self) -> Tensor:
-        images: Images = getattr(self.data, self.part)
-        return self._training_images if self.part == "train" else _all_bytes(images)
-
-    @property
-    def _two_images(self) -> Tensor:
-        """Some of those that are compared with."""
-        images = getattr(self.data, self.part)
-        return as_bytes(images.load(torch.arange(2)), images.levels)
+    def _reference_statistics(self) -> FeatureStatistics:
+        return FeatureStatistics.of(self._reference, self._network, progress=self.progress)
 
     @cached_property
     def _training_images(self) -> Tensor:
-        return _all_bytes(self.data.train)
-
-    @cached_property
-    def _reference_statistics(self) -> FeatureStatistics:
-        return FeatureStatistics.of(self._reference, self._network, progress=self.progress)
+        return self._reference if self.part == "train" else all_bytes(self.data.train)
 
     @cached_property
     def _network(self) -> FeatureNetwork:
@@ -103,7 +75,8 @@ class Reference:
         if file.exists():
             return self._kept_classifier(file)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(file, wait=True):  # of two evaluations at once one trains it, for both
+        # Of two evaluations at the same time one trains the classifier for both.
+        with file_lock(file, wait=True):
             return self._kept_classifier(file) if file.exists() else self._new_classifier(file)
 
     def _kept_classifier(self, file: Path) -> FeatureNetwork:
@@ -112,7 +85,7 @@ class Reference:
         except ValueError as error:
             msg = f"{error}; delete it to have it made again"
             raise ValueError(msg) from error
-        if not self._classifier_origin.items() <= notes.items():
+        if not self._origin_of_classifier.items() <= notes.items():
             msg = f"{file} was trained on other images or classes; delete it, or move it away"
             raise ValueError(msg)
         return ClassifierFeatures(classifier, device=self.device)
@@ -123,28 +96,20 @@ class Reference:
         assert labels is not None
         assert held_out.labels is not None
         classifier, accuracy = train_classifier(
-            images,
-            labels,
-            _all_bytes(held_out),
-            held_out.labels,
+            *(images, labels, all_bytes(held_out), held_out.labels),
             epochs=max(3, round(_TRAINED_ON / len(images))),
             device=self.device,
             progress=self.progress,
         )
-        notes = {**self._classifier_origin, "held_out_accuracy": f"{accuracy:.4f}"}
+        notes = {**self._origin_of_classifier, "held_out_accuracy": f"{accuracy:.4f}"}
         save_classifier(classifier, file, metadata=notes)
         return ClassifierFeatures(classifier, device=self.device)
 
     @property
-    def _classifier_origin(self) -> dict[str, str]:
-        """Training data of a classifier."""
+    def _origin_of_classifier(self) -> dict[str, str]:
         labels = self.data.train.labels
         assert labels is not None
         return {
             "images_sha256": images_sha256(self._training_images),
             "labels_sha256": tensors_digest({"labels": labels}),
         }
-
-
-def _all_bytes(images: Images) -> Tensor:
-    return as_bytes(images.load(torch.arange(len(images))), images.levels)

@@ -1,9 +1,8 @@
-"""Files of results of an evaluation: what was measured, cell by cell, and what with.
+"""Files of results of an evaluation, cell by cell, and their table.
 
-A file is JSON. It holds the digest of the weights, ``likelihood``, and ``recipes``: of each its
-``sampling`` and its ``cells``, one for each range of seeds. A cell holds its measures by their
-names, `SAMPLING`, which says what its images cost and were made with, and `FAILED` where they could
-not be drawn.
+A file is JSON. It holds the digest of the weights, ``likelihood``, and ``recipes``: per recipe its
+``sampling`` and its ``cells``, one per range of seeds. A cell holds its measures by their names,
+`SAMPLING`, the cost and origin of its images, and `FAILED` if they could not be sampled.
 """
 
 from __future__ import annotations
@@ -12,55 +11,74 @@ import dataclasses
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from cldsde.images.config import SamplingConfig
-from cldsde.images.evaluate.shared import package_versions
+from cldsde.images.evaluate.distances import package_versions
 from cldsde.images.files import file_lock, write_whole
 from cldsde.images.sample.sampler import make_solver
-
-__all__ = [
-    "FAILED",
-    "SAMPLING",
-    "cell_numbers",
-    "cells_of",
-    "changed_results",
-    "joined",
-    "markdown_table",
-    "origin",
-    "resolved_solver",
-    "seeds_key",
-    "stored_results",
-    "with_origin",
-]
+from cldsde.images.tables import Entry, Table, mean_and_spread
 
 SAMPLING = "sampling"
-"""Key of a cell for what its images cost, and what they were made with."""
+"""Key of a cell for the cost and the origin of its images."""
 FAILED = "failed"
-"""Key of a cell, or of a likelihood, for why it could not be measured."""
+"""Key of a cell, or of a likelihood, for the reason why it could not be measured."""
+
+
+class _Origin(TypedDict):
+    versions: dict[str, str]
+    machine: str
+    device: str
+    threads: int
+
+
+class _Sampling(TypedDict, total=False):
+    nfe: float
+    seconds: float
+    solver: str
+    made: list[_Origin]
+
+
+class _Cell(TypedDict):
+    sampling: _Sampling
+    failed: NotRequired[str]
+
+
+class _Recipe(TypedDict):
+    sampling: dict[str, Any]
+    cells: dict[str, _Cell]
+
+
+class _Bits(TypedDict):
+    asked: int
+    failed: NotRequired[str]
+    bits_per_dim: NotRequired[float]
+
+
+class _Results(TypedDict):
+    model: str
+    likelihood: NotRequired[_Bits | None]
+    recipes: NotRequired[list[_Recipe]]
 
 
 def stored_results(results: Path, digest: str) -> dict[str, Any]:
-    """What `Evaluation.of_run` has written so far.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or holds results of another model than that of the digest.
-    """
+    """Results of an evaluation so far, from their file."""
     fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
     if not results.exists():
         return fresh
     try:
         found = json.loads(results.read_text())
         _check(found)
-    except ValueError as error:
-        msg = f"{results} is damaged ({error}); delete it to have it made again"
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        msg = f"{results} is damaged ({reason}); delete it to have it made again"
         raise ValueError(msg) from error
     if found["model"] != digest:
         msg = f"{results} holds results of other weights; delete it, or write to another file"
@@ -68,18 +86,33 @@ def stored_results(results: Path, digest: str) -> dict[str, Any]:
     return {**fresh, **found}
 
 
+def _check(found: Any) -> None:
+    TypeAdapter(_Results).validate_python(found)
+    bits = found.get("likelihood")
+    if bits is not None and FAILED not in bits:
+        _need(bits, "bits_per_dim", "is_bound", "quantity", "settings")
+    for cell in (cell for row in found.get("recipes", []) for cell in row["cells"].values()):
+        if FAILED not in cell:
+            _need(cell[SAMPLING], "nfe", "seconds")
+        for key in cell.keys() - {SAMPLING, FAILED}:
+            # The Inception score takes no reference.
+            _need(cell[key], *([] if key.startswith("isc ") else ["reference_sha256"]))
+            _need(cell[key], *(["features"] if key.startswith("fd ") else []))
+        cell_numbers(cell)
+
+
+def _need(values: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if key not in values:
+            msg = f"{key} is missing"
+            raise ValueError(msg)
+
+
 @contextmanager
 def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
-    """What the file holds now, to be changed in the block; then written, whole or not at all.
+    """Results in their file now, to be changed in the block and then written.
 
-    Nobody else changes it meanwhile, so that several evaluations may share a file.
-
-    Raises
-    ------
-    ValueError
-        As `stored_results` does.
-    OSError
-        If the file cannot be written.
+    The file is locked meanwhile, so that several evaluations may share it.
     """
     with file_lock(results, wait=True):
         found = stored_results(results, digest)
@@ -89,7 +122,7 @@ def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
 
 
 def cells_of(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
-    """Cells of a recipe among results, by `seeds_key`; put there if there are none."""
+    """Cells of a recipe among results, by `seeds_key`; added if there are none."""
     settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
     for row in found["recipes"]:
         if row["sampling"] == settings:
@@ -106,12 +139,12 @@ def seeds_key(seeds: range) -> str:
 
 
 def resolved_solver(recipe: SamplingConfig) -> str:
-    """The solver of a recipe with all its options: a recipe leaves defaults out, which change."""
+    """The solver of a recipe with all its options: recipes omit defaults, which may change."""
     return repr(make_solver(recipe))
 
 
 def origin(device: str) -> dict[str, Any]:
-    """What numbers of this process depend on beside their settings."""
+    """Versions, machine, device and threads, on which numbers depend beside their settings."""
     if device.startswith("cuda"):
         device = f"{device} ({torch.cuda.get_device_name(device)})"
     return {
@@ -122,14 +155,8 @@ def origin(device: str) -> dict[str, Any]:
     }
 
 
-def with_origin(cell: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
-    """Origins of a cell's measures, among them that of those which are going to be added."""
-    before: list[Any] = cell.get(SAMPLING, {}).get("made", [])
-    return before if own in before else [*before, own]
-
-
 def joined(own: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell with what others have measured of its images, those of the same solver, meanwhile."""
+    """A cell, joined with measures that others stored meanwhile for images of the same solver."""
     made, before = own[SAMPLING], stored.get(SAMPLING, {})
     if before.get("solver") != made["solver"]:
         return dict(own)
@@ -139,108 +166,40 @@ def joined(own: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cell_numbers(cell: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a cell, by what they are called in a table."""
+    """The numbers of a cell, by their names in a table."""
     numbers = {}
     for key, measure in cell.items():
-        if key in {SAMPLING, FAILED}:
-            continue
         metric, _, rest = key.partition(" ")
         if metric == "fd":
             numbers[key] = float(measure["frechet_distance"])
-            continue
-        for name in ("precision", "recall") if metric == "prc" else (metric,):
-            numbers[f"{name} {rest}"] = float(measure["metrics"][name]["value"])
+        elif key not in {SAMPLING, FAILED}:
+            for name in ("precision", "recall") if metric == "prc" else (metric,):
+                numbers[f"{name} {rest}"] = float(measure["metrics"][name]["value"])
     return numbers
 
 
-def _check(found: object) -> None:
-    """Raise ValueError for anything else than what is written here."""
-    _need(found, {"model": str}, "it")
-    assert isinstance(found, dict)
-    bits, recipes = found.get("likelihood"), found.get("recipes", [])
-    if bits is not None:
-        numbers = {"bits_per_dim": float, "is_bound": bool, "quantity": str, "settings": dict}
-        failed = isinstance(bits, dict) and FAILED in bits
-        _need(bits, {"asked": int, **({FAILED: str} if failed else numbers)}, "likelihood")
-    for i, row in enumerate(_list(recipes, "recipes")):
-        _need(row, {"sampling": dict, "cells": dict}, f"recipes[{i}]")
-        for key, cell in row["cells"].items():
-            _check_cell(cell, f"recipes[{i}].cells.{key}")
-
-
-def _check_cell(cell: object, name: str) -> None:
-    _need(cell, {SAMPLING: dict}, name)
-    assert isinstance(cell, dict)
-    failed = FAILED in cell
-    _need(cell, {FAILED: str} if failed else {}, name)
-    _need(cell[SAMPLING], {} if failed else {"nfe": float, "seconds": float}, f"{name}.{SAMPLING}")
-    for one in _list(cell[SAMPLING].get("made", []), f"{name}.{SAMPLING}.made"):
-        kinds = {"versions": dict, "machine": str, "device": str, "threads": int}
-        _need(one, kinds, f"{name}.{SAMPLING}.made")
-    for key, measure in cell.items():
-        if key.startswith("fd "):
-            kinds = {"frechet_distance": float, "features": str, "reference_sha256": str}
-            _need(measure, kinds, f"{name}.{key}")
-        elif key.partition(" ")[0] in {"fid", "kid", "prc"}:
-            _need(measure, {"reference_sha256": str}, f"{name}.{key}")
-    try:
-        cell_numbers(cell)
-    except (KeyError, TypeError, AttributeError) as error:
-        msg = f"{name} holds a measure that is none"
-        raise ValueError(msg) from error
-
-
-def _need(value: object, kinds: Mapping[str, type], name: str) -> None:
-    if not isinstance(value, dict):
-        msg = f"{name} is no section"
-        raise ValueError(msg)  # noqa: TRY004 one kind of error for whatever a file holds
-    for key, kind in kinds.items():
-        number = (int, float) if kind is float else kind
-        if not isinstance(value.get(key), number):
-            msg = f"{name}.{key} is missing" if key not in value else f"{name}.{key} is wrong"
-            raise ValueError(msg)  # noqa: TRY004
-
-
-def _list(value: object, name: str) -> Iterable[Any]:
-    if not isinstance(value, list):
-        msg = f"{name} is no list"
-        raise ValueError(msg)  # noqa: TRY004
-    return value
-
-
 def markdown_table(found: Mapping[str, Any]) -> str:
-    """Recipes against measures: means over repetitions, with their spread.
+    """Table of recipes against measures: means over repetitions, with their spread.
 
-    NFE is what an image took in the mean, where that was measured.
+    NFE is the mean number of score evaluations of an image, if it was measured.
     """
-    rows = found["recipes"]
-    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in rows]
+    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in found["recipes"]]
     names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
-    lines = [
-        "| solver | NFE | grid, ε | images | " + " | ".join(names) + " |",
-        "| --- | ---: | --- | ---: |" + " ---: |" * len(names),
-    ]
-    for row, found_numbers in zip(rows, numbers, strict=True):
-        cells = []
-        for name in names:
-            values = [cell[name] for cell in found_numbers if name in cell]
-            if len(values) > 1:
-                cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
-            else:
-                cells.append("".join(f"{value:.3f}" for value in values))
-        sampling = row["sampling"]
+    rows = []
+    for row, own in zip(found["recipes"], numbers, strict=True):
+        sampling, cells = row["sampling"], row["cells"].values()
         end = sampling.get("t_end")
-        ends = "" if end is None else f", {end:g}"
-        times = f"{sampling['grid']}{ends}" if "grid" in sampling else ""
-        costs = [cell.get(SAMPLING, {}) for cell in row["cells"].values()]
-        spent = [cost["nfe"] for cost in costs if "nfe" in cost]
+        times = sampling.get("grid", "") + ("" if end is None else f", {end:g}")
+        spent = [cell[SAMPLING]["nfe"] for cell in cells if "nfe" in cell.get(SAMPLING, {})]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
-        sizes = dict.fromkeys(
-            str(measure["samples"])
-            for cell in row["cells"].values()
-            for measure in cell.values()
-            if isinstance(measure, dict) and "samples" in measure
+        measures = [x for cell in cells for x in cell.values() if isinstance(x, dict)]
+        sizes = dict.fromkeys(str(x["samples"]) for x in measures if "samples" in x)
+        values = [[cell[name] for cell in own if name in cell] for name in names]
+        rows.append(
+            [
+                *(Entry(sampling["solver"], number=False), Entry(nfe)),
+                *(Entry(times, number=False), Entry(", ".join(sizes))),
+                *(Entry(mean_and_spread(some, 3)) for some in values),
+            ]
         )
-        head = [sampling["solver"], nfe, times, ", ".join(sizes)]
-        lines.append("| " + " | ".join([*head, *cells]) + " |")
-    return "\n".join(lines)
+    return Table("", ["solver", "NFE", "grid, ε", "images", *names], rows, []).markdown()

@@ -14,15 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "EXTRACTOR",
-    "INCEPTION_FILE",
-    "check_cache",
-    "check_inception_weights",
-    "is_published",
-    "plain_loads",
-]
-
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of the file of Inception weights; its SHA-256 begins as the name ends."""
 
@@ -34,27 +25,18 @@ _INCEPTION_URL = (
 EXTRACTOR = "inception-v3-compat"
 """torch-fidelity's name of the network."""
 
+# Errors of `torch.load` for files that are damaged or of another format.
 _UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, TypeError, LookupError, AttributeError),
 )
-"""What `torch.load` raises on files that are damaged or of another format."""
 
 
 def check_inception_weights(weights: Path) -> str:
-    """Refuse a file that is not of the network, without running what it may hold; its SHA-256."""
+    """SHA-256 of a file of weights; raise if they do not fit the network. No code of it is run."""
     if not weights.is_file():
-        msg = (
-            f"weights: there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins with "
-            f"{_INCEPTION_PREFIX}, from {_INCEPTION_URL}"
-        )
+        msg = f"weights: there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins "
+        msg += f"with {_INCEPTION_PREFIX}, from {_INCEPTION_URL}"
         raise FileNotFoundError(msg)
     with weights.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,11 +44,8 @@ def check_inception_weights(weights: Path) -> str:
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        msg = (
-            f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
-            f"get it from {_INCEPTION_URL}"
-        )
-        raise ValueError(msg) from error
+        msg = f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
+        raise ValueError(f"{msg}get it from {_INCEPTION_URL}") from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
     ):
@@ -78,10 +57,9 @@ def check_inception_weights(weights: Path) -> str:
     from torch_fidelity import FeatureExtractorInceptionV3
 
     try:
+        path = {"feature_extractor_weights_path": str(weights)}
         with plain_loads(), torch.random.fork_rng(devices=[]):
-            FeatureExtractorInceptionV3(
-                EXTRACTOR, ["2048"], feature_extractor_weights_path=str(weights)
-            )
+            FeatureExtractorInceptionV3(EXTRACTOR, ["2048"], **path)
     except RuntimeError as error:
         lines = [line.strip()[:120] for line in str(error).splitlines()[:2]]
         msg = f"{other}: names or shapes of its tensors differ ({' '.join(lines)})"
@@ -95,7 +73,7 @@ def is_published(sha256: str) -> bool:
 
 
 def check_cache(cache: Path, key: str, count: int) -> None:
-    """Make the folder, and refuse damaged files before they end a long run."""
+    """Make the folder; raise for damaged files before they end a long run."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +94,7 @@ def check_cache(cache: Path, key: str, count: int) -> None:
 
 @contextlib.contextmanager
 def plain_loads() -> Iterator[None]:
-    """Have torch.load read tensors and arrays only: torch-fidelity asks it to run pickled code."""
+    """Let torch.load read tensors and arrays only: torch-fidelity asks it to run pickled code."""
     force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, forbid)}
     os.environ[force] = "1"

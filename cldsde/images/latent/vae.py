@@ -1,7 +1,7 @@
-"""A convolutional variational autoencoder, put together of parts of the library diffusers.
+"""A convolutional variational autoencoder, made of parts of the library diffusers.
 
 An image x has a Gaussian `Posterior` q(z | x) over maps z of latent channels, and a latent map has
-a law p(x | z) of the image, of which the decoder returns the parameters. With a prior p(z),
+a distribution p(x | z) of the image, whose parameters the decoder returns. With a prior p(z),
 
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
 """
@@ -16,16 +16,23 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from cldsde.images.checks import check_counts, check_groups, check_levels
-from cldsde.images.data.checks import as_whole, check_choice
-from cldsde.images.latent.likelihoods import Bernoulli, DiscretisedLogistic, PixelLikelihood
-from cldsde.images.latent.soft_clamp import soft_clamp
+from cldsde.images.checks import (
+    as_whole,
+    check_choice,
+    check_counts,
+    check_groups,
+    check_levels,
+)
+from cldsde.images.latent.likelihoods import (
+    Bernoulli,
+    DiscretisedLogistic,
+    PixelLikelihood,
+    soft_clamp,
+)
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 
-__all__ = ["VAE", "Posterior"]
-
-# Of the posterior's mean and of the logarithm of its standard deviation.
+# Bound on the posterior's mean and on the logarithm of its standard deviation.
 _BOUND = 5.0
 
 _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
@@ -35,56 +42,24 @@ _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
 
 
 class Posterior(NamedTuple):
-    """q(z | x): independent normals, one for each number of the latent maps of a batch.
+    """q(z | x): independent normals ``(B, *D)``, one per number of the latent maps of a batch.
 
     Its logarithms are in nats, summed over the latent map.
-
-    Parameters
-    ----------
-    mean
-        ``(B, *D)``.
-    log_std
-        Logarithm of the standard deviation, ``(B, *D)``.
     """
 
     mean: Tensor
     log_std: Tensor
 
     def sample(self, generator: Generators | None = None) -> Tensor:
-        """Draw a latent map for each image, z = μ + σ n, through which gradients flow.
+        """Sample a latent map per image, z = μ + σ n ``(B, *D)``, through which gradients flow.
 
-        Parameters
-        ----------
-        generator
-            Source of the normal numbers n, or several, each for its even share of the batch.
-
-        Returns
-        -------
-        Tensor
-            ``(B, *D)``.
-
-        Raises
-        ------
-        ValueError
-            If the batch has no even shares for the generators.
+        Several generators each serve an even share of the batch.
         """
+        mean = self.mean
         noise = standard_normal(
-            self.mean.shape,
-            generator=generator,
-            dtype=self.mean.dtype,
-            device=self.mean.device,
+            mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
         )
-        return self.mean + self.log_std.exp() * noise
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of latent maps ``(B, *D)``, one for each image, ``(B,)``."""
-        if z.shape != self.mean.shape:
-            msg = (
-                f"z must have the shape of the mean, {tuple(self.mean.shape)}; got {tuple(z.shape)}"
-            )
-            raise ValueError(msg)
-        square = ((z - self.mean) * torch.exp(-self.log_std)).square()
-        return -_total(0.5 * square + self.log_std + 0.5 * math.log(2 * math.pi))
+        return mean + self.log_std.exp() * noise
 
     def entropy(self) -> Tensor:
         """H(q) = −E log q(z | x), ``(B,)``."""
@@ -115,35 +90,33 @@ class VAE(nn.Module):
     channels
         Channels of each level, from full resolution down; each of the groups has two or more.
     blocks
-        Residual blocks a level in the encoder; the decoder has one more.
+        Residual blocks per level in the encoder; the decoder has one more.
     groups
         Groups of the group normalisation.
     likelihood
-        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a law of images of two levels,
-        and no more than an objective for others.
+        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a distribution of images of two
+        levels, and only an objective for others.
 
     Attributes
     ----------
     shape, latent_shape : tuple of int
-        Of an image and of its latent map.
+        Shapes of an image and of its latent map.
     likelihood : PixelLikelihood
-        The law of the pixels.
+        The distribution of the pixels.
 
     Raises
     ------
-    TypeError
-        If ``levels`` is no whole number.
-    ValueError
+    TypeError, ValueError
         If an argument is out of range or does not fit the others.
 
     Notes
     -----
     Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
-    (`soft_clamp`): a deviation lies in [0.0067, 148.5]. So neither the posterior nor its divergence
-    from the prior can run away in training.
+    (`soft_clamp`): a standard deviation lies in [0.0067, 148.5]. So neither the posterior nor its
+    divergence from the prior can diverge in training.
 
-    All blocks are convolutions, without attention, so that time and memory grow as the number of
-    pixels does.
+    All blocks are convolutions, without attention, so that time and memory grow linearly in the
+    number of pixels.
 
     References
     ----------
@@ -181,44 +154,28 @@ class VAE(nn.Module):
         self.shape = (data, height, width)
         self.latent_shape = (latent_channels, height // factor, width // factor)
         self.likelihood = _LIKELIHOODS[likelihood](levels)
+        common = {
+            "block_out_channels": tuple(channels),
+            "layers_per_block": blocks,
+            "norm_num_groups": groups,
+            "mid_block_add_attention": False,
+        }
         self.encoder = Encoder(
             in_channels=data,
             out_channels=latent_channels,
             down_block_types=("DownEncoderBlock2D",) * len(channels),
-            block_out_channels=tuple(channels),
-            layers_per_block=blocks,
-            norm_num_groups=groups,
             double_z=True,
-            mid_block_add_attention=False,
+            **common,
         )
         self.decoder = Decoder(
             in_channels=latent_channels,
             out_channels=self.likelihood.channels(data),
             up_block_types=("UpDecoderBlock2D",) * len(channels),
-            block_out_channels=tuple(channels),
-            layers_per_block=blocks,
-            norm_num_groups=groups,
-            mid_block_add_attention=False,
+            **common,
         )
 
     def encode(self, x: Tensor) -> Posterior:
-        """q(z | x).
-
-        Parameters
-        ----------
-        x
-            Images ``(B, C, H, W)`` in [−1, 1].
-
-        Returns
-        -------
-        Posterior
-            Over ``(B, *latent_shape)``, its parameters float32 at least and within ±5.
-
-        Raises
-        ------
-        ValueError
-            If the images do not have the model's shape.
-        """
+        """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""
         _check_shape(x, self.shape, "x")
         out: Tensor = self.encoder(x)
         # Under autocast the network returns half precision.
@@ -226,29 +183,13 @@ class VAE(nn.Module):
         return Posterior(*soft_clamp(fine, _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Parameters of the law of the pixels.
-
-        Parameters
-        ----------
-        z
-            Latent maps ``(B, *latent_shape)``.
-
-        Returns
-        -------
-        Tensor
-            ``(B, likelihood.channels(C), H, W)``, as the methods of ``likelihood`` take it.
-
-        Raises
-        ------
-        ValueError
-            If the latent maps do not have the model's shape.
-        """
+        """Parameters ``(B, likelihood.channels(C), H, W)`` of the distribution of the pixels."""
         _check_shape(z, self.latent_shape, "z")
         out: Tensor = self.decoder(z)
         return out
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log-likelihood in nats, ``(B,)``: how well each latent map tells its image."""
+        """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:

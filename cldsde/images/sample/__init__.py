@@ -3,14 +3,7 @@
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import (
-    ImageSampler,
-    Samples,
-    check_sampling,
-    draw_images,
-    make_solver,
-    time_grid,
-)
+from cldsde.images.sample.sampler import ImageSampler, Samples, draw_images
 
 __all__ = [
     "ImageSampler",
@@ -19,9 +12,6 @@ __all__ = [
     "Samples",
     "alone",
     "check_output",
-    "check_sampling",
     "draw_images",
     "draw_to",
-    "make_solver",
-    "time_grid",
 ]

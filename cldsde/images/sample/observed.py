@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class ObservedImage:
     Attributes
     ----------
     known
-        Picture of what was observed, ``(C, h, w)`` uint8.
+        The observed picture, ``(C, h, w)`` uint8.
     operator
         How it was observed. ``"mask"``: some pixels; ``"grey"``: the mean of the colour channels;
         ``"downsample:4"``: means of blocks of 4×4 pixels; ``"blur:1.5"``: a Gaussian blur with a
@@ -84,10 +84,7 @@ class ObservedImage:
         known: Path | None,
         observe: str | None,
         channels: int,
-        *,
-        method: ObservedMethod = "moments",
-        noise_std: float = 0.05,
-        particles: int = 16,
+        **options: Any,
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
@@ -99,8 +96,8 @@ class ObservedImage:
             The operator, or a picture of the mask, white for observed pixels.
         channels
             Channels of the model's images.
-        method, noise_std, particles
-            See `ObservedImage`.
+        **options
+            Method, noise and particles, see `ObservedImage`.
         """
         if known is None and observe is None:
             return None
@@ -114,9 +111,7 @@ class ObservedImage:
             known=_read(known, channels, "known"),
             operator=observe if mask is None else "mask",
             mask=mask,
-            method=method,
-            noise_std=noise_std,
-            particles=particles,
+            **options,
         )
 
     def recipe(self) -> dict[str, object]:
@@ -178,7 +173,7 @@ class Conditioning:
     def score(self, score: Score, sde: LinearSDE) -> Score:
         """The score given the observation, if the method has one."""
         method = self.observed.method
-        if method in {"twisted", "replacement"}:
+        if method == "twisted" or method == "replacement":  # noqa: PLR1714 mypy narrows this form
             return score
         return PosteriorScore(score, self.observation, method, sde=sde)
 
@@ -232,7 +227,7 @@ class Conditioning:
         chosen = torch.cat(
             [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
         )
-        data = found.samples.unflatten(0, (-1, count))
+        data = found.samples.reshape(-1, count, *found.samples.shape[1:])
         return data[torch.arange(len(seeds)), chosen], torch.full((len(seeds),), count * found.nfev)
 
 

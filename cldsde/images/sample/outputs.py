@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,55 +19,35 @@ from PIL.PngImagePlugin import PngInfo
 
 from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import (
-    PARTIAL,
-    all_to_disk,
-    brief,
-    check_writable,
-    file_lock,
-    write_whole,
-)
+from cldsde.images.files import PARTIAL, brief, check_writable, file_lock, write_whole
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
+from cldsde.images.sample.sampler import Samples
 from cldsde.progress import progress_bar
 
-__all__ = ["alone", "check_output", "draw_to"]
-
-_REQUEST = "request"  # file of a folder of parts: of what they are
+_REQUEST = "request"  # file of a folder of parts with the digest of their request
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
-    """Reject a file or folder that samples cannot be written to, before any work is done.
+    """Check that samples can be written to a file or folder, before any work is done.
 
-    Parameters
-    ----------
-    out
-        ``FILE.npz``, ``FILE.png`` or a folder.
-    request
-        The samples.
-    overwrite
-        Whether a file that is there may be replaced. Folders never are.
-
-    Raises
-    ------
-    SettingError
-        If the output is of no known kind, is there already, or is being written; the key is
-        ``"out"``.
-    OSError
-        If it cannot be written.
+    Files may be replaced with ``overwrite``, folders never are. Raises a SettingError with the key
+    ``"out"``, or an OSError.
     """
+    problem = None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
-        msg = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. Take "
-        raise SettingError("out", f"{msg}FILE.npz or a folder")
-    if out.name in {"", ".."} or out.resolve().is_mount():
-        msg = "must name a file, or a folder that can be moved into place; "
-        raise SettingError("out", f"{msg}got {out}. Take one inside, such as {out / 'samples'}")
-    if out.suffix not in {"", ".png", ".npz"}:
-        raise SettingError("out", f"must be FILE.npz, FILE.png or a folder; got {out}")
-    if out.exists() and out.is_dir() == bool(out.suffix):
-        raise SettingError("out", f"{out} is there already, as another kind of file")
-    if out.is_file() and not overwrite:
-        msg = f"{out} is there already; name another file, or allow it to be overwritten"
-        raise SettingError("out", msg)
+        problem = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. "
+        problem += "Use FILE.npz or a folder"
+    elif out.name in {"", ".."} or out.resolve().is_mount():
+        problem = "must name a file, or a folder that can be moved into place; "
+        problem += f"got {out}. Use one inside, such as {out / 'samples'}"
+    elif out.suffix not in {"", ".png", ".npz"}:
+        problem = f"must be FILE.npz, FILE.png or a folder; got {out}"
+    elif out.exists() and out.is_dir() == bool(out.suffix):
+        problem = f"{out} is there already, as another kind of file"
+    elif out.is_file() and not overwrite:
+        problem = f"{out} is there already; name another file, or allow it to be overwritten"
+    if problem is not None:
+        raise SettingError("out", problem)
     _check_parts(_parts_folder(out))
     if out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
         raise SettingError("out", f"{out} holds files already; name another folder")
@@ -80,150 +61,108 @@ def draw_to(
     process: int = 0,
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
-) -> None:
-    """Draw images into a file or folder.
+) -> float | None:
+    """Sample images into a file or folder; return their mean score evaluations in process 0.
 
-    Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: whoever
-    asks for the same again goes on from them.
-
-    Parameters
-    ----------
-    out
-        ``FILE.npz`` with ``images`` (N, H, W, C) uint8, ``levels``, the number of their grey
-        levels, ``seeds`` and, where there are classes, ``labels``; ``FILE.png``, a grid; or a
-        folder of pictures named by their seeds.
-    request
-        What to draw.
-    process, processes
-        Which share of the batches to draw: every ``processes``-th, beginning with ``process``.
-    wait
-        Returns when all processes have called it.
-
-    Raises
-    ------
-    FloatingPointError
-        If an image is not finite.
-    SettingError
-        If the folder of parts is somebody else's, or another call writes to this output.
-    OSError
-        If a file cannot be written; what was drawn is kept.
+    Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: a later
+    call for the same request resumes.
     """
-    with ExitStack() as own:
+    with alone(out) if process == 0 else nullcontext():
+        parts = _parts_folder(out)
         if process == 0:
-            own.enter_context(alone(out))
-        _draw_to(out, request, process, processes, wait)
+            _open_parts(parts, request.digest())
+        wait()
+        batches = request.sampler.batches(request.seeds)
+        missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
+        wait()
+        mine = missing[process::processes]
+        total = sum(len(batches[i][1]) for i in mine)
+        options = {"total": total, "desc": "sampling", "unit": "image"}
+        with progress_bar(None, shown=process == 0, **options) as bar:
+            for i in mine:
+                label, seeds = batches[i]
+                drawn = request.draw(label, seeds)
+                _write(parts / f"{i:08d}.npy", partial(_save_arrays, arrays=drawn))
+                bar.update(len(seeds))
+        wait()
+        evaluations = None
+        if process == 0:
+            evaluations = (_gather if out.suffix else _gather_pictures)(out, parts, request)
+            _drop_parts(parts)
+        wait()
+        return evaluations
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold an output for one call of `draw_to` at a time.
-
-    Raises
-    ------
-    SettingError
-        If another one holds it.
-    """
-    with ExitStack() as own:
-        try:
-            own.enter_context(file_lock(_parts_folder(out), wait=False))
-        except BlockingIOError:
-            msg = f"{out} is being written by another process; wait, or name another"
-            raise SettingError("out", msg) from None
-        yield
+    """Hold an output for one call of `draw_to` at a time, or raise a SettingError."""
+    try:
+        with file_lock(_parts_folder(out), wait=False):
+            yield
+    except BlockingIOError:
+        msg = f"{out} is being written by another process; wait, or name another"
+        raise SettingError("out", msg) from None
 
 
-def _draw_to(
-    out: Path, request: SampleRequest, process: int, processes: int, wait: Callable[[], None]
-) -> None:
-    parts = _parts_folder(out)
-    digest = request.digest()
-    if process == 0:
-        _open_parts(parts, digest)
-    wait()
-    batches = request.batches()
-    missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
-    wait()
-    mine = missing[process::processes]
-    bar = progress_bar(
-        None,
-        shown=process == 0,
-        total=sum(len(batches[i][1]) for i in mine),
-        desc="sampling",
-        unit="image",
-    )
-    with bar:
-        for i in mine:
-            label, seeds = batches[i]
-            images = request.draw(label, seeds)
-            file = parts / f"{i:08d}.npy"
-            _write(file, partial(_save_array, array=images.numpy()))
-            bar.update(len(seeds))
-    wait()
-    if process == 0:
-        if out.suffix:
-            _gather(out, parts, request)
-        else:
-            _gather_pictures(out, parts, request)
-        _drop_parts(parts)
-    wait()
+def _read(parts: Path, request: SampleRequest) -> Iterator[tuple[NDArray[Any], NDArray[Any], Any]]:
+    """Images, score evaluations, and class and seeds of each batch."""
+    for i, batch in enumerate(request.sampler.batches(request.seeds)):
+        with (parts / f"{i:08d}.npy").open("rb") as stream:
+            yield np.load(stream), np.load(stream), batch
 
 
-def _read(
-    parts: Path, batches: list[tuple[int | None, list[int]]]
-) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-    for i, (_, seeds) in enumerate(batches):
-        yield np.load(parts / f"{i:08d}.npy", allow_pickle=False), seeds
-
-
-def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
-    """Put the parts together in a file, in the order of the seeds."""
-    batches, levels = request.batches(), request.model.space.levels
+def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
+    """Join the parts in a file, in the order of the seeds; return the mean score evaluations."""
+    levels = request.model.space.levels
+    images, evaluations, batches = zip(*_read(parts, request), strict=True)
     drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
     order = np.argsort(drawn)
-    images = np.concatenate([part for part, _ in _read(parts, batches)])[order]
+    sheet, nfe = np.concatenate(images)[order], np.concatenate(evaluations)[order]
     if out.suffix == ".png":
-        grid = torch.from_numpy(images)
-        _write(out, lambda path: save_grid(path, grid, levels, notes=_notes(request)))
-        return
+        grid, notes = torch.from_numpy(sheet), _notes(request)
+        _write(out, lambda path: save_grid(path, grid, levels, notes=notes))
+        return float(nfe.mean())
     arrays: dict[str, Any] = {
-        "images": images.transpose(0, 2, 3, 1),
+        "images": sheet.transpose(0, 2, 3, 1),
         "levels": np.array(levels),
         "seeds": drawn[order],
+        "evaluations": nfe,
         "recipe": np.array(json.dumps(request.recipe())),
     }
     if batches[0][0] is not None:
         labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
         arrays["labels"] = labels[order]
     _write(out, lambda path: np.savez_compressed(path, **arrays))
+    return float(nfe.mean())
 
 
-def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
-    """Make pictures of the parts in a folder that is moved into place with all of them."""
-    if out.exists() and _is_done(out, request):
-        return
+def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
+    """Write the parts as pictures in a folder, and move it into place."""
     whole = parts / f"{PARTIAL}whole"
     if whole.exists():
         shutil.rmtree(whole)
-    whole.mkdir()
     names = dict(zip(request.seeds, _picture_names(request), strict=True))
-    total, notes = len(request.seeds), _notes(request)
+    total, notes, spent = len(request.seeds), _notes(request), 0
+    done = out.exists() and _is_done(out, request)
+    whole.mkdir()
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
-        for images, seeds in _read(parts, request.batches()):
+        for images, evaluations, (_, seeds) in _read(parts, request):
+            spent += int(evaluations.sum())
             for image, seed in zip(images, seeds, strict=True):
-                shown, file = picture(image, request.model.space.levels), whole / names[seed]
-                try:
-                    shown.save(file, pnginfo=notes)
-                except OSError as error:
-                    raise OSError(_unwritten(file, error)) from error
+                if not done:
+                    with _naming(whole / names[seed]):
+                        shown = picture(image, request.model.space.levels)
+                        shown.save(whole / names[seed], pnginfo=notes)
                 bar.update()
-    all_to_disk()  # at once: waiting for the disk after each takes far longer than writing it
+    if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
+        os.sync()
     place = out.resolve()
-    try:
-        if place.exists():
-            place.rmdir()  # which the system refuses if it is not empty
-        whole.replace(place)
-    except OSError as error:
-        raise OSError(_unwritten(place, error)) from error
+    with _naming(place):
+        if not done:
+            if place.exists():
+                place.rmdir()  # fails if it is not empty
+            whole.replace(place)
+    return spent / total
 
 
 def _picture_names(request: SampleRequest) -> list[str]:
@@ -233,7 +172,7 @@ def _picture_names(request: SampleRequest) -> list[str]:
 
 
 def _is_done(out: Path, request: SampleRequest) -> bool:
-    """Whether a folder was put in place, and the parts left, when an earlier call ended."""
+    """Whether a folder is in place, but an earlier call ended before the parts were dropped."""
     if _note_of(_parts_folder(out)) != request.digest():
         return False
     return sorted(file.name for file in out.iterdir()) == _picture_names(request)
@@ -247,23 +186,17 @@ def _notes(request: SampleRequest) -> PngInfo:
 
 
 def _parts_folder(out: Path) -> Path:
-    """Beside the output itself, where that is a link, so that all can be moved into place."""
+    """Folder beside the output, or beside the target of a link, so that it can be moved."""
     place = out.resolve()
     return place.with_name(f"{place.name}.parts")
 
 
 def _check_parts(parts: Path) -> None:
-    """Refuse a folder of parts that is not one: what is in it would be lost.
-
-    Raises
-    ------
-    SettingError
-        If it holds anything but what `draw_to` leaves there.
-    """
+    """Raise a SettingError if a folder of parts holds other files, which would be lost."""
     if not parts.exists():
         return
     if parts.is_dir():
-        # The note comes first and goes last, also where another process of ours is at it.
+        # The note is written first and removed last, also by other processes.
         note = _note_of(parts)
         names = [file.name for file in parts.iterdir()]
         noted = not any(map(_is_part, names)) if note is None else _is_digest(note)
@@ -274,7 +207,7 @@ def _check_parts(parts: Path) -> None:
 
 
 def _open_parts(parts: Path, digest: str) -> None:
-    """Make the folder of parts, or go on with it; what other settings left there is dropped."""
+    """Make or continue the folder of parts; parts of other requests are dropped."""
     _check_parts(parts)
     if _note_of(parts) == digest:
         return
@@ -293,7 +226,7 @@ def _note_of(parts: Path) -> str | None:
 
 
 def _drop_parts(parts: Path) -> None:
-    """Delete a folder of parts, but nothing that somebody else put there."""
+    """Delete the parts of a folder, and the folder if nothing else is in it."""
     ours = [file for file in parts.iterdir() if _is_ours(file.name)]
     for file in sorted(ours, key=lambda file: file.name == _REQUEST):
         if file.is_dir():
@@ -317,21 +250,27 @@ def _is_ours(name: str) -> bool:
     return name == _REQUEST or name.startswith(PARTIAL) or _is_part(name)
 
 
-def _write(file: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all, and name it where that fails."""
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name a file that cannot be written."""
     try:
-        write_whole(file, writer)
+        yield
     except OSError as error:
-        raise OSError(_unwritten(file, error)) from error
+        reason = error.strerror or brief(error)
+        msg = (
+            f"{file} cannot be written ({reason}); finished samples are kept: the same call resumes"
+        )
+        raise OSError(msg) from error
 
 
-def _unwritten(file: Path, error: OSError) -> str:
-    reason = error.strerror or brief(error)
-    return f"{file} cannot be written ({reason}); what was sampled is kept: the same call resumes"
+def _write(file: Path, writer: Callable[[Path], object]) -> None:
+    with _naming(file):
+        write_whole(file, writer)
 
 
-def _save_array(path: Path, array: NDArray[np.uint8]) -> None:
+def _save_arrays(path: Path, arrays: Samples) -> None:
     # NumPy's own errors on a full disk do not say that it is full.
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    for array in arrays:
+        np.save(buffer, array.numpy())
     path.write_bytes(buffer.getbuffer())

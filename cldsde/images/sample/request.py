@@ -1,4 +1,4 @@
-"""A request for samples of a trained model: checked before any work, drawn batch by batch."""
+"""A request for samples of a trained model: checked before any work, sampled batch by batch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
-from torch import Tensor
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.sample.sampler import ImageSampler, Precision, Samples
 from cldsde.images.sample.source import OtherDynamics
 
-__all__ = ["SampleRequest"]
-
 GRID_LIMIT = 4096
-"""Images that a picture of a grid may hold."""
+"""Largest number of images in a picture of a grid."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,13 +35,17 @@ class SampleRequest:
     seeds
         One for each image.
     batch
-        Images sampled at once.
+        Images per batch.
     label
         Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
     guidance
         Weight of the class, see `cldsde.GuidedScore`.
     observed
-        A picture of what is known of the image, if anything.
+        An observation of the images, if any.
+    precision
+        Precision of the network.
+    compiled
+        Whether to compile the network with ``torch.compile``.
     """
 
     model: ImageModel | OtherDynamics
@@ -54,38 +55,35 @@ class SampleRequest:
     label: int | Literal["all"] | None = None
     guidance: float = 1.0
     observed: ObservedImage | None = None
+    precision: Precision = "fp32"
+    compiled: bool = False
 
     def check(self) -> None:
-        """Reject options that do not fit the model or each other, before any work is done.
-
-        Raises
-        ------
-        SettingError
-            If there are such options.
-        """
-        space = self.model.space
+        """Check the options against the model, before any work is done."""
         if self.batch < 1:
             raise SettingError("batch", f"must be at least 1; got {self.batch}")
         if self.guidance < 0 or not np.isfinite(self.guidance):
             raise SettingError("guidance", f"must be finite and at least 0; got {self.guidance}")
-        if self.guidance != 1 and space.always_classes:
+        if self.guidance != 1 and self.model.space.always_classes:
             msg = "needs a network that was trained without classes, too (network.label_dropout)"
             raise SettingError("guidance", msg)
         if self.guidance != 1 and self.label is None:
-            msg = f"needs a class to stress; got {self.guidance} and no class"
+            msg = f"needs a class; got {self.guidance} and no class"
             raise SettingError("guidance", msg)
+        if self.precision not in get_args(Precision):
+            msg = f"must be {', '.join(get_args(Precision))}; got {self.precision!r}"
+            raise SettingError("precision", msg)
+        if self.compiled and not isinstance(self.model, ImageModel):
+            msg = "needs a run under its own process, whose network is compiled"
+            raise SettingError("compiled", msg)
         if self.observed is not None and self.model.vae is not None:
             msg = "needs a process of pixels; the process of this model is of latent variables"
             raise SettingError("observe", msg)
         _ = self.sampler
 
-    def batches(self) -> list[tuple[int | None, list[int]]]:
-        """Classes and seeds of the batches; all images of a batch are of one class."""
-        return self.sampler.batches(self.seeds)
-
-    def draw(self, label: int | None, seeds: list[int]) -> Tensor:
-        """Images of one batch, uint8."""
-        return self.sampler.draw(seeds, label).images
+    def draw(self, label: int | None, seeds: list[int]) -> Samples:
+        """Sample one batch."""
+        return self.sampler.draw(seeds, label)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
@@ -97,6 +95,8 @@ class SampleRequest:
             "guidance": self.guidance,
             "observed": None if self.observed is None else self.observed.recipe(),
             "seeds": [self.seeds.start, self.seeds.stop],
+            # Left out in single precision, so that older samples can be resumed.
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }
 
     def digest(self) -> str:
@@ -104,28 +104,26 @@ class SampleRequest:
         return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
 
     def notes(self) -> list[str]:
-        """Remarks on settings that are allowed, and probably not meant."""
+        """Notes on settings that are allowed, but probably a mistake."""
         t_min, t_end = self.model.t_min, self.sampler.t_end
         if t_min is None or t_end >= t_min:
             return []
-        return [
-            (
-                f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network "
-                "was not trained at such times"
-            )
-        ]
+        msg = f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network was not trained "
+        return [f"{msg}at such times"]
 
     @cached_property
     def sampler(self) -> ImageSampler:
         """The sampler of the request."""
         model = self.model
+        if self.compiled:
+            # In place, so that names of weights stay.
+            model.score.network.compile()  # type: ignore[union-attr]
         return ImageSampler(
-            model.score,
-            model.space,
-            self.sampling,
+            *(model.score, model.space, self.sampling),
             vae=model.vae,
             label=self.label,
             guidance=self.guidance,
             observed=self.observed,
             batch=self.batch,
+            precision=self.precision,
         )

@@ -1,9 +1,11 @@
-"""Images from a score model: one seed an image, whatever batch or process it is drawn in."""
+"""Images from a score model, one seed per image, in whatever batch it is sampled."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,25 +25,9 @@ from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, pl
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import device_of, fit_grid, window
 
-__all__ = [
-    "ImageSampler",
-    "Samples",
-    "check_sampling",
-    "class_batches",
-    "draw_images",
-    "make_solver",
-    "time_grid",
-]
-
 
 def make_solver(sampling: SamplingConfig) -> Solver:
-    """The solver of a configuration.
-
-    Raises
-    ------
-    SettingError
-        If there is none of that name, or it has no such option.
-    """
+    """The solver of a configuration; raise a SettingError for an unknown name or option."""
     with setting("solver"):
         solver = find_solver(sampling.solver)
     options = checked_options(type(solver), sampling.options)
@@ -53,15 +39,8 @@ def make_solver(sampling: SamplingConfig) -> Solver:
 def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
     """The longest grid on which a solver takes at most ``nfe`` evaluations of the network.
 
-    The evaluation that denoises counts, and with guidance each evaluation of the score is two.
-    Adaptive solvers get the two ends.
-
-    Raises
-    ------
-    SettingError
-        If no step fits.
-    ValueError
-        If the solver does not apply to the process.
+    The last denoising counts, and with guidance each score evaluation is two. Adaptive solvers get
+    the two ends. Raises a SettingError if no step fits, a ValueError if the solver does not apply.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
     start, end = window(process, sampling.t_start, sampling.t_end)
@@ -70,18 +49,8 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
         return fit_grid(process, solver, start, end, sampling.nfe, grid=grid, denoise=denoise)
 
 
-def check_sampling(
-    score: Score,
-    sampling: SamplingConfig,
-    sde: LinearSDE | None = None,
-) -> None:
-    """Reject a recipe that cannot sample, before anything is sampled.
-
-    Raises
-    ------
-    SettingError
-        If solver, options, budget and process do not fit; the key is that of `SamplingConfig`.
-    """
+def check_sampling(score: Score, sampling: SamplingConfig, sde: LinearSDE | None = None) -> None:
+    """Raise a SettingError if solver, options, budget and process do not fit."""
     _plan(score, sampling, sde)
 
 
@@ -104,15 +73,20 @@ def _plan(
         raise SettingError("solver", str(error)) from error
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Precision of networks; states and coefficients have single precision at least."""
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Samples(NamedTuple):
-    """Images and what they cost.
+    """Images and their score evaluations.
 
     Attributes
     ----------
     images
-        ``(N, C, H, W)`` uint8 on the host.
+        ``(N, C, H, W)`` uint8 on the CPU.
     evaluations
-        Score evaluations of each, ``(N,)`` int64.
+        Score evaluations of each image, ``(N,)`` int64.
     """
 
     images: Tensor
@@ -124,35 +98,6 @@ class ImageSampler:
 
     Solver, grid and tables are computed once, for any number of batches. An image depends on its
     own seed alone, except for rounding in the network, which may depend on the size of the batch.
-
-    Parameters
-    ----------
-    score
-        A `MixedScore`, or any score together with ``sde``.
-    space
-        Shape, grey levels and classes of the images.
-    sampling
-        Solver and budget.
-    sde
-        The forward process; None takes the process of the score.
-    vae
-        The autoencoder that decodes the samples of a process of latent variables.
-    label
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class, or
-        all of them if the model knows no other images.
-    guidance
-        Weight of the class, see `cldsde.GuidedScore`.
-    observed
-        A picture of what is known of the images, if anything.
-    batch
-        Images sampled at once.
-    device
-        Device of the states; None takes the device of the score's buffers.
-
-    Raises
-    ------
-    SettingError
-        If solver, budget and process do not fit.
     """
 
     def __init__(
@@ -168,9 +113,16 @@ class ImageSampler:
         observed: ObservedImage | None = None,
         batch: int = 64,
         device: torch.device | str | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         if device is None:
             device = device_of(score)
+        dtype = _HALVES.get(precision)
+        kind = torch.device(device).type
+        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
+        self._cast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if dtype is not None:
+            self._cast = partial(torch.autocast, kind, dtype=dtype)
         self._score, self._space, self._sampling = score, space, sampling
         self._vae, self._device = vae, device
         self._label, self._guidance, self._batch = label, guidance, batch
@@ -185,26 +137,11 @@ class ImageSampler:
         return float(self._plan.times[-1])
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-        """Classes and seeds of batches; all images of a batch are of one class."""
+        """Classes and seeds of batches of one class each."""
         return class_batches(self._space, seeds, self._batch, self._label)
 
     def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
-        """Sample one image for each seed, as one batch.
-
-        Parameters
-        ----------
-        seeds
-            Integers in [0, 2³²).
-        label
-            Class of all of them; None: no class.
-
-        Raises
-        ------
-        ValueError
-            If a seed is out of range.
-        FloatingPointError
-            If an image is not finite.
-        """
+        """Sample one image for each seed in [0, 2³²), as one batch of one class or none."""
         plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
         if label is not None:
             score = self._given(label)
@@ -216,7 +153,7 @@ class ImageSampler:
         first = float(plan.times[0])
         start = noise.start(plan.process.sde, shape, device=self._device, t=first)
         denoise = self._sampling.denoise
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             if observed is not None and observed.particles:
                 data, evaluations = observed.sample(
                     plan, seeds, denoise=bool(denoise), chunk=self._batch
@@ -251,21 +188,9 @@ class ImageSampler:
         progress: bool = False,
         before_batch: Callable[[], object] = lambda: None,
     ) -> Samples:
-        """Sample one image for each seed, batch by batch, in the order of the seeds.
+        """Sample one image for each seed, batch by batch, in the order of the seeds; see `draw`.
 
-        Parameters
-        ----------
-        seeds
-            Integers in [0, 2³²).
-        progress
-            Show a progress bar on stderr.
-        before_batch
-            Called before each batch; an exception ends the sampling.
-
-        Raises
-        ------
-        ValueError, FloatingPointError
-            See `draw`.
+        ``progress`` shows a bar on stderr. ``before_batch`` may end the sampling by an exception.
         """
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
@@ -286,47 +211,16 @@ def draw_images(
     progress: bool = False,
     **options: Any,
 ) -> Samples:
-    """Sample one image for each seed with an `ImageSampler` of its own.
-
-    Parameters
-    ----------
-    score, space, sampling
-        See `ImageSampler`.
-    seeds
-        Integers in [0, 2³²).
-    progress
-        Show a progress bar on stderr.
-    **options
-        Further arguments of `ImageSampler`.
-
-    Raises
-    ------
-    SettingError
-        If solver, budget and process do not fit.
-    ValueError
-        If a seed is out of range.
-    FloatingPointError
-        If an image is not finite.
-    """
+    """Sample one image for each seed with an `ImageSampler`, whose arguments ``options`` are."""
     return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
 
 
 def class_batches(
     space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
 ) -> list[tuple[int | None, list[int]]]:
-    """Classes and seeds of batches, all images of one of which are of one class.
+    """Classes and seeds of batches of one class each.
 
-    Parameters
-    ----------
-    space
-        The images.
-    seeds
-        Of the images.
-    batch
-        Images of a batch, at most.
-    label
-        The class of all; ``"all"``, or None where the model knows no other than images of a class:
-        class i modulo their number for seed i.
+    With ``"all"``, and for models trained with classes only, seed i has class i mod their number.
     """
     groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
     if label is not None and label != "all":

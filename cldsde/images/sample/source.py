@@ -18,27 +18,12 @@ from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import DenoiserScore, ScoreDenoiser
 
-__all__ = ["OtherDynamics", "of_diffusers", "of_run", "under_process"]
-
 
 @dataclass(frozen=True)
 class OtherDynamics:
-    """A trained model with the process that it is sampled with.
+    """A trained model with the process that it is sampled with; see `ImageModel`.
 
-    Attributes
-    ----------
-    score
-        The score of the process.
-    space
-        The images.
-    digest
-        Of weights and process: sha256.
-    sampling
-        How it is sampled, unless a request says otherwise.
-    vae
-        The autoencoder; None if the process is of pixels.
-    t_min
-        None: the score raises an error outside of the noise levels that it was trained on.
+    ``t_min`` is None: the score raises an error outside the noise levels of its training.
     """
 
     score: DenoiserScore
@@ -50,27 +35,19 @@ class OtherDynamics:
 
 
 def of_run(
-    run: Path, process: ProcessConfig | None = None, device: torch.device | str = "cpu"
+    run: Path,
+    process: ProcessConfig | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    trust: bool = False,
 ) -> ImageModel | OtherDynamics:
-    """The model of a run, under its own process or another.
-
-    Raises
-    ------
-    SettingError, ValueError
-        If the run has no model, or the process does not fit it.
-    """
-    model = load_model(run, device)
+    """The model of a run, under its own process or another; see `load_model`."""
+    model = load_model(run, device, trust=trust)
     return model if process is None else under_process(model, process)
 
 
 def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
-    """A model sampled with the dynamics of another process than it was trained with.
-
-    Raises
-    ------
-    SettingError
-        If the driven score of the model's process does not determine the data.
-    """
+    """A model sampled with the dynamics of another process than it was trained with."""
     sde = process.make()
     with setting("process"):
         fill = model.score.inputs == "state"
@@ -83,27 +60,12 @@ def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
 def of_diffusers(
     source: Path, process: ProcessConfig, device: torch.device | str = "cpu"
 ) -> OtherDynamics:
-    """The model of a folder of diffusers, sampled with a process.
-
-    Parameters
-    ----------
-    source
-        The folder, of a pipeline or of a model with its scheduler, or a file in it.
-    process
-        The process.
-    device
-        Where to put the model.
-
-    Raises
-    ------
-    SettingError
-        If the folder holds no model of images that can be used.
-    """
+    """The model of a folder of diffusers, sampled with a process."""
     with setting("model"):
         denoiser = from_diffusers(source).to(device)
         shape = denoiser.shape
         if shape is None or len(shape) != 3:
-            msg = f"{source} does not say channels and size of its images (sample_size)"
+            msg = f"{source} has no channels and size of its images (sample_size)"
             raise SettingError("", msg)
     classes = denoiser.classes
     labelled = _Labelled(denoiser) if classes is not None else denoiser

@@ -1,7 +1,7 @@
 """Training of image models: one loop, on any number of processes, resumable to the bit."""
 
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.loop import Rehearsal, rehearse, train
-from cldsde.images.train.summary import summary
+from cldsde.images.train.loop import rehearse, train
+from cldsde.images.train.summary import Rehearsal, outlook, summary
 
-__all__ = ["Rehearsal", "check_run", "rehearse", "summary", "train"]
+__all__ = ["Rehearsal", "check_run", "outlook", "rehearse", "summary", "train"]

@@ -1,97 +1,60 @@
-"""Numbers of a training for TensorBoard, which shows them: no training fails for want of them.
-
-Events are written here and at once: TensorBoard's own writer does it in a thread, whose errors
-reach stderr as tracebacks.
-"""
+"""Numbers and pictures of a training for TensorBoard; a training does not fail without them."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cldsde.images.files import brief
 
-__all__ = ["Board"]
-
-_NUMBERS = itertools.count()  # of files of one process within a second
-
 
 class Board:
-    """A folder of TensorBoard's events.
+    """A folder of TensorBoard's events; events of an earlier process from ``first`` on are hidden.
 
-    What cannot be written is said once, in one line on stderr, and left out from then on: all
+    If the events cannot be written, one line on stderr says so, and no more events are written: all
     numbers are in ``metrics.jsonl`` as well.
-
-    Parameters
-    ----------
-    folder
-        Where to; made if missing.
-    first
-        Images seen from which on what an earlier process wrote is hidden.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         self._folder = folder
-        self._open = ExitStack()
-        self._records: Any = None
-        parts = (f"{time.time():.0f}", socket.gethostname(), os.getpid(), next(_NUMBERS))
-        name = ".".join(map(str, ("events.out.tfevents", *parts)))
+        self._writer: SummaryWriter | None = None
         with self._trying():
-            folder.mkdir(exist_ok=True)
-            self._records = RecordWriter(self._open.enter_context((folder / name).open("wb")))
-            self._write(file_version="brain.Event:2")
-            self._write(step=first, session_log=SessionLog(status=SessionLog.START))
+            self._writer = SummaryWriter(folder, purge_step=first)
 
     def add(self, values: Mapping[str, float], seen: int) -> None:
         """Write numbers by their names, for so many images seen."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        parts = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         with self._trying():
-            self._write(step=seen, summary=Summary(value=parts))
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, seen)
+                self._writer.flush()
 
     def add_picture(self, name: str, file: Path, seen: int) -> None:
-        """Show a PNG by its name, for so many images seen."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        content = Summary.Image(encoded_image_string=file.read_bytes())
-        with self._trying():
-            self._write(step=seen, summary=Summary(value=[Summary.Value(tag=name, image=content)]))
+        """Show a picture by its name, for so many images seen."""
+        with self._trying(), Image.open(file) as opened:
+            if self._writer is not None:
+                pixels = np.asarray(opened.convert("RGB"))
+                self._writer.add_image(name, pixels, seen, dataformats="HWC")
 
     def close(self) -> None:
         """Close the file."""
         with self._trying():
-            self._open.close()
-
-    def _write(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        if self._records is not None:
-            self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
-            self._records.flush()
+            if self._writer is not None:
+                self._writer.close()
 
     @contextmanager
     def _trying(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._records = None
-            with suppress(OSError):
-                self._open.close()
-            line = (
-                f"TensorBoard's events cannot be written to {self._folder} "
-                f"({error.strerror or brief(error)}); metrics.jsonl has all numbers"
-            )
-            tqdm.write(line, file=sys.stderr)  # not into a bar
+            self._writer = None
+            reason = error.strerror or brief(error)
+            msg = f"TensorBoard's events cannot be written to {self._folder} ({reason}); "
+            tqdm.write(f"{msg}metrics.jsonl has all numbers", file=sys.stderr)  # not into a bar

@@ -15,9 +15,7 @@ from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
 from cldsde.images.sample.sampler import check_sampling
 
-__all__ = ["check_run", "make_engine", "shares"]
-
-_BLOCK = 8  # images that share generators, at most: what processes share is a number of blocks
+_BLOCK = 8  # largest number of images that share generators; processes share blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that writes
 
@@ -25,25 +23,7 @@ _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that write
 def check_run(
     config: RunConfig, data: DataSet, *, device: str = "auto", processes: int = 1
 ) -> Statistics:
-    """Refuse what cannot be trained or sampled, before anything is made.
-
-    Parameters
-    ----------
-    config, data, device
-        As `train` takes them.
-    processes
-        How many processes will share the work.
-
-    Returns
-    -------
-    Statistics
-        Mean and variance of the data, for `train`.
-
-    Raises
-    ------
-    SettingError
-        If network, process, solver, images, device and processes do not fit.
-    """
+    """Check that a model can be trained and sampled; return the statistics of the data."""
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
@@ -54,23 +34,20 @@ def check_run(
         msg = f"no grid of times can be computed for this process and sampling ({error})"
         raise SettingError("process.options", msg) from error
     shares(config, processes)
+    if config.training.measure == "fd" and data.train.labels is None:
+        raise SettingError("training.measure", "'fd' needs images with classes")
+    if config.training.snapshots_by == "held_out_loss" and data.held_out is None:
+        raise SettingError("training.snapshots_by", "'held_out_loss' needs held-out images")
     if device.startswith("cuda:") and processes > 1:
         raise SettingError("device", f"{device} cannot be shared by {processes} processes")
-    if config.training.precision == "fp16" and (
-        device in {"cpu", "mps"} or not torch.cuda.is_available()
-    ):
-        raise SettingError("training.precision", "'fp16' needs a GPU; take 'fp32' or 'bf16'")
+    no_gpu = device in {"cpu", "mps"} or not torch.cuda.is_available()
+    if config.training.precision == "fp16" and no_gpu:
+        raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
     return data_statistics(config, data.train)
 
 
 def make_engine(config: RunConfig, device: str) -> Accelerator:
-    """The processes and devices of a training.
-
-    Raises
-    ------
-    SettingError
-        If the process cannot use that device, or each process would hold a part of the model only.
-    """
+    """The processes and devices of a training; raise a SettingError if they cannot be used."""
     settings = config.training
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
@@ -81,35 +58,30 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         dynamo_backend=DynamoBackend.INDUCTOR if settings.compile else DynamoBackend.NO,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-        # Given, it is not taken from the environment: micro-batches are counted here.
+        # Given, so that it is not taken from the environment: micro-batches are counted here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if engine.distributed_type in _SHARDED:
         msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
         raise SettingError("training", msg)
-    wanted = device.partition(":")[0]
-    if wanted not in {"auto", engine.device.type}:
-        # accelerate settles on a device once for each process.
-        msg = f"this process has settled on {engine.device}; {device!r} needs a new one"
+    if device.partition(":")[0] not in {"auto", engine.device.type}:
+        # accelerate chooses a device once per process.
+        msg = f"this process already uses {engine.device}; {device!r} needs a new one"
         raise SettingError("device", msg)
     return engine
 
 
 def shares(config: RunConfig, processes: int) -> tuple[int, int, int]:
-    """Images of a process, of one pass through the network, and of a block, in each batch."""
+    """Images per process, per pass through the network, and per block, in each batch."""
     batch, most = config.training.batch, config.training.micro_batch
     block = math.gcd(batch, _BLOCK)
     if batch % (block * processes):
-        msg = (
-            f"must be a multiple of {block * processes} for {processes} processes, which take "
-            f"{block} images or a multiple each; got {batch}"
-        )
+        msg = f"must be a multiple of {block * processes} for {processes} processes, which take "
+        msg += f"{block} images or a multiple each; got {batch}"
         raise SettingError("training.batch", msg)
     share = batch // processes
     part = share if most is None or most >= share else most
     if share % part or part % block:
-        msg = (
-            f"must divide the {share} images of a process, and be a multiple of {block}; got {most}"
-        )
-        raise SettingError("training.micro_batch", msg)
+        msg = f"must divide the {share} images of a process, and be a multiple of {block}; got "
+        raise SettingError("training.micro_batch", f"{msg}{most}")
     return share, part, block

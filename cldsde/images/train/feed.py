@@ -1,4 +1,4 @@
-"""Batches of a training: images as they are presented, classes and times, each from its streams."""
+"""Batches of a training: augmented images, classes and times, each from its own random streams."""
 
 from __future__ import annotations
 
@@ -17,39 +17,16 @@ from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import Batch, Times
 from cldsde.score import TimeSampler
 
-__all__ = ["Feed", "Part"]
-
 
 class Part(NamedTuple):
-    """Images that go through the network at once, and their place in the batch."""
+    """Images of one pass through the network, and their place in the batch."""
 
     first: int
     batch: Batch
 
 
 class Feed:
-    """Batches of one process of a training.
-
-    Parameters
-    ----------
-    config
-        The configuration.
-    images
-        The training images.
-    space
-        What kind of images they are.
-    samplers
-        Of the times, see `Objective`.
-    process, processes
-        Which share of each batch is read.
-
-    Attributes
-    ----------
-    part_size
-        Images that go through the network at once.
-    block
-        Images that share generators.
-    """
+    """Batches of one process of a training."""
 
     def __init__(
         self,
@@ -66,7 +43,7 @@ class Feed:
         self._share, self.part_size, self.block = shares(config, processes)
 
     def batches(self, loader: ThreadPoolExecutor, start: int) -> Iterator[list[Part]]:
-        """Batches from a step on; the next one is read while one is trained on."""
+        """Batches from a step on; the next one is loaded during the training step."""
         coming = loader.submit(self.load, start)
         for step in range(start, self._config.training.steps):
             ready = coming.result()
@@ -91,22 +68,15 @@ class Feed:
         return loaded
 
     def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images as they are shown, and their classes, some of them hidden."""
-        images, classes = self._images, self._space.classes
+        """Augmented images and their classes, some of them hidden."""
+        images, classes, config = self._images, self._space.classes, self._config
+        kind = {"flip": config.data.flip, "dequantise": config.data.dequantise}
         shown, labels = [], []
         for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
-            draw = stream(self._config.seed, "presentation", step, first // self.block + block)
-            shown.append(
-                augment(
-                    images.load(some),
-                    images.levels,
-                    flip=self._config.data.flip,
-                    dequantise=self._config.data.dequantise,
-                    generator=draw,
-                )
-            )
+            draw = stream(config.seed, "presentation", step, first // self.block + block)
+            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
             if classes is not None:
                 assert images.labels is not None
-                hidden = torch.rand(len(some), generator=draw) < self._config.network.label_dropout
+                hidden = torch.rand(len(some), generator=draw) < config.network.label_dropout
                 labels.append(images.labels[some].masked_fill(hidden, classes))
         return torch.cat(shown), torch.cat(labels) if labels else None

@@ -1,4 +1,4 @@
-"""The part of a training that learns: model, average, optimiser, and one step of them."""
+"""Model, average and optimiser of a training, and one step of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ from cldsde.images.model import DiffusionModel, ImageSpace, Statistics, make_mod
 from cldsde.images.streams import stream, stream_seed
 from cldsde.images.train.feed import Feed, Part
 from cldsde.images.train.objectives import Batch, Times, make_objective
-from cldsde.images.train.schedule import learning_rates, step_of_stage
 from cldsde.images.train.state import Meter, TrainingState
-
-__all__ = ["Learner"]
 
 
 class _Core(NamedTuple):
@@ -44,25 +41,7 @@ class _Core(NamedTuple):
 class Learner:
     """Model, average and optimiser of one process of a training.
 
-    Parameters
-    ----------
-    config, data, statistics
-        As `train` takes them.
-    engine
-        Processes and devices.
-
-    Attributes
-    ----------
-    model, average : DiffusionModel
-        The weights that are trained, and their exponential moving average.
-    feed : Feed
-        Batches of this process.
-    parts : dict of str to Module
-        Parts of the model that have losses and learning rates of their own.
-    meter : Meter
-        Means of losses and of gradients' norms.
-    state : TrainingState
-        All of it, to and from a file.
+    ``parts`` are the parts of the model with losses and learning rates of their own.
     """
 
     def __init__(
@@ -76,15 +55,18 @@ class Learner:
             copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
         )
         self.objective = make_objective(self.model, config)
+        samplers, mine = self.objective.samplers, engine.process_index
         self.feed = Feed(
-            config,
-            data.train,
-            self.space,
-            self.objective.samplers,
-            process=engine.process_index,
+            *(config, data.train, self.space, samplers),
+            process=mine,
             processes=engine.num_processes,
         )
-        self.parts = _parts(self.model)
+        score, vae = self.model.score, self.model.vae
+        networks: list[tuple[nn.Module, str, nn.Module]] = [(score, "network", score.network)]
+        self.parts: dict[str, nn.Module] = {"score": score}
+        if vae is not None:
+            networks += [(vae, name, getattr(vae, name)) for name in ("encoder", "decoder")]
+            self.parts["autoencoder"] = vae
         optimiser = torch.optim.AdamW(
             [{"params": list(part.parameters())} for part in self.parts.values()],
             lr=settings.learning_rate,
@@ -92,21 +74,12 @@ class Learner:
             fused=engine.device.type in {"cpu", "cuda"},
         )
         self.optimiser = engine.prepare_optimizer(optimiser)
-        self.cores = [
-            _Core(owner, name, network, engine.prepare_model(network))
-            for owner, name, network in _networks(self.model)
-        ]
+        self.cores = [_Core(*network, engine.prepare_model(network[2])) for network in networks]
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        self.state = TrainingState(
-            config,
-            statistics,
-            {"model": self.model, "average": self.average},
-            optimiser,
-            self.meter,
-            engine,
-        )
+        modules = {"model": self.model, "average": self.average}
+        self.state = TrainingState(config, statistics, modules, optimiser, self.meter, engine)
 
     def step(self, step: int, parts: list[Part]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
@@ -114,9 +87,8 @@ class Learner:
         self.model.train()
         for core in self.cores:
             core.use(core.wrapped)
-        for group, rate in zip(
-            self.optimiser.param_groups, learning_rates(self.config, step), strict=True
-        ):
+        rates = learning_rates(self.config, step)
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimiser.zero_grad()
         totals = {name: torch.zeros((), device=device) for name in self.parts}
@@ -148,9 +120,9 @@ class Learner:
         average(list(self.average.parameters()), list(self.model.parameters()), None)
 
     def _clip(self) -> dict[str, Tensor]:
-        """Limit the gradient of each part; return what its norm was before.
+        """Limit the gradient of each part; return its norm before.
 
-        Together, the encoder's bound would rescale the step of the score, and the other way round.
+        Together, the encoder's bound would rescale the step of the score, and vice versa.
         """
         bound = math.inf if self.settings.clip is None else self.settings.clip
         self.engine.unscale_gradients()
@@ -161,7 +133,7 @@ class Learner:
 
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
-        """Hold the weights of the score fast, and share no gradients of theirs, for a while."""
+        """Make the weights of the score constants, without sharing gradients, for a while."""
         score = self.model.score
         own = [core for core in self.cores if core.owner is score]
         for core in own:
@@ -175,17 +147,14 @@ class Learner:
                 core.use(core.wrapped)
 
     def _to_device(self, batch: Batch) -> Batch:
-        device = self.engine.device
         images, labels, times = batch
-        return Batch(
-            images.to(device, non_blocking=True),
-            None if labels is None else labels.to(device, non_blocking=True),
-            times,
-        )
+        tensors = [images] if labels is None else [images, labels]
+        moved = [x.to(self.engine.device, non_blocking=True) for x in tensors]
+        return Batch(moved[0], None if labels is None else moved[1], times)
 
     @torch.no_grad()
     def held_out(self, step: int) -> float | None:
-        """Mean of the objective over images not trained on, at times and noise that stay."""
+        """Mean objective over held-out images, at fixed times and noise."""
         images = self.data.held_out
         if images is None:
             return None
@@ -194,16 +163,11 @@ class Learner:
         order = torch.randperm(count, generator=stream(0, "held-out times"))
         times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
         noise = stream(0, "held-out noise", device=self.engine.device)
+        kind = {"flip": False, "dequantise": self.config.data.dequantise}
         draw = stream(0, "held-out presentation")
         sums = []
         for rows in torch.arange(count).split(self.feed.part_size):  # type: ignore[no-untyped-call]
-            x = augment(
-                images.load(rows),
-                images.levels,
-                flip=False,
-                dequantise=self.config.data.dequantise,
-                generator=draw,
-            )
+            x = augment(images.load(rows), images.levels, generator=draw, **kind)
             conditional = self.space.classes is not None and images.labels is not None
             labels = cast(Tensor, images.labels)[rows] if conditional else None
             batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
@@ -211,15 +175,21 @@ class Learner:
         return float(torch.stack(sums).sum()) / count
 
 
-def _networks(model: DiffusionModel) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The networks of a model, each with the module that it belongs to and its name there."""
-    found: list[tuple[nn.Module, str, nn.Module]] = [(model.score, "network", model.score.network)]
-    if model.vae is not None:
-        found += [(model.vae, name, getattr(model.vae, name)) for name in ("encoder", "decoder")]
-    return found
+def step_of_stage(config: RunConfig, step: int) -> int:
+    """Steps since the stage began."""
+    first = config.pretraining_steps
+    return step if step < first else step - first
 
 
-def _parts(model: DiffusionModel) -> dict[str, nn.Module]:
-    """What has losses and a learning rate of its own, by name."""
-    parts: dict[str, nn.Module] = {"score": model.score}
-    return parts if model.vae is None else {**parts, "autoencoder": model.vae}
+def learning_rates(config: RunConfig, step: int) -> list[float]:
+    """Learning rates of the score, and of the autoencoder if there is one."""
+    settings, latent, first = config.training, config.latent, config.pretraining_steps
+    steps = first if step < first else settings.steps - first
+    done = step_of_stage(config, step)
+    share = min(1.0, (done + 1) * settings.batch / max(1, settings.warmup))
+    if settings.decay == "cosine":
+        share *= 0.5 * (1 + math.cos(math.pi * done / steps))
+    peaks = [settings.learning_rate]
+    if latent is not None:
+        peaks.append(latent.learning_rate if step < first else latent.joint_learning_rate)
+    return [share * peak for peak in peaks]

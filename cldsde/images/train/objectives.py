@@ -1,16 +1,15 @@
-r"""What models of images are trained for: score matching, and bounds of latent models.
+r"""Training objectives of image models: score matching, and bounds of latent models.
 
-A latent model (Vahdat, Kreis and Kautz 2021) draws z_0 ~ q(z_0 | x), and its process starts there.
+A latent model (Vahdat, Kreis and Kautz 2021) samples z_0 ~ q(z_0 | x), where its process starts.
 Its negative evidence lower bound
 
 .. math::
     \mathbb{E}_q[−\log p(x | z_0)] − H(q(z_0 | x)) + \mathrm{CE}(q(z_0 | x) ‖ p(z_0))
 
-trains encoder and decoder; the cross-entropy is `cldsde.score.cross_entropy`, the same for every
-process, and its gradient goes through the states into the encoder, with the weights of the score
-held fast. The score itself is trained on the same latent variables, which are constants then, with
-a weighting of its own, so that either loss has gradients in one part of the model alone. In the
-first stage the prior is standard normal.
+trains encoder and decoder. The cross-entropy is `cldsde.score.cross_entropy` for every process. Its
+gradient passes through the states into the encoder, with fixed weights of the score. The score is
+trained on the same latent variables as constants, with its own weighting, so that each loss has
+gradients in one part of the model alone. In the first stage the prior is standard normal.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from cldsde.images.config import RunConfig, TrainingConfig
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
+from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import (
     MixedScore,
     PerturbedData,
@@ -38,27 +38,18 @@ from cldsde.score import (
 )
 from cldsde.score.matching import Measured, Weighting
 
-__all__ = [
-    "Batch",
-    "LatentObjective",
-    "Objective",
-    "PartLoss",
-    "ScoreMatching",
-    "Times",
-    "bit_per_dim",
-    "make_objective",
-    "negative_evidence_lower_bound",
-]
+FrozenScore = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which the weights of the score are constants."""
 
 
 class Times(NamedTuple):
-    """Times ``(B,)``, float64 on the host, and the weights that undo their density."""
+    """Times ``(B,)``, float64 on the CPU, and the weights that divide by their density."""
 
     t: Tensor
     weight: Tensor
 
     def take(self, rows: slice | Tensor) -> Times:
-        """Those of some images."""
+        """Times of some images."""
         return Times(self.t[rows], self.weight[rows])
 
 
@@ -77,43 +68,54 @@ class PartLoss(NamedTuple):
     losses: Tensor
 
 
-class Objective(Protocol):
-    """What a training minimises.
+class ScoreMatching:
+    """Score matching on images or latent variables, with the weighting of a configuration.
 
-    Attributes
-    ----------
-    samplers
-        Of the times that a batch brings.
+    ``samplers`` draw the times of a batch.
     """
 
-    samplers: tuple[TimeSampler, ...]
+    def __init__(self, score: Any, config: RunConfig) -> None:
+        settings = config.training
+        self._sums = settings.reduction == "sum"
+        self._conditioning = settings.conditioning
+        self._prediction: Measured = config.score.prediction
+        self._weighting: Weighting
+        t_min = settings.t_min
+        density = _density(score, settings, self._prediction)
+        if settings.weighting == "log_snr":
+            normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
+            self._weighting = score.log_snr_weighting(**normal)
+            self._prediction = "noise"  # the weighting is in its units
+        elif settings.times in ("logit_normal", "mode"):
+            assert density is not None
+            self._weighting = density
+        else:
+            self._weighting = settings.weighting
+        if density is None:
+            sampler = TimeSampler.importance(
+                score.sde,
+                t_min,
+                data_variance=float(score.data_variance.mean()),
+                conditioning=settings.conditioning,
+                weighting=settings.weighting,  # type: ignore[arg-type]
+            )
+        else:
+            sampler = TimeSampler(density, t_min)
+        self.samplers = (sampler,)
 
-    def losses(
-        self,
-        model: DiffusionModel,
-        batch: Batch,
-        generator: Generators,
-        step: int,
-        frozen_score: Callable[[], AbstractContextManager[None]],
-    ) -> Iterator[PartLoss]:
-        """Losses whose gradients add up, one for each part that is trained at that step.
-
-        Each is to be differentiated before the next is asked for: within ``frozen_score`` the
-        weights of the score are constants.
-        """
-
-    def held_out(
-        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
+    def of(
+        self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
     ) -> Tensor:
-        """What is reported of each image not trained on, ``(B,)``."""
-
-
-class ScoreMatching:
-    """Score matching on images."""
-
-    def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
-        self._matching = _Matching(model.score, config)
-        self.samplers: tuple[TimeSampler, ...] = (self._matching.sampler,)
+        """Weighted loss of each sample, ``(B,)``."""
+        t, weight = batch.times[0]
+        pair = PerturbedData.draw(
+            score.sde, x0, t, conditioning=self._conditioning, generator=generator
+        )
+        kind = {"prediction": self._prediction, "weighting": self._weighting}
+        losses = score.loss(pair, condition=batch.labels, **kind)  # type: ignore[arg-type]
+        if self._sums:
+            losses = math.prod(x0.shape[1:]) * losses
+        return weight.to(losses) * losses
 
     def losses(
         self,
@@ -121,18 +123,18 @@ class ScoreMatching:
         batch: Batch,
         generator: Generators,
         step: int,
-        frozen_score: Callable[[], AbstractContextManager[None]],
+        frozen_score: FrozenScore,
     ) -> Iterator[PartLoss]:
-        """See `Objective.losses`."""
+        """The loss of the score."""
         del frozen_score
         yield PartLoss("score", self.held_out(model, batch, generator, step))
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
     ) -> Tensor:
-        """Weighted loss; see `Objective.held_out`."""
+        """The weighted loss of each held-out image, ``(B,)``."""
         del step
-        return self._matching.losses(model, batch.images, batch, generator)
+        return self.of(model.score, batch.images, batch, generator)
 
 
 class LatentObjective:
@@ -142,12 +144,10 @@ class LatentObjective:
         assert config.latent is not None
         self._settings, self._latent = config.training, config.latent
         self._pretraining = config.pretraining_steps
-        self._matching = _Matching(model.score, config)
+        self._matching = ScoreMatching(model.score, config)
         t_min = self._settings.t_min
-        self.samplers: tuple[TimeSampler, ...] = (
-            self._matching.sampler,
-            TimeSampler.importance(model.score.sde, t_min, weighting="likelihood"),
-        )
+        bound = TimeSampler.importance(model.score.sde, t_min, weighting="likelihood")
+        self.samplers: tuple[TimeSampler, ...] = (*self._matching.samplers, bound)
 
     def losses(
         self,
@@ -155,9 +155,12 @@ class LatentObjective:
         batch: Batch,
         generator: Generators,
         step: int,
-        frozen_score: Callable[[], AbstractContextManager[None]],
+        frozen_score: FrozenScore,
     ) -> Iterator[PartLoss]:
-        """See `Objective.losses`: the bound in bits a dimension, and the loss of the score."""
+        """The bound in bits per dim, and the loss of the score; their gradients add up.
+
+        Differentiate each before the next is asked for: in between the score is frozen.
+        """
         unit = bit_per_dim(batch.images)
         if step < self._pretraining:
             seen = (step + 1) * self._settings.batch
@@ -168,53 +171,57 @@ class LatentObjective:
         with frozen_score():
             bound, z0 = _bound(model, batch, generator, t_min=self._settings.t_min)
             yield PartLoss("autoencoder", unit * bound)
-        yield PartLoss("score", self._matching.losses(model, z0.detach(), batch, generator))
+        yield PartLoss("score", self._matching.of(model.score, z0.detach(), batch, generator))
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
     ) -> Tensor:
-        """Negative evidence lower bound in bits a dimension; see `Objective.held_out`."""
-        learnt = step >= self._pretraining
-        bound = negative_evidence_lower_bound(
-            model, batch, generator, self._settings.t_min, learnt_prior=learnt
-        )
+        """The negative evidence lower bound of each held-out image in bits per dim, ``(B,)``."""
+        t_min = self._settings.t_min if step >= self._pretraining else None
+        bound = negative_evidence_lower_bound(model, batch, generator, t_min)
         return bit_per_dim(batch.images) * bound
 
 
+def _density(
+    score: Any, settings: TrainingConfig, prediction: Measured
+) -> Callable[[Tensor], Tensor] | None:
+    """Density of the times; None for the importance of the process alone."""
+    if settings.times == "uniform":
+        return torch.ones_like
+    if settings.weighting == "log_snr":
+        return log_snr_density(score.sde, mean=settings.log_snr_mean, std=settings.log_snr_std)
+    if settings.times == "logit_normal":
+        return logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
+    if settings.times == "mode":
+        return mode_density(settings.mode_scale)
+    if settings.conditioning == "data" and settings.weighting == "reweighted":
+        return partial(score.residual_variance, prediction=prediction)
+    return None
+
+
+Objective = ScoreMatching | LatentObjective
+
+
 def make_objective(model: DiffusionModel, config: RunConfig) -> Objective:
-    """What a configuration trains its model for."""
-    return (ScoreMatching if config.latent is None else LatentObjective)(model, config)
+    """The objective of a configuration."""
+    if config.latent is None:
+        return ScoreMatching(model.score, config)
+    return LatentObjective(model, config)
 
 
 def bit_per_dim(images: Tensor) -> float:
-    """A nat an image ``(B, C, H, W)`` in bits a dimension."""
+    """Bits per dim of one nat per image ``(B, C, H, W)``."""
     return 1 / (math.prod(images.shape[1:]) * math.log(2))
 
 
 def negative_evidence_lower_bound(
-    model: DiffusionModel,
-    batch: Batch,
-    generator: Generators,
-    t_min: float,
-    *,
-    learnt_prior: bool = True,
+    model: DiffusionModel, batch: Batch, generator: Generators, t_min: float | None
 ) -> Tensor:
     """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats.
 
-    Parameters
-    ----------
-    model
-        A model with an autoencoder.
-    batch
-        Images, and times as `LatentObjective` has them drawn.
-    generator
-        Source of the latent variables and the noise.
-    t_min
-        Time at which the prior's process ends.
-    learnt_prior
-        Whether the prior is that of the process; else it is standard normal.
+    The prior's process ends at ``t_min``; None takes a standard normal prior.
     """
-    bound, _ = _bound(model, batch, generator, t_min=t_min if learnt_prior else None)
+    bound, _ = _bound(model, batch, generator, t_min=t_min)
     return bound
 
 
@@ -226,86 +233,16 @@ def _bound(
     t_min: float | None = None,
     kl_share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The bound, ``(B,)`` nats, and the latent variables that it was estimated with.
-
-    With ``t_min`` the prior is that of the process; without, it is standard normal, and its term
-    counts by ``kl_share``.
-    """
-    vae = model.vae
+    """The bound, ``(B,)`` nats, and its latent variables; ``kl_share`` weighs a normal prior."""
+    vae, score = model.vae, model.score
     assert vae is not None
     posterior = vae.encode(batch.images)
     z0 = posterior.sample(generator)
     reconstruction = -vae.log_likelihood(batch.images, z0)
     if t_min is None:
         return reconstruction + kl_share * posterior.kl_to_standard_normal(), z0
-    bound = _prior_bound(model, z0, batch, generator, t_min)
-    return reconstruction - posterior.entropy() + bound, z0
-
-
-def _prior_bound(
-    model: DiffusionModel, z0: Tensor, batch: Batch, generator: Generators, t_min: float
-) -> Tensor:
-    """Bound on −E log p(z_0), ``(B,)`` nats."""
     t, weight = batch.times[1]
-    pair = PerturbedData.draw(model.score.sde, z0, t, generator=generator)
-    losses = model.score.loss(pair, weighting="likelihood", condition=batch.labels)
-    return cross_entropy(pair, losses, weight, t_min=t_min, of="data")
-
-
-class _Matching:
-    """Score matching as a configuration has it, on images or latent variables."""
-
-    def __init__(self, score: MixedScore, config: RunConfig) -> None:
-        settings = config.training
-        self._conditioning = settings.conditioning
-        self._prediction: Measured = config.score.prediction
-        self._weighting: Weighting
-        if settings.weighting == "log_snr":
-            mean, std = settings.log_snr_mean, settings.log_snr_std
-            self._weighting = score.log_snr_weighting(mean=mean, std=std)
-            self._prediction = "noise"  # in whose units the weighting is
-            sampler = TimeSampler(log_snr_density(score.sde, mean=mean, std=std), settings.t_min)
-        elif settings.times in ("logit_normal", "mode"):
-            self._weighting = density = _density(settings)
-            sampler = TimeSampler(density, settings.t_min)
-        else:
-            self._weighting = settings.weighting
-            sampler = _importance(score, settings, self._prediction)
-        even = settings.times == "uniform"
-        self.sampler = TimeSampler(torch.ones_like, settings.t_min) if even else sampler
-
-    def losses(
-        self, model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators
-    ) -> Tensor:
-        """Weighted loss of each sample, ``(B,)``."""
-        t, weight = batch.times[0]
-        pair = PerturbedData.draw(
-            model.score.sde, x0, t, conditioning=self._conditioning, generator=generator
-        )
-        losses = model.score.loss(
-            pair,
-            prediction=self._prediction,
-            weighting=self._weighting,
-            condition=batch.labels,
-        )
-        return weight.to(losses) * losses
-
-
-def _density(settings: TrainingConfig) -> Callable[[Tensor], Tensor]:
-    if settings.times == "mode":
-        return mode_density(settings.mode_scale)
-    return logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
-
-
-def _importance(score: MixedScore, settings: TrainingConfig, prediction: Measured) -> TimeSampler:
-    assert settings.weighting != "log_snr"
-    if settings.conditioning == "data" and settings.weighting == "reweighted":
-        density = partial(score.residual_variance, prediction=prediction)
-        return TimeSampler(density, settings.t_min)
-    return TimeSampler.importance(
-        score.sde,
-        settings.t_min,
-        data_variance=float(score.data_variance.mean()),
-        conditioning=settings.conditioning,
-        weighting=settings.weighting,
-    )
+    pair = PerturbedData.draw(score.sde, z0, t, generator=generator)
+    losses = score.loss(pair, weighting="likelihood", condition=batch.labels)
+    prior = cross_entropy(pair, losses, weight, t_min=t_min, of="data")
+    return reconstruction - posterior.entropy() + prior, z0

@@ -1,4 +1,4 @@
-"""What a training depends on from one step to the next, to and from one file."""
+"""State of a training from one step to the next, to and from one file, and signals to stop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
 
-__all__ = ["KIND", "STATE", "Meter", "StopRequest", "TrainingState"]
-
 STATE = "training.safetensors"
 """File of a run that holds the state of its training, to resume from."""
 
@@ -28,69 +26,57 @@ KIND = "a training state of cldsde, version 2"
 
 
 class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
-
-    Parameters
-    ----------
-    engine
-        Of the training.
-    parts
-        Names of the parts of the model that have losses of their own.
-    """
+    """Means of losses and of gradients' norms, read seldom: reading waits for the device."""
 
     def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
         self._engine = engine
         names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
         self._names = ["loss", "gradient_norm", *names]
-        count = len(self._names) + 1
-        self.sums = torch.zeros(count, dtype=torch.float64 if engine.device.type == "cpu" else None)
-        self.sums = self.sums.to(engine.device)
+        dtype = torch.float64 if engine.device.type == "cpu" else None
+        self.sums = torch.zeros(len(self._names) + 1, dtype=dtype).to(engine.device)
 
     def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Count a step of this process: losses and norms of each part, by its name."""
+        """Add a step of this process: losses and norms of each part, by its name."""
         each = torch.stack(list(losses.values()))
         sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
         whole = torch.stack([each.sum(), sizes.norm()])
         self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
 
     def shared(self) -> Tensor:
-        """Sums of losses, norms and steps, averaged over all processes; each has to ask for it."""
+        """Sums of losses, norms and steps, averaged over all processes, which all must call it."""
         return cast(Tensor, self._engine.reduce(self.sums, "mean"))
 
     def means(self) -> dict[str, float]:
-        """Means over steps and processes since `clear`; 0 where there was no step.
+        """Means over steps and processes since `clear`; 0 without a step.
 
-        ``loss``: the sum of all losses; ``gradient_norm``: that of all parts together;
-        ``PART_loss`` and ``PART_gradient_norm``: of each.
+        ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
+        ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
         """
         *sums, steps = self.shared().tolist()
-        return {
-            name: total / steps if steps else 0.0
-            for name, total in zip(self._names, sums, strict=True)
-        }
+        pairs = zip(self._names, sums, strict=True)
+        return {name: total / steps if steps else 0.0 for name, total in pairs}
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset all sums."""
         self.sums.zero_()
 
 
 class StopRequest:
-    """SIGINT and SIGTERM, heard while a training goes on, to be obeyed between two steps.
+    """SIGINT and SIGTERM during a training, to stop between two steps.
 
-    Of several processes each would hear them at another step: there they end the process as ever,
-    as they do where this is not the main thread. A second signal ends it as ever, too.
+    With several processes, which would receive them at different steps, and outside the main
+    thread, signals end the process as usual. A second signal does, too.
     """
 
     def __init__(self, engine: Accelerator) -> None:
         main = threading.current_thread() is threading.main_thread()
-        self._heard: int | None = None
-        self._signals = (
-            (signal.SIGINT, signal.SIGTERM) if main and engine.num_processes == 1 else ()
-        )
+        handled = main and engine.num_processes == 1
+        self._signals = (signal.SIGINT, signal.SIGTERM) if handled else ()
+        self._received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._hear) for number in self._signals}
+        self._before = {number: signal.signal(number, self._receive) for number in self._signals}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -99,29 +85,20 @@ class StopRequest:
 
     @property
     def wanted(self) -> bool:
-        """Whether a signal was heard."""
-        return self._heard is not None
+        """Whether a signal was received."""
+        return self._received is not None
 
     def obey(self) -> None:
-        """End as the signal would have ended the process.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            For SIGINT.
-        SystemExit
-            For SIGTERM.
-        """
-        if self._heard == signal.SIGINT:
+        """Raise KeyboardInterrupt for SIGINT, SystemExit for SIGTERM."""
+        if self._received == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + signal.SIGTERM)
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         del frame
-        self._heard = number
+        self._received = number
         tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self.__exit__()
 
 
 class TrainingState:
@@ -144,17 +121,7 @@ class TrainingState:
         self._meter, self._engine = meter, engine
 
     def save(self, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
-        """Write the state after so many steps, whole or not at all.
-
-        Parameters
-        ----------
-        run
-            Where to.
-        step, seconds
-            What was done, and what it took.
-        sums
-            `Meter.shared`, which every process takes up again.
-        """
+        """Write the state after so many steps and seconds, with `Meter.shared`."""
         tensors = {
             f"{part}.{name}": x
             for part, module in self._modules.items()
@@ -164,21 +131,14 @@ class TrainingState:
             tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
         tensors |= {"meter": sums, **self._statistics._asdict()}
         scaler = None if self._engine.scaler is None else self._engine.scaler.state_dict()
-        metadata = {
-            "step": str(step),
-            "seconds": str(seconds),
-            "scaler": json.dumps(scaler),
-            "config": self._config.training_digest(),
-        }
+        metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
+        metadata["config"] = self._config.training_digest()
         save_tensors(run / STATE, KIND, tensors, metadata)
 
     def load(self, run: RunFolder) -> tuple[int, float]:
-        """Take up the state of a run; return steps done and seconds spent.
+        """Load the state of a run; return steps done and seconds spent.
 
-        Raises
-        ------
-        ValueError
-            If the file is damaged, or was written for other settings or other data.
+        Raises a ValueError if the file is damaged, or was written for other settings or data.
         """
         try:
             tensors, metadata = load_tensors(run / STATE, KIND)
@@ -198,25 +158,23 @@ class TrainingState:
         except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
             msg = (
                 f"{run / STATE} cannot be used ({' '.join(str(error).split())}); put a copy of it "
-                "back, or begin again in another folder"
             )
+            msg += "back, or begin again in another folder"
             raise ValueError(msg) from error
         return step, seconds
 
     def _take(self, tensors: Mapping[str, Tensor], scaler: dict[str, float] | None) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): x
-                for name, x in tensors.items()
-                if name.startswith(prefix)
-            }
-
-        for name, module in self._modules.items():
-            module.load_state_dict(part(f"{name}."))
         optimiser = self._optimiser.state_dict()
-        for key, x in part("optimiser.").items():
-            index, name = key.split(".")
-            optimiser["state"].setdefault(int(index), {})[name] = x
+        weights: dict[str, dict[str, Tensor]] = {name: {} for name in self._modules}
+        for key, x in tensors.items():
+            part, _, name = key.partition(".")
+            if part in weights:
+                weights[part][name] = x
+            elif part == "optimiser":
+                index, name = name.split(".")
+                optimiser["state"].setdefault(int(index), {})[name] = x
+        for part, module in self._modules.items():
+            module.load_state_dict(weights[part])
         self._optimiser.load_state_dict(optimiser)
         if self._engine.scaler is not None and scaler is not None:
             self._engine.scaler.load_state_dict(scaler)

@@ -1,50 +1,99 @@
-"""Facts about a training before it starts."""
+"""Facts about a training before it starts, and measurements of its first steps."""
 
 from __future__ import annotations
+
+import sys
+import time
+from typing import NamedTuple
 
 import torch
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
+from cldsde.images.data.sets import TORCHVISION_SHAPES
 from cldsde.images.model import ImageSpace, make_network, make_vae
 from cldsde.images.networks import parameter_count
-
-__all__ = ["summary"]
+from cldsde.images.train.learner import Learner
 
 _COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
 
 
-def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
-    """Lines about data, model, length, device and memory of a training.
+def outlook(config: RunConfig) -> list[str]:
+    """Lines about parameters and memory of a training, of data that need not be there."""
+    options = config.data.options
+    if config.data.name == "torchvision":
+        space = ImageSpace(TORCHVISION_SHAPES[options["name"]])
+    elif config.data.name == "folder":
+        size = options["size"]
+        space = ImageSpace((options.get("channels", 3), size, size))
+    else:
+        try:
+            space = ImageSpace.of(config.data.load().train, config)
+        except (ValueError, OSError, ImportError) as error:
+            return [f"parameters: unknown without the data ({error})"]
+    count, memory = _sizes(config, space)
+    return [
+        f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
+        f"memory: {memory:,.0f} MiB for weights, average, gradients and moments, and activations",
+        "images per second and peak memory: cldsde train --dry-run measures them",
+    ]
 
-    Parameters
-    ----------
-    config, data
-        As `cldsde.images.train.train` takes them.
-    device
-        Name of the device.
-    """
-    train, held_out, settings = data.train, data.held_out, config.training
-    held = 0 if held_out is None else len(held_out)
-    classes = "no classes" if train.classes is None else f"{train.classes} classes"
-    shape = "×".join(map(str, train.shape))
-    space = ImageSpace.of(train, config)
+
+def _sizes(config: RunConfig, space: ImageSpace) -> tuple[int, float]:
+    """Parameters, and MiB of all that is kept of each."""
     vae = make_vae(config, space, device="meta")
     shape_of_state = space.shape if vae is None else vae.latent_shape
     network = make_network(config, shape_of_state, space.classes, "meta")
     count = parameter_count(network) + (0 if vae is None else parameter_count(vae))
-    memory = 4 * _COPIES * count / 2**20
+    return count, 4 * _COPIES * count / 2**20
+
+
+def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
+    """Lines about data, model, length, device and memory of a training."""
+    train, held_out, settings = data.train, data.held_out, config.training
+    held = 0 if held_out is None else len(held_out)
+    classes = "no classes" if train.classes is None else f"{train.classes} classes"
+    shape = "×".join(map(str, train.shape))
+    count, memory = _sizes(config, ImageSpace.of(train, config))
+    if device in {"auto", "cuda"} and torch.cuda.is_available():
+        device = f"{device} ({torch.cuda.get_device_name()})"
     of_data = f"{len(train):,} images of {shape}, {train.levels} levels, {classes}"
     return [
         f"data: {of_data}; {held:,} held out ({held / (len(train) + held):.0%})",
-        *(f"skipped: {reason}" for reason in getattr(data, "skipped", ())),
+        *(f"skipped: {reason}" for reason in data.skipped),
         f"model: {config.process.name}, {config.network.name}, {count:,} parameters",
         f"training: {settings.images:,} images in {settings.steps:,} steps of {settings.batch}",
-        f"device: {_name(device)}, {settings.precision}, {memory:,.0f} MiB and activations",
+        f"device: {device}, {settings.precision}, {memory:,.0f} MiB and activations",
     ]
 
 
-def _name(device: str) -> str:
-    if device in {"auto", "cuda"} and torch.cuda.is_available():
-        return f"{device} ({torch.cuda.get_device_name()})"
-    return device
+class Rehearsal(NamedTuple):
+    """Measurements of the first steps of a training."""
+
+    parameters: int
+    images_per_second: float
+    memory: int
+
+
+def measure_steps(learner: Learner) -> Rehearsal:
+    """Make two training steps and time the second."""
+    device, batches = learner.engine.device, [learner.feed.load(step) for step in range(2)]
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    for step, batch in enumerate(batches):
+        synchronise(device)
+        began = time.perf_counter()
+        learner.step(step, batch)
+    synchronise(device)
+    speed = learner.config.training.batch / (time.perf_counter() - began)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+    return Rehearsal(parameter_count(learner.model), speed, memory)
+
+
+def _peak() -> int:
+    """Peak memory of this process in bytes; 0 if the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

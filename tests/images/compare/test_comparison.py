@@ -260,7 +260,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
     assert "classes" in found["models"]["CLD"]["bits"]["reason"]
     text = (tmp_path / "run" / "table.md").read_text()
     assert failed["reason"] in text
-    assert "CLD has no bits a dimension" in text
+    assert "CLD has no bits per dim" in text
 
 
 def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_told():
     assert fixed.remarks[1] == "Bold: the best sampler of a model at a budget."
     assert fixed.remarks[2] == "VP, PC, 20: NaN."
     assert "| VP | ODE | 0.0123 (87) |" in adaptive.markdown()
-    assert models.remarks == ["CLD has no bits a dimension: no."]
+    assert models.remarks == ["CLD has no bits per dim: no."]
 
 
 def test_which_tolerance_a_column_is_stands_below_it():
@@ -62,7 +62,7 @@ def test_which_tolerance_a_column_is_stands_below_it():
     ]
     [table] = tables({"rows": rows, "models": {}})
     assert table.remarks[1] == (
-        "A tolerance is rtol and atol of the solver. Of VP, GGF, it is rtol: atol = 0.0078."
+        "A tolerance is rtol and atol of the solver. For VP, GGF, it is rtol: atol = 0.0078."
     )
 
 
@@ -90,7 +90,7 @@ def test_what_differs_between_models_stands_in_their_table_and_below():
     rows = [row(name, "EM", cell(10, 10, 1.0)) for name in models]
     measures, table = tables({"rows": rows, "models": models})
     [remark] = measures.remarks
-    assert remark.startswith("LSGM: an evaluation of the score is of 2 × 4 × 4 latent variables")
+    assert remark.startswith("LSGM: a score evaluation is of 2 × 4 × 4 latent variables")
     assert "images are means of p(x | z)" in remark
     assert not any(entry.best for line in measures.rows for entry in line)
     assert [entry.text for entry in table.rows[2][2:]] == [

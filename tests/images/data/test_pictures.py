@@ -13,7 +13,7 @@ from cldsde.images.data import FolderImages
 from cldsde.images.data.pictures import read_picture
 from cldsde.images.data.samples import load_samples
 from cldsde.images.figures import is_whole_picture
-from cldsde.images.sample.request import _picture
+from cldsde.images.sample.observed import _read
 from image_data import random_bytes, save
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -24,8 +24,8 @@ def routes(file):
     return {
         "data": lambda: FolderImages(file.parent, size=8),
         "samples": lambda: load_samples(file.parent),
-        "known": lambda: _picture(file, (3, 8, 8), "known"),
-        "mask": lambda: _picture(file, (1, 8, 8), "mask"),
+        "known": lambda: _read(file, 3, "known"),
+        "mask": lambda: _read(file, 1, "mask"),
         "one": lambda: read_picture(file),
     }
 

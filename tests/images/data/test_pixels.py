@@ -56,7 +56,7 @@ def test_numbers_that_are_none_are_refused():
     assert to_levels(torch.tensor([float("inf"), -float("inf")])).tolist() == [255, 0]
     with pytest.raises(TypeError, match="images must be a floating-point tensor"):
         to_levels(torch.zeros(1, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="images must be a tensor of uint8"):
+    with pytest.raises(TypeError, match="images must be a uint8 tensor"):
         to_unit(torch.zeros(1))
     with pytest.raises(ValueError, match="values in 0 … 16; got 17"):
         to_unit(torch.tensor([17], dtype=torch.uint8), 17)
@@ -116,7 +116,7 @@ def test_dequantised_levels_are_uniform_over_their_bins():
 
 def test_images_that_cannot_be_augmented_are_refused():
     options = {"flip": True, "dequantise": True}
-    with pytest.raises(TypeError, match="images must be a tensor of uint8"):
+    with pytest.raises(TypeError, match="images must be a uint8 tensor"):
         augment(torch.zeros(1, 1, 2, 2), 256, **options)
     with pytest.raises(ValueError, match=r"images must have shape \(n, C, H, W\)"):
         augment(torch.zeros(1, 2, 2, dtype=torch.uint8), 256, **options)

@@ -88,7 +88,11 @@ def test_labels_may_be_bytes_and_the_last_batch_may_be_short():
         ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, ValueError, r"shape \(N, C, H, W\)"),
         ({"held_out": torch.zeros(2, 1, 9, 9, dtype=torch.uint8)}, ValueError, "held_out must"),
         ({"labels": torch.zeros(4)}, TypeError, "labels must be a tensor of integers"),
-        ({"labels": torch.tensor([0, 1])}, ValueError, r"labels must hold one class an image"),
+        (
+            {"labels": torch.tensor([0, 1])},
+            ValueError,
+            r"labels must have shape .*one class per image",
+        ),
         ({"labels": torch.tensor([0, -1, 0, 0])}, ValueError, "labels must lie in 0"),
         (
             {"held_out_labels": torch.tensor([0, 2])},

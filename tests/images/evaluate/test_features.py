@@ -85,7 +85,7 @@ def test_functions_and_classes_are_found():
         ("user_networks:round", ValueError, "'user_networks' has no attribute 'round'"),
         ("user_networks:number", ValueError, "must be callable.*is int"),
         ("user_networks:Needy", ValueError, "made without arguments.*weights"),
-        ("user_networks:Failing", ValueError, r"cannot be made \(RuntimeError: no weights\)"),
+        ("user_networks:Failing", ValueError, r"without arguments \(RuntimeError: no weights\)"),
         ("builtins:type", ValueError, "cannot be made"),
         ("user_syntax:flat", ValueError, r"'user_syntax' cannot be imported \(SyntaxError"),
         ("user_exits:flat", ValueError, r"cannot be imported \(SystemExit: 99"),
@@ -112,5 +112,5 @@ def test_class_instead_of_a_network_is_refused():
     ],
 )
 def test_what_makes_no_features_of_the_images_is_refused(features, words):
-    with pytest.raises(ValueError, match=rf"makes none of images \(2, 3, 4, 4\) \({words}"):
+    with pytest.raises(ValueError, match=rf"fails for images \(2, 3, 4, 4\) \({words}"):
         check_features(features, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

@@ -64,7 +64,7 @@ def test_inception_metrics_equal_those_of_the_same_features(
 ):
     images, reference = noise(10, 0, (1, 8, 8)), noise(10, 1, (1, 8, 8), top=128)
     random_state = torch.get_rng_state()
-    arguments = {"kid_subsets": 2, "kid_subset_size": 10, "batch": 4, "seed": 3, "source": "test"}
+    arguments = {"kid_subsets": 2, "kid_subset_size": 10, "batch": 4, "seed": 3}
     found = inception_metrics(images, reference, inception, cache=tmp_path, **arguments)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") is None
@@ -96,7 +96,6 @@ def test_inception_metrics_equal_those_of_the_same_features(
     )
     assert (found["samples"], found["reference_samples"]) == (10, 10)
     assert found["channels"] == "grey repeated to three"
-    assert found["source"] == "test"
     assert not found["weights"]["published"]
     assert found["metrics"]["kid"]["spread"] == pytest.approx(0.0, abs=1e-6)
     assert found["metrics"]["kid"]["spread_is"] == "standard deviation over 2 subsets of 10"
@@ -231,8 +230,8 @@ def test_missing_torch_fidelity_is_named(tmp_path, monkeypatch):
         ),
         ({"device": "mps"}, "device must be 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:99"}, "this machine has no cuda:99"),
-        ({"seed": 2**32}, "seed must lie in"),
-        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"seed": 2**32}, "seed must be an integer in"),
+        ({"seed": -1}, "seed must be an integer in"),
         ({"batch": 0}, "batch must be"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde.images.data import to_levels, to_unit
+from cldsde.images.data import to_unit
 from cldsde.images.latent import Bernoulli, DiscretisedLogistic, soft_clamp
 from probes import generator
 
@@ -170,7 +170,6 @@ def test_half_precision_is_computed_in_single(name):
     for half, single in (
         (law.log_likelihood(out, x), law.log_likelihood(out.float(), x)),
         (law.mean(out), law.mean(out.float())),
-        (law.sample(out, generator()), law.sample(out.float(), generator())),
     ):
         assert half.dtype == torch.float32
         assert torch.equal(half, single)
@@ -211,7 +210,7 @@ def test_a_bernoulli_gradient_is_finite_at_extremes(x):
     torch.testing.assert_close(gradient, want, rtol=0, atol=4 * ROUNDING)
 
 
-# Means and samples.
+# Means.
 
 
 @pytest.mark.parametrize("raw", RAW_SCALES)
@@ -234,51 +233,6 @@ def test_the_mean_is_that_of_the_probabilities(levels, raw):
         torch.testing.assert_close(single.double(), want, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256])
-def test_samples_have_the_probabilities_of_the_law(levels):
-    law, n = DiscretisedLogistic(levels), 40_000
-    out = output(0.9, -1.4)
-    drawn = law.sample(out.expand(n, -1, 1, 1), generator(4))
-    counts = to_levels(drawn, levels).flatten().long().bincount(minlength=levels).double()
-    p = law.log_likelihood(out.expand(levels, -1, 1, 1), grid(levels)).double().exp()
-    # χ² of levels − 1 degrees of freedom, at five deviations.
-    chi = ((counts - n * p).square() / (n * p)).sum().item()
-    assert chi < levels - 1 + 5 * (2 * (levels - 1)) ** 0.5
-
-
-@every_law
-def test_the_mean_of_samples_is_the_mean(name):
-    law, n = LAWS[name], 4000
-    out = outputs_of(law, 1)
-    drawn = law.sample(out.expand(n, -1, -1, -1), generator(5))
-    # 4.5 standard errors of numbers within ±1.
-    difference = drawn.double().mean(0) - law.mean(out)[0]
-    assert difference.abs().max() < 4.5 / n**0.5
-
-
-@every_law
-def test_samples_are_levels_to_the_bit(name):
-    law = LAWS[name]
-    levels = getattr(law, "levels", 2)
-    drawn = law.sample(outputs_of(law, 20, spread=3.0), generator())
-    assert drawn.shape == (20, 2, 3, 4)
-    assert torch.equal(to_unit(to_levels(drawn, levels), levels), drawn)
-
-
-@every_law
-def test_a_generator_determines_the_samples(name):
-    law = LAWS[name]
-    out = outputs_of(law, 4)
-    assert torch.equal(law.sample(out, generator(7)), law.sample(out, generator(7)))
-    assert not torch.equal(law.sample(out, generator(7)), law.sample(out, generator(8)))
-
-
-def test_a_draw_of_zero_goes_to_the_first_level(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
-    law = DiscretisedLogistic(17)
-    assert torch.equal(law.sample(output([0.0, 1e9], [1e9, -1e9])), -torch.ones(2, 1, 1, 1))
-
-
 # The interface.
 
 
@@ -299,7 +253,7 @@ def test_the_host_never_waits_for_the_device(name):
     law = LAWS[name]
     out, x = outputs_of(law, 2).to("meta"), images_of(law, 2).to("meta")
     assert law.log_likelihood(out, x).shape == (2,)
-    assert law.mean(out).shape == law.sample(out).shape == x.shape
+    assert law.mean(out).shape == x.shape
 
 
 @every_law

@@ -15,9 +15,13 @@ from cldsde import images
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.errors import SettingError
+from cldsde.images.evaluate.evaluation import Evaluation
+from cldsde.images.evaluate.results import cell_numbers
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.train import loop
+from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import rehearse, train
 from cldsde.images.train.state import STATE, StopRequest
 from cldsde.images.train.summary import summary
@@ -96,10 +100,92 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(tm
         trained(tmp_path / "other", other)
 
 
+def test_a_run_from_before_a_setting_existed_is_prolonged(tmp_path):
+    trained(tmp_path, config())
+    values = json.loads((tmp_path / "config.json").read_text())
+    for section, key in (("score", "code"), ("training", "snapshots_by"), ("training", "measure")):
+        del values[section][key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    trained(tmp_path, config(images=128))
+    assert load_model(tmp_path).images_seen == 128
+
+
+def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
+    digest = RunConfig.model_digest
+    with monkeypatch.context() as patch:
+        old = {"before_predictions": True}
+        patch.setattr(RunConfig, "model_digest", lambda self, **_: digest(self, **old))
+        trained(tmp_path, config())
+    assert load_model(tmp_path).images_seen == 64
+
+
+def snapshots(folder) -> list[int]:
+    return sorted(int(file.stem) for file in (folder / "snapshots").glob("*.safetensors"))
+
+
 def test_the_last_snapshots_are_kept(tmp_path):
     trained(tmp_path, config(save_every=16, snapshots=2))
-    names = sorted(file.name for file in (tmp_path / "snapshots").iterdir())
-    assert names == ["000000000048.safetensors", "000000000064.safetensors"]
+    assert snapshots(tmp_path) == [48, 64]
+
+
+def test_the_best_snapshots_by_distance_are_kept_and_the_distances_logged(tmp_path, monkeypatch):
+    values = iter([3.0, 1.0, 4.0, 2.0])
+    monkeypatch.setattr(loop, "distance", lambda *_: next(values))
+    trained(tmp_path, config(save_every=16, snapshots=2, snapshots_by="fd", measure="fd"))
+    assert snapshots(tmp_path) == [32, 64]
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert {x["images"]: x["fd"] for x in lines if "fd" in x} == {16: 3, 32: 1, 48: 4, 64: 2}
+
+
+def test_the_distance_is_that_of_an_evaluation_of_the_same_seeds(tmp_path):
+    settings = config(save_every=64, measure="fd", measure_samples=20)
+    trained(tmp_path, settings)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    [found] = [line["fd"] for line in lines if "fd" in line]
+    evaluation = Evaluation(data=DATA, samples=20, first_seed=2**31, batch=16, folder=tmp_path)
+    results = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.json")
+    [cell] = results["recipes"][0]["cells"].values()
+    # The same images to the bit, and sums of float64.
+    assert cell_numbers(cell)["fd classifier train"] == pytest.approx(found, rel=1e-9)
+
+
+def test_snapshots_that_cannot_be_ranked_are_rejected():
+    with pytest.raises(SettingError, match=r"snapshots_by: 'fd' needs training\.measure"):
+        config(snapshots_by="fd")
+    with pytest.raises(SettingError, match="'held_out_loss' needs held-out images"):
+        check_run(config(snapshots_by="held_out_loss"), digits(held_out=0))
+
+
+OWN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, shape, inputs, outputs, *, classes=None, width: int = 4):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs * shape[0], width, 3, padding=1),
+            nn.Conv2d(width, outputs * shape[0], 3, padding=1),
+        )
+
+    def forward(self, z, clock, label=None):
+        return self.layers(z)
+"""
+
+
+def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, monkeypatch):
+    (tmp_path / "own_network.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    network = {"name": "own_network:Net", "options": {"width": 3}}
+    settings = RunConfig.from_dict({**VALUES, "network": network})
+    model = trained(tmp_path / "run", settings)
+    with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
+        images.Run.load(tmp_path / "run")
+    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model.model)
+    wrong = {**network, "options": {"widht": 3}}
+    with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
+        check_run(RunConfig.from_dict({**VALUES, "network": wrong}), DATA)
+    with pytest.raises(SettingError, match=r"network\.name: there is no module 'nowhere'"):
+        check_run(RunConfig.from_dict({**VALUES, "network": {"name": "nowhere:Net"}}), DATA)
 
 
 def test_a_rehearsal_measures_and_writes_nothing(tmp_path, monkeypatch):
@@ -122,7 +208,7 @@ def test_the_start_tells_of_data_model_and_device():
 
 
 def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
-    run = images.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    run = images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
     again = images.Run.load(str(tmp_path / "run"))
     first, second = (one.sample(range(3), nfe=4) for one in (run, again))
     assert torch.equal(first.images, second.images)
@@ -137,7 +223,7 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
 
 
 def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(tmp_path, capsys):
-    model = images.train(config(), DATA, tmp_path, device="cpu", progress=False).model
+    model = images.Run.train(config(), DATA, tmp_path, device="cpu", progress=False).model
     sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
     drawn = []
     with StopRequest(SimpleNamespace(num_processes=1)) as stop:

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -278,6 +279,8 @@ def test_events_that_find_no_room_end_no_training_and_are_said_once(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordWriter, broken, full)
+    # TensorBoard writes in a thread, whose traceback is printed.
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     trained(tmp_path, config())
     assert len(metrics(tmp_path)) == 6
     assert capsys.readouterr().err == (

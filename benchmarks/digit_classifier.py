@@ -9,8 +9,6 @@ from torch.nn import functional
 from cldsde.images.data import DataSet, pixels_of
 from cldsde.progress import progress_bar
 
-__all__ = ["DigitClassifier", "train_classifier"]
-
 
 class DigitClassifier(nn.Module):
     """A small convolutional classifier whose last hidden layer serves as a feature space.

@@ -1,0 +1,221 @@
+"""Checkpoints of the codes CLD-SGM and score_sde_pytorch: read without running code, key by key.
+
+Both save a dictionary of ``model`` (weights by name), ``ema`` (averaged weights as a list, in the
+order of the parameters, without those that are not trained), ``optimizer`` and ``step``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldsde.pretrained.ncsnpp import NCSNpp
+
+__all__ = ["Checkpoint", "load_weights", "mismatch", "read_checkpoint"]
+
+_PREFIX = "module."
+"""Both codes save the weights of a model that is wrapped for several GPUs."""
+_FOURIER = {"W": "frequencies"}
+_BLOCK = {
+    "GroupNorm_0": "norm_1",
+    "Conv_0": "conv",
+    "Dense_0": "clock",
+    "GroupNorm_1": "norm_2",
+    "Conv_1": "last",
+    "Conv_2": "shortcut",
+}
+_ATTENTION = {
+    "GroupNorm_0": "norm",
+    "NIN_0": "query",
+    "NIN_1": "key",
+    "NIN_2": "value",
+    "NIN_3": "last",
+}
+# Learning rates that the codes leave in the state of the optimiser: plain numbers of NumPy.
+_NUMBERS: list[Any] = [
+    # The function that makes a number, by its names in NumPy 1 and 2.
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
+
+
+class Checkpoint(NamedTuple):
+    """Contents of a checkpoint.
+
+    Attributes
+    ----------
+    weights
+        Tensors of the model by their published names.
+    average
+        Averaged weights in the order of the trained parameters.
+    step
+        Optimiser steps.
+    """
+
+    weights: dict[str, Tensor]
+    average: list[Tensor]
+    step: int
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A published weight and its place in ``NCSNpp``."""
+
+    name: str
+    own: str
+    transposed: bool
+    trained: bool
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint; code in the file is not run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is truncated, holds anything but tensors, numbers and their containers, or is
+        not a checkpoint of these codes.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        msg = f"path: there is no file {path}"
+        raise FileNotFoundError(msg)
+    try:
+        with torch.serialization.safe_globals(_NUMBERS):
+            # Memory-mapped, so that the state of the optimiser is never read.
+            found = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        msg = (
+            f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is "
+            f"never run ({reason[0] if reason else type(error).__name__})"
+        )
+        raise ValueError(msg) from error
+    return _checked(found, path)
+
+
+def _checked(found: Any, path: Path) -> Checkpoint:
+    parts = ("model", "ema", "step")
+    held = list(found) if isinstance(found, Mapping) else []
+    missing = [name for name in parts if name not in held]
+    if missing:
+        msg = (
+            f"path: {path} must hold {', '.join(parts)}, as checkpoints of CLD-SGM and "
+            f"score_sde_pytorch do; missing: {', '.join(missing)}; it holds "
+            f"{', '.join(map(str, held[:5])) or type(found).__name__}"
+        )
+        raise ValueError(msg)
+    weights, ema, step = (found[name] for name in parts)
+    average = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    named = isinstance(weights, Mapping) and all(isinstance(x, Tensor) for x in weights.values())
+    listed = isinstance(average, list) and all(isinstance(x, Tensor) for x in average)
+    if not named or not listed:
+        part = "model" if not named else "ema.shadow_params"
+        msg = f"path: {part} of {path} must hold tensors alone"
+        raise ValueError(msg)
+    plain = {str(name).removeprefix(_PREFIX): x.detach() for name, x in weights.items()}
+    assert average is not None
+    return Checkpoint(plain, [x.detach() for x in average], int(step))
+
+
+def load_weights(network: NCSNpp, checkpoint: Checkpoint, path: Path | str) -> None:
+    """Load averaged weights into a network; weights that are not averaged come from the model.
+
+    Every tensor of the checkpoint is used, and every shape is checked. The table ``sigmas`` of
+    score_sde_pytorch belongs to the process.
+
+    Raises
+    ------
+    ValueError
+        If a weight is missing, unknown or of another shape.
+    """
+    state, wanted = network.state_dict(), list(_published(network))
+    names = {weight.name for weight in wanted}
+    given = {name for name in checkpoint.weights if name != "sigmas"}
+    for title, some in (("missing", names - given), ("unknown", given - names)):
+        if some:
+            shown = ", ".join(sorted(some)[:3])
+            msg = (
+                f"path: {path} is of another network than expected: {title} are {shown}"
+                f"{' and others' if len(some) > 3 else ''} ({len(some)} of {len(names)})"
+            )
+            raise ValueError(msg)
+    trained = [weight for weight in wanted if weight.trained]
+    if len(checkpoint.average) != len(trained):
+        msg = (
+            f"path: {path} must hold {len(trained)} averaged weights, ema.shadow_params; got "
+            f"{len(checkpoint.average)}"
+        )
+        raise ValueError(msg)
+    averaged = dict(zip((w.name for w in trained), checkpoint.average, strict=True))
+    loaded = {}
+    for weight in wanted:
+        for source, held in (("model", checkpoint.weights), ("ema.shadow_params", averaged)):
+            if weight.name in held:
+                tensor, like = held[weight.name], state[weight.own]
+                shape = _published_shape(like, weight)
+                if tensor.shape != shape:
+                    msg = (
+                        f"path: {weight.name} in {source} of {path} must have the shape "
+                        f"{tuple(shape)}; got {tuple(tensor.shape)}"
+                    )
+                    raise ValueError(msg)
+                loaded[weight.own] = (tensor.mT if weight.transposed else tensor).reshape_as(like)
+    network.load_state_dict(loaded)
+
+
+def mismatch(network: NCSNpp, checkpoint: Checkpoint) -> int:
+    """Number of weights of a checkpoint that do not fit a network, by name or by shape."""
+    state = network.state_dict()
+    wanted = {w.name: _published_shape(state[w.own], w) for w in _published(network)}
+    given = {name: x.shape for name, x in checkpoint.weights.items() if name != "sigmas"}
+    return sum(wanted.get(name) != given.get(name) for name in wanted.keys() | given.keys())
+
+
+def _published_shape(own: Tensor, weight: _Weight) -> torch.Size:
+    return own[..., 0, 0].mT.shape if weight.transposed else own.shape
+
+
+def _published(network: NCSNpp) -> Iterator[_Weight]:
+    """Weights in the published order of the parameters."""
+    places = {module: name for name, module in network.named_modules()}
+    for number, (prefix, layer) in enumerate(network.published_layers()):
+        start, own = f"all_modules.{number}.", places[layer]
+        children = dict(layer.named_children())
+        if layer is network.embedding:
+            for name, attribute in _FOURIER.items():
+                yield _Weight(start + name, f"{own}.{attribute}", transposed=False, trained=False)
+        elif children:
+            parts = _ATTENTION if "query" in children else _BLOCK
+            for name, part in parts.items():
+                if children.get(part) is not None:
+                    mixes = name.startswith("NIN")
+                    for published, weight in zip(
+                        "Wb" if mixes else ("weight", "bias"), ("weight", "bias"), strict=True
+                    ):
+                        yield _Weight(
+                            f"{start}{name}.{published}",
+                            f"{own}.{part}.{weight}",
+                            transposed=mixes and weight == "weight",
+                            trained=True,
+                        )
+        else:
+            for weight in ("weight", "bias"):
+                name, place = f"{start}{prefix}{weight}", f"{own}.{weight}"
+                yield _Weight(name, place, transposed=False, trained=True)

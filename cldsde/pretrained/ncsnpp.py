@@ -1,0 +1,418 @@
+r"""NCSN++ and DDPM++, the score networks of Song et al. (2021), layer by layer.
+
+Both are U-Nets of BigGAN's residual blocks, which halve and double the resolution themselves. Sums
+are divided by √2. Two choices tell the published networks apart:
+
+- ``inputs_enter``: the input enters at the top alone (``"once"``, DDPM++); its filtered copy is
+  added at every level (``"skip"``, networks for 256 × 256); or its copy passes through a
+  convolution from level to level and replaces the features there (``"residual"``, CIFAR-10).
+- ``outputs_leave``: the output is made at full resolution (``"once"``), or is a sum over the levels
+  (``"skip"``).
+
+``NCSNpp.published_layers`` lists the layers in the order of the published code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cldsde.pretrained.resampling import Double, FilteredConv, Halve
+
+__all__ = ["InputsEnter", "NCSNpp", "OutputsLeave"]
+
+InputsEnter = Literal["once", "skip", "residual"]
+"""How the input reaches the levels."""
+OutputsLeave = Literal["once", "skip"]
+"""How the levels make the output."""
+
+_SCALE = 1 / math.sqrt(2)
+_NEARLY_ZERO = 1e-5  # the published initial variance is 1e-10 times the Glorot variance
+
+
+class NCSNpp(nn.Module):
+    """NCSN++ or DDPM++ as published.
+
+    Parameters
+    ----------
+    shape
+        Channels, rows and columns of the input; rows and columns are divisible by 2 to the number
+        of levels less one.
+    outputs
+        Channels of the output.
+    channels
+        Channels of each level, from full resolution down. The first is the width of the embedding.
+    blocks
+        Residual blocks per level on the way down; one more on the way up.
+    attention
+        Heights of the levels with attention: after each block on the way down, after the last
+        block on the way up. The middle always has attention.
+    dropout
+        Dropout probability of a residual block.
+    fir
+        Resample with the filter (1, 3, 3, 1) instead of averages and nearest neighbours.
+    inputs_enter, outputs_leave
+        See the module ``cldsde.pretrained.ncsnpp``.
+    fourier_scale
+        Standard deviation of the frequencies of random Fourier features of the clock, which are
+        drawn with the weights. None: sines and cosines with frequencies from 1 down to 1/10,000.
+    gradient_checkpointing
+        Recompute the residual blocks for the gradient instead of storing what is inside them.
+
+    Raises
+    ------
+    ValueError
+        If rows, columns, channels or attention do not fit each other.
+
+    Notes
+    -----
+    Weights start with the Glorot uniform distribution, biases at zero. The last layer of each
+    residual and attention block starts so small that the block is its shortcut. The output starts
+    at zero.
+
+    References
+    ----------
+    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
+    2021, appendix H. T. Dockhorn et al., *Score-based generative modeling with critically-damped
+    Langevin diffusion*, 2022, appendix E.
+
+    Examples
+    --------
+    >>> import torch
+    >>> network = NCSNpp((6, 16, 16), 3, channels=(8, 16), fourier_scale=16.0)
+    >>> network(torch.zeros(2, 6, 16, 16), torch.tensor([0.5, 1.0]).log()).shape
+    torch.Size([2, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        outputs: int,
+        *,
+        channels: Sequence[int],
+        blocks: int = 2,
+        attention: Sequence[int] = (),
+        dropout: float = 0.0,
+        fir: bool = True,
+        inputs_enter: InputsEnter = "residual",
+        outputs_leave: OutputsLeave = "once",
+        fourier_scale: float | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        inputs, height, width = shape
+        heights = _heights(height, width, channels, attention)
+        if inputs_enter == "residual" and not fir:
+            msg = "fir must be True if inputs_enter is 'residual'"
+            raise ValueError(msg)
+        self.embedding = _Embedding(channels[0], fourier_scale)
+        #: Added to the embedding of the clock: maps labels ``(B,)`` to ``(B, 4·channels[0])``.
+        self.class_embedding: nn.Module | None = None
+        self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
+
+        def block(of: int, to: int, resample: nn.Module | None = None) -> _Block:
+            made = _Block(of, to, 4 * channels[0], dropout, resample)
+            made.recomputes = gradient_checkpointing
+            return made
+
+        skips, last = [channels[0]], len(channels) - 1
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        entering = inputs
+        for level, of in enumerate(channels):
+            attends = heights[level] in attention
+            row = _Down(block(n, of) for n in (skips[-1], *[of] * (blocks - 1)))
+            row.attentions = _attentions(of, blocks if attends else 0)
+            skips += [of] * blocks
+            if level < last:
+                row.shrink = block(of, of, Halve() if fir else nn.AvgPool2d(2))
+                if inputs_enter == "skip":
+                    row.filter = Halve() if fir else nn.AvgPool2d(2)
+                    row.enter = nn.Conv2d(entering, of, 1)
+                elif inputs_enter == "residual":
+                    row.filter, entering = FilteredConv(entering, of), of
+                skips.append(of)
+            self.down.append(row)
+        of = channels[-1]
+        self.middle = nn.ModuleList([block(of, of), _Attention(of), block(of, of)])
+        for level in reversed(range(len(channels))):
+            attends, to = heights[level] in attention, channels[level]
+            row_up = _Up(block(n + skips.pop(), to) for n in (of, *[to] * blocks))
+            of = to
+            row_up.attentions = _attentions(of, int(attends))
+            if outputs_leave == "skip" or level == 0:
+                row_up.leave = nn.Sequential(_norm(of), nn.SiLU(), _conv(of, outputs))
+            if outputs_leave == "skip" and level < last:
+                row_up.enlarge = Double() if fir else _nearest()
+            if level:
+                row_up.grow = block(of, of, Double() if fir else _nearest())
+            self.up.append(row_up)
+        self._initialise()
+
+    def forward(self, x: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
+        """Output ``(B, outputs, H, W)``.
+
+        Parameters
+        ----------
+        x
+            ``(B, C, H, W)``.
+        clock
+            ``(B,)``. The published networks with Fourier features take the log of their label.
+        label
+            What ``class_embedding`` takes, if there is one.
+        """
+        # In single precision whatever the precision around it: phases reach thousands of radians.
+        kind = x.device.type
+        casts = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if casts else nullcontext():
+            embedding = self.embedding(clock)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(label)
+        entering, features = x, [self.conv_in(x)]
+        for row in self.down:
+            entering = row(features, entering, embedding)
+        first, attention, second = self.middle
+        h = second(attention(first(features[-1], embedding)), embedding)
+        out: Tensor | None = None
+        for row in self.up:
+            h, out = row(h, features, out, embedding)
+        assert out is not None
+        return out
+
+    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers with weights in the order of the published code, and what it calls the weights.
+
+        The text is what precedes ``weight`` and ``bias`` in the names of a single layer's weights.
+        """
+        if self.embedding.frequencies is not None:
+            yield "", self.embedding
+        for layer in (self.embedding.linear_1, self.embedding.linear_2, self.conv_in):
+            yield "", layer
+        rows: list[Any] = [*self.down, *self.up]
+        for row in rows[: len(self.down)]:
+            yield from row.published_layers()
+        yield from (("", layer) for layer in self.middle)
+        for row in rows[len(self.down) :]:
+            yield from row.published_layers()
+        yield from (("", rows[-1].leave[i]) for i in (0, 2))
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, _Block | _Attention):
+                    module.last.weight.mul_(_NEARLY_ZERO)
+        rows: list[Any] = [*self.up]
+        for row in rows:
+            if row.leave is not None:
+                nn.init.zeros_(row.leave[-1].weight)
+
+
+class _Embedding(nn.Module):
+    """Embedding of the clock ``(B,)`` as ``(B, 4·width)``."""
+
+    frequencies: Tensor | None
+    rates: Tensor
+
+    def __init__(self, width: int, fourier_scale: float | None) -> None:
+        super().__init__()
+        fourier = fourier_scale is not None
+        drawn = fourier_scale * torch.randn(width) if fourier_scale is not None else None
+        self.register_buffer("frequencies", drawn)
+        half = width // 2
+        rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+        self.register_buffer("rates", None if fourier else rates, persistent=False)
+        self.linear_1 = nn.Linear(width * (2 if fourier else 1), 4 * width)
+        self.linear_2 = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, clock: Tensor) -> Tensor:
+        clock = clock.unsqueeze(1)
+        if self.frequencies is None:
+            phase = clock * self.rates
+        else:
+            phase = clock * self.frequencies * (2 * math.pi)
+        features = torch.cat([phase.sin(), phase.cos()], dim=1)
+        out: Tensor = self.linear_2(F.silu(self.linear_1(features)))
+        return out
+
+
+class _Block(nn.Module):
+    """BigGAN's residual block."""
+
+    def __init__(
+        self, of: int, to: int, width: int, dropout: float, resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.norm_1, self.conv = _norm(of), _conv(of, to)
+        self.clock = nn.Linear(width, to)
+        self.norm_2, self.dropout, self.last = _norm(to), nn.Dropout(dropout), _conv(to, to)
+        plain = of == to and resample is None
+        self.shortcut = None if plain else nn.Conv2d(of, to, 1)
+        self.resample = resample
+        self.recomputes = False
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._run, x, embedding, use_reentrant=False)
+            return out
+        return self._run(x, embedding)
+
+    def _run(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm_1(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv(h) + self.clock(F.silu(embedding))[:, :, None, None]
+        h = self.last(self.dropout(F.silu(self.norm_2(h))))
+        out: Tensor = _SCALE * ((x if self.shortcut is None else self.shortcut(x)) + h)
+        return out
+
+
+class _Attention(nn.Module):
+    """Attention of one head over all pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.query, self.key, self.value, self.last = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (
+            layer(h).flatten(2).mT.unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )
+        found = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x.shape)
+        out: Tensor = _SCALE * (x + self.last(found))
+        return out
+
+
+class _Row(nn.Module):
+    """Blocks of one level, and attention after some of them."""
+
+    def __init__(self, blocks: Iterator[_Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList()
+
+
+class _Down(_Row):
+    """A level on the way down."""
+
+    def __init__(self, blocks: Iterator[_Block]) -> None:
+        super().__init__(blocks)
+        self.shrink: nn.Module | None = None
+        self.filter: nn.Module | None = None
+        self.enter: nn.Module | None = None
+
+    def forward(self, features: list[Tensor], entering: Tensor, embedding: Tensor) -> Tensor:
+        """Append the level's features; return what enters at the next level."""
+        for number, block in enumerate(self.blocks):
+            h = block(features[-1], embedding)
+            features.append(self.attentions[number](h) if self.attentions else h)
+        if self.shrink is None:
+            return entering
+        h = self.shrink(features[-1], embedding)
+        if self.filter is not None:
+            entering = self.filter(entering)
+            if self.enter is not None:
+                h = self.enter(entering) + h
+            else:
+                h = entering = _SCALE * (entering + h)
+        features.append(h)
+        return entering
+
+    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for number, block in enumerate(self.blocks):
+            yield "", block
+            if self.attentions:
+                yield "", self.attentions[number]
+        if self.shrink is not None:
+            yield "", self.shrink
+        if self.enter is not None:
+            yield "Conv_0.", self.enter
+        elif self.filter is not None:
+            yield "Conv2d_0.", self.filter.get_submodule("conv")
+
+
+class _Up(_Row):
+    """A level on the way up."""
+
+    def __init__(self, blocks: Iterator[_Block]) -> None:
+        super().__init__(blocks)
+        self.grow: nn.Module | None = None
+        self.leave: nn.Sequential | None = None
+        self.enlarge: nn.Module | None = None
+
+    def forward(
+        self, h: Tensor, features: list[Tensor], out: Tensor | None, embedding: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features at the next level, and the output so far."""
+        for block in self.blocks:
+            h = block(torch.cat([h, features.pop()], dim=1), embedding)
+        for attention in self.attentions:
+            h = attention(h)
+        if self.leave is not None:
+            own = self.leave(h)
+            out = own if out is None or self.enlarge is None else self.enlarge(out) + own
+        if self.grow is not None:
+            h = self.grow(h, embedding)
+        return h, out
+
+    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """All but the layers that make the output at full resolution, which come last."""
+        yield from (("", layer) for layer in (*self.blocks, *self.attentions))
+        if self.grow is not None:
+            if self.leave is not None:
+                yield from (("", self.leave[i]) for i in (0, 2))
+            yield "", self.grow
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    groups = min(width // 4, 32)
+    if width % groups:
+        msg = (
+            "channels must make equal groups: a layer of more than 128 channels has 32 groups; got "
+            f"a layer of {width}, the channels of two neighbouring blocks together"
+        )
+        raise ValueError(msg)
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def _conv(of: int, to: int) -> nn.Conv2d:
+    return nn.Conv2d(of, to, 3, padding=1)
+
+
+def _nearest() -> nn.Module:
+    return nn.Upsample(scale_factor=2, mode="nearest")
+
+
+def _attentions(width: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(_Attention(width) for _ in range(count))
+
+
+def _heights(
+    height: int, width: int, channels: Sequence[int], attention: Sequence[int]
+) -> list[int]:
+    """Heights of the levels, if everything fits them."""
+    factor = 2 ** (len(channels) - 1)
+    if not channels or height % factor or width % factor:
+        msg = f"channels {tuple(channels)} need rows and columns divisible by {factor}"
+        raise ValueError(f"{msg}; got {height} × {width}")
+    if any(of % 4 for of in channels):
+        msg = f"channels must be multiples of 4; got {list(channels)}"
+        raise ValueError(msg)
+    heights = [height >> level for level in range(len(channels))]
+    missing = [h for h in attention if h not in heights]
+    if missing:
+        msg = f"attention must be at heights of levels, {heights}; got {missing}"
+        raise ValueError(msg)
+    return heights
