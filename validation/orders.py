@@ -342,7 +342,7 @@ def strong_order(
     --------
     >>> from cldsde import solvers, validation
     >>> problem = validation.problems()["VP"]
-    >>> validation.strong_order(solvers.EulerMaruyama(), problem, samples=400).verdict
+    >>> validation.strong_order(solvers.EulerMaruyama(), problem).verdict
     <Verdict.PASS: 'PASS'>
     """
     _check_solver(solver)
