@@ -200,7 +200,9 @@ def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> Mixe
     model = config.model()
     folder = RunFolder(run / "model", model.to_dict())
     data = model.data.load()
-    return train(model, data, folder, device=config.device, progress=progress).score
+    score = train(model, data, folder, device=config.device, progress=progress).score
+    assert isinstance(score, MixedScore)
+    return score
 
 
 def _gaussian(data: DataSet, config: DemoConfig) -> torch.Tensor:
