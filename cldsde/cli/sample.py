@@ -100,6 +100,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(parser, "--class", "NAME", text, dest="label")
     option(parser, "--guidance", "W", "weight of the class", type=float, default=1.0)
     add_observation_arguments(parser)
+    text = "precision of the network: fp32, bf16 or fp16"
+    option(parser, "--precision", "NAME", text, default="fp32")
+    text = "compile the network, which pays for many images on a GPU"
+    parser.add_argument("--compile", dest="compiled", action="store_true", help=text)
     add_device_argument(parser)
 
 
@@ -173,6 +177,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
             noise_std=options.noise_std,
             particles=options.particles,
         ),
+        precision=options.precision,
+        compiled=options.compiled,
     )
     out = Path(options.out).expanduser()
     request.check()

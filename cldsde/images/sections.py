@@ -156,7 +156,8 @@ class ScoreConfig:
         two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m.
     code
         Code whose parameterisation the score has: ``"cldsde"``, or a published code,
-        ``"cld-sgm"``, ``"score-sde-vp"`` or ``"score-sde-ve"``.
+        ``"cld-sgm"``, ``"score-sde-vp"`` or ``"score-sde-ve"``; see
+        ``cldsde.pretrained.published_score.Parameterisation``.
     mixed, numerical_eps, levels
         Options of the published parameterisations.
     """
@@ -177,11 +178,13 @@ class ScoreConfig:
         """
         if self.code == "cldsde":
             return None
-        options = (self.mixed, self.numerical_eps, self.levels)
-        names = ("mixed", "numerical_eps", "levels")
         with setting("code"):
             return Parameterisation(
-                code=self.code, log_clock=log_clock, **dict(zip(names, options, strict=True))
+                code=self.code,
+                log_clock=log_clock,
+                mixed=self.mixed,
+                numerical_eps=self.numerical_eps,
+                levels=self.levels,
             )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Networks that other people trained: diffusers models as denoisers, checkpoints as scores."""
+"""Networks that other people trained: diffusers' as denoisers, published ones as scores."""
 
 from cldsde.pretrained.diffusers_models import from_diffusers
 from cldsde.pretrained.published import load_cld_sgm, load_score_sde

@@ -40,9 +40,10 @@ _ATTENTION = {
     "NIN_3": "last",
 }
 # Learning rates that the codes leave in the state of the optimiser: plain numbers of NumPy.
-_NUMBERS = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+_NUMBERS: list[Any] = [
+    # The function that makes a number, by its names in NumPy 1 and 2.
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     np.dtype,
     np.dtypes.Float32DType,
     np.dtypes.Float64DType,
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         msg = f"path: there is no file {path}"
         raise FileNotFoundError(msg)
     try:
-        with torch.serialization.safe_globals(_NUMBERS):  # type: ignore[no-untyped-call]
+        with torch.serialization.safe_globals(_NUMBERS):
             # Memory-mapped, so that the state of the optimiser is never read.
             found = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -194,23 +194,26 @@ class NCSNpp(nn.Module):
             yield "", self.embedding
         for layer in (self.embedding.linear_1, self.embedding.linear_2, self.conv_in):
             yield "", layer
-        for row in self.down:
+        rows: list[Any] = [*self.down, *self.up]
+        for row in rows[: len(self.down)]:
             yield from row.published_layers()
         yield from (("", layer) for layer in self.middle)
-        for row in self.up:
+        for row in rows[len(self.down) :]:
             yield from row.published_layers()
-        yield from (("", self.up[-1].leave[i]) for i in (0, 2))
+        yield from (("", rows[-1].leave[i]) for i in (0, 2))
 
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, _Block | _Attention):
                     module.last.weight.mul_(_NEARLY_ZERO)
-        for row in self.up:
+        rows: list[Any] = [*self.up]
+        for row in rows:
             if row.leave is not None:
                 nn.init.zeros_(row.leave[-1].weight)
 
@@ -219,6 +222,7 @@ class _Embedding(nn.Module):
     """Embedding of the clock ``(B,)`` as ``(B, 4·width)``."""
 
     frequencies: Tensor | None
+    rates: Tensor
 
     def __init__(self, width: int, fourier_scale: float | None) -> None:
         super().__init__()
@@ -269,7 +273,8 @@ class _Block(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = self.conv(h) + self.clock(F.silu(embedding))[:, :, None, None]
         h = self.last(self.dropout(F.silu(self.norm_2(h))))
-        return _SCALE * ((x if self.shortcut is None else self.shortcut(x)) + h)
+        out: Tensor = _SCALE * ((x if self.shortcut is None else self.shortcut(x)) + h)
+        return out
 
 
 class _Attention(nn.Module):
@@ -335,7 +340,7 @@ class _Down(_Row):
         if self.enter is not None:
             yield "Conv_0.", self.enter
         elif self.filter is not None:
-            yield "Conv2d_0.", self.filter.conv
+            yield "Conv2d_0.", self.filter.get_submodule("conv")
 
 
 class _Up(_Row):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -140,8 +141,8 @@ def _levels_agree(model: PublishedModel, checkpoint: Checkpoint) -> bool:
     if model.sigmas is None or found is None:
         return model.sigmas is None and found is None
     largest, smallest, count = model.sigmas
-    ends = torch.tensor([largest, smallest], dtype=torch.float64, device="cpu").log()
-    table = torch.linspace(*ends.tolist(), count, dtype=torch.float64, device="cpu").exp()
+    start, end = math.log(largest), math.log(smallest)
+    table = torch.linspace(start, end, count, dtype=torch.float64, device="cpu").exp()
     # The code may have saved the table in single precision.
     return found.shape == table.shape and torch.allclose(found.double(), table, rtol=1e-5)
 

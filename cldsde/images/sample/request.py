@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.sample.sampler import ImageSampler, Precision, Samples
 from cldsde.images.sample.source import OtherDynamics
 
 GRID_LIMIT = 4096
@@ -42,6 +42,10 @@ class SampleRequest:
         Weight of the class, see `cldsde.GuidedScore`.
     observed
         An observation of the images, if any.
+    precision
+        Precision of the network.
+    compiled
+        Whether to compile the network with ``torch.compile``.
     """
 
     model: ImageModel | OtherDynamics
@@ -51,6 +55,8 @@ class SampleRequest:
     label: int | Literal["all"] | None = None
     guidance: float = 1.0
     observed: ObservedImage | None = None
+    precision: Precision = "fp32"
+    compiled: bool = False
 
     def check(self) -> None:
         """Check the options against the model, before any work is done."""
@@ -64,6 +70,12 @@ class SampleRequest:
         if self.guidance != 1 and self.label is None:
             msg = f"needs a class; got {self.guidance} and no class"
             raise SettingError("guidance", msg)
+        if self.precision not in get_args(Precision):
+            msg = f"must be {', '.join(get_args(Precision))}; got {self.precision!r}"
+            raise SettingError("precision", msg)
+        if self.compiled and not isinstance(self.model, ImageModel):
+            msg = "needs a run under its own process, whose network is compiled"
+            raise SettingError("compiled", msg)
         if self.observed is not None and self.model.vae is not None:
             msg = "needs a process of pixels; the process of this model is of latent variables"
             raise SettingError("observe", msg)
@@ -83,6 +95,8 @@ class SampleRequest:
             "guidance": self.guidance,
             "observed": None if self.observed is None else self.observed.recipe(),
             "seeds": [self.seeds.start, self.seeds.stop],
+            # Left out in single precision, so that older samples can be resumed.
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }
 
     def digest(self) -> str:
@@ -101,6 +115,9 @@ class SampleRequest:
     def sampler(self) -> ImageSampler:
         """The sampler of the request."""
         model = self.model
+        if self.compiled:
+            # In place, so that names of weights stay.
+            model.score.network.compile()  # type: ignore[union-attr]
         return ImageSampler(
             *(model.score, model.space, self.sampling),
             vae=model.vae,
@@ -108,4 +125,5 @@ class SampleRequest:
             guidance=self.guidance,
             observed=self.observed,
             batch=self.batch,
+            precision=self.precision,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -71,6 +73,11 @@ def _plan(
         raise SettingError("solver", str(error)) from error
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Precision of networks; states and coefficients have single precision at least."""
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Samples(NamedTuple):
     """Images and their score evaluations.
 
@@ -106,9 +113,16 @@ class ImageSampler:
         observed: ObservedImage | None = None,
         batch: int = 64,
         device: torch.device | str | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         if device is None:
             device = device_of(score)
+        dtype = _HALVES.get(precision)
+        kind = torch.device(device).type
+        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
+        self._cast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if dtype is not None:
+            self._cast = partial(torch.autocast, kind, dtype=dtype)
         self._score, self._space, self._sampling = score, space, sampling
         self._vae, self._device = vae, device
         self._label, self._guidance, self._batch = label, guidance, batch
@@ -139,7 +153,7 @@ class ImageSampler:
         first = float(plan.times[0])
         start = noise.start(plan.process.sde, shape, device=self._device, t=first)
         denoise = self._sampling.denoise
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             if observed is not None and observed.particles:
                 data, evaluations = observed.sample(
                     plan, seeds, denoise=bool(denoise), chunk=self._batch

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class ScoreMatching:
     ``samplers`` draw the times of a batch.
     """
 
-    def __init__(self, score: MixedScore | PublishedScore, config: RunConfig) -> None:
+    def __init__(self, score: Any, config: RunConfig) -> None:
         settings = config.training
         self._sums = settings.reduction == "sum"
         self._conditioning = settings.conditioning
@@ -84,7 +84,7 @@ class ScoreMatching:
         density = _density(score, settings, self._prediction)
         if settings.weighting == "log_snr":
             normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
-            self._weighting = score.log_snr_weighting(**normal)  # type: ignore[union-attr]
+            self._weighting = score.log_snr_weighting(**normal)
             self._prediction = "noise"  # the weighting is in its units
         elif settings.times in ("logit_normal", "mode"):
             assert density is not None
@@ -95,7 +95,7 @@ class ScoreMatching:
             sampler = TimeSampler.importance(
                 score.sde,
                 t_min,
-                data_variance=float(score.data_variance.mean()),  # type: ignore[union-attr]
+                data_variance=float(score.data_variance.mean()),
                 conditioning=settings.conditioning,
                 weighting=settings.weighting,  # type: ignore[arg-type]
             )
@@ -183,7 +183,7 @@ class LatentObjective:
 
 
 def _density(
-    score: MixedScore | PublishedScore, settings: TrainingConfig, prediction: Measured
+    score: Any, settings: TrainingConfig, prediction: Measured
 ) -> Callable[[Tensor], Tensor] | None:
     """Density of the times; None for the importance of the process alone."""
     if settings.times == "uniform":
@@ -195,7 +195,7 @@ def _density(
     if settings.times == "mode":
         return mode_density(settings.mode_scale)
     if settings.conditioning == "data" and settings.weighting == "reweighted":
-        return partial(score.residual_variance, prediction=prediction)  # type: ignore[union-attr]
+        return partial(score.residual_variance, prediction=prediction)
     return None
 
 
