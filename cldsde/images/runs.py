@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from cldsde.images.config import RunConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.files import PARTIAL, check_writable, lock, write_whole
 
@@ -142,7 +143,7 @@ def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> st
         return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
         return f"{file} is no configuration of cldsde"
-    wanted, there = _leaves(config), _leaves(found)
+    wanted, there = _leaves(config), _leaves(_completed(found))
     others = [
         key
         for key in {**wanted, **there}
@@ -150,6 +151,14 @@ def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> st
         and not any(f"{key}.".startswith(f"{name}.") for name in free)
     ]
     return f"{path} holds a run with other settings ({', '.join(others)})" if others else None
+
+
+def _completed(found: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of settings that it is older than, if it is of a model."""
+    try:
+        return RunConfig.from_dict(found).to_dict()
+    except SettingError:
+        return found
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

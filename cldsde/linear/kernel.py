@@ -43,7 +43,7 @@ def check_density(root: Tensor, times: Tensor, name: str) -> None:
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
     if bool(flat.any()):
         msg = (
-            f"the distribution given the start has no density at {name} = "
+            f"{name} must be above 0: the distribution given the start has no density at {name} = "
             f"{float(times.detach()[flat].min()):g}; take {name} > 0, and a process whose noise "
             "reaches every component"
         )

@@ -614,7 +614,7 @@ def test_rings_are_measured_and_drawn(capsys, here):
     page = (here / "page" / "index.html").read_text(encoding="utf-8")
     assert f"{check['measured']:.2f} of the allowed error" in page
     assert "sliced W₂" in check["message"]
-    assert "spread of modes" in check["message"]
+    assert "modes' spread" in check["message"]
     (table,) = report["work_precision"]
     assert (table["problem"], table["metric"]) == ("CLD, ring", "spread")
     assert all(point["error"] > 0 for point in table["points"])

@@ -436,7 +436,7 @@ class TestKnownTimes:
 
     def test_a_state_of_another_dimension_is_refused(self) -> None:
         data, z = GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)[None]), torch.zeros(8, 2, 3)
-        with pytest.raises(ValueError, match="2 numbers a component"):
+        with pytest.raises(ValueError, match="2 numbers per component"):
             at_a_known_time(data.score(CLD()), 0.5, z)(z)
 
 

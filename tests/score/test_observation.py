@@ -98,7 +98,7 @@ def test_a_mixture_is_conditioned_on_one_observation_of_its_size():
         data.condition(Observation.matrix([[1.0, 0.0, 0.0]], torch.ones(1), 0.1))
     with pytest.raises(ValueError, match="one y of 1 numbers"):
         data.condition(Observation.matrix([[1.0, 0.0]], torch.ones(3, 1), 0.1))
-    with pytest.raises(ValueError, match="without a density"):
+    with pytest.raises(ValueError, match="no density"):
         data.condition(Observation.matrix([[1.0, 0.0], [1.0, 0.0]], torch.ones(2), 0.0))
     with pytest.raises(TypeError, match="observation must be an Observation"):
         data.condition(3)

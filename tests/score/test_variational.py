@@ -501,7 +501,7 @@ class TestRefusals:
             )
 
     def test_a_model_of_another_shape_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="must have shape"):
+        with pytest.raises(ValueError, match="must be a prediction of the score of shape"):
             evidence_lower_bound(lambda z, t: z, CLD(), X, 0.5, t_min=0.1)
 
     @pytest.mark.parametrize("sde", [CLD, None, "CLD"])

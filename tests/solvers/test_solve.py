@@ -528,7 +528,7 @@ class TestRefusals:
     @every_solver
     def test_states_of_another_dimension_than_the_data(self, method: str, dimension: int) -> None:
         process = ReverseProcess(CLD(), exact.mixture().score(CLD()))
-        with pytest.raises(ValueError, match="2 numbers a component"):
+        with pytest.raises(ValueError, match="2 numbers per component"):
             solvers.solve(process, SOLVERS[method], start(CLD(), (3, dimension)), GRID)
 
     @pytest.mark.parametrize("solver", [solvers.EulerMaruyama, solvers.SSCS])

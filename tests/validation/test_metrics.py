@@ -382,8 +382,8 @@ def test_a_sampled_error_is_that_of_the_solver_until_it_is_that_of_samples():
     [
         ("CLD", "kl", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got 'kl'"),
         ("CLD", "", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got ''"),
-        ("CLD, three modes", "moments", "take 'sliced'"),
-        ("CLD, ring", "bures", "take 'sliced'"),
+        ("CLD, three modes", "moments", "metric must be 'sliced'"),
+        ("CLD, ring", "bures", "metric must be 'sliced'"),
     ],
 )
 def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):

@@ -100,6 +100,16 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(tm
         trained(tmp_path / "other", other)
 
 
+def test_a_run_from_before_a_setting_existed_is_prolonged(tmp_path):
+    trained(tmp_path, config())
+    values = json.loads((tmp_path / "config.json").read_text())
+    for section, key in (("score", "code"), ("training", "snapshots_by"), ("training", "measure")):
+        del values[section][key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    trained(tmp_path, config(images=128))
+    assert load_model(tmp_path).images_seen == 128
+
+
 def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
     digest = RunConfig.model_digest
     with monkeypatch.context() as patch:
