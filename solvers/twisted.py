@@ -138,7 +138,8 @@ def sample_posterior(
     observation
         The observation, one y for all particles.
     times
-        Decreasing grid from T to ε at most `Observation.end_time`.
+        Decreasing grid from T to ε at most `Observation.end_time`. On `logistic_times` the weights
+        vary less than on `root_times` with as many steps.
     particles
         Particles K of one run.
     threshold

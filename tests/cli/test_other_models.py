@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cldsde import CLD, DenoiserScore, ReverseProcess, pretrained
 from cldsde.cli import main
@@ -113,6 +114,16 @@ def test_a_run_under_another_process(run, tmp_path):
     found = sampled(run, "--process", "HOLD", *options, "--out", tmp_path / "y.npz")
     assert found.shape == own.shape
     assert not np.array_equal(found, own)
+
+
+def test_images_of_a_diffusers_folder_given_an_observation(model, tmp_path):
+    Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "small.png")
+    options = ["--model", model, "--nfe", 4, "--seeds", "0-1"]
+    seen = ["--known", tmp_path / "small.png", "--observe", "downsample:2", "--noise-std", 0.2]
+    free = sampled(*options, "--out", tmp_path / "x.npz")
+    found = sampled(*options, *seen, "--out", tmp_path / "y.npz")
+    assert found.shape == free.shape
+    assert not np.array_equal(found, free)
 
 
 def test_classes_of_a_diffusers_folder(tmp_path):

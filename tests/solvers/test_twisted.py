@@ -212,10 +212,15 @@ def test_a_score_that_is_not_finite_is_an_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two modes", "wide modes", "narrow modes"])
 def test_four_thousand_particles_reach_the_posterior(name):
-    from cldsde.validation import posterior_error, posterior_problems
+    from cldsde.validation import posterior_error, posterior_methods, posterior_problems
+
+    def twisted(process, observation, times, n, g):
+        sde, steps = process.sde, len(times) - 1
+        grid = solvers.logistic_times(sde, sde.T, float(times[-1]), steps)
+        return posterior_methods()["twisted"].sampler(process, observation, grid, n, g)
 
     problem = posterior_problems(0.1)[name]
-    found = posterior_error("twisted", problem, samples=4000, steps=50, repeats=3)
+    found = posterior_error(twisted, problem, samples=4000, steps=50, repeats=3)
     # The sampler's promise, of which the mean of three runs may miss one standard error.
     assert found.distance - found.distance_std <= 2
     assert found.mode_error - found.mode_error_std <= 0.03
