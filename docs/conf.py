@@ -178,10 +178,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
     ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
-    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes)"),
+    ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes|NCSNpp)"),
     ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
-    ("py:obj", r"cldsde\.images\.(data|networks|latent\.VAE|evaluate\..*)"),
+    ("py:obj", r"cldsde\.images\.(data|networks(\.NETWORKS)?|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     # Tables of coefficients.
     ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),

@@ -38,7 +38,7 @@ PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow
 
 @section
 class DataConfig:
-    """Which images to train on, and how they are presented.
+    """The data set and its augmentation.
 
     Attributes
     ----------
@@ -96,8 +96,7 @@ class ProcessConfig:
         check_keys(self.options, inspect.signature(kind).parameters, "options")
         arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
         with setting("options"):
-            process: LinearSDE = kind(**arguments)
-        return process
+            return kind(**arguments)  # type: ignore[no-any-return]
 
 
 @section
@@ -172,10 +171,7 @@ class ScoreConfig:
     levels: Count | None = None
 
     def published(self, *, log_clock: bool) -> Parameterisation | None:
-        """The published parameterisation; None for ``code = "cldsde"``.
-
-        ``log_clock`` says whether the network has Fourier features.
-        """
+        """The published parameterisation; ``log_clock``: the network has Fourier features."""
         if self.code == "cldsde":
             return None
         with setting("code"):
@@ -189,23 +185,19 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
+        own = (self.reference, self.inputs, self.prediction, self.mixing)
         if self.code == "cldsde":
             if (self.mixed, self.numerical_eps, self.levels) != (False, 0.0, None):
                 msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
                 raise SettingError("code", msg)
-        elif (self.reference, self.inputs, self.prediction, self.mixing) != (
-            *("scalar", "state", "noise"),
-            None,
-        ):
+        elif own != ("scalar", "state", "noise", None):
             msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
             raise SettingError("code", msg)
         self.published(log_clock=False)
-        if self.mixing is not None and self.inputs != "state":
-            msg = f"must be None if inputs is {self.inputs!r}; got {self.mixing}"
-            raise SettingError("mixing", msg)
-        if self.mixing is not None and self.prediction != "noise":
-            msg = f"must be None if prediction is {self.prediction!r}; got {self.mixing}"
-            raise SettingError("mixing", msg)
+        for name, needed in (("inputs", "state"), ("prediction", "noise")):
+            if self.mixing is not None and getattr(self, name) != needed:
+                msg = f"must be None if {name} is {getattr(self, name)!r}; got {self.mixing}"
+                raise SettingError("mixing", msg)
 
 
 @section

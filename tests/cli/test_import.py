@@ -152,3 +152,17 @@ def test_images_of_a_network_in_half_precision_are_nearly_the_same(tmp_path, cap
     capsys.readouterr()
     text = refused(capsys, *command, "--precision", "fp8", "--out", str(tmp_path / "x.npz"))
     assert "must be fp32, bf16, fp16; got 'fp8'" in text
+
+
+@pytest.mark.slow
+def test_images_of_a_compiled_network_are_the_same_up_to_rounding(tmp_path):
+    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
+    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
+    images = {}
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        out = tmp_path / f"{name}.npz"
+        command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-3", *more]
+        assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
+        images[name] = np.load(out)["images"].astype(int)
+    # Rounding of single precision moves a number to the next of 256 levels at most.
+    assert abs(images["compiled"] - images["plain"]).max() <= 1

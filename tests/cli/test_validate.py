@@ -518,7 +518,7 @@ def test_a_solver_that_draws_its_own_noise_is_told_so(capsys, here):
     assert run(*QUICK, "--solver", "my_drawing:CentredEuler") == 1
     reasons = capsys.readouterr().err.splitlines()
     text = "the same state and noise gave two different results; does the solver draw noise outside"
-    for kind, name in (("weak order", "solver: "), ("NFE per step", "")):
+    for kind, name in (("weak order", ""), ("NFE per step", "")):
         found = f"my_drawing:CentredEuler, {kind} on CLD: ValueError: {name}{text} `noise.normal`?"
         assert found in reasons
 

@@ -472,7 +472,7 @@ class TestRefusals:
     )
     def test_times_before_the_model_stops_are_refused(self, t: Any) -> None:
         sde = CLD()
-        with pytest.raises(ValueError, match=r"^t(:| must lie in)"):
+        with pytest.raises(ValueError, match=r"^t must"):
             evidence_lower_bound(gaussian().score(sde), sde, X, t, t_min=0.1)
 
     @pytest.mark.parametrize("t", [1.5, math.nan, torch.tensor([0.5, math.nan]), torch.ones(3)])

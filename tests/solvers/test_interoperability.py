@@ -929,7 +929,7 @@ class TestRefusals:
 
     def test_moments_are_for_grids(self) -> None:
         process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(TypeError, match="fixed grid; TorchDiffEq chooses its own times"):
+        with pytest.raises(TypeError, match="fixed grid; TorchDiffEq is adaptive"):
             propagate_moments(
                 process,
                 TorchDiffEq(),  # type: ignore[arg-type]

@@ -631,7 +631,7 @@ class TestRefusals:
 
     def test_moments_are_for_grids(self) -> None:
         process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(TypeError, match="fixed grid; ProbabilityFlow chooses its own times"):
+        with pytest.raises(TypeError, match="fixed grid; ProbabilityFlow is adaptive"):
             propagate_moments(
                 process,
                 ProbabilityFlow(),  # type: ignore[arg-type]

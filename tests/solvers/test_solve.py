@@ -378,8 +378,8 @@ class TestNoise:
     @pytest.mark.parametrize(
         ("draws", "got"),
         [
-            ([], "which are used up"),
-            ([torch.zeros(3, 1, 2)] * 3, "which are used up"),
+            ([], r"\d recorded draws"),
+            ([torch.zeros(3, 1, 2)] * 3, r"\d recorded draws"),
             ([torch.zeros(3, 2, 2)] * 4, r"\(3, 2, 2\)"),
             ([torch.zeros(2, 1, 2)] * 4, r"\(2, 1, 2\)"),
         ],
@@ -521,7 +521,7 @@ class TestRefusals:
     @every_solver
     def test_scores_that_are_no_tensors(self, method: str) -> None:
         process = ReverseProcess(CLD(), lambda z, t: None)  # type: ignore[arg-type,return-value]
-        with pytest.raises(TypeError, match="score must return a tensor"):
+        with pytest.raises(TypeError, match="score must return a real floating-point tensor"):
             solvers.solve(process, SOLVERS[method], start(CLD()), GRID)
 
     @pytest.mark.parametrize("dimension", [1, 3])

@@ -536,7 +536,7 @@ class TestRefusals:
         sde = make()
         assert sde.stationary_covariance is not None
         process = ReverseProcess(sde, untouchable)
-        with pytest.raises(ValueError, match=r"independent; .* correlated ones\. Use SSCS"):
+        with pytest.raises(ValueError, match=r"independent noises .* correlated ones\. Use SSCS"):
             solvers.solve(process, Splitting(), start(sde), GRID)
 
     def test_the_correlations_of_these_tests(self) -> None:
