@@ -270,7 +270,7 @@ class Leaving(CentredEuler):
         (["--solver", "my_unmade:Key"], ["my_unmade:Key", "KeyError"]),
         (["--solver", "my_unmade:Leaving"], ["my_unmade:Leaving", "SystemExit"]),
         (["--problem", "CLD, rotation", "--solver", "sscs"], ["'CLD, rotation'", "sscs"]),
-        (["--problem", "VP, two points", "--solver", "sscs"], ["'VP, two points'", "nothing"]),
+        (["--problem", "VP, two points", "--solver", "sscs"], ["'VP, two points'", "no check"]),
         (["--json", "x" * 252], ["name too long"]),
         (["--json", "taken.json"], ["taken.json.part"]),
         (["--out", "full"], ["index.html"]),

@@ -81,7 +81,7 @@ def over(path: _Path, h: torch.Tensor) -> torch.Tensor:
 def keep(path: _Path, going: torch.Tensor) -> None:
     """Keep the samples that are going."""
     path.keep(going.nonzero().flatten())
-    path.there = [x[going] for x in path.there]
+    path.on_device = [x[going] for x in path.on_device]
 
 
 class TestPath:

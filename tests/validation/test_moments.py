@@ -594,7 +594,9 @@ class TestRefusals:
             propagate_moments(reverse(CLD()), solver, GRID, ONE, torch.eye(2))
 
     def test_a_solver_that_chooses_its_times_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="solver must work on a fixed grid; GottaGoFast choos"):
+        with pytest.raises(
+            TypeError, match="solver must work on a fixed grid; GottaGoFast is adaptive"
+        ):
             propagate_moments(reverse(CLD()), solvers.GottaGoFast(), GRID, ONE, torch.eye(2))
 
     def test_moments_of_steps_that_diverge_are_not_finite_and_nothing_is_said(self) -> None:

@@ -649,9 +649,9 @@ def test_the_weak_order_on_a_mixture_is_measured_along_shared_paths():
 @pytest.mark.parametrize(
     ("measure", "solver", "problem", "error", "words"),
     [
-        (strong_order, SSCS(), "CLD", TypeError, "does not"),
+        (strong_order, SSCS(), "CLD", TypeError, "must have `path_noise`"),
         (strong_order, GottaGoFast(), "CLD", TypeError, "fixed grid"),
-        (strong_order, TorchDiffEq(method="rk4"), "CLD", TypeError, "does not"),
+        (strong_order, TorchDiffEq(method="rk4"), "CLD", TypeError, "must have `path_noise`"),
         (weak_order, SSCS(), "CLD, three modes", TypeError, "shared Brownian paths"),
         (weak_order, GottaGoFast(), "CLD", TypeError, "fixed grid"),
         (weak_order, ProbabilityFlow(), "VP, three modes", TypeError, "fixed grid"),
