@@ -126,6 +126,9 @@ def finished(
     if bool(done.success.all()) and not bool(success.all()):
         message = "the state is not finite: the score is not finite, or the steps are too long"
     stats = {**done.stats, "nfev": nfev, "success": success}
+    log_probs = done.log_probs
+    if log_probs is not None and not bool(success.all()):
+        log_probs = log_probs.masked_fill(~success.to(log_probs.device), torch.nan)
     status = 2 if done.stopped else 0 if bool(success.all()) else 1
     return Solution(
         state=z,
@@ -136,7 +139,7 @@ def finished(
         status=status,
         message=message,
         stats=stats,
-        log_probs=done.log_probs,
+        log_probs=log_probs,
     )
 
 

@@ -25,7 +25,7 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 """Form in which a network receives the noise level.
 
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
-``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: κ = log(α/σ)."""
+``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: log(α²/σ²)."""
 
 
 class Denoiser(Protocol):
@@ -191,5 +191,10 @@ class PredictionDenoiser(nn.Module):
             return self.clock(t)
         if self.clock == "index":
             return t.round()
-        known = {"time": t, "sigma": (-kappa).exp(), "log_sigma/4": -kappa / 4, "log_snr": kappa}
+        known = {
+            "time": t,
+            "sigma": (-kappa).exp(),
+            "log_sigma/4": -kappa / 4,
+            "log_snr": 2 * kappa,
+        }
         return known[self.clock]

@@ -82,10 +82,10 @@ class ConditionalScore(nn.Module):
                 )
                 raise ValueError(msg)
             conditions[name] = value[samples] if rows else value
-        return ConditionalScore(self.score, **conditions)
+        return ConditionalScore(part_of(self.score, samples, count), **conditions)
 
     def _expanded(self, batch: int) -> dict[str, Any]:
-        return {name: _per_sample(x, batch) for name, x in self.conditions.items()}
+        return {name: _per_sample(name, x, batch) for name, x in self.conditions.items()}
 
 
 class GuidedScore(nn.Module):
@@ -202,10 +202,8 @@ class GuidedScore(nn.Module):
 
     def part(self, samples: slice, count: int) -> GuidedScore:
         """The guided score of some of ``count`` samples, see `ConditionalScore.part`."""
-        given, free = (
-            score.part(samples, count) if isinstance(score, ConditionalScore) else score
-            for score in (self.conditional, self.unconditional)
-        )
+        scores = (self.conditional, self.unconditional)
+        given, free = (part_of(score, samples, count) for score in scores)
         return GuidedScore(given, free, self.weight, interval=self.interval)
 
     def evaluations(self, t: Tensor) -> Tensor:
@@ -259,8 +257,8 @@ def _joined(
         return None
     conditions = {}
     for name, given in first.conditions.items():
-        pair = [_per_sample(x, batch) for x in (given, second.conditions[name])]
-        if not all(isinstance(x, Tensor) and len(x) == batch for x in pair):
+        pair = [_per_sample(name, x, batch) for x in (given, second.conditions[name])]
+        if not all(isinstance(x, Tensor) for x in pair):
             return None
         if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
             return None
@@ -268,9 +266,25 @@ def _joined(
     return first.score, conditions
 
 
-def _per_sample(condition: Any, batch: int) -> Any:
-    alone = isinstance(condition, Tensor) and condition.ndim == 0
-    return condition.expand(batch) if alone else condition
+def part_of(score: Any, samples: slice, count: int) -> Any:
+    """The score of some of ``count`` samples, for scores with and without conditions."""
+    conditional = isinstance(score, ConditionalScore | GuidedScore)
+    return score.part(samples, count) if conditional else score
+
+
+def _per_sample(name: str, condition: Any, batch: int) -> Any:
+    if not isinstance(condition, Tensor):
+        return condition
+    if condition.ndim == 0:
+        return condition.expand(batch)
+    if len(condition) != batch:
+        msg = (
+            f"condition {name} of the score must have one row per sample, {batch}; got "
+            f"{len(condition)}. Solvers with a step length per sample leave finished samples out: "
+            "give them a condition without axes, or solve one condition at a time"
+        )
+        raise ValueError(msg)
+    return condition
 
 
 def _times(interval: tuple[float, float], found: list[LinearSDE]) -> tuple[float, float]:

@@ -283,7 +283,7 @@ class TestClocks:
             ("time", lambda s: s / (1 + s)),
             ("sigma", lambda s: s),
             ("log_sigma/4", lambda s: s.log() / 4),
-            ("log_snr", lambda s: -s.log()),
+            ("log_snr", lambda s: -2 * s.log()),
             (lambda t: 1000 * t, lambda s: 1000 * s / (1 + s)),
         ],
     )

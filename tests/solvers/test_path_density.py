@@ -211,3 +211,14 @@ def test_without_it_there_is_none() -> None:
     found = solvers.solve(process, solvers.EulerMaruyama(), normal(1, 1, 2), grid(sde))
     assert found.log_prob is None
     assert found.log_probs is None
+
+
+def test_a_failed_sample_has_no_density():
+    process = ReverseProcess(
+        CLD(), lambda z, t: z[:, 1:] * torch.tensor([1.0, float("nan")])[:, None, None]
+    )
+    found = solvers.solve(
+        process, solvers.EulerMaruyama(), normal(2, 2, 1), grid(CLD()), log_prob=True, warn=False
+    )
+    assert found.log_prob is not None
+    assert found.log_prob.isnan().tolist() == [False, True]

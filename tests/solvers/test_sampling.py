@@ -249,8 +249,22 @@ def test_conditions_of_samples_follow_them_into_their_batches(guided):
     score: Any = ConditionalScore(base, variance=torch.linspace(0.01, 4, 10))
     if guided:
         score = cldsde.GuidedScore(score, ConditionalScore(base, variance=torch.ones(10)), 2.0)
+        score = cldsde.GuidedScore(ConditionalScore(score), score, 1.5)  # scores may be nested
     whole = cldsde.sample(sde, score, (10, 3), nfe=6)
     parts = cldsde.sample(sde, score, (10, 3), nfe=6, batch=4)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"condition variance .* one row per sample, 12; got 10"):
         cldsde.sample(sde, score, (12, 3), nfe=6, batch=5)
+
+
+def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
+    """Samples with larger variances finish at other times, and their conditions would be lost."""
+    sde = cldsde.VPSDE()
+
+    def denoiser(u: Tensor, sigma: Tensor, variance: Tensor) -> Tensor:
+        return u * (variance / (variance + sigma**2)).unsqueeze(1)
+
+    score = ConditionalScore(DenoiserScore(denoiser, sde), variance=torch.logspace(-3, 1, 20))
+    solver = cldsde.solvers.ProbabilityFlow(pace="sample")
+    with pytest.raises(ValueError, match=r"condition variance .* one row per sample"):
+        cldsde.sample(sde, score, (20, 1), solver=solver)

@@ -3,5 +3,5 @@ from cldsde import CLD, DenoiserScore, NoisePath, PredictionDenoiser, sample
 
 sde = CLD()
 path = NoisePath.from_alphas_cumprod(alphas_cumprod)
-denoiser = PredictionDenoiser(network, path, "noise")
+denoiser = PredictionDenoiser(network, path, "noise", clock="index")
 samples = sample(sde, DenoiserScore(denoiser, sde), (1000, 2), nfe=20)
