@@ -26,7 +26,7 @@ __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
-    parser.add_argument("--quick", action="store_true", help="a smaller version, in one minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller version, in a few minutes")
     option(parser, "--out", "DIR", "run folder, made if missing", default="cldsde-demo")
     option(parser, "--seed", "N", "seed of weights, training and sampling", type=int, default=0)
     add_device_argument(parser)
