@@ -20,23 +20,28 @@ def option(parser: ArgumentParser, name: str, metavar: str, text: str, **more: A
     parser.add_argument(name, **{"type": kind, "metavar": metavar, "help": text, **more})
 
 
-def _integer(text: str | int) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        msg = f"must be an integer; got {text!r}"
-        raise ArgumentTypeError(msg) from None
+class _Number:
+    """A number as text, whose error says what is wrong and whose name stands in ``--help``."""
+
+    def __init__(self, kind: type[int] | type[float], words: str) -> None:
+        self.kind, self.words = kind, words
+
+    def __call__(self, text: str | float) -> float:
+        try:
+            return self.kind(text)
+        except ValueError:
+            msg = f"must be {self.words}; got {text!r}"
+            raise ArgumentTypeError(msg) from None
+
+    def __repr__(self) -> str:
+        return self.kind.__name__
 
 
-def _number(text: str | float) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        msg = f"must be a number; got {text!r}"
-        raise ArgumentTypeError(msg) from None
-
-
-_KINDS: dict[type, Any] = {int: _integer, float: _number, bool: bool}
+_KINDS: dict[type, Any] = {
+    int: _Number(int, "an integer"),
+    float: _Number(float, "a number"),
+    bool: bool,
+}
 
 
 def add_set_argument(parser: ArgumentParser, text: str, metavar: str = "KEY=VALUE") -> None:
