@@ -305,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return NO_GPU
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     setting = Setting(device=options.device)
     if options.small:
         setting = Setting(

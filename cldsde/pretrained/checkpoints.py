@@ -100,12 +100,17 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             found = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()
+    except PermissionError:
+        raise
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message advises to allow code.
         msg = (
             f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is "
-            f"never run ({reason[0] if reason else type(error).__name__})"
+            "never run; get the file again from its authors"
         )
+        raise ValueError(msg) from error
+    except Exception as error:  # a damaged pickle raises errors of any kind
+        msg = f"path: {path} is truncated, no checkpoint of torch.save, or damaged; get it again"
         raise ValueError(msg) from error
     return _checked(found, path)
 
@@ -126,12 +131,17 @@ def _checked(found: Any, path: Path) -> Checkpoint:
     named = isinstance(weights, Mapping) and all(isinstance(x, Tensor) for x in weights.values())
     listed = isinstance(average, list) and all(isinstance(x, Tensor) for x in average)
     if not named or not listed:
-        part = "model" if not named else "ema.shadow_params"
-        msg = f"path: {part} of {path} must hold tensors alone"
+        part = "model must map names to" if not named else "ema.shadow_params must be a list of"
+        msg = f"path: in {path}, {part} tensors"
         raise ValueError(msg)
+    try:
+        step = int(step)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        msg = f"path: in {path}, step must be a whole number; got {step!r}"
+        raise ValueError(msg) from error
     plain = {str(name).removeprefix(_PREFIX): x.detach() for name, x in weights.items()}
     assert average is not None
-    return Checkpoint(plain, [x.detach() for x in average], int(step))
+    return Checkpoint(plain, [x.detach() for x in average], step)
 
 
 def load_weights(network: NCSNpp, checkpoint: Checkpoint, path: Path | str) -> None:

@@ -131,8 +131,14 @@ def check_levels(model: PublishedModel, checkpoint: Checkpoint, path: Path | str
     """
     if not _levels_agree(model, checkpoint):
         found = checkpoint.weights.get("sigmas")
-        got = "none" if found is None else f"{len(found)} levels up to {float(found.max()):g}"
-        msg = f"path: {path} must hold the table sigmas of {model.sigmas}; got {got}"
+        got = "no table"
+        if found is not None:
+            most = f" up to {found.max().item():g}" if found.numel() else ""
+            got = f"{found.numel()} levels{most}"
+        wanted = "no table sigmas"
+        if model.sigmas is not None:
+            wanted = f"the table sigmas of {model.sigmas}"
+        msg = f"path: {path} must hold {wanted}; got {got}"
         raise ValueError(msg)
 
 

@@ -147,6 +147,29 @@ class TestRejections:
         with pytest.raises(ValueError, match=f"missing: {part}"):
             load_cld_sgm(saved(tmp_path, contents), self.MODEL)
 
+    def test_a_damaged_pickle_is_rejected(self, tmp_path):
+        # Its first instruction takes from an empty stack.
+        (tmp_path / "x.pth").write_bytes(b"\x80\x02s.")
+        with pytest.raises(ValueError, match="or damaged; get it again"):
+            load_cld_sgm(tmp_path / "x.pth", self.MODEL)
+
+    @pytest.mark.parametrize("step", [None, "x", float("inf"), torch.zeros(2)])
+    def test_a_step_that_is_no_number_is_rejected(self, tmp_path, step):
+        contents = checkpoint("cld_fourier") | {"step": step}
+        with pytest.raises(ValueError, match="step must be a whole number; got"):
+            load_cld_sgm(saved(tmp_path, contents), self.MODEL)
+
+    def test_averaged_weights_without_a_list_are_rejected(self, tmp_path):
+        contents = checkpoint("cld_fourier") | {"ema": {}}
+        with pytest.raises(ValueError, match=r"ema\.shadow_params must be a list of tensors"):
+            load_cld_sgm(saved(tmp_path, contents), self.MODEL)
+
+    def test_noise_levels_of_another_code_are_rejected(self, tmp_path):
+        contents = checkpoint("cld_fourier")
+        contents["model"]["module.sigmas"] = torch.zeros(0)
+        with pytest.raises(ValueError, match="must hold no table sigmas; got 0 levels"):
+            load_cld_sgm(saved(tmp_path, contents), self.MODEL)
+
     def test_a_list_is_rejected(self, tmp_path):
         with pytest.raises(ValueError, match="must hold model, ema, step"):
             load_cld_sgm(saved(tmp_path, [torch.zeros(2)]), self.MODEL)
