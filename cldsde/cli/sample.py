@@ -36,7 +36,7 @@ __all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 
 def add_sampling_arguments(parser: ArgumentParser, *, several: bool = False) -> None:
-    """Declare the sampling settings; those of the run are the defaults."""
+    """Declare the sampling settings; the defaults are the settings of the run."""
     more = ", or several with commas" if several else ""
     text = f"solver{more}: module:Class, or one of {', '.join(named_solvers())}"
     option(parser, "--solver", "NAME", text)

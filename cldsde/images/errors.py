@@ -35,7 +35,7 @@ class SettingError(ValueError):
 
 @contextmanager
 def setting(key: str) -> Iterator[None]:
-    """Turn errors of a block about values, types, arithmetic or files into those of a setting."""
+    """Raise errors of values, types, arithmetic or files in a block as errors of one setting."""
     try:
         yield
     except SettingError as error:

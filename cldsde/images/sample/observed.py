@@ -222,7 +222,7 @@ class Conditioning:
             device=self.known.device,
         )
         weights = found.log_weights.reshape(-1, count).softmax(1)
-        # Other numbers than those of the run, which are drawn from the seed itself.
+        # The run draws its numbers from the seed itself, so the choice takes another seed.
         generators = [torch.Generator().manual_seed(2**32 + seed) for seed in seeds]
         chosen = torch.cat(
             [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
