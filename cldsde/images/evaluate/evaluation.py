@@ -286,7 +286,7 @@ class Evaluation(Reference):
                     others = f"{measure['features']} and now {feature_name(self._network)}"
                     problem = f"distances in the features of different classifiers, {others}"
                 elif measure["reference_sha256"] != self._reference_sha256:
-                    problem = f"{metric} to other images than those of the data now"
+                    problem = f"{metric} to other images than the present data set has"
                 if problem is not None:
                     msg = f"{results} holds {problem}; delete it, or write to another file"
                     raise ValueError(msg)
