@@ -37,7 +37,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, solvers
+from cldsde import (
+    CLD,
+    HOLD,
+    PSLD,
+    VESDE,
+    VPSDE,
+    GaussianMixture,
+    LinearSDE,
+    ReverseProcess,
+    solvers,
+)
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
 from probes import Recording, Smooth, generator, named_solvers, start, untouchable
@@ -352,6 +362,19 @@ def test_a_solve_on_a_grid_holds_few_states(method: str) -> None:
         # Besides the score's result. Tables and numbers per sample are a hundredth of a state.
         states = memory.peak / (state.numel() * 4) - rows / sde.components
         assert states <= STATES.get(method, 3) + 0.01
+
+
+# Batches whose samples share their matrix products, and others; one component and three.
+@pytest.mark.parametrize("batch", [8000, 8001])
+@pytest.mark.parametrize("make", [VPSDE, HOLD])
+def test_an_exact_score_keeps_no_state(make: Any, batch: int) -> None:
+    sde = make()
+    data = GaussianMixture([1.0], torch.zeros(1, 8), torch.eye(8).unsqueeze(0))
+    process, state = ReverseProcess(sde, data.score(sde)), torch.zeros(batch, sde.components, 8)
+    with Memory() as memory:
+        solvers.solve(process, solvers.EulerMaruyama(), state, GRID)
+    states = memory.peak / (state.numel() * 4) - len(sde.driven) / sde.components
+    assert states <= 3 + 0.1  # tables of the mixture, for a small batch
 
 
 @every_solver

@@ -41,7 +41,7 @@ class Network(nn.Module):
 
 
 def sde_for(name: str) -> LinearSDE:
-    return VPSDE() if name.startswith("edm") else CLD()
+    return VPSDE(0.5, 5.0) if name.startswith("edm") else CLD(1.0)
 
 
 def mixed(sde: LinearSDE, kind: type[MixedScore] = MixedScore) -> MixedScore:
@@ -198,7 +198,7 @@ class TestCalls:
     @pytest.mark.parametrize(
         ("name", "change"),
         [(name, "subclass") for name in SOLVERS]
-        + [(name, change) for name in FEW[:4] for change in list(CHANGES)[1:]],
+        + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:]],
     )
     def test_changes_of_a_model_change_samples_as_they_change_calls(
         self, name: str, change: str
