@@ -32,7 +32,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,7 +50,15 @@ from cldsde import (
 )
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from probes import Recording, Smooth, generator, named_solvers, start, untouchable
+from probes import (
+    Recording,
+    Smooth,
+    few_examples,
+    generator,
+    named_solvers,
+    start,
+    untouchable,
+)
 from strategies import dtypes, shapes
 
 SOLVERS = named_solvers()
@@ -91,8 +99,6 @@ def home(method: str) -> str:
 CASES = [(method, name) for method in SOLVERS for name in PROCESSES if applies(method, name)]
 every_case = pytest.mark.parametrize(("method", "name"), CASES)
 every_solver = pytest.mark.parametrize("method", list(SOLVERS))
-# Each case is a parameter, so that a few examples for each are many.
-few = settings(max_examples=max(3, settings.default.max_examples // 10))
 
 
 @functools.cache
@@ -182,7 +188,7 @@ def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
     assert torch.equal(plain.stats["nfev"] + 1, one.solution.stats["nfev"])
 
 
-@few
+@few_examples
 @given(batch=st.integers(0, 3), axes=shapes(side=3), dtype=dtypes())
 @every_solver
 def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
@@ -207,7 +213,7 @@ def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
         assert torch.equal(solution.data.reshape(other.data.shape), other.data)
 
 
-@few
+@few_examples
 @given(chosen=st.lists(st.integers(0, 3), min_size=1, max_size=5))
 @pytest.mark.parametrize("method", [method for method in SOLVERS if method != SHARED])
 def test_a_sample_is_the_same_in_any_batch(method: str, chosen: list[int]) -> None:
