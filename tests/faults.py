@@ -56,6 +56,13 @@ FAULTS = [
         "solvers/test_noise.py",
     ),
     Fault(
+        "fresh normals used twice",
+        "solvers/noise.py",
+        "generator=self.generator, dtype=z.dtype",
+        "generator=self.generator and self.generator.clone_state(), dtype=z.dtype",
+        "solvers/test_noise.py",
+    ),
+    Fault(
         "times shifted by a step",
         "solvers/staged.py",
         "return times[:-1]",

@@ -68,6 +68,13 @@ class TestSourcesOfUsers:
         assert torch.equal(found, solvers.solve(PROCESS, EM, z, GRID, noise=zero).state)
 
 
+def test_fresh_noise_is_the_stream_of_its_generator() -> None:
+    noise, g = solvers.FreshNoise(generator(3)), generator(3)
+    for z, rows in ((torch.zeros(4, 2, 3), 1), (torch.zeros(5, 1, 2, 2), 2)):
+        expected = torch.randn(rows, len(z), *z.shape[2:], generator=g).transpose(0, 1)
+        assert torch.equal(noise.normal(z, rows), expected)
+
+
 class TestRecordedNoise:
     """Draws that are replayed."""
 
