@@ -353,12 +353,12 @@ class TestEvaluations:
         size = math.prod(axes)
         data = GaussianMixture([1.0], [[0.2] * size], 0.3 * torch.eye(size).unsqueeze(0))
         process = ReverseProcess(CRITICAL, data.score(CRITICAL))
-        z = states(CRITICAL, data, 0.1, n=3)
-        flat, found = (flow_log_prob(process, s, 0.1) for s in (z, z.reshape(3, 2, *axes)))
+        z = states(CRITICAL, data, 0.5, n=3)
+        flat, found = (flow_log_prob(process, s, 0.5) for s in (z, z.reshape(3, 2, *axes)))
         assert found.latent.shape == (3, 2, *axes)
         assert torch.equal(found.log_prob, flat.log_prob)
         for start in ("perturb", "replace"):
-            found = log_likelihood(process, z[:, 0].reshape(3, *axes), 0.4, start=start)
+            found = log_likelihood(process, z[:, 0].reshape(3, *axes), 0.5, start=start)
             assert found.log_prob.shape == (3,)
             assert found.dimension == size
 
