@@ -315,7 +315,7 @@ REJECTED = [
     *[({k: 0.0}, f"{k} must be finite and positive") for k in ("rtol", "atol", "first_step")],
     *[({"atol": [0.01, x]}, "atol must be finite and positive") for x in (0.0, math.nan)],
     *[({k: x}, f"{k} must lie in") for k in ("safety", "exponent") for x in (0.0, 1.1)],
-    ({"max_nfev": 1}, "max_nfev must be at least 2"),
+    ({"max_nfev": 1}, "max_nfev must be finite and at least 2"),
     *[({k: "1"}, f"{k} must be a real") for k in ("rtol", "safety", "exponent", "first_step")],
     ({"max_nfev": None}, "max_nfev must be a real number"),
     *[({"atol": x}, "atol must be a") for x in ("0.01", None, True, ["a"])],
