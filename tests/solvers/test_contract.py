@@ -178,6 +178,20 @@ def test_arguments_and_seen_states_are_unchanged(method: str, name: str) -> None
         assert torch.equal(given_state, copied)
 
 
+@every_solver
+def test_a_score_may_write_to_its_argument(method: str) -> None:
+    process, state = process_of(home(method)), start(process_of(home(method)).sde)
+
+    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = process.score(z, t)
+        z.zero_()
+        return value
+
+    before = state.clone()
+    plan_of(method, home(method)).with_score(score).solve(state, generator=generator(), warn=False)
+    assert torch.equal(state, before)
+
+
 @every_case
 def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
     one = run(method, name)

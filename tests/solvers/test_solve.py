@@ -102,6 +102,12 @@ class TestRequestedStates:
         assert more.mean() <= len(stops) + 2 + room
         assert more.mean() + room > 0
 
+    def test_a_step_that_ends_at_the_end_is_the_last(self) -> None:
+        ends = torch.tensor([1.0, 0.5])  # exact in binary, as the step
+        solution = run("flow", states(), ends, solver=SOLVERS["flow"].with_step(0.25))
+        assert solution.success
+        assert solution.stats["attempts"] == 2
+
     def test_gotta_go_fast_keeps_its_distribution_between_stops(self) -> None:
         sde, n = VPSDE(0.5, 5.0), 4000
         process = ReverseProcess(sde, DATA.score(sde))
