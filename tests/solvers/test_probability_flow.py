@@ -120,6 +120,14 @@ class TestSolution:
             times = torch.cat(score.times)
             assert (times.max(), times.min()) == (1.0, eps)
 
+    @every_pace
+    def test_fixed_steps_have_their_length(self, pace):
+        times, solver = [], ProbabilityFlow(pace=pace).with_step(0.25)
+        process = ReverseProcess(CRITICAL, lambda z, t: -4 * z[:, 1:])
+        keep = lambda n, t, z: times.append(float(t[0]))  # noqa: E731
+        solve(process, solver, start(CRITICAL), ends(), callback=keep)
+        assert times == [0.75, 0.5, 0.25, END]
+
 
 class TestSamples:
     """With ``pace="sample"`` each sample has step lengths of its own."""
