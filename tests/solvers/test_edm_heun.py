@@ -192,13 +192,14 @@ class TestAlgorithm:
     def test_the_score_is_evaluated_at_the_levels_of_the_algorithm(self, name, times, options):
         sde, _, sigma = PROCESSES[name]
         score, n = Recording(MODES.score(sde)), len(times) - 1
-        process = ReverseProcess(sde, score)
-        found = solvers.solve(process, EDMHeun(**options), start(sde), times, generator=generator())
+        process, solver = ReverseProcess(sde, score), EDMHeun(**options)
+        found = solvers.solve(process, solver, start(sde), times, generator=generator())
         levels = sigma(times.numpy())
         expected = [x for i in range(n) for x in (raised(levels, i, **options), levels[i + 1])]
         ends_at_data = levels[-1] == 0
         assert found.nfev == score.calls == 2 * n - ends_at_data
         seen = [t[0].item() for t in score.times]
+        assert seen == solver.evaluation_times(process, times).tolist()
         assert sigma(np.array(seen)) == pytest.approx(expected[: len(seen)], rel=1e-12)
         # Levels that are not raised have the bits of the grid.
         assert seen[1::2] == times[1 : n + 1 - ends_at_data].tolist()
