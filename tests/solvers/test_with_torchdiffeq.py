@@ -179,18 +179,6 @@ def test_torchdiffeq_by_itself_leaves_the_interval():
     assert min(t.min() for t in within.score.times) >= 0.3
 
 
-@pytest.mark.parametrize("method", ["midpoint", "rk4", "dopri5", "bosh3"])
-def test_times_in_single_precision_stay_between_the_ends(method):
-    # Some ends are rounded up and others down.
-    for eps in torch.logspace(-3, -0.5, 8, dtype=torch.float64):
-        process, solver = simple(), TorchDiffEq(method=method, rtol=0.1, atol=0.1)
-        state = state_of(dtype=torch.float32)
-        solve(process, solver, state, root_times(1.0, float(eps), 5))
-        times = torch.cat(process.score.times)
-        assert (times.dtype, times.max()) == (torch.float32, 1.0)
-        assert times.min() >= eps.float()
-
-
 class TestCallback:
     @every_method
     def test_it_stops_the_solve_and_states_before_are_kept(self, method):

@@ -132,6 +132,14 @@ class TestSteps:
         )
         close(found.state, expected.state)
 
+    def test_the_normals_of_srk_are_independent(self):
+        # ΔW and U = ∫(τ - u) dw of a step have the covariance h, h^2/2, h^3/3.
+        normals = TorchSDE(method="srk").path_noise(process_of("VP"), GRID)
+        h = -GRID.diff()
+        moments = torch.stack([h, h**2 / 2, h**2 / 2, h**3 / 3], dim=1).reshape(-1, 2, 2)
+        rows = torch.cat([normals.increment, normals.time_integral], dim=2)
+        close(rows @ moments @ rows.mT, torch.eye(2).expand(9, 2, 2))
+
     def test_a_path_without_its_integrals_is_rejected(self):
         sde = PROCESSES["CLD"][0]
         path = BrownianPath(sde, GRID, (4, 1), generator=generator())
