@@ -11,12 +11,10 @@ from typing import Any
 import mpmath as mp
 import pytest
 import torch
-from hypothesis import given
 
 from cldsde import VPSDE, CosineVP, LinearSDE, RectifiedFlow
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.signal_noise import SignalNoiseDynamics
-from strategies import intervals
 from tolerances import KERNEL, rounding
 
 DIGITS = 40
@@ -190,18 +188,6 @@ def test_accumulated_noise_is_the_integral(name):
             cuts = [*map(mp.mpf, cuts)] if t - s > 1e-3 else [mp.mpf(s), mp.mpf(t)]
             expected.append(float(mp.quad(lambda u: exact.slopes(u)[1], cuts)))
     assert_close(sde.accumulated_noise(*tensor(pairs).unbind(-1)), expected, pairs)
-
-
-@given(intervals(points=3))
-@every_case
-def test_transitions_compose(name, where):
-    s, r, t = where
-    sde, _ = CASES[name]
-    first, second, whole = sde.transition(s, r), sde.transition(r, t), sde.transition(s, t)
-    # Products and sums of positive numbers, each to a few roundings.
-    assert abs(float(second.mean @ first.mean - whole.mean)) <= KERNEL
-    composed = float(second.mean) ** 2 * float(first.covariance) + float(second.covariance)
-    assert composed == pytest.approx(float(whole.covariance), rel=KERNEL)
 
 
 def test_functions_that_oscillate_have_exact_kernels_over_long_steps():

@@ -12,7 +12,7 @@ import torch
 
 import references
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, Schedule, SubVPSDE
-from references import Homogeneous, MovingFrame, Polynomial, Reference
+from references import Homogeneous, Polynomial, Reference
 from strategies import stable_process
 from tolerances import KERNEL, rounding
 
@@ -159,6 +159,24 @@ def test_marginal_agrees_with_the_reference(name, initial):
     assert_marginals(*DECLARED[name](), initial)
 
 
+@pytest.mark.parametrize("name", ["VPSDE()", "SubVPSDE()", "VESDE()", "PSLD()", "HOLD()"])
+def test_accumulated_noise_is_the_integral_of_the_squared_diffusion(name):
+    sde, exact = DECLARED[name]()
+    clock = exact.clock
+
+    def gain(t):  # of sub-VP
+        return -clock.rate(t) * mp.expm1(-2 * clock.integral(mp.mpf(0), t))
+
+    found = sde.accumulated_noise(*tensor(PAIRS).unbind(-1))
+    for value, pair in zip(found, PAIRS, strict=True):
+        with mp.workdps(40):
+            s, t = map(mp.mpf, pair)
+            scalar = name == "SubVPSDE()"
+            integral = mp.quad(gain, [s, t]) if scalar else exact.Q * clock.integral(s, t)
+            wanted = references.as_tensors([[mp.matrix([[integral]]) if scalar else integral]])[0]
+        assert ((value - wanted).abs() <= KERNEL * wanted.abs()).all()
+
+
 # Matrices without a zero -----------------------------------------------------------------------
 
 
@@ -216,26 +234,6 @@ def random(seed: int, *shape: int) -> Any:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).tolist()
 
 
-def moving(components: int, turn: Any) -> Case:
-    """A random stable process seen from a frame that turns with angular speed 3/2."""
-    process = stable_process(20 + components, components, "full")
-    skew, identity = tensor(turn), torch.eye(components, dtype=torch.float64)
-
-    def frame(t):
-        # Rodrigues: exp(t S) for a skew S that turns in one plane.
-        plane = torch.sin(1.5 * t) / 1.5 * skew + (1 - torch.cos(1.5 * t)) / 2.25 * skew @ skew
-        return identity + plane
-
-    def drift(t):
-        return skew + (1 + 6 * t) * (frame(t) @ process.A @ frame(t).mT)
-
-    def diffusion(t):
-        return torch.sqrt(1 + 6 * t) * (frame(t) @ process.Q_root)
-
-    inner = Homogeneous(process.A, process.Q_root, references.linear_clock(1.0, 7.0))
-    return lambda: (LinearSDE.from_functions(drift, diffusion), MovingFrame(turn, inner))
-
-
 CHAIN, CHAIN_NOISE = HOLD().drift(0.5).tolist(), HOLD().diffusion(0.5).tolist()
 FUNCTIONS: dict[str, Case] = {
     "oscillator": of_polynomials(
@@ -246,8 +244,6 @@ FUNCTIONS: dict[str, Case] = {
     "chain that fills": of_polynomials([CHAIN, random(1, 3, 3)], [CHAIN_NOISE]),
     "noise that turns": of_polynomials([random(9, 3, 3)], [random(10, 3, 1), random(11, 3, 1)]),
     "four components": of_polynomials([random(12, 4, 4), random(13, 4, 4)], [random(14, 4, 1)]),
-    "moving, k=2": moving(2, [[0.0, -1.5], [1.5, 0.0]]),
-    "moving, k=3": moving(3, [[0.0, -1.0, 1.0], [1.0, 0.0, -0.5], [-1.0, 0.5, 0.0]]),
 }
 
 
@@ -259,7 +255,7 @@ def test_functions_that_do_not_commute_agree_with_the_reference(name):
         assert_marginals(sde, exact, initial)
 
 
-@pytest.mark.parametrize("name", ["oscillator", "moving, k=3"])
+@pytest.mark.parametrize("name", ["oscillator", "noise that turns"])
 def test_marginals_of_functions_at_many_times_are_those_at_each(name):
     sde, _ = FUNCTIONS[name]()
     # Half of the last time is an edge of panels, whatever their number.
@@ -309,16 +305,6 @@ def test_block_exponentials_are_the_critical_closed_form():
             diagonal = [mp.matrix([[sigma[0, 0]]]), mp.matrix([[4 * sigma[1, 1]]])]
             expected = [mp.matrix([[p3]]), mp.matrix([[p3 + 2 * y * mp.exp(-y)]])]
         assert_same(diagonal, expected)
-
-
-def test_the_moving_frame_is_the_power_series():
-    # In the frame S = [[0, 1], [0, 0]], exp(t S) = I + t S: F and G are polynomials.
-    clock = references.clock_of(1.0)
-    process = Homogeneous([[0.0, 2.0], [-1.0, -1.5]], [[0.0], [1.25]], clock)
-    drift = [[[0.0, 3.0], [-1.0, -1.5]], [[-1.0, -1.5], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]]
-    series = Polynomial(drift, [[[0.0], [1.25]], [[1.25], [0.0]]])
-    moved = MovingFrame([[0.0, 1.0], [0.0, 0.0]], process)
-    assert_same(moved.transition(0.25, 0.75), series.transition(0.25, 0.75))
 
 
 def test_the_closed_form_of_sub_vp_solves_its_variance_equation():

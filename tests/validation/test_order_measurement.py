@@ -181,7 +181,8 @@ def test_the_end_of_a_flow_is_as_accurate_as_it_says(name):
     found = solve(problem.process, strict, case.start, uniform_times(1.0, 0.05, 1))
     error = float((found.state - case.end).square().mean().sqrt())
     steps = found.nfev / strict.facts.nfe_per_step
-    assert error <= case.accuracy + rounding(4, math.sqrt(steps))
+    # Its steps err by the tolerance each, which add up like a random walk.
+    assert error <= case.accuracy + strict.rtol * math.sqrt(steps)
 
 
 def test_the_rotation_is_stationary_and_its_flow_keeps_what_it_turns():
