@@ -56,8 +56,8 @@ def stable_process(seed: int, components: int, noise: Noise = "full") -> StableP
     ----------
     noise
         "full": D has full rank and no structure. "chain": noise enters the last component alone
-        and reaches component i through i + 1, as in Langevin dynamics, so that the diagonal of the
-        root is graded, h^(k - i - 1/2). "deficient": D has rank k - 1 (one, for k = 1) in random
+        and reaches component i through i + 1, as in Langevin dynamics. The diagonal of the root is
+        then graded, h^(k - i - 1/2). "deficient": D has rank k - 1 (one, for k = 1) in random
         directions; at short times the rows of the root are nearly parallel.
     """
     rng = np.random.default_rng(seed)

@@ -40,8 +40,8 @@ def test_the_factor_is_lower_triangular_and_has_the_gram_matrix(seed, k, n, stac
 
 @given(seeds(), st.integers(2, 4), st.integers(2, 40))
 def test_the_diagonal_is_accurate_for_rows_and_columns_of_any_scale(seed, k, decades):
-    # Rows and columns graded over many decades, as over short times, where a covariance of the
-    # same numbers would have lost everything.
+    # Rows and columns are graded over many decades, as over short times. A covariance of the same
+    # numbers would have lost everything.
     rng = np.random.default_rng(seed)
     rows = 10.0 ** rng.uniform(-decades, 0, (k, 1))
     columns = 10.0 ** rng.uniform(-decades, 0, (1, 3 * k))

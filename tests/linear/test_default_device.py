@@ -1,7 +1,7 @@
 """Coefficients are float64 on the CPU whatever torch's default device and dtype.
 
-With the default device "meta" every tensor made without a device fails as soon as its values are
-needed, or where it meets one that has values.
+With the default device "meta", a tensor made without a device fails if its values are needed, or if
+it meets a tensor with values.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_the_posterior_family_agrees_with_the_reference(name, level):
     states, weights, roots = zip(*(exact.posterior(*pair, level) for pair in pairs), strict=True)
     assert_close(found.state, list(states), pairs)
     assert_close(found.root, list(roots), pairs)
-    # The weight of x_0 is a difference, as that of every process is: of the size of alpha.
+    # The weight of x_0 is a difference of numbers of the size of alpha, for every process.
     assert (found.initial.flatten() - tensor(weights)).abs().max() <= KERNEL
 
 
@@ -259,7 +259,7 @@ def test_ends_that_are_regular_or_almost_so():
     with pytest.raises(ValueError, match=r"the drift .* diverges at t = 0; take t > 0$"):
         sde.drift(0.0)
     sde = LinearSDE.from_signal_noise(lambda t: 1 - t * (1 - 1e-12), lambda t: 1 * t)
-    # What is left of the signal at the end, 1e-12, moves the time by as much of 1 - t = 7e-3.
+    # The rest of the signal at the end, 1e-12, moves the time by as much of 1 - t = 7e-3.
     assert sde.regular_until == pytest.approx(RectifiedFlow().regular_until, rel=KERNEL)
     # It is what 1 - 1e-12 leaves of 1, to its rounding.
     assert float(sde.transition(0.5, 1.0).mean) == pytest.approx(2e-12, rel=rounding(4, 1e12))

@@ -79,7 +79,7 @@ class Exact(NamedTuple):
     state: torch.Tensor
     initial: torch.Tensor
     covariance: torch.Tensor
-    root: torch.Tensor  # zero column where a component of z_s is known
+    root: torch.Tensor  # zero column for a known component of z_s
     earlier_mean: torch.Tensor
     later_mean: torch.Tensor
     earlier: torch.Tensor
@@ -91,7 +91,7 @@ def conditional(state: Any, earlier: Any, later: Any, covariance: Any = None) ->
     if covariance is None:
         covariance = earlier.covariance - state * later.covariance * state.T
     covariance = (covariance + covariance.T) / 2
-    # What is left of a known component is a difference of equal numbers of some 110 digits.
+    # The rest of a known component is a difference of equal numbers of some 110 digits.
     for i in range(covariance.rows):
         if covariance[i, i] <= earlier.covariance[i, i] * mp.mpf(10) ** -60:
             covariance[i, :] = mp.zeros(1, covariance.rows)
@@ -120,7 +120,7 @@ def assert_agrees(found, exact, tolerance):
     for value in (found.state, found.initial, found.root):
         assert (value.dtype, value.shape) == (torch.float64, exact.state.shape)
     assert torch.equal(found.root, found.root.tril())
-    # Rows of (Phi - K) L_t, relative to those of L_s and of |K| |L_t|, whose sum may cancel.
+    # Rows of (Phi - K) L_t, relative to the rows of L_s and of |K| |L_t|, whose sum may cancel.
     scale = rows(exact.earlier) + rows(exact.state.abs() @ exact.later.abs())
     # An error of Phi is one of L_s E L_t^-1 with a small E, and Psi(t, 0) in units of L_t is large.
     whitened = torch.linalg.solve_triangular(exact.later, exact.later_mean, upper=False)
@@ -350,8 +350,8 @@ def test_a_step_over_which_everything_decays_has_a_posterior(sde):
     s = torch.linspace(0.01, 0.99, 32, dtype=torch.float64)
     found, earlier = sde.posterior(s, 1.0), sde.marginal(s).covariance
     kept = found.state @ sde.marginal(1.0).covariance @ found.state.mT + found.covariance
-    # Products of two factors with unit rows, and the exponential's own condition number ||A|| B,
-    # which for beta linear in t is at most the largest ||F||.
+    # Products of two factors with unit rows, and the exponential's own condition number ||A|| B.
+    # For beta linear in t it is at most the largest ||F||.
     condition = float(sde.drift(tensor([0.0, 1.0])).abs().sum(1).max())
     assert covariance_error(kept, earlier) <= rounding(100 + 4 * condition)
     assert torch.isfinite(found.initial).all()
@@ -362,7 +362,7 @@ def test_a_step_over_which_everything_decays_has_a_posterior(sde):
 
 @pytest.mark.parametrize("stochasticity", [0.0, 0.3, 1.0])
 def test_times_broadcast(stochasticity):
-    # The number of doublings and of panels is that of the longest step: other roundings.
+    # The longest step decides the number of doublings and of panels: other roundings.
     sde, s, t = HOLD(), tensor([[0.1], [0.2], [0.4]]), tensor([0.4, 0.5, 0.7, 1.0])
     found = sde.posterior(s, t, stochasticity=stochasticity)
     for i, j in ((0, 0), (2, 0), (1, 3)):

@@ -112,7 +112,7 @@ def test_the_cosine_schedule_gives_processes_its_clock():
             # The mean is small at the end: eps over cos(angle) = 0.0085, and four doublings.
             assert abs(mean.item() - exact) <= rounding(16, 120) * exact
             assert abs(variance.item() - (1 - exact**2)) <= rounding(16, 120) * (1 - exact**2)
-    # The clock alone counts: the kernel is that of a constant rate over as much of it.
+    # The clock alone counts: a constant rate over as much of it has the same kernel.
     s, t = tensor([0.0, 0.2, 0.9]), tensor([1e-3, 0.5, 1.0])
     clock = Schedule.cosine().integral(s, t)
     ours = CLD(beta=Schedule.cosine()).transition(s, t)

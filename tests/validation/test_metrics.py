@@ -121,8 +121,8 @@ def test_sliced_wasserstein_of_equal_weights_is_the_distance_without_weights(d):
     x, y = draw(500, d), draw(500, d, seed=3)
     weights = torch.full((500,), 1 / 500, dtype=torch.float64)
     weighted = sliced_wasserstein(x, y, weights=weights, generator=generator())
-    # Sums of 500 weights are off by up to 500 eps at each of 500 edges, at costs of at most 0.1
-    # beside a squared distance of 0.003.
+    # Sums of 500 weights are off by up to 500 eps at each of 500 edges. Costs are at most 0.1, and
+    # the squared distance is 0.003.
     misplaced = rounding(500 * 500, 0.1 / 0.003)
     found = sliced_wasserstein(x, y, generator=generator())
     assert found == pytest.approx(weighted, rel=misplaced)

@@ -1,6 +1,6 @@
 """Exact moments of solvers with Gaussian data, against recursions from matrix exponentials.
 
-The score is -C^-1 (z - m), so that the reverse drift per unit of falling time is a z + c with
+The score is -C^-1 (z - m). The reverse drift per unit of falling time is a z + c with
 a = -F - G G^T C^-1.
 """
 
@@ -32,8 +32,8 @@ PROCESSES = {
     "PSLD": (PSLD(), dense(references.psld())),
     "HOLD": (HOLD(), dense(references.hold())),
 }
-# Kernels and references are both good to some 1e-14 here; steps are contractions for the most
-# part, and those of SSCS take several exponentials of matrices of the size |A| B <= 40.
+# Kernels and references are both good to some 1e-14 here, and steps are mostly contractions. Steps
+# of SSCS take several exponentials of matrices of the size |A| B <= 40.
 RECURSION = rounding(64 * 40)
 
 

@@ -113,7 +113,7 @@ def test_moments_and_flows_of_the_reference_are_the_exact_ones(name, many):
         psi = references.as_tensors([exact.transition(u, t)])[0][0]
         # Inverses of Ψ and Σ cost their condition.
         loss = float(torch.linalg.cond(C_t) * torch.linalg.cond(psi) * C_t.abs().max())
-        # The flow as an affine map, from where it takes the mean and unit vectors.
+        # The flow as an affine map, from its values at the mean and at unit vectors.
         origin = reference.flow(m_t[None], t, u)[0]
         assert (origin - m_u).abs().max() <= INTEGRATED
         flow = (reference.flow(eye + m_t, t, u)[..., 0] - origin[:, 0]).T
@@ -201,7 +201,7 @@ def test_the_rotation_is_stationary_and_its_flow_keeps_what_it_turns():
 
 SAMPLES = 20_000
 ONE = standard_error(1.0, SAMPLES, number=5)
-# Of a covariance of normals of unit variance: at most √2 of that of a mean.
+# A covariance of normals of unit variance has at most √2 of the error of a mean.
 TWO = math.sqrt(2) * ONE
 
 
@@ -233,7 +233,7 @@ def test_exact_paths_end_in_the_distribution_and_hang_together_with_their_noise(
             pull = exact.backward(np.full_like(nodes, 0.05), nodes) @ G
             expected = (w[:, None, None] * pull).sum(0)[:, 0] * math.sqrt(t - u) / 2
             assert (np.abs(together[:, i] - expected) <= TWO * deviation).all()
-    # The last increment says a good deal about where a path ends.
+    # The last increment says a good deal about the end of a path.
     assert (np.abs(expected) > 3 * ONE * deviation).any()
 
 

@@ -196,7 +196,7 @@ def test_a_kernel_with_a_small_error_or_none_at_all_fails(monkeypatch, mean, roo
 
 
 def test_an_error_of_one_entry_of_a_kernel_is_seen_at_its_own_scale(monkeypatch):
-    """The variance of CLD's position over a short time is tiny beside that of its velocity."""
+    """Over a short time CLD's position has a tiny variance."""
 
     class Perturbed(forward_processes()["CLD, critical"]):
         def transition(self, s, t):
@@ -349,7 +349,7 @@ def test_a_rejection_by_a_solver_that_is_declared_for_every_process_fails():
 SINGLE = {"VP", "sub-VP", "VE"}
 PAIRS = {"CLD", "CLD, linear schedule", "CLD, underdamped", "CLD, overdamped", "PSLD"}
 ALL = SINGLE | PAIRS | {"HOLD", "four components", "non-commuting"}
-# What each family of solvers is for, by the families of problems.
+# The families of problems that each family of solvers is for.
 APPLIES = {
     "sscs": ALL - {"sub-VP", "VE", "non-commuting"},
     "splitting": PAIRS,
@@ -518,7 +518,7 @@ def test_a_distribution_is_compared_by_moments_shares_and_spreads_with_errors_th
     assert float(ratios.square().mean()) == pytest.approx(
         1, abs=standard_error_of_variance(1.0, 1200, number=5)
     )
-    # Moments of the mixture: unit variance but for that of the modes, and no correlation.
+    # Moments of the mixture: unit variance, the variance of a mode, and no correlation.
     psi = float(problem.sde.marginal(problem.end).mean[0, 0])
     noise = float(problem.sde.marginal(problem.end).covariance[0, 0])
     value = dict(zip(case.names, case.expected.tolist(), strict=True))
