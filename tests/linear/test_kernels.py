@@ -240,6 +240,7 @@ FUNCTIONS: dict[str, Case] = {
         [[[-0.5, 4.0], [-1.0, -3.0]], [[0.25, 3.0], [-4.0, 0.5]], [[0.0, -2.0], [1.5, -4.0]]],
         [[[0.25, 0.0], [0.0, 1.5]], [[0.0, 0.5], [-0.75, 1.0]]],
     ),
+    "noise that vanishes": of_polynomials([[[-1.0]], [[0.5]]], [[[1.0]], [[-2.0]]]),
     "chain": of_polynomials([CHAIN, (tensor(CHAIN) / 2).tolist()], [CHAIN_NOISE]),
     "chain that fills": of_polynomials([CHAIN, random(1, 3, 3)], [CHAIN_NOISE]),
     "noise that turns": of_polynomials([random(9, 3, 3)], [random(10, 3, 1), random(11, 3, 1)]),
