@@ -115,6 +115,19 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs() 
     check_mean(cldsde.sample(UNDERDAMPED, score, (500, 2), nfe=400))
 
 
+@pytest.mark.parametrize(
+    ("name", "nfe", "order", "stochasticity"),
+    [("VP", 9, 3, 0.5), ("CLD", 9, 3, 1.0), ("VP", 10, 2, 1.0), ("CLD", 10, 2, 1.0)],
+)
+def test_few_evaluations_take_order_3(
+    name: str, nfe: int, order: int, stochasticity: float
+) -> None:
+    sde = PROCESSES[name]()
+    _, plan = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
+    expected = solvers.ExponentialMultistep(order=order, stochasticity=stochasticity)
+    assert plan.solver == expected
+
+
 @pytest.mark.parametrize("name", ["VP", "CLD", "VE"])
 def test_levels_of_the_score_bound_the_window(name: str) -> None:
     seen: list[Tensor] = []
