@@ -214,8 +214,8 @@ def test_the_mixture_may_be_learnt():
 def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
     sde, t = VPSDE(), 0.01
     z = torch.randn(20, 1, 2, generator=generator(0))
-    law = sde.marginal(t)
-    psi, variance = float(law.mean), float(law.covariance)
+    kernel = sde.marginal(t)
+    psi, variance = float(kernel.mean), float(kernel.covariance)
 
     def score(z, t):
         # D of y's number does not move with it, D of the other number does by 5: no covariance.
