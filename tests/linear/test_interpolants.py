@@ -148,6 +148,10 @@ def test_kernels_agree_with_the_reference(name):
     with mp.workdps(DIGITS):
         assert_close(marginal.mean, [float(exact.signal(mp.mpf(t))) for t in times], times)
         assert_close(marginal.root, [float(exact.noise(mp.mpf(t))) for t in times], times)
+    # Data with a spread of their own.
+    steps = [exact.transition(0.0, t) for t in times]
+    spread = sde.marginal(tensor(times), [[0.3]])
+    assert_close(spread.root, [math.hypot(root, 0.3**0.5 * psi) for psi, root in steps], times)
     # A logarithm has the relative error of its argument as an absolute one.
     assert (found - tensor([exact.log_snr(t) for t in times[:-1]])).abs().max() <= KERNEL
 
