@@ -177,6 +177,14 @@ def test_drift_and_diffusion_are_those_of_the_kernels(name):
     with mp.workdps(DIGITS):
         rates, squares = zip(*(exact.slopes(mp.mpf(t)) for t in times), strict=True)
         noise = [float(mp.sqrt(x)) for x in squares]
+        # Of data with a spread of their own.
+        start, spread = exact.noise(mp.mpf(0)) ** 2, mp.mpf(0.3)
+
+        def deviation(t):
+            return mp.sqrt(exact.signal(t) ** 2 * (spread - start) + exact.noise(t) ** 2)
+
+        slopes = [float(mp.diff(deviation, mp.mpf(t))) for t in times]
+    assert_close(sde.dynamics.rates(tensor(times), tensor(0.3))[1], slopes, times)
     assert_close(sde.drift(tensor(times)), [float(x) for x in rates], times)
     assert_close(sde.diffusion(tensor(times)), noise, times)
 
