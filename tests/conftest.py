@@ -1,5 +1,11 @@
-"""Settings shared by all tests."""
+"""Settings and fixtures shared by all tests."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks further.
@@ -11,3 +17,35 @@ settings.load_profile("deterministic")
 
 # Doctests would import it a second time, and a device can be registered once.
 collect_ignore = ["simulated_device.py"]
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two training steps on digits; a test that changes it works on a copy."""
+    from tiny_runs import train_digits
+
+    return train_digits(tmp_path_factory.mktemp("digits") / "run")
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on colour images of the classes dot, stripe and 7."""
+    from tiny_runs import train_labelled
+
+    return train_labelled(tmp_path_factory.mktemp("labelled") / "run")
+
+
+@pytest.fixture
+def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Classifiers of evaluations keep random weights; the options of each call are returned."""
+    from cldsde.images.evaluate import ImageClassifier, reference
+
+    calls: list[dict[str, Any]] = []
+
+    def untrained(images: Any, labels: Any, *_: Any, **options: Any) -> Any:
+        calls.append(options)
+        classes = int(labels.max()) + 1
+        return ImageClassifier(images.shape[1], max(classes, 2), width=4, size=8).eval(), 0.5
+
+    monkeypatch.setattr(reference, "train_classifier", untrained)
+    return calls
