@@ -57,24 +57,6 @@ def test_a_checkpoint_of_one_device_has_no_prefix(tmp_path):
     load_score_sde(saved(tmp_path, contents), MODELS["vp"])
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "count"),
-    [
-        ("cld-sgm", "cifar10", 107_593_859),
-        ("cld-sgm", "cifar10_vpsde", 107_586_947),
-        ("cld-sgm", "celeba_paper", 65_466_371),
-        ("cld-sgm", "celeba_post_paper", 103_073_795),
-        ("score-sde", "ve/cifar10_ncsnpp_deep_continuous", 107_586_947),
-        ("score-sde", "vp/cifar10_ddpmpp_deep_continuous", 106_632_579),
-        ("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421),
-    ],
-)
-def test_networks_have_as_many_parameters_as_published(family, name, count):
-    # Counted in networks of the two codes; the papers say 107.6, 65.5 and 103 million.
-    network = PUBLISHED[family][name].make_network("meta")
-    assert sum(p.numel() for p in network.parameters()) == count
-
-
 def like(model):
     """A checkpoint with the shapes of a model and no numbers."""
     network = model.make_network("meta")
@@ -92,15 +74,25 @@ def like(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("family", "name", "count"),
     [
-        *(("cld-sgm", name) for name in PUBLISHED["cld-sgm"]),
-        ("score-sde", "ve/church_ncsnpp_continuous"),  # told apart by its noise levels
+        ("cld-sgm", "cifar10", 107_593_859),
+        ("cld-sgm", "cifar10_vpsde", 107_586_947),
+        ("cld-sgm", "celeba_paper", 65_466_371),
+        ("cld-sgm", "celeba_post_paper", 103_073_795),
+        ("score-sde", "ve/cifar10_ncsnpp_deep_continuous", 107_586_947),
+        ("score-sde", "vp/cifar10_ddpmpp_deep_continuous", 106_632_579),
+        ("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421),
+        ("score-sde", "ve/church_ncsnpp_continuous", None),  # told apart by its noise levels
     ],
 )
-def test_weights_tell_the_settings(family, name):
+def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, count):
+    # Counted in networks of the two codes; the papers say 107.6, 65.5 and 103 million.
     model = PUBLISHED[family][name]
-    assert recognise(like(model), "x.pth", family) is model
+    if count is not None:
+        assert sum(p.numel() for p in model.make_network("meta").parameters()) == count
+    if family == "cld-sgm" or count is None:
+        assert recognise(like(model), "x.pth", family) is model
 
 
 def test_folders_tell_vp_from_sub_vp(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -279,22 +278,6 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
     draw_to(out, second)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
     assert len(list(out.iterdir())) == 3
-
-
-def test_pictures_are_on_the_disk_before_their_folder_appears(
-    request_of, tmp_path, monkeypatch, capsys
-):
-    out, fsync, synced = tmp_path / "x", os.fsync, []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(1) or fsync(handle))
-
-    def sync():
-        assert not out.exists()
-        synced.append(len(list((tmp_path / "x.parts" / ".partial-whole").iterdir())))
-
-    monkeypatch.setattr(os, "sync", sync)
-    draw_to(out, request_of(5, batch=3))
-    assert synced == [1, 1, 1, 5]  # the request, two parts, the pictures
-    assert "pictures: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from cldsde.images.sample.sampler import class_batches
 from cldsde.images.streams import image_order, stream
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import STATE, train
-from cldsde.images.train.state import KIND, Meter
+from cldsde.images.train.state import KIND
 from cldsde.score import PerturbedData, TimeSampler
 from tiny_runs import NETWORK, noise_images
 
@@ -232,42 +232,30 @@ def no_room(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, whole):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("name", [STATE, "metrics.jsonl", "samples/0000000096.png"])
+def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkeypatch, name):
+    def full(run, file, *rest):
+        return (no_room if file == name else write)(run, file, *rest)
 
-    calls = []
-
-    def full(*arguments, **options):
-        calls.append(arguments)
-        return (save_file if len(calls) <= 2 else no_room)(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("cldsde.images.files.save_file", full)
-        with pytest.raises(OSError, match=r"64 images could be saved.*No space left"):
-            trained(tmp_path / "run")
-    assert load_tensors(tmp_path / "run" / STATE, KIND)[1]["step"] == "2"
-    assert not list((tmp_path / "run").glob(".partial-*"))
-    assert_finishes(tmp_path / "run", whole)
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/0000000096.png"])
-def test_a_full_disk_is_reported_with_the_file(stopped, whole, monkeypatch, name):
     write = RunFolder.write
     with monkeypatch.context() as patch:
-        if name == "metrics.jsonl":
+        if name == STATE:
+            patch.setattr("cldsde.images.files.save_file", no_room)
+        elif name == "metrics.jsonl":
             patch.setattr(RunFolder, "log", no_room)
         else:
-            patch.setattr(
-                RunFolder,
-                "write",
-                lambda run, file, *rest: (no_room if file == name else write)(run, file, *rest),
-            )
-        with pytest.raises(OSError, match=r"cannot be written \(No space left") as caught:
+            patch.setattr(RunFolder, "write", full)
+        with pytest.raises(OSError, match="No space left") as caught:
             trained(stopped)
     message = str(caught.value)
-    assert message.startswith(f"{stopped / name} ")
-    assert message.endswith(f"the last state saved stays, {STATE}")
+    if name == STATE:
+        assert "64 images could be saved" in message
+    else:
+        assert message.startswith(f"{stopped / name} cannot be written (No space left")
+        assert message.endswith(f"the last state saved stays, {STATE}")
     del caught  # and with it the run, which is locked
+    assert load_tensors(stopped / STATE, KIND)[1]["step"] == "4"
+    assert not list(stopped.glob(".partial-*"))
     assert_finishes(stopped, whole)
 
 
@@ -367,34 +355,6 @@ def test_a_smaller_micro_batch_accumulates_the_same_gradient(tmp_path):
         trained(tmp_path / str(micro), config(network=PLAIN, micro_batch=micro))
         losses.append([line["loss"] for line in metrics(tmp_path / str(micro))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_losses_of_several_processes_are_combined():
-    """A state is written by one process, and read by all of them."""
-    meters: list[Meter] = []
-
-    class Engine:
-        device = torch.device("cpu")
-
-        def reduce(self, x, how):
-            assert how == "mean"
-            return torch.stack([meter.sums for meter in meters]).mean(0)
-
-    def add(*losses):
-        for meter, loss in zip(meters, losses, strict=True):
-            meter.add(*[{"score": torch.tensor(loss), "autoencoder": torch.tensor(0.0)}] * 2)
-
-    meters += [Meter(Engine(), ["score", "autoencoder"]) for _ in range(2)]
-    add(1.0, 3.0)
-    before, saved = meters[0].means(), meters[0].shared()
-    for meter in meters:
-        meter.sums.copy_(saved)
-    assert meters[1].means() == before
-    assert (before["loss"], before["score_gradient_norm"]) == (2.0, 2.0)
-    add(4.0, 8.0)
-    found = meters[0].means()
-    assert (found["loss"], found["score_gradient_norm"]) == (4.0, 4.0)
-    assert found["autoencoder_loss"] == 0.0
 
 
 def test_classes_are_learnt_and_some_are_hidden(tmp_path):
