@@ -84,7 +84,7 @@ ALLOWED = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.data())
 def test_malformed_configurations_are_rejected_naming_the_key(data):
     """One fault in a valid configuration: a wrong value, an unknown key or a missing one."""
@@ -148,7 +148,6 @@ CHOICES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50)
 @given(CHOICES, st.booleans())
 def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, choices, latent):
     values = copy.deepcopy(VALID)

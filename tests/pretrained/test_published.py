@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cldsde import CLD, PSLD
-from cldsde.pretrained import load_cld_sgm, load_score_sde
+from cldsde.pretrained import PublishedModel, load_cld_sgm, load_score_sde
 from cldsde.pretrained.checkpoints import (
     Checkpoint,
     _published,
@@ -57,6 +57,22 @@ def test_a_checkpoint_of_one_device_has_no_prefix(tmp_path):
     load_score_sde(saved(tmp_path, contents), MODELS["vp"])
 
 
+@pytest.fixture(scope="module")
+def shared_networks():
+    """Build each network without numbers once; a recognition needs all of them."""
+    made, make = {}, PublishedModel.make_network
+
+    def shared(model, device):
+        key = repr((model.process, model.shape, model.network))
+        if key not in made:
+            made[key] = make(model, device)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PublishedModel, "make_network", shared)
+        yield
+
+
 def like(model):
     """A checkpoint with the shapes of a model and no numbers."""
     network = model.make_network("meta")
@@ -86,6 +102,7 @@ def like(model):
         ("score-sde", "ve/church_ncsnpp_continuous", None),  # told apart by its noise levels
     ],
 )
+@pytest.mark.usefixtures("shared_networks")
 def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, count):
     # Counted in networks of the two codes; the papers say 107.6, 65.5 and 103 million.
     model = PUBLISHED[family][name]
@@ -95,6 +112,7 @@ def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, co
         assert recognise(like(model), "x.pth", family) is model
 
 
+@pytest.mark.usefixtures("shared_networks")
 def test_folders_tell_vp_from_sub_vp(tmp_path):
     name = "subvp/cifar10_ddpmpp_deep_continuous"
     model = PUBLISHED["score-sde"][name]
