@@ -89,11 +89,6 @@ class Leaving(CentredEuler):
         raise SystemExit(0)
 
 
-class LeavingEarly(CentredEuler):
-    def prepare(self, process, times):
-        raise SystemExit(0)
-
-
 class Drawing(CentredEuler):
     def step(self, z, *arguments):
         z, memory = super().step(z, *arguments)
@@ -260,13 +255,13 @@ def test_the_table_says_why_nothing_confirms_an_order(capsys):
 
 
 def test_broken_solvers_do_not_keep_others_from_their_report(capsys, here):
-    names = ["Broken", "Raising", "Growing", "Leaving", "LeavingEarly", "Undeclared", "Wordy"]
+    names = ["Broken", "Raising", "Growing", "Leaving", "Undeclared", "Wordy"]
     broken = " ".join(f"--solver my:{name}" for name in names)
     assert run(f"{QUICK} {broken} --solver sscs --json report.json --out page") == 1
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     reasons = captured.err.rpartition("\n\n")[2].splitlines()
-    assert reasons.pop().startswith("cldsde validate: error: 7 of 8 failed: my:Broken, my:Raising")
+    assert reasons.pop().startswith("cldsde validate: error: 6 of 7 failed: my:Broken, my:Raising")
     assert {reason.partition(",")[0] for reason in reasons} == {f"my:{name}" for name in names}
     report = read(here / "report.json")
     assert report["complete"] is True
@@ -366,7 +361,6 @@ def unworkable(monkeypatch):
     ("arguments", "words"),
     [
         (["--solver", "sscss"], ["'sscss'", "module:ClassName", *named_solvers()]),
-        (["--solver", "no_such_module_here:Solver"], ["no_such_module_here"]),
         (["--solver", "cldsde.solvers:NoSuchSolver"], ["NoSuchSolver"]),
         (["--solver", "json:JSONDecoder"], ["must be a solver"]),
         (["--solver", "cldsde.solvers:Solver"], ["cldsde.solvers:Solver"]),
@@ -381,19 +375,14 @@ def unworkable(monkeypatch):
         (["--problem", "CLDD"], ["'CLDD'", *map(repr, problems())]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--seed", "9223372036854775808"], ["--seed"]),
-        (["--seed", "x"], ["seed"]),
         (["--json", ""], ["--json"]),
-        (["--json", "."], ["--json"]),
         (["--json", "x" * 252], ["name too long"]),
         (["--json", "taken.json"], ["taken.json.part"]),
         (["--json", "no_such_folder/report.json"], ["no_such_folder"]),
-        (["--json", "file/report.json"], ["file"]),
         (["--json", "/proc/report.json"], ["/proc"]),
-        (["--out", "new/page", "--json", "no_such_folder/report.json"], ["no_such_folder"]),
         (["--out", "new", "--json", f"new/{'x' * 252}"], ["name too long"]),
         (["--out", ""], ["--out"]),
         (["--out", "file"], ["file"]),
-        (["--out", "file/page"], ["file"]),
         (["--out", "full"], ["index.html"]),
         (["--out", "/proc/page"], ["/proc"]),
         (["--quik"], ["quik"]),
