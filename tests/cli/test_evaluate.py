@@ -33,7 +33,7 @@ def evaluate(*arguments):
 def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     out = tmp_path / "results.json"
     arguments = [run, "--out", out, "--samples", 6, "--repeats", 2]
-    arguments += ["--solver", "sscs,em", "--nfe", "3,5"]
+    arguments += ["--solver", "sscs,em", "--nfe", "3,5", "--part", "held_out"]
     assert evaluate(*arguments) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in table[2:6]] == [
@@ -49,7 +49,8 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert evaluate(*arguments, "--metrics", "bpd", "--likelihood-images", 2) == 0
     assert json.loads(out.read_text())["likelihood"]["images"] == 2
     assert "bits per dim" in capsys.readouterr().out
-    assert evaluate(run, "--process", "VPSDE", "--samples", 6, "--nfe", 4) == 0
+    options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
+    assert evaluate(run, *options) == 0
     assert (run / "evaluation-VPSDE.json").is_file()
 
 
@@ -108,10 +109,7 @@ def test_samples_that_cannot_be_measured_are_rejected(
         ("RUN --metrics fid --weights w.pth", "w.pth"),
         ("RUN --samples 1", "--samples: must be at least 2"),
         ("RUN --features nowhere:thing", "--features: there is no module 'nowhere'"),
-        ("RUN --features math:pi", "--features: must be callable"),
         ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),
-        ("RUN --features broken:Net", "--features: 'broken' cannot be imported (Syntax"),
-        ("RUN --features lacking:Net", "--features: No module named 'nowhere'"),
         ("RUN --part test", "--part must be"),
         ("RUN --reference RUN", "--reference is for samples"),
         ("RUN --solver sscs,ssc", "--solver: solver must be"),
@@ -124,9 +122,6 @@ def test_wrong_arguments_are_rejected_before_any_work(
     digits_run, tmp_path, capsys, monkeypatch, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "broken.py").write_text("class Network(:\n")
-    (tmp_path / "lacking.py").write_text("import nowhere\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     given = arguments.replace("RUN", str(digits_run)).split()

@@ -155,7 +155,7 @@ def test_a_finished_run_is_loaded(whole, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch, number, code):
     log, out = RunFolder.log, tmp_path / "run"
-    values = {**config(save_every=96).to_dict(), "data": CONFIG["data"]}
+    values = {**config(save_every=96, held_out=8).to_dict(), "data": CONFIG["data"]}
     (tmp_path / "config.json").write_text(json.dumps(values))
     command = ["train", str(tmp_path / "config.json"), "--device", "cpu", "--out"]
 
@@ -249,12 +249,13 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkey
             trained(stopped)
     message = str(caught.value)
     if name == STATE:
-        assert "64 images could be saved" in message
+        assert "not all of the state of 96 images could be saved" in message
     else:
         assert message.startswith(f"{stopped / name} cannot be written (No space left")
         assert message.endswith(f"the last state saved stays, {STATE}")
     del caught  # and with it the run, which is locked
-    assert load_tensors(stopped / STATE, KIND)[1]["step"] == "4"
+    saved = "6" if name.endswith("png") else "4"  # the picture comes after the last state
+    assert load_tensors(stopped / STATE, KIND)[1]["step"] == saved
     assert not list(stopped.glob(".partial-*"))
     assert_finishes(stopped, whole)
 
@@ -365,8 +366,9 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     given, hidden = (
         model.score(z, 0.5, condition=torch.tensor([label]), prediction="noise") for label in (0, 3)
     )
-    # Each embedding was trained: the class's own and the one that stands for no class.
-    assert float((given - hidden).norm() / given.norm()) > 1e-4
+    # Each embedding was trained: the class's own and the one that stands for no class. Single
+    # precision has 1e-7.
+    assert float((given - hidden).norm() / given.norm()) > 1e-5
     fresh = make_model(settings, load_model(tmp_path).space)
     before, after = (
         m.state_dict()["score.network.network.class_embedding.weight"] for m in (fresh, model)
