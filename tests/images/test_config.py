@@ -108,7 +108,7 @@ def test_malformed_configurations_are_rejected_naming_the_key(data):
         changed[key] = data.draw(st.one_of(st.none(), st.integers(), st.text(max_size=3)))
     with pytest.raises(SettingError) as caught:
         prepare(changed)
-    # Lower layers name their arguments in words: there the key is that of the section.
+    # Lower layers name their arguments in words: their error has the key of the section.
     full, error = ".".join((*path[:-1], key)), caught.value
     section, _, last = full.rpartition(".")
     named = f"{error.key}.".startswith(f"{full}.")

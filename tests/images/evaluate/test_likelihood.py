@@ -46,7 +46,7 @@ def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
     # The prior is the distribution at T up to e^{−B/2} = 0.007 of the mean, squared in the density;
     # t_min = 1e-5 adds 1e-6 to a variance of 0.09, the ODE's tolerance 1e-5 nats a datum.
     assert found["bits_per_dim"] == pytest.approx(float(exact.mean()), abs=2e-4)
-    # The standard error is that of the mean over images.
+    # The standard error of the mean over images.
     assert found["standard_error"] == pytest.approx(float(exact.std()) / math.sqrt(6), rel=1e-2)
     assert not found["is_bound"]
     assert found["settings"]["kind"] == "exact"
@@ -75,7 +75,7 @@ def test_bound_of_langevin_diffusion_is_above_the_bits_of_the_density():
     assert found["is_bound"]
     assert found["settings"]["kind"] == "bound"
     assert "negative lower bound" in found["quantity"]
-    # The bound holds in expectation; its noise and that of the data are in the standard error. With
+    # The bound holds in expectation; the standard error has its noise and the noise of the data. With
     # an exact score the gap is that between q(z|x) and the posterior, small against a bit.
     gap = found["bits_per_dim"] - float(exact.mean())
     assert -3 * found["standard_error"] < gap < 0.5
