@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +32,12 @@ def test_files_are_ordered_by_name_in_any_order_of_the_file_system(tmp_path, mon
     ordered = ["B.jpg", "a/10.png", "a/2.PNG", "a.bmp", "b.png", "z/y/x.webp", "é.png"]
     scandir = os.scandir
 
-    class Backwards:
-        def __init__(self, folder):
-            with scandir(folder) as entries:
-                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+    @contextmanager
+    def backwards(folder):
+        with scandir(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
 
-        def __enter__(self):
-            return iter(self.entries)
-
-        def __exit__(self, *_):
-            pass
-
-    for listing in (scandir, Backwards):
+    for listing in (scandir, backwards):
         monkeypatch.setattr(os, "scandir", listing)
         images = FolderImages(tmp_path, size=4, channels=1)
         assert [file.relative_to(tmp_path).as_posix() for file in images.files] == ordered
@@ -86,10 +81,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert [file.relative_to(folder).as_posix() for file in files] == ["file.png", "folder/1.png"]
     (tmp_path / "there" / "back").symlink_to(folder)
     for classes in (False, True):
-        with pytest.raises(
-            ValueError, match=r"(back|folder) is a link to a folder that it lies in"
-        ):
-            FolderImages(folder if not classes else tmp_path, size=2, classes=classes)
+        place = tmp_path if classes else folder
+        with pytest.raises(ValueError, match="(back|folder) is a link to a folder that it lies in"):
+            FolderImages(place, size=2, classes=classes)
     (tmp_path / "there" / "back").unlink()
     (folder / "broken.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match=r"broken\.png cannot be decoded"):

@@ -75,8 +75,8 @@ def test_bound_of_langevin_diffusion_is_above_the_bits_of_the_density():
     assert found["is_bound"]
     assert found["settings"]["kind"] == "bound"
     assert "negative lower bound" in found["quantity"]
-    # The bound holds in expectation; the standard error has its noise and the noise of the data. With
-    # an exact score the gap is that between q(z|x) and the posterior, small against a bit.
+    # The bound holds in expectation; the standard error has its noise and the noise of the data.
+    # With an exact score the gap is between q(z|x) and the posterior, small against a bit.
     gap = found["bits_per_dim"] - float(exact.mean())
     assert -3 * found["standard_error"] < gap < 0.5
 

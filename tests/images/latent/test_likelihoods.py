@@ -56,8 +56,8 @@ def test_probabilities_sum_to_one_and_have_their_mean(levels, raw):
     for m in MEANS:
         out = output(m, raw, dtype=torch.float64)
         p = given.log_likelihood(out.expand(levels, -1, 1, 1), x).exp()
-        # Edges of neighbours may differ by the rounding of levels of size 1 in single precision,
-        # which is seen in units of the scale and weighted with the density, at most 1/4 each.
+        # Edges of neighbours may differ by the rounding of levels of size 1 in single precision.
+        # The error is in units of the scale and weighted with the density, at most 1/4 each.
         tolerance = levels * 1e-14 + ROUNDING / scale
         assert abs(p.sum().item() - 1) < tolerance
         want = (p * x.flatten()).sum()
