@@ -82,7 +82,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "there" / "back").symlink_to(folder)
     for classes in (False, True):
         place = tmp_path if classes else folder
-        with pytest.raises(ValueError, match="(back|folder) is a link to a folder that it lies in"):
+        with pytest.raises(ValueError, match=r"(back|folder) is a link to a folder that it l"):
             FolderImages(place, size=2, classes=classes)
     (tmp_path / "there" / "back").unlink()
     (folder / "broken.png").symlink_to(tmp_path / "nowhere.png")
