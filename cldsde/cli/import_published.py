@@ -25,8 +25,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(parser, "--as", "CODE", text, dest="family", required=True)
     text = "published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
     option(parser, "--config", "NAME", f"{text}settings that fit the weights and the folder")
-    add_set_argument(parser, "setting of the run that differs, such as data.options.path=images")
+    add_set_argument(parser, "setting of data or sampling, such as data.options.path=images")
     option(parser, "--out", "RUN", "folder of the run", required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace the model of a run")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -49,7 +50,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.published import read_published
     path, out = (Path(name).expanduser() for name in (options.path, options.out))
     found = read_published(path, options.family, options.config, options.set or [])
-    found.check(out)
+    if found.is_at(out, overwrite=options.overwrite):
+        return lambda: print(f"The run in {out.resolve()} has this model already")
 
     def work() -> None:
         found.write(out)

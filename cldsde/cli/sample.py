@@ -102,8 +102,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_observation_arguments(parser)
     text = "precision of the network: fp32, bf16 or fp16"
     option(parser, "--precision", "NAME", text, default="fp32")
-    text = "compile the network, which pays for many images on a GPU"
-    parser.add_argument("--compile", dest="compiled", action="store_true", help=text)
+    text = "compile the network: default, reduce-overhead (CUDA graphs) or max-autotune"
+    option(parser, "--compile", "MODE", text, dest="compile_mode", nargs="?", const="default")
+    text = "store features with channels last, which may be faster on a GPU"
+    parser.add_argument("--channels-last", action="store_true", help=text)
     add_device_argument(parser)
 
 
@@ -178,7 +180,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
             particles=options.particles,
         ),
         precision=options.precision,
-        compiled=options.compiled,
+        compile_mode=options.compile_mode,
+        channels_last=options.channels_last,
     )
     out = Path(options.out).expanduser()
     request.check()

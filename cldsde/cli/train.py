@@ -59,7 +59,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.print_config:
         with needs_images():
             from cldsde.images.train import outlook
-        comments = "".join(f"# {line}\n" for line in outlook(config))
+        measured = path.resolve().parents[1] / "docs" / "data" / "gpu.json"  # in a clone
+        comments = "".join(f"# {line}\n" for line in outlook(config, measured))
         return lambda: print(comments + config.to_toml(), end="")
     resolved = resolve_device(options.device)
     # Without a GPU processes find each other only if they are told that there is none.

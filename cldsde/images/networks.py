@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -19,9 +20,7 @@ from torch import Tensor, nn
 
 from cldsde.images.blocks import CLOCK_SCALE, ClassEmbedding, recompute
 from cldsde.images.checks import check_counts, check_groups, check_levels
-from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.pretrained import ncsnpp
-from cldsde.pretrained.ncsnpp import InputsEnter, OutputsLeave
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -121,10 +120,12 @@ class UNet(_ScoreNetwork):
         gradient_checkpointing: bool = False,
     ) -> None:
         check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
-        attends = _levels(shape, channels, attention)
+        check_levels(shape, channels)
+        heights = ncsnpp.heights_of_levels(shape[1], channels, attention)
+        attends = [height in attention for height in heights]
         check_groups(groups, channels)
         _check_heads(head_channels, channels, attends)
-        _check_dropout(dropout)
+        ncsnpp.check_dropout(dropout)
         network = UNet2DModel(
             sample_size=tuple(shape[1:]),
             in_channels=inputs * shape[0],
@@ -154,23 +155,12 @@ class NCSNpp(_ScoreNetwork):
 
     Parameters
     ----------
-    shape, inputs, outputs, dropout, classes, gradient_checkpointing
+    shape, inputs, outputs, classes
         See `UNet`.
-    channels
-        Channels of each level, from full resolution down: multiples of 4, and of 32 above 128.
-    blocks
-        Residual blocks per level on the way down; one more on the way up.
-    attention
-        Heights H, H/2, … of the levels with attention, e.g. ``(16,)``: after each block on the way
-        down, after the last on the way up. The middle of the network always has attention.
-    fir
-        Resample with the anti-aliasing filter (1, 3, 3, 1).
-    inputs_enter, outputs_leave
-        See the module ``cldsde.pretrained.ncsnpp``.
-    fourier_scale
-        None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
-        frequencies 2π N(0, σ²), drawn with the weights and kept with them. The published value 16
-        is for the log of a time or noise level; Karras et al. (2022) use, in effect, 4.
+    options
+        Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp``, with their defaults: ``channels``,
+        ``blocks``, ``attention``, ``dropout``, ``fir``, ``inputs_enter``, ``outputs_leave``,
+        ``fourier_scale``, ``gradient_checkpointing``.
 
     Raises
     ------
@@ -185,13 +175,9 @@ class NCSNpp(_ScoreNetwork):
       fourier_scale=16``: 107.6 million.
     - CelebA-HQ-256: ``channels=(128, 128, 256, 256, 256, 256, 256), blocks=2, attention=(16,),
       dropout=0.1, fir=False, inputs_enter="once"``: 65.5 million; with ``blocks=4`` 103 million.
-
-    References
-    ----------
-    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
-    2021, appendix H. T. Dockhorn et al., *Score-based generative modeling with critically-damped
-    Langevin diffusion*, 2022, appendix E.
     """
+
+    options_of = ncsnpp.NCSNpp
 
     def __init__(
         self,
@@ -199,35 +185,14 @@ class NCSNpp(_ScoreNetwork):
         inputs: int,
         outputs: int,
         *,
-        channels: Sequence[int],
-        blocks: int = 2,
-        attention: Sequence[int] = (),
-        dropout: float = 0.0,
-        fir: bool = True,
-        inputs_enter: InputsEnter = "residual",
-        outputs_leave: OutputsLeave = "once",
-        fourier_scale: float | None = None,
         classes: int | None = None,
-        gradient_checkpointing: bool = False,
+        **options: Any,
     ) -> None:
+        blocks = options.get("blocks", 1)
         check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
-        _levels(shape, channels, attention)
-        _check_dropout(dropout)
-        if fourier_scale is not None:
-            check_positive(fourier_scale, "fourier_scale")
-        network = ncsnpp.NCSNpp(
-            (inputs * shape[0], *shape[1:]),
-            outputs * shape[0],
-            channels=channels,
-            blocks=blocks,
-            attention=attention,
-            dropout=dropout,
-            fir=fir,
-            inputs_enter=inputs_enter,
-            outputs_leave=outputs_leave,
-            fourier_scale=fourier_scale,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        check_levels(shape, options.get("channels", ()))
+        sizes = (inputs * shape[0], *shape[1:]), outputs * shape[0]
+        network = ncsnpp.NCSNpp(*sizes, **options)
         super().__init__(network, network.embedding, classes)
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
@@ -259,17 +224,6 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
     return label.to(device)
 
 
-def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
-    """Whether each level has attention; raise if sizes and resolutions do not fit the levels."""
-    check_levels(shape, channels)
-    heights = [shape[1] >> level for level in range(len(channels))]
-    missing = [height for height in attention if height not in heights]
-    if missing:
-        msg = f"attention must be at heights of levels, {heights}; got {missing}"
-        raise ValueError(msg)
-    return [height in attention for height in heights]
-
-
 def _check_heads(
     head_channels: int | None, channels: Sequence[int], attends: Sequence[bool]
 ) -> None:
@@ -282,9 +236,3 @@ def _check_heads(
     if any(width % head_channels for width in widths):
         msg = f"head_channels must divide the channels of attention, {sorted(set(widths))}; got "
         raise ValueError(f"{msg}{head_channels}")
-
-
-def _check_dropout(dropout: float) -> None:
-    if not check_at_least(dropout, 0, "dropout") < 1:
-        msg = f"dropout must lie in [0, 1); got {dropout}"
-        raise ValueError(msg)

@@ -157,8 +157,10 @@ def checked_options(
 ) -> dict[str, Any]:
     """Check options against the signature of a function or class; convert sections to dataclasses.
 
-    Arguments in ``given`` are no options. Errors name options below ``key``.
+    Arguments in ``given`` are no options. Errors name options below ``key``. A class may name the
+    class that takes its options as ``options_of``.
     """
+    make = getattr(make, "__dict__", {}).get("options_of", make)
     hints = typing.get_type_hints(
         inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
     )

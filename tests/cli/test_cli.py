@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import subprocess
@@ -102,6 +103,7 @@ def finished(tiny_demo, tmp_path_factory):
     torch.manual_seed(0)  # of the classifier
     folder = tmp_path_factory.mktemp("demo") / "run"
     assert main([*tiny_demo, str(folder)]) == 0
+    gc.collect()  # the lock of the run goes with the last reference to it
     return folder
 
 

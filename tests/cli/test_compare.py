@@ -73,17 +73,17 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 def test_an_interruption_keeps_finished_cells_and_reports_them(
     config, capsys, tmp_path, monkeypatch
 ):
-    draw, left = evaluation.draw_images, iter(range(3))
+    sampler, left = evaluation.ImageSampler, iter(range(3))
 
     def interrupted(*arguments, **options):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return draw(*arguments, **options)
+        return sampler(*arguments, **options)
 
     out = tmp_path / "run"
     command = ["compare", str(config), "--out", str(out), "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "draw_images", interrupted)
+        patch.setattr(evaluation, "ImageSampler", interrupted)
         assert main(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "cldsde compare: interrupted; the same command resumes"

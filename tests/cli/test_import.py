@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -79,8 +80,12 @@ def test_a_checkpoint_that_holds_code_is_rejected_and_nothing_is_run_or_written(
     ("options", "message"),
     [
         ("--as edm", "--as must be cld-sgm or score-sde; got 'edm'"),
-        ("--as cld-sgm --config x", "config must be one of cld_fourier"),
-        ("--as cld-sgm --set training.batch=0", "training.batch"),
+        ("--as cld-sgm --config x", "--config: must be one of cld_fourier"),
+        ("--as cld-sgm --set sampling.nfe=0", "sampling.nfe"),
+        *(
+            (f"--as cld-sgm --set {key}=1", f"{key}: is determined by the checkpoint")
+            for key in ("score.mixed", "process.name", "data", "data.flip", "samplings.nfe")
+        ),
         ("--as cld-sgm --out taken", "holds files that are no run"),
     ],
 )
@@ -92,6 +97,46 @@ def test_wrong_options_are_rejected(options, message, tmp_path, capsys, monkeypa
     out = ["--out", "run"]
     assert message in rejected(capsys, "import", file, *out, *options.split())
     assert {entry.name for entry in tmp_path.rglob("*")} == {file.name, "taken", "notes.txt"}
+
+
+def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, capsys):
+    options = ["--as", "cld-sgm", "--out", tmp_path / "run"]
+    text = rejected(capsys, "import", tmp_path, *options)
+    assert f"PATH: {tmp_path} is a folder; name the file in it" in text
+    contents = checkpoint("cld_fourier")
+    del contents["model"]["module.all_modules.4.Conv_0.bias"]
+    torch.save(contents, tmp_path / "short.pth")
+    text = rejected(capsys, "import", tmp_path / "short.pth", *options)
+    assert "PATH: " in text
+    assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
+    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
+    options = ["--as", "cld-sgm", "--out", str(run)]
+    assert main(["import", str(file), *options]) == 0
+    before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+    assert main(["import", str(file), *options]) == 0
+    assert "has this model already" in capsys.readouterr().out
+    contents = checkpoint("cld_fourier")
+    contents["ema"]["shadow_params"][0] += 1
+    torch.save(contents, tmp_path / "later.pth")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text('{"training": {"images": 5}}')
+    text = rejected(capsys, "import", file, *options[:-1], tmp_path / "begun")
+    assert "another model or settings" in text
+    others = [[str(tmp_path / "later.pth"), *options]]
+    others += [[str(file), *options, "--set", "sampling.nfe=7"]]
+    for other in others:
+        text = rejected(capsys, "import", *other)
+        assert "--out: " in text
+        assert "holds another model or settings; choose another folder" in text
+        assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
+    assert main(["import", *others[1], "--overwrite"]) == 0
+    assert load_model(run).config.sampling.nfe == 7
+    assert main(["import", *others[0], "--overwrite"]) == 0
+    assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def test_the_settings_of_every_published_model_make_a_configuration():

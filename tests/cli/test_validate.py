@@ -171,7 +171,7 @@ def test_solvers_that_keep_their_claims_pass_with_a_report_and_a_page(capsys, he
     assert "1 PASS" in line
     assert count.split("  ")[0] == "sscs: NFE per step"
     page = here / "deep" / "page" / "index.html"
-    assert captured.out.endswith(f"\n3 of 3 pass.\n\nThe page is {page.resolve()}\n")
+    assert captured.out.endswith(f"\n3 of 3 pass.\nThe page is {page.resolve()}\n")
     assert {file.name for file in page.parent.iterdir()} == {"index.html", "report.json"}
     # Work and precision on CLD, and the errors of the three solvers.
     assert page.read_text(encoding="utf-8").count("data:image/svg+xml;base64,") == 4

@@ -15,6 +15,8 @@ from torch import nn
 
 from cldsde import CLD, MixedScore
 from cldsde.images import blocks
+from cldsde.images.config import NetworkConfig
+from cldsde.images.errors import SettingError
 from cldsde.images.networks import NETWORKS, NCSNpp, UNet, parameter_count
 from cldsde.pretrained import ncsnpp, resampling
 
@@ -336,6 +338,16 @@ def test_an_option_out_of_range_is_rejected(name, options, message):
 def test_options_of_a_network_that_do_not_fit_are_rejected(name, options, message):
     with pytest.raises(ValueError, match=message):
         make(name, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"channels": [8], "fur": True}, {"channels": [8], "fir": 1}, {"fir": True}]
+)
+def test_options_of_the_published_network_are_checked_by_its_signature(options):
+    config = NetworkConfig(name="NCSNpp", options={"channels": [8, 16], "fir": True})
+    assert list(config.options["channels"]) == [8, 16]
+    with pytest.raises(SettingError, match=r"options\.(fur|fir|channels)"):
+        NetworkConfig(name="NCSNpp", options=options)
 
 
 @pytest.mark.parametrize("channels", [(4, 64), (64, 4, 60), (96, 160, 32)])

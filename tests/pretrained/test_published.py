@@ -117,12 +117,12 @@ def test_folders_tell_vp_from_sub_vp(tmp_path):
     name = "subvp/cifar10_ddpmpp_deep_continuous"
     model = PUBLISHED["score-sde"][name]
     assert recognise(like(model), tmp_path / name / "checkpoint_15.pth", "score-sde") is model
-    with pytest.raises(ValueError, match=r"config must be given.*vp/cifar10_ddpmpp_deep_cont"):
+    with pytest.raises(ValueError, match=r"config: must be given.*vp/cifar10_ddpmpp_deep_cont"):
         recognise(like(model), tmp_path / "checkpoint_15.pth", "score-sde")
 
 
 def test_an_unknown_name_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"config must be one of cifar10, .*; got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"config: must be one of cifar10, .*; got 'imagenet'"):
         load_cld_sgm(save_checkpoint("cld_fourier", tmp_path), "imagenet")
 
 
@@ -160,8 +160,11 @@ LAYERS = "module.all_modules"
         (put({}, "ema"), r"ema\.shadow_params must be a list of tensors"),
         (put(torch.zeros(0), "model", "module.sigmas"), "hold no table sigmas; got 0 levels"),
         (lambda _: [torch.zeros(2)], "must hold model, ema, step"),
-        (put(..., "model", f"{LAYERS}.5.Conv_1.bias"), r"missing are .*\.5\.Conv_1\.bias \(1 of"),
-        (put(WRONG, "model", f"{LAYERS}.99.weight"), r"unknown are all_modules\.99\.weight"),
+        (
+            put(..., "model", f"{LAYERS}.5.Conv_1.bias"),
+            r"1 of \d+ weights are missing: .*\.5\.Conv",
+        ),
+        (put(WRONG, "model", f"{LAYERS}.99.weight"), r"unknown weights: all_modules\.99\.w"),
         (put(..., "ema", "shadow_params", -1), r"must hold \d+ averaged weights.*; got"),
         (put(WRONG, "model", f"{LAYERS}.3.weight"), r"\.3\.weight in model of .* have the shape"),
         (put(WRONG, "ema", "shadow_params", -1), r"bias in ema\.shadow_params of .* the shape"),
@@ -209,13 +212,44 @@ def test_truncated_damaged_and_missing_files_are_rejected(tmp_path):
         read_checkpoint(file)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.pth"):
         read_checkpoint(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match=r"path: .*is a folder; name the file in it"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.fill_(torch.nan), "must be finite; it holds NaN"),
+        (lambda x: x.int(), "real floating-point numbers; got torch.int32"),
+        (lambda x: x.cfloat(), "real floating-point numbers; got torch.complex64"),
+        (lambda x: x.to_sparse(), "must be a dense tensor"),
+        (lambda x: x.to("meta"), "must be a dense tensor"),
+    ],
+)
+@pytest.mark.parametrize("part", ["model", "ema.shadow_params"])
+def test_a_weight_that_is_no_real_number_is_named(tmp_path, part, change, message):
+    contents = checkpoint("cld_fourier")
+    held, key = contents["model"], f"{LAYERS}.3.weight"
+    if part != "model":
+        held, key = contents["ema"]["shadow_params"], -1
+    held[key] = change(held[key].clone())
+    with pytest.raises(ValueError, match=rf"path: .* in {part} of .* {message}"):
+        load_cld_sgm(saved(tmp_path, contents), MODELS["cld_fourier"])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.cfloat(), lambda x: x * torch.nan])
+def test_noise_levels_that_are_no_real_numbers_are_rejected(tmp_path, change):
+    contents = checkpoint("vp")
+    contents["model"]["module.sigmas"] = change(contents["model"]["module.sigmas"])
+    with pytest.raises(ValueError, match=r"path: .*must hold the table sigmas"):
+        load_score_sde(saved(tmp_path, contents), MODELS["vp"])
 
 
 @pytest.mark.parametrize(
     ("name", "model", "changes", "message"),
     [
         ("vp_mixed", "vp_mixed", {"network": WIDER}, "must have the shape"),
-        ("vp_mixed", "cld_positional", {}, "is of another network than expected: missing are"),
+        ("vp_mixed", "cld_positional", {}, r"expected; \d+ of \d+ weights are miss"),
         ("ve_fourier", "ve_fourier", {"sigmas": (90.0, 0.01, 1000)}, "got 1000 levels up to 50"),
     ],
 )

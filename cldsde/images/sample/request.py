@@ -10,13 +10,17 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler, Precision, Samples
+from cldsde.images.sample.sampler import ImageSampler, Precision, Samples, Start
 from cldsde.images.sample.source import OtherDynamics
+from cldsde.images.schema import check_name
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
@@ -44,8 +48,11 @@ class SampleRequest:
         An observation of the images, if any.
     precision
         Precision of the network.
-    compiled
-        Whether to compile the network with ``torch.compile``.
+    compile_mode
+        Mode of ``torch.compile`` for the network; None does not compile it. ``"reduce-overhead"``
+        replays CUDA graphs.
+    channels_last
+        Whether to store weights and features with channels last, which may be faster on a GPU.
     """
 
     model: ImageModel | OtherDynamics
@@ -56,7 +63,8 @@ class SampleRequest:
     guidance: float = 1.0
     observed: ObservedImage | None = None
     precision: Precision = "fp32"
-    compiled: bool = False
+    compile_mode: CompileMode | None = None
+    channels_last: bool = False
 
     def check(self) -> None:
         """Check the options against the model, before any work is done."""
@@ -70,20 +78,20 @@ class SampleRequest:
         if self.guidance != 1 and self.label is None:
             msg = f"needs a class; got {self.guidance} and no class"
             raise SettingError("guidance", msg)
-        if self.precision not in get_args(Precision):
-            msg = f"must be {', '.join(get_args(Precision))}; got {self.precision!r}"
-            raise SettingError("precision", msg)
-        if self.compiled and not isinstance(self.model, ImageModel):
-            msg = "needs a run under its own process, whose network is compiled"
-            raise SettingError("compiled", msg)
+        check_name(self.precision, get_args(Precision), "precision")
+        if self.compile_mode is not None:
+            check_name(self.compile_mode, get_args(CompileMode), "compile_mode")
+            if not isinstance(self.model, ImageModel):
+                msg = "needs a run under its own process, whose network is compiled"
+                raise SettingError("compile_mode", msg)
         if self.observed is not None and self.model.vae is not None:
             msg = "needs a process of pixels; the process of this model is of latent variables"
             raise SettingError("observe", msg)
         _ = self.sampler
 
-    def draw(self, label: int | None, seeds: list[int]) -> Samples:
-        """Sample one batch."""
-        return self.sampler.draw(seeds, label)
+    def draw(self, label: int | None, seeds: list[int], start: Start | None = None) -> Samples:
+        """Sample one batch; see `ImageSampler.draw`."""
+        return self.sampler.draw(seeds, label, start)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
@@ -115,9 +123,11 @@ class SampleRequest:
     def sampler(self) -> ImageSampler:
         """The sampler of the request."""
         model = self.model
-        if self.compiled:
+        if self.channels_last:
+            model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_mode is not None:
             # In place, so that names of weights stay.
-            model.score.network.compile()  # type: ignore[union-attr]
+            model.score.network.compile(mode=self.compile_mode)  # type: ignore[union-attr]
         return ImageSampler(
             *(model.score, model.space, self.sampling),
             vae=model.vae,

@@ -48,9 +48,9 @@ def folder(finished, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Recipes of the images that are sampled."""
-    recipes, draw = [], evaluation.draw_images
+    recipes, sampler = [], evaluation.ImageSampler
     monkeypatch.setattr(
-        evaluation, "draw_images", lambda *a, **k: recipes.append(a[3]) or draw(*a, **k)
+        evaluation, "ImageSampler", lambda *a, **k: recipes.append(a[2]) or sampler(*a, **k)
     )
     return recipes
 
@@ -213,16 +213,16 @@ def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(t
 
 
 def test_repeats_before_a_failure_are_kept(finished, folder, monkeypatch):
-    draw, asked = evaluation.draw_images, []
+    sampler, asked = evaluation.ImageSampler, []
 
-    def failing(model, space, seeds, *rest, **options):
-        asked.append(seeds)
+    def failing(*arguments, **options):
+        asked.append(arguments)
         if len(asked) == 2:
             msg = "not finite"
             raise FloatingPointError(msg)
-        return draw(model, space, seeds, *rest, **options)
+        return sampler(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "draw_images", failing)
+    monkeypatch.setattr(evaluation, "ImageSampler", failing)
     (folder / "evaluations" / "CLD.json").unlink()
     rows = {"models": {"CLD": {}}, "rows": TINY["rows"][:1]}
     found = compare(folder, **rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import torch
 
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
+from cldsde.images.data.samples import all_bytes
 from cldsde.images.evaluate import evaluation as table
-from cldsde.images.evaluate import images_sha256
+from cldsde.images.evaluate import frechet, images_sha256, reference
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import markdown_table, stored_results
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
+from image_data import noise
 from tiny_runs import noise_images
 
 MODEL = type("Model", (), {"digest": "abc", "space": ImageSpace((1, 8, 8))})()
@@ -35,9 +38,9 @@ def untrained(monkeypatch, untrained_classifier):
 
     def noise(_, model, recipe, seeds):
         images = noise_images(len(seeds), recipe.nfe, (1, 8, 8)).load(torch.arange(len(seeds)))
-        return Samples(images, torch.full((len(seeds),), recipe.nfe))
+        return iter([Samples(images, torch.full((len(seeds),), recipe.nfe))])
 
-    monkeypatch.setattr(Evaluation, "draw", noise)
+    monkeypatch.setattr(Evaluation, "stream", noise)
     return untrained_classifier
 
 
@@ -47,11 +50,25 @@ def measured(evaluation, nfe=4):
     return evaluation.of_run(MODEL, recipes, evaluation.folder / "results.json")
 
 
+class PixelFeatures:
+    """Features in place of Inception's."""
+
+    name, sha256 = "flat", "0" * 64
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        return images.flatten(1).double()
+
+
 @pytest.fixture
 def evaluation(tmp_path, monkeypatch):
     """Make an evaluation in a folder, with a stand-in for the metrics of Inception."""
     monkeypatch.setattr(table, "check_inception_weights", lambda _: "0" * 64)
     monkeypatch.setattr(table, "inception_metrics", inception)
+    monkeypatch.setattr(reference, "InceptionFeatures", lambda *_: PixelFeatures())
 
     def make(data=None, **options):
         given = {"samples": 20, "folder": tmp_path, "weights": tmp_path / "unread", **options}
@@ -151,13 +168,13 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
     evaluation, untrained, tmp_path, monkeypatch
 ):
     """Each samples when the others have read the file, and before they write to it."""
-    together, draw = threading.Barrier(3), Evaluation.draw
+    together, draw = threading.Barrier(3), Evaluation.stream
 
     def meeting(*arguments):
         together.wait()
         return draw(*arguments)
 
-    monkeypatch.setattr(Evaluation, "draw", meeting)
+    monkeypatch.setattr(Evaluation, "stream", meeting)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
     with ThreadPoolExecutor(3) as pool:
         jobs = [
@@ -179,7 +196,7 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
 
 def test_a_stored_failure_is_reported_with_what_to_do(evaluation, tmp_path, monkeypatch):
     failing = mock.Mock(side_effect=FloatingPointError("sscs failed: not finite"))
-    monkeypatch.setattr(Evaluation, "draw", failing)
+    monkeypatch.setattr(Evaluation, "stream", failing)
     with pytest.raises(FloatingPointError, match=r"not finite$"):
         measured(evaluation())
     with pytest.raises(FloatingPointError, match=r"found before, delete .*results\.json to have"):
@@ -218,3 +235,39 @@ def test_subsets_of_kid_fit_into_both_sets(evaluation, monkeypatch, images, refe
     made.check(images)
     made.measure(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), ["kid"])
     assert [call.kwargs["kid_subset_size"] for call in metrics.mock_calls] == [size]
+
+
+def test_images_of_a_fid_are_not_kept_and_the_reference_is_measured_once(
+    evaluation, tmp_path, monkeypatch
+):
+    made, alive, batches = [], [], noise(60, 1, (1, 8, 8)).split(5)
+
+    def features(*_):
+        made.append(PixelFeatures())
+        return made[-1]
+
+    def stream(*_):
+        for images in map(torch.clone, batches):
+            alive.append(weakref.ref(images))
+            assert sum(image() is not None for image in alive) <= 2
+            yield Samples(images, torch.full((5,), 4))
+
+    monkeypatch.setattr(reference, "InceptionFeatures", features)
+    monkeypatch.setattr(Evaluation, "stream", stream)
+    expected = frechet(torch.cat(batches), all_bytes(data_set().train), PixelFeatures())
+    for number in range(2):
+        found = measured(evaluation(metrics=["fid"], samples=60), nfe=4 + number)
+        cell = found["recipes"][number]["cells"]["0-59"]
+        assert cell["sampling"]["nfe"] == 4
+        measure = cell["fid 00000000 train"]
+        # Sums of 60 numbers, in batches of other sizes.
+        value = pytest.approx(expected["frechet_distance"], rel=1e-10)
+        assert measure["metrics"]["fid"]["value"] == value
+        for name in ("samples_sha256", "reference_sha256"):
+            assert measure[name] == expected[name]
+    assert [some.seen for some in made] == [60 + 40, 60]
+    # A damaged file is made again.
+    [file] = (tmp_path / "inception").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    measured(evaluation(metrics=["fid"], samples=60), nfe=6)
+    assert made[-1].seen == 60 + 40

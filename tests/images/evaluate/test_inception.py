@@ -13,7 +13,14 @@ from unittest import mock
 import pytest
 import torch
 
-from cldsde.images.evaluate import INCEPTION_FILE, images_sha256, inception_metrics
+from cldsde.images.evaluate import (
+    INCEPTION_FILE,
+    FeatureStatistics,
+    frechet_of,
+    images_sha256,
+    inception_metrics,
+)
+from cldsde.images.evaluate.inception import InceptionFeatures
 from cldsde.images.evaluate.weights import plain_loads
 from image_data import noise
 
@@ -69,6 +76,10 @@ def test_kid_and_precision_equal_those_of_the_same_features(
     kept = next(file for file in tmp_path.iterdir() if file.name.endswith("features-2048.pt"))
     x = own_features(inception, images).double()
     y = torch.load(kept, weights_only=True).double()
+    features = InceptionFeatures(inception)
+    assert features.sha256 in features.name
+    # Rounding of single precision in another batch.
+    torch.testing.assert_close(features(images[:2]).double(), x[:2], rtol=1e-3, atol=1e-3)
     numbers = {name: entry["value"] for name, entry in found["metrics"].items()}
     assert set(numbers) == {"kid", "precision", "recall", "f_score"}
     # All images are in each subset, so that KID is the unbiased estimate itself, in float32.
@@ -116,6 +127,9 @@ def test_fid_and_inception_score_equal_those_of_the_same_features(inception):
     found = inception_metrics(images, reference, inception, metrics=["fid", "isc"])
     assert found["metrics"]["fid"]["value"] == pytest.approx(fid, abs=1e-5 * traces)
     assert fid > 0.1 * traces  # the tolerance means something
+    features = InceptionFeatures(inception)
+    first, second = (FeatureStatistics.of(z, features, batch=4) for z in (images, reference))
+    assert frechet_of(first, second) == pytest.approx(fid, abs=1e-5 * traces)
     assert found["metrics"]["fid"]["spread"] is None
     assert found["metrics"]["isc"]["value"] == pytest.approx(1.0)  # ten splits of one image each
     assert found["channels"] == "three"

@@ -25,7 +25,7 @@ from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import draw_images, make_solver, time_grid
+from cldsde.images.sample.sampler import ahead, draw_images, make_solver, time_grid
 
 SPACE = ImageSpace((3, 4, 4))
 FIXED = SamplingConfig(solver="sscs", nfe=6, t_end=1e-2)
@@ -79,6 +79,16 @@ def test_an_image_depends_on_its_seed_alone():
     assert torch.equal(together, apart)
     assert torch.equal(some, together[[7, 2]])
     assert not torch.equal(together[0], together[1])
+
+
+def test_inputs_are_made_one_ahead_in_their_order():
+    made = []
+    for used, item in enumerate(ahead(lambda i: made.append(i) or 2 * i, range(5))):
+        assert item == 2 * used
+        assert len(made) <= used + 2
+    assert made == list(range(5))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda i: 1 / i, [1, 0]))
 
 
 @pytest.mark.parametrize("label", [None, "all"])
@@ -200,11 +210,11 @@ def test_an_interrupted_request_resumes_and_other_settings_start_again(
     drawn: list[list[int]] = []
     draw = SampleRequest.draw
 
-    def interrupted(self, label, seeds):
+    def interrupted(self, label, seeds, start):
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(seeds)
-        return draw(self, label, seeds)
+        return draw(self, label, seeds, start)
 
     monkeypatch.setattr(SampleRequest, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +242,7 @@ def test_processes_share_the_work(request_of, tmp_path):
 def test_two_calls_do_not_write_to_one_place_at_a_time(request_of, tmp_path, monkeypatch):
     out, draw, drawn = tmp_path / "x.npz", SampleRequest.draw, []
 
-    def meanwhile(self, label, seeds):
+    def meanwhile(self, label, seeds, start):
         drawn.append(seeds)
         if len(drawn) == 1:
             for other in (request_of(3), request_of(5)):
@@ -241,7 +251,7 @@ def test_two_calls_do_not_write_to_one_place_at_a_time(request_of, tmp_path, mon
             with pytest.raises(ValueError, match="is being written"), alone(out):
                 pass
             draw_to(tmp_path / "y.npz", request_of(1))
-        return draw(self, label, seeds)
+        return draw(self, label, seeds, start)
 
     monkeypatch.setattr(SampleRequest, "draw", meanwhile)
     draw_to(out, request_of(3))
