@@ -71,7 +71,8 @@ def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
     write_fashion(tmp_path, zipped=True, counts=(2, 1))
     file = tmp_path / TRAIN_LABELS
     content = file.read_bytes()
-    for where, bit in product(range(10, len(content)), (0, 7)):
+    padded = len(content) - 9  # the last byte before checksum and size may have unused bits
+    for where, bit in product({*range(10, len(content))} - {padded}, (0, 7)):
         changed = bytearray(content)
         changed[where] ^= 1 << bit
         file.write_bytes(changed)

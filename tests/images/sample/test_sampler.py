@@ -124,8 +124,13 @@ def test_budgets_are_used_and_not_exceeded(name, nfe):
     assert found.nfev <= nfe
     longer = dataclasses.replace(sampling, nfe=nfe + solver.facts.nfe_per_step)
     assert len(time_grid(process, solver, longer)) == len(times) + 1
-    with pytest.raises(ValueError, match=f"nfe: {solver.facts.nfe_per_step} evaluations are too f"):
-        time_grid(process, solver, dataclasses.replace(sampling, nfe=solver.facts.nfe_per_step))
+
+
+def test_budgets_too_small_for_a_step_are_rejected():
+    sampling = SamplingConfig(solver="stochastic-heun", nfe=2)
+    process = ReverseProcess(CLD(), pixel_score(CLD()))
+    with pytest.raises(ValueError, match="nfe: 2 evaluations are too few"):
+        time_grid(process, make_solver(sampling), sampling)
 
 
 def test_models_of_dequantised_levels_return_the_levels():
@@ -272,13 +277,21 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
             draw_to(out, first)
     assert not out.exists()
     out.mkdir()  # an empty folder is taken
-    second = request_of(seeds=range(9, 12))
+    second = request_of(seeds=range(2, 4))
     check(second, out)
+    draw_to(out, second)
+    assert sorted(file.name for file in out.iterdir()) == ["2.png", "3.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_was_put_in_place_before_an_interruption_is_done(
+    request_of, tmp_path, monkeypatch
+):
+    out, second = tmp_path / "x", request_of(seeds=range(9, 12))
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "_drop_parts", interrupt)
         with pytest.raises(KeyboardInterrupt):
             draw_to(out, second)
-    # The folder was put in place before the interruption: the request is done.
     assert sorted(file.name for file in out.iterdir()) == ["09.png", "10.png", "11.png"]
     other = request_of(seeds=range(9, 13))
     with pytest.raises(ValueError, match="x holds files already"):
