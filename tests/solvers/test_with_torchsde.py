@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torchsde
-from references import cld, dense, hold, psld, ve, vp
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import (
@@ -24,6 +23,7 @@ from cldsde.solvers import (
 )
 from cldsde.validation import propagate_moments
 from probes import Recording, generator, start, untouchable
+from references import cld, dense, hold, psld, ve, vp
 
 DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 PROCESSES = {
