@@ -4,8 +4,8 @@ The reference works on data scaled to x/alpha, with the noise levels
 
     VE   low (high / low)^t,        VP   (e^B - 1)^1/2,        sub-VP   2 sinh(B / 2),
 
-B the integral of beta from 0 to t and alpha = e^{-B/2} (1 for VE), and with the data prediction D
-of a mixture in closed form. It uses nothing of the package.
+B the integral of beta from 0 to t and alpha = e^{-B/2} (1 for VE). The data prediction D of a
+mixture has a closed form. The reference uses nothing of the package.
 """
 
 import functools
@@ -62,8 +62,8 @@ GAUSSIAN = GaussianMixture([1.0], [[MEAN]], [[[VARIANCE]]])
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
-# Scores and predictions convert with an error of some 1e-13 of states of size 10, which the slope
-# of the prediction between the modes may raise.
+# Scores and predictions convert with an error of some 1e-13 of states of size 10. The slope of the
+# prediction between the modes may raise it.
 CONVERSION = 1e-10
 
 
@@ -136,7 +136,7 @@ CHURNS = [{"churn": 1.5}, {"churn": 1.5, "noise_scale": 1.007}, {"churn": 1e3, "
 
 
 class TestAlgorithm:
-    """Numbers are those of the algorithm, given the same normals."""
+    """The solver computes what the algorithm does with the same normals."""
 
     @every_process
     @pytest.mark.parametrize("times", [GRID, GRID[[0, 4, 9]], TO_ZERO, TO_ZERO[[0, 10]]], ids=len)
@@ -192,15 +192,16 @@ class TestAlgorithm:
     def test_the_score_is_evaluated_at_the_levels_of_the_algorithm(self, name, times, options):
         sde, _, sigma = PROCESSES[name]
         score, n = Recording(MODES.score(sde)), len(times) - 1
-        process = ReverseProcess(sde, score)
-        found = solvers.solve(process, EDMHeun(**options), start(sde), times, generator=generator())
+        process, solver = ReverseProcess(sde, score), EDMHeun(**options)
+        found = solvers.solve(process, solver, start(sde), times, generator=generator())
         levels = sigma(times.numpy())
         expected = [x for i in range(n) for x in (raised(levels, i, **options), levels[i + 1])]
         ends_at_data = levels[-1] == 0
         assert found.nfev == score.calls == 2 * n - ends_at_data
         seen = [t[0].item() for t in score.times]
+        assert seen == solver.evaluation_times(process, times).tolist()
         assert sigma(np.array(seen)) == pytest.approx(expected[: len(seen)], rel=1e-12)
-        # Levels that are not raised are those of the grid, to the bit.
+        # Levels that are not raised have the bits of the grid.
         assert seen[1::2] == times[1 : n + 1 - ends_at_data].tolist()
 
 

@@ -110,8 +110,8 @@ def test_states_on_the_way_are_those_of_shorter_grids(solver):
     assert torch.equal(found.y[0], z)
     assert torch.equal(found.y[2], found.state)
     assert seen == sorted(seen)
-    # States are saved before a correction by the next step, or cut a step short: errors are those
-    # of the solver at these steps.
+    # States are saved before a correction by the next step, or cut a step short: the solver's
+    # errors at these steps.
     shorter = solvers.solve(process, solver, z, times[:5]).state
     assert torch.allclose(found.y[1], shorter, rtol=0, atol=2e-3)
 
