@@ -62,8 +62,10 @@ def shared_networks():
     """Build each network without numbers once; a recognition needs all of them."""
     made, make = {}, PublishedModel.make_network
 
-    def shared(model, device):
+    def shared(model, device="cpu"):
         key = repr((model.process, model.shape, model.network))
+        if device != "meta":
+            return make(model, device)
         if key not in made:
             made[key] = make(model, device)
         return made[key]
