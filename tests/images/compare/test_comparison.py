@@ -170,7 +170,7 @@ def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
     def watched(*arguments, **options):
         table = folder / "table.md"
         seen.append(table.read_text() if table.exists() else "")
-        assert len(untrained_classifier) == 1
+        assert untrained_classifier  # made before any model
         return training(*arguments, **options)
 
     monkeypatch.setattr(comparison, "train", watched)
@@ -187,7 +187,6 @@ def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
     Comparison(config, folder).run()  # nothing is left to be measured
     assert len(untrained_classifier) == 1
     (folder / "evaluations" / "VP.json").unlink()
-    torch.manual_seed(3)
     with pytest.raises(ValueError, match="features of different classifiers"):
         Comparison(config, folder).run()
 
