@@ -8,13 +8,11 @@ B the integral of beta from 0 to t and alpha = e^{-B/2} (1 for VE). The data pre
 mixture has a closed form. The reference uses nothing of the package.
 """
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
 
 from cldsde import (
     VESDE,
@@ -238,21 +236,6 @@ def moments_error(name, n, options):
     return math.hypot(m.item() - alpha(t)[1] * MEAN, C.item() - variance[1])
 
 
-@functools.cache
-def flow(name):
-    """Ends of the flow of three modes in x/alpha, by a rule of order 8 in log sigma."""
-    sde, alpha, sigma = PROCESSES[name]
-    t = np.array([1.0, 0.1])
-
-    def slope(x, flat):
-        y = flat.reshape(6, 2)
-        return (y - denoise(y, math.exp(x))).ravel()
-
-    begin = (start(sde, (6, 2))[:, 0].numpy() / alpha(t)[0]).ravel()
-    found = solve_ivp(slope, np.log(sigma(t)), begin, "DOP853", rtol=1e-11, atol=1e-12)
-    return alpha(t)[1] * found.y[:, -1].reshape(6, 2)
-
-
 # With errors c h^2 (1 + d h + ...) the slope is 2 + d h / (2 log 2): a quarter leaves room for the
 # second term, and a declaration that is off by a half is more than a quarter away.
 CLOSE = 0.25
@@ -269,16 +252,6 @@ class TestOrders:
         assert abs(slope - (facts.weak_order if options else facts.ode_order)) < CLOSE
         assert facts.strong_order is None
         assert (facts.weak_order is None) != (facts.ode_order is None)
-
-    @pytest.mark.parametrize("name", ["VE", "sub-VP"])
-    def test_the_order_of_a_nonlinear_flow_is_the_declared_one(self, name):
-        sde, errors = PROCESSES[name][0], []
-        process, z = ReverseProcess(sde, MODES.score(sde)), start(sde, (6, 2))
-        for n in (80, 160):
-            found = solvers.solve(process, EDMHeun(), z, solvers.root_times(1.0, 0.1, n)).data
-            errors.append(np.linalg.norm(found.numpy() - flow(name)))
-        assert errors[1] > 1e-7  # the reference is good to some 1e-10
-        assert abs(math.log2(errors[0] / errors[1]) - EDMHeun().facts.ode_order) < CLOSE
 
     def test_noise_of_another_scale_has_no_order(self):
         for noise_scale in (0.9, 1.0000001):

@@ -1,14 +1,13 @@
 """Gotta Go Fast: its Brownian path, its formulas, its distribution, and how it ends."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 from scipy.stats import kstest
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
-from cldsde.solvers import FreshNoise, GottaGoFast, NoiseSource, RecordedNoise, solve
+from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
 from cldsde.solvers.gotta_go_fast import _Path
 from probes import Recording, generator, start, untouchable
 from score import exact
@@ -249,34 +248,6 @@ class TestDistribution:
         assert abs(coarse - fine) <= 4 * math.hypot(one, other) + 5e-4
         fresh, error = self.size("fresh", 0.01, 0.002, 200_000)
         assert fresh - 1 > 0.01 > 20 * error
-
-
-class TestSamples:
-    @every_mode
-    def test_evaluations_are_those_that_each_sample_saw(self, mode):
-        sde, g = VESDE(0.05, 20.0), generator(7)
-        inner = exact.mixture().score(sde)
-
-        class Marked(NoiseSource):
-            def normal(self, z, rows):
-                draw = torch.randn(len(z), rows, *z.shape[2:], generator=g, dtype=z.dtype)
-                draw[..., 2] = 0
-                return draw
-
-        # The last axis stands still and holds the sample's number.
-        recorded = Recording(
-            lambda z, t: torch.cat([inner(z[..., :2], t), torch.zeros_like(z[..., :1])], dim=-1)
-        )
-        label = torch.arange(6, dtype=torch.float64)[:, None, None]
-        scale = torch.logspace(0, 2, 6, dtype=torch.float64)[:, None, None]
-        state = torch.cat([start(sde, (6, 2)) * scale, label], dim=-1)
-        found = run(sde, recorded, state, noise=Marked(), noise_on_reject=mode)
-        seen = Counter(i for z in recorded.states for i in z[:, 0, 2].tolist())
-        assert found.success
-        assert found.stats["nfev"].tolist() == [seen[i] for i in range(6)]
-        assert found.nfev == max(seen.values()) == 2 * found.stats["attempts"]
-        assert found.stats["rejections"] > 0
-        assert len(set(seen.values())) > 1
 
 
 class TestEnds:

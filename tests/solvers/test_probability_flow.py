@@ -1,7 +1,6 @@
 """`ProbabilityFlow`: its solution, tolerance and counts, samples on their own, and its ends."""
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -49,23 +48,6 @@ def flown(name, z):
     growth = np.linalg.norm(moves[-1] @ np.linalg.inv(moves), 2, axis=(1, 2)).max()
     away = z.double().numpy() - exact_process.mean(1.0)[:, None]
     return torch.from_numpy(exact_process.mean(END)[:, None] + moves[-1] @ away), growth
-
-
-class Labelled:
-    """A score under VE whose last data axis stands still and may hold the sample's number."""
-
-    def __init__(self):
-        self.sde = PROCESSES["VE"][0]
-        self.inner = exact.mixture().score(self.sde)
-
-    def __call__(self, z, t):
-        return torch.cat([self.inner(z[..., :2], t), torch.zeros_like(z[..., :1])], dim=-1)
-
-    def start(self, n):
-        """Starts of different sizes, so that samples need different numbers of steps."""
-        scale = torch.logspace(0, 2, n, dtype=torch.float64)[:, None, None]
-        label = torch.arange(n, dtype=torch.float64)[:, None, None]
-        return torch.cat([start(self.sde, (n, 2)) * scale, label], dim=-1)
 
 
 class TestSolution:
@@ -129,61 +111,23 @@ class TestSolution:
         assert times == [0.75, 0.5, 0.25, END]
 
 
-class TestSamples:
-    """With ``pace="sample"`` each sample has step lengths of its own."""
+@may_fail
+def test_a_sample_that_fails_takes_its_batch_with_it_unless_steps_are_its_own():
+    def score(z, t):
+        return torch.where(z[:, 1:] > 10, math.nan, -4 * z[:, 1:])
 
-    @every_method
-    def test_evaluations_are_those_that_each_sample_saw(self, method):
-        labelled, stages = Labelled(), METHODS[method][1]
-        score, state = Recording(labelled), labelled.start(6)
-        found = run(labelled.sde, score, state, method=method, pace="sample")
-        seen = Counter(i for z in score.states for i in z[:, 0, 2].tolist())
-        assert found.success
-        assert found.stats["nfev"].tolist() == [seen[i] for i in range(6)]
-        assert found.nfev == max(seen.values()) == score.calls
-        assert len(set(seen.values())) > 1
-        # Two at the start, then all stages but the first of each attempt.
-        assert all((n - 2) % stages == 0 for n in seen.values())
-        assert found.nfev == 2 + stages * found.stats["attempts"]
-        # Samples that arrived leave the batch.
-        sizes = [len(z) for z in score.states]
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] == 6 > sizes[-1]
-        assert torch.equal(found.state[:, 0, 2], state[:, 0, 2])
+    state = start(CRITICAL)
+    state[0] += 100.0
+    assert not run(CRITICAL, score, state).stats["success"].any()
+    alone = run(CRITICAL, score, state, pace="sample")
+    assert alone.stats["success"].tolist() == [False, True, True]
 
 
-class TestBatch:
-    """By default the whole batch has one step length."""
-
-    @every_method
-    def test_samples_share_their_evaluations_and_times(self, method):
-        labelled, seen = Labelled(), []
-        score, state = Recording(labelled), labelled.start(6)
-        found = solve(
-            ReverseProcess(labelled.sde, score),
-            ProbabilityFlow(method=method),
-            state,
-            ends(),
-            callback=lambda number, t, z: seen.append((t.shape, len(set(t.tolist())))),
-        )
-        assert found.success
-        assert found.stats["nfev"].tolist() == [found.nfev] * 6
-        assert found.nfev == score.calls == 2 + METHODS[method][1] * found.stats["attempts"]
-        assert {z.shape for z in score.states} == {state.shape}
-        assert all((t == t[0]).all() for t in score.times)
-        assert set(seen) == {(torch.Size([6]), 1)}
-
-    @may_fail
-    def test_a_sample_that_fails_takes_the_others_with_it(self):
-        labelled = Labelled()
-
-        def score(z, t):
-            return torch.where(z[..., 2:] == 0, math.nan, labelled(z, t))
-
-        state = labelled.start(3)
-        assert not run(labelled.sde, score, state).stats["success"].any()
-        alone = run(labelled.sde, score, state, pace="sample")
-        assert alone.stats["success"].tolist() == [False, True, True]
+def test_callbacks_of_a_batch_with_one_step_length_get_the_time_of_each_sample():
+    seen, process = [], ReverseProcess(CRITICAL, lambda z, t: -4 * z[:, 1:])
+    keep = lambda number, t, z: seen.append((t.shape, len(set(t.tolist()))))  # noqa: E731
+    solve(process, ProbabilityFlow(), start(CRITICAL), ends(), callback=keep)
+    assert set(seen) == {(torch.Size([3]), 1)}
 
 
 class TestPrecision:
