@@ -150,6 +150,18 @@ def test_bad_options_are_rejected(options, message):
         sample(*wide_mixture(), score=untouchable, **options)
 
 
+def test_a_dtype_without_fractions_is_rejected():
+    with pytest.raises(TypeError, match="dtype must be a floating-point type"):
+        sample(*wide_mixture(), score=untouchable, dtype=torch.int64)
+
+
+def test_equal_rows_with_little_noise_are_sampled_in_float32():
+    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=1e-4)
+    for method in ("moments", "pigdm"):
+        found = sample(gaussian()[0], seen, steps=3, method=method, dtype=torch.float32)
+        assert found.samples.isfinite().all()
+
+
 def test_observations_that_do_not_fit_are_rejected():
     _, seen = wide_mixture()
     process, latest = ReverseProcess(CLD(), untouchable), seen.end_time(CLD(), (8,))
