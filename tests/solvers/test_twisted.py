@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
-from probes import generator, untouchable
+from probes import generator, name_of_case, untouchable
 from references import wide_mixture
 
 BATCHES = 1e-9  # matrix products of other batch sizes round otherwise; it grows along the steps
@@ -143,7 +143,7 @@ def test_systematic_resampling_has_no_bias():
         ({"shape": (4,)}, "numbers; got data"),
         ({"data_variance": 0}, "data_variance must be"),
     ],
-    ids=str,
+    ids=name_of_case,
 )
 def test_bad_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
