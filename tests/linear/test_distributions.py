@@ -22,6 +22,7 @@ from cldsde import (
     SubVPSDE,
 )
 from cldsde.linear.random import standard_normal
+from probes import name_of_case
 from tolerances import EPS32, KERNEL, rounding, standard_error
 
 FAMILIES = [VPSDE, SubVPSDE, VESDE, CLD, PSLD, HOLD, RectifiedFlow, CosineVP]
