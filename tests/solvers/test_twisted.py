@@ -162,6 +162,14 @@ def test_equal_rows_with_little_noise_are_sampled_in_float32():
         assert found.samples.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_particles_of_half_precision(dtype):
+    seen = Observation.matrix([[1.0, 1.0, 0.0]], torch.zeros(1), noise_std=0.1)
+    found = sample(gaussian()[0], seen, steps=3, dtype=dtype)
+    assert found.samples.dtype == dtype
+    assert found.samples.isfinite().all()
+
+
 def test_observations_that_do_not_fit_are_rejected():
     _, seen = wide_mixture()
     process, latest = ReverseProcess(CLD(), untouchable), seen.end_time(CLD(), (8,))
