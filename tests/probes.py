@@ -93,6 +93,17 @@ class Recording:
         return len(self.times)
 
 
+class Recorder(solvers.NoiseSource):
+    """Fresh normals, and a record of them."""
+
+    def __init__(self, seed: int = 4) -> None:
+        self.source, self.draws = solvers.FreshNoise(generator(seed)), list[torch.Tensor]()
+
+    def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
+        self.draws.append(self.source.normal(z, rows))
+        return self.draws[-1]
+
+
 def known_score(
     process: ReverseProcess, solver: GridSolver, times: torch.Tensor, z: torch.Tensor
 ) -> KnownScore:
@@ -108,10 +119,10 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
     names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the step waits for a value")
 
     with monkeypatch.context() as patch:
         for attribute in names:
-            patch.setattr(torch.Tensor, attribute, refuse)
+            patch.setattr(torch.Tensor, attribute, fail)
         yield

@@ -1,5 +1,6 @@
 """Adaptive solvers: evaluations per sample, and solves that cannot reach their end."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -21,39 +22,21 @@ from probes import Recording, generator, start, untouchable
 from tolerances import EPS
 
 SDE, ENDS = CLD(), torch.tensor([1.0, 1e-2], dtype=torch.float64)
-# Solvers with their evaluations before the first attempt and per attempt.
+
+
+def flow(method, pace, tolerance):
+    return ProbabilityFlow(method=method, pace=pace, rtol=tolerance, atol=tolerance)
+
+
 SOLVERS = {
-    "Gotta Go Fast": (GottaGoFast, {"rtol": 0.1, "atol": 0.05}, 0, 2),
-    "Gotta Go Fast, fresh": (
-        GottaGoFast,
-        {"rtol": 0.1, "atol": 0.05, "noise_on_reject": "fresh"},
-        0,
-        2,
-    ),
-    **{
-        f"flow, {method}, {pace}": (
-            ProbabilityFlow,
-            {"method": method, "pace": pace, "rtol": tolerance, "atol": tolerance},
-            2,
-            stages,
-        )
-        for method, stages, tolerance in (
-            ("bosh3", 3, 1e-4),
-            ("dopri5", 6, 1e-5),
-            ("dopri8", 12, 1e-9),
-        )
-        for pace in ("batch", "sample")
-    },
-    **{
-        f"torchdiffeq, {method}": (TorchDiffEq, {"method": method, "rtol": 1e-4}, 2, stages)
-        for method, stages in (
-            ("dopri8", 13),
-            ("dopri5", 6),
-            ("bosh3", 3),
-            ("fehlberg2", 2),
-            ("adaptive_heun", 1),
-        )
-    },
+    "Gotta Go Fast": GottaGoFast(rtol=0.1, atol=0.05),
+    "Gotta Go Fast, fresh": GottaGoFast(rtol=0.1, atol=0.05, noise_on_reject="fresh"),
+    "flow, bosh3, batch": flow("bosh3", "batch", 1e-3),
+    "flow, dopri5, batch": flow("dopri5", "batch", 1e-5),
+    "flow, dopri5, sample": flow("dopri5", "sample", 1e-5),
+    "flow, dopri8, sample": flow("dopri8", "sample", 1e-9),
+    "torchdiffeq, dopri5": TorchDiffEq(method="dopri5", rtol=1e-4),
+    "torchdiffeq, adaptive_heun": TorchDiffEq(method="adaptive_heun", rtol=1e-3),
 }
 pytestmark = [
     pytest.mark.parametrize("name", list(SOLVERS)),
@@ -65,12 +48,15 @@ def smooth(z, t):
     return -4 * z[:, 1:] - z[:, 1:].sin()
 
 
-def run(name, score=None, dtype=torch.float64, state=None, **options):
-    kind, defaults, *_ = SOLVERS[name]
-    score = Recording(smooth if score is None else score)
-    state = start(SDE, dtype=dtype) if state is None else state
-    process, solver = ReverseProcess(SDE, score), kind(**{**defaults, **options})
-    found = solve(process, solver, state, ENDS, generator=generator())
+def cost(name):
+    """Evaluations before the first attempt, and per attempt."""
+    return 0 if name.startswith("Gotta") else 2, SOLVERS[name].facts.nfe_per_step
+
+
+def run(name, score=smooth, dtype=torch.float64, state=None, **options):
+    score, state = Recording(score), start(SDE, dtype=dtype) if state is None else state
+    solver = dataclasses.replace(SOLVERS[name], **options)
+    found = solve(ReverseProcess(SDE, score), solver, state, ENDS, generator=generator())
     assert found.state.isfinite().all()
     assert torch.equal(found.data, found.state[:, 0])
     assert (found.status == 0) == found.success
@@ -99,38 +85,36 @@ def test_evaluations_are_those_that_each_sample_saw(name):
         variance = (0.25 + (0.05 * 400**t) ** 2)[:, None, None]
         return torch.cat([-z[..., :2] / variance, torch.zeros_like(z[..., :1])], dim=-1)
 
-    kind, options, before, attempt = SOLVERS[name]
-    recorded = Recording(score)
-    process, solver = ReverseProcess(sde, recorded), kind(**options)
-    found = solve(process, solver, state, ENDS, noise=Marked())
+    (before, attempt), recorded = cost(name), Recording(score)
+    found = solve(ReverseProcess(sde, recorded), SOLVERS[name], state, ENDS, noise=Marked())
     seen = Counter(i for z in recorded.states for i in z[:, 0, 2].tolist())
     assert found.success
     assert torch.equal(found.state[:, 0, 2], label)
     assert found.stats["nfev"].tolist() == [seen[i] for i in range(6)]
     assert found.nfev == max(seen.values())
     assert all((n - before) % attempt == 0 for n in seen.values())
-    if kind is not TorchDiffEq:
+    if "torchdiffeq" not in name:
         assert found.nfev == before + attempt * found.stats["attempts"]
     # Samples that arrived leave the batch, unless all have one step length.
     sizes = [len(z) for z in recorded.states]
     assert sizes == sorted(sizes, reverse=True)
-    shared = kind is TorchDiffEq or "batch" in name
+    shared = "torchdiffeq" in name or "batch" in name
     assert (sizes[-1] == 6) == (len(set(seen.values())) == 1) == shared
     assert not shared or all((t == t[0]).all() for t in recorded.times)
 
 
-@pytest.mark.parametrize("most", [2, 3, 20, 50])
+@pytest.mark.parametrize("most", [2, 3, 50])
 def test_too_few_evaluations_are_reported(name, most):
     found, score = run(name, rtol=1e-12, atol=1e-12, max_nfev=most)
     assert not found.success
     assert f"max_nfev: {most}" in found.message
-    assert most - SOLVERS[name][3] < score.calls == found.nfev <= most
+    assert most - cost(name)[1] < score.calls == found.nfev <= most
     assert found.y.isnan().all()
 
 
 def test_as_many_evaluations_as_needed_are_enough(name):
     needed, _ = run(name)
-    before, attempt = SOLVERS[name][2:]
+    before, attempt = cost(name)
     assert (needed.nfev - before) % attempt == 0
     again, _ = run(name, max_nfev=needed.nfev)
     assert again.success
@@ -152,7 +136,7 @@ def test_a_score_that_is_not_finite_is_reported_soon(name, value, since):
     # rejections, one step, one that may grow. 1e-14 is 21 times that.
     healthy = [float(t) > since for t in score.times]
     first = healthy.index(False) if False in healthy else len(healthy)
-    assert len(healthy) - first <= 84 * SOLVERS[name][3]
+    assert len(healthy) - first <= 84 * cost(name)[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -166,22 +150,21 @@ def test_tolerances_out_of_reach_end(name, dtype, tolerance):
 
 def test_a_step_that_ends_just_above_the_end_does_not_underflow(name):
     # Nothing moves: after a first step of 0.01 the second ends near these ends.
-    kind, options, *_ = SOLVERS[name]
     first = {"first_step": 0.01}
-    first = {"options": first} if kind is TorchDiffEq else first
-    solver, seen = kind(**{**options, **first, "atol": 1.0}), []
+    first = {"options": first} if "torchdiffeq" in name else first
+    solver, seen = dataclasses.replace(SOLVERS[name], **first, atol=1.0), []
     process = ReverseProcess(VESDE(0.05, 20.0), lambda z, t: torch.zeros_like(z))
     state = torch.zeros(1, 1, 1, dtype=torch.float64)
     noise = RecordedNoise([torch.zeros_like(state)] * 100)
     solve(process, solver, state, ENDS, noise=noise, callback=lambda n, t, z: seen.append(float(t)))
-    for roundings in range(-20, 21):
+    for roundings in range(-12, 13):
         times = torch.tensor([1.0, seen[1] + roundings * EPS / 2], dtype=torch.float64)
         noise = RecordedNoise([torch.zeros_like(state)] * 100)
         assert solve(process, solver, state, times, noise=noise).success
 
 
 def test_moments_are_for_grids(name):
-    kind, options, *_ = SOLVERS[name]
     process, moments = ReverseProcess(SDE, untouchable), (torch.zeros(2, 1), torch.eye(2))
-    with pytest.raises(TypeError, match=f"fixed grid; {kind.__name__} is adaptive"):
-        propagate_moments(process, kind(**options), ENDS, *moments)
+    kind = type(SOLVERS[name]).__name__
+    with pytest.raises(TypeError, match=f"fixed grid; {kind} is adaptive"):
+        propagate_moments(process, SOLVERS[name], ENDS, *moments)

@@ -1,0 +1,176 @@
+"""Options: what is out of range is rejected by name, equal options are equal, facts follow them."""
+
+import math
+
+import pytest
+
+from cldsde import solvers
+from cldsde.solvers import (
+    SSCS,
+    EDMHeun,
+    EulerMaruyama,
+    ExponentialMultistep,
+    GottaGoFast,
+    Langevin,
+    PredictorCorrector,
+    ProbabilityFlow,
+    Splitting,
+    TorchDiffEq,
+    TorchSDE,
+)
+from probes import name_of_case
+
+
+def falling(t):
+    return -t
+
+
+PUBLISHED = {"variable": "log_snr", "weights": "published"}
+NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
+POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
+# Solvers, an option, values out of its range, and the message, in which {} is the option.
+BAD_VALUES = [
+    (SSCS, "score_step", ["Euler", None, 1], "{} must be one of 'euler', 'midpoint', 'gaussian'"),
+    (SSCS, "data_variance", [0.0, math.inf], POSITIVE),
+    (EDMHeun, "churn", [-0.1, math.inf], "{} must be finite and at least 0; got"),
+    (EDMHeun, "churn", ["1"], REAL),
+    (EDMHeun, "noise_scale", [0.0, -1.0], POSITIVE),
+    (EDMHeun, "noise_scale", ["1"], REAL),
+    (EDMHeun, "churn_range", NO_RANGES, r"{} must be \(S_min, S_max\) with 0 ≤ S_min ≤ S_max; got"),
+    (ExponentialMultistep, "order", [0, 4, "2", 1.5, 2.0], "{} must be 1, 2 or 3; got"),
+    (ExponentialMultistep, "prediction", ["score"], "{} must be one of"),
+    (ExponentialMultistep, "variable", ["t"], "{} must be one of"),
+    (ExponentialMultistep, "weights", ["approximate"], "{} must be one of"),
+    (ExponentialMultistep, "weights", ["published"], "needs variable='log_snr'"),
+    (ExponentialMultistep, "stochasticity", [-0.1, math.inf], "{} must be finite and at least 0"),
+    (ExponentialMultistep, "stochasticity", ["1"], REAL),
+    (GottaGoFast, "rtol", [0.0, math.nan], POSITIVE),
+    (GottaGoFast, "atol", [0.0, [0.01, 0.0], [0.01, math.nan]], POSITIVE),
+    (GottaGoFast, "first_step", [0.0], POSITIVE),
+    (GottaGoFast, "safety", [0.0, 1.1], "{} must lie in"),
+    (GottaGoFast, "exponent", [0.0, 1.1], "{} must lie in"),
+    (GottaGoFast, "max_nfev", [1], "{} must be finite and at least 2"),
+    (GottaGoFast, "rtol", ["1"], REAL),
+    (GottaGoFast, "safety", ["1"], REAL),
+    (GottaGoFast, "exponent", ["1"], REAL),
+    (GottaGoFast, "first_step", ["1"], REAL),
+    (GottaGoFast, "max_nfev", [None], REAL),
+    (GottaGoFast, "atol", ["0.01", None, True, ["a"]], "{} must be a"),
+    (GottaGoFast, "noise_on_reject", ["Bridge", None], "{} must be one of 'bridge', 'fresh'"),
+    (Langevin, "snr", [0.0, math.nan], POSITIVE),
+    (Langevin, "steps", [0, 1.0, None, True], "{} must be a positive integer"),
+    (Langevin, "norm", ["mean", None], "{} must be one of 'sample', 'batch'"),
+    (ProbabilityFlow, "method", ["rk4", None], "{} must be one of 'bosh3', 'dopri5', 'dopri8'"),
+    (ProbabilityFlow, "rtol", [0.0], POSITIVE),
+    (ProbabilityFlow, "atol", [0.0], POSITIVE),
+    (ProbabilityFlow, "first_step", [0.0], POSITIVE),
+    (ProbabilityFlow, "max_step", [-1.0], POSITIVE),
+    (ProbabilityFlow, "rtol", ["1"], REAL),
+    (ProbabilityFlow, "atol", ["1"], REAL),
+    (ProbabilityFlow, "max_nfev", ["1"], REAL),
+    (ProbabilityFlow, "max_nfev", [0], "{} must be"),
+    (ProbabilityFlow, "pace", ["both"], "{} must be one of 'batch', 'sample'; got 'both'"),
+    (Splitting, "scheme", ["", "OB", "OXAB", "oba", "OBA ", 3, ["O", "B", "A"]], "{} must contain"),
+    (Splitting, "score_time", ["middle", "End", None], "{} must be one of 'start', 'end'; got"),
+    (Splitting, "shared_score", [1, None, "yes"], "{} must be True or False; got"),
+    (
+        TorchDiffEq,
+        "method",
+        ["RK45", "explicit_adams", "Dopri5", None],
+        "{} must be one of 'dopri8'",
+    ),
+    (TorchDiffEq, "rtol", [0.0], POSITIVE),
+    (TorchDiffEq, "atol", [0.0], POSITIVE),
+    (TorchDiffEq, "rtol", ["1"], REAL),
+    (TorchDiffEq, "atol", ["1"], REAL),
+    (TorchDiffEq, "max_nfev", ["1"], REAL),
+    (TorchDiffEq, "max_nfev", [0], "{} must be"),
+    (
+        TorchSDE,
+        "method",
+        ["reversible_heun", "log_ode", "Euler", None],
+        "{} must be one of 'euler'",
+    ),
+]
+CASES = [
+    (make, {option: value}, message.replace("{}", option))
+    for make, option, values, message in BAD_VALUES
+    for value in values
+]
+CASES += [
+    (TorchDiffEq, {"options": {key: 0.1, "first_step": 0.1}}, f"must not set {key}, because")
+    for key in ("step_t", "step_size", "grid_constructor", "dtype")
+]
+CASES += [
+    (ExponentialMultistep, {"prediction": "noise", "stochasticity": x}, "which is deterministic")
+    for x in (0.5, falling)
+]
+CASES += [
+    (ExponentialMultistep, {**PUBLISHED, "variable": "time"}, "needs variable='log_snr'"),
+    (ExponentialMultistep, {**PUBLISHED, "order": 3}, "order 1 or 2"),
+]
+NO_GRID_STATE = "predictor must have a state at each grid time"
+WITHOUT = [SSCS(), SSCS(score_step="midpoint"), ExponentialMultistep(corrector=True)]
+CASES += [
+    (PredictorCorrector, {"predictor": x}, NO_GRID_STATE)
+    for x in (*WITHOUT, ProbabilityFlow(), GottaGoFast())
+]
+CASES += [
+    (PredictorCorrector, {"predictor": x}, "predictor must be a solver")
+    for x in (None, "EM", Langevin())
+]
+CASES += [
+    (PredictorCorrector, {"corrector": x}, "corrector must be a Langevin")
+    for x in (None, 0.16, Langevin, EulerMaruyama())
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), CASES, ids=name_of_case)
+def test_bad_options_are_rejected(make, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        (GottaGoFast(atol=[0.01, 0.02]), GottaGoFast(atol=(0.01, 0.02))),
+        (TorchDiffEq(options={"first_step": 0.1}), TorchDiffEq(options={"first_step": 0.1})),
+    ],
+)
+def test_options_that_are_lists_or_dictionaries_are_values(one, same):
+    assert {one: 1}[same] == 1
+    assert one != type(one)()
+
+
+# Methods of torchdiffeq with their evaluations per step and orders.
+DIFFEQ = [("euler", 1, 1), ("midpoint", 2, 2), ("heun2", 2, 2), ("heun3", 3, 3), ("rk4", 4, 4)]
+DIFFEQ += [("dopri8", 13, 8), ("dopri5", 6, 5), ("bosh3", 3, 3), ("fehlberg2", 2, 2)]
+DIFFEQ += [("adaptive_heun", 1, 2)]
+# Evaluations per step, and weak, strong and ODE order; orders are measured in test_orders.py.
+FACTS = [
+    *((TorchSDE(method=x), 1, 1, 1, None) for x in ("euler", "milstein")),
+    (TorchSDE(method="srk"), 3, 2, 1.5, None),
+    (TorchSDE(method="heun"), 2, 2, 1, None),
+    (TorchSDE(method="euler_heun"), 1, 1, 1, None),
+    (TorchSDE(method="midpoint"), 2, 1, 1, None),
+    *((TorchDiffEq(method=x), n, None, None, p) for x, n, p in DIFFEQ),
+    (ProbabilityFlow(method="bosh3"), 3, None, None, 3),
+    (ProbabilityFlow(method="dopri5"), 6, None, None, 5),
+    (ProbabilityFlow(method="dopri8"), 12, None, None, 8),
+    (GottaGoFast(), 2, None, None, None),
+    (EDMHeun(), 2, None, None, 2),
+    (EDMHeun(noise_scale=0.9), 2, None, None, 2),  # there is no noise to scale
+    (EDMHeun(churn=5.0), 2, 2, None, None),
+    *((EDMHeun(churn=5.0, noise_scale=x), 2, None, None, None) for x in (0.9, 1.0000001)),
+    *((Splitting(scheme=x), x.count("B"), 1, None, None) for x in ("OBA", "BAOAB", "ABOBAOB")),
+    (Splitting(scheme="ABOBAOB", shared_score=True), 1, 1, None, None),
+    (PredictorCorrector(solvers.StochasticHeun(), Langevin(steps=3)), 5, None, None, None),
+]
+
+
+@pytest.mark.parametrize(("solver", "nfe", "weak", "strong", "ode"), FACTS, ids=name_of_case)
+def test_declared_facts(solver, nfe, weak, strong, ode):
+    facts = solver.facts
+    declared = (facts.nfe_per_step, facts.weak_order, facts.strong_order, facts.ode_order)
+    assert declared == (nfe, weak, strong, ode)
