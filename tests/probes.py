@@ -52,6 +52,14 @@ def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
     return covariance
 
 
+def hidden_time(sde: LinearSDE) -> float:
+    """The first time at which the score of a process of two components says nothing about x_0."""
+    t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
+    kernel = sde.marginal(t)
+    weight = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, 1, 0]
+    return float(t[(weight[1:] * weight[:-1] < 0).nonzero().flatten()[0]])
+
+
 def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """A score that must not be evaluated."""
     pytest.fail("the score was evaluated")

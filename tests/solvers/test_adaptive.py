@@ -2,23 +2,19 @@
 
 import dataclasses
 import math
-from collections import Counter
 
 import pytest
 import torch
 
 from cldsde import CLD, VESDE, ReverseProcess
 from cldsde.solvers import (
-    FreshNoise,
     GottaGoFast,
-    NoiseSource,
     ProbabilityFlow,
     RecordedNoise,
     TorchDiffEq,
     solve,
 )
-from cldsde.validation import propagate_moments
-from probes import Recording, generator, start, untouchable
+from probes import Recording, generator, start
 from tolerances import EPS
 
 SDE, ENDS = CLD(), torch.tensor([1.0, 1e-2], dtype=torch.float64)
@@ -61,46 +57,6 @@ def run(name, score=smooth, dtype=torch.float64, state=None, **options):
     assert torch.equal(found.data, found.state[:, 0])
     assert (found.status == 0) == found.success
     return found, score
-
-
-class Marked(NoiseSource):
-    """Normals, but zeros on the last number of each component."""
-
-    def __init__(self):
-        self.source = FreshNoise(generator(7))
-
-    def normal(self, z, rows):
-        draw = self.source.normal(z, rows)
-        draw[..., -1] = 0
-        return draw
-
-
-def test_evaluations_are_those_that_each_sample_saw(name):
-    # The last number stands still and holds the sample's number; starts are of different sizes.
-    sde = VESDE(0.05, 20.0)
-    scale, label = torch.logspace(0, 2, 6).double()[:, None, None], torch.arange(6).double()
-    state = torch.cat([start(sde, (6, 2)) * scale, label[:, None, None]], dim=-1)
-
-    def score(z, t):
-        variance = (0.25 + (0.05 * 400**t) ** 2)[:, None, None]
-        return torch.cat([-z[..., :2] / variance, torch.zeros_like(z[..., :1])], dim=-1)
-
-    (before, attempt), recorded = cost(name), Recording(score)
-    found = solve(ReverseProcess(sde, recorded), SOLVERS[name], state, ENDS, noise=Marked())
-    seen = Counter(i for z in recorded.states for i in z[:, 0, 2].tolist())
-    assert found.success
-    assert torch.equal(found.state[:, 0, 2], label)
-    assert found.stats["nfev"].tolist() == [seen[i] for i in range(6)]
-    assert found.nfev == max(seen.values())
-    assert all((n - before) % attempt == 0 for n in seen.values())
-    if "torchdiffeq" not in name:
-        assert found.nfev == before + attempt * found.stats["attempts"]
-    # Samples that arrived leave the batch, unless all have one step length.
-    sizes = [len(z) for z in recorded.states]
-    assert sizes == sorted(sizes, reverse=True)
-    shared = "torchdiffeq" in name or "batch" in name
-    assert (sizes[-1] == 6) == (len(set(seen.values())) == 1) == shared
-    assert not shared or all((t == t[0]).all() for t in recorded.times)
 
 
 @pytest.mark.parametrize("most", [2, 3, 50])
@@ -161,10 +117,3 @@ def test_a_step_that_ends_just_above_the_end_does_not_underflow(name):
         times = torch.tensor([1.0, seen[1] + roundings * EPS / 2], dtype=torch.float64)
         noise = RecordedNoise([torch.zeros_like(state)] * 100)
         assert solve(process, solver, state, times, noise=noise).success
-
-
-def test_moments_are_for_grids(name):
-    process, moments = ReverseProcess(SDE, untouchable), (torch.zeros(2, 1), torch.eye(2))
-    kind = type(SOLVERS[name]).__name__
-    with pytest.raises(TypeError, match=f"fixed grid; {kind} is adaptive"):
-        propagate_moments(process, SOLVERS[name], ENDS, *moments)

@@ -11,10 +11,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad_vec, solve_ivp
+from scipy.integrate import quad_vec
 from scipy.linalg import expm, solve_continuous_lyapunov
 
-from cldsde import GaussianMixture, ReverseProcess, solvers
+from cldsde import ReverseProcess, solvers
 from cldsde.solvers import EDMHeun, Splitting, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.validation import propagate_moments
@@ -157,47 +157,6 @@ def test_the_first_steps_limit_the_order(method):
 def test_processes_with_velocity_hide_the_first_steps(method):
     # Their data prediction hardly moves at T: one order more than declared is seen.
     assert order(SOLVERS[method], "CLD") > declared(SOLVERS[method]) + 1 - SLOPE
-
-
-MODES = GaussianMixture(
-    [0.3, 0.3, 0.4], [[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]], [[[0.1225, 0.0], [0.0, 0.1225]]] * 3
-)
-
-
-@functools.cache
-def flow(name, end):
-    """States at 1 and where the probability flow takes them, by a Runge-Kutta rule of order 8."""
-    process = ReverseProcess(PROCESSES[name][0], MODES.score(PROCESSES[name][0]))
-    g = torch.Generator().manual_seed(1)
-    x = MODES.sample(12, generator=g, dtype=torch.float64)
-    start = process.sde.perturb(x, 1.0, generator=g)[0]
-
-    def velocity(t, y):
-        return process.probability_flow(torch.from_numpy(y).reshape(start.shape), t).numpy().ravel()
-
-    tolerances = {"rtol": 1e-10, "atol": 1e-11}
-    solution = solve_ivp(velocity, (1.0, end), start.numpy().ravel(), "DOP853", **tolerances)
-    return process, start, torch.from_numpy(solution.y[:, -1]).reshape(start.shape)
-
-
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [
-        ("2", "CLD"),
-        ("3", "CLD"),
-        ("noise, 2", "CLD"),
-        ("2 corrected", "VP"),
-        ("published, 2", "VP"),
-    ],
-)
-def test_the_order_on_the_flow_of_three_modes(method, name):
-    solver, end, errors = SOLVERS[method], 0.1, []
-    process, start, expected = flow(name, end)
-    for n in (120, 240):
-        found = solvers.solve(process, solver, start, solvers.root_times(1.0, end, n)).state
-        errors.append(float((found - expected).square().mean().sqrt()))
-    assert errors[-1] > 1e-7  # the reference is good to 1e-9
-    assert abs(math.log2(errors[0] / errors[1]) - declared(solver)) < SLOPE
 
 
 # One step, z' = X z + b + noise of covariance C, for a score of the velocity that is affine and has

@@ -1,11 +1,7 @@
 """`plan`: tables are computed once, the score is called, and one plan serves any batch."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ from torch import nn
 
 from cldsde import CLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, ReverseProcess, solvers
 from cldsde.score import Conversion
-from cldsde.solvers.authoring import GridSolver, Solver
+from cldsde.solvers.authoring import GridSolver
 from probes import Smooth, generator, named_solvers, start
 
 SOLVERS = named_solvers()
@@ -23,44 +19,36 @@ FEW = ["euler-maruyama", "multistep-2-corrector", "probability-flow", "gotta-go-
 FEW += ["torchdiffeq-rk4", "torchsde-srk"]
 GRID = solvers.root_times(1.0, 0.05, 5)
 
-every_solver = pytest.mark.parametrize("name", list(SOLVERS))
 few_solvers = pytest.mark.parametrize("name", FEW)
 
 
 class Network(nn.Module):
     """A smooth network with a parameter for data of any shape."""
 
-    def __init__(self, sde: LinearSDE) -> None:
+    def __init__(self, sde):
         super().__init__()
         self.outputs = len(sde.driven)
         self.slope = nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, inputs: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs, clock):
         outputs = inputs.shape[1] * self.outputs // 2 if self.outputs > 1 else 2
         return torch.tanh(self.slope * inputs[:, -outputs:] + 0.1 * clock[:, None])
 
 
-def sde_for(name: str) -> LinearSDE:
+def sde_for(name):
     return VPSDE(0.5, 5.0) if name.startswith("edm") else CLD(1.0)
 
 
-def mixed(sde: LinearSDE, kind: type[MixedScore] = MixedScore) -> MixedScore:
+def mixed(sde, kind=MixedScore):
     return kind(Network(sde), sde, torch.tensor(0.3), torch.tensor(0.5))
 
 
-def mixture(sde: LinearSDE) -> Any:
-    data = GaussianMixture(
-        [0.4, 0.6], [[-1.0, 0.3], [0.8, 0.0]], 0.1 * torch.eye(2).expand(2, 2, 2)
-    )
-    return data.score(sde)
+def mixture(sde):
+    means, covariances = [[-1.0, 0.3], [0.8, 0.0]], 0.1 * torch.eye(2).expand(2, 2, 2)
+    return GaussianMixture([0.4, 0.6], means, covariances).score(sde)
 
 
-SCORES: dict[str, Callable[[LinearSDE], Any]] = {
-    "mixture": mixture,
-    "mixed": mixed,
-    "plain": Smooth,
-}
-every_score = pytest.mark.parametrize("score", list(SCORES))
+SCORES = {"mixture": mixture, "mixed": mixed, "plain": Smooth}
 
 TABLES = [
     *((LinearSDE, name) for name in ("marginal", "transition", "transition_matrix", "posterior")),
@@ -70,12 +58,12 @@ TABLES = [
 
 
 @contextlib.contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def counted(monkeypatch):
     """Calls of the methods that tables are made with."""
-    calls: Counter[str] = Counter()
+    calls = Counter()
 
-    def counting(name: str, method: Any) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
+    def counting(name, method):
+        def call(*args, **options):
             calls[name] += 1
             return method(*args, **options)
 
@@ -89,76 +77,73 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield calls
 
 
-class TestTables:
-    """The work that depends on process, solver and grid alone is done once."""
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [(name, "mixture") for name in ON_GRID] + [(name, x) for name in FEW[:2] for x in SCORES],
+)
+def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
+    sde = sde_for(name)
+    process = ReverseProcess(sde, SCORES[score](sde))
+    sampler = solvers.plan(process, SOLVERS[name], GRID)
 
-    @every_score
-    @pytest.mark.parametrize("name", ON_GRID)
-    def test_a_second_solve_computes_none(
-        self, name: str, score: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sde = sde_for(name)
-        process = ReverseProcess(sde, SCORES[score](sde))
-        sampler = solvers.plan(process, SOLVERS[name], GRID)
+    def solve(batch, dtype, **options):
+        sampler.solve(start(sde, (batch, 2), dtype), generator=generator(), **options)
 
-        def solve(batch: int, dtype: torch.dtype, **options: Any) -> None:
-            sampler.solve(start(sde, (batch, 2), dtype), generator=generator(), **options)
-
-        with counted(monkeypatch) as calls:
-            solvers.plan(process, SOLVERS[name], GRID)
-        assert calls
-        wanted: list[dict[str, Any]] = [{}, {"denoise": True}, {"denoise": "step"}]
-        wanted += [{"t_eval": GRID[1:]}, {"callback": lambda *_: None}]
+    with counted(monkeypatch) as calls:
+        solvers.plan(process, SOLVERS[name], GRID)
+    assert calls
+    wanted = [{}, {"denoise": True}, {"denoise": "step"}]
+    wanted += [{"t_eval": GRID[1:]}, {"callback": lambda *_: None}]
+    for options in wanted:
+        solve(3, torch.float32, **options)
+    with counted(monkeypatch) as calls:
         for options in wanted:
-            solve(3, torch.float32, **options)
-        with counted(monkeypatch) as calls:
-            for options in wanted:
-                solve(5, torch.float32, **options)
-        assert not calls
-        with counted(monkeypatch) as calls:
-            solve(5, torch.float64, denoise=True)
-        # A score of the package makes a table for another dtype: of the grid, and of the last time.
-        assert set(calls) <= {"marginal"}
-        assert calls.total() == (0 if score == "plain" else 2)
+            solve(5, torch.float32, **options)
+    assert not calls
+    with counted(monkeypatch) as calls:
+        solve(5, torch.float64, denoise=True)
+    # A score of the package makes a table for another dtype: of the grid, and of the last time.
+    assert set(calls) <= {"marginal"}
+    assert calls.total() == (0 if score == "plain" else 2)
 
-    @every_solver
-    def test_a_plan_gives_the_bits_of_solve(self, name: str) -> None:
-        sde = sde_for(name)
-        process = ReverseProcess(sde, mixture(sde))
-        sampler = solvers.plan(process, SOLVERS[name], GRID)
-        assert torch.equal(sampler.times, GRID)
-        assert "tables" not in repr(sampler)
-        for batch, dtype in ((4, torch.float32), (3, torch.float64)):
-            state = start(sde, (batch, 2), dtype)
-            planned = sampler.solve(state, generator=generator(), denoise=True)
-            alone = solvers.solve(
-                process, SOLVERS[name], state, GRID, generator=generator(), denoise=True
-            )
-            assert torch.equal(planned.state, alone.state)
-            assert torch.equal(planned.data, alone.data)
-            assert planned.nfev == alone.nfev
+
+@few_solvers
+def test_a_plan_gives_the_bits_of_solve(name):
+    sde = sde_for(name)
+    process = ReverseProcess(sde, mixture(sde))
+    sampler = solvers.plan(process, SOLVERS[name], GRID)
+    assert torch.equal(sampler.times, GRID)
+    assert "tables" not in repr(sampler)
+    for batch, dtype in ((4, torch.float32), (3, torch.float64)):
+        state = start(sde, (batch, 2), dtype)
+        planned = sampler.solve(state, generator=generator(), denoise=True)
+        options = {"generator": generator(), "denoise": True}
+        alone = solvers.solve(process, SOLVERS[name], state, GRID, **options)
+        assert torch.equal(planned.state, alone.state)
+        assert torch.equal(planned.data, alone.data)
+        assert planned.nfev == alone.nfev
 
 
 class Guided(MixedScore):
     """A subclass with a forward of its own."""
 
-    def forward(self, z: torch.Tensor, t: Any, **options: Any) -> torch.Tensor:
+    def forward(self, z, t, **options):
         return 1.2 * super().forward(z, t, **options) - 0.1 * z[:, list(self.sde.driven)]
 
 
 class Wrapped(nn.Module):
     """A module that calls another."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, z, t):
         return 1.1 * self.model(z, t)
 
 
-def hooked(kind: str, hook: Callable[..., Any]) -> Callable[[LinearSDE], nn.Module]:
-    def make(sde: LinearSDE) -> nn.Module:
+def hooked(kind, hook):
+    def make(sde):
         model = mixed(sde)
         getattr(model, f"register_{kind}_hook")(hook)
         return model
@@ -167,7 +152,7 @@ def hooked(kind: str, hook: Callable[..., Any]) -> Callable[[LinearSDE], nn.Modu
 
 
 # Each change, and its effect on the score of an untouched model.
-CHANGES: dict[str, tuple[Callable[[LinearSDE], Any], Callable[..., torch.Tensor]]] = {
+CHANGES = {
     "subclass": (
         lambda sde: mixed(sde, Guided),
         lambda model, z, t: 1.2 * model(z, t) - 0.1 * z[:, list(model.sde.driven)],
@@ -192,73 +177,59 @@ CHANGES: dict[str, tuple[Callable[[LinearSDE], Any], Callable[..., torch.Tensor]
 }
 
 
-class TestCalls:
-    """The score is called, so that changes of a module act."""
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, "subclass") for name in SOLVERS]
+    + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:-1]]
+    + [(FEW[0], "compiled")],
+)
+def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
+    sde, (make, meaning) = sde_for(name), CHANGES[change]
+    model, untouched = make(sde), mixed(sde)
 
-    @pytest.mark.parametrize(
-        ("name", "change"),
-        [(name, "subclass") for name in SOLVERS]
-        + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:]],
+    def sample(score):
+        process, options = ReverseProcess(sde, score), {"generator": generator(), "denoise": True}
+        return solvers.solve(process, SOLVERS[name], start(sde), GRID, **options).data
+
+    found = sample(model)
+    assert torch.equal(found, sample(lambda z, t: meaning(untouched, z, t)))
+    assert not torch.equal(found, sample(untouched))
+
+
+@few_solvers
+def test_a_plan_follows_a_model_whose_state_is_loaded(name):
+    sde = sde_for(name)
+    model, state = mixed(sde), start(sde)
+    other = MixedScore(Network(sde), sde, torch.tensor(-0.1), torch.tensor(1.5))
+    sampler = solvers.plan(ReverseProcess(sde, model), SOLVERS[name], GRID)
+    before = sampler.solve(state, generator=generator()).state
+    model.load_state_dict(other.state_dict())
+    after = sampler.solve(state, generator=generator()).state
+    expected = sampler.with_score(other).solve(state, generator=generator()).state
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("score", ["mixture", "mixed"])
+@few_solvers
+def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
+    sde = sde_for(name)
+    process, options = (
+        ReverseProcess(sde, SCORES[score](sde)),
+        {"denoise": True, "t_eval": GRID[1:]},
     )
-    def test_changes_of_a_model_change_samples_as_they_change_calls(
-        self, name: str, change: str
-    ) -> None:
-        sde = sde_for(name)
-        make, meaning = CHANGES[change]
-        model, untouched = make(sde), mixed(sde)
 
-        def sample(score: Any) -> torch.Tensor:
-            process = ReverseProcess(sde, score)
-            return solvers.solve(
-                process, SOLVERS[name], start(sde), GRID, generator=generator(), denoise=True
-            ).data
+    def gradient(sampler):
+        z = start(sde).requires_grad_()
+        solution = sampler.solve(z, generator=generator(), differentiable=True, **options)
+        return torch.autograd.grad(solution.data.sum() + solution.y.sum(), z)[0]
 
-        found = sample(model)
-        assert torch.equal(found, sample(lambda z, t: meaning(untouched, z, t)))
-        assert not torch.equal(found, sample(untouched))
-
-    @few_solvers
-    def test_a_plan_follows_a_model_whose_state_is_loaded(self, name: str) -> None:
-        sde = sde_for(name)
-        model, state = mixed(sde), start(sde)
-        other = MixedScore(Network(sde), sde, torch.tensor(-0.1), torch.tensor(1.5))
-        sampler = solvers.plan(ReverseProcess(sde, model), SOLVERS[name], GRID)
-        before = sampler.solve(state, generator=generator()).state
-        model.load_state_dict(other.state_dict())
-        after = sampler.solve(state, generator=generator()).state
-        expected = sampler.with_score(other).solve(state, generator=generator()).state
-        assert torch.equal(after, expected)
-        assert not torch.equal(after, before)
-
-    @pytest.mark.parametrize("score", ["mixture", "mixed"])
-    @few_solvers
-    def test_a_plan_from_inference_mode_serves_with_gradients(self, name: str, score: str) -> None:
-        sde = sde_for(name)
-        process = ReverseProcess(sde, SCORES[score](sde))
-        options: dict[str, Any] = {"denoise": True, "t_eval": GRID[1:]}
-
-        def gradient(sampler: solvers.Plan) -> torch.Tensor:
-            z = start(sde).requires_grad_()
-            solution = sampler.solve(z, generator=generator(), differentiable=True, **options)
-            (found,) = torch.autograd.grad(solution.data.sum() + solution.y.sum(), z)
-            return found
-
-        with torch.inference_mode():
-            sampler = solvers.plan(process, SOLVERS[name], GRID.clone())
-            sampler.solve(start(sde), generator=generator(), **options)
-        expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
-        assert torch.equal(gradient(sampler), expected)
-        assert expected.isfinite().all()
-
-
-def returning(made: Callable[[torch.Tensor], Any]) -> Solver:
-    """A solver whose step returns a function of its state."""
-
-    class Made(solvers.EulerMaruyama):
-        def step(self, z: torch.Tensor, *rest: Any) -> Any:
-            return made(super().step(z, *rest)[0])
-
-    return Made()
+    with torch.inference_mode():
+        sampler = solvers.plan(process, SOLVERS[name], GRID.clone())
+        sampler.solve(start(sde), generator=generator(), **options)
+    expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
+    assert torch.equal(gradient(sampler), expected)
+    assert expected.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -276,8 +247,11 @@ def returning(made: Callable[[torch.Tensor], Any]) -> Solver:
         (lambda z: None, TypeError, "NoneType"),
     ],
 )
-def test_steps_that_return_something_else_are_rejected(made: Any, error: Any, got: str) -> None:
+def test_steps_that_return_something_else_are_rejected(made, error, got):
+    class Made(solvers.EulerMaruyama):
+        def step(self, z, *rest):
+            return made(super().step(z, *rest)[0])
+
     sde = CLD()
-    process = ReverseProcess(sde, Smooth(sde))
     with pytest.raises(error, match=rf"Made\.step must return .*; got {got}"):
-        solvers.solve(process, returning(made), start(sde), GRID)
+        solvers.solve(ReverseProcess(sde, Smooth(sde)), Made(), start(sde), GRID)
