@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from cldsde import CLD, VESDE, ReverseProcess
-from cldsde.solvers import (
-    GottaGoFast,
-    ProbabilityFlow,
-    RecordedNoise,
-    TorchDiffEq,
-    solve,
-)
+from cldsde.solvers import GottaGoFast, ProbabilityFlow, RecordedNoise, TorchDiffEq, solve
 from probes import Recording, generator, start
 from tolerances import EPS
 

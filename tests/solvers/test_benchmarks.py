@@ -1,12 +1,9 @@
 """The benchmarks run, and their rivals compute the same."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ from tolerances import rounding
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_results_of_the_documentation_make_a_table_and_miss_no_target() -> None:
+def test_the_results_of_the_documentation_make_a_table_and_miss_no_target():
     found = json.loads((FOLDER.parent / "docs" / "data" / "benchmarks.json").read_text())
     table = report.table(found)
     assert all(race["question"] in table for race in found["races"])
@@ -36,7 +33,7 @@ def test_the_results_of_the_documentation_make_a_table_and_miss_no_target() -> N
     ],
     ids=["EM", "SSCS"],
 )
-def test_the_loops_by_hand_are_the_solvers(loop: Any, solver: Any, tolerance: float) -> None:
+def test_the_loops_by_hand_are_the_solvers(loop, solver, tolerance):
     sde = CLD()
     score, state = Smooth(sde).requires_grad_(False), start(sde, (50, 2))
     times = solvers.uniform_times(sde.T, 1e-3, 30)
@@ -47,7 +44,7 @@ def test_the_loops_by_hand_are_the_solvers(loop: Any, solver: Any, tolerance: fl
 
 
 @pytest.mark.slow
-def test_every_race_runs() -> None:
+def test_every_race_runs():
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable"]
     command += ["-k", "not 200000", str(FOLDER)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

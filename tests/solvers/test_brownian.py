@@ -307,18 +307,6 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
         assert (error <= JOINT * expected.abs().amax((0, 2))).all()
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [("Heun", "VP"), ("Heun", "PSLD"), ("exponential", "CLD, linear")]
-)
-def test_normals_of_a_solver_are_normal(name, method, monkeypatch):
-    sde, solver = PROCESSES[name][0], SOLVERS[method]
-    path, process = as_maps(monkeypatch, sde), ReverseProcess(sde, untouchable)
-    rows = solver.path_noise(process, GRID).increment.shape[1]
-    noise, like = normals(path, sde, solver), torch.zeros(800, sde.components).double()
-    reads = torch.cat([noise.normal(like, rows) for _ in range(len(GRID) - 1)], dim=1)
-    assert (reads.T @ reads - torch.eye(reads.shape[1])).abs().max() <= JOINT
-
-
 def test_increments_alone_and_single_precision_are_taken():
     process, z = ReverseProcess(SDE, DATA.score(SDE)), start(SDE, (5, 1))
     whole, alone = (

@@ -21,14 +21,11 @@ Elsewhere: plans and calls of the score in test_plan.py, devices and waiting in 
 callbacks and failures in test_solve.py, orders in test_orders.py.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
 import math
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -37,17 +34,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cldsde import (
-    CLD,
-    HOLD,
-    PSLD,
-    VESDE,
-    VPSDE,
-    GaussianMixture,
-    LinearSDE,
-    ReverseProcess,
-    solvers,
-)
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
 from probes import (
@@ -64,7 +51,7 @@ from strategies import dtypes, shapes
 from tolerances import rounding
 
 SOLVERS = named_solvers()
-PROCESSES: dict[str, Any] = {
+PROCESSES = {
     "VP": lambda: VPSDE(0.5, 5.0),
     "VE": lambda: VESDE(0.05, 5.0),
     "CLD": lambda: CLD(1.0),
@@ -80,7 +67,7 @@ GRID = solvers.root_times(1.0, END, 5)
 KEPT = GRID[[0, 2, 5]]
 
 
-def applies(method: str, name: str) -> bool:
+def applies(method, name):
     """Whether a solver applies to a process, as its documentation says."""
     if method.startswith("edm"):  # one component
         return name in {"VP", "VE"}
@@ -89,7 +76,7 @@ def applies(method: str, name: str) -> bool:
     return not method.startswith("sscs") or name != "VE"  # a stationary distribution
 
 
-def home(method: str) -> str:
+def home(method):
     """A process that the solver applies to."""
     return "VP" if method.startswith("edm") else "CLD"
 
@@ -100,17 +87,17 @@ every_solver = pytest.mark.parametrize("method", list(SOLVERS))
 
 
 @functools.cache
-def process_of(name: str) -> ReverseProcess:
-    sde: LinearSDE = PROCESSES[name]()
+def process_of(name):
+    sde = PROCESSES[name]()
     return ReverseProcess(sde, Smooth(sde))
 
 
 @functools.cache
-def plan_of(method: str, name: str) -> solvers.Plan:
+def plan_of(method, name):
     return solvers.plan(process_of(name), SOLVERS[method], GRID)
 
 
-def solve(method: str, name: str, state: torch.Tensor, **options: Any) -> solvers.Solution:
+def solve(method, name, state, **options):
     """A solve that succeeds; each sample has its own noise unless a generator is given."""
     if "generator" not in options:
         options = {"noise": SampleNoise(SEEDS[: len(state)]), **options}
@@ -122,7 +109,7 @@ def solve(method: str, name: str, state: torch.Tensor, **options: Any) -> solver
 class Run:
     """One solve, and the arguments of its score."""
 
-    def __init__(self, method: str, name: str) -> None:
+    def __init__(self, method, name):
         process = process_of(name)
         self.state = start(process.sde, (4, 2))
         self.before = self.state.clone()
@@ -134,7 +121,7 @@ class Run:
 run = functools.cache(Run)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def close(found, expected):
     """Whether two results agree to rounding, relative to the largest number.
 
     Five steps of these problems, which contract, end within 40 eps of each other.
@@ -145,7 +132,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @every_case
-def test_evaluations_are_counted_and_lie_between_the_ends(method: str, name: str) -> None:
+def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     one, solver = run(method, name), SOLVERS[method]
     times, counts = one.score.times, one.solution.stats["nfev"]
     assert sum(map(len, times)) == int(counts.sum())
@@ -168,7 +155,7 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method: str, name: str
 
 
 @every_case
-def test_arguments_and_seen_states_are_unchanged(method: str, name: str) -> None:
+def test_arguments_and_seen_states_are_unchanged(method, name):
     one = run(method, name)
     assert torch.equal(one.state, one.before)
     for given_state, copied in zip(one.score.given, one.score.states, strict=True):
@@ -176,11 +163,11 @@ def test_arguments_and_seen_states_are_unchanged(method: str, name: str) -> None
 
 
 @every_solver
-def test_a_score_may_write_to_its_argument(method: str) -> None:
+def test_a_score_may_write_to_its_argument(method):
     process, state = process_of(home(method)), start(process_of(home(method)).sde)
 
-    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        value: torch.Tensor = process.score(z, t)
+    def score(z, t):
+        value = process.score(z, t)
         z.zero_()
         return value
 
@@ -190,7 +177,7 @@ def test_a_score_may_write_to_its_argument(method: str) -> None:
 
 
 @every_case
-def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
+def test_denoising_is_the_data_prediction(method, name):
     one = run(method, name)
     assert close(one.solution.data, one.plan.process.data_prediction(one.solution.state, END))
     plain = solve(method, name, one.state)
@@ -202,9 +189,7 @@ def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
 @few_examples
 @given(batch=st.integers(0, 3), axes=shapes(side=3), dtype=dtypes())
 @every_solver
-def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
-    method: str, batch: int, axes: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(method, batch, axes, dtype):
     name = home(method)
     state = start(process_of(name).sde, (batch, *axes), dtype)
     solution = solve(method, name, state, generator=generator(), t_eval=KEPT, denoise=True)
@@ -226,7 +211,7 @@ def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
 @few_examples
 @given(chosen=st.lists(st.integers(0, 3), min_size=1, max_size=5))
 @pytest.mark.parametrize("method", [method for method in SOLVERS if method != SHARED])
-def test_a_sample_is_the_same_in_any_batch(method: str, chosen: list[int]) -> None:
+def test_a_sample_is_the_same_in_any_batch(method, chosen):
     name = home(method)
     one = run(method, name)
     noise = SampleNoise([SEEDS[i] for i in chosen])
@@ -243,7 +228,7 @@ def test_a_sample_is_the_same_in_any_batch(method: str, chosen: list[int]) -> No
 
 
 @every_case
-def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method: str, name: str) -> None:
+def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method, name):
     state, before = start(process_of(name).sde), torch.random.get_rng_state()
     one, same, other = (
         solve(method, name, state, generator=generator(seed)).state for seed in (1, 1, 2)
@@ -257,7 +242,7 @@ def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method: str, name: 
 
 
 @every_solver
-def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method: str) -> None:
+def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method):
     name = home(method)
     one = run(method, name)
     single = solve(method, name, one.state.float(), denoise=True)
@@ -269,12 +254,12 @@ def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method
 
 # Churning adds noise that depends on the number of steps.
 @pytest.mark.parametrize("method", [x for x in SOLVERS if x != "edm-heun-churn"])
-def test_states_are_those_of_solves_that_end_at_their_times(method: str) -> None:
+def test_states_are_those_of_solves_that_end_at_their_times(method):
     name, seen = home(method), []
     solver = SOLVERS[method].on_grid()
     state = start(process_of(name).sde)
 
-    def watch(step: int, t: Any, z: torch.Tensor) -> None:
+    def watch(step, t, z):
         seen.append(z.clone())
 
     whole = solve(method, name, state, t_eval=KEPT, callback=watch)
@@ -293,11 +278,11 @@ def test_states_are_those_of_solves_that_end_at_their_times(method: str) -> None
 
 
 @every_solver
-def test_one_sample_without_a_finite_score_fails_alone(method: str) -> None:
+def test_one_sample_without_a_finite_score_fails_alone(method):
     process, state = process_of(home(method)), start(process_of(home(method)).sde)
     state[1] += 1e6
 
-    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def score(z, t):
         lost = (z.abs() > 1e5).flatten(1).any(1).reshape(-1, *(1,) * (z.ndim - 1))
         return torch.where(lost, math.nan, process.score(z, t))
 
@@ -321,12 +306,12 @@ def test_one_sample_without_a_finite_score_fails_alone(method: str) -> None:
 class Memory(TorchDispatchMode):
     """Bytes of all tensors that are made while it is entered: now, and at the peak."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self._holders: dict[int, int] = {}
+        self._holders = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         arguments = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         known = {x.untyped_storage().data_ptr() for x in arguments}
@@ -335,7 +320,7 @@ class Memory(TorchDispatchMode):
                 self._follow(made, known)
         return result
 
-    def _follow(self, made: torch.Tensor, known: set[int]) -> None:
+    def _follow(self, made, known):
         storage = made.untyped_storage()
         where, size = storage.data_ptr(), storage.nbytes()
         if where not in self._holders:
@@ -347,7 +332,7 @@ class Memory(TorchDispatchMode):
         self._holders[where] += 1
         weakref.finalize(made, self._release, where, size)
 
-    def _release(self, where: int, size: int) -> None:
+    def _release(self, where, size):
         self._holders[where] -= 1
         if not self._holders[where]:
             del self._holders[where]
@@ -362,7 +347,7 @@ STATES |= {"edm-heun": 4, "edm-heun-churn": 4}
 
 
 @pytest.mark.parametrize("method", [name for name in ON_GRID if not name.startswith("torch")])
-def test_a_solve_on_a_grid_holds_few_states(method: str) -> None:
+def test_a_solve_on_a_grid_holds_few_states(method):
     sde = process_of(home(method)).sde
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
@@ -379,7 +364,7 @@ def test_a_solve_on_a_grid_holds_few_states(method: str) -> None:
 # Batches whose samples share their matrix products, and others; one component and three.
 @pytest.mark.parametrize("batch", [8000, 8001])
 @pytest.mark.parametrize("make", [VPSDE, HOLD])
-def test_an_exact_score_keeps_no_state(make: Any, batch: int) -> None:
+def test_an_exact_score_keeps_no_state(make, batch):
     sde = make()
     data = GaussianMixture([1.0], torch.zeros(1, 8), torch.eye(8).unsqueeze(0))
     process, state = ReverseProcess(sde, data.score(sde)), torch.zeros(batch, sde.components, 8)
@@ -394,7 +379,7 @@ DIFFERENCES = 1e-6
 
 
 @every_solver
-def test_gradients_are_finite_differences_and_not_recorded_by_default(method: str) -> None:
+def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
     process, solver = copy.deepcopy(process_of(home(method))), SOLVERS[method]
     if solver.facts.adaptive and method != "gotta-go-fast":
         # The derivative of step lengths that follow the state is left out.
@@ -404,7 +389,7 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method: st
     weights = torch.randn(2, 2, generator=generator(5), dtype=torch.float64)
     along = torch.randn(state.shape, generator=generator(6), dtype=torch.float64)
 
-    def value(z: torch.Tensor) -> torch.Tensor:
+    def value(z):
         noise = SampleNoise(SEEDS[:2])
         data = plan.solve(z, noise=noise, denoise="step", differentiable=True).data
         return (weights * data).sum()
@@ -428,7 +413,7 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method: st
         assert abs(difference) > 1e-5
 
 
-def bad(message: str, error: type[Exception] = ValueError, **change: Any) -> Any:
+def bad(message, error=ValueError, **change):
     return pytest.param(change, error, message, id=name_of_case(next(iter(change.items())))[:60])
 
 
@@ -483,9 +468,7 @@ LONG = torch.tensor([1.0, 0.5, 0.5, 0.1])
         bad("t_eval must be a tensor", TypeError, t_eval=[0.5]),
     ],
 )
-def test_bad_arguments_raise_before_the_score_is_evaluated(
-    method: str, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_arguments_raise_before_the_score_is_evaluated(method, change, error, message):
     process = ReverseProcess(CLD(), untouchable)
     arguments = {"process": process, "state": STATE, "times": GRID, **change}
     with pytest.raises(error, match=message):
@@ -493,7 +476,7 @@ def test_bad_arguments_raise_before_the_score_is_evaluated(
 
 
 @pytest.mark.parametrize("solver", [solvers.SSCS, None, "SSCS", 50], ids=repr)
-def test_what_is_not_a_solver_is_rejected(solver: Any) -> None:
+def test_what_is_not_a_solver_is_rejected(solver):
     hint = r" \(write it with parentheses\)$" if isinstance(solver, type) else "$"
     with pytest.raises(
         TypeError, match=rf"solver must be a solver, such as SSCS\(\); got .*{hint}"
@@ -502,7 +485,7 @@ def test_what_is_not_a_solver_is_rejected(solver: Any) -> None:
 
 
 @every_solver
-def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method: str) -> None:
+def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
     facts, state = SOLVERS[method].facts, start(process_of(home(method)).sde)
     process = ReverseProcess(process_of(home(method)).sde, untouchable)
     if facts.encodes:
@@ -529,9 +512,7 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method: s
     ids=["rows", "one sample", "no component", "device", "none"],
 )
 @every_solver
-def test_bad_scores_are_rejected(
-    method: str, value: Any, error: type[Exception], message: str
-) -> None:
+def test_bad_scores_are_rejected(method, value, error, message):
     process = ReverseProcess(process_of(home(method)).sde, lambda z, t: value(z))
     with pytest.raises(error, match=message):
         solvers.solve(process, SOLVERS[method], start(process.sde), GRID)
@@ -540,7 +521,7 @@ def test_bad_scores_are_rejected(
 @pytest.mark.parametrize(
     ("method", "name"), [(m, n) for m in SOLVERS for n in PROCESSES if not applies(m, n)]
 )
-def test_processes_that_a_solver_does_not_apply_to_are_rejected(method: str, name: str) -> None:
+def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
     process = ReverseProcess(process_of(name).sde, untouchable)
     kind = type(SOLVERS[method]).__name__
     with pytest.raises(ValueError, match=rf"{kind} needs a process .*[Uu]se \w+"):
@@ -548,9 +529,9 @@ def test_processes_that_a_solver_does_not_apply_to_are_rejected(method: str, nam
 
 
 @every_solver
-def test_solvers_are_frozen_values_with_named_options(method: str) -> None:
+def test_solvers_are_frozen_values_with_named_options(method):
     solver = SOLVERS[method]
-    kind: Any = type(solver)
+    kind = type(solver)
     options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(kind)}
     twin = kind(**options)
     assert (twin, hash(twin), repr(twin)) == (solver, hash(solver), repr(solver))

@@ -25,8 +25,8 @@ from cldsde import (
     solvers,
 )
 from cldsde.solvers import EDMHeun, RecordedNoise
-from cldsde.validation import propagate_moments
 from probes import Recording, generator, start
+from tolerances import KERNEL, rounding
 
 
 def clock(t):
@@ -54,15 +54,12 @@ WEIGHTS = np.array([0.3, 0.3, 0.4])
 CENTRES = np.array([[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]])
 VARIANCES = np.array([0.04, 0.09])
 MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).tolist()] * 3)
-MEAN, VARIANCE = 0.3, 0.25
-GAUSSIAN = GaussianMixture([1.0], [[MEAN]], [[[VARIANCE]]])
-
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
-# Scores and predictions convert with an error of some 1e-13 of states of size 10. The slope of the
+# Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
 # prediction between the modes may raise it.
-CONVERSION = 1e-10
+CONVERSION = rounding(64, 1e4)
 
 
 def denoise(x, sigma):
@@ -117,165 +114,74 @@ def solved(name, times, draws=(), **options):
     return data.numpy()
 
 
-def close(found, expected):
-    assert found.dtype == expected.dtype == np.float64
-    assert abs(found - expected).max() <= CONVERSION
-
-
-def check_algorithm(name, times, draws=(), **options):
-    sde, alpha, sigma = PROCESSES[name]
-    t = times.numpy()
+def check_algorithm(name, times, noisy=0, **options):
+    """Compare with the algorithm, of which so many steps have noise."""
+    (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), normals(noisy)
     x = start(sde, (4, 2))[:, 0].numpy() / alpha(t)[0]
     expected = algorithm(x, sigma(t), [draw[:, 0].numpy() for draw in draws], **options)
-    close(solved(name, times, draws, **options), alpha(t)[-1] * expected)
+    found = solved(name, times, draws, **options)
+    assert found.dtype == expected.dtype == np.float64
+    assert abs(found - alpha(t)[-1] * expected).max() <= CONVERSION
 
 
-CHURNS = [{"churn": 1.5}, {"churn": 1.5, "noise_scale": 1.007}, {"churn": 1e3, "noise_scale": 0.9}]
+@every_process
+@pytest.mark.parametrize("times", [GRID, GRID[[0, 4, 9]], TO_ZERO, TO_ZERO[[0, 10]]], ids=len)
+def test_it_is_the_algorithm_without_churn(name, times):
+    check_algorithm(name, times)
 
 
-class TestAlgorithm:
-    """The solver computes what the algorithm does with the same normals."""
-
-    @every_process
-    @pytest.mark.parametrize("times", [GRID, GRID[[0, 4, 9]], TO_ZERO, TO_ZERO[[0, 10]]], ids=len)
-    def test_without_churn(self, name, times):
-        check_algorithm(name, times)
-
-    @every_process
-    @pytest.mark.parametrize("options", CHURNS, ids=str)
-    def test_with_churn(self, name, options):
-        # All steps but the first have noise.
-        check_algorithm(name, GRID, normals(N - 1), **options)
-        check_algorithm(name, TO_ZERO, normals(N), **options)
-
-    @every_process
-    def test_with_churn_in_a_range_of_levels(self, name):
-        levels = PROCESSES[name][2](GRID.numpy())
-        # Ends of the range between levels, and three levels inside.
-        low, high = math.sqrt(levels[6] * levels[7]), math.sqrt(levels[3] * levels[4])
-        for churn_range, count in (
-            ((low, high), 3),
-            ((0.0, low), 2),
-            ((high, math.inf), 3),
-            ((2 * levels[0], math.inf), 0),
-        ):
-            options = {**CHURNS[1], "churn_range": churn_range}
-            check_algorithm(name, GRID, normals(count), **options)
-
-    @every_process
-    def test_no_level_is_raised_above_the_first(self, name):
-        # The second level times sqrt(2) is above the first.
-        times = torch.cat([torch.tensor([1.0, 0.97], dtype=torch.float64), GRID[2:]])
-        sigma = PROCESSES[name][2](times.numpy())
-        assert sigma[1] < sigma[0] < math.sqrt(2) * sigma[1]
-        check_algorithm(name, times, normals(len(times) - 2), churn=100.0)
-
-    @every_process
-    def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(self, name):
-        levels = PROCESSES[name][2](GRID.numpy())
-        low, high = float(levels[7]), float(levels[4])
-
-        def churned(*churn_range, count=4):
-            return solved(name, GRID, normals(count), churn=1.5, churn_range=churn_range)
-
-        expected = churned(0.99 * low, 1.01 * high)
-        for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):
-            found = churned(math.nextafter(low, s), math.nextafter(high, r))
-            assert (found == expected).all()
-        churned(low, low, count=1)
-
-    @every_process
-    @pytest.mark.parametrize("times", [GRID, TO_ZERO[[1, -1]], TO_ZERO], ids=len)
-    @pytest.mark.parametrize("options", [{}, {"churn": 5.0, "churn_range": (0.3, 3.0)}], ids=str)
-    def test_the_score_is_evaluated_at_the_levels_of_the_algorithm(self, name, times, options):
-        sde, _, sigma = PROCESSES[name]
-        score, n = Recording(MODES.score(sde)), len(times) - 1
-        process, solver = ReverseProcess(sde, score), EDMHeun(**options)
-        found = solvers.solve(process, solver, start(sde), times, generator=generator())
-        levels = sigma(times.numpy())
-        expected = [x for i in range(n) for x in (raised(levels, i, **options), levels[i + 1])]
-        ends_at_data = levels[-1] == 0
-        assert found.nfev == score.calls == 2 * n - ends_at_data
-        seen = [t[0].item() for t in score.times]
-        assert seen == solver.evaluation_times(process, times).tolist()
-        assert sigma(np.array(seen)) == pytest.approx(expected[: len(seen)], rel=1e-12)
-        # Levels that are not raised have the bits of the grid.
-        assert seen[1::2] == times[1 : n + 1 - ends_at_data].tolist()
+@every_process
+@pytest.mark.parametrize("noise_scale", [1.0, 1.007])
+@pytest.mark.parametrize("churn", [1.5, 1e3])
+def test_it_is_the_algorithm_with_churn(name, churn, noise_scale):
+    # All steps but the first have noise.
+    check_algorithm(name, TO_ZERO, N, churn=churn, noise_scale=noise_scale)
+    # No level is raised above the first: the second level times sqrt(2) would be.
+    times = torch.cat([torch.tensor([1.0, 0.97], dtype=torch.float64), GRID[2:]])
+    sigma = PROCESSES[name][2](times.numpy())
+    assert sigma[1] < sigma[0] < math.sqrt(2) * sigma[1]
+    check_algorithm(name, times, N - 1, churn=churn, noise_scale=noise_scale)
 
 
-@pytest.mark.parametrize("name", ["VE, from 0", "VP", "sub-VP"])
-def test_the_scheduler_of_diffusers_computes_the_same(name):
-    diffusers = pytest.importorskip("diffusers")
-    sde, alpha, sigma = PROCESSES[name]
-    t = TO_ZERO.numpy()
-    x, levels = start(sde, (4, 2))[:, 0] / alpha(t)[0], torch.from_numpy(sigma(t))
-    scheduler = diffusers.HeunDiscreteScheduler(prediction_type="sample")
-    scheduler.set_timesteps(N + 1)
-    inner = levels[1:-1].repeat_interleave(2)
-    scheduler.sigmas = torch.cat([levels[:1], inner, levels[-1:]])
-    scheduler.set_begin_index(0)
-    for i, timestep in enumerate(scheduler.timesteps):
-        # The second stage of a step is at its end, where the next step begins.
-        prediction = torch.from_numpy(denoise(x.numpy(), float(levels[(i + 1) // 2])))
-        x = scheduler.step(prediction, timestep, x).prev_sample
-    close(solved(name, TO_ZERO), alpha(t)[-1] * x.numpy())
+@every_process
+def test_it_is_the_algorithm_with_churn_in_a_range_of_levels(name):
+    levels = PROCESSES[name][2](GRID.numpy())
+    # Ends of the range between levels, and three levels inside.
+    low, high = math.sqrt(levels[6] * levels[7]), math.sqrt(levels[3] * levels[4])
+    ranges = {(low, high): 3, (0.0, low): 2, (high, math.inf): 3, (2 * levels[0], math.inf): 0}
+    for churn_range, count in ranges.items():
+        check_algorithm(name, GRID, count, churn=1.5, noise_scale=1.007, churn_range=churn_range)
 
 
-def moments_error(name, n, options):
-    """Error of the moments of Gaussian data, started from the exact ones."""
-    sde, alpha, sigma = PROCESSES[name]
-    t = np.array([1.0, 0.05])
-    variance = alpha(t) ** 2 * (VARIANCE + sigma(t) ** 2)
-    m, C = propagate_moments(
-        ReverseProcess(sde, GAUSSIAN.score(sde)),
-        EDMHeun(**options),
-        solvers.root_times(1.0, 0.05, n),
-        torch.full((1, 1), alpha(t)[0] * MEAN, dtype=torch.float64),
-        torch.full((1, 1), variance[0], dtype=torch.float64),
-    )
-    return math.hypot(m.item() - alpha(t)[1] * MEAN, C.item() - variance[1])
+@every_process
+def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(name):
+    levels = PROCESSES[name][2](GRID.numpy())
+    low, high = float(levels[7]), float(levels[4])
+
+    def churned(*churn_range, count=4):
+        return solved(name, GRID, normals(count), churn=1.5, churn_range=churn_range)
+
+    expected = churned(0.99 * low, 1.01 * high)
+    for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):
+        found = churned(math.nextafter(low, s), math.nextafter(high, r))
+        assert (found == expected).all()
+    churned(low, low, count=1)
 
 
-# With errors c h^2 (1 + d h + ...) the slope is 2 + d h / (2 log 2): a quarter leaves room for the
-# second term, and a declaration that is off by a half is more than a quarter away.
-CLOSE = 0.25
-
-
-class TestOrders:
-    @every_process
-    @pytest.mark.parametrize(
-        "options", [{}, {"churn": 20.0}, {"churn": 5.0, "churn_range": (0.3, 3.0)}], ids=str
-    )
-    def test_the_order_in_distribution_is_the_declared_one(self, name, options):
-        facts = EDMHeun(**options).facts
-        slope = math.log2(moments_error(name, 80, options) / moments_error(name, 160, options))
-        assert abs(slope - (facts.weak_order if options else facts.ode_order)) < CLOSE
-        assert facts.strong_order is None
-        assert (facts.weak_order is None) != (facts.ode_order is None)
-
-    def test_noise_of_another_scale_has_no_order(self):
-        for noise_scale in (0.9, 1.0000001):
-            facts = EDMHeun(churn=5.0, noise_scale=noise_scale).facts
-            assert facts.weak_order is facts.strong_order is facts.ode_order is None
-            # Without churn there is no noise that it could scale.
-            assert EDMHeun(noise_scale=noise_scale).facts == EDMHeun().facts
-
-
-RANGE = r"churn_range must be \(S_min, S_max\) with 0 ≤ S_min ≤ S_max; got"
-NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
-
-
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            *[({"churn": x}, "churn must be finite and at least 0; got") for x in (-0.1, math.inf)],
-            *[({"noise_scale": x}, "noise_scale must be finite and positive") for x in (0.0, -1.0)],
-            *[({k: "1"}, f"{k} must be a real number; got") for k in ("churn", "noise_scale")],
-            *[({"churn_range": x}, RANGE) for x in NO_RANGES],
-        ],
-        ids=str,
-    )
-    def test_bad_options_are_rejected(self, options, message):
-        with pytest.raises((TypeError, ValueError), match=message):
-            EDMHeun(**options)
+@every_process
+@pytest.mark.parametrize("times", [GRID, TO_ZERO[[1, -1]], TO_ZERO], ids=len)
+@pytest.mark.parametrize("options", [{}, {"churn": 5.0, "churn_range": (0.3, 3.0)}], ids=str)
+def test_the_score_is_evaluated_at_the_levels_of_the_algorithm(name, times, options):
+    sde, _, sigma = PROCESSES[name]
+    score, n = Recording(MODES.score(sde)), len(times) - 1
+    process, solver = ReverseProcess(sde, score), EDMHeun(**options)
+    found = solvers.solve(process, solver, start(sde), times, generator=generator())
+    levels = sigma(times.numpy())
+    expected = [x for i in range(n) for x in (raised(levels, i, **options), levels[i + 1])]
+    ends_at_data = levels[-1] == 0
+    assert found.nfev == score.calls == 2 * n - ends_at_data
+    seen = [t[0].item() for t in score.times]
+    assert seen == solver.evaluation_times(process, times).tolist()
+    assert sigma(np.array(seen)) == pytest.approx(expected[: len(seen)], rel=KERNEL)
+    # Levels that are not raised have the bits of the grid.
+    assert seen[1::2] == times[1 : n + 1 - ends_at_data].tolist()

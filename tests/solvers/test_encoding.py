@@ -7,18 +7,18 @@ import torch
 
 from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
+from gaussian_data import DATA as GAUSSIAN
+from gaussian_data import SLOPE
 from probes import generator, untouchable
-from tolerances import standard_error_of_variance
+from tolerances import order_of
 
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "rectified flow": RectifiedFlow()}
-VARIANCE = 0.35**2 + 0.5 + 0.2 * 0.04 + 0.3 * 1.44 - 0.1**2  # of the data
-EPS = 0.02
+EPS, FLOW = 0.02, 1e-7
 BEST = Multistep(order=3, corrector=True)
-every_process = pytest.mark.parametrize("name", list(PROCESSES))
 
 
-def process_and_states(name, n=100):
+def process_and_states(name, n=50):
     """The exact reverse process, and states at the end of sampling."""
     sde, g = PROCESSES[name], generator()
     x = DATA.sample(n, generator=g, dtype=torch.float64)
@@ -34,18 +34,12 @@ def round_trip(process, solver, z, times):
     return float((back.data - z[:, 0]).abs().max())
 
 
-@every_process
-def test_fifty_evaluations_bring_data_back_to_a_thousandth(name):
-    process, z = process_and_states(name)
-    assert round_trip(process, BEST, z, solvers.root_times(1.0, EPS, 50)) <= 1e-3
-
-
 @pytest.mark.parametrize(
     ("name", "solver"),
     [
-        *[("VP", Multistep(order=k)) for k in (1, 2, 3)],
+        *[("VP", Multistep(order=k)) for k in (1, 2)],
         *[(name, Multistep(order=2, corrector=True)) for name in PROCESSES],
-        *[(name, Multistep(order=2, prediction="noise")) for name in PROCESSES],
+        *[(name, Multistep(order=2, prediction="noise")) for name in ("CLD", "rectified flow")],
         *[(name, solvers.EDMHeun()) for name in ("VP", "rectified flow")],
     ],
 )
@@ -54,43 +48,28 @@ def test_the_round_trip_converges_at_the_order_of_the_solver(name, solver):
     # Solvers that do not predict the data start later.
     T = min(0.99, process.sde.regular_until)
     errors = [round_trip(process, solver, z, solvers.root_times(T, EPS, n)) for n in (100, 200)]
-    # Errors there and back partly cancel, so that the order may be one higher, not lower; at these
-    # steps rates are within 0.3 of their limits.
-    assert math.log2(errors[0] / errors[1]) > solver.facts.ode_order - 0.3, errors
+    # Errors there and back partly cancel, so that the order may be one higher, not lower.
+    assert math.log2(errors[0] / errors[1]) > solver.facts.ode_order - SLOPE, errors
 
 
-@every_process
+@pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("pace", ["batch", "sample"])
 def test_adaptive_flows_come_back_within_their_tolerance(name, pace):
     process, z = process_and_states(name, 10)
-    solver = solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, pace=pace)
+    solver = solvers.ProbabilityFlow(rtol=FLOW, atol=FLOW, pace=pace)
     times = torch.tensor([process.sde.regular_until, EPS], dtype=torch.float64)
-    # A hundred steps each way with errors of 1e-7, which the flow may stretch tenfold.
-    assert round_trip(process, solver, z, times) <= 1e-4
-
-
-@every_process
-def test_codes_have_the_distribution_of_the_noise(name):
-    n = 5000
-    process, z = process_and_states(name, n)
-    times = solvers.root_times(1.0, EPS, 50).flip(0)
-    found = solvers.solve(process, BEST, z, times).data.var()
-    kernel = process.sde.prior
-    if name == "CLD":  # the prior leaves out a part of the data that shows
-        kernel = process.sde.marginal(1.0, [[VARIANCE, 0.0], [0.0, 0.01]])
-    expected = float(kernel.covariance[0, 0])
-    error = standard_error_of_variance(expected, n)
-    assert float(found) == pytest.approx(expected, abs=error)
+    # A hundred steps each way, whose errors the flow may stretch tenfold.
+    assert round_trip(process, solver, z, times) <= 1e3 * FLOW
 
 
 def test_encoding_with_a_gaussian_is_a_known_map():
-    sde, data = RectifiedFlow(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    sde, n = RectifiedFlow(), 200
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1)
-    times = solvers.root_times(1.0, EPS, 400).flip(0)
-    code = solvers.solve(ReverseProcess(sde, data.score(sde)), BEST, z, times).state
-    deviation = math.sqrt((1 - EPS) ** 2 * 0.25 + EPS**2)
-    # Third order: the step's cube, of a flow of unit rates.
-    assert torch.allclose(code, (z - (1 - EPS) * 0.3) / deviation, rtol=0, atol=1e-6)
+    times = solvers.root_times(1.0, EPS, n).flip(0)
+    code = solvers.solve(ReverseProcess(sde, GAUSSIAN.score(sde)), BEST, z, times).state
+    expected = (z - (1 - EPS) * 0.3) / math.sqrt((1 - EPS) ** 2 * 0.25 + EPS**2)
+    # A flow of unit rates.
+    assert (code - expected).abs().max() <= order_of(1 / n, 3, 100.0)
 
 
 @pytest.mark.parametrize("solver", [BEST, solvers.ProbabilityFlow()], ids=["grid", "adaptive"])
@@ -109,7 +88,7 @@ def test_states_on_the_way_are_those_of_shorter_grids(solver):
     # States are saved before a correction by the next step, or cut a step short: the solver's
     # errors at these steps.
     shorter = solvers.solve(process, solver, z, times[:5]).state
-    assert torch.allclose(found.y[1], shorter, rtol=0, atol=2e-3)
+    assert (found.y[1] - shorter).abs().max() <= order_of(1 / 8, 3)
 
 
 FINE = solvers.uniform_times(1.0, EPS, 4).flip(0)
@@ -119,15 +98,9 @@ DECREASE = "times must decrease for .*, which is "
 @pytest.mark.parametrize(
     ("solver", "times", "options", "message"),
     [
-        *[
-            (x, FINE, {}, DECREASE + "stochastic")
-            for x in (
-                solvers.EulerMaruyama(),
-                solvers.SSCS(),
-                Multistep(stochasticity=1.0),
-                solvers.EDMHeun(churn=1.0),
-            )
-        ],
+        (solvers.EulerMaruyama(), FINE, {}, DECREASE + "stochastic"),
+        (Multistep(stochasticity=1.0), FINE, {}, DECREASE + "stochastic"),
+        (solvers.EDMHeun(churn=1.0), FINE, {}, DECREASE + "stochastic"),
         (solvers.TorchDiffEq(), FINE, {}, DECREASE + "for decreasing grids only"),
         (BEST, FINE, {"denoise": True}, "denoise must be False for an increasing grid"),
         (BEST, FINE, {"t_eval": FINE.flip(0)}, "t_eval must run in the direction of times"),

@@ -70,22 +70,6 @@ def test_increments_to_a_known_point_are_those_seen_before():
     assert met > 70
 
 
-def test_parts_sum_to_the_rejected_increment():
-    # Lengths differ between samples and are not exact here.
-    g = generator(2)
-    path = _Path(torch.zeros(5, 2, 2, dtype=torch.float64), 1, FreshNoise(g))
-    whole = torch.rand(5, generator=g, dtype=torch.float64) + 0.1
-    shares = torch.rand(5, 7, generator=g, dtype=torch.float64)
-    rejected = over(path, whole)
-    path.settle(torch.zeros(5, dtype=torch.bool), keep_rejected=True)
-    total = torch.zeros_like(rejected)
-    for share in (shares / shares.sum(1, keepdim=True)).T:
-        total += over(path, share * whole)
-        path.settle(torch.ones(5, dtype=torch.bool), keep_rejected=True)
-    # Lengths sum to the whole but for a few roundings; the path moves by the root of these.
-    assert (total - rejected).abs().max() <= 5 * math.sqrt(rounding(5))
-
-
 def test_increments_are_independent_normals_whatever_is_rejected():
     # Over four quarters, walked by samples that reject steps with large noise.
     n, g = 3000, generator(3)

@@ -249,8 +249,7 @@ def test_bad_arguments_are_rejected(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("known", "shape"),
-    [(KNOWN, (3, 4, 2)), (KNOWN.expand(3, *IMAGE), IMAGE), (KNOWN[None], IMAGE)],
+    ("known", "shape"), [(KNOWN, (3, 4, 2)), (KNOWN.expand(3, *IMAGE), IMAGE), (KNOWN[None], IMAGE)]
 )
 def test_states_of_other_images_are_rejected(known, shape):
     imputation = Imputation(SSCS, known, torch.tensor(True))

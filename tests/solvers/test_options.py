@@ -28,46 +28,32 @@ def falling(t):
 PUBLISHED = {"variable": "log_snr", "weights": "published"}
 NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
-# Solvers, an option, values out of its range, and the message, in which {} is the option.
+# Solvers, options, values out of their range, and the message, in which {} is the option.
 BAD_VALUES = [
     (SSCS, "score_step", ["Euler", None, 1], "{} must be one of 'euler', 'midpoint', 'gaussian'"),
     (SSCS, "data_variance", [0.0, math.inf], POSITIVE),
     (EDMHeun, "churn", [-0.1, math.inf], "{} must be finite and at least 0; got"),
-    (EDMHeun, "churn", ["1"], REAL),
     (EDMHeun, "noise_scale", [0.0, -1.0], POSITIVE),
-    (EDMHeun, "noise_scale", ["1"], REAL),
+    (EDMHeun, "churn noise_scale", ["1"], REAL),
     (EDMHeun, "churn_range", NO_RANGES, r"{} must be \(S_min, S_max\) with 0 ≤ S_min ≤ S_max; got"),
     (ExponentialMultistep, "order", [0, 4, "2", 1.5, 2.0], "{} must be 1, 2 or 3; got"),
-    (ExponentialMultistep, "prediction", ["score"], "{} must be one of"),
-    (ExponentialMultistep, "variable", ["t"], "{} must be one of"),
-    (ExponentialMultistep, "weights", ["approximate"], "{} must be one of"),
+    (ExponentialMultistep, "prediction variable weights", ["t"], "{} must be one of"),
     (ExponentialMultistep, "weights", ["published"], "needs variable='log_snr'"),
     (ExponentialMultistep, "stochasticity", [-0.1, math.inf], "{} must be finite and at least 0"),
     (ExponentialMultistep, "stochasticity", ["1"], REAL),
-    (GottaGoFast, "rtol", [0.0, math.nan], POSITIVE),
-    (GottaGoFast, "atol", [0.0, [0.01, 0.0], [0.01, math.nan]], POSITIVE),
-    (GottaGoFast, "first_step", [0.0], POSITIVE),
-    (GottaGoFast, "safety", [0.0, 1.1], "{} must lie in"),
-    (GottaGoFast, "exponent", [0.0, 1.1], "{} must lie in"),
+    (GottaGoFast, "rtol atol first_step", [0.0, math.nan], POSITIVE),
+    (GottaGoFast, "atol", [[0.01, 0.0], [0.01, math.nan]], POSITIVE),
+    (GottaGoFast, "safety exponent", [0.0, 1.1], "{} must lie in"),
     (GottaGoFast, "max_nfev", [1], "{} must be finite and at least 2"),
-    (GottaGoFast, "rtol", ["1"], REAL),
-    (GottaGoFast, "safety", ["1"], REAL),
-    (GottaGoFast, "exponent", ["1"], REAL),
-    (GottaGoFast, "first_step", ["1"], REAL),
-    (GottaGoFast, "max_nfev", [None], REAL),
+    (GottaGoFast, "rtol safety exponent first_step max_nfev", ["1", None], REAL),
     (GottaGoFast, "atol", ["0.01", None, True, ["a"]], "{} must be a"),
     (GottaGoFast, "noise_on_reject", ["Bridge", None], "{} must be one of 'bridge', 'fresh'"),
     (Langevin, "snr", [0.0, math.nan], POSITIVE),
     (Langevin, "steps", [0, 1.0, None, True], "{} must be a positive integer"),
     (Langevin, "norm", ["mean", None], "{} must be one of 'sample', 'batch'"),
     (ProbabilityFlow, "method", ["rk4", None], "{} must be one of 'bosh3', 'dopri5', 'dopri8'"),
-    (ProbabilityFlow, "rtol", [0.0], POSITIVE),
-    (ProbabilityFlow, "atol", [0.0], POSITIVE),
-    (ProbabilityFlow, "first_step", [0.0], POSITIVE),
-    (ProbabilityFlow, "max_step", [-1.0], POSITIVE),
-    (ProbabilityFlow, "rtol", ["1"], REAL),
-    (ProbabilityFlow, "atol", ["1"], REAL),
-    (ProbabilityFlow, "max_nfev", ["1"], REAL),
+    (ProbabilityFlow, "rtol atol first_step max_step", [0.0, -1.0], POSITIVE),
+    (ProbabilityFlow, "rtol atol max_nfev", ["1"], REAL),
     (ProbabilityFlow, "max_nfev", [0], "{} must be"),
     (ProbabilityFlow, "pace", ["both"], "{} must be one of 'batch', 'sample'; got 'both'"),
     (Splitting, "scheme", ["", "OB", "OXAB", "oba", "OBA ", 3, ["O", "B", "A"]], "{} must contain"),
@@ -76,25 +62,23 @@ BAD_VALUES = [
     (
         TorchDiffEq,
         "method",
-        ["RK45", "explicit_adams", "Dopri5", None],
+        ["RK45", "explicit_adams", None],
         "{} must be one of 'dopri8'",
     ),
-    (TorchDiffEq, "rtol", [0.0], POSITIVE),
-    (TorchDiffEq, "atol", [0.0], POSITIVE),
-    (TorchDiffEq, "rtol", ["1"], REAL),
-    (TorchDiffEq, "atol", ["1"], REAL),
-    (TorchDiffEq, "max_nfev", ["1"], REAL),
+    (TorchDiffEq, "rtol atol", [0.0], POSITIVE),
+    (TorchDiffEq, "rtol atol max_nfev", ["1"], REAL),
     (TorchDiffEq, "max_nfev", [0], "{} must be"),
     (
         TorchSDE,
         "method",
-        ["reversible_heun", "log_ode", "Euler", None],
+        ["log_ode", "Euler", None],
         "{} must be one of 'euler'",
     ),
 ]
 CASES = [
     (make, {option: value}, message.replace("{}", option))
-    for make, option, values, message in BAD_VALUES
+    for make, options, values, message in BAD_VALUES
+    for option in options.split()
     for value in values
 ]
 CASES += [

@@ -89,6 +89,8 @@ def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
     def solve(batch, dtype, **options):
         sampler.solve(start(sde, (batch, 2), dtype), generator=generator(), **options)
 
+    assert torch.equal(sampler.times, GRID)
+    assert "tables" not in repr(sampler)
     with counted(monkeypatch) as calls:
         solvers.plan(process, SOLVERS[name], GRID)
     assert calls
@@ -105,23 +107,6 @@ def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
     # A score of the package makes a table for another dtype: of the grid, and of the last time.
     assert set(calls) <= {"marginal"}
     assert calls.total() == (0 if score == "plain" else 2)
-
-
-@few_solvers
-def test_a_plan_gives_the_bits_of_solve(name):
-    sde = sde_for(name)
-    process = ReverseProcess(sde, mixture(sde))
-    sampler = solvers.plan(process, SOLVERS[name], GRID)
-    assert torch.equal(sampler.times, GRID)
-    assert "tables" not in repr(sampler)
-    for batch, dtype in ((4, torch.float32), (3, torch.float64)):
-        state = start(sde, (batch, 2), dtype)
-        planned = sampler.solve(state, generator=generator(), denoise=True)
-        options = {"generator": generator(), "denoise": True}
-        alone = solvers.solve(process, SOLVERS[name], state, GRID, **options)
-        assert torch.equal(planned.state, alone.state)
-        assert torch.equal(planned.data, alone.data)
-        assert planned.nfev == alone.nfev
 
 
 class Guided(MixedScore):

@@ -12,15 +12,7 @@ from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
 from cldsde.validation import propagate_moments
 from gaussian_data import DATA
-from probes import (
-    Recording,
-    Smooth,
-    hidden_time,
-    initial,
-    named_solvers,
-    start,
-    untouchable,
-)
+from probes import Recording, Smooth, hidden_time, initial, named_solvers, start, untouchable
 from tolerances import rounding, standard_error
 
 FLOW = 1e-7  # tolerance of the adaptive flow

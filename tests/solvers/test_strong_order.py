@@ -9,11 +9,8 @@ the increments of W are drawn together from their joint distribution: the first 
 the second, summed over its steps, are the noise of a solver.
 """
 
-from __future__ import annotations
-
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,19 +19,8 @@ import torch
 from scipy.stats import t as student
 
 import references
-from cldsde import (
-    CLD,
-    HOLD,
-    PSLD,
-    VESDE,
-    VPSDE,
-    GaussianMixture,
-    LinearSDE,
-    ReverseProcess,
-    solvers,
-)
-from cldsde.solvers.authoring import Solver
-from references.float64 import Array, Dense, dense, transposed
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
+from references.float64 import Array, dense, transposed
 from tolerances import KERNEL
 
 DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
@@ -42,14 +28,14 @@ LEVELS = (64, 256)
 TIMES = np.linspace(1.0, 0.05, LEVELS[-1] + 1)
 BATCHES, SAMPLES = 10, 100
 
-PROCESSES: dict[str, Callable[[], tuple[LinearSDE, Dense]]] = {
+PROCESSES = {
     "VP, linear": lambda: (VPSDE(0.1, 8.0), dense(references.vp(0.1, 8.0))),
     "VE": lambda: (VESDE(0.1, 5.0), dense(references.ve(0.1, 5.0))),
     "CLD, linear": lambda: (CLD((1.0, 7.0)), dense(references.cld((1.0, 7.0)))),
     "PSLD": lambda: (PSLD(), dense(references.psld())),
     "HOLD": lambda: (HOLD(), dense(references.hold())),
 }
-SOLVERS: dict[str, Solver] = {
+SOLVERS = {
     name: solver
     for name, solver in solvers.named_solvers().items()
     if solver.facts.strong_order is not None
@@ -69,7 +55,7 @@ class Paths(NamedTuple):
 
 
 @functools.cache
-def paths(name: str) -> Paths:
+def paths(name):
     exact = PROCESSES[name]()[1]
     k, r = exact.Q_root.shape
     t, u = TIMES[:-1, None], TIMES[1:, None]
@@ -94,7 +80,7 @@ def paths(name: str) -> Paths:
     return Paths(first + start, last + z, noise, (C, exact.covariance(TIMES[-1])))
 
 
-def errors(method: str, name: str, increments: str, n: int) -> Array:
+def errors(method, name, increments, n):
     """Squared errors of the solver's paths after n steps, (samples,)."""
     (sde, exact), path = PROCESSES[name](), paths(name)
     k, r = exact.Q_root.shape
@@ -112,7 +98,7 @@ def errors(method: str, name: str, increments: str, n: int) -> Array:
         torch.from_numpy(times),
         noise=solvers.RecordedNoise(list(draws)),
     )
-    result: Array = np.square(solution.state[..., 0].numpy().T - path.end).sum(0)
+    result = np.square(solution.state[..., 0].numpy().T - path.end).sum(0)
     return result
 
 
@@ -122,7 +108,7 @@ CLOSE = 0.25
 
 
 @pytest.mark.parametrize("name", list(PROCESSES))
-def test_exact_paths_reach_the_exact_marginal(name: str) -> None:
+def test_exact_paths_reach_the_exact_marginal(name):
     # Hundreds of cells, each with the accuracy of an exponential.
     found, expected = paths(name).moments
     assert abs(found - expected).max() < 100 * KERNEL
@@ -138,7 +124,7 @@ def test_exact_paths_reach_the_exact_marginal(name: str) -> None:
         ("stochastic-heun", "VE", "clock"),
     ],
 )
-def test_the_order_is_the_declared_one(method: str, name: str, increments: str) -> None:
+def test_the_order_is_the_declared_one(method, name, increments):
     squares = [errors(method, name, increments, n) for n in LEVELS]
     means = np.stack([x.reshape(BATCHES, SAMPLES).mean(1) for x in squares])
     slopes = np.log(means[0] / means[1]) / 2 / math.log(LEVELS[1] / LEVELS[0])
@@ -151,7 +137,7 @@ def test_the_order_is_the_declared_one(method: str, name: str, increments: str) 
     assert squares[1].mean() < 1e-2 * 2 * np.trace(paths(name).moments[1])
 
 
-def test_all_declarations_are_tested() -> None:
+def test_all_declarations_are_tested():
     # test_with_torchsde.py tests the solvers of torchsde.
     others = {name for name in SOLVERS if name.startswith("torchsde")}
     assert set(SOLVERS) - others == {"euler-maruyama", "stochastic-heun"}

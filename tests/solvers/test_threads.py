@@ -4,8 +4,6 @@ Coefficients are small: a second thread has nothing to do, but on a machine with
 every call that waits for it costs milliseconds.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -58,7 +56,7 @@ for name in plans():
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
-def test_plans_wake_no_further_thread() -> None:
+def test_plans_wake_no_further_thread():
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     command = [sys.executable, "-I", "-c", PLANS]
     result = subprocess.run(

@@ -9,6 +9,7 @@ from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProces
 from cldsde.solvers.twisted import _systematic
 from probes import generator, name_of_case, untouchable
 from references import wide_mixture
+from tolerances import order_of, rounding
 
 BATCHES = 1e-9  # matrix products of other batch sizes round otherwise; it grows along the steps
 
@@ -52,28 +53,6 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
     check_evidence(found, data, seen)
 
 
-def test_log_weights_of_an_exact_twist_narrow_with_the_steps():
-    variance = []
-    for steps in (40, 160):
-        found = sample(*gaussian(), particles=2000, seeds=[0], steps=steps, threshold=0.0)
-        variance.append(float(found.log_weights.var()))
-        assert found.ess.shape == (1, steps + 1)
-        assert found.nfev == steps + 1
-        assert math.isnan(found.log_evidence_std)
-    # The twist is p(y | z) itself. A step's weight errs by O(h) without bias, the sum of n steps by
-    # n h² = h in variance: a quarter at four times the steps, but for terms of higher order.
-    assert 3 < variance[0] / variance[1] < 6
-
-
-def test_the_error_of_the_evidence_falls_with_the_root_of_the_particles():
-    errors = [
-        sample(*gaussian(), particles=k, seeds=range(100), steps=20).log_evidence_std
-        for k in (20, 180)
-    ]
-    # 3 = √9; a standard deviation of 100 runs is known to 7 %, of skewed weights to about 15 %.
-    assert 2 < errors[0] / errors[1] < 4.5
-
-
 def test_the_evidence_of_a_mixture_is_within_its_error():
     data, seen = wide_mixture()
     found = sample(data, seen, particles=500, seeds=range(10))
@@ -91,7 +70,7 @@ def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
         torch.testing.assert_close(together.samples[20:40], alone.samples, **close)
         torch.testing.assert_close(together.log_weights[20:40], alone.log_weights, **close)
     mean = together.log_weights.logsumexp(0) - math.log(60)
-    assert float(mean) == pytest.approx(together.log_evidence, rel=1e-12)  # two ways to a sum
+    assert float(mean) == pytest.approx(together.log_evidence, rel=rounding(64))
 
 
 def test_a_solve_in_inference_mode_is_the_same():
@@ -108,12 +87,6 @@ def test_options_keep_the_evidence(options):
     check_evidence(found, *gaussian())
 
 
-def test_a_start_below_the_prior_has_the_distribution_of_the_data():
-    found = sample(*gaussian(), VPSDE(), start=0.8, particles=500, seeds=range(8))
-    # At t = 0.8 the state still has exp(-6.5) of the data's variance.
-    check_evidence(found, *gaussian(), bias=0.02)
-
-
 def test_resampled_particles_have_equal_weights():
     found = sample(*wide_mixture(), particles=400, seeds=[0])
     drawn = found.resample(4000, generator=generator())
@@ -127,8 +100,8 @@ def test_systematic_resampling_has_no_bias():
     weights, counts = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.zeros(3)
     for u in torch.linspace(0.005, 0.995, 100, dtype=torch.float64):
         counts += torch.bincount(_systematic(weights, u.reshape(1, 1), 4)[0], minlength=3)
-    # The integral over u by a sum of 100, whose jumps are 1/200 off.
-    torch.testing.assert_close(counts / 400, weights[0].float(), rtol=0, atol=5e-3)
+    # The integral over u by a sum of 100, whose jumps are half an interval off.
+    assert (counts / 400 - weights[0]).abs().max() <= order_of(1 / 100, 1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -142,17 +115,13 @@ def test_systematic_resampling_has_no_bias():
         ({"seeds": [-1]}, "seeds must be integers"),
         ({"shape": (4,)}, "numbers; got data"),
         ({"data_variance": 0}, "data_variance must be"),
+        ({"dtype": torch.int64}, "dtype must be a floating-point type"),
     ],
     ids=name_of_case,
 )
 def test_bad_options_are_rejected(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sample(*wide_mixture(), score=untouchable, **options)
-
-
-def test_a_dtype_without_fractions_is_rejected():
-    with pytest.raises(TypeError, match="dtype must be a floating-point type"):
-        sample(*wide_mixture(), score=untouchable, dtype=torch.int64)
 
 
 def test_equal_rows_with_little_noise_are_sampled_in_float32():
@@ -186,22 +155,3 @@ def test_observations_that_do_not_fit_are_rejected():
 def test_a_score_that_is_not_finite_is_an_error():
     with pytest.raises(FloatingPointError, match="no particle of run 0"):
         sample(*wide_mixture(), VPSDE(), score=lambda z, t: z * math.nan)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["two modes", "wide modes", "narrow modes"])
-def test_four_thousand_particles_reach_the_posterior(name):
-    from cldsde.validation import posterior_error, posterior_methods, posterior_problems
-
-    sde = VPSDE()
-    start = float(solvers.times_of_log_snr(sde, -2.5))
-
-    def twisted(process, observation, times, n, g):
-        grid = solvers.logistic_times(sde, start, float(times[-1]), len(times) - 1)
-        return posterior_methods()["twisted"].sampler(process, observation, grid, n, g)
-
-    problem = posterior_problems(0.1)[name]
-    found = posterior_error(twisted, problem, sde=sde, samples=4000, steps=50, repeats=8)
-    # On "wide modes" 12 runs gave a distance of 1.08 ± 0.08 and a mode error of 0.022 ± 0.003.
-    assert found.distance <= 2
-    assert found.mode_error <= 0.03

@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from torchdiffeq import odeint
 
 from cldsde import CLD, ReverseProcess
-from cldsde.solvers import TorchDiffEq, as_torchdiffeq, root_times, solve
+from cldsde.solvers import TorchDiffEq, root_times, solve
 from gaussian_data import PROCESSES, check_flow, reverse
 from probes import Recording, start
 from tolerances import KERNEL
@@ -31,7 +30,6 @@ TABLEAUX = {
 }
 # Tolerances with which each method takes some ten to a hundred steps.
 ADAPTIVE = {"dopri8": 1e-7, "dopri5": 1e-6, "bosh3": 1e-4, "fehlberg2": 1e-5, "adaptive_heun": 1e-3}
-one_of_each = pytest.mark.parametrize("method", ["rk4", "dopri5"])
 
 
 def double(*values):
@@ -106,15 +104,6 @@ def test_adaptive_steps_follow_the_flow_of_gaussian_data(method, name):
     assert found.stats["nfev"].tolist() == [found.nfev] * 4
 
 
-def test_torchdiffeq_by_itself_leaves_the_interval():
-    alone, within, ends = simple(), simple(), double(1.0, 0.3)
-    tolerances = {"rtol": 1e-3, "atol": 1e-3}
-    odeint(as_torchdiffeq(alone), STATE, ends, method="dopri5", **tolerances)
-    solve(within, TorchDiffEq(**tolerances), STATE, ends)
-    assert min(t.min() for t in alone.score.times) < 0.299
-    assert min(t.min() for t in within.score.times) >= 0.3
-
-
 @pytest.mark.parametrize("method", ["euler", "rk4", "dopri5", "adaptive_heun"])
 def test_a_callback_stops_the_solve_and_states_before_are_kept(method):
     seen, process = [], simple()
@@ -177,16 +166,6 @@ def test_torchdiffeq_s_own_limit_is_reported():
     assert found.status == 1
     assert "torchdiffeq failed: max_num_steps" in found.message
     assert found.state.isfinite().all()
-
-
-@pytest.mark.parametrize("error", [ValueError, AssertionError])
-@one_of_each
-def test_errors_of_the_score_are_raised(method, error):
-    def score(z, t):
-        raise error("mine")
-
-    with pytest.raises(error, match="mine"):
-        solve(ReverseProcess(CRITICAL, score), TorchDiffEq(method=method), STATE, GRID)
 
 
 def test_gradients_of_adaptive_steps_are_those_of_fine_steps():
