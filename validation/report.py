@@ -166,6 +166,34 @@ class Report:
                 lines.append(f"{name}, {kind}: above the declared order on every problem")
         return lines
 
+    def not_measured(self, names: Sequence[str]) -> list[str]:
+        """The named solvers without a verdict, and the reason, one clause each."""
+        summary, clauses = self.summary(), []
+        for name in names:
+            if name not in summary:
+                reasons = [check.message for check in self.checks if check.subject == name]
+                why = next(iter(reasons), "these problems have no check for its declared facts")
+                clauses.append(f"{name} was not measured: {why}")
+        return clauses
+
+    def complaints(self) -> list[str]:
+        """The solvers that failed, and those whose order no problem confirmed, one clause each."""
+        summary = self.summary()
+        judged = {check.subject for check in self.checks if check.verdict is not None}
+        kinds = {
+            "failed": [name for name, verdict in summary.items() if verdict is Verdict.FAIL],
+            "are inconclusive, because no problem confirmed a declared order": [
+                name
+                for name, verdict in summary.items()
+                if verdict is Verdict.INCONCLUSIVE and name in judged
+            ],
+        }
+        return [
+            f"{len(names)} of {len(summary)} {what}: {', '.join(names)}"
+            for what, names in kinds.items()
+            if names
+        ]
+
     def solver_table(self) -> list[dict[str, str]]:
         """Declared facts and measured orders of each solver, for the documentation."""
         rows = []

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 from jsonargparse import Namespace
 
 from cldsde.progress import progress_bar
+from cldsde.validation.checks import in_words
 from cldsde.validation.posterior_error import PosteriorError
 from cldsde.validation.posterior_methods import PosteriorSampler
 from cldsde.validation.posterior_problems import posterior_problems
 from cldsde.validation.posterior_suite import PosteriorReport, posterior_errors, posterior_runs
 
-__all__ = ["prepare_posterior"]
+
+def check_problems(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raise a ValueError for a problem that does not exist."""
+    for name in names:
+        if name not in known:
+            msg = f"--problem must be one of {', '.join(map(repr, known))}; got {name!r}"
+            raise ValueError(msg)
 
 
-def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], None]:
-    """Find the samplers and return the work that is left.
-
-    Raises
-    ------
-    ValueError
-        If an option does not go with ``--posterior``, a problem does not exist, or a sampler cannot
-        be loaded.
-    """
+def prepare_posterior(options: Namespace) -> Callable[[], None]:
+    """Find the samplers and return the work that is left."""
     if not options.posterior:
         msg = "--sampler names a posterior sampler; add --posterior"
         raise ValueError(msg)
@@ -34,15 +33,11 @@ def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], Non
         if getattr(options, option):
             msg = f"--{option} does not go with --posterior; leave one of them out"
             raise ValueError(msg)
-    known = tuple(posterior_problems())
-    unknown = [name for name in options.problem or () if name not in known]
-    if unknown:
-        msg = f"--problem must be one of {', '.join(map(repr, known))}; got {unknown[0]!r}"
-        raise ValueError(msg)
-    named = {name: _find_sampler(name) for name in options.sampler or ()}
+    check_problems(options.problem, posterior_problems())
+    named = {name: _find_sampler(name) for name in options.sampler}
 
     def work() -> None:
-        runs = posterior_runs(quick=options.quick, problems=options.problem, named=named)
+        runs = posterior_runs(quick=options.quick, problems=options.problem or None, named=named)
         found: list[PosteriorError] = []
         made = posterior_errors(runs, seed=options.seed, named=named)
         try:
@@ -50,8 +45,8 @@ def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], Non
                 found.append(error)  # noqa: PERF402 one by one, for an interruption
         finally:
             report = PosteriorReport(found)
-            if file is not None:
-                report.write_json(file)
+            if options.json is not None:
+                report.write_json(options.json)
             print(report.to_text(), flush=True)
         lines = report.failures()
         if lines:
@@ -65,13 +60,11 @@ def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], Non
 def _find_sampler(name: str) -> PosteriorSampler:
     module, _, attribute = name.partition(":")
     try:
-        found: object = getattr(importlib.import_module(module), attribute)
+        found: PosteriorSampler = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        msg = f"--sampler {name!r} cannot be loaded as module:function: {reason}"
+        msg = f"--sampler {name!r} cannot be loaded as module:function: {in_words(error)}"
         raise ValueError(msg) from error
     if not callable(found):
         msg = f"--sampler {name!r} must be a function; got {type(found).__name__}"
         raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
-    sampler: PosteriorSampler = found
-    return sampler
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,19 +145,15 @@ class Run:
         SettingError
             If a setting does not fit the model.
         """
-        recipe, space = self.config.sampling, self.model.space
+        recipe = self.config.sampling
         if "solver" in sampling:
             recipe = replace(recipe, options={})
-        number: int | Literal["all"] | None = None
-        if label is not None:
-            every = label == "all" and space.classes is not None
-            number = "all" if every else space.class_number(label)
         request = SampleRequest(
             model=self.model,
             sampling=replace(recipe, **sampling),
             seeds=range(1),
             batch=batch,
-            label=number,
+            label=self.model.space.label(label),
             guidance=guidance,
             observed=observed,
         )

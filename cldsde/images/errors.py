@@ -41,4 +41,9 @@ def setting(key: str) -> Iterator[None]:
     except SettingError as error:
         raise error.within(key) from error
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
-        raise SettingError(key, " ".join(str(error).split())) from error
+        raise SettingError(key, one_line(error)) from error
+
+
+def one_line(error: BaseException, *, kind: bool = False) -> str:
+    """Message of an error in one line, after its ``kind``."""
+    return " ".join(f"{f'{type(error).__name__}: ' if kind else ''}{error}".split())

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,19 +79,23 @@ class ImageSpace:
             images.class_names if conditional else None,
         )
 
-    def class_number(self, label: int | str) -> int:
-        """The class of a name or number; raise a SettingError with key ``"label"`` if none."""
+    def label(self, text: int | str | None) -> int | Literal["all"] | None:
+        """The class of a name or number, or ``"all"``; raise a SettingError if there is none."""
+        if text is None:
+            return None
         if self.classes is None:
             msg = "the network was not trained with classes (network.conditional)"
             raise SettingError("label", msg)
         names = self.class_names or ()
-        if label in names:
-            return names.index(str(label))
-        if not str(label).isdigit() or int(label) >= self.classes:
+        if text == "all":
+            return "all"
+        if text in names:
+            return names.index(str(text))
+        if not str(text).isdigit() or int(text) >= self.classes:
             or_named = f", or one of {', '.join(names)}" if names else ""
-            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {label!r}"
+            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {text!r}"
             raise SettingError("label", msg)
-        return int(label)
+        return int(text)
 
 
 class Statistics(NamedTuple):

@@ -46,9 +46,9 @@ def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
         (["demo", "--seed", "one"], "seed"),
         (["demo", "--seed", "-1"], "seed"),
         (["demo", "--seed", "99999999999999999999999"], "--seed"),
-        (["demo", "--device", "gpu"], "--device must be auto, cpu"),
-        (["demo", "--device", "meta"], "--device must be auto, cpu"),
-        (["demo", "--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["demo", "--device", "gpu"], "--device must be auto or cpu"),
+        (["demo", "--device", "meta"], "--device must be auto or cpu"),
+        (["demo", "--device", "cuda:99"], "--device must be auto or cpu"),
         (["demo", "--out", ""], "--out"),
     ],
 )

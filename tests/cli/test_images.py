@@ -282,7 +282,7 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
             "--features: 'broken' cannot be imported (Syntax",
         ),
         ([run, "--features", "lacking:Network"], "--features: No module named 'nowhere'"),
-        ([run, "--part", "test"], "--part must be"),
+        ([run, "--part", "test"], "--part: must be"),
         ([run, "--reference", run], "--reference is for samples"),
         ([run, "--solver", "sscs,ssc"], "--solver: solver must be"),
         ([run, "--nfe", "3,x"], "--nfe must be numbers"),

@@ -10,25 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_results, write_report
 from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
+from cldsde.images.evaluate import results as stored
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError
-from cldsde.images.evaluate.results import (
-    FAILED,
-    SAMPLING,
-    cell_numbers,
-    resolved_solver,
-    stored_results,
-)
+from cldsde.images.evaluate.results import FAILED, SAMPLING
 from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import MODEL, ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder, check_folder
@@ -55,28 +51,27 @@ class Comparison:
         for name in _FOLDERS:
             if (out / name).exists() and not (out / name).is_dir():
                 raise SettingError("out", f"{out / name} is not a folder; move it away")
-        for name, settings in config.runs.items():
-            check_folder(out / "models" / name, settings.to_dict(), free=settings.FREE)
+        for name, run in config.runs.items():
+            check_folder(out / "models" / name, run.to_dict(), free=run.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
         if (out / RESULTS).exists():
             read_results(out / RESULTS)
         for name in _FOLDERS:
             (out / name).mkdir(exist_ok=True)
         self.runs = {
-            name: RunFolder(out / "models" / name, settings.to_dict(), free=settings.FREE)
-            for name, settings in config.runs.items()
+            name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
+            for name, run in config.runs.items()
         }
         self.models: dict[str, dict[str, Any]] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.undefined: dict[str, str] = {}
-        self.results: dict[str, Any] = {}
-        self.shown: dict[str, Any] = {}
-        for name, run in self.runs.items():
-            if (run / MODEL).exists():
+        self.results: dict[str, Any] = {"rows": []}
+        for name, folder in self.runs.items():
+            if (folder / MODEL).exists():
                 try:
-                    model = load_model(run.path, trust=True)
+                    model = load_model(folder.path, trust=True)
                 except ValueError as error:
-                    raise ValueError(run.damaged(MODEL, error, cost=TRAINING)) from error
+                    raise ValueError(folder.damaged(MODEL, error, cost=TRAINING)) from error
                 training = config.runs[name].training
                 if model.images_seen == training.steps * training.batch:
                     self._add_model(name, model)
@@ -84,20 +79,18 @@ class Comparison:
     def run(self) -> dict[str, Any]:
         """Train and measure everything that is missing; return the content of `RESULTS`."""
         try:
-            cells = [cell for row in self.config.rows for cell in self._row(row)["cells"]]
-            if not self._are_filled(cells):
+            if not self._are_filled(map(self._row, self.config.rows)):
                 # Everything depends on the features: their errors come before any training.
                 self.distances.prepare(progress=self.progress)
-            for name, settings in self.config.runs.items():
-                options = {"device": self.device, "progress": self.progress}
-                train(settings, self.data, self.runs[name], **options)  # type: ignore[arg-type]
-                model = load_model(self.runs[name].path, self.device, trust=True)
+            for name, config in self.config.runs.items():
+                folder, how = self.runs[name], {"device": self.device, "progress": self.progress}
+                train(config, self.data, folder, **how)  # type: ignore[arg-type]
+                model = load_model(folder.path, self.device, trust=True)
                 self._add_model(name, model)
                 self._write()
                 self._fill(name, model)
                 if "bpd" in self.config.metrics:
-                    evaluation = self._evaluation(self.folder.path, "bpd")
-                    self._measure(evaluation, name, model, [])
+                    self._measure(self._evaluation(self.folder.path, "bpd"), name, model, [])
         finally:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
@@ -119,15 +112,16 @@ class Comparison:
 
     def _add_model(self, name: str, model: ImageModel) -> None:
         """Add a trained model to the results, and its measures so far."""
-        self.found[name] = stored_results(self._evaluated(name), model.digest)
+        self.found[name] = stored.stored_results(self._evaluated(name), model.digest)
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
         options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
+        parts = {"score": model.score, "autoencoder": vae}
         self.models[name] = {
             "process": f"{config.process.name}({options})",
             "parameters": {
-                "score": _numbers(model.score),
-                "autoencoder": 0 if vae is None else _numbers(vae),
+                key: 0 if part is None else sum(x.numel() for x in part.parameters())
+                for key, part in parts.items()
             },
             "weights": model.digest,
             "shape": list(model.space.shape),
@@ -143,6 +137,7 @@ class Comparison:
         total = sum(len(row.budgets) for row in rows)
         with progress_bar(None, shown=self.progress, total=total, desc=name, unit="cell") as bar:
             for row in rows:
+                before = self.results["rows"]
                 for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
                     bar.set_postfix_str(f"{row.label}, {budget:g}")
                     self._measure(self.distances, name, model, [recipe])
@@ -150,9 +145,8 @@ class Comparison:
                 self._draw(row, model)
                 self._write()
                 # Written after every row: a killed process has no time for a report at its end.
-                if self.results != self.shown:
-                    write_report(self.folder.path, pictures=False)
-                    self.shown = self.results
+                if self.results["rows"] != before:
+                    write_report(self.folder.path)
 
     def _measure(
         self, evaluation: Evaluation, name: str, model: ImageModel, recipes: list[SamplingConfig]
@@ -163,7 +157,7 @@ class Comparison:
             self.undefined[name] = str(error)
         except FloatingPointError:
             # The failure of a sampler at a budget is a result, too, and stored with the others.
-            self.found[name] = stored_results(self._evaluated(name), model.digest)
+            self.found[name] = stored.stored_results(self._evaluated(name), model.digest)
         self._write()
 
     def _draw(self, row: RowConfig, model: ImageModel) -> None:
@@ -171,16 +165,16 @@ class Comparison:
         name = _picture_name(row, model.digest)
         if is_whole_picture(self.folder / name):
             return
-        first = self.distances.first_seed
-        seeds = range(first, first + min(_COLUMNS, self.config.samples))
+        first, count = self.distances.first_seed, min(_COLUMNS, self.config.samples)
         lines: list[Tensor] = []
         for recipe in row.recipes():
             try:
-                lines.append(self.distances.draw(model, recipe, seeds).images)
+                found = self.distances.draw(model, recipe, range(first, first + count))
+                lines.append(found.images)
             except FloatingPointError:
-                lines.append(torch.zeros(len(seeds), *model.space.shape, dtype=torch.uint8))
+                lines.append(torch.zeros(count, *model.space.shape, dtype=torch.uint8))
         sheet, levels = torch.cat(lines), model.space.levels
-        self.folder.write(name, lambda file: save_grid(file, sheet, levels, columns=len(seeds)))
+        self.folder.write(name, lambda file: save_grid(file, sheet, levels, columns=count))
 
     def _evaluated(self, name: str) -> Path:
         return self.folder / f"evaluations/{name}.json"
@@ -189,24 +183,22 @@ class Comparison:
         """Collect all results in `RESULTS`."""
         rows = [self._row(row) for row in self.config.rows]
         names = [name for name in self.config.models if name in self.models]
-        models = {name: {**self.models[name], "bits": self._bits(name)} for name in names}
-        measured = [model["bits"] is not None for model in models.values()]
+        bits = {name: self._bits(name) for name in names}
+        measured = "bpd" not in self.config.metrics or None not in bits.values()
+        complete = len(names) == len(self.config.models) and measured and self._are_filled(rows)
         self.results = {
             "format": FORMAT,
-            "complete": (
-                len(models) == len(self.config.models)
-                and self._are_filled([cell for row in rows for cell in row["cells"]])
-                and ("bpd" not in self.config.metrics or all(measured))
-            ),
+            "complete": complete,
             "made": self._origins(),
             "reference": self._reference(),
-            "models": models,
+            "models": {name: {**self.models[name], "bits": bits[name]} for name in names},
             "rows": rows,
             "config": self.config.to_dict(),
         }
         self.folder.write_json(RESULTS, self.results)
 
-    def _are_filled(self, cells: list[dict[str, Any]]) -> bool:
+    def _are_filled(self, rows: Iterable[dict[str, Any]]) -> bool:
+        cells = [cell for row in rows for cell in row["cells"]]
         return all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
 
     def _row(self, row: RowConfig) -> dict[str, Any]:
@@ -218,14 +210,13 @@ class Comparison:
             if made:
                 cell["nfe"] = statistics.mean(one[SAMPLING]["nfe"] for one in made)
                 cell["seconds"] = round(sum(one[SAMPLING]["seconds"] for one in made), 3)
-                numbers = [cell_numbers(one) for one in made]
+                numbers = [stored.cell_numbers(one) for one in made]
                 cell["measures"] = {
                     name.split()[0]: [one[name] for one in numbers] for name in numbers[0]
                 }
             tried = self.distances.tried(found, recipe)
             failures = [one[FAILED] for one in tried if FAILED in one and one not in made]
-            if failures:
-                cell["reason"] = failures[0]
+            cell |= {"reason": failures[0]} if failures else {}
             cells.append(cell)
         model = self.models.get(row.model)
         picture = None if model is None else _picture_name(row, model["weights"])
@@ -253,15 +244,15 @@ class Comparison:
         found: dict[str, Any] | None = self.found[name]["likelihood"]
         return found if found and found["asked"] == self.config.likelihood_images else None
 
+    def _tried(self) -> Iterator[dict[str, Any]]:
+        """All cells of the rows."""
+        for row in self.config.rows:
+            for recipe in row.recipes() if row.model in self.found else ():
+                yield from self.distances.tried(self.found[row.model], recipe)
+
     def _origins(self) -> list[dict[str, Any]]:
         """The distinct versions, machines, devices and threads that computed the numbers."""
-        records = [
-            cell[SAMPLING]
-            for row in self.config.rows
-            if row.model in self.found
-            for recipe in row.recipes()
-            for cell in self.distances.tried(self.found[row.model], recipe)
-        ]
+        records = [cell[SAMPLING] for cell in self._tried()]
         records += filter(None, map(self._likelihood, self.found))
         made = [one for record in records for one in record.get("made", [])]
         return [one for i, one in enumerate(made) if one not in made[:i]]
@@ -271,9 +262,7 @@ class Comparison:
         keys = ("features", "reference_samples", "reference_sha256")
         references = [
             {key: measure[key] for key in keys}
-            for found in self.found.values()
-            for recipe in found["recipes"]
-            for cell in recipe["cells"].values()
+            for cell in self._tried()
             for name, measure in cell.items()
             if name.startswith("fd ")
         ]
@@ -282,10 +271,6 @@ class Comparison:
             msg += "classifiers; delete it to have them measured again"
             raise ValueError(msg)
         return references[0] if references else None
-
-
-def _numbers(part: nn.Module) -> int:
-    return sum(x.numel() for x in part.parameters())
 
 
 def _training_seconds(metrics: Path) -> float | None:
@@ -299,7 +284,7 @@ def _training_seconds(metrics: Path) -> float | None:
 def _picture_name(row: RowConfig, weights: str) -> str:
     """File of a row's picture, which depends on recipes and weights."""
     recipes = row.recipes()
-    parts = f"{weights} {recipes} {[resolved_solver(recipe) for recipe in recipes]}"
+    parts = f"{weights} {recipes} {[stored.resolved_solver(recipe) for recipe in recipes]}"
     digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
     words = "".join(x if x.isalnum() else " " for x in row.label.lower())
     return f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"

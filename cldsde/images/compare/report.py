@@ -40,11 +40,8 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
-def write_report(folder: Path, *, pictures: bool = True) -> None:
-    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
-
-    Without ``pictures`` plots are not written as PNG, which takes as long as the rest.
-    """
+def write_report(folder: Path) -> None:
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
     results = read_results(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
@@ -52,7 +49,7 @@ def write_report(folder: Path, *, pictures: bool = True) -> None:
     plots = []
     for measure in measures_of(results):
         figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
-        for each in [file, file.with_suffix(".png")] if pictures else [file]:
+        for each in (file, file.with_suffix(".png")):
             write_whole(each, lambda path, figure=figure: figure.savefig(path, dpi=150))  # type: ignore[misc]
         plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
     page = render_page(

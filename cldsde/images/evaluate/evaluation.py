@@ -6,6 +6,7 @@ Every finished cell is written to the file of results at once, from which a late
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ from cldsde.images.evaluate.results import (
     stored_results,
 )
 from cldsde.images.evaluate.weights import check_inception_weights
-from cldsde.images.model import ImageModel
+from cldsde.images.files import write_whole
 from cldsde.images.sample.sampler import Samples, draw_images
-from cldsde.images.sample.source import OtherDynamics
+from cldsde.images.sample.source import Model, OtherDynamics
 from cldsde.images.schema import check_name
 from cldsde.score.flow_density import UnsolvedFlowError
 
@@ -50,7 +51,6 @@ METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 """Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
 in Inception's; bits per dim."""
 
-Model = ImageModel | OtherDynamics
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 # Images that a metric needs: three neighbours, ten splits; two for all others.
 _LEAST = {"prc": 4, "isc": 10}
@@ -104,6 +104,10 @@ class Evaluation(Reference):
         self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
     ) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
+        if self.part not in {"train", "held_out"}:
+            raise SettingError("part", f"must be train or held_out; got {self.part!r}")
+        if images is not None and "bpd" in self.metrics:
+            raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
         train, images = self.data.train, self.samples if images is None else images
         if shape is not None and shape != train.shape:
             own, others = ("×".join(map(str, x)) for x in (shape, train.shape))
@@ -211,6 +215,34 @@ class Evaluation(Reference):
         """Sample images of a model with a recipe."""
         options: dict[str, Any] = {"batch": self.batch, "progress": self.progress}
         return draw_images(model.score, model.space, seeds, recipe, vae=model.vae, **options)
+
+    def of_samples(self, images: Tensor, name: str, results: Path) -> dict[str, Any]:
+        """Measure images, uint8 with 256 levels; write a file, return what `of_run` returns."""
+        cell = self.measure(images, self.metrics)
+        text = json.dumps({"samples": name, "measures": cell}, indent=1) + "\n"
+        write_whole(results, lambda path: path.write_text(text))
+        row = {"sampling": {"solver": name, "nfe": ""}, "cells": {"": cell}}
+        return {"recipes": [row], "likelihood": None}
+
+    @staticmethod
+    def notes(found: Mapping[str, Any], model: Model | None) -> list[str]:
+        """Notes on results of `of_run` or `of_samples` that mean little."""
+        cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
+        measures = [measure for cell in cells for key, measure in cell.items() if key[:3] == "fd "]
+        few = [measure for measure in measures if measure["singular"]]
+        notes = []
+        if few:
+            notes.append(
+                f"Fréchet distances of {few[0]['samples']} images in {few[0]['feature_count']} "
+                "features are strongly biased; use more images than features"
+            )
+        pixels = model is not None and model.vae is None and not model.space.dequantised
+        if found["likelihood"] is not None and pixels:
+            notes.append(
+                "the model was trained without dequantisation, and has no useful density of "
+                "dequantised images"
+            )
+        return notes
 
     def measure(self, images: Tensor, metrics: Sequence[str]) -> dict[str, Any]:
         """Metrics of images, uint8 with 256 levels, by name."""

@@ -16,7 +16,7 @@ from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Precision, Samples
-from cldsde.images.sample.source import OtherDynamics
+from cldsde.images.sample.source import Model
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
@@ -48,7 +48,7 @@ class SampleRequest:
         Whether to compile the network with ``torch.compile``.
     """
 
-    model: ImageModel | OtherDynamics
+    model: Model
     sampling: SamplingConfig
     seeds: range
     batch: int = 64

@@ -34,13 +34,17 @@ class OtherDynamics:
     t_min: float | None = None
 
 
+Model = ImageModel | OtherDynamics
+"""Something to sample."""
+
+
 def of_run(
     run: Path,
     process: ProcessConfig | None = None,
     device: torch.device | str = "cpu",
     *,
     trust: bool = False,
-) -> ImageModel | OtherDynamics:
+) -> Model:
     """The model of a run, under its own process or another; see `load_model`."""
     model = load_model(run, device, trust=trust)
     return model if process is None else under_process(model, process)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cldsde.images.config import RunConfig
+from cldsde.images.errors import one_line
 from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
@@ -26,7 +27,11 @@ KIND = "a training state of cldsde, version 2"
 
 
 class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device."""
+    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
+
+    ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
+    ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
+    """
 
     def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
         self._engine = engine
@@ -47,14 +52,9 @@ class Meter:
         return cast(Tensor, self._engine.reduce(self.sums, "mean"))
 
     def means(self) -> dict[str, float]:
-        """Means over steps and processes since `clear`; 0 without a step.
-
-        ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
-        ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
-        """
+        """Means over steps and processes since `clear`; 0 without a step."""
         *sums, steps = self.shared().tolist()
-        pairs = zip(self._names, sums, strict=True)
-        return {name: total / steps if steps else 0.0 for name, total in pairs}
+        return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
 
     def clear(self) -> None:
         """Reset all sums."""
@@ -156,11 +156,8 @@ class TrainingState:
                 msg = f"it has seen {images:,} images: training.images can grow, but not shrink"
                 raise ValueError(msg)
         except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
-            msg = (
-                f"{run / STATE} cannot be used ({' '.join(str(error).split())}); put a copy of it "
-            )
-            msg += "back, or begin again in another folder"
-            raise ValueError(msg) from error
+            msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
+            raise ValueError(f"{msg}begin again in another folder") from error
         return step, seconds
 
     def _take(self, tensors: Mapping[str, Tensor], scaler: dict[str, float] | None) -> None:

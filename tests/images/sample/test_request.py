@@ -79,9 +79,9 @@ def test_a_mask_that_keeps_nothing_is_refused(run, tmp_path, capsys):
 
 def test_classes_are_named():
     space = ImageSpace((1, 8, 8), classes=3, class_names=("dot", "stripe", "7"))
-    assert [space.class_number(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
+    assert [space.label(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
     with pytest.raises(SettingError, match="label: must be 'all', a number from 0 to 2, or one of"):
-        space.class_number("strip")
+        space.label("strip")
 
 
 def test_a_class_is_sampled_by_its_name(run, tmp_path, capsys):
