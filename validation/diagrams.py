@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cldsde.messages import in_words
 from cldsde.progress import progress_bar
 from cldsde.solvers.authoring import Solver
 
-from .checks import Check, in_words
+from .checks import Check
 from .order_estimate import Verdict
 from .problems import Problem
 from .suite import declares_order, rejection

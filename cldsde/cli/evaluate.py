@@ -53,11 +53,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     with needs_images():
+        from cldsde.files import check_writable
         from cldsde.images.config import load_config
         from cldsde.images.data.samples import load_samples
         from cldsde.images.evaluate.evaluation import Evaluation
         from cldsde.images.evaluate.results import markdown_table
-        from cldsde.images.files import check_writable
         from cldsde.images.runs import CONFIG
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from jsonargparse import Namespace
 
+from cldsde.messages import imported
 from cldsde.progress import progress_bar
-from cldsde.validation.checks import in_words
 from cldsde.validation.posterior_error import PosteriorError
 from cldsde.validation.posterior_methods import PosteriorSampler
 from cldsde.validation.posterior_problems import posterior_problems
@@ -34,7 +33,11 @@ def prepare_posterior(options: Namespace) -> Callable[[], None]:
             msg = f"--{option} does not go with --posterior; leave one of them out"
             raise ValueError(msg)
     check_problems(options.problem, posterior_problems())
-    named = {name: _find_sampler(name) for name in options.sampler}
+    named: dict[str, PosteriorSampler] = {name: imported(name) for name in options.sampler}
+    for name, sampler in named.items():
+        if not callable(sampler):
+            msg = f"--sampler {name!r} must be a function; got {type(sampler).__name__}"
+            raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
 
     def work() -> None:
         runs = posterior_runs(quick=options.quick, problems=options.problem or None, named=named)
@@ -55,16 +58,3 @@ def prepare_posterior(options: Namespace) -> Callable[[], None]:
             raise ArithmeticError(msg)
 
     return work
-
-
-def _find_sampler(name: str) -> PosteriorSampler:
-    module, _, attribute = name.partition(":")
-    try:
-        found: PosteriorSampler = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:
-        msg = f"--sampler {name!r} cannot be loaded as module:function: {in_words(error)}"
-        raise ValueError(msg) from error
-    if not callable(found):
-        msg = f"--sampler {name!r} must be a function; got {type(found).__name__}"
-        raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
-    return found

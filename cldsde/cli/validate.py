@@ -26,14 +26,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.options import SEED, flag, option
 from cldsde.cli.posterior import check_problems, prepare_posterior
+from cldsde.messages import in_words
 from cldsde.progress import progress_bar
 from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.named import canonical_name
 from cldsde.validation import WorkPrecision, problems
-from cldsde.validation.checks import Check, in_words
+from cldsde.validation.checks import Check
 from cldsde.validation.diagrams import diagrams
 from cldsde.validation.order_estimate import Verdict
-from cldsde.validation.report import PAGE, Report, part_of
+from cldsde.validation.report import PAGE, Report
 from cldsde.validation.suite import QUICK_PROBLEMS, checks, count
 
 
@@ -185,6 +186,6 @@ def _try_to_write(file: Path) -> None:
     if file.is_dir():
         msg = f"{file} is a folder"
         raise IsADirectoryError(msg)
-    part = part_of(file)
+    part = file.with_name(f"{file.name}.part")
     part.touch()
     part.unlink()

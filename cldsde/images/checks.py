@@ -37,47 +37,42 @@ def check_choice(value: object, allowed: Sequence[object], name: str) -> None:
         raise ValueError(msg)
 
 
-def check_bytes(images: object, name: str = "images") -> Tensor:
-    """Return a uint8 tensor, or raise a TypeError."""
+def check_values(images: object, levels: int) -> Tensor:
+    """Return uint8 images if their values are below ``levels``, or raise."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        msg = f"{name} must be a uint8 tensor; got {got}"
+        msg = f"images must be a uint8 tensor; got {kind_of(images)}"
         raise TypeError(msg)
+    # A byte cannot exceed 256 levels, and reading from an accelerator would wait for it.
+    if levels < 256 and images.numel() and int(images.max()) >= levels:
+        msg = f"images must have values in 0 … {levels - 1}; got {int(images.max())}"
+        raise ValueError(msg)
     return images
 
 
-def check_values(images: object, levels: int, name: str = "images") -> Tensor:
-    """Return uint8 images if their values are below ``levels``, or raise."""
-    found = check_bytes(images, name)
-    as_whole(levels, "levels", 2, 256)
-    # A byte cannot exceed 256 levels, and reading from an accelerator would wait for it.
-    if levels < 256 and found.numel() and int(found.max()) >= levels:
-        msg = f"{name} must have values in 0 … {levels - 1}; got {int(found.max())}"
-        raise ValueError(msg)
-    return found
+def kind_of(value: object) -> object:
+    """Data type of a tensor, or name of another type."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:
     """Return at least ``least`` uint8 images ``(N, C, H, W)`` on the CPU, or raise."""
-    found = check_bytes(images, name)
-    if found.ndim != 4 or found.shape[1] < 1 or min(found.shape[2:]) < smallest:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.device.type != "cpu":
+        msg = f"{name} must be a uint8 tensor on the CPU; got {kind_of(images)}"
+        raise TypeError(msg)
+    if images.ndim != 4 or images.shape[1] < 1 or min(images.shape[2:]) < smallest:
         size = f" with H and W at least {smallest}" if smallest > 1 else ""
-        msg = f"{name} must have shape (N, C, H, W){size}; got {tuple(found.shape)}"
+        msg = f"{name} must have shape (N, C, H, W){size}; got {tuple(images.shape)}"
         raise ValueError(msg)
-    if found.device.type != "cpu":
-        msg = f"{name} must be on the CPU; got {found.device}; call .cpu()"
+    if len(images) < least:
+        msg = f"{name} must hold at least {least} images; got {len(images)}"
         raise ValueError(msg)
-    if len(found) < least:
-        msg = f"{name} must hold at least {least} images; got {len(found)}"
-        raise ValueError(msg)
-    return found
+    return images
 
 
 def check_labels(labels: object, name: str, count: int, classes: int | None = None) -> int:
     """Check one class per image; return the number of classes, one more than the largest."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        msg = f"{name} must be a tensor of integers; got {got}"
+        msg = f"{name} must be a tensor of integers; got {kind_of(labels)}"
         raise TypeError(msg)
     if labels.shape != (count,):
         msg = f"{name} must have shape ({count},), one class per image; got {tuple(labels.shape)}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cldsde.messages import one_line
+
 
 class SettingError(ValueError):
     """A setting that cannot be used: its key or the name of an argument, and the reason.
@@ -42,8 +44,3 @@ def setting(key: str) -> Iterator[None]:
         raise error.within(key) from error
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
         raise SettingError(key, one_line(error)) from error
-
-
-def one_line(error: BaseException, *, kind: bool = False) -> str:
-    """Message of an error in one line, after its ``kind``."""
-    return " ".join(f"{f'{type(error).__name__}: ' if kind else ''}{error}".split())

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.errors import SettingError, setting
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.latent import VAE
-from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
+from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.messages import imported
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
 
@@ -167,7 +167,8 @@ def make_network(
     SettingError if it does not fit the shape, or a network of one's own cannot be imported.
     """
     sde, network = config.process.make(), config.network
-    kind: Any = NETWORKS.get(network.name) or named(network.name, "network.name")
+    with setting("network.name"):
+        kind: Any = NETWORKS.get(network.name) or imported(network.name)
     sizes = (sde.components, len(sde.driven)) if config.score.inputs == "state" else (1, 1)
     with setting("network"):
         options = network.checked_options(kind)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -25,6 +26,7 @@ from pydantic_core import to_jsonable_python
 from cldsde.images.errors import SettingError, setting
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1, le=2**40)]
@@ -37,6 +39,8 @@ Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 """A finite positive number."""
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 """A number in [0, 1)."""
+Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
+"""A number of grey levels."""
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -137,7 +141,7 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> 
     """Raise a SettingError, with the nearest valid name, for an unknown key."""
     for key in values:
         if key not in known:
-            raise SettingError(f"{prefix}.{key}", _unknown(str(key), list(known)))
+            raise SettingError(f"{prefix}.{key}".removeprefix("."), _unknown(str(key), list(known)))
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -168,11 +172,24 @@ def checked_options(
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            raise SettingError(f"{key}.{name}", "is missing")
+            raise SettingError(f"{key}.{name}".removeprefix("."), "is missing")
     return {
-        name: _checked(value, hints.get(name, Any), f"{key}.{name}")
+        name: _checked(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
         for name, value in options.items()
     }
+
+
+def checked(function: F) -> F:
+    """Check the arguments of a function by its annotations; errors are SettingErrors."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments |= checked_options(function, bound.arguments, key="")
+        return function(*bound.args, **bound.kwargs)
+
+    return cast(F, call)
 
 
 def _checked(value: object, hint: Any, key: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
-from cldsde.images.files import file_lock
+from cldsde.files import file_lock
 from cldsde.solvers import Plan
 from command import refused
 

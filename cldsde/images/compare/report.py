@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from cldsde.files import write_whole
 from cldsde.images.compare.tables import MEASURES, measures_of, tables
 from cldsde.images.figures import is_whole_picture
-from cldsde.images.files import write_whole
 from cldsde.validation.page import data_uri, render_page
 
 RESULTS = "comparison.json"

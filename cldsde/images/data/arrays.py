@@ -6,27 +6,29 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, listed, what_instead
+from cldsde.images.checks import listed, what_instead
 from cldsde.images.data.images import ArrayImages
+from cldsde.images.schema import Levels, checked
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
+@checked
 def array_images(
     path: str | Path,
     *,
     images: str | None = None,
     labels: str | None = None,
     layout: Layout = "auto",
-    levels: int = 256,
+    levels: Levels = 256,
 ) -> ArrayImages:
     """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
 
@@ -35,8 +37,6 @@ def array_images(
     FileNotFoundError, TypeError, ValueError
         If there is no such file, or it cannot be read or holds something else.
     """
-    check_choice(layout, get_args(Layout), "layout")
-    as_whole(levels, "levels", 2, 256)
     file = Path(path).expanduser()
     pixels, targets = _read(file, images, labels)
     if pixels.dtype != np.uint8:
@@ -93,13 +93,11 @@ def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Ar
     if images is not None:
         msg = f"images names an array of a .npz, which {path} is not; got {images!r}"
         raise ValueError(msg)
-    if labels is None:
-        return _npy(path), None
-    beside = Path(labels).expanduser()
-    if not beside.is_file():
+    beside = None if labels is None else Path(labels).expanduser()
+    if beside is not None and not beside.is_file():
         msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
         raise FileNotFoundError(msg)
-    return _npy(path), _npy(beside)
+    return _npy(path), None if beside is None else _npy(beside)
 
 
 def _npy(file: Path) -> Array:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, listed, what_instead
+from cldsde.images.checks import listed, what_instead
 from cldsde.images.data.images import Images
 from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
+from cldsde.images.schema import Count, Flag, checked
 
 
 class FolderImages(Images):
@@ -68,52 +71,56 @@ class FolderImages(Images):
     pixels are errors, because their scale is not known. Of several frames the first is used.
     """
 
+    @checked
     def __init__(
         self,
         path: str | Path,
         *,
-        size: int,
-        channels: int = 3,
-        classes: bool = False,
-        workers: int = 4,
-        skip_damaged: bool = False,
+        size: Count,
+        channels: Literal[1, 3] = 3,
+        classes: Flag = False,
+        workers: Count = 4,
+        skip_damaged: Flag = False,
     ) -> None:
-        size = as_whole(size, "size", 1)
-        check_choice(channels, (1, 3), "channels")
-        self._workers = as_whole(workers, "workers", 1)
+        self._workers = workers
         root = as_folder(path)
         names, found = _classes(root) if classes else (None, [(file, 0) for file in _walk(root)])
         if not found:
             msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        check = _check_whole if skip_damaged else _check_header
-        damaged = self._damaged([file for file, _ in found], check)
+        damaged = self._damaged([file for file, _ in found], whole=skip_damaged)
         kept = [(file, number) for file, number in found if file not in damaged]
         if damaged and not (skip_damaged and kept):
             raise ValueError(_described(damaged))
         labels = None if names is None else torch.tensor([number for _, number in kept])
         super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
         self.files = tuple(file for file, _ in kept)
-        self.skipped = (*damaged.values(), *_other_files(root))
+        others = Counter(
+            file.suffix or "no suffix"
+            for file in root.rglob("*")
+            if file.suffix.lower() not in SUFFIXES and file.is_file() and file.name[0] != "."
+        )
+        counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
+        self.skipped = (*damaged.values(), *counts)
 
     def _read(self, rows: Tensor) -> Tensor:
         channels, size, _ = self.shape
         files = [self.files[row] for row in rows.tolist()]
         try:
             with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
-                return torch.stack(
-                    list(pool.map(lambda file: _decode(file, size, channels), files))
-                )
+                return torch.stack(list(pool.map(partial(_decode, size, channels), files)))
         except ValueError:
             # A damaged file is seldom alone: name all at once.
-            raise ValueError(_described(self._damaged(self.files, _check_whole))) from None
+            raise ValueError(_described(self._damaged(self.files, whole=True))) from None
 
-    def _damaged(self, files: Sequence[Path], check: Callable[[Path], object]) -> dict[Path, str]:
-        """Files that cannot be decoded, and why."""
+    def _damaged(self, files: Sequence[Path], *, whole: bool) -> dict[Path, str]:
+        """Files that cannot be decoded, and why; their headers are read, or all of them."""
 
         def reason(file: Path) -> str | None:
             try:
-                check(file)
+                with open_picture(file) as image:
+                    if whole:
+                        image.load()
             except ValueError as error:
                 return str(error)
             return None
@@ -141,16 +148,6 @@ def _described(damaged: Mapping[Path, str]) -> str:
     names = ", ".join(str(file) for file in list(damaged)[1:10])
     more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
     return f"{first}; nor can {more}. skip_damaged = true leaves them out"
-
-
-def _other_files(root: Path) -> list[str]:
-    """Numbers of files with suffixes of no picture, by suffix."""
-    counts = Counter(
-        file.suffix or "no suffix"
-        for file in root.rglob("*")
-        if file.suffix.lower() not in SUFFIXES and file.is_file() and file.name[0] != "."
-    )
-    return [f"{count} files that end in {suffix}" for suffix, count in sorted(counts.items())]
 
 
 def _name_order(path: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -197,17 +194,7 @@ def _classes(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     return [folder.name for folder in folders], files
 
 
-def _check_header(file: Path) -> None:
-    with open_picture(file):
-        pass
-
-
-def _check_whole(file: Path) -> None:
-    with open_picture(file) as image:
-        image.load()
-
-
-def _decode(file: Path, size: int, channels: int) -> Tensor:
+def _decode(size: int, channels: int, file: Path) -> Tensor:
     image = read_picture(file, "RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, check_values
+from cldsde.images.checks import check_values
 from cldsde.images.data.images import CHUNK, Images
 from cldsde.score import quantisation
 
@@ -39,7 +39,6 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
     Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
     (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
-    as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         msg = f"images must be a floating-point tensor; got {got}"
@@ -98,7 +97,6 @@ def channel_statistics(
     Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
     squares are integers, so that both are exact up to one rounding, however many images there are.
     """
-    check_choice(per, ("scalar", "channel", "pixel"), "per")
     c, h, w = images.shape
     shapes = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}
     axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cldsde.images.checks import as_whole, check_images, check_labels, check_same_shape
-from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
+from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.linear.checks import check_positive
+from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 _NAME = "cldsde.images.evaluation:ImageClassifier"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cldsde.files import write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.errors import SettingError, setting
@@ -41,7 +42,6 @@ from cldsde.images.evaluate.results import (
     stored_results,
 )
 from cldsde.images.evaluate.weights import check_inception_weights
-from cldsde.images.files import write_whole
 from cldsde.images.sample.sampler import Samples, draw_images
 from cldsde.images.sample.source import Model, OtherDynamics
 from cldsde.images.schema import check_name

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldsde.images.errors import SettingError
-from cldsde.images.named import in_one_line, named
+from cldsde.images.errors import SettingError, setting
+from cldsde.messages import imported, in_words
 
 FeatureNetwork = Callable[[Tensor], Tensor]
 """uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. An attribute
@@ -32,12 +32,13 @@ def load_features(name: str) -> FeatureNetwork:
     >>> load_features("torch:flatten").__name__
     'flatten'
     """
-    found: Any = named(name, "features")
+    with setting("features"):
+        found: Any = imported(name)
     if isinstance(found, type):
         try:
             found = found()
         except (Exception, SystemExit) as error:
-            msg = f"{name!r} cannot be made without arguments ({in_one_line(error)})"
+            msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
             raise SettingError("features", msg) from error
     if not callable(found):
         kind = type(found).__name__
@@ -56,7 +57,7 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
             checked_features(features(images), len(images))
     except Exception as error:
         shape = tuple(images.shape)
-        msg = f"{feature_name(features)!r} fails for images {shape} ({in_one_line(error)})"
+        msg = f"{feature_name(features)!r} fails for images {shape} ({in_words(error)})"
         raise SettingError("features", msg) from error
 
 

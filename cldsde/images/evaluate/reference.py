@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cldsde.files import file_lock
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes
 from cldsde.images.errors import SettingError
@@ -21,7 +22,7 @@ from cldsde.images.evaluate.classifier import (
 )
 from cldsde.images.evaluate.distances import FeatureStatistics, images_sha256
 from cldsde.images.evaluate.features import FeatureNetwork, load_features
-from cldsde.images.files import file_lock, tensors_digest
+from cldsde.images.tensor_files import tensors_digest
 
 CLASSIFIER = "classifier.safetensors"
 """File of the classifier whose features a data set is compared in."""

@@ -20,9 +20,9 @@ import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from cldsde.files import file_lock, write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.evaluate.distances import package_versions
-from cldsde.images.files import file_lock, write_whole
 from cldsde.images.sample.sampler import make_solver
 from cldsde.images.tables import Entry, Table, mean_and_spread
 

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 
+from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
 from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.files import PARTIAL, brief, check_writable, file_lock, write_whole
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
 from cldsde.images.sample.sampler import Samples
+from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 _REQUEST = "request"  # file of a folder of parts with the digest of their request
@@ -99,7 +100,7 @@ def alone(out: Path) -> Iterator[None]:
     try:
         with file_lock(_parts_folder(out), wait=False):
             yield
-    except BlockingIOError:
+    except TimeoutError:
         msg = f"{out} is being written by another process; wait, or name another"
         raise SettingError("out", msg) from None
 

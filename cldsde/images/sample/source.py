@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.errors import SettingError, setting
-from cldsde.images.files import tensors_digest
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace, load_model
+from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import DenoiserScore, ScoreDenoiser

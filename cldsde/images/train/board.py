@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cldsde.images.files import brief
+from cldsde.messages import brief
 
 
 class Board:

@@ -22,18 +22,19 @@ from diffusers import UNet2DModel
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError, one_line
+from cldsde.images.errors import SettingError
 from cldsde.images.figures import save_grid
-from cldsde.images.files import brief, load_tensors
 from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.board import Board
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
 from cldsde.images.train.state import STATE, StopRequest
 from cldsde.images.train.summary import Rehearsal, measure_steps
+from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
 
 TRAINING = "repeat the whole training"

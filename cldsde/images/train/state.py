@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import one_line
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
+from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.messages import one_line
 
 STATE = "training.safetensors"
 """File of a run that holds the state of its training, to resume from."""

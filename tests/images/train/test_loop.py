@@ -18,7 +18,6 @@ import torch
 
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet, augment
-from cldsde.images.files import load_tensors
 from cldsde.images.model import (
     MODEL,
     ImageSpace,
@@ -30,6 +29,7 @@ from cldsde.images.model import (
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import class_batches
 from cldsde.images.streams import image_order, stream
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import STATE, train
 from cldsde.images.train.state import KIND, Meter, TrainingState
@@ -233,7 +233,7 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
 
     from safetensors.torch import save_file as save
 
-    monkeypatch.setattr("cldsde.images.files.save_file", full)
+    monkeypatch.setattr("cldsde.images.tensor_files.save_file", full)
     with pytest.raises(OSError, match=r"64 images could be saved.*No space left"):
         trained(tmp_path, config())
     assert load_tensors(tmp_path / STATE, KIND)[1]["step"] == "2"
