@@ -3,38 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-
-def as_whole(value: object, name: str, low: int, high: int | None = None) -> int:
-    """Return an integer in [low, high] as an int, or raise."""
-    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low} … {high}"
-    msg = f"{name} must be {allowed}; got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(msg)
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(msg)
-    return number
-
-
-def check_counts(**counts: object) -> None:
-    """Raise an error unless all are positive integers; ``classes`` may be None."""
-    for name, value in counts.items():
-        if value is not None or name != "classes":
-            as_whole(value, name, 1)
-
-
-def check_choice(value: object, allowed: Sequence[object], name: str) -> None:
-    """Raise a ValueError unless the value is among those allowed."""
-    # True equals 1, but is not a number of channels.
-    if isinstance(value, bool) or value not in allowed:
-        msg = f"{name} must be {listed(allowed, 'or')}; got {value!r}"
-        raise ValueError(msg)
 
 
 def check_values(images: object, levels: int) -> Tensor:
@@ -95,12 +67,6 @@ def check_same_shape(images: Tensor, reference: Tensor, name: str = "reference")
 
 def check_levels(shape: Sequence[int], channels: Sequence[int]) -> None:
     """Raise a ValueError unless ``(C, H, W)`` can be halved once per level after the first."""
-    for name, sizes in (("shape", shape), ("channels", channels)):
-        integers = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
-        if not integers or not sizes or (name == "shape" and len(sizes) != 3):
-            wanted = "three positive integers (C, H, W)" if name == "shape" else "positive integers"
-            msg = f"{name} must be {wanted}; got {sizes!r}"
-            raise ValueError(msg)
     factor = 2 ** (len(channels) - 1)
     if shape[1] % factor or shape[2] % factor:
         msg = f"channels has {len(channels)} levels, so H and W must be divisible by {factor}; "

@@ -10,16 +10,18 @@ the null label for no class, which classifier-free guidance needs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from cldsde.images.blocks import CLOCK_SCALE, ClassEmbedding, recompute
-from cldsde.images.checks import check_counts, check_groups, check_levels
-from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.images.checks import check_groups, check_levels
+from cldsde.images.schema import Channels, Count, Flag, Positive, Shape, Share, checked
 from cldsde.pretrained import ncsnpp
 from cldsde.pretrained.ncsnpp import InputsEnter, OutputsLeave
 
@@ -27,6 +29,40 @@ from cldsde.pretrained.ncsnpp import InputsEnter, OutputsLeave
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+# Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8.
+_CLOCK_SCALE = 50.0
+
+
+class _ClassEmbedding(nn.Embedding):
+    """An embedding that returns NaN for a label out of range, and never waits for its device."""
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Apply the layer."""
+        last = self.num_embeddings - 1
+        rows = super().forward(label.clamp(0, last))
+        return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
+
+
+class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
+    """A residual block that keeps only its input for the gradient."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        forward = super().forward
+        if not torch.is_grad_enabled():
+            return forward(input_tensor, temb)  # type: ignore[no-any-return]
+        return checkpoint(forward, input_tensor, temb, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _recompute(network: nn.Module) -> None:
+    """Turn on gradient checkpointing of residual blocks; names of weights do not change.
+
+    diffusers' own switch reaches only the middle block of networks of skip blocks.
+    """
+    for module in network.modules():
+        if type(module) is ResnetBlock2D:
+            module.__class__ = _RecomputedBlock
 
 
 class _ScoreNetwork(nn.Module, ABC):
@@ -38,7 +74,7 @@ class _ScoreNetwork(nn.Module, ABC):
         self.classes = classes
         if classes is not None:
             width = embedding.get_parameter("linear_2.bias").numel()
-            network.class_embedding = ClassEmbedding(classes + 1, width)
+            network.class_embedding = _ClassEmbedding(classes + 1, width)
 
     @abstractmethod
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
@@ -105,26 +141,30 @@ class UNet(_ScoreNetwork):
         If an argument is out of range or does not fit the others.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        inputs: int,
-        outputs: int,
+        shape: Shape,
+        inputs: Count,
+        outputs: Count,
         *,
-        channels: Sequence[int],
-        blocks: int = 1,
-        groups: int = 8,
-        attention: Sequence[int] = (),
-        head_channels: int | None = None,
-        dropout: float = 0.0,
-        classes: int | None = None,
-        gradient_checkpointing: bool = False,
+        channels: Channels,
+        blocks: Count = 1,
+        groups: Count = 8,
+        attention: Sequence[Count] = (),
+        head_channels: Count | None = None,
+        dropout: Share = 0.0,
+        classes: Count | None = None,
+        gradient_checkpointing: Flag = False,
     ) -> None:
-        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
         attends = _levels(shape, channels, attention)
         check_groups(groups, channels)
-        _check_heads(head_channels, channels, attends)
-        _check_dropout(dropout)
+        # The middle of the network has the channels of the last level.
+        widths = {width for width, used in zip(channels, attends, strict=True) if used}
+        widths |= {channels[-1]} if any(attends) else set()
+        if head_channels is not None and any(width % head_channels for width in widths):
+            msg = f"head_channels must divide the channels of attention, {sorted(widths)}; got "
+            raise ValueError(f"{msg}{head_channels}")
         network = UNet2DModel(
             sample_size=tuple(shape[1:]),
             in_channels=inputs * shape[0],
@@ -142,10 +182,10 @@ class UNet(_ScoreNetwork):
         nn.init.zeros_(network.conv_out.bias)
         super().__init__(network, network.time_embedding, classes)
         if gradient_checkpointing:
-            recompute(network)
+            _recompute(network)
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
-        out: Tensor = self.network(z, CLOCK_SCALE * clock, label, return_dict=False)[0]
+        out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]
         return out
 
 
@@ -193,28 +233,25 @@ class NCSNpp(_ScoreNetwork):
     Langevin diffusion*, 2022, appendix E.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        inputs: int,
-        outputs: int,
+        shape: Shape,
+        inputs: Count,
+        outputs: Count,
         *,
-        channels: Sequence[int],
-        blocks: int = 2,
-        attention: Sequence[int] = (),
-        dropout: float = 0.0,
-        fir: bool = True,
+        channels: Channels,
+        blocks: Count = 2,
+        attention: Sequence[Count] = (),
+        dropout: Share = 0.0,
+        fir: Flag = True,
         inputs_enter: InputsEnter = "residual",
         outputs_leave: OutputsLeave = "once",
-        fourier_scale: float | None = None,
-        classes: int | None = None,
-        gradient_checkpointing: bool = False,
+        fourier_scale: Positive | None = None,
+        classes: Count | None = None,
+        gradient_checkpointing: Flag = False,
     ) -> None:
-        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
         _levels(shape, channels, attention)
-        _check_dropout(dropout)
-        if fourier_scale is not None:
-            check_positive(fourier_scale, "fourier_scale")
         network = ncsnpp.NCSNpp(
             (inputs * shape[0], *shape[1:]),
             outputs * shape[0],
@@ -268,23 +305,3 @@ def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[i
         msg = f"attention must be at heights of levels, {heights}; got {missing}"
         raise ValueError(msg)
     return [height in attention for height in heights]
-
-
-def _check_heads(
-    head_channels: int | None, channels: Sequence[int], attends: Sequence[bool]
-) -> None:
-    if head_channels is None:
-        return
-    check_counts(head_channels=head_channels)
-    # The middle of the network has the channels of the last level.
-    last = [channels[-1]] if any(attends) else []
-    widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
-    if any(width % head_channels for width in widths):
-        msg = f"head_channels must divide the channels of attention, {sorted(set(widths))}; got "
-        raise ValueError(f"{msg}{head_channels}")
-
-
-def _check_dropout(dropout: float) -> None:
-    if not check_at_least(dropout, 0, "dropout") < 1:
-        msg = f"dropout must lie in [0, 1); got {dropout}"
-        raise ValueError(msg)

@@ -39,6 +39,10 @@ Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 """A finite positive number."""
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 """A number in [0, 1)."""
+Shape = Annotated[Sequence[Count], Field(min_length=3, max_length=3)]
+"""Shape ``(C, H, W)`` of an image."""
+Channels = Annotated[Sequence[Count], Field(min_length=1)]
+"""Channels of each level of a network."""
 Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
 """A number of grey levels."""
 

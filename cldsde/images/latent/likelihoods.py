@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cldsde.images.checks import as_whole
-
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
 
@@ -90,9 +88,6 @@ class DiscretisedLogistic:
 
     levels: int = 256
 
-    def __post_init__(self) -> None:
-        as_whole(self.levels, "levels", 2, 256)
-
     def channels(self, data: int) -> int:
         """Channels of the output: 2C."""
         return 2 * data
@@ -110,7 +105,7 @@ class DiscretisedLogistic:
         log_p = F.logsigmoid(above).masked_fill(last, 0.0)
         log_p = log_p + F.logsigmoid(-below).masked_fill(first, 0.0)
         width = torch.log(-torch.expm1(-2 * half / scale))
-        return _total(log_p + width.masked_fill(first | last, 0.0))
+        return total(log_p + width.masked_fill(first | last, 0.0))
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean of the discretised distribution, which differs from μ near ±1 and in narrow bins."""
@@ -123,7 +118,7 @@ class DiscretisedLogistic:
         return 2 * level / (self.levels - 1) - 1  # in the order of `to_unit`, to the same bits
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_scale = _fine(output).chunk(2, dim=1)
+        mean, log_scale = fine(output).chunk(2, dim=1)
         return mean, soft_clamp(log_scale, _LOG_SCALE_BOUND).exp()
 
 
@@ -164,23 +159,24 @@ class Bernoulli:
     def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
         """Expected log-likelihood, see `PixelLikelihood`. The gradient is finite."""
         _check_output(output, x, self.channels(x.shape[1]))
-        logit, white = _fine(output), (_fine(x) + 1) / 2
+        logit, white = fine(output), (fine(x) + 1) / 2
         # Neither term is positive, whereas the library's cross-entropy subtracts.
-        return _total(white * F.logsigmoid(logit) + (1 - white) * F.logsigmoid(-logit))
+        return total(white * F.logsigmoid(logit) + (1 - white) * F.logsigmoid(-logit))
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean image 2π − 1, see `PixelLikelihood`."""
-        return torch.tanh(_fine(output) / 2)
+        return torch.tanh(fine(output) / 2)
 
 
-def _fine(x: Tensor) -> Tensor:
+def fine(x: Tensor) -> Tensor:
     """In single precision at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _total(log_p: Tensor) -> Tensor:
-    total: Tensor = log_p.flatten(1).sum(1)
-    return total
+def total(terms: Tensor) -> Tensor:
+    """Sums over each image or latent map, ``(B,)``."""
+    sums: Tensor = terms.flatten(1).sum(1)
+    return sums
 
 
 def _check_output(output: Tensor, x: Tensor, channels: int) -> None:

@@ -16,19 +16,16 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from cldsde.images.checks import (
-    as_whole,
-    check_choice,
-    check_counts,
-    check_groups,
-    check_levels,
-)
+from cldsde.images.checks import check_groups, check_levels
 from cldsde.images.latent.likelihoods import (
     Bernoulli,
     DiscretisedLogistic,
     PixelLikelihood,
+    fine,
     soft_clamp,
+    total,
 )
+from cldsde.images.schema import Channels, Count, Levels, Shape, checked
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 
@@ -63,14 +60,14 @@ class Posterior(NamedTuple):
 
     def entropy(self) -> Tensor:
         """H(q) = −E log q(z | x), ``(B,)``."""
-        return _total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
+        return total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
 
     def kl_to_standard_normal(self) -> Tensor:
         """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``.
 
         The sum is one of numbers that are not negative, each to a few roundings.
         """
-        return _total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
+        return total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
 
 
 class VAE(nn.Module):
@@ -132,22 +129,20 @@ class VAE(nn.Module):
     (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
     """
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        levels: int,
+        shape: Shape,
+        levels: Levels,
         *,
-        latent_channels: int = 4,
-        channels: Sequence[int] = (32, 64),
-        blocks: int = 1,
-        groups: int = 8,
+        latent_channels: Count = 4,
+        channels: Channels = (32, 64),
+        blocks: Count = 1,
+        groups: Count = 8,
         likelihood: Literal["logistic", "bernoulli"] = "logistic",
     ) -> None:
-        as_whole(levels, "levels", 2, 256)
-        check_counts(latent_channels=latent_channels, blocks=blocks, groups=groups)
         check_levels(shape, channels)
         check_groups(groups, channels)
-        check_choice(likelihood, list(_LIKELIHOODS), "likelihood")
         super().__init__()
         data, height, width = shape
         factor = 2 ** (len(channels) - 1)
@@ -179,8 +174,7 @@ class VAE(nn.Module):
         _check_shape(x, self.shape, "x")
         out: Tensor = self.encoder(x)
         # Under autocast the network returns half precision.
-        fine = out.to(torch.promote_types(out.dtype, torch.float32))
-        return Posterior(*soft_clamp(fine, _BOUND).chunk(2, dim=1))
+        return Posterior(*soft_clamp(fine(out), _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Parameters ``(B, likelihood.channels(C), H, W)`` of the distribution of the pixels."""
@@ -195,11 +189,6 @@ class VAE(nn.Module):
     def images(self, z: Tensor) -> Tensor:
         """Mean images of latent maps, ``(B, C, H, W)`` in [−1, 1]."""
         return self.likelihood.mean(self.decode(z))
-
-
-def _total(terms: Tensor) -> Tensor:
-    total: Tensor = terms.flatten(1).sum(1)
-    return total
 
 
 def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
