@@ -5,7 +5,7 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.score import Observation, PosteriorScore
-from exact_posteriors import guided_prediction, wide_mixture
+from references import guided_prediction, wide_mixture
 
 PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
 
@@ -23,7 +23,7 @@ def _states(sde, data, n, t):
 def test_exact_guidance_is_the_formula_of_each_component(sde, t):
     data, seen = wide_mixture()
     z = _states(sde, data, 6, t)
-    _, exact, _, _ = guided_prediction(data, seen, sde, z, t)
+    _, exact, _, _ = guided_prediction(data, seen, sde.marginal(t), z)
     found = data.condition(seen).posterior_mean(sde, z, t)
     # Both solve systems whose condition number is about (spread of the data / noise)² = 400.
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
@@ -34,7 +34,7 @@ def test_exact_guidance_is_the_formula_of_each_component(sde, t):
 def test_moment_matching_by_autograd_equals_the_closed_form(sde, t):
     data, seen = wide_mixture()
     z = _states(sde, data, 6, t)
-    _, _, matched, log_likelihood = guided_prediction(data, seen, sde, z, t)
+    _, _, matched, log_likelihood = guided_prediction(data, seen, sde.marginal(t), z)
     guided = PosteriorScore(data.score(sde), seen, iterations=None)
     # Conjugate gradients end at a relative residual of 2e-12 (eps^0.75), which R's condition
     # number of about 400 may multiply.
@@ -49,7 +49,7 @@ def test_pigdm_and_dps_are_their_formulas(sde):
     data, seen = wide_mixture()
     t, A, y, s = 0.3, seen.dense((8,)), seen.y, seen.noise_std
     z = _states(sde, data, 6, t)
-    V, _, _, _ = guided_prediction(data, seen, sde, z, t)
+    V, _, _, _ = guided_prediction(data, seen, sde.marginal(t), z)
     D = data.posterior_mean(sde, z, t)
     variance = (-2 * sde.log_snr(t)).exp()
     r2 = variance * 0.7 / (variance + 0.7)

@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
-from exact_posteriors import wide_mixture
+from references import wide_mixture
 
 
 def _gaussian():
