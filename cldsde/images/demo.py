@@ -24,10 +24,10 @@ from cldsde.images.model import ImageSpace
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.schema import plain
-from cldsde.images.tables import Entry, Table, mean_and_spread
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.tables import Entry, Table, mean_and_spread
 
 _RESULTS = (
     *("results.json", "table.md", "samples.npz"),

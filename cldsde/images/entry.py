@@ -147,7 +147,7 @@ class Run:
         """
         recipe = self.config.sampling
         if "solver" in sampling:
-            recipe = replace(recipe, options={})
+            sampling = {"options": {}, **sampling}
         request = SampleRequest(
             model=self.model,
             sampling=replace(recipe, **sampling),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.images.tensor_files import load_tensors, save_tensors
-from cldsde.messages import imported
+from cldsde.messages import imported, one_line
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
 
@@ -191,26 +192,20 @@ def make_model(
 
     Without statistics of the data, weights are going to be loaded that include them.
     """
-    vae = make_vae(config, space)
+    vae, sde = make_vae(config, space), config.process.make()
     shape = space.shape if vae is None else vae.latent_shape
+    network = make_network(config, shape, space.classes)
     log_clock = config.network.options.get("fourier_scale") is not None
     published = config.score.published(log_clock=log_clock)
     if published is not None:
-        network = make_network(config, shape, space.classes)
-        return DiffusionModel(PublishedScore(network, config.process.make(), published))
+        return DiffusionModel(PublishedScore(network, sde, published))
     if statistics is None or vae is not None:
         sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
         size = sizes[config.score.reference]
         statistics = Statistics(torch.zeros(size), torch.ones(size))
-    mixing = config.score.mixing
+    mixing, inputs = config.score.mixing, config.score.inputs
     logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing)
-    score = MixedScore(
-        make_network(config, shape, space.classes),
-        config.process.make(),
-        *statistics,
-        inputs=config.score.inputs,
-        mixing_logits=logits,
-    )
+    score = MixedScore(network, sde, *statistics, inputs=inputs, mixing_logits=logits)
     return DiffusionModel(score, vae)
 
 
@@ -222,13 +217,9 @@ def save_model(
     images_seen: int,
 ) -> None:
     """Write a model file, whole or not at all."""
-    flags = [space.levels, space.dequantised, space.classes, space.always_classes]
-    metadata = {
-        "shape": json.dumps(space.shape),
-        "space": json.dumps([*flags, space.class_names]),
-        "images_seen": str(images_seen),
-        "config": config.model_digest(),
-    }
+    shape, *others = dataclasses.astuple(space)
+    metadata = {"shape": json.dumps(shape), "space": json.dumps(others)}
+    metadata |= {"images_seen": str(images_seen), "config": config.model_digest()}
     save_tensors(file, KIND, weights, metadata)
 
 
@@ -241,8 +232,7 @@ def load_model(
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
         msg = f"{run} is no run of cldsde train: it {state}"
         raise ValueError(msg)
-    file = run / MODEL
-    if not file.is_file():
+    if not (run / MODEL).is_file():
         msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; its models are in {run / 'models'}"
@@ -255,7 +245,7 @@ def load_model(
     if ":" in config.network.name and not trust:
         msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
         raise SettingError("trust", f"{msg}allow it if you trust the code")
-    return read_model(file, config, device)
+    return read_model(run / MODEL, config, device)
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
@@ -263,23 +253,18 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     tensors, metadata = load_tensors(file, KIND)
     try:
         older = config.score.prediction == "noise"
-        if metadata["config"] not in {
-            config.model_digest(),
-            config.model_digest(before_predictions=older),
-        }:
+        digests = {config.model_digest(), config.model_digest(before_predictions=older)}
+        if metadata["config"] not in digests:
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
-        channels, height, width = json.loads(metadata["shape"])
-        levels, dequantised, classes, always, *names = json.loads(metadata["space"])
-        class_names = tuple(names[0]) if names and names[0] else None  # older files have no names
-        space = ImageSpace(
-            (channels, height, width), levels, dequantised, classes, always, class_names
-        )
+        shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
+        *numbers, names = others if len(others) == 5 else [*others, None]  # older files have none
+        space = ImageSpace(tuple(shape), *numbers, tuple(names) if names else None)
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        msg = f"{file} cannot be used: {' '.join(str(error).split())}"
+        msg = f"{file} cannot be used: {one_line(error)}"
         raise ValueError(msg) from error
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return ImageModel(model, space, config, seen, metadata["sha256"])

@@ -24,7 +24,7 @@ from cldsde.files import file_lock, write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.evaluate.distances import package_versions
 from cldsde.images.sample.sampler import make_solver
-from cldsde.images.tables import Entry, Table, mean_and_spread
+from cldsde.tables import Entry, Table, mean_and_spread
 
 SAMPLING = "sampling"
 """Key of a cell for the cost and the origin of its images."""
