@@ -7,8 +7,8 @@ Computations are in single precision at least, and no method waits for a device.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,29 +29,35 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
-class PixelLikelihood(Protocol):
-    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder."""
+class PixelLikelihood(ABC):
+    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
 
-    @property
-    def levels(self) -> int:
-        """Number of grey levels of the images over which its probabilities sum to 1."""
-        ...
+    ``levels`` is the number of grey levels over which its probabilities sum to 1, ``width`` the
+    number of channels of the output for each channel of the images.
+    """
 
-    def channels(self, data: int) -> int:
-        """Channels of the output for images of ``data`` channels."""
-        ...
+    levels: int
+    width: int
 
     def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
         """Log-likelihood in nats, summed over the image, ``(B,)``; raise if shapes do not fit."""
-        ...
+        wanted = (len(x), self.width * x.shape[1], *x.shape[2:])
+        if output.shape != wanted:
+            msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
+            raise ValueError(f"{msg}{tuple(output.shape)}")
+        return total(self._log_p(fine(output), x))
 
+    @abstractmethod
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of each number; the gradient is finite."""
+
+    @abstractmethod
     def mean(self, output: Tensor) -> Tensor:
         """Mean image, ``(B, C, H, W)`` in [−1, 1], float32 at least."""
-        ...
 
 
 @dataclass(frozen=True)
-class DiscretisedLogistic:
+class DiscretisedLogistic(PixelLikelihood):
     r"""A logistic distribution of mean μ and scale s, cut into one bin per grey level.
 
     .. math::
@@ -87,14 +93,9 @@ class DiscretisedLogistic:
     """
 
     levels: int = 256
+    width = 2
 
-    def channels(self, data: int) -> int:
-        """Channels of the output: 2C."""
-        return 2 * data
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """See `PixelLikelihood`; each number of ``x`` is a grey level. The gradient is finite."""
-        _check_output(output, x, self.channels(x.shape[1]))
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
         mean, scale = self._parameters(output)
         half = 1 / (self.levels - 1)
         centred = x - mean
@@ -105,7 +106,7 @@ class DiscretisedLogistic:
         log_p = F.logsigmoid(above).masked_fill(last, 0.0)
         log_p = log_p + F.logsigmoid(-below).masked_fill(first, 0.0)
         width = torch.log(-torch.expm1(-2 * half / scale))
-        return total(log_p + width.masked_fill(first | last, 0.0))
+        return log_p + width.masked_fill(first | last, 0.0)
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean of the discretised distribution, which differs from μ near ±1 and in narrow bins."""
@@ -122,8 +123,7 @@ class DiscretisedLogistic:
         return mean, soft_clamp(log_scale, _LOG_SCALE_BOUND).exp()
 
 
-@dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(PixelLikelihood):
     r"""Black or white pixels, white with probability π; the output is the logit of π.
 
     .. math::
@@ -147,24 +147,16 @@ class Bernoulli:
     tensor([-1.3133, -0.8133, -0.3133])
     """
 
-    @property
-    def levels(self) -> int:
-        """Number of grey levels: 2."""
-        return 2
+    levels = 2
+    width = 1
 
-    def channels(self, data: int) -> int:
-        """Channels of the output: C."""
-        return data
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """Expected log-likelihood, see `PixelLikelihood`. The gradient is finite."""
-        _check_output(output, x, self.channels(x.shape[1]))
-        logit, white = fine(output), (fine(x) + 1) / 2
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+        white = (fine(x) + 1) / 2
         # Neither term is positive, whereas the library's cross-entropy subtracts.
-        return total(white * F.logsigmoid(logit) + (1 - white) * F.logsigmoid(-logit))
+        return white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output)
 
     def mean(self, output: Tensor) -> Tensor:
-        """Mean image 2π − 1, see `PixelLikelihood`."""
+        """Mean image 2π − 1."""
         return torch.tanh(fine(output) / 2)
 
 
@@ -177,10 +169,3 @@ def total(terms: Tensor) -> Tensor:
     """Sums over each image or latent map, ``(B,)``."""
     sums: Tensor = terms.flatten(1).sum(1)
     return sums
-
-
-def _check_output(output: Tensor, x: Tensor, channels: int) -> None:
-    wanted = (len(x), channels, *x.shape[2:])
-    if output.shape != wanted:
-        msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
-        raise ValueError(f"{msg}{tuple(output.shape)}")

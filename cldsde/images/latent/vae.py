@@ -164,7 +164,7 @@ class VAE(nn.Module):
         )
         self.decoder = Decoder(
             in_channels=latent_channels,
-            out_channels=self.likelihood.channels(data),
+            out_channels=self.likelihood.width * data,
             up_block_types=("UpDecoderBlock2D",) * len(channels),
             **common,
         )
@@ -177,7 +177,7 @@ class VAE(nn.Module):
         return Posterior(*soft_clamp(fine(out), _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Parameters ``(B, likelihood.channels(C), H, W)`` of the distribution of the pixels."""
+        """Parameters ``(B, likelihood.width · C, H, W)`` of the distribution of the pixels."""
         _check_shape(z, self.latent_shape, "z")
         out: Tensor = self.decoder(z)
         return out

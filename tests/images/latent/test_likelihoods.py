@@ -41,7 +41,7 @@ def output(*numbers: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def outputs_of(law: Any, batch: int, spread: float = 1.0) -> torch.Tensor:
-    shape = (batch, law.channels(2), 3, 4)
+    shape = (batch, 2 * law.width, 3, 4)
     return spread * torch.randn(shape, generator=generator(1))
 
 
@@ -237,7 +237,7 @@ def test_the_mean_is_that_of_the_probabilities(levels, raw):
 
 
 def test_channels_are_those_of_the_parameters():
-    assert (DiscretisedLogistic(256).channels(3), Bernoulli().channels(3)) == (6, 3)
+    assert (DiscretisedLogistic(256).width, Bernoulli().width) == (2, 1)
 
 
 @every_law

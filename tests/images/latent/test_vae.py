@@ -127,7 +127,7 @@ class TestInterface:
         assert vae.latent_shape == latent
         assert vae.shape == shape
         assert q.mean.shape == q.log_std.shape == z.shape == (2, *latent)
-        assert vae.decode(z).shape == (2, vae.likelihood.channels(shape[0]), *shape[1:])
+        assert vae.decode(z).shape == (2, vae.likelihood.width * shape[0], *shape[1:])
         assert vae.log_likelihood(x, z).shape == (2,)
         mean = vae.images(z)
         assert mean.shape == x.shape
@@ -252,7 +252,7 @@ class TestLearning:
 
 def _best_constant(law: Any, x: torch.Tensor) -> float:
     """Mean log-likelihood of the best output that is the same for all images."""
-    out = torch.zeros(1, law.channels(1), *x.shape[2:], requires_grad=True)
+    out = torch.zeros(1, law.width, *x.shape[2:], requires_grad=True)
     optimiser = torch.optim.LBFGS([out], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
