@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -83,7 +82,9 @@ class ProcessConfig:
     """
 
     name: str = "CLD"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Number | tuple[Number, Number] | Literal["cosine"]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         """Check name and options."""
@@ -94,9 +95,9 @@ class ProcessConfig:
         """The process."""
         kind = getattr(linear, self.name)
         check_keys(self.options, inspect.signature(kind).parameters, "options")
-        arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
+        cosine = {key: Schedule.cosine() for key, x in self.options.items() if x == "cosine"}
         with setting("options"):
-            return kind(**arguments)  # type: ignore[no-any-return]
+            return kind(**{**self.options, **cosine})  # type: ignore[no-any-return]
 
 
 @section
@@ -174,23 +175,18 @@ class ScoreConfig:
         """The published parameterisation; ``log_clock``: the network has Fourier features."""
         if self.code == "cldsde":
             return None
+        how = {name: getattr(self, name) for name in ("mixed", "numerical_eps", "levels")}
         with setting("code"):
-            return Parameterisation(
-                code=self.code,
-                log_clock=log_clock,
-                mixed=self.mixed,
-                numerical_eps=self.numerical_eps,
-                levels=self.levels,
-            )
+            return Parameterisation(code=self.code, log_clock=log_clock, **how)
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
         own = (self.reference, self.inputs, self.prediction, self.mixing)
-        if self.code == "cldsde":
-            if (self.mixed, self.numerical_eps, self.levels) != (False, 0.0, None):
-                msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
-                raise SettingError("code", msg)
-        elif own != ("scalar", "state", "noise", None):
+        theirs = (self.mixed, self.numerical_eps, self.levels)
+        if self.code == "cldsde" and theirs != (False, 0.0, None):
+            msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+            raise SettingError("code", msg)
+        if self.code != "cldsde" and own != ("scalar", "state", "noise", None):
             msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
             raise SettingError("code", msg)
         self.published(log_clock=False)
@@ -383,18 +379,3 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Replace a short name of a solver by the full one."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
-
-
-def _rate_or_number(name: str, value: object) -> Any:
-    if name == "schedule":
-        if value != "cosine":
-            raise SettingError("options.schedule", f"must be 'cosine'; got {value!r}")
-        return Schedule.cosine()
-    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    if any(
-        isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < math.inf
-        for x in numbers
-    ):
-        msg = f"must be a finite number, or a pair for a rate; got {value!r}"
-        raise SettingError(f"options.{name}", msg)
-    return tuple(numbers) if len(numbers) == 2 else value

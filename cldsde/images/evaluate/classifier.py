@@ -6,14 +6,16 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldsde.images.checks import as_whole, check_images, check_labels, check_same_shape
+from cldsde.images.checks import check_images, check_labels, check_same_shape
+from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
-from cldsde.linear.checks import check_positive
 from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
@@ -21,17 +23,19 @@ _NAME = "cldsde.images.evaluation:ImageClassifier"
 """Files of results and of statistics know the features by this name: it outlasts the module's."""
 
 _SMALLEST = 8  # height and width
-_LARGEST = 4096  # width, number of features or classes
+Size = Annotated[Count, Field(le=4096)]
+"""Width, number of features or classes."""
 
 
 class ImageClassifier(nn.Module):
     """A small convolutional classifier whose last hidden layer serves as a feature space."""
 
-    def __init__(self, channels: int, classes: int, *, width: int = 16, size: int = 128) -> None:
+    @checked
+    def __init__(
+        self, channels: Size, classes: Size, *, width: Size = 16, size: Size = 128
+    ) -> None:
         super().__init__()
         self.architecture = {"channels": channels, "classes": classes, "width": width, "size": size}
-        for name, value in self.architecture.items():
-            as_whole(value, name, 1, _LARGEST)
         layers: list[nn.Module] = []
         widths = (channels, width, 2 * width, 4 * width, 4 * width)
         for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
@@ -77,18 +81,19 @@ class ClassifierFeatures:
         return self.classifier.features(_scaled(images.to(self.device)))
 
 
+@checked
 def train_classifier(
     images: Tensor,
     labels: Tensor,
     held_out: Tensor,
     held_out_labels: Tensor,
     *,
-    epochs: int = 3,
-    batch: int = 128,
-    width: int = 16,
-    size: int = 128,
-    learning_rate: float = 4e-3,
-    seed: int = 0,
+    epochs: Count = 3,
+    batch: Annotated[Count, Field(ge=2)] = 128,
+    width: Size = 16,
+    size: Size = 128,
+    learning_rate: Positive = 4e-3,
+    seed: Natural = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[ImageClassifier, float]:
@@ -102,9 +107,7 @@ def train_classifier(
     check_same_shape(images, held_out, "held_out")
     classes = check_labels(labels, "labels", len(images))
     check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
-    as_whole(epochs, "epochs", 1)
-    batch = min(as_whole(batch, "batch", 2), len(images))
-    check_positive(learning_rate, "learning_rate")
+    batch = min(batch, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier(images.shape[1], classes, width=width, size=size)
@@ -129,12 +132,9 @@ def train_classifier(
     # Sums have another order in the channels-last layout; saved weights have channels first.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    pairs = zip(held_out.split(512), held_out_labels.split(512), strict=True)  # type: ignore[no-untyped-call]
-    hits = sum(
-        int((model(_scaled(part.to(device))).argmax(1).cpu() == target.cpu()).sum())
-        for part, target in pairs
-    )
-    return model, hits / len(held_out)
+    parts = held_out.split(512)  # type: ignore[no-untyped-call]
+    found = torch.cat([model(_scaled(part.to(device))).argmax(1).cpu() for part in parts])
+    return model, float((found == held_out_labels.cpu()).double().mean())
 
 
 def save_classifier(

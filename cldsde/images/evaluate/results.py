@@ -24,6 +24,7 @@ from cldsde.files import file_lock, write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.evaluate.distances import package_versions
 from cldsde.images.sample.sampler import make_solver
+from cldsde.messages import one_line
 from cldsde.tables import Entry, Table, mean_and_spread
 
 SAMPLING = "sampling"
@@ -32,18 +33,11 @@ FAILED = "failed"
 """Key of a cell, or of a likelihood, for the reason why it could not be measured."""
 
 
-class _Origin(TypedDict):
-    versions: dict[str, str]
-    machine: str
-    device: str
-    threads: int
-
-
 class _Sampling(TypedDict, total=False):
     nfe: float
     seconds: float
     solver: str
-    made: list[_Origin]
+    made: list[dict[str, Any]]
 
 
 class _Cell(TypedDict):
@@ -59,7 +53,6 @@ class _Recipe(TypedDict):
 class _Bits(TypedDict):
     asked: int
     failed: NotRequired[str]
-    bits_per_dim: NotRequired[float]
 
 
 class _Results(TypedDict):
@@ -70,41 +63,36 @@ class _Results(TypedDict):
 
 def stored_results(results: Path, digest: str) -> dict[str, Any]:
     """Results of an evaluation so far, from their file."""
-    fresh: dict[str, Any] = {"model": digest, "likelihood": None, "recipes": []}
-    if not results.exists():
-        return fresh
-    try:
-        found = json.loads(results.read_text())
-        _check(found)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        msg = f"{results} is damaged ({reason}); delete it to have it made again"
-        raise ValueError(msg) from error
+    found: dict[str, Any] = {"model": digest}
+    if results.exists():
+        try:
+            found = json.loads(results.read_text())
+            _check(found)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            msg = f"{results} is damaged ({one_line(error)}); delete it to have it made again"
+            raise ValueError(msg) from error
     if found["model"] != digest:
         msg = f"{results} holds results of other weights; delete it, or write to another file"
         raise ValueError(msg)
-    return {**fresh, **found}
+    return {"likelihood": None, "recipes": [], **found}
 
 
 def _check(found: Any) -> None:
     TypeAdapter(_Results).validate_python(found)
+    needs = []
     bits = found.get("likelihood")
     if bits is not None and FAILED not in bits:
-        _need(bits, "bits_per_dim", "is_bound", "quantity", "settings")
+        needs.append((bits, {"bits_per_dim", "is_bound", "quantity", "settings"}))
     for cell in (cell for row in found.get("recipes", []) for cell in row["cells"].values()):
-        if FAILED not in cell:
-            _need(cell[SAMPLING], "nfe", "seconds")
+        needs.append((cell[SAMPLING], set() if FAILED in cell else {"nfe", "seconds"}))
         for key in cell.keys() - {SAMPLING, FAILED}:
             # The Inception score takes no reference.
-            _need(cell[key], *([] if key.startswith("isc ") else ["reference_sha256"]))
-            _need(cell[key], *(["features"] if key.startswith("fd ") else []))
+            keys = set() if key.startswith("isc ") else {"reference_sha256"}
+            needs.append((cell[key], keys | ({"features"} if key.startswith("fd ") else set())))
         cell_numbers(cell)
-
-
-def _need(values: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        if key not in values:
-            msg = f"{key} is missing"
+    for values, keys in needs:
+        if not keys <= values.keys():
+            msg = f"{', '.join(sorted(keys - values.keys()))} is missing"
             raise ValueError(msg)
 
 
