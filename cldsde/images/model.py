@@ -46,18 +46,14 @@ class ImageSpace:
 
     Attributes
     ----------
-    shape
-        ``(C, H, W)``.
-    levels
-        Grey levels.
+    shape, levels
+        ``(C, H, W)``, and number of grey levels.
     dequantised
         Whether the model was trained on levels spread over their bins.
-    classes
-        Number of classes that the network sees; None if it sees none.
+    classes, class_names
+        Number of classes that the network sees, and their names if it has them; None if it sees none.
     always_classes
         Whether it always sees one: then it cannot sample an image of no class.
-    class_names
-        Names of the classes, if the data set has them.
     """
 
     shape: tuple[int, int, int]

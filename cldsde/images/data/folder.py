@@ -24,8 +24,7 @@ from cldsde.images.schema import Count, Flag, checked
 class FolderImages(Images):
     """The image files of a folder and its subfolders, decoded when they are needed.
 
-    Every file is opened once when the object is made, which reads its header, and decoded each time
-    that its row is loaded.
+    Every file is opened once when the object is made, which reads its header.
 
     Parameters
     ----------
@@ -52,18 +51,15 @@ class FolderImages(Images):
 
     Raises
     ------
-    TypeError, ValueError
+    ValueError, OSError
         If an option is not allowed, the folder holds no image, a class has none, an image belongs
-        to no class, links form a cycle, or a file cannot be decoded.
-    OSError
-        If the folder cannot be read.
+        to no class, links form a cycle, or a file or folder cannot be read.
 
     Notes
     -----
-    Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case; files
-    and folders whose name starts with a dot are left out. Links are followed. Rows are in the order
-    of the names of folders and file, compared by code points of their NFC form, so that the order
-    does not depend on the file system.
+    Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case. Names
+    that start with a dot are left out; links are followed. Rows are in the order of the names of
+    folders and file, by code points of their NFC form, whatever the file system.
 
     EXIF orientation is applied. Transparent images are laid over white. Grey becomes three equal
     channels, and RGB becomes grey by Pillow's (Rec. 601) weights. 16-bit grey is scaled by 1/257

@@ -66,14 +66,7 @@ class Images(ABC):
 
 
 class ArrayImages(Images):
-    """Images in memory.
-
-    Examples
-    --------
-    >>> images = ArrayImages(torch.arange(8, dtype=torch.uint8).reshape(2, 1, 2, 2))
-    >>> images.load(torch.tensor([1])).flatten().tolist()
-    [4, 5, 6, 7]
-    """
+    """Images in memory, ``(N, C, H, W)`` uint8."""
 
     def __init__(
         self,

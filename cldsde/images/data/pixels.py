@@ -17,13 +17,7 @@ from cldsde.score import quantisation
 
 
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
-
-    Examples
-    --------
-    >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
-    [-1.0, 0.0, 1.0]
-    """
+    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1."""
     # In this order both ends are exact.
     return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
 

@@ -16,22 +16,12 @@ from cldsde.progress import progress_bar
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    r"""Fréchet distance between Gaussians fitted to two sets of features.
+    r"""Fréchet distance between Gaussians fitted to features ``(n, F)`` and ``(m, F)``.
 
     .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
 
     The squared Wasserstein-2 distance of the two normal distributions (Dowson and Landau 1982). It
     is called FID only with the features of Inception-v3 (Heusel et al. 2017).
-
-    Parameters
-    ----------
-    first, second
-        Features ``(n, F)`` and ``(m, F)``, at least two rows each.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit or a feature is not finite.
 
     Examples
     --------

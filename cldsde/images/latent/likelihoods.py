@@ -19,13 +19,7 @@ _LOG_SCALE_BOUND = 7.0
 
 
 def soft_clamp(x: Tensor, bound: float) -> Tensor:
-    """Bound numbers smoothly, b tanh(x/b): slope 1 at 0, and within ±b (Vahdat and Kautz 2020).
-
-    Examples
-    --------
-    >>> soft_clamp(torch.tensor([-1e9, 0.0, 1e9]), 5.0).tolist()
-    [-5.0, 0.0, 5.0]
-    """
+    """Bound numbers smoothly, b tanh(x/b): slope 1 at 0, and within ±b (Vahdat and Kautz 2020)."""
     return bound * torch.tanh(x / bound)
 
 
@@ -67,17 +61,11 @@ class DiscretisedLogistic(PixelLikelihood):
     The bins of the first and the last level extend to ∓∞, so that the sum over levels is 1. The
     first C channels of the output are μ; the others, bounded by ±7 (`soft_clamp`), are log s.
 
-    Parameters
-    ----------
-    levels
-        Number L of grey levels, 2 … 256.
-
     Notes
     -----
     A logarithm of a probability in single precision, u = 2⁻²⁴, has an error of at most
     ``24u |log P| + 4u (1 + (1 + |μ|)/s)``. The first part comes from s and elementary functions,
-    the second from the rounding of x and of differences from it, in units of s: with μ in [−1, 1]
-    at most 6e-4 nats for the narrowest scale, s = e⁻⁷, and 2e-6 for s = 0.3.
+    the second from the rounding of x and of differences from it, in units of s.
 
     References
     ----------
@@ -129,22 +117,10 @@ class Bernoulli(PixelLikelihood):
     .. math::
         \log p(x) = w \log π + (1 - w) \log(1 - π), \qquad w = \frac{x + 1}{2}
 
-    For black and white images, of 2 levels, this is their log-likelihood. A grey level w is read as
-    the probability of white: then it is the expected log-likelihood of the image with random black
-    or white pixels. That can be trained with, but it does not sum to 1 over all grey levels, and no
-    bound on their bits follows from it.
-
-    Notes
-    -----
-    A logarithm in single precision, u = 2⁻²⁴, has an error of at most
-    ``16u |log p| + u |logit|``. The second part is the rounding of w, and vanishes for black and
-    white.
-
-    Examples
-    --------
-    >>> x = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1)
-    >>> Bernoulli().log_likelihood(torch.ones(3, 1, 1, 1), x)
-    tensor([-1.3133, -0.8133, -0.3133])
+    For images of 2 levels this is their log-likelihood. A grey level w is read as the probability of
+    white: that can be trained with, but it does not sum to 1 over all grey levels, and no bound on
+    their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at most
+    ``16u |log p| + u |logit|``.
     """
 
     levels = 2

@@ -39,19 +39,13 @@ _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
 
 
 class Posterior(NamedTuple):
-    """q(z | x): independent normals ``(B, *D)``, one per number of the latent maps of a batch.
-
-    Its logarithms are in nats, summed over the latent map.
-    """
+    """q(z | x): independent normals ``(B, *D)``; logarithms are in nats, summed per image."""
 
     mean: Tensor
     log_std: Tensor
 
     def sample(self, generator: Generators | None = None) -> Tensor:
-        """Sample a latent map per image, z = μ + σ n ``(B, *D)``, through which gradients flow.
-
-        Several generators each serve an even share of the batch.
-        """
+        """Sample z = μ + σ n ``(B, *D)``; several generators each serve an even share of the batch."""
         mean = self.mean
         noise = standard_normal(
             mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
@@ -63,29 +57,23 @@ class Posterior(NamedTuple):
         return total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
 
     def kl_to_standard_normal(self) -> Tensor:
-        """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``.
-
-        The sum is one of numbers that are not negative, each to a few roundings.
-        """
+        """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``; no term is negative."""
         return total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
 
 
 class VAE(nn.Module):
-    """A variational autoencoder of residual convolutional blocks.
-
-    Each level but the first has half the resolution of the one before, so that latent maps have the
-    shape ``latent_shape`` = ``(latent_channels, H / 2ⁿ⁻¹, W / 2ⁿ⁻¹)`` with n levels.
+    """A variational autoencoder of residual convolutional blocks, without attention.
 
     Parameters
     ----------
-    shape
-        Shape ``(C, H, W)`` of the images; H and W divisible by 2 to the number of levels less one.
-    levels
-        Number of grey levels of the images, 2 … 256.
+    shape, levels
+        Shape ``(C, H, W)`` of the images, and number of their grey levels. H and W are divisible by 2
+        to the number of levels of the network less one.
     latent_channels
-        Channels of the latent maps.
+        Channels of the latent maps, of shape ``latent_shape`` = ``(latent_channels, h, w)``.
     channels
-        Channels of each level, from full resolution down; each of the groups has two or more.
+        Channels of each level, from full resolution down, halving H and W; each of the groups has two
+        or more.
     blocks
         Residual blocks per level in the encoder; the decoder has one more.
     groups
@@ -94,26 +82,10 @@ class VAE(nn.Module):
         "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a distribution of images of two
         levels, and only an objective for others.
 
-    Attributes
-    ----------
-    shape, latent_shape : tuple of int
-        Shapes of an image and of its latent map.
-    likelihood : PixelLikelihood
-        The distribution of the pixels.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is out of range or does not fit the others.
-
     Notes
     -----
     Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
-    (`soft_clamp`): a standard deviation lies in [0.0067, 148.5]. So neither the posterior nor its
-    divergence from the prior can diverge in training.
-
-    All blocks are convolutions, without attention, so that time and memory grow linearly in the
-    number of pixels.
+    (`soft_clamp`): neither the posterior nor its divergence from the prior can diverge in training.
 
     References
     ----------

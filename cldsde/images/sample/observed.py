@@ -88,16 +88,8 @@ class ObservedImage:
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
-        Parameters
-        ----------
-        known
-            File of the picture.
-        observe
-            The operator, or a picture of the mask, white for observed pixels.
-        channels
-            Channels of the model's images.
-        **options
-            Method, noise and particles, see `ObservedImage`.
+        ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask, white
+        for observed pixels. ``channels`` is the number of channels of the model's images.
         """
         if known is None and observe is None:
             return None
@@ -126,13 +118,7 @@ class ObservedImage:
         }
 
     def of(self, space: ImageSpace, device: torch.device | str) -> Conditioning:
-        """The method for images of a model.
-
-        Raises
-        ------
-        SettingError
-            If picture, operator and images do not fit.
-        """
+        """The method for images of a model; raise a SettingError if picture and images do not fit."""
         known = (self.known + 0.5) / 128 - 1 if space.dequantised else to_unit(self.known)
         mask = None if self.mask is None else self.mask.to(device)
         name, _, number = self.operator.partition(":")
@@ -178,13 +164,7 @@ class Conditioning:
         return PosteriorScore(score, self.observation, method, sde=sde)
 
     def solver(self, solver: Solver) -> Solver:
-        """The solver, with replacement if that is the method.
-
-        Raises
-        ------
-        SettingError
-            If the method does not go with the solver.
-        """
+        """The solver, with replacement if that is the method; raise a SettingError if it cannot be."""
         if self.particles and solver != _TWISTED:
             raise SettingError("solver", "must be multistep-2-sde, of which 'twisted' takes steps")
         if self.observed.method != "replacement":
@@ -232,13 +212,7 @@ class Conditioning:
 
 
 def grey_basis() -> Tensor:
-    """Orthonormal basis of the three channels whose first vector is grey, for colourisation.
-
-    Returns
-    -------
-    Tensor
-        ``(3, 3)`` float64, one vector per row: (1, 1, 1)/√3, (1, −1, 0)/√2, (1, 1, −2)/√6.
-    """
+    """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
     rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
     basis = torch.tensor(rows, dtype=torch.float64)
     return basis / basis.square().sum(1, keepdim=True).sqrt()

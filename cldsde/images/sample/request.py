@@ -28,24 +28,17 @@ class SampleRequest:
 
     Attributes
     ----------
-    model
-        The model.
-    sampling
-        Solver and budget.
-    seeds
-        One for each image.
-    batch
-        Images per batch.
-    label
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
-    guidance
-        Weight of the class, see `cldsde.GuidedScore`.
+    model, sampling
+        The model; solver and budget.
+    seeds, batch
+        One seed for each image; images per batch.
+    label, guidance
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class. Weight
+        of the class, see `cldsde.GuidedScore`.
     observed
         An observation of the images, if any.
-    precision
-        Precision of the network.
-    compiled
-        Whether to compile the network with ``torch.compile``.
+    precision, compiled
+        Precision of the network, and whether to compile it with ``torch.compile``.
     """
 
     model: Model
