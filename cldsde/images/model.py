@@ -51,7 +51,7 @@ class ImageSpace:
     dequantised
         Whether the model was trained on levels spread over their bins.
     classes, class_names
-        Number of classes that the network sees, and their names if it has them; None if it sees none.
+        Number of classes that the network sees, and their names if known; None if it sees none.
     always_classes
         Whether it always sees one: then it cannot sample an image of no class.
     """

@@ -83,10 +83,10 @@ class _ScoreNetwork(nn.Module, ABC):
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
-        ``z`` are states ``(B, inputs·C, H, W)``, ``clock`` is ``(B,)``, ``label`` are classes ``(B,)``
-        int64 in [0, classes], the last one for no class; None: no class. A ValueError is raised for
-        labels on the CPU that are none of these. Reading labels on another device would wait for it in
-        every step of a sampler: there an image is NaN if its label is out of range.
+        ``z`` are states ``(B, inputs·C, H, W)``, ``clock`` is ``(B,)``, ``label`` are classes
+        ``(B,)`` int64 in [0, classes], the last one for no class; None: no class. A ValueError is
+        raised for labels on the CPU that are none of these. Reading labels on another device would
+        wait for it in every step of a sampler: there an image is NaN if its label is out of range.
         """
         if self.classes is not None:
             label = _checked_label(label, len(z), self.classes, z.device)

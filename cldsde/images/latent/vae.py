@@ -45,7 +45,7 @@ class Posterior(NamedTuple):
     log_std: Tensor
 
     def sample(self, generator: Generators | None = None) -> Tensor:
-        """Sample z = μ + σ n ``(B, *D)``; several generators each serve an even share of the batch."""
+        """Sample z = μ + σ n; several generators each serve an even share of the batch."""
         mean = self.mean
         noise = standard_normal(
             mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
@@ -67,13 +67,13 @@ class VAE(nn.Module):
     Parameters
     ----------
     shape, levels
-        Shape ``(C, H, W)`` of the images, and number of their grey levels. H and W are divisible by 2
-        to the number of levels of the network less one.
+        Shape ``(C, H, W)`` of the images, and number of their grey levels. H and W are divisible by
+        2 to the number of levels of the network less one.
     latent_channels
         Channels of the latent maps, of shape ``latent_shape`` = ``(latent_channels, h, w)``.
     channels
-        Channels of each level, from full resolution down, halving H and W; each of the groups has two
-        or more.
+        Channels of each level, from full resolution down, halving H and W; each of the groups has
+        two or more.
     blocks
         Residual blocks per level in the encoder; the decoder has one more.
     groups

@@ -88,8 +88,8 @@ class ObservedImage:
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
-        ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask, white
-        for observed pixels. ``channels`` is the number of channels of the model's images.
+        ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask,
+        white for observed pixels. ``channels`` is the number of channels of the model's images.
         """
         if known is None and observe is None:
             return None
@@ -118,7 +118,7 @@ class ObservedImage:
         }
 
     def of(self, space: ImageSpace, device: torch.device | str) -> Conditioning:
-        """The method for images of a model; raise a SettingError if picture and images do not fit."""
+        """The method for images of a model; raise a SettingError if the picture does not fit."""
         known = (self.known + 0.5) / 128 - 1 if space.dequantised else to_unit(self.known)
         mask = None if self.mask is None else self.mask.to(device)
         name, _, number = self.operator.partition(":")
@@ -164,7 +164,7 @@ class Conditioning:
         return PosteriorScore(score, self.observation, method, sde=sde)
 
     def solver(self, solver: Solver) -> Solver:
-        """The solver, with replacement if that is the method; raise a SettingError if it cannot be."""
+        """The solver, with replacement if that is the method; raise a SettingError if it cannot."""
         if self.particles and solver != _TWISTED:
             raise SettingError("solver", "must be multistep-2-sde, of which 'twisted' takes steps")
         if self.observed.method != "replacement":

@@ -33,8 +33,8 @@ class SampleRequest:
     seeds, batch
         One seed for each image; images per batch.
     label, guidance
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class. Weight
-        of the class, see `cldsde.GuidedScore`.
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
+        Weight of the class, see `cldsde.GuidedScore`.
     observed
         An observation of the images, if any.
     precision, compiled
