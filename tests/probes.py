@@ -1,17 +1,27 @@
-"""What tests of solvers share: states to start from, and scores and contexts that watch."""
+"""Tools for tests of solvers: states to start from, and scores and contexts that watch."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from cldsde import LinearSDE, ReverseProcess
+from cldsde import LinearSDE, ReverseProcess, solvers
 from cldsde.score.times import KnownTimes
-from cldsde.solvers.base import GridSolver, KnownScore
+from cldsde.solvers.base import GridSolver, KnownScore, Solver
+
+
+def named_solvers() -> dict[str, Solver]:
+    """All named solvers; adaptive ones with tolerances that need few attempts."""
+    return {
+        name: dataclasses.replace(solver, rtol=0.1, atol=0.1) if solver.facts.adaptive else solver
+        for name, solver in solvers.named_solvers().items()
+    }
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,19 +43,36 @@ def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
 
 
 def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """A score that must not be asked."""
-    pytest.fail("the score was asked")
+    """A score that must not be evaluated."""
+    pytest.fail("the score was evaluated")
+
+
+class Smooth(nn.Module):
+    """A smooth nonlinear score that acts on each number alone, as large as the prior's at T."""
+
+    def __init__(self, sde: LinearSDE) -> None:
+        super().__init__()
+        self.driven = sde.driven
+        self.spread = float(sde.prior.covariance.diagonal().max())
+        self.slope = nn.Parameter(torch.ones((), dtype=torch.float64, device="cpu"))
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        driven = torch.stack([z[:, i] for i in self.driven], dim=1)
+        clock = t.reshape(-1, *(1,) * (z.ndim - 1))
+        return 0.1 * driven.sin() - self.slope * driven / (0.3 + self.spread * clock.square())
 
 
 class Recording:
-    """A plain score that remembers the states and times that it was asked at."""
+    """A plain score that remembers the states and times that it was evaluated at."""
 
     def __init__(self, score: Any) -> None:
         self.score = score
+        self.given: list[torch.Tensor] = []  # the states themselves, which nobody may change
         self.states: list[torch.Tensor] = []
         self.times: list[torch.Tensor] = []
 
     def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.given.append(z)
         self.states.append(z.clone())
         self.times.append(t.clone())
         result: torch.Tensor = self.score(z, t)

@@ -1,0 +1,523 @@
+"""The contract of every named solver, on every process that it applies to.
+
+1. The score is evaluated at times in [ε, T] alone, as often as declared and counted per sample.
+2. Results have the shape and dtype of the state, for data and batches of any shape, empty included.
+3. Data axes are alike: an image has the bits of its flattened copy.
+4. A sample depends on its own state and seed alone, not on its batch.
+5. A seed fixes the bits; noise matters if and only if the solver is stochastic; global generators
+   are not used.
+6. Arguments and the states that a score has seen are not changed.
+7. Single precision agrees with double precision, and autocast changes nothing.
+8. Requested states and callbacks see the state of a solve that ends at that time.
+9. ``denoise`` is the data prediction or one Euler step, for one evaluation.
+10. A score that is not finite fails its own sample with a warning.
+11. A solve on a grid holds a few states, whatever the number of steps.
+12. Gradients are those of finite differences, and are recorded only if asked for.
+13. Bad arguments raise before the score is evaluated, bad scores at the first evaluation, and a
+    process that a solver does not apply to when it is planned.
+14. Solvers are frozen values with keyword-only options.
+
+Elsewhere: plans and calls of the score in test_plan.py, devices and waiting in test_device.py,
+callbacks and failures in test_driver.py, orders in test_orders.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, solvers
+from cldsde.solvers import SampleNoise
+from cldsde.solvers.authoring import GridSolver
+from probes import Recording, Smooth, generator, named_solvers, start, untouchable
+from strategies import dtypes, shapes
+
+SOLVERS = named_solvers()
+PROCESSES: dict[str, Any] = {
+    "VP": lambda: VPSDE(0.5, 5.0),
+    "VE": lambda: VESDE(0.05, 5.0),
+    "CLD": lambda: CLD(1.0),
+    "PSLD": lambda: PSLD(2.0),
+    "HOLD": lambda: HOLD(1.0),
+}
+ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
+# One step length for the batch: torchdiffeq knows no other.
+SHARED = "torchdiffeq-dopri5"
+SEEDS = [3, 1, 4, 15]
+END = 0.05
+GRID = solvers.root_times(1.0, END, 5)
+KEPT = GRID[[0, 2, 5]]
+
+EPS = torch.finfo(torch.float64).eps
+# Five steps amplify the roundings of a state by at most a few thousands (measured: 300).
+ROUNDING = 1e4 * EPS
+
+
+def applies(method: str, name: str) -> bool:
+    """Whether a solver applies to a process, as its documentation says."""
+    if method.startswith("edm"):  # one component
+        return name in {"VP", "VE"}
+    if method.startswith("splitting"):  # position and velocity
+        return name in {"CLD", "PSLD"}
+    return not method.startswith("sscs") or name != "VE"  # a stationary distribution
+
+
+def home(method: str) -> str:
+    """A process that the solver applies to."""
+    return "VP" if method.startswith("edm") else "CLD"
+
+
+CASES = [(method, name) for method in SOLVERS for name in PROCESSES if applies(method, name)]
+every_case = pytest.mark.parametrize(("method", "name"), CASES)
+every_solver = pytest.mark.parametrize("method", list(SOLVERS))
+# Each case is a parameter, so that a few examples for each are many.
+few = settings(max_examples=max(3, settings.default.max_examples // 10))
+
+
+@functools.cache
+def process_of(name: str) -> ReverseProcess:
+    sde: LinearSDE = PROCESSES[name]()
+    return ReverseProcess(sde, Smooth(sde))
+
+
+@functools.cache
+def plan_of(method: str, name: str) -> solvers.Plan:
+    return solvers.plan(process_of(name), SOLVERS[method], GRID)
+
+
+def solve(method: str, name: str, state: torch.Tensor, **options: Any) -> solvers.Solution:
+    """A solve that succeeds, with noise of each sample's own."""
+    if "generator" not in options:
+        options = {"noise": SampleNoise(SEEDS[: len(state)]), **options}
+    solution = plan_of(method, name).solve(state, **options)
+    assert solution.success
+    return solution
+
+
+class Run:
+    """One solve, with all that its score was given."""
+
+    def __init__(self, method: str, name: str) -> None:
+        process = process_of(name)
+        self.state = start(process.sde, (4, 2))
+        self.before = self.state.clone()
+        self.score = Recording(process.score)
+        self.plan = plan_of(method, name).with_score(self.score)
+        self.solution = self.plan.solve(self.state, noise=SampleNoise(SEEDS), denoise=True)
+        self.size = float(self.solution.state.abs().max())
+
+
+run = functools.cache(Run)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = ROUNDING) -> bool:
+    """Whether two results agree, relative to the largest number."""
+    size = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0, atol=tolerance * max(1.0, size))
+
+
+# Steps that are chosen from rounded errors differ by a part of the tolerance of `named_solvers`.
+ADAPTED = 0.01
+
+
+@every_case
+def test_evaluations_are_counted_and_lie_between_the_ends(method: str, name: str) -> None:
+    one, solver = run(method, name), SOLVERS[method]
+    times, counts = one.score.times, one.solution.stats["nfev"]
+    assert sum(map(len, times)) == int(counts.sum())
+    assert one.solution.nfev == int(counts.max())
+    assert {t.dtype for t in times} == {torch.float64}
+    assert all(((t >= END) & (t <= 1)).all() for t in times)
+    assert all(t.shape == (len(z),) for t, z in zip(times, one.score.states, strict=True))
+    assert (times[-1] == END).all()  # of the data prediction
+    announced = solver.evaluation_times(one.plan.process, GRID)
+    if solver.facts.adaptive:
+        assert announced is None
+        assert one.plan.nfev is None
+        return
+    assert announced is not None
+    assert [t[0].item() for t in times[:-1]] == announced.tolist()
+    assert (counts == len(announced) + 1).all()
+    assert one.plan.nfev == len(announced)
+    if not (method.startswith("splitting") and name == "PSLD"):  # noise reaches positions, too
+        assert len(announced) == solver.facts.nfe_per_step * (len(GRID) - 1)
+
+
+@every_case
+def test_arguments_and_seen_states_are_unchanged(method: str, name: str) -> None:
+    one = run(method, name)
+    assert torch.equal(one.state, one.before)
+    for given_state, copied in zip(one.score.given, one.score.states, strict=True):
+        assert torch.equal(given_state, copied)
+
+
+@every_case
+def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
+    one = run(method, name)
+    assert close(one.solution.data, one.plan.process.data_prediction(one.solution.state, END))
+    plain = solve(method, name, one.state)
+    assert torch.equal(plain.state, one.solution.state)
+    assert torch.equal(plain.data, plain.state[:, 0])
+    assert torch.equal(plain.stats["nfev"] + 1, one.solution.stats["nfev"])
+
+
+@few
+@given(batch=st.integers(0, 3), axes=shapes(side=3), dtype=dtypes())
+@every_solver
+def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
+    method: str, batch: int, axes: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    name = home(method)
+    state = start(process_of(name).sde, (batch, *axes), dtype)
+    solution = solve(method, name, state, generator=generator(), t_eval=KEPT, denoise=True)
+    assert solution.state.shape == state.shape
+    assert solution.y.shape == (3, *state.shape)
+    assert solution.data.shape == (batch, *axes)
+    assert solution.stats["nfev"].shape == solution.stats["success"].shape == (batch,)
+    assert {x.dtype for x in (solution.state, solution.data, solution.y)} == {dtype}
+    assert torch.equal(solution.t, KEPT)
+    flat = state.reshape(*state.shape[:2], math.prod(axes))
+    other = solve(method, name, flat, generator=generator(), t_eval=KEPT, denoise=True)
+    if SOLVERS[method].facts.adaptive:  # sums of errors over axes in another order
+        tolerance = ADAPTED if dtype == torch.float32 else ROUNDING
+        assert close(solution.y.reshape(other.y.shape), other.y, tolerance)
+    else:
+        assert torch.equal(solution.y.reshape(other.y.shape), other.y)
+        assert torch.equal(solution.data.reshape(other.data.shape), other.data)
+
+
+@few
+@given(chosen=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+@pytest.mark.parametrize("method", [method for method in SOLVERS if method != SHARED])
+def test_a_sample_is_the_same_in_any_batch(method: str, chosen: list[int]) -> None:
+    name = home(method)
+    one = run(method, name)
+    noise = SampleNoise([SEEDS[i] for i in chosen])
+    other = solve(method, name, one.state[chosen], noise=noise, denoise=True)
+    assert torch.equal(other.stats["nfev"], one.solution.stats["nfev"][chosen])
+    for found, expected in (
+        (other.state, one.solution.state[chosen]),
+        (other.data, one.solution.data[chosen]),
+    ):
+        if SOLVERS[method].facts.adaptive:
+            assert close(found, expected, ROUNDING * max(1.0, one.size))
+        else:
+            assert torch.equal(found, expected)
+
+
+@every_case
+def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method: str, name: str) -> None:
+    state, before = start(process_of(name).sde), torch.random.get_rng_state()
+    one, same, other = (
+        solve(method, name, state, generator=generator(seed)).state for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(one, same)
+    if SOLVERS[method].facts.ode_order is not None:
+        assert torch.equal(one, other)
+    else:
+        assert (one[:, 0] != other[:, 0]).all()  # no sample keeps a number
+
+
+@every_solver
+def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method: str) -> None:
+    name = home(method)
+    one = run(method, name)
+    # float32 numbers in 5 steps, amplified as those of double precision.
+    single = solve(method, name, one.state.float(), denoise=True)
+    tolerance = ADAPTED if SOLVERS[method].facts.adaptive else 1e3 * torch.finfo(torch.float32).eps
+    assert close(single.data.double(), one.solution.data, tolerance * max(1.0, one.size))
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = solve(method, name, one.state.float(), denoise=True)
+    assert torch.equal(lower.data, single.data)
+
+
+# Churning adds noise that depends on the number of steps.
+@pytest.mark.parametrize("method", [x for x in SOLVERS if x != "edm-heun-churn"])
+def test_states_are_those_of_solves_that_end_at_their_times(method: str) -> None:
+    name, seen = home(method), []
+    solver = SOLVERS[method].on_grid()
+    state = start(process_of(name).sde)
+
+    def watch(step: int, t: Any, z: torch.Tensor) -> None:
+        seen.append(z.clone())
+
+    whole = solve(method, name, state, t_eval=KEPT, callback=watch)
+    assert torch.equal(whole.y[0], state)
+    assert torch.equal(whole.y[2], whole.state)
+    assert torch.equal(seen[-1], whole.state)
+    noise = SampleNoise(SEEDS[:3])
+    shorter = solvers.solve(process_of(name), solver, state, GRID[:3], noise=noise)
+    if method == SHARED:  # its steps are interpolated
+        assert close(shorter.state, whole.y[1], 0.5)  # of its tolerance
+    else:
+        assert close(shorter.state, whole.y[1])
+    if isinstance(solver, GridSolver):
+        assert len(seen) == len(GRID) - 1
+        assert torch.equal(seen[1], whole.y[1])
+        if solver == SOLVERS[method]:
+            assert torch.equal(solve(method, name, state).state, whole.state)
+
+
+@every_solver
+def test_one_sample_without_a_finite_score_fails_alone(method: str) -> None:
+    process, state = process_of(home(method)), start(process_of(home(method)).sde)
+    state[1] += 1e6
+
+    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        lost = (z.abs() > 1e5).flatten(1).any(1).reshape(-1, *(1,) * (z.ndim - 1))
+        return torch.where(lost, math.nan, process.score(z, t))
+
+    plan = plan_of(method, home(method)).with_score(score)
+    with pytest.warns(solvers.SolveWarning, match="the solve failed") as caught:
+        solution = plan.solve(state, noise=SampleNoise(SEEDS[:3]))
+    assert len(caught) == 1
+    assert (solution.success, solution.status) == (False, 1)
+    assert solution.message in str(caught[0].message)
+    with pytest.raises(FloatingPointError):
+        solution.raise_for_failure()
+    assert not solution.stats["success"][1]
+    if method != SHARED:
+        assert solution.stats["success"].tolist() == [True, False, True]
+        others = SampleNoise([SEEDS[0], SEEDS[2]])
+        alone = solve(method, home(method), state[[0, 2]], noise=others)
+        assert close(solution.state[[0, 2]], alone.state)
+    assert plan.solve(state, noise=SampleNoise(SEEDS[:3]), warn=False).status == 1
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors that are made while it is entered: now, and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        arguments = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in arguments}
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and not any(made is x for x in arguments):
+                self._follow(made, known)
+        return result
+
+    def _follow(self, made: torch.Tensor, known: set[int]) -> None:
+        storage = made.untyped_storage()
+        where, size = storage.data_ptr(), storage.nbytes()
+        if where not in self._holders:
+            if where in known:
+                return  # a view of an older tensor
+            self._holders[where] = 0
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._holders[where] += 1
+        weakref.finalize(made, self._release, where, size)
+
+    def _release(self, where: int, size: int) -> None:
+        self._holders[where] -= 1
+        if not self._holders[where]:
+            del self._holders[where]
+            self.now -= size
+
+
+# The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
+# slopes. A multistep method holds one prediction more per order above 2, and a corrector two more.
+STATES = dict.fromkeys(["multistep-3", "multistep-3-sde", "multistep-1-corrector"], 4)
+STATES |= {"multistep-2-corrector": 5, "multistep-3-corrector": 6, "multistep-2-noise": 4}
+STATES |= {"edm-heun": 4, "edm-heun-churn": 4}
+
+
+@pytest.mark.parametrize("method", [name for name in ON_GRID if not name.startswith("torch")])
+def test_a_solve_on_a_grid_holds_few_states(method: str) -> None:
+    sde = process_of(home(method)).sde
+    rows = len(sde.driven)
+    process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
+    state = torch.zeros(8, sde.components, 8000)
+    for steps in (3, 20):
+        plan = solvers.plan(process, SOLVERS[method], solvers.root_times(1.0, 1e-3, steps))
+        with Memory() as memory:
+            plan.solve(state, generator=generator())
+        # Besides the score's result. Tables and numbers per sample are a hundredth of a state.
+        states = memory.peak / (state.numel() * 4) - rows / sde.components
+        assert states <= STATES.get(method, 3) + 0.01
+
+
+@every_solver
+def test_gradients_are_finite_differences_and_not_recorded_by_default(method: str) -> None:
+    process, solver = copy.deepcopy(process_of(home(method))), SOLVERS[method]
+    if solver.facts.adaptive and method != "gotta-go-fast":
+        # The derivative of step lengths that follow the state is left out.
+        solver = solver.with_step(0.1)
+    plan, score = solvers.plan(process, solver, GRID), process.score
+    state = start(process.sde, (2, 2))
+    weights = torch.randn(2, 2, generator=generator(5), dtype=torch.float64)
+    along = torch.randn(state.shape, generator=generator(6), dtype=torch.float64)
+
+    def value(z: torch.Tensor) -> torch.Tensor:
+        noise = SampleNoise(SEEDS[:2])
+        data = plan.solve(z, noise=noise, denoise="step", differentiable=True).data
+        return (weights * data).sum()
+
+    z = state.clone().requires_grad_()
+    by_state, by_slope = torch.autograd.grad(value(z), [z, score.slope])
+    # GGF's step lengths have ten bits: they jump, the less likely the smaller the change.
+    h = 1e-7 if method == "gotta-go-fast" else 1e-5
+    with torch.no_grad():
+        assert not plan.solve(z, noise=SampleNoise(SEEDS[:2]), differentiable=True).y.requires_grad
+        steps = [float(value(state + s * h * along)) for s in (1, -1)]
+        slopes = []
+        for change in (h, -2 * h):
+            score.slope.add_(change)
+            slopes.append(float(value(state)))
+        score.slope.add_(h)
+    assert not plan.solve(state, noise=SampleNoise(SEEDS[:2])).state.requires_grad
+    for found, (more, less) in ((float((by_state * along).sum()), steps), (by_slope, slopes)):
+        difference = (more - less) / (2 * h)
+        # Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
+        assert abs(float(found) - difference) <= 1e-6 * (1 + abs(difference))
+        assert abs(difference) > 1e-5
+
+
+def bad(message: str, error: type[Exception] = ValueError, **change: Any) -> Any:
+    return pytest.param(change, error, message, id=f"{next(iter(change.items()))}"[:60])
+
+
+STATE = start(CLD())
+LONG = torch.tensor([1.0, 0.5, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("method", ["euler-maruyama", "sscs", "gotta-go-fast", "probability-flow"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        bad("state must", state=torch.zeros(3, 1, 2)),
+        bad("state must", state=torch.zeros(3, 3, 2)),
+        bad("state must", state=torch.zeros(2)),
+        bad("state must", state=torch.zeros(())),
+        bad("state must", TypeError, state=torch.zeros(3, 2, 2, dtype=torch.int64)),
+        bad("state must", TypeError, state=torch.zeros(3, 2, 2, dtype=torch.complex64)),
+        bad("state must", TypeError, state=[[[0.0], [0.0]]]),
+        bad("state must be finite", state=torch.full((3, 2, 2), math.nan)),
+        bad(r"pass differentiable=True, or state\.detach", state=STATE.clone().requires_grad_()),
+        bad("at least 2 decreasing times", times=torch.tensor([1.0])),
+        bad("at least 2 decreasing times", times=torch.tensor(1.0)),
+        bad("at least 2 decreasing times", times=torch.ones(2, 2)),
+        bad(r"got 0\.5 before 0\.5", times=LONG),
+        bad(r"got 0\.4 before 0\.5", times=torch.tensor([1.0, 0.4, 0.5, 0.1])),
+        bad("times must lie in", times=torch.tensor([1.0, math.nan, 0.1])),
+        bad(r"times must lie in \[0, 1\]", times=torch.tensor([1.5, 0.5])),
+        bad(r"times must lie in \[0, 1\]", times=torch.tensor([1.0, -0.5])),
+        bad("times must be a floating-point", TypeError, times=torch.tensor([1, 0])),
+        bad("times must be a tensor", TypeError, times=[1.0, 0.5]),
+        bad("process must be a ReverseProcess; got", TypeError, process=CLD()),
+        bad("noise must be", TypeError, noise=42),
+        bad("noise must be", TypeError, noise=solvers.FreshNoise),
+        bad("generator must be", TypeError, generator=42),
+        bad("alternatives; got both", noise=solvers.FreshNoise(), generator=generator()),
+        bad("one seed per sample, 3; got 7 seeds", noise=SampleNoise(range(7))),
+        bad("denoise must be True, False or 'step'", denoise="full"),
+        bad("denoise must be True, False or 'step'", denoise=1),
+        bad("denoise must be True, False or 'step'", denoise=None),
+        bad("times must end above 0", times=GRID - END, denoise=True),
+        bad("times must end above 0", times=GRID - END, denoise="step"),
+        bad("callback must be callable", TypeError, callback=3),
+        bad("t_eval must", t_eval=torch.tensor([])),
+        bad("t_eval must", t_eval=torch.tensor(0.5)),
+        bad("t_eval must", t_eval=torch.tensor([0.5, 0.5])),
+        bad("t_eval must", t_eval=torch.tensor([1.0, math.nan])),
+        bad("t_eval must", t_eval=torch.tensor([0.1, 1.0])),
+        bad("t_eval must", t_eval=torch.tensor([1.0, 0.01])),
+        bad("t_eval must", t_eval=torch.tensor([1.5])),
+        bad("t_eval must be a tensor", TypeError, t_eval=[0.5]),
+    ],
+)
+def test_bad_arguments_raise_before_the_score_is_evaluated(
+    method: str, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    process = ReverseProcess(CLD(), untouchable)
+    arguments = {"process": process, "state": STATE, "times": GRID, **change}
+    with pytest.raises(error, match=message):
+        solvers.solve(solver=SOLVERS[method], **arguments)
+
+
+@pytest.mark.parametrize("solver", [solvers.SSCS, None, "SSCS", 50], ids=repr)
+def test_what_is_not_a_solver_is_rejected(solver: Any) -> None:
+    hint = r" \(write it with parentheses\)$" if isinstance(solver, type) else "$"
+    with pytest.raises(
+        TypeError, match=rf"solver must be a solver, such as SSCS\(\); got .*{hint}"
+    ):
+        solvers.plan(ReverseProcess(CLD(), untouchable), solver, GRID)
+
+
+@every_solver
+def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method: str) -> None:
+    facts, state = SOLVERS[method].facts, start(process_of(home(method)).sde)
+    process = ReverseProcess(process_of(home(method)).sde, untouchable)
+    if facts.encodes:
+        assert solvers.plan(process, SOLVERS[method], GRID.flip(0)).times[0] == END
+    else:
+        with pytest.raises(ValueError, match="times must decrease"):
+            solvers.plan(process, SOLVERS[method], GRID.flip(0))
+    if facts.adaptive:
+        assert solve(method, home(method), state, t_eval=GRID[1:2] + 1e-3).y.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="t_eval must be times of the grid"):
+            solvers.plan(process, SOLVERS[method], GRID).solve(state, t_eval=GRID[1:2] + 1e-15)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (lambda z: z.repeat(1, 2, 1), ValueError, r"score must return shape \(3, 1, 2\).*got"),
+        (lambda z: z[:1, :1], ValueError, r"score must return shape \(3, 1, 2\).*got"),
+        (lambda z: z[:, 0], ValueError, r"score must return shape \(3, 1, 2\).*got"),
+        (lambda z: z[:, :1].to("meta"), ValueError, "on the state's device, cpu; got meta"),
+        (lambda z: None, TypeError, "score must return a real floating-point tensor"),
+    ],
+    ids=["rows", "one sample", "no component", "device", "none"],
+)
+@every_solver
+def test_bad_scores_are_rejected(
+    method: str, value: Any, error: type[Exception], message: str
+) -> None:
+    process = ReverseProcess(process_of(home(method)).sde, lambda z, t: value(z))
+    with pytest.raises(error, match=message):
+        solvers.solve(process, SOLVERS[method], start(process.sde), GRID)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, n) for m in SOLVERS for n in PROCESSES if not applies(m, n)]
+)
+def test_processes_that_a_solver_does_not_apply_to_are_rejected(method: str, name: str) -> None:
+    process = ReverseProcess(process_of(name).sde, untouchable)
+    kind = type(SOLVERS[method]).__name__
+    with pytest.raises(ValueError, match=rf"{kind} needs a process .*[Uu]se \w+"):
+        solvers.plan(process, SOLVERS[method], GRID)
+
+
+@every_solver
+def test_solvers_are_frozen_values_with_named_options(method: str) -> None:
+    solver = SOLVERS[method]
+    kind: Any = type(solver)
+    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(kind)}
+    twin = kind(**options)
+    assert (twin, hash(twin), repr(twin)) == (solver, hash(solver), repr(solver))
+    assert solver != solvers.StochasticHeun() or method == "stochastic-heun"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        twin.anything = 1
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        kind(anything=1)
+    with pytest.raises(TypeError, match="positional"):
+        kind(*range(len(options) + 1))
