@@ -35,7 +35,7 @@ def parameter_count(module: nn.Module) -> int:
 _CLOCK_SCALE = 50.0
 
 
-class _ClassEmbedding(nn.Embedding):
+class ClassEmbedding(nn.Embedding):
     """An embedding that returns NaN for a label out of range, and never waits for its device."""
 
     def forward(self, label: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _ScoreNetwork(nn.Module, ABC):
         self.classes = classes
         if classes is not None:
             width = embedding.get_parameter("linear_2.bias").numel()
-            network.class_embedding = _ClassEmbedding(classes + 1, width)
+            network.class_embedding = ClassEmbedding(classes + 1, width)
 
     @abstractmethod
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:

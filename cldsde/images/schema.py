@@ -125,8 +125,9 @@ def _reason(error: ValidationError) -> str:
         return f"must be a section; got {first['input']!r}"
     # Each member of a union reports an error about the same value.
     same = [first, *(one for one in others if one["input"] is first["input"])]
-    wanted = " or ".join(one["msg"].removeprefix("Input should be ") for one in same)
-    return f"must be {wanted}; got {first['input']!r}"
+    wanted = [one["msg"].partition("should ")[2] for one in same]
+    either = " or ".join([wanted[0], *(text.removeprefix("be ") for text in wanted[1:])])
+    return f"must {either}; got {first['input']!r}"
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -167,9 +168,8 @@ def checked_options(
 
     Arguments in ``given`` are no options. Errors name options below ``key``.
     """
-    hints = typing.get_type_hints(
-        inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
-    )
+    function = inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
+    hints = typing.get_type_hints(function, include_extras=True)
     parameters = dict(inspect.signature(make).parameters)
     for name in given:
         parameters.pop(name, None)

@@ -16,7 +16,7 @@ from diffusers.models.upsampling import upsample_2d
 from torch import nn
 
 from cldsde import CLD, MixedScore
-from cldsde.images import blocks
+from cldsde.images import networks
 from cldsde.images.networks import NETWORKS, NCSNpp, UNet, parameter_count
 from cldsde.pretrained import ncsnpp, resampling
 
@@ -269,7 +269,7 @@ class TestLabels:
 
     def test_a_label_out_of_range_on_a_device_spoils_its_own_image_alone(self):
         # What a device computes, where the host does not look.
-        embedding = blocks.ClassEmbedding(5, 3)
+        embedding = networks.ClassEmbedding(5, 3)
         rows = embedding(torch.tensor([0, 5, 4, -1]))
         assert rows.isnan().all(1).tolist() == [False, True, False, True]
         assert torch.equal(rows[[0, 2]], embedding.weight[[0, 4]])
@@ -385,13 +385,13 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"channels": (8, 16, 16, 16, 16, 16)}, "channels .* divisible by 32"),
-            ({"channels": ()}, "channels must be positive integers; got"),
-            ({"channels": (8, 0)}, "channels must be positive integers; got"),
-            ({"blocks": 0}, "blocks must be an integer of at least 1; got 0"),
-            ({"classes": 0}, "classes must be an integer of at least 1; got 0"),
-            ({"classes": True}, "classes must be an integer of at least 1; got True"),
-            ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
-            ({"dropout": -0.1}, "dropout must be finite and at least 0; got -0.1"),
+            ({"channels": ()}, "channels: must"),
+            ({"channels": (8, 0)}, "channels: must"),
+            ({"blocks": 0}, "blocks: must be .* 1; got 0"),
+            ({"classes": 0}, "classes: must be .* 1; got 0"),
+            ({"classes": True}, "classes: must be .*; got True"),
+            ({"dropout": 1.0}, "dropout: must be less than 1; got 1.0"),
+            ({"dropout": -0.1}, "dropout: must be .* 0; got -0.1"),
             ({"channels": (32, 32), "attention": (4,)}, r"heights of levels, \[16, 8\]; got \[4\]"),
         ],
     )
@@ -403,12 +403,12 @@ class TestRefusals:
     @pytest.mark.parametrize("shape", [(3, 16), (3, 16, 0), (3, 16.0, 16)])
     @every_network
     def test_a_shape_that_is_none_of_images_is_refused(self, name, shape):
-        with pytest.raises(ValueError, match="shape must be three positive integers"):
+        with pytest.raises(ValueError, match="shape: must"):
             NETWORKS[name](shape, 2, 1, **SMALL[name])
 
     @every_network
     def test_no_inputs_are_refused(self, name):
-        with pytest.raises(ValueError, match="inputs must be an integer of at least 1; got 0"):
+        with pytest.raises(ValueError, match=r"inputs: must be .* 1; got 0"):
             make(name, inputs=0)
 
     def test_groups_that_do_not_divide_the_channels_are_refused(self):
@@ -439,5 +439,5 @@ class TestRefusals:
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
     def test_a_fourier_scale_out_of_range_is_refused(self, scale):
-        with pytest.raises(ValueError, match="fourier_scale must be finite and positive"):
+        with pytest.raises(ValueError, match="fourier_scale: must be"):
             make("NCSNpp", fourier_scale=scale, **SMALL["NCSNpp"])

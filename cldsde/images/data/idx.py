@@ -43,11 +43,13 @@ def fashion_folder() -> Path:
 
 def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
     """The training or the test part, checked and resized."""
+    name = f"{part}-labels-idx1-ubyte"
     images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", ())
+    labels = _read_idx(folder, name, ())
     if len(labels) != len(images) or int(labels.max()) >= len(_FASHION_CLASSES):
-        msg = f"{folder} must hold a label in 0 … 9 for each of its {len(images)} images ({part})"
-        raise ValueError(msg)
+        got = f"{len(labels)} labels up to {int(labels.max())}"
+        msg = f"{folder / name} must hold a label in 0 … 9 for each of {len(images)} images; got "
+        raise ValueError(f"{msg}{got}")
     images = images.unsqueeze(1)
     if size > 28:
         images = F.pad(images, [(size - 28) // 2] * 4)

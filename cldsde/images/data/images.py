@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.images.checks import check_images, check_labels, check_values
+from cldsde.images.schema import Count, Levels, checked
 
 CHUNK = 2**22
 """Numbers that are held at once when a whole data set is read."""
@@ -68,15 +69,16 @@ class Images(ABC):
 class ArrayImages(Images):
     """Images in memory, ``(N, C, H, W)`` uint8."""
 
+    @checked
     def __init__(
         self,
         images: Tensor,
         *,
-        levels: int = 256,
+        levels: Levels = 256,
         labels: Tensor | None = None,
-        classes: int | Sequence[str] | None = None,
+        classes: Count | Sequence[str] | None = None,
     ) -> None:
-        check_values(check_images(images, "images"), levels)
+        check_values(check_images(images, "images", least=1), levels)
         shape = images.shape[1:]
         super().__init__(len(images), shape, levels=levels, labels=labels, classes=classes)
         self._images = images

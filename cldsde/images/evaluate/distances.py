@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_images, check_same_shape
+from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
 from cldsde.progress import progress_bar
 
@@ -107,7 +107,7 @@ class FeatureStatistics:
         """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
         name = feature_name(features) if name is None else name
-        parts = images.split(as_whole(batch, "batch", 1))  # type: ignore[no-untyped-call]
+        parts = images.split(batch)  # type: ignore[no-untyped-call]
         count, mean, scatter = 0, torch.zeros(()), torch.zeros(())
         for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
             with torch.no_grad():
@@ -178,7 +178,7 @@ def frechet(
     """
     check_images(images, "images", least=2)
     name = feature_name(features) if name is None else name
-    options: dict[str, Any] = {"batch": as_whole(batch, "batch", 1), "name": name}
+    options: dict[str, Any] = {"batch": batch, "name": name}
     if isinstance(reference, FeatureStatistics):
         if reference.features != name:
             got = f"statistics in {reference.features!r}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_images, check_same_shape
+from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate.distances import images_sha256, package_versions
 from cldsde.images.evaluate.weights import (
     EXTRACTOR,
@@ -19,6 +20,7 @@ from cldsde.images.evaluate.weights import (
     is_published,
     plain_loads,
 )
+from cldsde.images.schema import Count, Natural, checked
 from cldsde.progress import progress_bar
 
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
@@ -35,17 +37,18 @@ _NAMES: dict[str, dict[str, tuple[str, str | None]]] = {
 """For each metric our names, and torch-fidelity's of value and spread."""
 
 
+@checked
 def inception_metrics(
     images: Tensor,
     reference: Tensor,
     weights: Path,
     *,
     metrics: Sequence[InceptionMetric] = ("fid", "kid", "isc", "prc"),
-    batch: int = 64,
+    batch: Count = 64,
     device: torch.device | str = "cpu",
-    seed: int = 0,
-    kid_subsets: int = 100,
-    kid_subset_size: int = 1000,
+    seed: Annotated[Natural, Field(lt=2**32)] = 0,
+    kid_subsets: Count = 100,
+    kid_subset_size: Annotated[Count, Field(ge=2)] = 1000,
     cache: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -101,10 +104,6 @@ def inception_metrics(
         msg = f"metrics must be some of {', '.join(map(repr, options))}; got {metrics!r}"
         raise ValueError(msg)
     chosen = [option for option in options if option in metrics]
-    as_whole(batch, "batch", 1)
-    as_whole(kid_subsets, "kid_subsets", 1)
-    as_whole(kid_subset_size, "kid_subset_size", 2)
-    as_whole(seed, "seed", 0, 2**32 - 1)
     _check_sets(images, reference, chosen, kid_subset_size)
     on = _check_device(device)
     try:

@@ -119,8 +119,8 @@ class Bernoulli(PixelLikelihood):
 
     For images of 2 levels this is their log-likelihood. A grey level w is read as the probability
     of white: that can be trained with, but it does not sum to 1 over all grey levels, and no bound
-    on their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at most
-    ``16u |log p| + u |logit|``.
+    on their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at
+    most ``16u |log p| + u |logit|``.
     """
 
     levels = 2

@@ -265,14 +265,6 @@ def test_an_output_of_another_shape_is_refused(name):
             law.log_likelihood(wrong, x)
 
 
-@pytest.mark.parametrize(
-    ("levels", "error"), [(1, ValueError), (257, ValueError), (2.0, TypeError)]
-)
-def test_levels_that_are_none_are_refused(levels, error):
-    with pytest.raises(error, match="levels must be"):
-        DiscretisedLogistic(levels)
-
-
 # The soft clamp.
 
 

@@ -271,11 +271,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"shape": (1, 8)}, r"shape must be three positive integers \(C, H, W\); got \(1, 8\)"),
+            ({"shape": (1, 8)}, "shape: must"),
             ({"shape": (1, 8, 9)}, "channels .* divisible by 2"),
-            ({"levels": 1}, "levels must be an integer in 2 … 256; got 1"),
-            ({"channels": ()}, "channels must be positive integers; got"),
-            ({"channels": (8, 0)}, "channels must be positive integers; got"),
+            ({"levels": 1}, "levels: must be .* 2; got 1"),
+            ({"channels": ()}, "channels: must"),
+            ({"channels": (8, 0)}, "channels: must"),
             (
                 {"channels": (4, 16)},
                 r"groups must divide each of the channels, \[4, 16\], into two",
@@ -284,11 +284,14 @@ class TestRefusals:
                 {"channels": (8, 18)},
                 r"groups must divide each of the channels, \[8, 18\], into two",
             ),
-            ({"groups": 0}, "groups must be an integer of at least 1; got 0"),
-            ({"blocks": 0}, "blocks must be an integer of at least 1; got 0"),
-            ({"blocks": True}, "blocks must be an integer of at least 1; got True"),
-            ({"latent_channels": 1.5}, "latent_channels must be an integer of at least 1; got 1.5"),
-            ({"likelihood": "normal"}, "likelihood must be logistic or bernoulli; got 'normal'"),
+            ({"groups": 0}, "groups: must be .* 1; got 0"),
+            ({"blocks": 0}, "blocks: must be .* 1; got 0"),
+            ({"blocks": True}, "blocks: must be .*; got True"),
+            ({"latent_channels": 1.5}, "latent_channels: must be .*; got 1.5"),
+            (
+                {"likelihood": "normal"},
+                "'logistic' or 'bernoulli'; got 'normal'",
+            ),
         ],
     )
     def test_an_argument_out_of_range_is_refused(self, options, message, monkeypatch):
