@@ -194,17 +194,12 @@ def _parts_folder(out: Path) -> Path:
 
 def _check_parts(parts: Path) -> None:
     """Raise a SettingError if a folder of parts holds other files, which would be lost."""
-    if not parts.exists():
-        return
-    if parts.is_dir():
-        # The note is written first and removed last, also by other processes.
-        note = _note_of(parts)
-        names = [file.name for file in parts.iterdir()]
-        noted = not any(map(_is_part, names)) if note is None else _is_digest(note)
-        if noted and all(map(_is_ours, names)):
-            return
-    msg = f"{parts} is needed, but holds other files; move it, or choose another name"
-    raise SettingError("out", msg)
+    names = [file.name for file in parts.iterdir()] if parts.is_dir() else []
+    # The note is written first and removed last, also by other processes.
+    noted = _REQUEST in names or not any(map(_is_part, names))
+    if parts.exists() and not (parts.is_dir() and noted and all(map(_is_ours, names))):
+        msg = f"{parts} is needed, but holds other files; move it, or choose another name"
+        raise SettingError("out", msg)
 
 
 def _open_parts(parts: Path, digest: str) -> None:
@@ -238,13 +233,8 @@ def _drop_parts(parts: Path) -> None:
         parts.rmdir()
 
 
-def _is_digest(note: str) -> bool:
-    return len(note) == 64 and set(note) <= set("0123456789abcdef")
-
-
 def _is_part(name: str) -> bool:
-    stem, _, suffix = name.partition(".")
-    return suffix == "npy" and len(stem) >= 8 and stem.isdecimal()
+    return name.endswith(".npy") and name[:-4].isdecimal() and len(name) >= 12
 
 
 def _is_ours(name: str) -> bool:

@@ -10,15 +10,18 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
@@ -28,7 +31,6 @@ from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_mo
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.tensor_files import load_tensors
-from cldsde.images.train.board import Board
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
@@ -37,6 +39,8 @@ from cldsde.images.train.summary import Rehearsal, measure_steps
 from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
 
+EVENTS = "tensorboard"
+"""Folder of a run with TensorBoard's events."""
 TRAINING = "repeat the whole training"
 """Cost of making the model of a finished run again."""
 
@@ -96,7 +100,7 @@ class _Trainer:
         self.learner, self.folder = learner, run
         self.config, self.engine = learner.config, learner.engine
         self.settings, self.space = learner.config.training, learner.space
-        self.board: Board | None = None
+        self.events: SummaryWriter | None = None
         self.done, seconds = self._start()
         self.began = time.monotonic() - seconds
 
@@ -121,11 +125,12 @@ class _Trainer:
         if is_main:
             with self._writing(METRICS):
                 self.folder.forget_metrics_after(self.seen)
-            self.board = Board(self.folder / "tensorboard", self.seen + 1)
+            with self._writing(EVENTS):
+                # Events of an earlier process from here on are hidden.
+                self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
-        logs = nullcontext() if self.board is None else closing(self.board)
-        with bar, logs, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
+        with bar, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
             for parts in self.learner.feed.batches(loader, self.done):
@@ -140,8 +145,10 @@ class _Trainer:
                     self._draw(stop)
                 self._obey(stop)
         self.engine.wait_for_everyone()
-        if is_main and not settings.keep_state:
-            (self.folder / STATE).unlink(missing_ok=True)
+        if self.events is not None:
+            self.events.close()
+            if not settings.keep_state:
+                (self.folder / STATE).unlink(missing_ok=True)
         self.engine.wait_for_everyone()
         return self.learner.average
 
@@ -194,7 +201,7 @@ class _Trainer:
         means = self.learner.meter.means()
         self.learner.meter.clear()
         self._check_finite(means["loss"])
-        if self.board is None:
+        if self.events is None:
             return {}
         loss, norm = means.pop("loss"), means.pop("gradient_norm")
         if len(self.learner.parts) == 1:
@@ -212,8 +219,11 @@ class _Trainer:
         numbers = {**numbers, "seconds": round(self.seconds, 3)}
         with self._writing(METRICS):
             self.folder.log({"images": self.seen, **numbers})
-        if self.board is not None:
-            self.board.add({f"training/{name}": x for name, x in numbers.items()}, self.seen)
+        assert self.events is not None
+        with self._writing(EVENTS):
+            for name, x in numbers.items():
+                self.events.add_scalar(f"training/{name}", x, self.seen)
+            self.events.flush()
 
     def _save(self) -> None:
         """Save model and state, measure the averaged model, and keep it if it is among the best."""
@@ -264,13 +274,15 @@ class _Trainer:
     def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
         name = f"samples/{self.seen:010d}.png"
-        if self.board is not None and not (self.folder / name).exists():
+        if self.events is not None and not (self.folder / name).exists():
             seeds, levels = range(self.settings.sample_grid), self.space.levels
             sheet = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 file = self.folder.write(name, lambda file: save_grid(file, sheet, levels))
-            self.board.add_picture("samples", file, self.seen)
+            with self._writing(EVENTS), Image.open(file) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+                self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
         self.engine.wait_for_everyone()
 
 
