@@ -64,27 +64,23 @@ class ObservedImage:
 
     def __post_init__(self) -> None:
         """Reject options that no model fits."""
-        if self.method not in get_args(ObservedMethod):
-            names = ", ".join(map(repr, get_args(ObservedMethod)))
-            raise SettingError("method", f"must be one of {names}; got {self.method!r}")
-        if not 0 < self.noise_std < math.inf:
-            msg = f"must be finite and positive; got {self.noise_std:g}"
-            raise SettingError("noise_std", msg)
-        if self.particles < 1:
-            raise SettingError("particles", f"must be at least 1; got {self.particles}")
-        if self.operator.partition(":")[0] not in _OPERATORS:
-            msg = f"must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
-            raise SettingError("observe", msg)
-        if self.operator == "mask" and (self.mask is None or not bool(self.mask.any())):
-            raise SettingError("observe", "must mark some pixels in white; it is all black")
+        names = ", ".join(map(repr, get_args(ObservedMethod)))
+        operators = f"'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
+        seen = self.operator != "mask" or (self.mask is not None and bool(self.mask.any()))
+        known = self.method in get_args(ObservedMethod)
+        for key, holds, reason in (
+            ("method", known, f"must be one of {names}; got {self.method!r}"),
+            ("noise_std", 0 < self.noise_std < math.inf, "must be finite and positive"),
+            ("particles", self.particles >= 1, f"must be at least 1; got {self.particles}"),
+            ("observe", self.operator.partition(":")[0] in _OPERATORS, f"must be {operators}"),
+            ("observe", seen, "must mark some pixels in white; it is all black"),
+        ):
+            if not holds:
+                raise SettingError(key, reason)
 
     @classmethod
     def read(
-        cls,
-        known: Path | None,
-        observe: str | None,
-        channels: int,
-        **options: Any,
+        cls, known: Path | None, observe: str | None, channels: int, **options: Any
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
