@@ -159,8 +159,8 @@ class UNet(_ScoreNetwork):
             in_channels=inputs * shape[0],
             out_channels=outputs * shape[0],
             block_out_channels=tuple(channels),
-            down_block_types=_block_types("DownBlock2D", attends),
-            up_block_types=_block_types("UpBlock2D", attends[::-1]),
+            down_block_types=tuple(f"{'Attn' * used}DownBlock2D" for used in attends),
+            up_block_types=tuple(f"{'Attn' * used}UpBlock2D" for used in attends[::-1]),
             layers_per_block=blocks,
             norm_num_groups=groups,
             add_attention=any(attends),
@@ -266,10 +266,6 @@ NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
 
 A configuration names a network of one's own, with the same arguments, by ``module:Class``.
 """
-
-
-def _block_types(name: str, attends: Sequence[bool]) -> tuple[str, ...]:
-    return tuple(f"Attn{name}" if with_attention else name for with_attention in attends)
 
 
 def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch.device) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 from torch import nn
 
 from cldsde import linear
@@ -32,6 +33,17 @@ from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""
+
+
+def _rate(value: object) -> object:
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    finite = all(type(x) in {int, float} and abs(x) < math.inf for x in numbers)  # type: ignore[arg-type]
+    if not finite and value != "cosine":
+        msg = "should be a finite number, a pair of them for a rate, or 'cosine'"
+        raise ValueError(msg)
+    return tuple(numbers) if len(numbers) == 2 else value
+
+
 PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
 
 
@@ -82,9 +94,7 @@ class ProcessConfig:
     """
 
     name: str = "CLD"
-    options: Mapping[str, Number | tuple[Number, Number] | Literal["cosine"]] = field(
-        default_factory=dict
-    )
+    options: Mapping[str, Annotated[Any, AfterValidator(_rate)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check name and options."""

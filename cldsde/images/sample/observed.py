@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -28,6 +28,7 @@ from cldsde.solvers.sampling import window
 __all__ = ["ObservedImage", "ObservedMethod", "grey_basis"]
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
+_OPERATORS = {"mask", "grey", "downsample", "blur"}
 
 _TWISTED = ExponentialMultistep(order=2, stochasticity=1.0)
 
@@ -119,7 +120,7 @@ class ObservedImage:
         mask = None if self.mask is None else self.mask.to(device)
         name, _, number = self.operator.partition(":")
         with setting("observe"):
-            seen = _OPERATORS[name](known.to(device), mask, number, self.noise_std)
+            seen = _observation(name, number, known.to(device), mask, self.noise_std)
         if seen.shape != space.shape:
             msg = f"is a picture of images of shape {seen.shape}; the model makes {space.shape}"
             raise SettingError("known", msg)
@@ -214,48 +215,32 @@ def grey_basis() -> Tensor:
     return basis / basis.square().sum(1, keepdim=True).sqrt()
 
 
-def _grey(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    if number:
-        msg = f"'grey' takes no number; got {number!r}"
-        raise ValueError(msg)
-
-    def forward(x: Tensor) -> Tensor:
-        return x.mean(1, keepdim=True)
-
-    return Observation(forward, y.mean(0, keepdim=True), noise_std, tuple(y.shape))
-
-
-def _mask(y: Tensor, mask: Tensor | None, _: str, noise_std: float) -> Observation:
-    assert mask is not None
-    if mask.shape != y.shape[1:]:
-        msg = (
-            f"the mask must have the picture's shape {tuple(y.shape[1:])}; got {tuple(mask.shape)}"
-        )
-        raise ValueError(msg)
-    return Observation.mask(mask.expand_as(y), y, noise_std)
-
-
-def _downsample(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    return Observation.downsample(int(number), y, noise_std)
-
-
-def _blur(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    std = float(number)
-    check_positive(std, "blur")
+def _observation(
+    name: str, number: str, y: Tensor, mask: Tensor | None, noise_std: float
+) -> Observation:
+    """How a picture ``(C, h, w)`` was observed; raise a ValueError if something does not fit."""
+    if name == "mask":
+        assert mask is not None
+        if mask.shape != y.shape[1:]:
+            shapes = f"{tuple(y.shape[1:])}; got {tuple(mask.shape)}"
+            msg = f"the mask must have the picture's shape {shapes}"
+            raise ValueError(msg)
+        return Observation.mask(mask.expand_as(y), y, noise_std)
+    if name == "grey":
+        if number:
+            msg = f"'grey' takes no number; got {number!r}"
+            raise ValueError(msg)
+        seen = y.mean(0, keepdim=True)
+        return Observation(lambda x: x.mean(1, keepdim=True), seen, noise_std, tuple(y.shape))
+    if name == "downsample":
+        return Observation.downsample(int(number), y, noise_std)
+    std = check_positive(float(number), "blur")
     place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1)
     row = (-0.5 * (place / std).square()).softmax(0)
-    seen = Observation.blur(torch.outer(row, row), y, noise_std)
+    blurred = Observation.blur(torch.outer(row, row), y, noise_std)
     # Black is −1, and zeros surround the data: the blur is of data + 1.
-    black = 1 - seen.forward(torch.ones_like(y).unsqueeze(0))[0]
-    return Observation(seen.forward, y + black, noise_std, seen.shape)
-
-
-_OPERATORS: dict[str, Callable[[Tensor, Tensor | None, str, float], Observation]] = {
-    "mask": _mask,
-    "grey": _grey,
-    "downsample": _downsample,
-    "blur": _blur,
-}
+    black = 1 - blurred.forward(torch.ones_like(y).unsqueeze(0))[0]
+    return Observation(blurred.forward, y + black, noise_std, blurred.shape)
 
 
 def _read(file: Path, channels: int, key: str) -> Tensor:

@@ -47,18 +47,16 @@ def of_run(
 ) -> Model:
     """The model of a run, under its own process or another; see `load_model`."""
     model = load_model(run, device, trust=trust)
-    return model if process is None else under_process(model, process)
-
-
-def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
-    """A model sampled with the dynamics of another process than it was trained with."""
-    sde = process.make()
+    if process is None:
+        return model
+    sde, inner = process.make(), model.score
     with setting("process"):
-        fill = model.score.inputs == "state"
         start = model.config.training.t_min
-        score = DenoiserScore(ScoreDenoiser(model.score, fill=fill, start=start), sde)
-    sampling = SamplingConfig()
-    return OtherDynamics(score, model.space, _digest(model.digest, sde), sampling, model.vae)
+        denoiser = ScoreDenoiser(inner, fill=inner.inputs == "state", start=start)
+        score = DenoiserScore(denoiser, sde)
+    return OtherDynamics(
+        score, model.space, _digest(model.digest, sde), SamplingConfig(), model.vae
+    )
 
 
 def of_diffusers(
