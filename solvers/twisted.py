@@ -4,11 +4,11 @@ A step of `ExponentialMultistep` with noise is Gaussian given its history,
 z' = Φz + Σⱼ Bⱼ Dⱼ + Lξ. A particle takes it with the predictions D_y given the observation in place
 of D. With q = L⁻¹ Σⱼ Bⱼ (D_y,j − Dⱼ) its log-weight grows by
 
-.. math:: −q^⊤(ξ + q/2) + \log \tilde p(y | z') − \log \tilde p(y | z), \qquad
-          \tilde p(y | z) = N(y; A D, R).
+.. math:: −q^⊤(ξ + q/2) + \log \tilde p(y | z') − \log \tilde p(y | z).
 
-These products telescope: whatever D_y and R are, weighted particles approach the distribution of
-the sampler's z_ε, reweighted by p̃(y | z_ε), as their number grows.
+`PosteriorScore.guide` approximates p(y | z) by p̃(y | z). These products telescope: whatever D_y and
+p̃ are, weighted particles approach the distribution of the sampler's z_ε, reweighted by
+p̃(y | z_ε), as their number grows.
 """
 
 from __future__ import annotations

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from cldsde import LinearSDE, ReverseProcess, solvers
 from cldsde.score.times import KnownTimes
 from cldsde.solvers.base import GridSolver, KnownScore, Solver
+
+# For properties that are parametrised besides: a few examples of each case are many.
+few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
 
 
 def named_solvers() -> dict[str, Solver]:

@@ -1,4 +1,4 @@
-"""The benchmarks run: each race once, nothing measured."""
+"""The benchmarks run, and their rivals compute the same."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import report
+from by_hand import euler_maruyama, sscs
+from cldsde import CLD, ReverseProcess, solvers
+from probes import Smooth, generator, start
+from tolerances import rounding
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,18 +27,28 @@ def test_the_results_of_the_documentation_make_a_table_and_miss_no_target() -> N
     assert not [line for race in found["races"] for line in report.missed(race)]
 
 
+# Roundings of 30 steps; and of Van Loan's covariances, whose entries are h³ of their terms.
+@pytest.mark.parametrize(
+    ("loop", "solver", "tolerance"),
+    [
+        (euler_maruyama, solvers.EulerMaruyama(), rounding(1e4)),
+        (sscs, solvers.SSCS(), rounding(1e2, 30**3)),
+    ],
+    ids=["EM", "SSCS"],
+)
+def test_the_loops_by_hand_are_the_solvers(loop: Any, solver: Any, tolerance: float) -> None:
+    sde = CLD()
+    score, state = Smooth(sde).requires_grad_(False), start(sde, (50, 2))
+    times = solvers.uniform_times(sde.T, 1e-3, 30)
+    by_hand = loop(score, state, times, generator(1))
+    ours = solvers.solve(ReverseProcess(sde, score), solver, state, times, generator=generator(1))
+    size = float(ours.state.abs().max())
+    assert torch.allclose(by_hand, ours.state, rtol=0, atol=tolerance * size)
+
+
 @pytest.mark.slow
 def test_every_race_runs() -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "--benchmark-disable",
-        "-k",
-        "not 200000",
-        str(FOLDER),
-    ]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable"]
+    command += ["-k", "not 200000", str(FOLDER)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout[-3000:]

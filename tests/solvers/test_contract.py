@@ -32,15 +32,33 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, solvers
+from cldsde import (
+    CLD,
+    HOLD,
+    PSLD,
+    VESDE,
+    VPSDE,
+    GaussianMixture,
+    LinearSDE,
+    ReverseProcess,
+    solvers,
+)
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from probes import Recording, Smooth, generator, named_solvers, start, untouchable
+from probes import (
+    Recording,
+    Smooth,
+    few_examples,
+    generator,
+    named_solvers,
+    start,
+    untouchable,
+)
 from strategies import dtypes, shapes
 
 SOLVERS = named_solvers()
@@ -81,8 +99,6 @@ def home(method: str) -> str:
 CASES = [(method, name) for method in SOLVERS for name in PROCESSES if applies(method, name)]
 every_case = pytest.mark.parametrize(("method", "name"), CASES)
 every_solver = pytest.mark.parametrize("method", list(SOLVERS))
-# Each case is a parameter, so that a few examples for each are many.
-few = settings(max_examples=max(3, settings.default.max_examples // 10))
 
 
 @functools.cache
@@ -172,7 +188,7 @@ def test_denoising_is_the_data_prediction(method: str, name: str) -> None:
     assert torch.equal(plain.stats["nfev"] + 1, one.solution.stats["nfev"])
 
 
-@few
+@few_examples
 @given(batch=st.integers(0, 3), axes=shapes(side=3), dtype=dtypes())
 @every_solver
 def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
@@ -197,7 +213,7 @@ def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(
         assert torch.equal(solution.data.reshape(other.data.shape), other.data)
 
 
-@few
+@few_examples
 @given(chosen=st.lists(st.integers(0, 3), min_size=1, max_size=5))
 @pytest.mark.parametrize("method", [method for method in SOLVERS if method != SHARED])
 def test_a_sample_is_the_same_in_any_batch(method: str, chosen: list[int]) -> None:
@@ -352,6 +368,19 @@ def test_a_solve_on_a_grid_holds_few_states(method: str) -> None:
         # Besides the score's result. Tables and numbers per sample are a hundredth of a state.
         states = memory.peak / (state.numel() * 4) - rows / sde.components
         assert states <= STATES.get(method, 3) + 0.01
+
+
+# Batches whose samples share their matrix products, and others; one component and three.
+@pytest.mark.parametrize("batch", [8000, 8001])
+@pytest.mark.parametrize("make", [VPSDE, HOLD])
+def test_an_exact_score_keeps_no_state(make: Any, batch: int) -> None:
+    sde = make()
+    data = GaussianMixture([1.0], torch.zeros(1, 8), torch.eye(8).unsqueeze(0))
+    process, state = ReverseProcess(sde, data.score(sde)), torch.zeros(batch, sde.components, 8)
+    with Memory() as memory:
+        solvers.solve(process, solvers.EulerMaruyama(), state, GRID)
+    states = memory.peak / (state.numel() * 4) - len(sde.driven) / sde.components
+    assert states <= 3 + 0.1  # tables of the mixture, for a small batch
 
 
 @every_solver

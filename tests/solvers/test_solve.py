@@ -1,103 +1,434 @@
-"""`solve`: what is refused, what is counted, what is asked, and what comes back."""
+"""`solve` along the way: requested states, callbacks, failures, last steps, gradients, tracing."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from cldsde import (
-    CLD,
-    HOLD,
-    PSLD,
-    VESDE,
-    VPSDE,
-    GaussianMixture,
-    LinearSDE,
-    MixedScore,
-    ReverseProcess,
-    SubVPSDE,
-    solvers,
-)
+from cldsde import CLD, PSLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
 from cldsde.score.times import coefficients_at
+from cldsde.solvers import Langevin, PredictorCorrector, SampleNoise
 from cldsde.solvers.authoring import GridSolver, Memory
-from probes import Recording, generator, known_score, no_waiting, start, untouchable
-from score import exact
-from score.exact import Constant
+from cldsde.validation import propagate_moments
+from probes import Recording, Smooth, generator, initial, named_solvers, start, untouchable
+from tolerances import rounding, standard_error, standard_error_of_variance
 
-FAMILIES = exact.FAMILIES
-EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
-SPLITTABLE = [name for name in FAMILIES if name not in {"sub-VP", "VE"}]
-CASES = [("EM", name) for name in FAMILIES] + [("SSCS", name) for name in SPLITTABLE]
-SOLVERS: dict[str, GridSolver] = {"EM": EM, "SSCS": SSCS}
+SOLVERS: dict[str, Any] = named_solvers() | {
+    "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, pace="sample"),
+    "GGF": solvers.GottaGoFast(rtol=0.05, atol=0.02),
+}
+SEEDS = [3, 1, 4, 15, 9, 2]
+GRID = solvers.root_times(1.0, 0.1, 5)
+ENDS = GRID[[0, -1]]
+SDE = CLD(1.0)
+PROCESS = ReverseProcess(SDE, Smooth(SDE))
+DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+# A few steps of states of size ten, whose tables are computed for grids of other lengths.
+TABLES = rounding(1e4, 10.0)
 
-every_case = pytest.mark.parametrize(("method", "name"), CASES)
-every_solver = pytest.mark.parametrize("method", list(SOLVERS))
+every_adaptive = pytest.mark.parametrize("method", ["flow", "GGF"])
+every_kind = pytest.mark.parametrize("method", ["euler-maruyama", "sscs", "flow", "GGF"])
 
 
-class TestCounting:
-    """Evaluations of the score: their number and their times."""
+def run(method: str, state: torch.Tensor, times: torch.Tensor = GRID, **options: Any) -> Any:
+    """A solve of a few samples, each with its own noise."""
+    process, solver = options.pop("process", PROCESS), options.pop("solver", SOLVERS[method])
+    options = {"noise": SampleNoise(SEEDS[: len(state)]), **options}
+    return solvers.solve(process, solver, state, times, **options)
 
-    @pytest.mark.parametrize("denoise", [False, True])
-    @pytest.mark.parametrize("steps", [1, 2, 7])
-    @every_case
-    def test_evaluations_are_counted_and_stay_in_the_interval(
-        self, method: str, name: str, steps: int, denoise: bool
+
+def states(samples: int = 3) -> torch.Tensor:
+    return start(SDE, (samples, 2))
+
+
+class TestRequestedStates:
+    """``t_eval``."""
+
+    @pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5], [0], [5], [2, 3], [0, 4]], ids=str)
+    @every_kind
+    def test_the_start_may_be_among_them_and_the_end_need_not(
+        self, method: str, chosen: list[int]
     ) -> None:
-        sde = FAMILIES[name]()
-        score = Recording(exact.mixture().score(sde))
-        # The end avoids the times at which the underdamped process hides its data.
-        times = solvers.quadratic_times(1.0, 1e-3, steps)
-        solver = SOLVERS[method]
-        solution = solvers.solve(
-            ReverseProcess(sde, score),
-            solver,
-            start(sde),
-            times,
-            generator=generator(),
-            denoise=denoise,
-        )
+        state, times = states(), GRID[chosen]
+        solution = run(method, state, t_eval=times)
         assert solution.success
-        assert solution.nfev == score.calls == steps * solver.facts.nfe_per_step + denoise
-        assert solution.stats["steps"] == steps
-        expected = times if denoise else times[:-1]
-        assert [t[0].item() for t in score.times] == expected.tolist()
-        for t in score.times:
-            assert t.shape == (3,)
-            assert (t == t[0]).all()
+        assert torch.equal(solution.t, times)
+        assert solution.y.shape == (len(chosen), *state.shape)
+        assert solution.y.isfinite().all()
+        if 0 in chosen:
+            assert torch.equal(solution.y[0], state)
+        assert torch.equal(solution.y[-1], solution.state) == (5 in chosen)
+        every = run(method, state, t_eval=None if chosen == [5] else GRID)
+        if method == "flow":  # its steps differ, and their errors are some tens of tolerances
+            assert torch.allclose(solution.state, every.state, rtol=0, atol=100 * 1e-7)
+        elif method != "GGF":
+            assert torch.equal(solution.state, every.state)
 
-    @every_solver
-    def test_a_single_precision_score_is_asked_at_rounded_times(self, method: str) -> None:
-        sde = CLD()
-        score = Recording(exact.mixture().score(sde))
-        times = solvers.uniform_times(0.9, 1e-3, 5)
-        state = start(sde, dtype=torch.float32)
-        process = ReverseProcess(sde, score)
-        solvers.solve(process, SOLVERS[method], state, times, denoise=True)
-        assert {t.dtype for t in score.times} == {torch.float32}
-        assert [t[0].item() for t in score.times] == times.float().tolist()
+    def test_the_last_state_alone_is_the_default_and_a_requested_start_is_a_copy(self) -> None:
+        state = states()
+        solution = run("sscs", state)
+        assert torch.equal(solution.t, GRID[-1:])
+        assert solution.t.dtype == torch.float64
+        assert torch.equal(solution.y[0], solution.state)
+        kept = run("flow", state, t_eval=GRID).y
+        before = state.clone()
+        state.zero_()
+        assert torch.equal(kept[0], before)
 
-    @every_solver
-    def test_a_score_that_knows_its_times_gives_the_samples_of_one_that_is_told_them(
-        self, method: str
-    ) -> None:
-        sde, times = CLD(), solvers.quadratic_times(1.0, 1e-2, 10)
-        score = exact.mixture().score(sde)
-        told = lambda z, t: score(z, t.clone())  # noqa: E731
-        known, found = (
-            solvers.solve(
-                ReverseProcess(sde, each), SOLVERS[method], start(sde), times, generator=generator()
-            )
-            for each in (score, told)
+    def test_grids_and_times_may_be_in_single_precision(self) -> None:
+        grid = GRID.float()
+        solution = run("euler-maruyama", states(), grid, t_eval=grid[2:])
+        assert torch.equal(solution.t, grid[2:].double())
+        assert torch.equal(solution.state, run("euler-maruyama", states(), grid.double()).state)
+
+    @every_adaptive
+    def test_a_stop_does_not_shorten_the_steps_after_it(self, method: str) -> None:
+        # The second stop of each pair cuts a step to a length of 1e-6.
+        n, pairs = 64, torch.tensor([0.85, 0.7, 0.55, 0.4, 0.25], dtype=torch.float64)
+        stops = torch.stack([pairs, pairs - 1e-6], dim=1).flatten()
+        solver = {
+            "flow": solvers.ProbabilityFlow(rtol=1e-4, atol=1e-4, pace="sample"),
+            "GGF": solvers.GottaGoFast(rtol=0.02, atol=0.01),
+        }[method]
+        state, noise = states(n), [SampleNoise(range(n)) for _ in range(2)]
+        plain = run(method, state, ENDS, solver=solver, noise=noise[0]).stats["nfev"]
+        found = run(method, state, ENDS, solver=solver, noise=noise[1], t_eval=stops).stats["nfev"]
+        more = (found - plain).double() / solver.facts.nfe_per_step
+        # A stop costs the attempt that it cuts, and two ends are rejected. GGF's paths change.
+        room = standard_error(float(more.std()), n) if method == "GGF" else 0.0
+        assert more.mean() <= len(stops) + 2 + room
+        assert more.mean() + room > 0
+
+    def test_gotta_go_fast_keeps_its_distribution_between_stops(self) -> None:
+        sde, n = VPSDE(0.5, 5.0), 4000
+        process = ReverseProcess(sde, DATA.score(sde))
+        kernel = sde.marginal(1.0, initial(sde))
+        noise = torch.randn(n, 1, 1, generator=generator(1), dtype=torch.float64)
+        state = kernel.mean[0, 0] * 0.3 + kernel.root * noise
+        stops = torch.tensor([0.8, 0.4, 0.1], dtype=torch.float64)
+        solver = solvers.GottaGoFast(rtol=0.01, atol=0.002)
+        solution = solvers.solve(process, solver, state, ENDS, t_eval=stops, generator=generator(2))
+        bias = 2 * 0.01  # of the steps, each within its tolerance
+        for t, y in zip(stops.tolist(), solution.y, strict=True):
+            kernel = sde.marginal(t, initial(sde))
+            white = (y.flatten() - 0.3 * kernel.mean[0, 0]) / kernel.root.flatten()
+            assert abs(float(white.mean())) <= standard_error(1.0, n) + bias
+            assert abs(float(white.var()) - 1) <= standard_error_of_variance(1.0, n) + bias
+
+
+class TestUnmergedSteps:
+    """SSCS draws its half-steps apart if its state is wanted at each grid time."""
+
+    SDE = CLD()
+    PROCESS = ReverseProcess(SDE, DATA.score(SDE))
+    OPTIONS = (
+        {"score_step": "euler"},
+        {"score_step": "midpoint"},
+        {"score_step": "gaussian", "data_variance": 0.25},
+    )
+
+    def start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = self.SDE.marginal(1.0, initial(self.SDE))
+        return 0.3 * kernel.mean[:, :1], kernel.covariance
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_merging_keeps_the_distribution(self, options: Any) -> None:
+        merged, apart = (
+            propagate_moments(self.PROCESS, solver, GRID, *self.start())
+            for solver in (solvers.SSCS(**options), solvers.SSCS(merge=False, **options))
         )
-        # Coefficients of one time or of a grid differ by rounding, which the flow may amplify by
-        # the ratio of standard deviations at its ends.
-        assert torch.allclose(found.state, known.state, rtol=1e-10, atol=1e-10)
+        for one, other in zip(merged, apart, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=TABLES)
 
-    def test_coefficients_are_made_once_from_exact_times(self) -> None:
+    @pytest.mark.parametrize("wanted", ["t_eval", "callback"])
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_the_distribution_at_each_time_is_that_of_a_solve_to_there(
+        self, options: Any, wanted: str
+    ) -> None:
+        # The solve is affine in the noise: unit vectors give its exact covariance.
+        n, (mean, covariance) = len(GRID) - 1, self.start()
+        k, units = 2, 2 * n * 2
+        state = mean.expand(1 + k + units, k, 1).clone()
+        state[1 : 1 + k, :, 0] += torch.linalg.cholesky(covariance).mT
+        draws = torch.zeros(2 * n, len(state), k, 1, dtype=torch.float64)
+        for i in range(units):
+            draws[i // k, 1 + k + i, i % k] = 1.0
+        seen: list[torch.Tensor] = []
+        extra: dict[str, Any] = {"t_eval": GRID[1:]}
+        if wanted == "callback":
+            extra = {"callback": lambda step, t, z: seen.append(z)}
+        noise, solver = solvers.RecordedNoise(list(draws)), solvers.SSCS(**options)
+        solution = solvers.solve(self.PROCESS, solver, state, GRID, noise=noise, **extra)
+        found = solution.y if wanted == "t_eval" else torch.stack(seen)
+        assert len(found) == n
+        for i, y in enumerate(found[..., 0]):
+            m, C = propagate_moments(self.PROCESS, solver, GRID[: i + 2], mean, covariance)
+            difference = y[1:] - y[0]
+            assert torch.allclose(y[:1].mT, m, rtol=0, atol=TABLES)
+            assert torch.allclose(difference.mT @ difference, C, rtol=0, atol=TABLES)
+
+    def test_only_unmerged_states_belong_to_grid_times(self) -> None:
+        assert not solvers.SSCS().facts.state_on_grid
+        assert solvers.SSCS(merge=False).facts.state_on_grid
+        with pytest.raises(ValueError, match="state at each grid time"):
+            PredictorCorrector(solvers.SSCS(), Langevin())
+        solver = PredictorCorrector(solvers.SSCS(merge=False), Langevin(snr=0.05))
+        z = start(self.SDE, (3, 1))
+        solution = solvers.solve(self.PROCESS, solver, z, GRID, generator=generator())
+        assert solution.success
+        assert solution.nfev == 2 * (len(GRID) - 1)
+
+
+class TestCallbacks:
+    """Their arguments, and how they stop a solve."""
+
+    @pytest.mark.parametrize(
+        "method", ["euler-maruyama", "sscs-midpoint", "predictor-corrector", "multistep-2"]
+    )
+    def test_they_see_each_step_in_order(self, method: str) -> None:
+        calls: list[Any] = []
+
+        def watch(step: int, t: float, z: torch.Tensor) -> None:
+            calls.append((step, t, z.view(3, 4).clone()))  # in one piece
+
+        solution = run(method, states(), t_eval=GRID[1:], callback=watch)
+        assert [step for step, _, _ in calls] == [1, 2, 3, 4, 5]
+        assert [t for _, t, _ in calls] == GRID[1:].tolist()
+        assert all(type(t) is float for _, t, _ in calls)
+        assert torch.equal(torch.stack([z for _, _, z in calls]), solution.y.flatten(2))
+
+    @every_adaptive
+    def test_they_see_the_time_of_each_sample(self, method: str) -> None:
+        calls: list[Any] = []
+
+        def watch(step: int, t: torch.Tensor, z: torch.Tensor) -> None:
+            calls.append((step, t.clone(), z.view(6, 2, 2).clone()))
+
+        state = states(6)
+        solution = run(method, state, ENDS, callback=watch)
+        assert torch.equal(solution.state, run(method, state, ENDS).state)
+        assert [step for step, _, _ in calls] == list(range(1, solution.stats["attempts"] + 1))
+        times = torch.stack([torch.ones(6), *[t for _, t, _ in calls]])
+        assert (times.diff(dim=0) <= 0).all()
+        assert (times[-1] == 0.1).all()
+        # A sample's state changes when its time does.
+        path = torch.stack([state, *[z for _, _, z in calls]])
+        assert torch.equal((path.diff(dim=0) != 0).flatten(2).any(2), times.diff(dim=0) < 0)
+        assert torch.equal(path[-1], solution.state)
+
+    @pytest.mark.parametrize("method", ["euler-maruyama", "stochastic-heun", "sscs", "multistep-2"])
+    @pytest.mark.parametrize("denoise", [False, True])
+    def test_true_stops_at_once(self, method: str, denoise: bool) -> None:
+        state, times, score = states(), GRID[[0, 2, 3, 5]], Recording(PROCESS.score)
+        solution = run(
+            method,
+            state,
+            process=ReverseProcess(SDE, score),
+            t_eval=times,
+            denoise=denoise,
+            callback=lambda step, t, z: step == 3,
+        )
+        assert (solution.success, solution.status) == (False, 2)
+        assert solution.raise_for_failure() is solution
+        assert solution.message == "stopped by the callback after 3 steps"
+        assert solution.nfev == score.calls == 3 * SOLVERS[method].facts.nfe_per_step
+        assert solution.stats["steps"] == 3
+        assert solution.stats["success"].tolist() == [False] * 3
+        every = run(method, state, t_eval=times)
+        assert torch.equal(solution.y[:3], every.y[:3])
+        assert solution.y[3].isnan().all()
+        assert torch.equal(solution.state, every.y[2])
+        assert torch.equal(solution.data, solution.state[:, 0])
+
+    @every_adaptive
+    @pytest.mark.parametrize("denoise", [False, "step"])
+    def test_true_stops_samples_at_times_of_their_own(self, method: str, denoise: Any) -> None:
+        last: list[Any] = []
+
+        def callback(step: int, t: torch.Tensor, z: torch.Tensor) -> bool:
+            last[:] = [t.clone(), z.clone()]
+            return step == 3
+
+        score, times = Recording(PROCESS.score), torch.tensor([1.0, 0.15], dtype=torch.float64)
+        solution = run(
+            method,
+            states(),
+            ENDS,
+            process=ReverseProcess(SDE, score),
+            callback=callback,
+            denoise=denoise,
+            t_eval=times,
+        )
+        assert (last[0] > 0.15).all()
+        assert (solution.status, solution.message) == (2, "stopped by the callback")
+        assert not solution.stats["success"].any()
+        assert solution.stats["attempts"] == 3
+        assert solution.nfev == score.calls
+        assert torch.equal(solution.state, last[1])
+        assert torch.equal(solution.data, solution.state[:, 0])
+        assert solution.y[0].isfinite().all()
+        assert solution.y[1].isnan().all()
+
+    @pytest.mark.parametrize("method", ["euler-maruyama", "flow"])
+    @pytest.mark.parametrize("value", [None, False, 0])
+    def test_other_values_do_not_stop(self, method: str, value: Any) -> None:
+        assert run(method, states(), callback=lambda *x: value).status == 0
+
+    @every_kind
+    def test_after_the_last_step_there_is_nothing_to_stop(self, method: str) -> None:
+        def at_end(step: int, t: Any, z: torch.Tensor) -> bool:
+            return bool((torch.as_tensor(t) <= 0.1).all())
+
+        solution = run(method, states(), callback=at_end)
+        assert (solution.success, solution.status) == (True, 0)
+        assert solution.message.startswith("reached the end of the ")
+        assert torch.equal(solution.y[0], solution.state)
+
+    @every_adaptive
+    def test_samples_that_have_arrived_before_a_stop_have_arrived(self, method: str) -> None:
+        solution = run(method, states(6), ENDS, callback=lambda step, t, z: bool((t <= 0.1).any()))
+        success = solution.stats["success"]
+        assert solution.status == 2
+        assert 0 < int(success.sum()) < 6
+        assert torch.equal(solution.y[0, success], solution.state[success])
+        assert solution.y[0, ~success].isnan().all()
+
+    @pytest.mark.parametrize("method", ["euler-maruyama", "flow"])
+    def test_their_errors_are_raised(self, method: str) -> None:
+        def callback(step: int, t: Any, z: torch.Tensor) -> None:
+            raise ArithmeticError
+
+        with pytest.raises(ArithmeticError):
+            run(method, states(), callback=callback)
+
+
+class TestLastStep:
+    """``denoise``."""
+
+    @every_kind
+    @pytest.mark.parametrize("make", [lambda: VPSDE(0.5, 5.0), lambda: PSLD(2.0)])
+    def test_a_step_to_zero_is_an_euler_step_without_noise(self, method: str, make: Any) -> None:
+        sde = make()
+        score = Recording(Smooth(sde))
+        process, z = ReverseProcess(sde, score), start(sde, (3, 2))
+        plain = run(method, z, process=process)
+        solution = run(method, z, process=process, denoise="step")
+        assert torch.equal(solution.state, plain.state)
+        assert torch.equal(solution.stats["nfev"], plain.stats["nfev"] + 1)
+        assert (score.times[-1] == 0.1).all()
+        z, t = solution.state, 0.1
+        F, G = sde.drift(t), sde.diffusion(t)
+        driven = torch.zeros_like(z)
+        driven[:, list(sde.driven)] = score.score(z, torch.full((3,), t, dtype=z.dtype)).detach()
+        drift = torch.einsum("ij,bjd->bid", F, z) - torch.einsum("ij,bjd->bid", G @ G.mT, driven)
+        assert torch.allclose(solution.data, (z - t * drift)[:, 0], rtol=0, atol=TABLES)
+
+    def test_a_score_that_does_not_determine_the_data_is_rejected(self) -> None:
+        sde = CLD(friction=0.4)
+        t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
+        kernel = sde.marginal(t)
+        b = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, 1, 0]
+        zero = float(t[(b[1:] * b[:-1] < 0).nonzero().flatten()[0]])
+        plan = solvers.plan(
+            ReverseProcess(sde, untouchable), solvers.SSCS(), solvers.uniform_times(1.0, zero, 4)
+        )
+        with pytest.raises(ValueError, match="does not determine x_0"):
+            plan.solve(start(sde), denoise=True)
+
+    def test_a_prediction_that_is_not_finite_is_reported(self) -> None:
+        def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(z[:, 1:], 0.0 if t[0] > 0.1 else math.nan)
+
+        with pytest.warns(solvers.SolveWarning, match="not finite"):
+            solution = run(
+                "euler-maruyama", states(), process=ReverseProcess(SDE, score), denoise=True
+            )
+        assert solution.state.isfinite().all()
+        assert not solution.success
+
+
+def failing() -> ReverseProcess:
+    """No score for samples with a number beyond 100."""
+
+    def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        lost = (z.abs() > 100).flatten(1).any(1).reshape(-1, *(1,) * (z.ndim - 1))
+        return torch.where(lost, math.nan, PROCESS.score(z, t))
+
+    return ReverseProcess(SDE, score)
+
+
+class TestFailures:
+    """Samples that fail do so alone."""
+
+    @pytest.mark.parametrize("denoise", [False, True, "step"])
+    @every_adaptive
+    def test_a_lost_sample_changes_no_other(self, method: str, denoise: Any) -> None:
+        state, others = states(4), [0, 2, 3]
+        state[1] = 1e6
+        times = torch.tensor([1.0, 0.6, 0.1], dtype=torch.float64)
+        options: dict[str, Any] = {"process": failing(), "t_eval": times, "denoise": denoise}
+        with pytest.warns(solvers.SolveWarning):
+            solution = run(method, state, ENDS, **options)
+        noise = SampleNoise([SEEDS[i] for i in others])
+        alone = run(method, state[others], ENDS, noise=noise, **options)
+        assert alone.success
+        assert solution.status == 1
+        assert solution.stats["success"].tolist() == [True, False, True, True]
+        assert "1 of 4 samples: the step length underflowed" in solution.message
+        for found, expected in (
+            (solution.state[others], alone.state),
+            (solution.data[others], alone.data),
+            (solution.y[:, others], alone.y),
+        ):
+            assert torch.allclose(found, expected, rtol=0, atol=TABLES)
+        assert torch.equal(solution.stats["nfev"][others], alone.stats["nfev"])
+        assert torch.equal(solution.y[0], state)
+        assert solution.y[1:, 1].isnan().all()
+
+    @every_adaptive
+    def test_a_failure_of_all_is_not_counted(self, method: str) -> None:
+        with pytest.warns(solvers.SolveWarning):
+            solution = run(method, torch.full((2, 2, 2), 1e6), ENDS, process=failing())
+        assert not solution.stats["success"].any()
+        assert solution.message.startswith("the step length underflowed")
+
+    @every_adaptive
+    def test_max_nfev_bounds_each_sample(self, method: str) -> None:
+        state = states(6)
+        state[::2] *= 5
+        every = run(method, state, ENDS)
+        counts = every.stats["nfev"]
+        most = int(counts.median())  # enough for some
+        assert counts.min() <= most < counts.max()
+        solver = {
+            "flow": solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, max_nfev=most, pace="sample"),
+            "GGF": solvers.GottaGoFast(rtol=0.05, atol=0.02, max_nfev=most),
+        }[method]
+        with pytest.warns(solvers.SolveWarning):
+            solution = run(method, state, ENDS, solver=solver)
+        arrived = counts <= most
+        assert torch.equal(solution.stats["success"], arrived)
+        assert torch.equal(solution.stats["nfev"][arrived], counts[arrived])
+        assert (solution.stats["nfev"] <= most).all()
+        assert torch.allclose(solution.state[arrived], every.state[arrived], rtol=0, atol=TABLES)
+        assert f"{int((~arrived).sum())} of 6 samples: max_nfev: {most}" in solution.message
+        assert torch.equal(solution.y[0].isfinite().all(-1).all(-1), arrived)
+
+
+class TestScores:
+    """The times and the coefficients of a score."""
+
+    def test_a_score_in_single_precision_is_evaluated_at_rounded_times(self) -> None:
+        score = Recording(PROCESS.score)
+        process = ReverseProcess(SDE, score)
+        run("sscs", states().float(), process=process, denoise=True)
+        assert {t.dtype for t in score.times} == {torch.float32}
+        assert [t[0].item() for t in score.times] == GRID.float().tolist()
+
+    def test_coefficients_are_computed_once_from_exact_times(self) -> None:
         made: list[torch.Tensor] = []
 
         class Slope(NamedTuple):
@@ -113,496 +444,123 @@ class TestCounting:
                 assert slope.dtype == torch.float32
                 return -slope * z[:, 1:]
 
-        sde, times = CLD(), solvers.uniform_times(0.9, 1e-3, 4)
-        process, state = ReverseProcess(sde, Score()), start(sde, dtype=torch.float32)
-        solvers.solve(process, SSCS, state, times, denoise=True)
-        grid, last = made
-        assert grid.dtype == last.dtype == torch.float64
-        assert torch.equal(torch.cat([grid, last]), times)
+        run("sscs", states().float(), process=ReverseProcess(SDE, Score()), denoise=True)
+        assert [t.dtype for t in made] == [torch.float64] * 2
+        assert torch.equal(torch.cat(made), GRID)
+
+    @pytest.mark.parametrize("method", ["euler-maruyama", "sscs-midpoint", "multistep-2"])
+    def test_coefficients_of_the_grid_give_the_samples_of_coefficients_of_each_time(
+        self, method: str
+    ) -> None:
+        score = DATA.score(SDE)
+        process = ReverseProcess(SDE, lambda z, t: score(z, t.clone()))
+        z = start(SDE, (3, 1))
+        told = run(method, z, process=process).state
+        known = run(method, z, process=ReverseProcess(SDE, score)).state
+        assert torch.allclose(told, known, rtol=0, atol=TABLES)
+
+    def test_data_of_another_dimension_are_rejected(self) -> None:
+        with pytest.raises(ValueError, match="1 numbers per component"):
+            run("sscs", states(), process=ReverseProcess(SDE, DATA.score(SDE)))
 
 
 class TestResults:
-    """States, data, types, shapes, and failure."""
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("axes", [(), (2,), (1, 8, 8)])
-    @pytest.mark.parametrize("denoise", [False, True])
-    @every_case
-    def test_results_have_the_shape_and_type_of_the_state(
-        self, method: str, name: str, denoise: bool, axes: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        sde = FAMILIES[name]()
-        size = math.prod(axes)
-        eye = 0.1 * torch.eye(size, dtype=torch.float64)
-        data = GaussianMixture([1.0, 1.0], [[-1.0] * size, [1.0] * size], torch.stack([eye, eye]))
-        state = start(sde, (4, *axes), dtype)
-        solution = solvers.solve(
-            ReverseProcess(sde, data.score(sde)),
-            SOLVERS[method],
-            state,
-            solvers.quadratic_times(1.0, 1e-3, 4),
-            generator=generator(),
-            denoise=denoise,
-        )
-        assert solution.success
-        assert solution.state.shape == state.shape == (4, sde.components, *axes)
-        assert solution.data.shape == (4, *axes)
-        assert solution.state.dtype == solution.data.dtype == dtype
-
-    @pytest.mark.parametrize("axes", [(1, 8, 8), (4, 16)])
-    @pytest.mark.parametrize("kind", ["mixture", "mixed"])
-    @every_case
-    def test_several_data_axes_equal_flattened_ones(
-        self, method: str, name: str, kind: str, axes: tuple[int, ...]
-    ) -> None:
-        sde = FAMILIES[name]()
-        score: Any
-        if kind == "mixture":
-            eye = 0.1 * torch.eye(64, dtype=torch.float64)
-            means = torch.linspace(-1, 1, 64, dtype=torch.float64)
-            data = GaussianMixture([1, 1], torch.stack([means, -means]), torch.stack([eye, eye]))
-            score = data.score(sde)
-        else:
-            score = MixedScore(Constant(sde, 0.1), sde, torch.zeros(()), torch.ones(()))
-        process, solver = ReverseProcess(sde, score), SOLVERS[method]
-        times = solvers.quadratic_times(1.0, 1e-3, 5)
-        flat = start(sde, (3, 64))
-        one = solvers.solve(process, solver, flat, times, generator=generator(), denoise=True)
-        shaped = flat.reshape(*flat.shape[:2], *axes)
-        several = solvers.solve(process, solver, shaped, times, generator=generator(), denoise=True)
-        assert torch.equal(several.state.flatten(2), one.state)
-        assert torch.equal(several.data.flatten(1), one.data)
-
-    @every_case
-    def test_without_denoising_the_data_is_the_first_component(
-        self, method: str, name: str
-    ) -> None:
-        sde = FAMILIES[name]()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times = solvers.quadratic_times(1.0, 1e-3, 5)
-        plain = solvers.solve(process, SOLVERS[method], start(sde), times, generator=generator())
-        assert torch.equal(plain.data, plain.state[:, 0])
-        denoised = solvers.solve(
-            process, SOLVERS[method], start(sde), times, generator=generator(), denoise=True
-        )
-        # The table has one row more; its other rows are the same to rounding, which the flow may
-        # amplify as above.
-        assert torch.allclose(denoised.state, plain.state, rtol=1e-10, atol=1e-10)
-        expected = process.data_prediction(denoised.state, 1e-3)
-        # The same coefficients from a table or from one time: the score's relative accuracy, 1e-10,
-        # times states that a few steps may leave at a size of 100.
-        assert torch.allclose(denoised.data, expected, rtol=1e-8, atol=1e-8)
-
-    @every_case
-    def test_one_seed_gives_the_same_bits(self, method: str, name: str) -> None:
-        sde = FAMILIES[name]()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times = solvers.quadratic_times(1.0, 1e-2, 5)
-
-        def run(seed: int) -> torch.Tensor:
-            state = start(sde)
-            return solvers.solve(
-                process, SOLVERS[method], state, times, generator=generator(seed)
-            ).state
-
-        assert torch.equal(run(0), run(0))
-        # No sample keeps a number.
-        assert (run(0) != run(1)).all()
-
-    @every_case
-    def test_the_state_is_not_changed(self, method: str, name: str) -> None:
-        sde = FAMILIES[name]()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        state = start(sde)
-        before = state.clone()
-        for steps in (1, 4):
-            times = solvers.uniform_times(1.0, 0.1, steps)
-            solvers.solve(process, SOLVERS[method], state, times)
-            assert torch.equal(state, before)
-
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    @pytest.mark.parametrize("denoise", [False, True])
-    @every_solver
-    def test_a_score_that_is_not_finite_is_reported(
-        self, method: str, denoise: bool, value: float
-    ) -> None:
-        sde = CLD()
-
-        def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            result = torch.zeros_like(z[:, 1:])
-            result[1] = value
-            return result
-
-        with pytest.warns(solvers.SolveWarning, match="not finite"):
-            solution = solvers.solve(
-                ReverseProcess(sde, score),
-                SOLVERS[method],
-                start(sde),
-                solvers.uniform_times(1.0, 0.1, 3),
-                denoise=denoise,
-            )
-        assert not solution.success
-        assert solution.status == 1
-        assert "not finite" in solution.message
-        assert solution.nfev == 3 + denoise
-        # The other samples are what they would have been.
-        assert solution.state[[0, 2]].isfinite().all()
-
-    def test_a_prediction_that_is_not_finite_is_reported(self) -> None:
-        sde = CLD()
-
-        def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return torch.full_like(z[:, 1:], 0.0 if t[0] > 0.1 else math.nan)
-
-        times = solvers.uniform_times(1.0, 0.1, 3)
-        process = ReverseProcess(sde, score)
-        with pytest.warns(solvers.SolveWarning, match="not finite"):
-            solution = solvers.solve(process, EM, start(sde), times, denoise=True)
-        assert solution.state.isfinite().all()
-        assert not solution.success
+    """The solution, and what is shown."""
 
     def test_a_solution_prints_its_facts_in_one_line(self) -> None:
-        sde = CLD()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        solution = solvers.solve(process, EM, start(sde), solvers.uniform_times(1.0, 0.1, 3))
+        solution = run("euler-maruyama", states())
         assert repr(solution) == (
-            "Solution(success=True, nfev=3, state=(3, 2, 2), message='reached the end of the grid')"
+            "Solution(success=True, nfev=5, state=(3, 2, 2), message='reached the end of the grid')"
         )
-        assert solution.status == 0
+        assert solution.raise_for_failure() is solution
 
-    @pytest.mark.parametrize("times_dtype", [torch.float32, torch.float64])
-    def test_grids_of_either_precision_are_taken(self, times_dtype: torch.dtype) -> None:
-        sde = CLD()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times = torch.tensor([1.0, 0.5, 0.25], dtype=times_dtype)
-        solution = solvers.solve(process, EM, start(sde), times, generator=generator())
-        expected = solvers.solve(process, EM, start(sde), times.double(), generator=generator())
-        assert torch.equal(solution.state, expected.state)
-
-    def test_no_gradients_are_recorded(self) -> None:
-        sde = CLD()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times = solvers.uniform_times(1.0, 0.1, 3)
-        with torch.no_grad():
-            solution = solvers.solve(process, SSCS, start(sde).requires_grad_(), times)
-        assert not solution.state.requires_grad
-        assert torch.is_grad_enabled()
-
-    def test_progress_is_shown_when_asked_for(self, capsys: pytest.CaptureFixture[str]) -> None:
-        sde = CLD()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times = solvers.uniform_times(1.0, 0.1, 3)
-        solvers.solve(process, EM, start(sde), times)
+    def test_progress_is_shown_on_stderr_if_asked_for(self, capsys: Any) -> None:
+        run("euler-maruyama", states())
         quiet = capsys.readouterr()
-        assert (quiet.out, quiet.err) == ("", "")
-        solvers.solve(process, EM, start(sde), times, progress=True)
+        run("euler-maruyama", states(), progress=True)
         shown = capsys.readouterr()
-        assert shown.out == ""
+        assert quiet.out == quiet.err == shown.out == ""
         assert "EulerMaruyama" in shown.err
-        assert "3/3" in shown.err
+        assert "5/5" in shown.err
 
-    @every_case
-    def test_an_empty_batch_stays_empty(self, method: str, name: str) -> None:
-        sde = FAMILIES[name]()
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        state = torch.zeros(0, sde.components, 2)
-        times = solvers.uniform_times(1.0, 0.1, 2)
-        solution = solvers.solve(process, SOLVERS[method], state, times, denoise=True)
-        assert solution.data.shape == (0, 2)
-
-
-class TestNoise:
-    """Fresh and recorded normals."""
-
-    @every_case
-    def test_identical_starts_become_independent_samples(self, method: str, name: str) -> None:
-        sde, n = FAMILIES[name](), 4000
-        data = GaussianMixture([1.0], [[0.3, 0.3]], [[[0.25, 0.0], [0.0, 0.25]]])
-        state = torch.zeros(n, sde.components, 2, dtype=torch.float64)
-        times = solvers.quadratic_times(1.0, 0.05, 12)
-        x = solvers.solve(
-            ReverseProcess(sde, data.score(sde)),
-            SOLVERS[method],
-            state,
-            times,
-            generator=generator(),
-        ).data
+    @pytest.mark.parametrize("method", ["euler-maruyama", "sscs"])
+    def test_equal_starts_become_independent_samples(self, method: str) -> None:
+        n = 4000
+        z = torch.zeros(n, 2, 2, dtype=torch.float64)
+        x = solvers.solve(PROCESS, SOLVERS[method], z, GRID, generator=generator()).data
         white = (x - x.mean(0)) / x.std(0)
-        # Correlations of neighbouring samples, of samples half a batch apart, and of data axes of
-        # one sample: 5 standard errors, 1/sqrt(pairs).
+        # Neighbouring samples, samples half a batch apart, and data axes of one sample.
         for pairs in (
             white[:-1] * white[1:],
             white[: n // 2] * white[n // 2 :],
-            (white[:, 0] * white[:, 1]).unsqueeze(1),
+            white[:, :1] * white[:, 1:],
         ):
-            assert (pairs.mean(0).abs() <= 5 / math.sqrt(len(pairs))).all()
+            assert (pairs.mean(0).abs() <= standard_error(1.0, len(pairs))).all()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @every_solver
-    def test_recorded_noise_replays_fresh_noise(self, method: str, dtype: torch.dtype) -> None:
-        sde = CLD()
-
-        class Recorder(solvers.NoiseSource):
-            def __init__(self) -> None:
-                self.fresh, self.draws = solvers.FreshNoise(generator()), []
-
-            def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
-                self.draws.append(self.fresh.normal(z, rows))
-                return self.draws[-1]
-
-        process = ReverseProcess(sde, exact.mixture().score(sde))
-        times, state = solvers.uniform_times(1.0, 0.1, 4), start(sde, dtype=dtype)
-        recorder = Recorder()
-        solver = SOLVERS[method]
-        first = solvers.solve(process, solver, state, times, noise=recorder)
-        fresh = solvers.solve(process, solver, state, times, generator=generator())
-        noise = solvers.RecordedNoise(recorder.draws)
-        again = solvers.solve(process, solver, state, times, noise=noise)
-        assert torch.equal(first.state, fresh.state)
-        assert torch.equal(first.state, again.state)
-
-    def test_euler_maruyama_draws_for_the_driven_directions_alone(self) -> None:
-        process = ReverseProcess(CLD(), exact.mixture().score(CLD()))
-        draws = [torch.zeros(3, 1, 2, dtype=torch.float64)] * 4
-        times = solvers.uniform_times(1.0, 0.1, 4)
-        noise = solvers.RecordedNoise(draws)
-        assert solvers.solve(process, EM, start(CLD()), times, noise=noise).success
-
-    def test_sscs_draws_once_more_than_it_steps(self) -> None:
-        process = ReverseProcess(CLD(), exact.mixture().score(CLD()))
-        draws = [torch.zeros(3, 2, 2, dtype=torch.float64)] * 5
-        times = solvers.uniform_times(1.0, 0.1, 4)
-        noise = solvers.RecordedNoise(draws)
-        assert solvers.solve(process, SSCS, start(CLD()), times, noise=noise).success
-
-    @pytest.mark.parametrize(
-        ("draws", "got"),
-        [
-            ([], r"\d recorded draws"),
-            ([torch.zeros(3, 1, 2)] * 3, r"\d recorded draws"),
-            ([torch.zeros(3, 2, 2)] * 4, r"\(3, 2, 2\)"),
-            ([torch.zeros(2, 1, 2)] * 4, r"\(2, 1, 2\)"),
-        ],
-    )
-    def test_a_record_that_does_not_fit_is_refused(self, draws: Any, got: str) -> None:
-        process = ReverseProcess(CLD(), exact.mixture().score(CLD()))
-        times = solvers.uniform_times(1.0, 0.1, 4)
-        with pytest.raises(ValueError, match=rf"shape \(3, 1, 2\).*; got {got}"):
-            solvers.solve(process, EM, start(CLD()), times, noise=solvers.RecordedNoise(draws))
-
-    def test_noise_and_generator_are_alternatives(self) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        times = solvers.uniform_times(1.0, 0.1, 4)
-        source = solvers.FreshNoise()
-        with pytest.raises(ValueError, match="alternatives; got both"):
-            solvers.solve(process, EM, start(CLD()), times, generator=generator(), noise=source)
-
-
-GRID = solvers.uniform_times(1.0, 0.1, 4)
-
-
-class TestRefusals:
-    """What is refused, and that nothing has been evaluated by then."""
-
-    @pytest.mark.parametrize(
-        ("state", "error"),
-        [
-            (torch.zeros(3, 1, 2), ValueError),
-            (torch.zeros(3, 3, 2), ValueError),
-            (torch.zeros(2), ValueError),
-            (torch.zeros(()), ValueError),
-            (torch.zeros(3, 2, 2, dtype=torch.int64), TypeError),
-            (torch.zeros(3, 2, 2, dtype=torch.complex64), TypeError),
-            ([[[0.0], [0.0]]], TypeError),
-            (None, TypeError),
-        ],
-    )
-    @every_solver
-    def test_states_that_do_not_fit(self, method: str, state: Any, error: type[Exception]) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(error, match=r"state must (be|have)"):
-            solvers.solve(process, SOLVERS[method], state, GRID)
-
-    @pytest.mark.parametrize(
-        ("times", "error", "message"),
-        [
-            (torch.tensor([1.0]), ValueError, "at least 2 decreasing times"),
-            (torch.tensor(1.0), ValueError, "at least 2 decreasing times"),
-            (torch.ones(2, 2), ValueError, "at least 2 decreasing times"),
-            (torch.empty(0), ValueError, "at least 2 decreasing times"),
-            (torch.tensor([1.0, 0.5, 0.5, 0.1]), ValueError, r"got 0\.5 before 0\.5"),
-            (torch.tensor([1.0, 0.4, 0.5, 0.1]), ValueError, r"got 0\.4 before 0\.5"),
-            (torch.tensor([1.0, math.nan, 0.1]), ValueError, "times must lie in"),
-            (torch.tensor([1.5, 0.5]), ValueError, r"times must lie in \[0, 1\]"),
-            (torch.tensor([1.0, -0.5]), ValueError, r"times must lie in \[0, 1\]"),
-            (torch.tensor([1, 0]), TypeError, "times must be a floating-point"),
-            ([1.0, 0.5], (TypeError, ValueError), "times must be a tensor"),
-            (None, (TypeError, ValueError), "times must be a tensor"),
-            (10, (TypeError, ValueError), "times must be a tensor"),
-        ],
-    )
-    @every_solver
-    def test_grids_that_do_not_decrease_in_the_interval(
-        self, method: str, times: Any, error: Any, message: str
-    ) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(error, match=message):
-            solvers.solve(process, SOLVERS[method], start(CLD()), times)
-
-    @pytest.mark.parametrize("solver", [solvers.SSCS, None, "SSCS", 50])
-    def test_what_is_no_solver(self, solver: Any) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(TypeError, match=r"solver must be a solver, such as SSCS\(\); got"):
-            solvers.solve(process, solver, start(CLD()), GRID)
-
-    def test_a_solver_without_parentheses_is_explained(self) -> None:
-        process: Any = ReverseProcess(CLD(), untouchable)
-        wrong: Any = solvers.SSCS
-        with pytest.raises(TypeError, match="write it with parentheses"):
-            solvers.solve(process, wrong, start(CLD()), GRID)
-
-    @pytest.mark.parametrize("process", [CLD(), None, untouchable])
-    def test_what_is_no_reverse_process(self, process: Any) -> None:
-        with pytest.raises(TypeError, match="process must be a ReverseProcess; got"):
-            solvers.solve(process, EM, start(CLD()), GRID)
-
-    @pytest.mark.parametrize("argument", ["noise", "generator"])
-    @pytest.mark.parametrize("value", [42, "seed", solvers.FreshNoise])
-    def test_what_is_no_source_of_noise(self, argument: str, value: Any) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        with pytest.raises(TypeError, match=f"{argument} must be"):
-            solvers.solve(process, EM, start(CLD()), GRID, **{argument: value})
-
-    @every_solver
-    def test_a_start_of_the_data_is_refused_where_it_has_to_be_predicted(self, method: str) -> None:
-        process = ReverseProcess(CLD(), untouchable)
-        times = solvers.uniform_times(1.0, 0.0, 4)
-        with pytest.raises(ValueError, match=r"no density at t = 0; take t > 0"):
-            solvers.solve(process, SOLVERS[method], start(CLD()), times, denoise=True)
-
-    @every_solver
-    def test_denoising_where_the_score_does_not_determine_the_data(self, method: str) -> None:
-        sde = CLD(friction=0.4)
-        t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
-        kernel = sde.marginal(t)
-        b = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, 1, 0]
-        zero = float(t[(b[1:] * b[:-1] < 0).nonzero().flatten()[0]])
-        times = solvers.uniform_times(1.0, zero, 4)
-        process = ReverseProcess(sde, untouchable)
-        with pytest.raises(ValueError, match="does not determine x_0"):
-            solvers.solve(process, SOLVERS[method], start(sde), times, denoise=True)
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            VESDE,
-            SubVPSDE,
-            lambda: LinearSDE.from_matrices([[0.0, 1.0], [0.0, 0.0]], [[0.0], [1.0]]),
-            lambda: LinearSDE.from_functions(lambda t: [[-1.0]], lambda t: [[1.0]]),
-            lambda: LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]]),
-        ],
-        ids=["VE", "sub-VP", "free", "functions", "singular"],
-    )
-    def test_sscs_without_a_stationary_law_to_split_at(self, make: Any) -> None:
-        sde = make()
-        process = ReverseProcess(sde, untouchable)
-        with pytest.raises(
-            ValueError, match=r"SSCS needs .*stationary distribution.* Use StochasticHeun"
-        ):
-            solvers.solve(process, SSCS, start(sde), GRID)
-
-    @pytest.mark.parametrize("shape", [(3, 2, 2), (3, 1, 1), (1, 1, 2), (3, 2), (3, 1, 2, 1)])
-    @every_solver
-    def test_scores_of_another_shape(self, method: str, shape: tuple[int, ...]) -> None:
-        process = ReverseProcess(CLD(), lambda z, t: torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"score must return shape \(3, 1, 2\).*got"):
-            solvers.solve(process, SOLVERS[method], start(CLD()), GRID)
-
-    @every_solver
-    def test_scores_that_are_no_tensors(self, method: str) -> None:
-        process = ReverseProcess(CLD(), lambda z, t: None)  # type: ignore[arg-type,return-value]
-        with pytest.raises(TypeError, match="score must return a real floating-point tensor"):
-            solvers.solve(process, SOLVERS[method], start(CLD()), GRID)
-
-    @pytest.mark.parametrize("dimension", [1, 3])
-    @every_solver
-    def test_states_of_another_dimension_than_the_data(self, method: str, dimension: int) -> None:
-        process = ReverseProcess(CLD(), exact.mixture().score(CLD()))
-        with pytest.raises(ValueError, match="2 numbers per component"):
-            solvers.solve(process, SOLVERS[method], start(CLD(), (3, dimension)), GRID)
-
-    @pytest.mark.parametrize("solver", [solvers.EulerMaruyama, solvers.SSCS])
-    def test_unknown_options(self, solver: Any) -> None:
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            solver(steps=10)
-        with pytest.raises(TypeError, match="positional"):
-            solver(10)
-
-
-class TestSolvers:
-    """Solvers are values, and their step is tensor work."""
-
-    @pytest.mark.parametrize("solver", [solvers.EulerMaruyama, solvers.SSCS])
-    def test_solvers_are_frozen_values(self, solver: Any) -> None:
-        assert solver() == solver()
-        assert hash(solver()) == hash(solver())
-        assert solver().facts.nfe_per_step == 1
-        assert solver().facts.weak_order == 1
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            solver().option = 1
-
-    @pytest.mark.parametrize("kind", ["mixture", "mixed", "plain"])
-    @every_case
-    def test_a_step_waits_for_no_value(
-        self, method: str, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # Each of these would stop the host until the device has the number.
-        sde, solver, times = FAMILIES[name](), SOLVERS[method], GRID
-        score: Any = exact.mixture().score(sde)
-        if kind == "mixed":
-            score = MixedScore(Constant(sde), sde, torch.zeros(()), torch.ones(()))
-        elif kind == "plain":
-            score = lambda z, t: -z[:, list(sde.driven)]  # noqa: E731
-        process, z = ReverseProcess(sde, score), start(sde)
-        known = known_score(process, solver, times, z)
-        tables, noise = solver.prepare(process, times), solvers.FreshNoise(generator())
-        with no_waiting(monkeypatch), torch.no_grad():
-            memory: Memory = ()
-            for i in range(len(times) - 1):
-                z, memory = solver.step(z, memory, tables, i, known, noise)
-        assert z.isfinite().all()
-
-    @every_case
-    def test_tables_hold_numbers_of_the_host(self, method: str, name: str) -> None:
-        sde = FAMILIES[name]()
-        process = ReverseProcess(sde, untouchable)
-        tables = SOLVERS[method].prepare(process, GRID)
-
-        def entries(table: Any) -> Any:
-            if isinstance(table, list | tuple):
-                return [x for part in table for x in entries(part)]
-            return [table]
-
-        numbers = entries(tables)
-        assert any(isinstance(x, float) for x in numbers)
-        assert all(x is None or isinstance(x, float | int) for x in numbers)
-
-    @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
+    @pytest.mark.parametrize("name", ["VP", "CLD", "PSLD"])
     def test_without_noise_and_with_the_stationary_score_sscs_is_the_reversed_transition(
-        self, make: Any
+        self, name: str
     ) -> None:
-        # The kick vanishes: what is left is exact over the whole interval, whatever the steps.
-        sde = make()
-        stationary = sde.stationary_covariance
+        sde: LinearSDE = {"VP": VPSDE, "CLD": CLD, "PSLD": PSLD}[name]()
+        stationary, z = sde.stationary_covariance, start(sde)
 
         def score(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return -torch.linalg.solve(stationary, z)[:, list(sde.driven)]
 
-        state = start(sde)
-        draws = [torch.zeros_like(state)] * (len(GRID))
-        noise = solvers.RecordedNoise(draws)
-        found = solvers.solve(ReverseProcess(sde, score), SSCS, state, GRID, noise=noise).state
-        mean = sde.stationary_reversal.transition(0.1, 1.0).mean
-        expected = torch.einsum("ij,bjd->bid", mean, state)
-        # Five moves, each with the promise of the kernels, 1e-12.
-        assert torch.allclose(found, expected, rtol=0, atol=5e-12 * float(state.abs().max()))
+        noise = solvers.RecordedNoise([torch.zeros_like(z)] * len(GRID))
+        found = run("sscs", z, process=ReverseProcess(sde, score), noise=noise).state
+        expected = torch.einsum("ij,bjd->bid", sde.stationary_reversal.transition(0.1, 1).mean, z)
+        # The kick vanishes: what is left is exact, however long the steps are.
+        assert torch.allclose(found, expected, rtol=0, atol=TABLES)
+
+
+class TestGradients:
+    """``differentiable=True`` for states on the way."""
+
+    @every_kind
+    def test_states_on_the_way_have_gradients(self, method: str) -> None:
+        state = states().requires_grad_()
+        solution = run(method, state, t_eval=GRID[[0, 2]], differentiable=True)
+        first, second = (
+            torch.autograd.grad(y.sum(), state, retain_graph=True)[0] for y in solution.y
+        )
+        assert torch.equal(first, torch.ones_like(state))
+        assert second.isfinite().all()
+        assert (second != 0).any()
+
+    def test_a_lost_sample_spoils_no_gradient_of_others(self) -> None:
+        z = states()
+        z[1] = 1e6
+        z.requires_grad_()
+        with pytest.warns(solvers.SolveWarning):
+            solution = run("euler-maruyama", z, process=failing(), differentiable=True)
+        (gradient,) = torch.autograd.grad(solution.state[[0, 2]].sum(), z)
+        assert gradient[[0, 2]].isfinite().all()
+
+
+# One solver of each class, and further forms of its step.
+TRACED = {type(x): name for name, x in SOLVERS.items() if isinstance(x, GridSolver)}
+TRACED = {kind: name for kind, name in TRACED.items() if kind is not solvers.TorchSDE}
+
+
+@pytest.mark.parametrize("method", [*TRACED.values(), "sscs", "multistep-2-sde", "multistep-3"])
+def test_steps_are_one_graph_of_the_same_bits(method: str) -> None:
+    sde: LinearSDE = VPSDE() if method.startswith("edm") else SDE
+    solver, times, driven = SOLVERS[method], GRID[[0, 2, 5]], list(sde.driven)
+    tables = solver.prepare(ReverseProcess(sde, untouchable), times)
+
+    def score(z: torch.Tensor, i: int) -> torch.Tensor:
+        return -(z[:, driven] + 0.1 * z[:, driven].sin())
+
+    def through(z: torch.Tensor) -> torch.Tensor:
+        memory: Memory = ()
+        for i in range(len(times) - 1):
+            z, memory = solver.step(z, memory, tables, i, score, solvers.FreshNoise())
+        return z
+
+    torch._dynamo.reset()
+    traced, z = torch.compile(through, backend="eager", fullgraph=True), start(sde)
+    torch.manual_seed(0)
+    found = traced(z)
+    torch.manual_seed(0)
+    assert torch.equal(found, through(z))

@@ -77,8 +77,10 @@ def test_the_error_of_the_evidence_falls_with_the_root_of_the_particles():
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
     data, seen = wide_mixture()
-    found = _sample(data, seen, particles=200, seeds=range(10))
-    assert abs(found.log_evidence - data.log_evidence(seen)) < 3 * found.log_evidence_std
+    found = _sample(data, seen, particles=500, seeds=range(10))
+    # The error of 40 steps is 0.03, as runs of 2,000 particles show.
+    error = found.log_evidence - data.log_evidence(seen)
+    assert abs(error) < 3 * found.log_evidence_std + 0.03
 
 
 def test_weights_put_calls_together():
@@ -214,14 +216,15 @@ def test_a_score_that_is_not_finite_is_an_error():
 def test_four_thousand_particles_reach_the_posterior(name):
     from cldsde.validation import posterior_error, posterior_methods, posterior_problems
 
+    sde = VPSDE()
+    start = float(solvers.times_of_log_snr(sde, -2.5))
+
     def twisted(process, observation, times, n, g):
-        sde, steps = process.sde, len(times) - 1
-        grid = solvers.logistic_times(sde, sde.T, float(times[-1]), steps)
+        grid = solvers.logistic_times(sde, start, float(times[-1]), len(times) - 1)
         return posterior_methods()["twisted"].sampler(process, observation, grid, n, g)
 
     problem = posterior_problems(0.1)[name]
-    found = posterior_error(twisted, problem, samples=4000, steps=50, repeats=3)
-    # The sampler's promise, of which the mean of three runs may miss two standard errors. On "wide
-    # modes" 14 runs gave a distance of 1.5 ± 0.1 and a mode error of 0.032 ± 0.003.
-    assert found.distance - 2 * found.distance_std <= 2
-    assert found.mode_error - 2 * found.mode_error_std <= 0.03
+    found = posterior_error(twisted, problem, sde=sde, samples=4000, steps=50, repeats=8)
+    # On "wide modes" 12 runs gave a distance of 1.08 ± 0.08 and a mode error of 0.022 ± 0.003.
+    assert found.distance <= 2
+    assert found.mode_error <= 0.03

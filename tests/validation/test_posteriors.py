@@ -59,11 +59,14 @@ def test_exact_guidance_is_the_posterior_within_sampling_error(sde, noise):
 @pytest.mark.slow
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
 @pytest.mark.parametrize("noise", [1.0, 0.1])
-# Not "two modes": its distance is that of two weights drawn by chance, and scatters by 0.7 a run.
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", NAMES)
 def test_exact_guidance_of_many_samples_is_the_posterior(sde, noise, name):
     problem = posterior_problems(noise)[name]
-    found = posterior_error("exact", problem, sde=sde, samples=20_000, steps=100, repeats=3)
+    # The distance of "two modes" is the error of two weights, which scatters by 0.7 per run.
+    repeats = 24 if name == "two modes" else 3
+    # The narrower the posterior, the larger the solver's error beside the sampling error.
+    steps = 100 if len(problem.data.weights) == 25 else 200
+    found = posterior_error("exact", problem, sde=sde, samples=20_000, steps=steps, repeats=repeats)
     # Of a distance that is all sampling error, three standard errors.
     assert found.distance - 3 * found.distance_std <= 1.3
     assert found.verdict is Verdict.PASS

@@ -111,6 +111,7 @@ class DiscretisedLogistic(PixelLikelihood):
         return mean, soft_clamp(log_scale, _LOG_SCALE_BOUND).exp()
 
 
+@dataclass(frozen=True)
 class Bernoulli(PixelLikelihood):
     r"""Black or white pixels, white with probability π; the output is the logit of π.
 

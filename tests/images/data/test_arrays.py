@@ -118,7 +118,7 @@ def test_other_files_are_refused(tmp_path):
         ({"a": (10, 4, 4), "l": (9,)}, {"labels": "l"}, ValueError, r"labels must be .*\(10,\)"),
         ({"a": (10, 4, 4)}, {"levels": 16}, ValueError, "values in 0 … 15"),
         ({"a": (10, 4, 4)}, {"layout": "NHWC"}, ValueError, "layout NHWC must have 4 axes"),
-        ({"a": (10, 4, 4)}, {"layout": "HWC"}, ValueError, "layout must be auto, NHW"),
+        ({"a": (10, 4, 4)}, {"layout": "HWC"}, ValueError, "layout: must be 'auto', 'NHW"),
         ({"a": (0, 4, 4)}, {}, ValueError, "at least one image"),
     ],
 )

@@ -117,7 +117,6 @@ def test_folders_without_images_are_refused(tmp_path):
         ({"size": 0}, ValueError),
         ({"size": 2.0}, ValueError),
         ({"size": 2, "channels": 4}, ValueError),
-        ({"size": 2, "channels": True}, ValueError),
         ({"size": 2, "workers": 0}, ValueError),
     ],
 )

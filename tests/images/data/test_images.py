@@ -77,4 +77,3 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
     assert torch.equal(whole(part), pixels[[4, 1, 0]])
     assert part.labels.tolist() == [0, 1, 0]
     assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
-    assert repr(part) == "Subset(3 of 1×2×2, 4 levels, 3 classes)"

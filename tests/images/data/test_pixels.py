@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from cldsde.images.data import ArrayImages, augment, channel_statistics, to_levels, to_unit
-from image_data import PIXELS, random_bytes
+from image_data import random_bytes
 from probes import generator
 
 # Bytes and numbers.
@@ -162,11 +162,6 @@ def test_a_constant_channel_has_variance_zero_exactly():
     mean, variance = channel_statistics(ArrayImages(pixels))
     assert float(variance) == 0
     assert float(mean) == float(Fraction(2 * 77, 255) - 1)
-
-
-def test_statistics_of_an_unknown_kind_are_refused():
-    with pytest.raises(ValueError, match="per must be scalar, channel or pixel; got 'image'"):
-        channel_statistics(ArrayImages(PIXELS), per="image")
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])

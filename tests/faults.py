@@ -1,0 +1,198 @@
+"""Plant faults in a copy of the package, and show that the tests find each of them.
+
+    python tests/faults.py [WORD …]      all faults, or those whose names contain a word
+
+The exit code is 1 if a fault survives, and 2 if it cannot be planted or stops the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import cldsde
+from cldsde import solvers, validation
+
+TESTS = Path(__file__).parent
+
+
+class Fault(NamedTuple):
+    """A text in a file of the package, its wrong replacement, and the tests that are to fail."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+CONTRACT, ORDERS = "solvers/test_contract.py", "solvers/test_orders.py"
+
+FAULTS = [
+    Fault(
+        "noise × 1.001 in Euler–Maruyama",
+        "solvers/euler_maruyama.py",
+        "noise=as_blocks(h.sqrt() * G)",
+        "noise=as_blocks(1.001 * h.sqrt() * G)",
+        ORDERS,
+    ),
+    Fault(
+        "noise × 1.001 in a multistep method",
+        "solvers/exponential_multistep.py",
+        "        noise,\n        psi[:, -1]",
+        "        1.001 * noise,\n        psi[:, -1]",
+        ORDERS,
+    ),
+    Fault(
+        "fresh normals × 1.001",
+        "solvers/noise.py",
+        "return drawn.transpose(0, 1)",
+        "return 1.001 * drawn.transpose(0, 1)",
+        "solvers/test_noise.py",
+    ),
+    Fault(
+        "fresh normals used twice",
+        "solvers/noise.py",
+        "generator=self.generator, dtype=z.dtype",
+        "generator=self.generator and self.generator.clone_state(), dtype=z.dtype",
+        "solvers/test_noise.py",
+    ),
+    Fault(
+        "times shifted by a step",
+        "solvers/staged.py",
+        "return times[:-1]",
+        "return times[1:]",
+        ORDERS,
+    ),
+    Fault(
+        "midpoint at the wrong time in SSCS",
+        "solvers/sscs.py",
+        "torch.stack([times[:-1], middle], dim=1)",
+        "torch.stack([times[:-1], times[1:]], dim=1)",
+        ORDERS,
+    ),
+    Fault(
+        "half-step at the wrong time in a splitting",
+        "solvers/splitting.py",
+        "start - h * ((before + 1) / count)",
+        "start - h * ((before + 1) / (count + 1))",
+        "solvers/test_splitting.py",
+    ),
+    Fault(
+        "noise of a sample's stream used twice",
+        "solvers/noise.py",
+        "done, self._used = done + count, self._used + count",
+        "done, self._used = done + count, self._used + count // 2",
+        "solvers/test_noise.py",
+    ),
+    Fault(
+        "noise of a Brownian path used twice",
+        "solvers/brownian.py",
+        "SeedSequence([self._seed, node.key, bits])",
+        "SeedSequence([self._seed, node.key.bit_length()])",
+        "solvers/test_brownian.py",
+    ),
+    Fault(
+        "evaluation beyond ε by the probability flow",
+        "solvers/probability_flow.py",
+        "(samples.t - weights.nodes * h).clamp_min_(end)",
+        "(samples.t - weights.nodes * (1 + 1e-9) * h)",
+        CONTRACT,
+    ),
+    Fault(
+        "evaluation beyond ε by a method on a grid",
+        "solvers/stochastic_heun.py",
+        "torch.stack([times[:-1], times[1:]], dim=1)",
+        "torch.stack([times[:-1], 0.999 * times[1:]], dim=1)",
+        CONTRACT,
+    ),
+    Fault(
+        "an evaluation counted twice on a grid",
+        "score/reverse.py",
+        "self.nfev += 1 if self._counts is None",
+        "self.nfev += 2 if self._counts is None",
+        CONTRACT,
+    ),
+    Fault(
+        "evaluations of an adaptive solver not counted",
+        "solvers/adaptive.py",
+        "self._nfev[self._rows] += evaluations",
+        "self._nfev[self._rows] += evaluations - 1",
+        CONTRACT,
+    ),
+    Fault(
+        "tables on the default device",
+        "solvers/euler_maruyama.py",
+        'dtype=torch.float64, device="cpu")',
+        "dtype=torch.float64)",
+        "solvers/test_device.py",
+    ),
+    Fault(
+        "a bypassed forward",
+        "score/reverse.py",
+        "checked_score(self._score(z, self._arguments[number])",
+        'checked_score(getattr(self._score, "forward", self._score)(z, self._arguments[number])',
+        "solvers/test_plan.py",
+    ),
+]
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the package, laid out as it is installed."""
+    package = folder / "cldsde"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(cldsde.__file__).parent, package, ignore=ignore)
+    for module in (solvers, validation):
+        target = package / module.__name__.rpartition(".")[2]
+        if not target.exists():
+            shutil.copytree(Path(module.__file__).parent, target, ignore=ignore)
+    return package
+
+
+def outcome(fault: Fault, package: Path) -> tuple[int, str]:
+    """The exit code of the tests with the fault, and the line that says which test failed."""
+    file = package / fault.file
+    source = file.read_text(encoding="utf-8")
+    if source.count(fault.right) != 1:
+        return 2, f"{fault.file} holds {source.count(fault.right)} times: {fault.right}"
+    file.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    try:
+        result = subprocess.run(
+            [*command, str(TESTS / fault.tests)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=TESTS.parent,
+        )
+    finally:
+        file.write_text(source, encoding="utf-8")
+    lines = result.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return result.returncode, (failed or lines or [result.stderr])[0]
+
+
+def main(words: list[str]) -> int:
+    """Plant the faults that contain a word; return the exit code."""
+    code = 0
+    with tempfile.TemporaryDirectory() as folder:
+        package = copied(Path(folder))
+        for fault in FAULTS:
+            if words and not any(word in fault.name for word in words):
+                continue
+            found, line = outcome(fault, package)
+            code = max(code, {0: 1, 1: 0}.get(found, 2))
+            shown = {0: "SURVIVES", 1: "found"}.get(found, "FAILS")
+            print(f"{shown:8}  {fault.name}: {line}", flush=True)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
