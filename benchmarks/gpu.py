@@ -1,10 +1,11 @@
 """Measurements that need a GPU: agreement with the CPU, precision, speed and memory.
 
-``python benchmarks/gpu.py RESULTS`` measures the published CIFAR-10 network of CLD on the first GPU
-and writes RESULTS as JSON, with a description of the device. Exit codes:
+``python benchmarks/gpu.py RESULTS`` runs the tests of devices on the first GPU, and measures the
+published CIFAR-10 network of CLD there. RESULTS is JSON, with a description of the device. It is
+written after each measurement, so that an interruption keeps what has been measured. Exit codes:
 
 - 0: all checks passed.
-- 1: a check failed; RESULTS is written and lists it.
+- 1: a check failed; RESULTS lists it.
 - 3: there is no GPU that PyTorch can use; nothing is measured or written.
 
 ``--device cpu --small`` runs everything on a tiny network on the CPU, to test this file.
@@ -15,32 +16,38 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import torch
 from torch import Tensor, nn
 
 import cldsde
 from cldsde import GaussianMixture, ReverseProcess, solvers
+from cldsde.files import write_whole
 from cldsde.images.config import RunConfig, SamplingConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.model import ImageSpace, make_model
-from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.model import ImageModel, ImageSpace, make_model
+from cldsde.images.sample.request import CompileMode, SampleRequest
+from cldsde.images.sample.sampler import Precision
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner
 from cldsde.solvers.noise import RecordedNoise
 
 NO_GPU = 3
-CONFIG = Path(__file__).parents[1] / "configs" / "cifar10_cld.toml"
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "cifar10_cld.toml"
 SMALL = (
     "network.options.channels=[8,8]",
     "network.options.blocks=1",
@@ -58,7 +65,8 @@ class Setting:
     evaluations: int = 20
     rounds: int = 5
     overrides: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ("default", "reduce-overhead")
+    modes: tuple[CompileMode, ...] = ("default", "reduce-overhead")
+    tests: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
@@ -86,6 +94,26 @@ class Setting:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
+    def cast(self, precision: Precision) -> AbstractContextManager[object]:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, dtype=dtype, enabled=precision != "fp32")
+
+    def note_share(
+        self,
+        row: dict[str, Any],
+        network: Callable[[], object],
+        seconds: float,
+        evaluations: int | None = None,
+    ) -> None:
+        """Note the share of a time that is not spent in the network, if this is a GPU.
+
+        On a CPU the times of a tiny network vary more than the share.
+        """
+        if self.on_gpu:
+            alone = (evaluations or self.evaluations) * self.seconds(network)
+            row["share_outside_network"] = 1 - alone / seconds
+
     @contextmanager
     def peak(self, found: dict[str, Any]) -> Iterator[None]:
         """Note the peak of the GPU's memory, in MiB."""
@@ -94,6 +122,22 @@ class Setting:
         yield
         if self.on_gpu:
             found["peak_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+
+
+class Found(dict[str, Any]):
+    """Results of a section; the file of all results is written when one is set."""
+
+    def __init__(self, results: dict[str, Any], file: Path) -> None:
+        super().__init__(failed=[])
+        self._results, self._file = results, file
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps(self._results, indent=2) + "\n"
+        write_whole(self._file, lambda path: path.write_text(text))
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -109,7 +153,32 @@ def describe(device: str) -> dict[str, Any]:
     return found
 
 
-def agreement(setting: Setting) -> dict[str, Any]:
+def tests(setting: Setting, found: Found) -> None:
+    """Outcomes of the tests that run on a device, ``tests/solvers/test_device.py``."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *setting.tests]
+        # -P: the installed package is tested, not the working copy.
+        command = [sys.executable, "-P", "-m", "pytest", "tests/solvers/test_device.py", *options]
+        run = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "CLDSDE_TEST_DEVICE": setting.device},
+            capture_output=True,
+            text=True,
+            check=False,  # failures are results
+        )
+        print(run.stdout[-4000:], run.stderr[-4000:], file=sys.stderr)
+        cases = list(ET.parse(report).iter("testcase")) if report.exists() else []
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    found["skipped"] = len(skipped)
+    found["failed"] = [case.attrib["name"] for case in failed]
+    found["passed"] = len(cases) - found["skipped"] - len(found["failed"])
+    found["failed"] += [] if found["passed"] else ["no test has passed"]
+
+
+def agreement(setting: Setting, found: Found) -> None:
     """Largest difference between a solve on the device and on the CPU, for every grid solver."""
     data = GaussianMixture([0.5, 0.5], [[-1.0, 0.5], [1.0, 0.0]], [[[0.1, 0], [0, 0.2]]] * 2)
     worst: dict[str, float] = {}
@@ -118,7 +187,7 @@ def agreement(setting: Setting) -> dict[str, Any]:
             if solver.facts.adaptive or name.startswith("torch"):
                 continue
             times = solvers.root_times(1.0, 1e-3, 8)
-            found = []
+            states = []
             for device in ("cpu", setting.device):
                 g = torch.Generator().manual_seed(0)
                 normals = [torch.randn(64, 3 * sde.components, 2, generator=g) for _ in range(64)]
@@ -126,13 +195,14 @@ def agreement(setting: Setting) -> dict[str, Any]:
                 noise = _Rows(normals)
                 process = ReverseProcess(sde, data.score(sde))
                 try:
-                    found.append(solvers.solve(process, solver, start, times, noise=noise).data)
+                    states.append(solvers.solve(process, solver, start, times, noise=noise).data)
                 except ValueError:  # the solver does not apply to the process
                     break
-            if len(found) == 2:
-                difference = (found[0] - found[1].cpu()).abs().max().item()
+            if len(states) == 2:
+                difference = (states[0] - states[1].cpu()).abs().max().item()
                 worst[name] = max(worst.get(name, 0.0), difference)
-    return {"largest_difference": worst, "failed": [n for n, x in worst.items() if not x < 1e-3]}
+    found["largest_difference"] = worst
+    found["failed"] = [n for n, x in worst.items() if not x < 1e-3]
 
 
 class _Rows(RecordedNoise):
@@ -142,62 +212,57 @@ class _Rows(RecordedNoise):
         return super().normal(z, rows)[:, :rows]
 
 
-def precision(setting: Setting) -> dict[str, Any]:
+def precision(setting: Setting, found: Found) -> None:
     """Relative error of the network in half precisions, and whether it is finite."""
     network, inputs = _network(setting, setting.batches[0])
     with torch.no_grad():
         exact = network(*inputs)
-        found: dict[str, Any] = {"failed": []}
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             with torch.autocast(torch.device(setting.device).type, dtype=dtype):
                 out = network(*inputs).float()
             found[name] = ((out - exact).norm() / exact.norm()).item()
             if not found[name] < 0.05:
                 found["failed"].append(name)
-    return found
 
 
-def sampling(setting: Setting) -> dict[str, Any]:
+def sampling(setting: Setting, found: Found) -> None:
     """Images per second of sampling, its share outside the network, and peak memory."""
-    found: dict[str, Any] = {"failed": []}
-    kinds: list[tuple[str, Any, bool, str | None]] = [("fp32", None, False, None)]
-    kinds += [
-        ("bf16", torch.bfloat16, False, None),
-        ("bf16, channels last", torch.bfloat16, True, None),
-    ]
-    kinds += [(f"bf16, compile={mode}", torch.bfloat16, True, mode) for mode in setting.modes]
+    kinds: list[tuple[Precision, bool, CompileMode | None]] = [("fp32", False, None)]
+    kinds += [("bf16", last, mode) for mode in (None, *setting.modes) for last in (False, True)]
     for batch in setting.batches:
         reference: Tensor | None = None
-        for name, dtype, last, mode in kinds:
+        for kind, last, mode in kinds:
+            torch.compiler.reset()  # the number of compilations of one function is limited
             network, inputs = _network(setting, batch)
-            model = make_model(setting.config(), setting.space()).to(setting.device).eval()
-            score = model.score
-            score.network.load_state_dict(network.state_dict())
-            if last:
-                score.network.to(memory_format=torch.channels_last)
-            if mode is not None:
-                score.network = torch.compile(score.network, mode=mode)
-            recipe = SamplingConfig(solver="em", nfe=setting.evaluations, grid="quadratic")
-            sampler = ImageSampler(score, setting.space(), recipe, batch=batch)
-            kind = torch.device(setting.device).type
+            config, space = setting.config(), setting.space()
+            made = make_model(config, space).to(setting.device).eval()
+            made.score.network.load_state_dict(network.state_dict())
+            request = SampleRequest(
+                model=ImageModel(made, space, config, 0, ""),
+                sampling=SamplingConfig(solver="em", nfe=setting.evaluations, grid="quadratic"),
+                seeds=range(batch),
+                batch=batch,
+                precision=kind,
+                compile_mode=mode,
+                channels_last=last,
+            )
+            work = partial(request.draw, None, list(request.seeds))
             row: dict[str, Any] = {}
-            cast = nullcontext() if dtype is None else torch.autocast(kind, dtype=dtype)
-            with setting.peak(row), torch.no_grad(), cast:
-                images = sampler.draw(range(batch)).images.double()
-                seconds = setting.seconds(partial(sampler.draw, range(batch)))
-                alone = setting.seconds(partial(score.network, *inputs))
+            with setting.peak(row):
+                images = work().images.double()
+                seconds = setting.seconds(work)
             row["images_per_second"] = batch / seconds
             row["evaluations_per_second"] = batch * setting.evaluations / seconds
-            row["share_outside_network"] = 1 - setting.evaluations * alone / seconds
             reference = images if reference is None else reference
             row["grey_levels_from_fp32"] = (images - reference).abs().mean().item()
-            found[f"batch {batch}, {name}"] = row
-    return found
+            with torch.no_grad(), setting.cast(kind):
+                setting.note_share(row, partial(made.score.network, *inputs), seconds)
+            words = [kind, "channels last" if last else None, mode and f"compile {mode}"]
+            found[f"batch {batch}, {', '.join(word for word in words if word)}"] = row
 
 
-def training(setting: Setting) -> dict[str, Any]:
+def training(setting: Setting, found: Found) -> None:
     """Images per second of training, its share outside the network, and peak memory."""
-    found: dict[str, Any] = {"failed": []}
     for batch in setting.batches:
         config = setting.config(
             f"training.batch={batch}", "training.images=1_000_000", "training.held_out=8"
@@ -216,19 +281,17 @@ def training(setting: Setting) -> dict[str, Any]:
         network.train()
 
         def alone(network: nn.Module = network, inputs: Any = inputs) -> None:
-            with torch.autocast(torch.device(setting.device).type, dtype=torch.bfloat16):
+            with setting.cast("bf16"):
                 out = network(*inputs)
             out.float().square().sum().backward()
 
         row["images_per_second"] = batch / seconds
-        row["share_outside_network"] = 1 - setting.seconds(alone) / seconds
+        setting.note_share(row, alone, seconds, evaluations=1)
         found[f"batch {batch}"] = row
-    return found
 
 
-def processes(setting: Setting) -> dict[str, Any]:
+def processes(setting: Setting, found: Found) -> None:
     """Difference of gradients between two processes on one device and a single process."""
-    found: dict[str, Any] = {"failed": []}
     backends = ["gloo", "nccl"] if setting.on_gpu else ["gloo"]
     for backend in backends:
         with tempfile.TemporaryDirectory() as folder:
@@ -245,7 +308,6 @@ def processes(setting: Setting) -> dict[str, Any]:
         found[backend] = (shared - alone).abs().max().item()
         if not found[backend] < 1e-5:
             found["failed"].append(backend)
-    return found
 
 
 def _half_of_a_batch(rank: int, backend: str, folder: str, device: str) -> None:
@@ -283,7 +345,8 @@ def _network(setting: Setting, batch: int) -> tuple[nn.Module, tuple[Tensor, Ten
     return network, (z.to(setting.device), clock.to(setting.device))
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[[Setting, Found], None]] = {
+    "tests": tests,
     "agreement": agreement,
     "precision": precision,
     "processes": processes,
@@ -316,13 +379,16 @@ def main(arguments: list[str] | None = None) -> int:
             rounds=1,
             overrides=SMALL,
             modes=(),
+            tests=("-k", "euler-maruyama and VP"),
         )
-    found: dict[str, Any] = {"device": describe(options.device), "small": options.small}
+    network = setting.config().to_dict()["network"]
+    found = {"device": describe(options.device), "small": options.small, "network": network}
     for name, section in SECTIONS.items():
         print(name, file=sys.stderr)
-        found[name] = section(setting)
+        found[name] = Found(found, options.results)
+        section(setting, found[name])
+        found[name].write()
     failed = [f"{name}: {x}" for name in SECTIONS for x in found[name]["failed"]]
-    options.results.write_text(json.dumps(found, indent=2) + "\n")
     print("\n".join(f"failed: {x}" for x in failed) or "all checks passed", file=sys.stderr)
     return 1 if failed else 0
 

@@ -101,6 +101,7 @@ autosummary_context = {
         "cldsde.pretrained.PublishedModel": ["cldsde.pretrained.published_score.Parameterisation"],
         "cldsde.score.DenoiserScore": ["cldsde.score.denoisers.Denoiser"],
         "cldsde.score.GaussianMixture": ["cldsde.score.mixture.MixtureScore"],
+        "cldsde.score.MixedScore": ["cldsde.score.network_score.NetworkScore"],
         "cldsde.score.PosteriorScore": ["cldsde.score.posterior_score.Guided"],
         "cldsde.score.flow_log_prob": ["cldsde.score.flow_density.FlowDensity"],
         "cldsde.score.log_likelihood": ["cldsde.score.likelihood.Likelihood"],

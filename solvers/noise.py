@@ -283,7 +283,10 @@ class SampleNoise(NoiseSource):
         self.check(z)
         shape = (rows, *z.shape[2:])
         wanted = math.prod(shape)
-        numbers = torch.empty(len(z), wanted, dtype=torch.float32, device="cpu")
+        # The CPU does not wait for copies from pinned memory: it draws while a GPU computes.
+        numbers = torch.empty(
+            len(z), wanted, dtype=torch.float32, device="cpu", pin_memory=z.is_cuda
+        )
         done = 0
         while done < wanted:
             if self._used == _BLOCK:
@@ -293,7 +296,7 @@ class SampleNoise(NoiseSource):
             count = min(wanted - done, _BLOCK - self._used)
             numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
             done, self._used = done + count, self._used + count
-        return numbers.reshape(len(z), *shape).to(z)
+        return numbers.reshape(len(z), *shape).to(z, non_blocking=z.is_cuda)
 
 
 def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> Tensor:

@@ -26,16 +26,33 @@ def test_everything_is_measured_on_the_cpu_with_a_tiny_network(tmp_path, capsys)
     found = json.loads(results.read_text())
     assert set(gpu.SECTIONS) <= set(found)
     assert found["device"]["torch"] == torch.__version__
+    assert found["tests"]["passed"] > 0
+    assert "share_outside_network" not in results.read_text()
     # Both solves are on the CPU.
     assert set(found["agreement"]["largest_difference"].values()) == {0.0}
     assert found["processes"]["gloo"] < 1e-5
     speeds = [row["images_per_second"] for row in found["sampling"].values() if row]
+    assert len(speeds) == 3  # fp32, bf16, channels last
     assert min(speeds) > 0
 
 
 def test_a_difference_that_is_too_large_fails(tmp_path, monkeypatch):
-    failing = {"agreement": lambda _: {"failed": ["euler-maruyama"]}}
+    failing = {"agreement": lambda _, found: found["failed"].append("euler-maruyama")}
     monkeypatch.setattr(gpu, "SECTIONS", failing)
     results = tmp_path / "gpu.json"
     assert gpu.main([str(results), "--device", "cpu"]) == 1
     assert json.loads(results.read_text())["agreement"]["failed"] == ["euler-maruyama"]
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
+    def interrupted(setting, found):
+        found["gain"] = 2.0
+        raise KeyboardInterrupt
+
+    sections = {"first": lambda _, found: found["failed"].append("x"), "second": interrupted}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main([str(tmp_path / "gpu.json"), "--device", "cpu", "--small"])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["first"] == {"failed": ["x"]}
+    assert found["second"] == {"failed": [], "gain": 2.0}

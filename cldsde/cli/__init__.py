@@ -118,6 +118,6 @@ def _rendered(error: Exception, command: str) -> str:
         return str(error)
     parser = ArgumentParser()
     _COMMANDS[command].add_arguments(parser)
-    options = {action.dest: action.option_strings for action in parser._actions}
+    options = {x.dest: x.option_strings or [str(x.metavar)] for x in parser._actions}
     name = (options.get(str(key).removeprefix("options.")) or [key])[-1]
     return f"{name}: {getattr(error, 'reason', '')}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.options import needs_images, option, set_option
+from cldsde.cli.options import flag, needs_images, option, set_option
 from cldsde.pretrained.published_models import PUBLISHED
 
 
@@ -21,8 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(parser, "--as", "CODE", text, dest="family", required=True)
     text = "published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
     option(parser, "--config", "NAME", f"{text}settings that fit the weights and the folder")
-    set_option(parser, "setting of the run that differs, such as data.options.path=images")
+    set_option(parser, "setting of data or sampling, such as data.options.path=images")
     option(parser, "--out", "RUN", "folder of the run", required=True, kind=Path)
+    flag(parser, "--overwrite", "replace the model of a run")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -34,7 +35,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.networks import parameter_count
         from cldsde.images.published import read_published
     found = read_published(options.path, options.family, options.config, options.set)
-    found.check(options.out)
+    if found.is_at(options.out, overwrite=options.overwrite):
+        return lambda: print(f"The run in {options.out.resolve()} has this model already")
 
     def work() -> None:
         found.write(options.out)

@@ -90,8 +90,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(parser, "--particles", "N", "particles per image of twisted", kind=int, default=16)
     text = "precision of the network: fp32, bf16 or fp16"
     option(parser, "--precision", "NAME", text, default="fp32")
-    text = "compile the network, which pays for many images on a GPU"
-    flag(parser, "--compile", text, dest="compiled")
+    text = "compile the network: default, reduce-overhead (CUDA graphs) or max-autotune"
+    option(parser, "--compile", "MODE", text, dest="compile_mode", nargs="?", const="default")
+    flag(parser, "--channels-last", "store features with channels last, may be faster on a GPU")
     device_option(parser)
 
 
@@ -152,7 +153,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     model = model_of(options, options.run, state.device if device == "cuda" else device)
-    names = ("batch", "guidance", "precision", "compiled")
+    names = ("batch", "guidance", "precision", "compile_mode", "channels_last")
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
     channels = model.space.shape[0]
     request = SampleRequest(

@@ -1,38 +1,14 @@
-"""Errors as data: which setting is at fault, and why.
-
-The image layer names settings by their keys in a configuration or by the names of arguments. A
-front end renders the key in its own language, such as the option of a command line.
-"""
+"""Errors of a block as errors of one setting; see `cldsde.errors`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cldsde.errors import SettingError
 from cldsde.messages import one_line
 
-
-class SettingError(ValueError):
-    """A setting that cannot be used: its key or the name of an argument, and the reason.
-
-    Examples
-    --------
-    >>> str(SettingError("training.batch", "must be at least 1; got 0"))
-    'training.batch: must be at least 1; got 0'
-    """
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
-
-    def within(self, section: str) -> SettingError:
-        """The same error, its key in a section."""
-        if not section:
-            return self
-        return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)
+__all__ = ["SettingError", "setting"]
 
 
 @contextmanager

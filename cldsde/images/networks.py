@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cldsde.images.checks import check_groups, check_levels
-from cldsde.images.schema import Channels, Count, Flag, Positive, Shape, Share, checked
+from cldsde.images.schema import Channels, Count, Flag, Shape, Share, checked
 from cldsde.pretrained import ncsnpp
-from cldsde.pretrained.ncsnpp import InputsEnter, OutputsLeave
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -146,7 +146,9 @@ class UNet(_ScoreNetwork):
         classes: Count | None = None,
         gradient_checkpointing: Flag = False,
     ) -> None:
-        attends = _levels(shape, channels, attention)
+        check_levels(shape, channels)
+        heights = ncsnpp.heights_of_levels(shape[1], channels, attention)
+        attends = [height in attention for height in heights]
         check_groups(groups, channels)
         # The middle of the network has the channels of the last level.
         widths = {width for width, used in zip(channels, attends, strict=True) if used}
@@ -183,23 +185,12 @@ class NCSNpp(_ScoreNetwork):
 
     Parameters
     ----------
-    shape, inputs, outputs, dropout, classes, gradient_checkpointing
+    shape, inputs, outputs, classes
         See `UNet`.
-    channels
-        Channels of each level, from full resolution down: multiples of 4, and of 32 above 128.
-    blocks
-        Residual blocks per level on the way down; one more on the way up.
-    attention
-        Heights H, H/2, … of the levels with attention, e.g. ``(16,)``: after each block on the way
-        down, after the last on the way up. The middle of the network always has attention.
-    fir
-        Resample with the anti-aliasing filter (1, 3, 3, 1).
-    inputs_enter, outputs_leave
-        See the module ``cldsde.pretrained.ncsnpp``.
-    fourier_scale
-        None: sines and cosines of the clock in a geometric series of frequencies. σ > 0: in random
-        frequencies 2π N(0, σ²), drawn with the weights and kept with them. The published value 16
-        is for the log of a time or noise level; Karras et al. (2022) use, in effect, 4.
+    options
+        Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp``, with their defaults: ``channels``,
+        ``blocks``, ``attention``, ``dropout``, ``fir``, ``inputs_enter``, ``outputs_leave``,
+        ``fourier_scale``, ``gradient_checkpointing``.
 
     Raises
     ------
@@ -214,13 +205,9 @@ class NCSNpp(_ScoreNetwork):
       fourier_scale=16``: 107.6 million.
     - CelebA-HQ-256: ``channels=(128, 128, 256, 256, 256, 256, 256), blocks=2, attention=(16,),
       dropout=0.1, fir=False, inputs_enter="once"``: 65.5 million; with ``blocks=4`` 103 million.
-
-    References
-    ----------
-    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
-    2021, appendix H. T. Dockhorn et al., *Score-based generative modeling with critically-damped
-    Langevin diffusion*, 2022, appendix E.
     """
+
+    options_of = ncsnpp.NCSNpp
 
     @checked
     def __init__(
@@ -231,29 +218,12 @@ class NCSNpp(_ScoreNetwork):
         *,
         channels: Channels,
         blocks: Count = 2,
-        attention: Sequence[Count] = (),
-        dropout: Share = 0.0,
-        fir: Flag = True,
-        inputs_enter: InputsEnter = "residual",
-        outputs_leave: OutputsLeave = "once",
-        fourier_scale: Positive | None = None,
         classes: Count | None = None,
-        gradient_checkpointing: Flag = False,
+        **options: Any,
     ) -> None:
-        _levels(shape, channels, attention)
-        network = ncsnpp.NCSNpp(
-            (inputs * shape[0], *shape[1:]),
-            outputs * shape[0],
-            channels=channels,
-            blocks=blocks,
-            attention=attention,
-            dropout=dropout,
-            fir=fir,
-            inputs_enter=inputs_enter,
-            outputs_leave=outputs_leave,
-            fourier_scale=fourier_scale,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        check_levels(shape, channels)
+        sizes = (inputs * shape[0], *shape[1:]), outputs * shape[0]
+        network = ncsnpp.NCSNpp(*sizes, channels=channels, blocks=blocks, **options)
         super().__init__(network, network.embedding, classes)
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
@@ -279,14 +249,3 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
         msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
         raise ValueError(msg)
     return label.to(device)
-
-
-def _levels(shape: Sequence[int], channels: Sequence[int], attention: Sequence[int]) -> list[bool]:
-    """Whether each level has attention; raise if sizes and resolutions do not fit the levels."""
-    check_levels(shape, channels)
-    heights = [shape[1] >> level for level in range(len(channels))]
-    missing = [height for height in attention if height not in heights]
-    if missing:
-        msg = f"attention must be at heights of levels, {heights}; got {missing}"
-        raise ValueError(msg)
-    return [height in attention for height in heights]

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import setting
-from cldsde.images.model import MODEL, DiffusionModel, ImageSpace, make_model, save_model
-from cldsde.images.runs import RunFolder, check_folder
-from cldsde.images.schema import with_overrides
+from cldsde.images.errors import SettingError, setting
+from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, save_model
+from cldsde.images.runs import CONFIG, RunFolder, check_folder
+from cldsde.images.schema import parse_overrides, with_overrides
+from cldsde.images.tensor_files import load_tensors
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.published import check_levels, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
 
 __all__ = ["ImportedModel", "read_published"]
+
+_OPEN = ("data.name", "data.options", "sampling")
+"""Settings that a checkpoint does not determine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +49,32 @@ class ImportedModel:
     space: ImageSpace
     images_seen: int
 
-    def check(self, out: Path) -> None:
-        """Raise a SettingError if a folder cannot become the run."""
-        check_folder(out, self.config.to_dict())
+    def is_at(self, out: Path, *, overwrite: bool = False) -> bool:
+        """Whether a folder holds this run already.
+
+        Raises a SettingError if it holds another run that must not be overwritten, or other files.
+        """
+        config, weights = self.config.to_dict(), self.model.state_dict()
+        check_folder(out, config, free=config)
+        if not (out / CONFIG).is_file():
+            return False
+        same = json.loads((out / CONFIG).read_text()) == config
+        if same and not (out / MODEL).exists():
+            return False  # an import that was interrupted
+        found: dict[str, Tensor] = {}
+        with suppress(ValueError, FileNotFoundError):  # damaged or missing
+            found, _ = load_tensors(out / MODEL, KIND)
+        same = same and found.keys() == weights.keys()
+        same = same and all(torch.equal(x, found[key]) for key, x in weights.items())
+        if not same and not overwrite:
+            msg = f"{out} holds another model or settings; choose another folder, or allow it to be"
+            raise SettingError("out", f"{msg} overwritten")
+        return same
 
     def write(self, out: Path) -> Path:
-        """Write the run folder; return the file of the weights."""
-        folder = RunFolder(out, self.config.to_dict(), free=self.config.FREE)
+        """Write the run folder, over any other run in it; return the file of the weights."""
+        config = self.config.to_dict()
+        folder = RunFolder(out, config, free=config)
         weights = self.model.state_dict()
         save_model(folder / MODEL, weights, self.config, self.space, self.images_seen)
         return folder / MODEL
@@ -57,8 +85,6 @@ def read_published(
     family: Family,
     name: str | None = None,
     overrides: Sequence[str] = (),
-    *,
-    shape: tuple[int, int, int] | None = None,
 ) -> ImportedModel:
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
@@ -71,20 +97,22 @@ def read_published(
     name
         Name of its published settings; None recognises them by the weights.
     overrides
-        ``section.key=value`` of the run's configuration that differ from the published settings.
-    shape
-        Channels, rows and columns of the images, if they differ.
+        ``section.key=value`` of data and sampling; the checkpoint determines all other settings.
 
     Raises
     ------
     SettingError, ValueError, OSError
         If the checkpoint cannot be read, is of another network, or a setting does not fit.
     """
+    for key in parse_overrides(overrides):
+        if not f"{key}.".startswith(tuple(f"{name}." for name in _OPEN)):
+            msg = f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}"
+            raise SettingError(key, msg)
     checkpoint = read_checkpoint(path)
     published = recognise(checkpoint, path, family, name)
     images = max(1, checkpoint.step * published.batch)
     config = RunConfig.from_dict(with_overrides(_settings(published, images), overrides))
-    space = ImageSpace(shape or published.shape)
+    space = ImageSpace(published.shape)
     with setting("network.options"):
         model = make_model(config, space)
     load_weights(model.score.network.network, checkpoint, path)  # type: ignore[arg-type]

@@ -166,13 +166,17 @@ def checked_options(
 ) -> dict[str, Any]:
     """Check options against the signature of a function or class; convert sections to dataclasses.
 
-    Arguments in ``given`` are no options. Errors name options below ``key``.
+    Arguments in ``given`` are no options. Errors name options below ``key``. A class may name the
+    class that takes its options as ``options_of``.
     """
+    make = getattr(make, "__dict__", {}).get("options_of", make)
     function = inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
     hints = typing.get_type_hints(function, include_extras=True)
-    parameters = dict(inspect.signature(make).parameters)
-    for name in given:
-        parameters.pop(name, None)
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(make).parameters.items()
+        if name not in given and parameter.kind is not parameter.VAR_KEYWORD
+    }
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
@@ -190,7 +194,9 @@ def checked(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        bound.arguments |= checked_options(function, bound.arguments, key="")
+        rest = {name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD}
+        given = {name: x for name, x in bound.arguments.items() if name not in rest}
+        bound.arguments |= checked_options(function, given, key="")
         return function(*bound.args, **bound.kwargs)
 
     return cast(F, call)

@@ -120,7 +120,7 @@ class NetworkConfig:
         A class of `cldsde.images.networks`, such as ``"UNet"`` or ``"NCSNpp"``; or
         ``module:Class`` of a network of one's own, see `cldsde.images.networks.NETWORKS`.
     options
-        Arguments of the class.
+        Arguments of the class; of ``"NCSNpp"`` see ``cldsde.pretrained.ncsnpp.NCSNpp``.
     conditional
         Whether the network sees the images' classes.
     label_dropout

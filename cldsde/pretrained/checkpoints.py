@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.pretrained.ncsnpp import NCSNpp
 
 __all__ = ["Checkpoint", "load_weights", "mismatch", "read_checkpoint"]
@@ -86,13 +87,16 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
-        If the file is truncated, holds anything but tensors, numbers and their containers, or is
-        not a checkpoint of these codes.
+    SettingError
+        If the path is a folder, or the file is truncated, holds anything but tensors, numbers and
+        their containers, or is not a checkpoint of these codes.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        msg = f"{path} is a folder; name the file in it that torch.save wrote, checkpoint_….pth"
+        raise SettingError("path", msg)
     if not path.is_file():
-        msg = f"path: there is no file {path}"
+        msg = f"there is no file {path}"
         raise FileNotFoundError(msg)
     try:
         with torch.serialization.safe_globals(_NUMBERS):
@@ -105,13 +109,13 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     except pickle.UnpicklingError as error:
         # PyTorch's own message advises to allow code.
         msg = (
-            f"path: {path} is truncated, no checkpoint of torch.save, or holds code, which is "
-            "never run; get the file again from its authors"
+            f"{path} is truncated, no checkpoint of torch.save, or holds code, which is never run; "
+            "get the file again from its authors"
         )
-        raise ValueError(msg) from error
+        raise SettingError("path", msg) from error
     except Exception as error:  # a damaged pickle raises errors of any kind
-        msg = f"path: {path} is truncated, no checkpoint of torch.save, or damaged; get it again"
-        raise ValueError(msg) from error
+        msg = f"{path} is truncated, no checkpoint of torch.save, or damaged; get it again"
+        raise SettingError("path", msg) from error
     return _checked(found, path)
 
 
@@ -121,24 +125,23 @@ def _checked(found: Any, path: Path) -> Checkpoint:
     missing = [name for name in parts if name not in held]
     if missing:
         msg = (
-            f"path: {path} must hold {', '.join(parts)}, as checkpoints of CLD-SGM and "
+            f"{path} must hold {', '.join(parts)}, as checkpoints of CLD-SGM and "
             f"score_sde_pytorch do; missing: {', '.join(missing)}; it holds "
             f"{', '.join(map(str, held[:5])) or type(found).__name__}"
         )
-        raise ValueError(msg)
+        raise SettingError("path", msg)
     weights, ema, step = (found[name] for name in parts)
     average = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     named = isinstance(weights, Mapping) and all(isinstance(x, Tensor) for x in weights.values())
     listed = isinstance(average, list) and all(isinstance(x, Tensor) for x in average)
     if not named or not listed:
         part = "model must map names to" if not named else "ema.shadow_params must be a list of"
-        msg = f"path: in {path}, {part} tensors"
-        raise ValueError(msg)
+        raise SettingError("path", f"in {path}, {part} tensors")
     try:
         step = int(step)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        msg = f"path: in {path}, step must be a whole number; got {step!r}"
-        raise ValueError(msg) from error
+        msg = f"in {path}, step must be a whole number; got {step!r}"
+        raise SettingError("path", msg) from error
     plain = {str(name).removeprefix(_PREFIX): x.detach() for name, x in weights.items()}
     assert average is not None
     return Checkpoint(plain, [x.detach() for x in average], step)
@@ -152,42 +155,52 @@ def load_weights(network: NCSNpp, checkpoint: Checkpoint, path: Path | str) -> N
 
     Raises
     ------
-    ValueError
-        If a weight is missing, unknown or of another shape.
+    SettingError
+        If a weight is missing, unknown, of another shape, not of real numbers or not finite.
     """
     state, wanted = network.state_dict(), list(_published(network))
     names = {weight.name for weight in wanted}
     given = {name for name in checkpoint.weights if name != "sigmas"}
-    for title, some in (("missing", names - given), ("unknown", given - names)):
-        if some:
-            shown = ", ".join(sorted(some)[:3])
-            msg = (
-                f"path: {path} is of another network than expected: {title} are {shown}"
-                f"{' and others' if len(some) > 3 else ''} ({len(some)} of {len(names)})"
-            )
-            raise ValueError(msg)
+    other = f"{path} is of another network than expected"
+    if names - given:
+        msg = f"{other}; {len(names - given)} of {len(names)} weights are missing: "
+        raise SettingError("path", msg + _some(names - given))
+    if given - names:
+        raise SettingError("path", f"{other}; unknown weights: {_some(given - names)}")
     trained = [weight for weight in wanted if weight.trained]
     if len(checkpoint.average) != len(trained):
         msg = (
-            f"path: {path} must hold {len(trained)} averaged weights, ema.shadow_params; got "
+            f"{path} must hold {len(trained)} averaged weights, ema.shadow_params; got "
             f"{len(checkpoint.average)}"
         )
-        raise ValueError(msg)
+        raise SettingError("path", msg)
     averaged = dict(zip((w.name for w in trained), checkpoint.average, strict=True))
     loaded = {}
     for weight in wanted:
         for source, held in (("model", checkpoint.weights), ("ema.shadow_params", averaged)):
             if weight.name in held:
                 tensor, like = held[weight.name], state[weight.own]
-                shape = _published_shape(like, weight)
-                if tensor.shape != shape:
-                    msg = (
-                        f"path: {weight.name} in {source} of {path} must have the shape "
-                        f"{tuple(shape)}; got {tuple(tensor.shape)}"
-                    )
-                    raise ValueError(msg)
+                problem = _problem(tensor, _published_shape(like, weight))
+                if problem is not None:
+                    msg = f"{weight.name} in {source} of {path} must {problem}"
+                    raise SettingError("path", msg)
                 loaded[weight.own] = (tensor.mT if weight.transposed else tensor).reshape_as(like)
     network.load_state_dict(loaded)
+
+
+def _some(names: set[str]) -> str:
+    return f"{', '.join(sorted(names)[:3])}{' and others' if len(names) > 3 else ''}"
+
+
+def _problem(tensor: Tensor, shape: torch.Size) -> str | None:
+    """The requirement that a published weight violates, and the value received."""
+    if tensor.shape != shape:
+        return f"have the shape {tuple(shape)}; got {tuple(tensor.shape)}"
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        return f"be a dense tensor of real floating-point numbers; got {tensor.dtype}"
+    if not bool(tensor.isfinite().all()):
+        return "be finite; it holds NaN or infinity"
+    return None
 
 
 def mismatch(network: NCSNpp, checkpoint: Checkpoint) -> int:

@@ -1,13 +1,18 @@
-r"""NCSN++ and DDPM++, the score networks of Song et al. (2021), layer by layer.
+r"""NCSN++ and DDPM++, the score networks of Song et al. (2021).
 
-Both are U-Nets of BigGAN's residual blocks, which halve and double the resolution themselves. Sums
-are divided by √2. Two choices tell the published networks apart:
+Both networks are U-Nets of BigGAN's residual blocks, which also halve and double the resolution.
+Sums of two branches are divided by √2. Two options distinguish the published networks.
 
-- ``inputs_enter``: the input enters at the top alone (``"once"``, DDPM++); its filtered copy is
-  added at every level (``"skip"``, networks for 256 × 256); or its copy passes through a
-  convolution from level to level and replaces the features there (``"residual"``, CIFAR-10).
-- ``outputs_leave``: the output is made at full resolution (``"once"``), or is a sum over the levels
-  (``"skip"``).
+``inputs_enter`` names the levels that see the input of the network:
+
+- ``"once"``: the highest resolution only (DDPM++).
+- ``"skip"``: every level. A downsampled copy of the input is added to the features (networks for
+  256 × 256).
+- ``"residual"``: every level. The downsampled copy also passes through one convolution per level,
+  and its sum with the features replaces both (CIFAR-10).
+
+``outputs_leave`` names the levels that contribute to the output: ``"once"``, the highest resolution
+only, or ``"skip"``, the sum over all levels.
 
 ``NCSNpp.published_layers`` lists the layers in the order of the published code.
 """
@@ -24,58 +29,64 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.pretrained.resampling import Double, FilteredConv, Halve
 
-__all__ = ["InputsEnter", "NCSNpp", "OutputsLeave"]
+__all__ = ["InputsEnter", "NCSNpp", "OutputsLeave", "check_dropout", "heights_of_levels"]
 
 InputsEnter = Literal["once", "skip", "residual"]
-"""How the input reaches the levels."""
+"""Levels that see the input of the network."""
 OutputsLeave = Literal["once", "skip"]
-"""How the levels make the output."""
+"""Levels that contribute to the output."""
 
 _SCALE = 1 / math.sqrt(2)
 _NEARLY_ZERO = 1e-5  # the published initial variance is 1e-10 times the Glorot variance
 
 
 class NCSNpp(nn.Module):
-    """NCSN++ or DDPM++ as published.
+    """NCSN++ or DDPM++ with the layers of the published code.
 
     Parameters
     ----------
     shape
-        Channels, rows and columns of the input; rows and columns are divisible by 2 to the number
-        of levels less one.
+        Channels, rows and columns of the input. With L levels, rows and columns must be divisible
+        by 2^(L − 1).
     outputs
         Channels of the output.
     channels
-        Channels of each level, from full resolution down. The first is the width of the embedding.
+        Channels of each level, from full resolution down. The number of the first level is also
+        the width of the embedding.
     blocks
-        Residual blocks per level on the way down; one more on the way up.
+        Residual blocks per level of the encoder. The decoder has one more per level.
     attention
-        Heights of the levels with attention: after each block on the way down, after the last
-        block on the way up. The middle always has attention.
+        Heights of the levels with attention: after each block of the encoder, and after the last
+        block of the decoder. The middle of the network always has attention.
     dropout
         Dropout probability of a residual block.
     fir
-        Resample with the filter (1, 3, 3, 1) instead of averages and nearest neighbours.
+        Whether to resample with the filter (1, 3, 3, 1) instead of averages and nearest
+        neighbours.
     inputs_enter, outputs_leave
         See the module ``cldsde.pretrained.ncsnpp``.
     fourier_scale
-        Standard deviation of the frequencies of random Fourier features of the clock, which are
-        drawn with the weights. None: sines and cosines with frequencies from 1 down to 1/10,000.
+        None: the clock is embedded by sines and cosines with frequencies from 1 down to 1/10,000.
+        σ > 0: by random Fourier features with frequencies 2π N(0, σ²), which are drawn and kept
+        with the weights. The published value 16 is for the log of a time or noise level. Karras et
+        al. (2022) use, in effect, 4.
     gradient_checkpointing
-        Recompute the residual blocks for the gradient instead of storing what is inside them.
+        Whether to recompute the activations of residual blocks for the gradient, which saves
+        memory.
 
     Raises
     ------
     ValueError
-        If rows, columns, channels or attention do not fit each other.
+        If an argument is out of range, or rows, columns, channels and attention do not fit.
 
     Notes
     -----
     Weights start with the Glorot uniform distribution, biases at zero. The last layer of each
-    residual and attention block starts so small that the block is its shortcut. The output starts
-    at zero.
+    residual and attention block starts near zero, so that the block starts as its shortcut. The
+    output starts at zero.
 
     References
     ----------
@@ -109,6 +120,9 @@ class NCSNpp(nn.Module):
         super().__init__()
         inputs, height, width = shape
         heights = _heights(height, width, channels, attention)
+        check_dropout(dropout)
+        if fourier_scale is not None:
+            check_positive(fourier_scale, "fourier_scale")
         if inputs_enter == "residual" and not fir:
             msg = "fir must be True if inputs_enter is 'residual'"
             raise ValueError(msg)
@@ -163,11 +177,11 @@ class NCSNpp(nn.Module):
         x
             ``(B, C, H, W)``.
         clock
-            ``(B,)``. The published networks with Fourier features take the log of their label.
+            ``(B,)``. For published networks with Fourier features it is the log of their label.
         label
-            What ``class_embedding`` takes, if there is one.
+            Argument of ``class_embedding``, if the network has one.
         """
-        # In single precision whatever the precision around it: phases reach thousands of radians.
+        # Phases reach thousands of radians, so autocast must not lower their precision.
         kind = x.device.type
         casts = torch.amp.is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if casts else nullcontext():
@@ -186,9 +200,9 @@ class NCSNpp(nn.Module):
         return out
 
     def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Layers with weights in the order of the published code, and what it calls the weights.
+        """Layers with weights, in the order of the published code, and prefixes of their weights.
 
-        The text is what precedes ``weight`` and ``bias`` in the names of a single layer's weights.
+        The prefix stands before ``weight`` and ``bias`` in the published names of one layer.
         """
         if self.embedding.frequencies is not None:
             yield "", self.embedding
@@ -314,7 +328,7 @@ class _Down(_Row):
         self.enter: nn.Module | None = None
 
     def forward(self, features: list[Tensor], entering: Tensor, embedding: Tensor) -> Tensor:
-        """Append the level's features; return what enters at the next level."""
+        """Append the level's features; return the input of the next level's ``filter``."""
         for number, block in enumerate(self.blocks):
             h = block(features[-1], embedding)
             features.append(self.attentions[number](h) if self.attentions else h)
@@ -368,12 +382,19 @@ class _Up(_Row):
         return h, out
 
     def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """All but the layers that make the output at full resolution, which come last."""
+        """The layers, except for the output at full resolution, which comes last."""
         yield from (("", layer) for layer in (*self.blocks, *self.attentions))
         if self.grow is not None:
             if self.leave is not None:
                 yield from (("", self.leave[i]) for i in (0, 2))
             yield "", self.grow
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise a ValueError unless a dropout probability lies in [0, 1)."""
+    if not check_at_least(dropout, 0, "dropout") < 1:
+        msg = f"dropout must lie in [0, 1); got {dropout}"
+        raise ValueError(msg)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -410,6 +431,11 @@ def _heights(
     if any(of % 4 for of in channels):
         msg = f"channels must be multiples of 4; got {list(channels)}"
         raise ValueError(msg)
+    return heights_of_levels(height, channels, attention)
+
+
+def heights_of_levels(height: int, channels: Sequence[int], attention: Sequence[int]) -> list[int]:
+    """Heights H, H/2, … of the levels; raise a ValueError for attention at other heights."""
     heights = [height >> level for level in range(len(channels))]
     missing = [h for h in attention if h not in heights]
     if missing:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cldsde.errors import SettingError
 from cldsde.pretrained.checkpoints import Checkpoint, load_weights, mismatch, read_checkpoint
 from cldsde.pretrained.published_models import PUBLISHED, Family, PublishedModel
 from cldsde.pretrained.published_score import PublishedScore
@@ -36,16 +37,16 @@ def load_cld_sgm(path: Path | str, config: str | PublishedModel | None = None) -
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
-        If the file is truncated, holds code, or is a checkpoint of another network; or if
-        ``config`` is unknown. The message lists what is missing.
+    SettingError
+        If the path is a folder, or the file is truncated, holds code, or is a checkpoint of another
+        network; or if ``config`` is unknown. The message lists what is missing.
 
     Examples
     --------
     >>> load_cld_sgm("nowhere.pth")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: path: there is no file nowhere.pth
+    FileNotFoundError: there is no file nowhere.pth
     """
     return _load(path, "cld-sgm", config)
 
@@ -72,7 +73,7 @@ def load_score_sde(path: Path | str, config: str | PublishedModel | None = None)
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
+    SettingError
         As `load_cld_sgm`; also if several settings fit.
 
     Examples
@@ -80,7 +81,7 @@ def load_score_sde(path: Path | str, config: str | PublishedModel | None = None)
     >>> load_score_sde("nowhere.pth")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: path: there is no file nowhere.pth
+    FileNotFoundError: there is no file nowhere.pth
     """
     return _load(path, "score-sde", config)
 
@@ -92,14 +93,13 @@ def recognise(
 
     Raises
     ------
-    ValueError
+    SettingError
         If the name is unknown, or several settings fit equally well.
     """
     known: Mapping[str, PublishedModel] = PUBLISHED[family]
     if name is not None:
         if name not in known:
-            msg = f"config must be one of {', '.join(known)}; got {name!r}"
-            raise ValueError(msg)
+            raise SettingError("config", f"must be one of {', '.join(known)}; got {name!r}")
         return known[name]
     counts: dict[str, int] = {}  # many models share a network
     misfits = {}
@@ -113,11 +113,8 @@ def recognise(
         folders = Path(path).expanduser().resolve().parent.as_posix() + "/"
         nearest = [key for key in nearest if f"/{key}/" in folders] or nearest
     if len(nearest) > 1:
-        msg = (
-            "config must be given: the weights alone do not tell which of these they are: "
-            f"{', '.join(nearest)}"
-        )
-        raise ValueError(msg)
+        msg = "must be given: the weights alone do not tell which of these they are: "
+        raise SettingError("config", f"{msg}{', '.join(nearest)}")
     return known[nearest[0]]
 
 
@@ -126,20 +123,19 @@ def check_levels(model: PublishedModel, checkpoint: Checkpoint, path: Path | str
 
     Raises
     ------
-    ValueError
+    SettingError
         If it is missing, or not the table of the settings.
     """
     if not _levels_agree(model, checkpoint):
         found = checkpoint.weights.get("sigmas")
         got = "no table"
         if found is not None:
-            most = f" up to {found.max().item():g}" if found.numel() else ""
-            got = f"{found.numel()} levels{most}"
+            known = found.numel() and found.is_floating_point()
+            got = f"{found.numel()} levels{f' up to {found.max().item():g}' if known else ''}"
         wanted = "no table sigmas"
         if model.sigmas is not None:
             wanted = f"the table sigmas of {model.sigmas}"
-        msg = f"path: {path} must hold {wanted}; got {got}"
-        raise ValueError(msg)
+        raise SettingError("path", f"{path} must hold {wanted}; got {got}")
 
 
 def _levels_agree(model: PublishedModel, checkpoint: Checkpoint) -> bool:
@@ -149,8 +145,10 @@ def _levels_agree(model: PublishedModel, checkpoint: Checkpoint) -> bool:
     largest, smallest, count = model.sigmas
     start, end = math.log(largest), math.log(smallest)
     table = torch.linspace(start, end, count, dtype=torch.float64, device="cpu").exp()
+    if not found.is_floating_point() or found.shape != table.shape:
+        return False
     # The code may have saved the table in single precision.
-    return found.shape == table.shape and torch.allclose(found.double(), table, rtol=1e-5)
+    return torch.allclose(found.double(), table, rtol=1e-5)
 
 
 def _load(path: Path | str, family: Family, config: str | PublishedModel | None) -> PublishedScore:

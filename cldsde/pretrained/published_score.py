@@ -1,10 +1,10 @@
 r"""Scores of published networks, with the parameterisation of the code that trained them.
 
-Every one of them has the form
+All of these scores have the form
 
 .. math:: s_d(z, t) = −r(t)\, z_d + g(t)\, n_θ(z, c(t))
 
-with a clock c, a gain g and, for mixed scores, a reference r. The codes differ in these three:
+with a clock c, a gain g and, for mixed scores, a reference r:
 
 ===============  =====================  ================  ======================
 code             clock c                gain g            reference r, if mixed
@@ -14,9 +14,9 @@ code             clock c                gain g            reference r, if mixed
 "score-sde-ve"   σ(t)/2                 1/σ(t)            none
 ===============  =====================  ================  ======================
 
-ℓ is 1 over the last diagonal entry of the root of Σ (Dockhorn et al. 2022, §3.2). Networks with
-Fourier features see the log of the clock. Song et al.'s VE networks are trained on data in [0, 1]:
-here, for data in [−1, 1], noise levels are twice as large.
+1/ℓ is the last diagonal entry of the root of Σ (Dockhorn et al. 2022, §3.2). Networks with Fourier
+features take the log of the clock. The VE networks of Song et al. were trained on data in [0, 1].
+For data in [−1, 1], as here, their noise levels are twice as large.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, check_state
+from cldsde.linear.checks import TimeLike, check_at_least
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.score_denoiser import ScoreDenoiser
+from cldsde.score.conversion import Conversion
+from cldsde.score.network_score import Inputs, NetworkScore, Output
 from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["Code", "Parameterisation", "PublishedScore"]
@@ -49,27 +48,28 @@ _LAST_LABEL = 999.0  # at t = 1, for networks trained on a continuum of times
 
 @dataclass(frozen=True, kw_only=True)
 class Parameterisation:
-    """How a published code turns the output of its network into a score.
+    """Parameterisation of a published score: clock, gain and reference.
 
     Attributes
     ----------
     code
-        The code.
+        Code that trained the network.
     log_clock
-        Whether the network takes the log of the clock, as those with Fourier features do.
+        Whether the network takes the log of the clock, as networks with Fourier features do.
     mixed
-        Whether the network's part is added to the score of a Gaussian (``"cld-sgm"`` alone).
+        Whether the score of a Gaussian is added to the network's output; for ``"cld-sgm"`` only.
     numerical_eps
-        Number that ``cld-sgm`` adds to the variances: 1e-9 for CIFAR-10, 1e-6 for CelebA-HQ-256.
+        Number added to variances; for ``"cld-sgm"`` only. It is 1e-9 for CIFAR-10 and 1e-6 for
+        CelebA-HQ-256.
     levels
-        Number of noise levels of a network that was trained on a discrete set; None for a
-        continuum of times. The clock is then the number of the level, counted from small noise up
-        for VP and from large noise down for VE.
+        Number of noise levels of a network trained on discrete noise levels. The clock is then
+        the index of the level: from small to large noise for VP, from large to small for VE. None:
+        the network was trained on continuous times.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, or the code has no such option.
+        If an argument is out of range, or the code does not have the option.
     """
 
     code: Code
@@ -99,30 +99,30 @@ class _Coefficients(NamedTuple):
     reference: Tensor
 
 
-class PublishedScore(nn.Module):
+class PublishedScore(NetworkScore):
     r"""Score of the driven component from a published network.
 
     Parameters
     ----------
     network
-        Module of (state, clock) or, if it is conditional, (state, clock, condition):
-        ``(B, k·C, *S)`` and ``(B,)`` to ``(B, C, *S)``. It sees the state as it is.
+        Module called as (state, clock) with ``(B, k·C, *S)`` and ``(B,)``, or as (state, clock,
+        condition). It returns ``(B, C, *S)``. The state is not scaled.
     sde
         The process, with one driven component.
     parameterisation
-        How its output becomes a score.
+        Clock, gain and reference of the score.
 
     Raises
     ------
     TypeError
-        If ``sde`` is no process.
+        If ``sde`` is not a process.
     ValueError
         If several components are driven.
 
     Notes
     -----
-    For networks of discrete levels the gain belongs to a level, as in the code that trained them. A
-    VP network has the level ⌊(N − 1) t⌋ at time t, a VE network (N − 1)(1 − t) rounded.
+    With N discrete noise levels, the gain at time t is the gain of a level, as in the published
+    code: of level ⌊(N − 1) t⌋ for VP, and of (N − 1)(1 − t) rounded for VE.
 
     References
     ----------
@@ -142,7 +142,7 @@ class PublishedScore(nn.Module):
     torch.Size([3, 1, 1, 8, 8])
     """
 
-    inputs = "state"
+    inputs: Inputs = "state"
 
     def __init__(self, network: nn.Module, sde: LinearSDE, parameterisation: Parameterisation):
         super().__init__()
@@ -154,67 +154,20 @@ class PublishedScore(nn.Module):
         self.sde = sde
         self.parameterisation = parameterisation
 
-    @property
-    def denoiser(self) -> ScoreDenoiser:
-        """The denoiser D(u, σ) of the network, for sampling with other processes."""
-        return ScoreDenoiser(self)
-
-    def forward(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        *,
-        prediction: Prediction = "score",
-        condition: Tensor | None = None,
+    def _predict(
+        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
     ) -> Tensor:
-        """Score of the driven component ``(B, 1, *D)``, or another prediction.
-
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)``.
-        t
-            One time or ``(B,)``, above 0.
-        prediction
-            See `Conversion`; of the data ``(B, *D)``.
-        condition
-            Of each sample, ``(B, ...)``, or of all, 0-dimensional; passed to the network as it is.
-        """
-        check_state(z, self.sde.components)
         c = coefficients_at(self, t, z, self._coefficients, z.dtype, 0)
-        batch = len(z)
-        given = () if condition is None else (condition.expand(batch, *condition.shape[1:]),)
-        learnt = self.network(z.flatten(1, 2), c.clock.expand(batch), *given).to(z.dtype)
-        driven = z[:, list(self.sde.driven)]
-        if learnt.shape != driven.shape[:1] + driven.shape[2:]:
-            msg = f"network must return {tuple(driven[:, 0].shape)}; got {tuple(learnt.shape)}"
-            raise ValueError(msg)
+        learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2]).to(z.dtype)
         score = apply_blocks(c.gain[..., None, None], learnt.unsqueeze(1))
-        score = score - apply_blocks(c.reference[..., None, None], driven)
+        score = score - apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
         if prediction == "score":
             return score
         convert = Conversion.at(self.sde, score_times(t, z), "score", prediction)
         return convert(z, score)
 
-    def data_prediction(self, z: Tensor, t: TimeLike, *, condition: Tensor | None = None) -> Tensor:
-        """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
-        found: Tensor = self(z, t, prediction="data", condition=condition)
-        return found
-
-    def loss(
-        self,
-        pair: PerturbedData,
-        *,
-        prediction: Measured = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`."""
-        score = self(pair.z, pair.t, condition=condition)
-        return pair.loss(score, "score", weighting=weighting, measured=prediction)
-
     def _coefficients(self, times: Tensor) -> _Coefficients:
-        """Clock, gain and reference; the clock in the single precision of the published code."""
+        """Clock, gain and reference; the clock is in single precision, as in the published code."""
         how = self.parameterisation
         clock, gain, reference = _CODES[how.code](self.sde, times, how)
         clock = clock.to(torch.float32)
@@ -224,7 +177,7 @@ class PublishedScore(nn.Module):
 def _cld_sgm(sde: LinearSDE, t: Tensor, how: Parameterisation) -> tuple[Tensor, Tensor, Tensor]:
     root = sde.marginal(t).root
     if sde.components == 1:
-        # The code adds no number here, and its reference has unit variance.
+        # Without numerical_eps, and with a reference of unit variance, as in the published code.
         return t, -1 / root[..., 0, 0], torch.full_like(t, how.mixed)
     eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
     root = joint_root(root, (math.sqrt(how.numerical_eps) * eye).expand_as(root))

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,18 +47,13 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import Combination, Conversion, WhitenedKernel, whiten
 from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.score_denoiser import ScoreDenoiser
+from cldsde.score.network_score import Inputs, NetworkScore, Output
 from cldsde.score.time_sampling import LogSNRDensity
 from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["MixedScore"]
 
 _LEAST_CLOCK = -10.0
-
-Output = Literal["score", "noise", "data", "velocity", "flow"]
-
-Inputs = Literal["state", "estimate"]
-"""Input of the network: all components, or the best unbiased estimate of the data."""
 
 
 class _Coefficients(NamedTuple):
@@ -85,7 +80,7 @@ class _Coefficients(NamedTuple):
         return self.data_residual.square().reshape(len(self.data_residual), -1).mean(1)
 
 
-class MixedScore(nn.Module):
+class MixedScore(NetworkScore):
     """Mixed score: a Gaussian reference plus a network that predicts the rest of the noise.
 
     Parameters
@@ -191,51 +186,13 @@ class MixedScore(nn.Module):
         self._variance = self.data_variance.cpu().to(torch.float64)
         self._loads = 0  # number of loaded state dicts, a version of the coefficients
 
-    @property
-    def denoiser(self) -> ScoreDenoiser:
-        """The model's denoiser D(u, σ), for sampling with other processes.
-
-        It accepts the model's conditions, as in ``denoiser(u, sigma, condition=label)``. If the
-        network's input is a state of several components, noise fills the state up; see
-        `ScoreDenoiser`.
-        """
-        return ScoreDenoiser(self, fill=self.inputs == "state")
-
     def extra_repr(self) -> str:
         """Process and inputs, for the representation."""
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
-    def forward(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        *,
-        prediction: Output = "score",
-        condition: Tensor | None = None,
+    def _predict(
+        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
     ) -> Tensor:
-        """Score of the driven components, or another prediction, ``(B, len(driven), *D)``.
-
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)``.
-        t
-            One time or ``(B,)``, above 0.
-        prediction
-            ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
-            component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form the last
-            three are exact even at t = 1 of `cldsde.RectifiedFlow`.
-        condition
-            Condition of each sample, ``(B, ...)``, or of all, 0-dimensional. It is passed to the
-            network.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
-        """
-        one_of(prediction, Output, "prediction")
-        check_state(z, self.sde.components)
         table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._loads)
         if prediction not in ("score", "noise"):
             times = score_times(t, z)
@@ -249,11 +206,6 @@ class MixedScore(nn.Module):
         noise = self._noise(z, table, condition)
         return apply_blocks(table.to_score, noise) if prediction == "score" else noise
 
-    def data_prediction(self, z: Tensor, t: TimeLike, *, condition: Tensor | None = None) -> Tensor:
-        """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
-        found: Tensor = self(z, t, prediction="data", condition=condition)
-        return found
-
     def loss(
         self,
         pair: PerturbedData,
@@ -262,26 +214,13 @@ class MixedScore(nn.Module):
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
-
-        Parameters
-        ----------
-        pair
-            Perturbed data. Hybrid score matching shares its kernels with the score, so that they
-            are computed once.
-        prediction
-            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
-            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
-        weighting
-            See `Weighting`.
-        condition
-            See `forward`.
-        """
+        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`."""
         one_of(prediction, Measured, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
-            score = self(pair.z, pair.t, condition=condition)
-            return pair.loss(score, "score", weighting=weighting, measured=prediction)
+            return super().loss(
+                pair, prediction=prediction, weighting=weighting, condition=condition
+            )
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_kernel(pair.t, pair.whitened, coefficients)
@@ -434,21 +373,12 @@ class MixedScore(nn.Module):
 
     def _learnt(self, centred: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
         """Output of the network, ``(B, outputs, *D)``."""
-        batch, clock = len(centred), c.log_snr.expand(len(centred))
         inputs = centred * self._spread(c, c.inputs, 1, centred)
-        inputs = inputs.flatten(1, 2) if self.inputs == "state" else inputs.sum(1)
-        learnt: Tensor
-        if condition is None:
-            learnt = self.network(inputs, clock)
-        else:
-            learnt = self.network(inputs, clock, condition.expand(batch, *condition.shape[1:]))
-        data = centred.shape[2:]
-        outputs = len(self.sde.driven) if self.inputs == "state" else 1
-        expected = (batch, outputs * data[0], *data[1:])
-        if learnt.shape != expected:
-            msg = f"network must return shape {expected}; got {tuple(learnt.shape)}"
-            raise ValueError(msg)
-        return learnt.reshape(batch, outputs, *data)
+        state = self.inputs == "state"
+        inputs = inputs.flatten(1, 2) if state else inputs.sum(1)
+        outputs, data = len(self.sde.driven) if state else 1, centred.shape[2:]
+        learnt = self._evaluate(inputs, c.log_snr, condition, outputs * data[0])
+        return learnt.reshape(len(centred), outputs, *data)
 
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:

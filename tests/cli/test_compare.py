@@ -73,7 +73,7 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_path, monkeypatch):
     from cldsde.images.evaluate import evaluation as evaluation_table
 
-    draw = evaluation_table.draw_images
+    draw = evaluation_table.ImageSampler
     left = 3
 
     def interrupted(*arguments, **options):
@@ -84,7 +84,7 @@ def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_p
         return draw(*arguments, **options)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(evaluation_table, "draw_images", interrupted)
+    monkeypatch.setattr(evaluation_table, "ImageSampler", interrupted)
     assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "cldsde compare: interrupted; the same command resumes"
@@ -92,7 +92,7 @@ def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_p
     cells = json.loads((out / "comparison.json").read_text())["rows"][0]["cells"]
     assert "Unfinished." in (out / "report.html").read_text()
     assert [cell["repeats"] for cell in cells] == [2, 0]
-    monkeypatch.setattr(evaluation_table, "draw_images", draw)
+    monkeypatch.setattr(evaluation_table, "ImageSampler", draw)
     assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_a_checkpoint_with_a_missing_key_is_refused(tmp_path, capsys):
     file = tmp_path / "short.pth"
     torch.save(contents, file)
     text = refused(capsys, "import", str(file), "--as", "cld-sgm", "--out", str(run))
-    assert "missing are all_modules.4.Conv_0.bias (1 of" in text
+    assert "PATH: " in text
+    assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
     assert not run.exists()
 
 
@@ -110,8 +112,12 @@ def test_a_checkpoint_with_a_missing_key_is_refused(tmp_path, capsys):
     ("options", "message"),
     [
         (["--as", "edm"], "--as must be cld-sgm or score-sde; got 'edm'"),
-        (["--as", "cld-sgm", "--config", "x"], "config must be one of cld_fourier"),
-        (["--as", "cld-sgm", "--set", "training.batch=0"], "training.batch"),
+        (["--as", "cld-sgm", "--config", "x"], "--config: must be one of cld_fourier"),
+        (["--as", "cld-sgm", "--set", "sampling.nfe=0"], "sampling.nfe"),
+        *(
+            (["--as", "cld-sgm", "--set", f"{key}=1"], f"{key}: is determined by the checkpoint")
+            for key in ("score.mixed", "process.name", "data", "data.flip", "samplings.nfe")
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, tmp_path, capsys):
@@ -127,6 +133,39 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path, capsys):
     text = refused(capsys, "import", str(file), "--as", "cld-sgm", "--out", str(run))
     assert "holds files that are no run" in text
     assert [entry.name for entry in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_is_no_checkpoint(tmp_path, capsys):
+    text = refused(capsys, "import", tmp_path, "--as", "cld-sgm", "--out", tmp_path / "run")
+    assert f"PATH: {tmp_path} is a folder; name the file in it" in text
+
+
+def test_another_run_is_overwritten_only_if_that_is_asked_for(tmp_path, capsys):
+    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
+    command = ["import", str(file), "--as", "cld-sgm", "--out", str(run)]
+    assert main(command) == 0
+    before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "has this model already" in capsys.readouterr().out
+    contents = checkpoint("cld_fourier")
+    contents["ema"]["shadow_params"][0] += 1
+    torch.save(contents, tmp_path / "later.pth")
+    others = [
+        [command[0], str(tmp_path / "later.pth"), *command[2:]],
+        [*command, "--set", "sampling.nfe=7"],
+    ]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text('{"training": {"images": 5}}')
+    assert "another model or settings" in refused(capsys, *command[:-1], tmp_path / "begun")
+    for other in others:
+        assert "--out: " in (text := refused(capsys, *other))
+        assert "holds another model or settings; choose another folder" in text
+        assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
+    assert main([*others[1], "--overwrite"]) == 0
+    assert load_model(run).config.sampling.nfe == 7
+    assert main([*others[0], "--overwrite"]) == 0
+    assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def test_the_settings_of_every_published_model_make_a_configuration():
@@ -151,18 +190,36 @@ def test_images_of_a_network_in_half_precision_are_nearly_the_same(tmp_path, cap
     assert 0 < difference.mean() < 2
     capsys.readouterr()
     text = refused(capsys, *command, "--precision", "fp8", "--out", str(tmp_path / "x.npz"))
-    assert "must be fp32, bf16, fp16; got 'fp8'" in text
+    assert "must be one of fp32, bf16, fp16; got 'fp8'" in text
 
 
 @pytest.mark.slow
-def test_images_of_a_compiled_network_are_the_same_up_to_rounding(tmp_path):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_images_of_a_compiled_network_are_the_same_up_to_rounding(tmp_path, mode):
     file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
     assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
     images = {}
-    for name, more in (("plain", []), ("compiled", ["--compile"])):
+    compiled = ["--compile", mode, "--channels-last"]
+    # The last batch of seeds is smaller.
+    for name, more in (("plain", []), ("compiled", compiled)):
         out = tmp_path / f"{name}.npz"
-        command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-3", *more]
-        assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
+        command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-4", *more]
+        assert main([*command, "--batch", "3", "--out", str(out), "--device", "cpu"]) == 0
         images[name] = np.load(out)["images"].astype(int)
     # Rounding of single precision moves a number to the next of 256 levels at most.
     assert abs(images["compiled"] - images["plain"]).max() <= 1
+
+
+def test_images_with_channels_last_are_the_same_up_to_rounding(tmp_path, capsys):
+    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
+    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
+    images = {}
+    command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-3"]
+    for name, more in (("plain", []), ("last", ["--channels-last"])):
+        out = tmp_path / f"{name}.npz"
+        assert main([*command, *more, "--out", str(out), "--device", "cpu"]) == 0
+        images[name] = np.load(out)["images"].astype(int)
+    assert abs(images["last"] - images["plain"]).max() <= 1
+    capsys.readouterr()
+    text = refused(capsys, *command, "--compile", "fast", "--out", tmp_path / "x.npz")
+    assert "--compile: must be one of default, reduce-overhead, max-autotune; got 'fast'" in text

@@ -103,11 +103,11 @@ class TestRecognition:
         model = PUBLISHED["score-sde"][name]
         found = self.like(model)
         assert recognise(found, tmp_path / name / "checkpoint_15.pth", "score-sde") is model
-        with pytest.raises(ValueError, match=r"config must be given.*vp/cifar10_ddpmpp_deep_cont"):
+        with pytest.raises(ValueError, match=r"config: must be given.*vp/cifar10_ddpmpp_deep_cont"):
             recognise(found, tmp_path / "checkpoint_15.pth", "score-sde")
 
     def test_an_unknown_name_is_rejected(self, tmp_path):
-        with pytest.raises(ValueError, match=r"config must be one of cifar10, .*; got 'imagenet'"):
+        with pytest.raises(ValueError, match=r"config: must be one of cifar10, .*; got 'imagenet'"):
             load_cld_sgm(save_checkpoint("cld_fourier", tmp_path), "imagenet")
 
 
@@ -177,13 +177,15 @@ class TestRejections:
     def test_a_missing_weight_is_named(self, tmp_path):
         contents = checkpoint("cld_fourier")
         del contents["model"]["module.all_modules.5.Conv_1.bias"]
-        with pytest.raises(ValueError, match=r"missing are all_modules\.5\.Conv_1\.bias \(1 of"):
+        with pytest.raises(
+            ValueError, match=r"1 of \d+ weights are missing: all_modules\.5\.Conv_1"
+        ):
             load_cld_sgm(saved(tmp_path, contents), self.MODEL)
 
     def test_an_unknown_weight_is_named(self, tmp_path):
         contents = checkpoint("cld_fourier")
         contents["model"]["module.all_modules.99.weight"] = torch.zeros(3)
-        with pytest.raises(ValueError, match=r"unknown are all_modules\.99\.weight"):
+        with pytest.raises(ValueError, match=r"unknown weights: all_modules\.99\.weight"):
             load_cld_sgm(saved(tmp_path, contents), self.MODEL)
 
     def test_a_missing_averaged_weight_is_noticed(self, tmp_path):
@@ -204,6 +206,37 @@ class TestRejections:
         with pytest.raises(ValueError, match=rf"{place} of .* must have the shape"):
             load_cld_sgm(saved(tmp_path, contents), self.MODEL)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x.fill_(torch.nan), "must be finite; it holds NaN"),
+            (lambda x: x.int(), "real floating-point numbers; got torch.int32"),
+            (lambda x: x.cfloat(), "real floating-point numbers; got torch.complex64"),
+            (lambda x: x.to_sparse(), "must be a dense tensor"),
+            (lambda x: x.to("meta"), "must be a dense tensor"),
+        ],
+    )
+    @pytest.mark.parametrize("part", ["model", "average"])
+    def test_a_weight_that_is_no_real_number_is_named(self, tmp_path, part, change, message):
+        contents, average = checkpoint("cld_fourier"), part == "average"
+        held = contents["ema"]["shadow_params"] if average else contents["model"]
+        key = -1 if average else "module.all_modules.3.weight"
+        held[key] = change(held[key].clone())
+        place = r"bias in ema\.shadow_params" if average else r"all_modules\.3\.weight in model"
+        with pytest.raises(ValueError, match=rf"path: .*{place} of .* {message}"):
+            load_cld_sgm(saved(tmp_path, contents), self.MODEL)
+
+    @pytest.mark.parametrize("change", [lambda x: x.cfloat(), lambda x: x * torch.nan])
+    def test_noise_levels_that_are_no_real_numbers_are_rejected(self, tmp_path, change):
+        contents = checkpoint("vp")
+        contents["model"]["module.sigmas"] = change(contents["model"]["module.sigmas"])
+        with pytest.raises(ValueError, match=r"path: .*must hold the table sigmas"):
+            load_score_sde(saved(tmp_path, contents), MODELS["vp"])
+
+    def test_a_folder_is_no_checkpoint(self, tmp_path):
+        with pytest.raises(ValueError, match=r"path: .*is a folder; name the file in it"):
+            read_checkpoint(tmp_path)
+
     def test_a_checkpoint_of_another_network_is_rejected(self, tmp_path):
         file = save_checkpoint("vp_mixed", tmp_path)
         wider = dataclasses.replace(
@@ -211,7 +244,9 @@ class TestRejections:
         )
         with pytest.raises(ValueError, match="must have the shape"):
             load_cld_sgm(file, wider)
-        with pytest.raises(ValueError, match="is of another network than expected: missing are"):
+        with pytest.raises(
+            ValueError, match=r"is of another network than expected; \d+ of \d+ weights are missing"
+        ):
             load_cld_sgm(file, MODELS["cld_positional"])
 
     def test_noise_levels_of_another_process_are_rejected(self, tmp_path):

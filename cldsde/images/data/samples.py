@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,12 @@ def as_bytes(images: Tensor, levels: int) -> Tensor:
     if levels == 256:
         return images
     return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
+
+
+def byte_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
+    """All images of a set as bytes from 0 to 255, batch by batch."""
+    for rows in torch.arange(len(images)).split(batch):  # type: ignore[no-untyped-call]
+        yield as_bytes(images.load(rows), images.levels)
 
 
 def all_bytes(images: Images) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -59,8 +60,13 @@ def _root(covariance: Tensor) -> Tensor:
 
 def images_sha256(images: Tensor) -> str:
     """SHA-256 of the shape and the bytes of uint8 images."""
-    total = hashlib.sha256(f"{tuple(images.shape)}".encode())
-    for part in images.split(4096):  # type: ignore[no-untyped-call]
+    return batches_sha256(images.split(4096), images.shape)  # type: ignore[no-untyped-call]
+
+
+def batches_sha256(batches: Iterable[Tensor], shape: Sequence[int]) -> str:
+    """`images_sha256` of images in batches, of their whole shape ``(N, C, H, W)``."""
+    total = hashlib.sha256(f"{tuple(shape)}".encode())
+    for part in batches:
         total.update(part.numpy().tobytes())
     return total.hexdigest()
 
@@ -106,23 +112,54 @@ class FeatureStatistics:
     ) -> FeatureStatistics:
         """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
-        name = feature_name(features) if name is None else name
         parts = images.split(batch)  # type: ignore[no-untyped-call]
-        count, mean, scatter = 0, torch.zeros(()), torch.zeros(())
+        sums = FeatureSums(features, images.shape, name=name)
         for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
-            with torch.no_grad():
-                rows = checked_features(features(part), len(part))
-            if count and mean.shape != rows.shape[1:]:
-                sizes = f"{len(mean)} and {rows.shape[1]}"
-                msg = f"features must return as many features for each batch; got {sizes}"
-                raise ValueError(msg)
-            # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
-            own = rows.mean(0)
-            centred, shift, total = rows - own, own - mean, count + len(rows)
-            weight = count * len(rows) / total
-            scatter = scatter + centred.T @ centred + weight * torch.outer(shift, shift)
-            mean, count = mean + shift * (len(rows) / total), total
-        return cls(mean, scatter / (count - 1), count, name, images_sha256(images))
+            sums.add(part)
+        return sums.statistics()
+
+
+class FeatureSums:
+    """Running `FeatureStatistics` of uint8 images that come in batches and are not kept.
+
+    Parameters
+    ----------
+    features
+        Feature network, see `load_features`.
+    shape
+        ``(N, C, H, W)`` of all images.
+    name
+        Name of the feature network; None takes its own.
+    """
+
+    def __init__(
+        self, features: FeatureNetwork, shape: Sequence[int], *, name: str | None = None
+    ) -> None:
+        self._name = feature_name(features) if name is None else name
+        self._features, self._hash = features, hashlib.sha256(f"{tuple(shape)}".encode())
+        self._seen, self._mean, self._scatter = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, images: Tensor) -> None:
+        """Add a batch of uint8 images ``(B, C, H, W)``."""
+        with torch.no_grad():
+            rows = checked_features(self._features(images), len(images))
+        if self._seen and self._mean.shape != rows.shape[1:]:
+            sizes = f"{len(self._mean)} and {rows.shape[1]}"
+            msg = f"features must return as many features for each batch; got {sizes}"
+            raise ValueError(msg)
+        self._hash.update(images.numpy().tobytes())
+        # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
+        own, total = rows.mean(0), self._seen + len(rows)
+        centred, shift = rows - own, own - self._mean
+        weight = self._seen * len(rows) / total
+        self._scatter = self._scatter + centred.T @ centred + weight * torch.outer(shift, shift)
+        self._mean, self._seen = self._mean + shift * (len(rows) / total), total
+
+    def statistics(self) -> FeatureStatistics:
+        """The statistics of all images."""
+        covariance = self._scatter / (self._seen - 1)
+        digest = self._hash.hexdigest()
+        return FeatureStatistics(self._mean, covariance, self._seen, self._name, digest)
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -188,10 +225,16 @@ def frechet(
     else:
         check_same_shape(images, check_images(reference, "reference", least=2))
         second = FeatureStatistics.of(reference, features, progress=progress, **options)
-    first = FeatureStatistics.of(images, features, progress=progress, **options)
+    return frechet_report(
+        FeatureStatistics.of(images, features, progress=progress, **options), second
+    )
+
+
+def frechet_report(first: FeatureStatistics, second: FeatureStatistics) -> dict[str, Any]:
+    """Fréchet distance of images to a reference, by their statistics; see `frechet`."""
     return {
         "frechet_distance": frechet_of(first, second),
-        "features": name,
+        "features": first.features,
         "feature_count": len(first.mean),
         "samples": first.count,
         "reference_samples": second.count,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from cldsde.files import write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.errors import SettingError, setting
-from cldsde.images.evaluate.distances import frechet
+from cldsde.images.evaluate.distances import FeatureSums, frechet_report
 from cldsde.images.evaluate.features import check_features, feature_name, load_features
 from cldsde.images.evaluate.inception import inception_metrics
 from cldsde.images.evaluate.likelihoods import (
@@ -29,7 +29,7 @@ from cldsde.images.evaluate.likelihoods import (
     latent_likelihood,
     likelihood,
 )
-from cldsde.images.evaluate.reference import CLASSIFIER, Reference
+from cldsde.images.evaluate.reference import CACHE, CLASSIFIER, Reference
 from cldsde.images.evaluate.results import (
     FAILED,
     SAMPLING,
@@ -42,9 +42,10 @@ from cldsde.images.evaluate.results import (
     stored_results,
 )
 from cldsde.images.evaluate.weights import check_inception_weights
-from cldsde.images.sample.sampler import Samples, draw_images
+from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.sample.source import Model, OtherDynamics
 from cldsde.images.schema import check_name
+from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
 
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
@@ -54,7 +55,6 @@ in Inception's; bits per dim."""
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 # Images that a metric needs: three neighbours, ten splits; two for all others.
 _LEAST = {"prc": 4, "isc": 10}
-_CACHE = "inception"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ class Evaluation(Reference):
         Held-out images whose likelihood is computed.
     folder
         Where the classifier is kept.
+    weights
+        File of Inception weights, for fid, kid, isc and prc.
     device
         Where to compute.
     progress
@@ -89,8 +91,6 @@ class Evaluation(Reference):
         Seed of the first image; the others count from there.
     batch
         Images per batch.
-    weights
-        File of Inception weights, for fid, kid, isc and prc.
     """
 
     metrics: Sequence[str] = ("fd",)
@@ -98,7 +98,6 @@ class Evaluation(Reference):
     repeats: int = 1
     first_seed: int = 0
     batch: int = 64
-    weights: Path | None = None
 
     def check(
         self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
@@ -163,7 +162,7 @@ class Evaluation(Reference):
     @property
     def fills_folder(self) -> bool:
         """Whether a file that is missing in the folder is going to be kept there."""
-        kept = [_CACHE] if _INCEPTION & set(self.metrics) else []
+        kept = [CACHE] if _INCEPTION & set(self.metrics) else []
         if "fd" in self.metrics and self.features == "classifier":
             kept.append(CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
@@ -213,8 +212,7 @@ class Evaluation(Reference):
 
     def draw(self, model: Model, recipe: SamplingConfig, seeds: range) -> Samples:
         """Sample images of a model with a recipe."""
-        options: dict[str, Any] = {"batch": self.batch, "progress": self.progress}
-        return draw_images(model.score, model.space, seeds, recipe, vae=model.vae, **options)
+        return self._sampler(model, recipe).sample(seeds, progress=self.progress)
 
     def of_samples(self, images: Tensor, name: str, results: Path) -> dict[str, Any]:
         """Measure images, uint8 with 256 levels; write a file, return what `of_run` returns."""
@@ -244,22 +242,52 @@ class Evaluation(Reference):
             )
         return notes
 
-    def measure(self, images: Tensor, metrics: Sequence[str]) -> dict[str, Any]:
-        """Metrics of images, uint8 with 256 levels, by name."""
-        cell: dict[str, Any] = {}
-        if "fd" in metrics:
-            cell[self._name("fd")] = frechet(
-                images, self._reference_statistics, self._network, progress=self.progress
-            )
+    def stream(self, model: Model, recipe: SamplingConfig, seeds: range) -> Iterator[Samples]:
+        """The images of `draw`, batch by batch."""
+        batches = self._sampler(model, recipe).stream(seeds, progress=self.progress)
+        return (drawn for _, drawn in batches)
+
+    def _sampler(self, model: Model, recipe: SamplingConfig) -> ImageSampler:
+        return ImageSampler(model.score, model.space, recipe, vae=model.vae, batch=self.batch)
+
+    def measure(
+        self, images: Iterable[Tensor], metrics: Sequence[str], count: int = 0
+    ) -> dict[str, Any]:
+        """Metrics of images, uint8 with 256 levels, by name.
+
+        ``images`` is a tensor, or batches of ``count`` images, which are kept for kid, isc and prc
+        alone.
+        """
+        if isinstance(images, Tensor):
+            count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
+            images = progress_bar(parts, shown=self.progress, desc="features")
+        shape = (count, *self.data.train.shape)
         inception: list[Any] = [metric for metric in metrics if metric in _INCEPTION]
-        if inception:
+        streams, kept = {}, []
+        if "fd" in metrics:
+            streams["fd"] = FeatureSums(self._network, shape), self._reference_statistics
+        if inception == ["fid"]:
+            streams["fid"] = FeatureSums(self._inception, shape), self._inception_statistics
+        for some in images:
+            for sums, _ in streams.values():
+                sums.add(some)
+            if inception and "fid" not in streams:
+                kept.append(some)
+        cell: dict[str, Any] = {}
+        for metric, (sums, reference) in streams.items():
+            found = frechet_report(sums.statistics(), reference)
+            value = {"value": found["frechet_distance"], "spread": None, "spread_is": None}
+            numbers = {} if metric == "fd" else {"metrics": {"fid": value}}
+            cell[self._name(metric)] = {**found, **numbers}
+        if kept:
             assert self.weights is not None
+            images = torch.cat(kept)
             found = inception_metrics(
                 *(images, self._reference, self.weights),
                 metrics=inception,
                 batch=self.batch,
                 device=self.device,
-                cache=self.folder / _CACHE,
+                cache=self.folder / CACHE,
                 kid_subset_size=min(1000, len(images), len(self._reference)),
                 progress=self.progress,
             )
@@ -270,18 +298,26 @@ class Evaluation(Reference):
         self, model: Model, recipe: SamplingConfig, seeds: range, cell: Mapping[str, Any]
     ) -> dict[str, Any]:
         """A cell with its missing measures, or with the reason of the failure."""
-        began = time.monotonic()
         own, before = origin(self.device), cell.get(SAMPLING, {}).get("made", [])
         made: dict[str, Any] = {"solver": resolved_solver(recipe)}
         made["made"] = before if own in before else [*before, own]
+        evaluations, seconds = [], [0.0]
+
+        def batches() -> Iterator[Tensor]:
+            began = time.monotonic()
+            for drawn in self.stream(model, recipe, seeds):
+                seconds.append(time.monotonic() - began)
+                evaluations.append(drawn.evaluations.double())
+                yield as_bytes(drawn.images, model.space.levels)
+                began = time.monotonic()
+
         try:
-            drawn = self.draw(model, recipe, seeds)
+            found = self.measure(batches(), self._missing(cell), len(seeds))
         except FloatingPointError as error:
             return {**cell, SAMPLING: cell.get(SAMPLING, {}) | made, FAILED: str(error)}
-        made["nfe"] = float(drawn.evaluations.double().mean())
-        made["seconds"] = time.monotonic() - began
-        images = as_bytes(drawn.images, model.space.levels)
-        return {**cell, SAMPLING: made, **self.measure(images, self._missing(cell))}
+        made["nfe"] = float(torch.cat(evaluations).mean())
+        made["seconds"] = sum(seconds)
+        return {**cell, SAMPLING: made, **found}
 
     @property
     def _measures(self) -> list[str]:

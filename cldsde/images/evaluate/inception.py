@@ -18,6 +18,7 @@ from cldsde.images.evaluate.weights import (
     check_cache,
     check_inception_weights,
     is_published,
+    load_inception,
     plain_loads,
 )
 from cldsde.images.schema import Count, Natural, checked
@@ -177,6 +178,27 @@ def inception_metrics(
         "settings": {"batch": batch, "device": str(on), "seed": seed, **settings},
         "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
     }
+
+
+class InceptionFeatures:
+    """Features of the Inception network, ``(B, 2048)``: a `FeatureNetwork`, for FID alone.
+
+    Parameters
+    ----------
+    weights, device
+        See `inception_metrics`.
+    """
+
+    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
+        self._device = _check_device(device)
+        network, self.sha256 = load_inception(weights)
+        self._network = network.to(self._device)
+        self.name = f"{EXTRACTOR} {self.sha256}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of uint8 images."""
+        features: Tensor = self._network(images.to(self._device).expand(-1, 3, -1, -1))[0]
+        return features
 
 
 def _check_sets(

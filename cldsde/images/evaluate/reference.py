@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cldsde.files import file_lock
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import all_bytes
+from cldsde.images.data.samples import all_bytes, byte_batches
 from cldsde.images.errors import SettingError
 from cldsde.images.evaluate.classifier import (
     ClassifierFeatures,
@@ -20,13 +21,23 @@ from cldsde.images.evaluate.classifier import (
     save_classifier,
     train_classifier,
 )
-from cldsde.images.evaluate.distances import FeatureStatistics, images_sha256
+from cldsde.images.evaluate.distances import (
+    FeatureStatistics,
+    FeatureSums,
+    batches_sha256,
+    images_sha256,
+)
 from cldsde.images.evaluate.features import FeatureNetwork, load_features
-from cldsde.images.tensor_files import tensors_digest
+from cldsde.images.evaluate.inception import InceptionFeatures
+from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
+from cldsde.progress import progress_bar
 
 CLASSIFIER = "classifier.safetensors"
 """File of the classifier whose features a data set is compared in."""
+CACHE = "inception"
+"""Folder of what is kept of a data set in the features of Inception."""
 _TRAINED_ON = 150_000  # images that a classifier is trained on at least, repetitions counted
+_KIND = "feature statistics of cldsde"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,7 @@ class Reference:
     features: str = "classifier"
     likelihood_images: int = 64
     folder: Path
+    weights: Path | None = None
     device: str = "cpu"
     progress: bool = False
 
@@ -58,11 +70,41 @@ class Reference:
 
     @cached_property
     def _reference_sha256(self) -> str:
-        return images_sha256(self._reference)
+        images = getattr(self.data, self.part)
+        return batches_sha256(byte_batches(images), (len(images), *images.shape))
 
     @cached_property
     def _reference_statistics(self) -> FeatureStatistics:
-        return FeatureStatistics.of(self._reference, self._network, progress=self.progress)
+        return self._statistics(self._network)
+
+    def _statistics(self, features: FeatureNetwork) -> FeatureStatistics:
+        """Statistics of the part, without keeping its images."""
+        images = getattr(self.data, self.part)
+        sums = FeatureSums(features, (len(images), *images.shape))
+        with progress_bar(None, shown=self.progress, total=len(images), desc="features") as bar:
+            for some in byte_batches(images):
+                sums.add(some)
+                bar.update(len(some))
+        return sums.statistics()
+
+    @cached_property
+    def _inception(self) -> InceptionFeatures:
+        assert self.weights is not None
+        return InceptionFeatures(self.weights, self.device)
+
+    @cached_property
+    def _inception_statistics(self) -> FeatureStatistics:
+        """Statistics in the features of Inception, kept in the folder."""
+        data, features = self._reference_sha256, self._inception
+        file = self.folder / CACHE / f"{data[:32]}-{features.sha256[:32]}.safetensors"
+        with suppress(ValueError, FileNotFoundError):  # damaged or missing: made again
+            found, _ = load_tensors(file, _KIND)
+            sizes = found["mean"], found["covariance"], len(getattr(self.data, self.part))
+            return FeatureStatistics(*sizes, features.name, data)
+        made = self._statistics(features)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, _KIND, {"mean": made.mean, "covariance": made.covariance}, {})
+        return made
 
     @cached_property
     def _training_images(self) -> Tensor:

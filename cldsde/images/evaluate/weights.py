@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of the file of Inception weights; its SHA-256 begins as the name ends."""
@@ -34,6 +34,11 @@ _UNREADABLE = (
 
 def check_inception_weights(weights: Path) -> str:
     """SHA-256 of a file of weights; raise if they do not fit the network. No code of it is run."""
+    return load_inception(weights)[1]
+
+
+def load_inception(weights: Path) -> tuple[nn.Module, str]:
+    """The network, which returns 2,048 features, and `check_inception_weights` of its file."""
     if not weights.is_file():
         msg = f"weights: there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins "
         msg += f"with {_INCEPTION_PREFIX}, from {_INCEPTION_URL}"
@@ -59,12 +64,12 @@ def check_inception_weights(weights: Path) -> str:
     try:
         path = {"feature_extractor_weights_path": str(weights)}
         with plain_loads(), torch.random.fork_rng(devices=[]):
-            FeatureExtractorInceptionV3(EXTRACTOR, ["2048"], **path)
+            network: nn.Module = FeatureExtractorInceptionV3(EXTRACTOR, ["2048"], **path)
     except RuntimeError as error:
         lines = [line.strip()[:120] for line in str(error).splitlines()[:2]]
         msg = f"{other}: names or shapes of its tensors differ ({' '.join(lines)})"
         raise ValueError(msg) from error
-    return sha256
+    return network, sha256
 
 
 def is_published(sha256: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
 from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
-from cldsde.images.sample.sampler import Samples
+from cldsde.images.sample.sampler import Samples, ahead
 from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
@@ -79,12 +80,18 @@ def draw_to(
         mine = missing[process::processes]
         total = sum(len(batches[i][1]) for i in mine)
         options = {"total": total, "desc": "sampling", "unit": "image"}
-        with progress_bar(None, shown=process == 0, **options) as bar:
-            for i in mine:
+        starts = ahead(request.sampler.start, (batches[i][1] for i in mine))
+        bar = progress_bar(None, shown=process == 0, **options)
+        # A part is written while the next one is sampled, also if that is interrupted.
+        with bar, ThreadPoolExecutor(1) as writer:
+            written = writer.submit(lambda: None)
+            for i, start in zip(mine, starts, strict=True):
                 label, seeds = batches[i]
-                drawn = request.draw(label, seeds)
-                _write(parts / f"{i:08d}.npy", partial(_save_arrays, arrays=drawn))
+                save = partial(_save_arrays, arrays=request.draw(label, seeds, start))
+                written.result()
+                written = writer.submit(_write, parts / f"{i:08d}.npy", save)
                 bar.update(len(seeds))
+            written.result()
         wait()
         evaluations = None
         if process == 0:

@@ -10,13 +10,17 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler, Precision, Samples
+from cldsde.images.sample.sampler import ImageSampler, Precision, Samples, Start
 from cldsde.images.sample.source import Model
+from cldsde.images.schema import check_name
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
@@ -37,8 +41,12 @@ class SampleRequest:
         Weight of the class, see `cldsde.GuidedScore`.
     observed
         An observation of the images, if any.
-    precision, compiled
-        Precision of the network, and whether to compile it with ``torch.compile``.
+    precision, channels_last
+        Precision of the network, and whether its weights and features are stored with channels
+        last, which may be faster on a GPU.
+    compile_mode
+        Mode of ``torch.compile`` for the network; None does not compile it. ``"reduce-overhead"``
+        replays CUDA graphs.
     """
 
     model: Model
@@ -49,7 +57,8 @@ class SampleRequest:
     guidance: float = 1.0
     observed: ObservedImage | None = None
     precision: Precision = "fp32"
-    compiled: bool = False
+    compile_mode: CompileMode | None = None
+    channels_last: bool = False
 
     def check(self) -> None:
         """Check the options against the model, before any work is done."""
@@ -63,20 +72,20 @@ class SampleRequest:
         if self.guidance != 1 and self.label is None:
             msg = f"needs a class; got {self.guidance} and no class"
             raise SettingError("guidance", msg)
-        if self.precision not in get_args(Precision):
-            msg = f"must be {', '.join(get_args(Precision))}; got {self.precision!r}"
-            raise SettingError("precision", msg)
-        if self.compiled and not isinstance(self.model, ImageModel):
-            msg = "needs a run under its own process, whose network is compiled"
-            raise SettingError("compiled", msg)
+        check_name(self.precision, get_args(Precision), "precision")
+        if self.compile_mode is not None:
+            check_name(self.compile_mode, get_args(CompileMode), "compile_mode")
+            if not isinstance(self.model, ImageModel):
+                msg = "needs a run under its own process, whose network is compiled"
+                raise SettingError("compile_mode", msg)
         if self.observed is not None and self.model.vae is not None:
             msg = "needs a process of pixels; the process of this model is of latent variables"
             raise SettingError("observe", msg)
         _ = self.sampler
 
-    def draw(self, label: int | None, seeds: list[int]) -> Samples:
-        """Sample one batch."""
-        return self.sampler.draw(seeds, label)
+    def draw(self, label: int | None, seeds: list[int], start: Start | None = None) -> Samples:
+        """Sample one batch; see `ImageSampler.draw`."""
+        return self.sampler.draw(seeds, label, start)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
@@ -108,9 +117,11 @@ class SampleRequest:
     def sampler(self) -> ImageSampler:
         """The sampler of the request."""
         model = self.model
-        if self.compiled:
+        if self.channels_last:
+            model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_mode is not None:
             # In place, so that names of weights stay.
-            model.score.network.compile()  # type: ignore[union-attr]
+            model.score.network.compile(mode=self.compile_mode)  # type: ignore[union-attr]
         return ImageSampler(
             *(model.score, model.space, self.sampling),
             vae=model.vae,

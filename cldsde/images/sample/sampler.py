@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import device_of, fit_grid, window
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def make_solver(sampling: SamplingConfig) -> Solver:
@@ -76,6 +80,10 @@ def _plan(
 Precision = Literal["fp32", "bf16", "fp16"]
 """Precision of networks; states and coefficients have single precision at least."""
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Start = tuple[SampleNoise, Tensor]
+"""Source of the random numbers of a batch, and the states at which its sampling starts."""
 
 
 class Samples(NamedTuple):
@@ -140,18 +148,26 @@ class ImageSampler:
         """Classes and seeds of batches of one class each."""
         return class_batches(self._space, seeds, self._batch, self._label)
 
-    def draw(self, seeds: Sequence[int], label: int | None = None) -> Samples:
-        """Sample one image for each seed in [0, 2³²), as one batch of one class or none."""
+    def start(self, seeds: Sequence[int]) -> Start:
+        """Draw the random numbers with which the sampling of a batch starts."""
+        noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self._vae
+        shape, first = self._space.shape if vae is None else vae.latent_shape, self._plan.times[0]
+        return noise, noise.start(sde, shape, device=self._device, t=float(first))
+
+    def draw(
+        self, seeds: Sequence[int], label: int | None = None, start: Start | None = None
+    ) -> Samples:
+        """Sample one image for each seed in [0, 2³²), as one batch of one class or none.
+
+        ``start`` may have been made ahead by the method `start`, for one call.
+        """
         plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
+        noise, state = self.start(seeds) if start is None else start
         if label is not None:
             score = self._given(label)
             plan = plan.with_score(
                 score if observed is None else observed.score(score, plan.process.sde)
             )
-        noise = SampleNoise(seeds)
-        shape = space.shape if vae is None else vae.latent_shape
-        first = float(plan.times[0])
-        start = noise.start(plan.process.sde, shape, device=self._device, t=first)
         denoise = self._sampling.denoise
         with torch.no_grad(), self._cast():
             if observed is not None and observed.particles:
@@ -159,7 +175,7 @@ class ImageSampler:
                     plan, seeds, denoise=bool(denoise), chunk=self._batch
                 )
             else:
-                found = plan.solve(start, noise=noise, denoise=denoise, warn=False)
+                found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
                 if not found.success:
                     msg = f"{self._sampling.solver} failed: {found.message}"
                     raise FloatingPointError(msg)
@@ -181,24 +197,30 @@ class ImageSampler:
         )
         return given if self._guidance == 1 else GuidedScore(given, free, self._guidance)
 
-    def sample(
+    def stream(
         self,
         seeds: Sequence[int],
         *,
         progress: bool = False,
         before_batch: Callable[[], object] = lambda: None,
-    ) -> Samples:
-        """Sample one image for each seed, batch by batch, in the order of the seeds; see `draw`.
+    ) -> Iterator[tuple[list[int], Samples]]:
+        """Sample one image for each seed, batch by batch; yield the seeds and images of each batch.
 
         ``progress`` shows a bar on stderr. ``before_batch`` may end the sampling by an exception.
         """
-        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        batches = self.batches(seeds)
+        starts = ahead(self.start, (some for _, some in batches))
         with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
-            for label, some in self.batches(seeds):
+            for (label, some), start in zip(batches, starts, strict=True):
                 before_batch()
-                found = self.draw(some, label)
-                drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
+                yield some, self.draw(some, label, start)
                 bar.update(len(some))
+
+    def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
+        """Sample one image for each seed, in the order of the seeds; see `stream`."""
+        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        for some, found in self.stream(seeds, **options):
+            drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
         return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
 
 
@@ -213,6 +235,17 @@ def draw_images(
 ) -> Samples:
     """Sample one image for each seed with an `ImageSampler`, whose arguments ``options`` are."""
     return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """Map items in a thread, which makes the next one while the last one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        made: list[Future[Made]] = []
+        for item in items:
+            made.append(thread.submit(make, item))
+            if len(made) == 2:
+                yield made.pop(0).result()
+        yield from (last.result() for last in made)
 
 
 def class_batches(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,11 @@ from cldsde.images.train.learner import Learner
 _COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
 
 
-def outlook(config: RunConfig) -> list[str]:
-    """Lines about parameters and memory of a training, of data that need not be there."""
+def outlook(config: RunConfig, measured: Path) -> list[str]:
+    """Lines about size and speed of a training, of data that need not be there.
+
+    ``measured`` is the file that ``benchmarks/gpu.py`` writes, if there is one.
+    """
     options = config.data.options
     try:
         if config.data.name == "torchvision":
@@ -34,8 +39,18 @@ def outlook(config: RunConfig) -> list[str]:
     return [
         f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
         f"memory: {memory:,.0f} MiB for weights, average, gradients and moments, and activations",
-        "images per second and peak memory: cldsde train --dry-run measures them",
+        _speed(config, measured),
     ]
+
+
+def _speed(config: RunConfig, measured: Path) -> str:
+    found = json.loads(measured.read_text()) if measured.is_file() else {}
+    same = found.get("network") == config.to_dict()["network"]
+    row = found.get("training", {}).get(f"batch {config.training.batch}") if same else None
+    if row is None:
+        return "images per second, peak memory: not measured; cldsde train --dry-run measures them"
+    speed, memory, name = row["images_per_second"], row["peak_mib"], found["device"]["name"]
+    return f"images per second: {speed:,.0f}; peak memory: {memory:,.0f} MiB; measured on {name}"
 
 
 def _sizes(config: RunConfig, space: ImageSpace) -> tuple[int, float]:

@@ -142,7 +142,7 @@ def test_a_comparison_that_is_cut_off_at_any_file_ends_with_the_same_numbers(
 def test_a_finished_comparison_draws_nothing_again(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    monkeypatch.setattr(evaluation_table, "draw_images", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(evaluation_table, "ImageSampler", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.setattr(evaluation_table, "likelihood", lambda *_, **__: pytest.fail("computed"))
     compare(folder)
     assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
@@ -154,9 +154,9 @@ def test_rows_and_models_that_are_added_leave_the_others_as_they_are(
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     drawn = []
-    draw = evaluation_table.draw_images
+    draw = evaluation_table.ImageSampler
     monkeypatch.setattr(
-        evaluation_table, "draw_images", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+        evaluation_table, "ImageSampler", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k)
     )
     rows = [*TINY["rows"], {"model": "VE", "solver": "reverse-diffusion", "nfe": [3]}]
     models = {**TINY["models"], "VE": {"process": {"name": "VESDE"}}}
@@ -264,17 +264,17 @@ def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path):
 
 
 def test_repeats_before_a_failure_are_kept(tmp_path, monkeypatch):
-    draw = evaluation_table.draw_images
+    draw = evaluation_table.ImageSampler
     asked = []
 
-    def failing(model, space, seeds, *rest, **options):
-        asked.append(seeds)
+    def failing(*arguments, **options):
+        asked.append(arguments)
         if len(asked) == 2:
             msg = "not finite"
             raise FloatingPointError(msg)
-        return draw(model, space, seeds, *rest, **options)
+        return draw(*arguments, **options)
 
-    monkeypatch.setattr(evaluation_table, "draw_images", failing)
+    monkeypatch.setattr(evaluation_table, "ImageSampler", failing)
     found = compare(tmp_path / "run", models={"CLD": {}}, rows=TINY["rows"][:1])
     first, second = found["rows"][0]["cells"]
     assert (first["repeats"], first["reason"], second["repeats"]) == (1, "not finite", 2)
@@ -309,11 +309,11 @@ def test_cells_of_a_solver_whose_defaults_have_changed_are_measured_again(
 ):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    find, draw, drawn = sampling.find_solver, evaluation_table.draw_images, []
+    find, draw, drawn = sampling.find_solver, evaluation_table.ImageSampler, []
     changed = {"sscs-midpoint": SSCS(score_step="midpoint", merge=False)}
     monkeypatch.setattr(sampling, "find_solver", lambda name: changed.get(name) or find(name))
     monkeypatch.setattr(
-        evaluation_table, "draw_images", lambda *a, **k: drawn.append(a[3]) or draw(*a, **k)
+        evaluation_table, "ImageSampler", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k)
     )
     found = compare(folder)
     assert {recipe.solver for recipe in drawn} == {"sscs-midpoint"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ import torch
 
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.evaluate import ImageClassifier, images_sha256, reference
+from cldsde.images.data.samples import all_bytes
+from cldsde.images.evaluate import ImageClassifier, frechet, images_sha256, reference
 from cldsde.images.evaluate import evaluation as evaluation_table
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import markdown_table, stored_results
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
+from image_data import noise
 
 MODEL = type("Model", (), {"digest": "abc", "space": ImageSpace((1, 8, 8))})()
 
@@ -40,10 +43,10 @@ def untrained(monkeypatch):
     def noise(model, recipe, seeds):
         generator = torch.Generator().manual_seed(recipe.nfe)
         images = torch.randint(256, (len(seeds), 1, 8, 8), generator=generator, dtype=torch.uint8)
-        return Samples(images, torch.full((len(seeds),), recipe.nfe))
+        return iter([Samples(images, torch.full((len(seeds),), recipe.nfe))])
 
     monkeypatch.setattr(reference, "train_classifier", classifier)
-    monkeypatch.setattr(Evaluation, "draw", lambda _, *arguments: noise(*arguments))
+    monkeypatch.setattr(Evaluation, "stream", lambda _, *arguments: noise(*arguments))
 
 
 def measured(evaluation, nfe=4):
@@ -103,6 +106,7 @@ def inception(images, reference, *_, metrics, **__):
 def test_inception_metrics_to_other_images_are_not_put_side_by_side(tmp_path, monkeypatch, metric):
     monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
     monkeypatch.setattr(evaluation_table, "inception_metrics", inception)
+    monkeypatch.setattr(reference, "InceptionFeatures", lambda *_: PixelFeatures())
     asked = {"metrics": [metric], "weights": tmp_path / "x", "samples": 20, "folder": tmp_path}
     measured(Evaluation(data=data_set(), **asked))
     measured(Evaluation(data=data_set(), **asked), nfe=5)
@@ -157,7 +161,7 @@ def test_a_likelihood_of_other_images_is_computed_again(tmp_path, monkeypatch):
 def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path, monkeypatch):
     """Each is at its images when the others have read the file, and before they write to it."""
     trained = []
-    together, draw = threading.Barrier(3), Evaluation.draw
+    together, draw = threading.Barrier(3), Evaluation.stream
     train = reference.train_classifier
     monkeypatch.setattr(
         reference, "train_classifier", lambda *a, **b: trained.append(1) or train(*a, **b)
@@ -167,7 +171,7 @@ def test_several_evaluations_of_a_run_at_a_time_share_a_file_of_results(tmp_path
         together.wait()
         return draw(*arguments)
 
-    monkeypatch.setattr(Evaluation, "draw", meeting)
+    monkeypatch.setattr(Evaluation, "stream", meeting)
     monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
     monkeypatch.setattr(evaluation_table, "inception_metrics", inception)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
@@ -208,11 +212,11 @@ def test_a_failure_that_was_kept_is_told_with_what_to_do(tmp_path, monkeypatch):
         msg = "sscs failed: not finite"
         raise FloatingPointError(msg)
 
-    monkeypatch.setattr(Evaluation, "draw", failing)
+    monkeypatch.setattr(Evaluation, "stream", failing)
     evaluation = Evaluation(data=data_set(), samples=20, folder=tmp_path)
     with pytest.raises(FloatingPointError, match=r"not finite$"):
         measured(evaluation)
-    monkeypatch.setattr(Evaluation, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(Evaluation, "stream", lambda *_: pytest.fail("drawn"))
     with pytest.raises(FloatingPointError, match=r"found before, delete .*results\.json to have"):
         measured(evaluation)
     found = stored_results(tmp_path / "results.json", "abc")
@@ -248,6 +252,55 @@ def test_images_of_another_size_are_refused(tmp_path, metric, shape):
     words = rf"compared with, 1×8×8 .*; got {'×'.join(map(str, shape))}"
     with pytest.raises(ValueError, match=words):
         evaluation.check(20, shape=shape)
+
+
+class PixelFeatures:
+    """Features in place of Inception's."""
+
+    name, sha256 = "flat", "0" * 64
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        return images.flatten(1).double()
+
+
+def test_images_of_a_fid_are_not_kept_and_the_reference_is_measured_once(tmp_path, monkeypatch):
+    data, made, alive, batches = data_set(), [], [], noise(60, 1, (1, 8, 8)).split(5)
+
+    def features(*_):
+        made.append(PixelFeatures())
+        return made[-1]
+
+    def stream(*_):
+        for images in map(torch.clone, batches):
+            alive.append(weakref.ref(images))
+            assert sum(image() is not None for image in alive) <= 2
+            yield Samples(images, torch.full((5,), 4))
+
+    monkeypatch.setattr(reference, "InceptionFeatures", features)
+    monkeypatch.setattr(evaluation_table, "check_inception_weights", lambda _: "0" * 64)
+    monkeypatch.setattr(Evaluation, "stream", stream)
+    asked = {"data": data, "metrics": ["fid"], "weights": tmp_path / "x", "folder": tmp_path}
+    expected = frechet(torch.cat(batches), all_bytes(data.train), PixelFeatures())
+    for number in range(2):
+        found = measured(Evaluation(samples=60, **asked), nfe=4 + number)
+        cell = found["recipes"][number]["cells"]["0-59"]
+        assert cell["sampling"]["nfe"] == 4
+        measure = cell["fid 00000000 train"]
+        # Sums of 60 numbers, in batches of other sizes.
+        value = pytest.approx(expected["frechet_distance"], rel=1e-10)
+        assert measure["metrics"]["fid"]["value"] == value
+        for name in ("samples_sha256", "reference_sha256"):
+            assert measure[name] == expected[name]
+    assert [some.seen for some in made] == [60 + 40, 60]
+    # A damaged file is made again.
+    [file] = (tmp_path / "inception").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    measured(Evaluation(samples=60, **asked), nfe=6)
+    assert made[-1].seen == 60 + 40
 
 
 @pytest.mark.parametrize(("images", "reference", "size"), [(20, 40, 20), (20, 6, 6)])

@@ -13,7 +13,14 @@ from unittest import mock
 import pytest
 import torch
 
-from cldsde.images.evaluate import INCEPTION_FILE, images_sha256, inception_metrics
+from cldsde.images.evaluate import (
+    INCEPTION_FILE,
+    FeatureStatistics,
+    frechet_of,
+    images_sha256,
+    inception_metrics,
+)
+from cldsde.images.evaluate.inception import InceptionFeatures
 from cldsde.images.evaluate.weights import plain_loads
 from image_data import noise
 
@@ -116,6 +123,18 @@ def test_inception_metrics_equal_those_of_the_same_features(
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cache: .*2048\.pt is damaged.*delete it"):
         inception_metrics(images, reference, inception, cache=tmp_path, **arguments)
+
+
+def test_the_fid_of_running_sums_is_that_of_torch_fidelity(inception):
+    images, reference = noise(7, 0, (1, 8, 8)), noise(6, 1, (1, 8, 8), top=128)
+    features = InceptionFeatures(inception)
+    assert features.sha256 in features.name
+    first, second = (FeatureStatistics.of(x, features, batch=4) for x in (images, reference))
+    theirs = inception_metrics(images, reference, inception, metrics=["fid"])["metrics"]["fid"]
+    # As in the first test: torch-fidelity takes roots of eigenvalues that are rounding errors.
+    traces = float(first.covariance.trace() + second.covariance.trace())
+    assert frechet_of(first, second) == pytest.approx(theirs["value"], abs=1e-5 * traces)
+    assert theirs["value"] > 0.1 * traces
 
 
 @pytest.mark.slow

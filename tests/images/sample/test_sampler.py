@@ -25,6 +25,7 @@ from cldsde.images.sample import outputs as sample_files
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import (
+    ahead,
     draw_images,
     make_solver,
     time_grid,
@@ -91,6 +92,16 @@ def test_an_image_depends_on_its_seed_alone():
     assert torch.equal(together, apart)
     assert torch.equal(some, together[[7, 2]])
     assert not torch.equal(together[0], together[1])
+
+
+def test_inputs_are_made_one_ahead_in_their_order():
+    made = []
+    for used, item in enumerate(ahead(lambda i: made.append(i) or 2 * i, range(5))):
+        assert item == 2 * used
+        assert len(made) <= used + 2
+    assert made == list(range(5))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda i: 1 / i, [1, 0]))
 
 
 @pytest.fixture
@@ -231,11 +242,11 @@ def test_an_interrupted_drawing_goes_on_and_other_settings_start_again(run, tmp_
     drawn: list[list[int]] = []
     draw = SampleRequest.draw
 
-    def interrupted(self, label, seeds):
+    def interrupted(self, label, seeds, start):
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(seeds)
-        return draw(self, label, seeds)
+        return draw(self, label, seeds, start)
 
     monkeypatch.setattr(SampleRequest, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -272,14 +283,14 @@ def test_two_calls_do_not_draw_to_one_place_at_a_time(run, tmp_path, monkeypatch
     first = SampleRequest(model=run, sampling=FIXED, seeds=range(3), batch=2)
     draw, drawn = SampleRequest.draw, []
 
-    def meanwhile(self, label, seeds):
+    def meanwhile(self, label, seeds, start):
         drawn.append(seeds)
         for other in (first, dataclasses.replace(first, seeds=range(5))):
             for attempt in (check_unused, lambda out, other=other: draw_to(out, other)):
                 with pytest.raises(ValueError, match=r"x\.npz is being written by another process"):
                     attempt(out)
         draw_to(tmp_path / "y.npz", second)
-        return draw(self, label, seeds)
+        return draw(self, label, seeds, start)
 
     second = dataclasses.replace(first, seeds=range(1))
     object.__setattr__(second, "draw", lambda *a: draw(second, *a))

@@ -1,0 +1,32 @@
+"""Errors as data: which setting or argument is at fault, and why.
+
+Layers name settings by their keys in a configuration or by the names of arguments. A front end
+renders the key in its own language, such as the option of a command line.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SettingError"]
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used: its key or the name of an argument, and the reason.
+
+    Examples
+    --------
+    >>> str(SettingError("training.batch", "must be at least 1; got 0"))
+    'training.batch: must be at least 1; got 0'
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+    def within(self, section: str) -> SettingError:
+        """The same error, its key in a section."""
+        if not section:
+            return self
+        return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)

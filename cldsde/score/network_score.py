@@ -1,0 +1,136 @@
+"""Scores from networks: how they are called, in whatever form the network enters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import one_of
+from cldsde.score.matching import Measured, PerturbedData, Weighting
+from cldsde.score.score_denoiser import ScoreDenoiser
+
+__all__ = ["Inputs", "NetworkScore", "Output"]
+
+Output = Literal["score", "noise", "data", "velocity", "flow"]
+
+Inputs = Literal["state", "estimate"]
+"""Input of the network: all components, or the best unbiased estimate of the data."""
+
+
+class NetworkScore(nn.Module, ABC):
+    """Score of the driven components from a network; the base of `MixedScore`.
+
+    Attributes
+    ----------
+    network
+        Module called as (state, clock), or with a condition as (state, clock, condition).
+    sde
+        The forward process.
+    inputs
+        ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
+        unbiased estimate of the data.
+    """
+
+    network: nn.Module
+    sde: LinearSDE
+    inputs: Inputs
+
+    @property
+    def denoiser(self) -> ScoreDenoiser:
+        """The model's denoiser D(u, σ), for sampling with other processes.
+
+        It accepts the model's conditions, as in ``denoiser(u, sigma, condition=label)``. If the
+        network's input is a state of several components, noise fills the state up; see
+        `ScoreDenoiser`.
+        """
+        return ScoreDenoiser(self, fill=self.inputs == "state")
+
+    def forward(
+        self,
+        z: Tensor,
+        t: TimeLike,
+        *,
+        prediction: Output = "score",
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Score of the driven components, or another prediction, ``(B, len(driven), *D)``.
+
+        Parameters
+        ----------
+        z
+            States ``(B, k, *D)``.
+        t
+            One time or ``(B,)``, above 0.
+        prediction
+            ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
+            component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form of
+            `MixedScore` the last three are exact even at t = 1 of `cldsde.RectifiedFlow`.
+        condition
+            Condition of each sample, ``(B, ...)``, or of all, 0-dimensional. It is passed to the
+            network.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
+        """
+        one_of(prediction, Output, "prediction")
+        check_state(z, self.sde.components)
+        return self._predict(z, t, prediction, condition)
+
+    def data_prediction(self, z: Tensor, t: TimeLike, *, condition: Tensor | None = None) -> Tensor:
+        """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
+        found: Tensor = self(z, t, prediction="data", condition=condition)
+        return found
+
+    def loss(
+        self,
+        pair: PerturbedData,
+        *,
+        prediction: Measured = "noise",
+        weighting: Weighting = "reweighted",
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
+
+        Parameters
+        ----------
+        pair
+            Perturbed data. In hybrid score matching, `MixedScore` shares their kernels, so that
+            they are computed once.
+        prediction
+            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
+            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
+        weighting
+            See `Weighting`.
+        condition
+            See `forward`.
+        """
+        score = self(pair.z, pair.t, condition=condition)
+        return pair.loss(score, "score", weighting=weighting, measured=prediction)
+
+    @abstractmethod
+    def _predict(
+        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+    ) -> Tensor:
+        """The prediction at a state that has been checked."""
+
+    def _evaluate(
+        self, inputs: Tensor, clock: Tensor, condition: Tensor | None, outputs: int
+    ) -> Tensor:
+        """Output of the network for inputs ``(B, C, *S)`` and a clock ``()`` or ``(B,)``.
+
+        Raises a ValueError unless it has the shape ``(B, outputs, *S)``.
+        """
+        batch = len(inputs)
+        given = () if condition is None else (condition.expand(batch, *condition.shape[1:]),)
+        learnt: Tensor = self.network(inputs, clock.expand(batch), *given)
+        expected = (batch, outputs, *inputs.shape[2:])
+        if learnt.shape != expected:
+            msg = f"network must return shape {expected}; got {tuple(learnt.shape)}"
+            raise ValueError(msg)
+        return learnt
