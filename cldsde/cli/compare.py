@@ -47,8 +47,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.compare.report import RESULTS
         from cldsde.images.schema import check_name
     if options.quick and options.config is not None:
-        msg = f"--quick is a comparison of its own; got {options.config}, too"
-        raise ValueError(msg)
+        raise ValueError(f"--quick is a comparison of its own; got {options.config}, too")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         msg = "a comparison is one process; train its models by cldsde train --out DIR/models/NAME"
         raise ValueError(msg)

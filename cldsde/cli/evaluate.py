@@ -116,15 +116,12 @@ def _places(options: Namespace) -> tuple[Path, Path]:
 
     target, source = options.target, options.reference
     if target is None and options.model is None:
-        msg = "a run, samples or --model is needed"
-        raise ValueError(msg)
+        raise ValueError("a run, samples or --model is needed")
     if target is not None and not target.exists():
-        msg = f"there is no run and no file {target}"
-        raise ValueError(msg)
+        raise ValueError(f"there is no run and no file {target}")
     if options.model is None and (target / CONFIG).is_file():
         if source is not None:
-            msg = "--reference is for samples; a run is compared with its own data"
-            raise ValueError(msg)
+            raise ValueError("--reference is for samples; a run is compared with its own data")
         name = f"evaluation{f'-{options.process}' if options.process else ''}.json"
         source, default = target, target / name
     elif source is None:
@@ -135,8 +132,7 @@ def _places(options: Namespace) -> tuple[Path, Path]:
         default = place.with_name(f"{place.name}-evaluation.json")
     out: Path = options.out or default
     if out.is_dir():
-        msg = f"--out must name a file; {out} is a folder"
-        raise ValueError(msg)
+        raise ValueError(f"--out must name a file; {out} is a folder")
     return source, out
 
 
@@ -146,8 +142,7 @@ def _recipes(options: Namespace, model: Model) -> list[SamplingConfig]:
 
     words = [] if options.nfe is None else options.nfe.split(",")
     if not all(word.strip().isdigit() for word in words):
-        msg = f"--nfe must be numbers with commas; got {options.nfe!r}"
-        raise ValueError(msg)
+        raise ValueError(f"--nfe must be numbers with commas; got {options.nfe!r}")
     budgets: list[Any] = [int(word) for word in words] or [None]
     solvers = [None] if options.solver is None else options.solver.split(",")
     recipes = [

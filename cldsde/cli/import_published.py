@@ -29,8 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def prepare(options: Namespace) -> Callable[[], None]:
     """Read and check the checkpoint; return the work that is left."""
     if options.family not in PUBLISHED:
-        msg = f"--as must be {' or '.join(PUBLISHED)}; got {options.family!r}"
-        raise ValueError(msg)
+        raise ValueError(f"--as must be {' or '.join(PUBLISHED)}; got {options.family!r}")
     with needs_images():
         from cldsde.images.networks import parameter_count
         from cldsde.images.published import read_published

@@ -22,8 +22,7 @@ class _Kind:
         try:
             return self.convert(text)
         except ValueError:
-            msg = f"must be {self.allowed}; got {text!r}"
-            raise ArgumentTypeError(msg) from None
+            raise ArgumentTypeError(f"must be {self.allowed}; got {text!r}") from None
 
     def __repr__(self) -> str:
         return self.name

@@ -26,12 +26,10 @@ def check_problems(names: Sequence[str], known: Iterable[str]) -> None:
 def prepare_posterior(options: Namespace) -> Callable[[], None]:
     """Find the samplers and return the work that is left."""
     if not options.posterior:
-        msg = "--sampler names a posterior sampler; add --posterior"
-        raise ValueError(msg)
+        raise ValueError("--sampler names a posterior sampler; add --posterior")
     for option in ("solver", "out"):
         if getattr(options, option):
-            msg = f"--{option} does not go with --posterior; leave one of them out"
-            raise ValueError(msg)
+            raise ValueError(f"--{option} does not go with --posterior; leave one of them out")
     check_problems(options.problem, posterior_problems())
     named: dict[str, PosteriorSampler] = {name: imported(name) for name in options.sampler}
     for name, sampler in named.items():
@@ -54,7 +52,6 @@ def prepare_posterior(options: Namespace) -> Callable[[], None]:
         lines = report.failures()
         if lines:
             print("\n" + "\n".join(lines), file=sys.stderr)
-            msg = f"{len(lines)} of {len(found)} measurements are not as claimed"
-            raise ArithmeticError(msg)
+            raise ArithmeticError(f"{len(lines)} of {len(found)} measurements are not as claimed")
 
     return work

@@ -103,12 +103,10 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
     from cldsde.images.schema import from_dict, parse_overrides
 
     if (run is None) == (options.model is None):
-        msg = "a run or --model is needed, one of them"
-        raise ValueError(msg)
+        raise ValueError("a run or --model is needed, one of them")
     changes = parse_overrides(options.process_set)
     if changes and options.process is None and run is not None:
-        msg = "--process-set needs --process"
-        raise ValueError(msg)
+        raise ValueError("--process-set needs --process")
     values = {"name": options.process or "CLD", "options": changes}
     process = from_dict(ProcessConfig, values, "process")
     if run is None:
@@ -146,8 +144,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
         from cldsde.images.sample import ObservedImage, SampleRequest, alone, check_output, draw_to
     if options.seeds is not None and options.seed is not None:
-        msg = "--seed and --seeds are alternatives; got both"
-        raise ValueError(msg)
+        raise ValueError("--seed and --seeds are alternatives; got both")
     one = None if options.seed is None else str(options.seed)
     seeds, out = _seeds(options.seeds or one or "0-63"), options.out
     device = resolve_device(options.device)
@@ -190,6 +187,5 @@ def _seeds(text: str) -> range:
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
     if not first <= last < 2**32:
-        msg = f"--seeds must be A-B with 0 ≤ A ≤ B < 2³²; got {text!r}"
-        raise ValueError(msg)
+        raise ValueError(f"--seeds must be A-B with 0 ≤ A ≤ B < 2³²; got {text!r}")
     return range(first, last + 1)

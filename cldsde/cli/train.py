@@ -60,13 +60,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
     device = "cpu" if resolve_device(options.device) == "cpu" else options.device
     out = options.out or Path(options.config.stem)
     if options.resume and not (out / CONFIG).exists():
-        msg = f"--resume: {out} holds no run to resume"
-        raise ValueError(msg)
+        raise ValueError(f"--resume: {out} holds no run to resume")
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
-        msg = f"--device {options.device}: the {started} processes do not form a group"
-        raise ValueError(msg)
+        raise ValueError(f"--device {options.device}: the {started} processes do not form a group")
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)
     facts = summary(config, data, device)

@@ -177,15 +177,13 @@ def _check_targets(folder: Path | None, file: Path | None) -> None:
         for each in made:
             if each.is_dir():
                 each.rmdir()
-        msg = f"{option} cannot be written: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{option} cannot be written: {error}") from error
 
 
 def _try_to_write(file: Path) -> None:
     """Raise an OSError now rather than after the work, under the name that will be written to."""
     if file.is_dir():
-        msg = f"{file} is a folder"
-        raise IsADirectoryError(msg)
+        raise IsADirectoryError(f"{file} is a folder")
     part = file.with_name(f"{file.name}.part")
     part.touch()
     part.unlink()

@@ -12,12 +12,10 @@ from torch import Tensor
 def check_values(images: object, levels: int) -> Tensor:
     """Return uint8 images if their values are below ``levels``, or raise."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        msg = f"images must be a uint8 tensor; got {kind_of(images)}"
-        raise TypeError(msg)
+        raise TypeError(f"images must be a uint8 tensor; got {kind_of(images)}")
     # A byte cannot exceed 256 levels, and reading from an accelerator would wait for it.
     if levels < 256 and images.numel() and int(images.max()) >= levels:
-        msg = f"images must have values in 0 … {levels - 1}; got {int(images.max())}"
-        raise ValueError(msg)
+        raise ValueError(f"images must have values in 0 … {levels - 1}; got {int(images.max())}")
     return images
 
 
@@ -29,31 +27,26 @@ def kind_of(value: object) -> object:
 def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:
     """Return at least ``least`` uint8 images ``(N, C, H, W)`` on the CPU, or raise."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.device.type != "cpu":
-        msg = f"{name} must be a uint8 tensor on the CPU; got {kind_of(images)}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a uint8 tensor on the CPU; got {kind_of(images)}")
     if images.ndim != 4 or images.shape[1] < 1 or min(images.shape[2:]) < smallest:
         size = f" with H and W at least {smallest}" if smallest > 1 else ""
-        msg = f"{name} must have shape (N, C, H, W){size}; got {tuple(images.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must have shape (N, C, H, W){size}; got {tuple(images.shape)}")
     if len(images) < least:
-        msg = f"{name} must hold at least {least} images; got {len(images)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must hold at least {least} images; got {len(images)}")
     return images
 
 
 def check_labels(labels: object, name: str, count: int, classes: int | None = None) -> int:
     """Check one class per image; return the number of classes, one more than the largest."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        msg = f"{name} must be a tensor of integers; got {kind_of(labels)}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a tensor of integers; got {kind_of(labels)}")
     if labels.shape != (count,):
         msg = f"{name} must have shape ({count},), one class per image; got {tuple(labels.shape)}"
         raise ValueError(msg)
     low, high = int(labels.min()), int(labels.max())
     limit = high + 1 if classes is None else classes
     if low < 0 or high >= limit:
-        msg = f"{name} must lie in 0 … {limit - 1}; got {low} to {high}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must lie in 0 … {limit - 1}; got {low} to {high}")
     return limit
 
 
@@ -61,8 +54,7 @@ def check_same_shape(images: Tensor, reference: Tensor, name: str = "reference")
     """Raise a ValueError if the images of the reference have another shape."""
     if reference.shape[1:] != images.shape[1:]:
         own, other = tuple(images.shape[1:]), tuple(reference.shape[1:])
-        msg = f"{name} must have the shape of images, {own}; got {other}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must have the shape of images, {own}; got {other}")
 
 
 def check_levels(shape: Sequence[int], channels: Sequence[int]) -> None:

@@ -226,8 +226,7 @@ def load_model(
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
-        msg = f"{run} is no run of cldsde train: it {state}"
-        raise ValueError(msg)
+        raise ValueError(f"{run} is no run of cldsde train: it {state}")
     if not (run / MODEL).is_file():
         msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
         if (run / "models").is_dir():
@@ -260,7 +259,6 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        msg = f"{file} cannot be used: {one_line(error)}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return ImageModel(model, space, config, seen, metadata["sha256"])

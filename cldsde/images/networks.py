@@ -243,8 +243,7 @@ def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch
         return torch.full((batch,), classes, device=device)
     if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (batch,):
         got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
-        msg = f"label must be an int64 tensor ({batch},), one a state; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"label must be an int64 tensor ({batch},), one a state; got {got}")
     if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
         msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
         raise ValueError(msg)

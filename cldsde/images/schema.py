@@ -244,8 +244,7 @@ def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            msg = f"duplicate key {key!r}"
-            raise ValueError(msg)
+            raise ValueError(f"duplicate key {key!r}")
     return dict(pairs)
 
 

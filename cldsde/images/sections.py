@@ -39,8 +39,7 @@ def _rate(value: object) -> object:
     numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     finite = all(type(x) in {int, float} and abs(x) < math.inf for x in numbers)  # type: ignore[arg-type]
     if not finite and value != "cosine":
-        msg = "should be a finite number, a pair of them for a rate, or 'cosine'"
-        raise ValueError(msg)
+        raise ValueError("should be a finite number, a pair of them for a rate, or 'cosine'")
     return tuple(numbers) if len(numbers) == 2 else value
 
 

@@ -26,8 +26,7 @@ def save_tensors(
     try:
         write_whole(file, lambda path: save_file(on_cpu, path, metadata=notes))
     except (OSError, SafetensorError) as error:
-        msg = f"{file} cannot be written ({brief(error)})"
-        raise OSError(msg) from error
+        raise OSError(f"{file} cannot be written ({brief(error)})") from error
 
 
 def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -37,18 +36,15 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     damaged or of another kind.
     """
     if not file.is_file():
-        msg = f"there is no file {file}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"there is no file {file}")
     try:
         with safe_open(file, framework="pt") as source:
             tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
             notes: dict[str, str] = source.metadata() or {}
     except (SafetensorError, OSError) as error:
-        msg = f"{file} is damaged or no safetensors file ({brief(error)})"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} is damaged or no safetensors file ({brief(error)})") from error
     if notes.get("kind") != kind:
-        msg = f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}"
-        raise ValueError(msg)
+        raise ValueError(f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}")
     written = notes.pop("sha256", "")
     if written != tensors_digest(tensors, notes):
         msg = f"{file} is damaged: its contents differ from the digest written with them"

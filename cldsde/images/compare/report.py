@@ -29,14 +29,12 @@ def read_results(file: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"{file} is damaged ({error}); delete it to have it made again"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} is damaged ({error}); delete it to have it made again") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         kind = found.get("format") if isinstance(found, dict) else None
         older = str(kind).startswith(FORMAT.partition(",")[0])
         advice = "delete it to have it made again" if older else "choose another folder"
-        msg = f"{file} is not {FORMAT}; {advice}"
-        raise ValueError(msg)
+        raise ValueError(f"{file} is not {FORMAT}; {advice}")
     return found
 
 

@@ -167,8 +167,7 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     """All image files of a folder and its subfolders, in order."""
     here = folder.resolve()
     if here in above:
-        msg = f"{folder} is a link to a folder that it lies in; remove it"
-        raise ValueError(msg)
+        raise ValueError(f"{folder} is a link to a folder that it lies in; remove it")
     folders, files = _visible(folder)
     inner: Iterable[Path] = (file for each in folders for file in _walk(each, (*above, here)))
     return sorted([*files, *inner], key=_name_order)
@@ -184,8 +183,7 @@ def _classes(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     for number, folder in enumerate(folders):
         found = _walk(folder, (root.resolve(),))
         if not found:
-            msg = f"{folder} is a class without an image; add images or remove it"
-            raise ValueError(msg)
+            raise ValueError(f"{folder} is a class without an image; add images or remove it")
         files += [(file, number) for file in found]
     return [folder.name for folder in folders], files
 

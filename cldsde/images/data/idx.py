@@ -67,15 +67,13 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     """Bytes ``(N, *shape)`` of a file in the IDX format: magic number, sizes, values."""
     file = next((x for x in (folder / name, folder / f"{name}.gz") if x.is_file()), None)
     if file is None:
-        msg = f"{folder} holds neither {name} nor {name}.gz"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
     try:
         content = file.read_bytes()
         if content[:2] == b"\x1f\x8b":  # gzip, whatever the name; IDX begins with two zeros
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        msg = f"{file} cannot be read: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be read: {error}") from error
     header = 8 + 4 * len(shape)
     count, left = divmod(len(content) - header, math.prod(shape))
     if (

@@ -58,8 +58,7 @@ class Images(ABC):
         """Raise an IndexError unless these images have the rows."""
         inside = rows.dtype == torch.int64 and rows.ndim == 1
         if not inside or bool(((rows < 0) | (rows >= len(self))).any()):
-            msg = f"rows must be int64 (n,) in 0 … {len(self) - 1}; got {rows}"
-            raise IndexError(msg)
+            raise IndexError(f"rows must be int64 (n,) in 0 … {len(self) - 1}; got {rows}")
 
     @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:

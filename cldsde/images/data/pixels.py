@@ -35,8 +35,7 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        msg = f"images must be a floating-point tensor; got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"images must be a floating-point tensor; got {got}")
     if bool(images.isnan().any()):
         msg = f"images must be numbers; got {int(images.isnan().sum())} NaN of {images.numel()}"
         raise ValueError(msg)
@@ -69,8 +68,7 @@ def augment(
     """
     check_values(images, levels)
     if images.ndim != 4:
-        msg = f"images must have shape (n, C, H, W); got {tuple(images.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"images must have shape (n, C, H, W); got {tuple(images.shape)}")
     if flip:
         source = images.device if generator is None else generator.device
         uniform = torch.rand(len(images), generator=generator, device=source).to(images.device)

@@ -33,8 +33,7 @@ TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
 
 def _whole_above_1(value: float) -> float:
     if value >= 1 and value != round(value):
-        msg = "Input should be a share below 1 or a number of images"
-        raise ValueError(msg)
+        raise ValueError("Input should be a share below 1 or a number of images")
     return value
 
 

@@ -60,8 +60,7 @@ class ImageClassifier(nn.Module):
         fits = images.ndim == 4 and images.shape[1] == channels
         if not fits or min(images.shape[2:]) < _SMALLEST:
             wanted = f"(B, {channels}, H, W) with H and W at least {_SMALLEST}"
-            msg = f"images must have shape {wanted}; got {tuple(images.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"images must have shape {wanted}; got {tuple(images.shape)}")
         features: Tensor = self.body(images)
         return features
 

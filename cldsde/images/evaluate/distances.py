@@ -33,14 +33,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         got = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        msg = f"first and second must be (n, F) and (m, F); got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"first and second must be (n, F) and (m, F); got {got}")
     if min(len(first), len(second)) < 2:
-        msg = f"first and second need two rows each; got {len(first)} and {len(second)}"
-        raise ValueError(msg)
+        raise ValueError(f"first and second need two rows each; got {len(first)} and {len(second)}")
     if not bool(first.isfinite().all() and second.isfinite().all()):
-        msg = "first and second must be finite"
-        raise ValueError(msg)
+        raise ValueError("first and second must be finite")
     a, b = first.to("cpu", torch.float64), second.to("cpu", torch.float64)
     return _gaussian_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
 
@@ -145,8 +142,7 @@ class FeatureSums:
             rows = checked_features(self._features(images), len(images))
         if self._seen and self._mean.shape != rows.shape[1:]:
             sizes = f"{len(self._mean)} and {rows.shape[1]}"
-            msg = f"features must return as many features for each batch; got {sizes}"
-            raise ValueError(msg)
+            raise ValueError(f"features must return as many features for each batch; got {sizes}")
         self._hash.update(images.numpy().tobytes())
         # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
         own, total = rows.mean(0), self._seen + len(rows)
@@ -166,8 +162,7 @@ def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Fréchet distance between the Gaussians of two sets; see `frechet_distance`."""
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
-        msg = f"statistics must be of the same features; got {own} and {other}"
-        raise ValueError(msg)
+        raise ValueError(f"statistics must be of the same features; got {own} and {other}")
     return _gaussian_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
@@ -219,8 +214,7 @@ def frechet(
     if isinstance(reference, FeatureStatistics):
         if reference.features != name:
             got = f"statistics in {reference.features!r}"
-            msg = f"reference must be in the features {name!r}; got {got}"
-            raise ValueError(msg)
+            raise ValueError(f"reference must be in the features {name!r}; got {got}")
         second = reference
     else:
         check_same_shape(images, check_images(reference, "reference", least=2))

@@ -387,8 +387,7 @@ class Evaluation(Reference):
 
     def _bits(self, model: Model) -> dict[str, Any]:
         if isinstance(model, OtherDynamics):
-            msg = "bpd needs a run under its own process"
-            raise UndefinedLikelihoodError(msg)
+            raise UndefinedLikelihoodError("bpd needs a run under its own process")
         options: dict[str, Any] = {
             "levels": self.data.train.levels,
             "t_min": model.config.training.t_min,

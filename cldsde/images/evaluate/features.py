@@ -65,15 +65,12 @@ def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        msg = f"features must return a floating-point tensor (B, F); got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
     if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
         got = f"{tuple(values.shape)} for {count} images"
-        msg = f"features must return (B, F), one row per image; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"features must return (B, F), one row per image; got {got}")
     if not bool(values.isfinite().all()):
-        msg = "features must return finite numbers; it returned NaN or infinity"
-        raise ValueError(msg)
+        raise ValueError("features must return finite numbers; it returned NaN or infinity")
     return values.detach().cpu().to(torch.float64)
 
 
@@ -82,8 +79,7 @@ def feature_name(features: FeatureNetwork) -> str:
     if not callable(features) or isinstance(features, type):
         got = repr(features) if isinstance(features, type) else type(features).__name__
         wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
-        msg = f"features must be {wanted}; got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"features must be {wanted}; got {got}")
     name = getattr(features, "name", None)
     owner: Any = features if hasattr(features, "__qualname__") else type(features)
     return name if isinstance(name, str) else f"{owner.__module__}:{owner.__qualname__}"

@@ -218,8 +218,7 @@ def _check_sets(
             raise ValueError(msg)
     check_same_shape(images, reference)
     if images.shape[1] not in {1, 3}:
-        msg = f"images must have 1 or 3 channels; got {images.shape[1]}"
-        raise ValueError(msg)
+        raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
 
 
 def _check_device(device: torch.device | str) -> torch.device:
@@ -228,8 +227,7 @@ def _check_device(device: torch.device | str) -> torch.device:
         msg = f"device must be 'cpu', 'cuda' or 'cuda:N' for torch-fidelity; got {str(device)!r}"
         raise ValueError(msg)
     if on.type == "cuda" and (on.index or 0) >= torch.cuda.device_count():
-        msg = f"device: this machine has no {on}; use 'cpu'"
-        raise ValueError(msg)
+        raise ValueError(f"device: this machine has no {on}; use 'cpu'")
     return on
 
 

@@ -110,8 +110,7 @@ def likelihood(
     if not isinstance(model, ReverseProcess):
         if not hasattr(model, "sde"):
             kinds = "a ReverseProcess, or a score with an attribute sde"
-            msg = f"model must be {kinds}; got {type(model).__name__}"
-            raise TypeError(msg)
+            raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
         model = ReverseProcess(model.sde, model)
     process: ReverseProcess = model
     _check_mode(process.score)
@@ -158,8 +157,7 @@ def latent_likelihood(
 ) -> dict[str, Any]:
     """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`."""
     if model.vae is None:
-        msg = "model must have an autoencoder; use likelihood for a model of pixels"
-        raise ValueError(msg)
+        raise ValueError("model must have an autoencoder; use likelihood for a model of pixels")
     _check_mode(model)
     check_values(check_images(images, "images"), levels)
     pixels = model.vae.likelihood
@@ -209,5 +207,4 @@ def _report(
 
 def _check_mode(model: object) -> None:
     if isinstance(model, nn.Module) and model.training:
-        msg = "model must be in evaluation mode; call .eval()"
-        raise ValueError(msg)
+        raise ValueError("model must be in evaluation mode; call .eval()")

@@ -126,8 +126,7 @@ class Reference:
         try:
             classifier, notes = load_classifier(file, device=self.device)
         except ValueError as error:
-            msg = f"{error}; delete it to have it made again"
-            raise ValueError(msg) from error
+            raise ValueError(f"{error}; delete it to have it made again") from error
         if not self._origin_of_classifier.items() <= notes.items():
             msg = f"{file} was trained on other images or classes; delete it, or move it away"
             raise ValueError(msg)

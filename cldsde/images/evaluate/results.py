@@ -92,8 +92,7 @@ def _check(found: Any) -> None:
         cell_numbers(cell)
     for values, keys in needs:
         if not keys <= values.keys():
-            msg = f"{', '.join(sorted(keys - values.keys()))} is missing"
-            raise ValueError(msg)
+            raise ValueError(f"{', '.join(sorted(keys - values.keys()))} is missing")
 
 
 @contextmanager

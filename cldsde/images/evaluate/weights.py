@@ -57,8 +57,7 @@ def load_inception(weights: Path) -> tuple[nn.Module, str]:
         msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
         raise ValueError(msg)
     if not all(bool(x.isfinite().all()) for x in state.values()):
-        msg = f"{other}: it holds NaN or infinity"
-        raise ValueError(msg)
+        raise ValueError(f"{other}: it holds NaN or infinity")
     from torch_fidelity import FeatureExtractorInceptionV3
 
     try:
@@ -82,8 +81,7 @@ def check_cache(cache: Path, key: str, count: int) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"cache: {cache} cannot be made ({error.strerror})"
-        raise ValueError(msg) from error
+        raise ValueError(f"cache: {cache} cannot be made ({error.strerror})") from error
     for file in sorted(cache.glob(f"{key}-*.pt")):
         try:
             with plain_loads():
@@ -93,8 +91,7 @@ def check_cache(cache: Path, key: str, count: int) -> None:
             msg = f"cache: {file} is damaged or holds code; delete it to have it made again"
             raise ValueError(msg) from error
         if not whole:
-            msg = f"cache: {file} holds something else; delete it to have it made again"
-            raise ValueError(msg)
+            raise ValueError(f"cache: {file} holds something else; delete it to have it made again")
 
 
 @contextlib.contextmanager

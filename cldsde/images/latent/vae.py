@@ -166,5 +166,4 @@ class VAE(nn.Module):
 def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
     if x.shape[1:] != torch.Size(shape):
         wanted = ", ".join(str(n) for n in shape)
-        msg = f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")

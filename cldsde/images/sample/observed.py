@@ -223,13 +223,11 @@ def _observation(
         assert mask is not None
         if mask.shape != y.shape[1:]:
             shapes = f"{tuple(y.shape[1:])}; got {tuple(mask.shape)}"
-            msg = f"the mask must have the picture's shape {shapes}"
-            raise ValueError(msg)
+            raise ValueError(f"the mask must have the picture's shape {shapes}")
         return Observation.mask(mask.expand_as(y), y, noise_std)
     if name == "grey":
         if number:
-            msg = f"'grey' takes no number; got {number!r}"
-            raise ValueError(msg)
+            raise ValueError(f"'grey' takes no number; got {number!r}")
         seen = y.mean(0, keepdim=True)
         return Observation(lambda x: x.mean(1, keepdim=True), seen, noise_std, tuple(y.shape))
     if name == "downsample":

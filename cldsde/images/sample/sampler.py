@@ -177,8 +177,7 @@ class ImageSampler:
             else:
                 found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
                 if not found.success:
-                    msg = f"{self._sampling.solver} failed: {found.message}"
-                    raise FloatingPointError(msg)
+                    raise FloatingPointError(f"{self._sampling.solver} failed: {found.message}")
                 data, evaluations = found.data, found.stats["nfev"]
             if isinstance(plan.solver, Imputation):
                 data = plan.solver.impose(data)

@@ -143,8 +143,7 @@ class TrainingState:
         try:
             tensors, metadata = load_tensors(run / STATE, KIND)
             if metadata["config"] != self._config.training_digest():
-                msg = "it was written for other settings than this run's"
-                raise ValueError(msg)
+                raise ValueError("it was written for other settings than this run's")
             for name, value in self._statistics._asdict().items():
                 if not torch.equal(tensors[name], value):
                     msg = f"the data have changed since it was written: their {name} differs"
