@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
@@ -125,12 +125,10 @@ class _Trainer:
         if is_main:
             with self._writing(METRICS):
                 self.folder.forget_metrics_after(self.seen)
-            with self._writing(EVENTS):
-                # Events of an earlier process from here on are hidden.
-                self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
-        with bar, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
+        events = self._logging() if is_main else nullcontext()
+        with bar, events, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
             for parts in self.learner.feed.batches(loader, self.done):
@@ -145,12 +143,25 @@ class _Trainer:
                     self._draw(stop)
                 self._obey(stop)
         self.engine.wait_for_everyone()
-        if self.events is not None:
-            self.events.close()
-            if not settings.keep_state:
-                (self.folder / STATE).unlink(missing_ok=True)
+        if is_main and not settings.keep_state:
+            (self.folder / STATE).unlink(missing_ok=True)
         self.engine.wait_for_everyone()
         return self.learner.average
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Open TensorBoard's events, and close them; an error of the training goes first."""
+        with self._writing(EVENTS):
+            # Events of an earlier process from here on are hidden.
+            self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self.events.close()
+            raise
+        with self._writing(EVENTS):
+            self.events.close()
 
     def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received, between two steps or two batches of a grid."""
