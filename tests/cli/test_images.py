@@ -270,7 +270,7 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
         ([run, "--samples", "1"], "--samples: must be at least 2"),
         (
             [run, "--features", "nowhere:thing"],
-            "--features: there is no module 'nowhere'",
+            "--features: 'nowhere:thing' cannot be loaded",
         ),
         ([run, "--features", "math:pi"], "--features: must be callable"),
         (
@@ -279,9 +279,9 @@ def test_evaluation_refuses_in_one_line(run, tmp_path, capsys, monkeypatch):
         ),
         (
             [run, "--features", "broken:Network"],
-            "--features: 'broken' cannot be imported (Syntax",
+            "--features: 'broken:Network' cannot be loaded as module:attribute (Syntax",
         ),
-        ([run, "--features", "lacking:Network"], "--features: No module named 'nowhere'"),
+        ([run, "--features", "lacking:Network"], "--features: 'lacking:Network' cannot be loaded"),
         ([run, "--part", "test"], "--part: must be"),
         ([run, "--reference", run], "--reference is for samples"),
         ([run, "--solver", "sscs,ssc"], "--solver: solver must be"),

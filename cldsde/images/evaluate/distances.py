@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
 from cldsde.progress import progress_bar
@@ -109,6 +110,8 @@ class FeatureStatistics:
     ) -> FeatureStatistics:
         """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
+        if batch < 1:
+            raise SettingError("batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
         sums = FeatureSums(features, images.shape, name=name)
         for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):

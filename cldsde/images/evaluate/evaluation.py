@@ -148,11 +148,8 @@ class Evaluation(Reference):
                 msg = "the data have no classes; name a network, module:attribute"
                 raise SettingError("features", msg)
         elif "fd" in self.metrics:
-            try:
-                two = as_bytes(reference.load(torch.arange(2)), reference.levels)
-                check_features(load_features(self.features), two)
-            except ModuleNotFoundError as error:
-                raise SettingError("features", str(error)) from error
+            two = as_bytes(reference.load(torch.arange(2)), reference.levels)
+            check_features(load_features(self.features), two)
 
     def prepare(self, *, progress: bool = False) -> None:
         """Train the classifier that measuring samples needs, if there is none yet."""

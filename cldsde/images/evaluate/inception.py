@@ -44,7 +44,7 @@ def inception_metrics(
     reference: Tensor,
     weights: Path,
     *,
-    metrics: Sequence[InceptionMetric] = ("fid", "kid", "isc", "prc"),
+    metrics: Annotated[Sequence[InceptionMetric], Field(min_length=1)] = get_args(InceptionMetric),
     batch: Count = 64,
     device: torch.device | str = "cpu",
     seed: Annotated[Natural, Field(lt=2**32)] = 0,
@@ -101,9 +101,6 @@ def inception_metrics(
         or a file is damaged or not of that network.
     """
     options = get_args(InceptionMetric)
-    if isinstance(metrics, str) or not metrics or not set(metrics) <= set(options):
-        msg = f"metrics must be some of {', '.join(map(repr, options))}; got {metrics!r}"
-        raise ValueError(msg)
     chosen = [option for option in options if option in metrics]
     _check_sets(images, reference, chosen, kid_subset_size)
     on = _check_device(device)

@@ -170,7 +170,7 @@ def test_networks_that_return_something_else_are_refused(features, error, messag
         (noise(1, 0), noise(5, 0), 8, "images must hold at least 2 images; got 1"),
         (noise(5, 0), noise(1, 0), 8, "reference must hold at least 2 images; got 1"),
         (noise(5, 0), noise(5, 0, (1, 5, 4)), 8, "reference must have the shape of images"),
-        (noise(5, 0), noise(5, 0), 0, "batch must be an integer of at least 1"),
+        (noise(5, 0), noise(5, 0), 0, "batch: must be .* 1"),
     ],
 )
 def test_frechet_refuses_before_any_work(images, reference, batch, message):

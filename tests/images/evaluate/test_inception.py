@@ -230,9 +230,9 @@ def test_missing_torch_fidelity_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": []}, "metrics must be some of 'fid', 'kid', 'isc', 'prc'; got"),
-        ({"metrics": "fid"}, "metrics must be some of"),
-        ({"metrics": ["is"]}, "metrics must be some of"),
+        ({"metrics": []}, "metrics: must"),
+        ({"metrics": "fid"}, "metrics: must"),
+        ({"metrics": ["is"]}, "metrics: must"),
         (
             {"metrics": ["kid"]},
             "images must hold at least 1000 images, for kid_subset_size; got 10",
@@ -249,8 +249,8 @@ def test_missing_torch_fidelity_is_named(tmp_path, monkeypatch):
         ),
         ({"device": "mps"}, "device must be 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:99"}, "this machine has no cuda:99"),
-        ({"seed": 2**32}, "seed must be an integer in"),
-        ({"seed": -1}, "seed must be an integer in"),
+        ({"seed": 2**32}, "seed: must be"),
+        ({"seed": -1}, "seed: must be"),
         ({"batch": 0}, "batch must be"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
     wrong = {**network, "options": {"widht": 3}}
     with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
         check_run(RunConfig.from_dict({**VALUES, "network": wrong}), DATA)
-    with pytest.raises(SettingError, match=r"network\.name: there is no module 'nowhere'"):
+    with pytest.raises(SettingError, match=r"network\.name: 'nowhere:Net' cannot be loaded"):
         check_run(RunConfig.from_dict({**VALUES, "network": {"name": "nowhere:Net"}}), DATA)
 
 
