@@ -107,7 +107,7 @@ def test_training_refuses_in_one_line(config, run, capsys, tmp_path):
         ),
         ([config, "--set", "data.name=folder"], "data.options.path: is missing"),
         ([config, "--resume"], "--resume"),
-        ([config, "--seed", "-1"], "--seed: must be greater than or equal to 0"),
+        ([config, "--seed", "-1"], "--seed: must be"),
         ([config, "--device", "gpu"], "--device must be"),
     ]
     for arguments, words in cases:
