@@ -57,7 +57,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.config import load_config
         from cldsde.images.data.samples import load_samples
         from cldsde.images.evaluate.evaluation import Evaluation
-        from cldsde.images.evaluate.results import markdown_table
+        from cldsde.images.evaluate.results import markdown_table, notes
         from cldsde.images.runs import CONFIG
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
@@ -98,7 +98,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         if bits is not None:
             value = f"{bits['bits_per_dim']:.3f} ± {bits['standard_error'] or 0:.3f}"
             print(f"{value} bits per dim ({bits['quantity']})")
-        for note in evaluation.notes(found, model):
+        dequantised = model is None or model.vae is not None or model.space.dequantised
+        for note in notes(found, dequantised=dequantised):
             print(f"note: {note}", file=sys.stderr)
         print(f"All is in {out.resolve()}")
 

@@ -219,26 +219,6 @@ class Evaluation(Reference):
         row = {"sampling": {"solver": name, "nfe": ""}, "cells": {"": cell}}
         return {"recipes": [row], "likelihood": None}
 
-    @staticmethod
-    def notes(found: Mapping[str, Any], model: Model | None) -> list[str]:
-        """Notes on results of `of_run` or `of_samples` that mean little."""
-        cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
-        measures = [measure for cell in cells for key, measure in cell.items() if key[:3] == "fd "]
-        few = [measure for measure in measures if measure["singular"]]
-        notes = []
-        if few:
-            notes.append(
-                f"Fréchet distances of {few[0]['samples']} images in {few[0]['feature_count']} "
-                "features are strongly biased; use more images than features"
-            )
-        pixels = model is not None and model.vae is None and not model.space.dequantised
-        if found["likelihood"] is not None and pixels:
-            notes.append(
-                "the model was trained without dequantisation, and has no useful density of "
-                "dequantised images"
-            )
-        return notes
-
     def stream(self, model: Model, recipe: SamplingConfig, seeds: range) -> Iterator[Samples]:
         """The images of `draw`, batch by batch."""
         batches = self._sampler(model, recipe).stream(seeds, progress=self.progress)

@@ -190,3 +190,17 @@ def markdown_table(found: Mapping[str, Any]) -> str:
             ]
         )
     return Table("", ["solver", "NFE", "grid, ε", "images", *names], rows, []).markdown()
+
+
+def notes(found: Mapping[str, Any], *, dequantised: bool) -> list[str]:
+    """Notes on results that mean little, for a model of ``dequantised`` levels or another."""
+    cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
+    measures = [measure for cell in cells for key, measure in cell.items() if key[:3] == "fd "]
+    few = [measure for measure in measures if measure["singular"]]
+    sizes = f"{few[0]['samples']} images in {few[0]['feature_count']} features" if few else ""
+    biased = f"Fréchet distances of {sizes} are strongly biased; use more images than features"
+    undefined = "the model was trained without dequantisation, and has no useful density of "
+    density = (
+        [] if dequantised or found["likelihood"] is None else [f"{undefined}dequantised images"]
+    )
+    return [*([biased] if few else []), *density]
