@@ -102,6 +102,12 @@ class TestRequestedStates:
         assert more.mean() <= len(stops) + 2 + room
         assert more.mean() + room > 0
 
+    def test_a_step_that_ends_at_the_end_is_the_last(self) -> None:
+        ends = torch.tensor([1.0, 0.5])  # exact in binary, as the step
+        solution = run("flow", states(), ends, solver=SOLVERS["flow"].with_step(0.25))
+        assert solution.success
+        assert solution.stats["attempts"] == 2
+
     def test_gotta_go_fast_keeps_its_distribution_between_stops(self) -> None:
         sde, n = VPSDE(0.5, 5.0), 4000
         process = ReverseProcess(sde, DATA.score(sde))
@@ -272,10 +278,9 @@ class TestCallbacks:
         assert solution.y[0].isfinite().all()
         assert solution.y[1].isnan().all()
 
-    @pytest.mark.parametrize("method", ["euler-maruyama", "flow"])
     @pytest.mark.parametrize("value", [None, False, 0])
-    def test_other_values_do_not_stop(self, method: str, value: Any) -> None:
-        assert run(method, states(), callback=lambda *x: value).status == 0
+    def test_other_values_do_not_stop(self, value: Any) -> None:
+        assert run("flow", states(), callback=lambda *x: value).status == 0
 
     @every_kind
     def test_after_the_last_step_there_is_nothing_to_stop(self, method: str) -> None:

@@ -1,4 +1,4 @@
-# folder: written by save_pretrained, of a pipeline or of a model with its scheduler
+# folder: where save_pretrained wrote a pipeline, or a model and its scheduler
 from cldsde import CLD, DenoiserScore, pretrained, sample
 
 sde = CLD()

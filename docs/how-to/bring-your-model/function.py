@@ -1,4 +1,4 @@
-# the best estimate of normal data of variance 4, written as a formula
+# exact denoiser for Gaussian data with mean 0 and variance 4
 from cldsde import CLD, DenoiserScore, sample
 
 

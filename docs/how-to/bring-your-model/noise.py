@@ -1,4 +1,4 @@
-# network(x, index) predicts the noise at one of 1,000 levels, alphas_cumprod
+# network(x, index) predicts the noise at the given index of the table alphas_cumprod
 from cldsde import CLD, DenoiserScore, NoisePath, PredictionDenoiser, sample
 
 sde = CLD()
