@@ -69,9 +69,10 @@ class ObservedImage:
         operators = f"'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
         seen = self.operator != "mask" or (self.mask is not None and bool(self.mask.any()))
         known = self.method in get_args(ObservedMethod)
+        finite = f"must be finite and positive; got {self.noise_std:g}"
         for key, holds, reason in (
             ("method", known, f"must be one of {names}; got {self.method!r}"),
-            ("noise_std", 0 < self.noise_std < math.inf, "must be finite and positive"),
+            ("noise_std", 0 < self.noise_std < math.inf, finite),
             ("particles", self.particles >= 1, f"must be at least 1; got {self.particles}"),
             ("observe", self.operator.partition(":")[0] in _OPERATORS, f"must be {operators}"),
             ("observe", seen, "must mark some pixels in white; it is all black"),
