@@ -152,6 +152,6 @@ def test_the_order_is_the_declared_one(method: str, name: str, increments: str) 
 
 
 def test_all_declarations_are_tested() -> None:
-    # test_interoperability.py tests those of torchsde.
+    # test_with_torchsde.py tests those of torchsde.
     others = {name for name in SOLVERS if name.startswith("torchsde")}
     assert set(SOLVERS) - others == {"euler-maruyama", "stochastic-heun"}

@@ -7,55 +7,55 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
+from probes import generator, untouchable
 from references import wide_mixture
 
+BATCHES = 1e-9  # matrix products of other batch sizes round otherwise; it grows along the steps
 
-def _gaussian():
+
+def gaussian():
     """One Gaussian, for which the twist is exact, and an observation of two of three numbers."""
-    covariance = torch.tensor([[1.0, 0.6, 0.2], [0.6, 1.0, 0.5], [0.2, 0.5, 0.8]])
-    data = GaussianMixture([1.0], [[0.3, -0.2, 0.0]], [covariance.tolist()])
+    covariance = [[1.0, 0.6, 0.2], [0.6, 1.0, 0.5], [0.2, 0.5, 0.8]]
+    data = GaussianMixture([1.0], [[0.3, -0.2, 0.0]], [covariance])
     mask = torch.tensor([True, False, True])
     return data, Observation.mask(mask, torch.tensor([1.0, 0.0, -0.5]).double(), 0.2)
 
 
-def _sample(data, seen, sde=None, *, steps=40, **options):
+def sample(data, seen, sde=None, *, start=1.0, steps=40, score=None, **options):
     sde = CLD() if sde is None else sde
     end = float(solvers.times_of_log_snr(sde, -math.log(0.1 * seen.noise_std)))
-    end = min(end, seen.end_time(sde, seen.shape))
-    options = {"dtype": torch.float64, **options}
-    return solvers.sample_posterior(
-        ReverseProcess(sde, data.score(sde)), seen, solvers.root_times(sde.T, end, steps), **options
-    )
+    times = solvers.root_times(start, min(end, seen.end_time(sde, seen.shape)), steps)
+    process = ReverseProcess(sde, data.score(sde) if score is None else score)
+    return solvers.sample_posterior(process, seen, times, **{"dtype": torch.float64, **options})
+
+
+def check_evidence(found, data, seen, bias=0.01):
+    """Three standard errors, and the step's error of second order."""
+    error = found.log_evidence - data.log_evidence(seen)
+    assert abs(error) < 3 * found.log_evidence_std + bias
+    assert found.log_evidence_std < 0.1
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
 def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
-    data, seen = _gaussian()
-    found = _sample(data, seen, sde, particles=500, seeds=range(8))
+    data, seen = gaussian()
+    found = sample(data, seen, sde, particles=500, seeds=range(8))
     posterior = data.condition(seen)
     x, w = found.samples, found.weights
     mean = w @ x
-    covariance = ((x - mean) * w.unsqueeze(1)).mT @ (x - mean)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(posterior.covariances[0]))
     # Four standard errors of 4000 samples, 4 sqrt(3/4000) = 0.11 in units of the posterior; and
     # 1 % for the noise that is left in the state, σ = s/10.
-    root = torch.linalg.cholesky(posterior.covariances[0])
-    white = torch.linalg.solve_triangular(root, (mean - posterior.means[0])[:, None], upper=False)
-    assert float(white.norm()) < 0.12
-    inverse = torch.linalg.inv(root)
-    torch.testing.assert_close(
-        inverse @ covariance @ inverse.mT, torch.eye(3).double(), rtol=0, atol=0.2
-    )
-    # What is left beside sampling is the step's error of second order.
-    error = found.log_evidence - data.log_evidence(seen)
-    assert abs(error) < 3 * found.log_evidence_std + 0.01
-    assert found.log_evidence_std < 0.05
+    assert (inverse @ (mean - posterior.means[0])).norm() < 0.12
+    covariance = inverse @ ((x - mean) * w.unsqueeze(1)).mT @ (x - mean) @ inverse.mT
+    assert (covariance - torch.eye(3)).abs().max() < 0.2
+    check_evidence(found, data, seen)
 
 
 def test_log_weights_of_an_exact_twist_narrow_with_the_steps():
-    data, seen = _gaussian()
     variance = []
     for steps in (40, 160):
-        found = _sample(data, seen, particles=2000, seeds=[0], steps=steps, threshold=0.0)
+        found = sample(*gaussian(), particles=2000, seeds=[0], steps=steps, threshold=0.0)
         variance.append(float(found.log_weights.var()))
         assert found.ess.shape == (1, steps + 1)
         assert found.nfev == steps + 1
@@ -66,10 +66,9 @@ def test_log_weights_of_an_exact_twist_narrow_with_the_steps():
 
 
 def test_the_error_of_the_evidence_falls_with_the_root_of_the_particles():
-    data, seen = _gaussian()
     errors = [
-        _sample(data, seen, particles=k, seeds=range(100), steps=40).log_evidence_std
-        for k in (30, 270)
+        sample(*gaussian(), particles=k, seeds=range(100), steps=20).log_evidence_std
+        for k in (20, 180)
     ]
     # 3 = √9; a standard deviation of 100 runs is known to 7 %, of skewed weights to about 15 %.
     assert 2 < errors[0] / errors[1] < 4.5
@@ -77,77 +76,58 @@ def test_the_error_of_the_evidence_falls_with_the_root_of_the_particles():
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
     data, seen = wide_mixture()
-    found = _sample(data, seen, particles=500, seeds=range(10))
+    found = sample(data, seen, particles=500, seeds=range(10))
     # The error of 40 steps is 0.03, as runs of 2,000 particles show.
     error = found.log_evidence - data.log_evidence(seen)
     assert abs(error) < 3 * found.log_evidence_std + 0.03
 
 
-def test_weights_put_calls_together():
-    data, seen = wide_mixture()
-    together = _sample(data, seen, particles=20, seeds=[3, 4, 5], steps=10)
-    alone = _sample(data, seen, particles=20, seeds=[4], steps=10)
-    # Matrix products of other batch sizes may add in another order.
-    torch.testing.assert_close(together.samples[20:40], alone.samples, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(together.log_weights[20:40], alone.log_weights, rtol=1e-9, atol=1e-9)
+def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
+    options = {"particles": 20, "steps": 10}
+    together = sample(*wide_mixture(), seeds=[3, 4, 5], **options)
+    for chunk in (None, 7):
+        alone = sample(*wide_mixture(), seeds=[4], chunk=chunk, **options)
+        close = {"rtol": BATCHES, "atol": BATCHES}
+        torch.testing.assert_close(together.samples[20:40], alone.samples, **close)
+        torch.testing.assert_close(together.log_weights[20:40], alone.log_weights, **close)
     mean = together.log_weights.logsumexp(0) - math.log(60)
-    assert math.isclose(float(mean), together.log_evidence, rel_tol=1e-12)
-
-
-def test_chunks_do_not_change_the_samples():
-    data, seen = wide_mixture()
-    whole = _sample(data, seen, particles=30, seeds=[1], steps=10)
-    parts = _sample(data, seen, particles=30, seeds=[1], steps=10, chunk=7)
-    torch.testing.assert_close(whole.samples, parts.samples, rtol=1e-9, atol=1e-9)
+    assert float(mean) == pytest.approx(together.log_evidence, rel=1e-12)  # two ways to a sum
 
 
 def test_a_solve_in_inference_mode_is_the_same():
-    data, seen = wide_mixture()
-    expected = _sample(data, seen, particles=10, seeds=[1], steps=5)
+    problem, options = wide_mixture(), {"particles": 10, "seeds": [1], "steps": 5}
+    expected = sample(*problem, **options)
     with torch.inference_mode():
-        found = _sample(data, seen, particles=10, seeds=[1], steps=5)
+        found = sample(*problem, **options)
     assert torch.equal(found.samples, expected.samples)
 
 
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
 def test_options_keep_the_evidence(options):
-    data, seen = _gaussian()
-    found = _sample(data, seen, particles=500, seeds=range(8), **options)
-    error = found.log_evidence - data.log_evidence(seen)
-    assert abs(error) < 3 * found.log_evidence_std + 0.01
+    found = sample(*gaussian(), particles=500, seeds=range(8), **options)
+    check_evidence(found, *gaussian())
 
 
-def test_a_start_below_the_prior_is_that_of_the_data():
-    data, seen = _gaussian()
-    sde = VPSDE()
-    process = ReverseProcess(sde, data.score(sde))
-    end = seen.end_time(sde, (3,)) / 4
-    times = solvers.root_times(0.8, end, 40)
-    found = solvers.sample_posterior(
-        process, seen, times, particles=500, seeds=range(8), dtype=torch.float64
-    )
-    # At t = 0.8 the data hold exp(-6.5) of the variance: as good as none.
-    error = found.log_evidence - data.log_evidence(seen)
-    assert abs(error) < 3 * found.log_evidence_std + 0.02
+def test_a_start_below_the_prior_has_the_distribution_of_the_data():
+    found = sample(*gaussian(), VPSDE(), start=0.8, particles=500, seeds=range(8))
+    # At t = 0.8 the state still has exp(-6.5) of the data's variance.
+    check_evidence(found, *gaussian(), bias=0.02)
 
 
 def test_resampled_particles_have_equal_weights():
-    data, seen = wide_mixture()
-    found = _sample(data, seen, particles=400, seeds=[0])
-    drawn = found.resample(4000, generator=torch.Generator().manual_seed(0))
+    found = sample(*wide_mixture(), particles=400, seeds=[0])
+    drawn = found.resample(4000, generator=generator())
     assert drawn.shape == (4000, 8)
     # Systematic resampling takes each particle the rounded number of its share.
-    spread = found.samples.std(0)
-    error = (drawn.mean(0) - found.weights @ found.samples) / spread
-    assert float(error.abs().max()) < 0.05
+    error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
+    assert error.abs().max() < 0.05
 
 
-def test_systematic_resampling_is_without_bias():
-    weights = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    counts = torch.zeros(3)
+def test_systematic_resampling_has_no_bias():
+    weights, counts = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.zeros(3)
     for u in torch.linspace(0.005, 0.995, 100, dtype=torch.float64):
-        chosen = _systematic(weights, u.reshape(1, 1), 4)
-        counts += torch.bincount(chosen[0], minlength=3)
+        counts += torch.bincount(_systematic(weights, u.reshape(1, 1), 4)[0], minlength=3)
+    # The integral over u by a sum of 100, whose jumps are 1/200 off.
     torch.testing.assert_close(counts / 400, weights[0].float(), rtol=0, atol=5e-3)
 
 
@@ -163,52 +143,29 @@ def test_systematic_resampling_is_without_bias():
         ({"shape": (4,)}, "numbers; got data"),
         ({"data_variance": 0}, "data_variance must be"),
     ],
+    ids=str,
 )
-def test_bad_options_are_errors_before_sampling(options, message):
-    data, seen = wide_mixture()
+def test_bad_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
-        _sample(_Untouched(data), seen, **options)
+        sample(*wide_mixture(), score=untouchable, **options)
 
 
-class _Untouched:
-    """Data whose score must not be evaluated."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def score(self, sde):
-        def score(z, t):
-            pytest.fail("the score was evaluated")
-
-        return score
-
-
-def test_an_end_that_is_too_late_says_which_to_take():
-    data, seen = wide_mixture()
-    sde = CLD()
-    latest = seen.end_time(sde, (8,))
-    process = ReverseProcess(sde, _Untouched(data).score(sde))
-    times = solvers.root_times(1.0, 2 * latest, 10)
+def test_observations_that_do_not_fit_are_rejected():
+    _, seen = wide_mixture()
+    process, latest = ReverseProcess(CLD(), untouchable), seen.end_time(CLD(), (8,))
+    late, early = (solvers.root_times(1.0, end, 10) for end in (2 * latest, 1e-3))
     with pytest.raises(ValueError, match=f"times must end at {latest:.3g} or earlier"):
-        solvers.sample_posterior(process, seen, times)
-
-
-def test_no_noise_and_an_unknown_shape_are_errors():
-    data, seen = wide_mixture()
-    process = ReverseProcess(CLD(), _Untouched(data).score(CLD()))
-    times = solvers.root_times(1.0, 1e-3, 10)
+        solvers.sample_posterior(process, seen, late)
+    exact = Observation(seen.forward, seen.y, 0.0)
     with pytest.raises(ValueError, match="noise_std must be positive"):
-        solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.0), times, shape=(8,))
+        solvers.sample_posterior(process, exact, early, shape=(8,))
     with pytest.raises(ValueError, match="shape must be given"):
-        solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.1), times)
+        solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.1), early)
 
 
 def test_a_score_that_is_not_finite_is_an_error():
-    _, seen = wide_mixture()
-    process = ReverseProcess(VPSDE(), lambda z, t: z * math.nan)
-    times = solvers.root_times(1.0, 1e-4, 10)
     with pytest.raises(FloatingPointError, match="no particle of run 0"):
-        solvers.sample_posterior(process, seen, times)
+        sample(*wide_mixture(), VPSDE(), score=lambda z, t: z * math.nan)
 
 
 @pytest.mark.slow

@@ -1,0 +1,152 @@
+"""Processes as right-hand sides of torchdiffeq and torchsde."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchdiffeq import odeint, odeint_adjoint
+
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
+from cldsde.score.adapters import as_torchdiffeq, as_torchsde
+from probes import generator, start
+from references import cld, dense, hold, psld, ve, vp
+
+DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+PROCESSES = {
+    "VP": (VPSDE(0.1, 8.0), dense(vp(0.1, 8.0))),
+    "VE": (VESDE(0.1, 5.0), dense(ve(0.1, 5.0))),
+    "CLD": (CLD((1.0, 7.0)), dense(cld((1.0, 7.0)))),
+    "PSLD": (PSLD(), dense(psld())),
+    "HOLD": (HOLD(), dense(hold())),
+}
+# Two ways to a covariance, whose inverse loses up to two digits.
+ROUNDING = 1e-11
+
+every_process = pytest.mark.parametrize("name", list(PROCESSES))
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def reverse(name):
+    sde = PROCESSES[name][0]
+    return ReverseProcess(sde, DATA.score(sde))
+
+
+class Pulling(torch.nn.Module):
+    """A nonlinear score with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = torch.nn.Parameter(double(1.3))
+
+    def forward(self, z, t):
+        return -(1 + t[:, None, None]) * (self.strength * z[:, 1:] + 0.5 * z[:, :1].sin())
+
+
+class TestFlow:
+    @every_process
+    def test_it_is_the_drift_or_the_probability_flow(self, name):
+        (sde, exact), t = PROCESSES[name], 0.37
+        z = start(sde, (4, 1))
+        expected = exact.clock.rate(t) * exact.A @ z.numpy(), exact.velocity(t, z.numpy())
+        for process, velocity in zip((sde, reverse(name)), expected, strict=True):
+            found = as_torchdiffeq(process)(double(t)[0], z).numpy()
+            assert abs(found - velocity).max() <= ROUNDING * (1 + abs(velocity).max())
+
+    def test_torchdiffeq_integrates_it(self):
+        sde, exact = PROCESSES["CLD"]
+        options = {"method": "dopri8", "rtol": 1e-10, "atol": 1e-10}
+        z = start(sde, (4, 2))
+        found = odeint(as_torchdiffeq(sde), z, double(0.0, 0.9), **options)[-1]
+        # At most 100 steps of 1e-10, lengthened fivefold.
+        assert (found - torch.from_numpy(exact.psi(0.0, 0.9)) @ z).abs().max() <= 1e-7
+        z = start(sde, (4, 1), torch.float32)
+        found = odeint(as_torchdiffeq(sde), z, torch.linspace(0, 1, 40), method="rk4")[-1]
+        assert found.dtype == torch.float32
+        # (8 / 40)^5 a step is 3e-4, and 39 steps.
+        expected = torch.from_numpy(exact.psi(0.0, 1.0)) @ z.double()
+        assert (found - expected).abs().max() <= 39 * 3e-4 * z.abs().max()
+
+    def test_adjoint_gradients_are_those_of_backpropagation(self):
+        gradients = []
+        for integrate in (odeint, odeint_adjoint):
+            score, z = Pulling(), start(CLD(), (3, 1)).requires_grad_()
+            form = as_torchdiffeq(ReverseProcess(CLD(), score))
+            assert [name for name, _ in form.named_parameters()] == ["score.strength"]
+            y = integrate(form, z, double(1.0, 0.2), method="rk4", options={"step_size": 0.005})
+            (y[-1] ** 2).sum().backward()
+            gradients.append(torch.cat([z.grad.flatten(), score.strength.grad]))
+        scale = gradients[0].abs().max()
+        assert scale > 0.1
+        assert gradients[0][-1] != 0
+        # The adjoint equation has errors of its own, (rate h)^4 with a rate of 30 at most.
+        assert (gradients[0] - gradients[1]).abs().max() <= 0.15**4 * scale
+
+
+class TestForm:
+    """A process as torchsde's SDE."""
+
+    @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+    def test_a_row_holds_the_components_of_one_number(self, shape):
+        form, state = as_torchsde(CLD(), shape), torch.randn(3, 2, *shape, generator=generator())
+        y = form.pack(state)
+        assert y.shape == (3 * math.prod(shape), 2)
+        numbers = itertools.product(range(3), *map(range, shape))
+        for row, (b, *place) in zip(y, numbers, strict=True):
+            assert torch.equal(row, state[(b, slice(None), *place)])
+        several = torch.stack([y, 2 * y, 3 * y, 4 * y])
+        assert torch.equal(form.unpack(several), torch.stack([i * state for i in (1, 2, 3, 4)]))
+
+    @every_process
+    @pytest.mark.parametrize("calculus", ["ito", "stratonovich"])
+    def test_drift_and_noise_are_those_of_the_process(self, calculus, name):
+        (sde, exact), t = PROCESSES[name], 0.37
+        z, rate = start(sde, (4, 1)), exact.clock.rate(t)
+        y = z[..., 0].numpy()
+        drift = rate * y @ exact.A.T
+        score = -(y - exact.mean(t)) @ np.linalg.inv(exact.covariance(t))
+        for process, s, expected in (
+            (sde, t, drift),
+            (reverse(name), -t, rate * score @ exact.Q - drift),
+        ):
+            form = as_torchsde(process, (1,), calculus=calculus)
+            assert (form.noise_type, form.sde_type) == ("additive", calculus)
+            assert form.clock(double(t)) == s
+            f, g = (call(double(s)[0], form.pack(z)).numpy() for call in (form.f, form.g))
+            assert abs(f - expected).max() <= ROUNDING * (1 + abs(expected).max())
+            noise = rate * exact.Q
+            assert g.shape == (4, *exact.Q_root.shape)
+            assert abs(g @ g.mT - noise).max() <= ROUNDING * noise.max()
+
+    def test_gradients_reach_a_score_s_parameters(self):
+        score, sde = Pulling(), CLD()
+        form = as_torchsde(ReverseProcess(sde, score), (1,))
+        assert [name for name, _ in form.named_parameters()] == ["score.strength"]
+        z = start(sde, (4, 1))
+        form.f(double(-1.0)[0], form.pack(z)).sum().backward()
+        # G G^T = 8, and the score's derivative is -(1 + t) v.
+        assert float(score.strength.grad) == pytest.approx(-8 * 2 * float(z[:, 1].sum()))
+
+
+class TestRejected:
+    @pytest.mark.parametrize("process", [None, CLD, "CLD", DATA], ids=str)
+    def test_other_objects(self, process):
+        message = "process must be a LinearSDE or a ReverseProcess"
+        with pytest.raises(TypeError, match=message):
+            as_torchdiffeq(process)
+        with pytest.raises(TypeError, match=message):
+            as_torchsde(process, (1,))
+
+    @pytest.mark.parametrize("calculus", ["Ito", None])
+    def test_another_calculus(self, calculus):
+        with pytest.raises(ValueError, match="calculus must be 'ito' or 'stratonovich'"):
+            as_torchsde(CLD(), (1,), calculus=calculus)
+
+    @pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3), (4, 2, 3, 1), (2,), (4, 2, 4)])
+    def test_states_of_another_shape(self, shape):
+        with pytest.raises(ValueError, match=r"state must have shape \(B, 2, 3\)"):
+            as_torchsde(CLD(), (3,)).pack(torch.zeros(shape))
