@@ -89,7 +89,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
                 passed = [n for n, v in Report(found).summary().items() if v is Verdict.PASS]
                 drawn = {name: chosen[name] for name in chosen if name in passed}
                 for made in diagrams(drawn, cases, quick=quick):
-                    (found if isinstance(made, Check) else tables).append(made)  # type: ignore[arg-type]
+                    if isinstance(made, Check):
+                        found.append(made)
+                    else:
+                        tables.append(made)
             complete = True
         finally:
             report = Report(found, tables, complete, chosen)

@@ -79,7 +79,7 @@ def stored_results(results: Path, digest: str) -> dict[str, Any]:
 
 def _check(found: Any) -> None:
     TypeAdapter(_Results).validate_python(found)
-    needs = []
+    needs: list[tuple[Mapping[str, Any], set[str]]] = []
     bits = found.get("likelihood")
     if bits is not None and FAILED not in bits:
         needs.append((bits, {"bits_per_dim", "is_bound", "quantity", "settings"}))

@@ -238,7 +238,8 @@ class _Trainer:
 
     def _save(self) -> None:
         """Save model and state, measure the averaged model, and keep it if it is among the best."""
-        settings, seen, found = self.settings, self.seen, {}
+        settings, seen = self.settings, self.seen
+        found: dict[str, float] = {}
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
         if self.engine.is_main_process:
