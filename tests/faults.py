@@ -161,7 +161,17 @@ def outcome(fault: Fault, package: Path) -> tuple[int, str]:
     if source.count(fault.right) != 1:
         return 2, f"{fault.file} holds {source.count(fault.right)} times: {fault.right}"
     file.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     try:
         result = subprocess.run(

@@ -2,7 +2,7 @@
 
 Code runs "on a GPU" without one, with real numbers:
 
-- Mixing devices raises, as on a GPU; 0-dimensional CPU tensors are allowed where a GPU allows them.
+- Mixing devices raises, as on a GPU; 0-dimensional CPU tensors are allowed as on a GPU.
 - A generator of another device raises.
 - `Traffic` counts copies, read-backs, boolean selections, float64 tensors and kernels.
 
@@ -279,7 +279,7 @@ if AVAILABLE:
             return [torch.bfloat16, torch.float16]
 
     backend_registration._setup_privateuseone_for_python_backend("sim", _BackendModule())
-    # `torch.tensor` and indexing with a list copy numbers to the device where no mode sees it.
+    # `torch.tensor` and indexing with a list copy numbers to the device, and no mode sees it.
     _library = torch.library.Library("aten", "IMPL")
 
     def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **options: Any) -> Tensor:

@@ -20,7 +20,7 @@ Noise = Literal["full", "chain", "deficient"]
 
 @dataclasses.dataclass(frozen=True)
 class StableProcess:
-    """A = -(D + R) Sigma^-1 and Q_root Q_root^T = 2 D: stable, with stationary law N(0, Sigma).
+    """A = -(D + R) Sigma^-1 and Q_root Q_root^T = 2 D: stable, with the stationary N(0, Sigma).
 
     R is skew and D positive semi-definite; A is scaled to ||A||_1 = 1, so that a clock of B means
     ||A||_1 B = B. In the coordinates in which Sigma is the identity every exp(A B) has norm <= 1
@@ -56,10 +56,9 @@ def stable_process(seed: int, components: int, noise: Noise = "full") -> StableP
     ----------
     noise
         "full": D has full rank and no structure. "chain": noise enters the last component alone
-        and reaches component i through i + 1, as in Langevin dynamics, so that the law has a
-        density and the diagonal of its root is graded, h^(k - i - 1/2). "deficient": D has rank
-        k - 1 (one, for k = 1) in random directions; the law has a density, but at short times the
-        rows of its root are nearly parallel.
+        and reaches component i through i + 1, as in Langevin dynamics. The diagonal of the root is
+        then graded, h^(k - i - 1/2). "deficient": D has rank k - 1 (one, for k = 1) in random
+        directions; at short times the rows of the root are nearly parallel.
     """
     rng = np.random.default_rng(seed)
     k = components
@@ -105,13 +104,10 @@ def seeds() -> st.SearchStrategy[int]:
 
 
 def stable_processes(
-    components: st.SearchStrategy[int] | None = None,
     noise: tuple[Noise, ...] = ("full", "chain", "deficient"),
 ) -> st.SearchStrategy[StableProcess]:
     """Random stable processes with one to four components."""
-    if components is None:
-        components = st.integers(1, 4)
-    return st.builds(stable_process, seeds(), components, st.sampled_from(noise))
+    return st.builds(stable_process, seeds(), st.integers(1, 4), st.sampled_from(noise))
 
 
 def covariances(components: int) -> st.SearchStrategy[torch.Tensor]:
@@ -158,30 +154,15 @@ def schedules() -> st.SearchStrategy[float | tuple[float, float]]:
     return st.one_of(rates, st.tuples(rates, rates))
 
 
-def friction_ratios() -> st.SearchStrategy[float]:
-    """Friction over critical friction: exactly one, beside one by 1e-12 ... 1, or well away."""
-    gaps = log_uniform(1e-12, 0.9)
-    return st.one_of(
-        st.just(1.0),
-        gaps.map(lambda gap: 1.0 + gap),
-        gaps.map(lambda gap: 1.0 - gap),
-        st.sampled_from([0.5, 2.0]),
-    )
-
-
-def critical_friction(mass: float) -> float:
-    """The friction Gamma with Gamma^2 = 4 M."""
-    return 2 * math.sqrt(mass)
-
-
 @st.composite
 def clds(draw: st.DrawFn) -> CLD:
-    """CLD with any damping, mass, schedule and velocity scale."""
+    """CLD with any damping, critical or beside it by 1e-12 ... 1, mass, schedule and velocity."""
     mass = draw(st.one_of(st.just(0.25), log_uniform(0.05, 2.0)))
+    gap, sign = draw(log_uniform(1e-12, 0.9)), draw(st.sampled_from([-1.0, 0.0, 1.0]))
     return CLD(
         beta=draw(schedules()),
         mass=mass,
-        friction=draw(friction_ratios()) * critical_friction(mass),
+        friction=(1 + sign * gap) * 2 * math.sqrt(mass),  # critical: Gamma^2 = 4 M
         velocity_scale=draw(st.one_of(st.just(0.04), log_uniform(1e-3, 1.0))),
     )
 

@@ -1,4 +1,4 @@
-"""The simulated device: it raises where a GPU raises, counts what it costs, and keeps the bits."""
+"""The simulated device: it raises like a GPU, counts its traffic, and keeps the bits."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def values() -> Tensor:
 
 
 class TestCounting:
-    """Counts are those of a GPU."""
+    """Counts equal the events on a GPU."""
 
     @pytest.mark.parametrize("case", COSTS)
     def test_every_event_is_counted(self, case: str, device: SimulatedDevice) -> None:
@@ -102,7 +102,7 @@ class TestCounting:
 
 
 class TestDevices:
-    """What belongs to two devices raises."""
+    """Operations on two devices raise."""
 
     @pytest.mark.parametrize("case", MIXTURES)
     def test_mixing_devices_raises(self, case: str, device: SimulatedDevice) -> None:

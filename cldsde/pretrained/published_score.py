@@ -35,6 +35,7 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import Conversion
+from cldsde.score.matching import Measured, PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore, Output
 from cldsde.score.times import coefficients_at, score_times
 
@@ -165,6 +166,17 @@ class PublishedScore(NetworkScore):
             return score
         convert = Conversion.at(self.sde, score_times(t, z), "score", prediction)
         return convert(z, score)
+
+    def loss(
+        self,
+        pair: PerturbedData,
+        *,
+        prediction: Measured = "noise",
+        weighting: Weighting = "reweighted",
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Score-matching loss of each sample, ``(B,)``; see `MixedScore.loss`."""
+        return self._loss_of_score(pair, prediction, weighting, condition)
 
     def _coefficients(self, times: Tensor) -> _Coefficients:
         """Clock, gain and reference; the clock is in single precision, as in the published code."""

@@ -214,13 +214,25 @@ class MixedScore(NetworkScore):
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`."""
+        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
+
+        Parameters
+        ----------
+        pair
+            Perturbed data. Hybrid score matching shares its kernels with the score, so that they
+            are computed once.
+        prediction
+            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
+            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
+        weighting
+            See `Weighting`.
+        condition
+            Condition of each sample, or of all; see `NetworkScore`.
+        """
         one_of(prediction, Measured, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
-            return super().loss(
-                pair, prediction=prediction, weighting=weighting, condition=condition
-            )
+            return self._loss_of_score(pair, prediction, weighting, condition)
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_kernel(pair.t, pair.whitened, coefficients)

@@ -87,29 +87,14 @@ class NetworkScore(nn.Module, ABC):
         found: Tensor = self(z, t, prediction="data", condition=condition)
         return found
 
-    def loss(
+    def _loss_of_score(
         self,
         pair: PerturbedData,
-        *,
-        prediction: Measured = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
+        prediction: Measured,
+        weighting: Weighting,
+        condition: Tensor | None,
     ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
-
-        Parameters
-        ----------
-        pair
-            Perturbed data. In hybrid score matching, `MixedScore` shares their kernels, so that
-            they are computed once.
-        prediction
-            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
-            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
-        weighting
-            See `Weighting`.
-        condition
-            See `forward`.
-        """
+        """Loss ``(B,)`` of the score, converted to the prediction."""
         score = self(pair.z, pair.t, condition=condition)
         return pair.loss(score, "score", weighting=weighting, measured=prediction)
 

@@ -1,508 +1,341 @@
-"""Kernels of every family against high-precision references."""
+"""Kernels of every kind of process against references of 110 digits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import mpmath as mp
 import pytest
 import torch
 
+import references
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, Schedule, SubVPSDE
-from linear import reference
-from linear.reference import Law, Reference
-from strategies import critical_friction, stable_process
-
-# The project's promise. Rounding explains about a tenth of it: the transition over a clock B comes
-# from about |A| B doublings of a step with error eps, and |A| B is at most a few hundred here.
-TOLERANCE = 1e-12
+from references import Homogeneous, Polynomial, Reference
+from strategies import stable_process
+from tolerances import KERNEL, rounding
 
 GAPS = [10.0**e for e in range(-8, 1)]
-FUNCTION_GAPS = [1e-8, 1e-4, 1e-1, 1.0]  # fewer: every kernel calls the functions many times
-STARTS = [0.0, 1e-4, 0.3]
-BETAS = [4.0, (0.1, 20.0)]
-RATIOS = [0.5, 0.9, 1 - 1e-6, 1.0, 1 + 1e-12, 1.1, 2.0]
-INITIALS = ["own", "zero", "full", "data"]
+# Lengths from 1e-8 to 1: from the start, inside, to the end, and across an edge of panels.
+PAIRS = [(s, s + gap) for s in (0.0, 1e-4, 0.25, 0.3) for gap in GAPS[::2] if s + gap <= 1]
+PAIRS += [(1 - gap, 1.0) for gap in GAPS[:-1:2]] + [(0.5 - 4e-6, 0.5 + 6e-6), (0.1, 0.2)]
+CRITICAL = 1.0  # friction of CLD with mass 1/4
+
+Case = Callable[[], tuple[LinearSDE, Reference]]
 
 
-def pairs(gaps: Sequence[float]) -> list[tuple[float, float]]:
-    """Pairs (s, t) with t - s from 1e-8 to 1, from several s and up to the end."""
-    chosen = [(s, s + gap) for s in STARTS for gap in gaps if s + gap <= 1]
-    chosen += [(1 - gap, 1.0) for gap in gaps[:-1]]
-    return chosen
+def tensor(value: Any) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
-def initial_covariance(kind: str, components: int) -> torch.Tensor | None:
-    """Covariances of z_0 by name; "hsm": all but the data is uncertain, "data": the data alone."""
-    if kind == "own":
-        return None
-    sigma = torch.zeros(components, components, dtype=torch.float64)
-    if kind == "full":
-        index = torch.arange(components, dtype=torch.float64)
-        sigma = 0.4 ** (index[:, None] - index).abs() / (1 + index[:, None] + index)
-        sigma = sigma + 0.25 * torch.eye(components, dtype=torch.float64)
-    if kind == "data":
-        sigma[0, 0] = 0.1225
-    if kind == "hsm":
-        sigma.diagonal()[1:] = 0.04
-    if kind == "last":
-        sigma[-1, -1] = 0.04
-    return sigma
+def initial_covariance(kind: str, k: int) -> torch.Tensor | None:
+    """Covariances of z_0: the process's own, none, of some components alone, or correlated."""
+    index = torch.arange(k, dtype=torch.float64)
+    correlated = 0.4 ** (index[:, None] - index).abs() / (1 + index[:, None] + index)
+    return {
+        "own": None,
+        "zero": torch.zeros(k, k, dtype=torch.float64),
+        "full": correlated + 0.25 * torch.eye(k, dtype=torch.float64),
+        "data": 0.1225 * (index == 0).double().diag(),
+        "auxiliary": 0.04 * (index > 0).double().diag(),
+        "last": 0.04 * (index == k - 1).double().diag(),
+    }[kind]
 
 
-def normwise(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Frobenius norm of the error over that of the expected matrix, for each matrix."""
-    return torch.linalg.matrix_norm(actual - expected) / torch.linalg.matrix_norm(expected)
-
-
-def assert_agrees(
-    kernel: Any, laws: Sequence[Law], where: Sequence[Any], tolerance: float = TOLERANCE
-) -> None:
-    """Psi, Sigma and root within the tolerance norm-wise, root's diagonal element by element."""
-    mean, covariance, root = reference.as_tensors(laws)
-    for value in (kernel.mean, kernel.covariance, kernel.root):
-        assert value.dtype == torch.float64
-        assert value.shape == mean.shape
-        assert torch.isfinite(value).all()
+def assert_agrees(kernel, exact, where, bound):
+    """Psi, Sigma and root within the bound by norm, the root's diagonal entry by entry."""
+    mean, covariance, root = references.as_tensors(exact)
     assert torch.equal(kernel.root, kernel.root.tril())
-    expected = root.diagonal(dim1=-2, dim2=-1)
-    actual = kernel.root.diagonal(dim1=-2, dim2=-1)
-    errors = {
-        "mean": normwise(kernel.mean, mean),
-        "covariance": normwise(kernel.covariance, covariance),
-        "root": normwise(kernel.root, root),
-        "diagonal of root": ((actual - expected).abs() / expected).amax(-1),
-    }
+    errors = {}
+    for name, expected in (("mean", mean), ("covariance", covariance), ("root", root)):
+        found = getattr(kernel, name)
+        assert found.dtype == torch.float64
+        assert found.shape == expected.shape
+        norm = torch.linalg.matrix_norm
+        errors[name] = norm(found - expected) / norm(expected)
+    found, expected = (x.diagonal(dim1=-2, dim2=-1) for x in (kernel.root, root))
+    errors["diagonal"] = ((found - expected).abs() / expected).amax(-1)
     wrong = [
-        f"{name}: error {error.max():.2e} at {where[int(error.argmax())]}"
+        f"{name}: {error.max():.2e} at {where[int(error.argmax())]}"
         for name, error in errors.items()
-        if not error.max() <= tolerance
+        if not error.max() <= bound
     ]
     assert not wrong, "; ".join(wrong)
 
 
-def assert_transitions_agree(
-    sde: LinearSDE,
-    exact: Reference,
-    gaps: Sequence[float] = GAPS,
-    tolerance: float = TOLERANCE,
-) -> None:
-    where = pairs(gaps)
-    s, t = torch.tensor(where, dtype=torch.float64).unbind(-1)
-    laws = [exact.transition(*pair) for pair in where]
-    assert_agrees(sde.transition(s, t), laws, where, tolerance)
+def assert_transitions(sde, exact, bound=KERNEL):
+    kernel = sde.transition(*tensor(PAIRS).unbind(-1))
+    assert_agrees(kernel, [exact.transition(*pair) for pair in PAIRS], PAIRS, bound)
 
 
-def assert_marginals_agree(
-    sde: LinearSDE,
-    exact: Reference,
-    initial: str,
-    times: Sequence[float] = GAPS,
-    tolerance: float = TOLERANCE,
-) -> None:
+def assert_marginals(sde, exact, initial, bound=KERNEL, times=GAPS):
     sigma = initial_covariance(initial, sde.components)
-    kernel = sde.marginal(torch.tensor(times, dtype=torch.float64), initial_covariance=sigma)
-    assert_agrees(kernel, [exact.marginal(t, sigma) for t in times], times, tolerance)
+    kernel = sde.marginal(tensor(times), initial_covariance=sigma)
+    assert_agrees(kernel, [exact.marginal(t, sigma) for t in times], times, bound)
 
 
-def each(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise with readable names."""
-    return pytest.mark.parametrize(name, values, ids=[f"{name}={v!r}" for v in values])
+# Declared processes ----------------------------------------------------------------------------
 
 
-class TestReferences:
-    """The references agree with each other, far below what they are used for."""
-
-    PROCESSES: ClassVar[dict[str, Callable[[], reference.Homogeneous]]] = {
-        "cld": reference.cld,
-        "overdamped cld": lambda: reference.cld((0.1, 20.0), friction=2.0),
-        "psld": reference.psld,
-        "hold": reference.hold,
-    }
-
-    @each("name", list(PROCESSES))
-    @each("t", [1e-8, 0.1])
-    def test_block_exponential_agrees_with_power_series(self, name: str, t: float) -> None:
-        exact = self.PROCESSES[name]()
-        with mp.workdps(reference.DIGITS):
-            clock = exact._clock(mp.mpf(0), mp.mpf(t))
-            series = reference.Polynomial([exact.drift], [reference.cholesky(exact.noise)])
-            laws = zip(exact.transition(0.0, t), series.transition(0.0, clock), strict=True)
-            for ours, theirs in laws:
-                assert mp.mnorm(ours - theirs, "f") < mp.mpf(10) ** -60 * mp.mnorm(ours, "f")
-
-    def test_block_exponential_agrees_with_the_critical_closed_form(self) -> None:
-        # math: y = 2 w B, w = 2 / Gamma; Q_xx = P(3, y), Q_vv = M (P(3, y) + 2 y e^-y).
-        with mp.workdps(reference.DIGITS):
-            for t in (1e-8, 1e-3, 1.0):
-                y = 4 * mp.mpf(4) * mp.mpf(t)
-                p3 = mp.gammainc(3, 0, y, regularized=True)
-                sigma = reference.cld().transition(0.0, t).covariance
-                assert abs(sigma[0, 0] / p3 - 1) < mp.mpf(10) ** -50
-                assert abs(4 * sigma[1, 1] / (p3 + 2 * y * mp.exp(-y)) - 1) < mp.mpf(10) ** -50
-
-    def test_moving_frame_agrees_with_power_series(self) -> None:
-        # In the frame S = [[0, 1], [0, 0]], exp(t S) = I + t S: F and G are polynomials.
-        process = reference.from_matrices(
-            [[0.0, 2.0], [-1.0, -1.5]], [[0.0], [1.25]], reference.constant_clock(1.0)
-        )
-        moving = reference.MovingFrame([[0.0, 1.0], [0.0, 0.0]], process)
-        drift = [[[0.0, 3.0], [-1.0, -1.5]], [[-1.0, -1.5], [0.0, 1.0]], [[0.0, 1.0], [0.0, 0.0]]]
-        series = reference.Polynomial(drift, [[[0.0], [1.25]], [[1.25], [0.0]]])
-        laws = zip(moving.transition(0.25, 0.75), series.transition(0.25, 0.75), strict=True)
-        for ours, theirs in laws:
-            with mp.workdps(reference.DIGITS):
-                assert mp.mnorm(ours - theirs, "f") < mp.mpf(10) ** -60 * mp.mnorm(ours, "f")
-
-    @each("name", ["vp", "sub_vp", "ve"])
-    def test_scalar_closed_forms_solve_the_variance_equation(self, name: str) -> None:
-        exact = getattr(reference, name)()
-        with mp.workdps(30):
-            clock = reference.linear_clock(0.1, 20.0)
-            beta = lambda t: mp.mpf(0.1) + (20 - mp.mpf(0.1)) * t  # noqa: E731
-            rate, gain = {
-                "vp": (beta, beta),
-                "sub_vp": (beta, lambda t: beta(t) * (1 - mp.exp(-2 * clock(mp.mpf(0), t)))),
-                "ve": (
-                    lambda t: mp.mpf(0),
-                    lambda t: 2 * mp.log(50 / mp.mpf(0.01)) * exact.marginal(t).covariance[0, 0],
-                ),
-            }[name]
-            variance = lambda t: exact.moments(mp.mpf(0.2), t)[1][0, 0]  # noqa: E731
-            t = mp.mpf(0.7)
-            slope = mp.diff(variance, t)
-            assert abs(slope + rate(t) * variance(t) - gain(t)) < mp.mpf(10) ** -12 * gain(t)
+def declared(process: Any, reference: Any, **options: Any) -> tuple[str, Case]:
+    text = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{process.__name__}({text})", lambda: (process(**options), reference(**options))
 
 
-SCALARS = {
-    "VPSDE()": (VPSDE, reference.vp, {}),
-    "VPSDE(1e-3, 12)": (VPSDE, reference.vp, {"beta_min": 1e-3, "beta_max": 12.0}),
-    "SubVPSDE()": (SubVPSDE, reference.sub_vp, {}),
-    "SubVPSDE(0.5, 8)": (SubVPSDE, reference.sub_vp, {"beta_min": 0.5, "beta_max": 8.0}),
-    "VESDE()": (VESDE, reference.ve, {}),
-    "VESDE(0.1, 348)": (VESDE, reference.ve, {"sigma_min": 0.1, "sigma_max": 348.0}),
-}
+def of_matrices(seed: int, components: int, noise: Any, schedule: str) -> tuple[str, Case]:
+    """A random stable process declared by two matrices."""
+
+    def make():
+        process = stable_process(seed, components, noise)
+        rate, clock = SCHEDULES[schedule]
+        return process.sde(rate), Homogeneous(process.A, process.Q_root, clock)
+
+    return f"{components} components, {noise}, {schedule}", make
 
 
-@each("name", list(SCALARS))
-class TestScalarProcesses:
-    """VP, sub-VP and VE."""
-
-    def test_transition_agrees_with_the_reference(self, name: str) -> None:
-        process, exact, options = SCALARS[name]
-        assert_transitions_agree(process(**options), exact(**options))
-
-    @each("initial", ["own", "zero", "full"])
-    def test_marginal_agrees_with_the_reference(self, name: str, initial: str) -> None:
-        process, exact, options = SCALARS[name]
-        if (process, initial) == (VPSDE, "own"):
-            initial = "zero"  # the same thing
-        assert_marginals_agree(process(**options), exact(**options), initial)
+def geometric_rate(t: torch.Tensor) -> torch.Tensor:
+    return 0.2 * torch.exp(t * math.log(40.0))
 
 
-@each("beta", BETAS)
-@each("ratio", RATIOS)
-class TestCLD:
-    """Critically-damped Langevin diffusion, with any damping; ratio: friction over critical."""
-
-    def test_transition_agrees_with_the_reference(self, ratio: float, beta: Any) -> None:
-        options = {"beta": beta, "friction": ratio * critical_friction(0.25)}
-        assert_transitions_agree(CLD(**options), reference.cld(**options))
-
-    @each("initial", INITIALS)
-    def test_marginal_agrees_with_the_reference(
-        self, ratio: float, beta: Any, initial: str
-    ) -> None:
-        options = {"beta": beta, "friction": ratio * critical_friction(0.25)}
-        assert_marginals_agree(CLD(**options), reference.cld(**options), initial)
+def geometric_integral(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return geometric_rate(s) * torch.expm1((t - s) * math.log(40.0)) / math.log(40.0)
 
 
-@each("ratio", [0.5, 1.0, 2.0])
-@each("mass", [0.04, 1.7])
-class TestCLDWithOtherMasses:
-    """CLD away from its default mass and velocity scale."""
-
-    def options(self, ratio: float, mass: float) -> dict[str, float]:
-        friction = ratio * critical_friction(mass)
-        return {"beta": 2.5, "mass": mass, "friction": friction, "velocity_scale": 1.0}
-
-    def test_transition_agrees_with_the_reference(self, ratio: float, mass: float) -> None:
-        options = self.options(ratio, mass)
-        assert_transitions_agree(CLD(**options), reference.cld(**options))
-
-    @each("initial", INITIALS)
-    def test_marginal_agrees_with_the_reference(
-        self, ratio: float, mass: float, initial: str
-    ) -> None:
-        options = self.options(ratio, mass)
-        assert_marginals_agree(CLD(**options), reference.cld(**options), initial)
-
-
-@each("ratio", [0.5, 1.0, 2.0])
-@each("position_noise", [0.01, 0.5])
-class TestCLDWithPositionNoise:
-    """CLD whose position is driven, too."""
-
-    def options(self, ratio: float, position_noise: float) -> dict[str, Any]:
-        friction = ratio * critical_friction(0.25)
-        return {"beta": (0.5, 8.0), "friction": friction, "position_noise": position_noise}
-
-    def test_transition_agrees_with_the_reference(
-        self, ratio: float, position_noise: float
-    ) -> None:
-        options = self.options(ratio, position_noise)
-        assert_transitions_agree(CLD(**options), reference.cld(**options))
-
-    @each("initial", INITIALS)
-    def test_marginal_agrees_with_the_reference(
-        self, ratio: float, position_noise: float, initial: str
-    ) -> None:
-        options = self.options(ratio, position_noise)
-        assert_marginals_agree(CLD(**options), reference.cld(**options), initial)
-
-
-OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "PSLD()": (PSLD, reference.psld, {}),
-    "PSLD(gamma=0)": (PSLD, reference.psld, {"gamma": 0.0, "nu": 4.0}),
-    "PSLD(overdamped)": (PSLD, reference.psld, {"beta": (0.1, 20.0), "gamma": 0.25, "nu": 8.0}),
-    "PSLD(underdamped)": (PSLD, reference.psld, {"gamma": 0.5, "nu": 2.0, "mass": 0.1}),
-    "HOLD()": (HOLD, reference.hold, {}),
-    "HOLD(linear)": (HOLD, reference.hold, {"beta": (0.5, 8.0)}),
-    "HOLD(underdamped)": (HOLD, reference.hold, {"coupling": 2.0, "friction": 1.5}),
-    "HOLD(L=4)": (HOLD, reference.hold, {"inverse_mass": 4.0, "auxiliary_scale": 1.0}),
-}
-
-
-@each("name", list(OTHERS))
-class TestPSLDAndHOLD:
-    """Phase-space Langevin and third-order Langevin diffusion."""
-
-    def test_transition_agrees_with_the_reference(self, name: str) -> None:
-        process, exact, options = OTHERS[name]
-        assert_transitions_agree(process(**options), exact(**options))
-
-    @each("initial", INITIALS)
-    def test_marginal_agrees_with_the_reference(self, name: str, initial: str) -> None:
-        process, exact, options = OTHERS[name]
-        assert_marginals_agree(process(**options), exact(**options), initial)
-
-
-def geometric_rate(t: Any) -> torch.Tensor:
-    """0.2 * 40^t."""
-    return 0.2 * torch.exp(torch.as_tensor(t, dtype=torch.float64) * math.log(40.0))
-
-
-def geometric_integral(s: Any, t: Any) -> torch.Tensor:
-    gap = torch.as_tensor(t, dtype=torch.float64) - torch.as_tensor(s, dtype=torch.float64)
-    return geometric_rate(s) * torch.expm1(gap * math.log(40.0)) / math.log(40.0)
-
-
-def squared_sine_rate(t: Any) -> torch.Tensor:
-    """3 (1 + sin^2(2 t))."""
-    return 3.0 * (1 + torch.sin(2 * torch.as_tensor(t, dtype=torch.float64)) ** 2)
-
-
-SCHEDULES: dict[str, tuple[Any, reference.Clock]] = {
-    "constant": (3.0, reference.constant_clock(3.0)),
-    "linear": ((0.1, 8.0), reference.linear_clock(0.1, 8.0)),
-    "decreasing": ((8.0, 0.0), reference.linear_clock(8.0, 0.0)),
+SCHEDULES: dict[str, tuple[Any, Any]] = {
+    "constant": (3.0, references.clock_of(3.0)),
+    "linear": ((0.1, 8.0), references.linear_clock(0.1, 8.0)),
+    "decreasing": ((8.0, 0.0), references.linear_clock(8.0, 0.0)),
     "geometric": (
         Schedule(geometric_rate, geometric_integral),
-        reference.geometric_clock(0.2, 8.0),
+        references.geometric_clock(0.2, 8.0),
     ),
-    "geometric, integrated numerically": (
-        Schedule(geometric_rate),
-        reference.geometric_clock(0.2, 8.0),
-    ),
-    "squared sine, integrated numerically": (
-        Schedule(squared_sine_rate),
-        reference.squared_sine_clock(3.0, 2.0),
+    "geometric, by quadrature": (Schedule(geometric_rate), references.geometric_clock(0.2, 8.0)),
+    "squared sine, by quadrature": (
+        Schedule(lambda t: 3.0 * (1 + torch.sin(2 * t) ** 2)),
+        references.squared_sine_clock(3.0, 2.0),
     ),
 }
-
-
-@each("noise", ["full", "chain"])
-@each("components", [1, 2, 3, 4])
-class TestFromMatrices:
-    """Random stable processes declared by two matrices."""
-
-    def test_transition_agrees_with_the_reference(self, components: int, noise: Any) -> None:
-        process = stable_process(components, components, noise)
-        rate, clock = SCHEDULES["constant"]
-        exact = reference.from_matrices(process.A, process.Q_root, clock)
-        assert_transitions_agree(process.sde(rate), exact)
-
-    @each("initial", ["zero", "hsm", "full", "data"])
-    def test_marginal_agrees_with_the_reference(
-        self, components: int, noise: Any, initial: str
-    ) -> None:
-        process = stable_process(10 + components, components, noise)
-        rate, clock = SCHEDULES["linear"]
-        exact = reference.from_matrices(process.A, process.Q_root, clock)
-        assert_marginals_agree(process.sde(rate), exact, initial)
-
-
-def dense_process(components: int, noise: str, seed: int) -> tuple[LinearSDE, Reference]:
-    """A without a zero, one noise: on a random direction, on the last component or on the first.
-
-    Noise reaches several components through the same coupling, so that at short times their rows of
-    the root are parallel to many digits; its small diagonal entries lie in the rest.
-    """
-    g = torch.Generator().manual_seed(seed)
-    A = torch.randn(components, components, generator=g, dtype=torch.float64)
-    A = A - 2 * torch.eye(components, dtype=torch.float64)
-    Q_root = torch.randn(components, 1, generator=g, dtype=torch.float64)
-    if noise != "random":
-        Q_root = torch.zeros_like(Q_root)
-        Q_root[-1 if noise == "last" else 0] = 0.7
-    exact = reference.from_matrices(A, Q_root, reference.linear_clock(1.0, 4.0))
-    return LinearSDE.from_matrices(A, Q_root, (1.0, 4.0)), exact
-
-
-def doubling_rounding(sde: LinearSDE) -> float:
-    """What composing steps of ||A|| h = 1/2 may do to the small diagonal entries of a root.
-
-    Each triangularisation perturbs a row relative to its own size. Within a step leading terms are
-    eliminated first; from step to step they are not, so that eps |row| / diagonal is lost.
-    """
-    rate = float(sde.drift(0.0).abs().sum(0).max())
-    root = sde.transition(0.0, 0.5 / rate).root
-    ratio = torch.linalg.vector_norm(root, dim=1) / root.diagonal()
-    return 4 * sde.components * torch.finfo(torch.float64).eps * float(ratio.max())
-
-
-def single_steps(sde: LinearSDE) -> list[float]:
-    """Gaps over which ||A|| B stays below 1/2, so that nothing is composed."""
-    rate = float(sde.drift(1.0).abs().sum(0).max())
-    return [gap for gap in GAPS if gap * rate <= 0.5]
-
-
-@each("seed", [0, 1, 2])
-@each("noise", ["random", "last", "first"])
-@each("components", [2, 3, 4])
-class TestDenseProcesses:
-    """One noise for several components that see it alike."""
-
-    def test_transition_agrees_with_the_reference(
-        self, components: int, noise: str, seed: int
-    ) -> None:
-        sde, exact = dense_process(components, noise, seed)
-        assert_transitions_agree(sde, exact, gaps=single_steps(sde))
-        tolerance = max(TOLERANCE, doubling_rounding(sde))
-        assert_transitions_agree(sde, exact, tolerance=tolerance)
-
-    @each("initial", ["zero", "hsm", "full", "data", "last"])
-    def test_marginal_agrees_with_the_reference(
-        self, components: int, noise: str, seed: int, initial: str
-    ) -> None:
-        sde, exact = dense_process(components, noise, seed)
-        assert_marginals_agree(sde, exact, initial, times=single_steps(sde))
-        tolerance = max(TOLERANCE, doubling_rounding(sde))
-        assert_marginals_agree(sde, exact, initial, tolerance=tolerance)
-
-
-@each("schedule", list(SCHEDULES))
-def test_transition_agrees_with_the_reference_for_every_schedule(schedule: str) -> None:
-    process = stable_process(3, 3, "chain")
-    rate, clock = SCHEDULES[schedule]
-    exact = reference.from_matrices(process.A, process.Q_root, clock)
-    assert_transitions_agree(process.sde(rate), exact)
-
-
-def polynomial(*coefficients: Any) -> Callable[[Any], torch.Tensor]:
-    """t -> sum_i C_i t^i, for a time or for a tensor of times."""
-    values = [torch.tensor(c, dtype=torch.float64) for c in coefficients]
-
-    def function(t: Any) -> torch.Tensor:
-        t = torch.as_tensor(t, dtype=torch.float64)[..., None, None]
-        return sum((c * t**i for i, c in enumerate(values[1:], start=1)), values[0] + 0 * t)
-
-    return function
-
-
-def polynomial_process() -> tuple[LinearSDE, Reference]:
-    """A forced oscillator whose stiffness, damping and noise drift in time."""
-    drift = [
-        [[-0.5, 4.0], [-1.0, -3.0]],
-        [[0.25, 3.0], [-4.0, 0.5]],
-        [[0.0, -2.0], [1.5, -4.0]],
+RATIOS = [0.5, 0.9, 1 - 1e-6, 1.0, 1 + 1e-12, 1.1, 2.0]
+DECLARED: dict[str, Case] = dict(
+    [
+        declared(VPSDE, references.vp),
+        declared(VPSDE, references.vp, beta_min=1e-3, beta_max=12.0),
+        declared(SubVPSDE, references.sub_vp),
+        declared(SubVPSDE, references.sub_vp, beta_min=0.5, beta_max=8.0),
+        declared(VESDE, references.ve),
+        declared(VESDE, references.ve, sigma_min=0.1, sigma_max=348.0),
+        *(declared(CLD, references.cld, friction=r * CRITICAL) for r in RATIOS),
+        *(declared(CLD, references.cld, beta=(0.1, 20.0), friction=r) for r in (0.5, 1.0, 2.0)),
+        declared(CLD, references.cld, mass=0.04, friction=0.2, velocity_scale=1.0),
+        declared(CLD, references.cld, mass=0.04, friction=0.8, velocity_scale=0.0),
+        declared(CLD, references.cld, mass=1.7, friction=2.6, beta=2.5),
+        declared(CLD, references.cld, position_noise=0.01, friction=0.5, beta=(0.5, 8.0)),
+        declared(CLD, references.cld, position_noise=0.5),
+        declared(CLD, references.cld, position_noise=0.5, friction=2.0),
+        declared(PSLD, references.psld),
+        declared(PSLD, references.psld, gamma=0.0, nu=4.0),
+        declared(PSLD, references.psld, beta=(0.1, 20.0), gamma=0.25, nu=8.0),
+        declared(PSLD, references.psld, gamma=0.5, nu=2.0, mass=0.1),
+        declared(HOLD, references.hold),
+        declared(HOLD, references.hold, beta=(0.5, 8.0)),
+        declared(HOLD, references.hold, coupling=2.0, friction=1.5),
+        declared(HOLD, references.hold, inverse_mass=4.0, auxiliary_scale=1.0),
+        *(of_matrices(3, 3, "chain", schedule) for schedule in SCHEDULES),
+        *(of_matrices(k, k, "full", "linear") for k in (1, 2, 3, 4)),
+        *(of_matrices(k, k, "chain", "constant") for k in (1, 2, 4)),
     ]
-    diffusion = [[[0.25, 0.0], [0.0, 1.5]], [[0.0, 0.5], [-0.75, 1.0]]]
-    sde = LinearSDE.from_functions(polynomial(*drift), polynomial(*diffusion))
-    return sde, reference.Polynomial(drift, diffusion)
+)
 
 
-def moving_process(components: int) -> tuple[LinearSDE, Reference]:
-    """A random stable process seen from a frame that turns with angular speed 3/2."""
-    process = stable_process(20 + components, components, "full")
-    turn = {
-        1: [[0.0]],
-        2: [[0.0, -1.5], [1.5, 0.0]],
-        3: [[0.0, -1.0, 1.0], [1.0, 0.0, -0.5], [-1.0, 0.5, 0.0]],
-    }[components]
-    skew = torch.tensor(turn, dtype=torch.float64)
-    square, identity = skew @ skew, torch.eye(components, dtype=torch.float64)
-
-    def frame(t: torch.Tensor) -> torch.Tensor:
-        # Rodrigues: exp(t S) for a skew S that turns in one plane.
-        return identity + torch.sin(1.5 * t) / 1.5 * skew + (1 - torch.cos(1.5 * t)) / 2.25 * square
-
-    def drift(t: Any) -> torch.Tensor:
-        t = torch.as_tensor(t, dtype=torch.float64)[..., None, None]
-        rotation = frame(t)
-        return skew + (1 + 6 * t) * (rotation @ process.A @ rotation.mT)
-
-    def diffusion(t: Any) -> torch.Tensor:
-        t = torch.as_tensor(t, dtype=torch.float64)[..., None, None]
-        return torch.sqrt(1 + 6 * t) * (frame(t) @ process.Q_root)
-
-    inner = reference.from_matrices(process.A, process.Q_root, reference.linear_clock(1.0, 7.0))
-    return LinearSDE.from_functions(drift, diffusion), reference.MovingFrame(turn, inner)
+@pytest.mark.parametrize("name", list(DECLARED))
+def test_transition_agrees_with_the_reference(name):
+    assert_transitions(*DECLARED[name]())
 
 
-FUNCTIONS: dict[str, Callable[[], tuple[LinearSDE, Reference]]] = {
-    "polynomial": polynomial_process,
-    "moving, k=1": lambda: moving_process(1),
-    "moving, k=2": lambda: moving_process(2),
-    "moving, k=3": lambda: moving_process(3),
+@pytest.mark.parametrize("initial", ["own", "zero", "full", "data"])
+@pytest.mark.parametrize("name", list(DECLARED))
+def test_marginal_agrees_with_the_reference(name, initial):
+    assert_marginals(*DECLARED[name](), initial)
+
+
+@pytest.mark.parametrize("name", ["VPSDE()", "SubVPSDE()", "VESDE()", "PSLD()", "HOLD()"])
+def test_accumulated_noise_is_the_integral_of_the_squared_diffusion(name):
+    sde, exact = DECLARED[name]()
+    clock = exact.clock
+
+    def gain(t):  # of sub-VP
+        return -clock.rate(t) * mp.expm1(-2 * clock.integral(mp.mpf(0), t))
+
+    found = sde.accumulated_noise(*tensor(PAIRS).unbind(-1))
+    for value, pair in zip(found, PAIRS, strict=True):
+        with mp.workdps(40):
+            s, t = map(mp.mpf, pair)
+            scalar = name == "SubVPSDE()"
+            integral = mp.quad(gain, [s, t]) if scalar else exact.Q * clock.integral(s, t)
+            wanted = references.as_tensors([[mp.matrix([[integral]]) if scalar else integral]])[0]
+        assert ((value - wanted).abs() <= KERNEL * wanted.abs()).all()
+
+
+# Matrices without a zero -----------------------------------------------------------------------
+
+
+def dense_process(k: int, noise: str) -> tuple[LinearSDE, Reference, float]:
+    """One noise for several components that see it alike, and the rounding of its root.
+
+    At short times their rows of the root are parallel to many digits; its small diagonal entries
+    lie in the rest. Each triangularisation perturbs a row relative to its own size. Within a step
+    leading terms are eliminated first; from step to step they are not, so that composing steps of
+    ||A|| h = 1/2 loses eps |row| / diagonal.
+    """
+    g = torch.Generator().manual_seed(k)
+    A = torch.randn(k, k, generator=g, dtype=torch.float64) - 2 * torch.eye(k)
+    Q_root = torch.randn(k, 1, generator=g, dtype=torch.float64)
+    if noise != "random":
+        Q_root = 0.7 * torch.eye(k, dtype=torch.float64)[:, [-1 if noise == "last" else 0]]
+    sde = LinearSDE.from_matrices(A, Q_root, (1.0, 4.0))
+    root = sde.transition(0.0, 0.5 / float(A.abs().sum(0).max())).root
+    ratio = torch.linalg.vector_norm(root, dim=1) / root.diagonal()
+    exact = Homogeneous(A, Q_root, references.linear_clock(1.0, 4.0))
+    return sde, exact, max(KERNEL, rounding(4 * k, float(ratio.max())))
+
+
+@pytest.mark.parametrize("noise", ["random", "last", "first"])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_one_noise_on_coupled_components_agrees_with_the_reference(k, noise):
+    sde, exact, bound = dense_process(k, noise)
+    assert_transitions(sde, exact, bound)
+    # Nothing is composed while ||A|| B <= 1/2.
+    rate = float(sde.drift(1.0).abs().sum(0).max())
+    short = [gap for gap in GAPS if gap * rate <= 0.5]
+    for initial in ("zero", "auxiliary", "last", "full"):
+        assert_marginals(sde, exact, initial, times=short)
+        assert_marginals(sde, exact, initial, bound)
+
+
+# Functions of time -----------------------------------------------------------------------------
+
+
+def polynomial(*coefficients: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """t -> sum_i C_i t^i."""
+    values = [tensor(c) for c in coefficients]
+    return lambda t: sum((c * t**i for i, c in enumerate(values[1:], 1)), values[0] + 0 * t)
+
+
+def of_polynomials(drift: Any, diffusion: Any) -> Case:
+    return lambda: (
+        LinearSDE.from_functions(polynomial(*drift), polynomial(*diffusion)),
+        Polynomial(drift, diffusion),
+    )
+
+
+def random(seed: int, *shape: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).tolist()
+
+
+CHAIN, CHAIN_NOISE = HOLD().drift(0.5).tolist(), HOLD().diffusion(0.5).tolist()
+FUNCTIONS: dict[str, Case] = {
+    "oscillator": of_polynomials(
+        [[[-0.5, 4.0], [-1.0, -3.0]], [[0.25, 3.0], [-4.0, 0.5]], [[0.0, -2.0], [1.5, -4.0]]],
+        [[[0.25, 0.0], [0.0, 1.5]], [[0.0, 0.5], [-0.75, 1.0]]],
+    ),
+    "noise that vanishes": of_polynomials([[[-1.0]], [[0.5]]], [[[1.0]], [[-2.0]]]),
+    "chain": of_polynomials([CHAIN, (tensor(CHAIN) / 2).tolist()], [CHAIN_NOISE]),
+    "chain that fills": of_polynomials([CHAIN, random(1, 3, 3)], [CHAIN_NOISE]),
+    "noise that turns": of_polynomials([random(9, 3, 3)], [random(10, 3, 1), random(11, 3, 1)]),
+    "four components": of_polynomials([random(12, 4, 4), random(13, 4, 4)], [random(14, 4, 1)]),
 }
 
 
-@each("name", list(FUNCTIONS))
-class TestFromFunctions:
-    """F(t) and G(t) that do not commute with themselves."""
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_functions_that_do_not_commute_agree_with_the_reference(name):
+    sde, exact = FUNCTIONS[name]()
+    assert_transitions(sde, exact)
+    for initial in ("full", "auxiliary"):
+        assert_marginals(sde, exact, initial)
 
-    def test_transition_agrees_with_the_reference(self, name: str) -> None:
-        assert_transitions_agree(*FUNCTIONS[name](), FUNCTION_GAPS)
 
-    @each("initial", ["zero", "full", "data"])
-    def test_marginal_agrees_with_the_reference(self, name: str, initial: str) -> None:
-        assert_marginals_agree(*FUNCTIONS[name](), initial, FUNCTION_GAPS)
+@pytest.mark.parametrize("name", ["oscillator", "noise that turns"])
+def test_marginals_of_functions_at_many_times_are_those_at_each(name):
+    sde, _ = FUNCTIONS[name]()
+    # Half of the last time is an edge of panels, whatever their number.
+    times = tensor([1e-8, 1e-4, 0.1, 0.25, 0.5, 0.77, 0.25, 1.0]).requires_grad_()
+    together = sde.marginal(times, initial_covariance("full", sde.components))
+    (slopes,) = torch.autograd.grad(together.root[2:, -1, -1].sum(), times)
+    for i, t in enumerate(times.detach()):
+        t.requires_grad_()
+        alone = sde.marginal(t, initial_covariance("full", sde.components))
+        for one, other in ((together.mean[i], alone.mean), (together.root[i], alone.root)):
+            size = other.abs().amax(-1, keepdim=True)
+            assert bool(((one - other).abs() <= 4 * KERNEL * size).all())
+        if i >= 2:
+            (slope,) = torch.autograd.grad(alone.root[-1, -1], t)
+            # Derivatives of polynomials of degree 16: 16^2 times the error of a value on a panel.
+            assert float(slopes[i]) == pytest.approx(float(slope), rel=KERNEL * 256, abs=KERNEL)
 
-    @each("initial", ["zero", "full"])
-    def test_marginals_at_many_times_are_those_at_each(self, name: str, initial: str) -> None:
-        sde, _ = FUNCTIONS[name]()
-        covariance = initial_covariance(initial, sde.components)
-        times = torch.tensor([*FUNCTION_GAPS, 1e-6, 0.25, 0.5, 0.77, 0.25], dtype=torch.float64)
-        together = sde.marginal(times, covariance)
-        for i, t in enumerate(times):
-            alone = sde.marginal(t, covariance)
-            # Both are exact to 1e-12 of a row's size.
-            for one, other in ((together.mean[i], alone.mean), (together.root[i], alone.root)):
-                size = other.abs().amax(-1, keepdim=True)
-                assert bool(((one - other).abs() <= 4e-12 * size).all())
 
-    def test_many_times_have_the_derivatives_of_each(self, name: str) -> None:
-        sde, _ = FUNCTIONS[name]()
-        # Half of the last time is an edge of panels, whatever their number.
-        times = torch.tensor([0.1, 0.2, 0.25, 0.5, 0.77, 1.0], dtype=torch.float64)
-        times.requires_grad_()
-        laws = sde.marginal(times)
-        (slopes,) = torch.autograd.grad(laws.root[:, -1, -1].sum(), times)
-        for t, slope in zip(times.detach(), slopes, strict=True):
-            one = t.clone().requires_grad_()
-            (expected,) = torch.autograd.grad(sde.marginal(one).root[-1, -1], one)
-            # The derivative of a polynomial that is exact to 1e-12, of degree 16.
-            assert float(slope) == pytest.approx(float(expected), rel=1e-9, abs=1e-10)
+# The references --------------------------------------------------------------------------------
+
+
+def assert_same(ours, theirs):
+    with mp.workdps(references.DIGITS):
+        for one, other in zip(ours, theirs, strict=True):
+            assert mp.mnorm(one - other, "f") < mp.mpf(10) ** -50 * mp.mnorm(one, "f")
+
+
+@pytest.mark.parametrize(
+    "exact",
+    [references.cld(), references.cld(4.0, friction=2.0), references.psld(), references.hold()],
+)
+@pytest.mark.parametrize("t", [1e-8, 0.1])
+def test_block_exponentials_are_the_power_series(exact, t):
+    with mp.workdps(references.DIGITS):
+        clock = exact.clock.integral(mp.mpf(0), mp.mpf(t))
+    series = Polynomial([exact.A], [exact.Q_root])
+    assert_same(exact.transition(0.0, t), series.transition(0.0, clock))
+
+
+def test_block_exponentials_are_the_critical_closed_form():
+    # math: y = 2 w B, w = 2 / Gamma; Q_xx = P(3, y), Q_vv = M (P(3, y) + 2 y e^-y).
+    for t in (1e-8, 1e-3, 1.0):
+        with mp.workdps(references.DIGITS):
+            y = 16 * mp.mpf(t)
+            p3 = mp.gammainc(3, 0, y, regularized=True)
+            sigma = references.cld().transition(0.0, t).covariance
+            diagonal = [mp.matrix([[sigma[0, 0]]]), mp.matrix([[4 * sigma[1, 1]]])]
+            expected = [mp.matrix([[p3]]), mp.matrix([[p3 + 2 * y * mp.exp(-y)]])]
+        assert_same(diagonal, expected)
+
+
+def test_the_closed_form_of_sub_vp_solves_its_variance_equation():
+    exact, t = references.sub_vp(), mp.mpf(0.7)
+    with mp.workdps(30):
+        variance = lambda t: exact.moments(mp.mpf(0.2), t)[1][0, 0]  # noqa: E731
+        beta = exact.clock.rate(t)
+        gain = beta * (1 - mp.exp(-2 * exact.clock.integral(mp.mpf(0), t)))
+        # mpmath differentiates to half of its digits.
+        assert abs(mp.diff(variance, t) + beta * variance(t) - gain) < mp.mpf(10) ** -12 * gain
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "cld", "psld", "hold"])
+def test_the_float64_processes_have_the_moments_of_the_exact_ones(name):
+    exact = getattr(references, name)()
+    process, t = references.dense(exact), [1e-3, 0.2, 0.9]
+    with mp.workdps(references.DIGITS):
+        initial = exact.own.copy()
+        initial[0, 0] += process.data_variance
+    mean, covariance, _ = references.as_tensors([exact.marginal(u, initial) for u in t])
+    noise = references.as_tensors([exact.transition(0.2, 0.9)])[1][0]
+    root = torch.from_numpy(process.joint_root(0.2, 0.9, nodes=40))
+    r = process.Q_root.shape[1]
+    joint = root @ root.mT
+    # Exponentials of matrices of the size |A| B <= 40.
+    bound = rounding(64 * 40)
+    for found, expected in (
+        (process.mean(tensor(t).numpy()), process.data_mean * mean[..., 0]),
+        (process.covariance(tensor(t).numpy()), covariance),
+        (joint[r:, r:], noise),
+        (joint[:r, :r], 0.7 * torch.eye(r, dtype=torch.float64)),
+    ):
+        assert (torch.as_tensor(found) - expected).abs().max() <= bound * expected.abs().max()

@@ -235,21 +235,6 @@ def recentred(coefficients: Sequence[Matrix], s: Any, h: Any) -> list[Matrix]:
     return moved
 
 
-class MovingFrame(Reference):
-    """z = exp(t S) y, y a `Homogeneous` process: exact, though F(t) commutes with no F(u).
-
-    F(t) = S + beta(t) E A E^-1 and G(t) = sqrt(beta(t)) E Q_root, with E = exp(t S).
-    """
-
-    def __init__(self, frame: Any, process: Homogeneous) -> None:
-        self.frame, self.process, self.own = matrix(frame), process, process.own
-
-    def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
-        psi, noise = self.process.moments(s, t)
-        there, back = mp.expm(self.frame * t), mp.expm(self.frame * -s)
-        return there * psi * back, there * noise * there.T
-
-
 # The processes of the package ------------------------------------------------------------------
 
 

@@ -265,7 +265,7 @@ class TestBits:
             assert torch.equal(both(path, s, t), both(other, s, t))
 
     @every_dtype
-    def test_they_are_those_of_the_seed(self, dtype: torch.dtype) -> None:
+    def test_a_seed_fixes_them(self, dtype: torch.dtype) -> None:
         before = torch.random.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
         one, same, other = (make(CLD(), seed=seed, dtype=dtype) for seed in (4, 4, 5))
         for s, t in itertools.pairwise(POINTS):
@@ -318,8 +318,6 @@ END = 0.1
 # order is off by a half.
 NEAR = 0.25
 DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-
-every_solver = pytest.mark.parametrize("method", list(SOLVERS))
 
 
 def turning() -> LinearSDE:

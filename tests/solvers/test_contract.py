@@ -12,9 +12,9 @@
 9. ``denoise`` is the data prediction or one Euler step, for one evaluation.
 10. A score that is not finite fails its own sample with a warning.
 11. A solve on a grid holds a few states, whatever the number of steps.
-12. Gradients are those of finite differences, and are recorded only if asked for.
-13. Bad arguments raise before the score is evaluated, bad scores at the first evaluation, and a
-    process that a solver does not apply to when it is planned.
+12. Gradients equal finite differences, and are recorded only if asked for.
+13. Bad arguments raise before the score is evaluated, and bad scores at the first evaluation. A
+    process that a solver does not apply to raises in its plan.
 14. Solvers are frozen values with keyword-only options.
 
 Elsewhere: plans and calls of the score in test_plan.py, devices and waiting in test_device.py,
@@ -444,6 +444,8 @@ LONG = torch.tensor([1.0, 0.5, 0.5, 0.1])
         bad("state must", TypeError, state=torch.zeros(3, 2, 2, dtype=torch.complex64)),
         bad("state must", TypeError, state=[[[0.0], [0.0]]]),
         bad("state must be finite", state=torch.full((3, 2, 2), math.nan)),
+        bad("state must be finite", state=torch.tensor([[[0.0], [math.inf]]])),
+        bad("state must be finite", state=torch.tensor([[[0.0], [-math.inf]]])),
         bad(r"pass differentiable=True, or state\.detach", state=STATE.clone().requires_grad_()),
         bad("at least 2 decreasing times", times=torch.tensor([1.0])),
         bad("at least 2 decreasing times", times=torch.tensor(1.0)),

@@ -150,7 +150,7 @@ def spent(device: SimulatedDevice, *args: Any, **grid: Any) -> tuple[Traffic, so
 
 
 def check_same(found: list[Tensor], on_cpu: list[Tensor], device: SimulatedDevice) -> None:
-    """The same bits, on the device, where nothing was ever in double precision."""
+    """The same bits, on the device, and nothing was ever in double precision."""
     assert device.traffic().float64 == 0
     for one, other in zip(found, on_cpu, strict=True):
         assert one.device.type == torch.device(DEVICE).type

@@ -120,6 +120,8 @@ class TestStreams:
         noise = SampleNoise([3, 4])
         parts = [noise.normal(torch.zeros(2, 1, size), 1)[:, 0] for size in sizes]
         assert torch.equal(torch.cat(parts, dim=1), whole)
+        block = torch.randn(4096, generator=generator(4))  # stored seeds keep their samples
+        assert torch.equal(whole[1, :4096], block[: whole.shape[1]])
 
     @given(shapes(), st.integers(1, 3), st.sampled_from([torch.float16, torch.float64]))
     def test_rows_and_axes_are_filled_in_order(

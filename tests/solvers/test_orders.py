@@ -154,7 +154,7 @@ class TestOrders:
 
     @pytest.mark.parametrize("method", ["2 corrected at 1", "3 at 1"])
     def test_with_noise_every_higher_order_ends_at_two(self, method: str) -> None:
-        # The polynomial's error, h^3 or smaller, hides that of the noise, h^2 with a small
+        # The polynomial's error, h^3 or smaller, hides the error of the noise, h^2 with a small
         # constant, until the steps are short: on VP, away from the data, it shows.
         solver = SOLVERS[method]
         assert declared(solver) == 2
@@ -163,7 +163,7 @@ class TestOrders:
     @pytest.mark.parametrize("method", ["2 corrected at 1", "3 at 1", "3 corrected at 1"])
     def test_with_noise_a_process_with_velocity_is_no_worse(self, method: str) -> None:
         # The constant of h^2 is smaller still: over a factor of eight the slope is between the
-        # order declared and that of the polynomial.
+        # declared order and the polynomial's order.
         solver = SOLVERS[method]
         assert order(solver, "CLD", 20, 8, T=1.0, end=0.2) > declared(solver) - CLOSE
 

@@ -59,13 +59,13 @@ SOLVERS: dict[str, Solver] = {
 class Paths(NamedTuple):
     """Both ends, (k, samples), and the noise of the cells, (cell, row, samples).
 
-    The rows are I, the increments of W, and those of the clock: the integrals of sqrt(beta) dW.
+    The rows are I, the increments of W, and the increments of the clock, ∫ sqrt(beta) dW.
     """
 
     start: Array
     end: Array
     noise: Array
-    moments: tuple[Array, Array]  # covariance of the exact paths' end, and that of the marginal
+    moments: tuple[Array, Array]  # covariances of the exact paths' end and of the marginal
 
 
 @functools.cache
@@ -152,6 +152,6 @@ def test_the_order_is_the_declared_one(method: str, name: str, increments: str) 
 
 
 def test_all_declarations_are_tested() -> None:
-    # test_with_torchsde.py tests those of torchsde.
+    # test_with_torchsde.py tests the solvers of torchsde.
     others = {name for name in SOLVERS if name.startswith("torchsde")}
     assert set(SOLVERS) - others == {"euler-maruyama", "stochastic-heun"}

@@ -1,4 +1,4 @@
-"""Distances between laws against closed forms, and tables of error against work."""
+"""Distances of distributions against closed forms, and tables of error against work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from scipy.linalg import sqrtm
 
 from cldsde import GaussianMixture
 from cldsde.solvers import (
-    SSCS,
     EulerMaruyama,
     ExponentialMultistep,
     ProbabilityFlow,
@@ -32,6 +31,7 @@ from cldsde.validation import (
 )
 from cldsde.validation.metrics import mode_spread_error
 from cldsde.validation.work_precision import WorkPrecisionPoint
+from tolerances import rounding, standard_error
 
 PROBLEMS = problems()
 SEEDS = st.integers(0, 2**32 - 1)
@@ -46,7 +46,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
-def laws(d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def moments(d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two means and two covariances with eigenvalues of at least 0.1."""
     roots = draw(2, d, d, seed=seed)
     means = draw(2, d, seed=seed + 1)
@@ -54,56 +54,34 @@ def laws(d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
     return means[0], covariances[0], means[1], covariances[1]
 
 
-# Rounding in the squares is a few units of 1e-16 times their size.
+# Sums, and square roots of matrices of dimension at most 6.
+EXACT = rounding(64 * 36)
+
+
 @given(d=DIMENSIONS, seed=SEEDS)
 def test_bures_wasserstein_is_the_formula_with_scipys_roots(d, seed):
-    m, C, n, D = laws(d, seed)
+    m, C, n, D = moments(d, seed)
     root = sqrtm(C.numpy())
     cross = np.real(np.trace(sqrtm(root @ D.numpy() @ root)))
     squared = float((m - n).square().sum()) + np.trace(C.numpy()) + np.trace(D.numpy()) - 2 * cross
-    assert bures_wasserstein(m, C, n, D) ** 2 == pytest.approx(
-        squared, rel=1e-12, abs=1e-12 * np.trace((C + D).numpy())
-    )
-
-
-@given(d=DIMENSIONS, seed=SEEDS, stretch=st.floats(0.2, 5.0))
-def test_bures_wasserstein_is_the_cost_of_the_optimal_map(d, seed, stretch):
-    """x ↦ n + T (x − m) with T symmetric and positive is optimal: it takes C to T C T."""
-    m, C, n, T = laws(d, seed)
-    T = T * stretch / T.trace()
-    eye = torch.eye(d, dtype=torch.float64)
-    squared = float((m - n).square().sum() + ((eye - T) @ C @ (eye - T)).trace())
-    size = float(C.trace() + (T @ C @ T).trace())
-    assert bures_wasserstein(m, C, n, T @ C @ T) ** 2 == pytest.approx(
-        squared, rel=1e-12, abs=1e-12 * size
-    )
-
-
-@given(d=DIMENSIONS, seed=SEEDS)
-def test_bures_wasserstein_is_a_distance(d, seed):
-    m, C, n, D = laws(d, seed)
-    o, E = laws(d, seed + 7)[:2]
-    assert bures_wasserstein(m, C, n, D) == pytest.approx(bures_wasserstein(n, D, m, C), rel=1e-9)
-    # Rounding in the square, of 1e-15 times the trace, is 3e-8 in the root.
-    assert bures_wasserstein(m, C, m, C) <= 1e-7 * float(C.trace()) ** 0.5
-    detour = bures_wasserstein(m, C, o, E) + bures_wasserstein(o, E, n, D)
-    assert bures_wasserstein(m, C, n, D) <= detour * (1 + 1e-12)
+    size = np.trace((C + D).numpy())
+    assert bures_wasserstein(m, C, n, D) ** 2 == pytest.approx(squared, rel=EXACT, abs=EXACT * size)
 
 
 def test_bures_wasserstein_of_diagonal_and_of_degenerate_laws():
     zero = torch.zeros(3, dtype=torch.float64)
     first, second = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 1.0, 0.0])
     found = bures_wasserstein(zero, first.diag(), zero, second.diag())
-    assert found == pytest.approx(math.sqrt(1 + 1 + 9), rel=1e-12)
+    assert found == pytest.approx(math.sqrt(1 + 1 + 9), rel=EXACT)
     # Of one direction each: |a|² + |b|² − 2 |a·b|.
     a, b = draw(3, seed=1), draw(3, seed=2)
     found = bures_wasserstein(zero, torch.outer(a, a), zero, torch.outer(b, b))
     squared = float(a @ a + b @ b - 2 * (a @ b).abs())
-    # The root of an eigenvalue that rounding makes 1e-16 is 1e-8.
-    assert found**2 == pytest.approx(squared, abs=1e-6)
+    # An eigenvalue that should be 0 is of the size of its rounding, of which the root is taken.
+    assert found**2 == pytest.approx(squared, abs=math.sqrt(EXACT))
     # Points.
     still = torch.zeros(3, 3, dtype=torch.float64)
-    assert bures_wasserstein(a, still, b, still) == pytest.approx(float((a - b).norm()), rel=1e-12)
+    assert bures_wasserstein(a, still, b, still) == pytest.approx(float((a - b).norm()), rel=EXACT)
 
 
 def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_sorted_samples():
@@ -112,20 +90,12 @@ def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_sorted_samples()
     # An increasing map is optimal: the cost is the mean of its squares.
     for y in (x + 0.7, 2 * x - 1, x.exp()):
         cost = float((x - y).square().mean().sqrt())
-        assert sliced_wasserstein(x, y[shuffled]) == pytest.approx(cost, rel=1e-12)
-    assert sliced_wasserstein(x, x[shuffled]) == pytest.approx(0.0, abs=1e-12)
+        assert sliced_wasserstein(x, y[shuffled]) == pytest.approx(cost, rel=EXACT)
+    assert sliced_wasserstein(x, x[shuffled]) == pytest.approx(0.0, abs=EXACT)
     # Two points against three: mass 1/3, 1/6, 1/6, 1/3 moves by 0, 1, 1, 0.
     few = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
     more = torch.tensor([[2.0], [0.0], [1.0]], dtype=torch.float64)
-    assert sliced_wasserstein(few, more) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
-
-
-def test_sliced_wasserstein_of_normal_samples_goes_to_that_of_their_laws():
-    # N(0, 1) and N(1, 4): 1 + 1. At 10⁵ samples a standard error is below 0.01: the variances of
-    # the mean and of the standard deviation are those of n samples over n, and for N(1, 4) at most
-    # 4/n each.
-    x, y = draw(100_000, 1), 1 + 2 * draw(100_000, 1, seed=5)
-    assert sliced_wasserstein(x, y) == pytest.approx(math.sqrt(2), abs=5 * math.sqrt(10 / 100_000))
+    assert sliced_wasserstein(few, more) == pytest.approx(math.sqrt(1 / 3), rel=EXACT)
 
 
 @pytest.mark.parametrize("d", [2, 5])
@@ -135,7 +105,7 @@ def test_sliced_wasserstein_of_a_shift_is_the_shift_as_directions_see_it(d):
     y = (x + c)[torch.randperm(300, generator=generator(1))]
     count = 4000
     found = sliced_wasserstein(x, y, projections=count, generator=generator(2))
-    # (θ·c)²/|c|² is of the law Beta(1/2, (d − 1)/2).
+    # (θ·c)²/|c|² is of the distribution Beta(1/2, (d − 1)/2).
     size = float(c.square().sum())
     spread = size * math.sqrt(2 * (d - 1) / (d**2 * (d + 2)) / count)
     assert abs(found**2 - size / d) <= 5 * spread
@@ -151,20 +121,11 @@ def test_sliced_wasserstein_of_equal_weights_is_the_distance_without_weights(d):
     x, y = draw(500, d), draw(500, d, seed=3)
     weights = torch.full((500,), 1 / 500, dtype=torch.float64)
     weighted = sliced_wasserstein(x, y, weights=weights, generator=generator())
-    # Sums of 500 weights are off by up to 500 eps at each of 500 edges: a mass of 5e-11 is
-    # misplaced, at costs of at most 0.1 beside a squared distance of 0.003.
-    assert sliced_wasserstein(x, y, generator=generator()) == pytest.approx(weighted, rel=1e-8)
-
-
-@pytest.mark.parametrize("d", [1, 2])
-def test_sliced_wasserstein_takes_single_precision_and_unequal_numbers(d):
-    """Rounding moves points by 1e-7, and so no distance by more."""
-    x, y = draw(8192, d), draw(8000, d, seed=3)
-    exact = sliced_wasserstein(x, y, projections=5, generator=generator())
-    assert 0.01 < exact < 0.1
-    for first, second in ((x.float(), y.float()), (x.float(), y), (x, y.float())):
-        found = sliced_wasserstein(first, second, projections=5, generator=generator())
-        assert abs(found - exact) <= 1e-6
+    # Sums of 500 weights are off by up to 500 eps at each of 500 edges. Costs are at most 0.1, and
+    # the squared distance is 0.003.
+    misplaced = rounding(500 * 500, 0.1 / 0.003)
+    found = sliced_wasserstein(x, y, generator=generator())
+    assert found == pytest.approx(weighted, rel=misplaced)
 
 
 MODES = GaussianMixture([0.2, 0.3, 0.5], [[-10.0], [0.0], [10.0]], [[[0.04]], [[0.25]], [[1.0]]])
@@ -191,36 +152,32 @@ def test_the_error_of_modes_is_that_of_their_deviations(scale, noise, factors):
     x = x[torch.randperm(len(x), generator=generator())]
     expected = math.sqrt(sum((factor - 1) ** 2 for factor in factors) / 3)
     # Of the points between the two modes at half the scale 1 in 1000 may belong to the other one.
-    assert mode_spread_error(x, MODES, scale, noise) == pytest.approx(
-        expected, rel=1e-12 if scale == 1 else 0.02, abs=1e-12 if scale == 1 else 1e-3
-    )
+    shared = EXACT if scale == 1 else 1 / 50
+    found = mode_spread_error(x, MODES, scale, noise)
+    assert found == pytest.approx(expected, rel=shared, abs=shared / 20)
 
 
 @pytest.mark.parametrize("name", ["VP, three modes", "CLD, three modes", "VP, ring", "CLD, ring"])
 def test_exact_samples_have_no_error_of_modes_however_much_these_overlap(name):
     problem, n = PROBLEMS[name], 200_000
-    law = problem.sde.marginal(problem.end)
-    scale, noise = float(law.mean[0, 0]), float(law.covariance[0, 0])
+    kernel = problem.sde.marginal(problem.end)
+    scale, noise = float(kernel.mean[0, 0]), float(kernel.covariance[0, 0])
     x = problem.sample(n, generator(), at=problem.end)[:, 0]
-    # A deviation of n/8 points is known to 1/√(2n/8) = 0.0045; of overlapping modes to a few times.
-    assert mode_spread_error(x, problem.data, scale, noise) < 0.015
-    assert mode_spread_error(1.2 * x, problem.data, 1.2 * scale, 1.44 * noise) == pytest.approx(
-        mode_spread_error(x, problem.data, scale, noise), rel=1e-6
-    )
-
-
-def test_modes_without_width_are_refused():
+    # A standard deviation of n/8 points, and three times as much where modes overlap.
+    found = mode_spread_error(x, problem.data, scale, noise)
+    assert found < standard_error(1 / math.sqrt(2), n // 8, number=10)
+    scaled = mode_spread_error(1.2 * x, problem.data, 1.2 * scale, 1.44 * noise)
+    # A sum over the points, and the condition of small differences.
+    assert scaled == pytest.approx(found, rel=rounding(n, 100))
     data = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.0]], [[0.1]]])
     with pytest.raises(ValueError, match="positive width"):
         mode_spread_error(draw(10, 1), data, 1.0, 0.0)
     assert math.isfinite(mode_spread_error(draw(10, 1), data, 1.0, 0.1))
-
-
-def test_a_mode_without_two_points_is_wholly_wrong():
+    # A mode without two points is wholly wrong.
     x = torch.cat([mode(-10, 0.2), mode(0, 0.5)])
-    assert mode_spread_error(x, MODES, 1.0, 0.0) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
-    x = torch.cat([x, torch.tensor([[10.0]], dtype=torch.float64)])
-    assert mode_spread_error(x, MODES, 1.0, 0.0) == pytest.approx(math.sqrt(1 / 3), rel=1e-12)
+    for points in (x, torch.cat([x, torch.tensor([[10.0]], dtype=torch.float64)])):
+        expected = math.sqrt(1 / 3)
+        assert mode_spread_error(points, MODES, 1.0, 0.0) == pytest.approx(expected, rel=EXACT)
 
 
 def test_the_spread_of_a_mode_in_two_dimensions_is_of_both():
@@ -230,41 +187,22 @@ def test_the_spread_of_a_mode_in_two_dimensions_is_of_both():
     points = torch.tensor([[a, 0], [-a, 0], [0, b], [0, -b]], dtype=torch.float64)
     x = torch.cat([points + data.means[0], points + data.means[1]])
     expected = math.sqrt((1.2**2 + 1) / 2) - 1
-    assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=1e-12)
+    assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=EXACT)
 
 
-@pytest.fixture(scope="module")
-def table():
-    return work_precision(
-        PROBLEMS["CLD"],
-        {"EM": EulerMaruyama(), "SSCS": SSCS(), "Heun": StochasticHeun()},
-        budgets=(12, 25),
-        samples=16,
-    )
-
-
-def test_a_table_has_each_solver_at_each_budget_with_its_exact_error(table):
-    problem = PROBLEMS["CLD"]
+def test_a_table_has_each_solver_at_each_budget_with_its_exact_error():
+    problem, solvers = PROBLEMS["CLD"], {"EM": EulerMaruyama(), "Heun": StochasticHeun()}
+    table = work_precision(problem, solvers, budgets=(12, 25), samples=16)
     assert (table.problem, table.metric) == ("CLD", "moments")
-    assert [(p.solver, p.nfe) for p in table.points] == [
-        ("EM", 12),
-        ("EM", 25),
-        ("SSCS", 12),
-        ("SSCS", 25),
-        ("Heun", 12),
-        ("Heun", 24),
-    ]
+    found = [(p.solver, p.nfe) for p in table.points]
+    assert found == [("EM", 12), ("EM", 25), ("Heun", 12), ("Heun", 24)]
     for point in table.points:
-        solver = {"EM": EulerMaruyama(), "SSCS": SSCS(), "Heun": StochasticHeun()}[point.solver]
+        solver = solvers[point.solver]
         steps = point.nfe // solver.facts.nfe_per_step
         times = quadratic_times(problem.start, problem.end, steps)
-        assert point.error == pytest.approx(moment_error(solver, problem, times), rel=1e-9)
+        assert point.error == pytest.approx(moment_error(solver, problem, times), rel=EXACT)
         assert point.standard_error == 0
-        assert 0 < point.seconds < 5
-
-
-def test_the_front_is_what_no_other_point_beats(table):
-    for point in table.points:
+        assert point.seconds > 0
         beaten = any(
             other.nfe <= point.nfe
             and other.error <= point.error
@@ -273,17 +211,8 @@ def test_the_front_is_what_no_other_point_beats(table):
         )
         assert point.pareto is not beaten
     assert {point.pareto for point in table.points} == {True, False}
-
-
-def test_the_metric_of_gaussian_laws_is_theirs():
-    found = work_precision(
-        PROBLEMS["CLD"], {"EM": EulerMaruyama()}, budgets=(12,), metric="bures", samples=16
-    )
-    (point,) = found.points
-    assert found.metric == "bures"
-    # In two dimensions moments off by at most e have W₂² ≤ 2 e² + 2 e for covariances: trace norm.
-    error = moment_error(EulerMaruyama(), PROBLEMS["CLD"], quadratic_times(1.0, 0.05, 12))
-    assert 0 < point.error**2 <= 2 * error**2 + 4 * error
+    read = json.loads(table.to_json())
+    assert [WorkPrecisionPoint(**point) for point in read["points"]] == list(table.points)
 
 
 def test_a_solver_that_chooses_its_times_is_run_once():
@@ -304,7 +233,7 @@ def test_a_solver_that_chooses_its_times_is_run_once():
 
 @pytest.mark.parametrize("metric", [None, "moments", "bures"])
 def test_all_points_of_a_table_are_in_its_metric(metric):
-    """An adaptive solver has no exact moments: either it is refused, or all points are sampled."""
+    """An adaptive solver has no exact moments: either it is rejected, or all points are sampled."""
     solvers = {"flow": ProbabilityFlow(rtol=1e-3, atol=1e-3), "EM": EulerMaruyama()}
 
     def exact() -> set[bool]:
@@ -319,34 +248,19 @@ def test_all_points_of_a_table_are_in_its_metric(metric):
     assert len(exact()) <= 1
 
 
-def test_the_spread_of_modes_is_a_metric_of_samples():
-    found = work_precision(
-        PROBLEMS["VP, ring"],
-        {"EM": EulerMaruyama(), "multistep": ExponentialMultistep(order=2, stochasticity=1.0)},
-        budgets=(10,),
-        metric="spread",
-        samples=4000,
-        repeats=2,
-    )
-    assert found.metric == "spread"
-    # From 500 points in two dimensions a standard deviation is known to 1/√(4 · 500) = 0.02.
-    blurred, exact = (point.error for point in found.points)
-    assert blurred > 0.1 > exact
-
-
 @pytest.mark.parametrize("metric", ["spread", "sliced"])
 def test_the_floor_of_samples_is_shown(tmp_path, metric):
     solvers = {"EM": EulerMaruyama(), "multistep": ExponentialMultistep(order=2)}
     found = work_precision(
         PROBLEMS["VP, three modes"], solvers, budgets=(200,), metric=metric, samples=2000, repeats=2
     )
-    # A deviation of a few hundred points is known to some per cent, a law of 2000 likewise.
+    # Standard deviations of a few hundred points are known to some per cent.
     assert 0.005 < found.floor < 0.1
     # So fine a grid leaves next to nothing else.
     assert all(point.error < 4 * found.floor for point in found.points)
     assert found.to_markdown().splitlines()[-1] == f"| exact samples | {found.floor:.1e} |"
     assert json.loads(found.to_json())["floor"] == found.floor
-    assert WorkPrecision.joined([found, found]).floor == pytest.approx(found.floor)
+    assert WorkPrecision.joined([found, found]).floor == pytest.approx(found.floor, rel=EXACT)
     found.plot(tmp_path / "a.svg")
     assert "exact samples" in (tmp_path / "a.svg").read_text()
 
@@ -366,34 +280,15 @@ def test_samples_come_from_the_generator():
     assert errors(1) == errors(1) != errors(2)
 
 
-def test_a_sampled_error_is_that_of_the_solver_until_it_is_that_of_samples():
-    found = work_precision(
-        PROBLEMS["VP, ring"], {"EM": EulerMaruyama()}, budgets=(2, 100), samples=1000, repeats=4
-    )
-    few, many = (point.error for point in found.points)
-    # 1000 samples of a law of unit size are about 1000^(-1/2) from another 1000; two steps are
-    # off by a good part of the size.
-    assert 0.02 < many < 0.12
-    assert few > 3 * many
-
-
-@pytest.mark.parametrize(
-    ("problem", "metric", "words"),
-    [
-        ("CLD", "kl", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got 'kl'"),
-        ("CLD", "", "metric must be 'moments', 'bures', 'sliced' or 'spread'; got ''"),
-        ("CLD, three modes", "moments", "metric must be 'sliced'"),
-        ("CLD, ring", "bures", "metric must be 'sliced'"),
-    ],
-)
-def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
-    with pytest.raises(ValueError, match=words):
-        work_precision(PROBLEMS[problem], {"EM": EulerMaruyama()}, metric=metric)
+RING = {"problem": PROBLEMS["CLD, ring"]}
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        ({"metric": "kl"}, ValueError, "'moments', 'bures', 'sliced' or 'spread'; got 'kl'"),
+        ({"metric": "moments"} | RING, ValueError, "metric must be 'sliced'"),
+        ({"metric": "bures"} | RING, ValueError, "metric must be 'sliced'"),
         ({"budgets": ()}, ValueError, "budgets must be positive integers, at least one; got"),
         ({"budgets": (0,)}, ValueError, "budgets must be positive"),
         ({"budgets": (-3,)}, ValueError, "budgets must be positive"),
@@ -408,27 +303,10 @@ def test_a_metric_that_does_not_fit_is_refused(problem, metric, words):
         ({"problem": "CLD"}, TypeError, "problem must be a Problem"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_by_name(changes, error, words):
+def test_wrong_comparisons_are_rejected_by_name(changes, error, words):
     valid = {"problem": PROBLEMS["CLD"], "solvers": {"heun": StochasticHeun()}, "budgets": (10,)}
     with pytest.raises(error, match=words):
         work_precision(**(valid | {"samples": 4} | changes))
-
-
-def test_joined_tables_have_the_front_of_all():
-    solvers = {"EM": EulerMaruyama(), "SSCS": SSCS()}
-    whole, *parts = (
-        work_precision(PROBLEMS["CLD"], chosen, (50, 100), samples=4)
-        for chosen in (solvers, *({name: solver} for name, solver in solvers.items()))
-    )
-    joined = WorkPrecision.joined(parts)
-    assert [(p.solver, p.nfe, p.error, p.pareto) for p in joined.points] == [
-        (p.solver, p.nfe, p.error, p.pareto) for p in whole.points
-    ]
-
-
-def test_a_solver_that_does_not_apply_is_refused():
-    with pytest.raises(ValueError, match="SSCS needs"):
-        work_precision(PROBLEMS["VE"], {"SSCS": SSCS()}, budgets=(5,), samples=4)
 
 
 POINTS = (
@@ -449,12 +327,6 @@ def test_markdown_has_a_line_a_solver_and_a_column_a_budget():
     ]
 
 
-def test_json_holds_all_points(table):
-    read = json.loads(table.to_json())
-    assert (read["problem"], read["metric"]) == ("CLD", "moments")
-    assert [WorkPrecisionPoint(**point) for point in read["points"]] == list(table.points)
-
-
 @pytest.mark.parametrize("against", ["nfe", "seconds"])
 @pytest.mark.parametrize(("name", "head"), [("a.svg", b"<?xml"), ("a.png", b"\x89PNG")])
 def test_a_diagram_is_written_to_a_file(tmp_path, against, name, head):
@@ -465,7 +337,7 @@ def test_a_diagram_is_written_to_a_file(tmp_path, against, name, head):
     assert buffer.getvalue().startswith(head)
 
 
-def test_a_diagram_against_anything_else_is_refused(tmp_path):
+def test_a_diagram_against_anything_else_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="'nfe' or 'seconds'"):
         SYNTHETIC.plot(tmp_path / "a.svg", against="steps")
     assert not list(tmp_path.iterdir())

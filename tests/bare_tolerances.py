@@ -1,0 +1,112 @@
+"""Check that tolerances name their source: ``python tests/bare_tolerances.py --warn tests``.
+
+A tolerance is bare if it is a number alone, or has a small number as a factor: ``abs=1e-9``,
+``approx(x, 1e-6)``, ``assert error < 1e-12 * size``. So is a comparison that takes the default of
+its library. Tolerances come from the constants and functions of ``tolerances.py``, or from a
+constant of the test file with a comment. Arguments of a function of ``tolerances.py`` are facts
+about the numbers compared, and may be anything.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SMALL = 1e-2
+"""A factor below is no factor but a tolerance; probabilities and data are larger."""
+
+NAMES = {"abs", "rel", "atol", "rtol"}
+COMPARISONS = {"approx", "allclose", "isclose", "assert_close", "assert_allclose"}
+
+
+class Finding(NamedTuple):
+    """A place with a bare tolerance."""
+
+    line: int
+    excerpt: str
+    advice: str
+
+
+def called(node: ast.expr) -> str:
+    """The last name of a function that is called: ``approx`` of ``pytest.approx(…)``."""
+    function = node.func if isinstance(node, ast.Call) else node
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def small(node: ast.expr, sources: set[str]) -> bool:
+    """Whether an expression has a small number outside of calls of named sources."""
+    if isinstance(node, ast.Call) and called(node) in sources:
+        return False
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, float) and 0 < node.value < SMALL
+    return any(small(child, sources) for child in ast.iter_child_nodes(node))
+
+
+def bare(node: ast.expr, sources: set[str]) -> bool:
+    """Whether a tolerance is a number alone, other than 0, or has a small number in it."""
+    names = any(isinstance(part, ast.Name) for part in ast.walk(node))
+    zero = isinstance(node, ast.Constant) and not node.value
+    return small(node, sources) or not (names or zero)
+
+
+def findings(source: str) -> Iterator[Finding]:
+    """Bare tolerances of one test file, in the order of its syntax tree."""
+    tree = ast.parse(source)
+    sources = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "tolerances"
+        for alias in node.names
+    }
+
+    comparisons = COMPARISONS - {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    }
+
+    def found(node: ast.expr, advice: str) -> Finding:
+        return Finding(node.lineno, ast.unparse(node)[:70], advice)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and called(node) in comparisons:
+            given = [keyword.value for keyword in node.keywords if keyword.arg in NAMES]
+            given += node.args[1:] if called(node) == "approx" else []
+            if not given and all(keyword.arg for keyword in node.keywords):  # no **options
+                yield found(node, "the default tolerance of a library has no source")
+            for value in given:
+                if bare(value, sources):
+                    yield found(value, "a tolerance names its source")
+        elif isinstance(node, ast.Assert):
+            for compare in (part for part in ast.walk(node.test) if isinstance(part, ast.Compare)):
+                sides = [compare.left, *compare.comparators]
+                for left, operator, right in zip(sides, compare.ops, sides[1:], strict=False):
+                    if isinstance(operator, ast.Lt | ast.LtE) and small(right, sources):
+                        yield found(right, "a bound names its source")
+                    if isinstance(operator, ast.Gt | ast.GtE) and small(left, sources):
+                        yield found(left, "a bound names its source")
+
+
+def main() -> None:
+    """Print findings; exit with 1 if there are any in the paths before ``--warn``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", type=Path, nargs="*", help="files and folders without findings")
+    parser.add_argument("--warn", type=Path, nargs="*", default=[], help="those to count only")
+    parser.add_argument("--verbose", action="store_true", help="show the findings that are counted")
+    options = parser.parse_args()
+    errors = warnings = 0
+    for paths, strict in ((options.paths, True), (options.warn, False)):
+        for path in paths:
+            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+                for finding in findings(file.read_text(encoding="utf-8")):
+                    errors, warnings = errors + strict, warnings + (not strict)
+                    if strict or options.verbose:
+                        print(f"{file}:{finding.line}: {finding.advice}: {finding.excerpt}")
+    print(f"{errors} bare tolerances, {warnings} more in files that may have some")
+    sys.exit(errors > 0)
+
+
+if __name__ == "__main__":
+    main()
