@@ -10,8 +10,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from cldsde.messages import brief
-
 __all__ = ["PARTIAL", "check_writable", "file_lock", "write_whole"]
 
 PARTIAL = ".partial-"
@@ -42,7 +40,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
             pass
     except OSError as error:
-        msg = f"{folder} cannot be made or written ({error.strerror or brief(error)})"
+        msg = f"{folder} cannot be made or written ({error.strerror or error})"
         raise OSError(msg) from error
 
 
