@@ -148,6 +148,10 @@ def test_kernels_agree_with_the_reference(name):
     with mp.workdps(DIGITS):
         assert_close(marginal.mean, [float(exact.signal(mp.mpf(t))) for t in times], times)
         assert_close(marginal.root, [float(exact.noise(mp.mpf(t))) for t in times], times)
+    # Data with a spread of their own.
+    steps = [exact.transition(0.0, t) for t in times]
+    spread = sde.marginal(tensor(times), [[0.3]])
+    assert_close(spread.root, [math.hypot(root, 0.3**0.5 * psi) for psi, root in steps], times)
     # A logarithm has the relative error of its argument as an absolute one.
     assert (found - tensor([exact.log_snr(t) for t in times[:-1]])).abs().max() <= KERNEL
 
@@ -173,6 +177,14 @@ def test_drift_and_diffusion_are_those_of_the_kernels(name):
     with mp.workdps(DIGITS):
         rates, squares = zip(*(exact.slopes(mp.mpf(t)) for t in times), strict=True)
         noise = [float(mp.sqrt(x)) for x in squares]
+        # Of data with a spread of their own.
+        start, spread = exact.noise(mp.mpf(0)) ** 2, mp.mpf(0.3)
+
+        def deviation(t):
+            return mp.sqrt(exact.signal(t) ** 2 * (spread - start) + exact.noise(t) ** 2)
+
+        slopes = [float(mp.diff(deviation, mp.mpf(t))) for t in times]
+    assert_close(sde.dynamics.rates(tensor(times), tensor(0.3))[1], slopes, times)
     assert_close(sde.drift(tensor(times)), [float(x) for x in rates], times)
     assert_close(sde.diffusion(tensor(times)), noise, times)
 

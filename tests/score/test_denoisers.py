@@ -26,14 +26,17 @@ from cldsde import (
 )
 from cldsde.score import ScoreDenoiser
 from probes import generator
+from tolerances import EPS32, rounding, standard_error
 
-PROCESSES = {"VP": VPSDE, "VE": VESDE, "CLD": CLD, "PSLD": PSLD, "HOLD": HOLD}
+PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
+CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([[-1.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
 COVARIANCES = torch.tensor(
     [[[0.3, 0.1], [0.1, 0.2]], [[0.25, 0.0], [0.0, 0.5]]], dtype=torch.float64
 )
 DATA = GaussianMixture(WEIGHTS, MEANS, COVARIANCES)
+CONDITIONED = rounding(4, 1e6)  # û loses the condition number of Σ
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ALPHAS_CUMPROD = (1 - BETAS).cumprod(0)
 
@@ -49,17 +52,18 @@ def exact(u: Tensor, sigma: Tensor) -> Tensor:
     return (log_weights.softmax(1).unsqueeze(-1) * each).sum(1).to(u.dtype)
 
 
-def network(alpha: Any, sigma: Any, rates: Any, predicts: str, seen: list[Tensor]) -> Any:
-    """What an ideal network returns for x = α(t) x_0 + σ(t) n."""
+def network(alpha: Any, sigma: Any, predicts: str, seen: list[Tensor]) -> Any:
+    """Output of an ideal network for x = α(t) x_0 + σ(t) n."""
 
     def called(x: Tensor, t: Tensor) -> Tensor:
         seen.append(t)
-        a, s = (f(t.double()).unsqueeze(1) for f in (alpha, sigma))
+        at = t.double().unsqueeze(1)
+        a, s = alpha(at), sigma(at)
         data = exact(x / a, (s / a).squeeze(1))
         noise = (x - a * data) / s
         if predicts == "flow":
-            a_rate, s_rate = (f(t.double()).unsqueeze(1) for f in rates)
-            return a_rate * data + s_rate * noise
+            da, ds = (torch.func.jvp(f, (at,), (torch.ones_like(at),))[1] for f in (alpha, sigma))
+            return da * data + ds * noise
         return {
             "noise": noise,
             "data": data,
@@ -70,20 +74,8 @@ def network(alpha: Any, sigma: Any, rates: Any, predicts: str, seen: list[Tensor
     return called
 
 
-def vp_alpha(t: Tensor) -> Tensor:
-    return (-0.5 * (0.1 * t + 9.95 * t**2)).exp()
-
-
-def vp_sigma(t: Tensor) -> Tensor:
-    return (-torch.expm1(-(0.1 * t + 9.95 * t**2))).sqrt()
-
-
-def vp_rates() -> Any:
-    beta = lambda t: 0.1 + 19.9 * t  # noqa: E731
-    return (
-        lambda t: -0.5 * beta(t) * vp_alpha(t),
-        lambda t: 0.5 * beta(t) * vp_alpha(t) ** 2 / vp_sigma(t),
-    )
+def clock(t: Tensor) -> Tensor:
+    return 0.1 * t + 9.95 * t**2
 
 
 def table_log_snr(t: Tensor) -> Tensor:
@@ -93,38 +85,33 @@ def table_log_snr(t: Tensor) -> Tensor:
 
 
 half_pi = math.pi / 2
-# The path, and α, σ and their rates as formulas of their own.
-PATHS: dict[str, tuple[NoisePath, Any, Any, Any]] = {
-    "linear": (
-        NoisePath.linear(),
-        lambda t: 1 - t,
-        lambda t: t,
-        (lambda t: -torch.ones_like(t), torch.ones_like),
-    ),
+# The path, and α and σ as formulas of their own.
+PATHS: dict[str, tuple[NoisePath, Any, Any]] = {
+    "linear": (NoisePath.linear(), lambda t: 1 - t, lambda t: t),
     "cosine": (
         NoisePath.cosine(),
         lambda t: (half_pi * t).cos(),
         lambda t: (half_pi * t).sin(),
-        (lambda t: -half_pi * (half_pi * t).sin(), lambda t: half_pi * (half_pi * t).cos()),
     ),
-    "VP": (NoisePath.of(VPSDE()), vp_alpha, vp_sigma, vp_rates()),
+    "VP": (
+        NoisePath.of(VPSDE()),
+        lambda t: (-clock(t) / 2).exp(),
+        lambda t: (-torch.expm1(-clock(t))).sqrt(),
+    ),
     "sigma": (
         NoisePath(torch.ones_like, lambda t: t, interval=(1e-4, 1e3)),
         torch.ones_like,
         lambda t: t,
-        (torch.zeros_like, torch.ones_like),
     ),
     "a path of one's own": (
         NoisePath(lambda t: 1 - t**2, lambda t: t.sqrt() * t, interval=(1e-4, 1 - 1e-5)),
         lambda t: 1 - t**2,
         lambda t: t**1.5,
-        (lambda t: -2 * t, lambda t: 1.5 * t.sqrt()),
     ),
     "table": (
         NoisePath.from_alphas_cumprod(ALPHAS_CUMPROD),
         lambda t: torch.sigmoid(2 * table_log_snr(t)).sqrt(),
         lambda t: torch.sigmoid(-2 * table_log_snr(t)).sqrt(),
-        None,
     ),
 }
 CONVENTIONS = [
@@ -146,60 +133,46 @@ def states(sde: Any, t: float, n: int = 16) -> Tensor:
     return sde.perturb(x, torch.full((n,), t, dtype=torch.float64), generator=generator(2))[0]
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", ["VP", "CLD", "HOLD"])
 @pytest.mark.parametrize("convention", ["EDM", *CONVENTIONS], ids=str)
 def test_every_convention_gives_the_exact_score(process, convention):
-    """To 1e-9 of the largest entry; the mixture's own score has a reference in 50 digits."""
-    sde = PROCESSES[process]()
+    """At times of each sample; the mixture's own score has a reference in 50 digits."""
+    sde = PROCESSES[process]
     found = exact if convention == "EDM" else denoiser(*convention)
-    score, reference = DenoiserScore(found, sde), DATA.score(sde)
-    levels = (-2.5, 0.0, 2.5)  # within every path, and every process but HOLD at the first
-    for t in solvers.times_of_log_snr(sde, torch.tensor(levels, dtype=torch.float64)).tolist():
-        z = states(sde, t)
-        expected = reference(z, t)
-        assert (score(z, t) - expected).abs().max() <= 1e-9 * expected.abs().max()
+    levels = torch.tensor([-2.5, 0.0, 2.5], dtype=torch.float64)  # within every path
+    t = solvers.times_of_log_snr(sde, levels)
+    z = sde.perturb(DATA.sample(3, generator=generator(1), dtype=torch.float64), t)[0]
+    expected = DATA.score(sde)(z, t)
+    assert_scores(DenoiserScore(found, sde)(z, t), expected)
+    assert_scores(DenoiserScore(found, sde)(z[1:2], t[1]), expected[1:2])
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_times_of_each_sample(process):
-    """A batch whose samples have times of their own is as its samples one by one."""
-    sde = PROCESSES[process]()
-    score = DenoiserScore(denoiser("linear", "flow"), sde)
-    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    z = states(sde, 0.5, 3)
-    apart = torch.cat([score(z[i : i + 1], t[i]) for i in range(3)])
-    torch.testing.assert_close(score(z, t), apart, rtol=1e-13, atol=1e-13)
+def assert_scores(found: Tensor, expected: Tensor) -> None:
+    """Relative to the largest entry of each sample."""
+    error = (found - expected).abs().amax((1, 2))
+    assert (error <= CONDITIONED * expected.abs().amax((1, 2))).all()
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("convention", ["EDM", *CONVENTIONS[::3]], ids=str)
-def test_samples_have_the_moments_of_the_data(process, convention):
-    """Within 4 standard errors: 4,000 samples, 60 steps of order 2 to κ = 4.5."""
-    sde = PROCESSES[process]()
-    found = exact if convention == "EDM" else denoiser(*convention)
-    start, end = solvers.times_of_log_snr(sde, torch.tensor([-4.0, 4.5])).tolist()
-    x = solvers.sample(
-        sde,
-        DenoiserScore(found, sde),
-        (4000, 2),
-        times=solvers.root_times(start, end, 60),
-        dtype=torch.float64,
-    )
+def test_samples_have_the_moments_of_the_data():
+    """4,000 samples, 40 steps of order 2 to κ = 4.5."""
+    score = DenoiserScore(denoiser("table", "noise"), CRITICAL)
+    start, end = solvers.times_of_log_snr(CRITICAL, torch.tensor([-4.0, 4.5])).tolist()
+    times = solvers.root_times(start, end, 40)
+    x = solvers.sample(CRITICAL, score, (4000, 2), times=times, dtype=torch.float64)
     mean = WEIGHTS @ MEANS
     spread = torch.einsum("n,nij->ij", WEIGHTS, COVARIANCES + MEANS[:, :, None] * MEANS[:, None])
     covariance = spread - mean[:, None] * mean
-    n = len(x)
-    assert ((x.mean(0) - mean).abs() <= 4 * (covariance.diagonal() / n).sqrt()).all()
+    error = standard_error(1.0, len(x))
+    assert ((x.mean(0) - mean).abs() <= error * covariance.diagonal().sqrt()).all()
     products = (x - mean)[:, :, None] * (x - mean)[:, None]
-    error = products.std(0) / math.sqrt(n)
-    assert ((products.mean(0) - covariance).abs() <= 4 * error).all()
+    assert ((products.mean(0) - covariance).abs() <= error * products.std(0)).all()
 
 
 class TestNoisePath:
     @pytest.mark.parametrize("path", [p for p in PATHS if p != "table"])
     def test_the_time_of_a_level(self, path):
-        """Against scipy's root finder."""
-        noise_path, alpha, sigma, _ = PATHS[path]
+        """Against the root finder of scipy; errors are multiplied by at most 1e3."""
+        noise_path, alpha, sigma = PATHS[path]
         for kappa in (-3.0, 0.0, 4.0):
 
             def off(t: float, kappa: float = kappa) -> float:
@@ -209,69 +182,51 @@ class TestNoisePath:
             low, high = noise_path.interval
             wanted = brentq(off, max(low, 1e-9), min(high, 1e3) * (1 - 1e-12), xtol=1e-15)
             found = noise_path.time(torch.tensor([kappa], dtype=torch.float64))
-            assert float(found) == pytest.approx(wanted, rel=1e-11)
+            assert float(found) == pytest.approx(wanted, rel=rounding(100, 1e3))
 
     def test_levels_of_a_table_are_its_entries(self):
         path = PATHS["table"][0]
         index = torch.tensor([0.0, 17.0, 998.0, 999.0], dtype=torch.float64)
         table = ALPHAS_CUMPROD[index.long()]
-        torch.testing.assert_close(path.signal(index), table.sqrt(), rtol=1e-14, atol=0)
-        torch.testing.assert_close(path.noise(index), (1 - table).sqrt(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(path.signal(index), table.sqrt(), rtol=rounding(), atol=0)
+        noise = (1 - table).sqrt()
+        torch.testing.assert_close(path.noise(index), noise, rtol=rounding(100), atol=0)
         kappa = 0.5 * table.logit()
-        torch.testing.assert_close(path.time(kappa), index, rtol=0, atol=1e-9)
+        torch.testing.assert_close(path.time(kappa), index, rtol=0, atol=rounding(100, 1e4))
 
     def test_a_table_that_ends_without_signal_is_cut_before(self):
         """Of tables with zero signal at the end (Lin et al. 2024) the finite levels are used."""
         table = torch.cat([ALPHAS_CUMPROD[:10], torch.zeros(1, dtype=torch.float64)])
         assert NoisePath.from_alphas_cumprod(table).interval == (0.0, 9.0)
 
-    @pytest.mark.parametrize(
-        ("make", "error", "message"),
-        [
-            (lambda: NoisePath(1.0, lambda t: t), TypeError, "signal must be a function"),
-            (
-                lambda: NoisePath(lambda t: 1.0, lambda t: t),
-                TypeError,
-                "signal must return a tensor",
-            ),
-            (
-                lambda: NoisePath(lambda t: t.sum(), lambda t: t),
-                ValueError,
-                "signal must return one value per time",
-            ),
-            (
-                lambda: NoisePath(lambda t: 1 - t, lambda t: t * (1 - t)),
-                ValueError,
-                "noise/signal that increases with t; got a decrease after t = 0.99",
-            ),
-            (
-                lambda: NoisePath(lambda t: 1 - t, lambda t: (t - 0.5).abs()),
-                ValueError,
-                "increases with t; got a decrease after t = 0",
-            ),
-            (lambda: NoisePath(lambda t: 1 / t, lambda t: t), ValueError, "signal must be finite"),
-            (lambda: NoisePath(lambda t: 1 - 2 * t, lambda t: t), ValueError, "signal must be fin"),
-            (
-                lambda: NoisePath(torch.ones_like, lambda t: t, interval=(1.0, 1.0)),
-                ValueError,
-                "interval must be two increasing numbers",
-            ),
-            (
-                lambda: NoisePath.from_alphas_cumprod(ALPHAS_CUMPROD.flip(0)),
-                ValueError,
-                "table must decrease",
-            ),
-            (
-                lambda: NoisePath.from_alphas_cumprod([0.9, 0.5]),
-                ValueError,
-                "table must be a tensor",
-            ),
-            (lambda: NoisePath.of(CLD()), ValueError, "sde must have one component; got CLD"),
-        ],
-    )
-    def test_paths_that_are_none(self, make, error, message):
-        with pytest.raises(error, match=message):
-            make()
+
+def path(signal: Any, noise: Any = lambda t: t, **options: Any) -> Any:
+    return lambda: NoisePath(signal, noise, **options)
+
+
+def table(values: Any) -> Any:
+    return lambda: NoisePath.from_alphas_cumprod(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (path(1.0), TypeError, "signal must be a function"),
+        (path(lambda t: 1.0), TypeError, "signal must return a tensor"),
+        (path(lambda t: t.sum()), ValueError, "signal must return one value per time"),
+        (path(lambda t: 1 - t, lambda t: t - t**2), ValueError, "got a decrease after t = 0.99"),
+        (path(lambda t: 1 - t, lambda t: (t - 0.5).abs()), ValueError, "a decrease after t = 0"),
+        (path(lambda t: 1 / t), ValueError, "signal must be finite"),
+        (path(lambda t: 1 - 2 * t), ValueError, "signal must be fin"),
+        (path(torch.ones_like, interval=(1.0, 1.0)), ValueError, "two increasing numbers"),
+        (table(ALPHAS_CUMPROD.flip(0)), ValueError, "table must decrease"),
+        (table([0.9, 0.5]), ValueError, "table must be a tensor"),
+        (lambda: NoisePath.of(CLD()), ValueError, "sde must have one component; got CLD"),
+    ],
+)
+def test_bad_paths_are_rejected(make: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
 
 
 class TestClocks:
@@ -296,7 +251,7 @@ class TestClocks:
 
         sigma = torch.tensor([2.0, 0.1], dtype=torch.float64)
         PredictionDenoiser(told, NoisePath.linear(), clock=clock)(torch.zeros(2, 3).double(), sigma)
-        torch.testing.assert_close(seen[0], expected(sigma), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(seen[0], expected(sigma), rtol=rounding(), atol=rounding())
 
     def test_the_nearest_index_is_an_integer(self):
         """The network is told the nearest level and shown the state of the exact one."""
@@ -313,18 +268,15 @@ class TestClocks:
         PredictionDenoiser(told, path, clock="index")(u, sigma / alpha)
         assert seen[1].tolist() == [123, 123]
         assert seen[1].dtype == torch.int64
-        torch.testing.assert_close(seen[0], alpha * u, rtol=1e-12, atol=0)
+        torch.testing.assert_close(seen[0], alpha * u, rtol=rounding(100, 10), atol=0)
 
     def test_single_precision_keeps_the_times_of_a_grid(self):
         """Levels of a solver's times reach the path in double precision."""
         seen: list[Tensor] = []
-        found = denoiser("linear", "noise", seen)
-        sde = VPSDE()
+        process = ReverseProcess(VP, DenoiserScore(denoiser("linear", "noise", seen), VP))
         times = solvers.root_times(0.8, 0.01, 5)
-        start = torch.zeros(2, 1, 2)
-        score = DenoiserScore(found, sde)
-        solvers.solve(ReverseProcess(sde, score), solvers.EulerMaruyama(), start, times)
-        sigma = (-sde.log_snr(times[:-1])).exp()
+        solvers.solve(process, solvers.EulerMaruyama(), torch.zeros(2, 1, 2), times)
+        sigma = (-VP.log_snr(times[:-1])).exp()
         wanted = (sigma / (1 + sigma)).float()
         assert torch.equal(torch.stack([t[0] for t in seen]), wanted)
 
@@ -338,7 +290,7 @@ class TestErrors:
             asked.append(sigma)
             return exact(u, sigma)
 
-        sde = CLD()
+        sde = CRITICAL
         score = DenoiserScore(counted, sde, noise_levels=(0.01, 80.0))
         process = ReverseProcess(sde, score)
         start = sde.prior.sample((4, 2), generator=generator())
@@ -355,14 +307,9 @@ class TestErrors:
         assert bounds.min() >= 0.01
         assert bounds.max() <= 80
 
-    def test_levels_of_a_network_without_a_process(self):
-        found = denoiser("table", "noise")
-        with pytest.raises(ValueError, match=r"sigma must lie in \[0.01.*, 157.*\].*got 200"):
-            found(torch.zeros(2, 2), 200.0)
-
     @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 2), (3, 2)])
     def test_a_network_that_returns_another_shape(self, shape):
-        sde = VPSDE()
+        sde = VP
         wrong = DenoiserScore(lambda u, sigma: torch.zeros(shape), sde)
         with pytest.raises(
             ValueError, match=r"denoiser must return a tensor like its input, \(4, 2\)"
@@ -372,51 +319,64 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"network must return a tensor like its input"):
             prediction(torch.zeros(4, 2), 1.0)
 
-    def test_arguments(self):
-        with pytest.raises(TypeError, match="denoiser must be a callable"):
-            DenoiserScore(None, VPSDE())
-        with pytest.raises(ValueError, match="noise_levels must be two increasing numbers"):
-            DenoiserScore(exact, VPSDE(), noise_levels=(1.0, 0.5))
-        with pytest.raises(ValueError, match="predicts must be one of 'noise'"):
-            PredictionDenoiser(exact, NoisePath.linear(), "epsilon")
-        with pytest.raises(ValueError, match="clock must be one of 'time'"):
-            PredictionDenoiser(exact, NoisePath.linear(), clock="steps")
-        with pytest.raises(TypeError, match="path must be a NoisePath"):
-            PredictionDenoiser(exact, VPSDE())
-        with pytest.raises(ValueError, match=r"sigma must be one level or have shape \(4,\)"):
-            denoiser("linear", "data")(torch.zeros(4, 2), torch.ones(3))
+    @pytest.mark.parametrize(
+        ("call", "error", "message"),
+        [
+            (lambda: DenoiserScore(None, VP), TypeError, "denoiser must be a callable"),
+            (
+                lambda: DenoiserScore(exact, VP, noise_levels=(1.0, 0.5)),
+                ValueError,
+                "noise_levels must be two increasing numbers",
+            ),
+            (lambda: prediction("epsilon"), ValueError, "predicts must be one of 'noise'"),
+            (lambda: prediction(clock="steps"), ValueError, "clock must be one of 'time'"),
+            (lambda: PredictionDenoiser(exact, VP), TypeError, "path must be a NoisePath"),
+            (
+                lambda: denoiser("linear", "data")(torch.zeros(4, 2), torch.ones(3)),
+                ValueError,
+                r"sigma must be one level or have shape \(4,\)",
+            ),
+            (
+                lambda: denoiser("table", "noise")(torch.zeros(2, 2), 200.0),
+                ValueError,
+                r"sigma must lie in \[0.01.*, 157.*\].*got 200",
+            ),
+        ],
+    )
+    def test_bad_arguments_are_rejected(self, call, error, message):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def prediction(*predicts: Any, **options: Any) -> PredictionDenoiser:
+    return PredictionDenoiser(exact, NoisePath.linear(), *predicts, **options)
 
 
 def test_gradients_of_state_and_parameters():
-    """Against the derivative of the mixture's own score, and finite differences of a scale."""
-    sde = PSLD()
+    """Against the derivative of the mixture's own score, and differences of a scale."""
+    sde = PROCESSES["PSLD"]
     z = states(sde, 0.4).requires_grad_()
     score = DenoiserScore(exact, sde)(z, 0.4)
     (found,) = torch.autograd.grad(score.sum(), z)
     again = z.detach().requires_grad_()
     (wanted,) = torch.autograd.grad(DATA.score(sde)(again, 0.4).sum(), again)
-    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found, wanted, rtol=CONDITIONED, atol=CONDITIONED)
 
-    scale = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     ideal = network(*PATHS["linear"][1:], "noise", [])
     scaled = PredictionDenoiser(lambda x, t: scale * ideal(x, t), NoisePath.linear())
     total = DenoiserScore(scaled, sde)(z.detach(), 0.4).sum()
     (slope,) = torch.autograd.grad(total, scale)
-    with torch.no_grad():
-        ends = [
-            DenoiserScore(
-                PredictionDenoiser(lambda x, t, s=s: s * ideal(x, t), NoisePath.linear()), sde
-            )(z, 0.4).sum()
-            for s in (1 - 1e-6, 1 + 1e-6)
-        ]
-    # The score is affine in the scale: the difference quotient is exact up to 1e-16/1e-6.
-    assert float(slope) == pytest.approx(float(ends[1] - ends[0]) / 2e-6, rel=1e-7)
+    scale.data.zero_()
+    # The score is affine in the scale.
+    change = total - DenoiserScore(scaled, sde)(z.detach(), 0.4).sum()
+    assert float(slope) == pytest.approx(float(change.detach()), rel=rounding(1e6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_states_in_lower_precision(dtype):
     """Within a few roundings of the state's dtype of what the score is in double precision."""
-    sde = CLD()
+    sde = CRITICAL
     z = states(sde, 0.5).to(dtype)
     found = DenoiserScore(exact, sde)(z, 0.5)
     assert found.dtype == dtype
@@ -432,7 +392,7 @@ def test_conditions_reach_the_network():
         told.update(conditions)
         return x
 
-    sde = VPSDE()
+    sde = VP
     score = DenoiserScore(PredictionDenoiser(conditional, NoisePath.linear()), sde)
     score(torch.zeros(4, 1, 2), 0.5, class_labels=torch.arange(4))
     assert told["class_labels"].tolist() == [0, 1, 2, 3]
@@ -444,12 +404,12 @@ class TestScoreDenoiser:
     @pytest.mark.parametrize("process", PROCESSES)
     def test_the_denoiser_of_an_exact_score(self, process):
         """At any state of the right estimate, whatever fills it up."""
-        sde = PROCESSES[process]()
+        sde = PROCESSES[process]
         sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
         u = torch.randn(3, 2, generator=generator(), dtype=torch.float64)
         for options in ({}, {"fill": False}, {"seed": 1}):
             found = ScoreDenoiser(DATA.score(sde), **options)(u, sigma)
-            torch.testing.assert_close(found, exact(u, sigma), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(found, exact(u, sigma), rtol=CONDITIONED, atol=CONDITIONED)
 
     def test_a_mixed_score_under_another_process(self):
         """A network trained with VP is, under CLD, as one that is shown the estimate."""
@@ -460,7 +420,7 @@ class TestScoreDenoiser:
         shown = MixedScore(network, cld, 0.2, 0.7, inputs="estimate").double()
         z = states(cld, 0.4)
         crossed = DenoiserScore(trained.denoiser, cld)
-        torch.testing.assert_close(crossed(z, 0.4), shown(z, 0.4), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(crossed(z, 0.4), shown(z, 0.4), rtol=8 * EPS32, atol=8 * EPS32)
 
     def test_times_are_those_of_the_levels(self):
         """Known levels keep their digits through both conversions, in single precision."""

@@ -1,12 +1,21 @@
-"""Adaptive solvers: how a solve ends that needs too much, or whose score is not finite."""
+"""Adaptive solvers: evaluations per sample, and solves that cannot reach their end."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from cldsde import CLD, VESDE, ReverseProcess
-from cldsde.solvers import GottaGoFast, ProbabilityFlow, RecordedNoise, TorchDiffEq, solve
+from cldsde.solvers import (
+    FreshNoise,
+    GottaGoFast,
+    NoiseSource,
+    ProbabilityFlow,
+    RecordedNoise,
+    TorchDiffEq,
+    solve,
+)
 from cldsde.validation import propagate_moments
 from probes import Recording, generator, start, untouchable
 from tolerances import EPS
@@ -22,8 +31,17 @@ SOLVERS = {
         2,
     ),
     **{
-        f"flow, {method}, {pace}": (ProbabilityFlow, {"method": method, "pace": pace}, 2, stages)
-        for method, stages in (("bosh3", 3), ("dopri5", 6), ("dopri8", 12))
+        f"flow, {method}, {pace}": (
+            ProbabilityFlow,
+            {"method": method, "pace": pace, "rtol": tolerance, "atol": tolerance},
+            2,
+            stages,
+        )
+        for method, stages, tolerance in (
+            ("bosh3", 3, 1e-4),
+            ("dopri5", 6, 1e-5),
+            ("dopri8", 12, 1e-9),
+        )
         for pace in ("batch", "sample")
     },
     **{
@@ -57,6 +75,48 @@ def run(name, score=None, dtype=torch.float64, state=None, **options):
     assert torch.equal(found.data, found.state[:, 0])
     assert (found.status == 0) == found.success
     return found, score
+
+
+class Marked(NoiseSource):
+    """Normals, but zeros on the last number of each component."""
+
+    def __init__(self):
+        self.source = FreshNoise(generator(7))
+
+    def normal(self, z, rows):
+        draw = self.source.normal(z, rows)
+        draw[..., -1] = 0
+        return draw
+
+
+def test_evaluations_are_those_that_each_sample_saw(name):
+    # The last number stands still and holds the sample's number; starts are of different sizes.
+    sde = VESDE(0.05, 20.0)
+    scale, label = torch.logspace(0, 2, 6).double()[:, None, None], torch.arange(6).double()
+    state = torch.cat([start(sde, (6, 2)) * scale, label[:, None, None]], dim=-1)
+
+    def score(z, t):
+        variance = (0.25 + (0.05 * 400**t) ** 2)[:, None, None]
+        return torch.cat([-z[..., :2] / variance, torch.zeros_like(z[..., :1])], dim=-1)
+
+    kind, options, before, attempt = SOLVERS[name]
+    recorded = Recording(score)
+    process, solver = ReverseProcess(sde, recorded), kind(**options)
+    found = solve(process, solver, state, ENDS, noise=Marked())
+    seen = Counter(i for z in recorded.states for i in z[:, 0, 2].tolist())
+    assert found.success
+    assert torch.equal(found.state[:, 0, 2], label)
+    assert found.stats["nfev"].tolist() == [seen[i] for i in range(6)]
+    assert found.nfev == max(seen.values())
+    assert all((n - before) % attempt == 0 for n in seen.values())
+    if kind is not TorchDiffEq:
+        assert found.nfev == before + attempt * found.stats["attempts"]
+    # Samples that arrived leave the batch, unless all have one step length.
+    sizes = [len(z) for z in recorded.states]
+    assert sizes == sorted(sizes, reverse=True)
+    shared = kind is TorchDiffEq or "batch" in name
+    assert (sizes[-1] == 6) == (len(set(seen.values())) == 1) == shared
+    assert not shared or all((t == t[0]).all() for t in recorded.times)
 
 
 @pytest.mark.parametrize("most", [2, 3, 20, 50])

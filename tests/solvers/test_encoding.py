@@ -40,20 +40,16 @@ def test_fifty_evaluations_bring_data_back_to_a_thousandth(name):
     assert round_trip(process, BEST, z, solvers.root_times(1.0, EPS, 50)) <= 1e-3
 
 
-@every_process
 @pytest.mark.parametrize(
-    "solver",
+    ("name", "solver"),
     [
-        *[Multistep(order=k) for k in (1, 2, 3)],
-        Multistep(order=2, corrector=True),
-        Multistep(order=2, prediction="noise"),
-        solvers.EDMHeun(),
+        *[("VP", Multistep(order=k)) for k in (1, 2, 3)],
+        *[(name, Multistep(order=2, corrector=True)) for name in PROCESSES],
+        *[(name, Multistep(order=2, prediction="noise")) for name in PROCESSES],
+        *[(name, solvers.EDMHeun()) for name in ("VP", "rectified flow")],
     ],
-    ids=repr,
 )
 def test_the_round_trip_converges_at_the_order_of_the_solver(name, solver):
-    if isinstance(solver, solvers.EDMHeun) and name == "CLD":
-        pytest.skip("of one component")
     process, z = process_and_states(name)
     # Solvers that do not predict the data start later.
     T = min(0.99, process.sde.regular_until)
@@ -67,10 +63,10 @@ def test_the_round_trip_converges_at_the_order_of_the_solver(name, solver):
 @pytest.mark.parametrize("pace", ["batch", "sample"])
 def test_adaptive_flows_come_back_within_their_tolerance(name, pace):
     process, z = process_and_states(name, 10)
-    solver = solvers.ProbabilityFlow(rtol=1e-9, atol=1e-9, pace=pace)
+    solver = solvers.ProbabilityFlow(rtol=1e-7, atol=1e-7, pace=pace)
     times = torch.tensor([process.sde.regular_until, EPS], dtype=torch.float64)
-    # A hundred steps each way with errors of 1e-9, which the flow may stretch.
-    assert round_trip(process, solver, z, times) <= 1e-6
+    # A hundred steps each way with errors of 1e-7, which the flow may stretch tenfold.
+    assert round_trip(process, solver, z, times) <= 1e-4
 
 
 @every_process
@@ -110,8 +106,8 @@ def test_states_on_the_way_are_those_of_shorter_grids(solver):
     assert torch.equal(found.y[0], z)
     assert torch.equal(found.y[2], found.state)
     assert seen == sorted(seen)
-    # States are saved before a correction by the next step, or cut a step short: errors are those
-    # of the solver at these steps.
+    # States are saved before a correction by the next step, or cut a step short: the solver's
+    # errors at these steps.
     shorter = solvers.solve(process, solver, z, times[:5]).state
     assert torch.allclose(found.y[1], shorter, rtol=0, atol=2e-3)
 

@@ -13,7 +13,7 @@ from scipy import stats
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import Stages
-from probes import Smooth, generator, start
+from probes import Smooth, generator, initial, start
 from strategies import shapes
 from tolerances import rounding, standard_error
 
@@ -146,6 +146,13 @@ class TestStreams:
     ) -> None:
         z = SampleNoise([1, 2]).start(HOLD(), axes, dtype=dtype)
         assert (z.shape, z.dtype) == ((2, 3, *axes), dtype)
+
+    def test_starts_below_the_prior_are_those_of_data_of_variance_one(self) -> None:
+        normals = SampleNoise([1]).normal(torch.zeros(1, 3, 4, dtype=torch.float64), 3)
+        for t, root in ((0.5, HOLD().marginal(0.5, initial(HOLD(), 1.0)).root), (1.0, None)):
+            expected = (HOLD().prior.root if root is None else root) @ normals
+            found = SampleNoise([1]).start(HOLD(), (4,), dtype=torch.float64, t=t)
+            assert torch.allclose(found, expected, rtol=0, atol=rounding(32, 10.0))
 
     def test_global_settings_are_neither_used_nor_changed(self) -> None:
         before, wanted = torch.random.get_rng_state(), SampleNoise(SEEDS).start(CLD(), (3,))

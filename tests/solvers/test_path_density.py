@@ -46,8 +46,8 @@ def solved(sde, solver, score=None, **options):
 def joint_log_prob(process, solver, path, r):
     """Log-density of ``path`` ``(n + 1, B, k, D)`` given its start, by probing the solver's states.
 
-    The path is affine in its r normals per step, with a square matrix A, so that its density is the
-    density of the normals over det A. Of a root with fewer columns than rows only the driven rows
+    The path is affine in its r normals per step, with a square matrix A. Its density is the density
+    of the normals over det A. Of a root with fewer columns than rows only the driven rows
     have a density.
     """
     times, k = grid(process.sde), process.sde.components

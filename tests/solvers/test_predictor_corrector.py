@@ -21,7 +21,7 @@ every_norm = pytest.mark.parametrize("norm", ["sample", "batch"])
 
 @dataclass(frozen=True, kw_only=True)
 class Stay(GridSolver):
-    """A predictor that evaluates the score and stays where it is."""
+    """A predictor that evaluates the score and returns the state."""
 
     facts = Facts(applies_to="everything", nfe_per_step=1)
 

@@ -141,23 +141,6 @@ def test_order_one_is_euler_for_the_flow_matching_ode():
     assert (found - x).abs().max() <= 1e-13
 
 
-def test_diffusers_scheduler_takes_the_same_steps():
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(12)
-    sigmas = scheduler.sigmas
-    assert (sigmas[0], sigmas[-1]) == (1.0, 0.0)
-    x = start = states(dtype=torch.float32)
-    for t, sigma in zip(scheduler.timesteps, sigmas, strict=False):
-        data = DATA.posterior_mean(FLOW, x.double(), float(sigma))
-        flow = Conversion.at(FLOW, float(sigma), "data", "flow")(x.double(), data)
-        x = scheduler.step(flow.float(), t, x).prev_sample
-    times = sigmas[:-1].double()
-    found = solvers.solve(process(), Multistep(order=1), start.double(), times, denoise=True)
-    # Twelve steps in single precision.
-    assert (found.data - x[:, 0]).abs().max() <= 1e-6
-
-
 def test_evaluations_of_the_data_prediction_count():
     times = solvers.root_times(1.0, 0.05, 7)
     assert solvers.solve(process("cosine"), Multistep(), states(), times).nfev == 7

@@ -1,13 +1,13 @@
 """`Splitting`: each word is its letters, written again in numpy, and of weak order 1.
 
-With F = beta(t) A, G G^T = beta(t) Q, a diagonal stationary covariance S and the clock B of a
-letter's part of the step, the letters are
+Here F = beta(t) A, G G^T = beta(t) Q, and the stationary covariance S is diagonal. With the clock
+B of a letter's part of the step, the letters are
 
     O: the distribution of dz = -Q S^-1 z / 2 dB + Q^1/2 dw, by matrix exponentials,
     A: x += B [(Q S^-1 / 2 - A) z + Q s]_x,       B: v += B [(Q S^-1 / 2 - A) z + Q s]_v.
 
-With Gaussian data the score is s = C(t)^-1 (m(t) - z), so that a step acts on the columns of a
-matrix: those of the state at its start, of the constant, and of its noise.
+With Gaussian data the score is s = C(t)^-1 (m(t) - z). A step then acts on the columns of a matrix,
+which belong to the state at its start, to the constant, and to its noise.
 """
 
 import functools

@@ -10,13 +10,7 @@ import torch
 from torchdiffeq import odeint
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
-from cldsde.solvers import (
-    BrownianPath,
-    TorchDiffEq,
-    as_torchdiffeq,
-    root_times,
-    solve,
-)
+from cldsde.solvers import BrownianPath, TorchDiffEq, as_torchdiffeq, root_times, solve
 from probes import Recording, generator, start, untouchable
 from references import cld, dense, hold, ve, vp
 
@@ -51,8 +45,7 @@ ADAPTIVE = {
     "fehlberg2": (2, 1e-6),
     "adaptive_heun": (2, 1e-4),
 }
-CLOSE = 0.25  # slopes near their limit; a declaration that is off by a half is further away
-# Rounding of two ways to a covariance and of torchdiffeq's interpolant at a step's end, per size.
+# Rounding of two ways to a covariance, and of torchdiffeq's interpolant at a step's end.
 ROUNDING = 1e-12
 
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
@@ -101,10 +94,7 @@ def check_flow(found, name, end, steps, tolerance):
     z = state_of(name)
     expected, growth = flown(name, end)
     bound = steps * tolerance * (1 + z.abs().max()) * math.sqrt(z.numel()) * growth
-    assert bound < 0.5 * z.abs().max()
-    error = (found - expected).abs().max()
-    assert error <= bound
-    return float(error)
+    assert (found - expected).abs().max() <= bound < 0.5 * z.abs().max()
 
 
 class TestFixedSteps:
@@ -177,23 +167,7 @@ class TestAdaptiveSteps:
         assert left == 0
         assert attempts >= steps > 5
         assert found.stats["nfev"].tolist() == [found.nfev] * 4
-
-    @every_adaptive
-    def test_the_order_is_the_declared_one(self, method):
-        order, end, errors = ADAPTIVE[method][0], 0.2, []
-        coarse = 12 if method == "dopri8" else 20
-        for n in (coarse, 2 * coarse):
-            h = (1 - end) / n
-            # A step of the least length is accepted, and one of the greatest does not grow.
-            solver = TorchDiffEq(method=method, options={"min_step": h, "max_step": h})
-            found = solve(process_of("CLD"), solver, state_of(), double(1.0, end))
-            assert abs(found.stats["steps"] - n) <= 1
-            errors.append((found.state - flown("CLD", end)[0]).norm())
-        assert solver.facts.ode_order == order
-        assert errors[1] > 1e-11
-        # dopri8 takes few steps, or rounding shows: its next term is larger, of either sign.
-        margin = 0.45 if method == "dopri8" else CLOSE
-        assert abs(math.log2(errors[0] / errors[1]) - order) < margin
+        assert solver.facts.ode_order == ADAPTIVE[method][0]
 
 
 def test_torchdiffeq_by_itself_leaves_the_interval():
@@ -315,12 +289,8 @@ class TestRejected:
             *[({k: "1"}, f"{k} must be a real number") for k in ("rtol", "atol", "max_nfev")],
             ({"max_nfev": 0}, "max_nfev must be"),
             *[
-                (
-                    {"method": m, "options": {k: 0.1, "first_step": 0.1}},
-                    f"must not set {k}, because",
-                )
+                ({"options": {k: 0.1, "first_step": 0.1}}, f"must not set {k}, because")
                 for k in ("step_t", "step_size", "grid_constructor", "dtype")
-                for m in ("rk4", "dopri5")
             ],
         ],
         ids=str,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torchsde
-from references import cld, dense, hold, psld, ve, vp
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import (
@@ -24,6 +23,7 @@ from cldsde.solvers import (
 )
 from cldsde.validation import propagate_moments
 from probes import Recording, generator, start, untouchable
+from references import cld, dense, hold, psld, ve, vp
 
 DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 PROCESSES = {
@@ -132,6 +132,14 @@ class TestSteps:
         )
         close(found.state, expected.state)
 
+    def test_the_normals_of_srk_are_independent(self):
+        # ΔW and U = ∫(τ - u) dw of a step have the covariance h, h^2/2, h^3/3.
+        normals = TorchSDE(method="srk").path_noise(process_of("VP"), GRID)
+        h = -GRID.diff()
+        moments = torch.stack([h, h**2 / 2, h**2 / 2, h**3 / 3], dim=1).reshape(-1, 2, 2)
+        rows = torch.cat([normals.increment, normals.time_integral], dim=2)
+        close(rows @ moments @ rows.mT, torch.eye(2).expand(9, 2, 2))
+
     def test_a_path_without_its_integrals_is_rejected(self):
         sde = PROCESSES["CLD"][0]
         path = BrownianPath(sde, GRID, (4, 1), generator=generator())
@@ -189,7 +197,7 @@ class TestOrders:
     @functools.cache
     def end(cls, method, n):
         """Ends on VP with data of two modes, of one Brownian path on all grids."""
-        h, stride, H = 0.45 / cls.FINEST, cls.FINEST // n, 0.45 / n
+        h, stride = 0.45 / cls.FINEST, cls.FINEST // n
         xi = np.random.default_rng(2).standard_normal((2, cls.FINEST, cls.SAMPLES))
         W = math.sqrt(h) * xi[0]
         U = h * (W / 2 + math.sqrt(h / 12) * xi[1])
@@ -197,20 +205,16 @@ class TestOrders:
         # An increment adds to the integral for the rest of the step.
         rest = h * np.arange(stride - 1, -1, -1)[:, None]
         W, U = W.sum(1), (U + rest * W).sum(1)
-        rows = [W / math.sqrt(H)]
-        if method == "srk":
-            rows.append((U / H - W / 2) / math.sqrt(H / 12))
-        draws = torch.from_numpy(np.stack(rows, axis=-1))[..., None]
-        sde = VPSDE(4.0, 4.0)
+        sde, times, solver = VPSDE(4.0, 4.0), uniform_times(0.5, 0.05, n), TorchSDE(method=method)
         modes = GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
+        process = ReverseProcess(sde, modes.score(sde))
+        normals = solver.path_noise(process, times)
+        draws = normals.increment @ torch.from_numpy(W)[:, None]
+        if method == "srk":
+            draws = draws + normals.time_integral @ torch.from_numpy(U)[:, None]
         state = torch.randn(cls.SAMPLES, 1, 1, generator=generator(), dtype=torch.float64)
-        return solve(
-            ReverseProcess(sde, modes.score(sde)),
-            TorchSDE(method=method),
-            0.8 * state,
-            uniform_times(0.5, 0.05, n),
-            noise=RecordedNoise(list(draws)),
-        ).state
+        noise = RecordedNoise(list(draws.transpose(1, 2)[..., None]))
+        return solve(process, solver, 0.8 * state, times, noise=noise).state
 
     @but_milstein
     def test_the_strong_order_on_data_of_two_modes(self, method):

@@ -1,0 +1,119 @@
+"""Processes, mixtures and states that the tests of scores share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, SubVPSDE
+from cldsde.score.times import KnownTimes
+from tolerances import rounding
+
+THREE = [[0.0, 0.0, 0.0], [0.0, 0.04, 0.02], [0.0, 0.02, 0.1]]
+FAMILIES: dict[str, LinearSDE] = {
+    "VP": VPSDE(),
+    "sub-VP": SubVPSDE(),
+    "VE": VESDE(0.05, 20.0),
+    "CLD": CLD(),
+    "CLD, underdamped": CLD(friction=0.5),
+    "CLD, overdamped": CLD(friction=2.0, beta=(0.5, 8.0)),
+    "CLD, position noise": CLD(position_noise=0.3),
+    "PSLD": PSLD(),
+    "HOLD": HOLD(),
+}
+# Driven components that are not the last ones.
+REORDERED: dict[str, LinearSDE] = {
+    "first of two driven": LinearSDE.from_matrices(
+        [[-8.0, -4.0], [4.0, 0.0]], [[4.0], [0.0]], initial_covariance=[[0.0, 0.0], [0.0, 0.04]]
+    ),
+    "middle of three driven": LinearSDE.from_matrices(
+        [[0.0, 1.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 1.0, -1.0]], [[0.0], [2.0], [0.0]], 4.0
+    ),
+    # Moved to the end by a cycle, which is not its own inverse.
+    "first two of three driven": LinearSDE.from_matrices(
+        [[-1.0, 1.0, 0.0], [-1.0, -2.0, 1.0], [0.0, -1.0, -1.0]],
+        [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]],
+        2.0,
+        initial_covariance=THREE,
+    ),
+    "first and last driven": LinearSDE.from_matrices(
+        [[-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0], [0.0, -1.0, -2.0]],
+        [[1.0, 0.5], [0.0, 0.0], [0.5, 2.0]],
+        2.0,
+        initial_covariance=THREE,
+    ),
+}
+PROCESSES = {**FAMILIES, **REORDERED}
+AUXILIARY = [name for name, sde in FAMILIES.items() if sde.components > 1]
+
+
+def mixture(kind: str = "regular") -> GaussianMixture:
+    """Three components in the plane; "degenerate": a point, a line and a regular one."""
+    rng = np.random.default_rng(7)
+    means = rng.standard_normal((3, 2))
+    roots = 0.5 * rng.standard_normal((3, 2, 2))
+    if kind == "degenerate":
+        roots[0] = 0.0
+        roots[1, :, 1] = 0.0
+    if kind == "points":
+        roots[:] = 0.0
+    return GaussianMixture([0.2, 0.5, 1.3], means.tolist(), (roots @ roots.mT).tolist())
+
+
+def states(
+    sde: LinearSDE, data: GaussianMixture, t: Any, n: int = 4, seed: int = 0
+) -> torch.Tensor:
+    """States ``(n, k, D)`` of the marginal, float64."""
+    g = torch.Generator().manual_seed(seed)
+    x = data.sample(n, generator=g, dtype=torch.float64)
+    return sde.perturb(x, t, generator=g)[0]
+
+
+def condition(root: torch.Tensor) -> float:
+    """Condition number of a root, its rows scaled to unit size: scaling rows is exact."""
+    return float(torch.linalg.cond(root / root.norm(dim=-1, keepdim=True)).max())
+
+
+def score_rounding(sde: LinearSDE, t: Any, size: float = 4.0) -> float:
+    """Relative error of a score or a density at states of the given size.
+
+    The residual z - psi m is rounded relative to its terms, not to itself, which is as short as a
+    row of the root; the triangular solves lose the condition number of the root.
+    """
+    root = sde.marginal(t).root
+    return rounding(32, condition(root) + size / float(root.norm(dim=-1).min()))
+
+
+def known(*times: float) -> KnownTimes:
+    """Times as solvers know them before they evaluate the score."""
+    return KnownTimes(torch.tensor(times, dtype=torch.float64))
+
+
+class Constant(nn.Module):
+    """A network (state, clock) -> ``value`` in the shape of the driven components."""
+
+    def __init__(self, sde: LinearSDE, value: float = 0.0) -> None:
+        super().__init__()
+        self.components, self.driven, self.value = sde.components, len(sde.driven), value
+
+    def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+        assert clock.shape == (len(z),)
+        channels = z.shape[1] // self.components * self.driven
+        return z.new_full((len(z), channels, *z.shape[2:]), self.value)
+
+
+def each(call: Callable[..., Any], error: Any, message: str, **values: Any) -> list[Any]:
+    """Rows (call, error, message) of a table: one for each value of the only argument."""
+    ((name, given),) = values.items()
+    return [(partial(call, **{name: value}), error, message) for value in given]
+
+
+def assert_rejected(call: Callable[[], Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
