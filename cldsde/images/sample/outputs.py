@@ -87,7 +87,7 @@ def draw_to(
             written = writer.submit(lambda: None)
             for i, start in zip(mine, starts, strict=True):
                 label, seeds = batches[i]
-                save = partial(_save_arrays, arrays=request.sampler.draw(seeds, label, start))
+                save = partial(_save_arrays, arrays=request.draw(label, seeds, start))
                 written.result()
                 written = writer.submit(_write, parts / f"{i:08d}.npy", save)
                 bar.update(len(seeds))

@@ -16,7 +16,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler, Precision
+from cldsde.images.sample.sampler import ImageSampler, Precision, Samples, Start
 from cldsde.images.sample.source import Model
 from cldsde.images.schema import check_name
 
@@ -82,6 +82,10 @@ class SampleRequest:
             msg = "needs a process of pixels; the process of this model is of latent variables"
             raise SettingError("observe", msg)
         _ = self.sampler
+
+    def draw(self, label: int | None, seeds: list[int], start: Start | None = None) -> Samples:
+        """Sample one batch; see `ImageSampler.draw`."""
+        return self.sampler.draw(seeds, label, start)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
