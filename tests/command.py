@@ -1,4 +1,4 @@
-"""What tests of the commands share."""
+"""Helper of the tests of the commands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 from cldsde.cli import main
 
 
-def refused(capsys: Any, *arguments: object) -> str:
+def rejected(capsys: Any, *arguments: object) -> str:
     """Run the command; return its error, which must be one line."""
+    capsys.readouterr()
     try:
         code = main([str(word) for word in arguments])
     except SystemExit as stop:

@@ -10,21 +10,21 @@ from typing import Any
 TINY: dict[str, Any] = {
     "samples": 6,
     "repeats": 2,
-    "batch": 4,
+    "batch": 6,
     "metrics": ["fd"],
     "features": "flat_features:flat",
     "likelihood_images": 2,
     "base": {
         "data": {"name": "digits", "dequantise": True},
-        "network": {"options": {"channels": [16, 16]}},
+        "network": {"options": {"channels": [8], "groups": 4}},
         "training": {
-            "images": 48,
+            "images": 32,
             "batch": 16,
             "learning_rate": 1e-3,
             "held_out": 8,
             "log_every": 16,
             "save_every": 16,
-            "sample_every": 48,
+            "sample_every": 32,
             "sample_grid": 4,
         },
         "sampling": {"solver": "euler-maruyama", "nfe": 3},
@@ -52,7 +52,7 @@ def feature_module(folder: Path) -> Path:
 
 
 def numbers(file: Path) -> Any:
-    """Results of a comparison without what a clock measured."""
+    """Results of a comparison without measured times."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,8 +1,10 @@
-"""Settings of all tests."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
@@ -24,3 +26,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if PROFILE == "deep" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two training steps on digits; a test that changes it works on a copy."""
+    from tiny_runs import train_digits
+
+    return train_digits(tmp_path_factory.mktemp("digits") / "run")
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on colour images of the classes dot, stripe and 7."""
+    from tiny_runs import train_labelled
+
+    return train_labelled(tmp_path_factory.mktemp("labelled") / "run")
+
+
+@pytest.fixture
+def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Classifiers of evaluations keep random weights; the options of each call are returned."""
+    from cldsde.images.evaluate import ImageClassifier, reference
+
+    calls: list[dict[str, Any]] = []
+
+    def untrained(images: Any, labels: Any, *_: Any, **options: Any) -> Any:
+        calls.append(options)
+        classes = int(labels.max()) + 1
+        return ImageClassifier(images.shape[1], max(classes, 2), width=4, size=8).eval(), 0.5
+
+    monkeypatch.setattr(reference, "train_classifier", untrained)
+    return calls

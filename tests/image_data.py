@@ -1,4 +1,4 @@
-"""What tests of image data share: bytes, files that hold them, and what they become."""
+"""Helpers of the tests of image data: bytes, files that hold them, and their images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(images: Images) -> torch.Tensor:
 
 
 def cubic_weights(n: int, m: int) -> np.ndarray:
-    """Matrix of Keys' cubic (a = -1/2), from n numbers to m, widened where m < n."""
+    """Matrix of Keys' cubic (a = -1/2), from n numbers to m, widened if m < n."""
     scale = n / m
     centres = (np.arange(m)[:, None] + 0.5) * scale - 0.5
     x = np.abs(np.arange(n) - centres) / max(scale, 1)

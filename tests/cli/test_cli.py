@@ -1,7 +1,9 @@
-"""The command line: help, refusals in one line, and the demonstration."""
+"""The command ``cldsde`` and its demonstration ``cldsde demo``."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import shutil
 import subprocess
@@ -13,27 +15,26 @@ import torch
 
 import cldsde
 from cldsde.cli import main
-from command import refused
-
-RUN = [
-    "config.json",
-    "distances.png",
-    "model",
-    "results.json",
-    "samples.npz",
-    "samples.png",
-    "table.md",
-    "trajectories.png",
-]
+from cldsde.images import demo
+from cldsde.images.evaluate import ImageClassifier
+from command import rejected
 
 
-def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
-    for arguments, words in ((["--help"], ["demo"]), (["demo", "--help"], ["--quick", "--seed"])):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
-        assert all(word in text for word in words)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--version", f"cldsde {cldsde.__version__}"),
+        ("--help", "demo"),
+        ("demo --help", "--quick"),
+        ("demo --help", "--seed"),
+        ("validate --help", "no problem confirms"),
+    ],
+)
+def test_help_and_version_are_printed(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 0
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -50,138 +51,142 @@ def test_help_of_the_program_and_of_the_command_names_what_there_is(capsys):
         (["demo", "--device", "meta"], "--device must be auto or cpu"),
         (["demo", "--device", "cuda:99"], "--device must be auto or cpu"),
         (["demo", "--out", ""], "--out"),
+        (["demo", "--out", "file"], "file"),
+        (["demo", "--out", "file/run"], "file"),
     ],
 )
-def test_words_that_are_not_understood_are_refused(capsys, tmp_path, monkeypatch, arguments, words):
+def test_wrong_arguments_are_rejected(capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert words in refused(capsys, *arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lack_of_memory_is_one_line(capsys, monkeypatch, tmp_path):
-    def hungry(options):
-        del options
-        return lambda: torch.empty(1 << 60, dtype=torch.uint8)
-
-    monkeypatch.setattr("cldsde.cli.demo.prepare", hungry)
-    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("cldsde demo: error: out of memory")
-    assert len(error.splitlines()) == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(capsys, tmp_path):
-    message = refused(capsys, "demo", "--device", "cuda", "--out", str(tmp_path / "run"))
-    assert "--device" in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("text")
-    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file" / "run"))
-    assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file"))
-    # /proc takes no new folders, not even from root.
-    if sys.platform == "linux":
-        assert "/proc/run" in refused(capsys, "demo", "--out", "/proc/run")
+    assert words in rejected(capsys, *arguments)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_version_is_that_of_the_package(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.split() == ["cldsde", cldsde.__version__]
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which takes no new folders")
+def test_a_folder_that_cannot_be_made_even_by_root_is_rejected(capsys):
+    assert "/proc/run" in rejected(capsys, "demo", "--out", "/proc/run")
+
+
+def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):
+    hungry = lambda _: lambda: torch.empty(1 << 60, dtype=torch.uint8)  # noqa: E731
+    monkeypatch.setattr("cldsde.cli.demo.prepare", hungry)
+    assert main(["demo"]) == 1
+    [error] = capsys.readouterr().err.splitlines()
+    assert error.startswith("cldsde demo: error: out of memory")
 
 
 def test_the_module_is_the_command():
-    result = subprocess.run(
-        [sys.executable, "-I", "-m", "cldsde", "demo", "--seed", "x"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--seed", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
 
 
+def tiny(seed: int = 0, **changes: object) -> demo.DemoConfig:
+    """A demonstration in which everything runs and nothing is learnt."""
+    config = demo.DemoConfig(seed=seed, channels=(16,), nfe=(3, 5), samples=80, **changes)
+    short = {"images": 48, "batch": 16, "log_every": 16, "save_every": 16, "sample_every": 48}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """One quick demonstration, through a process of its own."""
+def tiny_demo():
+    """Replace the quick demonstration by a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.DemoConfig, "quick", tiny)
+        patch.setattr(demo, "train_classifier", lambda *_, **__: (ImageClassifier(1, 10).eval(), 1))
+        yield ["demo", "--quick", "--device", "cpu", "--out"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_demo, tmp_path_factory):
+    torch.manual_seed(0)  # of the classifier
     folder = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--quick", "--device", "cpu"]
-    result = subprocess.run(
-        [*command, "--out", str(folder)], capture_output=True, text=True, check=False, timeout=900
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, result
+    assert main([*tiny_demo, str(folder)]) == 0
+    gc.collect()  # the lock of the run goes with the last reference to it
+    return folder
 
 
-def test_the_quick_demonstration_writes_a_whole_run_folder(quick):
-    folder, _ = quick
-    assert sorted(file.name for file in folder.iterdir()) == RUN
-    assert json.loads((folder / "config.json").read_text())["seed"] == 0
+def test_a_demonstration_writes_a_whole_run_folder(finished):
+    pictures = {"distances.png", "samples.png", "trajectories.png"}
+    numbers = {"config.json", "results.json", "samples.npz", "table.md"}
+    assert {file.name for file in finished.iterdir()} == {"model"} | numbers | pictures
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("EM", "SSCS", "multistep"):
+        assert {nfe: len(sets) for nfe, sets in results["distances"][name].items()} == {
+            "3": 3,
+            "5": 3,
+        }
+    assert sum(results["class_shares"]) == pytest.approx(1)
 
 
-def test_the_quick_demonstration_prints_its_table_and_shows_progress(quick):
-    folder, result = quick
-    assert (folder / "table.md").read_text() in result.stdout
-    assert "loss=" in result.stderr
+def test_a_finished_demonstration_is_reported_again_at_once(tiny_demo, finished, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished.iterdir()}
+    assert main([*tiny_demo, str(finished)]) == 0
+    assert (finished / "table.md").read_text() in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == before
+    message = rejected(capsys, *tiny_demo, finished, "--seed", 1)
+    assert "other settings (seed)" in message
 
 
-def test_the_quick_demonstration_draws_digits(quick):
-    """Already the short training leaves a Gaussian fitted to the pixels far behind."""
-    folder, _ = quick
-    results = json.loads((folder / "results.json").read_text())
-    assert results["accuracy"] >= 0.97
-    # About 0.3 of it. The mean of three sets of 300 images scatters by a tenth of itself.
-    assert sum(results["distances"]["multistep"]["50"]) / 3 <= results["baseline"] / 2
-    assert min(results["class_shares"]) > 0
-
-
-def test_the_held_out_loss_falls(quick):
-    folder, _ = quick
-    lines = (folder / "model" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["held_out_loss"] for line in lines]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_the_same_command_goes_on_from_the_checkpoint_to_the_same_images(quick, tmp_path):
+def test_a_demonstration_resumes_to_the_same_images(tiny_demo, finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(quick[0], folder)
-    images = np.load(folder / "samples.npz")["images"]
+    shutil.copytree(finished, folder)
     (folder / "samples.npz").unlink()
-    assert main(["demo", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
-    assert np.array_equal(np.load(folder / "samples.npz")["images"], images)
-    assert (folder / "table.md").read_text() == (quick[0] / "table.md").read_text()
+    torch.manual_seed(0)
+    assert main([*tiny_demo, str(folder)]) == 0
+    images, again = (np.load(run / "samples.npz")["images"] for run in (finished, folder))
+    assert np.array_equal(images, again)
+    assert (folder / "table.md").read_text() == (finished / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [("model/model.safetensors", b"short"), ("results.json", b"[1]"), ("results.json", b"{")],
 )
-def test_a_damaged_file_of_a_finished_run_is_named(quick, capsys, tmp_path, name, content):
+def test_a_damaged_file_of_a_demonstration_is_named(
+    tiny_demo, finished, capsys, tmp_path, name, content
+):
     folder = tmp_path / "run"
-    shutil.copytree(quick[0], folder)
+    shutil.copytree(finished, folder)
     (folder / name).write_bytes(content)
     if name != "results.json":
-        (folder / "results.json").unlink()  # so that the run goes on
-    code = main(["demo", "--quick", "--device", "cpu", "--out", str(folder)])
-    assert code == 1
+        (folder / "results.json").unlink()  # so that the run resumes
+    assert main([*tiny_demo, str(folder)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{name} is damaged" in error
     assert "delete it" in error
 
 
-def test_a_run_that_is_finished_is_reported_again_at_once(quick, capsys):
-    folder, result = quick
-    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert main(["demo", "--quick", "--device", "cpu", "--out", str(folder)]) == 0
-    assert capsys.readouterr().out == result.stdout
-    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+@pytest.mark.slow
+def test_the_quick_demonstration_generates_digits(tmp_path):
+    """Already the short training leaves a Gaussian fitted to the pixels far behind."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--quick", "--device", "cpu", "--out"]
+    result = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
+    assert (folder / "table.md").read_text() in result.stdout
+    assert "loss=" in result.stderr
+    results = json.loads((folder / "results.json").read_text())
+    assert results["accuracy"] >= 0.97
+    # About 0.3 of it. The mean of three sets of 300 images scatters by a tenth of itself.
+    assert sum(results["distances"]["multistep"]["50"]) / 3 <= results["baseline"] / 2
+    assert min(results["class_shares"]) > 0
+    lines = (folder / "model" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["held_out_loss"] for line in lines]
+    assert losses == sorted(losses, reverse=True)
 
 
-def test_a_folder_of_another_seed_is_refused(quick, capsys):
-    folder, _ = quick
-    message = refused(capsys, "demo", "--quick", "--seed", "1", "--out", str(folder))
-    assert "other settings (seed)" in message
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_full_demonstration_generates_digits_of_every_class(tmp_path, seed):
+    config = demo.DemoConfig(seed=seed)
+    report = demo.run_demo(config, demo.RunFolder(tmp_path / "run", config.resolved()))
+    assert report.accuracy >= 0.97
+    assert all(0.04 <= share <= 0.18 for share in report.class_shares)
+    means = {
+        name: {nfe: sum(sets) / len(sets) for nfe, sets in row.items()}
+        for name, row in report.distances.items()
+    }
+    assert means["SSCS"][100] <= report.baseline / 4
+    # Three sets of 800 images scatter by a tenth of their mean.
+    assert means["multistep"][10] < 1.2 * min(means[name][50] for name in ("EM", "SSCS"))

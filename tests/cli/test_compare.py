@@ -1,4 +1,4 @@
-"""The command ``cldsde compare``: refusals in one line, and processes that are killed."""
+"""The command ``cldsde compare``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import tomllib
 import pytest
 
 from cldsde.cli import main
-from command import refused
+from cldsde.images.evaluate import evaluation
+from command import rejected
 from comparisons import feature_module, numbers, tiny
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(feature_module(tmp_path / "modules"))
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(tiny()))
@@ -26,76 +28,70 @@ def config(tmp_path, monkeypatch):
 
 
 def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, tmp_path):
-    assert main(["compare", str(config), "--print-config", "--set", "samples=7"]) == 0
-    text = capsys.readouterr().out
+    def printed(*arguments):
+        assert main(["compare", *map(str, arguments), "--print-config"]) == 0
+        return capsys.readouterr().out
+
+    text = printed(config, "--set", "samples=7")
     assert tomllib.loads(text)["samples"] == 7
     (tmp_path / "again.toml").write_text(text)
-    assert main(["compare", str(tmp_path / "again.toml"), "--print-config"]) == 0
-    assert capsys.readouterr().out == text
-    assert main(["compare", "quick", "--print-config", "--seed", "3"]) == 0
-    named = capsys.readouterr().out
-    assert main(["compare", "--quick", "--print-config", "--seed", "3"]) == 0
-    assert capsys.readouterr().out == named
+    assert printed(tmp_path / "again.toml") == text
+    named = printed("quick", "--seed", 3)
     assert tomllib.loads(named)["seed"] == 3
+    assert printed("--quick", "--seed", 3) == named
 
 
-def test_what_cannot_be_compared_is_refused_in_one_line(config, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("missing.toml", "missing.toml: cannot be read"),
+        ("cld_variant", "did you mean cld_variants?"),
+        ("tiny.json --quick", "--quick is a comparison of its own"),
+        ("tiny.json --set sample=3", "sample: unknown key; did you mean samples?"),
+        ("tiny.json --seed -1", "seed: must be"),
+        ("tiny.json --set rows=[{model='VP',solver='sscs',nfe=[4,1]}]", "rows[0].nfe: must"),
+        ("tiny.json --set features=nowhere:thing", "nowhere"),
+        ("tiny.json --set metrics=['fid']", "weights: fid need the file"),
+        ("tiny.json --device gpu", "--device must be"),
+        ("tiny.json --out file", "file is not a folder"),
+        ("tiny.json --out=", "--out must be the name of a folder"),
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_wrong_arguments_are_rejected(capsys, tmp_path, arguments, words):
     (tmp_path / "file").write_text("text")
-    cases = [
-        (["missing.toml"], "missing.toml: cannot be read"),
-        (["cld_variant"], "did you mean cld_variants?"),
-        ([config, "--quick"], "--quick is a comparison of its own"),
-        ([config, "--set", "sample=3"], "sample: unknown key; did you mean samples?"),
-        ([config, "--set", "models.VE.process.name=VEDSE"], "did you mean VESDE?"),
-        ([config, "--set", "base.network.options.groups=5"], "groups must divide"),
-        ([config, "--seed", "-1"], "seed: must be"),
-        ([config, "--set", "rows=[{model='VP', solver='sscs', nfe=[4, 1]}]"], "rows[0].nfe: must"),
-        ([config, "--set", "features=nowhere:thing"], "nowhere"),
-        ([config, "--set", "metrics=['fid']"], "weights: fid need the file"),
-        ([config, "--set", "base.data.name=folder"], "data.options.path: is missing"),
-        ([config, "--device", "gpu"], "--device must be"),
-        ([config, "--out", "file"], "file is not a folder"),
-        ([config, "--out", " "], "--out must be the name of a folder"),
-    ]
-    for arguments, words in cases:
-        assert words in refused(capsys, "compare", *arguments), arguments
-    (tmp_path / "file").unlink()
+    before = sorted(tmp_path.iterdir())
+    assert words in rejected(capsys, "compare", *arguments.split())
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_comparison_is_one_process(config, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused(capsys, "compare", config)
+    assert "one process" in rejected(capsys, "compare", config)
 
 
-def test_an_interruption_keeps_what_is_done_and_reports_it(config, capsys, tmp_path, monkeypatch):
-    from cldsde.images.evaluate import evaluation as evaluation_table
-
-    draw = evaluation_table.ImageSampler
-    left = 3
+def test_an_interruption_keeps_finished_cells_and_reports_them(
+    config, capsys, tmp_path, monkeypatch
+):
+    sampler, left = evaluation.ImageSampler, iter(range(3))
 
     def interrupted(*arguments, **options):
-        nonlocal left
-        left -= 1
-        if left < 0:
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return draw(*arguments, **options)
+        return sampler(*arguments, **options)
 
     out = tmp_path / "run"
-    monkeypatch.setattr(evaluation_table, "ImageSampler", interrupted)
-    assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "cldsde compare: interrupted; the same command resumes"
-    )
+    command = ["compare", str(config), "--out", str(out), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "ImageSampler", interrupted)
+        assert main(command) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "cldsde compare: interrupted; the same command resumes"
     cells = json.loads((out / "comparison.json").read_text())["rows"][0]["cells"]
-    assert "Unfinished." in (out / "report.html").read_text()
     assert [cell["repeats"] for cell in cells] == [2, 0]
-    monkeypatch.setattr(evaluation_table, "ImageSampler", draw)
-    assert main(["compare", str(config), "--out", str(out), "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert (out / "table.md").read_text() in printed
+    assert "Unfinished." in (out / "report.html").read_text()
+    assert main(command) == 0
+    assert (out / "table.md").read_text() in capsys.readouterr().out
     assert "Unfinished." not in (out / "report.html").read_text()
 
 

@@ -15,8 +15,8 @@ from cldsde.cli import main
 from cldsde.images import published
 from cldsde.images.model import load_model
 from cldsde.pretrained.published_models import PUBLISHED
-from command import refused
-from published_data import MODELS, checkpoint, save_checkpoint
+from command import rejected
+from published_data import CLD_SGM, MODELS, SCORE_SDE, checkpoint, save_checkpoint
 
 pytest.importorskip("diffusers")
 
@@ -24,18 +24,13 @@ pytest.importorskip("diffusers")
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch):
     """The published settings in small, under names of their own."""
-    small = {"cld-sgm": {}, "score-sde": {}}
-    for name, model in MODELS.items():
-        family = "cld-sgm" if model.parameterisation.code == "cld-sgm" else "score-sde"
-        small[family][name] = model
+    small = {"cld-sgm": CLD_SGM, "score-sde": SCORE_SDE}
     monkeypatch.setattr("cldsde.pretrained.published.PUBLISHED", small)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [(n, "cld-sgm" if m.sigmas is None else "score-sde") for n, m in MODELS.items()],
-)
-def test_an_imported_run_has_the_score_of_the_checkpoint(name, family, tmp_path, capsys):
+@pytest.mark.parametrize("name", MODELS)
+def test_an_imported_run_has_the_score_of_the_checkpoint(name, tmp_path, capsys):
+    family = "cld-sgm" if name in CLD_SGM else "score-sde"
     file, run = save_checkpoint(name, tmp_path), tmp_path / "run"
     command = ["import", str(file), "--as", family, "--config", name, "--out", str(run)]
     assert main(command) == 0
@@ -49,40 +44,25 @@ def test_an_imported_run_has_the_score_of_the_checkpoint(name, family, tmp_path,
     assert found.images_seen == 5 * MODELS[name].batch
 
 
-def test_an_imported_run_is_recognised_and_sampled_with_every_kind_of_solver(tmp_path):
-    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
-    images = {}
-    for solver in ("em", "sscs", "multistep-2-sde", "probability-flow"):
-        out = tmp_path / f"{solver}.npz"
-        nfe = [] if solver == "probability-flow" else ["--nfe", "6"]
-        command = ["sample", str(run), "--solver", solver, *nfe, "--seeds", "0-1"]
-        assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
-        images[solver] = np.load(out)["images"]
-        assert images[solver].shape == (2, 8, 8, 1)
-    assert not np.array_equal(images["em"], images["sscs"])
-
-
-def test_an_imported_run_samples_under_another_process(tmp_path):
-    file, run = save_checkpoint("vp", tmp_path), tmp_path / "run"
-    command = ["import", str(file), "--as", "score-sde", "--config", "vp", "--out", str(run)]
-    assert main(command) == 0
-    out = str(tmp_path / "x.npz")
-    command = ["sample", str(run), "--process", "CLD", "--nfe", "6", "--seeds", "0-1"]
-    assert main([*command, "--out", out, "--device", "cpu"]) == 0
-    assert np.load(out)["images"].shape == (2, 8, 8, 1)
-
-
-def test_settings_of_the_run_can_differ(tmp_path):
+def test_an_imported_run_is_recognised_configured_and_sampled(tmp_path):
     file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
     more = ["--set", "sampling.nfe=7", "--set", "data.options.path=elsewhere"]
     assert main(["import", str(file), "--as", "cld-sgm", *more, "--out", str(run)]) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["sampling"]["nfe"] == 7
     assert config["data"]["options"]["path"] == "elsewhere"
+    images = []
+    for options in ("em", "sscs", "multistep-2-sde", "probability-flow", "em --process VPSDE"):
+        out = tmp_path / f"{len(images)}.npz"
+        nfe = [] if options == "probability-flow" else ["--nfe", "6"]
+        command = ["sample", str(run), "--solver", *options.split(), *nfe, "--seeds", "0-1"]
+        assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
+        images.append(np.load(out)["images"])
+        assert images[-1].shape == (2, 8, 8, 1)
+    assert len({image.tobytes() for image in images}) == 5
 
 
-def test_a_checkpoint_that_holds_code_is_refused_and_nothing_is_run_or_written(tmp_path, capsys):
+def test_a_checkpoint_that_holds_code_is_rejected_and_nothing_is_run_or_written(tmp_path, capsys):
     mark, run = tmp_path / "was-run", tmp_path / "run"
 
     class Code:
@@ -91,135 +71,75 @@ def test_a_checkpoint_that_holds_code_is_refused_and_nothing_is_run_or_written(t
 
     file = tmp_path / "evil.pth"
     torch.save(checkpoint("cld_fourier") | {"step": Code()}, file)
-    command = ["import", str(file), "--as", "cld-sgm", "--out", str(run)]
-    assert "holds code, which is never run" in refused(capsys, *command)
-    assert not mark.exists()
-    assert not run.exists()
-
-
-def test_a_checkpoint_with_a_missing_key_is_refused(tmp_path, capsys):
-    contents, run = checkpoint("cld_fourier"), tmp_path / "run"
-    del contents["model"]["module.all_modules.4.Conv_0.bias"]
-    file = tmp_path / "short.pth"
-    torch.save(contents, file)
-    text = refused(capsys, "import", str(file), "--as", "cld-sgm", "--out", str(run))
-    assert "PATH: " in text
-    assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
-    assert not run.exists()
+    text = rejected(capsys, "import", file, "--as", "cld-sgm", "--out", run)
+    assert "holds code, which is never run" in text
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--as", "edm"], "--as must be cld-sgm or score-sde; got 'edm'"),
-        (["--as", "cld-sgm", "--config", "x"], "--config: must be one of cld_fourier"),
-        (["--as", "cld-sgm", "--set", "sampling.nfe=0"], "sampling.nfe"),
+        ("--as edm", "--as must be cld-sgm or score-sde; got 'edm'"),
+        ("--as cld-sgm --config x", "--config: must be one of cld_fourier"),
+        ("--as cld-sgm --set sampling.nfe=0", "sampling.nfe"),
         *(
-            (["--as", "cld-sgm", "--set", f"{key}=1"], f"{key}: is determined by the checkpoint")
+            (f"--as cld-sgm --set {key}=1", f"{key}: is determined by the checkpoint")
             for key in ("score.mixed", "process.name", "data", "data.flip", "samplings.nfe")
         ),
+        ("--as cld-sgm --out taken", "holds files that are no run"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message, tmp_path, capsys):
+def test_wrong_options_are_rejected(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
     file = save_checkpoint("cld_fourier", tmp_path)
-    text = refused(capsys, "import", str(file), *options, "--out", str(tmp_path / "run"))
-    assert message in text
+    out = ["--out", "run"]
+    assert message in rejected(capsys, "import", file, *out, *options.split())
+    assert {entry.name for entry in tmp_path.rglob("*")} == {file.name, "taken", "notes.txt"}
 
 
-def test_the_folder_of_another_run_is_left_alone(tmp_path, capsys):
-    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    run.mkdir()
-    (run / "notes.txt").write_text("mine")
-    text = refused(capsys, "import", str(file), "--as", "cld-sgm", "--out", str(run))
-    assert "holds files that are no run" in text
-    assert [entry.name for entry in run.iterdir()] == ["notes.txt"]
-
-
-def test_a_folder_is_no_checkpoint(tmp_path, capsys):
-    text = refused(capsys, "import", tmp_path, "--as", "cld-sgm", "--out", tmp_path / "run")
+def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, capsys):
+    options = ["--as", "cld-sgm", "--out", tmp_path / "run"]
+    text = rejected(capsys, "import", tmp_path, *options)
     assert f"PATH: {tmp_path} is a folder; name the file in it" in text
+    contents = checkpoint("cld_fourier")
+    del contents["model"]["module.all_modules.4.Conv_0.bias"]
+    torch.save(contents, tmp_path / "short.pth")
+    text = rejected(capsys, "import", tmp_path / "short.pth", *options)
+    assert "PATH: " in text
+    assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
+    assert not (tmp_path / "run").exists()
 
 
-def test_another_run_is_overwritten_only_if_that_is_asked_for(tmp_path, capsys):
+def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    command = ["import", str(file), "--as", "cld-sgm", "--out", str(run)]
-    assert main(command) == 0
+    options = ["--as", "cld-sgm", "--out", str(run)]
+    assert main(["import", str(file), *options]) == 0
     before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
-    capsys.readouterr()
-    assert main(command) == 0
+    assert main(["import", str(file), *options]) == 0
     assert "has this model already" in capsys.readouterr().out
     contents = checkpoint("cld_fourier")
     contents["ema"]["shadow_params"][0] += 1
     torch.save(contents, tmp_path / "later.pth")
-    others = [
-        [command[0], str(tmp_path / "later.pth"), *command[2:]],
-        [*command, "--set", "sampling.nfe=7"],
-    ]
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text('{"training": {"images": 5}}')
-    assert "another model or settings" in refused(capsys, *command[:-1], tmp_path / "begun")
+    text = rejected(capsys, "import", file, *options[:-1], tmp_path / "begun")
+    assert "another model or settings" in text
+    others = [[str(tmp_path / "later.pth"), *options]]
+    others += [[str(file), *options, "--set", "sampling.nfe=7"]]
     for other in others:
-        assert "--out: " in (text := refused(capsys, *other))
+        text = rejected(capsys, "import", *other)
+        assert "--out: " in text
         assert "holds another model or settings; choose another folder" in text
         assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
-    assert main([*others[1], "--overwrite"]) == 0
+    assert main(["import", *others[1], "--overwrite"]) == 0
     assert load_model(run).config.sampling.nfe == 7
-    assert main([*others[0], "--overwrite"]) == 0
+    assert main(["import", *others[0], "--overwrite"]) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
 def test_the_settings_of_every_published_model_make_a_configuration():
-    for models in PUBLISHED.values():
-        for model in models.values():
-            config = published.RunConfig.from_dict(published._settings(model, 128))
-            assert repr(config.process.make()) == repr(model.make_process())
-
-
-def test_images_of_a_network_in_half_precision_are_nearly_the_same(tmp_path, capsys):
-    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
-    images = {}
-    command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-3"]
-    for name in ("fp32", "bf16"):
-        out = tmp_path / f"{name}.npz"
-        options = ["--precision", name, "--out", str(out), "--device", "cpu"]
-        assert main([*command, *options]) == 0
-        images[name] = np.load(out)["images"].astype(float)
-    difference = abs(images["bf16"] - images["fp32"])
-    # Seven bits of the network's output, a few percent of which reaches the image.
-    assert 0 < difference.mean() < 2
-    capsys.readouterr()
-    text = refused(capsys, *command, "--precision", "fp8", "--out", str(tmp_path / "x.npz"))
-    assert "must be one of fp32, bf16, fp16; got 'fp8'" in text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_images_of_a_compiled_network_are_the_same_up_to_rounding(tmp_path, mode):
-    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
-    images = {}
-    compiled = ["--compile", mode, "--channels-last"]
-    # The last batch of seeds is smaller.
-    for name, more in (("plain", []), ("compiled", compiled)):
-        out = tmp_path / f"{name}.npz"
-        command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-4", *more]
-        assert main([*command, "--batch", "3", "--out", str(out), "--device", "cpu"]) == 0
-        images[name] = np.load(out)["images"].astype(int)
-    # Rounding of single precision moves a number to the next of 256 levels at most.
-    assert abs(images["compiled"] - images["plain"]).max() <= 1
-
-
-def test_images_with_channels_last_are_the_same_up_to_rounding(tmp_path, capsys):
-    file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
-    assert main(["import", str(file), "--as", "cld-sgm", "--out", str(run)]) == 0
-    images = {}
-    command = ["sample", str(run), "--solver", "em", "--nfe", "5", "--seeds", "0-3"]
-    for name, more in (("plain", []), ("last", ["--channels-last"])):
-        out = tmp_path / f"{name}.npz"
-        assert main([*command, *more, "--out", str(out), "--device", "cpu"]) == 0
-        images[name] = np.load(out)["images"].astype(int)
-    assert abs(images["last"] - images["plain"]).max() <= 1
-    capsys.readouterr()
-    text = refused(capsys, *command, "--compile", "fast", "--out", tmp_path / "x.npz")
-    assert "--compile: must be one of default, reduce-overhead, max-autotune; got 'fast'" in text
+    for model in (model for models in PUBLISHED.values() for model in models.values()):
+        config = published.RunConfig.from_dict(published._settings(model, 128))
+        assert repr(config.process.make()) == repr(model.make_process())

@@ -1,9 +1,10 @@
-"""Configurations are read whole or refused with an error that names the key."""
+"""Configurations are read whole or rejected with an error that names the key."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -60,24 +61,13 @@ def with_value(path, value):
 
 
 def prepare(values):
-    """What ``cldsde train`` does before it makes anything."""
+    """Check a configuration as ``cldsde train`` does before it makes anything."""
     config = RunConfig.from_dict(values)
     check_run(config, config.data.load())
 
 
-WRONG = st.one_of(
-    st.none(),
-    st.just({}),
-    st.just([]),
-    st.just([[1.0]]),
-    st.text(max_size=5),
-    st.just(float("nan")),
-    st.just(float("-inf")),
-    st.just(-1),
-    st.just(2.5),
-    st.just(True),
-)
-# What is wrong of every kind above may be right for one key: these are, and are left out.
+WRONG = st.sampled_from([None, {}, [], [[1.0]], "", "x", math.nan, -math.inf, -1, 2.5, True])
+# Of the values above, one may be right for a key.
 ALLOWED = {
     "data.options.held_out": (),
     "data.flip": (True,),
@@ -94,9 +84,9 @@ ALLOWED = {
 }
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.data())
-def test_malformed_configurations_are_refused_naming_the_key(data):
+def test_malformed_configurations_are_rejected_naming_the_key(data):
     """One fault in a valid configuration: a wrong value, an unknown key or a missing one."""
     path = data.draw(st.sampled_from(sorted(leaves(VALID))))
     fault = data.draw(st.sampled_from(["value", "unknown", "section"]))
@@ -118,7 +108,7 @@ def test_malformed_configurations_are_refused_naming_the_key(data):
         changed[key] = data.draw(st.one_of(st.none(), st.integers(), st.text(max_size=3)))
     with pytest.raises(SettingError) as caught:
         prepare(changed)
-    # Lower layers name their arguments in words: there the key is that of the section.
+    # Lower layers name their arguments in words: their error has the key of the section.
     full, error = ".".join((*path[:-1], key)), caught.value
     section, _, last = full.rpartition(".")
     named = f"{error.key}.".startswith(f"{full}.")
@@ -158,7 +148,6 @@ CHOICES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(CHOICES, st.booleans())
 def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, choices, latent):
     values = copy.deepcopy(VALID)
@@ -182,16 +171,12 @@ def test_channels_weigh_noise_and_not_estimates():
         RunConfig.from_dict({**VALID, "score": {"inputs": "estimate", "mixing": -3.0}})
 
 
-def test_a_short_name_of_a_solver_becomes_the_full_one():
-    config = RunConfig.from_dict({**VALID, "sampling": {"solver": "em"}})
-    assert config.sampling.solver == "euler-maruyama"
-    assert config == RunConfig.from_dict({**VALID, "sampling": {"solver": "euler-maruyama"}})
-
-
-def test_none_is_written_as_a_word():
-    config = RunConfig.from_dict(with_value(("training", "clip"), None))
-    assert tomllib.loads(config.to_toml())["training"]["clip"] == "none"
-    assert tomllib.loads(config.to_toml())["latent"] == "none"
+def test_none_is_written_as_a_word_and_solvers_by_their_full_names():
+    values = with_value(("training", "clip"), None) | {"sampling": {"solver": "em"}}
+    written = tomllib.loads(RunConfig.from_dict(values).to_toml())
+    assert written["training"]["clip"] == "none"
+    assert written["latent"] == "none"
+    assert written["sampling"]["solver"] == "euler-maruyama"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -202,25 +187,17 @@ def test_the_configurations_of_the_repository_are_valid(file):
 def test_overrides_are_put_in_place_and_checked(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[training]\nimages = 100\n")
-    config = load_config(
-        file,
-        [
-            "training.batch=32",
-            "sampling.solver=sscs",
-            "training.clip=none",
-            "process.options.beta=[1, 3]",
-        ],
-    )
-    assert config.training.batch == 32
-    assert config.sampling.solver == "sscs"
-    assert config.training.clip is None
+    words = ["training.batch=32", "training.clip=none", "process.options.beta=[1, 3]"]
+    config = load_config(file, words)
+    assert (config.training.batch, config.training.clip) == (32, None)
     assert config.process.options == {"beta": [1, 3]}
-    with pytest.raises(ValueError, match=r"training\.btch: unknown key; did you mean batch\?"):
-        load_config(file, ["training.btch=32"])
-    with pytest.raises(ValueError, match="key=value"):
-        load_config(file, ["training.batch"])
-    with pytest.raises(ValueError, match="not a section"):
-        load_config(file, ["seed.x=1", "seed.x.y=3"])
+    for words, message in (
+        (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
+        (["training.batch"], "key=value"),
+        (["seed.x=1", "seed.x.y=3"], "not a section"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(file, words)
 
 
 @pytest.mark.parametrize(
@@ -230,24 +207,19 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
         ("a.json", "{"),
         ("a.yaml", "a: [1"),
         ("a.yaml", "- 1\n- 2"),
+        ("a.yaml", "training: !!python/object/apply:os.getcwd []"),
         ("a.yaml", "training: {images: 640, images: 3}"),
         ("a.json", '{"training": {"images": 640, "images": 3}}'),
         ("a.txt", "seed = 1"),
         ("a.toml", "\ufeffseed = é"),
     ],
 )
-def test_files_that_are_no_configuration_are_named(tmp_path, name, text):
+def test_files_that_are_no_configuration_are_rejected_by_name(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=name):
         load_config(tmp_path / name)
     with pytest.raises(ValueError, match="missing"):
         load_config(tmp_path / "missing.toml")
-
-
-def test_yaml_runs_no_code(tmp_path):
-    (tmp_path / "a.yaml").write_text("training: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        load_config(tmp_path / "a.yaml")
 
 
 def test_the_digest_of_a_model_does_not_depend_on_training():

@@ -1,4 +1,4 @@
-"""Tensor files are what was written or refused."""
+"""Tensor files hold the written tensors or are rejected."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldsde.files import file_lock
-from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.images.files import file_lock, load_tensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -19,11 +18,15 @@ TENSORS = {
 }
 
 
-def test_tensors_and_notes_come_back(tmp_path):
-    file = tmp_path / "x.safetensors"
-    save_tensors(file, "numbers", TENSORS, {"note": "é"})
-    tensors, notes = load_tensors(file, "numbers")
-    assert notes["note"] == "é"
+def test_tensors_and_notes_come_back_and_equal_contents_make_equal_files(tmp_path):
+    words = 'a "quoted" \\ line\nwith\tcontrol \x01\x7f and é 漢 \U0001f600'
+    notes = {f"{i}{words}": words for i in range(9)}
+    files = [tmp_path / f"{i}" for i in range(4)]
+    for i, file in enumerate(files):
+        save_tensors(file, "numbers", TENSORS, dict(sorted(notes.items(), reverse=bool(i % 2))))
+    assert len({file.read_bytes() for file in files}) == 1
+    tensors, found = load_tensors(files[0], "numbers")
+    assert notes.items() <= found.items()
     assert tensors.keys() == TENSORS.keys()
     for name, x in TENSORS.items():
         assert torch.equal(tensors[name], x)
@@ -34,7 +37,7 @@ def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
     file = tmp_path / "x.safetensors"
     save_tensors(file, "numbers", TENSORS, {"note": "x"})
     whole = file.read_bytes()
-    for i in range(0, len(whole), 3):
+    for i in range(0, len(whole), 5):
         file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
         with pytest.raises(ValueError, match=r"x\.safetensors (is damaged|must hold)"):
             load_tensors(file, "numbers")
@@ -43,7 +46,7 @@ def test_every_flipped_or_missing_byte_is_noticed(tmp_path):
             load_tensors(file, "numbers")
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     file = tmp_path / "x.safetensors"
     save_tensors(file, "numbers", TENSORS, {})
     with pytest.raises(ValueError, match="must hold letters; it holds numbers"):
@@ -75,7 +78,7 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert sorted(seen) == [[i] for i in range(4) for _ in range(20)]
-    with file_lock(name, wait=False), pytest.raises(TimeoutError), file_lock(name, wait=False):
+    with file_lock(name, wait=False), pytest.raises(BlockingIOError), file_lock(name, wait=False):
         pass
     with file_lock(name, wait=False):
         pass

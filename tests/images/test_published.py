@@ -21,50 +21,31 @@ from cldsde.images.train.loop import train
 from cldsde.pretrained import published_models
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Millions of parameters of the published networks (Dockhorn et al. 2022).
+# Names of the published settings, shapes, and millions of parameters (Dockhorn et al. 2022).
 PUBLISHED = {
-    "cifar10_cld": ((3, 32, 32), 107.6),
-    "cifar10_vp": ((3, 32, 32), 107.6),
-    "celebahq256_cld": ((3, 256, 256), 65.5),
-    "celebahq256_cld_later": ((3, 256, 256), 103.1),
+    "cifar10_cld": ("cifar10", (3, 32, 32), 107.6),
+    "cifar10_vp": ("cifar10_vpsde", (3, 32, 32), 107.6),
+    "celebahq256_cld": ("celeba_paper", (3, 256, 256), 65.5),
+    "celebahq256_cld_later": ("celeba_post_paper", (3, 256, 256), 103.1),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_networks_have_the_published_size(name):
-    shape, count = PUBLISHED[name]
+def test_configurations_are_those_of_the_published_checkpoints(name):
+    settings, shape, count = PUBLISHED[name]
     config = load_config(CONFIGS / f"{name}.toml")
+    model = published_models.PUBLISHED["cld-sgm"][settings]
+    assert repr(config.process.make()) == repr(model.make_process())
     network = make_network(config, shape, None, device="meta")
     assert round(parameter_count(network) / 1e6, 1) == count
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("cifar10_cld", "cifar10"),
-        ("cifar10_vp", "cifar10_vpsde"),
-        ("celebahq256_cld", "celeba_paper"),
-        ("celebahq256_cld_later", "celeba_post_paper"),
-    ],
-)
-def test_configurations_are_those_of_the_published_checkpoints(name, settings):
-    config, model = (
-        load_config(CONFIGS / f"{name}.toml"),
-        published_models.PUBLISHED["cld-sgm"][settings],
-    )
-    assert repr(config.process.make()) == repr(model.make_process())
-    shape, _ = PUBLISHED[name]
-    network = make_network(config, shape, None, device="meta").network
-    published = model.make_network("meta")
-    assert repr(network) == repr(published)
-    log_clock = "fourier_scale" in config.network.options
-    how = config.score.published(log_clock=log_clock)
+    assert repr(network.network) == repr(model.make_network("meta"))
+    how = config.score.published(log_clock="fourier_scale" in config.network.options)
     # Training here needs no number added to variances.
     assert how == dataclasses.replace(model.parameterisation, numerical_eps=0.0)
     assert (config.training.batch, config.training.t_min) == (model.batch, model.t_min)
 
 
-def test_the_printed_configuration_tells_parameters_and_memory(capsys):
+def test_the_printed_configuration_shows_parameters_and_memory(capsys):
     assert main(["train", str(CONFIGS / "cifar10_cld.toml"), "--print-config"]) == 0
     text = capsys.readouterr().out
     assert "# parameters: 107,593,859, images of 3×32×32" in text
@@ -102,19 +83,10 @@ def test_the_printed_configuration_tells_the_measured_speed(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10_cld", "celebahq256_cld"])
 def test_one_step_of_training_and_one_of_sampling_at_batch_one(name, tmp_path):
-    shape, _ = PUBLISHED[name]
-    overrides = [
-        "batch=1",
-        "micro_batch=1",
-        "images=1",
-        "held_out=1",
-        "sample_grid=1",
-        "precision=fp32",
-    ]
-    config = load_config(
-        CONFIGS / f"{name}.toml",
-        [*(f"training.{word}" for word in overrides), "sampling.nfe=2"],
-    )
+    _, shape, _ = PUBLISHED[name]
+    words = "batch=1 micro_batch=1 images=1 held_out=1 sample_grid=1 precision=fp32"
+    overrides = [f"training.{word}" for word in words.split()]
+    config = load_config(CONFIGS / f"{name}.toml", [*overrides, "sampling.nfe=2"])
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, *shape), generator=generator, dtype=torch.uint8)
     data = DataSet(ArrayImages(pixels), ArrayImages(pixels))

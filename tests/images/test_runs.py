@@ -11,44 +11,47 @@ from cldsde.images.runs import RunFolder
 CONFIG = {"seed": 0, "samples": 10}
 
 
-def test_a_new_folder_holds_its_configuration(tmp_path):
+def test_a_new_folder_holds_its_configuration_and_is_continued(tmp_path):
     run = RunFolder(tmp_path / "deep" / "run", CONFIG)
     assert json.loads((run / "config.json").read_text()) == CONFIG
+    run.write_json("results.json", {"a": 1})
+    del run
+    assert (RunFolder(tmp_path / "deep" / "run", CONFIG) / "results.json").exists()
 
 
-def test_a_folder_of_the_same_configuration_is_continued(tmp_path):
-    RunFolder(tmp_path, CONFIG).write_json("results.json", {"a": 1})
-    assert (RunFolder(tmp_path, CONFIG) / "results.json").exists()
+def files_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_folder_of_another_configuration_is_refused_naming_what_differs(tmp_path):
-    RunFolder(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match=r"other settings \(samples\)"):
-        RunFolder(tmp_path, {**CONFIG, "samples": 20})
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+@pytest.mark.parametrize(
+    ("name", "content", "folder", "error", "message"),
+    [
+        (
+            "config.json",
+            b'{"seed": 0, "samples": 9}',
+            "",
+            ValueError,
+            r"other settings \(samples\)",
+        ),
+        ("config.json", b"[1]", "", ValueError, r"config\.json is n"),
+        ("config.json", b"null", "", ValueError, r"config\.json is n"),
+        ("config.json", b"{", "", ValueError, r"config\.json is n"),
+        ("config.json", b"\xff\xfe", "", ValueError, r"config\.json is n"),
+        ("thesis.tex", b"text", "", ValueError, "no run of cldsde"),
+        ("file", b"text", "file", ValueError, "not a folder"),
+        ("file", b"text", "file/run", OSError, "file"),
+    ],
+)
+def test_other_folders_are_rejected_and_left_as_they_are(
+    tmp_path, name, content, folder, error, message
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        RunFolder(tmp_path / folder, CONFIG)
+    assert files_of(tmp_path) == {tmp_path / name: content}
 
 
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path):
-    (tmp_path / "thesis.tex").write_text("text")
-    with pytest.raises(ValueError, match="no run of cldsde"):
-        RunFolder(tmp_path, CONFIG)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "run").write_text("text")
-    with pytest.raises(ValueError, match="not a folder"):
-        RunFolder(tmp_path / "run", CONFIG)
-
-
-def test_a_folder_below_a_file_is_refused_and_leaves_nothing(tmp_path):
-    (tmp_path / "file").write_text("text")
-    with pytest.raises(OSError, match="file"):
-        RunFolder(tmp_path / "file" / "run", CONFIG)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+def test_a_folder_that_another_process_works_in_is_rejected(tmp_path):
     first = RunFolder(tmp_path, CONFIG)
     # A lock belongs to the opened file, so that a second opening stands for a second process.
     with pytest.raises(ValueError, match="in use by another process"):
@@ -86,14 +89,6 @@ def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
     RunFolder(tmp_path, CONFIG)
     assert not any(file.exists() for file in own)
     assert below.exists()
-
-
-@pytest.mark.parametrize("content", [b"[1]", b"null", b"{", b"\xff\xfe"])
-def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path, content):
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json is n"):
-        RunFolder(tmp_path, CONFIG)
-    assert (tmp_path / "config.json").read_bytes() == content
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):

@@ -19,17 +19,22 @@ from published_data import CLD_SGM, MODELS, SCORE_SDE, case, save_checkpoint
 RELATIVE = 1e-5
 every_case = pytest.mark.parametrize("name", list(MODELS))
 # The codes train networks of discrete levels with tables of the levels.
-continuous_cases = pytest.mark.parametrize(
-    "name", [name for name in MODELS if "levels" not in name]
-)
+continuous_cases = pytest.mark.parametrize("name", [name for name in MODELS if "level" not in name])
 
 
 @pytest.fixture
 def load(tmp_path):
+    """Load a score, and the numbers of its code in the shapes and units of this package."""
+
     def loaded(name):
-        file = save_checkpoint(name, tmp_path)
         loader = load_cld_sgm if name in CLD_SGM else load_score_sde
-        return loader(file, MODELS[name])
+        score, found = loader(save_checkpoint(name, tmp_path), MODELS[name]), case(name)
+        if name in SCORE_SDE:
+            for key in {"state", "loss_state", "x0"} & set(found):
+                found[key] = unit(name, found[key])
+            for key in {"state", "loss_state", "noise", "loss_noise"} & set(found):
+                found[key] = found[key].unsqueeze(1)
+        return score, found
 
     return loaded
 
@@ -40,62 +45,40 @@ def assert_close(ours, theirs):
 
 
 def unit(name, x):
-    """States of networks of data in [0, 1], as data in [−1, 1] have them."""
+    """States of networks of data in [0, 1], in the units of data in [−1, 1]."""
     return 2 * x - 1 if name.startswith("ve") else x
 
 
 @every_case
-def test_the_network_returns_the_same_numbers(name, load):
-    found = case(name)
-    network = load(name).network
+def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, load):
+    score, found = load(name)
     label = found.get("label", found["t"]).float()
-    state = unit(name, found["state"]) if name in SCORE_SDE else found["state"].flatten(1, 2)
-    clock = label.log() if network.embedding.frequencies is not None else label
+    clock = label.log() if score.network.embedding.frequencies is not None else label
     theirs = found["network"]
     if name.startswith("ve"):
-        # The published VE networks end with the division by the noise level, which is ours of the
-        # score.
+        # The published VE networks end with the division by the noise level, which belongs to the
+        # score here.
         largest, smallest, count = found["sigmas"].tolist()
         sigma = label
         if MODELS[name].parameterisation.levels:
             sigma = largest * (smallest / largest) ** (label.double() / (count - 1))
         theirs = theirs * sigma.reshape(-1, 1, 1, 1)
     with torch.no_grad():
-        assert_close(network(state, clock), theirs.float())
+        assert_close(score.network(found["state"].flatten(1, 2), clock), theirs.float())
+    ours = score(found["state"], found["t"].double()).flatten(1, 2)
+    assert_close(ours, found["score"] / 2 if name.startswith("ve") else found["score"])
 
-
-@every_case
-def test_the_score_is_the_same(name, load):
-    found, score = case(name), load(name)
-    state, theirs = found["state"], found["score"]
-    if name in SCORE_SDE:
-        state = unit(name, state).unsqueeze(1)
-    ours = score(state, found["t"].double()).flatten(1, 2)
-    assert_close(ours, theirs / 2 if name.startswith("ve") else theirs)
-
-
-@every_case
-def test_a_step_of_euler_maruyama_is_the_same(name, load):
-    found, score = case(name), load(name)
     step = 1 / found["steps"].item() if "steps" in found else 0.0625
     times = torch.tensor([0.5, 0.5 - step], dtype=torch.float64)
-    state, noise = found["state"], found["noise"]
-    if name in SCORE_SDE:
-        state, noise = unit(name, state).unsqueeze(1), noise.unsqueeze(1)
-    process = ReverseProcess(score.sde, score)
-    driven = noise[:, list(score.sde.driven)]
-    made = solvers.solve(
-        process, solvers.EulerMaruyama(), state, times, noise=RecordedNoise([driven])
-    ).state.flatten(1, 2)
-    assert_close(made, unit(name, found["em"]))
-    silent = solvers.solve(
-        process, solvers.EulerMaruyama(), state, times, noise=RecordedNoise([0 * driven])
-    ).state.flatten(1, 2)
-    assert_close(silent, unit(name, found["em_mean"]))
+    process, driven = ReverseProcess(score.sde, score), found["noise"][:, list(score.sde.driven)]
+    for scale, key in ((1, "em"), (0, "em_mean")):
+        noise = RecordedNoise([scale * driven])
+        made = solvers.solve(process, solvers.EulerMaruyama(), found["state"], times, noise=noise)
+        assert_close(made.state.flatten(1, 2), unit(name, found[key]))
 
 
 def test_a_step_of_sscs_is_the_same(load):
-    found, score = case("cld_fourier"), load("cld_fourier")
+    score, found = load("cld_fourier")
     made = solvers.solve(
         ReverseProcess(score.sde, score),
         solvers.SSCS(),
@@ -107,35 +90,20 @@ def test_a_step_of_sscs_is_the_same(load):
 
 
 @continuous_cases
-def test_the_training_loss_is_the_same(name, load):
-    found, score = case(name), load(name)
+def test_training_losses_and_states_are_the_same(name, load):
+    """The process perturbs data as the code does: mean, root and order of the normals."""
+    score, found = load(name)
     x0, state, noise = (found[key] for key in ("x0", "loss_state", "loss_noise"))
-    if name in SCORE_SDE:
-        x0, state, noise = unit(name, x0), unit(name, state).unsqueeze(1), noise.unsqueeze(1)
-    g = torch.Generator().manual_seed(0)
-    pair = PerturbedData.draw(score.sde, x0, found["loss_t"].double(), generator=g)
-    pair = dataclasses.replace(pair, z=state, noise=noise[:, -1:])
-    ours = score.loss(pair)
+    t, eps = found["loss_t"].double(), MODELS[name].parameterisation.numerical_eps
+    pair = PerturbedData.draw(score.sde, x0, t, generator=torch.Generator().manual_seed(0))
+    ours = score.loss(dataclasses.replace(pair, z=state, noise=noise[:, -1:]))
     if name in CLD_SGM:
         ours = ours * x0[0].numel()
     # Their states and losses add `numerical_eps` to the variances, ours do not.
-    eps = MODELS[name].parameterisation.numerical_eps
-    smallest = score.sde.marginal(found["loss_t"].double()).covariance.diagonal(dim1=-2, dim2=-1)
-    added = eps / smallest.min().item()
+    kernel = score.sde.marginal(t)
+    added = eps / kernel.covariance.diagonal(dim1=-2, dim2=-1).min().item()
     torch.testing.assert_close(ours, found["loss"], rtol=RELATIVE + 10 * added, atol=0)
-
-
-@continuous_cases
-def test_states_are_the_codes_own(name, load):
-    """The process perturbs data as the code does: mean, root and order of the normals."""
-    found, score = case(name), load(name)
-    x0, state, noise = (found[key] for key in ("x0", "loss_state", "loss_noise"))
-    if name in SCORE_SDE:
-        x0, state, noise = unit(name, x0), unit(name, state).unsqueeze(1), noise.unsqueeze(1)
-    kernel = score.sde.marginal(found["loss_t"].double())
     made = kernel.mean.float() @ score.sde.embed(x0).flatten(2)
     made = made + kernel.root.float() @ noise.flatten(2)
-    eps = MODELS[name].parameterisation.numerical_eps
-    torch.testing.assert_close(
-        made.reshape_as(state), state, rtol=RELATIVE, atol=RELATIVE * 3 + 3 * eps**0.5
-    )
+    tolerance = {"rtol": RELATIVE, "atol": RELATIVE * 3 + 3 * eps**0.5}
+    torch.testing.assert_close(made.reshape_as(state), state, **tolerance)

@@ -230,7 +230,7 @@ def test_bad_paths_are_rejected(make: Any, error: Any, message: str) -> None:
 
 
 class TestClocks:
-    """What the network is told, at σ = 2 and σ = 0.1."""
+    """The network's clock at σ = 2 and σ = 0.1."""
 
     @pytest.mark.parametrize(
         ("clock", "expected"),
@@ -454,10 +454,10 @@ class TestScoreDenoiser:
         noise = torch.randn(20_000, 1, generator=generator(), dtype=torch.float64)
         ScoreDenoiser(score, sde)(0.3 + sigma * noise, sigma)
         z, t = seen[0]
-        law = sde.marginal(torch.tensor(t, dtype=torch.float64))
-        off = z[..., 0] - 0.3 * law.mean[:, 0]
+        kernel = sde.marginal(torch.tensor(t, dtype=torch.float64))
+        off = z[..., 0] - 0.3 * kernel.mean[:, 0]
         found = off.mT @ off / len(off)
         # A product of two normals has a standard deviation of at most √2 of its scale.
-        scale = law.covariance.diagonal().sqrt()
+        scale = kernel.covariance.diagonal().sqrt()
         tolerance = 4 * math.sqrt(2 / len(off)) * scale[:, None] * scale
-        assert ((found - law.covariance).abs() <= tolerance).all()
+        assert ((found - kernel.covariance).abs() <= tolerance).all()

@@ -180,8 +180,6 @@ class TestNetworkInputs:
         model(probes[..., None, None, None].expand(-1, -1, *SHAPE), t)
         found = network.z[:, 0, 0, 0]
         expected = solved / math.sqrt(information * (1 + float(variance) * information))
-        if sde.components == 1:  # the state itself, whose factor may be negative for no process
-            expected = expected.abs()
         # Probes are rounded relative to psi m, and the covariance is inverted here.
         lost = rounding(64, float(torch.linalg.cond(kernel.covariance)) + 16) + KERNEL
         assert (found - expected).abs().max() <= lost * expected.abs().max()
@@ -201,7 +199,7 @@ class TestNetworkInputs:
 
 
 class Denoiser(nn.Module):
-    """What the reference leaves open of scalar data at one of a few points, in closed form.
+    """Ideal network for scalar data at one of a few points, in closed form.
 
     The data are estimated as u = x_0 + exp(-clock) normals; the input is u less the mean of the
     data in units of its size.

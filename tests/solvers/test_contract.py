@@ -388,6 +388,10 @@ def test_an_exact_score_keeps_no_state(make: Any, batch: int) -> None:
     assert states <= 3 + 0.1  # tables of the mixture, for a small batch
 
 
+# Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
+DIFFERENCES = 1e-6
+
+
 @every_solver
 def test_gradients_are_finite_differences_and_not_recorded_by_default(method: str) -> None:
     process, solver = copy.deepcopy(process_of(home(method))), SOLVERS[method]
@@ -419,8 +423,7 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method: st
     assert not plan.solve(state, noise=SampleNoise(SEEDS[:2])).state.requires_grad
     for found, (more, less) in ((float((by_state * along).sum()), steps), (by_slope, slopes)):
         difference = (more - less) / (2 * h)
-        # Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
-        assert abs(float(found) - difference) <= 1e-6 * (1 + abs(difference))
+        assert abs(float(found) - difference) <= DIFFERENCES * (1 + abs(difference))
         assert abs(difference) > 1e-5
 
 

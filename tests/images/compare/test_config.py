@@ -1,4 +1,4 @@
-"""Configurations of comparisons: merged, complete, and refused by the full name of the key."""
+"""Configurations of comparisons: merged, complete, and rejected by the full name of the key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cldsde.images.sample.sampler import make_solver
 from comparisons import TINY, tiny
 
 EM = {"model": "CLD", "solver": "euler-maruyama", "nfe": [3]}
-ODE = {"model": "VP", "solver": "probability-flow"}
+ODE = {"model": "VP", "solver": "probability-flow", "tolerances": [0.1]}
 
 
 def test_models_are_the_base_with_their_own_values_in_place():
@@ -42,19 +42,11 @@ def test_a_written_comparison_is_read_again(tmp_path):
     assert (changed.samples, changed.runs["VP"].training.images) == (9, 99)
 
 
-def test_rows_have_a_recipe_for_each_budget():
-    row = RowConfig(model="CLD", solver="sscs", grid="uniform", nfe=(5, 9))
-    assert [(x.solver, x.grid, x.nfe) for x in row.recipes()] == [
-        ("sscs", "uniform", 5),
-        ("sscs", "uniform", 9),
-    ]
-    assert row.label == "sscs"
-
-
-def test_a_short_name_of_a_solver_becomes_the_full_one():
-    row = RowConfig(model="CLD", solver="em", nfe=(5,))
+def test_a_row_has_a_recipe_for_each_budget_under_the_full_name_of_its_solver():
+    row = RowConfig(model="CLD", solver="em", grid="uniform", nfe=(5, 9))
+    found = [(recipe.solver, recipe.grid, recipe.nfe) for recipe in row.recipes()]
+    assert found == [("euler-maruyama", "uniform", 5), ("euler-maruyama", "uniform", 9)]
     assert (row.solver, row.label) == ("euler-maruyama", "euler-maruyama")
-    assert row.recipes()[0].solver == "euler-maruyama"
 
 
 @pytest.mark.parametrize(
@@ -78,69 +70,48 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, expected):
         ({"models": {}}, "models: is empty"),
         ({"models": {"CLD": 3}, "rows": [EM]}, "models.CLD: must be a section"),
         ({"models": {"../A": {}}, "rows": [{**EM, "model": "../A"}]}, "models: a name is made of"),
-        (
-            {"models": {"CLD": {}, "VP": {"training": {"btch": 3}}}},
-            "training.btch: unknown",
-        ),
+        ({"models": {"CLD": {}, "VP": {"training": {"btch": 3}}}}, "training.btch: unknown"),
+        ({"models": {"CLD": {}, "VP": {"data": {"name": "fashion_mnist"}}}}, "be the data of CLD"),
         ({"base": {**TINY["base"], "trainig": {}}}, "base.trainig: unknown key; did you mean tr"),
         ({"base": {}}, "models.CLD.training: is missing"),
-        (
-            {"models": {"CLD": {}, "VP": {"data": {"name": "fashion_mnist"}}}},
-            "models.VP.data: must be the data of CLD",
-        ),
         ({"rows": 3}, "rows: must be a valid tuple"),
         ({"rows": []}, "rows: is empty"),
-        ({"rows": [EM, {**EM, "model": "CLF"}]}, r"rows\[1\].model: must be .* did you mean CLD\?"),
         ({"rows": [EM, {**EM, "label": "euler-maruyama"}]}, "rows: labels of a model must differ"),
-        (
-            {"rows": [{**EM, "solver": "sscz"}]},
-            r"rows\[0\].solver: .*did you mean sscs\?",
-        ),
-        ({"rows": [{**EM, "nef": [3]}]}, r"rows\[0\].nef: unknown key; did you mean nfe\?"),
-        ({"rows": [{**EM, "nfe": [3, 3]}]}, r"rows\[0\].nfe: must differ"),
-        ({"rows": [{**EM, "nfe": [1]}]}, r"rows\[0\].nfe: must be greater"),
-        ({"rows": [{**EM, "nfe": ["x"]}]}, r"rows\[0\].nfe\[0\]: must be a valid integer"),
-        ({"rows": [{**EM, "nfe": [3, "4"]}]}, r"rows\[0\].nfe\[1\]: must be a valid integer"),
-        ({"rows": [{**EM, "options": {"ordr": 3}}]}, r"rows\[0\].options.ordr: unknown key"),
-        ({"rows": [{**EM, "tolerances": [0.1]}]}, r"rows\[0\].nfe: euler-maruyama needs"),
-        (
-            {"rows": [{**EM, "solver": "probability-flow"}]},
-            r"rows\[0\].tolerances: probability-flow",
-        ),
-        (
-            {"rows": [{"model": "VP", "solver": "torchdiffeq-rk4", "tolerances": [0.1]}]},
-            r"rows\[0\].nfe: torchdiffeq-rk4 needs a list of nfe, and no tolerances",
-        ),
-        (
-            {"rows": [{"model": "VP", "solver": "probability-flow", "tolerances": [-1.0]}]},
-            r"rows\[0\].tolerances\[0\]: must be greater than 0",
-        ),
-        (
-            {"rows": [{**ODE, "options": {"rtol": 0.1, "atol": 0.1}, "tolerances": [0.1, 0.01]}]},
-            r"rows\[0\].tolerances: set nothing: options has rtol and atol; leave one out",
-        ),
-        (
-            {"rows": [{**ODE, "options": {"atol": 0.1, "rtol": 0.2}, "tolerances": [0.1]}]},
-            r"rows\[0\].tolerances: set nothing",
-        ),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_its_key(changes, message):
+def test_wrong_keys_and_values_are_rejected_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         ComparisonConfig.from_dict(tiny(**changes))
 
 
 @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**EM, "model": "CLF"}, "model: must be .* did you mean CLD?"),
+        ({**EM, "solver": "sscz"}, "solver: .*did you mean sscs?"),
+        ({**EM, "nef": [3]}, "nef: unknown key; did you mean nfe?"),
+        ({**EM, "nfe": [3, 3]}, "nfe: must differ"),
+        ({**EM, "nfe": [1]}, "nfe: must be greater"),
+        ({**EM, "nfe": ["x"]}, r"nfe\[0\]: must be a valid integer"),
+        ({**EM, "nfe": [3, "4"]}, r"nfe\[1\]: must be a valid integer"),
+        ({**EM, "options": {"ordr": 3}}, "options.ordr: unknown key"),
+        ({**EM, "tolerances": [0.1]}, "nfe: euler-maruyama needs"),
+        ({**EM, "solver": "probability-flow"}, "tolerances: probability-flow"),
+        ({**ODE, "solver": "torchdiffeq-rk4"}, "nfe: torchdiffeq-rk4 needs a list of nfe, and no"),
+        ({**ODE, "tolerances": [-1.0]}, r"tolerances\[0\]: must be greater than 0"),
+        ({**ODE, "options": {"rtol": 0.1, "atol": 0.2}}, "tolerances: set nothing: options has"),
+    ],
+)
+def test_rows_that_make_no_sense_are_rejected_by_their_key(row, message):
+    with pytest.raises(ValueError, match=rf"rows\[1\].{message}"):
+        ComparisonConfig.from_dict(tiny(rows=[{**EM, "label": "first"}, row]))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"rows": [EM, {"model": "VE", "solver": "sscs", "nfe": [5]}]},
-            r"rows\[1\].solver: SSCS needs",
-        ),
-        (
-            {"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]},
-            r"rows\[0\].nfe: 2 evaluations",
-        ),
+        ({"rows": [{**EM, "model": "VE", "solver": "sscs"}]}, r"rows\[0\].solver: SSCS needs"),
+        ({"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]}, r"rows\[0\].nfe: 2 evalu"),
         (
             {"rows": [{**EM, "solver": "torchdiffeq-rk4", "nfe": [8, 4]}]},
             r"rows\[0\].nfe: 4 evaluations are too few for a step of TorchDiffEq",
@@ -155,7 +126,7 @@ def test_what_makes_no_sense_is_refused_by_its_key(changes, message):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_made(changes, message):
+def test_a_comparison_that_cannot_be_made_is_rejected_before_any_work(changes, message):
     values = {"models": {"CLD": {}, "VE": {"process": {"name": "VESDE"}}}, "rows": [EM], **changes}
     with pytest.raises(ValueError, match=message):
         check_comparison(ComparisonConfig.from_dict(tiny(**values)), device="cpu")
@@ -175,7 +146,7 @@ def test_models_of_a_comparison_are_equal_but_for_their_processes(name):
     [ggf] = [row for row in config.rows if row.solver == "gotta-go-fast"]
     assert make_solver(ggf.recipes()[0]).noise_on_reject == "bridge"
     assert ggf.label == "GGF (bridge)"
-    # Models of pixels are trained alike on the same images, but for one that says otherwise.
+    # Models of pixels are trained alike on the same images, unless their name says otherwise.
     pixels = {
         repr((run.data, dataclasses.replace(run.training, weighting="reweighted")))
         for run in config.runs.values()

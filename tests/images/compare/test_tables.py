@@ -38,7 +38,7 @@ RESULTS = {
 }
 
 
-def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_told():
+def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_shown():
     fixed, adaptive, models = tables(RESULTS)
     text = fixed.markdown().splitlines()
     assert text[2:7] == [
@@ -55,7 +55,7 @@ def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_told():
     assert models.remarks == ["CLD has no bits per dim: no."]
 
 
-def test_which_tolerance_a_column_is_stands_below_it():
+def test_the_tolerance_of_a_column_is_explained_below_the_table():
     rows = [
         row("VP", "ODE", cell(0.1, 87.4, 0.01), adaptive=True),
         row("VP", "GGF", cell(0.1, 30.2, 0.02), adaptive=True),
@@ -66,7 +66,7 @@ def test_which_tolerance_a_column_is_stands_below_it():
     )
 
 
-def test_what_differs_between_models_stands_in_their_table_and_below():
+def test_differences_between_models_stand_in_their_table_and_below():
     pixels = RESULTS["models"]["CLD"]
     kinds = {"a density": False, "a bound": True}
 
@@ -108,7 +108,7 @@ def test_what_differs_between_models_stands_in_their_table_and_below():
     ]
 
 
-def test_precision_is_better_where_it_is_higher():
+def test_a_higher_precision_is_better():
     rows = [
         row("A", "x", cell(5, 5, 0.4, measure="precision")),
         row("A", "y", cell(5, 5, 0.6, measure="precision")),

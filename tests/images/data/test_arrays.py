@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -41,7 +39,7 @@ def test_arrays_are_read_in_every_layout(tmp_path, shape, layout, axes, kind):
 
 
 @pytest.mark.parametrize("shape", [(10, 3, 5, 3), (10, 5, 6, 2), (10, 5, 3), (3, 5, 6), (10, 5)])
-def test_shapes_of_more_than_one_reading_are_refused(tmp_path, shape):
+def test_ambiguous_shapes_are_rejected(tmp_path, shape):
     np.save(tmp_path / "a.npy", random_bytes(*shape))
     with pytest.raises(ValueError, match="layout must be given, as NHW, NHWC or NCHW"):
         array_file(path=tmp_path / "a.npy")
@@ -64,83 +62,73 @@ def test_labels_come_from_the_archive_or_another_file(tmp_path):
 
 
 class Unpickled:
-    """Tells when it is unpickled."""
+    """Fails if it is unpickled."""
 
     def __reduce__(self):
         return (pytest.fail, ("an array was unpickled",))
-
-
-def cut(file: Path):
-    file.write_bytes(file.read_bytes()[:-300])
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
 def test_damaged_arrays_and_pickles_are_named(tmp_path, kind):
     file = tmp_path / f"a.{kind}"
     write = np.save if kind == "npy" else np.savez
+
+    def assert_rejected(message="", error=ValueError):
+        with pytest.raises(error, match=rf"a\.{kind} cannot be read{message}"):
+            array_file(path=file)
+
     write(file, random_bytes(10, 8, 8))
-    cut(file)
-    with pytest.raises(ValueError, match=rf"a\.{kind} cannot be read"):
-        array_file(path=file)
+    content = file.read_bytes()
+    file.write_bytes(content[:-300])
+    assert_rejected()
+    if kind == "npz":
+        file.write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
+        assert_rejected(".*CRC")
+    file.write_bytes(b"no array")
+    assert_rejected()
     write(file, np.array([Unpickled()] * 3, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=rf"a\.{kind} cannot be read"):
-        array_file(path=file)
+    assert_rejected()
 
 
-def test_a_changed_byte_of_an_archive_is_noticed(tmp_path):
-    file = tmp_path / "a.npz"
-    np.savez(file, random_bytes(10, 8, 8))
-    content = bytearray(file.read_bytes())
-    content[400] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.npz cannot be read.*CRC"):
-        array_file(path=file)
-
-
-def test_other_files_are_refused(tmp_path):
-    (tmp_path / "a.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
-        array_file(path=tmp_path / "a.npy")
-    with pytest.raises(FileNotFoundError, match=r"path must be a file; got .*nowhere\.npy"):
-        array_file(path=tmp_path / "nowhere.npy")
-    np.savez(tmp_path / "none.npz")
-    with pytest.raises(ValueError, match="images must name"):
-        array_file(path=tmp_path / "none.npz")
+TEN = {"a": (10, 4, 4)}
 
 
 @pytest.mark.parametrize(
-    ("arrays", "options", "error", "message"),
+    ("arrays", "options", "message"),
     [
-        ({"a": (10, 4, 4), "b": (10, 4, 4)}, {}, ValueError, "for 2 arrays of .* holds a and b"),
-        ({"a": (10,)}, {}, ValueError, "images must name .* 0 arrays"),
-        ({"a": (10, 4, 4)}, {"images": "b"}, ValueError, "images must be an array of .*: a; got"),
-        ({"a": (10, 4, 4)}, {"labels": "b"}, ValueError, "labels must be an array of .*: a; got"),
-        ({"a": (10, 4, 4), "l": (9,)}, {"labels": "l"}, ValueError, r"labels must be .*\(10,\)"),
-        ({"a": (10, 4, 4)}, {"levels": 16}, ValueError, "values in 0 … 15"),
-        ({"a": (10, 4, 4)}, {"layout": "NHWC"}, ValueError, "layout NHWC must have 4 axes"),
-        ({"a": (10, 4, 4)}, {"layout": "HWC"}, ValueError, "layout: must be 'auto', 'NHW"),
-        ({"a": (0, 4, 4)}, {}, ValueError, "at least one image"),
+        ({}, {}, "images must name"),
+        ({"a": (10, 4, 4), "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
+        ({"a": (10,)}, {}, "images must name .* 0 arrays"),
+        (TEN, {"images": "b"}, "images must be an array of .*: a; got"),
+        (TEN, {"labels": "b"}, "labels must be an array of .*: a; got"),
+        ({**TEN, "l": (9,)}, {"labels": "l"}, r"labels must be .*\(10,\)"),
+        (TEN, {"levels": 16}, "values in 0 … 15"),
+        (TEN, {"layout": "NHWC"}, "layout NHWC must have 4 axes"),
+        (TEN, {"layout": "HWC"}, "layout must be auto, NHW"),
+        ({"a": (0, 4, 4)}, {}, "at least one image"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, options, error, message):
+def test_arrays_that_do_not_fit_are_rejected(tmp_path, arrays, options, message):
     named = {name: random_bytes(*shape) for name, shape in arrays.items()}
     np.savez(tmp_path / "a.npz", **named)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         array_file(path=tmp_path / "a.npz", **options)
 
 
-def test_images_that_are_no_bytes_and_labels_that_are_no_integers_are_refused(tmp_path):
+def test_other_files_and_types_are_rejected(tmp_path):
+    def assert_rejected(message, error=ValueError, name="a.npy", **options):
+        with pytest.raises(error, match=message):
+            array_file(path=tmp_path / name, **options)
+
     np.save(tmp_path / "a.npy", random_bytes(10, 4, 4) / 255)
-    with pytest.raises(TypeError, match=r"a\.npy must hold images of uint8; got float64"):
-        array_file(path=tmp_path / "a.npy")
-    np.save(tmp_path / "a.npy", random_bytes(10, 4, 4))
     np.save(tmp_path / "b.npy", np.zeros(10))
-    with pytest.raises(ValueError, match="labels must be integers"):
-        array_file(path=tmp_path / "a.npy", labels=str(tmp_path / "b.npy"))
-    with pytest.raises(FileNotFoundError, match=r"labels must be a \.npy"):
-        array_file(path=tmp_path / "a.npy", labels="kinds")
-    with pytest.raises(ValueError, match=r"images names an array of a \.npz"):
-        array_file(path=tmp_path / "a.npy", images="kinds")
+    assert_rejected(r"a\.npy must hold images of uint8; got float64", TypeError)
+    np.save(tmp_path / "a.npy", random_bytes(10, 4, 4))
+    assert_rejected("labels must be integers", labels=str(tmp_path / "b.npy"))
+    assert_rejected(r"labels must be a \.npy", FileNotFoundError, labels="kinds")
+    assert_rejected(r"images names an array of a \.npz", images="kinds")
+    message = r"path must be a file; got .*nowhere\.npy"
+    assert_rejected(message, FileNotFoundError, "nowhere.npy")
 
 
 def test_a_mapped_file_is_not_changed(tmp_path):

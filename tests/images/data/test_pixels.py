@@ -15,10 +15,8 @@ from cldsde.images.data import ArrayImages, augment, channel_statistics, to_leve
 from image_data import random_bytes
 from probes import generator
 
-# Bytes and numbers.
 
-
-@pytest.mark.parametrize("levels", [*range(2, 257)])
+@pytest.mark.parametrize("levels", [2, 3, 16, 17, 255, 256])
 def test_every_level_comes_back(levels):
     x = torch.arange(levels, dtype=torch.uint8)
     unit = to_unit(x, levels)
@@ -49,20 +47,34 @@ def test_half_precision_is_rounded_to_levels_as_exactly_as_its_numbers():
     assert torch.equal(to_levels(x), to_levels(x.double()))
 
 
-def test_numbers_that_are_none_are_refused():
-    x = torch.tensor([0.0, float("nan"), float("inf")])
-    with pytest.raises(ValueError, match="images must be numbers; got 1 NaN of 3"):
-        to_levels(x)
+def test_infinite_numbers_are_clamped():
     assert to_levels(torch.tensor([float("inf"), -float("inf")])).tolist() == [255, 0]
-    with pytest.raises(TypeError, match="images must be a floating-point tensor"):
-        to_levels(torch.zeros(1, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="images must be a uint8 tensor"):
-        to_unit(torch.zeros(1))
-    with pytest.raises(ValueError, match="values in 0 … 16; got 17"):
-        to_unit(torch.tensor([17], dtype=torch.uint8), 17)
 
 
-# Augmentation.
+BOTH = {"flip": True, "dequantise": True}
+BYTES = torch.full((1, 1, 2, 2), 17, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: to_levels(torch.tensor([0.0, torch.nan])), ValueError, "numbers; got 1 NaN of 2"),
+        (lambda: to_levels(BYTES), TypeError, "images must be a floating-point tensor"),
+        (lambda: to_unit(torch.zeros(1)), TypeError, "images must be a uint8 tensor"),
+        (lambda: to_unit(BYTES, 17), ValueError, "values in 0 … 16; got 17"),
+        (lambda: augment(BYTES.float(), 256, **BOTH), TypeError, "images must be a uint8 tensor"),
+        (lambda: augment(BYTES[0], 256, **BOTH), ValueError, r"must have shape \(n, C, H, W\)"),
+        (lambda: augment(BYTES, 17, **BOTH), ValueError, "values in 0 … 16; got 17"),
+        (
+            lambda: channel_statistics(ArrayImages(PIXELS), per="image"),
+            ValueError,
+            "per must be scalar, channel or pixel; got 'image'",
+        ),
+    ],
+)
+def test_images_of_another_kind_are_rejected(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_each_image_is_mirrored_whole_or_not_at_all_half_of_the_time():
@@ -73,7 +85,7 @@ def test_each_image_is_mirrored_whole_or_not_at_all_half_of_the_time():
     is_plain = (out == plain).flatten(1).all(1)
     is_mirrored = (out == mirrored).flatten(1).all(1)
     assert bool((is_plain ^ is_mirrored).all())
-    # 4.5 deviations of a binomial number.
+    # 4.5 standard deviations of a binomial number.
     assert abs(float(is_mirrored.double().mean()) - 0.5) < 4.5 * 0.5 / n**0.5
 
 
@@ -109,22 +121,10 @@ def test_dequantised_levels_are_uniform_over_their_bins():
     within = ((out + 1) / 2 * 17 - 3).flatten()
     assert float(within.min()) > -1e-5
     assert float(within.max()) < 1 + 1e-5
-    # 4.5 deviations of the mean, and of the variance, of 64,000 uniform numbers.
+    # 4.5 standard errors of the mean, and of the variance, of 64,000 uniform numbers.
     assert abs(float(within.mean()) - 1 / 2) < 4.5 * (1 / 12 / 64000) ** 0.5
     assert abs(float(within.var()) - 1 / 12) < 4.5 * (1 / 180 / 64000) ** 0.5
 
-
-def test_images_that_cannot_be_augmented_are_refused():
-    options = {"flip": True, "dequantise": True}
-    with pytest.raises(TypeError, match="images must be a uint8 tensor"):
-        augment(torch.zeros(1, 1, 2, 2), 256, **options)
-    with pytest.raises(ValueError, match=r"images must have shape \(n, C, H, W\)"):
-        augment(torch.zeros(1, 2, 2, dtype=torch.uint8), 256, **options)
-    with pytest.raises(ValueError, match="values in 0 … 3; got 4"):
-        augment(torch.full((1, 1, 2, 2), 4, dtype=torch.uint8), 4, **options)
-
-
-# Statistics.
 
 AXES = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
 
@@ -134,9 +134,8 @@ AXES = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
 def test_statistics_are_those_of_the_whole_array(per, levels, monkeypatch):
     pixels = random_bytes(50, 3, 4, 5, levels=levels)
     images = ArrayImages(torch.from_numpy(pixels), levels=levels)
-    monkeypatch.setattr(
-        "cldsde.images.data.pixels.CHUNK", 7 * 60
-    )  # 8 chunks, the last one not full
+    # 8 chunks, the last one not full.
+    monkeypatch.setattr("cldsde.images.data.pixels.CHUNK", 7 * 60)
     mean, variance = channel_statistics(images, per=per)
     unit = 2 * pixels.astype(np.longdouble) / (levels - 1) - 1
     shape = {"scalar": (), "channel": (3, 1, 1), "pixel": (3, 4, 5)}[per]
@@ -165,7 +164,7 @@ def test_a_constant_channel_has_variance_zero_exactly():
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_dequantised_levels_come_back_whatever_was_added(levels):
+def test_dequantised_levels_come_back(levels):
     x = torch.arange(levels, dtype=torch.uint8).repeat(200)
     g = torch.Generator().manual_seed(0)
     spread = augment(x.reshape(1, 1, 1, -1), levels, flip=False, dequantise=True, generator=g)

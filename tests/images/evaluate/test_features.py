@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -15,41 +14,38 @@ from cldsde.images.evaluate import (
     load_features,
 )
 
+MODULE = """
+import torch
+
+def flat(images):
+    return images.flatten(1).double()
+
+class Network(torch.nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
+
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+class Needy:
+    def __init__(self, weights):
+        pass
+
+class Failing:
+    def __init__(self):
+        raise RuntimeError("no weights")
+
+class Box:
+    flat = staticmethod(flat)
+
+number = 3
+"""
+
 
 @pytest.fixture
 def networks(tmp_path, monkeypatch):
-    """A module of a user's."""
-    (tmp_path / "user_networks.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-
-            def flat(images):
-                return images.flatten(1).double()
-
-            class Network(torch.nn.Module):
-                def __init__(self, width=3):
-                    super().__init__()
-                    self.layer = torch.nn.Linear(width, width)
-
-                def forward(self, images):
-                    return images.float().mean((2, 3))
-
-            class Needy:
-                def __init__(self, weights):
-                    pass
-
-            class Failing:
-                def __init__(self):
-                    raise RuntimeError("no weights")
-
-            class Box:
-                flat = staticmethod(flat)
-
-            number = 3
-            """
-        )
-    )
+    (tmp_path / "user_networks.py").write_text(MODULE)
     (tmp_path / "user_broken.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "user_syntax.py").write_text("def flat(images:\n")
     (tmp_path / "user_exits.py").write_text("raise SystemExit(99)\n")
@@ -92,12 +88,12 @@ def test_functions_and_classes_are_found():
         ("user_broken:flat", ValueError, "a_module_that_is_not_there"),
     ],
 )
-def test_names_that_lead_nowhere_are_refused(name, error, message):
+def test_names_that_lead_nowhere_are_rejected(name, error, message):
     with pytest.raises(error, match=message):
         load_features(name)
 
 
-def test_class_instead_of_a_network_is_refused():
+def test_class_instead_of_a_network_is_rejected():
     with pytest.raises(TypeError, match="features must be a callable"):
         feature_name(ImageClassifier)
 
@@ -111,6 +107,6 @@ def test_class_instead_of_a_network_is_refused():
         (lambda: None, "TypeError"),
     ],
 )
-def test_what_makes_no_features_of_the_images_is_refused(features, words):
+def test_functions_that_return_no_features_are_rejected(features, words):
     with pytest.raises(ValueError, match=rf"fails for images \(2, 3, 4, 4\) \({words}"):
         check_features(features, torch.zeros(2, 3, 4, 4, dtype=torch.uint8))

@@ -24,8 +24,8 @@ def closed_form(images, *, levels, seed, scale="bins", spread=0.3):
     end = 1.0 if scale == "bins" else levels / (levels - 1)
     generator = torch.Generator().manual_seed(seed)
     x = dequantise(images, count=levels, low=-end, high=end, generator=generator).double()
-    law = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), spread)
-    nats = -law.log_prob(x).flatten(1).mean(1) - math.log(2 * end / levels)
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), spread)
+    nats = -normal.log_prob(x).flatten(1).mean(1) - math.log(2 * end / levels)
     return nats / math.log(2)
 
 
@@ -43,10 +43,10 @@ def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
         divergence="exact",
     )
     exact = closed_form(images, levels=levels, seed=5, scale=scale)
-    # The prior is the law at T up to e^{−B/2} = 0.007 of the mean, which is squared in the density;
+    # The prior is the distribution at T up to e^{−B/2} = 0.007 of the mean, squared in the density;
     # t_min = 1e-5 adds 1e-6 to a variance of 0.09, the ODE's tolerance 1e-5 nats a datum.
     assert found["bits_per_dim"] == pytest.approx(float(exact.mean()), abs=2e-4)
-    # The standard error is that of the mean over images.
+    # The standard error of the mean over images.
     assert found["standard_error"] == pytest.approx(float(exact.std()) / math.sqrt(6), rel=1e-2)
     assert not found["is_bound"]
     assert found["settings"]["kind"] == "exact"
@@ -56,7 +56,7 @@ def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
 
 
 def test_hutchinson_agrees_on_a_linear_score():
-    # The Jacobian is diagonal, where signs give the trace without noise.
+    # The Jacobian is diagonal: random signs give its trace without noise.
     images = noise(5, 0, (1, 2, 2))
     sde = VPSDE()
     process = ReverseProcess(sde, gaussian().score(sde))
@@ -75,27 +75,21 @@ def test_bound_of_langevin_diffusion_is_above_the_bits_of_the_density():
     assert found["is_bound"]
     assert found["settings"]["kind"] == "bound"
     assert "negative lower bound" in found["quantity"]
-    # The bound holds in expectation; its noise and that of the data are in the standard error. With
-    # an exact score the gap is that between q(z|x) and the posterior, small against a bit.
+    # The bound holds in expectation; the standard error has its noise and the noise of the data.
+    # With an exact score the gap is between q(z|x) and the posterior, small against a bit.
     gap = found["bits_per_dim"] - float(exact.mean())
     assert -3 * found["standard_error"] < gap < 0.5
 
 
-def test_one_image_has_no_standard_error_and_the_seed_decides():
-    images = noise(1, 0, (1, 2, 2))
-    score = gaussian().score(VPSDE())
-    first, same, other = (likelihood(score, images, seed=seed) for seed in (0, 0, 1))
+def test_one_image_has_no_standard_error_the_seed_decides_and_a_bar_is_shown_on_request(capsys):
+    images, score = noise(1, 0, (1, 2, 2)), gaussian().score(VPSDE())
+    loose = {"rtol": 1e-2, "atol": 1e-2}
+    first, same, other = (likelihood(score, images, seed=seed, **loose) for seed in (0, 0, 1))
     assert first["standard_error"] is None
     assert first == same
     assert first["bits_per_dim"] != other["bits_per_dim"]
-
-
-def test_bar_is_shown_only_when_asked_for(capsys):
-    images = noise(4, 0, (1, 2, 2))
-    score = gaussian().score(VPSDE())
-    likelihood(score, images, rtol=1e-2, atol=1e-2)
     assert capsys.readouterr() == ("", "")
-    likelihood(score, images, rtol=1e-2, atol=1e-2, progress=True)
+    likelihood(score, images, **loose, progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "likelihood" in err
@@ -110,6 +104,9 @@ class Network(torch.nn.Module):
         return -z
 
 
+CLD_SCORE = gaussian().score(CLD())
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -121,11 +118,7 @@ class Network(torch.nn.Module):
         ({"levels": 257}, ValueError, "levels: must be"),
         ({"kind": "best"}, ValueError, "kind must be one of 'auto', 'exact', 'bound'"),
         ({"scale": "unit"}, ValueError, "scale must be one of 'bins', 'ends'"),
-        (
-            {"model": gaussian().score(CLD()), "kind": "exact"},
-            ValueError,
-            "needs a process without",
-        ),
+        ({"model": CLD_SCORE, "kind": "exact"}, ValueError, "needs a process without"),
         ({"divergence": "none"}, ValueError, "divergence must be one of"),
         ({"batch": 0}, ValueError, "batch must be"),
         ({"samples": 0}, ValueError, "samples must be"),
@@ -133,7 +126,7 @@ class Network(torch.nn.Module):
         ({"rtol": -1.0}, ValueError, "rtol must be finite and positive"),
     ],
 )
-def test_likelihood_refuses(changes, error, message):
+def test_wrong_arguments_are_rejected(changes, error, message):
     arguments = {"model": gaussian().score(VPSDE()), "images": noise(3, 0, (1, 2, 2))}
     with pytest.raises(error, match=message):
         likelihood(**{**arguments, **changes})

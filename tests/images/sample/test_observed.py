@@ -21,6 +21,7 @@ from cldsde.images.sample.observed import grey_basis
 MEAN, VARIANCE, STD = 0.1, 0.04, 0.1
 SPACE = ImageSpace((3, 4, 4))
 RECIPE = SamplingConfig(solver="multistep-2-sde", nfe=20)
+SHORT = dataclasses.replace(RECIPE, nfe=4)
 G = torch.Generator().manual_seed(7)
 PICTURE = torch.randint(100, 180, (3, 4, 4), generator=G, dtype=torch.uint8)
 HALF = torch.arange(4).expand(4, 4) < 2
@@ -36,9 +37,9 @@ class PixelScore(torch.nn.Module):
         self.initial[0, 0] += VARIANCE
 
     def forward(self, z, t):
-        law = self.sde.marginal(t[0].double(), self.initial)
-        precision = torch.linalg.inv(law.covariance)[list(self.sde.driven)].to(z)
-        apart = z - MEAN * law.mean[:, 0].to(z).reshape(-1, 1, 1, 1)
+        kernel = self.sde.marginal(t[0].double(), self.initial)
+        precision = torch.linalg.inv(kernel.covariance)[list(self.sde.driven)].to(z)
+        apart = z - MEAN * kernel.mean[:, 0].to(z).reshape(-1, 1, 1, 1)
         return -torch.einsum("dk,bkchw->bdchw", precision, apart)
 
 
@@ -47,6 +48,10 @@ def observed(operator, **options):
     mask = HALF if operator == "mask" else None
     known = PICTURE[:, : low[1], : low[2]].contiguous()
     return ObservedImage(known=known, operator=operator, mask=mask, noise_std=STD, **options)
+
+
+def sampled(image, seeds, sampling=RECIPE):
+    return draw_images(PixelScore(CLD()), SPACE, seeds, sampling, observed=image)
 
 
 def posterior(image):
@@ -68,7 +73,7 @@ def posterior(image):
 )
 def test_independent_pixels_have_their_exact_posterior(operator, method):
     image = observed(operator, method=method, particles=8)
-    images, evaluations = draw_images(PixelScore(CLD()), SPACE, range(64), RECIPE, observed=image)
+    images, evaluations = sampled(image, range(64))
     x = to_unit(images)
     mean, std = posterior(image)
     # Of 48 pixels, each the mean of 64, the largest error is below 4 standard errors. The bias of K
@@ -82,12 +87,10 @@ def test_independent_pixels_have_their_exact_posterior(operator, method):
 
 
 def test_replacement_keeps_what_is_known():
-    mask = observed("mask", method="replacement")
-    found = draw_images(PixelScore(CLD()), SPACE, range(3), RECIPE, observed=mask).images
+    found = sampled(observed("mask", method="replacement"), range(3), SHORT).images
     assert (found[:, :, HALF] == PICTURE[:, HALF]).all()
     assert (found[0] != found[1]).any()
-    grey = observed("grey", method="replacement")
-    found = draw_images(PixelScore(CLD()), SPACE, range(3), RECIPE, observed=grey).images
+    found = sampled(observed("grey", method="replacement"), range(3), SHORT).images
     # Three roundings to bytes move a mean by half a level at most.
     error = (found.float().mean(1) - PICTURE.float().mean(0)).abs()
     assert error.max() <= 0.5 + 1e-6
@@ -95,18 +98,17 @@ def test_replacement_keeps_what_is_known():
 
 @pytest.mark.parametrize("method", ["pigdm", "dps"])
 def test_other_methods_take_their_own_steps(method):
-    image, moments = observed("mask", method=method), observed("mask")
-    score, sampling = PixelScore(CLD()), dataclasses.replace(RECIPE, nfe=4)
-    found = draw_images(score, SPACE, range(2), sampling, observed=image).images
-    other = draw_images(score, SPACE, range(2), sampling, observed=moments).images
+    found, other = (
+        sampled(observed("mask", method=name), range(2), SHORT).images
+        for name in (method, "moments")
+    )
     assert (found != other).any()
 
 
 def test_an_image_does_not_depend_on_its_batch():
     for method in ("moments", "twisted"):
         image = observed("downsample:2", method=method, particles=3)
-        together = draw_images(PixelScore(CLD()), SPACE, range(4), RECIPE, observed=image).images
-        alone = draw_images(PixelScore(CLD()), SPACE, [2], RECIPE, observed=image).images
+        together, alone = (sampled(image, seeds).images for seeds in (range(4), [2]))
         # Sums of another batch size may round to the neighbouring grey level.
         assert (together[2].int() - alone[0].int()).abs().max() <= 1
 
@@ -161,7 +163,7 @@ def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
         ({"known": PICTURE[:, :2]}, "the mask must have the picture's shape"),
     ],
 )
-def test_observations_that_make_no_sense_are_errors(changes, message):
+def test_observations_that_make_no_sense_are_rejected(changes, message):
     given = {"known": PICTURE, "operator": "mask", "mask": HALF, **changes}
     with pytest.raises(SettingError, match=message):
         ObservedImage(**given).of(SPACE, "cpu")
@@ -174,15 +176,12 @@ def test_observations_that_make_no_sense_are_errors(changes, message):
         ("gotta-go-fast", "replacement", "solver: must have a grid of times"),
     ],
 )
-def test_solvers_that_do_not_fit_the_method_are_errors(solver, method, message):
-    sampling = dataclasses.replace(RECIPE, solver=solver)
+def test_solvers_that_do_not_fit_the_method_are_rejected(solver, method, message):
     with pytest.raises(SettingError, match=message):
-        draw_images(
-            PixelScore(CLD()), SPACE, [0], sampling, observed=observed("mask", method=method)
-        )
+        sampled(observed("mask", method=method), [0], dataclasses.replace(RECIPE, solver=solver))
 
 
-def test_files_that_are_no_pictures_are_errors(tmp_path):
+def test_files_that_are_no_pictures_are_rejected(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     right = save(tmp_path / "right.png", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(SettingError, match=r"known: .* cannot be decoded"):

@@ -1,10 +1,12 @@
-"""A training can go on: longer, elsewhere, and from other weights."""
+"""A training can be prolonged, start from other weights, and keep snapshots."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,17 +27,19 @@ from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import rehearse, train
 from cldsde.images.train.state import STATE, StopRequest
 from cldsde.images.train.summary import summary
+from tiny_runs import NETWORK
 
 VALUES = {
     "process": {"name": "VPSDE"},
-    "network": {"options": {"channels": [16, 16]}},
+    "network": {"options": NETWORK},
     "training": {
-        "images": 64,
-        "batch": 16,
+        "images": 32,
+        "batch": 8,
         "learning_rate": 1e-3,
-        "log_every": 32,
-        "save_every": 32,
-        "sample_every": 64,
+        "log_every": 16,
+        "save_every": 16,
+        "held_out": 8,
+        "sample_every": 32,
         "sample_grid": 4,
     },
     "sampling": {"solver": "euler-maruyama", "nfe": 3},
@@ -43,13 +47,19 @@ VALUES = {
 DATA = digits()
 
 
-def config(**training) -> RunConfig:
-    return RunConfig.from_dict({**VALUES, "training": {**VALUES["training"], **training}})
+def config(*, network: dict | None = None, **training) -> RunConfig:
+    values = {**VALUES, "training": {**VALUES["training"], **training}}
+    return RunConfig.from_dict({**values, "network": network or VALUES["network"]})
 
 
-def trained(folder, settings):
+def trained(folder, settings=None):
+    settings = settings or config()
     run = RunFolder(folder, settings.to_dict(), free=settings.FREE)
     return train(settings, DATA, run, device="cpu")
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_bits(first, second):
@@ -57,57 +67,44 @@ def assert_same_bits(first, second):
         assert torch.equal(value, second.state_dict()[name]), name
 
 
-def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(tmp_path):
-    trained(tmp_path / "a", config())
-    longer = trained(tmp_path / "a", config(images=128, held_out=8))
-    assert_same_bits(longer, trained(tmp_path / "b", config(images=128)))
-    assert load_model(tmp_path / "a").images_seen == 128
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("longer") / "run"
+    trained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(run, tmp_path):
+    """Also a run from before some settings existed."""
+    values = json.loads((run / "config.json").read_text())
+    for section, key in (("score", "code"), ("training", "snapshots_by"), ("training", "measure")):
+        del values[section][key]
+    (run / "config.json").write_text(json.dumps(values))
+    longer = trained(run, config(images=64, held_out=4))
+    assert_same_bits(longer, trained(tmp_path / "long", config(images=64)))
+    assert load_model(run).images_seen == 64
     with pytest.raises(ValueError, match="can grow, but not shrink"):
-        trained(tmp_path / "a", config())
+        trained(run)
 
 
 def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
     trained(tmp_path, config(keep_state=False))
     assert not (tmp_path / STATE).exists()
     with pytest.raises(ValueError, match=r"resume from.*is missing; put it back"):
-        trained(tmp_path, config(images=128))
+        trained(tmp_path, config(images=64))
 
 
-def test_the_model_of_a_finished_run_is_written_again_from_its_state(tmp_path):
-    trained(tmp_path, config())
-    before = (tmp_path / MODEL).read_bytes()
-    (tmp_path / MODEL).unlink()
-    trained(tmp_path, config())
-    assert (tmp_path / MODEL).read_bytes() == before
-
-
-def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(tmp_path):
-    trained(tmp_path / "a", config())
-    whole = images.Run.load(tmp_path / "a")
-    whole.to_diffusers(tmp_path / "net")
-    still = {"images": 16, "learning_rate": 1e-30}
-    for source in ("a", "net"):
-        settings = config(**still, init_from=str(tmp_path / source))
-        tuned = trained(tmp_path / f"from-{source}", settings).score
-        for name, value in whole.score.network.state_dict().items():
-            # One step of a vanishing learning rate, and float32.
-            torch.testing.assert_close(tuned.network.state_dict()[name], value, msg=name)
-    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net"), UNet2DModel)
-    other = RunConfig.from_dict(
-        {**config(init_from=str(tmp_path / "net")).to_dict(), "process": {"name": "CLD"}}
-    )
-    with pytest.raises(SettingError, match=r"training\.init_from: weights of .*net cannot be used"):
-        trained(tmp_path / "other", other)
-
-
-def test_a_run_from_before_a_setting_existed_is_prolonged(tmp_path):
-    trained(tmp_path, config())
-    values = json.loads((tmp_path / "config.json").read_text())
-    for section, key in (("score", "code"), ("training", "snapshots_by"), ("training", "measure")):
-        del values[section][key]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    trained(tmp_path, config(images=128))
-    assert load_model(tmp_path).images_seen == 128
+def test_the_model_of_a_finished_run_is_written_again_from_its_state(run):
+    before = (run / MODEL).read_bytes()
+    (run / MODEL).unlink()
+    trained(run)
+    assert (run / MODEL).read_bytes() == before
 
 
 def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
@@ -115,34 +112,52 @@ def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         old = {"before_predictions": True}
         patch.setattr(RunConfig, "model_digest", lambda self, **_: digest(self, **old))
-        trained(tmp_path, config())
-    assert load_model(tmp_path).images_seen == 64
+        trained(tmp_path)
+    assert load_model(tmp_path).images_seen == 32
 
 
-def snapshots(folder) -> list[int]:
-    return sorted(int(file.stem) for file in (folder / "snapshots").glob("*.safetensors"))
+def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(finished, tmp_path):
+    whole = images.Run.load(finished)
+    whole.to_diffusers(tmp_path / "net")
+    for i, source in enumerate((finished, tmp_path / "net")):
+        settings = config(images=8, learning_rate=1e-30, init_from=str(source))
+        tuned = trained(tmp_path / f"tuned-{i}", settings).score
+        for name, value in whole.score.network.state_dict().items():
+            # One step of a vanishing learning rate, and float32.
+            torch.testing.assert_close(tuned.network.state_dict()[name], value, msg=name)
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net"), UNet2DModel)
+    values = config(init_from=str(tmp_path / "net")).to_dict()
+    other = RunConfig.from_dict({**values, "process": {"name": "CLD"}})
+    with pytest.raises(SettingError, match=r"training\.init_from: weights of .*net cannot be used"):
+        trained(tmp_path / "other", other)
 
 
-def test_the_last_snapshots_are_kept(tmp_path):
-    trained(tmp_path, config(save_every=16, snapshots=2))
-    assert snapshots(tmp_path) == [48, 64]
-
-
-def test_the_best_snapshots_by_distance_are_kept_and_the_distances_logged(tmp_path, monkeypatch):
-    values = iter([3.0, 1.0, 4.0, 2.0])
+@pytest.mark.parametrize(
+    ("changes", "distances", "kept"),
+    [
+        ({}, {}, [24, 32]),
+        (
+            {"snapshots_by": "fd", "measure": "fd"},
+            {8: 3.0, 16: 1.0, 24: 4.0, 32: 2.0},
+            [16, 32],
+        ),
+    ],
+)
+def test_the_last_or_best_snapshots_are_kept(tmp_path, monkeypatch, changes, distances, kept):
+    values = iter(distances.values())
     monkeypatch.setattr(loop, "distance", lambda *_: next(values))
-    trained(tmp_path, config(save_every=16, snapshots=2, snapshots_by="fd", measure="fd"))
-    assert snapshots(tmp_path) == [32, 64]
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert {x["images"]: x["fd"] for x in lines if "fd" in x} == {16: 3, 32: 1, 48: 4, 64: 2}
+    trained(tmp_path, config(save_every=8, snapshots=2, **changes))
+    files = (tmp_path / "snapshots").glob("*.safetensors")
+    assert sorted(int(file.stem) for file in files) == kept
+    assert {line["images"]: line["fd"] for line in metrics(tmp_path) if "fd" in line} == distances
 
 
+@pytest.mark.usefixtures("untrained_classifier")
 def test_the_distance_is_that_of_an_evaluation_of_the_same_seeds(tmp_path):
-    settings = config(save_every=64, measure="fd", measure_samples=20)
+    settings = config(save_every=32, measure="fd", measure_samples=10)
     trained(tmp_path, settings)
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    [found] = [line["fd"] for line in lines if "fd" in line]
-    evaluation = Evaluation(data=DATA, samples=20, first_seed=2**31, batch=16, folder=tmp_path)
+    [found] = [line["fd"] for line in metrics(tmp_path) if "fd" in line]
+    evaluation = Evaluation(data=DATA, samples=10, first_seed=2**31, batch=10, folder=tmp_path)
     results = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.json")
     [cell] = results["recipes"][0]["cells"].values()
     # The same images to the bit, and sums of float64.
@@ -176,31 +191,27 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
     (tmp_path / "own_network.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     network = {"name": "own_network:Net", "options": {"width": 3}}
-    settings = RunConfig.from_dict({**VALUES, "network": network})
-    model = trained(tmp_path / "run", settings)
+    model = trained(tmp_path / "run", config(network=network))
     with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
         images.Run.load(tmp_path / "run")
     assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model.model)
-    wrong = {**network, "options": {"widht": 3}}
     with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
-        check_run(RunConfig.from_dict({**VALUES, "network": wrong}), DATA)
-    with pytest.raises(SettingError, match=r"network\.name: 'nowhere:Net' cannot be loaded"):
-        check_run(RunConfig.from_dict({**VALUES, "network": {"name": "nowhere:Net"}}), DATA)
+        check_run(config(network={**network, "options": {"widht": 3}}), DATA)
+    with pytest.raises(SettingError, match=r"network\.name: there is no module 'nowhere'"):
+        check_run(config(network={"name": "nowhere:Net"}), DATA)
 
 
-def test_a_rehearsal_measures_and_writes_nothing(tmp_path, monkeypatch):
+def test_a_rehearsal_measures_and_writes_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = rehearse(config(), DATA, device="cpu")
-    assert found.parameters == sum(
-        x.numel() for x in trained(tmp_path / "run", config()).parameters()
-    )
+    parameters = load_model(finished).model.parameters()
+    assert found.parameters == sum(x.numel() for x in parameters)
     assert found.images_per_second > 0
-    assert {file.name for file in tmp_path.iterdir()} == {"run"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_start_tells_of_data_model_and_device():
-    lines = summary(config(), DATA, "cpu")
-    text = " ".join(lines)
+    text = " ".join(summary(config(), DATA, "cpu"))
     for words in ("1,438 images of 1×8×8", "17 levels", "10 classes", "359 held out (20%)"):
         assert words in text, text
     assert "VPSDE, UNet" in text
@@ -222,19 +233,19 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
         run.sample(label=1)
 
 
-def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(tmp_path, capsys):
-    model = images.Run.train(config(), DATA, tmp_path, device="cpu", progress=False).model
+def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(finished, capsys):
+    model = load_model(finished)
     sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
-    drawn = []
+    sampled = []
     with StopRequest(SimpleNamespace(num_processes=1)) as stop:
 
         def before_batch():
             if stop.wanted:
                 stop.obey()
-            drawn.append(1)
+            sampled.append(1)
             os.kill(os.getpid(), signal.SIGTERM)
 
         with pytest.raises(SystemExit, match="143"):
             sampler.sample(range(6), before_batch=before_batch)
-    assert drawn == [1]
+    assert sampled == [1]
     assert "stopping after this step; again to stop at once" in capsys.readouterr().err

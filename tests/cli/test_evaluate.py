@@ -1,0 +1,145 @@
+"""The command ``cldsde evaluate``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+
+from cldsde.cli import main
+from command import rejected
+
+pytestmark = pytest.mark.usefixtures("untrained_classifier")
+DEVICE = ["--device", "cpu"]
+NAME = "fd classifier train"
+
+
+@pytest.fixture
+def run(digits_run, tmp_path):
+    """A copy, since the classifier of an evaluation is kept in the run."""
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run, folder)
+    return folder
+
+
+def evaluate(*arguments):
+    return main(["evaluate", *map(str, arguments), *DEVICE])
+
+
+def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    arguments = [run, "--out", out, "--samples", 6, "--repeats", 2]
+    arguments += ["--solver", "sscs,em", "--nfe", "3,5", "--part", "held_out"]
+    assert evaluate(*arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in table[2:6]] == [
+        [f" {solver} ", f" {nfe} "] for solver in ("sscs", "euler-maruyama") for nfe in (3, 5)
+    ]
+    found = json.loads(out.read_text())
+    assert [list(row["cells"]) for row in found["recipes"]] == [["0-5", "6-11"]] * 4
+    spent = [cell["sampling"]["nfe"] for row in found["recipes"] for cell in row["cells"].values()]
+    assert spent == [3, 3, 5, 5] * 2
+    before = out.read_text()
+    assert evaluate(*arguments) == 0
+    assert out.read_text() == before
+    assert evaluate(*arguments, "--metrics", "bpd", "--likelihood-images", 2) == 0
+    assert json.loads(out.read_text())["likelihood"]["images"] == 2
+    assert "bits per dim" in capsys.readouterr().out
+    options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
+    assert evaluate(run, *options) == 0
+    assert (run / "evaluation-VPSDE.json").is_file()
+
+
+def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the_run(
+    run, tmp_path, capsys, monkeypatch
+):
+    """Digits have 17 levels, which a file holds as they are and a picture as bytes."""
+    assert evaluate(run, "--samples", 10, "--out", tmp_path / "run.json") == 0
+    (cell,) = json.loads((tmp_path / "run.json").read_text())["recipes"][0]["cells"].values()
+    for name in ("x", "x.npz"):
+        command = ["sample", str(run), "--seeds", "0-9", "--out", str(tmp_path / name), *DEVICE]
+        assert main(command) == 0
+    shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
+    for name in ("x", "x.npz", "x.v2"):
+        assert evaluate(tmp_path / name, "--reference", run) == 0
+        text = (tmp_path / f"{name}-evaluation.json").read_text()
+        measured = json.loads(text)["measures"][NAME]
+        assert measured["samples"] == 10
+        # Rounding: a file gives them in another order, and features are of single precision.
+        distance = pytest.approx(cell[NAME]["frechet_distance"], rel=1e-4)
+        assert measured["frechet_distance"] == distance
+    (tmp_path / "x-evaluation.json").unlink()
+    monkeypatch.chdir(tmp_path / "x")
+    capsys.readouterr()
+    assert evaluate(".", "--reference", run) == 0
+    assert "| x |" in capsys.readouterr().out
+    assert (tmp_path / "x-evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "words"),
+    [
+        ("one.npz", np.zeros((1, 8, 8, 1), np.uint8), "fd needs at least 2 images; got 1"),
+        ("wide.npz", np.zeros((20, 8, 9), np.uint8), "that they are compared with, 1×8×8"),
+        ("coloured.npz", np.zeros((20, 8, 8, 3), np.uint8), "compared with, 1×8×8"),
+        ("floats.npy", np.zeros((20, 8, 8)), "images of uint8"),
+    ],
+)
+def test_samples_that_cannot_be_measured_are_rejected(
+    digits_run, tmp_path, capsys, name, images, words
+):
+    file = tmp_path / name
+    np.save(file, images) if name.endswith("npy") else np.savez(file, images=images, levels=17)
+    message = rejected(capsys, "evaluate", file, "--reference", digits_run)
+    assert words in message
+    assert "held_out" not in message
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("nothing", "there is no run"),
+        ("RUN --metrics fdd", "--metrics: must be one of"),
+        ("RUN --metrics fid", "--weights"),
+        ("RUN --metrics fid --weights w.pth", "w.pth"),
+        ("RUN --samples 1", "--samples: must be at least 2"),
+        ("RUN --features nowhere:thing", "--features: there is no module 'nowhere'"),
+        ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),
+        ("RUN --part test", "--part must be"),
+        ("RUN --reference RUN", "--reference is for samples"),
+        ("RUN --solver sscs,ssc", "--solver: solver must be"),
+        ("RUN --nfe 3,x", "--nfe must be numbers"),
+        ("RUN --out file/x.json", "file cannot be made"),
+        ("RUN --out folder", "must name a file"),
+    ],
+)
+def test_wrong_arguments_are_rejected_before_any_work(
+    digits_run, tmp_path, capsys, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    given = arguments.replace("RUN", str(digits_run)).split()
+    assert words in rejected(capsys, "evaluate", *given)
+
+
+def test_a_run_that_cannot_hold_its_classifier_is_rejected(run, tmp_path, capsys, monkeypatch):
+    probe = tempfile.NamedTemporaryFile
+
+    def read_only(*arguments, dir, **options):  # noqa: A002
+        if dir == run:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return probe(*arguments, dir=dir, **options)
+
+    # Root may write even if the mode of a folder forbids it.
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
+    message = rejected(capsys, "evaluate", run, "--out", tmp_path / "x.json")
+    assert "run cannot be made or written (Permission denied)" in message
+    (run / "classifier.safetensors").write_text("")
+    assert evaluate(run, "--out", tmp_path / "x.json") == 1  # after all checks
+    assert "classifier.safetensors is damaged" in capsys.readouterr().err

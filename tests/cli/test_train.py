@@ -1,0 +1,76 @@
+"""The command ``cldsde train``."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+
+from cldsde.cli import main
+from command import rejected
+
+RUN = {"config.json", "metrics.jsonl", "model.safetensors", "samples", "tensorboard"}
+
+
+@pytest.fixture
+def config(digits_run):
+    return digits_run.with_name("tiny.toml")
+
+
+def test_a_run_holds_its_configuration_metrics_samples_and_model(digits_run):
+    assert {file.name for file in digits_run.iterdir()} >= RUN | {"training.safetensors"}
+    assert json.loads((digits_run / "config.json").read_text())["training"]["images"] == 32
+
+
+def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, tmp_path):
+    assert main(["train", str(config), "--print-config", "--set", "training.batch=32"]) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["training"]["batch"] == 32
+    assert tomllib.loads(text)["training"]["ema_decay"] == 0.9999
+    (tmp_path / "again.toml").write_text(text)
+    assert main(["train", str(tmp_path / "again.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(config, digits_run):
+    before = {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")}
+    command = ["train", str(config), "--out", str(digits_run), "--resume", "--device", "cpu"]
+    assert main(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")} == before
+
+
+def test_a_dry_run_checks_measures_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config), "--dry-run", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "images per second" in text
+    assert "parameters" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("missing.toml", "missing.toml: cannot be read"),
+        ("CONFIG --set training.btch=3", "training.btch: unknown key; did you mean batch?"),
+        ("CONFIG --set training.precision=fp8", "training.precision: must be 'fp32'"),
+        ("CONFIG --set sampling.solver=ssc", "sampling.solver: solver must be"),
+        ("CONFIG --set sampling.nfe=1000000000000", "sampling.nfe: must be less than"),
+        ("CONFIG --set network.options.channels=[9]", "network.options: groups must divide"),
+        ("CONFIG --set data.name=folder", "data.options.path: is missing"),
+        ("CONFIG --resume", "--resume"),
+        ("CONFIG --seed -1", "--seed: must be greater than or equal to 0"),
+        ("CONFIG --device gpu", "--device must be"),
+    ],
+)
+def test_wrong_arguments_are_rejected(config, capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    given = arguments.replace("CONFIG", str(config)).split()
+    assert words in rejected(capsys, "train", *given, "--out", "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_other_settings_is_left_alone(config, digits_run, capsys):
+    other = ["--set", "training.batch=32", "--out", digits_run]
+    assert "other settings (training.batch)" in rejected(capsys, "train", config, *other)
