@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cldsde.cli import main
-from cldsde.images.files import file_lock
+from cldsde.files import file_lock
 from command import rejected
 
 

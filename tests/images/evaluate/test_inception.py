@@ -210,9 +210,9 @@ TWO_CHANNELS = noise(10, 0, (2, 4, 4))
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": []}, "metrics must be some of 'fid', 'kid', 'isc', 'prc'; got"),
-        ({"metrics": "fid"}, "metrics must be some of"),
-        ({"metrics": ["is"]}, "metrics must be some of"),
+        ({"metrics": []}, "metrics: must"),
+        ({"metrics": "fid"}, "metrics: must"),
+        ({"metrics": ["is"]}, "metrics: must"),
         ({"metrics": ["kid"]}, "images must hold at least 1000 images, for kid_subset_size; got 1"),
         ({"metrics": ["prc"], "images": noise(3, 0)}, "at least 4 images, for 3 neighbours"),
         ({"images": noise(9, 0), "metrics": ["isc"]}, "at least 10 images, for 10 splits"),
@@ -220,8 +220,8 @@ TWO_CHANNELS = noise(10, 0, (2, 4, 4))
         ({"images": TWO_CHANNELS, "reference": TWO_CHANNELS}, "images must have 1 or 3 channels; "),
         ({"device": "mps"}, "device must be 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:99"}, "this machine has no cuda:99"),
-        ({"seed": 2**32}, "seed must be an integer in"),
-        ({"seed": -1}, "seed must be an integer in"),
+        ({"seed": 2**32}, "seed: must be"),
+        ({"seed": -1}, "seed: must be"),
         ({"batch": 0}, "batch must be"),
     ],
 )

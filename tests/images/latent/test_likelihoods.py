@@ -42,7 +42,7 @@ def output(*numbers: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def pair_of(given: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random outputs and images."""
-    out = torch.randn(batch, given.channels(2), 3, 4, generator=generator(1))
+    out = torch.randn(batch, 2 * given.width, 3, 4, generator=generator(1))
     levels = getattr(given, "levels", 2)
     x = torch.randint(0, levels, (batch, 2, 3, 4), generator=generator(2))
     return out, to_unit(x.to(torch.uint8), levels)
@@ -204,7 +204,7 @@ def test_a_bernoulli_gradient_is_finite_at_extremes(x):
 
 
 def test_channels_are_those_of_the_parameters():
-    assert (DiscretisedLogistic(256).channels(3), Bernoulli().channels(3)) == (6, 3)
+    assert (DiscretisedLogistic(256).width, Bernoulli().width) == (2, 1)
 
 
 @every_distribution

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
-from cldsde.images import files
 from cldsde.images.config import SamplingConfig
 from cldsde.images.errors import SettingError
 from cldsde.images.model import MODEL, ImageSpace, load_model, save_model
@@ -191,9 +190,9 @@ def test_classes_of_all_images_and_of_each(run, request_of, tmp_path):
 
 
 def test_classes_are_named(run):
-    assert [run.space.class_number(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
+    assert [run.space.label(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
     with pytest.raises(SettingError, match="label: must be 'all', a number from 0 to 2, or one of"):
-        run.space.class_number("strip")
+        run.space.label("strip")
 
 
 def check(request, out):
@@ -321,7 +320,7 @@ def test_a_full_disk_is_reported_with_the_file(request_of, tmp_path, monkeypatch
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_to_disk", full(files._to_disk))
+        patch.setattr(Path, "replace", full(Path.replace))
         patch.setattr(Image.Image, "save", full(Image.Image.save))
         with pytest.raises(OSError, match=r"cannot be written \(No space left.*resumes") as caught:
             draw_to(tmp_path / out, request_of(2))

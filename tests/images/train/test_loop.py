@@ -22,7 +22,6 @@ import torch
 from cldsde.cli import main
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
-from cldsde.images.files import load_tensors
 from cldsde.images.model import (
     MODEL,
     ImageSpace,
@@ -34,6 +33,7 @@ from cldsde.images.model import (
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import class_batches
 from cldsde.images.streams import image_order, stream
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import STATE, train
 from cldsde.images.train.state import KIND
@@ -240,7 +240,7 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkey
     write = RunFolder.write
     with monkeypatch.context() as patch:
         if name == STATE:
-            patch.setattr("cldsde.images.files.save_file", no_room)
+            patch.setattr("cldsde.images.tensor_files.save_file", no_room)
         elif name == "metrics.jsonl":
             patch.setattr(RunFolder, "log", no_room)
         else:
