@@ -79,7 +79,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     )
     if model is None:
         images = load_samples(target)
-        evaluation.check(shape=tuple(images.shape[1:]), images=len(images))
+        evaluation.check(shape=images.shape[1:], images=len(images))
     else:
         evaluation.check(shape=model.space.shape)
         recipes = _recipes(options, model)

@@ -81,8 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "relation of the picture to the images: a picture of a mask, white for observed "
         "pixels; grey; downsample:N, means of N×N pixels; blur:STD, a Gaussian of STD pixels"
     )
-    names = {"dest": "observe", "type": str, "metavar": "HOW"}
-    parser.add_argument("--mask", "--observe", help=text, **names)
+    parser.add_argument("--mask", "--observe", dest="observe", type=str, metavar="HOW", help=text)
     text = "moments, pigdm, dps, twisted (particles) or replacement (no noise; mask or grey)"
     option(parser, "--method", "NAME", text, default="moments")
     text = "standard deviation of the picture's noise, black being -1 and white 1"

@@ -253,8 +253,8 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
-        *numbers, names = others if len(others) == 5 else [*others, None]  # older files have none
-        space = ImageSpace(tuple(shape), *numbers, tuple(names) if names else None)
+        others = [tuple(x) if isinstance(x, list) else x for x in others]
+        space = ImageSpace(tuple(shape), *others)
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])

@@ -99,16 +99,14 @@ class Evaluation(Reference):
     first_seed: int = 0
     batch: int = 64
 
-    def check(
-        self, images: int | None = None, *, shape: tuple[int, int, int] | None = None
-    ) -> None:
+    def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
         if self.part not in {"train", "held_out"}:
             raise SettingError("part", f"must be train or held_out; got {self.part!r}")
         if images is not None and "bpd" in self.metrics:
             raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
         train, images = self.data.train, self.samples if images is None else images
-        if shape is not None and shape != train.shape:
+        if shape is not None and tuple(shape) != train.shape:
             own, others = ("×".join(map(str, x)) for x in (shape, train.shape))
             msg = "images must be of the size of those that they are compared with, "
             msg += f"{others} (channels, rows, columns); got {own}"

@@ -242,10 +242,13 @@ class _Trainer:
         found: dict[str, float] = {}
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
+
+        def save(file: Path) -> None:
+            weights = self.learner.average.state_dict()
+            save_model(file, weights, self.config, self.space, seen)
+
         if self.engine.is_main_process:
             try:
-                options = {"config": self.config, "space": self.space, "images_seen": seen}
-                save = partial(save_model, weights=self.learner.average.state_dict(), **options)  # type: ignore[arg-type]
                 save(self.folder / MODEL)
                 if self.done < settings.steps or settings.keep_state:
                     self.learner.state.save(self.folder, self.done, self.seconds, sums)
