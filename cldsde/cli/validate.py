@@ -97,7 +97,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         finally:
             report = Report(found, tables, complete, chosen)
             results.finish(report)
-        results.judge(report, options.solver)
+        results.judge(report, list(chosen) if options.solver else [])
 
     return validate
 

@@ -125,7 +125,8 @@ def _reason(error: ValidationError) -> str:
         return f"must be a section; got {first['input']!r}"
     # Each member of a union reports an error about the same value.
     same = [first, *(one for one in others if one["input"] is first["input"])]
-    wanted = [one["msg"].partition("should ")[2] for one in same]
+    # Of the types in use, only sequences reject a text without saying what should be there.
+    wanted = [one["msg"].partition("should ")[2] or "be a list" for one in same]
     either = " or ".join([wanted[0], *(text.removeprefix("be ") for text in wanted[1:])])
     return f"must {either}; got {first['input']!r}"
 

@@ -15,16 +15,23 @@ from torch import Tensor
 from cldsde.files import write_whole
 from cldsde.messages import brief
 
+_NOTES = "cldsde"
+
 
 def save_tensors(
     file: Path, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, whole or not at all, with a digest of its content."""
+    """Write a safetensors file, whole or not at all, with a digest of its content.
+
+    Equal contents make equal files: the notes are one entry, because the library writes entries in
+    random order.
+    """
     on_cpu = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
     notes = {**metadata, "kind": kind}
     notes["sha256"] = tensors_digest(on_cpu, notes)
+    entry = {_NOTES: json.dumps(notes, sort_keys=True)}
     try:
-        write_whole(file, lambda path: save_file(on_cpu, path, metadata=notes))
+        write_whole(file, lambda path: save_file(on_cpu, path, metadata=entry))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{file} cannot be written ({brief(error)})") from error
 
@@ -40,8 +47,10 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     try:
         with safe_open(file, framework="pt") as source:
             tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
-            notes: dict[str, str] = source.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            entries: dict[str, str] = source.metadata() or {}
+        # Older files have an entry for each note.
+        notes: dict[str, str] = json.loads(entries[_NOTES]) if _NOTES in entries else entries
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({brief(error)})") from error
     if notes.get("kind") != kind:
         raise ValueError(f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}")

@@ -54,7 +54,7 @@ def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, t
         ("tiny.json --set metrics=['fid']", "weights: fid need the file"),
         ("tiny.json --device gpu", "--device must be"),
         ("tiny.json --out file", "file is not a folder"),
-        ("tiny.json --out=", "--out must be the name of a folder"),
+        ("tiny.json --out=", "--out: must be the name of a file or folder"),
     ],
 )
 @pytest.mark.usefixtures("config")

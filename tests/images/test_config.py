@@ -190,7 +190,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
     words = ["training.batch=32", "training.clip=none", "process.options.beta=[1, 3]"]
     config = load_config(file, words)
     assert (config.training.batch, config.training.clip) == (32, None)
-    assert config.process.options == {"beta": [1, 3]}
+    assert config.process.options == {"beta": (1, 3)}
     for words, message in (
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
         (["training.batch"], "key=value"),

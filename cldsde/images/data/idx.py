@@ -74,15 +74,13 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    header = 8 + 4 * len(shape)
-    count, left = divmod(len(content) - header, math.prod(shape))
-    if (
-        content[:header]
-        != struct.pack(f">4B{len(shape) + 1}I", 0, 0, 8, len(shape) + 1, max(count, 0), *shape)
-        or left
-    ):
+    axes = len(shape) + 1
+    start = 4 + 4 * axes
+    count, left = divmod(len(content) - start, math.prod(shape))
+    header = struct.pack(f">4B{axes}I", 0, 0, 8, axes, max(count, 0), *shape)
+    if content[:start] != header or left:
         wanted = " × ".join(map(str, ("N", *shape)))
-        msg = f"{file} must be an IDX file of {wanted} bytes; its header or its length differ"
-        raise ValueError(msg)
-    values = np.frombuffer(content, np.uint8, offset=header)
+        msg = f"{file} must be an IDX file of {wanted} bytes; got {len(content)} bytes that begin "
+        raise ValueError(f"{msg}with {content[:start].hex(' ', 4)}")
+    values = np.frombuffer(content, np.uint8, offset=start)
     return torch.from_numpy(values.copy()).reshape(count, *shape)

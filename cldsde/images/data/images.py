@@ -38,6 +38,8 @@ class Images(ABC):
         self.labels: Tensor | None = None
         self.classes: int | None = None
         self.class_names: tuple[str, ...] | None = None
+        if labels is None and classes is not None:
+            raise ValueError(f"classes needs labels; got {classes!r} and no labels")
         if labels is not None:
             known = classes if isinstance(classes, int | None) else len(classes)
             self.class_names = None if isinstance(classes, int | None) else tuple(classes)
@@ -55,10 +57,11 @@ class Images(ABC):
         return self._read(rows.cpu())
 
     def check_rows(self, rows: Tensor) -> None:
-        """Raise an IndexError unless these images have the rows."""
-        inside = rows.dtype == torch.int64 and rows.ndim == 1
-        if not inside or bool(((rows < 0) | (rows >= len(self))).any()):
-            raise IndexError(f"rows must be int64 (n,) in 0 … {len(self) - 1}; got {rows}")
+        """Raise a TypeError or an IndexError unless these images have the rows."""
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
+            raise TypeError(f"rows must be an int64 tensor (n,); got {rows}")
+        if bool(((rows < 0) | (rows >= len(self))).any()):
+            raise IndexError(f"rows must lie in 0 … {len(self) - 1}; got {rows.tolist()}")
 
     @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:

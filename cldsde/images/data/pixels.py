@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cldsde.images.checks import check_values
 from cldsde.images.data.images import CHUNK, Images
+from cldsde.images.schema import checked
 from cldsde.score import quantisation
 
 
@@ -78,6 +79,7 @@ def augment(
     return to_unit(images, levels)
 
 
+@checked
 def channel_statistics(
     images: Images,
     *,

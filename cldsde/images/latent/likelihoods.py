@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cldsde.images.schema import Levels, section
+
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
 
@@ -50,7 +52,7 @@ class PixelLikelihood(ABC):
         """Mean image, ``(B, C, H, W)`` in [−1, 1], float32 at least."""
 
 
-@dataclass(frozen=True)
+@section
 class DiscretisedLogistic(PixelLikelihood):
     r"""A logistic distribution of mean μ and scale s, cut into one bin per grey level.
 
@@ -80,7 +82,7 @@ class DiscretisedLogistic(PixelLikelihood):
     tensor([0.3775, 0.2449, 0.3775])
     """
 
-    levels: int = 256
+    levels: Levels = 256
     width = 2
 
     def _log_p(self, output: Tensor, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from cldsde.linear.random import Generators, standard_normal
 _BOUND = 5.0
 
 _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
-    "logistic": DiscretisedLogistic,
+    "logistic": lambda levels: DiscretisedLogistic(levels=levels),
     "bernoulli": lambda levels: Bernoulli(),
 }
 

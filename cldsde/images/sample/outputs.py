@@ -202,8 +202,9 @@ def _parts_folder(out: Path) -> Path:
 def _check_parts(parts: Path) -> None:
     """Raise a SettingError if a folder of parts holds other files, which would be lost."""
     names = [file.name for file in parts.iterdir()] if parts.is_dir() else []
-    # The note is written first and removed last, also by other processes.
-    noted = _REQUEST in names or not any(map(_is_part, names))
+    # The note, 64 hexadecimal digits, is written first and removed last, also by other processes.
+    note = _note_of(parts)
+    noted = not any(map(_is_part, names)) if note is None else len(note) == 64
     if parts.exists() and not (parts.is_dir() and noted and all(map(_is_ours, names))):
         msg = f"{parts} is needed, but holds other files; move it, or choose another name"
         raise SettingError("out", msg)
@@ -224,7 +225,7 @@ def _note_of(parts: Path) -> str | None:
     """Digest of the request whose parts a folder holds."""
     try:
         return (parts / _REQUEST).read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

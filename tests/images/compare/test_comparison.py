@@ -154,7 +154,7 @@ def test_a_finished_comparison_samples_trains_and_reports_nothing_again(
     compare(folder)
     assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
     assert drawn == []
-    assert reports == [{"pictures": False}, {}]
+    assert reports == [{}]
 
 
 def test_the_classifier_then_models_are_made_once_with_a_report_after_each(

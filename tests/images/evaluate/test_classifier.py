@@ -85,7 +85,7 @@ def test_images_of_another_shape_are_rejected(shape):
         ({"held_out_labels": torch.tensor([0, 2])}, ValueError, "held_out_labels must lie in 0 … "),
         ({"epochs": 0}, ValueError, "epochs: must be .* 1; got 0"),
         ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and positive"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
     ],
 )
 def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):

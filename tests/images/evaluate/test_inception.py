@@ -222,7 +222,7 @@ TWO_CHANNELS = noise(10, 0, (2, 4, 4))
         ({"device": "cuda:99"}, "this machine has no cuda:99"),
         ({"seed": 2**32}, "seed: must be"),
         ({"seed": -1}, "seed: must be"),
-        ({"batch": 0}, "batch must be"),
+        ({"batch": 0}, "batch: must be"),
     ],
 )
 def test_wrong_arguments_are_rejected_before_the_weights_are_read(changes, message, tmp_path):

@@ -106,7 +106,7 @@ def test_resolution_halves_once_for_each_level_but_the_first(likelihood, shape, 
     assert q.mean.shape == q.log_std.shape == z.shape == (2, *latent)
     assert vae.decode(z).shape == (2, vae.likelihood.width * shape[0], *shape[1:])
     out, mean = vae.decode(z), vae.images(z)
-    kind = DiscretisedLogistic(17) if likelihood == "logistic" else Bernoulli()
+    kind = DiscretisedLogistic(levels=17) if likelihood == "logistic" else Bernoulli()
     assert vae.likelihood == kind
     assert torch.equal(vae.log_likelihood(x, z), kind.log_likelihood(out, x))
     assert torch.equal(mean, kind.mean(out))

@@ -261,19 +261,19 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkey
 
 
 @pytest.mark.parametrize("broken", ["write", "flush"])
-def test_events_that_find_no_room_end_no_training_and_are_reported_once(
-    stopped, whole, monkeypatch, capsys, broken
+def test_events_that_find_no_room_end_the_training_with_its_state(
+    stopped, whole, monkeypatch, broken
 ):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    monkeypatch.setattr(RecordWriter, broken, no_room)
-    # TensorBoard writes in a thread, whose traceback is printed.
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
-    assert_finishes(stopped, whole)
-    assert capsys.readouterr().err == (
-        f"TensorBoard's events cannot be written to {stopped / 'tensorboard'} (No space left on "
-        "device); metrics.jsonl has all numbers\n"
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, broken, no_room)
+        # TensorBoard writes in a thread, whose traceback is printed.
+        patch.setattr(threading, "excepthook", lambda *_: None)
+        message = r"tensorboard cannot be written \(No space left on device\); the last state"
+        with pytest.raises(OSError, match=message):
+            assert_finishes(stopped, whole)
+    assert load_tensors(stopped / STATE, KIND)
 
 
 def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_path):
