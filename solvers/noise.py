@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -314,15 +314,19 @@ def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
     Raises
     ------
     TypeError
-        If a seed is not an integer.
+        If ``seeds`` is not a sequence of integers.
     ValueError
         If a seed is out of range or ``seeds`` is empty.
     """
-    found = tuple(seeds.tolist() if isinstance(seeds, Tensor) else seeds)
+    listed = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if not isinstance(listed, Iterable):
+        msg = f"seeds must be a sequence of integers; got {listed!r}"
+        raise TypeError(msg)
+    found = tuple(listed)
     whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in found]
     bad = [s for s, is_whole in zip(found, whole, strict=True) if not is_whole]
     bad = bad or [s for s in found if not 0 <= s < 2**32]
     if bad or not found:
-        msg = f"seeds must be integers in [0, 2³²), one per sample; got {(bad or [()])[0]!r}"
+        msg = f"seeds must be integers in [0, 2³²), one per sample or run; got {(bad or [()])[0]!r}"
         raise (ValueError if all(whole) else TypeError)(msg)
     return tuple(int(seed) for seed in found)

@@ -57,9 +57,11 @@ class PosteriorSamples:
         ``(N,)`` float64 on the CPU, not normalised: the mean of their exponentials is the estimate
         of p(y). So the samples of several calls with as many particles can be put together.
     log_evidence
-        Estimate of log p(y); without bias before the logarithm.
+        Estimate of log p(y). Before the logarithm, its bias is the error of the steps alone, for
+        any number of particles.
     log_evidence_std
-        Its standard error, from the spread of the runs; NaN for a single run.
+        Its standard error, from the spread of the runs; NaN for a single run. A value near 1, the
+        largest possible, means that one run has most of the weight: take more particles.
     ess
         Effective sample size of each run at each time of the grid, ``(runs, n + 1)``, before
         particles are resampled.
@@ -213,6 +215,9 @@ def sample_posterior(
             msg = f"{name} must be an integer of at least 1; got {count!r}"
             raise ValueError(msg)
     check_between(threshold, 0.0, 1.0, "threshold")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        msg = f"dtype must be a floating-point type of torch; got {dtype!r}"
+        raise TypeError(msg)
     generators, runs = _generators(seeds, generator)
     data_shape = _data_shape(observation, shape)
     observation.check(data_shape, dtype=dtype, device=device)

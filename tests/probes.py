@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,11 @@ from cldsde.solvers.base import GridSolver, KnownScore, Solver
 
 # For properties that are parametrised besides: a few examples of each case are many.
 few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
+
+
+def name_of_case(case: object) -> str:
+    """A case in words without addresses, which differ between the processes of pytest-xdist."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(case))
 
 
 def named_solvers() -> dict[str, Solver]:

@@ -278,8 +278,12 @@ class PosteriorScore(nn.Module):
         noise = observation.noise_std**2 * torch.eye(
             residual[0].numel(), dtype=residual.dtype, device=residual.device
         )
-        wide = found.isotropic[:, None, None] * observation.gram(shape, residual) + noise
-        wide_root: Tensor = torch.linalg.cholesky(wide).expand(len(residual), -1, -1)
+        wide = found.isotropic[:, None, None] * observation.gram(shape, residual)
+        # If rows of A depend on each other and the noise is small, rounding would make R singular.
+        trace = wide.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        rounding = 2 * torch.finfo(wide.dtype).eps * trace * torch.eye(len(noise)).to(noise)
+        wide_root: Tensor = torch.linalg.cholesky(wide + noise + rounding)
+        wide_root = wide_root.expand(len(residual), -1, -1)
         if self.method == "pigdm" or not self.gradient:
             return wide_root, wide_root
         rows = []

@@ -22,6 +22,7 @@ from cldsde import (
     SubVPSDE,
 )
 from cldsde.linear.random import standard_normal
+from probes import name_of_case
 from tolerances import EPS32, KERNEL, rounding, standard_error
 
 FAMILIES = [VPSDE, SubVPSDE, VESDE, CLD, PSLD, HOLD, RectifiedFlow, CosineVP]
@@ -172,7 +173,7 @@ def test_several_generators_draw_for_even_shares_of_the_batch():
             draw(6, [generator(i) for i in range(count)])
 
 
-@pytest.mark.parametrize("wrong", [3, "0", 1.0, [3], [torch.Generator(), None]], ids=repr)
+@pytest.mark.parametrize("wrong", [3, "0", 1.0, [3], [torch.Generator(), None]], ids=name_of_case)
 def test_wrong_generators_are_rejected(wrong):
     sde, x, z = CLD(), torch.zeros(4, 2), torch.zeros(4, 2, 1)
     for call in (

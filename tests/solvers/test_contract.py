@@ -55,6 +55,7 @@ from probes import (
     Smooth,
     few_examples,
     generator,
+    name_of_case,
     named_solvers,
     start,
     untouchable,
@@ -428,7 +429,7 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method: st
 
 
 def bad(message: str, error: type[Exception] = ValueError, **change: Any) -> Any:
-    return pytest.param(change, error, message, id=f"{next(iter(change.items()))}"[:60])
+    return pytest.param(change, error, message, id=name_of_case(next(iter(change.items())))[:60])
 
 
 STATE = start(CLD())

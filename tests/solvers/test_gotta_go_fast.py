@@ -10,7 +10,7 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProces
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
 from cldsde.solvers.gotta_go_fast import _Path
 from probes import Recording, generator, start, untouchable
-from score import exact
+from score import cases
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 GAUSSIAN = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
@@ -182,7 +182,7 @@ class TestFormulas:
     @every_process
     def test_a_run_is_the_published_algorithm(self, name, mode):
         sde = PROCESSES[name]
-        score, z = exact.mixture().score(sde), start(sde, (1, 2))
+        score, z = cases.mixture().score(sde), start(sde, (1, 2))
         shape = (4000, 1, sde.diffusion(0.5).shape[-1], 2)
         draws = list(torch.randn(shape, generator=generator(2), dtype=torch.float64))
         options = {"safety": 0.8, "exponent": 0.7, "rtol": 0.1, "first_step": 0.02}
@@ -202,7 +202,7 @@ class TestFormulas:
     @pytest.mark.parametrize("name", ["CLD", "VP"])
     def test_a_step_is_accepted_if_the_error_is_at_most_one(self, name):
         sde = PROCESSES[name]
-        z, score = start(sde, (1, 2)), exact.mixture().score(sde)
+        z, score = start(sde, (1, 2)), cases.mixture().score(sde)
         W = list(torch.randn(2, 1, 1, 2, generator=generator(3), dtype=torch.float64))
         options = {"rtol": 1e-200, "first_step": 0.05}
         probe = Reference(sde, score, "bridge", W)
@@ -252,7 +252,7 @@ class TestDistribution:
 
 class TestEnds:
     def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length(self):
-        inner, factors = exact.mixture().score(CLD()), [1.0, math.nan]
+        inner, factors = cases.mixture().score(CLD()), [1.0, math.nan]
         recorded = Recording(lambda z, t: inner(z, t) * (factors.pop(0) if factors else 1.0))
         assert run(CLD(), recorded, start(CLD())).success
         again = 1 - ten_bits(0.2 * ten_bits(0.01))

@@ -21,8 +21,8 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProces
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
 from cldsde.validation import propagate_moments
-from probes import generator, start, untouchable
-from score import exact
+from probes import generator, name_of_case, start, untouchable
+from score import cases
 
 PROCESSES = {
     "VP": VPSDE(0.1, 8.0),
@@ -88,7 +88,7 @@ class TestPoint:
         ("name", "steps", "end"),
         [("VP", 5, 1e-3), ("CLD, linear", 1, 1e-3), ("PSLD", 5, 1e-3), ("HOLD", 1, 1e-2)],
     )
-    @pytest.mark.parametrize("options", VARIANTS, ids=str)
+    @pytest.mark.parametrize("options", VARIANTS, ids=name_of_case)
     def test_the_distribution_given_the_point_is_kept(self, options, name, steps, end):
         sde = PROCESSES[name]
         if "prediction" in options:
@@ -105,7 +105,7 @@ class TestPoint:
         )
         spread = last.covariance.diagonal().sqrt()
         # Rounding of the score, in units of the spread; each step may add its own.
-        size = 100 * steps * exact.rounding(sde, end)
+        size = 100 * steps * cases.score_rounding(sde, end)
         assert ((mean - 0.7 * last.mean[:, :1]).abs()[:, 0] <= size * (spread + 1)).all()
         assert ((covariance - last.covariance).abs() <= size * torch.outer(spread, spread)).all()
 
@@ -290,7 +290,7 @@ class TestRejected:
             ({"weights": "published", "variable": "time"}, "needs variable='log_snr'"),
             ({**PUBLISHED, "order": 3}, "order 1 or 2"),
         ],
-        ids=str,
+        ids=name_of_case,
     )
     def test_bad_options(self, options, message):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -10,7 +10,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
 from cldsde.solvers.authoring import Facts, GridSolver
 from probes import Recording, generator, start, untouchable
-from score import exact
+from score import cases
 from tolerances import standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "HOLD": HOLD()}
@@ -60,7 +60,7 @@ def by_hand(z, s, xi, alpha, snr):
 )
 def test_corrections_come_before_each_step(predictor, stages, corrections):
     sde = VPSDE() if isinstance(predictor, solvers.EDMHeun) else CLD()
-    score, state = Recording(exact.mixture().score(sde)), start(sde)
+    score, state = Recording(cases.mixture().score(sde)), start(sde)
     process, solver = (
         ReverseProcess(sde, score),
         PredictorCorrector(predictor, Langevin(steps=corrections)),
@@ -84,7 +84,7 @@ class TestCorrection:
     def test_it_is_the_formula(self, name):
         sde, snr = PROCESSES[name], 0.3
         times = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64)
-        process, driven = ReverseProcess(sde, exact.mixture().score(sde)), list(sde.driven)
+        process, driven = ReverseProcess(sde, cases.mixture().score(sde)), list(sde.driven)
         draws = list(torch.randn(2, 3, 1, 2, dtype=torch.float64, generator=generator()))
         solver, noise = PredictorCorrector(Stay(), Langevin(snr=snr)), solvers.RecordedNoise(draws)
         found = solvers.solve(process, solver, start(sde), times, noise=noise).state
@@ -103,7 +103,7 @@ class TestCorrection:
     def test_all_driven_components_move(self):
         sde, z = CLD(position_noise=0.3), start(CLD())
         xi = torch.randn(3, 2, 2, dtype=torch.float64, generator=generator())
-        s = exact.mixture().score(sde)(z, 0.5)
+        s = cases.mixture().score(sde)(z, 0.5)
         found = Langevin().correct(z, sde.driven, 1.0, s, xi)
         assert torch.allclose(found, by_hand(z, s, xi, 1.0, 0.16), rtol=FEW, atol=FEW)
 

@@ -11,7 +11,7 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProces
 from cldsde.solvers import ProbabilityFlow, solve
 from probes import Recording, generator, start
 from references import cld, dense, hold, psld, ve, vp
-from score import exact
+from score import cases
 from tolerances import standard_error
 
 PROCESSES = {
@@ -75,7 +75,7 @@ class TestSolution:
     )
     def test_steps_are_those_of_scipy(self, name, method, rtol, atol, pace, samples):
         sde = PROCESSES[name][0]
-        process = ReverseProcess(sde, exact.mixture().score(sde))
+        process = ReverseProcess(sde, cases.mixture().score(sde))
         state, (scipy_method, stages, _) = start(sde, (samples, 2)), METHODS[method]
 
         def velocity(t, flat):

@@ -202,7 +202,7 @@ def test_dropout_in_training_mode_is_pointed_out() -> None:
         ({"shape": (3,)}, ValueError, r"shape must be \(B, \*D\)"),
         ({"shape": 3}, ValueError, r"shape must be \(B, \*D\)"),
         ({"shape": (0, 2)}, ValueError, "shape must be at least 1"),
-        ({"nfe": 1}, ValueError, "too few for a step.*increase nfe"),
+        ({"nfe": 1}, ValueError, "too few for a step.*increase nfe to at least 2"),
         ({"nfe": 2.5}, TypeError, "nfe must be an integer"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"batch": 0}, ValueError, "batch must be at least 1"),

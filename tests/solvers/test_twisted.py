@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
-from probes import generator, untouchable
+from probes import generator, name_of_case, untouchable
 from references import wide_mixture
 
 BATCHES = 1e-9  # matrix products of other batch sizes round otherwise; it grows along the steps
@@ -143,11 +143,31 @@ def test_systematic_resampling_has_no_bias():
         ({"shape": (4,)}, "numbers; got data"),
         ({"data_variance": 0}, "data_variance must be"),
     ],
-    ids=str,
+    ids=name_of_case,
 )
 def test_bad_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         sample(*wide_mixture(), score=untouchable, **options)
+
+
+def test_a_dtype_without_fractions_is_rejected():
+    with pytest.raises(TypeError, match="dtype must be a floating-point type"):
+        sample(*wide_mixture(), score=untouchable, dtype=torch.int64)
+
+
+def test_equal_rows_with_little_noise_are_sampled_in_float32():
+    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=1e-4)
+    for method in ("moments", "pigdm"):
+        found = sample(gaussian()[0], seen, steps=3, method=method, dtype=torch.float32)
+        assert found.samples.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_particles_of_half_precision(dtype):
+    seen = Observation.matrix([[1.0, 1.0, 0.0]], torch.zeros(1), noise_std=0.1)
+    found = sample(gaussian()[0], seen, steps=3, dtype=dtype)
+    assert found.samples.dtype == dtype
+    assert found.samples.isfinite().all()
 
 
 def test_observations_that_do_not_fit_are_rejected():

@@ -138,6 +138,10 @@ class Evaluation(Reference):
         if inception and self.weights is None:
             msg = f"{inception} need the file of Inception weights; use fd for features of a "
             raise SettingError("weights", f"{msg}classifier of the data")
+        channels = self.data.train.shape[0]
+        if inception and channels not in {1, 3}:
+            msg = f"{inception}: Inception needs images of 1 or 3 channels; got {channels}"
+            raise SettingError("metrics", msg)
         if inception:
             with setting("weights"):
                 _ = self._weights_digest

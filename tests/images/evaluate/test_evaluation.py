@@ -227,6 +227,14 @@ def test_images_of_another_size_are_rejected(evaluation, metric, shape):
         evaluation(metrics=[metric]).check(20, shape=shape)
 
 
+@pytest.mark.parametrize("metric", ["fid", "kid"])
+def test_inception_metrics_of_two_channels_are_rejected_before_sampling(tmp_path, metric):
+    data = DataSet(*[noise_images(40, 0, (2, 8, 8))] * 2)
+    options = {"part": "train", "folder": tmp_path, "weights": tmp_path / "weights.pth"}
+    with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
+        Evaluation(data=data, metrics=[metric], **options).check()
+
+
 @pytest.mark.parametrize(("images", "reference", "size"), [(20, 40, 20), (20, 6, 6)])
 def test_subsets_of_kid_fit_into_both_sets(evaluation, monkeypatch, images, reference, size):
     made = evaluation(data_set(count=reference), metrics=["kid"])
