@@ -6,7 +6,12 @@ renders the key in its own language, such as the option of a command line.
 
 from __future__ import annotations
 
-__all__ = ["SettingError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cldsde.messages import one_line
+
+__all__ = ["SettingError", "setting"]
 
 
 class SettingError(ValueError):
@@ -30,3 +35,14 @@ class SettingError(ValueError):
         if not section:
             return self
         return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)
+
+
+@contextmanager
+def setting(key: str) -> Iterator[None]:
+    """Raise errors of values, types, arithmetic or files in a block as errors of one setting."""
+    try:
+        yield
+    except SettingError as error:
+        raise error.within(key) from error
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+        raise SettingError(key, one_line(error)) from error

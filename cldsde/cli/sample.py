@@ -115,8 +115,8 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
 def sampling_of(options: Namespace, configured: SamplingConfig, **given: Any) -> SamplingConfig:
     """The sampling settings of the run, changed by options; code in them is not run."""
+    from cldsde.errors import SettingError
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.errors import SettingError
     from cldsde.images.sample.sampler import make_solver
     from cldsde.images.schema import from_dict, parse_overrides
 

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder

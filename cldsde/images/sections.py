@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, Strict
 from torch import nn
 
 from cldsde import linear
+from cldsde.errors import SettingError, setting
 from cldsde.images.data import DATA_SETS, DataSet
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.networks import NETWORKS
 from cldsde.images.schema import (
     Count,

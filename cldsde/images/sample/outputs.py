@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 
+from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
 from cldsde.images.sample.sampler import Samples, ahead

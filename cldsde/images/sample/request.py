@@ -12,8 +12,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from cldsde.errors import SettingError
 from cldsde.images.config import SamplingConfig
-from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Precision, Samples, Start

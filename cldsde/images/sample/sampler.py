@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage

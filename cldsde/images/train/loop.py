@@ -23,9 +23,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import save_grid
 from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder

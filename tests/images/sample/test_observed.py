@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from cldsde import CLD
+from cldsde.errors import SettingError
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
-from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample import ObservedImage, SampleRequest, draw_images
 from cldsde.images.sample.observed import grey_basis

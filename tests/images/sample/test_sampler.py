@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from cldsde import CLD, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.errors import SettingError
 from cldsde.images.config import SamplingConfig
-from cldsde.images.errors import SettingError
 from cldsde.images.model import MODEL, ImageSpace, load_model, save_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
