@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cldsde.messages import one_line
-
 __all__ = ["SettingError", "setting"]
 
 
@@ -45,4 +43,4 @@ def setting(key: str) -> Iterator[None]:
     except SettingError as error:
         raise error.within(key) from error
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
-        raise SettingError(key, one_line(error)) from error
+        raise SettingError(key, " ".join(str(error).split())) from error
