@@ -203,9 +203,9 @@ class _Trainer:
     @cached_property
     def sampler(self) -> ImageSampler:
         """Sampler of the averaged model; its tables are computed once."""
-        score, vae = self.learner.average.score, self.learner.average.vae
-        batch = self.learner.feed.part_size
-        return ImageSampler(score, self.space, self.config.sampling, vae=vae, batch=batch)
+        model, batch = self.learner.average, self.learner.feed.part_size
+        recipe = self.config.sampling
+        return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 
     def _log(self) -> dict[str, str]:
         """Write means since the last line of metrics; return those that a bar shows."""
