@@ -1,7 +1,7 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
-All randomness is a function of the seed and of the number of images seen (`cldsde.images.streams`),
-so that a run depends neither on the number of processes nor on interruptions.
+All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
+depends neither on the number of processes nor on interruptions.
 """
 
 from __future__ import annotations
