@@ -1,6 +1,6 @@
 """Latent spaces of images: variational autoencoders and the distributions of their pixels.
 
-A `VAE` encodes an image as a Gaussian `Posterior` over latent maps. It decodes a latent map into the
+A `VAE` encodes an image as a Gaussian `Posterior` over latent maps. It decodes a latent map to the
 parameters of a distribution of the pixels, `DiscretisedLogistic` or `Bernoulli`. Images are numbers
 in [−1, 1]: `to_unit` maps level j of L grey levels to 2j/(L − 1) − 1.
 """

@@ -34,7 +34,7 @@ from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
-from cldsde.images.train.state import STATE, StopRequest
+from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
 from cldsde.images.train.summary import Rehearsal, measure_steps
 from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
@@ -173,7 +173,7 @@ class _Trainer:
         """Steps done, and seconds spent on them, on which all processes agree."""
         found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = self.learner.state.load(self.folder)
+            found = load_state(self.learner, self.folder)
         elif (self.folder / MODEL).exists():
             found, seen = (self.settings.steps, 0.0), self._stored()[1]
             if seen != found[0] * self.settings.batch:
@@ -251,7 +251,7 @@ class _Trainer:
             try:
                 save(self.folder / MODEL)
                 if self.done < settings.steps or settings.keep_state:
-                    self.learner.state.save(self.folder, self.done, self.seconds, sums)
+                    save_state(self.learner, self.folder, self.done, self.seconds, sums)
                 if settings.measure == "fd":
                     found["fd"] = distance(self.learner, self.sampler, self.folder.path)
                     self._record(found)
