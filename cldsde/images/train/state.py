@@ -133,9 +133,7 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
             raise ValueError("it was written for other settings than this run's")
         for name, value in learner.statistics._asdict().items():
             if not torch.equal(tensors[name], value):
-                raise ValueError(
-                    f"the data have changed since it was written: {name} differs"
-                )
+                raise ValueError(f"the data have changed since it was written: {name} differs")
         _take(learner, tensors, json.loads(metadata["scaler"]))
         step, seconds = int(metadata["step"]), float(metadata["seconds"])
         if not 0 < step <= settings.steps:
