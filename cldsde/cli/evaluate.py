@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     option(parser, "--likelihood-images", "N", text, kind=int, default=64)
     option(parser, "--data", "PATH", "path of the data set, if not as configured", kind=Path)
     option(parser, "--batch", "N", "images per batch", kind=int, default=64)
-    text = "file of results; RUN/evaluation.json or SAMPLES-evaluation.json by default"
+    text = "file of results; RUN/evaluation.jsonl or SAMPLES-evaluation.jsonl by default"
     option(parser, "--out", "FILE", text, kind=Path)
     device_option(parser)
 
@@ -57,7 +57,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.config import load_config
         from cldsde.images.data.samples import load_samples
         from cldsde.images.evaluate.evaluation import Evaluation
-        from cldsde.images.evaluate.results import markdown_table, notes
+        from cldsde.images.evaluate.results import markdown_table, notes, read_results
         from cldsde.images.runs import CONFIG
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
@@ -92,15 +92,19 @@ def prepare(options: Namespace) -> Callable[[], None]:
             found = evaluation.of_samples(images, _named(target).name, out)
         else:
             found = evaluation.of_run(model, recipes, out)
-        if found["recipes"]:
-            print(markdown_table(found))
-        bits = found["likelihood"]
-        if bits is not None:
+        stored = read_results(out).values()
+        table = markdown_table(stored)
+        if table:
+            print(table)
+        for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
             value = f"{bits['bits_per_dim']:.3f} ± {bits['standard_error'] or 0:.3f}"
             print(f"{value} bits per dim ({bits['quantity']})")
         dequantised = model is None or model.vae is not None or model.space.dequantised
-        for note in notes(found, dequantised=dequantised):
+        for note in notes(stored, dequantised=dequantised):
             print(f"note: {note}", file=sys.stderr)
+        failures = [one.failed for one in found if one.failed is not None]
+        if failures:
+            raise FloatingPointError(f"{failures[0]}; delete {out} to have it tried again")
         print(f"All is in {out.resolve()}")
 
     return work
@@ -123,14 +127,14 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     if options.model is None and (target / CONFIG).is_file():
         if source is not None:
             raise ValueError("--reference is for samples; a run is compared with its own data")
-        name = f"evaluation{f'-{options.process}' if options.process else ''}.json"
+        name = f"evaluation{f'-{options.process}' if options.process else ''}.jsonl"
         source, default = target, target / name
     elif source is None:
         msg = "--reference is missing: the run or configuration whose data to compare with"
         raise ValueError(msg)
     else:
         place = _named(target or Path("model"))
-        default = place.with_name(f"{place.name}-evaluation.json")
+        default = place.with_name(f"{place.name}-evaluation.jsonl")
     out: Path = options.out or default
     if out.is_dir():
         raise ValueError(f"--out must name a file; {out} is a folder")
