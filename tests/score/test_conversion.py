@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
 from typing import Any, get_args
 
 import mpmath as mp
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess
+from cldsde import CLD, VESDE, LinearSDE, ReverseProcess
 from cldsde.score import Conversion
 from cldsde.score.conversion import Conditioning, Prediction
 from probes import generator, untouchable
@@ -20,9 +19,7 @@ from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
 from score.cases import (
     PROCESSES,
-    assert_rejected,
     condition,
-    each,
     mixture,
     score_rounding,
     states,
@@ -193,21 +190,6 @@ class TestShapes:
         assert convert.state.shape == (*times, 2, 2)
         assert convert.value.shape == (*times, 2, 1)
 
-    @pytest.mark.parametrize("axes", [(), (2, 1), (1, 2, 1)])
-    @pytest.mark.parametrize(("source", "target"), PAIRS, ids=map("->".join, PAIRS))
-    @pytest.mark.parametrize("name", ["VP", "HOLD", "first two of three driven"])
-    def test_data_have_any_axes(self, name: str, source: Any, target: Any, axes: Any) -> None:
-        sde, g = PROCESSES[name], generator()
-        rows = {"data": [], "full_score": [sde.components]}.get(source, [len(sde.driven)])
-        size = math.prod(axes)
-        z = torch.randn(2, sde.components, size, generator=g, dtype=torch.float64)
-        value = torch.randn(2, *rows, size, generator=g, dtype=torch.float64)
-        convert = Conversion.at(sde, 0.4, source, target)
-        flat = convert(z, value)
-        several = convert(z.reshape(*z.shape[:2], *axes), value.reshape(*value.shape[:-1], *axes))
-        assert several.shape == (*flat.shape[:-1], *axes)
-        assert torch.equal(several.reshape(flat.shape), flat)
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_dtype_and_gradients_pass_through(self, dtype: torch.dtype) -> None:
         convert = Conversion.at(CLD(), 0.3, "score", "data")
@@ -294,34 +276,6 @@ class TestUndetermined:
         process = ReverseProcess(sde, untouchable)
         with pytest.raises(ValueError, match="does not determine"):
             getattr(process, method)(torch.zeros(1, 2, 1), zeros(sde)[0])
-
-
-def at(
-    sde: Any = CRITICAL, t: Any = 0.5, source: Any = "score", target: Any = "noise", **options: Any
-) -> Any:
-    return Conversion.at(sde, t, source, target, **options)
-
-
-NOT_FINITE = partial(at, VPSDE(0.1, 2000.0), 1.0, target="data")  # psi = exp(-500)
-START = [VPSDE(), CLD(), PSLD(), HOLD()]
-UNKNOWN = ["speed", None, 1]
-REJECTED = [
-    *each(partial(at, t=torch.tensor([0.5, 0.0])), ValueError, "no density at t = 0", sde=START),
-    *each(partial(at, t=0.0, source="data"), ValueError, "take t > 0", sde=START),
-    *each(NOT_FINITE, ValueError, "nothing of x_0 is left", source=["score", "full_score"]),
-    # VE starts with a density; given all of z_0 there is none.
-    *each(partial(at, VESDE(), 0.0), ValueError, "no density at t = 0", conditioning=["all"]),
-    *each(at, ValueError, "source must be one of", source=UNKNOWN),
-    *each(at, ValueError, "target must be one of", target=UNKNOWN),
-    *each(at, ValueError, "conditioning must be one of", conditioning=UNKNOWN),
-    *each(at, ValueError, r"t must lie in \[0, 1\]", t=[-0.1, 1.1, math.nan]),
-    *each(at, TypeError, "sde must be a LinearSDE", sde=[CLD, "CLD"]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)
 
 
 def test_a_process_with_initial_noise_converts_at_the_start() -> None:

@@ -15,7 +15,7 @@ from cldsde.linear import Gaussian
 from cldsde.score import PerturbedData, TimeSampler, cross_entropy, evidence_lower_bound
 from cldsde.score.conversion import whiten
 from probes import generator
-from score.cases import FAMILIES, assert_rejected, each
+from score.cases import FAMILIES
 from tolerances import rounding, standard_error
 
 EQUILIBRIUM = CLD(velocity_scale=1.0)
@@ -24,7 +24,6 @@ PROCESSES["CLD, γ = 1"] = EQUILIBRIUM
 every_process = pytest.mark.parametrize("name", PROCESSES)
 
 T_MIN = 1e-3
-ZEROS = torch.zeros(2)
 QUADRATURE = 1e-6  # sixty nodes integrate a function that is smooth in log t
 # A linear-Gaussian autoencoder x = Wz + noise: z ~ N(0, P) a priori, N(MEAN, SCALE²) given x.
 P = 0.7
@@ -206,28 +205,3 @@ def test_gradients_reach_the_encoder(name: str, mixing: float | None) -> None:
         with torch.no_grad():
             wanted = float(bound(encoder + step) - bound(encoder - step)) / (2 * h)
         assert float(found) == pytest.approx(wanted, rel=tolerance, abs=tolerance)
-
-
-def entropy(
-    losses: Any = ZEROS, weight: Any = 1.0, conditioning: Any = "data", **options: Any
-) -> Any:
-    t = torch.tensor([0.1, 0.5], dtype=torch.float64)
-    pair = PerturbedData.draw(EQUILIBRIUM, torch.zeros(2, 1), t, conditioning=conditioning)
-    return cross_entropy(pair, losses, weight, **{"t_min": 1e-3, **options})
-
-
-PRIORS = [Gaussian(torch.eye(k, dtype=torch.float64)) for k in (1, 3)]
-REJECTED = [
-    *each(entropy, ValueError, "conditioned on the data", conditioning=["all"]),
-    *each(entropy, ValueError, "of must be", of=["velocity"]),
-    *each(entropy, ValueError, "t must lie in", t_min=[0.2]),
-    *each(entropy, ValueError, "t_min", t_min=[0.0, 1.0, -0.1]),
-    *each(entropy, ValueError, "losses must have shape", losses=map(torch.zeros, [(3,), (2, 1)])),
-    *each(entropy, ValueError, "weight must", weight=[torch.ones(3)]),
-    *each(entropy, ValueError, r"the 2 components.*got \(\d, \d\)", prior=PRIORS),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)

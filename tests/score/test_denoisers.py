@@ -200,35 +200,6 @@ class TestNoisePath:
         assert NoisePath.from_alphas_cumprod(table).interval == (0.0, 9.0)
 
 
-def path(signal: Any, noise: Any = lambda t: t, **options: Any) -> Any:
-    return lambda: NoisePath(signal, noise, **options)
-
-
-def table(values: Any) -> Any:
-    return lambda: NoisePath.from_alphas_cumprod(values)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (path(1.0), TypeError, "signal must be a function"),
-        (path(lambda t: 1.0), TypeError, "signal must return a tensor"),
-        (path(lambda t: t.sum()), ValueError, "signal must return one value per time"),
-        (path(lambda t: 1 - t, lambda t: t - t**2), ValueError, "got a decrease after t = 0.99"),
-        (path(lambda t: 1 - t, lambda t: (t - 0.5).abs()), ValueError, "a decrease after t = 0"),
-        (path(lambda t: 1 / t), ValueError, "signal must be finite"),
-        (path(lambda t: 1 - 2 * t), ValueError, "signal must be fin"),
-        (path(torch.ones_like, interval=(1.0, 1.0)), ValueError, "two increasing numbers"),
-        (table(ALPHAS_CUMPROD.flip(0)), ValueError, "table must decrease"),
-        (table([0.9, 0.5]), ValueError, "table must be a tensor"),
-        (lambda: NoisePath.of(CLD()), ValueError, "sde must have one component; got CLD"),
-    ],
-)
-def test_bad_paths_are_rejected(make: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        make()
-
-
 class TestClocks:
     """The network's clock at σ = 2 and σ = 0.1."""
 
@@ -306,50 +277,6 @@ class TestErrors:
         bounds = torch.stack(asked)
         assert bounds.min() >= 0.01
         assert bounds.max() <= 80
-
-    @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 2), (3, 2)])
-    def test_a_network_that_returns_another_shape(self, shape):
-        sde = VP
-        wrong = DenoiserScore(lambda u, sigma: torch.zeros(shape), sde)
-        with pytest.raises(
-            ValueError, match=r"denoiser must return a tensor like its input, \(4, 2\)"
-        ):
-            wrong(torch.zeros(4, 1, 2), 0.5)
-        prediction = PredictionDenoiser(lambda x, t: torch.zeros(shape), NoisePath.linear())
-        with pytest.raises(ValueError, match=r"network must return a tensor like its input"):
-            prediction(torch.zeros(4, 2), 1.0)
-
-    @pytest.mark.parametrize(
-        ("call", "error", "message"),
-        [
-            (lambda: DenoiserScore(None, VP), TypeError, "denoiser must be a callable"),
-            (
-                lambda: DenoiserScore(exact, VP, noise_levels=(1.0, 0.5)),
-                ValueError,
-                "noise_levels must be two increasing numbers",
-            ),
-            (lambda: prediction("epsilon"), ValueError, "predicts must be one of 'noise'"),
-            (lambda: prediction(clock="steps"), ValueError, "clock must be one of 'time'"),
-            (lambda: PredictionDenoiser(exact, VP), TypeError, "path must be a NoisePath"),
-            (
-                lambda: denoiser("linear", "data")(torch.zeros(4, 2), torch.ones(3)),
-                ValueError,
-                r"sigma must be one level or have shape \(4,\)",
-            ),
-            (
-                lambda: denoiser("table", "noise")(torch.zeros(2, 2), 200.0),
-                ValueError,
-                r"sigma must lie in \[0.01.*, 157.*\].*got 200",
-            ),
-        ],
-    )
-    def test_bad_arguments_are_rejected(self, call, error, message):
-        with pytest.raises(error, match=message):
-            call()
-
-
-def prediction(*predicts: Any, **options: Any) -> PredictionDenoiser:
-    return PredictionDenoiser(exact, NoisePath.linear(), *predicts, **options)
 
 
 def test_gradients_of_state_and_parameters():

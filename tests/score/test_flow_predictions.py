@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from functools import partial
 from typing import Any
 
 import mpmath as mp
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 from cldsde import (
-    CLD,
     VESDE,
     VPSDE,
     CosineVP,
@@ -37,7 +35,6 @@ from cldsde.score import (
     score_matching_loss,
 )
 from probes import generator
-from score.cases import assert_rejected, each
 from tolerances import rounding, standard_error
 
 DIGITS = 40
@@ -344,30 +341,7 @@ class TestTimeDensities:
         TimeSampler(log_snr_density(sde), 1e-3)
 
 
-SEVERAL = PerturbedData.draw(CLD(), torch.zeros(2, 1), 0.5)
-GIVEN_ALL = PerturbedData.draw(VESDE(), torch.zeros(2, 1), 0.5, conditioning="all")
 END = PerturbedData.draw(RectifiedFlow(), torch.ones(2, 1), 1.0)
-AT_THE_END = partial(Conversion.at, RectifiedFlow(), 1.0, "score")
-ONE = "needs a process of one"
-BOTH = ["velocity", "flow"]
-LIKELIHOOD = "t must be below 1 with weighting='likelihood'"
-REJECTED = [
-    *each(AT_THE_END, ValueError, r"nothing of x_0 is left .* ≤ 0\.9933", target=["data", *BOTH]),
-    *each(partial(Conversion.at, CLD(), 0.5, "data"), ValueError, ONE, target=BOTH),
-    *each(SEVERAL.target, ValueError, ONE, prediction=BOTH),
-    *each(partial(SEVERAL.loss, torch.zeros(2, 1, 1)), ValueError, ONE, measured=BOTH),
-    *each(GIVEN_ALL.target, ValueError, "conditioning must be 'data'", prediction=["flow"]),
-    *each(partial(END.loss, END.noise), ValueError, "prediction is infinite", measured=["flow"]),
-    *each(partial(END.loss, END.noise), ValueError, LIKELIHOOD, weighting=["likelihood"]),
-    *each(logit_normal_density, ValueError, "std must be finite and positive", std=[0.0]),
-    *each(logit_normal_density, ValueError, "mean must be finite", mean=[math.inf]),
-    *each(mode_density, ValueError, "scale must lie in", scale=[2.0]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)
 
 
 def test_the_data_have_no_likelihood_loss_at_the_end() -> None:

@@ -124,19 +124,6 @@ def test_samples_at_times_of_their_own_are_guided_one_by_one():
     torch.testing.assert_close(guided(z, t), apart, rtol=1e-5, atol=1e-6)
 
 
-def test_arguments():
-    sde = VPSDE()
-    given, free = pair(sde, Counting())
-    with pytest.raises(TypeError, match="unconditional must be a callable"):
-        GuidedScore(given, None, 2.0)
-    with pytest.raises(TypeError, match="weight"):
-        GuidedScore(given, free, "2")
-    with pytest.raises(ValueError, match="interval must be two increasing numbers"):
-        GuidedScore(given, free, 2.0, interval=(2.0, 0.2))
-    with pytest.raises(ValueError, match="interval must be None for scores without an"):
-        GuidedScore(lambda z, t: z, lambda z, t: z, 2.0, interval=(0.2, 2.0))
-
-
 def test_guidance_where_a_state_tells_nothing_of_the_data():
     """At t = 1 of a flow the data predictions are combined: with one Gaussian they are its mean."""
     sde = RectifiedFlow()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +17,6 @@ from references import mixed
 from score.cases import (
     AUXILIARY,
     FAMILIES,
-    assert_rejected,
-    each,
     known,
     mixture,
     score_rounding,
@@ -35,11 +32,6 @@ PLANE = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]])
 
 def at_a_time(score: Any, t: float) -> Any:
     return lambda z: score(z, t)
-
-
-def at_a_known_time(score: Any, t: float) -> Any:
-    time = known(t)
-    return lambda z: score(z, time.arguments(z)[0])
 
 
 both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
@@ -157,43 +149,6 @@ class TestExactness:
         sde, data = VESDE(0.1, 3.0), GaussianMixture([1.0], [[0.0]], [[[0.0]]])
         score = data.score(sde)(torch.ones(1, 1, 1, dtype=torch.float64), 0.0)
         assert score.item() == pytest.approx(-100.0, rel=rounding())
-
-
-class TestShapes:
-    @pytest.mark.parametrize("axes", [(), (2, 1), (1, 1, 2)])
-    @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
-    def test_data_have_any_axes(self, name: str, axes: Any) -> None:
-        sde = FAMILIES[name]
-        scalar = GaussianMixture([1.0, 2.0], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
-        data = mixture() if axes else scalar
-        flat = states(sde, data, 0.3)
-        z, score = flat.reshape(*flat.shape[:2], *axes), data.score(sde)
-        expected = score(flat, 0.3)
-        assert score(z, 0.3).shape == (4, len(sde.driven), *axes)
-        assert torch.equal(score(z, 0.3).reshape(expected.shape), expected)
-        assert torch.equal(at_a_known_time(score, 0.3)(z).reshape(expected.shape), expected)
-        assert torch.equal(data.log_prob(sde, z, 0.3), data.log_prob(sde, flat, 0.3))
-        mean = data.posterior_mean(sde, z, 0.3)
-        assert mean.shape == (4, *axes)
-        assert torch.equal(mean.reshape(4, -1), data.posterior_mean(sde, flat, 0.3))
-
-    @pytest.mark.parametrize("name", ["VE", "CLD", "PSLD"])
-    def test_samples_and_their_times_are_independent(self, name: str) -> None:
-        sde, data = FAMILIES[name], mixture("degenerate")
-        z, score = states(sde, data, TIMES), data.score(sde)
-        together = score(z, TIMES)
-        for i, t in enumerate(TIMES.tolist()):
-            # One time as a number, a tensor, or one for each sample: rounding.
-            for time in (t, TIMES[i], TIMES[i : i + 1]):
-                alone = score(z[i : i + 1], time)
-                tolerance = score_rounding(sde, t) * float(alone.abs().max())
-                assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=tolerance)
-
-    def test_an_empty_batch_has_no_scores(self) -> None:
-        data, z = mixture(), torch.zeros(0, 2, 2)
-        for how in (at_a_time, at_a_known_time):
-            assert how(data.score(CLD()), 0.5)(z).shape == (0, 1, 2)
-        assert data.log_prob(CLD(), z, 0.5).shape == (0,)
 
 
 class TestNumbers:
@@ -344,72 +299,6 @@ class TestSampling:
         error = (hits.double().mean(0) - data.weights).abs()
         assert (error <= standard_error(1.0, n) * spread).all()
 
-    def test_a_seed_decides_the_sample(self) -> None:
-        first, again, other = (mixture().sample(5, generator=generator(seed)) for seed in (0, 0, 1))
-        assert first.dtype == torch.float32
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
     def test_weights_are_normalised(self) -> None:
         data = GaussianMixture([1.0, 3.0], [[0.0], [1.0]], torch.ones(2, 1, 1))
         assert data.weights.tolist() == [0.25, 0.75]
-
-
-ONE, ZERO = torch.ones(1, 1, 1), [[0.0]]
-NAN, INF = math.nan, math.inf
-Z = torch.zeros(3, 2, 2)
-
-
-def one_mode(weights: Any = (1.0,), means: Any = ZERO, covariances: Any = ONE) -> Any:
-    return GaussianMixture(weights, means, covariances)
-
-
-PLANAR = partial(one_mode, [1.0], [[0.0, 0.0]])
-EMPTY = partial(one_mode, [], torch.zeros(0, 2))
-POINTS = mixture("points")
-METHODS = [
-    partial(f, CLD()) for f in (POINTS.log_prob, POINTS.conditional_log_prob, POINTS.posterior_mean)
-]
-CALLS = [lambda z=Z, t=0.5, f=f: f(z, t) for f in (POINTS.score(CLD()), *METHODS)]
-SHAPES = [(3, 1, 2), (3, 3, 2), (3, 2, 1), (3, 2, 2, 2), (3, 2), (2,)]
-START = [0.0, torch.tensor([0.5, 0.0, 0.5])]
-CONDITIONAL = partial(POINTS.conditional_log_prob, VPSDE(), Z[:, :1])
-REJECTED = [
-    *each(one_mode, ValueError, "must have shapes", weights=[[[1.0]]]),
-    *each(one_mode, ValueError, "must have shapes", means=[[0.0]]),
-    *each(one_mode, ValueError, "must have shapes", covariances=[[[1.0]]]),
-    *each(one_mode, ValueError, "need weights of shape", weights=[[1.0, 1.0]]),
-    *each(one_mode, ValueError, "need weights of shape", means=[[[0.0, 0.0]]]),
-    *each(one_mode, ValueError, "weights must be finite", weights=[[0.0], [-1.0], [NAN], [INF]]),
-    *each(one_mode, TypeError, "weights must be an array of real numbers", weights=["one"]),
-    *each(one_mode, ValueError, "must be finite", means=[[[NAN]]]),
-    *each(one_mode, ValueError, "must be finite", covariances=[ONE * INF]),
-    *each(one_mode, ValueError, "positive semi-definite", covariances=[-ONE]),
-    *each(PLANAR, ValueError, "semi-definite", covariances=[[[[1.0, 2.0], [2.0, 1.0]]]]),
-    *each(PLANAR, ValueError, "symmetric", covariances=[[[[1.0, 0.5], [0.0, 1.0]]]]),
-    *each(EMPTY, ValueError, "at least one", covariances=[torch.zeros(0, 2, 2)]),
-    *(
-        row
-        for call in CALLS
-        for row in (
-            *each(call, ValueError, "got", z=map(torch.zeros, SHAPES)),
-            *each(call, TypeError, "floating-point tensor of shape", z=[Z.long(), [[[0.0]]]]),
-            *each(call, ValueError, "t must", t=[-0.1, 1.1, NAN, torch.full((2,), 0.5)]),
-            *each(call, ValueError, r"no density at t = 0.*take t > 0", t=START),
-        )
-    ),
-    *each(partial(POINTS.score, CLD()), ValueError, "rows must be one of", rows=["v", None, [1]]),
-    *each(partial(POINTS.score, VPSDE()), ValueError, "has no auxiliary", rows=["auxiliary"]),
-    *each(CONDITIONAL, ValueError, "has no auxiliary", t=[0.5]),
-    *each(
-        at_a_known_time(POINTS.score(CLD()), 0.5),
-        ValueError,
-        "2 numbers per component",
-        z=[torch.zeros(8, 2, 3)],
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from cldsde import CLD, GaussianMixture, LinearSDE, ReverseProcess
-from probes import Recording, generator, untouchable
-from score.cases import PROCESSES, assert_rejected, each, mixture, score_rounding, states
+from probes import Recording, generator
+from score.cases import PROCESSES, mixture, score_rounding, states
 from tolerances import order_of, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
@@ -50,18 +48,6 @@ class TestDrift:
             assert torch.equal(reverse, process.drift(z, t))
             assert torch.equal(ode, process.probability_flow(z, t))
         assert torch.equal(process.diffusion(TIMES), G)
-
-    @every_process
-    def test_times_may_differ_between_samples(self, name: str) -> None:
-        sde, data = PROCESSES[name], mixture()
-        z = states(sde, data, TIMES)
-        process = ReverseProcess(sde, data.score(sde))
-        together = process.drift(z, TIMES)
-        for i, t in enumerate(TIMES.tolist()):
-            alone = process.drift(z[i : i + 1], t)
-            size = float((sde.diffusion(t) @ sde.diffusion(t).mT).max()) + 1
-            tolerance = score_rounding(sde, t) * size * float(data.score(sde)(z, t).abs().max() + 1)
-            assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=tolerance)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_the_score_is_evaluated_once_at_one_time_for_each_sample(self, method: str) -> None:
@@ -136,56 +122,7 @@ class TestMarginals:
         assert torch.allclose(full[:, list(sde.driven)], score, rtol=0, atol=tolerance)
 
 
-PROCESS = ReverseProcess(CLD(), untouchable)
 Z = torch.zeros(2, 2, 1)
-DRIFT = partial(PROCESS.drift, Z, 0.5)
-LIMITS = "stochasticity must be finite and at least 0"
-BAD = [-0.1, math.nan, math.inf]
-SCORES = [None, 1.0, torch.zeros(2)]
-OTHER = mixture().score(CLD(friction=2.0))
-REJECTED = [
-    *each(partial(ReverseProcess, score=untouchable), TypeError, "sde must be a", sde=[CLD, None]),
-    *each(partial(ReverseProcess, CLD()), TypeError, "score must be a callable", score=SCORES),
-    *each(partial(ReverseProcess, CLD()), ValueError, "belongs to another process", score=[OTHER]),
-    *each(DRIFT, ValueError, LIMITS, stochasticity=BAD),
-    *each(partial(PROCESS.diffusion, 0.5), ValueError, LIMITS, stochasticity=BAD),
-    *each(DRIFT, TypeError, "stochasticity must be a real number", stochasticity=["1", None, True]),
-    *each(partial(PROCESS.full_score, Z), ValueError, "no density at t = 0", t=[0.0]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("z", "t", "error"),
-    [
-        (torch.zeros(2, 3, 1), 0.5, ValueError),
-        (torch.zeros(2), 0.5, ValueError),
-        (torch.zeros(2, 2, 1, dtype=torch.int64), 0.5, TypeError),
-        (None, 0.5, TypeError),
-        (Z, 1.5, ValueError),
-        (Z, math.nan, ValueError),
-        (Z, torch.full((3,), 0.5), ValueError),
-        (Z, "0.5", TypeError),
-    ],
-)
-def test_bad_states_and_times_are_rejected_before_the_score_is_evaluated(
-    method: str, z: Any, t: Any, error: type[Exception]
-) -> None:
-    with pytest.raises(error, match="must"):
-        getattr(PROCESS, method)(z, t)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (1, 1, 1), (3, 1)])
-def test_a_score_of_another_shape_is_rejected(method: str, shape: Any) -> None:
-    process = ReverseProcess(CLD(), lambda z, t: torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"score must return shape \(3, 1, 1\)"):
-        getattr(process, method)(torch.zeros(3, 2, 1), 0.5)
 
 
 def test_a_process_without_density_still_has_a_drift() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.integrate import quad_vec
 from cldsde import CLD, GaussianMixture, LinearSDE
 from cldsde.score import Conversion, TimeSampler, evidence_lower_bound
 from probes import generator
-from score.cases import PROCESSES, assert_rejected, each
+from score.cases import PROCESSES
 from tolerances import EPS32, rounding, standard_error
 
 NAMES = ["VP", "VE", "CLD", "PSLD", "HOLD", "first two of three driven"]
@@ -185,27 +185,6 @@ class TestExpectation:
 
 
 class TestShapes:
-    @pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 2), (1, 1, 1, 3)])
-    def test_data_have_any_axes(self, shape: Any) -> None:
-        sde, dimension = CLD(), math.prod(shape[1:])
-        x = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).reshape(shape)
-        score = gaussian(dimension).score(sde)
-        found, wanted = (
-            evidence_lower_bound(score, sde, x, t, 0.7, t_min=0.01, generator=generator())
-            for x, t in (
-                (x, 0.3),
-                (x.reshape(shape[0], dimension), torch.full(shape[:1], 0.3, dtype=torch.float64)),
-            )
-        )
-        assert found.shape == shape[:1]
-        # Coefficients of one time or of three.
-        assert torch.allclose(found, wanted, rtol=rounding(1e6), atol=0)
-
-    def test_an_empty_batch_has_no_bounds(self) -> None:
-        t = torch.zeros(0, dtype=torch.float64)
-        found = evidence_lower_bound(gaussian().score(CLD()), CLD(), X[:0], t, t, t_min=0.01)
-        assert found.shape == (0,)
-
     def test_single_precision_data_lose_single_precision(self) -> None:
         sde, t_min = CLD(), 1e-5
         sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
@@ -296,37 +275,3 @@ def test_gradients_of_process_and_model_agree_with_differences(case: str) -> Non
     for step, found in zip(h * torch.eye(len(parameters)).double(), gradient, strict=True):
         numeric = float(bound(parameters + step) - bound(parameters - step)) / (2 * h)
         assert float(found) == pytest.approx(numeric, rel=tolerance, abs=tolerance)
-
-
-def elbo(**changes: Any) -> Any:
-    options = {"model": gaussian().score(CLD()), "sde": CLD(), "x0": X, "t": 0.5, "t_min": 0.1}
-    return evidence_lower_bound(**{**options, **changes})
-
-
-NAN, ONES = math.nan, torch.ones
-BAD_TIMES = [0.05, torch.tensor([0.5, 0.05]), 0.0, 1.5, NAN, ONES(3)]
-BATCH = partial(elbo, t=torch.full((2,), 0.5, dtype=torch.float64))
-DEGENERATE = LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]])
-REJECTED = [
-    *each(elbo, ValueError, "t_min must lie in", t_min=[0.0, -0.1, 1.0, NAN]),
-    *each(elbo, ValueError, "^t must", t=BAD_TIMES),
-    *each(BATCH, ValueError, "weight", weight=[ONES(3), ONES(2, 1), ONES(1, 2)]),
-    *each(elbo, ValueError, "prediction must be one of", prediction=["speed"]),
-    *each(elbo, ValueError, "prediction of the score of shape", model=[lambda z, t: z]),
-    *each(elbo, ValueError, "data_variance must be given with data_mean", data_mean=[0.3]),
-    *each(elbo, ValueError, "data_variance must be finite and positive", data_variance=[-1.0]),
-    *each(
-        partial(elbo, data_variance=1.0),
-        ValueError,
-        "data_mean must broadcast with x0",
-        data_mean=[torch.zeros(3)],
-    ),
-    *each(elbo, TypeError, "sde must be a LinearSDE", sde=[CLD, None]),
-    *each(elbo, TypeError, "floating-point", x0=[X.long(), None, X[0, 0]]),
-    *each(partial(elbo, model=lambda z, t: -z[:, 1:]), ValueError, "no density", sde=[DEGENERATE]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)
