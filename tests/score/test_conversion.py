@@ -17,13 +17,7 @@ from probes import generator, untouchable
 from references import mixed
 from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
-from score.cases import (
-    PROCESSES,
-    condition,
-    mixture,
-    score_rounding,
-    states,
-)
+from score.cases import PROCESSES, condition, mixture, score_rounding, states
 from tolerances import rounding
 
 # Driven scores of an underdamped process do not determine x_0 at some times.
