@@ -1,16 +1,13 @@
 """The cross-entropy of latent variables and a model: closed forms, bounds, gradients."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cldsde import CLD, GaussianMixture, LinearSDE, MixedScore
+from cldsde import CLD, GaussianMixture, MixedScore
 from cldsde.linear import Gaussian
 from cldsde.score import PerturbedData, TimeSampler, cross_entropy, evidence_lower_bound
 from cldsde.score.conversion import whiten
@@ -36,23 +33,23 @@ MEAN = torch.linalg.solve(PRECISION, LOADINGS.T @ X / NOISE)
 SCALE = torch.linalg.inv(PRECISION).diagonal().sqrt()
 
 
-def prior_score(sde: LinearSDE) -> Any:
+def prior_score(sde):
     eye = torch.eye(2, dtype=torch.float64)
     return GaussianMixture([1.0], [[0.0, 0.0]], P * eye.unsqueeze(0)).score(sde)
 
 
-def covariance(sde: LinearSDE, t: float, variance: float) -> Tensor:
+def covariance(sde, t, variance):
     """Covariance at t of data of a variance, one direction."""
     kernel = sde.marginal(t)
     return kernel.covariance + variance * torch.outer(kernel.mean[:, 0], kernel.mean[:, 0])
 
 
-def terminal(sde: LinearSDE) -> Gaussian:
+def terminal(sde):
     """Distribution of the prior at T, of which the process's own prior is the limit."""
     return Gaussian(torch.linalg.cholesky(covariance(sde, sde.T, P)))
 
 
-def closed_form(sde: LinearSDE, t: float = T_MIN) -> float:
+def closed_form(sde, t=T_MIN):
     """−E log p_t(z) over z of the encoder carried to t: a sum over directions of Gaussians."""
     psi, C = sde.marginal(t).mean[:, 0], covariance(sde, t, P)
     total = torch.zeros((), dtype=torch.float64)
@@ -63,7 +60,7 @@ def closed_form(sde: LinearSDE, t: float = T_MIN) -> float:
     return float(total)
 
 
-def cubature(sde: LinearSDE, nodes: int = 60) -> tuple[PerturbedData, Tensor]:
+def cubature(sde, nodes=60):
     """States and weights whose mean loss of an affine score is its expectation.
 
     Gauss and Legendre's nodes in log t, and points ±√n e_i in place of n normals, over which the
@@ -75,7 +72,7 @@ def cubature(sde: LinearSDE, nodes: int = 60) -> tuple[PerturbedData, Tensor]:
     t = T_MIN * torch.exp(torch.from_numpy((x + 1) / 2 * span))
     weight = nodes * torch.from_numpy(w / 2) * span * t / (sde.T - T_MIN)
 
-    def points(n: int) -> Tensor:
+    def points(n):
         eye = math.sqrt(n) * torch.eye(n, dtype=torch.float64)
         return torch.cat([eye, -eye])
 
@@ -92,16 +89,16 @@ def cubature(sde: LinearSDE, nodes: int = 60) -> tuple[PerturbedData, Tensor]:
     return pair, weight[a.flatten()]
 
 
-def exact_losses(pair: PerturbedData) -> Tensor:
+def exact_losses(pair):
     output = prior_score(pair.sde)(pair.z, pair.t)
     return pair.loss(output, "score", weighting="likelihood")
 
 
 @every_process
-def test_for_a_linear_gaussian_autoencoder_it_is_the_closed_form(name: str) -> None:
+def test_for_a_linear_gaussian_autoencoder_it_is_the_closed_form(name):
     sde = PROCESSES[name]
     pair, weight = cubature(sde)
-    options: Any = {"t_min": T_MIN, "prior": terminal(sde)}
+    options = {"t_min": T_MIN, "prior": terminal(sde)}
     found = cross_entropy(pair, exact_losses(pair), weight, **options).mean()
     assert float(found) == pytest.approx(closed_form(sde), abs=QUADRATURE)
     # The score of no other prior of this process: the remaining error is a mean square.
@@ -112,7 +109,7 @@ def test_for_a_linear_gaussian_autoencoder_it_is_the_closed_form(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["VP", "HOLD"])
-def test_its_estimate_at_importance_sampled_times_scatters_little(name: str) -> None:
+def test_its_estimate_at_importance_sampled_times_scatters_little(name):
     sde, n = PROCESSES[name], 10_000
     sampler = TimeSampler.importance(sde, T_MIN, data_variance=P, weighting="likelihood")
     t, weight = sampler.sample(n, generator=generator())
@@ -127,7 +124,7 @@ def test_its_estimate_at_importance_sampled_times_scatters_little(name: str) -> 
     assert float(integrand.std() / integrand.mean()) < 1.5
 
 
-def test_the_default_prior_is_the_process_s_own() -> None:
+def test_the_default_prior_is_the_process_s_own():
     pair, weight = cubature(EQUILIBRIUM, 8)
     own, same = (
         cross_entropy(pair, torch.zeros(len(weight)), weight, t_min=T_MIN, prior=prior)
@@ -137,7 +134,7 @@ def test_the_default_prior_is_the_process_s_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
-def test_the_evidence_lower_bound_has_a_decoder_in_place_of_an_entropy(name: str) -> None:
+def test_the_evidence_lower_bound_has_a_decoder_in_place_of_an_entropy(name):
     sde, n = PROCESSES[name], 16
     score, t = prior_score(sde), torch.linspace(0.01, 1, n, dtype=torch.float64)
     x0 = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
@@ -156,11 +153,11 @@ def test_the_evidence_lower_bound_has_a_decoder_in_place_of_an_entropy(name: str
 
 
 @pytest.mark.parametrize("scale", [0.04, 1.0])
-def test_for_the_data_a_velocity_out_of_equilibrium_leaves_no_gap(scale: float) -> None:
+def test_for_the_data_a_velocity_out_of_equilibrium_leaves_no_gap(scale):
     """The state less the velocity's entropy, and the data, against −E log p(z_0)."""
     sde = CLD(velocity_scale=scale)
     pair, weight = cubature(sde)
-    options: Any = {"t_min": T_MIN, "prior": terminal(sde)}
+    options = {"t_min": T_MIN, "prior": terminal(sde)}
     state, data = (
         float(cross_entropy(pair, exact_losses(pair), weight, of=of, **options).mean())
         for of in ("state", "data")
@@ -174,12 +171,12 @@ def test_for_the_data_a_velocity_out_of_equilibrium_leaves_no_gap(scale: float) 
 
 @pytest.mark.parametrize("mixing", [None, -1.0])
 @pytest.mark.parametrize("name", ["VP", "CLD", "PSLD", "HOLD"])
-def test_gradients_reach_the_encoder(name: str, mixing: float | None) -> None:
+def test_gradients_reach_the_encoder(name, mixing):
     """Through the states, as the training of latent models takes them."""
     sde, n = PROCESSES[name], 32
 
     class Network(nn.Module):
-        def forward(self, z: Tensor, clock: Tensor) -> Tensor:
+        def forward(self, z, clock):
             driven = (z.sum(1, keepdim=True) + clock[:, None]).sin() + 0.1 * z[:, :1]
             return driven.expand(-1, 2 * len(sde.driven))
 
@@ -188,7 +185,7 @@ def test_gradients_reach_the_encoder(name: str, mixing: float | None) -> None:
     sampler = TimeSampler.importance(sde, T_MIN, weighting="likelihood")
     t, weight = sampler.sample(n, generator=generator(1))
 
-    def bound(encoder: Tensor) -> Tensor:
+    def bound(encoder):
         """Cross-entropy less the entropy of the encoder, at given normals."""
         mean, log_scale = encoder[:2], encoder[2:]
         eta = torch.randn(n, 2, generator=generator(), dtype=torch.float64)

@@ -1,12 +1,7 @@
 """Classifier-free guidance of any two scores, and what it costs."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from cldsde import (
     CLD,
@@ -25,18 +20,18 @@ from probes import generator
 class Counting:
     """A denoiser of normal data with a condition for its variance; counts calls and samples."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls = 0
         self.samples = 0
 
-    def __call__(self, u: Tensor, sigma: Tensor, variance: Tensor) -> Tensor:
+    def __call__(self, u, sigma, variance):
         self.calls += 1
         self.samples += len(u)
         variance = variance.reshape(-1, *(1,) * (u.ndim - 1))
         return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
 
 
-def pair(sde: Any, network: Counting) -> tuple[ConditionalScore, ConditionalScore]:
+def pair(sde, network):
     score = DenoiserScore(network, sde)
     return (
         ConditionalScore(score, variance=torch.tensor(0.5)),
@@ -44,7 +39,7 @@ def pair(sde: Any, network: Counting) -> tuple[ConditionalScore, ConditionalScor
     )
 
 
-def start(sde: Any) -> Tensor:
+def start(sde):
     return sde.prior.sample((6, 2), generator=generator())
 
 

@@ -11,15 +11,7 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture
 from cldsde.score.times import KnownTimes
 from probes import generator
 from references import mixed
-from score.cases import (
-    AUXILIARY,
-    FAMILIES,
-    at_a_known_time,
-    known,
-    mixture,
-    score_rounding,
-    states,
-)
+from score.cases import AUXILIARY, FAMILIES, at_a_known_time, known, mixture, score_rounding, states
 from tolerances import EPS, EPS32, KERNEL, rounding, standard_error
 
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -1,9 +1,6 @@
 """Dequantisation, and bits per dimension."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from tolerances import EPS32, rounding, standard_error
 
 @pytest.mark.parametrize("dimension", [1, 7, 3072])
 @pytest.mark.parametrize(("width", "bits"), [(1.0, 0.0), (1 / 256, 8.0), (2 / 256, 7.0)])
-def test_bytes_cost_eight_bits_less_the_density(dimension: int, width: float, bits: float) -> None:
+def test_bytes_cost_eight_bits_less_the_density(dimension, width, bits):
     log_prob = torch.tensor([0.0, math.log(2) * dimension], dtype=torch.float64)
     expected = torch.tensor([bits, bits - 1], dtype=torch.float64)
     found = bits_per_dim(log_prob, dimension, width)
@@ -26,7 +23,7 @@ def test_bytes_cost_eight_bits_less_the_density(dimension: int, width: float, bi
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(256, -1.0, 1.0), (2, 0.0, 1.0)])
-def test_levels_are_spread_evenly_over_their_bins(count: int, low: float, high: float) -> None:
+def test_levels_are_spread_evenly_over_their_bins(count, low, high):
     n = 50_000
     levels = torch.randint(0, count, (n,), generator=generator(1))
     x = dequantise(levels, count=count, low=low, high=high, generator=generator())
@@ -43,7 +40,7 @@ def test_levels_are_spread_evenly_over_their_bins(count: int, low: float, high: 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3, 4)])
-def test_levels_have_any_shape_and_integer_type(shape: Any, dtype: torch.dtype) -> None:
+def test_levels_have_any_shape_and_integer_type(shape, dtype):
     x = dequantise(torch.full(shape, 127, dtype=dtype))
     assert (x.shape, x.dtype) == (shape, torch.float32)
     # Level 127 is the last below the middle.

@@ -1,9 +1,5 @@
 """The reverse process: signs, times, marginals, and rejected arguments."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -24,9 +20,7 @@ class TestDrift:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("axes", [(), (1, 2, 2)])
     @every_process
-    def test_drift_and_diffusion_are_the_formulas(
-        self, name: str, axes: Any, dtype: torch.dtype
-    ) -> None:
+    def test_drift_and_diffusion_are_the_formulas(self, name, axes, dtype):
         sde = PROCESSES[name]
         k, driven = sde.components, list(sde.driven)
         z, full = torch.randn(2, 4, k, *axes, generator=generator()).to(dtype)
@@ -50,7 +44,7 @@ class TestDrift:
         assert torch.equal(process.diffusion(TIMES), G)
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_the_score_is_evaluated_once_at_one_time_for_each_sample(self, method: str) -> None:
+    def test_the_score_is_evaluated_once_at_one_time_for_each_sample(self, method):
         score = Recording(lambda z, t: torch.ones_like(z[:, 1:]))
         z, t = torch.zeros(4, 2, 3), torch.tensor([0.25, 0.5, 0.75, 1.0])
         for time in (0.25, t):
@@ -63,7 +57,7 @@ class TestMarginals:
     """Processes of every stochasticity have the marginals of the forward process."""
 
     @every_process
-    def test_the_probability_flow_keeps_the_density(self, name: str) -> None:
+    def test_the_probability_flow_keeps_the_density(self, name):
         # Continuity: d log p / dt + div f + f . grad log p = 0.
         sde, data, t = PROCESSES[name], mixture(), 0.4
         process = ReverseProcess(sde, data.score(sde))
@@ -85,9 +79,7 @@ class TestMarginals:
     @pytest.mark.parametrize("t", [0.05, 1.0])
     @pytest.mark.parametrize("stochasticity", STOCHASTICITY)
     @every_process
-    def test_moments_of_gaussian_data_are_kept(
-        self, name: str, stochasticity: float, t: float
-    ) -> None:
+    def test_moments_of_gaussian_data_are_kept(self, name, stochasticity, t):
         # In the forward clock, and run backwards: with the drift a + A z and z ~ N(m, S),
         # dm/dt = a + A m and dS/dt = A S + S A^T - lambda^2 G G^T. The forward process has
         # dm/dt = F m and dS/dt = F S + S F^T + G G^T.
@@ -112,7 +104,7 @@ class TestMarginals:
         assert error.abs().max() <= size * (1 + float(S.abs().max()))
 
     @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "CLD, overdamped", "HOLD"])
-    def test_the_driven_row_of_the_full_score_is_the_score(self, name: str) -> None:
+    def test_the_driven_row_of_the_full_score_is_the_score(self, name):
         # One number for each dimension determines x_0, and nothing is fitted.
         sde, t = PROCESSES[name], 0.3
         z, score = torch.randn(2, 4, 1, 3, generator=generator(), dtype=torch.float64)
@@ -125,7 +117,7 @@ class TestMarginals:
 Z = torch.zeros(2, 2, 1)
 
 
-def test_a_process_without_density_still_has_a_drift() -> None:
+def test_a_process_without_density_still_has_a_drift():
     # The formulas need no density; x_0 does.
     sde = LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]])
     process = ReverseProcess(sde, lambda z, t: z[:, 1:])
