@@ -115,8 +115,8 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
 def sampling_of(options: Namespace, configured: SamplingConfig, **given: Any) -> SamplingConfig:
     """The sampling settings of the run, changed by options; code in them is not run."""
+    from cldsde.errors import SettingError
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.errors import SettingError
     from cldsde.images.sample.sampler import make_solver
     from cldsde.images.schema import from_dict, parse_overrides
 
@@ -141,7 +141,15 @@ def prepare(options: Namespace) -> Callable[[], None]:
     with needs_images():
         from accelerate import PartialState
 
-        from cldsde.images.sample import ObservedImage, SampleRequest, alone, check_output, draw_to
+        from cldsde.images.sample import (
+            ImageSampler,
+            ObservedImage,
+            SampleRequest,
+            alone,
+            check_output,
+            draw_to,
+            speed_up,
+        )
     if options.seeds is not None and options.seed is not None:
         raise ValueError("--seed and --seeds are alternatives; got both")
     one = None if options.seed is None else str(options.seed)
@@ -149,18 +157,16 @@ def prepare(options: Namespace) -> Callable[[], None]:
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     model = model_of(options, options.run, state.device if device == "cuda" else device)
-    names = ("batch", "guidance", "precision", "compile_mode", "channels_last")
+    speed_up(model, options.compile_mode, channels_last=options.channels_last)
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
     channels = model.space.shape[0]
-    request = SampleRequest(
-        model=model,
-        sampling=sampling_of(options, model.sampling),
-        seeds=seeds,
+    sampler = ImageSampler.of(
+        *(model, sampling_of(options, model.sampling)),
         label=model.space.label(options.label),
         observed=ObservedImage.read(options.known, options.observe, channels, **how),
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in ("batch", "guidance", "precision")},
     )
-    request.check()
+    request = SampleRequest(model, sampler, seeds)
     check_output(out, request, overwrite=options.overwrite)
     if state.is_main_process:
         with alone(out):

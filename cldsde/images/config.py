@@ -9,7 +9,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cldsde.images.errors import SettingError
+from cldsde.errors import SettingError
 from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
 from cldsde.images.sections import (
     DataConfig,

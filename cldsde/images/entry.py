@@ -12,15 +12,14 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import Samples
+from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
 from cldsde.pretrained.published_score import PublishedScore
@@ -148,17 +147,14 @@ class Run:
         recipe = self.config.sampling
         if "solver" in sampling:
             sampling = {"options": {}, **sampling}
-        request = SampleRequest(
-            model=self.model,
-            sampling=replace(recipe, **sampling),
-            seeds=range(1),
+        sampler = ImageSampler.of(
+            *(self.model, replace(recipe, **sampling)),
             batch=batch,
             label=self.model.space.label(label),
             guidance=guidance,
             observed=observed,
         )
-        request.check()
-        return request.sampler.sample(list(seeds), progress=progress)
+        return sampler.sample(list(seeds), progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
         """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG

@@ -1,8 +1,8 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
-A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
-of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. Its
-output is zero before training, so that a mixed score starts at its Gaussian reference.
+A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
+``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
+ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
 
 A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
 the null label for no class, which classifier-free guidance needs.
@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cldsde.images.checks import check_groups, check_levels
 from cldsde.images.schema import Channels, Count, Flag, Shape, Share, checked
@@ -43,26 +41,6 @@ class ClassEmbedding(nn.Embedding):
         last = self.num_embeddings - 1
         rows = super().forward(label.clamp(0, last))
         return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
-
-
-class _RecomputedBlock(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block that keeps only its input for the gradient."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
-        forward = super().forward
-        if not torch.is_grad_enabled():
-            return forward(input_tensor, temb)  # type: ignore[no-any-return]
-        return checkpoint(forward, input_tensor, temb, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def _recompute(network: nn.Module) -> None:
-    """Turn on gradient checkpointing of residual blocks; names of weights do not change.
-
-    diffusers' own switch reaches only the middle block of networks of skip blocks.
-    """
-    for module in network.modules():
-        if type(module) is ResnetBlock2D:
-            module.__class__ = _RecomputedBlock
 
 
 class _ScoreNetwork(nn.Module, ABC):
@@ -173,7 +151,7 @@ class UNet(_ScoreNetwork):
         nn.init.zeros_(network.conv_out.bias)
         super().__init__(network, network.time_embedding, classes)
         if gradient_checkpointing:
-            _recompute(network)
+            network.enable_gradient_checkpointing()
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
         out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]

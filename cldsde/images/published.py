@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, save_model
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import SettingError
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""

@@ -23,7 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from cldsde.images.errors import SettingError, setting
+from cldsde.errors import SettingError, setting
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

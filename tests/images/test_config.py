@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cldsde import CLD
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
-from cldsde.images.errors import SettingError
 from cldsde.images.train.loop import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

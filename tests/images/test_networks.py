@@ -14,9 +14,9 @@ from diffusers.models.upsampling import upsample_2d
 from torch import nn
 
 from cldsde import CLD, MixedScore
+from cldsde.errors import SettingError
 from cldsde.images import networks
 from cldsde.images.config import NetworkConfig
-from cldsde.images.errors import SettingError
 from cldsde.images.networks import NETWORKS, NCSNpp, UNet, parameter_count
 from cldsde.pretrained import ncsnpp, resampling
 

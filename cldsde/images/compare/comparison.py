@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_results, write_report
 from cldsde.images.config import SamplingConfig
-from cldsde.images.errors import SettingError
 from cldsde.images.evaluate import results as stored
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError

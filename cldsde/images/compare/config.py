@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import check_sampling, make_solver
 from cldsde.images.schema import (

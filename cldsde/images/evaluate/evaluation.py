@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.files import write_whole
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data.samples import as_bytes
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.evaluate.distances import FeatureSums, frechet_report
 from cldsde.images.evaluate.features import check_features, feature_name, load_features
 from cldsde.images.evaluate.inception import inception_metrics

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldsde.images.errors import SettingError, setting
+from cldsde.errors import SettingError, setting
 from cldsde.messages import imported, in_words
 
 FeatureNetwork = Callable[[Tensor], Tensor]

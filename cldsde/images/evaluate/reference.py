@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.files import file_lock
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes, byte_batches
-from cldsde.images.errors import SettingError
 from cldsde.images.evaluate.classifier import (
     ClassifierFeatures,
     load_classifier,

@@ -13,10 +13,10 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.model import ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import check_positive

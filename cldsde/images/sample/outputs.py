@@ -18,14 +18,16 @@ import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 
+from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.sample.request import GRID_LIMIT, SampleRequest
+from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples, ahead
 from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
+GRID_LIMIT = 4096
+"""Largest number of images in a picture of a grid."""
 _REQUEST = "request"  # file of a folder of parts with the digest of their request
 
 
@@ -87,7 +89,7 @@ def draw_to(
             written = writer.submit(lambda: None)
             for i, start in zip(mine, starts, strict=True):
                 label, seeds = batches[i]
-                save = partial(_save_arrays, arrays=request.draw(label, seeds, start))
+                save = partial(_save_arrays, arrays=request.sampler.draw(seeds, label, start))
                 written.result()
                 written = writer.submit(_write, parts / f"{i:08d}.npy", save)
                 bar.update(len(seeds))

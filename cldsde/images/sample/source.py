@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace, load_model
 from cldsde.images.tensor_files import tensors_digest

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
 from cldsde.images.sample.sampler import check_sampling
 

@@ -1,7 +1,7 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
-All randomness is a function of the seed and of the number of images seen (`cldsde.images.streams`),
-so that a run depends neither on the number of processes nor on interruptions.
+All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
+depends neither on the number of processes nor on interruptions.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import save_grid
 from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder
@@ -34,7 +34,7 @@ from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
-from cldsde.images.train.state import STATE, StopRequest
+from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
 from cldsde.images.train.summary import Rehearsal, measure_steps
 from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
@@ -173,7 +173,7 @@ class _Trainer:
         """Steps done, and seconds spent on them, on which all processes agree."""
         found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = self.learner.state.load(self.folder)
+            found = load_state(self.learner, self.folder)
         elif (self.folder / MODEL).exists():
             found, seen = (self.settings.steps, 0.0), self._stored()[1]
             if seen != found[0] * self.settings.batch:
@@ -203,9 +203,9 @@ class _Trainer:
     @cached_property
     def sampler(self) -> ImageSampler:
         """Sampler of the averaged model; its tables are computed once."""
-        score, vae = self.learner.average.score, self.learner.average.vae
-        batch = self.learner.feed.part_size
-        return ImageSampler(score, self.space, self.config.sampling, vae=vae, batch=batch)
+        model, batch = self.learner.average, self.learner.feed.part_size
+        recipe = self.config.sampling
+        return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 
     def _log(self) -> dict[str, str]:
         """Write means since the last line of metrics; return those that a bar shows."""
@@ -251,7 +251,7 @@ class _Trainer:
             try:
                 save(self.folder / MODEL)
                 if self.done < settings.steps or settings.keep_state:
-                    self.learner.state.save(self.folder, self.done, self.seconds, sums)
+                    save_state(self.learner, self.folder, self.done, self.seconds, sums)
                 if settings.measure == "fd":
                     found["fd"] = distance(self.learner, self.sampler, self.folder.path)
                     self._record(found)

@@ -14,9 +14,9 @@ import torch
 from diffusers import UNet2DModel
 
 from cldsde import images
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
-from cldsde.images.errors import SettingError
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import cell_numbers
 from cldsde.images.model import MODEL, load_model

@@ -31,7 +31,7 @@ from cldsde.images.model import (
     make_network,
 )
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample.sampler import class_batches
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run
@@ -379,9 +379,10 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
 def test_a_network_that_is_always_told_a_class_samples_no_image_of_none(tmp_path):
     network = {**CONFIG["network"], "conditional": True, "label_dropout": 0.0}
     trained(tmp_path, config(network=network, images=16))
-    space = load_model(tmp_path).space
-    assert space.always_classes
-    assert class_batches(space, range(5), 2) == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
+    model = load_model(tmp_path)
+    assert model.space.always_classes
+    batches = ImageSampler.of(model, model.sampling, batch=2).batches(range(5))
+    assert batches == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
 
 
 @pytest.mark.parametrize("name", ["CLD", "PSLD", "VPSDE"])
