@@ -37,9 +37,10 @@ def outlook(config: RunConfig, measured: Path) -> list[str]:
     except (ValueError, OSError, ImportError) as error:
         return [f"parameters: unknown without the data ({error})"]
     count = check_model(config, space)
+    kept = "weights, average, gradients and moments, and activations"
     return [
         f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
-        f"memory: {_MEMORY * count:,.0f} MiB for weights, average, gradients and moments, and activations",
+        f"memory: {_MEMORY * count:,.0f} MiB for {kept}",
         _speed(config, measured),
     ]
 
