@@ -59,21 +59,11 @@ BAD_VALUES = [
     (Splitting, "scheme", ["", "OB", "OXAB", "oba", "OBA ", 3, ["O", "B", "A"]], "{} must contain"),
     (Splitting, "score_time", ["middle", "End", None], "{} must be one of 'start', 'end'; got"),
     (Splitting, "shared_score", [1, None, "yes"], "{} must be True or False; got"),
-    (
-        TorchDiffEq,
-        "method",
-        ["RK45", "explicit_adams", None],
-        "{} must be one of 'dopri8'",
-    ),
+    (TorchDiffEq, "method", ["RK45", "explicit_adams", None], "{} must be one of 'dopri8'"),
     (TorchDiffEq, "rtol atol", [0.0], POSITIVE),
     (TorchDiffEq, "rtol atol max_nfev", ["1"], REAL),
     (TorchDiffEq, "max_nfev", [0], "{} must be"),
-    (
-        TorchSDE,
-        "method",
-        ["log_ode", "Euler", None],
-        "{} must be one of 'euler'",
-    ),
+    (TorchSDE, "method", ["log_ode", "Euler", None], "{} must be one of 'euler'"),
 ]
 CASES = [
     (make, {option: value}, message.replace("{}", option))

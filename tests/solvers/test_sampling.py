@@ -101,6 +101,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
     torch.testing.assert_close(some, many[:4], **SINGLE)
     other = cldsde.sample(sde, score, (10, 2), nfe=5, seed=4)
     assert (other != many).all()
+    assert many.dtype == torch.float32
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -174,45 +175,36 @@ def test_dropout_in_training_mode_is_pointed_out():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"shape": (3,)}, ValueError, r"shape must be \(B, \*D\)"),
-        ({"shape": 3}, ValueError, r"shape must be \(B, \*D\)"),
-        ({"shape": (0, 2)}, ValueError, "shape must be at least 1"),
-        ({"nfe": 1}, ValueError, "too few for a step.*increase nfe to at least 2"),
-        ({"nfe": 2.5}, TypeError, "nfe must be an integer"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"batch": 0}, ValueError, "batch must be at least 1"),
-        ({"dtype": torch.int64}, TypeError, "dtype must be a floating-point type"),
-        ({"times": torch.tensor([0.1, 0.5])}, ValueError, "times must decrease"),
-        ({"solver": solvers.SSCS}, TypeError, "solver must be a solver"),
-        (
-            {"score": PredictionDenoiser(untouchable, NoisePath.linear())},
-            TypeError,
-            "Wrap it: Denois",
-        ),
-        ({"score": None}, TypeError, "score must be a callable"),
-        ({"sde": 3}, TypeError, "sde"),
+        ({"shape": (3,)}, r"shape must be \(B, \*D\)"),
+        ({"shape": 3}, r"shape must be \(B, \*D\)"),
+        ({"shape": (0, 2)}, "shape must be at least 1"),
+        ({"nfe": 1}, "too few for a step.*increase nfe to at least 2"),
+        ({"nfe": 2.5}, "nfe must be an integer"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"dtype": torch.int64}, "dtype must be a floating-point type"),
+        ({"times": torch.tensor([0.1, 0.5])}, "times must decrease"),
+        ({"solver": solvers.SSCS}, "solver must be a solver"),
+        ({"score": PredictionDenoiser(untouchable, NoisePath.linear())}, "Wrap it: Denois"),
+        ({"score": None}, "score must be a callable"),
+        ({"sde": 3}, "sde"),
         # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
-        (
-            {"sde": RectifiedFlow(), "times": torch.tensor([1.0, 0.5, 0.1])},
-            ValueError,
-            "data_prediction",
-        ),
-        ({"score": lambda z, t: z * math.nan, "nfe": 4}, FloatingPointError, "not finite"),
+        ({"sde": RectifiedFlow(), "times": torch.tensor([1.0, 0.5, 0.1])}, "data_prediction"),
+        ({"score": lambda z, t: z * math.nan, "nfe": 4}, "not finite"),
         (
             {
                 "sde": HOLD(),  # reaches σ = 22 only
                 "score": DenoiserScore(lambda u, sigma: u, HOLD(), noise_levels=(50.0, 80.0)),
             },
-            ValueError,
             r"range of times .* is empty",
         ),
     ],
 )
-def test_bad_arguments_are_rejected(change, error, message):
+def test_bad_arguments_are_rejected(change, message):
     arguments = {"sde": VPSDE(), "score": untouchable, "shape": (2, 3), **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises((TypeError, ValueError, FloatingPointError), match=message):
         cldsde.sample(**arguments)
 
 

@@ -18,23 +18,16 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-import references
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
-from references.float64 import Array, dense, transposed
+from cldsde import solvers
+from gaussian_data import PROCESSES, SLOPE, reverse
+from references.float64 import Array, transposed
 from tolerances import KERNEL
 
-DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 LEVELS = (64, 256)
 TIMES = np.linspace(1.0, 0.05, LEVELS[-1] + 1)
 BATCHES, SAMPLES = 10, 100
 
-PROCESSES = {
-    "VP, linear": lambda: (VPSDE(0.1, 8.0), dense(references.vp(0.1, 8.0))),
-    "VE": lambda: (VESDE(0.1, 5.0), dense(references.ve(0.1, 5.0))),
-    "CLD, linear": lambda: (CLD((1.0, 7.0)), dense(references.cld((1.0, 7.0)))),
-    "PSLD": lambda: (PSLD(), dense(references.psld())),
-    "HOLD": lambda: (HOLD(), dense(references.hold())),
-}
+EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
 SOLVERS = {
     name: solver
     for name, solver in solvers.named_solvers().items()
@@ -56,7 +49,7 @@ class Paths(NamedTuple):
 
 @functools.cache
 def paths(name):
-    exact = PROCESSES[name]()[1]
+    exact = PROCESSES[name][1]
     k, r = exact.Q_root.shape
     t, u = TIMES[:-1, None], TIMES[1:, None]
     x, weights = np.polynomial.legendre.leggauss(12)
@@ -82,7 +75,7 @@ def paths(name):
 
 def errors(method, name, increments, n):
     """Squared errors of the solver's paths after n steps, (samples,)."""
-    (sde, exact), path = PROCESSES[name](), paths(name)
+    exact, path = PROCESSES[name][1], paths(name)
     k, r = exact.Q_root.shape
     times = TIMES[:: LEVELS[-1] // n].copy()
     variance, rows = times[:-1] - times[1:], slice(k, k + r)
@@ -92,7 +85,7 @@ def errors(method, name, increments, n):
     xi = summed / np.sqrt(variance)[:, None, None]
     draws = torch.from_numpy(np.moveaxis(xi, -1, 1).copy())[..., None]
     solution = solvers.solve(
-        ReverseProcess(sde, DATA.score(sde)),
+        reverse(name),
         SOLVERS[method],
         torch.from_numpy(path.start.T.copy())[..., None],
         torch.from_numpy(times),
@@ -102,12 +95,7 @@ def errors(method, name, increments, n):
     return result
 
 
-# Between 64 and 256 steps the slope is near its limit, and a declaration that is off by a half is
-# more than this away.
-CLOSE = 0.25
-
-
-@pytest.mark.parametrize("name", list(PROCESSES))
+@pytest.mark.parametrize("name", EVERY)
 def test_exact_paths_reach_the_exact_marginal(name):
     # Hundreds of cells, each with the accuracy of an exponential.
     found, expected = paths(name).moments
@@ -117,8 +105,8 @@ def test_exact_paths_reach_the_exact_marginal(name):
 @pytest.mark.parametrize(
     ("method", "name", "increments"),
     [
-        *[("euler-maruyama", name, "W") for name in PROCESSES],
-        *[("stochastic-heun", name, "W") for name in PROCESSES],
+        *[("euler-maruyama", name, "W") for name in EVERY],
+        *[("stochastic-heun", name, "W") for name in EVERY],
         # Heun's noise has the distribution of the integral of G dW, and may be that integral.
         ("stochastic-heun", "CLD, linear", "clock"),
         ("stochastic-heun", "VE", "clock"),
@@ -132,7 +120,7 @@ def test_the_order_is_the_declared_one(method, name, increments):
     half = student.ppf(0.995, BATCHES - 1) * slopes.std(ddof=1) / math.sqrt(BATCHES)
     order = SOLVERS[method].facts.strong_order
     assert order is not None
-    assert abs(slopes.mean() - order) + half < CLOSE
+    assert abs(slopes.mean() - order) + half < SLOPE
     # It is the path itself that converges: independent states are at a distance of order one.
     assert squares[1].mean() < 1e-2 * 2 * np.trace(paths(name).moments[1])
 
