@@ -1,0 +1,295 @@
+"""Mutation testing of linear/, score/ and solvers/: how many small faults do the tests find?
+
+    python tests/mutation.py FOLDER [--mutants N] [--seed N] [--budget SECONDS]
+
+The first run measures which tests execute which line, and the time of each test. Every mutant of
+the sample then gets a process of its own, forked after the large imports. It runs the tests that
+execute the mutated line, until one fails. A later run with the same FOLDER resumes.
+
+Each operator has one replacement, its opposite (comparisons have two: `<` becomes `<=` or `>=`);
+a number changes by 1. Any test would find a replacement that raises for every float, as `<<`.
+Annotations, signatures without their defaults, decorators, `raise` statements and f-strings are
+left out: no result depends on them. The sample takes the mutants with the smallest hashes. So an
+edit of the package keeps the mutants of the lines that it keeps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import itertools
+import json
+import os
+import resource
+import signal
+import sys
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha256
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+from coverage import CoverageData
+from scipy.stats import binomtest
+
+TESTS = Path(__file__).parent
+FOLDERS = ["linear", "score", "solvers"]
+SUITES = [*FOLDERS, "validation"]
+QUIET = ["-q", "--tb=line", "-p", "no:cacheprovider"]
+LONG = 2.0  # seconds after which a test function's other cases are left out
+# Modules that no mutant changes: they are imported once.
+LARGE = ["torch", "scipy.linalg", "scipy.optimize", "hypothesis", "mpmath", "torchsde"]
+PAIRS = {
+    "ReplaceBinaryOperator": "Add_Sub Sub_Add Mul_Div Div_Mul Pow_Mul FloorDiv_Div Mod_FloorDiv "
+    "BitOr_BitAnd BitAnd_BitOr",
+    "ReplaceComparisonOperator": "Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE "
+    "GtE_Gt GtE_Lt Is_IsNot IsNot_Is",
+    "ReplaceUnaryOperator": "Delete_USub Delete_Not Delete_Invert",
+}
+OPERATORS = [f"{kind}_{pair}" for kind, pairs in PAIRS.items() for pair in pairs.split()] + [
+    *("AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse"),
+    *("ReplaceFalseWithTrue", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
+    *("ExceptionReplacer", "NumberReplacer", "ZeroIterationForLoop"),
+]
+LEFT_OUT = {"decorator", "raise_stmt", "fstring", "parameters"}
+STATEMENTS = {"suite", "file_input", "simple_stmt", "if_stmt", "while_stmt", "for_stmt"}
+STATEMENTS |= {"with_stmt", "try_stmt", "funcdef", "classdef"}
+TIME_IS_UP = {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}
+
+to_code = partial(compile, filename="", mode="exec", dont_inherit=True)
+
+
+def hashed(text: str) -> bytes:
+    """The hash of a text: a random order that edits keep."""
+    return sha256(text.encode()).digest()
+
+
+class Mutant(NamedTuple):
+    """An occurrence of an operator in a file, its lines, and a name that other edits keep."""
+
+    file: Path
+    operator: str
+    occurrence: int
+    lines: range
+    name: str
+
+    def source(self) -> str:
+        """The source of the mutated file."""
+        operator = get_operator(f"core/{self.operator}")()
+        return str(mutate_code(self.file.read_text("utf-8"), operator, self.occurrence))
+
+    def is_valid(self) -> bool:
+        """Whether the mutated file is Python."""
+        try:
+            to_code(self.source())
+        except SyntaxError:
+            return False
+        return True
+
+    def difference(self) -> str:
+        """The mutated lines, before and after."""
+        texts = self.file.read_text("utf-8").splitlines(), self.source().splitlines()
+        return self.name + "\n" + "\n".join([*difflib.unified_diff(*texts, n=0, lineterm="")][2:])
+
+
+def lines_around(node: Any) -> range:
+    """The lines of the statement around a token, or of its header; none if it is left out."""
+    while node.parent.type not in STATEMENTS:
+        inner, node = node, node.parent
+        if node.type == "param" and inner is node.default:
+            node = node.parent  # defaults are evaluated on the first line of the function
+            return range(node.start_pos[0], node.end_pos[0] + 1)
+        if node.type in LEFT_OUT or (node.type == "annassign" and inner is node.children[1]):
+            return range(0)
+    if node.parent.type == "funcdef" and node is node.parent.annotation:
+        return range(0)
+    return range(node.start_pos[0], node.end_pos[0] + 1)
+
+
+def mutants(file: Path) -> Iterator[Mutant]:
+    """All mutants of a file."""
+    source = file.read_text("utf-8")
+    module, text, seen = get_ast(source), source.splitlines(), Counter[str]()
+    nodes = list(ast_nodes(module))
+    for operator in OPERATORS:
+        positions = get_operator(f"core/{operator}")().mutation_positions
+        starts = (start for node in nodes for start, _ in positions(node))
+        for occurrence, start in enumerate(starts):
+            lines = lines_around(module.get_leaf_for_position(start))
+            if lines:
+                name = f"{file.parent.name}/{file.name} {operator} {text[start[0] - 1].strip()}"
+                seen[name] += 1
+                yield Mutant(file, operator, occurrence, lines, f"{name} {seen[name]}")
+
+
+def in_child(work: Callable[[], int], seconds: int, log: Path) -> int:
+    """The exit code of a forked process, or minus the signal that ended it."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with log.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    signal.alarm(10 * seconds)  # a mutant may wait for something that never comes
+    os._exit(work())
+
+
+def function(name: str) -> str:
+    """The name of a test without its case."""
+    return name.partition("[")[0]
+
+
+class Measured:
+    """Plugin of pytest that times each test, and skips a function's cases once it took long."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.spent = Counter[str]()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        first: dict[str, int] = {}
+        for place, item in enumerate(items):
+            first.setdefault(function(item.nodeid), place)
+        items.sort(key=lambda item: (first[function(item.nodeid)], hashed(item.nodeid)))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.spent[function(item.nodeid)] > LONG:
+            pytest.skip("other cases of the function took long enough")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed:
+            self.spent[function(report.nodeid)] += report.duration
+            self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+
+class Chosen:
+    """Plugin of pytest that runs the chosen tests in their order."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.place = {name: place for place, name in enumerate(names)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid in self.place]
+        items.sort(key=lambda item: self.place[item.nodeid])
+
+
+def measure(folder: Path) -> int:
+    """Run the tests with coverage; write the lines and the time of each test."""
+    plugin, suites = Measured(), [str(TESTS / name) for name in SUITES]
+    options = ["--cov=cldsde", "--cov=solvers", "--cov-branch", "--cov-context=test"]
+    code = pytest.main([*QUIET, *options, "--cov-report=", *suites], plugins=[plugin])
+    (folder / "times").write_text(json.dumps(plugin.seconds))
+    return int(code)
+
+
+def tests_of(
+    mutant: Mutant, data: CoverageData, times: dict[str, float], budget: float
+) -> list[list[str]]:
+    """Tests that execute a mutant: one case of each function, fastest first, then more cases.
+
+    The file with the most tests is first: most mutants need no other file.
+    """
+    contexts = data.contexts_by_lineno(str(mutant.file))
+    found = {name for line in mutant.lines for name in contexts.get(line, [])}
+    if found == {""}:  # only the import executes the line
+        found = {name for names in contexts.values() for name in names}
+    names = {name.rpartition("|")[0] for name in found} & times.keys()
+    cases, order = Counter[str](), {}
+    for name in sorted(names, key=times.__getitem__):
+        order[name] = (cases[function(name)], times[name])
+        cases[function(name)] += 1
+    chosen = []
+    for name in sorted(names, key=order.__getitem__):
+        if times[name] <= budget:
+            chosen.append(name)
+            budget -= times[name]
+    files = Counter(name.partition("::")[0] for name in chosen)
+    first = max(files, key=files.__getitem__, default="")
+    parts = [
+        [name for name in chosen if name.startswith(f"{first}::") is wanted]
+        for wanted in (True, False)
+    ]
+    return [part for part in parts if part]
+
+
+def outcome(mutant: Mutant, parts: list[list[str]], limit: int, log: Path) -> str:
+    """How the tests find the mutant, or that it survives."""
+    source, load = mutant.source(), SourceFileLoader.get_code
+
+    def get_code(loader: SourceFileLoader, name: str) -> Any:
+        path = loader.get_filename(name)
+        return to_code(source, filename=path) if path == str(mutant.file) else load(loader, name)
+
+    def work(tests: list[str]) -> int:
+        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        files = sorted({name.partition("::")[0] for name in tests})
+        return int(pytest.main([*QUIET, "-x", *files], plugins=[Chosen(tests)]))
+
+    for tests in parts:
+        code = in_child(partial(work, tests), limit, log)
+        if code < 0:
+            return "timed out" if -code in TIME_IS_UP else "crashed"
+        if code == pytest.ExitCode.USAGE_ERROR:
+            sys.exit(log.read_text("utf-8"))
+        if code not in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
+            return "failed"
+    return "survived" if parts else "no test"
+
+
+def main() -> None:
+    """Run the sample, or what is left of it; print the score and write the survivors."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the measurements and results")
+    parser.add_argument("--mutants", type=int, default=300, help="size of the sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests per mutant")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(TESTS.parent)
+    os.environ |= {"HYPOTHESIS_PROFILE": "ci", "COVERAGE_FILE": str(folder / "coverage")}
+    for name in LARGE:
+        importlib.import_module(name)
+    log, results = folder / "log", folder / "results"
+    if not (folder / "times").exists() and in_child(lambda: measure(folder), 7200, log):
+        sys.exit(f"the tests fail without a mutant, see {log}")
+
+    times = json.loads((folder / "times").read_text())
+    data = CoverageData(str(folder / "coverage"))
+    data.read()
+    files = [Path(name) for name in sorted(data.measured_files())]
+    every = [mutant for file in files if file.parent.name in FOLDERS for mutant in mutants(file)]
+    every.sort(key=lambda mutant: hashed(f"{options.seed} {mutant.name}"))
+    sample = [*itertools.islice(filter(Mutant.is_valid, every), options.mutants)]
+    results.touch()
+    found = dict(json.loads(line) for line in results.read_text().splitlines())
+    with results.open("a") as file:
+        for mutant in sample:
+            if mutant.name not in found:
+                parts = tests_of(mutant, data, times, options.budget)
+                found[mutant.name] = outcome(mutant, parts, int(60 + 4 * options.budget), log)
+                print(json.dumps([mutant.name, found[mutant.name]]), file=file, flush=True)
+
+    survivors = [mutant for mutant in sample if found[mutant.name] in {"survived", "no test"}]
+    texts = [f"{found[mutant.name]}: {mutant.difference()}\n" for mutant in survivors]
+    (folder / "survivors").write_text("\n".join(texts), "utf-8")
+    killed, n = len(sample) - len(survivors), len(sample)
+    low, high = binomtest(killed, n).proportion_ci(method="wilson")
+    print(
+        f"{killed} of {n} mutants are found: {killed / n:.1%}, 95% interval {low:.1%} to {high:.1%}"
+    )
+    print(f"of {len(every)} mutants in all;", dict(Counter(found[m.name] for m in sample)))
+
+
+if __name__ == "__main__":
+    main()
