@@ -16,6 +16,7 @@ edit of the package keeps the mutants of the lines that it keeps.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from functools import partial
 from hashlib import sha256
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,8 +64,6 @@ OPERATORS = [f"{kind}_{pair}" for kind, pairs in PAIRS.items() for pair in pairs
 LEFT_OUT = {"decorator", "raise_stmt", "fstring", "parameters"}
 STATEMENTS = {"suite", "file_input", "simple_stmt", "if_stmt", "while_stmt", "for_stmt"}
 STATEMENTS |= {"with_stmt", "try_stmt", "funcdef", "classdef"}
-TIME_IS_UP = {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}
-
 to_code = partial(compile, filename="", mode="exec", dont_inherit=True)
 
 
@@ -139,12 +140,27 @@ def in_child(work: Callable[[], int], seconds: int, log: Path) -> int:
         os.dup2(file.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     signal.alarm(10 * seconds)  # a mutant may wait for something that never comes
-    os._exit(work())
+    code = os.EX_SOFTWARE
+    try:
+        code = work()
+    finally:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def function(name: str) -> str:
     """The name of a test without its case."""
     return name.partition("[")[0]
+
+
+def outcome(code: int) -> str:
+    """What an exit code says about a mutant."""
+    if code in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
+        return "survived"
+    if -code in {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}:
+        return "timed out"
+    return "failed" if code == pytest.ExitCode.TESTS_FAILED else f"exit code {code}"
 
 
 class Measured:
@@ -192,58 +208,86 @@ def measure(folder: Path) -> int:
     return int(code)
 
 
-def tests_of(
-    mutant: Mutant, data: CoverageData, times: dict[str, float], budget: float
-) -> list[list[str]]:
-    """Tests that execute a mutant: one case of each function, fastest first, then more cases.
+class Tests(NamedTuple):
+    """The tests that execute each line, and the time of each test."""
 
-    The file with the most tests is first: most mutants need no other file.
+    lines: CoverageData
+    times: dict[str, float]
+
+    def contexts(self, mutant: Mutant) -> set[str]:
+        """Names of the tests that execute a mutant; empty for the import of its module."""
+        contexts = self.lines.contexts_by_lineno(str(mutant.file))
+        found = {name for line in mutant.lines for name in contexts.get(line, [])}
+        return {name for names in contexts.values() for name in names} if found == {""} else found
+
+    def of(self, mutant: Mutant, budget: float) -> list[str]:
+        """The tests to run: one case of each function, the fastest first, then further cases."""
+        names = {name.rpartition("|")[0] for name in self.contexts(mutant)} & self.times.keys()
+        cases, order = Counter[str](), {}
+        for name in sorted(names, key=self.times.__getitem__):
+            order[name] = (cases[function(name)], self.times[name])
+            cases[function(name)] += 1
+        chosen = []
+        for name in sorted(names, key=order.__getitem__):
+            if self.times[name] <= budget:
+                chosen.append(name)
+                budget -= self.times[name]
+        return chosen
+
+
+def after_import(mutant: Mutant, tests: list[str]) -> int:
+    """Import the package with the mutant and run the tests; return pytest's exit code.
+
+    Only the four files with the most of these tests are collected, as that takes a second each.
     """
-    contexts = data.contexts_by_lineno(str(mutant.file))
-    found = {name for line in mutant.lines for name in contexts.get(line, [])}
-    if found == {""}:  # only the import executes the line
-        found = {name for names in contexts.values() for name in names}
-    names = {name.rpartition("|")[0] for name in found} & times.keys()
-    cases, order = Counter[str](), {}
-    for name in sorted(names, key=times.__getitem__):
-        order[name] = (cases[function(name)], times[name])
-        cases[function(name)] += 1
-    chosen = []
-    for name in sorted(names, key=order.__getitem__):
-        if times[name] <= budget:
-            chosen.append(name)
-            budget -= times[name]
-    files = Counter(name.partition("::")[0] for name in chosen)
-    first = max(files, key=files.__getitem__, default="")
-    parts = [
-        [name for name in chosen if name.startswith(f"{first}::") is wanted]
-        for wanted in (True, False)
-    ]
-    return [part for part in parts if part]
-
-
-def outcome(mutant: Mutant, parts: list[list[str]], limit: int, log: Path) -> str:
-    """How the tests find the mutant, or that it survives."""
     source, load = mutant.source(), SourceFileLoader.get_code
 
     def get_code(loader: SourceFileLoader, name: str) -> Any:
         path = loader.get_filename(name)
         return to_code(source, filename=path) if path == str(mutant.file) else load(loader, name)
 
-    def work(tests: list[str]) -> int:
-        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-        files = sorted({name.partition("::")[0] for name in tests})
-        return int(pytest.main([*QUIET, "-x", *files], plugins=[Chosen(tests)]))
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    files = Counter(name.partition("::")[0] for name in tests).most_common(4)
+    return int(pytest.main([*QUIET, "-x", *(file for file, _ in files)], plugins=[Chosen(tests)]))
 
-    for tests in parts:
-        code = in_child(partial(work, tests), limit, log)
-        if code < 0:
-            return "timed out" if -code in TIME_IS_UP else "crashed"
-        if code == pytest.ExitCode.USAGE_ERROR:
-            sys.exit(log.read_text("utf-8"))
-        if code not in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
-            return "failed"
-    return "survived" if parts else "no test"
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of every function and class of a module."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield inner
+            yield from codes(inner)
+
+
+class Replaced:
+    """Plugin of pytest that collects tests once, and exchanges the code of imported functions."""
+
+    def __init__(self, mutants: list[Mutant], test: Callable[..., None]) -> None:
+        self.mutants, self.test = mutants, test
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        functions = [f for f in gc.get_objects() if type(f) is FunctionType]
+        gc.freeze()  # forked processes share the pages of all objects that they don't change
+
+        def run(mutant: Mutant, tests: list[str]) -> int:
+            path = str(mutant.file)
+            sources = mutant.file.read_text("utf-8"), mutant.source()
+            old, new = (codes(to_code(source, filename=path)) for source in sources)
+            replacement = dict(zip(old, new, strict=True))
+            for f in functions:
+                if f.__code__.co_filename == path:
+                    f.__code__ = replacement[f.__code__]
+            chosen = [items[name] for name in tests]
+            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+                session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    return 1
+            return 0
+
+        for mutant in self.mutants:
+            self.test(mutant, run)
+        return True
 
 
 def main() -> None:
@@ -264,21 +308,37 @@ def main() -> None:
     if not (folder / "times").exists() and in_child(lambda: measure(folder), 7200, log):
         sys.exit(f"the tests fail without a mutant, see {log}")
 
-    times = json.loads((folder / "times").read_text())
-    data = CoverageData(str(folder / "coverage"))
-    data.read()
-    files = [Path(name) for name in sorted(data.measured_files())]
+    lines = CoverageData(str(folder / "coverage"))
+    lines.read()
+    known = Tests(lines, json.loads((folder / "times").read_text()))
+    files = [Path(name) for name in sorted(lines.measured_files())]
     every = [mutant for file in files if file.parent.name in FOLDERS for mutant in mutants(file)]
     every.sort(key=lambda mutant: hashed(f"{options.seed} {mutant.name}"))
     sample = [*itertools.islice(filter(Mutant.is_valid, every), options.mutants)]
     results.touch()
     found = dict(json.loads(line) for line in results.read_text().splitlines())
-    with results.open("a") as file:
-        for mutant in sample:
-            if mutant.name not in found:
-                parts = tests_of(mutant, data, times, options.budget)
-                found[mutant.name] = outcome(mutant, parts, int(60 + 4 * options.budget), log)
-                print(json.dumps([mutant.name, found[mutant.name]]), file=file, flush=True)
+
+    rest = [mutant for mutant in sample if mutant.name not in found]
+    # Read everything now: in a forked process, coverage would begin a new file.
+    tests = {mutant: known.of(mutant, options.budget) for mutant in rest}
+    executed = {mutant: "" in known.contexts(mutant) for mutant in rest}  # by an import
+
+    def test(mutant: Mutant, run: Callable[[Mutant, list[str]], int]) -> None:
+        result = "no test"
+        if tests[mutant]:
+            limit = int(20 + 2 * options.budget)
+            code = in_child(lambda: run(mutant, tests[mutant]), limit, folder / "test")
+            result = outcome(code)
+        with results.open("a") as file:
+            print(json.dumps([mutant.name, result]), file=file)
+
+    imported = Replaced([mutant for mutant in rest if not executed[mutant]], test)
+    arguments = [*QUIET, "--capture=sys", *(str(TESTS / name) for name in SUITES)]
+    in_child(lambda: int(pytest.main(arguments, plugins=[imported])), 7200, log)
+    for mutant in rest:
+        if executed[mutant]:
+            test(mutant, after_import)
+    found = dict(json.loads(line) for line in results.read_text().splitlines())
 
     survivors = [mutant for mutant in sample if found[mutant.name] in {"survived", "no test"}]
     texts = [f"{found[mutant.name]}: {mutant.difference()}\n" for mutant in survivors]
