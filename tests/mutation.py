@@ -28,7 +28,7 @@ import traceback
 from argparse import ArgumentParser, RawTextHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -44,7 +44,7 @@ from scipy.stats import binomtest
 
 TESTS = Path(__file__).parent
 FOLDERS = ["linear", "score", "solvers"]
-SUITES = [*FOLDERS, "validation"]
+
 QUIET = ["-q", "--tb=line", "-p", "no:cacheprovider"]
 LONG = 2.0  # seconds after which a test function's other cases are left out
 # Modules that no mutant changes: they are imported once.
@@ -201,11 +201,17 @@ class Chosen:
 
 def measure(folder: Path) -> int:
     """Run the tests with coverage; write the lines and the time of each test."""
-    plugin, suites = Measured(), [str(TESTS / name) for name in SUITES]
+    plugin, suites = Measured(), [str(TESTS / name) for name in FOLDERS]
     options = ["--cov=cldsde", "--cov=solvers", "--cov-branch", "--cov-context=test"]
     code = pytest.main([*QUIET, *options, "--cov-report=", *suites], plugins=[plugin])
     (folder / "times").write_text(json.dumps(plugin.seconds))
     return int(code)
+
+
+@cache
+def contexts_of(lines: CoverageData, file: str) -> dict[int, list[str]]:
+    """The tests that execute each line of a file."""
+    return lines.contexts_by_lineno(file)
 
 
 class Tests(NamedTuple):
@@ -216,7 +222,7 @@ class Tests(NamedTuple):
 
     def contexts(self, mutant: Mutant) -> set[str]:
         """Names of the tests that execute a mutant; empty for the import of its module."""
-        contexts = self.lines.contexts_by_lineno(str(mutant.file))
+        contexts = contexts_of(self.lines, str(mutant.file))
         found = {name for line in mutant.lines for name in contexts.get(line, [])}
         return {name for names in contexts.values() for name in names} if found == {""} else found
 
@@ -333,7 +339,7 @@ def main() -> None:
             print(json.dumps([mutant.name, result]), file=file)
 
     imported = Replaced([mutant for mutant in rest if not executed[mutant]], test)
-    arguments = [*QUIET, "--capture=sys", *(str(TESTS / name) for name in SUITES)]
+    arguments = [*QUIET, "--capture=sys", *(str(TESTS / name) for name in FOLDERS)]
     in_child(lambda: int(pytest.main(arguments, plugins=[imported])), 7200, log)
     for mutant in rest:
         if executed[mutant]:
