@@ -21,6 +21,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -46,7 +47,7 @@ TESTS = Path(__file__).parent
 FOLDERS = ["linear", "score", "solvers"]
 
 QUIET = ["-q", "--tb=line", "-p", "no:cacheprovider"]
-LONG = 2.0  # seconds after which a test function's other cases are left out
+LONG = 0.5  # seconds after which a test function's other cases are left out
 # Modules that no mutant changes: they are imported once.
 LARGE = ["torch", "scipy.linalg", "scipy.optimize", "hypothesis", "mpmath", "torchsde"]
 PAIRS = {
@@ -288,6 +289,7 @@ class Replaced:
             for item, following in zip(chosen, [*chosen[1:], None], strict=True):
                 session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if session.testsfailed:
+                    sys.stdout.write(f"\nFAILED {item.nodeid}\n")
                     return 1
             return 0
 
@@ -330,11 +332,12 @@ def main() -> None:
     executed = {mutant: "" in known.contexts(mutant) for mutant in rest}  # by an import
 
     def test(mutant: Mutant, run: Callable[[Mutant, list[str]], int]) -> None:
-        result = "no test"
+        result = ["no test"]
         if tests[mutant]:
-            limit = int(20 + 2 * options.budget)
-            code = in_child(lambda: run(mutant, tests[mutant]), limit, folder / "test")
-            result = outcome(code)
+            limit, log = int(20 + 2 * options.budget), folder / "test"
+            code = in_child(lambda: run(mutant, tests[mutant]), limit, log)
+            failed = re.findall("^FAILED (.*)", log.read_text("utf-8"), re.MULTILINE)
+            result = [outcome(code), *failed[:1]]
         with results.open("a") as file:
             print(json.dumps([mutant.name, result]), file=file)
 
@@ -346,15 +349,16 @@ def main() -> None:
             test(mutant, after_import)
     found = dict(json.loads(line) for line in results.read_text().splitlines())
 
-    survivors = [mutant for mutant in sample if found[mutant.name] in {"survived", "no test"}]
-    texts = [f"{found[mutant.name]}: {mutant.difference()}\n" for mutant in survivors]
+    how = {mutant: found[mutant.name][0] for mutant in sample}
+    survivors = [mutant for mutant in sample if how[mutant] in {"survived", "no test"}]
+    texts = [f"{how[mutant]}: {mutant.difference()}\n" for mutant in survivors]
     (folder / "survivors").write_text("\n".join(texts), "utf-8")
     killed, n = len(sample) - len(survivors), len(sample)
     low, high = binomtest(killed, n).proportion_ci(method="wilson")
     print(
         f"{killed} of {n} mutants are found: {killed / n:.1%}, 95% interval {low:.1%} to {high:.1%}"
     )
-    print(f"of {len(every)} mutants in all;", dict(Counter(found[m.name] for m in sample)))
+    print(f"of {len(every)} mutants in all;", dict(Counter(how.values())))
 
 
 if __name__ == "__main__":
