@@ -90,12 +90,13 @@ def assert_moments(found, expected):
         assert abs(one - other).max() <= RECURSION * abs(expected[1]).max()
 
 
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("grid", [("uniform", 1), ("root", 7), ("quadratic", 25)])
+@pytest.mark.parametrize(
+    "grid", [("uniform", 1, True), ("root", 7, False), ("quadratic", 25, True)]
+)
 @pytest.mark.parametrize("name", list(PROCESSES))
-def test_solvers_have_the_moments_of_their_recursions(name, grid, known):
-    times = getattr(solvers, f"{grid[0]}_times")(1.0, END, grid[1])
-    exact = PROCESSES[name][1]
+def test_solvers_have_the_moments_of_their_recursions(name, grid):
+    kind, steps, known = grid
+    times, exact = getattr(solvers, f"{kind}_times")(1.0, END, steps), PROCESSES[name][1]
     expected = euler_maruyama(exact, times.tolist())
     assert_moments(propagated(EM, name, times, known=known), expected)
     if name != "VE":
@@ -103,13 +104,7 @@ def test_solvers_have_the_moments_of_their_recursions(name, grid, known):
         assert_moments(propagated(SSCS, name, times, known=known), expected)
 
 
-def test_a_thousand_steps_are_probed_at_once_without_loss():
-    times, exact = solvers.uniform_times(1.0, END, 1024), PROCESSES["CLD, linear"][1]
-    assert_moments(propagated(EM, "CLD, linear", times), euler_maruyama(exact, times.tolist()))
-    assert_moments(propagated(SSCS, "CLD, linear", times), sscs(exact, times.tolist()))
-
-
-@pytest.mark.parametrize("name", ["VP", "VE", "CLD, linear schedule", "PSLD"])
+@pytest.mark.parametrize("name", ["VE", "CLD, linear schedule"])
 def test_the_moment_error_is_the_distance_of_the_recursion_from_the_exact_moments(name):
     times = solvers.uniform_times(1.0, END, 32)
     exact = PROCESSES["CLD, linear" if name.startswith("CLD") else name][1]
@@ -140,17 +135,11 @@ def test_directions_of_the_data_are_kept_apart(solver):
 
 @pytest.mark.parametrize(
     ("solver", "name"),
-    [
-        (EM, "CLD, underdamped"),
-        (SSCS, "CLD, linear"),
-        (SSCS, "PSLD"),
-        (solvers.ExponentialMultistep(order=2, stochasticity=1.0), "HOLD"),
-    ],
+    [(SSCS, "PSLD"), (solvers.ExponentialMultistep(order=2, stochasticity=1.0), "HOLD")],
 )
 def test_samples_have_the_propagated_moments(solver, name):
     sde, n = PROCESSES[name][0], 50_000
-    times = solvers.quadratic_times(1.0, END, 8)
-    g = torch.Generator().manual_seed(0)
+    times, g = solvers.quadratic_times(1.0, END, 8), torch.Generator().manual_seed(0)
     state = sde.prior.sample((n, 1), generator=g, dtype=torch.float64)
     z = solvers.solve(reverse(sde), solver, state, times, generator=g).state[..., 0]
     start = torch.zeros(sde.components, 1), sde.prior.covariance
