@@ -1,7 +1,5 @@
 """Solvers with planted faults."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Distances of distributions against closed forms, and tables of error against work."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Estimated orders of convergence, on error curves whose order is known by construction."""
 
-from __future__ import annotations
-
 import json
 import math
 from statistics import NormalDist
@@ -38,17 +36,17 @@ class Curve(NamedTuple):
 
 def random_curve(rng: np.random.Generator, kind: str) -> Curve:
     """C h^p (1 + a h) with Gaussian noise of known standard error, over 4 to 7 halvings."""
-    p, a = rng.choice(ORDERS), rng.uniform(-2, 2)
+    p, a = float(rng.choice(ORDERS)), rng.uniform(-2, 2)
     h = 1 / rng.choice([8, 16]) * 2.0 ** -np.arange(rng.integers(5, 9))
     error = 10 ** rng.uniform(-3, 2) * h**p * (1 + a * h)
-    if kind == "exact":
-        noise = np.zeros_like(error)
-    elif kind == "relative":
-        noise = error * 10 ** rng.uniform(-3, math.log10(0.03))
-    else:  # between 0.3 and 4^p of the finest error: up to three levels drown
-        noise = np.full_like(error, error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()))
+    noise = {
+        "exact": 0 * error,
+        "relative": error * 10 ** rng.uniform(-3, math.log10(0.03)),
+        # Between 0.3 and 4^p of the finest error: up to three levels drown.
+        "constant": error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()) + 0 * error,
+    }[kind]
     measured = np.abs(error + noise * rng.standard_normal(len(h)))
-    return Curve(float(p), estimate_order(h, measured, noise, expected=float(p)))
+    return Curve(p, estimate_order(h, measured, noise, expected=p))
 
 
 # Coverage: what `estimate_order` is asked for, 90 % at a nominal 95 %. Shares and widths bound from
@@ -122,12 +120,12 @@ def test_intervals_cover_over_the_stated_range(order, count, spacing, high):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("ratio", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize("ratio", [1.5, 4.0])
 def test_a_pure_power_gives_its_exponent(order, ratio):
     steps = ratio ** -np.arange(5.0)
     estimate = estimate_order(steps, 7 * steps**order, rounding=0.0, expected=order)
-    assert estimate.order == pytest.approx(order, abs=REGRESSION)
-    assert [p for p, _, _ in estimate.local_orders] == pytest.approx([order] * 4, abs=REGRESSION)
+    orders = [estimate.order, *(p for p, _, _ in estimate.local_orders)]
+    assert orders == pytest.approx([order] * 5, abs=REGRESSION)
     assert estimate.verdict is Verdict.PASS
     assert not any(reasons(estimate))
 

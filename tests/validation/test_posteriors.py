@@ -45,7 +45,7 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
 
 def test_small_noise_keeps_covariances_positive():
     posterior = posterior_problems(1e-6)["mask"].posterior
-    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -1e-15
+    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -rounding(4)
 
 
 @pytest.mark.parametrize(("sde", "noise"), [(VPSDE(), 1.0), (CLD(), 0.1)], ids=str)
@@ -104,7 +104,7 @@ def test_a_sampler_that_returns_no_numbers_fails():
 
 
 def test_a_planted_sampler_that_is_not_found_is_a_failure():
-    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=500, repeats=2)
+    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=100, repeats=2)
     name = next(iter(planted_samplers()))
     (line,) = PosteriorReport([dataclasses.replace(found, method=name)]).failures()
     assert "was not found" in line
@@ -133,15 +133,15 @@ def test_weighted_samples_are_ranked_by_their_weights():
     assert found.p_value > RARE
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "exct"}, "method must be one of 'exact'"),
-        ({"samples": 10}, "samples must be at least 100"),
-        ({"repeats": 1}, "repeats must be at least 2"),
-        ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
-    ],
-)
+WRONG = [
+    ({"method": "exct"}, "method must be one of 'exact'"),
+    ({"samples": 10}, "samples must be at least 100"),
+    ({"repeats": 1}, "repeats must be at least 2"),
+    ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_bad_arguments_are_named(arguments, message):
     given = {"method": "exact", "problem": posterior_problems()["two modes"], **arguments}
     with pytest.raises(ValueError, match=message):
