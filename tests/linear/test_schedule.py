@@ -29,7 +29,7 @@ def cosine(offset: float, stop: float) -> tuple[Schedule, Any, float]:
         return 2 * mp.log(first / last)
 
     # The angle is good to eps, and the rate there has a relative slope of 1 / cos(angle) at most:
-    # it is 2e5 where the schedule ends 2e-6 before the quarter turn.
+    # it is 2e5 if the schedule ends 2e-6 before the quarter turn.
     slope = 1 / math.cos(math.pi / 2 / (1 + offset) * (stop + offset))
     return Schedule.cosine(offset, stop), integral, rounding(8, 1 + slope)
 

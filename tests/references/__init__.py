@@ -2,7 +2,7 @@
 
 `kernels`: transition kernels with 110 digits (mpmath).  `float64`: the same processes in float64
 with Gaussian data, from matrix exponentials (numpy, scipy).  `mixtures`: densities, scores and
-guidance of Gaussian mixtures.  `interpolants`: those of the package, beside alpha and sigma.
+guidance of Gaussian mixtures.  `interpolants`: the package's, beside alpha and sigma.
 """
 
 from references.float64 import Dense as Dense

@@ -131,7 +131,7 @@ def test_exact_samples_have_no_error_of_modes_however_much_these_overlap(name):
     kernel = problem.sde.marginal(problem.end)
     scale, noise = float(kernel.mean[0, 0]), float(kernel.covariance[0, 0])
     x = problem.sample(n, generator(), at=problem.end)[:, 0]
-    # A standard deviation of n/8 points, and three times as much where modes overlap.
+    # A standard deviation of n/8 points, and three times as much if modes overlap.
     found = mode_spread_error(x, problem.data, scale, noise)
     assert found < standard_error(1 / math.sqrt(2), n // 8, number=10)
 

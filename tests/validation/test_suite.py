@@ -62,7 +62,7 @@ Nothing = altered(EulerMaruyama, step=lambda z, *_: 0 * z, weak_order=None, stro
 
 
 def noise_by_length(tables, times):
-    """Noise h G ξ where √h G ξ belongs."""
+    """Noise h G ξ in place of √h G ξ."""
     (stage,), roots = tables.stages, (-times.diff()).sqrt()[:, None, None]
     noise = (roots * tensor(stage.noise)).tolist()
     return tables._replace(stages=(stage._replace(noise=noise),))
@@ -245,7 +245,7 @@ def test_a_rejection_by_a_solver_that_is_declared_for_every_process_fails():
     assert summarise([found]) == {"it": FAIL}
 
 
-# Processes beside those of the contract of solvers, and what families of solvers reject of them.
+# Processes that the contract of solvers does not have, and the families of solvers that reject them.
 UNUSUAL = {"sub-VP", "CLD, underdamped", "non-commuting"}
 REJECTED_BY = {
     **{name: {"sub-VP", "non-commuting"} for name in ("sscs", "splitting")},
@@ -353,13 +353,12 @@ def test_a_solver_that_declares_no_order_is_judged_by_the_distribution_as_a_whol
 
 
 def test_starts_of_a_solver_have_nothing_to_do_with_the_exact_samples():
-    problem, n = PROBLEMS["VP, ring"], 4000
-    kept = {}
+    problem, n, kept, purpose = PROBLEMS["VP, ring"], 4000, [], suite._SEED_NAMES["distribution"]
     suite._Cases(quick=True, seed=0).get(
-        "law", problem, lambda g: kept.update(exact=problem.sample(n, g, at=problem.end))
+        purpose, problem, lambda g: kept.append(problem.sample(n, g, at=problem.end))
     )
-    kept["start"] = problem.sample(n, suite.generator_of(0, "law of a solver"))
-    rows = torch.cat([kept["exact"].flatten(1), kept["start"].flatten(1)], 1).T
+    kept.append(problem.sample(n, suite.generator_of(0, f"{purpose} of a solver")))
+    rows = torch.cat([x.flatten(1) for x in kept], 1).T
     assert torch.corrcoef(rows)[:2, 2:].abs().max() < standard_error(1.0, n, number=5)
 
 
@@ -381,7 +380,7 @@ def test_a_distribution_is_compared_by_moments_shares_and_spreads_with_errors_th
     # Moments of the mixture: unit variance, the variance of a mode, and no correlation.
     kernel = problem.sde.marginal(problem.end)
     exact = float(kernel.mean[0, 0] ** 2 * 1.04 + kernel.covariance[0, 0])
-    # A batch of 60 divides by 60 where 59 is unbiased.
+    # A batch of 60 divides by 60; 59 would be unbiased.
     value = {"covariance 1,1": exact * 59 / 60, "covariance 1,2": 0.0, "share of mode 3": 1 / 8}
     for name, found, error in zip(case.names, case.expected, case.error, strict=True):
         assert name not in value or abs(found - value[name]) <= 5 * error
