@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 import cldsde
 from cldsde import GaussianMixture, ReverseProcess, solvers
+from cldsde.files import write_whole
 from cldsde.images.config import RunConfig, SamplingConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.files import write_whole
 from cldsde.images.model import ImageModel, ImageSpace, make_model
-from cldsde.images.sample.request import CompileMode, SampleRequest
-from cldsde.images.sample.sampler import Precision
+from cldsde.images.sample.request import CompileMode, speed_up
+from cldsde.images.sample.sampler import ImageSampler, Precision
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner
 from cldsde.solvers.noise import RecordedNoise
@@ -237,16 +237,11 @@ def sampling(setting: Setting, found: Found) -> None:
             config, space = setting.config(), setting.space()
             made = make_model(config, space).to(setting.device).eval()
             made.score.network.load_state_dict(network.state_dict())
-            request = SampleRequest(
-                model=ImageModel(made, space, config, 0, ""),
-                sampling=SamplingConfig(solver="em", nfe=setting.evaluations, grid="quadratic"),
-                seeds=range(batch),
-                batch=batch,
-                precision=kind,
-                compile_mode=mode,
-                channels_last=last,
-            )
-            work = partial(request.draw, None, list(request.seeds))
+            model = ImageModel(made, space, config, 0, "")
+            speed_up(model, mode, channels_last=last)
+            recipe = SamplingConfig(solver="em", nfe=setting.evaluations, grid="quadratic")
+            sampler = ImageSampler.of(model, recipe, batch=batch, precision=kind)
+            work = partial(sampler.draw, list(range(batch)))
             row: dict[str, Any] = {}
             with setting.peak(row):
                 images = work().images.double()

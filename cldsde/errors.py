@@ -6,7 +6,10 @@ renders the key in its own language, such as the option of a command line.
 
 from __future__ import annotations
 
-__all__ = ["SettingError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["SettingError", "setting"]
 
 
 class SettingError(ValueError):
@@ -30,3 +33,14 @@ class SettingError(ValueError):
         if not section:
             return self
         return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)
+
+
+@contextmanager
+def setting(key: str) -> Iterator[None]:
+    """Raise errors of values, types, arithmetic or files in a block as errors of one setting."""
+    try:
+        yield
+    except SettingError as error:
+        raise error.within(key) from error
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+        raise SettingError(key, " ".join(str(error).split())) from error

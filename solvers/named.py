@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+
+from cldsde.messages import imported, in_words
 
 from .base import Solver, check_solver
 from .edm_heun import EDMHeun
@@ -105,13 +106,11 @@ def find_solver(name: str) -> Solver:
             msg += f"; did you mean {near[0]}?" if near else ""
             raise ValueError(msg)
         return known[canonical_name(name)]
-    module, _, attribute = name.partition(":")
+    found = imported(name)
     try:
-        found = getattr(importlib.import_module(module), attribute)
         solver: object = found() if isinstance(found, type) else found
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        msg = f"solver {name!r} cannot be loaded and made without arguments: {reason}"
+        msg = f"solver {name!r} cannot be made without arguments ({in_words(error)})"
         raise ValueError(msg) from error
     try:
         return check_solver(solver, f"solver {name!r}")

@@ -47,7 +47,7 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Classifiers of evaluations keep random weights; the options of each call are returned."""
-    from cldsde.images.evaluate import ImageClassifier, reference
+    from cldsde.images.evaluate import ImageClassifier, classifier
 
     calls: list[dict[str, Any]] = []
 
@@ -56,5 +56,5 @@ def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
         classes = int(labels.max()) + 1
         return ImageClassifier(images.shape[1], max(classes, 2), width=4, size=8).eval(), 0.5
 
-    monkeypatch.setattr(reference, "train_classifier", untrained)
+    monkeypatch.setattr(classifier, "train_classifier", untrained)
     return calls

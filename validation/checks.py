@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cldsde.linear import LinearSDE
+from cldsde.messages import in_words, one_line
 from cldsde.solvers import plan, solve
 from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
@@ -28,7 +29,6 @@ __all__ = [
     "bias_check",
     "count_check",
     "facts_fault",
-    "in_words",
     "kernel_check",
     "stiff_check",
 ]
@@ -81,15 +81,6 @@ class Check:
         return result
 
 
-def in_words(error: BaseException) -> str:
-    """Describe an error on one line."""
-    return _one_line(f"{type(error).__name__}: {error}")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def facts_fault(solver: Solver) -> str:
     """Describe a fault in a solver's declared facts; empty if there is none."""
     try:
@@ -97,17 +88,17 @@ def facts_fault(solver: Solver) -> str:
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         return f"facts cannot be read: {in_words(error)}"
     if not isinstance(facts, Facts):
-        return _one_line(f"facts must be a cldsde.solvers.authoring.Facts; got {facts!r}")
+        return one_line(f"facts must be a cldsde.solvers.authoring.Facts; got {facts!r}")
     for name in ("weak_order", "strong_order", "ode_order"):
         order = getattr(facts, name)
         if order is not None and not (isinstance(order, Real) and 0 < float(order) < math.inf):
-            return _one_line(f"facts.{name} must be a positive number or None; got {order!r}")
+            return one_line(f"facts.{name} must be a positive number or None; got {order!r}")
     count: object = facts.nfe_per_step
     if not (isinstance(count, Integral) and int(count) > 0):
-        return _one_line(f"facts.nfe_per_step must be a positive integer; got {count!r}")
+        return one_line(f"facts.nfe_per_step must be a positive integer; got {count!r}")
     applies_to: object = facts.applies_to
     if not isinstance(applies_to, str):
-        return _one_line(f"facts.applies_to must be a text; got {applies_to!r}")
+        return one_line(f"facts.applies_to must be a text; got {applies_to!r}")
     return ""
 
 

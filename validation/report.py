@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
@@ -25,7 +26,7 @@ from .suite import declares_order
 from .summary import declared_too_low, inconclusive, summarise
 from .work_precision import WorkPrecision
 
-__all__ = ["PAGE", "Report", "part_of"]
+__all__ = ["PAGE", "Report"]
 
 PAGE = "index.html"
 
@@ -67,11 +68,8 @@ class Report:
 
     def write_json(self, file: Path) -> None:
         """Write the report to a file; on failure the old file stays."""
-        part = part_of(file)
-        part.write_text(
-            json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        part.replace(file)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def to_text(self) -> str:
         """Text for the terminal: a table, reasons of unconfirmed orders, and the number of passes.
@@ -166,6 +164,34 @@ class Report:
                 lines.append(f"{name}, {kind}: above the declared order on every problem")
         return lines
 
+    def not_measured(self, names: Sequence[str]) -> list[str]:
+        """The named solvers without a verdict, and the reason, one clause each."""
+        summary, clauses = self.summary(), []
+        for name in names:
+            if name not in summary:
+                reasons = [check.message for check in self.checks if check.subject == name]
+                why = next(iter(reasons), "these problems have no check for its declared facts")
+                clauses.append(f"{name} was not measured: {why}")
+        return clauses
+
+    def complaints(self) -> list[str]:
+        """The solvers that failed, and those whose order no problem confirmed, one clause each."""
+        summary = self.summary()
+        judged = {check.subject for check in self.checks if check.verdict is not None}
+        kinds = {
+            "failed": [name for name, verdict in summary.items() if verdict is Verdict.FAIL],
+            "are inconclusive, because no problem confirmed a declared order": [
+                name
+                for name, verdict in summary.items()
+                if verdict is Verdict.INCONCLUSIVE and name in judged
+            ],
+        }
+        return [
+            f"{len(names)} of {len(summary)} {what}: {', '.join(names)}"
+            for what, names in kinds.items()
+            if names
+        ]
+
     def solver_table(self) -> list[dict[str, str]]:
         """Declared facts and measured orders of each solver, for the documentation."""
         rows = []
@@ -217,15 +243,8 @@ class Report:
             ],
             diagrams=[(f"{t.problem}, {t.metric}", _diagram(t)) for t in self.tables],
         )
-        file = folder / PAGE
-        part = part_of(file)
-        part.write_text(page, encoding="utf-8")
-        return part.replace(file)
-
-
-def part_of(file: Path) -> Path:
-    """Temporary name of a file until it is complete."""
-    return file.with_name(file.name + ".part")
+        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+        return folder / PAGE
 
 
 def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cldsde.messages import in_words, one_line
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
@@ -20,7 +21,6 @@ from .checks import (
     bias_check,
     count_check,
     facts_fault,
-    in_words,
     kernel_check,
     stiff_check,
 )
@@ -394,7 +394,7 @@ def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:
     try:
         solver.prepare(problem.process, uniform_times(problem.start, problem.end, steps))
     except ValueError as error:
-        return " ".join(str(error).split()) or "without a reason"
+        return one_line(error) or "without a reason"
     except (Exception, SystemExit):  # noqa: BLE001 a user's solver may raise anything
         return ""
     return ""

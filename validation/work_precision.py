@@ -18,6 +18,7 @@ from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.base import check_solver
+from cldsde.tables import Entry, Table
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
@@ -109,20 +110,18 @@ class WorkPrecision:
         budgets = sorted({point.nfe for point in self.points})
         names = list(dict.fromkeys(point.solver for point in self.points))
         cells = {(point.solver, point.nfe): point for point in self.points}
-        lines = [
-            f"| {self.metric} at NFE | " + " | ".join(map(str, budgets)) + " |",
-            "| --- |" + " ---: |" * len(budgets),
-        ]
+        rows = []
         for name in names:
-            row = []
+            row = [Entry(name, number=False)]
             for budget in budgets:
                 point = cells.get((name, budget))
                 text = "" if point is None else f"{point.error:.1e}"
-                row.append(f"**{text}**" if point is not None and point.pareto else text)
-            lines.append(f"| {name} | " + " | ".join(row) + " |")
+                row.append(Entry(text, best=point is not None and point.pareto))
+            rows.append(row)
         if self.floor is not None:
-            lines.append(f"| exact samples |{f' {self.floor:.1e} |' * len(budgets)}")
-        return "\n".join(lines)
+            floor = Entry(f"{self.floor:.1e}")
+            rows.append([Entry("exact samples", number=False), *[floor] * len(budgets)])
+        return Table("", [f"{self.metric} at NFE", *map(str, budgets)], rows, []).markdown()
 
     def plot(
         self,

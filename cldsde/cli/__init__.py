@@ -28,6 +28,10 @@ _COMMANDS = {
     "validate": validate,
     "import": import_published,
 }
+_INTERRUPTED = {
+    "validate": "interrupted; results so far are in the file of --json and the page of --out",
+    "import": "interrupted; nothing was written",
+}
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -66,9 +70,7 @@ def _build_parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, module in _COMMANDS.items():
-        command = _Parser(
-            usage=f"cldsde {name} [options]", description=module.__doc__, add_help=True
-        )
+        command = _Parser(usage=f"cldsde {name} [options]", description=module.__doc__)
         module.add_arguments(command)
         commands.add_subcommand(name, command, help=(module.__doc__ or "").splitlines()[0])
     return parser
@@ -79,28 +81,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program, interrupted = "cldsde", "interrupted"
     try:
         options = _build_parser().parse_args(None if arguments is None else list(arguments))
-        program = f"cldsde {options.command}"
+        name = options.command
+        program = f"cldsde {name}"
         # `module:name` in options is imported from the current folder, too.
         if "" not in sys.path:
             sys.path.append("")
         try:
             # All arguments are checked here, before any work is done.
-            work = _COMMANDS[options.command].prepare(options[options.command])
+            work = _COMMANDS[name].prepare(options[name])
         except (ValueError, ImportError, OSError) as error:
-            _complain(program, _rendered(error, options.command))
+            _complain(program, _rendered(error, name))
             return 2
-        interrupted = _COMMANDS[options.command].INTERRUPTED
+        interrupted = _INTERRUPTED.get(name, "interrupted; the same command resumes")
         work()
     except KeyboardInterrupt:
         print(f"{program}: {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
-        _complain(program, _rendered(error, options.command))
+        _complain(program, _rendered(error, name))
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        # On the CPU torch has no exception class for a failed allocation.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (known or "can't allocate memory" in text):
             raise
-        _complain(program, f"out of memory; take smaller networks or batches ({_first(error)})")
+        _complain(program, f"out of memory; take smaller networks or batches ({text})")
         return 1
     return 0
 
@@ -115,13 +121,3 @@ def _rendered(error: Exception, command: str) -> str:
     options = {x.dest: x.option_strings or [str(x.metavar)] for x in parser._actions}
     name = (options.get(str(key).removeprefix("options.")) or [key])[-1]
     return f"{name}: {getattr(error, 'reason', '')}"
-
-
-def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether an allocator failed: on the CPU torch has no exception class for it."""
-    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return named or "can't allocate memory" in str(error)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,15 +15,14 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.options import (
-    INTERRUPTED,
-    add_device_argument,
-    add_set_argument,
+    SEED,
+    device_option,
+    flag,
     needs_images,
     option,
     resolve_device,
+    set_option,
 )
-
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,16 +31,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
     )
     option(parser, "config", "CONFIG", f"{text}cld_variants or quick", nargs="?")
-    parser.add_argument(
-        "--quick", action="store_true", help="digits and tiny networks, under ten minutes"
-    )
+    flag(parser, "--quick", "digits and tiny networks, under ten minutes")
     text = "folder, made if missing; comparison- and the name of the configuration by default"
-    option(parser, "--out", "DIR", text)
-    add_set_argument(parser, "override of a key, such as base.training.images=1000")
-    option(parser, "--seed", "N", "seed of training and of all images", type=int)
-    add_device_argument(parser)
-    text = "print the resolved configuration and stop"
-    parser.add_argument("--print-config", action="store_true", help=text)
+    option(parser, "--out", "DIR", text, kind=Path)
+    set_option(parser, "override of a key, such as base.training.images=1000")
+    option(parser, "--seed", "N", "seed of training and of all images", kind=SEED)
+    device_option(parser)
+    flag(parser, "--print-config", "print the resolved configuration and stop")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -51,25 +47,19 @@ def prepare(options: Namespace) -> Callable[[], None]:
         from cldsde.images.compare.report import RESULTS
         from cldsde.images.schema import check_name
     if options.quick and options.config is not None:
-        msg = f"--quick is a comparison of its own; got {options.config}, too"
-        raise ValueError(msg)
+        raise ValueError(f"--quick is a comparison of its own; got {options.config}, too")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         msg = "a comparison is one process; train its models by cldsde train --out DIR/models/NAME"
         raise ValueError(msg)
-    overrides = list(options.set or [])
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
     name = "quick" if options.quick else options.config or "fashion_mnist"
     path = PRESETS.get(name, Path(name).expanduser())
     if not path.suffix:
         check_name(name, PRESETS, "config")
-    config = load_comparison(path, overrides)
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    config = load_comparison(path, [*options.set, *seed])
     if options.print_config:
         return lambda: print(config.to_toml(), end="")
-    if options.out is not None and not options.out.strip():
-        msg = "--out must be the name of a folder; got an empty one"
-        raise ValueError(msg)
-    out = Path(options.out or f"comparison-{path.stem}").expanduser()
+    out = options.out or Path(f"comparison-{path.stem}")
     comparison = Comparison(config, out, device=resolve_device(options.device), progress=True)
 
     def work() -> None:

@@ -13,23 +13,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.options import (
-    INTERRUPTED,
-    add_device_argument,
-    needs_images,
-    option,
-    resolve_device,
-)
-
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
+from cldsde.cli.options import SEED, device_option, flag, needs_images, option, resolve_device
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde demo``."""
-    parser.add_argument("--quick", action="store_true", help="a smaller version, in a few minutes")
-    option(parser, "--out", "DIR", "run folder, made if missing", default="cldsde-demo")
-    option(parser, "--seed", "N", "seed of weights, training and sampling", type=int, default=0)
-    add_device_argument(parser)
+    flag(parser, "--quick", "a smaller version, in a few minutes")
+    text = "run folder, made if missing"
+    option(parser, "--out", "DIR", text, kind=Path, default=Path("cldsde-demo"))
+    option(parser, "--seed", "N", "seed of weights, training and sampling", kind=SEED, default=0)
+    device_option(parser)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -37,15 +30,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
     with needs_images():
         from cldsde.images.demo import DemoConfig, run_demo
         from cldsde.images.runs import RunFolder
-    if not 0 <= options.seed < 2**63:
-        msg = f"--seed must be from 0 to 2^63 - 1; got {options.seed}"
-        raise ValueError(msg)
-    if not options.out.strip():
-        msg = "--out must be the name of a folder; got an empty one"
-        raise ValueError(msg)
     make = DemoConfig.quick if options.quick else DemoConfig
     config = make(seed=options.seed, device=resolve_device(options.device))
-    folder = RunFolder(Path(options.out).expanduser(), config.resolved())
+    folder = RunFolder(options.out, config.resolved())
 
     def work() -> None:
         report = run_demo(config, folder)

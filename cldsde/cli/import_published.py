@@ -10,53 +10,38 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cldsde.cli.options import add_set_argument, needs_images, option
+from cldsde.cli.options import flag, needs_images, option, set_option
 from cldsde.pretrained.published_models import PUBLISHED
-
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
-
-INTERRUPTED = "interrupted; nothing was written"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde import``."""
-    option(parser, "path", "PATH", "checkpoint, such as checkpoint_800000.pth")
+    option(parser, "path", "PATH", "checkpoint, such as checkpoint_800000.pth", kind=Path)
     text = f"code that wrote the checkpoint: {' or '.join(PUBLISHED)}"
     option(parser, "--as", "CODE", text, dest="family", required=True)
     text = "published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
     option(parser, "--config", "NAME", f"{text}settings that fit the weights and the folder")
-    add_set_argument(parser, "setting of data or sampling, such as data.options.path=images")
-    option(parser, "--out", "RUN", "folder of the run", required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace the model of a run")
+    set_option(parser, "setting of data or sampling, such as data.options.path=images")
+    option(parser, "--out", "RUN", "folder of the run", required=True, kind=Path)
+    flag(parser, "--overwrite", "replace the model of a run")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Read and check the checkpoint; return the work that is left.
-
-    Raises
-    ------
-    ImportError
-        If the extra ``images`` is not installed.
-    ValueError
-        If the checkpoint cannot be used, or the folder holds something else.
-    OSError
-        If a file cannot be read or the folder cannot be written.
-    """
+    """Read and check the checkpoint; return the work that is left."""
     if options.family not in PUBLISHED:
-        msg = f"--as must be {' or '.join(PUBLISHED)}; got {options.family!r}"
-        raise ValueError(msg)
+        raise ValueError(f"--as must be {' or '.join(PUBLISHED)}; got {options.family!r}")
     with needs_images():
         from cldsde.images.networks import parameter_count
         from cldsde.images.published import read_published
-    path, out = (Path(name).expanduser() for name in (options.path, options.out))
-    found = read_published(path, options.family, options.config, options.set or [])
-    if found.is_at(out, overwrite=options.overwrite):
-        return lambda: print(f"The run in {out.resolve()} has this model already")
+    found = read_published(options.path, options.family, options.config, options.set)
+    if found.is_at(options.out, overwrite=options.overwrite):
+        return lambda: print(f"The run in {options.out.resolve()} has this model already")
 
     def work() -> None:
-        found.write(out)
+        found.write(options.out)
         count = parameter_count(found.model)
         name, shape = found.config.process.name, "×".join(map(str, found.space.shape))
-        print(f"{name}, {count:,} parameters, images of {shape}. The run is in {out.resolve()}")
+        place = options.out.resolve()
+        print(f"{name}, {count:,} parameters, images of {shape}. The run is in {place}")
 
     return work

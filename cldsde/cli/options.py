@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,72 +11,76 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-INTERRUPTED = "interrupted; the same command resumes"
 
+class _Kind:
+    """A conversion of a text, whose error says what is allowed and whose name is in ``--help``."""
 
-def option(parser: ArgumentParser, name: str, metavar: str, text: str, **more: Any) -> None:
-    """Declare an option with a value, a string unless ``type`` is given."""
-    kind = _KINDS.get(more.pop("type", str), str)
-    parser.add_argument(name, **{"type": kind, "metavar": metavar, "help": text, **more})
+    def __init__(self, name: str, convert: Callable[[Any], Any], allowed: str) -> None:
+        self.name, self.convert, self.allowed = name, convert, allowed
 
-
-class _Number:
-    """A number as text, whose error says what is wrong and whose name stands in ``--help``."""
-
-    def __init__(self, kind: type[int] | type[float], words: str) -> None:
-        self.kind, self.words = kind, words
-
-    def __call__(self, text: str | float) -> float:
+    def __call__(self, text: object) -> Any:
         try:
-            return self.kind(text)
+            return self.convert(text)
         except ValueError:
-            msg = f"must be {self.words}; got {text!r}"
-            raise ArgumentTypeError(msg) from None
+            raise ArgumentTypeError(f"must be {self.allowed}; got {text!r}") from None
 
     def __repr__(self) -> str:
-        return self.kind.__name__
+        return self.name
 
 
-_KINDS: dict[type, Any] = {
-    int: _Number(int, "an integer"),
-    float: _Number(float, "a number"),
-    bool: bool,
+def _path(text: str | Path) -> Path:
+    if not str(text).strip():
+        raise ValueError
+    return Path(text).expanduser()
+
+
+def _seed(text: str | int) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+SEED = _Kind("int", _seed, "an integer from 0 to 2^63 - 1")
+_KINDS: dict[Any, Any] = {
+    int: _Kind("int", int, "an integer"),
+    float: _Kind("float", float, "a number"),
+    Path: _Kind("path", _path, "the name of a file or folder"),
 }
 
 
-def add_set_argument(parser: ArgumentParser, text: str, metavar: str = "KEY=VALUE") -> None:
+def option(
+    parser: ArgumentParser, name: str, metavar: str, text: str, *, kind: Any = str, **more: Any
+) -> None:
+    """Declare an option with a value, a string unless ``kind`` is another type."""
+    parser.add_argument(name, type=_KINDS.get(kind, kind), metavar=metavar, help=text, **more)
+
+
+def flag(parser: ArgumentParser, name: str, text: str, **more: Any) -> None:
+    """Declare an option without a value."""
+    parser.add_argument(name, action="store_true", help=text, **more)
+
+
+def set_option(parser: ArgumentParser, text: str, metavar: str = "KEY=VALUE") -> None:
     """Declare ``--set``."""
-    option(parser, "--set", metavar, f"{text}; may be repeated", action="append")
+    option(parser, "--set", metavar, f"{text}; may be repeated", action="append", default=[])
 
 
-def add_device_argument(parser: ArgumentParser) -> None:
+def device_option(parser: ArgumentParser) -> None:
     """Declare ``--device``."""
     option(parser, "--device", "NAME", "auto, cpu, cuda, cuda:N or mps", default="auto")
 
 
 def resolve_device(name: str) -> str:
     """The name of a device of this machine, ``auto`` resolved; raise a ValueError for others."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    here += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    named = kind in {"cpu", "cuda", "mps"} and (not index or (kind == "cuda" and index.isdigit()))
-    if not named or name.endswith(":"):
-        msg = f"--device must be auto, cpu, cuda, cuda:N or mps; got {name!r}"
-        raise ValueError(msg)
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there[kind]:
-        msg = f"--device {name} is not available on this machine; use auto or cpu"
+        return "cuda" if gpus else "cpu"
+    if name not in here:
+        msg = f"--device must be {' or '.join(['auto', *here])} on this machine; got {name!r}"
         raise ValueError(msg)
     return name
-
-
-def path_of(text: str | None) -> Path | None:
-    """The path that an option names, if any."""
-    return None if text is None else Path(text).expanduser()
 
 
 @contextmanager

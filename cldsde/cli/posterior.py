@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 from jsonargparse import Namespace
 
+from cldsde.messages import imported
 from cldsde.progress import progress_bar
 from cldsde.validation.posterior_error import PosteriorError
 from cldsde.validation.posterior_methods import PosteriorSampler
 from cldsde.validation.posterior_problems import posterior_problems
 from cldsde.validation.posterior_suite import PosteriorReport, posterior_errors, posterior_runs
 
-__all__ = ["prepare_posterior"]
+
+def check_problems(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raise a ValueError for a problem that does not exist."""
+    for name in names:
+        if name not in known:
+            msg = f"--problem must be one of {', '.join(map(repr, known))}; got {name!r}"
+            raise ValueError(msg)
 
 
-def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], None]:
-    """Find the samplers and return the work that is left.
-
-    Raises
-    ------
-    ValueError
-        If an option does not go with ``--posterior``, a problem does not exist, or a sampler cannot
-        be loaded.
-    """
+def prepare_posterior(options: Namespace) -> Callable[[], None]:
+    """Find the samplers and return the work that is left."""
     if not options.posterior:
-        msg = "--sampler names a posterior sampler; add --posterior"
-        raise ValueError(msg)
+        raise ValueError("--sampler names a posterior sampler; add --posterior")
     for option in ("solver", "out"):
         if getattr(options, option):
-            msg = f"--{option} does not go with --posterior; leave one of them out"
-            raise ValueError(msg)
-    known = tuple(posterior_problems())
-    unknown = [name for name in options.problem or () if name not in known]
-    if unknown:
-        msg = f"--problem must be one of {', '.join(map(repr, known))}; got {unknown[0]!r}"
-        raise ValueError(msg)
-    named = {name: _find_sampler(name) for name in options.sampler or ()}
+            raise ValueError(f"--{option} does not go with --posterior; leave one of them out")
+    check_problems(options.problem, posterior_problems())
+    named: dict[str, PosteriorSampler] = {name: imported(name) for name in options.sampler}
+    for name, sampler in named.items():
+        if not callable(sampler):
+            msg = f"--sampler {name!r} must be a function; got {type(sampler).__name__}"
+            raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
 
     def work() -> None:
-        runs = posterior_runs(quick=options.quick, problems=options.problem, named=named)
+        runs = posterior_runs(quick=options.quick, problems=options.problem or None, named=named)
         found: list[PosteriorError] = []
         made = posterior_errors(runs, seed=options.seed, named=named)
         try:
@@ -50,28 +46,12 @@ def prepare_posterior(options: Namespace, file: Path | None) -> Callable[[], Non
                 found.append(error)  # noqa: PERF402 one by one, for an interruption
         finally:
             report = PosteriorReport(found)
-            if file is not None:
-                report.write_json(file)
+            if options.json is not None:
+                report.write_json(options.json)
             print(report.to_text(), flush=True)
         lines = report.failures()
         if lines:
             print("\n" + "\n".join(lines), file=sys.stderr)
-            msg = f"{len(lines)} of {len(found)} measurements are not as claimed"
-            raise ArithmeticError(msg)
+            raise ArithmeticError(f"{len(lines)} of {len(found)} measurements are not as claimed")
 
     return work
-
-
-def _find_sampler(name: str) -> PosteriorSampler:
-    module, _, attribute = name.partition(":")
-    try:
-        found: object = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        msg = f"--sampler {name!r} cannot be loaded as module:function: {reason}"
-        raise ValueError(msg) from error
-    if not callable(found):
-        msg = f"--sampler {name!r} must be a function; got {type(found).__name__}"
-        raise ValueError(msg)  # noqa: TRY004 an option's value, not a caller's type
-    sampler: PosteriorSampler = found
-    return sampler

@@ -17,68 +17,54 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from cldsde.cli.options import (
-    INTERRUPTED,
-    add_device_argument,
-    add_set_argument,
+    SEED,
+    device_option,
+    flag,
     needs_images,
     option,
     resolve_device,
+    set_option,
 )
-
-__all__ = ["INTERRUPTED", "add_arguments", "prepare"]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options of ``cldsde train``."""
-    option(parser, "config", "CONFIG", "file in TOML, YAML or JSON")
-    add_set_argument(parser, "override of a key, such as training.batch=64")
-    option(parser, "--seed", "N", "seed of weights, data order, times and noise", type=int)
+    option(parser, "config", "CONFIG", "file in TOML, YAML or JSON", kind=Path)
+    set_option(parser, "override of a key, such as training.batch=64")
+    option(parser, "--seed", "N", "seed of weights, data order, times and noise", kind=SEED)
     text = "run folder, made if missing; the name of the configuration by default"
-    option(parser, "--out", "DIR", text)
-    parser.add_argument("--resume", action="store_true", help="fail if there is no run to resume")
-    text = "run, or diffusers folder, whose weights to start from"
-    option(parser, "--init-from", "RUN", text)
-    add_device_argument(parser)
-    text = "check everything, measure two steps, write nothing and stop"
-    parser.add_argument("--dry-run", action="store_true", help=text)
-    text = "print the resolved configuration and stop"
-    parser.add_argument("--print-config", action="store_true", help=text)
+    option(parser, "--out", "DIR", text, kind=Path)
+    flag(parser, "--resume", "fail if there is no run to resume")
+    option(parser, "--init-from", "RUN", "run, or diffusers folder, whose weights to start from")
+    device_option(parser)
+    flag(parser, "--dry-run", "check everything, measure two steps, write nothing and stop")
+    flag(parser, "--print-config", "print the resolved configuration and stop")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the configuration, read the data, open the run folder; return the remaining work."""
     with needs_images():
-        from cldsde.images.config import load_config
-    overrides = list(options.set or [])
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
-    if options.init_from is not None:
-        overrides.append(f"training.init_from={json.dumps(options.init_from)}")
-    path = Path(options.config).expanduser()
-    config = load_config(path, overrides)
-    if options.print_config:
-        with needs_images():
-            from cldsde.images.train import outlook
-        measured = path.resolve().parents[1] / "docs" / "data" / "gpu.json"  # in a clone
-        comments = "".join(f"# {line}\n" for line in outlook(config, measured))
-        return lambda: print(comments + config.to_toml(), end="")
-    resolved = resolve_device(options.device)
-    # Without a GPU processes find each other only if they are told that there is none.
-    device = "cpu" if resolved == "cpu" else options.device
-    with needs_images():
         from accelerate import PartialState
 
+        from cldsde.images.config import load_config
         from cldsde.images.runs import CONFIG, RunFolder
-        from cldsde.images.train import check_run, rehearse, summary, train
-    out = Path(options.out).expanduser() if options.out else Path(path.stem)
+        from cldsde.images.train import check_run, outlook, rehearse, summary, train
+    given = {"seed": options.seed, "training.init_from": options.init_from}
+    more = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    config = load_config(options.config, [*options.set, *more])
+    if options.print_config:
+        measured = options.config.resolve().parents[1] / "docs" / "data" / "gpu.json"  # in a clone
+        comments = "".join(f"# {line}\n" for line in outlook(config, measured))
+        return lambda: print(comments + config.to_toml(), end="")
+    # Without a GPU processes find each other only if they are told that there is none.
+    device = "cpu" if resolve_device(options.device) == "cpu" else options.device
+    out = options.out or Path(options.config.stem)
     if options.resume and not (out / CONFIG).exists():
-        msg = f"--resume: {out} holds no run to resume"
-        raise ValueError(msg)
+        raise ValueError(f"--resume: {out} holds no run to resume")
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
-        msg = f"--device {options.device}: the {started} processes do not form a group"
-        raise ValueError(msg)
+        raise ValueError(f"--device {options.device}: the {started} processes do not form a group")
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)
     facts = summary(config, data, device)

@@ -9,7 +9,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cldsde.images.errors import SettingError
+from cldsde.errors import SettingError
 from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
 from cldsde.images.sections import (
     DataConfig,
@@ -70,45 +70,44 @@ class RunConfig(Configuration):
 
     def __post_init__(self) -> None:
         """Reject settings that do not go together."""
-        if self.score.code != "cldsde":
-            self._check_published()
-        prediction, latent = self.score.prediction, self.latent
-        if prediction != "noise":
-            components = self.process.make().components
-            if components != 1:
-                msg = (
-                    f"must be 'noise' for a process of several components; got {prediction!r} for "
-                )
-                msg += f"{self.process.name}, which has {components}"
-                raise SettingError("score.prediction", msg)
-            if self.training.conditioning != "data":
-                msg = f"must be 'data' if score.prediction is {prediction!r}; got "
-                msg += repr(self.training.conditioning)
-                raise SettingError("training.conditioning", msg)
-        if latent is None:
-            return
-        if self.data.dequantise:
-            msg = "must be false: a latent model has a distribution of grey levels"
-            raise SettingError("data.dequantise", msg)
-        if self.score.reference != "scalar":
-            msg = f"must be 'scalar' for a latent model; got {self.score.reference!r}"
-            raise SettingError("score.reference", msg)
-        if self.pretraining_steps >= self.training.steps:
-            images = self.training.images
-            msg = f"must leave some of training.images, {images}, to the second stage; got "
-            raise SettingError("latent.pretraining", f"{msg}{latent.pretraining}")
-
-    def _check_published(self) -> None:
-        """Reject settings that a published parameterisation does not have."""
-        given = f"if score.code is {self.score.code!r}"
-        if self.latent is not None:
-            raise SettingError("latent", f"must be absent {given}")
-        if self.training.times == "importance" or self.training.weighting == "log_snr":
+        process, score, training, latent = self.process, self.score, self.training, self.latent
+        sde, kind = process.make(), score.prediction
+        several = f"must be 'noise' for a process of several components; got {kind!r} for "
+        several += f"{process.name}, which has {sde.components}"
+        conditioning = f"must be 'data' if score.prediction is {kind!r}; got "
+        single = kind == "noise" or sde.components == 1
+        rules = [
+            ("score.prediction", single, several),
+            (
+                "training.conditioning",
+                kind == "noise" or training.conditioning == "data",
+                f"{conditioning}{training.conditioning!r}",
+            ),
+        ]
+        if score.code != "cldsde":
+            given = f"if score.code is {score.code!r}"
+            times = training.times != "importance" and training.weighting != "log_snr"
             msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
-            raise SettingError("training.times", msg)
-        if len(self.process.make().driven) != 1:
-            msg = f"must be a process with one driven component {given}; got {self.process.name}"
-            raise SettingError("process.name", msg)
+            driven = f"must be a process with one driven component {given}; got {process.name}"
+            rules = [
+                ("latent", latent is None, f"must be absent {given}"),
+                ("training.times", times, msg),
+                ("process.name", len(sde.driven) == 1, driven),
+                *rules,
+            ]
+        if latent is not None:
+            images, first = training.images, latent.pretraining
+            grey = "must be false: a latent model has a distribution of grey levels"
+            scalar = f"must be 'scalar' for a latent model; got {score.reference!r}"
+            msg = f"must leave some of training.images, {images}, to the second stage; got {first}"
+            rules += [
+                ("data.dequantise", not self.data.dequantise, grey),
+                ("score.reference", score.reference == "scalar", scalar),
+                ("latent.pretraining", self.pretraining_steps < training.steps, msg),
+            ]
+        for key, holds, reason in rules:
+            if not holds:
+                raise SettingError(key, reason)
 
     @property
     def pretraining_steps(self) -> int:
@@ -117,39 +116,41 @@ class RunConfig(Configuration):
 
     def training_digest(self) -> str:
         """Digest of all settings that the weights depend on: those that are not `FREE`."""
-        values = _without_defaults(self)
+        values = self._digested()
         for path in self.FREE:
             *outer, last = path.split(".")
             place = values
             for key in outer:
                 place = place[key]
             place.pop(last, None)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return _sha256(values)
 
     def model_digest(self, *, before_predictions: bool = False) -> str:
         """Digest of process, networks, reference, data (not their path) and smallest time.
 
         Runs that were trained before there was ``score.prediction`` have a digest without it.
         """
-        values = _without_defaults(self)
+        values = self._digested()
         parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
         parts["data"]["options"].pop("path", None)
-        parts["t_min"] = self.training.t_min
         if before_predictions:
             del parts["score"]["prediction"]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return _sha256({**parts, "t_min": self.training.t_min})
+
+    def _digested(self) -> dict[str, Any]:
+        """Plain types without settings that older runs did not have, unless they are in use."""
+        values = self.to_dict()
+        added = {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None}
+        for name, value in added.items():
+            if values["score"][name] == value:
+                del values["score"][name]
+        if self.training.reduction == "mean":
+            del values["training"]["reduction"]
+        return values
 
 
-def _without_defaults(config: RunConfig) -> dict[str, Any]:
-    """Plain types without settings that older runs did not have, unless they are in use."""
-    values = config.to_dict()
-    added = {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None}
-    for name, value in added.items():
-        if values["score"][name] == value:
-            del values["score"][name]
-    if config.training.reduction == "mean":
-        del values["training"]["reduction"]
-    return values
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from cldsde import solvers
 from cldsde.images.config import NetworkConfig, RunConfig, SamplingConfig, TrainingConfig
@@ -24,10 +24,11 @@ from cldsde.images.model import ImageSpace
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.schema import plain
-from cldsde.images.tables import Entry, Table, mean_and_spread
 from cldsde.images.train.loop import train
+from cldsde.messages import one_line
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, MixedScore, ReverseProcess
+from cldsde.tables import Entry, Table, mean_and_spread
 
 _RESULTS = (
     *("results.json", "table.md", "samples.npz"),
@@ -100,7 +101,8 @@ class DemoConfig:
         return resolved
 
 
-class DemoReport(NamedTuple):
+@dataclass(frozen=True)
+class DemoReport:
     """Results of the demonstration; also in ``results.json``."""
 
     accuracy: float
@@ -135,19 +137,16 @@ class DemoReport(NamedTuple):
 def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> DemoReport:
     """Train CLD on digits, sample it with three solvers, measure, and plot."""
     if all((run / name).exists() for name in _RESULTS):
-        return _stored_report(run)
+        try:
+            return TypeAdapter(DemoReport).validate_json((run / "results.json").read_text())
+        except ValueError as error:
+            raise ValueError(run.damaged("results.json", one_line(error))) from error
     began = time.monotonic()
     data = digits()
     levels = data.train.levels
     train_set, held_out = ((all_bytes(part), part.labels) for part in data.all)
-    classifier, accuracy = train_classifier(
-        *(*train_set, *held_out),  # type: ignore[arg-type]
-        epochs=20,
-        batch=64,
-        size=64,
-        seed=config.seed,
-        progress=progress,
-    )
+    options = {"epochs": 20, "batch": 64, "size": 64, "seed": config.seed, "progress": progress}
+    classifier, accuracy = train_classifier(*train_set, *held_out, **options)  # type: ignore[arg-type]
     features = ClassifierFeatures(classifier)
     model = trained_model(config, run, progress=progress)
     space = ImageSpace.of(data.train, config.model())
@@ -172,7 +171,7 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
         class_shares=(labels.bincount(minlength=10) / len(labels)).tolist(),
         seconds=time.monotonic() - began,
     )
-    run.write_json("results.json", report._asdict())
+    run.write_json("results.json", dataclasses.asdict(report))
     run.write("table.md", lambda file: file.write_text(report.table() + "\n"))
     arrays = {"images": images[:, 0].numpy(), "labels": labels.numpy()}
     run.write("samples.npz", lambda file: np.savez(file, **arrays))
@@ -181,18 +180,6 @@ def run_demo(config: DemoConfig, run: RunFolder, *, progress: bool = True) -> De
     run.write("trajectories.png", lambda file: _draw_trajectories(file, model, data, config))
     run.write("distances.png", lambda file: plot_distances(file, distances, report.baseline))
     return report
-
-
-def _stored_report(run: RunFolder) -> DemoReport:
-    try:
-        stored = json.loads((run / "results.json").read_text())
-        distances = {
-            name: {int(nfe): list(values) for nfe, values in row.items()}
-            for name, row in stored.pop("distances").items()
-        }
-        return DemoReport(distances=distances, **stored)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(run.damaged("results.json", error)) from error
 
 
 def trained_model(config: DemoConfig, run: RunFolder, *, progress: bool) -> MixedScore:
@@ -220,16 +207,12 @@ def _draw_trajectories(file: Path, model: MixedScore, data: DataSet, config: Dem
     columns, refinement = 9, 20
     grid = solvers.root_times(sde.T, config.t_end, (columns - 1) * refinement)
     stops = grid[::refinement].flip(0)
-
-    z = sde.marginal(stops[0]).sample(sde.embed(pixels_of(data.train)[:1]), generator=generator)
-    forward = [z]
+    first = sde.embed(pixels_of(data.train)[:1])
+    forward = [sde.marginal(stops[0]).sample(first, generator=generator)]
     for s, t in pairwise(stops):
         forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))
-
     backward = [sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)]
     for i in range(0, len(grid) - 1, refinement):
-        times = grid[i : i + refinement + 1]
-        solver = solvers.SSCS()
-        found = solvers.solve(process, solver, backward[-1], times, generator=generator)
-        backward.append(found.state)
+        part = process, solvers.SSCS(), backward[-1], grid[i : i + refinement + 1]
+        backward.append(solvers.solve(*part, generator=generator).state)
     plot_trajectories(file, stops.tolist(), torch.cat(forward), torch.cat(backward[::-1]).cpu())

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import Samples
+from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
 from cldsde.pretrained.published_score import PublishedScore
@@ -145,24 +144,17 @@ class Run:
         SettingError
             If a setting does not fit the model.
         """
-        recipe, space = self.config.sampling, self.model.space
+        recipe = self.config.sampling
         if "solver" in sampling:
-            recipe = replace(recipe, options={})
-        number: int | Literal["all"] | None = None
-        if label is not None:
-            every = label == "all" and space.classes is not None
-            number = "all" if every else space.class_number(label)
-        request = SampleRequest(
-            model=self.model,
-            sampling=replace(recipe, **sampling),
-            seeds=range(1),
+            sampling = {"options": {}, **sampling}
+        sampler = ImageSampler.of(
+            *(self.model, replace(recipe, **sampling)),
             batch=batch,
-            label=number,
+            label=self.model.space.label(label),
             guidance=guidance,
             observed=observed,
         )
-        request.check()
-        return request.sampler.sample(list(seeds), progress=progress)
+        return sampler.sample(list(seeds), progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
         """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
-from cldsde.images.errors import SettingError, setting
-from cldsde.images.files import load_tensors, save_tensors
 from cldsde.images.latent import VAE
-from cldsde.images.named import named
 from cldsde.images.networks import NETWORKS
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
+from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.messages import imported, one_line
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
 
@@ -45,18 +46,14 @@ class ImageSpace:
 
     Attributes
     ----------
-    shape
-        ``(C, H, W)``.
-    levels
-        Grey levels.
+    shape, levels
+        ``(C, H, W)``, and number of grey levels.
     dequantised
         Whether the model was trained on levels spread over their bins.
-    classes
-        Number of classes that the network sees; None if it sees none.
+    classes, class_names
+        Number of classes that the network sees, and their names if known; None if it sees none.
     always_classes
         Whether it always sees one: then it cannot sample an image of no class.
-    class_names
-        Names of the classes, if the data set has them.
     """
 
     shape: tuple[int, int, int]
@@ -79,19 +76,23 @@ class ImageSpace:
             images.class_names if conditional else None,
         )
 
-    def class_number(self, label: int | str) -> int:
-        """The class of a name or number; raise a SettingError with key ``"label"`` if none."""
+    def label(self, text: int | str | None) -> int | Literal["all"] | None:
+        """The class of a name or number, or ``"all"``; raise a SettingError if there is none."""
+        if text is None:
+            return None
         if self.classes is None:
             msg = "the network was not trained with classes (network.conditional)"
             raise SettingError("label", msg)
         names = self.class_names or ()
-        if label in names:
-            return names.index(str(label))
-        if not str(label).isdigit() or int(label) >= self.classes:
+        if text == "all":
+            return "all"
+        if text in names:
+            return names.index(str(text))
+        if not str(text).isdigit() or int(text) >= self.classes:
             or_named = f", or one of {', '.join(names)}" if names else ""
-            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {label!r}"
+            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {text!r}"
             raise SettingError("label", msg)
-        return int(label)
+        return int(text)
 
 
 class Statistics(NamedTuple):
@@ -163,7 +164,8 @@ def make_network(
     SettingError if it does not fit the shape, or a network of one's own cannot be imported.
     """
     sde, network = config.process.make(), config.network
-    kind: Any = NETWORKS.get(network.name) or named(network.name, "network.name")
+    with setting("network.name"):
+        kind: Any = NETWORKS.get(network.name) or imported(network.name)
     sizes = (sde.components, len(sde.driven)) if config.score.inputs == "state" else (1, 1)
     with setting("network"):
         options = network.checked_options(kind)
@@ -186,26 +188,20 @@ def make_model(
 
     Without statistics of the data, weights are going to be loaded that include them.
     """
-    vae = make_vae(config, space)
+    vae, sde = make_vae(config, space), config.process.make()
     shape = space.shape if vae is None else vae.latent_shape
+    network = make_network(config, shape, space.classes)
     log_clock = config.network.options.get("fourier_scale") is not None
     published = config.score.published(log_clock=log_clock)
     if published is not None:
-        network = make_network(config, shape, space.classes)
-        return DiffusionModel(PublishedScore(network, config.process.make(), published))
+        return DiffusionModel(PublishedScore(network, sde, published))
     if statistics is None or vae is not None:
         sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
         size = sizes[config.score.reference]
         statistics = Statistics(torch.zeros(size), torch.ones(size))
-    mixing = config.score.mixing
+    mixing, inputs = config.score.mixing, config.score.inputs
     logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing)
-    score = MixedScore(
-        make_network(config, shape, space.classes),
-        config.process.make(),
-        *statistics,
-        inputs=config.score.inputs,
-        mixing_logits=logits,
-    )
+    score = MixedScore(network, sde, *statistics, inputs=inputs, mixing_logits=logits)
     return DiffusionModel(score, vae)
 
 
@@ -217,13 +213,9 @@ def save_model(
     images_seen: int,
 ) -> None:
     """Write a model file, whole or not at all."""
-    flags = [space.levels, space.dequantised, space.classes, space.always_classes]
-    metadata = {
-        "shape": json.dumps(space.shape),
-        "space": json.dumps([*flags, space.class_names]),
-        "images_seen": str(images_seen),
-        "config": config.model_digest(),
-    }
+    shape, *others = dataclasses.astuple(space)
+    metadata = {"shape": json.dumps(shape), "space": json.dumps(others)}
+    metadata |= {"images_seen": str(images_seen), "config": config.model_digest()}
     save_tensors(file, KIND, weights, metadata)
 
 
@@ -234,10 +226,8 @@ def load_model(
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
-        msg = f"{run} is no run of cldsde train: it {state}"
-        raise ValueError(msg)
-    file = run / MODEL
-    if not file.is_file():
+        raise ValueError(f"{run} is no run of cldsde train: it {state}")
+    if not (run / MODEL).is_file():
         msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; its models are in {run / 'models'}"
@@ -250,7 +240,7 @@ def load_model(
     if ":" in config.network.name and not trust:
         msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
         raise SettingError("trust", f"{msg}allow it if you trust the code")
-    return read_model(file, config, device)
+    return read_model(run / MODEL, config, device)
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
@@ -258,23 +248,17 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     tensors, metadata = load_tensors(file, KIND)
     try:
         older = config.score.prediction == "noise"
-        if metadata["config"] not in {
-            config.model_digest(),
-            config.model_digest(before_predictions=older),
-        }:
+        digests = {config.model_digest(), config.model_digest(before_predictions=older)}
+        if metadata["config"] not in digests:
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
-        channels, height, width = json.loads(metadata["shape"])
-        levels, dequantised, classes, always, *names = json.loads(metadata["space"])
-        class_names = tuple(names[0]) if names and names[0] else None  # older files have no names
-        space = ImageSpace(
-            (channels, height, width), levels, dequantised, classes, always, class_names
-        )
+        shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
+        others = [tuple(x) if isinstance(x, list) else x for x in others]
+        space = ImageSpace(tuple(shape), *others)
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        msg = f"{file} cannot be used: {' '.join(str(error).split())}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return ImageModel(model, space, config, seen, metadata["sha256"])

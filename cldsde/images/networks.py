@@ -1,8 +1,8 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
-A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
-of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. Its
-output is zero before training, so that a mixed score starts at its Gaussian reference.
+A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
+``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
+ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
 
 A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
 the null label for no class, which classifier-free guidance needs.
@@ -10,6 +10,7 @@ the null label for no class, which classifier-free guidance needs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +19,28 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from cldsde.images.blocks import CLOCK_SCALE, ClassEmbedding, recompute
-from cldsde.images.checks import check_counts, check_groups, check_levels
+from cldsde.images.checks import check_groups, check_levels
+from cldsde.images.schema import Channels, Count, Flag, Shape, Share, checked
 from cldsde.pretrained import ncsnpp
 
 
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+# Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8.
+_CLOCK_SCALE = 50.0
+
+
+class ClassEmbedding(nn.Embedding):
+    """An embedding that returns NaN for a label out of range, and never waits for its device."""
+
+    def forward(self, label: Tensor) -> Tensor:
+        """Apply the layer."""
+        last = self.num_embeddings - 1
+        rows = super().forward(label.clamp(0, last))
+        return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
 
 
 class _ScoreNetwork(nn.Module, ABC):
@@ -46,21 +61,10 @@ class _ScoreNetwork(nn.Module, ABC):
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
-        Parameters
-        ----------
-        z
-            States ``(B, inputs·C, H, W)``.
-        clock
-            ``(B,)``.
-        label
-            Classes ``(B,)`` int64 in [0, classes], the last one for no class; None: no class.
-            Labels on the CPU are checked. Reading labels on another device would wait for it in
-            every step of a sampler: there an image is NaN if its label is out of range.
-
-        Raises
-        ------
-        ValueError
-            If there are labels but no classes, or they are not ``(B,)`` int64 in [0, classes].
+        ``z`` are states ``(B, inputs·C, H, W)``, ``clock`` is ``(B,)``, ``label`` are classes
+        ``(B,)`` int64 in [0, classes], the last one for no class; None: no class. A ValueError is
+        raised for labels on the CPU that are none of these. Reading labels on another device would
+        wait for it in every step of a sampler: there an image is NaN if its label is out of range.
         """
         if self.classes is not None:
             label = _checked_label(label, len(z), self.classes, z.device)
@@ -104,35 +108,39 @@ class UNet(_ScoreNetwork):
         If an argument is out of range or does not fit the others.
     """
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        inputs: int,
-        outputs: int,
+        shape: Shape,
+        inputs: Count,
+        outputs: Count,
         *,
-        channels: Sequence[int],
-        blocks: int = 1,
-        groups: int = 8,
-        attention: Sequence[int] = (),
-        head_channels: int | None = None,
-        dropout: float = 0.0,
-        classes: int | None = None,
-        gradient_checkpointing: bool = False,
+        channels: Channels,
+        blocks: Count = 1,
+        groups: Count = 8,
+        attention: Sequence[Count] = (),
+        head_channels: Count | None = None,
+        dropout: Share = 0.0,
+        classes: Count | None = None,
+        gradient_checkpointing: Flag = False,
     ) -> None:
-        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, groups=groups, classes=classes)
         check_levels(shape, channels)
         heights = ncsnpp.heights_of_levels(shape[1], channels, attention)
         attends = [height in attention for height in heights]
         check_groups(groups, channels)
-        _check_heads(head_channels, channels, attends)
-        ncsnpp.check_dropout(dropout)
+        # The middle of the network has the channels of the last level.
+        widths = {width for width, used in zip(channels, attends, strict=True) if used}
+        widths |= {channels[-1]} if any(attends) else set()
+        if head_channels is not None and any(width % head_channels for width in widths):
+            msg = f"head_channels must divide the channels of attention, {sorted(widths)}; got "
+            raise ValueError(f"{msg}{head_channels}")
         network = UNet2DModel(
             sample_size=tuple(shape[1:]),
             in_channels=inputs * shape[0],
             out_channels=outputs * shape[0],
             block_out_channels=tuple(channels),
-            down_block_types=_block_types("DownBlock2D", attends),
-            up_block_types=_block_types("UpBlock2D", attends[::-1]),
+            down_block_types=tuple(f"{'Attn' * used}DownBlock2D" for used in attends),
+            up_block_types=tuple(f"{'Attn' * used}UpBlock2D" for used in attends[::-1]),
             layers_per_block=blocks,
             norm_num_groups=groups,
             add_attention=any(attends),
@@ -143,10 +151,10 @@ class UNet(_ScoreNetwork):
         nn.init.zeros_(network.conv_out.bias)
         super().__init__(network, network.time_embedding, classes)
         if gradient_checkpointing:
-            recompute(network)
+            network.enable_gradient_checkpointing()
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
-        out: Tensor = self.network(z, CLOCK_SCALE * clock, label, return_dict=False)[0]
+        out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]
         return out
 
 
@@ -179,20 +187,21 @@ class NCSNpp(_ScoreNetwork):
 
     options_of = ncsnpp.NCSNpp
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        inputs: int,
-        outputs: int,
+        shape: Shape,
+        inputs: Count,
+        outputs: Count,
         *,
-        classes: int | None = None,
+        channels: Channels,
+        blocks: Count = 2,
+        classes: Count | None = None,
         **options: Any,
     ) -> None:
-        blocks = options.get("blocks", 1)
-        check_counts(inputs=inputs, outputs=outputs, blocks=blocks, classes=classes)
-        check_levels(shape, options.get("channels", ()))
+        check_levels(shape, channels)
         sizes = (inputs * shape[0], *shape[1:]), outputs * shape[0]
-        network = ncsnpp.NCSNpp(*sizes, **options)
+        network = ncsnpp.NCSNpp(*sizes, channels=channels, blocks=blocks, **options)
         super().__init__(network, network.embedding, classes)
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
@@ -207,32 +216,13 @@ A configuration names a network of one's own, with the same arguments, by ``modu
 """
 
 
-def _block_types(name: str, attends: Sequence[bool]) -> tuple[str, ...]:
-    return tuple(f"Attn{name}" if with_attention else name for with_attention in attends)
-
-
 def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch.device) -> Tensor:
     if label is None:
         return torch.full((batch,), classes, device=device)
     if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (batch,):
         got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
-        msg = f"label must be an int64 tensor ({batch},), one a state; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"label must be an int64 tensor ({batch},), one a state; got {got}")
     if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
         msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
         raise ValueError(msg)
     return label.to(device)
-
-
-def _check_heads(
-    head_channels: int | None, channels: Sequence[int], attends: Sequence[bool]
-) -> None:
-    if head_channels is None:
-        return
-    check_counts(head_channels=head_channels)
-    # The middle of the network has the channels of the last level.
-    last = [channels[-1]] if any(attends) else []
-    widths = [width for width, used in zip(channels, attends, strict=True) if used] + last
-    if any(width % head_channels for width in widths):
-        msg = f"head_channels must divide the channels of attention, {sorted(set(widths))}; got "
-        raise ValueError(f"{msg}{head_channels}")

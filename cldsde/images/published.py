@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import SettingError, setting
-from cldsde.images.files import load_tensors
 from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, save_model
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
+from cldsde.images.tensor_files import load_tensors
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.published import check_levels, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from cldsde.errors import SettingError
+from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
 from cldsde.images.config import RunConfig
-from cldsde.images.errors import SettingError
-from cldsde.images.files import PARTIAL, check_writable, lock, write_whole
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
@@ -47,15 +47,16 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if not (path / CONFIG).exists():
                 self.write_json(CONFIG, config)
-            self._lock()
+            lock = ExitStack()
+            lock.enter_context(file_lock(path / CONFIG, wait=False))
+            weakref.finalize(self, lock.close)
             if json.loads((path / CONFIG).read_text()) != config:  # free settings differ
                 self.write_json(CONFIG, config)
-                self._lock()  # the first lock is of the file that was replaced
             # Left by a killed process. Runs in folders below have locks of their own.
             for folder in (path, *(path / name for name in _FOLDERS)):
                 for left in folder.glob(f"{PARTIAL}*"):
                     left.unlink()
-        except BlockingIOError:
+        except TimeoutError:
             raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
             for parent in missing:  # leave no half-made folder behind
@@ -96,12 +97,6 @@ class RunFolder:
             lines = metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _images(line) <= images]
             self.write(METRICS, lambda file: file.write_text("".join(kept)))
-
-    def _lock(self) -> None:
-        """Hold the configuration file for this process while the object exists."""
-        handle = os.open(self.path / CONFIG, os.O_RDONLY)
-        weakref.finalize(self, os.close, handle)
-        lock(handle, wait=False)
 
 
 def _images(line: str) -> float:

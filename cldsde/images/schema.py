@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -22,9 +23,10 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from cldsde.images.errors import SettingError, setting
+from cldsde.errors import SettingError, setting
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1, le=2**40)]
@@ -37,6 +39,12 @@ Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 """A finite positive number."""
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 """A number in [0, 1)."""
+Shape = Annotated[Sequence[Count], Field(min_length=3, max_length=3)]
+"""Shape ``(C, H, W)`` of an image."""
+Channels = Annotated[Sequence[Count], Field(min_length=1)]
+"""Channels of each level of a network."""
+Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
+"""A number of grey levels."""
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -117,8 +125,10 @@ def _reason(error: ValidationError) -> str:
         return f"must be a section; got {first['input']!r}"
     # Each member of a union reports an error about the same value.
     same = [first, *(one for one in others if one["input"] is first["input"])]
-    wanted = " or ".join(one["msg"].removeprefix("Input should be ") for one in same)
-    return f"must be {wanted}; got {first['input']!r}"
+    # Of the types in use, only sequences reject a text without saying what should be there.
+    wanted = [one["msg"].partition("should ")[2] or "be a list" for one in same]
+    either = " or ".join([wanted[0], *(text.removeprefix("be ") for text in wanted[1:])])
+    return f"must {either}; got {first['input']!r}"
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -137,7 +147,7 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> 
     """Raise a SettingError, with the nearest valid name, for an unknown key."""
     for key in values:
         if key not in known:
-            raise SettingError(f"{prefix}.{key}", _unknown(str(key), list(known)))
+            raise SettingError(f"{prefix}.{key}".removeprefix("."), _unknown(str(key), list(known)))
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -161,20 +171,36 @@ def checked_options(
     class that takes its options as ``options_of``.
     """
     make = getattr(make, "__dict__", {}).get("options_of", make)
-    hints = typing.get_type_hints(
-        inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
-    )
-    parameters = dict(inspect.signature(make).parameters)
-    for name in given:
-        parameters.pop(name, None)
+    function = inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
+    hints = typing.get_type_hints(function, include_extras=True)
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(make).parameters.items()
+        if name not in given and parameter.kind is not parameter.VAR_KEYWORD
+    }
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
-            raise SettingError(f"{key}.{name}", "is missing")
+            raise SettingError(f"{key}.{name}".removeprefix("."), "is missing")
     return {
-        name: _checked(value, hints.get(name, Any), f"{key}.{name}")
+        name: _checked(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
         for name, value in options.items()
     }
+
+
+def checked(function: F) -> F:
+    """Check the arguments of a function by its annotations; errors are SettingErrors."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        rest = {name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD}
+        given = {name: x for name, x in bound.arguments.items() if name not in rest}
+        bound.arguments |= checked_options(function, given, key="")
+        return function(*bound.args, **bound.kwargs)
+
+    return cast(F, call)
 
 
 def _checked(value: object, hint: Any, key: str) -> Any:
@@ -219,8 +245,7 @@ def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            msg = f"duplicate key {key!r}"
-            raise ValueError(msg)
+            raise ValueError(f"duplicate key {key!r}")
     return dict(pairs)
 
 

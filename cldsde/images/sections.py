@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 from torch import nn
 
 from cldsde import linear
+from cldsde.errors import SettingError, setting
 from cldsde.images.data import DATA_SETS, DataSet
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.networks import NETWORKS
 from cldsde.images.schema import (
     Count,
@@ -33,6 +33,16 @@ from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
 """A small time."""
+
+
+def _rate(value: object) -> object:
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    finite = all(type(x) in {int, float} and abs(x) < math.inf for x in numbers)  # type: ignore[arg-type]
+    if not finite and value != "cosine":
+        raise ValueError("should be a finite number, a pair of them for a rate, or 'cosine'")
+    return tuple(numbers) if len(numbers) == 2 else value
+
+
 PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
 
 
@@ -83,7 +93,7 @@ class ProcessConfig:
     """
 
     name: str = "CLD"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Annotated[Any, AfterValidator(_rate)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check name and options."""
@@ -94,9 +104,9 @@ class ProcessConfig:
         """The process."""
         kind = getattr(linear, self.name)
         check_keys(self.options, inspect.signature(kind).parameters, "options")
-        arguments = {key: _rate_or_number(key, value) for key, value in self.options.items()}
+        cosine = {key: Schedule.cosine() for key, x in self.options.items() if x == "cosine"}
         with setting("options"):
-            return kind(**arguments)  # type: ignore[no-any-return]
+            return kind(**{**self.options, **cosine})  # type: ignore[no-any-return]
 
 
 @section
@@ -174,23 +184,18 @@ class ScoreConfig:
         """The published parameterisation; ``log_clock``: the network has Fourier features."""
         if self.code == "cldsde":
             return None
+        how = {name: getattr(self, name) for name in ("mixed", "numerical_eps", "levels")}
         with setting("code"):
-            return Parameterisation(
-                code=self.code,
-                log_clock=log_clock,
-                mixed=self.mixed,
-                numerical_eps=self.numerical_eps,
-                levels=self.levels,
-            )
+            return Parameterisation(code=self.code, log_clock=log_clock, **how)
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
         own = (self.reference, self.inputs, self.prediction, self.mixing)
-        if self.code == "cldsde":
-            if (self.mixed, self.numerical_eps, self.levels) != (False, 0.0, None):
-                msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
-                raise SettingError("code", msg)
-        elif own != ("scalar", "state", "noise", None):
+        theirs = (self.mixed, self.numerical_eps, self.levels)
+        if self.code == "cldsde" and theirs != (False, 0.0, None):
+            msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+            raise SettingError("code", msg)
+        if self.code != "cldsde" and own != ("scalar", "state", "noise", None):
             msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
             raise SettingError("code", msg)
         self.published(log_clock=False)
@@ -291,8 +296,8 @@ class TrainingConfig:
     snapshots_by
         Which are kept: the ``"last"``, or those with the smallest ``"held_out_loss"`` or ``"fd"``.
     measure, measure_samples
-        ``"fd"`` measures with each saved state the Fréchet distance of so many samples to the
-        training images, in features of a classifier of their classes; None measures nothing.
+        ``"fd"``: with each saved state, the Fréchet distance of ``measure_samples`` samples to the
+        training images, in features of a classifier of their classes. None measures nothing.
     keep_state
         Keep the training state of a finished run, so that it can be trained further.
     init_from
@@ -383,18 +388,3 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Replace a short name of a solver by the full one."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
-
-
-def _rate_or_number(name: str, value: object) -> Any:
-    if name == "schedule":
-        if value != "cosine":
-            raise SettingError("options.schedule", f"must be 'cosine'; got {value!r}")
-        return Schedule.cosine()
-    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    if any(
-        isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < math.inf
-        for x in numbers
-    ):
-        msg = f"must be a finite number, or a pair for a rate; got {value!r}"
-        raise SettingError(f"options.{name}", msg)
-    return tuple(numbers) if len(numbers) == 2 else value

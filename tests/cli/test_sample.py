@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cldsde.cli import main
-from cldsde.images.files import file_lock
+from cldsde.files import file_lock
 from command import rejected
 
 
@@ -130,7 +130,7 @@ def test_folders_that_are_no_runs_are_rejected(capsys, tmp_path):
 
 def test_an_output_that_another_command_writes_is_left_alone(digits_run, tmp_path, capsys):
     out = tmp_path / "x.npz"
-    with file_lock(tmp_path / "x.npz.parts", wait=False):
+    with file_lock(tmp_path / "x.npz", wait=False):
         message = rejected(capsys, "sample", digits_run, "--out", out)
     assert "x.npz is being written by another process; wait, or name another" in message
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cldsde import CLD
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
-from cldsde.images.errors import SettingError
 from cldsde.images.train.loop import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -190,7 +190,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
     words = ["training.batch=32", "training.clip=none", "process.options.beta=[1, 3]"]
     config = load_config(file, words)
     assert (config.training.batch, config.training.clip) == (32, None)
-    assert config.process.options == {"beta": [1, 3]}
+    assert config.process.options == {"beta": (1, 3)}
     for words, message in (
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
         (["training.batch"], "key=value"),

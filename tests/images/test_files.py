@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldsde.images.files import file_lock, load_tensors, save_tensors
+from cldsde.files import file_lock
+from cldsde.images.tensor_files import load_tensors, save_tensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -78,7 +79,7 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert sorted(seen) == [[i] for i in range(4) for _ in range(20)]
-    with file_lock(name, wait=False), pytest.raises(BlockingIOError), file_lock(name, wait=False):
+    with file_lock(name, wait=False), pytest.raises(TimeoutError), file_lock(name, wait=False):
         pass
     with file_lock(name, wait=False):
         pass

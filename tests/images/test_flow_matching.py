@@ -10,7 +10,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample.sampler import draw_images, make_solver
+from cldsde.images.sample.sampler import ImageSampler, make_solver
 from cldsde.images.train import train
 from cldsde.images.train.objectives import Batch, Times, make_objective
 from cldsde.score import ConditionalScore, PerturbedData
@@ -64,7 +64,7 @@ def test_a_trained_model_is_sampled_by_any_solver(tmp_path):
     assert isinstance(model.score.sde, RectifiedFlow)
     for solver in ("multistep-2", "multistep-2-sde", "em", "edm-heun", "probability-flow"):
         sampling = SamplingConfig(solver=solver, nfe=6, t_end=0.04)
-        found = draw_images(model.score, model.space, [0, 1], sampling)
+        found = ImageSampler.of(model, sampling).sample([0, 1])
         assert bool(found[0].isfinite().all())
 
 

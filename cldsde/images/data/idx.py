@@ -43,63 +43,44 @@ def fashion_folder() -> Path:
 
 def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
     """The training or the test part, checked and resized."""
-    image_file = _file(folder, f"{part}-images-idx3-ubyte")
-    label_file = _file(folder, f"{part}-labels-idx1-ubyte")
-    images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
-    problem = None
-    if images.shape[1:] != (28, 28) or len(images) == 0:
-        problem = f"{image_file} must hold images of 28 × 28; got shape {tuple(images.shape)}"
-    elif len(labels) != len(images):
-        problem = f"{label_file} must hold {len(images)} labels, one per image; got {len(labels)}"
-    elif int(labels.max()) >= len(_FASHION_CLASSES):
-        problem = f"{label_file} must hold labels 0 … 9; got {int(labels.max())}"
-    if problem is not None:
-        raise ValueError(problem)
+    name = f"{part}-labels-idx1-ubyte"
+    images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
+    labels = _read_idx(folder, name, ())
+    if len(labels) != len(images) or int(labels.max()) >= len(_FASHION_CLASSES):
+        got = f"{len(labels)} labels up to {int(labels.max())}"
+        msg = f"{folder / name} must hold a label in 0 … 9 for each of {len(images)} images; got "
+        raise ValueError(f"{msg}{got}")
     images = images.unsqueeze(1)
     if size > 28:
         images = F.pad(images, [(size - 28) // 2] * 4)
     elif size < 28:
-        images = _shrink(images, size)
+        shrunk = []
+        for some in images.split(CHUNK // 28**2):  # type: ignore[no-untyped-call]
+            # In float32: torch's kernels for bytes differ from one processor to another.
+            fine = F.interpolate(some.float(), (size, size), mode="bicubic", antialias=True)
+            shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
+        images = torch.cat(shrunk)
     return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
 
 
-def _file(folder: Path, name: str) -> Path:
-    """A file of the folder, plain or compressed."""
-    for file in (folder / name, folder / f"{name}.gz"):
-        if file.is_file():
-            return file
-    msg = f"{folder} holds neither {name} nor {name}.gz"
-    raise FileNotFoundError(msg)
-
-
-def _read_idx(file: Path, axes: int) -> Tensor:
-    """Bytes in the IDX format: magic number, sizes, values."""
+def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes ``(N, *shape)`` of a file in the IDX format: magic number, sizes, values."""
+    file = next((x for x in (folder / name, folder / f"{name}.gz") if x.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
     try:
         content = file.read_bytes()
         if content[:2] == b"\x1f\x8b":  # gzip, whatever the name; IDX begins with two zeros
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        msg = f"{file} cannot be read: {error}"
-        raise ValueError(msg) from error
-    magic, header = bytes([0, 0, 8, axes]), 4 + 4 * axes
-    if content[:4] != magic:
-        msg = f"{file} must begin with the magic number {magic.hex()}; got {content[:4].hex()!r}"
-        raise ValueError(msg)
-    if len(content) < header:
-        msg = f"{file} ends after {len(content)} bytes, inside its header of {header}"
-        raise ValueError(msg)
-    sizes = struct.unpack(f">{axes}I", content[4:header])
-    if len(content) - header != math.prod(sizes):
-        shape, got = " × ".join(str(n) for n in sizes), len(content) - header
-        msg = f"{file} must hold {shape} bytes after its header, which states so; got {got}"
-        raise ValueError(msg)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy()).reshape(sizes)
-
-
-def _shrink(images: Tensor, size: int) -> Tensor:
-    shrunk = []
-    for part in images.split(max(1, CHUNK // images[0].numel())):  # type: ignore[no-untyped-call]
-        # In float32: torch's kernels for bytes differ from one processor to another.
-        fine = F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
-        shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
-    return torch.cat(shrunk)
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    axes = len(shape) + 1
+    start = 4 + 4 * axes
+    count, left = divmod(len(content) - start, math.prod(shape))
+    header = struct.pack(f">4B{axes}I", 0, 0, 8, axes, max(count, 0), *shape)
+    if content[:start] != header or left:
+        wanted = " × ".join(map(str, ("N", *shape)))
+        msg = f"{file} must be an IDX file of {wanted} bytes; got {len(content)} bytes that begin "
+        raise ValueError(f"{msg}with {content[:start].hex(' ', 4)}")
+    values = np.frombuffer(content, np.uint8, offset=start)
+    return torch.from_numpy(values.copy()).reshape(count, *shape)

@@ -29,16 +29,14 @@ def open_picture(file: Path) -> Iterator[PILImage]:
     """Open a picture file, whose pixels are decoded on access; raise a ValueError if unsafe."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for without end
-            msg = "it is not a regular file"
-            raise ValueError(msg)
+            raise ValueError("it is not a regular file")
         with Image.open(file, formats=_FORMATS) as image:
             if image.mode not in _MODES:
                 msg = f"its pixels are of mode {image.mode}; 8 bits and 16-bit grey are allowed"
                 raise ValueError(msg)
             yield image
     except Exception as error:  # Pillow has no class of its own for a damaged file
-        msg = f"{file} cannot be decoded as an image: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} cannot be decoded as an image: {error}") from error
 
 
 def read_picture(file: Path, mode: str | None = None) -> PILImage:

@@ -11,19 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import as_whole, check_choice, check_values
+from cldsde.images.checks import check_values
 from cldsde.images.data.images import CHUNK, Images
+from cldsde.images.schema import checked
 from cldsde.score import quantisation
 
 
 def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
-
-    Examples
-    --------
-    >>> to_unit(torch.tensor([0, 8, 16], dtype=torch.uint8), levels=17).tolist()
-    [-1.0, 0.0, 1.0]
-    """
+    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1."""
     # In this order both ends are exact.
     return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
 
@@ -39,11 +34,9 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
     Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
     (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
-    as_whole(levels, "levels", 2, 256)
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        msg = f"images must be a floating-point tensor; got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"images must be a floating-point tensor; got {got}")
     if bool(images.isnan().any()):
         msg = f"images must be numbers; got {int(images.isnan().sum())} NaN of {images.numel()}"
         raise ValueError(msg)
@@ -76,8 +69,7 @@ def augment(
     """
     check_values(images, levels)
     if images.ndim != 4:
-        msg = f"images must have shape (n, C, H, W); got {tuple(images.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"images must have shape (n, C, H, W); got {tuple(images.shape)}")
     if flip:
         source = images.device if generator is None else generator.device
         uniform = torch.rand(len(images), generator=generator, device=source).to(images.device)
@@ -87,6 +79,7 @@ def augment(
     return to_unit(images, levels)
 
 
+@checked
 def channel_statistics(
     images: Images,
     *,
@@ -98,7 +91,6 @@ def channel_statistics(
     Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
     squares are integers, so that both are exact up to one rounding, however many images there are.
     """
-    check_choice(per, ("scalar", "channel", "pixel"), "per")
     c, h, w = images.shape
     shapes = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}
     axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}

@@ -46,35 +46,25 @@ def load_samples(path: Path) -> Tensor:
         found = array_images(path)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    images = found.load(torch.arange(len(found)))
-    levels = _levels_of(path)
-    if int(images.max()) >= levels:
-        msg = f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}"
-        raise ValueError(msg)
-    return as_bytes(images, levels)
-
-
-def _levels_of(path: Path) -> int:
-    if not zipfile.is_zipfile(path):
-        return 256
-    with np.load(path, allow_pickle=False) as archive:
-        levels = archive["levels"] if "levels" in archive else np.array(256)
+    images, levels = found.load(torch.arange(len(found))), np.array(256)
+    if zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as archive:
+            levels = archive.get("levels", levels)
     if levels.ndim or levels.dtype.kind not in "iu" or not 2 <= levels <= 256:
-        msg = f"{path}: levels must be a number from 2 to 256; got {levels}"
-        raise ValueError(msg)
-    return int(levels)
+        raise ValueError(f"{path}: levels must be a number from 2 to 256; got {levels}")
+    if int(images.max()) >= levels:
+        raise ValueError(f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}")
+    return as_bytes(images, int(levels))
 
 
 def _pictures(folder: Path) -> Tensor:
     files = sorted(folder.glob("*.png"))
     if not files:
-        msg = f"{folder} holds no pictures (*.png)"
-        raise ValueError(msg)
+        raise ValueError(f"{folder} holds no pictures (*.png)")
     found: list[Tensor] = []
     for file in files:
         found.append(pixels_of_picture(read_picture(file)))
         own, first = tuple(found[-1].shape), tuple(found[0].shape)
         if own != first:
-            msg = f"{file} must have the shape of {files[0].name}, {first}; got {own}"
-            raise ValueError(msg)
+            raise ValueError(f"{file} must have the shape of {files[0].name}, {first}; got {own}")
     return torch.stack(found)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 
-from cldsde.images.checks import as_whole, check_choice
+from cldsde.files import file_lock
 from cldsde.images.data.arrays import Layout, array_images, to_nchw
 from cldsde.images.data.folder import FolderImages, as_folder
 from cldsde.images.data.idx import fashion_folder, fashion_part
 from cldsde.images.data.images import ArrayImages, Images, Subset
-from cldsde.images.files import file_lock
-from cldsde.linear.checks import as_number
+from cldsde.images.schema import Count, Flag, Levels, Natural, Number, checked
 
 TorchvisionName = Literal[
     "CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "STL10", "SVHN", "USPS"
@@ -30,6 +29,16 @@ TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
     "USPS": (1, 16, 16),
 }
 """Shapes of the images, known without them."""
+
+
+def _whole_above_1(value: float) -> float:
+    if value >= 1 and value != round(value):
+        raise ValueError("Input should be a share below 1 or a number of images")
+    return value
+
+
+HeldOut = Annotated[Number, Field(ge=0), AfterValidator(_whole_above_1)]
+"""Share of the images held out, below 1, or their number."""
 
 
 class DataSet(NamedTuple):
@@ -49,13 +58,9 @@ class DataSet(NamedTuple):
         """Both parts, or the training part alone."""
         return [part for part in self if part is not None]
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Files that were left out, and why."""
-        return self.train.skipped
 
-
-def digits(*, held_out: float = 0.2, seed: int = 0) -> DataSet:
+@checked
+def digits(*, held_out: HeldOut = 0.2, seed: Natural = 0) -> DataSet:
     """Scikit-learn's 1,797 handwritten digits, 8×8 with 17 grey levels, split at random.
 
     Parameters
@@ -65,7 +70,6 @@ def digits(*, held_out: float = 0.2, seed: int = 0) -> DataSet:
     seed
         Seed of the split.
     """
-    _check_split(held_out, seed)
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -78,6 +82,7 @@ def digits(*, held_out: float = 0.2, seed: int = 0) -> DataSet:
     return _split(images, held_out, seed)
 
 
+@checked
 def fashion_mnist(*, path: str | Path | None = None, size: Literal[16, 28, 32] = 28) -> DataSet:
     """Fashion-MNIST: 60,000 and 10,000 grey images of ten kinds of clothes (Xiao et al. 2017).
 
@@ -97,16 +102,12 @@ def fashion_mnist(*, path: str | Path | None = None, size: Literal[16, 28, 32] =
     FileNotFoundError, ValueError
         If a file is missing, damaged or holds something else; the message names it.
     """
-    check_choice(size, (16, 28, 32), "size")
     folder = fashion_folder() if path is None else as_folder(path)
     return DataSet(*(fashion_part(folder, part, size) for part in ("train", "t10k")))
 
 
-_TRAIN = ({"train": True}, {"train": False})
-_SPLIT = ({"split": "train"}, {"split": "test"})
-
-
-def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool = False) -> DataSet:
+@checked
+def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag = False) -> DataSet:
     """A data set of torchvision, its test part held out.
 
     Parameters
@@ -123,10 +124,12 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
     ImportError, FileNotFoundError
         If torchvision is missing, or the set is not there or damaged.
     """
-    check_choice(name, get_args(TorchvisionName), "name")
     layout: Layout = "NHW"
     if name in {"CIFAR10", "CIFAR100", "STL10", "SVHN"}:
         layout = "NHWC" if name.startswith("CIFAR") else "NCHW"
+    train, test = ({"train": True}, {"train": False})
+    if name in {"STL10", "SVHN"}:
+        train, test = ({"split": "train"}, {"split": "test"})  # type: ignore[dict-item]
     root = Path(path).expanduser()
     try:
         from torchvision import datasets
@@ -139,10 +142,8 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
             root.mkdir(parents=True, exist_ok=True)
         # Of several processes one downloads, and the others find the files.
         with file_lock(root / name, wait=True) if download else nullcontext():
-            sources = [
-                getattr(datasets, name)(str(root), download=download, **part)
-                for part in (_SPLIT if name in {"STL10", "SVHN"} else _TRAIN)
-            ]
+            make = getattr(datasets, name)
+            sources = [make(str(root), download=download, **part) for part in (train, test)]
     except Exception as error:  # of many classes, for missing or damaged files
         hint = "is the network there?" if download else "download=True would fetch it"
         msg = f"{name} is not in {root}, or is damaged there; {hint} (torchvision: {error})"
@@ -158,16 +159,17 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: bool =
     return DataSet(*(ArrayImages(x, labels=labels, classes=classes) for x, labels in parts))
 
 
+@checked
 def image_folder(
     *,
     path: str | Path,
-    size: int,
+    size: Count,
     channels: Literal[1, 3] = 3,
-    classes: bool = False,
-    held_out: float = 0.1,
-    seed: int = 0,
-    workers: int = 4,
-    skip_damaged: bool = False,
+    classes: Flag = False,
+    held_out: HeldOut = 0.1,
+    seed: Natural = 0,
+    workers: Count = 4,
+    skip_damaged: Flag = False,
 ) -> DataSet:
     """Image files of a folder, decoded when they are needed, split at random.
 
@@ -178,21 +180,21 @@ def image_folder(
     held_out, seed
         See `digits`.
     """
-    _check_split(held_out, seed)
     options: dict[str, Any] = {"size": size, "channels": channels, "classes": classes}
     images = FolderImages(path, workers=workers, skip_damaged=skip_damaged, **options)
     return _split(images, held_out, seed)
 
 
+@checked
 def array_file(
     *,
     path: str | Path,
     images: str | None = None,
     labels: str | None = None,
     layout: Layout = "auto",
-    levels: int = 256,
-    held_out: float = 0.1,
-    seed: int = 0,
+    levels: Levels = 256,
+    held_out: HeldOut = 0.1,
+    seed: Natural = 0,
 ) -> DataSet:
     """Images of a ``.npy`` or ``.npz`` file of NumPy, split at random.
 
@@ -216,7 +218,6 @@ def array_file(
     held_out, seed
         See `digits`.
     """
-    _check_split(held_out, seed)
     found = array_images(path, images=images, labels=labels, layout=layout, levels=levels)
     return _split(found, held_out, seed)
 
@@ -231,21 +232,12 @@ DATA_SETS: dict[str, Callable[..., DataSet]] = {
 """Data sets by their names in a configuration; the options are the arguments of the functions."""
 
 
-def _check_split(held_out: float, seed: int) -> None:
-    number = as_number(held_out, "held_out")
-    if not (0 <= number < math.inf) or (number >= 1 and number != round(number)):
-        msg = f"held_out must be a share below 1 or a number of images; got {held_out}"
-        raise ValueError(msg)
-    as_whole(seed, "seed", 0, 2**63 - 1)
-
-
 def _split(images: Images, held_out: float, seed: int) -> DataSet:
     if held_out == 0:
         return DataSet(images, None)
     n = round(len(images) * held_out) if held_out < 1 else int(held_out)
     if not 0 < n < len(images):
-        got = f"{held_out}, that is {n} of the {len(images)}"
-        msg = f"held_out must leave both parts an image; got {got}"
-        raise ValueError(msg)
+        msg = f"held_out must leave both parts an image; got {held_out}, that is {n} of the "
+        raise ValueError(f"{msg}{len(images)}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return DataSet(train=Subset(images, order[n:]), held_out=Subset(images, order[:n]))

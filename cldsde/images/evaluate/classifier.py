@@ -6,31 +6,41 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldsde.images.checks import as_whole, check_images, check_labels, check_same_shape
-from cldsde.images.files import brief, load_tensors, save_tensors, tensors_digest
-from cldsde.linear.checks import check_positive
+from cldsde.files import file_lock
+from cldsde.images.checks import check_images, check_labels, check_same_shape
+from cldsde.images.data import DataSet
+from cldsde.images.data.samples import all_bytes, byte_batches
+from cldsde.images.evaluate.distances import batches_sha256
+from cldsde.images.schema import Count, Natural, Positive, checked
+from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
+from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 _NAME = "cldsde.images.evaluation:ImageClassifier"
 """Files of results and of statistics know the features by this name: it outlasts the module's."""
 
 _SMALLEST = 8  # height and width
-_LARGEST = 4096  # width, number of features or classes
+_TRAINED_ON = 150_000  # images for a classifier of a data set at least, repetitions counted
+Size = Annotated[Count, Field(le=4096)]
+"""Width, number of features or classes."""
 
 
 class ImageClassifier(nn.Module):
     """A small convolutional classifier whose last hidden layer serves as a feature space."""
 
-    def __init__(self, channels: int, classes: int, *, width: int = 16, size: int = 128) -> None:
+    @checked
+    def __init__(
+        self, channels: Size, classes: Size, *, width: Size = 16, size: Size = 128
+    ) -> None:
         super().__init__()
         self.architecture = {"channels": channels, "classes": classes, "width": width, "size": size}
-        for name, value in self.architecture.items():
-            as_whole(value, name, 1, _LARGEST)
         layers: list[nn.Module] = []
         widths = (channels, width, 2 * width, 4 * width, 4 * width)
         for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
@@ -55,8 +65,7 @@ class ImageClassifier(nn.Module):
         fits = images.ndim == 4 and images.shape[1] == channels
         if not fits or min(images.shape[2:]) < _SMALLEST:
             wanted = f"(B, {channels}, H, W) with H and W at least {_SMALLEST}"
-            msg = f"images must have shape {wanted}; got {tuple(images.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"images must have shape {wanted}; got {tuple(images.shape)}")
         features: Tensor = self.body(images)
         return features
 
@@ -76,18 +85,19 @@ class ClassifierFeatures:
         return self.classifier.features(_scaled(images.to(self.device)))
 
 
+@checked
 def train_classifier(
     images: Tensor,
     labels: Tensor,
     held_out: Tensor,
     held_out_labels: Tensor,
     *,
-    epochs: int = 3,
-    batch: int = 128,
-    width: int = 16,
-    size: int = 128,
-    learning_rate: float = 4e-3,
-    seed: int = 0,
+    epochs: Count = 3,
+    batch: Annotated[Count, Field(ge=2)] = 128,
+    width: Size = 16,
+    size: Size = 128,
+    learning_rate: Positive = 4e-3,
+    seed: Natural = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[ImageClassifier, float]:
@@ -101,9 +111,7 @@ def train_classifier(
     check_same_shape(images, held_out, "held_out")
     classes = check_labels(labels, "labels", len(images))
     check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
-    as_whole(epochs, "epochs", 1)
-    batch = min(as_whole(batch, "batch", 2), len(images))
-    check_positive(learning_rate, "learning_rate")
+    batch = min(batch, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier(images.shape[1], classes, width=width, size=size)
@@ -128,12 +136,9 @@ def train_classifier(
     # Sums have another order in the channels-last layout; saved weights have channels first.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    pairs = zip(held_out.split(512), held_out_labels.split(512), strict=True)  # type: ignore[no-untyped-call]
-    hits = sum(
-        int((model(_scaled(part.to(device))).argmax(1).cpu() == target.cpu()).sum())
-        for part, target in pairs
-    )
-    return model, hits / len(held_out)
+    parts = held_out.split(512)  # type: ignore[no-untyped-call]
+    found = torch.cat([model(_scaled(part.to(device))).argmax(1).cpu() for part in parts])
+    return model, float((found == held_out_labels.cpu()).double().mean())
 
 
 def save_classifier(
@@ -159,6 +164,39 @@ def load_classifier(
         raise ValueError(msg) from error
     del notes["sha256"]
     return model.to(device).eval().requires_grad_(False), notes
+
+
+def kept_classifier(
+    file: Path, data: DataSet, *, device: torch.device | str = "cpu", progress: bool = False
+) -> ClassifierFeatures:
+    """Features of a classifier of a data set, from its file; it is trained if there is none."""
+    train, labels = data.train, data.train.labels
+    assert labels is not None
+    origin = {
+        "images_sha256": batches_sha256(byte_batches(train), (len(train), *train.shape)),
+        "labels_sha256": tensors_digest({"labels": labels}),
+    }
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Of two evaluations at the same time one trains the classifier for both.
+        with file_lock(file, wait=True):
+            if not file.exists():
+                _train_into(file, data, origin, device=device, progress=progress)
+    try:
+        classifier, notes = load_classifier(file, device=device)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to have it made again") from error
+    if not origin.items() <= notes.items():
+        msg = f"{file} was trained on other images or classes; delete it, or move it away"
+        raise ValueError(msg)
+    return ClassifierFeatures(classifier, device=device)
+
+
+def _train_into(file: Path, data: DataSet, notes: Mapping[str, str], **options: Any) -> None:
+    sets: Any = [(all_bytes(x), x.labels) for x in (data.train, data.held_out or data.train)]
+    epochs = max(3, round(_TRAINED_ON / len(data.train)))
+    classifier, accuracy = train_classifier(*sets[0], *sets[1], epochs=epochs, **options)
+    save_classifier(classifier, file, metadata={**notes, "held_out_accuracy": f"{accuracy:.4f}"})
 
 
 def _scaled(images: Tensor) -> Tensor:

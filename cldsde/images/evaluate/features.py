@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldsde.images.errors import SettingError
-from cldsde.images.named import in_one_line, named
+from cldsde.errors import SettingError, setting
+from cldsde.messages import imported, in_words
 
 FeatureNetwork = Callable[[Tensor], Tensor]
 """uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. An attribute
@@ -32,12 +32,13 @@ def load_features(name: str) -> FeatureNetwork:
     >>> load_features("torch:flatten").__name__
     'flatten'
     """
-    found: Any = named(name, "features")
+    with setting("features"):
+        found: Any = imported(name)
     if isinstance(found, type):
         try:
             found = found()
         except (Exception, SystemExit) as error:
-            msg = f"{name!r} cannot be made without arguments ({in_one_line(error)})"
+            msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
             raise SettingError("features", msg) from error
     if not callable(found):
         kind = type(found).__name__
@@ -56,7 +57,7 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
             checked_features(features(images), len(images))
     except Exception as error:
         shape = tuple(images.shape)
-        msg = f"{feature_name(features)!r} fails for images {shape} ({in_one_line(error)})"
+        msg = f"{feature_name(features)!r} fails for images {shape} ({in_words(error)})"
         raise SettingError("features", msg) from error
 
 
@@ -64,15 +65,12 @@ def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        msg = f"features must return a floating-point tensor (B, F); got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
     if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
         got = f"{tuple(values.shape)} for {count} images"
-        msg = f"features must return (B, F), one row per image; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"features must return (B, F), one row per image; got {got}")
     if not bool(values.isfinite().all()):
-        msg = "features must return finite numbers; it returned NaN or infinity"
-        raise ValueError(msg)
+        raise ValueError("features must return finite numbers; it returned NaN or infinity")
     return values.detach().cpu().to(torch.float64)
 
 
@@ -81,8 +79,7 @@ def feature_name(features: FeatureNetwork) -> str:
     if not callable(features) or isinstance(features, type):
         got = repr(features) if isinstance(features, type) else type(features).__name__
         wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
-        msg = f"features must be {wanted}; got {got}"
-        raise TypeError(msg)
+        raise TypeError(f"features must be {wanted}; got {got}")
     name = getattr(features, "name", None)
     owner: Any = features if hasattr(features, "__qualname__") else type(features)
     return name if isinstance(name, str) else f"{owner.__module__}:{owner.__qualname__}"

@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cldsde.images.checks import as_whole, check_images, check_values
+from cldsde.images.checks import check_images, check_values
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.distances import images_sha256, package_versions
 from cldsde.images.model import DiffusionModel
+from cldsde.images.schema import Count, Levels, Natural, checked
 from cldsde.images.train.objectives import Batch, Times, bit_per_dim, negative_evidence_lower_bound
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, TimeSampler, dequantise, log_likelihood
-from cldsde.score.checks import one_of
 from cldsde.score.flow_density import Divergence
 
 Kind = Literal["auto", "exact", "bound"]
@@ -43,15 +43,16 @@ class UndefinedLikelihoodError(ValueError):
     """The model defines no likelihood of such images."""
 
 
+@checked
 def likelihood(
     model: Any,
     images: Tensor,
     *,
     kind: Kind = "auto",
-    levels: int = 256,
+    levels: Levels = 256,
     scale: Scale = "bins",
-    batch: int = 64,
-    seed: int = 0,
+    batch: Count = 64,
+    seed: Natural = 0,
     t_min: float = 1e-5,
     samples: int = 1,
     divergence: Divergence = "hutchinson",
@@ -106,11 +107,14 @@ def likelihood(
     TypeError, ValueError
         If an argument is out of range, the model has no process, or is in training mode.
     """
-    process = _process_of(model)
-    one_of(kind, Kind, "kind")
-    one_of(scale, Scale, "scale")
+    if not isinstance(model, ReverseProcess):
+        if not hasattr(model, "sde"):
+            kinds = "a ReverseProcess, or a score with an attribute sde"
+            raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
+        model = ReverseProcess(model.sde, model)
+    process: ReverseProcess = model
+    _check_mode(process.score)
     check_values(check_images(images, "images"), levels)
-    as_whole(batch, "batch", 1)
     if kind == "exact" and process.sde.components > 1:
         msg = "kind='exact' needs a process without auxiliary components; got "
         msg += f"{process.sde!r}; use 'bound'"
@@ -119,7 +123,7 @@ def likelihood(
         kind = "exact" if process.sde.components == 1 else "bound"
     options: dict[str, Any] = {"samples": samples, "divergence": divergence}
     options |= {"rtol": rtol, "atol": atol, "max_nfev": max_nfev}
-    generator = torch.Generator().manual_seed(as_whole(seed, "seed", 0))
+    generator = torch.Generator().manual_seed(seed)
     end = 1.0 if scale == "bins" else levels / (levels - 1)
     data = dequantise(images, count=levels, low=-end, high=end, generator=generator)
     start: Any = "replace" if kind == "exact" else "perturb"
@@ -138,22 +142,22 @@ def likelihood(
     return {**found_bits, "is_bound": found.is_bound, "nfev": nfev / len(images)}
 
 
+@checked
 def latent_likelihood(
     model: DiffusionModel,
     images: Tensor,
     *,
-    levels: int = 256,
-    batch: int = 64,
-    seed: int = 0,
+    levels: Levels = 256,
+    batch: Count = 64,
+    seed: Natural = 0,
     t_min: float = 1e-3,
-    samples: int = 16,
+    samples: Count = 16,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`."""
     if model.vae is None:
-        msg = "model must have an autoencoder; use likelihood for a model of pixels"
-        raise ValueError(msg)
+        raise ValueError("model must have an autoencoder; use likelihood for a model of pixels")
     _check_mode(model)
     check_values(check_images(images, "images"), levels)
     pixels = model.vae.likelihood
@@ -162,10 +166,8 @@ def latent_likelihood(
         msg = f"the autoencoder's distribution of pixels, {name}, is of {pixels.levels} grey "
         msg += f"levels, so that no bound on the bits of images of {levels} follows from it"
         raise UndefinedLikelihoodError(msg)
-    for name, value in {"batch": batch, "samples": samples}.items():
-        as_whole(value, name, 1)
     sde = model.score.sde
-    generator = torch.Generator().manual_seed(as_whole(seed, "seed", 0))
+    generator = torch.Generator().manual_seed(seed)
     sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
     bits = []
     with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
@@ -203,20 +205,6 @@ def _report(
     }
 
 
-def _process_of(model: Any) -> ReverseProcess:
-    if not isinstance(model, ReverseProcess):
-        sde = getattr(model, "sde", None)
-        if sde is None:
-            kind = type(model).__name__
-            msg = f"model must be a ReverseProcess, or a score with an attribute sde; got {kind}"
-            raise TypeError(msg)
-        model = ReverseProcess(sde, model)
-    _check_mode(model.score)
-    process: ReverseProcess = model
-    return process
-
-
 def _check_mode(model: object) -> None:
     if isinstance(model, nn.Module) and model.training:
-        msg = "model must be in evaluation mode; call .eval()"
-        raise ValueError(msg)
+        raise ValueError("model must be in evaluation mode; call .eval()")

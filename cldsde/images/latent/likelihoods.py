@@ -7,53 +7,53 @@ Computations are in single precision at least, and no method waits for a device.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cldsde.images.checks import as_whole
+from cldsde.images.schema import Levels, section
 
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
 
 
 def soft_clamp(x: Tensor, bound: float) -> Tensor:
-    """Bound numbers smoothly, b tanh(x/b): slope 1 at 0, and within ±b (Vahdat and Kautz 2020).
-
-    Examples
-    --------
-    >>> soft_clamp(torch.tensor([-1e9, 0.0, 1e9]), 5.0).tolist()
-    [-5.0, 0.0, 5.0]
-    """
+    """Bound numbers smoothly, b tanh(x/b): slope 1 at 0, and within ±b (Vahdat and Kautz 2020)."""
     return bound * torch.tanh(x / bound)
 
 
-class PixelLikelihood(Protocol):
-    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder."""
+class PixelLikelihood(ABC):
+    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
 
-    @property
-    def levels(self) -> int:
-        """Number of grey levels of the images over which its probabilities sum to 1."""
-        ...
+    ``levels`` is the number of grey levels over which its probabilities sum to 1. ``width`` is the
+    number of channels of the output for each channel of the images.
+    """
 
-    def channels(self, data: int) -> int:
-        """Channels of the output for images of ``data`` channels."""
-        ...
+    levels: int
+    width: int
 
     def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
         """Log-likelihood in nats, summed over the image, ``(B,)``; raise if shapes do not fit."""
-        ...
+        wanted = (len(x), self.width * x.shape[1], *x.shape[2:])
+        if output.shape != wanted:
+            msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
+            raise ValueError(f"{msg}{tuple(output.shape)}")
+        return total(self._log_p(fine(output), x))
 
+    @abstractmethod
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of each number; the gradient is finite."""
+
+    @abstractmethod
     def mean(self, output: Tensor) -> Tensor:
         """Mean image, ``(B, C, H, W)`` in [−1, 1], float32 at least."""
-        ...
 
 
-@dataclass(frozen=True)
-class DiscretisedLogistic:
+@section
+class DiscretisedLogistic(PixelLikelihood):
     r"""A logistic distribution of mean μ and scale s, cut into one bin per grey level.
 
     .. math::
@@ -63,17 +63,11 @@ class DiscretisedLogistic:
     The bins of the first and the last level extend to ∓∞, so that the sum over levels is 1. The
     first C channels of the output are μ; the others, bounded by ±7 (`soft_clamp`), are log s.
 
-    Parameters
-    ----------
-    levels
-        Number L of grey levels, 2 … 256.
-
     Notes
     -----
     A logarithm of a probability in single precision, u = 2⁻²⁴, has an error of at most
     ``24u |log P| + 4u (1 + (1 + |μ|)/s)``. The first part comes from s and elementary functions,
-    the second from the rounding of x and of differences from it, in units of s: with μ in [−1, 1]
-    at most 6e-4 nats for the narrowest scale, s = e⁻⁷, and 2e-6 for s = 0.3.
+    the second from the rounding of x and of differences from it, in units of s.
 
     References
     ----------
@@ -88,18 +82,10 @@ class DiscretisedLogistic:
     tensor([0.3775, 0.2449, 0.3775])
     """
 
-    levels: int = 256
+    levels: Levels = 256
+    width = 2
 
-    def __post_init__(self) -> None:
-        as_whole(self.levels, "levels", 2, 256)
-
-    def channels(self, data: int) -> int:
-        """Channels of the output: 2C."""
-        return 2 * data
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """See `PixelLikelihood`; each number of ``x`` is a grey level. The gradient is finite."""
-        _check_output(output, x, self.channels(x.shape[1]))
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
         mean, scale = self._parameters(output)
         half = 1 / (self.levels - 1)
         centred = x - mean
@@ -110,7 +96,7 @@ class DiscretisedLogistic:
         log_p = F.logsigmoid(above).masked_fill(last, 0.0)
         log_p = log_p + F.logsigmoid(-below).masked_fill(first, 0.0)
         width = torch.log(-torch.expm1(-2 * half / scale))
-        return _total(log_p + width.masked_fill(first | last, 0.0))
+        return log_p + width.masked_fill(first | last, 0.0)
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean of the discretised distribution, which differs from μ near ±1 and in narrow bins."""
@@ -123,68 +109,42 @@ class DiscretisedLogistic:
         return 2 * level / (self.levels - 1) - 1  # in the order of `to_unit`, to the same bits
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_scale = _fine(output).chunk(2, dim=1)
+        mean, log_scale = fine(output).chunk(2, dim=1)
         return mean, soft_clamp(log_scale, _LOG_SCALE_BOUND).exp()
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(PixelLikelihood):
     r"""Black or white pixels, white with probability π; the output is the logit of π.
 
     .. math::
         \log p(x) = w \log π + (1 - w) \log(1 - π), \qquad w = \frac{x + 1}{2}
 
-    For black and white images, of 2 levels, this is their log-likelihood. A grey level w is read as
-    the probability of white: then it is the expected log-likelihood of the image with random black
-    or white pixels. That can be trained with, but it does not sum to 1 over all grey levels, and no
-    bound on their bits follows from it.
-
-    Notes
-    -----
-    A logarithm in single precision, u = 2⁻²⁴, has an error of at most
-    ``16u |log p| + u |logit|``. The second part is the rounding of w, and vanishes for black and
-    white.
-
-    Examples
-    --------
-    >>> x = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1)
-    >>> Bernoulli().log_likelihood(torch.ones(3, 1, 1, 1), x)
-    tensor([-1.3133, -0.8133, -0.3133])
+    For images of 2 levels this is their log-likelihood. A grey level w is read as the probability
+    of white: that can be trained with, but it does not sum to 1 over all grey levels, and no bound
+    on their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at
+    most ``16u |log p| + u |logit|``.
     """
 
-    @property
-    def levels(self) -> int:
-        """Number of grey levels: 2."""
-        return 2
+    levels = 2
+    width = 1
 
-    def channels(self, data: int) -> int:
-        """Channels of the output: C."""
-        return data
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """Expected log-likelihood, see `PixelLikelihood`. The gradient is finite."""
-        _check_output(output, x, self.channels(x.shape[1]))
-        logit, white = _fine(output), (_fine(x) + 1) / 2
+    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+        white = (fine(x) + 1) / 2
         # Neither term is positive, whereas the library's cross-entropy subtracts.
-        return _total(white * F.logsigmoid(logit) + (1 - white) * F.logsigmoid(-logit))
+        return white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output)
 
     def mean(self, output: Tensor) -> Tensor:
-        """Mean image 2π − 1, see `PixelLikelihood`."""
-        return torch.tanh(_fine(output) / 2)
+        """Mean image 2π − 1."""
+        return torch.tanh(fine(output) / 2)
 
 
-def _fine(x: Tensor) -> Tensor:
+def fine(x: Tensor) -> Tensor:
     """In single precision at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _total(log_p: Tensor) -> Tensor:
-    total: Tensor = log_p.flatten(1).sum(1)
-    return total
-
-
-def _check_output(output: Tensor, x: Tensor, channels: int) -> None:
-    wanted = (len(x), channels, *x.shape[2:])
-    if output.shape != wanted:
-        msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
-        raise ValueError(f"{msg}{tuple(output.shape)}")
+def total(terms: Tensor) -> Tensor:
+    """Sums over each image or latent map, ``(B,)``."""
+    sums: Tensor = terms.flatten(1).sum(1)
+    return sums

@@ -1,7 +1,7 @@
 """A convolutional variational autoencoder, made of parts of the library diffusers.
 
-An image x has a Gaussian `Posterior` q(z | x) over maps z of latent channels, and a latent map has
-a distribution p(x | z) of the image, whose parameters the decoder returns. With a prior p(z),
+The encoder returns a Gaussian `Posterior` q(z | x) over maps z of latent channels. The decoder
+returns the parameters of a distribution p(x | z) of the image. With a prior p(z),
 
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
 """
@@ -16,19 +16,16 @@ import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from cldsde.images.checks import (
-    as_whole,
-    check_choice,
-    check_counts,
-    check_groups,
-    check_levels,
-)
+from cldsde.images.checks import check_groups, check_levels
 from cldsde.images.latent.likelihoods import (
     Bernoulli,
     DiscretisedLogistic,
     PixelLikelihood,
+    fine,
     soft_clamp,
+    total,
 )
+from cldsde.images.schema import Channels, Count, Levels, Shape, checked
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 
@@ -36,25 +33,19 @@ from cldsde.linear.random import Generators, standard_normal
 _BOUND = 5.0
 
 _LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
-    "logistic": DiscretisedLogistic,
+    "logistic": lambda levels: DiscretisedLogistic(levels=levels),
     "bernoulli": lambda levels: Bernoulli(),
 }
 
 
 class Posterior(NamedTuple):
-    """q(z | x): independent normals ``(B, *D)``, one per number of the latent maps of a batch.
-
-    Its logarithms are in nats, summed over the latent map.
-    """
+    """q(z | x): independent normals ``(B, *D)``; logarithms are in nats, summed per image."""
 
     mean: Tensor
     log_std: Tensor
 
     def sample(self, generator: Generators | None = None) -> Tensor:
-        """Sample a latent map per image, z = μ + σ n ``(B, *D)``, through which gradients flow.
-
-        Several generators each serve an even share of the batch.
-        """
+        """Sample z = μ + σ n; several generators each serve an even share of the batch."""
         mean = self.mean
         noise = standard_normal(
             mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
@@ -63,32 +54,26 @@ class Posterior(NamedTuple):
 
     def entropy(self) -> Tensor:
         """H(q) = −E log q(z | x), ``(B,)``."""
-        return _total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
+        return total(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
 
     def kl_to_standard_normal(self) -> Tensor:
-        """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``.
-
-        The sum is one of numbers that are not negative, each to a few roundings.
-        """
-        return _total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
+        """KL(q ‖ N(0, I)) = ½ Σ (μ² + σ² − 1 − log σ²), ``(B,)``; no term is negative."""
+        return total(0.5 * (self.mean.square() + exponential_rest(-2 * self.log_std)))
 
 
 class VAE(nn.Module):
-    """A variational autoencoder of residual convolutional blocks.
-
-    Each level but the first has half the resolution of the one before, so that latent maps have the
-    shape ``latent_shape`` = ``(latent_channels, H / 2ⁿ⁻¹, W / 2ⁿ⁻¹)`` with n levels.
+    """A variational autoencoder of residual convolutional blocks, without attention.
 
     Parameters
     ----------
-    shape
-        Shape ``(C, H, W)`` of the images; H and W divisible by 2 to the number of levels less one.
-    levels
-        Number of grey levels of the images, 2 … 256.
+    shape, levels
+        Shape ``(C, H, W)`` of the images, and number of their grey levels. H and W are divisible by
+        2 to the number of levels of the network less one.
     latent_channels
-        Channels of the latent maps.
+        Channels of the latent maps, of shape ``latent_shape`` = ``(latent_channels, h, w)``.
     channels
-        Channels of each level, from full resolution down; each of the groups has two or more.
+        Channels of each level, from full resolution down, halving H and W; each of the groups has
+        two or more.
     blocks
         Residual blocks per level in the encoder; the decoder has one more.
     groups
@@ -97,26 +82,10 @@ class VAE(nn.Module):
         "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a distribution of images of two
         levels, and only an objective for others.
 
-    Attributes
-    ----------
-    shape, latent_shape : tuple of int
-        Shapes of an image and of its latent map.
-    likelihood : PixelLikelihood
-        The distribution of the pixels.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is out of range or does not fit the others.
-
     Notes
     -----
     Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
-    (`soft_clamp`): a standard deviation lies in [0.0067, 148.5]. So neither the posterior nor its
-    divergence from the prior can diverge in training.
-
-    All blocks are convolutions, without attention, so that time and memory grow linearly in the
-    number of pixels.
+    (`soft_clamp`): neither the posterior nor its divergence from the prior can diverge in training.
 
     References
     ----------
@@ -132,22 +101,20 @@ class VAE(nn.Module):
     (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
     """
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
-        levels: int,
+        shape: Shape,
+        levels: Levels,
         *,
-        latent_channels: int = 4,
-        channels: Sequence[int] = (32, 64),
-        blocks: int = 1,
-        groups: int = 8,
+        latent_channels: Count = 4,
+        channels: Channels = (32, 64),
+        blocks: Count = 1,
+        groups: Count = 8,
         likelihood: Literal["logistic", "bernoulli"] = "logistic",
     ) -> None:
-        as_whole(levels, "levels", 2, 256)
-        check_counts(latent_channels=latent_channels, blocks=blocks, groups=groups)
         check_levels(shape, channels)
         check_groups(groups, channels)
-        check_choice(likelihood, list(_LIKELIHOODS), "likelihood")
         super().__init__()
         data, height, width = shape
         factor = 2 ** (len(channels) - 1)
@@ -169,7 +136,7 @@ class VAE(nn.Module):
         )
         self.decoder = Decoder(
             in_channels=latent_channels,
-            out_channels=self.likelihood.channels(data),
+            out_channels=self.likelihood.width * data,
             up_block_types=("UpDecoderBlock2D",) * len(channels),
             **common,
         )
@@ -179,11 +146,10 @@ class VAE(nn.Module):
         _check_shape(x, self.shape, "x")
         out: Tensor = self.encoder(x)
         # Under autocast the network returns half precision.
-        fine = out.to(torch.promote_types(out.dtype, torch.float32))
-        return Posterior(*soft_clamp(fine, _BOUND).chunk(2, dim=1))
+        return Posterior(*soft_clamp(fine(out), _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Parameters ``(B, likelihood.channels(C), H, W)`` of the distribution of the pixels."""
+        """Parameters ``(B, likelihood.width · C, H, W)`` of the distribution of the pixels."""
         _check_shape(z, self.latent_shape, "z")
         out: Tensor = self.decoder(z)
         return out
@@ -197,13 +163,7 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z))
 
 
-def _total(terms: Tensor) -> Tensor:
-    total: Tensor = terms.flatten(1).sum(1)
-    return total
-
-
 def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
     if x.shape[1:] != torch.Size(shape):
         wanted = ", ".join(str(n) for n in shape)
-        msg = f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")

@@ -2,8 +2,8 @@
 
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.outputs import alone, check_output, draw_to
-from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import ImageSampler, Samples, draw_images
+from cldsde.images.sample.request import SampleRequest, speed_up
+from cldsde.images.sample.sampler import ImageSampler, Samples
 
 __all__ = [
     "ImageSampler",
@@ -12,6 +12,6 @@ __all__ = [
     "Samples",
     "alone",
     "check_output",
-    "draw_images",
     "draw_to",
+    "speed_up",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -13,10 +13,10 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.model import ImageSpace
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import check_positive
@@ -28,6 +28,7 @@ from cldsde.solvers.sampling import window
 __all__ = ["ObservedImage", "ObservedMethod", "grey_basis"]
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
+_OPERATORS = {"mask", "grey", "downsample", "blur"}
 
 _TWISTED = ExponentialMultistep(order=2, stochasticity=1.0)
 
@@ -64,40 +65,29 @@ class ObservedImage:
 
     def __post_init__(self) -> None:
         """Reject options that no model fits."""
-        if self.method not in get_args(ObservedMethod):
-            names = ", ".join(map(repr, get_args(ObservedMethod)))
-            raise SettingError("method", f"must be one of {names}; got {self.method!r}")
-        if not 0 < self.noise_std < math.inf:
-            msg = f"must be finite and positive; got {self.noise_std:g}"
-            raise SettingError("noise_std", msg)
-        if self.particles < 1:
-            raise SettingError("particles", f"must be at least 1; got {self.particles}")
-        if self.operator.partition(":")[0] not in _OPERATORS:
-            msg = f"must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
-            raise SettingError("observe", msg)
-        if self.operator == "mask" and (self.mask is None or not bool(self.mask.any())):
-            raise SettingError("observe", "must mark some pixels in white; it is all black")
+        names = ", ".join(map(repr, get_args(ObservedMethod)))
+        operators = f"'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
+        seen = self.operator != "mask" or (self.mask is not None and bool(self.mask.any()))
+        known = self.method in get_args(ObservedMethod)
+        finite = f"must be finite and positive; got {self.noise_std:g}"
+        for key, holds, reason in (
+            ("method", known, f"must be one of {names}; got {self.method!r}"),
+            ("noise_std", 0 < self.noise_std < math.inf, finite),
+            ("particles", self.particles >= 1, f"must be at least 1; got {self.particles}"),
+            ("observe", self.operator.partition(":")[0] in _OPERATORS, f"must be {operators}"),
+            ("observe", seen, "must mark some pixels in white; it is all black"),
+        ):
+            if not holds:
+                raise SettingError(key, reason)
 
     @classmethod
     def read(
-        cls,
-        known: Path | None,
-        observe: str | None,
-        channels: int,
-        **options: Any,
+        cls, known: Path | None, observe: str | None, channels: int, **options: Any
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
-        Parameters
-        ----------
-        known
-            File of the picture.
-        observe
-            The operator, or a picture of the mask, white for observed pixels.
-        channels
-            Channels of the model's images.
-        **options
-            Method, noise and particles, see `ObservedImage`.
+        ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask,
+        white for observed pixels. ``channels`` is the number of channels of the model's images.
         """
         if known is None and observe is None:
             return None
@@ -126,33 +116,22 @@ class ObservedImage:
         }
 
     def of(self, space: ImageSpace, device: torch.device | str) -> Conditioning:
-        """The method for images of a model.
-
-        Raises
-        ------
-        SettingError
-            If picture, operator and images do not fit.
-        """
+        """The method for images of a model; raise a SettingError if the picture does not fit."""
         known = (self.known + 0.5) / 128 - 1 if space.dequantised else to_unit(self.known)
         mask = None if self.mask is None else self.mask.to(device)
         name, _, number = self.operator.partition(":")
         with setting("observe"):
-            seen = _OPERATORS[name](known.to(device), mask, number, self.noise_std)
+            seen = _observation(name, number, known.to(device), mask, self.noise_std)
         if seen.shape != space.shape:
             msg = f"is a picture of images of shape {seen.shape}; the model makes {space.shape}"
             raise SettingError("known", msg)
         if name == "grey" and space.shape[0] != 3:
             msg = f"'grey' needs a model of colour images; this one makes {space.shape}"
             raise SettingError("observe", msg)
-        replaced: dict[str, tuple[Tensor | None, Tensor | None]] = {
-            "mask": (mask, None),
-            "grey": (torch.tensor([True, False, False]).reshape(3, 1, 1).to(device), grey_basis()),
-        }
-        if self.method == "replacement" and name not in replaced:
+        if self.method == "replacement" and name not in {"mask", "grey"}:
             msg = f"'replacement' needs a mask or 'grey'; got {self.operator!r}"
             raise SettingError("method", msg)
-        where, basis = replaced.get(name, (None, None))
-        return Conditioning(self, seen, known.to(device), where, basis)
+        return Conditioning(self, seen, known.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +141,6 @@ class Conditioning:
     observed: ObservedImage
     observation: Observation
     known: Tensor
-    mask: Tensor | None
-    basis: Tensor | None
 
     @property
     def particles(self) -> int:
@@ -178,21 +155,17 @@ class Conditioning:
         return PosteriorScore(score, self.observation, method, sde=sde)
 
     def solver(self, solver: Solver) -> Solver:
-        """The solver, with replacement if that is the method.
-
-        Raises
-        ------
-        SettingError
-            If the method does not go with the solver.
-        """
+        """The solver, with replacement if that is the method; raise a SettingError if it cannot."""
         if self.particles and solver != _TWISTED:
             raise SettingError("solver", "must be multistep-2-sde, of which 'twisted' takes steps")
         if self.observed.method != "replacement":
             return solver
         if solver.facts.adaptive:
             raise SettingError("solver", "must have a grid of times for 'replacement'")
-        assert self.mask is not None
-        return Imputation(solver, self.known, self.mask, basis=self.basis)
+        mask, basis = self.observed.mask, None
+        if mask is None:  # grey
+            mask, basis = torch.tensor([True, False, False]).reshape(3, 1, 1), grey_basis()
+        return Imputation(solver, self.known, mask.to(self.known.device), basis=basis)
 
     def recipe(self, sampling: SamplingConfig, process: ReverseProcess) -> SamplingConfig:
         """The recipe with an end that is early enough: later noise would blur the posterior."""
@@ -232,60 +205,36 @@ class Conditioning:
 
 
 def grey_basis() -> Tensor:
-    """Orthonormal basis of the three channels whose first vector is grey, for colourisation.
-
-    Returns
-    -------
-    Tensor
-        ``(3, 3)`` float64, one vector per row: (1, 1, 1)/√3, (1, −1, 0)/√2, (1, 1, −2)/√6.
-    """
+    """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
     rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
     basis = torch.tensor(rows, dtype=torch.float64)
     return basis / basis.square().sum(1, keepdim=True).sqrt()
 
 
-def _grey(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    if number:
-        msg = f"'grey' takes no number; got {number!r}"
-        raise ValueError(msg)
-
-    def forward(x: Tensor) -> Tensor:
-        return x.mean(1, keepdim=True)
-
-    return Observation(forward, y.mean(0, keepdim=True), noise_std, tuple(y.shape))
-
-
-def _mask(y: Tensor, mask: Tensor | None, _: str, noise_std: float) -> Observation:
-    assert mask is not None
-    if mask.shape != y.shape[1:]:
-        msg = (
-            f"the mask must have the picture's shape {tuple(y.shape[1:])}; got {tuple(mask.shape)}"
-        )
-        raise ValueError(msg)
-    return Observation.mask(mask.expand_as(y), y, noise_std)
-
-
-def _downsample(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    return Observation.downsample(int(number), y, noise_std)
-
-
-def _blur(y: Tensor, _: Tensor | None, number: str, noise_std: float) -> Observation:
-    std = float(number)
-    check_positive(std, "blur")
+def _observation(
+    name: str, number: str, y: Tensor, mask: Tensor | None, noise_std: float
+) -> Observation:
+    """How a picture ``(C, h, w)`` was observed; raise a ValueError if something does not fit."""
+    if name == "mask":
+        assert mask is not None
+        if mask.shape != y.shape[1:]:
+            shapes = f"{tuple(y.shape[1:])}; got {tuple(mask.shape)}"
+            raise ValueError(f"the mask must have the picture's shape {shapes}")
+        return Observation.mask(mask.expand_as(y), y, noise_std)
+    if name == "grey":
+        if number:
+            raise ValueError(f"'grey' takes no number; got {number!r}")
+        seen = y.mean(0, keepdim=True)
+        return Observation(lambda x: x.mean(1, keepdim=True), seen, noise_std, tuple(y.shape))
+    if name == "downsample":
+        return Observation.downsample(int(number), y, noise_std)
+    std = check_positive(float(number), "blur")
     place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1)
     row = (-0.5 * (place / std).square()).softmax(0)
-    seen = Observation.blur(torch.outer(row, row), y, noise_std)
+    blurred = Observation.blur(torch.outer(row, row), y, noise_std)
     # Black is −1, and zeros surround the data: the blur is of data + 1.
-    black = 1 - seen.forward(torch.ones_like(y).unsqueeze(0))[0]
-    return Observation(seen.forward, y + black, noise_std, seen.shape)
-
-
-_OPERATORS: dict[str, Callable[[Tensor, Tensor | None, str, float], Observation]] = {
-    "mask": _mask,
-    "grey": _grey,
-    "downsample": _downsample,
-    "blur": _blur,
-}
+    black = 1 - blurred.forward(torch.ones_like(y).unsqueeze(0))[0]
+    return Observation(blurred.forward, y + black, noise_std, blurred.shape)
 
 
 def _read(file: Path, channels: int, key: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A request for samples of a trained model: checked before any work, sampled batch by batch."""
+"""A request for samples of a trained model in files, and what its samples depend on."""
 
 from __future__ import annotations
 
@@ -6,105 +6,40 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 
-from cldsde.images.config import SamplingConfig
-from cldsde.images.errors import SettingError
+from cldsde.errors import SettingError
 from cldsde.images.model import ImageModel
-from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.sampler import ImageSampler, Precision, Samples, Start
-from cldsde.images.sample.source import OtherDynamics
+from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.sample.source import Model
 from cldsde.images.schema import check_name
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
-GRID_LIMIT = 4096
-"""Largest number of images in a picture of a grid."""
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """A request for samples of a trained model.
+    """A request for samples of a trained model, one image for each seed."""
 
-    Attributes
-    ----------
-    model
-        The model.
-    sampling
-        Solver and budget.
-    seeds
-        One for each image.
-    batch
-        Images per batch.
-    label
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
-    guidance
-        Weight of the class, see `cldsde.GuidedScore`.
-    observed
-        An observation of the images, if any.
-    precision
-        Precision of the network.
-    compile_mode
-        Mode of ``torch.compile`` for the network; None does not compile it. ``"reduce-overhead"``
-        replays CUDA graphs.
-    channels_last
-        Whether to store weights and features with channels last, which may be faster on a GPU.
-    """
-
-    model: ImageModel | OtherDynamics
-    sampling: SamplingConfig
+    model: Model
+    sampler: ImageSampler
     seeds: range
-    batch: int = 64
-    label: int | Literal["all"] | None = None
-    guidance: float = 1.0
-    observed: ObservedImage | None = None
-    precision: Precision = "fp32"
-    compile_mode: CompileMode | None = None
-    channels_last: bool = False
-
-    def check(self) -> None:
-        """Check the options against the model, before any work is done."""
-        if self.batch < 1:
-            raise SettingError("batch", f"must be at least 1; got {self.batch}")
-        if self.guidance < 0 or not np.isfinite(self.guidance):
-            raise SettingError("guidance", f"must be finite and at least 0; got {self.guidance}")
-        if self.guidance != 1 and self.model.space.always_classes:
-            msg = "needs a network that was trained without classes, too (network.label_dropout)"
-            raise SettingError("guidance", msg)
-        if self.guidance != 1 and self.label is None:
-            msg = f"needs a class; got {self.guidance} and no class"
-            raise SettingError("guidance", msg)
-        check_name(self.precision, get_args(Precision), "precision")
-        if self.compile_mode is not None:
-            check_name(self.compile_mode, get_args(CompileMode), "compile_mode")
-            if not isinstance(self.model, ImageModel):
-                msg = "needs a run under its own process, whose network is compiled"
-                raise SettingError("compile_mode", msg)
-        if self.observed is not None and self.model.vae is not None:
-            msg = "needs a process of pixels; the process of this model is of latent variables"
-            raise SettingError("observe", msg)
-        _ = self.sampler
-
-    def draw(self, label: int | None, seeds: list[int], start: Start | None = None) -> Samples:
-        """Sample one batch; see `ImageSampler.draw`."""
-        return self.sampler.draw(seeds, label, start)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
+        how = self.sampler
         return {
             "weights": self.model.digest,
-            "sampling": dataclasses.asdict(self.sampling),
-            "batch": self.batch,
-            "label": self.label,
-            "guidance": self.guidance,
-            "observed": None if self.observed is None else self.observed.recipe(),
+            "sampling": dataclasses.asdict(how.sampling),
+            "batch": how.batch,
+            "label": how.label,
+            "guidance": how.guidance,
+            "observed": None if how.observed is None else how.observed.recipe(),
             "seeds": [self.seeds.start, self.seeds.stop],
             # Left out in single precision, so that older samples can be resumed.
-            **({} if self.precision == "fp32" else {"precision": self.precision}),
+            **({} if how.precision == "fp32" else {"precision": how.precision}),
         }
 
     def digest(self) -> str:
@@ -119,21 +54,20 @@ class SampleRequest:
         msg = f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network was not trained "
         return [f"{msg}at such times"]
 
-    @cached_property
-    def sampler(self) -> ImageSampler:
-        """The sampler of the request."""
-        model = self.model
-        if self.channels_last:
-            model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compile_mode is not None:
-            # In place, so that names of weights stay.
-            model.score.network.compile(mode=self.compile_mode)  # type: ignore[union-attr]
-        return ImageSampler(
-            *(model.score, model.space, self.sampling),
-            vae=model.vae,
-            label=self.label,
-            guidance=self.guidance,
-            observed=self.observed,
-            batch=self.batch,
-            precision=self.precision,
-        )
+
+def speed_up(model: Model, compile_mode: CompileMode | None, *, channels_last: bool) -> None:
+    """Compile the network of a model, and store its weights and features with channels last.
+
+    The model is changed in place, so that names of weights stay. The mode ``"reduce-overhead"``
+    replays CUDA graphs; None compiles nothing. Raises a SettingError for a model that is not
+    compiled.
+    """
+    if channels_last:
+        model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile_mode is None:
+        return
+    check_name(compile_mode, get_args(CompileMode), "compile_mode")
+    if not isinstance(model, ImageModel):
+        msg = "needs a run under its own process, whose network is compiled"
+        raise SettingError("compile_mode", msg)
+    model.score.network.compile(mode=compile_mode)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
-from cldsde.images.errors import SettingError, setting
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage
-from cldsde.images.schema import checked_options
+from cldsde.images.sample.source import Model
+from cldsde.images.schema import check_name, checked_options
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
@@ -101,43 +104,90 @@ class Samples(NamedTuple):
     evaluations: Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class ImageSampler:
     """Sampler of images: process, solver, plan, classes, guidance, inpainting and autoencoder.
 
     Solver, grid and tables are computed once, for any number of batches. An image depends on its
     own seed alone, except for rounding in the network, which may depend on the size of the batch.
+    Settings that do not fit the model or each other raise a SettingError at once.
+
+    Attributes
+    ----------
+    score, space, vae
+        The model, its images, and its autoencoder if its process is of latent variables.
+    sampling
+        Solver and budget.
+    sde
+        Process of the score; None takes the attribute ``sde`` of the score.
+    label, guidance
+        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
+        Weight of the class, see `cldsde.GuidedScore`.
+    observed
+        An observation of the images, if any.
+    batch
+        Images per batch.
+    device
+        Device of the states; None takes the device of the score.
+    precision
+        Precision of the network.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        space: ImageSpace,
-        sampling: SamplingConfig,
-        *,
-        sde: LinearSDE | None = None,
-        vae: VAE | None = None,
-        label: int | Literal["all"] | None = None,
-        guidance: float = 1.0,
-        observed: ObservedImage | None = None,
-        batch: int = 64,
-        device: torch.device | str | None = None,
-        precision: Precision = "fp32",
-    ) -> None:
-        if device is None:
-            device = device_of(score)
-        dtype = _HALVES.get(precision)
-        kind = torch.device(device).type
-        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
-        self._cast: Callable[[], AbstractContextManager[object]] = nullcontext
-        if dtype is not None:
-            self._cast = partial(torch.autocast, kind, dtype=dtype)
-        self._score, self._space, self._sampling = score, space, sampling
-        self._vae, self._device = vae, device
-        self._label, self._guidance, self._batch = label, guidance, batch
+    score: Score
+    space: ImageSpace
+    sampling: SamplingConfig
+    _: KW_ONLY
+    sde: LinearSDE | None = None
+    vae: VAE | None = None
+    label: int | Literal["all"] | None = None
+    guidance: float = 1.0
+    observed: ObservedImage | None = None
+    batch: int = 64
+    device: torch.device | str | None = None
+    precision: Precision = "fp32"
+
+    @classmethod
+    def of(cls, model: Model, sampling: SamplingConfig, **options: Any) -> Self:
+        """The sampler of a trained model; ``options`` are the other attributes."""
+        return cls(model.score, model.space, sampling, vae=model.vae, **options)
+
+    def __post_init__(self) -> None:
+        """Check the settings, and make the plan."""
+        guided = self.guidance != 1
+        check_name(self.precision, get_args(Precision), "precision")
+        if self.batch < 1:
+            raise SettingError("batch", f"must be at least 1; got {self.batch}")
+        if not 0 <= self.guidance < math.inf:
+            raise SettingError("guidance", f"must be finite and at least 0; got {self.guidance}")
+        if guided and self.space.always_classes:
+            msg = "needs a network that was trained without classes, too (network.label_dropout)"
+            raise SettingError("guidance", msg)
+        if guided and self.label is None:
+            raise SettingError("guidance", f"needs a class; got {self.guidance} and no class")
+        if self.observed is not None and self.vae is not None:
+            msg = "needs a process of pixels; the process of this model is of latent variables"
+            raise SettingError("observe", msg)
+        _ = self._plan
+
+    @cached_property
+    def _device(self) -> torch.device | str:
+        return device_of(self.score) if self.device is None else self.device
+
+    @cached_property
+    def _conditioning(self) -> Conditioning | None:
+        return None if self.observed is None else self.observed.of(self.space, self._device)
+
+    @cached_property
+    def _plan(self) -> Plan:
         # Guidance counts, so that the plan is made for a guided score.
-        planned = score if guidance == 1 else self._given(0)
-        self._observed = None if observed is None else observed.of(space, device)
-        self._plan = _plan(planned, sampling, sde, self._observed)
+        planned = self.score if self.guidance == 1 else self._given(0)
+        return _plan(planned, self.sampling, self.sde, self._conditioning)
+
+    def _cast(self) -> AbstractContextManager[object]:
+        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(self._device).type, dtype=_HALVES[self.precision])
 
     @property
     def t_end(self) -> float:
@@ -145,13 +195,26 @@ class ImageSampler:
         return float(self._plan.times[-1])
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
-        """Classes and seeds of batches of one class each."""
-        return class_batches(self._space, seeds, self._batch, self._label)
+        """Classes and seeds of batches of one class each.
+
+        With the label ``"all"``, and without a label for a network that always sees a class, seed i
+        has class i modulo their number.
+        """
+        label, classes = self.label, self.space.classes or 1
+        label = "all" if label is None and self.space.always_classes else label
+        groups: dict[int | None, list[int]] = {}
+        for seed in seeds:
+            groups.setdefault(seed % classes if label == "all" else label, []).append(seed)
+        return [
+            (c, some[first : first + self.batch])
+            for c, some in sorted(groups.items(), key=lambda group: group[0] or 0)
+            for first in range(0, len(some), self.batch)
+        ]
 
     def start(self, seeds: Sequence[int]) -> Start:
         """Draw the random numbers with which the sampling of a batch starts."""
-        noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self._vae
-        shape, first = self._space.shape if vae is None else vae.latent_shape, self._plan.times[0]
+        noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self.vae
+        shape, first = self.space.shape if vae is None else vae.latent_shape, self._plan.times[0]
         return noise, noise.start(sde, shape, device=self._device, t=float(first))
 
     def draw(
@@ -161,24 +224,23 @@ class ImageSampler:
 
         ``start`` may have been made ahead by the method `start`, for one call.
         """
-        plan, space, vae, observed = self._plan, self._space, self._vae, self._observed
+        plan, space, vae, observed = self._plan, self.space, self.vae, self._conditioning
         noise, state = self.start(seeds) if start is None else start
         if label is not None:
             score = self._given(label)
             plan = plan.with_score(
                 score if observed is None else observed.score(score, plan.process.sde)
             )
-        denoise = self._sampling.denoise
+        denoise = self.sampling.denoise
         with torch.no_grad(), self._cast():
             if observed is not None and observed.particles:
                 data, evaluations = observed.sample(
-                    plan, seeds, denoise=bool(denoise), chunk=self._batch
+                    plan, seeds, denoise=bool(denoise), chunk=self.batch
                 )
             else:
                 found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
                 if not found.success:
-                    msg = f"{self._sampling.solver} failed: {found.message}"
-                    raise FloatingPointError(msg)
+                    raise FloatingPointError(f"{self.sampling.solver} failed: {found.message}")
                 data, evaluations = found.data, found.stats["nfev"]
             if isinstance(plan.solver, Imputation):
                 data = plan.solver.impose(data)
@@ -189,13 +251,13 @@ class ImageSampler:
 
     def _given(self, label: int) -> Score:
         """The score of a class."""
-        assert self._space.classes is not None
+        assert self.space.classes is not None
         # Made on the device: a number of the CPU would be copied there at every evaluation.
         given, free = (
-            ConditionalScore(self._score, condition=torch.full((), number, device=self._device))
-            for number in (label, self._space.classes)
+            ConditionalScore(self.score, condition=torch.full((), number, device=self._device))
+            for number in (label, self.space.classes)
         )
-        return given if self._guidance == 1 else GuidedScore(given, free, self._guidance)
+        return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)
 
     def stream(
         self,
@@ -224,19 +286,6 @@ class ImageSampler:
         return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
 
 
-def draw_images(
-    score: Score,
-    space: ImageSpace,
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    *,
-    progress: bool = False,
-    **options: Any,
-) -> Samples:
-    """Sample one image for each seed with an `ImageSampler`, whose arguments ``options`` are."""
-    return ImageSampler(score, space, sampling, **options).sample(seeds, progress=progress)
-
-
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
     """Map items in a thread, which makes the next one while the last one is used."""
     with ThreadPoolExecutor(1) as thread:
@@ -246,24 +295,3 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]
             if len(made) == 2:
                 yield made.pop(0).result()
         yield from (last.result() for last in made)
-
-
-def class_batches(
-    space: ImageSpace, seeds: Sequence[int], batch: int, label: int | Literal["all"] | None = None
-) -> list[tuple[int | None, list[int]]]:
-    """Classes and seeds of batches of one class each.
-
-    With ``"all"``, and for models trained with classes only, seed i has class i mod their number.
-    """
-    groups: list[tuple[int | None, list[int]]] = [(None, list(seeds))]
-    if label is not None and label != "all":
-        groups = [(label, list(seeds))]
-    elif space.classes is not None and (label == "all" or space.always_classes):
-        groups = [
-            (c, [seed for seed in seeds if seed % space.classes == c]) for c in range(space.classes)
-        ]
-    return [
-        (label, some[first : first + batch])
-        for label, some in groups
-        for first in range(0, len(some), batch)
-    ]

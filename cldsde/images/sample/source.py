@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.errors import SettingError, setting
-from cldsde.images.files import tensors_digest
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace, load_model
+from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import DenoiserScore, ScoreDenoiser
@@ -34,27 +34,29 @@ class OtherDynamics:
     t_min: float | None = None
 
 
+Model = ImageModel | OtherDynamics
+"""Something to sample."""
+
+
 def of_run(
     run: Path,
     process: ProcessConfig | None = None,
     device: torch.device | str = "cpu",
     *,
     trust: bool = False,
-) -> ImageModel | OtherDynamics:
+) -> Model:
     """The model of a run, under its own process or another; see `load_model`."""
     model = load_model(run, device, trust=trust)
-    return model if process is None else under_process(model, process)
-
-
-def under_process(model: ImageModel, process: ProcessConfig) -> OtherDynamics:
-    """A model sampled with the dynamics of another process than it was trained with."""
-    sde = process.make()
+    if process is None:
+        return model
+    sde, inner = process.make(), model.score
     with setting("process"):
-        fill = model.score.inputs == "state"
         start = model.config.training.t_min
-        score = DenoiserScore(ScoreDenoiser(model.score, fill=fill, start=start), sde)
-    sampling = SamplingConfig()
-    return OtherDynamics(score, model.space, _digest(model.digest, sde), sampling, model.vae)
+        denoiser = ScoreDenoiser(inner, fill=inner.inputs == "state", start=start)
+        score = DenoiserScore(denoiser, sde)
+    return OtherDynamics(
+        score, model.space, _digest(model.digest, sde), SamplingConfig(), model.vae
+    )
 
 
 def of_diffusers(

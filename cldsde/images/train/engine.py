@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
 from cldsde.images.sample.sampler import check_sampling
 
@@ -34,14 +34,14 @@ def check_run(
         msg = f"no grid of times can be computed for this process and sampling ({error})"
         raise SettingError("process.options", msg) from error
     shares(config, processes)
-    if config.training.measure == "fd" and data.train.labels is None:
+    settings, no_gpu = config.training, device in {"cpu", "mps"} or not torch.cuda.is_available()
+    if settings.measure == "fd" and data.train.labels is None:
         raise SettingError("training.measure", "'fd' needs images with classes")
-    if config.training.snapshots_by == "held_out_loss" and data.held_out is None:
+    if settings.snapshots_by == "held_out_loss" and data.held_out is None:
         raise SettingError("training.snapshots_by", "'held_out_loss' needs held-out images")
     if device.startswith("cuda:") and processes > 1:
         raise SettingError("device", f"{device} cannot be shared by {processes} processes")
-    no_gpu = device in {"cpu", "mps"} or not torch.cuda.is_available()
-    if config.training.precision == "fp16" and no_gpu:
+    if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
     return data_statistics(config, data.train)
 

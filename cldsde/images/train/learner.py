@@ -15,11 +15,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
-from cldsde.images.model import DiffusionModel, ImageSpace, Statistics, make_model
+from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.streams import stream, stream_seed
 from cldsde.images.train.feed import Feed, Part
 from cldsde.images.train.objectives import Batch, Times, make_objective
-from cldsde.images.train.state import Meter, TrainingState
+from cldsde.images.train.state import Meter
 
 
 class _Core(NamedTuple):
@@ -48,24 +48,19 @@ class Learner:
         self, config: RunConfig, data: DataSet, statistics: Statistics, engine: Accelerator
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
+        self.statistics = statistics
         self.settings = settings = config.training
         self.space = ImageSpace.of(data.train, config)
         self.model = make_model(config, self.space, statistics).to(engine.device)
-        self.average: DiffusionModel = (
-            copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
-        )
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
         self.objective = make_objective(self.model, config)
-        samplers, mine = self.objective.samplers, engine.process_index
-        self.feed = Feed(
-            *(config, data.train, self.space, samplers),
-            process=mine,
-            processes=engine.num_processes,
-        )
+        feed = (config, data.train, self.space, self.objective.samplers)
+        self.feed = Feed(*feed, process=engine.process_index, processes=engine.num_processes)
         score, vae = self.model.score, self.model.vae
-        networks: list[tuple[nn.Module, str, nn.Module]] = [(score, "network", score.network)]
+        places: list[tuple[nn.Module, str]] = [(score, "network")]
         self.parts: dict[str, nn.Module] = {"score": score}
         if vae is not None:
-            networks += [(vae, name, getattr(vae, name)) for name in ("encoder", "decoder")]
+            places += [(vae, "encoder"), (vae, "decoder")]
             self.parts["autoencoder"] = vae
         optimiser = torch.optim.AdamW(
             [{"params": list(part.parameters())} for part in self.parts.values()],
@@ -74,12 +69,15 @@ class Learner:
             fused=engine.device.type in {"cpu", "cuda"},
         )
         self.optimiser = engine.prepare_optimizer(optimiser)
-        self.cores = [_Core(*network, engine.prepare_model(network[2])) for network in networks]
+        self.cores = [
+            _Core(owner, name, network, engine.prepare_model(network))
+            for owner, name in places
+            for network in [getattr(owner, name)]
+        ]
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        modules = {"model": self.model, "average": self.average}
-        self.state = TrainingState(config, statistics, modules, optimiser, self.meter, engine)
+        self.modules = {"model": self.model, "average": self.average}
 
     def step(self, step: int, parts: list[Part]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
@@ -147,10 +145,11 @@ class Learner:
                 core.use(core.wrapped)
 
     def _to_device(self, batch: Batch) -> Batch:
-        images, labels, times = batch
-        tensors = [images] if labels is None else [images, labels]
-        moved = [x.to(self.engine.device, non_blocking=True) for x in tensors]
-        return Batch(moved[0], None if labels is None else moved[1], times)
+        device = self.engine.device
+        labels = (
+            batch.labels if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        )
+        return batch._replace(images=batch.images.to(device, non_blocking=True), labels=labels)
 
     @torch.no_grad()
     def held_out(self, step: int) -> float | None:

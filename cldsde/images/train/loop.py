@@ -1,50 +1,45 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
-All randomness is a function of the seed and of the number of images seen (`cldsde.images.streams`),
-so that a run depends neither on the number of processes nor on interruptions.
+All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
+depends neither on the number of processes nor on interruptions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
-from torch import Tensor
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.errors import SettingError
 from cldsde.images.figures import save_grid
-from cldsde.images.files import brief, load_tensors
-from cldsde.images.model import (
-    KIND,
-    MODEL,
-    DiffusionModel,
-    ImageModel,
-    Statistics,
-    read_model,
-    save_model,
-)
+from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train.board import Board
+from cldsde.images.sample.sampler import ImageSampler, ahead
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
-from cldsde.images.train.state import STATE, StopRequest
+from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
 from cldsde.images.train.summary import Rehearsal, measure_steps
+from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
 
+EVENTS = "tensorboard"
+"""Folder of a run with TensorBoard's events."""
 TRAINING = "repeat the whole training"
 """Cost of making the model of a finished run again."""
 
@@ -98,172 +93,176 @@ def _learner(
 
 
 class _Trainer:
-    """One process of a training."""
+    """One process of a training. ``done`` are the steps made."""
 
     def __init__(self, learner: Learner, run: RunFolder) -> None:
         self.learner, self.folder = learner, run
         self.config, self.engine = learner.config, learner.engine
         self.settings, self.space = learner.config.training, learner.space
-        self.board: Board | None = None
+        self.events: SummaryWriter | None = None
+        self.done, seconds = self._start()
+        self.began = time.monotonic() - seconds
+
+    @property
+    def seen(self) -> int:
+        return self.done * self.settings.batch
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
 
     def run(self, *, progress: bool) -> DiffusionModel:
-        total, batch, settings = self.settings.steps, self.settings.batch, self.settings
-        start, seconds = self._start()
-        if start == total:
+        settings, is_main = self.settings, self.engine.is_main_process
+        total = settings.steps * settings.batch
+        if self.seen == total:
             if not (self.folder / MODEL).exists():
-                self._save(total, seconds)
-            return self._model(self.engine.device).model
-        if start == 0 and settings.init_from is not None:
+                self._save()
+            return self._stored(self.engine.device)[0]
+        if self.done == 0 and settings.init_from is not None:
             for model in (self.learner.model, self.learner.average):
                 copy_weights(model, Path(settings.init_from).expanduser())
-        if self.engine.is_main_process:
+        if is_main:
             with self._writing(METRICS):
-                self.folder.forget_metrics_after(start * batch)
-            self.board = Board(self.folder / "tensorboard", start * batch + 1)
-        began = time.monotonic() - seconds
-        bar = progress_bar(
-            None,
-            shown=progress and self.engine.is_main_process,
-            initial=start * batch,
-            total=total * batch,
-            unit="image",
-            unit_scale=True,
-            desc="training",
-        )
-        logs = nullcontext() if self.board is None else closing(self.board)
-        with bar, logs, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
-            if start and self._due(settings.sample_every, start):
-                self._draw(start, partial(self._obey, stop, start, began))
-            for step, parts in enumerate(self.learner.feed.batches(loader, start), start):
-                self.learner.step(step, parts)
-                done = step + 1
-                bar.update(batch)
-                if self._due(settings.log_every, done):
-                    self._log(done, time.monotonic() - began, bar)
-                if self._due(settings.save_every, done):
-                    self._save(done, time.monotonic() - began)
-                if self._due(settings.sample_every, done):
-                    self._draw(done, partial(self._obey, stop, done, began))
-                self._obey(stop, done, began)
+                self.folder.forget_metrics_after(self.seen)
+        counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
+        bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
+        events = self._logging() if is_main else nullcontext()
+        with bar, events, StopRequest(self.engine) as stop:
+            if self.done and self._due(settings.sample_every):
+                self._draw(stop)
+            for parts in ahead(self.learner.feed.load, range(self.done, settings.steps)):
+                self.learner.step(self.done, parts)
+                self.done += 1
+                bar.update(settings.batch)
+                if self._due(settings.log_every):
+                    bar.set_postfix(self._log())
+                if self._due(settings.save_every):
+                    self._save()
+                if self._due(settings.sample_every):
+                    self._draw(stop)
+                self._obey(stop)
         self.engine.wait_for_everyone()
-        if self.engine.is_main_process and not settings.keep_state:
+        if is_main and not settings.keep_state:
             (self.folder / STATE).unlink(missing_ok=True)
         self.engine.wait_for_everyone()
         return self.learner.average
 
-    def _obey(self, stop: StopRequest, done: int, began: float) -> None:
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Open TensorBoard's events, and close them; an error of the training goes first."""
+        with self._writing(EVENTS):
+            # Events of an earlier process from here on are hidden.
+            self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self.events.close()
+            raise
+        with self._writing(EVENTS):
+            self.events.close()
+
+    def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received, between two steps or two batches of a grid."""
-        if stop.wanted and done < self.settings.steps:
-            self._save(done, time.monotonic() - began)
+        if stop.wanted and self.done < self.settings.steps:
+            self._save()
             stop.obey()
 
     def _start(self) -> tuple[int, float]:
         """Steps done, and seconds spent on them, on which all processes agree."""
+        found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = self.learner.state.load(self.folder)
+            found = load_state(self.learner, self.folder)
         elif (self.folder / MODEL).exists():
-            found = self._finished(), 0.0
-        else:
-            found = 0, 0.0
+            found, seen = (self.settings.steps, 0.0), self._stored()[1]
+            if seen != found[0] * self.settings.batch:
+                msg = f"{self.folder / MODEL} has seen {seen:,} images, and the state to resume "
+                msg += f"from, {STATE}, is missing; put it back, or begin again in another folder, "
+                raise ValueError(f"{msg}with training.init_from")
         [first] = broadcast_object_list([found])
         if first[0] != found[0]:
             msg = f"{self.folder.path} must be one folder for all processes: they see other states"
             raise ValueError(msg)
         return found
 
-    def _finished(self) -> int:
-        seen, steps = self._model().images_seen, self.settings.steps
-        if seen != steps * self.settings.batch:
-            msg = f"{self.folder / MODEL} has seen {seen:,} images, and the state to resume from, "
-            msg += f"{STATE}, is missing; put it back, or begin again in another folder, with "
-            raise ValueError(f"{msg}training.init_from")
-        return steps
-
-    def _model(self, device: torch.device | str = "cpu") -> ImageModel:
-        """The model in its file."""
+    def _stored(self, device: torch.device | str = "cpu") -> tuple[DiffusionModel, int]:
+        """The model in its file, and the images that it has seen."""
         try:
-            return read_model(self.folder / MODEL, self.config, device)
+            found = read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
             cost = "" if (self.folder / STATE).exists() else TRAINING
             raise ValueError(self.folder.damaged(MODEL, error, cost=cost)) from error
+        return found.model, found.images_seen
 
-    def _due(self, every: int, done: int) -> bool:
+    def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of so many images, or ended a stage."""
-        batch = self.settings.batch
-        passed = done * batch // every > (done - 1) * batch // every
-        return passed or done in {self.config.pretraining_steps, self.settings.steps}
+        passed = self.seen // every > (self.seen - self.settings.batch) // every
+        return passed or self.done in {self.config.pretraining_steps, self.settings.steps}
 
     @cached_property
     def sampler(self) -> ImageSampler:
         """Sampler of the averaged model; its tables are computed once."""
-        score, vae = self.learner.average.score, self.learner.average.vae
-        batch = self.learner.feed.part_size
-        return ImageSampler(score, self.space, self.config.sampling, vae=vae, batch=batch)
+        model, batch = self.learner.average, self.learner.feed.part_size
+        recipe = self.config.sampling
+        return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 
-    def _log(self, done: int, seconds: float, bar: Any) -> None:
+    def _log(self) -> dict[str, str]:
+        """Write means since the last line of metrics; return those that a bar shows."""
         means = self.learner.meter.means()
         self.learner.meter.clear()
-        seen = done * self.settings.batch
-        self._check_finite(means["loss"], seen)
-        if self.board is None:
-            return
-        held_out = self.learner.held_out(done - 1)
+        self._check_finite(means["loss"])
+        if self.events is None:
+            return {}
         loss, norm = means.pop("loss"), means.pop("gradient_norm")
         if len(self.learner.parts) == 1:
             means = {}
-        elif done <= self.config.pretraining_steps:  # the score is not trained in this stage
+        elif self.done <= self.config.pretraining_steps:  # the score is not trained in this stage
             means = {key: x for key, x in means.items() if not key.startswith("score_")}
-        record = {
-            "loss": loss,
-            **({} if held_out is None else {"held_out_loss": held_out}),
-            "gradient_norm": norm,
-            **means,
-            "learning_rate": learning_rates(self.config, done - 1)[0],
-        }
-        self._record(seen, record, seconds)
-        shown = {"loss": loss, "held_out": held_out}
-        bar.set_postfix({name: f"{x:.4f}" for name, x in shown.items() if x is not None})
+        held_out = self.learner.held_out(self.done - 1)
+        held = {} if held_out is None else {"held_out_loss": held_out}
+        rate = {"learning_rate": learning_rates(self.config, self.done - 1)[0]}
+        self._record({"loss": loss, **held, "gradient_norm": norm, **means, **rate})
+        return {name: f"{x:.4f}" for name, x in {"loss": loss, **held}.items()}
 
-    def _record(self, seen: int, numbers: dict[str, float], seconds: float) -> None:
+    def _record(self, numbers: dict[str, float]) -> None:
         """Write numbers to the metrics and to TensorBoard."""
-        numbers = {**numbers, "seconds": round(seconds, 3)}
+        numbers = {**numbers, "seconds": round(self.seconds, 3)}
         with self._writing(METRICS):
-            self.folder.log({"images": seen, **numbers})
-        if self.board is not None:
-            self.board.add({f"training/{name}": x for name, x in numbers.items()}, seen)
+            self.folder.log({"images": self.seen, **numbers})
+        assert self.events is not None
+        with self._writing(EVENTS):
+            for name, x in numbers.items():
+                self.events.add_scalar(f"training/{name}", x, self.seen)
+            self.events.flush()
 
-    def _save(self, done: int, seconds: float) -> None:
-        seen = done * self.settings.batch
+    def _save(self) -> None:
+        """Save model and state, measure the averaged model, and keep it if it is among the best."""
+        settings, seen = self.settings, self.seen
+        found: dict[str, float] = {}
         sums = self.learner.meter.shared()
-        self._check_finite(self.learner.meter.means()["loss"], seen)
+        self._check_finite(self.learner.meter.means()["loss"])
+
+        def save(file: Path) -> None:
+            weights = self.learner.average.state_dict()
+            save_model(file, weights, self.config, self.space, seen)
+
         if self.engine.is_main_process:
             try:
-                weights = self.learner.average.state_dict()
-                save_model(self.folder / MODEL, weights, self.config, self.space, seen)
-                if done < self.settings.steps or self.settings.keep_state:
-                    self.learner.state.save(self.folder, done, seconds, sums)
-                self._measure(done, seconds, weights)
+                save(self.folder / MODEL)
+                if self.done < settings.steps or settings.keep_state:
+                    save_state(self.learner, self.folder, self.done, self.seconds, sums)
+                if settings.measure == "fd":
+                    found["fd"] = distance(self.learner, self.sampler, self.folder.path)
+                    self._record(found)
+                if settings.snapshots:
+                    if settings.snapshots_by == "held_out_loss":
+                        found["held_out_loss"] = cast(float, self.learner.held_out(self.done - 1))
+                    value = found.get(settings.snapshots_by, -float(seen))
+                    keep_snapshot(self.folder, save, seen, value, settings.snapshots)
             except OSError as error:
                 msg = f"not all of the state of {seen} images could be saved ({error}); "
                 raise OSError(f"{msg}{self._last_state()}") from error
         self.engine.wait_for_everyone()
-
-    def _measure(self, done: int, seconds: float, weights: dict[str, Tensor]) -> None:
-        """Measure the averaged model, and keep it if it is among the best."""
-        settings, seen = self.settings, done * self.settings.batch
-        found: dict[str, float] = {}
-        if settings.measure == "fd":
-            found["fd"] = distance(self.learner, self.sampler, self.folder.path)
-            self._record(seen, found, seconds)
-        if settings.snapshots:
-            if settings.snapshots_by == "last":
-                value = -float(seen)
-            elif settings.snapshots_by == "fd":
-                value = found["fd"]
-            else:
-                value = cast(float, self.learner.held_out(done - 1))
-            write = partial(save_model, weights=weights, config=self.config, space=self.space)
-            keep_snapshot(self.folder, write, seen, value, settings.snapshots)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -275,28 +274,29 @@ class _Trainer:
             msg = f"{self.folder / name} cannot be written ({reason}); {self._last_state()}"
             raise OSError(msg) from error
 
-    def _check_finite(self, loss: float, seen: int) -> None:
+    def _check_finite(self, loss: float) -> None:
         """Raise before weights that are not finite reach a file."""
         finite = torch.stack([x.isfinite().all() for x in self.learner.average.parameters()])
         if not (math.isfinite(loss) and bool(finite.all())):
-            msg = f"the loss became {loss} before {seen} images, or a weight did; "
+            msg = f"the loss became {loss} before {self.seen} images, or a weight did; "
             raise FloatingPointError(f"{msg}{self._last_state()}. Lower training.learning_rate")
 
     def _last_state(self) -> str:
         there = (self.folder / STATE).exists()
         return f"the last state saved stays, {STATE}" if there else "no state was saved before"
 
-    def _draw(self, done: int, before_batch: Callable[[], object]) -> None:
+    def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
-        seen = done * self.settings.batch
-        name = f"samples/{seen:010d}.png"
-        if self.board is not None and not (self.folder / name).exists():
+        name = f"samples/{self.seen:010d}.png"
+        if self.events is not None and not (self.folder / name).exists():
             seeds, levels = range(self.settings.sample_grid), self.space.levels
-            sheet = self.sampler.sample(seeds, before_batch=before_batch).images
+            sheet = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 file = self.folder.write(name, lambda file: save_grid(file, sheet, levels))
-            self.board.add_picture("samples", file, seen)
+            with self._writing(EVENTS), Image.open(file) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+                self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
         self.engine.wait_for_everyone()
 
 
@@ -309,11 +309,9 @@ def copy_weights(model: DiffusionModel, source: Path) -> None:
             kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
             model.load_state_dict({**weights, **kept})
         else:
-            unet = UNet2DModel.from_pretrained(
-                source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
-            )
-            network = model.score.network.get_submodule("network")
-            network.load_state_dict(unet.state_dict())
+            options = {"local_files_only": True, "use_safetensors": True}
+            unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
+            model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        msg = f"weights of {source} cannot be used ({' '.join(str(error).split())[:300]})"
+        msg = f"weights of {source} cannot be used ({one_line(error)[:300]})"
         raise SettingError("training.init_from", msg) from error

@@ -8,7 +8,7 @@ Its negative evidence lower bound
 
 trains encoder and decoder. The cross-entropy is `cldsde.score.cross_entropy` for every process. Its
 gradient passes through the states into the encoder, with fixed weights of the score. The score is
-trained on the same latent variables as constants, with its own weighting, so that each loss has
+trained on the same latent variables as constants, with its own weighting. So each loss has
 gradients in one part of the model alone. In the first stage the prior is standard normal.
 """
 
@@ -80,7 +80,6 @@ class ScoreMatching:
         self._conditioning = settings.conditioning
         self._prediction: Measured = config.score.prediction
         self._weighting: Weighting
-        t_min = settings.t_min
         density = _density(score, settings, self._prediction)
         if settings.weighting == "log_snr":
             normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
@@ -94,46 +93,38 @@ class ScoreMatching:
         if density is None:
             sampler = TimeSampler.importance(
                 score.sde,
-                t_min,
+                settings.t_min,
                 data_variance=float(score.data_variance.mean()),
                 conditioning=settings.conditioning,
                 weighting=settings.weighting,  # type: ignore[arg-type]
             )
         else:
-            sampler = TimeSampler(density, t_min)
-        self.samplers = (sampler,)
+            sampler = TimeSampler(density, settings.t_min)
+        self.samplers: tuple[TimeSampler, ...] = (sampler,)
 
     def of(
         self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
     ) -> Tensor:
         """Weighted loss of each sample, ``(B,)``."""
         t, weight = batch.times[0]
-        pair = PerturbedData.draw(
-            score.sde, x0, t, conditioning=self._conditioning, generator=generator
-        )
-        kind = {"prediction": self._prediction, "weighting": self._weighting}
-        losses = score.loss(pair, condition=batch.labels, **kind)  # type: ignore[arg-type]
+        kind: dict[str, Any] = {"prediction": self._prediction, "weighting": self._weighting}
+        conditioning = self._conditioning
+        pair = PerturbedData.draw(score.sde, x0, t, conditioning=conditioning, generator=generator)
+        losses = score.loss(pair, condition=batch.labels, **kind)
         if self._sums:
             losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
 
     def losses(
-        self,
-        model: DiffusionModel,
-        batch: Batch,
-        generator: Generators,
-        step: int,
-        frozen_score: FrozenScore,
+        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int, _: FrozenScore
     ) -> Iterator[PartLoss]:
         """The loss of the score."""
-        del frozen_score
         yield PartLoss("score", self.held_out(model, batch, generator, step))
 
     def held_out(
-        self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
+        self, model: DiffusionModel, batch: Batch, generator: Generators, _: int
     ) -> Tensor:
         """The weighted loss of each held-out image, ``(B,)``."""
-        del step
         return self.of(model.score, batch.images, batch, generator)
 
 
@@ -142,12 +133,11 @@ class LatentObjective:
 
     def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
         assert config.latent is not None
-        self._settings, self._latent = config.training, config.latent
-        self._pretraining = config.pretraining_steps
+        self._batch, self._t_min = config.training.batch, config.training.t_min
+        self._annealing, self._pretraining = config.latent.annealing, config.pretraining_steps
         self._matching = ScoreMatching(model.score, config)
-        t_min = self._settings.t_min
-        bound = TimeSampler.importance(model.score.sde, t_min, weighting="likelihood")
-        self.samplers: tuple[TimeSampler, ...] = (*self._matching.samplers, bound)
+        bound = TimeSampler.importance(model.score.sde, self._t_min, weighting="likelihood")
+        self.samplers = (*self._matching.samplers, bound)
 
     def losses(
         self,
@@ -163,13 +153,12 @@ class LatentObjective:
         """
         unit = bit_per_dim(batch.images)
         if step < self._pretraining:
-            seen = (step + 1) * self._settings.batch
-            share = min(1.0, seen / max(1, self._latent.annealing))
-            bound, _ = _bound(model, batch, generator, kl_share=share)
+            share = min(1.0, (step + 1) * self._batch / max(1, self._annealing))
+            bound, _ = _bound(model, batch, generator, None, kl_share=share)
             yield PartLoss("autoencoder", unit * bound)
             return
         with frozen_score():
-            bound, z0 = _bound(model, batch, generator, t_min=self._settings.t_min)
+            bound, z0 = _bound(model, batch, generator, self._t_min)
             yield PartLoss("autoencoder", unit * bound)
         yield PartLoss("score", self._matching.of(model.score, z0.detach(), batch, generator))
 
@@ -177,7 +166,7 @@ class LatentObjective:
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
     ) -> Tensor:
         """The negative evidence lower bound of each held-out image in bits per dim, ``(B,)``."""
-        t_min = self._settings.t_min if step >= self._pretraining else None
+        t_min = self._t_min if step >= self._pretraining else None
         bound = negative_evidence_lower_bound(model, batch, generator, t_min)
         return bit_per_dim(batch.images) * bound
 
@@ -221,16 +210,15 @@ def negative_evidence_lower_bound(
 
     The prior's process ends at ``t_min``; None takes a standard normal prior.
     """
-    bound, _ = _bound(model, batch, generator, t_min=t_min)
-    return bound
+    return _bound(model, batch, generator, t_min)[0]
 
 
 def _bound(
     model: DiffusionModel,
     batch: Batch,
     generator: Generators,
+    t_min: float | None,
     *,
-    t_min: float | None = None,
     kl_share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The bound, ``(B,)`` nats, and its latent variables; ``kl_share`` weighs a normal prior."""

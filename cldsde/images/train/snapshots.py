@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.runs import RunFolder
@@ -20,25 +19,22 @@ def distance(learner: Learner, sampler: ImageSampler, folder: Path) -> float:
     # Evaluations of latent models need the objectives of this package.
     from cldsde.images.evaluate.evaluation import Evaluation
 
-    samples = learner.settings.measure_samples
-    evaluation = Evaluation(
-        data=learner.data, samples=samples, folder=folder, device=str(learner.engine.device)
-    )
+    samples, device = learner.config.training.measure_samples, str(learner.engine.device)
+    evaluation = Evaluation(data=learner.data, samples=samples, folder=folder, device=device)
     images = sampler.sample(range(_FIRST_SEED, _FIRST_SEED + samples)).images
     [measure] = evaluation.measure(as_bytes(images, learner.space.levels), ["fd"]).values()
     return float(measure["frechet_distance"])
 
 
 def keep_snapshot(
-    run: RunFolder, write: Callable[..., Any], seen: int, value: float, count: int
+    run: RunFolder, save: Callable[[Path], object], seen: int, value: float, count: int
 ) -> None:
     """Write the weights to ``snapshots``, and keep as many files with the smallest values."""
-    folder = run / "snapshots"
+    folder, name = run / "snapshots", f"{seen:012d}.safetensors"
     folder.mkdir(exist_ok=True)
     record = folder / "values.json"
     values: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
-    name = f"{seen:012d}.safetensors"
-    write(folder / name, images_seen=seen)
+    save(folder / name)
     values[name] = value
     kept = sorted(values, key=values.__getitem__)[:count]
     run.write_json("snapshots/values.json", {name: values[name] for name in sorted(kept)})

@@ -26,16 +26,15 @@ def outlook(config: RunConfig, measured: Path) -> list[str]:
     ``measured`` is the file that ``benchmarks/gpu.py`` writes, if there is one.
     """
     options = config.data.options
-    if config.data.name == "torchvision":
-        space = ImageSpace(TORCHVISION_SHAPES[options["name"]])
-    elif config.data.name == "folder":
-        size = options["size"]
-        space = ImageSpace((options.get("channels", 3), size, size))
-    else:
-        try:
+    try:
+        if config.data.name == "torchvision":
+            space = ImageSpace(TORCHVISION_SHAPES[options["name"]])
+        elif config.data.name == "folder":
+            space = ImageSpace((options.get("channels", 3), options["size"], options["size"]))
+        else:
             space = ImageSpace.of(config.data.load().train, config)
-        except (ValueError, OSError, ImportError) as error:
-            return [f"parameters: unknown without the data ({error})"]
+    except (ValueError, OSError, ImportError) as error:
+        return [f"parameters: unknown without the data ({error})"]
     count, memory = _sizes(config, space)
     return [
         f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
@@ -57,25 +56,24 @@ def _speed(config: RunConfig, measured: Path) -> str:
 def _sizes(config: RunConfig, space: ImageSpace) -> tuple[int, float]:
     """Parameters, and MiB of all that is kept of each."""
     vae = make_vae(config, space, device="meta")
-    shape_of_state = space.shape if vae is None else vae.latent_shape
-    network = make_network(config, shape_of_state, space.classes, "meta")
-    count = parameter_count(network) + (0 if vae is None else parameter_count(vae))
+    shape = space.shape if vae is None else vae.latent_shape
+    count = parameter_count(make_network(config, shape, space.classes, "meta"))
+    count += 0 if vae is None else parameter_count(vae)
     return count, 4 * _COPIES * count / 2**20
 
 
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     """Lines about data, model, length, device and memory of a training."""
-    train, held_out, settings = data.train, data.held_out, config.training
-    held = 0 if held_out is None else len(held_out)
+    train, settings = data.train, config.training
+    held = 0 if data.held_out is None else len(data.held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
-    shape = "×".join(map(str, train.shape))
+    of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {train.levels} levels"
     count, memory = _sizes(config, ImageSpace.of(train, config))
     if device in {"auto", "cuda"} and torch.cuda.is_available():
         device = f"{device} ({torch.cuda.get_device_name()})"
-    of_data = f"{len(train):,} images of {shape}, {train.levels} levels, {classes}"
     return [
-        f"data: {of_data}; {held:,} held out ({held / (len(train) + held):.0%})",
-        *(f"skipped: {reason}" for reason in data.skipped),
+        f"data: {of_data}, {classes}; {held:,} held out ({held / (len(train) + held):.0%})",
+        *(f"skipped: {reason}" for reason in train.skipped),
         f"model: {config.process.name}, {config.network.name}, {count:,} parameters",
         f"training: {settings.images:,} images in {settings.steps:,} steps of {settings.batch}",
         f"device: {device}, {settings.precision}, {memory:,.0f} MiB and activations",
@@ -93,14 +91,16 @@ class Rehearsal(NamedTuple):
 def measure_steps(learner: Learner) -> Rehearsal:
     """Make two training steps and time the second."""
     device, batches = learner.engine.device, [learner.feed.load(step) for step in range(2)]
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    on_gpu = device.type == "cuda"
     for step, batch in enumerate(batches):
-        synchronise(device)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         began = time.perf_counter()
         learner.step(step, batch)
-    synchronise(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     speed = learner.config.training.batch / (time.perf_counter() - began)
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak()
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak()
     return Rehearsal(parameter_count(learner.model), speed, memory)
 
 

@@ -104,7 +104,7 @@ TEN = {"a": (10, 4, 4)}
         ({**TEN, "l": (9,)}, {"labels": "l"}, r"labels must be .*\(10,\)"),
         (TEN, {"levels": 16}, "values in 0 … 15"),
         (TEN, {"layout": "NHWC"}, "layout NHWC must have 4 axes"),
-        (TEN, {"layout": "HWC"}, "layout must be auto, NHW"),
+        (TEN, {"layout": "HWC"}, "layout: must be 'auto', 'NHW'"),
         ({"a": (0, 4, 4)}, {}, "at least one image"),
     ],
 )

@@ -27,35 +27,39 @@ def test_a_row_out_of_range_is_an_index_error(row):
     for source in (images, Subset(images, torch.arange(7))):
         with pytest.raises(IndexError, match=f"rows must lie in 0 … 6; got .*{row}"):
             source.load(torch.tensor([3, row]))
-    with pytest.raises(IndexError, match=f"rows must lie in 0 … 6; got {row}"):
+    with pytest.raises(IndexError, match=rf"rows must lie in 0 … 6; got \[{row}\]"):
         Subset(images, torch.tensor([row]))
-    with pytest.raises(ValueError, match="at least one row"):
-        Subset(images, torch.arange(0))
 
 
-@pytest.mark.parametrize("rows", [[0], torch.tensor([0.0]), torch.tensor([True]), 0])
+@pytest.mark.parametrize(
+    "rows", [[0], torch.tensor([0.0]), torch.tensor([True]), torch.tensor([[0]]), 0]
+)
 def test_rows_of_another_type_or_shape_are_rejected(rows):
-    with pytest.raises(TypeError, match="rows must be a tensor of int64"):
+    with pytest.raises(TypeError, match="rows must be an int64 tensor"):
         ArrayImages(PIXELS).load(rows)
-    with pytest.raises(ValueError, match="rows must have one axis"):
-        ArrayImages(PIXELS).load(torch.tensor([[0]]))
 
 
 @pytest.mark.parametrize(
     ("pixels", "options", "error", "message"),
     [
-        (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor; got torch.float32"),
+        (
+            PIXELS.float(),
+            {},
+            TypeError,
+            "images must be a uint8 tensor on the CPU; got torch.float32",
+        ),
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
-        (PIXELS[:0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
+        (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
         (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
-        (PIXELS, {"levels": 1}, ValueError, "levels must be an integer in 2 … 256; got 1"),
-        (PIXELS, {"levels": 257}, ValueError, "levels must be an integer in 2 … 256; got 257"),
-        (PIXELS, {"levels": 16.0}, TypeError, "levels must be an integer"),
+        (PIXELS, {"levels": 1}, ValueError, "levels: must be .* got 1"),
+        (PIXELS, {"levels": 257}, ValueError, "levels: must be .* got 257"),
+        (PIXELS, {"levels": 16.0}, ValueError, "levels: must be"),
         (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         (PIXELS, {"labels": torch.arange(2)}, ValueError, r"labels must have shape \(3,\)"),
         (PIXELS, {"labels": torch.arange(3) - 1}, ValueError, r"labels must lie in .* -1 to 1"),
         (PIXELS, {"labels": torch.arange(3), "classes": 2}, ValueError, "0 … 1; got 0 to 2"),
-        (PIXELS, {"labels": torch.arange(3), "classes": "ab"}, ValueError, "0 … 1; got 0 to 2"),
+        (PIXELS, {"labels": torch.arange(3), "classes": ["a"]}, ValueError, "0 … 0; got 0 to 2"),
+        (PIXELS, {"classes": "ab"}, ValueError, "classes: must be a valid integer or a list"),
         (PIXELS, {"classes": 2}, ValueError, "classes needs labels"),
     ],
 )
@@ -73,4 +77,3 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
     assert torch.equal(whole(part), pixels[[4, 1, 0]])
     assert part.labels.tolist() == [0, 1, 0]
     assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
-    assert repr(part) == "Subset(3 of 1×2×2, 4 levels, 3 classes)"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from cldsde.images.data import ArrayImages, augment, channel_statistics, to_levels, to_unit
-from image_data import PIXELS, random_bytes
+from image_data import random_bytes
 from probes import generator
 
 
@@ -66,9 +66,9 @@ BYTES = torch.full((1, 1, 2, 2), 17, dtype=torch.uint8)
         (lambda: augment(BYTES[0], 256, **BOTH), ValueError, r"must have shape \(n, C, H, W\)"),
         (lambda: augment(BYTES, 17, **BOTH), ValueError, "values in 0 … 16; got 17"),
         (
-            lambda: channel_statistics(ArrayImages(PIXELS), per="image"),
+            lambda: channel_statistics(ArrayImages(BYTES), per="image"),
             ValueError,
-            "per must be scalar, channel or pixel; got 'image'",
+            "per: must be 'scalar', 'channel' or 'pixel'; got 'image'",
         ),
     ],
 )

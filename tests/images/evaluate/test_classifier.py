@@ -83,9 +83,9 @@ def test_images_of_another_shape_are_rejected(shape):
         ({"labels": torch.tensor([0, 1])}, ValueError, "labels must have shape .*one class per im"),
         ({"labels": torch.tensor([0, -1, 0, 0])}, ValueError, "labels must lie in 0"),
         ({"held_out_labels": torch.tensor([0, 2])}, ValueError, "held_out_labels must lie in 0 … "),
-        ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1; got 0"),
-        ({"batch": 1}, ValueError, "batch must be an integer of at least 2; got 1"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate must be finite and positive"),
+        ({"epochs": 0}, ValueError, "epochs: must be .* 1; got 0"),
+        ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
     ],
 )
 def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):

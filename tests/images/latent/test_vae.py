@@ -104,9 +104,9 @@ def test_resolution_halves_once_for_each_level_but_the_first(likelihood, shape, 
     assert vae.latent_shape == latent
     assert vae.shape == shape
     assert q.mean.shape == q.log_std.shape == z.shape == (2, *latent)
-    assert vae.decode(z).shape == (2, vae.likelihood.channels(shape[0]), *shape[1:])
+    assert vae.decode(z).shape == (2, vae.likelihood.width * shape[0], *shape[1:])
     out, mean = vae.decode(z), vae.images(z)
-    kind = DiscretisedLogistic(17) if likelihood == "logistic" else Bernoulli()
+    kind = DiscretisedLogistic(levels=17) if likelihood == "logistic" else Bernoulli()
     assert vae.likelihood == kind
     assert torch.equal(vae.log_likelihood(x, z), kind.log_likelihood(out, x))
     assert torch.equal(mean, kind.mean(out))
@@ -183,18 +183,18 @@ def test_every_weight_has_a_gradient(likelihood):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (1, 8)}, r"shape must be three positive integers \(C, H, W\); got \(1, 8\)"),
+        ({"shape": (1, 8)}, "shape: must"),
         ({"shape": (1, 8, 9)}, "channels .* divisible by 2"),
-        ({"levels": 1}, "levels must be an integer in 2 … 256; got 1"),
-        ({"channels": ()}, "channels must be positive integers; got"),
-        ({"channels": (8, 0)}, "channels must be positive integers; got"),
+        ({"levels": 1}, "levels: must be .* got 1"),
+        ({"channels": ()}, "channels: must"),
+        ({"channels": (8, 0)}, "channels: must"),
         ({"channels": (4, 16)}, r"groups must divide each of the channels, \[4, 16\], into two"),
         ({"channels": (8, 18)}, r"groups must divide each of the channels, \[8, 18\], into two"),
-        ({"groups": 0}, "groups must be an integer of at least 1; got 0"),
-        ({"blocks": 0}, "blocks must be an integer of at least 1; got 0"),
-        ({"blocks": True}, "blocks must be an integer of at least 1; got True"),
-        ({"latent_channels": 1.5}, "latent_channels must be an integer of at least 1; got 1.5"),
-        ({"likelihood": "normal"}, "likelihood must be logistic or bernoulli; got 'normal'"),
+        ({"groups": 0}, "groups: must be .* 1; got 0"),
+        ({"blocks": 0}, "blocks: must be .* 1; got 0"),
+        ({"blocks": True}, "blocks: must be .*; got True"),
+        ({"latent_channels": 1.5}, "latent_channels: must be .*; got 1.5"),
+        ({"likelihood": "normal"}, "'logistic' or 'bernoulli'; got 'normal'"),
     ],
 )
 def test_an_argument_out_of_range_is_rejected(options, message, monkeypatch):

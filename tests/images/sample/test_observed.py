@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +10,11 @@ import torch
 from PIL import Image
 
 from cldsde import CLD
+from cldsde.errors import SettingError
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
-from cldsde.images.errors import SettingError
 from cldsde.images.model import ImageSpace
-from cldsde.images.sample import ObservedImage, SampleRequest, draw_images
+from cldsde.images.sample import ImageSampler, ObservedImage
 from cldsde.images.sample.observed import grey_basis
 
 MEAN, VARIANCE, STD = 0.1, 0.04, 0.1
@@ -51,7 +50,7 @@ def observed(operator, **options):
 
 
 def sampled(image, seeds, sampling=RECIPE):
-    return draw_images(PixelScore(CLD()), SPACE, seeds, sampling, observed=image)
+    return ImageSampler(PixelScore(CLD()), SPACE, sampling, observed=image).sample(seeds)
 
 
 def posterior(image):
@@ -114,15 +113,14 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_sampling_ends_early_enough_for_the_noise():
-    model = SimpleNamespace(score=PixelScore(CLD()), space=SPACE, vae=None, t_min=None)
     image = observed("mask")
-    late = SampleRequest(
-        model=model, sampling=dataclasses.replace(RECIPE, t_end=0.3), seeds=range(1), observed=image
+    recipes = (dataclasses.replace(RECIPE, t_end=t_end) for t_end in (0.3, 1e-3))
+    late, early = (
+        ImageSampler(PixelScore(CLD()), SPACE, recipe, observed=image).t_end for recipe in recipes
     )
     latest = image.of(SPACE, "cpu").observation.end_time(CLD(), SPACE.shape)
-    assert late.sampler.t_end == pytest.approx(latest)
-    early = dataclasses.replace(late, sampling=dataclasses.replace(RECIPE, t_end=1e-3))
-    assert early.sampler.t_end == pytest.approx(1e-3)
+    assert late == pytest.approx(latest)
+    assert early == pytest.approx(1e-3)
 
 
 def save(path, array):

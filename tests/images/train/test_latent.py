@@ -17,7 +17,7 @@ from cldsde.images.data import DataSet, to_unit
 from cldsde.images.evaluate import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.sample.sampler import draw_images
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner as training
 from cldsde.images.train.loop import check_run, train
 from cldsde.images.train.objectives import (
@@ -355,7 +355,7 @@ def test_an_image_depends_on_its_seed_alone(whole):
 
     def sampled(seeds):
         recipe = model.config.sampling
-        return draw_images(model.score, model.space, seeds, recipe, vae=model.vae).images.int()
+        return ImageSampler.of(model, recipe).sample(seeds).images.int()
 
     together = sampled(range(5))
     assert together.shape == (5, 1, 4, 4)

@@ -22,7 +22,6 @@ import torch
 from cldsde.cli import main
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
-from cldsde.images.files import load_tensors
 from cldsde.images.model import (
     MODEL,
     ImageSpace,
@@ -32,8 +31,9 @@ from cldsde.images.model import (
     make_network,
 )
 from cldsde.images.runs import RunFolder
-from cldsde.images.sample.sampler import class_batches
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.streams import image_order, stream
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import STATE, train
 from cldsde.images.train.state import KIND
@@ -240,7 +240,7 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkey
     write = RunFolder.write
     with monkeypatch.context() as patch:
         if name == STATE:
-            patch.setattr("cldsde.images.files.save_file", no_room)
+            patch.setattr("cldsde.images.tensor_files.save_file", no_room)
         elif name == "metrics.jsonl":
             patch.setattr(RunFolder, "log", no_room)
         else:
@@ -261,19 +261,19 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(stopped, whole, monkey
 
 
 @pytest.mark.parametrize("broken", ["write", "flush"])
-def test_events_that_find_no_room_end_no_training_and_are_reported_once(
-    stopped, whole, monkeypatch, capsys, broken
+def test_events_that_find_no_room_end_the_training_with_its_state(
+    stopped, whole, monkeypatch, broken
 ):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    monkeypatch.setattr(RecordWriter, broken, no_room)
-    # TensorBoard writes in a thread, whose traceback is printed.
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
-    assert_finishes(stopped, whole)
-    assert capsys.readouterr().err == (
-        f"TensorBoard's events cannot be written to {stopped / 'tensorboard'} (No space left on "
-        "device); metrics.jsonl has all numbers\n"
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, broken, no_room)
+        # TensorBoard writes in a thread, whose traceback is printed.
+        patch.setattr(threading, "excepthook", lambda *_: None)
+        message = r"tensorboard cannot be written \(No space left on device\); the last state"
+        with pytest.raises(OSError, match=message):
+            assert_finishes(stopped, whole)
+    assert load_tensors(stopped / STATE, KIND)
 
 
 def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_path):
@@ -379,9 +379,10 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
 def test_a_network_that_is_always_told_a_class_samples_no_image_of_none(tmp_path):
     network = {**CONFIG["network"], "conditional": True, "label_dropout": 0.0}
     trained(tmp_path, config(network=network, images=16))
-    space = load_model(tmp_path).space
-    assert space.always_classes
-    assert class_batches(space, range(5), 2) == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
+    model = load_model(tmp_path)
+    assert model.space.always_classes
+    batches = ImageSampler.of(model, model.sampling, batch=2).batches(range(5))
+    assert batches == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
 
 
 @pytest.mark.parametrize("name", ["CLD", "PSLD", "VPSDE"])

@@ -1,0 +1,59 @@
+"""Files that are whole or do not exist, whatever happens while they are written; locks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+__all__ = ["PARTIAL", "check_writable", "file_lock", "write_whole"]
+
+PARTIAL = ".partial-"
+"""Beginning of the names of files that are being written."""
+
+
+def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: ``writer`` fills a temporary one, then it is moved."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=PARTIAL, suffix=target.suffix)
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        writer(temporary)
+        with temporary.open("rb") as file:
+            # The name must not be given to a file that is not on the disk yet.
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError if a folder cannot be made or written; it is made if missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
+            pass
+    except OSError as error:
+        msg = f"{folder} cannot be made or written ({error.strerror or error})"
+        raise OSError(msg) from error
+
+
+@contextmanager
+def file_lock(name: Path, *, wait: bool) -> Iterator[None]:
+    """Lock a name for one holder at a time; raise a TimeoutError if it is held, unless ``wait``.
+
+    The lock is a file beside it, ``.NAME.lock``, which is removed in the end.
+    """
+    beside = name.with_name(f".{name.name}.lock")
+    with FileLock(beside, blocking=wait, thread_local=False):
+        try:
+            yield
+        finally:
+            if os.name != "nt":  # Windows cannot remove an open file
+                beside.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""Errors in one line, and the import of code that a user names."""
+
+from __future__ import annotations
+
+import importlib
+from operator import attrgetter
+from typing import Any
+
+__all__ = ["brief", "imported", "in_words", "one_line"]
+
+
+def one_line(error: object) -> str:
+    """Message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def in_words(error: BaseException) -> str:
+    """Type and message of an error in one line."""
+    return one_line(f"{type(error).__name__}: {error}")
+
+
+def brief(error: BaseException) -> str:
+    """First line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def imported(name: str) -> Any:
+    """Import the attribute that ``module:attribute`` names; raise a ValueError if that fails.
+
+    Examples
+    --------
+    >>> imported("math:pi")
+    3.14...
+    """
+    module, _, attribute = str(name).partition(":")
+    try:
+        return attrgetter(attribute)(importlib.import_module(module))
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        msg = f"{name!r} cannot be loaded as module:attribute ({in_words(error)})"
+        raise ValueError(msg) from error
