@@ -109,13 +109,16 @@ def test_a_report_goes_through_json_and_back_whole_or_in_part(tmp_path, count, c
     assert {"cldsde", "torch", "machine"} <= set(read)
 
 
-def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path):
+def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
     file = tmp_path / "report.json"
     file.write_text("before")
-    (tmp_path / "report.json.part").mkdir()  # nothing can be written there
-    with pytest.raises(OSError, match="part"):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
         Report(DIVERSE).write_json(file)
-    assert file.read_text() == "before"
+    assert [(entry, entry.read_text()) for entry in tmp_path.iterdir()] == [(file, "before")]
 
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
