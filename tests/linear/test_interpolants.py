@@ -109,9 +109,10 @@ def test_a_signal_that_vanishes_but_for_rounding_vanishes(signal):
 @pytest.mark.parametrize("noise", [0.3, 1.0, 50.0])
 def test_the_latest_regular_time_has_a_log_ratio_of_minus_five(noise):
     sde = LinearSDE.from_signal_noise(lambda t: 1 - t, lambda t: noise * t)
-    # log((1 − t)/(noise t)) = −5; 1 − t has four digits, rounded up.
-    left = 1 / (1 + math.exp(5) / noise)
-    assert left <= 1 - sde.regular_until <= left * (1 + 3e-3)
+    left = 1 / (1 + math.exp(5) / noise)  # 1 − t at log((1 − t)/(noise t)) = −5
+    # It is bisected to a thousandth and rounded up to four digits.
+    resolution = 2e-3
+    assert left <= 1 - sde.regular_until <= left + resolution * left
 
 
 def test_ends_that_are_regular_or_almost_so():
