@@ -109,7 +109,7 @@ BAD_GRIDS = [
     *((ValueError, STEPS, (1.0, 1e-3, n)) for n in (0, -100)),
     *((TypeError, STEP_TYPE, (1.0, 1e-3, n)) for n in (2.0, "2", True)),
     *((ValueError, EPS_RANGE, (1.0, eps, 10)) for eps in (1.0, -1e-9, math.nan)),
-    *((ValueError, T_RANGE, (T, 1e-3, 10)) for T in (0.0, math.nan, math.inf)),
+    *((ValueError, T_RANGE, (T, 1e-3, 10)) for T in (0.0, -0.5, math.nan, math.inf)),
     (ValueError, "1000 steps .* below the resolution", (1.0, 1 - 4 * EPS, 1000)),
 ]
 
@@ -137,6 +137,10 @@ def test_bad_arguments_are_rejected(make, arguments, error, message):
         (lambda: HOLD().log_snr(0.0), ValueError, "no density at t = 0"),
         (lambda: CLD().log_snr(-1e-9), ValueError, r"t must lie in \[0, 1\]"),
         (lambda: CLD().log_snr(math.nan), ValueError, r"t must lie in \[0, 1\]"),
+        *[
+            (lambda x=x: solvers.times_of_log_snr(CLD(), x), TypeError, "log_snr must be a number")
+            for x in ("3", [[1.0], [2.0, 3.0]], np.ones(3)[::-1])
+        ],
         (lambda: solvers.times_of_log_snr(CLD(), math.nan), ValueError, "log_snr"),
         (lambda: solvers.times_of_log_snr(CLD(), 1.0, 0.5, 0.6), ValueError, "eps"),
         (lambda: solvers.times_of_log_snr(CLD(), 1.0, 2.0), ValueError, "T"),

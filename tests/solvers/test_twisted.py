@@ -115,6 +115,7 @@ def test_systematic_resampling_has_no_bias():
         ({"seeds": [-1]}, "seeds must be integers"),
         ({"shape": (4,)}, "numbers; got data"),
         ({"data_variance": 0}, "data_variance must be"),
+        ({"generator": [torch.Generator()]}, r"must be a torch\.Generator or None"),
         ({"dtype": torch.int64}, "dtype must be a floating-point type"),
     ],
     ids=name_of_case,
