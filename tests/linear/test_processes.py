@@ -151,6 +151,24 @@ def test_a_stationary_covariance_that_is_given_must_be_right():
         declare([[2.0]])
 
 
+LANGEVIN = {"mass": 0.25, "velocity_scale": 0.04}
+DEFAULTS = [
+    (VPSDE, {"beta_min": 0.1, "beta_max": 20.0}),
+    (SubVPSDE, {"beta_min": 0.1, "beta_max": 20.0}),
+    (VESDE, {"sigma_min": 0.01, "sigma_max": 50.0}),
+    (CLD, {"beta": 4.0, "friction": 1.0, "position_noise": 0.0, **LANGEVIN}),
+    (PSLD, {"beta": 8.0, "gamma": 0.01, "nu": 4.01, **LANGEVIN}),
+    (HOLD, {"beta": 4.0, "inverse_mass": 1.0, "auxiliary_scale": 0.04}),
+]
+
+
+@pytest.mark.parametrize(("process", "values"), DEFAULTS)
+def test_defaults_are_the_documented_values(process, values):
+    found, expected = process().marginal(0.7), process(**values).marginal(0.7)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.root, expected.root)
+
+
 # Rejected arguments ----------------------------------------------------------------------------
 
 POSITIVE = [(CLD, "mass friction beta"), (PSLD, "mass beta"), (VESDE, "sigma_min")]

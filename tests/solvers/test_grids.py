@@ -154,6 +154,7 @@ def test_a_logistic_grid_does_not_depend_on_the_schedule() -> None:
         ((1.0, -1e-9, 10), ValueError, r"eps must lie in \[0, T\) with T = 1; got"),
         ((1.0, math.nan, 10), ValueError, r"eps must lie in \[0, T\) with T = 1; got"),
         ((0.0, 1e-3, 10), ValueError, "T must|t must lie"),
+        ((-0.5, 1e-3, 10), ValueError, "T must|t must lie"),
         ((math.nan, 1e-3, 10), ValueError, "T must|t must lie"),
         ((math.inf, 1e-3, 10), ValueError, "T must|t must lie"),
         ((1.5, 1e-3, 10), ValueError, r"t must lie in \[0, 1\]|T must|times? must"),
