@@ -45,6 +45,14 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_labelled(tmp_path_factory.mktemp("labelled") / "run")
 
 
+@pytest.fixture(scope="session")
+def diffusers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of diffusers with a model of images of one channel and three classes."""
+    from tiny_runs import save_diffusers
+
+    return save_diffusers(tmp_path_factory.mktemp("diffusers"))
+
+
 @pytest.fixture
 def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Classifiers of evaluations keep random weights; the options of each call are returned."""

@@ -110,11 +110,11 @@ def test_samples_that_cannot_be_measured_are_rejected(
         ("RUN --features nowhere:thing", "--features: 'nowhere:thing' cannot be loaded"),
         ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),
         ("RUN --part test", "--part: must be"),
-        ("RUN --reference RUN", "--reference is for samples"),
+        ("RUN --reference RUN", "--reference: is for samples"),
         ("RUN --solver sscs,ssc", "--solver: solver must be"),
-        ("RUN --nfe 3,x", "--nfe must be numbers"),
+        ("RUN --nfe 3,x", "--nfe: must be integers with commas; got"),
         ("RUN --out file/x.json", "file cannot be made"),
-        ("RUN --out folder", "must name a file"),
+        ("RUN --out folder", "--out: must name a file"),
     ],
 )
 def test_wrong_arguments_are_rejected_before_any_work(

@@ -11,6 +11,7 @@ from cldsde.linear.blocks import (
     lower_factor,
     safe_sqrt,
 )
+from cldsde.linear.dynamics import eliminate
 from probes import normals
 from strategies import dtypes, seeds, shapes
 from tolerances import EPS, rounding
@@ -54,6 +55,15 @@ def test_zero_and_parallel_rows_are_allowed(rows):
     assert (factor.diagonal() >= 0).all()
     # Entries up to 25, a handful of operations.
     assert (factor @ factor.mT - root @ root.mT).abs().max() <= rounding(32, 25)
+
+
+def test_elimination_of_zeros_has_finite_gradients():
+    rows = torch.zeros(2, 2, 3, dtype=torch.float64)
+    rows[1] = torch.eye(2, 3)
+    multipliers, eliminated = eliminate(rows.requires_grad_())
+    assert torch.equal(eliminated, rows)
+    (gradient,) = torch.autograd.grad(multipliers.sum() + eliminated.sum(), rows)
+    assert torch.equal(gradient, torch.ones(2, 2, 3, dtype=torch.float64))
 
 
 def test_the_slope_of_a_root_at_zero_is_finite():
