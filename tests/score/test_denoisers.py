@@ -22,7 +22,7 @@ from cldsde import (
 )
 from cldsde.score import ScoreDenoiser
 from probes import generator
-from tolerances import EPS32, rounding, standard_error_of_variance
+from tolerances import EPS, EPS32, rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
@@ -314,3 +314,10 @@ class TestScoreDenoiser:
         scale = kernel.covariance.diagonal().sqrt()
         tolerance = standard_error_of_variance(1.0, len(off)) * scale[:, None] * scale
         assert ((found - kernel.covariance).abs() <= tolerance).all()
+
+
+def test_a_table_may_have_two_levels():
+    path = NoisePath.from_alphas_cumprod(torch.tensor([0.9, 0.1], dtype=torch.float64))
+    assert path.interval == (0.0, 1.0)
+    # σ/α = √(1/ᾱ − 1) is 1/3 and 3.
+    assert path.noise_levels == pytest.approx((1 / 3, 3.0), rel=8 * EPS)
