@@ -114,7 +114,7 @@ def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
 
 
 def test_a_score_without_gradients_is_an_error():
-    closed = torch.no_grad()(DATA.score(CLD()).forward)
+    closed = torch.no_grad()(DATA.score(CLD()).__call__)
     z = CLD().prior.sample((2, 8), dtype=torch.float64)
     with pytest.raises(ValueError, match="score must be differentiable"):
         PosteriorScore(closed, SEEN, sde=CLD())(z, 0.3)

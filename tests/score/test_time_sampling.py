@@ -55,7 +55,7 @@ def test_times_follow_the_density(name):
     density, t_min = DENSITIES[name]
     n = 20_000
     t = TimeSampler(density, t_min).sample(n, generator=generator())[0].sort().values
-    grid = torch.logspace(math.log10(t_min), 0, 100_001, dtype=torch.float64)
+    grid = torch.logspace(math.log10(t_min), 0, 200_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(density(grid), grid)
     share = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
     inside = torch.searchsorted(grid, t).clamp(1, len(grid) - 1)

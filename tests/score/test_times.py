@@ -76,9 +76,9 @@ def test_each_dtype_has_a_table_that_is_made_once(monkeypatch):
 
 def test_known_times_of_samples_are_for_that_many_samples():
     score, z = mixture(2).score(SDE), start(SDE, (3, 2))
-    times = KnownTimes(torch.tensor([[0.9, 0.5, 0.1]], dtype=torch.float64))
-    (t,) = times.arguments(z)
-    assert torch.equal(score(z, t), score(z, times.times[0]))
+    times = KnownTimes(torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.5, 0.1]], dtype=torch.float64))
+    t = times.arguments(z)[1]
+    assert torch.equal(score(z, t), score(z, times.times[1]))
     with pytest.raises(ValueError, match="one time per sample, 6; got 3 times"):
         score(torch.cat([z, z]), t)
 
