@@ -33,6 +33,7 @@ from cldsde.score import (
     Observation,
     PerturbedData,
     PosteriorScore,
+    ScoreDenoiser,
     TimeSampler,
     bits_per_dim,
     cross_entropy,
@@ -160,7 +161,7 @@ PATH = partial(NoisePath, noise=lambda t: t)
 TABULATED = partial(PREDICTION(path=NoisePath.from_alphas_cumprod(TABLE)), X)
 FALLING = partial(NoisePath, lambda t: 1 - t)
 ALPHAS = NoisePath.from_alphas_cumprod
-DENOISER = partial(DenoiserScore, denoise, VP)
+DENOISER = partial(DenoiserScore, denoise, sde=VP)
 GUIDED = partial(GuidedScore, conditional=DENOISER(), unconditional=DENOISER(), weight=2.0)
 PLAIN = partial(GuidedScore, untouchable, untouchable, 2.0)
 TORCHSDE = partial(as_torchsde, process=CRITICAL, shape=(3,))
@@ -298,6 +299,13 @@ SCORES = [
     *each(partial(CONVERTED, sde=VESDE(), t=0.0), "no density at t = 0", conditioning=["all"]),
     *each(FORGOTTEN, "nothing of x_0 is left", source=["score", "full_score"]),
     *each(AT_THE_END, r"nothing of x_0 is left .* ≤ 0\.9933", target=["data", *BOTH]),
+    # So early that float64 holds no digit of the full score.
+    *each(partial(CONVERTED, t=1e-20, source="data"), "must be later for", target=["full_score"]),
+    *each(
+        partial(CONVERTED(source="data"), Z),
+        r"prediction of the data of shape \(2, 2\)",
+        value=map(ZEROS, [(2, 1), (2, 1, 2), (1, 2)]),
+    ),
     *each(partial(CONVERTED, source="data"), "needs a process of one", target=BOTH),
     *each([PAIR.target, EVALUATED], "needs a process of one", prediction=BOTH),
     *each(LOSS, "needs a process of one", measured=BOTH),
@@ -347,12 +355,23 @@ DENOISERS = [
     *each(FALLING, "a decrease after t = 0", noise=[lambda t: (t - 0.5).abs()]),
     *each(partial(PATH, torch.ones_like), "two increasing numbers", interval=[(1.0, 1.0)]),
     *each(ALPHAS, "table must decrease", table=[TABLE.flip(0)]),
+    *each(
+        partial(FALLING, lambda t: t), "inverse must map κ", inverse=[torch.exp, lambda k: k * NAN]
+    ),
+    *each(partial(NoisePath.of, VP), "start must lie between 0 and 1", start=[0.0, 1.0, NAN]),
     *each(ALPHAS, "table must be a tensor", table=[[0.9, 0.5]]),
     *each(NoisePath.of, "sde must have one component; got CLD", sde=[CRITICAL]),
     *types(partial(DenoiserScore, sde=VP), "denoiser must be a callable", denoiser=[None]),
     *each(DENOISER, "noise_levels must be two increasing numbers", noise_levels=[(1.0, 0.5)]),
+    *each(DENOISER, "noise_levels must be at least 0", noise_levels=[(-1.0, 0.5)]),
+    *each(DENOISER, "noise_levels must start with a finite", noise_levels=[(-INF, 0.5)]),
+    *each(partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)), "infinite: start earlier", t=[1.0]),
+    *types(ScoreDenoiser, "score must be a callable", score=[None]),
+    *each(partial(ScoreDenoiser, SCORE), "start must lie between", start=[0.0, 1.0, NAN]),
     *each(PREDICTION, "predicts must be one of 'noise'", predicts=["epsilon"]),
     *each(PREDICTION, "clock must be one of 'time'", clock=["steps"]),
+    *each(PREDICTION, "clock must not be 'index'", clock=["index"]),
+    *types(partial(PredictionDenoiser, path=NoisePath.linear()), "must be a cal", network=[None]),
     *types(PREDICTION, "path must be a NoisePath", path=[VP]),
     *each(partial(PREDICTION(), ZEROS(4, 2)), r"have shape \(4,\)", sigma=[ONES(3)]),
     *each(TABULATED, r"sigma must lie in \[0.01.*, 99.*\].*got 200", sigma=[200.0]),
@@ -362,6 +381,7 @@ DENOISERS = [
     *types(GUIDED, "weight", weight=["2"]),
     *each(GUIDED, "weight must be finite", weight=[NAN]),
     *each(GUIDED, "interval must be two increasing numbers", interval=[(2.0, 0.2)]),
+    *each(GUIDED, "interval must hold noise levels ≥ 0", interval=[(-1.0, 0.2)]),
     *each(GUIDED, "must be scores of one process", unconditional=[OTHER]),
     *each(PLAIN, "interval must be None for scores without an", interval=[(0.2, 2.0)]),
     *types([as_torchdiffeq, TORCHSDE], "process must be a LinearSDE", process=[*SDES, DATA]),

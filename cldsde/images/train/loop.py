@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from cldsde.images.data import DataSet
 from cldsde.images.figures import save_grid
 from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
@@ -128,10 +127,10 @@ class _Trainer:
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
         events = self._logging() if is_main else nullcontext()
-        with bar, events, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
+        with bar, events, StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
-            for parts in self.learner.feed.batches(loader, self.done):
+            for parts in ahead(self.learner.feed.load, range(self.done, settings.steps)):
                 self.learner.step(self.done, parts)
                 self.done += 1
                 bar.update(settings.batch)

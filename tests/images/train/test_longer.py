@@ -18,7 +18,6 @@ from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.evaluate.results import cell_numbers
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
@@ -158,10 +157,9 @@ def test_the_distance_is_that_of_an_evaluation_of_the_same_seeds(tmp_path):
     trained(tmp_path, settings)
     [found] = [line["fd"] for line in metrics(tmp_path) if "fd" in line]
     evaluation = Evaluation(data=DATA, samples=10, first_seed=2**31, batch=10, folder=tmp_path)
-    results = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.json")
-    [cell] = results["recipes"][0]["cells"].values()
+    [result] = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.jsonl")
     # The same images to the bit, and sums of float64.
-    assert cell_numbers(cell)["fd classifier train"] == pytest.approx(found, rel=1e-9)
+    assert result.numbers["fd"] == pytest.approx(found, rel=1e-9)
 
 
 def test_snapshots_that_cannot_be_ranked_are_rejected():
@@ -194,7 +192,7 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
     model = trained(tmp_path / "run", config(network=network))
     with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
         images.Run.load(tmp_path / "run")
-    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model.model)
+    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model)
     with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
         check_run(config(network={**network, "options": {"widht": 3}}), DATA)
     with pytest.raises(SettingError, match=r"network\.name: 'nowhere:Net' cannot be loaded"):
