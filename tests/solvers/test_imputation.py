@@ -100,6 +100,13 @@ def test_known_data_come_back_exactly_if_the_grid_ends_at_the_data(name, known, 
     assert (data[~mask] != known[~mask]).all()
 
 
+def test_data_may_have_a_single_axis():
+    known, mask, times = KNOWN.flatten(), MASK.flatten(), solvers.uniform_times(1.0, 0.0, 5)
+    state = prior(CRITICAL, shape=known.shape)
+    data = sample(Imputation(SSCS, known, mask), state=state, times=times).data
+    assert torch.equal(data[:, mask], known[mask].expand(2, -1))
+
+
 def test_the_start_and_each_state_are_replaced_before_they_are_used():
     seen, states, noise, score = [], [], Recorder(), gaussian(CRITICAL)
 

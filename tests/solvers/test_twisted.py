@@ -125,6 +125,12 @@ def test_bad_options_are_rejected(options, message):
         sample(*wide_mixture(), score=untouchable, **options)
 
 
+def test_several_generators_are_rejected_by_resampling():
+    found = sample(*gaussian(), steps=2, seeds=[0])
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
+        found.resample(4, generator=[torch.Generator()])
+
+
 def test_equal_rows_with_little_noise_are_sampled_in_float32():
     seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=1e-4)
     for method in ("moments", "pigdm"):
