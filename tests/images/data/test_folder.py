@@ -24,10 +24,10 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 SMALL = np.zeros((2, 2), np.uint8)
 
 # Errors of encoders and of rounding, in levels of 255.
-WEBP = 2  # of a constant grey; JPEG has none
-JPEG = 4  # of a constant colour, from a rounded chroma
-TRUNCATED = 1  # Pillow composes in integers, with a product rounded twice
-HALF = 0.51  # nearest level, from weights of 16 bits
+WEBP = 2  # of a constant grey, of which JPEG is exact.
+JPEG = 4  # of a constant colour, with its chroma rounded.
+TRUNCATED = 1  # Pillow composes in integers, with a product rounded twice.
+HALF = 0.51  # nearest level, from weights of 16 bits.
 
 
 def only(folder: Path, **options) -> np.ndarray:
