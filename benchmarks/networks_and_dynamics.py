@@ -24,6 +24,7 @@ from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import DiffusionModel, ImageModel, load_model
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.progress import progress_bar
 from cldsde.score import MixedScore
 
@@ -103,7 +104,7 @@ class Crossing:
         recipe = SamplingConfig(solver=SAMPLERS[sampler], nfe=nfe, grid="root", t_end=1e-2)
         first = self.config.first_seed
         seeds = range(first, first + self.config.samples)
-        images = self.evaluation.draw(model, recipe, seeds).images
+        images = ImageSampler.of(model, recipe, batch=self.config.batch).sample(seeds).images
         [measured] = self.evaluation.measure(images, ("fd",)).values()
         return measured["frechet_distance"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cldsde.images.compare.report import RESULTS, read_results
+from cldsde.images.compare.report import RESULTS, read_comparison
 
 ROWS = (
     ("VP", "DPM-Solver++"),
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     arguments = parser.parse_args()
     try:
-        found = read_results(arguments.folder / RESULTS)
+        found = read_comparison(arguments.folder / RESULTS)
     except ValueError as error:
         sys.exit(str(error))
     pictures = {(row["model"], row["label"]): row["picture"] for row in found["rows"]}

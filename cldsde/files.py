@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["PARTIAL", "check_writable", "file_lock", "write_whole"]
+__all__ = [
+    "PARTIAL",
+    "check_target",
+    "check_writable",
+    "file_lock",
+    "new_folder",
+    "write_whole",
+]
 
 PARTIAL = ".partial-"
 """Beginning of the names of files that are being written."""
@@ -42,6 +50,30 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         msg = f"{folder} cannot be made or written ({error.strerror or error})"
         raise OSError(msg) from error
+
+
+def check_target(file: Path) -> None:
+    """Raise an OSError if `write_whole` cannot write a file in a folder that exists."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(file.stat().st_mode):  # raises an error for a name that is too long
+            raise IsADirectoryError(f"{file} is a folder")
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=PARTIAL):
+        pass
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; remove what was made if the block raises an error."""
+    absolute = folder.absolute()
+    missing = [parent for parent in (absolute, *absolute.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
 
 
 @contextmanager

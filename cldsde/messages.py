@@ -6,7 +6,7 @@ import importlib
 from operator import attrgetter
 from typing import Any
 
-__all__ = ["brief", "imported", "in_words", "one_line"]
+__all__ = ["brief", "counted", "imported", "in_words", "one_line"]
 
 
 def one_line(error: object) -> str:
@@ -22,6 +22,17 @@ def in_words(error: BaseException) -> str:
 def brief(error: BaseException) -> str:
     """First line of an error."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in the singular or plural.
+
+    Examples
+    --------
+    >>> counted(1, "evaluation"), counted(2, "evaluation")
+    ('1 evaluation', '2 evaluations')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def imported(name: str) -> Any:

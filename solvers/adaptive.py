@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score.times import on_device
 
@@ -77,7 +78,7 @@ class ActiveSamples:
         )
         self._note_failures(
             travelling & long_enough & ~in_budget,
-            f"max_nfev: {self._max_nfev} evaluations did not reach the end",
+            f"max_nfev: {counted(self._max_nfev, 'evaluation')} did not reach the end",
         )
         kept = self._kept = stays.nonzero().flatten()
         self._rows, self._next, self.t = self._rows[kept], self._next[kept], self.t[kept]

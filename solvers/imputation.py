@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from cldsde.messages import counted
 from cldsde.score import ReverseProcess
 
 from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, Solver, check_solver
@@ -169,7 +170,8 @@ class Imputation(GridSolver):
         if self.resample > 1 and evaluations % steps:
             msg = (
                 "solver must evaluate the score equally often in each step if resample is above "
-                f"1; {self.solver!r} takes {evaluations} evaluations in {steps} steps"
+                f"1; {self.solver!r} takes {counted(evaluations, 'evaluation')} in "
+                f"{counted(steps, 'step')}"
             )
             raise ValueError(msg)
         # Condition on x alone, not on z_0: the velocity at time 0 is part of the noise.

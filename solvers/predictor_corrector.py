@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_positive
+from cldsde.messages import counted
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
@@ -161,7 +162,8 @@ class PredictorCorrector(GridSolver):
         if evaluations % (len(times) - 1):
             msg = (
                 "predictor must evaluate the score equally often in each step; "
-                f"{self.predictor!r} takes {evaluations} evaluations in {len(times) - 1} steps. "
+                f"{self.predictor!r} takes {counted(evaluations, 'evaluation')} in "
+                f"{counted(len(times) - 1, 'step')}. "
                 "A grid that ends above t = 0 may help"
             )
             raise ValueError(msg)

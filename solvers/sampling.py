@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cldsde.linear.checks import as_grid_times
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
+from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.score.checks import two_increasing
@@ -285,8 +286,9 @@ def fit_grid(
             return times
         n = min(n - 1, n * budget // needed)
     least = count(grid(process.sde, start, end, 1)) + reserved
+    given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
     msg = (
-        f"{nfe} evaluations are too few for a step of {type(solver).__name__}"
+        f"{given} too few for a step of {type(solver).__name__}"
         f"{' and the data prediction at its end' if denoise else ''}; increase nfe to at least "
         f"{least}"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 
@@ -210,7 +211,7 @@ class _WatchedFlow:
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         if self.nfev + 1 > self._max_nfev:
-            msg = f"max_nfev: {self._max_nfev} evaluations did not reach the end"
+            msg = f"max_nfev: {counted(self._max_nfev, 'evaluation')} did not reach the end"
             raise _EndError(msg)
         at = t.detach().to("cpu", torch.float64)
         if not bool(at.isfinite()):

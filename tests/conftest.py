@@ -16,8 +16,9 @@ settings.register_profile("ci", derandomize=True, database=None, deadline=None, 
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=300)
 settings.load_profile(PROFILE)
 
-# Doctests would import it a second time, and a device can be registered once.
-collect_ignore = ["simulated_device.py"]
+# A collection of doctests would import these. A device can be registered only once, and mutation
+# testing has requirements of its own.
+collect_ignore = ["simulated_device.py", "mutation.py"]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,10 +45,18 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_labelled(tmp_path_factory.mktemp("labelled") / "run")
 
 
+@pytest.fixture(scope="session")
+def diffusers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of diffusers with a model of images of one channel and three classes."""
+    from tiny_runs import save_diffusers
+
+    return save_diffusers(tmp_path_factory.mktemp("diffusers"))
+
+
 @pytest.fixture
 def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Classifiers of evaluations keep random weights; the options of each call are returned."""
-    from cldsde.images.evaluate import ImageClassifier, reference
+    from cldsde.images.evaluate import ImageClassifier, classifier
 
     calls: list[dict[str, Any]] = []
 
@@ -56,5 +65,5 @@ def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
         classes = int(labels.max()) + 1
         return ImageClassifier(images.shape[1], max(classes, 2), width=4, size=8).eval(), 0.5
 
-    monkeypatch.setattr(reference, "train_classifier", untrained)
+    monkeypatch.setattr(classifier, "train_classifier", untrained)
     return calls

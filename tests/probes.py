@@ -34,6 +34,14 @@ def named_solvers() -> dict[str, Solver]:
     }
 
 
+def tensor(value: Any) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def normals(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

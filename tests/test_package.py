@@ -23,7 +23,7 @@ SHARED = ("errors", "files", "messages", "progress", "tables")
 def test_import_loads_no_plotting_library_no_integrator_no_compiler_and_no_image_layer():
     command = [sys.executable, "-I", "-c", "import cldsde, sys; print(*sys.modules)"]
     loaded = subprocess.check_output(command, text=True).split()
-    unwanted = {"matplotlib", "sklearn", "torchvision", "diffusers", "jsonargparse"}
+    unwanted = {"matplotlib", "sklearn", "torchvision", "diffusers"}
     unwanted |= {"torchdiffeq", "torchsde", "scipy.integrate", "torch._dynamo"}
     assert not unwanted & set(loaded)
     assert "cldsde.images" not in loaded

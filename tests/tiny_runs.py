@@ -64,3 +64,27 @@ def train_labelled(folder: Path) -> Path:
     )
     train(config, data, RunFolder(folder, config.to_dict()), device="cpu")
     return folder
+
+
+def save_diffusers(folder: Path) -> Path:
+    """Save a pipeline of random weights with three classes; return its folder.
+
+    It predicts data, since images without saturated pixels follow from that.
+    """
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    scheduler = diffusers.DDPMScheduler(prediction_type="sample")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cldsde.linear import LinearSDE
-from cldsde.messages import in_words, one_line
+from cldsde.messages import counted, in_words, one_line
 from cldsde.solvers import plan, solve
 from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
@@ -173,7 +173,7 @@ def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
         declared=declared,
         measured=measured,
         verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
-        message=f"{found.nfev} evaluations in {steps} steps",
+        message=f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}",
         seconds=time.perf_counter() - began,
     )
 

@@ -10,7 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from cldsde.errors import SettingError
+from cldsde.files import write_whole
 from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
+from cldsde.messages import imported
+from cldsde.progress import progress_bar
 from cldsde.score import Observation, PosteriorScore, ReverseProcess
 from cldsde.solvers import ExponentialMultistep, solve
 
@@ -18,8 +22,9 @@ from .order_estimate import Verdict
 from .posterior_error import PosteriorError, posterior_error
 from .posterior_methods import PosteriorSampler, posterior_methods
 from .posterior_problems import posterior_problems
+from .problems import check_names
 
-__all__ = ["PosteriorReport", "planted_samplers", "posterior_errors", "posterior_runs"]
+__all__ = ["PosteriorReport", "planted_samplers", "posterior_reports", "posterior_runs"]
 
 # At smaller noise the error comes from the number of steps, about which samplers claim nothing.
 _JUDGED_NOISE = 0.1
@@ -113,18 +118,55 @@ def posterior_runs(
     return [*runs, *planted]
 
 
-def posterior_errors(
-    runs: Sequence[_Run],
+def posterior_reports(
+    samplers: Sequence[str] = (),
+    problems: Sequence[str] = (),
     *,
+    quick: bool = False,
     seed: int = 0,
-    named: Mapping[str, PosteriorSampler] | None = None,
-) -> Iterator[PosteriorError]:
-    """Make measurements one by one."""
-    planted = planted_samplers()
-    for run in runs:
-        given = planted.get(run.method) if run.planted else (named or {}).get(run.method)
-        yield posterior_error(
-            given or run.method,
+) -> Iterator[PosteriorReport]:
+    """Measure posterior samplers; see `posterior_runs`.
+
+    Parameters
+    ----------
+    samplers
+        ``module:function`` of samplers to measure in place of the package's.
+    problems
+        Names; none: all.
+    quick
+        One process and one noise only.
+    seed
+        Seed of all samples.
+
+    Returns
+    -------
+    Iterator[PosteriorReport]
+        A report that grows, at the beginning and after each measurement.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown or not of a function.
+    """
+    check_names(problems, posterior_problems())
+    named: dict[str, PosteriorSampler] = {name: imported(name) for name in samplers}
+    for name, sampler in named.items():
+        if not callable(sampler):
+            msg = f"{name!r} must be a function; got {type(sampler).__name__}"
+            raise SettingError("sampler", msg)
+    runs = posterior_runs(quick=quick, problems=problems or None, named=named)
+    return _posterior_reports(runs, {**named, **planted_samplers()}, seed)
+
+
+def _posterior_reports(
+    runs: Sequence[_Run], samplers: Mapping[str, PosteriorSampler], seed: int
+) -> Iterator[PosteriorReport]:
+    found = list[PosteriorError]()
+    growing = PosteriorReport(found)
+    yield growing
+    for run in progress_bar(runs, shown=True, desc="posteriors"):
+        error = posterior_error(
+            samplers.get(run.method, run.method),
             posterior_problems(run.noise_std)[run.problem],
             sde=run.sde,
             samples=run.samples,
@@ -132,6 +174,8 @@ def posterior_errors(
             seed=seed,
             name=run.method,
         )
+        found.append(error)
+        yield growing
 
 
 @dataclass(frozen=True)
@@ -157,6 +201,12 @@ class PosteriorReport:
             elif error.verdict is Verdict.FAIL and error.noise_std >= _JUDGED_NOISE:
                 lines.append(f"{where}, {error.process}: not the exact posterior that it claims")
         return lines
+
+    def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+        """Lines about the failures, and a complaint if there are some."""
+        lines = self.failures()
+        msg = f"{len(lines)} of {len(self.errors)} measurements are not as claimed"
+        return lines, [msg] if lines else []
 
     def to_text(self) -> str:
         """A table, one line per measurement."""
@@ -188,7 +238,8 @@ class PosteriorReport:
     def write_json(self, file: Path) -> None:
         """Write all numbers to a file."""
         rows = [error.to_dict() for error in self.errors]
-        file.write_text(json.dumps({"posterior": rows}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"posterior": rows}, indent=1) + "\n"
+        write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _short(value: float) -> str:

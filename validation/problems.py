@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.score import GaussianMixture, ReverseProcess
 
-__all__ = ["Problem", "check_problem", "forward_processes", "problems"]
+__all__ = ["Problem", "check_names", "check_problem", "forward_processes", "problems"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +196,14 @@ def _non_commuting() -> LinearSDE:
         return torch.stack([torch.stack([1 + t, zero]), torch.stack([t, 1 - t / 2])])
 
     return LinearSDE.from_functions(drift, diffusion)
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a SettingError for a problem that does not exist."""
+    for name in names:
+        if name not in known:
+            msg = f"must be one of {', '.join(map(repr, known))}; got {name!r}"
+            raise SettingError("problem", msg)
 
 
 def check_problem(problem: object) -> None:

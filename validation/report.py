@@ -17,6 +17,7 @@ import torch
 
 from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
+from cldsde.solvers.named import canonical_name
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
@@ -163,6 +164,17 @@ class Report:
             if kind:
                 lines.append(f"{name}, {kind}: above the declared order on every problem")
         return lines
+
+    def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+        """Lines about the checks, and complaints if the validation did not succeed.
+
+        Solvers in ``names`` were named by the user: each of them must have been measured.
+        """
+        names = [canonical_name(name) for name in names]
+        unsure = [f"{counted} of {name}" for name, counted in self.inconclusive().items()]
+        lines = [f"Inconclusive checks: {', '.join(unsure)}"] if unsure else []
+        lines += [*self.rejections(names), *self.unmeasured(), *self.failures()]
+        return lines, [*self.not_measured(names), *self.complaints()]
 
     def not_measured(self, names: Sequence[str]) -> list[str]:
         """The named solvers without a verdict, and the reason, one clause each."""

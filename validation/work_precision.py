@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
 from cldsde.solvers.authoring import Solver
@@ -270,8 +271,8 @@ def work_precision(
     for name, solver, budget in cells:
         if budget < evaluations[name] and not solver.facts.adaptive:
             msg = (
-                f"budgets must allow at least one step, which takes {evaluations[name]} "
-                f"evaluations for {name!r}; got {budget}"
+                f"budgets must allow at least one step, which takes "
+                f"{counted(evaluations[name], 'evaluation')} for {name!r}; got {budget}"
             )
             raise ValueError(msg)
     floor = _floor(problem, chosen, samples, repeats, g) if sampled else None

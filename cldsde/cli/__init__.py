@@ -7,15 +7,17 @@ on stderr.
 from __future__ import annotations
 
 import sys
-from argparse import Action
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from io import TextIOWrapper
+from typing import NoReturn
 
 import torch
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from cldsde.cli import compare, demo, evaluate, import_published, sample, train, validate
+from cldsde.errors import SettingError
+from cldsde.messages import brief, one_line
 
 __all__ = ["main"]
 
@@ -34,90 +36,79 @@ _INTERRUPTED = {
 }
 
 
-class _Formatter(DefaultHelpFormatter):
-    """Help texts with defaults other than None."""
-
-    def _get_help_string(self, action: Action) -> str:
-        text = super()._get_help_string(action)
-        if action.default is None:
-            text = text.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
-        return text
-
-
 class _Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=_Formatter, **settings)
+    names: Mapping[str, str]
+    """Options as they are written on the command line, by their attributes."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         """Print the message alone and exit with code 2."""
-        del ex
-        _complain("cldsde", f"{message} (see cldsde --help, and cldsde COMMAND --help)")
+        _complain(self.prog, f"{message.removeprefix('argument ')} (see {self.prog} --help)")
         sys.exit(2)
 
 
 def _complain(program: str, message: object) -> None:
-    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
 
 
-def _build_parser() -> ArgumentParser:
-    parser = _Parser(
-        prog="cldsde",
-        usage="cldsde [--help] [--version] COMMAND ...",
-        description="Linear SDEs and the diffusion models built on them.",
-        version=version("cldsde"),
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command, and those of its commands."""
+    about = "Linear SDEs and the diffusion models built on them."
+    parser = _Parser(prog="cldsde", usage="cldsde [options] COMMAND ...", description=about)
+    parser.add_argument("--version", action="version", version=f"cldsde {version('cldsde')}")
+    made: dict[str, _Parser] = {}
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, prog="cldsde"
     )
-    commands = parser.add_subcommands(dest="command", required=True)
     for name, module in _COMMANDS.items():
-        command = _Parser(usage=f"cldsde {name} [options]", description=module.__doc__)
-        module.add_arguments(command)
-        commands.add_subcommand(name, command, help=(module.__doc__ or "").splitlines()[0])
-    return parser
+        text = str(module.__doc__)
+        made[name] = command = commands.add_parser(
+            name, usage=f"cldsde {name} [options]", description=text, help=text.splitlines()[0]
+        )
+        actions = [command.add_argument(*names, **how) for names, how in module.OPTIONS]
+        command.names = {x.dest: [str(x.metavar), *x.option_strings][-1] for x in actions}
+    return parser, made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command."""
-    program, interrupted = "cldsde", "interrupted"
+    parser, commands = _parsers()
+    options, unknown = parser.parse_known_args(arguments)
+    command, name = commands[options.command], options.command
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    # `module:name` in options is imported from the current folder, too.
+    if "" not in sys.path:
+        sys.path.append("")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # letters that a terminal does not know
+    code, interrupted = 2, "interrupted"
     try:
-        options = _build_parser().parse_args(None if arguments is None else list(arguments))
-        name = options.command
-        program = f"cldsde {name}"
-        # `module:name` in options is imported from the current folder, too.
-        if "" not in sys.path:
-            sys.path.append("")
-        try:
-            # All arguments are checked here, before any work is done.
-            work = _COMMANDS[name].prepare(options[name])
-        except (ValueError, ImportError, OSError) as error:
-            _complain(program, _rendered(error, name))
-            return 2
-        interrupted = _INTERRUPTED.get(name, "interrupted; the same command resumes")
+        # All arguments are checked here, before any work is done.
+        work = _COMMANDS[name].prepare(options)
+        code, interrupted = 1, _INTERRUPTED.get(name, "interrupted; the same command resumes")
         work()
     except KeyboardInterrupt:
-        print(f"{program}: {interrupted}", file=sys.stderr)
+        print(f"{command.prog}: {interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError) as error:
-        _complain(program, _rendered(error, name))
-        return 1
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        _complain(command.prog, _in_options(error, command.names))
+        return code
     except (MemoryError, RuntimeError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
         # On the CPU torch has no exception class for a failed allocation.
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (known or "can't allocate memory" in text):
+        if not (known or "can't allocate memory" in brief(error)):
             raise
-        _complain(program, f"out of memory; take smaller networks or batches ({text})")
+        _complain(command.prog, f"out of memory; take smaller networks or batches ({brief(error)})")
         return 1
     return 0
 
 
-def _rendered(error: Exception, command: str) -> str:
+def _in_options(error: Exception, names: Mapping[str, str]) -> str:
     """An error with the option of a setting in place of its key, if there is one."""
-    key = getattr(error, "key", None)
-    if key is None:
-        return str(error)
-    parser = ArgumentParser()
-    _COMMANDS[command].add_arguments(parser)
-    options = {x.dest: x.option_strings or [str(x.metavar)] for x in parser._actions}
-    name = (options.get(str(key).removeprefix("options.")) or [key])[-1]
-    return f"{name}: {getattr(error, 'reason', '')}"
+    if isinstance(error, SettingError):
+        return f"{names.get(error.key, error.key)}: {error.reason}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is missing; install the extra: pip install 'cldsde[images]'"
+    return str(error)

@@ -9,45 +9,37 @@ runs of cldsde train, which cldsde sample and cldsde evaluate take.
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
+from cldsde.errors import SettingError
 
-from cldsde.cli.options import (
-    SEED,
-    device_option,
-    flag,
-    needs_images,
-    option,
-    resolve_device,
-    set_option,
+_CONFIG = (
+    "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
+    "cld_variants or quick"
 )
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of ``cldsde compare``."""
-    text = (
-        "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
-    )
-    option(parser, "config", "CONFIG", f"{text}cld_variants or quick", nargs="?")
-    flag(parser, "--quick", "digits and tiny networks, under ten minutes")
-    text = "folder, made if missing; comparison- and the name of the configuration by default"
-    option(parser, "--out", "DIR", text, kind=Path)
-    set_option(parser, "override of a key, such as base.training.images=1000")
-    option(parser, "--seed", "N", "seed of training and of all images", kind=SEED)
-    device_option(parser)
-    flag(parser, "--print-config", "print the resolved configuration and stop")
+_OUT = "folder, made if missing; comparison- and the name of the configuration by default"
+OPTIONS = (
+    option("CONFIG", str, _CONFIG, nargs="?"),
+    flag("--quick", "digits and tiny networks, under ten minutes"),
+    option("--out DIR", Path, _OUT),
+    several("--set KEY=VALUE", "override of a key, such as base.training.images=1000"),
+    option("--seed N", SEED, "seed of training and of all images"),
+    DEVICE,
+    flag("--print-config", "print the resolved configuration and stop"),
+)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the comparison, read the data, open all folders; return the remaining work."""
-    with needs_images():
-        from cldsde.images.compare import PRESETS, Comparison, load_comparison
-        from cldsde.images.compare.report import RESULTS
-        from cldsde.images.schema import check_name
+    from cldsde.images.compare import PRESETS, Comparison, load_comparison
+    from cldsde.images.compare.report import RESULTS
+    from cldsde.images.schema import check_name
+
     if options.quick and options.config is not None:
-        raise ValueError(f"--quick is a comparison of its own; got {options.config}, too")
+        raise SettingError("quick", f"is a comparison of its own; got {options.config}, too")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         msg = "a comparison is one process; train its models by cldsde train --out DIR/models/NAME"
         raise ValueError(msg)

@@ -1,93 +1,103 @@
-"""Options that several commands share, and the extra that they need."""
+"""Options of the commands as data, and those that several commands share."""
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser
+
+from cldsde.errors import SettingError
 
 
-class _Kind:
-    """A conversion of a text, whose error says what is allowed and whose name is in ``--help``."""
+class Option(NamedTuple):
+    """Arguments of ``ArgumentParser.add_argument``."""
 
-    def __init__(self, name: str, convert: Callable[[Any], Any], allowed: str) -> None:
-        self.name, self.convert, self.allowed = name, convert, allowed
+    names: list[str]
+    settings: dict[str, Any]
 
-    def __call__(self, text: object) -> Any:
+
+class Kind(NamedTuple):
+    """A conversion of a text, whose error says what is allowed."""
+
+    convert: Callable[[str], Any]
+    allowed: str
+    name: str = ""
+
+    def __call__(self, text: str) -> Any:
+        """Convert a text."""
         try:
             return self.convert(text)
-        except ValueError:
+        except (ValueError, KeyError):
             raise ArgumentTypeError(f"must be {self.allowed}; got {text!r}") from None
 
-    def __repr__(self) -> str:
-        return self.name
+
+def option(usage: str, kind: Any, text: str, **settings: Any) -> Option:
+    """Declare an option as in a help text, ``--name METAVAR``, or an argument, ``METAVAR``."""
+    *names, metavar = usage.replace(",", "").split()
+    kind, default = _KINDS.get(kind, kind), settings.get("default")
+    notes = [kind.name] if isinstance(kind, Kind) and kind.name else []
+    notes += [] if default in (None, []) else [f"default: {default}"]
+    text = f"{text} ({', '.join(notes)})" if notes else text
+    names = names or [settings.pop("dest", metavar.lower())]
+    return Option(names, {"type": kind, "metavar": metavar, "help": text, **settings})
 
 
-def _path(text: str | Path) -> Path:
-    if not str(text).strip():
+def flag(name: str, text: str, **settings: Any) -> Option:
+    """Declare an option without a value."""
+    return Option([name], {"action": "store_true", "help": text, **settings})
+
+
+def several(usage: str, text: str) -> Option:
+    """Declare an option that may be repeated."""
+    return option(usage, str, f"{text}; may be repeated", action="append", default=[])
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
         raise ValueError
     return Path(text).expanduser()
 
 
-def _seed(text: str | int) -> int:
+def _seed(text: str) -> int:
     if not 0 <= int(text) < 2**63:
         raise ValueError
     return int(text)
 
 
-SEED = _Kind("int", _seed, "an integer from 0 to 2^63 - 1")
-_KINDS: dict[Any, Any] = {
-    int: _Kind("int", int, "an integer"),
-    float: _Kind("float", float, "a number"),
-    Path: _Kind("path", _path, "the name of a file or folder"),
+def _seeds(text: str) -> range:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+    if not first <= last < 2**32:
+        raise ValueError
+    return range(first, last + 1)
+
+
+SEED = Kind(_seed, "an integer from 0 to 2^63 - 1", "int")
+SEEDS = Kind(_seeds, "A-B with 0 ≤ A ≤ B < 2³²")
+LIST = Kind(lambda text: [word.strip() for word in text.split(",")], "names with commas")
+INTEGERS = Kind(lambda text: [int(word) for word in text.split(",")], "integers with commas")
+_KINDS: dict[Any, Kind] = {
+    bool: Kind({"true": True, "false": False}.__getitem__, "true or false"),
+    int: Kind(int, "an integer", "int"),
+    float: Kind(float, "a number", "float"),
+    Path: Kind(_path, "the name of a file or folder"),
 }
 
-
-def option(
-    parser: ArgumentParser, name: str, metavar: str, text: str, *, kind: Any = str, **more: Any
-) -> None:
-    """Declare an option with a value, a string unless ``kind`` is another type."""
-    parser.add_argument(name, type=_KINDS.get(kind, kind), metavar=metavar, help=text, **more)
-
-
-def flag(parser: ArgumentParser, name: str, text: str, **more: Any) -> None:
-    """Declare an option without a value."""
-    parser.add_argument(name, action="store_true", help=text, **more)
-
-
-def set_option(parser: ArgumentParser, text: str, metavar: str = "KEY=VALUE") -> None:
-    """Declare ``--set``."""
-    option(parser, "--set", metavar, f"{text}; may be repeated", action="append", default=[])
-
-
-def device_option(parser: ArgumentParser) -> None:
-    """Declare ``--device``."""
-    option(parser, "--device", "NAME", "auto, cpu, cuda, cuda:N or mps", default="auto")
+DEVICE = option("--device NAME", str, "auto, cpu, cuda, cuda:N or mps", default="auto")
 
 
 def resolve_device(name: str) -> str:
-    """The name of a device of this machine, ``auto`` resolved; raise a ValueError for others."""
+    """The name of a device of this machine, ``auto`` resolved; raise a SettingError for others."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cpu", *(["cuda", *gpus] if gpus else [])]
     here += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
         return "cuda" if gpus else "cpu"
     if name not in here:
-        msg = f"--device must be {' or '.join(['auto', *here])} on this machine; got {name!r}"
-        raise ValueError(msg)
+        msg = f"must be {' or '.join(['auto', *here])} on this machine; got {name!r}"
+        raise SettingError("device", msg)
     return name
-
-
-@contextmanager
-def needs_images() -> Iterator[None]:
-    """Name the extra ``images`` if an import fails."""
-    try:
-        yield
-    except ImportError as error:
-        msg = f"{error.name} is missing; install the extra: pip install 'cldsde[images]'"
-        raise ImportError(msg) from error

@@ -10,45 +10,36 @@ from __future__ import annotations
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
+from cldsde.errors import SettingError
 
-from cldsde.cli.options import (
-    SEED,
-    device_option,
-    flag,
-    needs_images,
-    option,
-    resolve_device,
-    set_option,
+_INIT = "run, or diffusers folder, whose weights to start from"
+OPTIONS = (
+    option("CONFIG", Path, "file in TOML, YAML or JSON"),
+    several("--set KEY=VALUE", "override of a key, such as training.batch=64"),
+    option("--seed N", SEED, "seed of weights, data order, times and noise"),
+    option("--out DIR", Path, "run folder; the name of the configuration by default"),
+    flag("--resume", "fail if there is no run to resume"),
+    option("--init-from RUN", str, _INIT),
+    DEVICE,
+    flag("--dry-run", "check everything, measure two steps, write nothing and stop"),
+    flag("--print-config", "print the resolved configuration and stop"),
 )
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options of ``cldsde train``."""
-    option(parser, "config", "CONFIG", "file in TOML, YAML or JSON", kind=Path)
-    set_option(parser, "override of a key, such as training.batch=64")
-    option(parser, "--seed", "N", "seed of weights, data order, times and noise", kind=SEED)
-    text = "run folder, made if missing; the name of the configuration by default"
-    option(parser, "--out", "DIR", text, kind=Path)
-    flag(parser, "--resume", "fail if there is no run to resume")
-    option(parser, "--init-from", "RUN", "run, or diffusers folder, whose weights to start from")
-    device_option(parser)
-    flag(parser, "--dry-run", "check everything, measure two steps, write nothing and stop")
-    flag(parser, "--print-config", "print the resolved configuration and stop")
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the configuration, read the data, open the run folder; return the remaining work."""
-    with needs_images():
-        from accelerate import PartialState
+    from accelerate import PartialState
 
-        from cldsde.images.config import load_config
-        from cldsde.images.runs import CONFIG, RunFolder
-        from cldsde.images.train import check_run, outlook, rehearse, summary, train
+    from cldsde.images.config import load_config
+    from cldsde.images.runs import CONFIG, RunFolder
+    from cldsde.images.train import check_run, outlook, rehearse, summary, train
+
     given = {"seed": options.seed, "training.init_from": options.init_from}
     more = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(options.config, [*options.set, *more])
@@ -60,24 +51,21 @@ def prepare(options: Namespace) -> Callable[[], None]:
     device = "cpu" if resolve_device(options.device) == "cpu" else options.device
     out = options.out or Path(options.config.stem)
     if options.resume and not (out / CONFIG).exists():
-        raise ValueError(f"--resume: {out} holds no run to resume")
+        raise SettingError("resume", f"{out} holds no run to resume")
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
-        raise ValueError(f"--device {options.device}: the {started} processes do not form a group")
+        raise SettingError("device", f"the {started} processes do not form a group")
     data = config.data.load()
     statistics = check_run(config, data, device=device, processes=state.num_processes)
-    facts = summary(config, data, device)
+    facts, images = "\n".join(summary(config, data, device)), config.training.images
     if options.dry_run:
 
         def measure() -> None:
             found = rehearse(config, data, device=device, statistics=statistics)
-            print("\n".join(facts))
-            print(
-                f"measured: {found.images_per_second:,.0f} images per second, "
-                f"{found.memory / 2**20:,.0f} MiB at most; "
-                f"{config.training.images / found.images_per_second / 60:,.1f} minutes in all"
-            )
+            speed, memory = found.images_per_second, found.memory / 2**20
+            measured = f"measured: {speed:,.0f} images per second, {memory:,.0f} MiB at most"
+            print(f"{facts}\n{measured}; {images / speed / 60:,.1f} minutes in all")
 
         return measure
     with state.main_process_first():
@@ -86,7 +74,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
     def work() -> None:
         if state.is_main_process:
-            print("\n".join(facts), file=sys.stderr)
+            print(facts, file=sys.stderr)
         train(config, data, run, device=device, statistics=statistics, progress=True)
         if state.is_main_process:
             seen = config.training.steps * config.training.batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
+from cldsde.images.sample.recipe import changed_recipe
 from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.train.loop import train
 from cldsde.linear import LinearSDE
@@ -132,7 +133,8 @@ class Run:
         progress
             Show a progress bar on stderr.
         **sampling
-            Fields of `SamplingConfig` that differ from those of the run, such as ``nfe=10``.
+            Fields of `SamplingConfig` that differ from those of the run, such as ``nfe=10``; in
+            ``options`` those of the solver.
 
         Returns
         -------
@@ -144,11 +146,8 @@ class Run:
         SettingError
             If a setting does not fit the model.
         """
-        recipe = self.config.sampling
-        if "solver" in sampling:
-            sampling = {"options": {}, **sampling}
         sampler = ImageSampler.of(
-            *(self.model, replace(recipe, **sampling)),
+            *(self.model, changed_recipe(self.config.sampling, **sampling)),
             batch=batch,
             label=self.model.space.label(label),
             guidance=guidance,

@@ -84,18 +84,19 @@ def plot_trajectories(
 
     The states ``(len(times), 2, 1, H, W)`` are at increasing times.
     """
-    figure = Figure(figsize=(1.05 * len(times) + 0.9, 5.2), layout="constrained")
-    grid = figure.subplots(4, len(times))
-    for row, line in enumerate(grid):
-        states, name = (forward if row < 2 else backward)[:, row % 2], "xv"[row % 2]
-        colours, limit = ("gray", 1.0) if name == "x" else ("RdBu_r", 1.5)
-        for axes, image in zip(line, states, strict=True):
-            pixels = image[0].cpu().numpy()
-            axes.imshow(pixels, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(f"{'diffusion →' if row < 2 else '← generation'}\n{name}")
-    for axes, time in zip(grid[0], times, strict=True):
-        axes.set_title(f"t = {time:.3g}", fontsize=9)
+    count, width = len(times), forward.shape[-1]
+    figure = Figure(figsize=(1.05 * count + 0.9, 5.2), layout="constrained")
+    parts = [(forward, "diffusion →", i) for i in (0, 1)] + [
+        (backward, "← generation", i) for i in (0, 1)
+    ]
+    for axes, (states, way, i) in zip(figure.subplots(4), parts, strict=True):
+        sheet = _montage(states[:, i].cpu().numpy(), count, gap=1, fill=np.nan)[0]
+        colours, limit = ("gray", 1.0) if i == 0 else ("RdBu_r", 1.5)
+        axes.imshow(sheet, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set(xticks=[], yticks=[], ylabel=f"{way}\n{'xv'[i]}")
+    middles = np.arange(count) * (width + 1) + (width - 1) / 2
+    top = figure.axes[0].secondary_xaxis("top")
+    top.set_xticks(middles, [f"t = {time:.3g}" for time in times], fontsize=9)
     figure.savefig(file, dpi=150)
 
 

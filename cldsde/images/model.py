@@ -16,7 +16,7 @@ from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.latent import VAE
-from cldsde.images.networks import NETWORKS
+from cldsde.images.networks import NETWORKS, parameter_count
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.images.tensor_files import load_tensors, save_tensors
@@ -175,10 +175,12 @@ def make_network(
     return made
 
 
-def check_model(config: RunConfig, space: ImageSpace) -> None:
-    """Raise a SettingError if a network does not fit the images, before any weight is made."""
+def check_model(config: RunConfig, space: ImageSpace) -> int:
+    """Number of parameters; raise a SettingError if a network does not fit. No weight is made."""
     vae = make_vae(config, space, device="meta")
-    make_network(config, space.shape if vae is None else vae.latent_shape, space.classes, "meta")
+    shape = space.shape if vae is None else vae.latent_shape
+    network = make_network(config, shape, space.classes, "meta")
+    return parameter_count(network) + (0 if vae is None else parameter_count(vae))
 
 
 def make_model(

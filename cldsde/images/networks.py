@@ -1,8 +1,8 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
-A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)``, half the log
-of the signal-to-noise ratio (about ±8), to ``(B, outputs·C, H, W)``, as `MixedScore` calls it. Its
-output is zero before training, so that a mixed score starts at its Gaussian reference.
+A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
+``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
+ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
 
 A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
 the null label for no class, which classifier-free guidance needs.

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cldsde.errors import SettingError, setting
@@ -17,7 +16,7 @@ from cldsde.images.config import RunConfig
 from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, save_model
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
-from cldsde.images.tensor_files import load_tensors
+from cldsde.images.tensor_files import load_tensors, tensors_digest
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.published import check_levels, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
@@ -64,8 +63,7 @@ class ImportedModel:
         found: dict[str, Tensor] = {}
         with suppress(ValueError, FileNotFoundError):  # damaged or missing
             found, _ = load_tensors(out / MODEL, KIND)
-        same = same and found.keys() == weights.keys()
-        same = same and all(torch.equal(x, found[key]) for key, x in weights.items())
+        same = same and tensors_digest(found) == tensors_digest(weights)
         if not same and not overwrite:
             msg = f"{out} holds another model or settings; choose another folder, or allow it to be"
             raise SettingError("out", f"{msg} overwritten")

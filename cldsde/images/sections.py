@@ -296,8 +296,8 @@ class TrainingConfig:
     snapshots_by
         Which are kept: the ``"last"``, or those with the smallest ``"held_out_loss"`` or ``"fd"``.
     measure, measure_samples
-        ``"fd"`` measures with each saved state the Fréchet distance of so many samples to the
-        training images, in features of a classifier of their classes; None measures nothing.
+        ``"fd"``: with each saved state, the Fréchet distance of ``measure_samples`` samples to the
+        training images, in features of a classifier of their classes. None measures nothing.
     keep_state
         Keep the training state of a finished run, so that it can be trained further.
     init_from

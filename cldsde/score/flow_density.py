@@ -26,6 +26,7 @@ from cldsde.linear.kernel import Gaussian
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.sde import LinearSDE
+from cldsde.messages import counted
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
@@ -218,8 +219,8 @@ class _Flow:
         self.nfev += 1
         if self.nfev > self._max_nfev:
             msg = (
-                f"max_nfev = {self._max_nfev} evaluations did not reach T; increase max_nfev, or "
-                "rtol and atol"
+                f"max_nfev = {counted(self._max_nfev, 'evaluation')} did not reach T; increase "
+                "max_nfev, or rtol and atol"
             )
             raise UnsolvedFlowError(msg)
         sde, z = self._process.sde, y[0]

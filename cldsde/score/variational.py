@@ -116,20 +116,23 @@ def evidence_lower_bound(
     '-1.4...'
     """
     check_process(sde)
-    pair = PerturbedData.draw(sde, x0, t, generator=generator)
-    _check_times(pair, weight, t_min)
-    output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
-    losses = pair.loss(output, prediction, weighting="likelihood")
-    known: Tensor | float = 0.0
+    one_of(prediction, Target, "prediction")
     if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
         msg = "data_variance must be given with data_mean, for the control variate; got None"
         raise ValueError(msg)
     if data_variance is not None:
         check_positive(data_variance, "data_variance")
+    pair = PerturbedData.draw(sde, x0, t, generator=generator)
+    _check_times(pair, weight, t_min)
+    known: Tensor | float = 0.0
+    baseline: Tensor | float = 0.0
+    if data_variance is not None:
         reference = _GaussianReference(data_mean, data_variance)
         guess = reference.noise_prediction(pair)
-        losses = losses - pair.loss(guess, "noise", weighting="likelihood")
+        baseline = pair.loss(guess, "noise", weighting="likelihood")
         known = reference.diffusion_term(sde, x0, t_min)
+    output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
+    losses = pair.loss(output, prediction, weighting="likelihood") - baseline
     return -(cross_entropy(pair, losses, weight, t_min=t_min, of="data") + known)
 
 

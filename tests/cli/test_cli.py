@@ -1,22 +1,15 @@
-"""The command ``cldsde`` and its demonstration ``cldsde demo``."""
+"""The command ``cldsde``."""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import json
-import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 import cldsde
 from cldsde.cli import main
-from cldsde.images import demo
-from cldsde.images.evaluate import ImageClassifier
 from command import rejected
 
 
@@ -40,16 +33,16 @@ def test_help_and_version_are_printed(capsys, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "command"),
+        ([], "required: COMMAND"),
         (["dmo"], "dmo"),
-        (["train"], "cldsde COMMAND --help"),
-        (["demo", "--qick"], "qick"),
-        (["demo", "--seed", "one"], "seed"),
+        (["train"], "required: CONFIG (see cldsde train --help)"),
+        (["demo", "--qick"], "cldsde demo: error: unrecognized arguments: --qick"),
+        (["demo", "--seed", "one"], "--seed: must be an integer from 0 to 2^63 - 1; got 'one'"),
         (["demo", "--seed", "-1"], "seed"),
         (["demo", "--seed", "99999999999999999999999"], "--seed"),
-        (["demo", "--device", "gpu"], "--device must be auto or cpu"),
-        (["demo", "--device", "meta"], "--device must be auto or cpu"),
-        (["demo", "--device", "cuda:99"], "--device must be auto or cpu"),
+        (["demo", "--device", "gpu"], "--device: must be auto or cpu"),
+        (["demo", "--device", "meta"], "--device: must be auto or cpu"),
+        (["demo", "--device", "cuda:99"], "--device: must be auto or cpu"),
         (["demo", "--out", ""], "--out"),
         (["demo", "--out", "file"], "file"),
         (["demo", "--out", "file/run"], "file"),
@@ -80,113 +73,3 @@ def test_the_module_is_the_command():
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-
-
-def tiny(seed: int = 0, **changes: object) -> demo.DemoConfig:
-    """A demonstration in which everything runs and nothing is learnt."""
-    config = demo.DemoConfig(seed=seed, channels=(16,), nfe=(3, 5), samples=80, **changes)
-    short = {"images": 48, "batch": 16, "log_every": 16, "save_every": 16, "sample_every": 48}
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, **short))
-
-
-@pytest.fixture(scope="module")
-def tiny_demo():
-    """Replace the quick demonstration by a tiny one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.DemoConfig, "quick", tiny)
-        patch.setattr(demo, "train_classifier", lambda *_, **__: (ImageClassifier(1, 10).eval(), 1))
-        yield ["demo", "--quick", "--device", "cpu", "--out"]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_demo, tmp_path_factory):
-    torch.manual_seed(0)  # of the classifier
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    assert main([*tiny_demo, str(folder)]) == 0
-    gc.collect()  # the lock of the run goes with the last reference to it
-    return folder
-
-
-def test_a_demonstration_writes_a_whole_run_folder(finished):
-    pictures = {"distances.png", "samples.png", "trajectories.png"}
-    numbers = {"config.json", "results.json", "samples.npz", "table.md"}
-    assert {file.name for file in finished.iterdir()} == {"model"} | numbers | pictures
-    results = json.loads((finished / "results.json").read_text())
-    for name in ("EM", "SSCS", "multistep"):
-        assert {nfe: len(sets) for nfe, sets in results["distances"][name].items()} == {
-            "3": 3,
-            "5": 3,
-        }
-    assert sum(results["class_shares"]) == pytest.approx(1)
-
-
-def test_a_finished_demonstration_is_reported_again_at_once(tiny_demo, finished, capsys):
-    before = {file: file.stat().st_mtime_ns for file in finished.iterdir()}
-    assert main([*tiny_demo, str(finished)]) == 0
-    assert (finished / "table.md").read_text() in capsys.readouterr().out
-    assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == before
-    message = rejected(capsys, *tiny_demo, finished, "--seed", 1)
-    assert "other settings (seed)" in message
-
-
-def test_a_demonstration_resumes_to_the_same_images(tiny_demo, finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    (folder / "samples.npz").unlink()
-    torch.manual_seed(0)
-    assert main([*tiny_demo, str(folder)]) == 0
-    images, again = (np.load(run / "samples.npz")["images"] for run in (finished, folder))
-    assert np.array_equal(images, again)
-    assert (folder / "table.md").read_text() == (finished / "table.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("model/model.safetensors", b"short"), ("results.json", b"[1]"), ("results.json", b"{")],
-)
-def test_a_damaged_file_of_a_demonstration_is_named(
-    tiny_demo, finished, capsys, tmp_path, name, content
-):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    (folder / name).write_bytes(content)
-    if name != "results.json":
-        (folder / "results.json").unlink()  # so that the run resumes
-    assert main([*tiny_demo, str(folder)]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{name} is damaged" in error
-    assert "delete it" in error
-
-
-@pytest.mark.slow
-def test_the_quick_demonstration_generates_digits(tmp_path):
-    """Already the short training leaves a Gaussian fitted to the pixels far behind."""
-    folder = tmp_path / "run"
-    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--quick", "--device", "cpu", "--out"]
-    result = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
-    assert (folder / "table.md").read_text() in result.stdout
-    assert "loss=" in result.stderr
-    results = json.loads((folder / "results.json").read_text())
-    assert results["accuracy"] >= 0.97
-    # About 0.3 of it. The mean of three sets of 300 images scatters by a tenth of itself.
-    assert sum(results["distances"]["multistep"]["50"]) / 3 <= results["baseline"] / 2
-    assert min(results["class_shares"]) > 0
-    lines = (folder / "model" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["held_out_loss"] for line in lines]
-    assert losses == sorted(losses, reverse=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_full_demonstration_generates_digits_of_every_class(tmp_path, seed):
-    config = demo.DemoConfig(seed=seed)
-    report = demo.run_demo(config, demo.RunFolder(tmp_path / "run", config.resolved()))
-    assert report.accuracy >= 0.97
-    assert all(0.04 <= share <= 0.18 for share in report.class_shares)
-    means = {
-        name: {nfe: sum(sets) / len(sets) for nfe, sets in row.items()}
-        for name, row in report.distances.items()
-    }
-    assert means["SSCS"][100] <= report.baseline / 4
-    # Three sets of 800 images scatter by a tenth of their mean.
-    assert means["multistep"][10] < 1.2 * min(means[name][50] for name in ("EM", "SSCS"))

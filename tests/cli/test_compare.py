@@ -13,7 +13,7 @@ import tomllib
 import pytest
 
 from cldsde.cli import main
-from cldsde.images.evaluate import evaluation
+from cldsde.images.evaluate.evaluation import Evaluation
 from command import rejected
 from comparisons import feature_module, numbers, tiny
 
@@ -46,13 +46,13 @@ def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, t
     [
         ("missing.toml", "missing.toml: cannot be read"),
         ("cld_variant", "did you mean cld_variants?"),
-        ("tiny.json --quick", "--quick is a comparison of its own"),
+        ("tiny.json --quick", "--quick: is a comparison of its own"),
         ("tiny.json --set sample=3", "sample: unknown key; did you mean samples?"),
         ("tiny.json --seed -1", "seed: must be"),
         ("tiny.json --set rows=[{model='VP',solver='sscs',nfe=[4,1]}]", "rows[0].nfe: must"),
         ("tiny.json --set features=nowhere:thing", "nowhere"),
         ("tiny.json --set metrics=['fid']", "weights: fid need the file"),
-        ("tiny.json --device gpu", "--device must be"),
+        ("tiny.json --device gpu", "--device: must be"),
         ("tiny.json --out file", "file is not a folder"),
         ("tiny.json --out=", "--out: must be the name of a file or folder"),
     ],
@@ -73,17 +73,17 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 def test_an_interruption_keeps_finished_cells_and_reports_them(
     config, capsys, tmp_path, monkeypatch
 ):
-    sampler, left = evaluation.ImageSampler, iter(range(3))
+    stream, left = Evaluation.stream, iter(range(2))
 
     def interrupted(*arguments, **options):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return sampler(*arguments, **options)
+        return stream(*arguments, **options)
 
     out = tmp_path / "run"
     command = ["compare", str(config), "--out", str(out), "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "ImageSampler", interrupted)
+        patch.setattr(Evaluation, "stream", interrupted)
         assert main(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "cldsde compare: interrupted; the same command resumes"
@@ -110,7 +110,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_numbers(con
     out = tmp_path / "killed"
     for milestone in (
         "models/CLD/training.safetensors",
-        "evaluations/CLD.json",
+        "evaluations/CLD.jsonl",
         "models/VP/training.safetensors",
     ):
         process = start("killed")

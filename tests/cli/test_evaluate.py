@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import tempfile
 
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 
 from cldsde.cli import main
+from cldsde.images.evaluate.results import read_results
 from command import rejected
 
 pytestmark = pytest.mark.usefixtures("untrained_classifier")
 DEVICE = ["--device", "cpu"]
-NAME = "fd classifier train"
 
 
 @pytest.fixture
@@ -30,8 +29,12 @@ def evaluate(*arguments):
     return main(["evaluate", *map(str, arguments), *DEVICE])
 
 
+def results(file):
+    return list(read_results(file).values())
+
+
 def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
-    out = tmp_path / "results.json"
+    out = tmp_path / "results.jsonl"
     arguments = [run, "--out", out, "--samples", 6, "--repeats", 2]
     arguments += ["--solver", "sscs,em", "--nfe", "3,5", "--part", "held_out"]
     assert evaluate(*arguments) == 0
@@ -39,45 +42,41 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert [line.split("|")[1:3] for line in table[2:6]] == [
         [f" {solver} ", f" {nfe} "] for solver in ("sscs", "euler-maruyama") for nfe in (3, 5)
     ]
-    found = json.loads(out.read_text())
-    assert [list(row["cells"]) for row in found["recipes"]] == [["0-5", "6-11"]] * 4
-    spent = [cell["sampling"]["nfe"] for row in found["recipes"] for cell in row["cells"].values()]
-    assert spent == [3, 3, 5, 5] * 2
+    assert [one.seeds for one in results(out)] == [(0, 5), (6, 11)] * 4
+    assert [one.nfe for one in results(out)] == [3, 3, 5, 5] * 2
     before = out.read_text()
     assert evaluate(*arguments) == 0
     assert out.read_text() == before
     assert evaluate(*arguments, "--metrics", "bpd", "--likelihood-images", 2) == 0
-    assert json.loads(out.read_text())["likelihood"]["images"] == 2
+    assert results(out)[-1].about["images"] == 2
     assert "bits per dim" in capsys.readouterr().out
     options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
     assert evaluate(run, *options) == 0
-    assert (run / "evaluation-VPSDE.json").is_file()
+    assert (run / "evaluation-VPSDE.jsonl").is_file()
 
 
 def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the_run(
     run, tmp_path, capsys, monkeypatch
 ):
     """Digits have 17 levels, which a file holds as they are and a picture as bytes."""
-    assert evaluate(run, "--samples", 10, "--out", tmp_path / "run.json") == 0
-    (cell,) = json.loads((tmp_path / "run.json").read_text())["recipes"][0]["cells"].values()
+    assert evaluate(run, "--samples", 10, "--out", tmp_path / "run.jsonl") == 0
+    [expected] = results(tmp_path / "run.jsonl")
     for name in ("x", "x.npz"):
         command = ["sample", str(run), "--seeds", "0-9", "--out", str(tmp_path / name), *DEVICE]
         assert main(command) == 0
     shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
     for name in ("x", "x.npz", "x.v2"):
         assert evaluate(tmp_path / name, "--reference", run) == 0
-        text = (tmp_path / f"{name}-evaluation.json").read_text()
-        measured = json.loads(text)["measures"][NAME]
-        assert measured["samples"] == 10
+        [found] = results(tmp_path / f"{name}-evaluation.jsonl")
+        assert found.about["samples"] == 10
         # Rounding: a file gives them in another order, and features are of single precision.
-        distance = pytest.approx(cell[NAME]["frechet_distance"], rel=1e-4)
-        assert measured["frechet_distance"] == distance
-    (tmp_path / "x-evaluation.json").unlink()
+        assert found.numbers["fd"] == pytest.approx(expected.numbers["fd"], rel=1e-4)
+    (tmp_path / "x-evaluation.jsonl").unlink()
     monkeypatch.chdir(tmp_path / "x")
     capsys.readouterr()
     assert evaluate(".", "--reference", run) == 0
     assert "| x |" in capsys.readouterr().out
-    assert (tmp_path / "x-evaluation.json").exists()
+    assert (tmp_path / "x-evaluation.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -107,15 +106,15 @@ def test_samples_that_cannot_be_measured_are_rejected(
         ("RUN --metrics fdd", "--metrics: must be one of"),
         ("RUN --metrics fid", "--weights"),
         ("RUN --metrics fid --weights w.pth", "w.pth"),
-        ("RUN --samples 1", "--samples: must be at least 2"),
+        ("RUN --samples 1", "--samples: must be greater than or equal to 2"),
         ("RUN --features nowhere:thing", "--features: 'nowhere:thing' cannot be loaded"),
         ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),
         ("RUN --part test", "--part: must be"),
-        ("RUN --reference RUN", "--reference is for samples"),
+        ("RUN --reference RUN", "--reference: is for samples"),
         ("RUN --solver sscs,ssc", "--solver: solver must be"),
-        ("RUN --nfe 3,x", "--nfe must be numbers"),
+        ("RUN --nfe 3,x", "--nfe: must be integers with commas; got"),
         ("RUN --out file/x.json", "file cannot be made"),
-        ("RUN --out folder", "must name a file"),
+        ("RUN --out folder", "--out: must name a file"),
     ],
 )
 def test_wrong_arguments_are_rejected_before_any_work(

@@ -12,9 +12,7 @@ import torch
 
 from cldsde import pretrained
 from cldsde.cli import main
-from cldsde.images import published
 from cldsde.images.model import load_model
-from cldsde.pretrained.published_models import PUBLISHED
 from command import rejected
 from published_data import CLD_SGM, MODELS, SCORE_SDE, checkpoint, save_checkpoint
 
@@ -79,7 +77,7 @@ def test_a_checkpoint_that_holds_code_is_rejected_and_nothing_is_run_or_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--as edm", "--as must be cld-sgm or score-sde; got 'edm'"),
+        ("--as edm", "--as: must be cld-sgm or score-sde; got 'edm'"),
         ("--as cld-sgm --config x", "--config: must be one of cld_fourier"),
         ("--as cld-sgm --set sampling.nfe=0", "sampling.nfe"),
         *(
@@ -137,9 +135,3 @@ def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     assert load_model(run).config.sampling.nfe == 7
     assert main(["import", *others[0], "--overwrite"]) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
-
-
-def test_the_settings_of_every_published_model_make_a_configuration():
-    for model in (model for models in PUBLISHED.values() for model in models.values()):
-        config = published.RunConfig.from_dict(published._settings(model, 128))
-        assert repr(config.process.make()) == repr(model.make_process())

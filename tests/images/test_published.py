@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cldsde.cli import main
+from cldsde.images import published
 from cldsde.images.config import load_config
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, make_network
@@ -43,6 +44,14 @@ def test_configurations_are_those_of_the_published_checkpoints(name):
     # Training here needs no number added to variances.
     assert how == dataclasses.replace(model.parameterisation, numerical_eps=0.0)
     assert (config.training.batch, config.training.t_min) == (model.batch, model.t_min)
+
+
+def test_the_settings_of_every_published_model_make_a_configuration():
+    for model in (
+        model for models in published_models.PUBLISHED.values() for model in models.values()
+    ):
+        config = published.RunConfig.from_dict(published._settings(model, 128))
+        assert repr(config.process.make()) == repr(model.make_process())
 
 
 def test_the_printed_configuration_shows_parameters_and_memory(capsys):

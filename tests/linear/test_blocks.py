@@ -1,7 +1,5 @@
 """Algebra of stacks of small blocks: triangular factors, products, application to states."""
 
-from __future__ import annotations
-
 import mpmath as mp
 import numpy as np
 import pytest
@@ -11,18 +9,13 @@ from hypothesis import strategies as st
 
 from cldsde.linear.blocks import (
     apply_blocks,
-    block_product,
     block_solve,
     lower_factor,
     safe_sqrt,
-    stack_first,
 )
+from probes import normals
 from strategies import dtypes, seeds, shapes
 from tolerances import EPS, rounding
-
-
-def normals(seed: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
 @given(seeds(), st.integers(1, 4), st.integers(1, 9), shapes(dims=2))
@@ -55,7 +48,7 @@ def test_the_diagonal_is_accurate_for_rows_and_columns_of_any_scale(seed, k, dec
     assert lower_factor(root).diagonal().tolist() == pytest.approx(expected, rel=rounding(64, 1e4))
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_the_factor_neither_overflows_nor_underflows(scale):
     root = normals(0, 3, 5)
     # Scaling by a number is exact to one rounding an entry.
@@ -63,17 +56,16 @@ def test_the_factor_neither_overflows_nor_underflows(scale):
     assert torch.allclose(lower_factor(root * scale), expected, rtol=rounding(64), atol=0)
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [[0, 0], [3, 4], [3, 4]],
-        [[3, 4], [3, 4], [0, 0]],
-        [[0, 1], [0, 2], [3, 0]],
-        [[0, 0, 0], [3, 4, 0], [1, 1, 2]],
-        [[2, 0, 0], [1, 3, 0], [-1, 1, 2]],
-        [[0, 0], [0, 0]],
-    ],
-)
+DEGENERATE = [
+    [[0, 0], [3, 4], [3, 4]],
+    [[3, 4], [3, 4], [0, 0]],
+    [[0, 1], [0, 2], [3, 0]],
+    [[0, 0, 0], [3, 4, 0], [1, 1, 2]],
+    [[0, 0], [0, 0]],
+]
+
+
+@pytest.mark.parametrize("rows", DEGENERATE)
 def test_zero_and_parallel_rows_are_allowed(rows):
     root = torch.tensor(rows, dtype=torch.float64)
     factor = lower_factor(root)
@@ -94,16 +86,6 @@ def test_factors_and_solutions_can_be_differentiated():
     assert safe_sqrt(x).tolist() == [0.0, 2.0]
     safe_sqrt(x).sum().backward()
     assert x.grad.tolist() == [0.0, 0.25]
-
-
-def test_products_multiply_block_by_block_and_the_stack_moves_to_the_front():
-    a, b = normals(3, 2, 3, 5), normals(4, 3, 4, 5)
-    expected = torch.einsum("ijn,jkn->ikn", a, b)
-    # Three products and two sums an entry, of numbers below 4.
-    assert (block_product(a, b) - expected).abs().max() <= rounding(5, 16)
-    moved = stack_first(normals(5, 2, 3, 4), torch.Size([2, 2]))
-    assert moved.shape == (2, 2, 2, 3)
-    assert torch.equal(moved[1, 0], normals(5, 2, 3, 4)[..., 2])
 
 
 @given(seeds(), dtypes(), st.integers(0, 3), shapes(), st.booleans())

@@ -4,8 +4,6 @@ With the default device "meta", a tensor made without a device fails if its valu
 it meets a tensor with values.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,24 +28,22 @@ from cldsde import (
 )
 from cldsde.score import Conversion
 
-PROCESSES: dict[str, Callable[[], LinearSDE]] = {
-    "VP": VPSDE,
-    "VP, cosine": lambda: VPSDE(schedule=Schedule.cosine()),
-    "sub-VP": SubVPSDE,
-    "VE": VESDE,
-    "CLD": CLD,
-    "CLD, linear": lambda: CLD(beta=(0.1, 20.0)),
-    "CLD, position noise": lambda: CLD(position_noise=0.3),
-    "PSLD": PSLD,
-    "HOLD": HOLD,
-    "rectified flow": RectifiedFlow,
-    "cosine path": CosineVP,
-    "table": lambda: VPSDE.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0]),
-    "signal and noise": lambda: LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt),
-    "functions": lambda: LinearSDE.from_functions(
+PROCESSES: list[Callable[[], LinearSDE]] = [
+    VPSDE,
+    SubVPSDE,
+    VESDE,
+    HOLD,
+    RectifiedFlow,
+    CosineVP,
+    lambda: VPSDE(schedule=Schedule.cosine()),
+    lambda: CLD(beta=(0.1, 20.0)),
+    lambda: PSLD(gamma=0.3),
+    lambda: VPSDE.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0]),
+    lambda: LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt),
+    lambda: LinearSDE.from_functions(
         lambda t: -(1 + t).reshape(1, 1), lambda t: (1 + t).sqrt().reshape(1, 1)
     ),
-}
+]
 TIMES = torch.tensor([1e-3, 0.2, 0.9], dtype=torch.float64, device="cpu")
 
 
@@ -60,14 +56,14 @@ def kernels(sde: LinearSDE) -> Iterator[Any]:
     yield from (sde.log_snr(TIMES), sde.prior.root, sde.stationary_covariance)
     reversal = sde.stationary_reversal
     yield None if reversal is None else reversal.drift(TIMES)
-    for stochasticity in (0.0, 0.5, 1.0):
+    for stochasticity in (0.5, 1.0):
         posterior = sde.posterior(0.5 * TIMES, TIMES, stochasticity=stochasticity)
         yield from (posterior.state, posterior.initial, posterior.root)
     yield sde.probability_flow_root(TIMES)
 
 
 def coefficients(sde: LinearSDE) -> Iterator[Any]:
-    for source, target in (("score", "data"), ("noise", "full_score"), ("data", "noise")):
+    for source, target in (("score", "data"), ("noise", "full_score")):
         for conditioning in ("data", "all"):
             found = Conversion.at(sde, TIMES, source, target, conditioning=conditioning)
             yield from (found.state, found.value)
@@ -76,12 +72,10 @@ def coefficients(sde: LinearSDE) -> Iterator[Any]:
     yield solvers.times_of_log_snr(sde, 0.5)
     data = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
     process = ReverseProcess(sde, data.score(sde))
-    times = solvers.root_times(sde.regular_until, 1e-3, 4)
+    times = solvers.root_times(sde.regular_until, 1e-3, 3)
     for options in (
         {"order": 3, "corrector": True},
-        {"order": 2, "stochasticity": 1.0},
         {"order": 2, "stochasticity": lambda t: 0.5 * t, "variable": "log_snr"},
-        {"order": 2, "prediction": "noise"},
     ):
         yield solvers.plan(process, solvers.ExponentialMultistep(**options), times).tables
 
@@ -105,13 +99,13 @@ def forget_constants() -> None:
 
 @pytest.mark.usefixtures("defaults")
 @pytest.mark.parametrize("results", [kernels, coefficients])
-@pytest.mark.parametrize("name", list(PROCESSES))
-def test_coefficients_do_not_follow_the_default_device_and_dtype(name, results):
-    expected = list(results(PROCESSES[name]()))
+@pytest.mark.parametrize("process", PROCESSES)
+def test_coefficients_do_not_follow_the_default_device_and_dtype(process, results):
+    expected = list(results(process()))
     forget_constants()
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float16)
-    found = list(results(PROCESSES[name]()))
+    found = list(results(process()))
     assert len(found) == len(expected)
     for value, like in zip(found, expected, strict=True):
         if isinstance(like, torch.Tensor):

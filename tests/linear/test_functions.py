@@ -1,7 +1,5 @@
 """Processes given by functions of time: near-singular functions, checks, copies, gradients."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
@@ -11,34 +9,15 @@ from typing import Any
 import mpmath as mp
 import pytest
 import torch
-from hypothesis import given
 
-from cldsde import HOLD, LinearSDE
-from strategies import intervals, log_uniform, stable_processes
+from cldsde import LinearSDE
+from probes import tensor
 from tolerances import KERNEL, rounding
 
 
-def tensor(value: Any) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-@given(stable_processes(), intervals(), log_uniform(0.5, 4.0))
-def test_functions_agree_with_matrices(process, where, rate):
-    ours = process.sde((rate, 2 * rate))
-    theirs = LinearSDE.from_functions(
-        lambda t: rate * (1 + t) * process.A, lambda t: torch.sqrt(rate * (1 + t)) * process.Q_root
-    )
-    assert theirs.driven == ours.driven
-    first, second = ours.transition(*where), theirs.transition(*where)
-    # In the coordinates in which the stationary covariance is the identity.
-    tolerance = KERNEL * process.condition
-    norm = torch.linalg.matrix_norm
-    assert norm(first.mean - second.mean) <= tolerance * math.sqrt(process.components)
-    assert norm(first.covariance - second.covariance) <= tolerance * norm(first.covariance)
-
-
-@pytest.mark.parametrize("where", [(0.0, 1.0), (0.0, 1e-8), (0.5, 1.0), (1 - 1e-6, 1.0)])
-@pytest.mark.parametrize("cut", [0.99, 0.9999])
+@pytest.mark.parametrize(
+    ("cut", "where"), [(0.99, (0.0, 1.0)), (0.99, (0.0, 1e-8)), (0.9999, (0.5, 1.0))]
+)
 def test_processes_that_nearly_diverge_are_resolved(cut, where):
     # x_t = (1 - u) x_0 + u n at u = cut t, whose drift diverges at u = 1.
     sde = LinearSDE.from_functions(
@@ -87,7 +66,6 @@ DIVERGING: list[tuple[Any, Any, str]] = [
     (lambda t: [[-1 / (1 + 1e-7 - t)]], lambda t: [[1.0]], r"0\.99999"),
     (lambda t: [[-1.0]], lambda t: [[1 / (abs(t - 0.3).sqrt() + 1e-9)]], r"0\.(3|29)"),
     (lambda t: [[torch.sin(1e6 * t)]], lambda t: [[1.0]], "0"),
-    (lambda t: [[math.sin(1e6 * float(t))]], lambda t: [[1.0]], "0"),
 ]
 
 
@@ -97,46 +75,34 @@ def test_functions_that_diverge_are_rejected_with_the_time(drift, diffusion, whe
         LinearSDE.from_functions(drift, diffusion)
 
 
-@pytest.mark.parametrize(
-    ("drift", "diffusion", "message"),
-    [
-        (lambda t: [[-1.0, 0.0]], lambda t: [[1.0]], "drift must .*square"),
-        (lambda t: -1.0, lambda t: [[1.0]], "drift must .*one matrix per time"),
-        (lambda t: [-1.0], lambda t: [[1.0]], "drift must .*one matrix per time"),
-        (lambda t: [[-1.0]], lambda t: 1.0, "diffusion must .*one matrix per time"),
-        (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion must .*as many rows"),
-        (lambda t: [[math.nan]], lambda t: [[1.0]], "drift must be finite.*t = 0"),
-        (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion must be finite.*t = 1"),
-        (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion must have a nonzero entry"),
-    ],
-)
+WRONG = [
+    (lambda t: [[-1.0, 0.0]], lambda t: [[1.0]], "drift must .*square"),
+    (lambda t: -1.0, lambda t: [[1.0]], "drift must .*one matrix per time"),
+    (lambda t: [[-1.0]], lambda t: 1.0, "diffusion must .*one matrix per time"),
+    (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion must .*as many rows"),
+    (lambda t: [[math.nan]], lambda t: [[1.0]], "drift must be finite.*t = 0"),
+    (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion must be finite.*t = 1"),
+    (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion must have a nonzero entry"),
+]
+
+
+@pytest.mark.parametrize(("drift", "diffusion", "message"), WRONG)
 def test_functions_that_do_not_fit_are_rejected(drift, diffusion, message):
     with pytest.raises(ValueError, match=message):
         LinearSDE.from_functions(drift, diffusion)
-
-
-def growing_drift(t: torch.Tensor) -> torch.Tensor:
-    return HOLD().drift(0.5) * (1 + t)
-
-
-def growing_diffusion(t: torch.Tensor) -> torch.Tensor:
-    return HOLD().diffusion(0.5) * (1 + t)
 
 
 def numeric_drift(t: torch.Tensor) -> list[list[float]]:
     return [[-math.exp(float(t))]]
 
 
-def constant_diffusion(t: torch.Tensor) -> list[list[float]]:
-    return [[1.0]]
+def growing_diffusion(t: torch.Tensor) -> torch.Tensor:
+    return (1 + t).reshape(1, 1)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sde: pickle.loads(pickle.dumps(sde))])
-@pytest.mark.parametrize(
-    "functions", [(growing_drift, growing_diffusion), (numeric_drift, constant_diffusion)]
-)
-def test_processes_of_named_functions_can_be_copied_and_pickled(functions, duplicate):
-    sde = LinearSDE.from_functions(*functions)
+def test_processes_of_named_functions_can_be_copied_and_pickled(duplicate):
+    sde = LinearSDE.from_functions(numeric_drift, growing_diffusion)
     t = tensor([1e-6, 0.3, 1.0])
     one, two = sde.marginal(t), duplicate(sde).marginal(t)
     assert torch.equal(one.mean, two.mean)
@@ -159,7 +125,7 @@ def test_panels_follow_parameters_that_change():
     assert sde.transition(0.0, 1.0).mean.item() == pytest.approx(expected, rel=300 * KERNEL)
 
 
-@pytest.mark.parametrize("where", [(0.1, 0.9), (0.3, 0.3001), (0.49, 0.51)])
+@pytest.mark.parametrize("where", [(0.1, 0.9), (0.49, 0.51)])
 def test_kernels_of_functions_are_differentiable(where):
     def kernel(s, t, stiffness):
         def drift(u):

@@ -1,27 +1,20 @@
 """Schedules: rates, clocks that do not cancel, and rejected arguments."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import mpmath as mp
 import pytest
 import torch
-from hypothesis import given
 
-from cldsde import CLD, VPSDE, LinearSDE, Schedule
+from cldsde import CLD, Schedule
+from probes import tensor
 from references import clock_of, squared_sine_clock
 from references.kernels import variance_clock
-from strategies import intervals, schedules
-from tolerances import EPS, rounding
+from tolerances import rounding
 
 PAIRS = [(s, s + gap) for s in (0.0, 1e-4, 0.3) for gap in (1e-12, 1e-8, 1e-3, 0.7)]
 PAIRS += [(1 - gap, 1.0) for gap in (1e-12, 1e-8, 0.1)] + [(0.0, 1.0), (0.3, 0.3)]
-
-
-def tensor(value: Any) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def cosine_mean(offset: float, stop: float, t: Any) -> Any:
@@ -36,7 +29,7 @@ def cosine(offset: float, stop: float) -> tuple[Schedule, Any, float]:
         return 2 * mp.log(first / last)
 
     # The angle is good to eps, and the rate there has a relative slope of 1 / cos(angle) at most:
-    # it is 2e5 where the schedule ends 2e-6 before the quarter turn.
+    # it is 2e5 if the schedule ends 2e-6 before the quarter turn.
     slope = 1 / math.cos(math.pi / 2 / (1 + offset) * (stop + offset))
     return Schedule.cosine(offset, stop), integral, rounding(8, 1 + slope)
 
@@ -57,7 +50,7 @@ def peak(s: Any, t: Any) -> Any:
 CLOCKS: dict[str, tuple[Schedule, Any, float]] = {
     **{
         f"{rate}": (Schedule.of(rate), clock_of(rate).integral, rounding(8))
-        for rate in (4.0, 1, 0.1, (0.1, 20.0), (8.0, 0.0), (0.0, 1e-3), (3, 3))
+        for rate in (4.0, 1, (0.1, 20.0), (8.0, 0.0), (3, 3))
     },
     **{
         f"geometric {pair}": (
@@ -103,16 +96,8 @@ def test_the_rate_is_the_slope_of_the_clock(name):
             assert error <= tolerance * abs(slope) + mp.mpf(10) ** -18
 
 
-def test_the_cosine_schedule_gives_processes_its_clock():
-    times = [1e-8, 1e-3, 0.3, 0.7, 0.999, 1.0]
-    kernel = VPSDE(schedule=Schedule.cosine()).marginal(tensor(times))
-    with mp.workdps(30):
-        for t, mean, variance in zip(times, kernel.mean, kernel.covariance, strict=True):
-            exact = cosine_mean(0.008, mp.mpf(0.9946), mp.mpf(t))
-            # The mean is small at the end: eps over cos(angle) = 0.0085, and four doublings.
-            assert abs(mean.item() - exact) <= rounding(16, 120) * exact
-            assert abs(variance.item() - (1 - exact**2)) <= rounding(16, 120) * (1 - exact**2)
-    # The clock alone counts: a constant rate over as much of it has the same kernel.
+def test_the_clock_alone_counts():
+    """A constant rate over as much of the clock has the same kernel."""
     s, t = tensor([0.0, 0.2, 0.9]), tensor([1e-3, 0.5, 1.0])
     clock = Schedule.cosine().integral(s, t)
     ours = CLD(beta=Schedule.cosine()).transition(s, t)
@@ -136,16 +121,6 @@ def test_a_given_integral_is_used():
     assert asked == [(s, t)]
 
 
-@given(schedules(), intervals(points=3))
-def test_integrals_add(rate, where):
-    s, r, t = (tensor(x) for x in where)
-    beta = Schedule.of(rate)
-    whole = beta.integral(s, t)
-    parts = beta.integral(s, r) + beta.integral(r, t)
-    # Each of the three is good to 8 eps of itself.
-    assert (parts - whole).abs() <= 24 * EPS * whole
-
-
 @pytest.mark.parametrize("rate", [3.0, (1.0, 2.0), Schedule(lambda t: 1 + t)])
 def test_rates_and_integrals_keep_the_shape_of_time(rate):
     beta = Schedule.of(rate)
@@ -162,12 +137,6 @@ def test_a_pair_may_be_a_list_or_a_tensor():
     assert expected[[0, 2]].tolist() == [1.0, 3.0]
     assert torch.equal(Schedule.of([1.0, 3.0]).rate(t), expected)
     assert torch.equal(Schedule.of(tensor([1.0, 3.0])).rate(t), expected)
-    # The same clock in two forms, and two kernels: a few roundings each.
-    own = LinearSDE.from_matrices([[-0.5]], [[1.0]], Schedule(lambda t: 1 + 2 * t))
-    pair = LinearSDE.from_matrices([[-0.5]], [[1.0]], (1.0, 3.0))
-    ours, theirs = own.transition(0.2, 0.9), pair.transition(0.2, 0.9)
-    assert ours.mean.item() == pytest.approx(theirs.mean.item(), rel=rounding(64))
-    assert ours.root.item() == pytest.approx(theirs.root.item(), rel=rounding(64))
 
 
 NOT_RATES = [0.0, -1.0, math.nan, math.inf, (-1.0, 1.0), (1.0, -1e-9), (0.0, 0.0), (1.0, math.nan)]

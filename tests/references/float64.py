@@ -3,8 +3,6 @@
 The data are N(m_0, v_0) per dimension.  Times may be arrays; matrices follow their axes.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -6,8 +6,6 @@ that cancellation does not matter, and factorises it afterwards.  Parameters are
 the float64 numbers given.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -78,18 +76,6 @@ def linear_clock(first: float, last: float) -> Clock:
     return Clock(rate, lambda s, t: (t - s) * rate((s + t) / 2))
 
 
-def geometric_clock(first: float, last: float) -> Clock:
-    """Rate first (last / first)^t."""
-
-    def rate(t: Any) -> Any:
-        return first ** (1 - t) * last**t
-
-    def integral(s: Any, t: Any) -> Any:
-        return (rate(t) - rate(s)) / mp.log(mp.mpf(last) / first)
-
-    return Clock(rate, integral)
-
-
 def variance_clock(low: float, high: float) -> Clock:
     """The clock of VE, sigma(t)^2 - sigma(s)^2 with sigma = low (high / low)^t."""
 
@@ -126,6 +112,10 @@ class Reference:
         """Psi and the noise covariance over [s, t]."""
         raise NotImplementedError
 
+    def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
+        """F and G G^T."""
+        raise NotImplementedError
+
     def transition(self, s: float, t: float) -> Kernel:
         """Kernel of z_t given z_s."""
         with mp.workdps(DIGITS):
@@ -150,6 +140,9 @@ class Homogeneous(Reference):
             self.Q = self.Q_root * self.Q_root.T
             k = self.A.rows
             self.own = mp.zeros(k, k) if own is None else matrix(own)
+
+    def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
+        return self.A * self.clock.rate(t), self.Q * self.clock.rate(t)
 
     def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
         rows = [tuple(map(tuple, m.tolist())) for m in (self.A, self.Q)]
@@ -178,6 +171,10 @@ class SubVP(Reference):
     def __init__(self, clock: Clock) -> None:
         self.clock, self.own = clock, mp.zeros(1, 1)
 
+    def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
+        rate, clock = self.clock.rate(t), self.clock.integral(mp.mpf(0), t)
+        return mp.matrix([[-rate / 2]]), mp.matrix([[-rate * mp.expm1(-2 * clock)]])
+
     def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
         # With b = B(0, u): integral of e^{b - b_t} (1 - e^{-2 b}) db from b_s to b_t.
         first, last = (self.clock.integral(mp.mpf(0), u) for u in (s, t))
@@ -198,6 +195,12 @@ class Polynomial(Reference):
                 for j, right in enumerate(root):
                     self.noise[i + j] += left * right.T
             self.own = mp.zeros(k, k)
+
+    def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
+        first, second = (
+            sum((c * t**i for i, c in enumerate(cs)), 0 * cs[0]) for cs in (self.drift, self.noise)
+        )
+        return first, second
 
     def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
         # The terms rise to e^{|F| h} before they fall: that many more digits are carried.

@@ -6,8 +6,6 @@ psi = Psi(t, 0) e_0. Kernels are arguments: a `references.Kernel`, or a kernel o
 rounded numbers are used as exact.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import mpmath as mp

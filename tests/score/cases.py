@@ -95,6 +95,12 @@ def known(*times: float) -> KnownTimes:
     return KnownTimes(torch.tensor(times, dtype=torch.float64))
 
 
+def at_a_known_time(score: Any, t: float) -> Any:
+    """The score of states at one time, which it knows before it is called."""
+    time = known(t)
+    return lambda z: score(z, time.arguments(z)[0])
+
+
 class Constant(nn.Module):
     """A network (state, clock) -> ``value`` in the shape of the driven components."""
 

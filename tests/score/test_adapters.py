@@ -130,23 +130,3 @@ class TestForm:
         form.f(double(-1.0)[0], form.pack(z)).sum().backward()
         # G G^T = 8, and the score's derivative is -(1 + t) v.
         assert float(score.strength.grad) == pytest.approx(-8 * 2 * float(z[:, 1].sum()))
-
-
-class TestRejected:
-    @pytest.mark.parametrize("process", [None, CLD, "CLD", DATA], ids=str)
-    def test_other_objects(self, process):
-        message = "process must be a LinearSDE or a ReverseProcess"
-        with pytest.raises(TypeError, match=message):
-            as_torchdiffeq(process)
-        with pytest.raises(TypeError, match=message):
-            as_torchsde(process, (1,))
-
-    @pytest.mark.parametrize("calculus", ["Ito", None])
-    def test_another_calculus(self, calculus):
-        with pytest.raises(ValueError, match="calculus must be 'ito' or 'stratonovich'"):
-            as_torchsde(CLD(), (1,), calculus=calculus)
-
-    @pytest.mark.parametrize("shape", [(4, 2), (4, 1, 3), (4, 2, 3, 1), (2,), (4, 2, 4)])
-    def test_states_of_another_shape(self, shape):
-        with pytest.raises(ValueError, match=r"state must have shape \(B, 2, 3\)"):
-            as_torchsde(CLD(), (3,)).pack(torch.zeros(shape))

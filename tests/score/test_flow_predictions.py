@@ -1,12 +1,8 @@
 """Velocity and flow predictions of processes with one component, and training on them."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import pickle
-from functools import partial
-from typing import Any
 
 import mpmath as mp
 import pytest
@@ -14,12 +10,10 @@ import torch
 from torch import nn
 
 from cldsde import (
-    CLD,
     VESDE,
     VPSDE,
     CosineVP,
     GaussianMixture,
-    LinearSDE,
     MixedScore,
     RectifiedFlow,
     ReverseProcess,
@@ -34,23 +28,25 @@ from cldsde.score import (
     log_snr_density,
     logit_normal_density,
     mode_density,
-    score_matching_loss,
 )
 from probes import generator
-from score.cases import assert_rejected, each
 from tolerances import rounding, standard_error
 
 DIGITS = 40
 RATIO = rounding(100, 1e4)
 """Roundings of differences of numbers 1e4 times as large: noise and data, divided by 1/sigma^2."""
+LEFT = math.exp(-10)  # of the data at the last regular time, where the clock is clamped
+DECODER = 1e-3  # cost of the decoder at t_min
+APPROACH = 1e-7  # a hundred times the step to the end
+STORED = 1e-7  # a variance in single precision
 
 
-def vp_paths(t: Any) -> tuple[Any, Any]:
+def vp_paths(t):
     clock = mp.mpf(0.1) * t + mp.mpf(19.9) * t**2 / 2
     return mp.exp(-clock / 2), mp.sqrt(1 - mp.exp(-clock))
 
 
-CASES: dict[str, tuple[LinearSDE, Any]] = {
+CASES = {
     "rectified flow": (RectifiedFlow(), lambda t: (1 - t, t)),
     "cosine": (CosineVP(), lambda t: (mp.cos(mp.pi * t / 2), mp.sin(mp.pi * t / 2))),
     "VP": (VPSDE(), vp_paths),
@@ -59,15 +55,16 @@ CASES: dict[str, tuple[LinearSDE, Any]] = {
 }
 every_case = pytest.mark.parametrize("name", CASES)
 singular = pytest.mark.parametrize("sde", [RectifiedFlow(), CosineVP()], ids=repr)
-KINDS = ["score", "noise", "data", "full_score", "velocity", "flow"]
+TARGETS = ["score", "noise", "data", "velocity", "flow"]
+every_target = pytest.mark.parametrize("prediction", TARGETS)
 
 
-def forms(name: str, t: float, x: float, x0: float) -> tuple[dict[str, float], float]:
+def forms(name, t, x, x0):
     """Every form of the prediction x0 at the state x, by the definitions, and alpha / sigma."""
     with mp.workdps(DIGITS):
-        at = mp.mpf(t)
-        alpha, sigma = CASES[name][1](at)
-        alpha_rate, sigma_rate = (mp.diff(lambda u, i=i: CASES[name][1](u)[i], at) for i in (0, 1))
+        at, path = mp.mpf(t), CASES[name][1]
+        alpha, sigma = path(at)
+        alpha_rate, sigma_rate = (mp.diff(lambda u, i=i: path(u)[i], at) for i in (0, 1))
         noise = (mp.mpf(x) - alpha * mp.mpf(x0)) / sigma
         values = {
             "data": mp.mpf(x0),
@@ -82,14 +79,14 @@ def forms(name: str, t: float, x: float, x0: float) -> tuple[dict[str, float], f
 
 @pytest.mark.parametrize("t", [1e-3, 0.05, 0.4, 0.9, 1.0])
 @every_case
-def test_every_form_follows_from_every_other(name: str, t: float) -> None:
+def test_every_form_follows_from_every_other(name, t):
     sde, x, x0 = CASES[name][0], 0.7, -1.3
     values, ratio = forms(name, t, x, x0)
-    kinds = ["data", "velocity", "flow"] if t == 1 and sde.regular_until < 1 else KINDS
+    kinds = ["data", "velocity", "flow"] if t == 1 and sde.regular_until < 1 else list(values)
     z = torch.tensor([[[x]]], dtype=torch.float64)
     for source, target in itertools.product(kinds, repeat=2):
         given = z.new_full((1, 1) if source == "data" else (1, 1, 1), values[source])
-        found = Conversion.at(sde, t, source, target)(z, given)  # type: ignore[arg-type]
+        found = Conversion.at(sde, t, source, target)(z, given)
         # Between noise and data digits are lost in the ratio of the two, either way, relative to
         # the larger of the forms.
         loss = max(ratio, 1 / ratio if ratio > 1e-9 else 1.0)
@@ -98,14 +95,14 @@ def test_every_form_follows_from_every_other(name: str, t: float) -> None:
 
 
 @pytest.mark.parametrize("t", [1e-8, 1e-4, 0.3])
-def test_velocity_and_flow_of_each_other_keep_their_digits_near_the_data(t: float) -> None:
+def test_velocity_and_flow_of_each_other_keep_their_digits_near_the_data(t):
     found = Conversion.at(RectifiedFlow(), t, "flow", "velocity")
     assert float(found.state) == pytest.approx(1 - 2 * t, rel=rounding(4))
     assert float(found.value) == pytest.approx((1 - t) ** 2 + t**2, rel=rounding(4))
 
 
 @every_case
-def test_the_flow_is_the_velocity_of_the_probability_flow(name: str) -> None:
+def test_the_flow_is_the_velocity_of_the_probability_flow(name):
     sde = CASES[name][0]
     data = GaussianMixture([0.3, 0.7], [[-1.0], [0.5]], [[[0.1]], [[0.02]]])
     x = torch.randn(8, 1, 1, generator=generator(), dtype=torch.float64)
@@ -115,26 +112,22 @@ def test_the_flow_is_the_velocity_of_the_probability_flow(name: str) -> None:
 
 
 @singular
-def test_log_densities_follow_the_flow_up_to_the_singular_end(sde: LinearSDE) -> None:
+def test_log_densities_follow_the_flow_up_to_the_singular_end(sde):
     data = GaussianMixture([0.4, 0.6], [[-1.0], [0.5]], [[[0.1]], [[0.2]]])
     z = torch.linspace(-2, 2, 7, dtype=torch.float64).reshape(-1, 1, 1)
     found = flow_log_prob(ReverseProcess(sde, data.score(sde)), z, 0.05, rtol=1e-7, atol=1e-7)
-    # At the last regular time the noise leaves out e^-10 of the data; z reaches 4 there.
-    tolerance = 4 * math.exp(-10)
-    assert torch.allclose(found.log_prob, data.log_prob(sde, z, 0.05), rtol=0, atol=tolerance)
+    # z reaches 4 at the last regular time.
+    assert torch.allclose(found.log_prob, data.log_prob(sde, z, 0.05), rtol=0, atol=4 * LEFT)
 
 
-def draw(sde: LinearSDE, t: Any) -> PerturbedData:
+def draw(sde, t):
     g = generator()
-    return PerturbedData.draw(
-        sde, torch.randn(6, 2, generator=g, dtype=torch.float64), t, generator=g
-    )
+    x0 = torch.randn(6, 2, generator=g, dtype=torch.float64)
+    return PerturbedData.draw(sde, x0, t, generator=g)
 
 
 class TestTraining:
-    """`PerturbedData` and `score_matching_loss`."""
-
-    def test_targets_are_those_of_flow_matching(self) -> None:
+    def test_targets_are_those_of_flow_matching(self):
         t = torch.tensor([0.1, 0.4, 0.5, 0.9, 1.0, 1e-4], dtype=torch.float64)
         pair = draw(RectifiedFlow(), t)
         at, x0 = t.reshape(-1, 1, 1), pair.x0.unsqueeze(1)
@@ -142,75 +135,46 @@ class TestTraining:
         velocity = (1 - at) * pair.noise - at * x0
         assert torch.allclose(pair.target("velocity"), velocity, rtol=0, atol=rounding())
 
-    @pytest.mark.parametrize("prediction", ["score", "noise", "data", "velocity", "flow"])
     @pytest.mark.parametrize("measured", ["noise", "velocity", "flow"])
+    @every_target
     @every_case
     def test_the_error_does_not_depend_on_the_form_of_the_prediction(
-        self, name: str, prediction: Any, measured: Any
-    ) -> None:
+        self, name, prediction, measured
+    ):
         sde, t = CASES[name][0], 0.4
         pair = draw(sde, t)
         guess = pair.x0 + 0.3
         output = Conversion.at(sde, t, "data", prediction)(pair.z, guess)
         in_units = Conversion.at(sde, t, "data", measured)
         error = in_units(pair.z, guess) - in_units(pair.z, pair.x0)
-        expected = error.square().flatten(1).mean(1)
         found = pair.loss(output, prediction, measured=measured)
+        expected = error.square().flatten(1).mean(1)
         assert torch.allclose(found, expected, rtol=2 * RATIO, atol=0)  # squared
 
-    def test_the_loss_of_a_flow_is_its_mean_squared_error(self) -> None:
-        g = generator(1)
-        x0 = torch.randn(5, 3, generator=g, dtype=torch.float64)
-        t = torch.rand(5, generator=g, dtype=torch.float64)
-
-        def model(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(z) * t.reshape(-1, 1, 1)
-
-        found = score_matching_loss(
-            model, RectifiedFlow(), x0, t, prediction="flow", generator=generator(2)
-        )
-        noise = torch.randn(5, 1, 3, generator=generator(2), dtype=torch.float64)
-        at = t.reshape(-1, 1, 1)
-        state = (1 - at) * x0.unsqueeze(1) + at * noise
-        expected = (model(state, t) - (noise - x0.unsqueeze(1))).square().flatten(1).mean(1)
-        assert torch.allclose(found, expected, rtol=rounding(100), atol=0)
-
-    def test_likelihood_weights_do_not_depend_on_the_prediction(self) -> None:
+    def test_likelihood_weights_do_not_depend_on_the_prediction(self):
         pair = draw(RectifiedFlow(), 0.7)
         flow = pair.target("flow") + 0.2
         noise = Conversion.at(RectifiedFlow(), 0.7, "flow", "noise")(pair.z, flow)
         losses = [
-            pair.loss(output, kind, weighting="likelihood")  # type: ignore[arg-type]
+            pair.loss(output, kind, weighting="likelihood")
             for output, kind in ((flow, "flow"), (noise, "noise"))
         ]
         assert torch.allclose(*losses, rtol=RATIO, atol=0)
 
-    def test_the_evidence_lower_bound_is_the_entropy_for_exact_gaussians(self) -> None:
-        sde, n = RectifiedFlow(), 2000
-        data, g = GaussianMixture([1.0], [[0.3]], [[[0.25]]]), generator()
+    def test_the_evidence_lower_bound_is_the_entropy_for_exact_gaussians(self):
+        sde, n, g = RectifiedFlow(), 2000, generator()
+        data = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
         x0 = data.sample(n, generator=g, dtype=torch.float64)
         t, weight = TimeSampler.importance(sde, 1e-3, weighting="likelihood").sample(n, generator=g)
-        bound = evidence_lower_bound(
-            data.score(sde),
-            sde,
-            x0,
-            t,
-            weight,
-            t_min=1e-3,
-            data_mean=0.3,
-            data_variance=0.25,
-            generator=g,
-        )
+        options = {"t_min": 1e-3, "data_mean": 0.3, "data_variance": 0.25, "generator": g}
+        bound = evidence_lower_bound(data.score(sde), sde, x0, t, weight, **options)
         entropy = 0.5 * math.log(2 * math.pi * math.e * 0.25)
-        # The decoder at t_min costs less than 1e-3.
-        error = standard_error(float(bound.std()), n) + 1e-3
+        error = standard_error(float(bound.std()), n) + DECODER
         assert float(bound.mean()) == pytest.approx(-entropy, abs=error)
 
     @singular
     @pytest.mark.parametrize("kinds", [("flow", "velocity"), ("velocity", "flow")])
-    def test_losses_in_terms_of_another_prediction_are_finite_at_the_end(
-        self, sde: LinearSDE, kinds: Any
-    ) -> None:
+    def test_losses_in_terms_of_another_prediction_are_finite_at_the_end(self, sde, kinds):
         losses, (prediction, measured) = [], kinds
         output = torch.full((6, 1, 2), 0.3, dtype=torch.float64)
         for t in (1 - 1e-9, 1.0):
@@ -219,16 +183,20 @@ class TestTraining:
             converted = Conversion.at(sde, t, prediction, measured)(pair.z, output)
             expected = pair.loss(converted, measured)
             assert torch.allclose(losses[-1], expected, rtol=RATIO, atol=0)
-        assert torch.allclose(*losses, rtol=1e-7, atol=0)  # a hundred times the step to the end
+        assert torch.allclose(*losses, rtol=APPROACH, atol=0)
+
+    def test_the_data_have_no_likelihood_loss_at_the_end(self):
+        pair = draw(RectifiedFlow(), 1.0)
+        assert not pair.loss(pair.x0 + 1, "data", weighting="likelihood").any()
 
 
 class Tanh(nn.Module):
-    def forward(self, x: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+    def forward(self, x, clock):
         self.clock = clock
         return torch.tanh(x + 0.1 * clock.reshape(-1, *(1,) * (x.ndim - 1)))
 
 
-def model_of(sde: LinearSDE, **options: Any) -> MixedScore:
+def model_of(sde, **options):
     return MixedScore(Tanh(), sde, 0.2, 0.36, **options)
 
 
@@ -236,39 +204,29 @@ Z = torch.randn(4, 1, 2, 3, generator=generator(), dtype=torch.float64)
 
 
 class TestMixedScore:
-    """Predictions of a mixed score, and its loss on them."""
-
     @pytest.mark.parametrize("logits", [None, torch.tensor(-1.0)])
-    @pytest.mark.parametrize("prediction", ["noise", "data", "velocity", "flow"])
+    @every_target
     @every_case
-    def test_predictions_follow_from_its_score(
-        self, name: str, prediction: Any, logits: Any
-    ) -> None:
+    def test_predictions_follow_from_its_score(self, name, prediction, logits):
         sde = CASES[name][0]
         model = model_of(sde, mixing_logits=logits)
         expected = Conversion.at(sde, 0.6, "score", prediction)(Z, model(Z, 0.6))
-        assert torch.allclose(
-            model(Z, 0.6, prediction=prediction), expected, rtol=RATIO, atol=RATIO
-        )
+        found = model(Z, 0.6, prediction=prediction)
+        assert torch.allclose(found, expected, rtol=RATIO, atol=RATIO)
 
     @pytest.mark.parametrize("inputs", ["state", "estimate"])
     @singular
-    def test_they_are_finite_and_continuous_at_the_end(self, sde: LinearSDE, inputs: Any) -> None:
+    def test_they_are_finite_and_continuous_at_the_end(self, sde, inputs):
         model = model_of(sde, inputs=inputs)
-        for prediction in ("score", "noise", "data", "velocity", "flow"):
-            end = model(Z, 1.0, prediction=prediction)
-            near = model(Z, 1 - 1e-6, prediction=prediction)
-            # The clock is clamped at e^-10 of the data.
-            assert torch.allclose(end, near, rtol=0, atol=2 * math.exp(-10))
+        for prediction in TARGETS:
+            end, near = (model(Z, t, prediction=prediction) for t in (1.0, 1 - 1e-6))
+            assert torch.allclose(end, near, rtol=0, atol=2 * LEFT)
         assert torch.equal(model.data_prediction(Z, 1.0), model(Z, 1.0, prediction="data"))
-        model(Z, 1.0)
         assert model.network.clock.tolist() == [-10.0] * 4
 
     @pytest.mark.parametrize("prediction", ["velocity", "flow"])
     @every_case
-    def test_the_loss_is_the_squared_error_of_the_prediction(
-        self, name: str, prediction: Any
-    ) -> None:
+    def test_the_loss_is_the_squared_error_of_the_prediction(self, name, prediction):
         sde = CASES[name][0]
         t = torch.tensor([0.02, 0.2, 0.5, 0.9, 0.999, 0.4], dtype=torch.float64)
         pair, model = draw(sde, t), model_of(sde)
@@ -280,9 +238,7 @@ class TestMixedScore:
 
     @pytest.mark.parametrize("t", [0.1, 0.6, 1.0])
     @pytest.mark.parametrize("prediction", ["noise", "velocity", "flow"])
-    def test_residual_variance_is_the_loss_on_gaussian_data(
-        self, prediction: Any, t: float
-    ) -> None:
+    def test_residual_variance_is_the_loss_on_gaussian_data(self, prediction, t):
         # For rectified flow: noise n = (x - alpha x_0)/sigma, velocity and flow alpha n - sigma x_0
         # and n - x_0; x_0 given x has the variance s^2 sigma^2 / (sigma^2 + s^2 alpha^2).
         model = model_of(RectifiedFlow())
@@ -290,26 +246,27 @@ class TestMixedScore:
         alpha, sigma, s2 = 1 - t, t, 0.36
         left = s2 * sigma**2 / (sigma**2 + s2 * alpha**2)
         factor = {"noise": alpha, "velocity": alpha**2 + sigma**2, "flow": 1.0}[prediction] / sigma
-        # The variance is stored in single precision.
-        assert found == pytest.approx(left * factor**2, rel=1e-7, abs=rounding())
+        assert found == pytest.approx(left * factor**2, rel=STORED, abs=rounding())
 
 
 class TestTimeDensities:
     """Densities of Esser et al. (2024)."""
 
     @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.6), (0.5, 1.4)])
-    def test_logits_are_normal(self, mean: float, std: float) -> None:
+    def test_logits_are_normal(self, mean, std):
         density = logit_normal_density(mean=mean, std=std)
         t = torch.tensor([0.01, 0.3, 0.5, 0.97], dtype=torch.float64)
         with mp.workdps(DIGITS):
-            for at, found in zip(map(mp.mpf, t.tolist()), density(t).tolist(), strict=True):
-                exact = mp.npdf(mp.log(at / (1 - at)), mean, std) / (at * (1 - at))
-                assert found == pytest.approx(float(exact), rel=rounding(100))
+            exact = [
+                mp.npdf(mp.log(u / (1 - u)), mean, std) / u / (1 - u)
+                for u in map(mp.mpf, t.tolist())
+            ]
+        assert density(t).tolist() == pytest.approx([float(x) for x in exact], rel=rounding(100))
         expected = log_snr_density(RectifiedFlow(), mean=-mean, std=std)(t)
         assert torch.allclose(density(t), expected, rtol=rounding(1000), atol=0)
 
     @pytest.mark.parametrize("scale", [-0.5, 0.0, 0.81, 1.29, 1.75])
-    def test_times_are_the_map_of_uniform_numbers(self, scale: float) -> None:
+    def test_times_are_the_map_of_uniform_numbers(self, scale):
         u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
         t = 1 - u - scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
         slope = 1 + scale * (1 - math.pi / 2 * (math.pi * u).sin())
@@ -318,57 +275,23 @@ class TestTimeDensities:
         assert torch.allclose(found, torch.ones_like(u), rtol=0, atol=rounding(100, 1e3))
 
     @pytest.mark.parametrize("density", [logit_normal_density(mean=0.3), mode_density(0.8)])
-    def test_they_can_be_pickled_and_take_one_time(self, density: Any) -> None:
+    def test_they_can_be_pickled_sampled_and_take_one_time(self, density):
         t = torch.tensor([0.2, 0.7], dtype=torch.float64)
         assert torch.equal(pickle.loads(pickle.dumps(density))(t), density(t))
         assert float(density(0.2)) == float(density(t)[0])
-
-    @pytest.mark.parametrize("make", [logit_normal_density, mode_density])
-    def test_samplers_take_them(self, make: Any) -> None:
-        n = 20_000
-        t, weight = TimeSampler(make(), t_min=1e-3).sample(n, generator=generator())
+        n = 5000
+        t, weight = TimeSampler(density, t_min=1e-3).sample(n, generator=generator())
         error = standard_error(float((weight * t).std()), n)
         assert float((weight * t).mean()) == pytest.approx(0.5005, abs=error)
-        assert float(t.mean()) == pytest.approx(0.5, abs=standard_error(0.3, n))  # symmetric
 
     @pytest.mark.parametrize("prediction", ["noise", "velocity", "flow"])
     @singular
-    def test_importance_sampling_takes_singular_ends(self, sde: LinearSDE, prediction: Any) -> None:
+    def test_importance_sampling_takes_singular_ends(self, sde, prediction):
         model = model_of(sde)
         sampler = TimeSampler(lambda t: model.residual_variance(t, prediction), 1e-3)
         t, weight = sampler.sample(1000, generator=generator())
-        assert bool((t < 1).all())
-        assert bool(weight.isfinite().all())
+        assert (t < 1).all()
+        assert weight.isfinite().all()
         for weighting in ("reweighted", "likelihood"):
-            TimeSampler.importance(sde, 1e-3, weighting=weighting)  # type: ignore[arg-type]
+            TimeSampler.importance(sde, 1e-3, weighting=weighting)
         TimeSampler(log_snr_density(sde), 1e-3)
-
-
-SEVERAL = PerturbedData.draw(CLD(), torch.zeros(2, 1), 0.5)
-GIVEN_ALL = PerturbedData.draw(VESDE(), torch.zeros(2, 1), 0.5, conditioning="all")
-END = PerturbedData.draw(RectifiedFlow(), torch.ones(2, 1), 1.0)
-AT_THE_END = partial(Conversion.at, RectifiedFlow(), 1.0, "score")
-ONE = "needs a process of one"
-BOTH = ["velocity", "flow"]
-LIKELIHOOD = "t must be below 1 with weighting='likelihood'"
-REJECTED = [
-    *each(AT_THE_END, ValueError, r"nothing of x_0 is left .* ≤ 0\.9933", target=["data", *BOTH]),
-    *each(partial(Conversion.at, CLD(), 0.5, "data"), ValueError, ONE, target=BOTH),
-    *each(SEVERAL.target, ValueError, ONE, prediction=BOTH),
-    *each(partial(SEVERAL.loss, torch.zeros(2, 1, 1)), ValueError, ONE, measured=BOTH),
-    *each(GIVEN_ALL.target, ValueError, "conditioning must be 'data'", prediction=["flow"]),
-    *each(partial(END.loss, END.noise), ValueError, "prediction is infinite", measured=["flow"]),
-    *each(partial(END.loss, END.noise), ValueError, LIKELIHOOD, weighting=["likelihood"]),
-    *each(logit_normal_density, ValueError, "std must be finite and positive", std=[0.0]),
-    *each(logit_normal_density, ValueError, "mean must be finite", mean=[math.inf]),
-    *each(mode_density, ValueError, "scale must lie in", scale=[2.0]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)
-
-
-def test_the_data_have_no_likelihood_loss_at_the_end() -> None:
-    assert not bool(END.loss(END.x0 + 1, "data", weighting="likelihood").any())

@@ -1,18 +1,13 @@
 """Score matching: targets, their expectations and minimisers, losses, and the least loss."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import mpmath as mp
 import pytest
 import torch
-from scipy import integrate
 
-from cldsde import CLD, GaussianMixture, LinearSDE
+from cldsde import CLD, GaussianMixture
 from cldsde.linear import kernel as kernel_module
 from cldsde.linear import sde as sde_module
 from cldsde.linear.random import standard_normal
@@ -21,23 +16,24 @@ from cldsde.score.conversion import Conditioning
 from probes import generator
 from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
-from score.cases import PROCESSES, assert_rejected, condition, each, score_rounding
+from score.cases import PROCESSES, condition, score_rounding
 from tolerances import KERNEL, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
 every_conditioning = pytest.mark.parametrize("conditioning", get_args(Conditioning))
 TIMES = torch.tensor([1e-3, 0.1, 0.5, 1.0], dtype=torch.float64)
+SMALLEST = 1e-9  # accuracy of the least loss near t = 0, where it cancels
 
 
-def data(*shape: int, seed: int = 9) -> torch.Tensor:
+def data(*shape, seed=9):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-def draw(sde: LinearSDE, t: Any = TIMES, axes: tuple[int, ...] = (3,), **options: Any) -> Any:
+def draw(sde, t=TIMES, axes=(3,), **options):
     return PerturbedData.draw(sde, data(4, *axes), t, generator=generator(), **options)
 
 
-def conditions(sde: LinearSDE, t: float) -> float:
+def conditions(sde, t):
     """Largest condition number of a root, hybrid or denoising."""
     return max(condition(sde.marginal(t).root), condition(sde.transition(0.0, t).root))
 
@@ -49,22 +45,13 @@ class Maps:
     drawing with unit vectors in place of the normals; covariances are then exact, in 50 digits.
     """
 
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        sde: LinearSDE,
-        t: float,
-        conditioning: Any,
-        prediction: Any = "score",
-    ) -> None:
+    def __init__(self, monkeypatch, sde, t, conditioning, prediction="score"):
         # Both modules draw by one function.
         assert kernel_module.standard_normal is sde_module.standard_normal is standard_normal
         k = sde.components
         starts = k if conditioning == "all" else 0
         units = torch.eye(1 + starts + k, dtype=torch.float64).unsqueeze(-1)
-        draws: Iterator[torch.Tensor] = iter(
-            [*([units[:, 1 : 1 + k]] if starts else []), units[:, 1 + starts :]]
-        )
+        draws = iter([*([units[:, 1 : 1 + k]] if starts else []), units[:, 1 + starts :]])
         with monkeypatch.context() as patch:
             for module in (kernel_module, sde_module):
                 patch.setattr(module, "standard_normal", lambda *_, **__: next(draws))
@@ -74,18 +61,18 @@ class Maps:
         self.Z = matrix(pair.z[..., 0].mT)
         self.T = matrix(pair.target(prediction)[..., 0].mT)
 
-    def covariance(self, a: Any, b: Any, data_variance: float) -> Any:
+    def covariance(self, a, b, data_variance):
         """Of two linear maps of u, for data of the given variance."""
         return a * mp.diag([data_variance] + [1.0] * (self.size - 1)) * b.T
 
-    def best(self, data_variance: float, known: Any = None) -> Any:
+    def best(self, data_variance, known=None):
         """W of the best linear prediction of the target, W z; or from other known maps."""
         known = self.Z if known is None else known
         cross = self.covariance(self.T, known, data_variance)
         return cross * mp.inverse(self.covariance(known, known, data_variance))
 
 
-def marginal_score(sde: LinearSDE, t: float, data_variance: float) -> Any:
+def marginal_score(sde, t, data_variance):
     """S of the score S z of data N(0, data_variance), driven rows; mpmath."""
     kernel = sde.marginal(t)
     root, psi = matrix(kernel.root), matrix(kernel.mean[:, :1])
@@ -93,7 +80,7 @@ def marginal_score(sde: LinearSDE, t: float, data_variance: float) -> Any:
     return -mp.matrix([[precision[i, j] for j in range(sde.components)] for i in sde.driven])
 
 
-def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+def assert_close(found, expected, tolerance):
     error = max(abs(x) for x in found - expected)
     assert error <= tolerance * max(abs(x) for x in expected)
 
@@ -101,72 +88,54 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 @every_process
 class TestTargets:
     @every_conditioning
-    def test_the_target_is_the_gradient_of_the_conditional_density(
-        self, name: str, conditioning: Any
-    ) -> None:
-        sde = PROCESSES[name]
-        pair = draw(sde, conditioning=conditioning)
-        z, epsilon = sde.perturb(
-            data(4, 3), TIMES, conditioning=conditioning, generator=generator()
-        )
+    def test_the_target_is_the_gradient_of_the_conditional_density(self, name, conditioning):
+        sde, options = PROCESSES[name], {"conditioning": conditioning}
+        pair, driven = draw(sde, **options), list(sde.driven)
+        z, epsilon = sde.perturb(data(4, 3), TIMES, generator=generator(), **options)
         assert torch.equal(pair.z, z)
-        if sde.driven == tuple(range(sde.components - len(sde.driven), sde.components)):
-            assert torch.equal(pair.noise, epsilon[:, list(sde.driven)])
-        g = generator()
-        start = sde.augment(pair.x0, g) if conditioning == "all" else sde.embed(pair.x0)
+        if driven == list(range(sde.components))[-len(driven) :]:
+            assert torch.equal(pair.noise, epsilon[:, driven])
+        start = sde.augment(pair.x0, generator()) if conditioning == "all" else sde.embed(pair.x0)
         leaf = pair.z.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(pair.kernel.log_prob(leaf, start).sum(), leaf)
-        convert = Conversion.at(sde, TIMES, "score", "noise", conditioning=conditioning)
-        noise = convert(pair.z, pair.target())
-        assert pair.target().shape == noise.shape == (4, len(sde.driven), 3)
+        noise = Conversion.at(sde, TIMES, "score", "noise", **options)(pair.z, pair.target())
+        assert pair.target().shape == noise.shape == (4, len(driven), 3)
         for i, t in enumerate(TIMES.tolist()):
             # The residual is rounded relative to its terms, and whitened twice.
             size = float(pair.z[i].abs().max() / pair.kernel.root[i].norm(dim=-1).min())
             lost = rounding(32, conditions(sde, t) + size)
-            error = (pair.target() - gradient[:, list(sde.driven)])[i].abs().max()
+            error = (pair.target() - gradient[:, driven])[i].abs().max()
             assert error <= lost * gradient[i].abs().max()
             assert (noise - pair.noise)[i].abs().max() <= lost * pair.noise[i].abs().max()
 
     @every_conditioning
-    def test_the_noise_is_standard_normal(
-        self, name: str, conditioning: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_noise_is_standard_normal(self, name, conditioning, monkeypatch):
         sde, t = PROCESSES[name], 0.2
         maps = Maps(monkeypatch, sde, t, conditioning, "noise")
         with mp.workdps(MIXTURE_DIGITS):
             found = maps.covariance(maps.T, maps.T, 1e3)
-            eye = mp.eye(len(sde.driven))
-            assert_close(found, eye, rounding(32, conditions(sde, t)))
+            assert_close(found, mp.eye(len(sde.driven)), rounding(32, conditions(sde, t)))
 
-    @pytest.mark.parametrize("t", [0.02, 0.3, 1.0])
-    def test_the_denoising_target_averages_to_the_hybrid_one(
-        self, name: str, t: float, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("t", [0.02, 1.0])
+    def test_the_denoising_target_averages_to_the_hybrid_one(self, name, t, monkeypatch):
         # E[denoising target | z_t, x_0], the best linear prediction from the two, is the hybrid
         # target -Sigma^-1 (z - psi x_0), driven rows, for any distribution of the data.
         sde = PROCESSES[name]
         maps = Maps(monkeypatch, sde, t, "all")
         with mp.workdps(MIXTURE_DIGITS):
             known = mp.matrix(sde.components + 1, maps.size)
-            known[0, 0] = 1
-            known[1:, :] = maps.Z
-            found = maps.best(1.0, known)
+            known[0, 0], known[1:, :] = 1, maps.Z
             S, psi = marginal_score(sde, t, 0.0), matrix(sde.marginal(t).mean[:, :1])
             expected = mp.matrix(len(sde.driven), sde.components + 1)
             expected[:, 0], expected[:, 1:] = -S * psi, S
             # Kernels with and without the initial covariance, and two inverses.
-            assert_close(found, expected, KERNEL * conditions(sde, t) ** 2)
+            assert_close(maps.best(1.0, known), expected, KERNEL * conditions(sde, t) ** 2)
 
     @every_conditioning
-    @pytest.mark.parametrize(("t", "variance"), [(0.02, 0.25), (0.3, 4.0), (1.0, 1.0)])
+    @pytest.mark.parametrize(("t", "variance"), [(0.02, 0.25), (0.3, 4.0)])
     def test_the_best_prediction_is_the_score_of_the_marginal(
-        self,
-        name: str,
-        t: float,
-        variance: float,
-        conditioning: Any,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
+        self, name, t, variance, conditioning, monkeypatch
+    ):
         sde = PROCESSES[name]
         maps = Maps(monkeypatch, sde, t, conditioning)
         with mp.workdps(MIXTURE_DIGITS):
@@ -177,50 +146,37 @@ class TestTargets:
 class TestLosses:
     """The loss of one function, however it is represented and weighted."""
 
-    MIXTURE = GaussianMixture([0.4, 0.6], [[-1.0], [1.5]], [[[0.1]], [[0.3]]])
-
     @every_conditioning
     @pytest.mark.parametrize("weighting", ["likelihood", lambda t: 1 + t])
-    @pytest.mark.parametrize(
-        "name", ["VP", "sub-VP", "VE", "CLD", "PSLD", "HOLD", "first two of three driven"]
-    )
-    def test_a_function_has_one_loss_in_all_its_forms(
-        self, name: str, weighting: Any, conditioning: Any
-    ) -> None:
+    @pytest.mark.parametrize("name", ["sub-VP", "VE", "PSLD", "HOLD", "first two of three driven"])
+    def test_a_function_has_one_loss_in_all_its_forms(self, name, weighting, conditioning):
         sde, t = PROCESSES[name], torch.tensor([0.01, 0.2, 0.5, 0.9], dtype=torch.float64)
-        score = self.MIXTURE.score(sde)
+        mixture = GaussianMixture([0.4, 0.6], [[-1.0], [1.5]], [[[0.1]], [[0.3]]])
+        score = mixture.score(sde)
         convert = Conversion.at(sde, t, "score", "noise", conditioning=conditioning)
         models = {
             "score": score,
             "noise": lambda z, times: convert(z, score(z, times)),
-            "data": lambda z, times: self.MIXTURE.posterior_mean(sde, z, times),
+            "data": lambda z, times: mixture.posterior_mean(sde, z, times),
         }
-        losses = [
-            score_matching_loss(
-                model,
-                sde,
-                data(4, 1),
-                t,
-                prediction=prediction,  # type: ignore[arg-type]
-                conditioning=conditioning,
-                weighting=weighting,
-                generator=generator(),
-            )
-            for prediction, model in models.items()
-        ]
-        for i, single in enumerate(t.tolist()):
-            # Noises agree to the rounding of a score; errors are squared, and a small one is the
-            # difference of two noises of size 4.
-            lost = 16 * score_rounding(sde, single) * conditions(sde, single)
-            for found in losses[1:]:
-                assert abs(found[i] - losses[0][i]) <= lost * (1 + float(losses[0][i])) + KERNEL
+        options = {"conditioning": conditioning, "weighting": weighting}
+
+        def loss(prediction):
+            options.update(prediction=prediction, generator=generator())
+            return score_matching_loss(models[prediction], sde, data(4, 1), t, **options)
+
+        expected = loss("score")
+        for found in map(loss, ("noise", "data")):
+            for i, single in enumerate(t.tolist()):
+                # Noises agree to the rounding of a score; errors are squared, and a small one is
+                # the difference of two noises of size 4.
+                lost = 16 * score_rounding(sde, single) * conditions(sde, single)
+                assert abs(found[i] - expected[i]) <= lost * (1 + float(expected[i])) + KERNEL
 
     @every_conditioning
     @pytest.mark.parametrize("axes", [(), (2, 3)])
     @every_process
-    def test_likelihood_weights_measure_the_error_along_the_noise(
-        self, name: str, axes: Any, conditioning: Any
-    ) -> None:
+    def test_likelihood_weights_measure_the_error_along_the_noise(self, name, axes, conditioning):
         sde = PROCESSES[name]
         pair = draw(sde, axes=axes, conditioning=conditioning)
         error = data(4, len(sde.driven), *axes, seed=3)
@@ -235,71 +191,36 @@ class TestLosses:
             assert found[i].item() == pytest.approx(expected[i].item(), rel=lost)
 
     @pytest.mark.parametrize("t", [TIMES, 0.3])
-    def test_a_function_of_times_weighs_the_mean_squared_error_of_the_noise(self, t: Any) -> None:
-        pair, output = draw(CLD(), t), data(4, 1, 3, seed=1)
+    def test_a_function_of_times_weighs_the_mean_squared_error_of_the_noise(self, t):
+        pair, output, seen = draw(CLD(), t), data(4, 1, 3, seed=1), []
         expected = (output - pair.noise).square().mean((1, 2))
         assert torch.allclose(pair.loss(output), expected, rtol=rounding(), atol=0)
-        seen = []
-
-        def weighting(times: torch.Tensor) -> torch.Tensor:
-            seen.append(times)
-            return times**2 + 1
-
-        found = pair.loss(output, weighting=weighting)
+        found = pair.loss(output, weighting=lambda times: seen.append(times) or times**2 + 1)
         at = torch.as_tensor(t, dtype=torch.float64)
         assert torch.allclose(found, (at**2 + 1) * expected, rtol=rounding(), atol=0)
         assert torch.equal(seen[0], at.reshape(-1))
 
-    @pytest.mark.parametrize("weighting", ["reweighted", "likelihood"])
     @every_conditioning
-    @every_process
-    def test_single_precision_stays_single_precision(
-        self, name: str, weighting: Any, conditioning: Any
-    ) -> None:
-        x0 = data(3, 2).float()
-        pair = PerturbedData.draw(PROCESSES[name], x0, 0.3, conditioning=conditioning)
-        assert pair.z.dtype == pair.noise.dtype == pair.target().dtype == torch.float32
-        assert pair.t.dtype == torch.float64
-        for prediction in ("score", "noise", "data"):
-            output = torch.zeros_like(pair.target(prediction))
-            loss = pair.loss(output, prediction, weighting=weighting)
-            assert (loss.dtype, loss.shape) == (torch.float32, (3,))
-
-    @every_conditioning
-    def test_a_seed_decides_the_loss(self, conditioning: Any) -> None:
-        first, again, other = (
-            score_matching_loss(
-                lambda z, t: z[:, 1:],
-                CLD(),
-                data(3, 2),
-                0.3,
-                conditioning=conditioning,
-                generator=generator(seed),
-            )
-            for seed in (0, 0, 1)
-        )
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
     @pytest.mark.parametrize("prediction", ["score", "noise", "data"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_the_model_gets_one_time_for_each_sample_and_gradients(
-        self, prediction: Any, dtype: torch.dtype
-    ) -> None:
+        self, prediction, conditioning, dtype
+    ):
         weight, seen = torch.ones((), dtype=dtype, requires_grad=True), []
 
-        def model(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def model(z, t):
             seen.append(t)
             return weight * (z[:, 0] if prediction == "data" else z[:, 1:])
 
-        loss = score_matching_loss(model, CLD(), data(3, 2).to(dtype), 0.25, prediction=prediction)
-        assert (seen[0].tolist(), seen[0].dtype) == ([0.25] * 3, dtype)
+        options = {"prediction": prediction, "conditioning": conditioning}
+        loss = score_matching_loss(model, CLD(), data(3, 2).to(dtype), 0.25, **options)
+        assert (seen[0].tolist(), seen[0].dtype, loss.dtype) == ([0.25] * 3, dtype, dtype)
         (slope,) = torch.autograd.grad(loss.sum(), weight)
         assert slope.isfinite()
         assert slope != 0
 
 
-def closed_form(sde: LinearSDE, t: float, variance: float, conditioning: str) -> float:
+def closed_form(sde, t, variance, conditioning):
     """1/2 tr G^T (Sigma_cond^-1 - Sigma_ref^-1) G in 50 digits, a likelihood-weighted loss."""
     with mp.workdps(MIXTURE_DIGITS):
         kernel = sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
@@ -321,25 +242,21 @@ class TestOptimalLoss:
     """The loss that the best score of Gaussian data leaves."""
 
     @pytest.mark.parametrize(("t", "variance"), [(1e-6, 0.25), (0.01, 9.0), (1.0, 1.0)])
-    def test_with_likelihood_weights_it_is_the_closed_form(
-        self, name: str, t: float, variance: float, conditioning: Any
-    ) -> None:
-        sde = PROCESSES[name]
-        found = optimal_loss(
-            sde, t, data_variance=variance, conditioning=conditioning, weighting="likelihood"
-        )
+    def test_with_likelihood_weights_it_is_the_closed_form(self, name, t, variance, conditioning):
+        sde, options = PROCESSES[name], {"conditioning": conditioning, "weighting": "likelihood"}
+        found = optimal_loss(sde, t, data_variance=variance, **options)
         # Driven rows are whitened given the others, whose own signal is larger by the ratio of
         # their standard deviations, at most h^-1 = 1e6 here.
         rows = sde.transition(0.0, t).root.norm(dim=-1)
         ratio = float(rows.max() / rows.min()) if conditioning == "all" else 0.0
-        tolerance = min(1e-9, rounding(128, conditions(sde, t) + ratio))
+        tolerance = min(SMALLEST, rounding(128, conditions(sde, t) + ratio))
         expected = closed_form(sde, t, variance, conditioning)
         assert float(found) == pytest.approx(expected, rel=tolerance)
 
     @pytest.mark.parametrize("t", [0.02, 1.0])
     def test_it_is_the_variance_of_the_unpredictable_noise(
-        self, name: str, t: float, conditioning: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, name, t, conditioning, monkeypatch
+    ):
         sde, variance = PROCESSES[name], 0.5
         d = len(sde.driven)
         maps = Maps(monkeypatch, sde, t, conditioning, "noise")
@@ -352,31 +269,8 @@ class TestOptimalLoss:
         tolerance = rounding(128, conditions(sde, t) ** 2)
         assert float(found) == pytest.approx(expected, abs=tolerance)
 
-    def test_it_integrates_to_the_lost_information(self, name: str, conditioning: Any) -> None:
-        sde, variance = PROCESSES[name], 0.5
-
-        def loss(u: float) -> float:
-            t = min(math.exp(u), 1.0)
-            value = optimal_loss(
-                sde, t, data_variance=variance, conditioning=conditioning, weighting="likelihood"
-            )
-            return t * float(value)
-
-        def information(t: float) -> float:
-            """H = 1/2 log(det Sigma_ref / det Sigma_cond)."""
-            start = sde.initial_covariance.clone()
-            start[0, 0] += variance
-            reference = sde.marginal(t, initial_covariance=start).root
-            given = sde.marginal(t).root if conditioning == "data" else sde.transition(0.0, t).root
-            return float((reference.diagonal() / given.diagonal()).log().sum())
-
-        found, error = integrate.quad(loss, math.log(1e-3), 0.0, epsabs=1e-7, epsrel=1e-7)
-        # The rule's own estimate, and cancelling logarithms of kernels.
-        tolerance = 10 * error + rounding(1000, conditions(sde, 1e-3))
-        assert found == pytest.approx(information(1e-3) - information(1.0), abs=tolerance)
-
     @pytest.mark.parametrize("weighting", ["reweighted", "likelihood", lambda t: 2 * t])
-    def test_times_have_any_shape(self, name: str, conditioning: Any, weighting: Any) -> None:
+    def test_times_have_any_shape(self, name, conditioning, weighting):
         options = {"conditioning": conditioning, "weighting": weighting}
         t = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.float64)
         found = optimal_loss(PROCESSES[name], t, **options)
@@ -384,56 +278,3 @@ class TestOptimalLoss:
         alone = optimal_loss(PROCESSES[name], t[1, 2], **options)
         lost = KERNEL * conditions(PROCESSES[name], 0.6)
         assert found[1, 2].item() == pytest.approx(alone.item(), rel=lost)
-
-
-PAIR = draw(CLD(), 0.5, (2,))
-UNKNOWN = ["speed", "", None]
-BAD_TIMES = [0.0, -0.1, 1.1, math.nan, torch.tensor([0.5, 0.0, 0.5])]
-
-
-def drawn(**changes: Any) -> Any:
-    return PerturbedData.draw(**{"sde": CLD(), "x0": data(3, 2), "t": 0.5, **changes})
-
-
-def least(**changes: Any) -> Any:
-    return optimal_loss(**{"sde": CLD(), "t": 0.5, **changes})
-
-
-def loss(**changes: Any) -> Any:
-    return PAIR.loss(**{"output": PAIR.noise, **changes})
-
-
-REJECTED = [
-    *(row for call in (drawn, least) for row in each(call, ValueError, "^t", t=BAD_TIMES)),
-    *each(drawn, ValueError, "^t", t=[torch.full((2,), 0.5)]),
-    *each(least, TypeError, "^t", t=["0.5"]),
-    *each(least, ValueError, "data_variance must be finite", data_variance=[0.0, -1.0, math.inf]),
-    *each(least, ValueError, "conditioning must be one of", conditioning=UNKNOWN),
-    *each(drawn, ValueError, "conditioning must be one of", conditioning=UNKNOWN),
-    *each(PAIR.target, ValueError, "prediction must be one", prediction=[*UNKNOWN, "full_score"]),
-    *each(loss, ValueError, "prediction must be one of", prediction=UNKNOWN),
-    *each(loss, ValueError, "measured must be one of", measured=["data"]),
-    *each(loss, TypeError, "output must be a tensor", output=[[1.0]]),
-    *each(least, TypeError, "weighting must be", weighting=["uniform", None, 1.0]),
-    *each(loss, TypeError, "weighting must be", weighting=["uniform"]),
-    *each(loss, ValueError, "one number for each time", weighting=[lambda t: t[1:], torch.sum]),
-    *(
-        row
-        for kind in ("score", "noise", "data")
-        for row in each(
-            partial(loss, prediction=kind),
-            ValueError,
-            f"must be a prediction of the {kind} of shape",
-            # None of them broadcasts in silence.
-            output=map(torch.zeros, [(4, 2, 2), (1, 1, 2), (4, 1), (4, 1, 1), (4,), (4, 1, 2, 1)]),
-        )
-    ),
-    *each(drawn, TypeError, "data must be a floating-point tensor", x0=[PAIR.x0.long(), [0.0]]),
-    *each(drawn, TypeError, "sde must be a LinearSDE", sde=[CLD, None]),
-    *each(least, TypeError, "sde must be a LinearSDE", sde=[CLD, None]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)

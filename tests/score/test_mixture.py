@@ -1,45 +1,28 @@
 """Gaussian mixtures: densities and scores against dense ones in high precision."""
 
-from __future__ import annotations
-
 import contextlib
 import math
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from scipy import stats
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture
 from cldsde.score.times import KnownTimes
 from probes import generator
 from references import mixed
-from score.cases import (
-    AUXILIARY,
-    FAMILIES,
-    assert_rejected,
-    each,
-    known,
-    mixture,
-    score_rounding,
-    states,
-)
+from score.cases import AUXILIARY, FAMILIES, at_a_known_time, known, mixture, score_rounding, states
 from tolerances import EPS, EPS32, KERNEL, rounding, standard_error
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_kind = pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
 TIMES = torch.tensor([1e-3, 0.05, 0.4, 1.0], dtype=torch.float64)
 PLANE = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]])
+PROMISED = 1e-10  # relative accuracy of scores and densities for k up to 3
 
 
-def at_a_time(score: Any, t: float) -> Any:
+def at_a_time(score, t):
     return lambda z: score(z, t)
-
-
-def at_a_known_time(score: Any, t: float) -> Any:
-    time = known(t)
-    return lambda z: score(z, time.arguments(z)[0])
 
 
 both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
@@ -48,16 +31,14 @@ both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
 class TestExactness:
     @every_kind
     @every_family
-    def test_density_scores_and_posterior_mean_are_exact(self, name: str, kind: str) -> None:
+    def test_density_scores_and_posterior_mean_are_exact(self, name, kind):
         sde, data = FAMILIES[name], mixture(kind)
         z = states(sde, data, TIMES)
         log_prob, mean = data.log_prob(sde, z, TIMES), data.posterior_mean(sde, z, TIMES)
         score, full = (data.score(sde, rows=rows)(z, TIMES) for rows in ("driven", "all"))
-        assert score.shape == (4, len(sde.driven), 2)
-        assert full.shape == z.shape
         for i, t in enumerate(TIMES.tolist()):
             expected = mixed(sde.marginal(t), data, z[i])
-            tolerance = min(1e-10, score_rounding(sde, t))
+            tolerance = min(PROMISED, score_rounding(sde, t))
             size = expected.score.abs().max()
             error = (score[i] - expected.score[list(sde.driven)]).abs().max()
             assert error <= tolerance * size
@@ -69,81 +50,69 @@ class TestExactness:
             assert (mean[i] - expected.posterior_mean).abs().max() <= 4 * tolerance * scale
 
     @every_family
-    def test_far_away_the_score_is_exact(self, name: str) -> None:
+    def test_far_away_the_score_is_exact(self, name):
         sde, data, t = FAMILIES[name], mixture("degenerate"), 0.1
         z = 40 * states(sde, data, t, n=2)
-        score = data.score(sde)(z, t)
-        for i in range(len(z)):
-            expected = mixed(sde.marginal(t), data, z[i]).score
-            error = (score[i] - expected[list(sde.driven)]).abs().max()
+        for state, found in zip(z, data.score(sde)(z, t), strict=True):
+            expected = mixed(sde.marginal(t), data, state).score
             # Further away the residual is as long as its terms.
+            error = (found - expected[list(sde.driven)]).abs().max()
             assert error <= score_rounding(sde, t) * expected.abs().max()
 
     @every_kind
     @every_family
-    def test_scores_are_gradients_of_densities(self, name: str, kind: str) -> None:
+    def test_scores_are_gradients_of_densities(self, name, kind):
         sde, data = FAMILIES[name], mixture(kind)
         z = states(sde, data, TIMES).requires_grad_()
-        pairs = [("driven", data.log_prob, sde.driven)]
+        pairs = [("driven", data.log_prob, list(sde.driven))]
         if sde.components > 1:
-            pairs.append(("auxiliary", data.conditional_log_prob, tuple(range(1, sde.components))))
+            pairs += [("auxiliary", data.conditional_log_prob, list(range(1, sde.components)))]
         full = data.score(sde, rows="all")(z, TIMES).detach()
         for rows, density, driven in pairs:
             (gradient,) = torch.autograd.grad(density(sde, z, TIMES).sum(), z)
-            score = data.score(sde, rows=rows)  # type: ignore[arg-type]
-            assert score.rows == list(driven)
-            error = (score(z, TIMES).detach() - gradient[:, list(driven)]).abs()
+            score = data.score(sde, rows=rows)
+            assert score.rows == driven
+            error = (score(z, TIMES).detach() - gradient[:, driven]).abs()
             for i, t in enumerate(TIMES.tolist()):
                 # Two orders of the same triangular products.
-                tolerance = 2 * score_rounding(sde, t) * full[i].abs().max()
-                assert error[i].max() <= tolerance
+                assert error[i].max() <= 2 * score_rounding(sde, t) * full[i].abs().max()
 
     @pytest.mark.parametrize("kind", ["regular", "points"])
     @pytest.mark.parametrize("name", AUXILIARY)
-    def test_the_conditional_density_is_the_joint_one_over_that_of_the_data(
-        self, name: str, kind: str
-    ) -> None:
+    def test_the_conditional_density_is_the_joint_one_over_that_of_the_data(self, name, kind):
         sde, data = FAMILIES[name], mixture(kind)
         z = states(sde, data, TIMES)
-        found = data.conditional_log_prob(sde, z, TIMES)
-        joint = data.log_prob(sde, z, TIMES)
+        found, joint = (f(sde, z, TIMES) for f in (data.conditional_log_prob, data.log_prob))
         for i, t in enumerate(TIMES.tolist()):
             kernel = sde.marginal(t)
             psi, sigma = float(kernel.mean[0, 0]), float(kernel.covariance[0, 0])
-            eye = torch.eye(2, dtype=torch.float64)
-            logs = [
-                math.log(w)
-                + stats.multivariate_normal.logpdf(z[i, 0], psi * m, sigma * eye + psi**2 * C)
-                for w, m, C in zip(data.weights.tolist(), data.means, data.covariances, strict=True)
-            ]
-            of_data = float(torch.tensor(logs, dtype=torch.float64).logsumexp(0))
+            spread = sigma * torch.eye(2, dtype=torch.float64) + psi**2 * data.covariances
+            members = MultivariateNormal(psi * data.means, spread)
+            of_data = MixtureSameFamily(Categorical(data.weights), members).log_prob(z[i, 0])
             # The residual of x is rounded relative to x.
             residual = EPS * float(z[i, 0].abs().max()) / math.sqrt(sigma)
-            size = abs(of_data) + abs(float(joint[i])) + 1
             tolerance = 4 * score_rounding(sde, t) + 64 * residual
-            assert abs(float(found[i] - joint[i]) + of_data) <= tolerance * size
+            error = abs(found[i] - joint[i] + of_data)
+            assert error <= tolerance * (abs(of_data) + abs(joint[i]) + 1)
 
     @every_family
-    def test_a_single_precision_state_loses_single_precision(self, name: str) -> None:
+    def test_a_single_precision_state_loses_single_precision(self, name):
         sde, data, t = FAMILIES[name], mixture(), TIMES[1:]
         z = states(sde, data, t, n=3).float()
-        found, expected = data.score(sde)(z, t), data.score(sde)(z.double(), t)
-        assert found.dtype == data.log_prob(sde, z, t).dtype == torch.float32
         # The residual z - psi m is rounded once more, relative to its terms, and whitened by the
         # inverse root twice for the score, once for the posterior mean.
         size = 8 * EPS32 * float(z.abs().max() + data.means.abs().max())
         whitening = torch.linalg.matrix_norm(torch.linalg.inv(sde.marginal(t).root), 2)
-        error = (found.double() - expected).abs().amax((1, 2))
-        assert (error <= size * whitening**2).all()
-        mean = data.posterior_mean(sde, z, t)
-        assert mean.dtype == torch.float32
-        error = (mean.double() - data.posterior_mean(sde, z.double(), t)).abs().amax(1)
-        assert (error <= 4 * size * (1 + whitening)).all()
+        found, expected = data.score(sde)(z, t), data.score(sde)(z.double(), t)
+        assert ((found.double() - expected).abs().amax((1, 2)) <= size * whitening**2).all()
+        found, expected = (data.posterior_mean(sde, s, t) for s in (z, z.double()))
+        assert ((found - expected).abs().amax(1) <= 4 * size * (1 + whitening)).all()
 
-    @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD, HOLD])
-    def test_in_equilibrium_the_score_is_linear(self, make: Any) -> None:
-        scale = "auxiliary_scale" if make is HOLD else "velocity_scale"
-        sde = make() if make is VPSDE else make(**{scale: 1.0})
+    @pytest.mark.parametrize(
+        "sde",
+        [VPSDE(), CLD(velocity_scale=1.0), PSLD(velocity_scale=1.0), HOLD(auxiliary_scale=1.0)],
+    )
+    def test_in_equilibrium_the_score_is_linear(self, sde):
         data = GaussianMixture([1.0], [[0.0]], [[[1.0]]])
         z = torch.randn(5, sde.components, 1, generator=generator(), dtype=torch.float64)
         expected = -torch.linalg.solve(sde.stationary_covariance, z)[:, list(sde.driven)]
@@ -152,48 +121,11 @@ class TestExactness:
             found = data.score(sde)(z, t)
             assert torch.allclose(found, expected, rtol=4 * KERNEL, atol=4 * KERNEL)
 
-    def test_blurred_data_have_a_density_at_the_start(self) -> None:
+    def test_blurred_data_have_a_density_at_the_start(self):
         # VE's own initial distribution is N(x, sigma_min^2).
         sde, data = VESDE(0.1, 3.0), GaussianMixture([1.0], [[0.0]], [[[0.0]]])
         score = data.score(sde)(torch.ones(1, 1, 1, dtype=torch.float64), 0.0)
         assert score.item() == pytest.approx(-100.0, rel=rounding())
-
-
-class TestShapes:
-    @pytest.mark.parametrize("axes", [(), (2, 1), (1, 1, 2)])
-    @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
-    def test_data_have_any_axes(self, name: str, axes: Any) -> None:
-        sde = FAMILIES[name]
-        scalar = GaussianMixture([1.0, 2.0], [[-1.0], [1.0]], [[[0.1]], [[0.0]]])
-        data = mixture() if axes else scalar
-        flat = states(sde, data, 0.3)
-        z, score = flat.reshape(*flat.shape[:2], *axes), data.score(sde)
-        expected = score(flat, 0.3)
-        assert score(z, 0.3).shape == (4, len(sde.driven), *axes)
-        assert torch.equal(score(z, 0.3).reshape(expected.shape), expected)
-        assert torch.equal(at_a_known_time(score, 0.3)(z).reshape(expected.shape), expected)
-        assert torch.equal(data.log_prob(sde, z, 0.3), data.log_prob(sde, flat, 0.3))
-        mean = data.posterior_mean(sde, z, 0.3)
-        assert mean.shape == (4, *axes)
-        assert torch.equal(mean.reshape(4, -1), data.posterior_mean(sde, flat, 0.3))
-
-    @pytest.mark.parametrize("name", ["VE", "CLD", "PSLD"])
-    def test_samples_and_their_times_are_independent(self, name: str) -> None:
-        sde, data = FAMILIES[name], mixture("degenerate")
-        z, score = states(sde, data, TIMES), data.score(sde)
-        together = score(z, TIMES)
-        for i, t in enumerate(TIMES.tolist()):
-            # One time as a number, a tensor, or one for each sample: rounding.
-            for time in (t, TIMES[i], TIMES[i : i + 1]):
-                alone = score(z[i : i + 1], time)
-                tolerance = score_rounding(sde, t) * float(alone.abs().max())
-                assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=tolerance)
-
-    def test_an_empty_batch_has_no_scores(self) -> None:
-        data, z = mixture(), torch.zeros(0, 2, 2)
-        for how in (at_a_time, at_a_known_time):
-            assert how(data.score(CLD()), 0.5)(z).shape == (0, 1, 2)
-        assert data.log_prob(CLD(), z, 0.5).shape == (0,)
 
 
 class TestNumbers:
@@ -203,23 +135,19 @@ class TestNumbers:
     @pytest.mark.parametrize("value", [math.nan, -math.inf])
     @pytest.mark.parametrize("count", [8, 15])
     @both_ways
-    def test_a_value_that_is_not_finite_stays_with_its_sample(
-        self, how: Any, count: int, value: float, modes: int
-    ) -> None:
+    def test_a_value_that_is_not_finite_stays_with_its_sample(self, how, count, value, modes):
         g = generator()
         means = torch.randn(modes, 2, generator=g)
         data = GaussianMixture([1.0] * modes, means, torch.eye(2).expand(modes, 2, 2) / 4)
-        z = torch.randn(count, 2, 2, generator=g)
-        score = how(data.score(CLD()), 0.3)
-        clean = score(z)
+        z, score = torch.randn(count, 2, 2, generator=g), how(data.score(CLD()), 0.3)
+        clean, others = score(z), torch.arange(count) != 3
         z[3, 0, 1] = value
         found = score(z)
-        others = torch.arange(count) != 3
         # Sums may be made in another order.
         assert torch.allclose(found[others], clean[others], rtol=100 * EPS32, atol=100 * EPS32)
-        assert not bool(found[3].isfinite().all())
+        assert not found[3].isfinite().all()
 
-    def test_it_changes_no_bit_of_other_groups(self) -> None:
+    def test_it_changes_no_bit_of_other_groups(self):
         z = torch.randn(32, 2, 2, generator=generator())
         score = at_a_known_time(PLANE.score(CLD()), 0.3)
         clean = score(z)
@@ -227,15 +155,15 @@ class TestNumbers:
         assert torch.equal(score(z)[8:], clean[8:])
 
     @both_ways
-    def test_a_gradient_that_is_not_finite_stays_with_its_sample(self, how: Any) -> None:
+    def test_a_gradient_that_is_not_finite_stays_with_its_sample(self, how):
         z = torch.randn(16, 2, 2, generator=generator()).requires_grad_()
         above = torch.ones(16, 1, 2)
         above[3] = math.nan
         (found,) = torch.autograd.grad(how(PLANE.score(CLD()), 0.3)(z), z, above)
-        assert bool(found[torch.arange(16) != 3].isfinite().all())
+        assert found[torch.arange(16) != 3].isfinite().all()
 
     @pytest.mark.parametrize("modes", [1, 8])
-    def test_no_device_is_waited_for(self, modes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_device_is_waited_for(self, modes, monkeypatch):
         """A tensor without memory has no value to wait for."""
         monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
         eyes = torch.eye(2).expand(modes, 2, 2)
@@ -244,23 +172,24 @@ class TestNumbers:
         assert at_a_known_time(data.score(CLD()), 0.5)(z).shape == (16, 1, 2)
 
     @both_ways
-    def test_it_can_be_transformed(self, how: Any) -> None:
+    def test_it_can_be_transformed(self, how):
         z = torch.randn(3, 16, 2, 2, generator=generator(), dtype=torch.float64)
         call = how(PLANE.score(CLD()), 0.3)
         lost = score_rounding(CLD(), 0.3) * float(call(z[0]).abs().max())
-        found = torch.func.vmap(call)(z)
-        assert torch.allclose(found, torch.stack([call(b) for b in z]), rtol=0, atol=4 * lost)
+        expected = torch.stack([call(b) for b in z])
+        assert torch.allclose(torch.func.vmap(call)(z), expected, rtol=0, atol=4 * lost)
         # It is affine: its derivative along v is its change.
         _, slope = torch.func.jvp(call, (z[0],), (z[1],))
         change = call(z[0] + z[1]) - call(z[0])
         assert torch.allclose(slope, change, rtol=0, atol=8 * lost)
 
-    @pytest.mark.parametrize(("dimension", "modes"), [(2, 1), (2, 3), (20, 3)])
-    @pytest.mark.parametrize("t", [0.3, torch.tensor([0.1, 0.3, 0.3, 1.0])], ids=str)
-    def test_a_compiled_graph_has_the_same_bits(self, t: Any, modes: int, dimension: int) -> None:
+    @pytest.mark.parametrize(
+        ("dimension", "t"), [(2, 0.3), (20, torch.tensor([0.1, 0.3, 0.3, 1.0]))], ids=str
+    )
+    def test_a_compiled_graph_has_the_same_bits(self, dimension, t):
         g = generator()
-        eye = torch.eye(dimension).expand(modes, -1, -1)
-        data = GaussianMixture([1.0] * modes, torch.randn(modes, dimension, generator=g), eye)
+        eye = torch.eye(dimension).expand(3, -1, -1)
+        data = GaussianMixture([1.0] * 3, torch.randn(3, dimension, generator=g), eye)
         score, z = data.score(CLD()), torch.randn(4, 2, dimension, generator=g)
         torch._dynamo.reset()
         compiled = torch.compile(lambda z, t: 1.1 * score(z, t), backend="eager")
@@ -273,7 +202,7 @@ class TestKnownTimes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("rows", ["driven", "all", "auxiliary"])
     @pytest.mark.parametrize("name", AUXILIARY)
-    def test_it_is_the_score_at_exact_times(self, name: str, rows: Any, dtype: torch.dtype) -> None:
+    def test_it_is_the_score_at_exact_times(self, name, rows, dtype):
         sde, data = FAMILIES[name], mixture("degenerate")
         times, score = known(*TIMES[1:].tolist()), data.score(sde, rows=rows)
         for i, t in enumerate(TIMES[1:].tolist()):
@@ -288,10 +217,8 @@ class TestKnownTimes:
     @pytest.mark.parametrize("count", [0, 1, 21])
     @pytest.mark.parametrize("modes", [1, 3])
     @pytest.mark.parametrize("dimension", [1, 3, 20])  # 20 has no matrix for all numbers
-    @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
-    def test_batches_and_states_have_any_size(
-        self, name: str, dimension: int, modes: int, count: int
-    ) -> None:
+    @pytest.mark.parametrize("name", ["VP", "HOLD"])
+    def test_batches_and_states_have_any_size(self, name, dimension, modes, count):
         sde, times = FAMILIES[name], known(0.9, 0.3)
         means = torch.linspace(-1, 1, modes * dimension).reshape(modes, dimension)
         spread = 0.3 * torch.eye(dimension) + 0.1
@@ -299,22 +226,16 @@ class TestKnownTimes:
         shape = (count, sde.components, dimension)
         z = torch.randn(shape, generator=generator(count), dtype=torch.float64)
         for rows in ("driven", "all"):
-            score = data.score(sde, rows=rows)  # type: ignore[arg-type]
+            score = data.score(sde, rows=rows)
+            # Coefficients of the first time that is used serve an empty batch, too.
+            assert len(score(z[:0], times.arguments(z)[0])) == 0
             found, expected = score(z, times.arguments(z)[1]), score(z, 0.3)
             assert found.shape == expected.shape
             tolerance = 4 * score_rounding(sde, 0.3)
             assert torch.allclose(found, expected, rtol=tolerance, atol=10 * tolerance)
 
-    @pytest.mark.parametrize("dimension", [2, 50])
-    def test_an_empty_batch_leaves_coefficients_for_others(self, dimension: int) -> None:
-        data = GaussianMixture([1.0], torch.zeros(1, dimension), torch.eye(dimension)[None])
-        score, times, z = data.score(CLD()), known(0.9, 0.3), torch.ones(3, 2, dimension)
-        assert score(z[:0], times.arguments(z[:0])[0]).shape == (0, 1, dimension)
-        found = score(z, times.arguments(z)[1])
-        assert torch.allclose(found, score(z, 0.3), rtol=100 * EPS32, atol=0)
-
     @pytest.mark.parametrize("name", ["VE", "CLD", "HOLD"])
-    def test_each_sample_may_have_its_time(self, name: str) -> None:
+    def test_each_sample_may_have_its_time(self, name):
         sde, data = FAMILIES[name], mixture()
         table = torch.tensor([[0.9, 0.7, 0.8, 0.6], [0.3, 0.4, 0.05, 1.0]], dtype=torch.float64)
         z, score = states(sde, data, 0.3), data.score(sde)
@@ -324,92 +245,24 @@ class TestKnownTimes:
 
 
 class TestSampling:
-    def test_samples_have_the_moments_of_the_mixture(self) -> None:
+    def test_samples_have_the_moments_of_the_mixture(self):
         data, n = mixture("degenerate"), 20_000
         x = data.sample(n, generator=generator(), dtype=torch.float64)
-        mean = data.weights @ data.means
         second = data.covariances + torch.einsum("ni,nj->nij", data.means, data.means)
-        expected = torch.einsum("n,nij->ij", data.weights, second)
-        error = standard_error(1.0, n)
-        assert ((x.mean(0) - mean).abs() <= error * x.std(0)).all()
         products = torch.einsum("bi,bj->bij", x, x)
-        assert ((products.mean(0) - expected).abs() <= error * products.std(0)).all()
+        for found, members in ((x, data.means), (products, second)):
+            expected = torch.einsum("n,n...->...", data.weights, members)
+            error = standard_error(1.0, n) * found.std(0)
+            assert ((found.mean(0) - expected).abs() <= error).all()
 
-    def test_points_occur_with_their_weights(self) -> None:
+    def test_points_occur_with_their_weights(self):
         data, n = mixture("points"), 20_000
         x = data.sample(n, generator=generator(), dtype=torch.float64)
         hits = (x[:, None] == data.means).all(-1)
         assert (hits.sum(1) == 1).all()
-        spread = (data.weights * (1 - data.weights)).sqrt()
-        error = (hits.double().mean(0) - data.weights).abs()
-        assert (error <= standard_error(1.0, n) * spread).all()
+        error = standard_error(1.0, n) * (data.weights * (1 - data.weights)).sqrt()
+        assert ((hits.double().mean(0) - data.weights).abs() <= error).all()
 
-    def test_a_seed_decides_the_sample(self) -> None:
-        first, again, other = (mixture().sample(5, generator=generator(seed)) for seed in (0, 0, 1))
-        assert first.dtype == torch.float32
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
-    def test_weights_are_normalised(self) -> None:
+    def test_weights_are_normalised(self):
         data = GaussianMixture([1.0, 3.0], [[0.0], [1.0]], torch.ones(2, 1, 1))
         assert data.weights.tolist() == [0.25, 0.75]
-
-
-ONE, ZERO = torch.ones(1, 1, 1), [[0.0]]
-NAN, INF = math.nan, math.inf
-Z = torch.zeros(3, 2, 2)
-
-
-def one_mode(weights: Any = (1.0,), means: Any = ZERO, covariances: Any = ONE) -> Any:
-    return GaussianMixture(weights, means, covariances)
-
-
-PLANAR = partial(one_mode, [1.0], [[0.0, 0.0]])
-EMPTY = partial(one_mode, [], torch.zeros(0, 2))
-POINTS = mixture("points")
-METHODS = [
-    partial(f, CLD()) for f in (POINTS.log_prob, POINTS.conditional_log_prob, POINTS.posterior_mean)
-]
-CALLS = [lambda z=Z, t=0.5, f=f: f(z, t) for f in (POINTS.score(CLD()), *METHODS)]
-SHAPES = [(3, 1, 2), (3, 3, 2), (3, 2, 1), (3, 2, 2, 2), (3, 2), (2,)]
-START = [0.0, torch.tensor([0.5, 0.0, 0.5])]
-CONDITIONAL = partial(POINTS.conditional_log_prob, VPSDE(), Z[:, :1])
-REJECTED = [
-    *each(one_mode, ValueError, "must have shapes", weights=[[[1.0]]]),
-    *each(one_mode, ValueError, "must have shapes", means=[[0.0]]),
-    *each(one_mode, ValueError, "must have shapes", covariances=[[[1.0]]]),
-    *each(one_mode, ValueError, "need weights of shape", weights=[[1.0, 1.0]]),
-    *each(one_mode, ValueError, "need weights of shape", means=[[[0.0, 0.0]]]),
-    *each(one_mode, ValueError, "weights must be finite", weights=[[0.0], [-1.0], [NAN], [INF]]),
-    *each(one_mode, TypeError, "weights must be an array of real numbers", weights=["one"]),
-    *each(one_mode, ValueError, "must be finite", means=[[[NAN]]]),
-    *each(one_mode, ValueError, "must be finite", covariances=[ONE * INF]),
-    *each(one_mode, ValueError, "positive semi-definite", covariances=[-ONE]),
-    *each(PLANAR, ValueError, "semi-definite", covariances=[[[[1.0, 2.0], [2.0, 1.0]]]]),
-    *each(PLANAR, ValueError, "symmetric", covariances=[[[[1.0, 0.5], [0.0, 1.0]]]]),
-    *each(EMPTY, ValueError, "at least one", covariances=[torch.zeros(0, 2, 2)]),
-    *(
-        row
-        for call in CALLS
-        for row in (
-            *each(call, ValueError, "got", z=map(torch.zeros, SHAPES)),
-            *each(call, TypeError, "floating-point tensor of shape", z=[Z.long(), [[[0.0]]]]),
-            *each(call, ValueError, "t must", t=[-0.1, 1.1, NAN, torch.full((2,), 0.5)]),
-            *each(call, ValueError, r"no density at t = 0.*take t > 0", t=START),
-        )
-    ),
-    *each(partial(POINTS.score, CLD()), ValueError, "rows must be one of", rows=["v", None, [1]]),
-    *each(partial(POINTS.score, VPSDE()), ValueError, "has no auxiliary", rows=["auxiliary"]),
-    *each(CONDITIONAL, ValueError, "has no auxiliary", t=[0.5]),
-    *each(
-        at_a_known_time(POINTS.score(CLD()), 0.5),
-        ValueError,
-        "2 numbers per component",
-        z=[torch.zeros(8, 2, 3)],
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call: Any, error: Any, message: str) -> None:
-    assert_rejected(call, error, message)

@@ -1,7 +1,6 @@
 """Linear observations of data."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 from cldsde import CLD, VPSDE, GaussianMixture
 from cldsde.score import Observation
 from probes import generator
-from score.cases import assert_rejected, each
 from tolerances import rounding
 
 SUMS = rounding(100, 48)  # sums of at most 48 products of unit size
@@ -65,45 +63,6 @@ def test_the_end_time_is_where_the_noise_of_the_state_is_below_that_of_y():
         means = Observation.downsample(4, torch.zeros(1, 2, 2), 0.2)
         level = float(sde.log_snr(means.end_time(sde, (1, 8, 8))))
         assert math.isclose(math.exp(-level), 4 * 0.3 * 0.2, rel_tol=1e-3)
-
-
-MASK = torch.tensor([True, True])
-ONES, SEEN = torch.ones, {"noise_std": 0.1}
-PLANE = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]])
-OF_THREE = Observation.matrix([[1.0, 0.0, 0.0]], ONES(1), 0.1)
-SEVERAL = Observation.matrix([[1.0, 0.0]], ONES(3, 1), 0.1)
-SINGULAR = Observation.matrix([[1.0, 0.0], [1.0, 0.0]], ONES(2), 0.0)
-of_abs = partial(Observation, abs, **SEEN)
-REJECTED = [
-    *each(partial(Observation, y=ONES(2), **SEEN), TypeError, "forward must be a", forward=[3]),
-    *each(of_abs, TypeError, "y must be an array", y=["y"]),
-    *each(of_abs, ValueError, "y must be finite", y=[torch.tensor([math.nan])]),
-    *each(partial(Observation, abs, ONES(2)), ValueError, "noise_std must be", noise_std=[-1.0]),
-    *each(partial(Observation.mask, y=ONES(2), **SEEN), TypeError, "mask must be", mask=[ONES(2)]),
-    *each(partial(Observation.mask, y=ONES(2), **SEEN), ValueError, "mask must mark", mask=[~MASK]),
-    *each(partial(Observation.mask, MASK, **SEEN), ValueError, "the mask's shape", y=[ONES(3)]),
-    *each(partial(Observation.matrix, y=ONES(1), **SEEN), ValueError, "A must be", A=[[1.0]]),
-    *each(
-        partial(Observation.downsample, y=ONES(1, 2), **SEEN),
-        ValueError,
-        "factor must be",
-        factor=[1],
-    ),
-    *each(partial(Observation.downsample, 2, **SEEN), ValueError, "y must have", y=[ONES(2)]),
-    *each(
-        partial(Observation.blur, y=ONES(1, 4, 4), **SEEN), ValueError, "odd", kernel=[ONES(2, 2)]
-    ),
-    *each(partial(Observation.blur, ONES(3, 3), **SEEN), ValueError, "image", y=[ONES(4, 4)]),
-    *each(PLANE.condition, ValueError, "must be of data of 2 numbers", observation=[OF_THREE]),
-    *each(PLANE.condition, ValueError, "one y of 1 numbers", observation=[SEVERAL]),
-    *each(PLANE.condition, ValueError, "no density", observation=[SINGULAR]),
-    *each(PLANE.condition, TypeError, "observation must be an Observation", observation=[3]),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call, error, message):
-    assert_rejected(call, error, message)
 
 
 def test_conditioning_without_noise_fixes_what_is_seen():

@@ -1,7 +1,6 @@
 """Scores given an observation, against the closed form of mixtures."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProces
 from cldsde.score import Observation, PosteriorScore
 from probes import generator
 from references import guided_prediction, wide_mixture
-from score.cases import assert_rejected, each
 from tolerances import EPS, rounding
 
 PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
@@ -91,15 +89,6 @@ def test_a_solve_gives_the_same_in_every_gradient_mode(mode):
     assert torch.equal(alone, guided(start, 0.5))
 
 
-def test_shapes_of_data_do_not_matter():
-    sde = CLD()
-    z = sde.prior.sample((3, 8), dtype=torch.float64)
-    flat = PosteriorScore(DATA.score(sde), SEEN)(z, 0.4)
-    shaped = PosteriorScore(DATA.score(sde), SEEN)(z.reshape(3, 2, 2, 4), 0.4)
-    assert shaped.shape == (3, 1, 2, 4)
-    torch.testing.assert_close(shaped.flatten(2), flat, rtol=SOLVED, atol=SOLVED)
-
-
 def test_each_sample_may_have_its_own_observation_and_time():
     sde = VPSDE()
     z = sde.prior.sample((3, 8), dtype=torch.float64)
@@ -129,36 +118,6 @@ def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
     torch.testing.assert_close(wrong(z, 0.5), pigdm(z, 0.5), rtol=1e-4, atol=1e-4)
 
 
-OF_CLD = partial(PosteriorScore, DATA.score(CLD()))
-OPTIONS = partial(OF_CLD, SEEN)
-REJECTED = [
-    *each(OPTIONS, ValueError, "method must be one of", method=["mmps"]),
-    *each(OPTIONS, ValueError, "iterations must be", iterations=[0]),
-    *each(OPTIONS, ValueError, "data_variance must be", data_variance=[0.0]),
-    *each(OF_CLD, TypeError, "observation must be an Observation", observation=[3]),
-    *each(partial(PosteriorScore, observation=SEEN), TypeError, "score must be a", score=[3]),
-    *each(
-        partial(PosteriorScore, observation=SEEN),
-        TypeError,
-        "sde must be given",
-        score=[lambda z, t: z],
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REJECTED)
-def test_bad_arguments_are_rejected(call, error, message):
-    assert_rejected(call, error, message)
-
-
-def test_dps_without_noise_is_an_error():
-    exact = Observation(SEEN.forward, SEEN.y, 0.0)
-    with pytest.raises(ValueError, match="noise_std must be positive"):
-        PosteriorScore(DATA.score(CLD()), exact, "dps")
-    z = CLD().prior.sample((2, 8), dtype=torch.float64)
-    assert bool(PosteriorScore(DATA.score(CLD()), exact)(z, 0.3).isfinite().all())
-
-
 def test_a_score_without_gradients_is_an_error():
     score = DATA.score(CLD())
 
@@ -171,32 +130,6 @@ def test_a_score_without_gradients_is_an_error():
         PosteriorScore(closed, SEEN, sde=CLD())(z, 0.3)
     free = PosteriorScore(closed, SEEN, sde=CLD(), gradient=False)(z, 0.3)
     assert bool(free.isfinite().all())
-
-
-def test_observations_that_do_not_fit_are_errors_before_the_score_is_evaluated():
-    asked = []
-
-    def score(z, t):
-        asked.append(t)
-        return -z
-
-    z = torch.zeros(2, 1, 3)
-    for forward, y, message in (
-        (lambda x: x**2, torch.ones(3), "must be linear"),
-        (lambda x: x + 1, torch.ones(3), r"forward\(0\) ≠ 0"),
-        (lambda x: x - x.mean(0), torch.ones(3), "each sample separately"),
-        (lambda x: x, torch.ones(2), "y must have shape"),
-        (lambda x: x.detach(), torch.ones(3), "autograd can differentiate"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            PosteriorScore(score, Observation(forward, y, 0.1), sde=VPSDE())(z, 0.5)
-    assert not asked
-
-
-def test_gradients_through_a_posterior_score_are_an_error():
-    z = CLD().prior.sample((2, 8), dtype=torch.float64).requires_grad_()
-    with pytest.raises(ValueError, match="z must not require gradients"):
-        PosteriorScore(DATA.score(CLD()), SEEN)(z, 0.3)
 
 
 def test_a_float32_score_is_that_of_float64():

@@ -1,9 +1,6 @@
 """Times that are known before a score is called: tables of coefficients, and when they are made."""
 
-from __future__ import annotations
-
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from cldsde.score.times import KnownTimes
 from probes import generator, start
 
 GRID = solvers.root_times(1.0, 0.1, 4)
-SOLVERS: dict[str, Any] = {
+SOLVERS = {
     "Euler-Maruyama": solvers.EulerMaruyama(),
     "multistep": solvers.ExponentialMultistep(order=2, stochasticity=1.0),
     "flow, batch": solvers.ProbabilityFlow(rtol=0.1, atol=0.1, first_step=0.3),
@@ -24,13 +21,13 @@ every_solver = pytest.mark.parametrize("name", list(SOLVERS))
 every_size = pytest.mark.parametrize("dimension", [2, 40])
 
 
-def mixture(dimension: int, shift: Any = 0.0, weights: Any = (1.0, 2.0)) -> GaussianMixture:
+def mixture(dimension, shift=0.0, weights=(1.0, 2.0)):
     means = torch.stack([torch.full((dimension,), x, dtype=torch.float64) for x in (-1.0, 1.0)])
     covariances = 0.1 * torch.eye(dimension, dtype=torch.float64).expand(2, -1, -1)
     return GaussianMixture(torch.as_tensor(weights), means + shift, covariances)
 
 
-def last(name: str, score: Any, dimension: int) -> torch.Tensor:
+def last(name, score, dimension):
     process = ReverseProcess(CLD(), score)
     state, g = start(process.sde, (3, dimension)), generator()
     solver = SOLVERS[name]
@@ -40,10 +37,10 @@ def last(name: str, score: Any, dimension: int) -> torch.Tensor:
 
 @every_solver
 @every_size
-def test_weights_and_means_of_a_mixture_are_differentiated(name: str, dimension: int) -> None:
+def test_weights_and_means_of_a_mixture_are_differentiated(name, dimension):
     """As if the score knew nothing of its times, but for the rounding of float64."""
 
-    def gradients(known: bool) -> tuple[torch.Tensor, ...]:
+    def gradients(known):
         shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
         weights = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
         score = mixture(dimension, shift, weights).score(CLD())
@@ -58,7 +55,7 @@ def test_weights_and_means_of_a_mixture_are_differentiated(name: str, dimension:
 
 @every_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_plan_sees_means_that_were_changed_in_place(dimension: int, dtype: torch.dtype) -> None:
+def test_a_plan_sees_means_that_were_changed_in_place(dimension, dtype):
     data = mixture(dimension)
     process = ReverseProcess(CLD(), data.score(CLD()))
     sampler = solvers.plan(process, solvers.EulerMaruyama(), GRID)
@@ -76,12 +73,12 @@ def test_a_plan_sees_means_that_were_changed_in_place(dimension: int, dtype: tor
     assert torch.equal(found.state, fresh.state)
 
 
-def test_each_dtype_has_a_table_that_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_dtype_has_a_table_that_is_made_once(monkeypatch):
     data = mixture(2)
     made = []
     marginal = GaussianMixture._marginal
 
-    def counted(self: Any, *arguments: Any) -> Any:
+    def counted(self, *arguments):
         made.append(arguments)
         return marginal(self, *arguments)
 
@@ -93,7 +90,7 @@ def test_each_dtype_has_a_table_that_is_made_once(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 2
 
 
-def test_known_times_of_samples_are_for_that_many_samples() -> None:
+def test_known_times_of_samples_are_for_that_many_samples():
     score = mixture(2).score(CLD())
     z = start(CLD(), (3, 2))
     times = KnownTimes(torch.tensor([[0.9, 0.5, 0.1]], dtype=torch.float64))
@@ -103,7 +100,7 @@ def test_known_times_of_samples_are_for_that_many_samples() -> None:
         score(torch.cat([z, z]), t)
 
 
-def test_a_plan_can_be_pickled_after_it_was_used() -> None:
+def test_a_plan_can_be_pickled_after_it_was_used():
     process = ReverseProcess(CLD(), mixture(2).score(CLD()))
     sampler = solvers.plan(process, solvers.SSCS(), GRID)
     state = start(process.sde, (3, 2))
@@ -114,7 +111,7 @@ def test_a_plan_can_be_pickled_after_it_was_used() -> None:
 
 
 @pytest.mark.parametrize("planned", [False, True])
-def test_a_failed_solve_warns_at_the_line_that_asked_for_it(planned: bool) -> None:
+def test_a_failed_solve_warns_at_the_line_that_asked_for_it(planned):
     process = ReverseProcess(CLD(), lambda z, t: z[:, 1:] * torch.nan)
     state, solver = start(process.sde, (3, 2)), solvers.SSCS()
     solved = (

@@ -1,7 +1,5 @@
 """Estimated orders of convergence, on error curves whose order is known by construction."""
 
-from __future__ import annotations
-
 import json
 import math
 from statistics import NormalDist
@@ -14,8 +12,6 @@ from hypothesis import strategies as st
 
 from cldsde.validation.order_estimate import OrderEstimate, Verdict, estimate_order
 from tolerances import rounding
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
 
 STEPS = 2.0 ** -np.arange(3, 9)
 ORDERS = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0]
@@ -40,17 +36,17 @@ class Curve(NamedTuple):
 
 def random_curve(rng: np.random.Generator, kind: str) -> Curve:
     """C h^p (1 + a h) with Gaussian noise of known standard error, over 4 to 7 halvings."""
-    p, a = rng.choice(ORDERS), rng.uniform(-2, 2)
+    p, a = float(rng.choice(ORDERS)), rng.uniform(-2, 2)
     h = 1 / rng.choice([8, 16]) * 2.0 ** -np.arange(rng.integers(5, 9))
     error = 10 ** rng.uniform(-3, 2) * h**p * (1 + a * h)
-    if kind == "exact":
-        noise = np.zeros_like(error)
-    elif kind == "relative":
-        noise = error * 10 ** rng.uniform(-3, math.log10(0.03))
-    else:  # between 0.3 and 4^p of the finest error: up to three levels drown
-        noise = np.full_like(error, error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()))
+    noise = {
+        "exact": 0 * error,
+        "relative": error * 10 ** rng.uniform(-3, math.log10(0.03)),
+        # Between 0.3 and 4^p of the finest error: up to three levels drown.
+        "constant": error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()) + 0 * error,
+    }[kind]
     measured = np.abs(error + noise * rng.standard_normal(len(h)))
-    return Curve(float(p), estimate_order(h, measured, noise, expected=float(p)))
+    return Curve(p, estimate_order(h, measured, noise, expected=p))
 
 
 # Coverage: what `estimate_order` is asked for, 90 % at a nominal 95 %. Shares and widths bound from
@@ -91,34 +87,45 @@ def test_noise_that_no_standard_error_tells_of_widens_the_interval(count):
 
 
 # Corrections other than 1 + a h: in half powers, in even powers, in all powers.
-@pytest.mark.parametrize(
-    "correction",
-    [
-        lambda x: 1 + 0.5 * np.sqrt(x),
-        lambda x: 1 - 0.5 * np.sqrt(x),
-        lambda x: 1 + 0.5 * x**2,
-        lambda x: 1 - 0.5 * x**2,
-        np.exp,
-        lambda x: 1 / (1 + x),
-    ],
-    ids=["plus root", "minus root", "plus square", "minus square", "exponential", "reciprocal"],
-)
+CORRECTIONS = [
+    *(lambda x, a=a, q=q: 1 + a * x**q for a in (-0.5, 0.5) for q in (0.5, 2.0)),
+    *(np.exp, lambda x: 1 / (1 + x)),
+]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_exact_curves_with_other_corrections_are_covered(order, correction):
-    estimate = estimate_order(
-        STEPS, 0.3 * STEPS**order * correction(STEPS / STEPS[0]), expected=order
-    )
+    errors = 0.3 * STEPS**order * correction(STEPS / STEPS[0])
+    estimate = estimate_order(STEPS, errors, expected=order)
     assert estimate.low <= order <= estimate.high
     assert estimate.verdict is Verdict.PASS
 
 
+# The ranges of a in 1 + a h^q that the notes of `estimate_order` state, for numbers of levels.
+RANGES = [(4, 1.0, 2.0), (5, 1.0, 4.0), (8, 1.0, 4.0), (4, 0.5, 1.0), (8, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("count", "spacing", "high"), RANGES)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("ratio", [1.5, 2.0, 4.0])
+def test_intervals_cover_over_the_stated_range(order, count, spacing, high):
+    x = 2.0 ** -np.arange(float(count))
+    for a in np.linspace(-0.9, high, 5):
+        errors = x**order * (1 + a * x**spacing)
+        estimate = estimate_order(x / 16, errors, rounding=0.0, spacing=spacing)
+        # Of 4 levels a correction of −0.9 leaves too few.
+        if not math.isnan(estimate.order):
+            assert estimate.low <= order <= estimate.high
+        assert math.isnan(estimate.order) <= (count == 4 and a == -0.9)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ratio", [1.5, 4.0])
 def test_a_pure_power_gives_its_exponent(order, ratio):
     steps = ratio ** -np.arange(5.0)
     estimate = estimate_order(steps, 7 * steps**order, rounding=0.0, expected=order)
-    assert estimate.order == pytest.approx(order, abs=REGRESSION)
-    assert [p for p, _, _ in estimate.local_orders] == pytest.approx([order] * 4, abs=REGRESSION)
+    orders = [estimate.order, *(p for p, _, _ in estimate.local_orders)]
+    assert orders == pytest.approx([order] * 5, abs=REGRESSION)
     assert estimate.verdict is Verdict.PASS
     assert not any(reasons(estimate))
 
@@ -165,20 +172,6 @@ def test_a_verdict_says_where_the_interval_lies(errors, noise, expected, toleran
     assert not (estimate.exceeds and estimate.high < least)
 
 
-@given(
-    noise=st.lists(st.floats(-0.02, 0.02), min_size=6, max_size=6),
-    order=st.sampled_from(ORDERS),
-)
-def test_the_verdict_gets_no_better_with_a_higher_declared_order(noise, order):
-    errors = STEPS**order * (1 + np.array(noise))
-    rank = {Verdict.PASS: 0, Verdict.INCONCLUSIVE: 1, Verdict.FAIL: 2}
-    ranks = [
-        rank[estimate_order(STEPS, errors, 0.01 * errors, expected=expected).verdict]
-        for expected in (order - 0.4, order, order + 0.2, order + 0.3, order + 1)
-    ]
-    assert ranks == sorted(ranks)
-
-
 FINE = 2.0 ** -np.arange(3, 13)
 SATURATED = 0.01 * FINE**4 + np.finfo(float).eps / FINE
 DIVERGING = np.array([math.nan, math.inf, 1e30, *STEPS[3:]])
@@ -215,7 +208,6 @@ VERDICTS: list[Any] = [
     (0.3 * STEPS * (1 + STEPS), {}, 1.5, Verdict.FAIL, "below the declared"),
     (STEPS**2, {"standard_errors": 0.3 * STEPS**2}, 0.5, Verdict.INCONCLUSIVE, "uncertain"),
     ([1e3, 1e8, 1e20, 1e60], {}, 0.5, Verdict.FAIL, "errors grow as steps shrink"),
-    ([1e-3, 1e-3, 1e-3, 1], {}, 0.5, Verdict.FAIL, "errors grow as steps shrink"),
     ([1.0, math.nan, 2, 5], {}, 0.5, Verdict.FAIL, "errors grow as steps shrink"),
     (1 / STEPS, {}, 0.5, Verdict.FAIL, "errors grow"),
     (GROWING, {"standard_errors": 1e-3 * GROWING}, 0.5, Verdict.FAIL, "errors grow"),
@@ -228,7 +220,6 @@ VERDICTS: list[Any] = [
     # Errors that go up and down do not stop falling; with the same last order a smooth curve does.
     (STEPS * [1, 1, 1, 1, 1, 1.3 / 0.7], {}, 1, Verdict.FAIL, "stop decreasing"),
     (STEPS * [1, 0.8, 1.2, 0.9, 0.7, 1.3], {}, 1, Verdict.INCONCLUSIVE, ""),
-    ([0.1], {}, 1, Verdict.INCONCLUSIVE, "An order needs 3 levels"),
     ([0.1, 0.05], {}, 1, Verdict.INCONCLUSIVE, "An order needs 3 levels"),
 ]
 
@@ -241,31 +232,11 @@ def test_verdicts_and_their_messages(errors, options, expected, verdict, words):
     assert estimate.exceeds or "above" not in words
 
 
-# A constant c times the finest of the errors that vanish leaves a last local order of
-# log2((2^p + c)/(1 + c)): below p − 1/2 for c = 3/2 or more.
-@pytest.mark.parametrize("order", [1.0, 2.0])
-@pytest.mark.parametrize("count", [4, 5, 6])
-@pytest.mark.parametrize("constant", [1.5, 2.0, 3.0])
-@pytest.mark.parametrize("spacing", [0.5, 1.0])
-def test_a_constant_that_errors_stop_at_fails(order, count, constant, spacing):
-    steps = STEPS[:count]
-    vanishing = (steps / steps[-1]) ** order * 1e-4
-    errors = vanishing + constant * vanishing[-1]
-    assert math.log2((2**order + constant) / (1 + constant)) < order - 2 * TOLERANCE
-    estimate = estimate_order(steps, errors, expected=order, spacing=spacing)
-    assert estimate.verdict is Verdict.FAIL
-
-
-def test_without_a_declared_order_there_is_no_verdict():
+def test_an_estimate_prints_in_one_line_and_has_no_verdict_without_a_declared_order():
     estimate = estimate_order(STEPS, STEPS)
-    assert estimate.verdict is None
-    assert estimate.expected is None
-    assert not estimate.exceeds
+    assert (estimate.verdict, estimate.expected, estimate.exceeds) == (None, None, False)
     assert str(estimate) == "1.00 [0.98, 1.02]"
     assert str(estimate_order(STEPS[:2], STEPS[:2])) == "no order"
-
-
-def test_an_estimate_prints_in_one_line():
     estimate = estimate_order(STEPS, STEPS**1.5, expected=1.5)
     assert str(estimate) == "1.50 [1.48, 1.52], declared 1.5: PASS"
     assert repr(estimate).startswith("OrderEstimate(order=1.")
@@ -275,8 +246,7 @@ def test_an_estimate_prints_in_one_line():
 
 
 @pytest.mark.parametrize("expected", [None, 1.0])
-@pytest.mark.parametrize("first", [STEPS[0], math.nan, math.inf, 0.0])
-@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize(("first", "count"), [(STEPS[0], 6), (math.inf, 6), (0.0, 2)])
 def test_estimates_go_to_strict_json_and_back(count, first, expected):
     errors = STEPS[:count].copy()
     errors[0] = first
@@ -312,53 +282,19 @@ def test_wrong_arguments_are_named(name, value):
         estimate_order(**(valid | {name: value}))
 
 
-@pytest.mark.parametrize("small", [0.1, 0.2, 0.3])
-def test_a_small_leading_term_under_a_large_one_is_not_taken_for_an_order_between(small):
-    """h² under h³: local orders are far from 2 on these grids and turn before they get there."""
-    steps = 1 / np.array([64.0, 128, 256, 512])
-    errors = 10 * (small / 50 * steps**2 + steps**3 * (1 - 12 * steps))
-    estimate = estimate_order(steps, errors, expected=2.75, spacing=1.0, rounding=0.0)
-    assert estimate.verdict is not Verdict.PASS
-
-
-def from_local_orders(orders: list[float]) -> Array:
-    """Errors at `STEPS` with these orders between neighbours."""
-    return np.exp2(-np.cumsum([0.0, *orders]))
-
-
 # Changes of local orders against what errors of 0.1 % make of them: 0.007 of a change, and twice as
 # much of a change of changes.
-@pytest.mark.parametrize(
-    ("orders", "steady"),
-    [
-        ([1.1, 1.05, 1.025, 1.0125, 1.006], True),
-        ([1.0, 1.1, 1.05, 1.03, 1.02], False),  # turns, by less and less
-        ([1.0, 1.02, 1.07, 1.13, 1.24], False),  # goes one way, by more and more
-        ([1.0, 1.003, 1.0, 1.003, 1.0], True),  # turns within what the model leaves open
-    ],
-)
+LOCAL_ORDERS = [
+    ([1.1, 1.05, 1.025, 1.0125, 1.006], True),
+    ([1.0, 1.1, 1.05, 1.03, 1.02], False),  # turns, by less and less
+    ([1.0, 1.02, 1.07, 1.13, 1.24], False),  # goes one way, by more and more
+    ([1.0, 1.003, 1.0, 1.003, 1.0], True),  # turns within what the model leaves open
+]
+
+
+@pytest.mark.parametrize(("orders", "steady"), LOCAL_ORDERS)
 def test_whole_powers_are_for_local_orders_that_go_one_way_by_less_and_less(orders, steady):
-    errors = from_local_orders(orders)
+    errors = np.exp2(-np.cumsum([0.0, *orders]))
     whole, half = (estimate_order(STEPS, errors, spacing=q, rounding=0.0) for q in (1.0, 0.5))
     assert reasons(whole) == [""] * 6
     assert (half_width(whole) < half_width(half)) is steady
-
-
-# The ranges that the notes of `estimate_order` state, at their ends and within.
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize(
-    ("count", "spacing", "power", "high"),
-    [
-        *((4, 1.0, 1.0, 2.0), (5, 1.0, 1.0, 4.0), (6, 1.0, 1.0, 4.0), (8, 1.0, 1.0, 4.0)),
-        *((4, 0.5, 0.5, 1.0), (5, 0.5, 0.5, 1.0), (6, 0.5, 0.5, 1.0), (8, 0.5, 0.5, 1.0)),
-    ],
-)
-def test_intervals_cover_over_the_stated_range(order, share, count, spacing, power, high):
-    x = 2.0 ** -np.arange(float(count))
-    a = -0.9 + share * (high + 0.9)
-    estimate = estimate_order(x / 16, x**order * (1 + a * x**power), rounding=0.0, spacing=spacing)
-    # Of 4 levels a correction of −0.9 leaves too few.
-    if not math.isnan(estimate.order):
-        assert estimate.low <= order <= estimate.high
-    assert math.isnan(estimate.order) <= (count == 4 and share == 0.0)

@@ -1,5 +1,6 @@
 """The measurement of posterior samplers: exact ones pass, wrong ones are found."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,13 +11,14 @@ from cldsde.validation import (
     calibration_ranks,
     posterior_error,
     posterior_problems,
-    sliced_wasserstein,
 )
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_methods import posterior_methods
 from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
+from tolerances import rounding
 
 NAMES = list(posterior_problems())
+RARE = 1e-3  # a p-value that one of a thousand seeds falls below; seeds are fixed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,21 +38,20 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
     seen = problem.observation
     likelihood = normal(seen.forward(x), 0.09 * torch.eye(len(seen.y)).double()).log_prob(seen.y)
     expected = log_density(problem.data) + likelihood - problem.data.log_evidence(seen)
-    # Log-densities of up to 64 numbers, of covariances with condition numbers below 1e5.
-    torch.testing.assert_close(log_density(problem.posterior), expected, rtol=1e-8, atol=1e-8)
+    # Log-densities of up to 64 numbers below 100, of covariances with condition numbers below 1e5.
+    bound = rounding(64, 100 * 1e5)
+    assert (log_density(problem.posterior) - expected).abs().max() <= bound
 
 
 def test_small_noise_keeps_covariances_positive():
     posterior = posterior_problems(1e-6)["mask"].posterior
-    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -1e-15
+    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -rounding(4)
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
-@pytest.mark.parametrize("noise", [1.0, 0.1])
+@pytest.mark.parametrize(("sde", "noise"), [(VPSDE(), 1.0), (CLD(), 0.1)], ids=str)
 def test_exact_guidance_is_the_posterior_within_sampling_error(sde, noise):
-    found = posterior_error(
-        "exact", posterior_problems(noise)["two modes"], sde=sde, samples=2000, repeats=3
-    )
+    problem = posterior_problems(noise)["two modes"]
+    found = posterior_error("exact", problem, sde=sde, samples=1000, repeats=3)
     # Of a distance that is all sampling error, three standard errors.
     assert found.distance - 3 * found.distance_std <= 1.3
     assert found.verdict is Verdict.PASS
@@ -70,24 +71,6 @@ def test_exact_guidance_of_many_samples_is_the_posterior(sde, noise, name):
     # Of a distance that is all sampling error, three standard errors.
     assert found.distance - 3 * found.distance_std <= 1.3
     assert found.verdict is Verdict.PASS
-
-
-def test_three_iterations_are_nearly_as_good_as_convergence():
-    from cldsde import PosteriorScore, ReverseProcess, solvers
-
-    def converged(process, observation, times, n, g):
-        score = PosteriorScore(process.score, observation, iterations=None, sde=process.sde)
-        start = process.sde.prior.sample((n, 8), generator=g, dtype=torch.float64)
-        solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
-        guided = ReverseProcess(process.sde, score)
-        return solvers.solve(guided, solver, start, times, generator=g).data
-
-    problem = posterior_problems(0.1)["wide modes"]
-    three = posterior_error("moments", problem, samples=500, steps=25, repeats=2)
-    assert (
-        three.distance
-        <= 1.5 * posterior_error(converged, problem, samples=500, steps=25, repeats=2).distance
-    )
 
 
 def test_moment_matching_is_exact_for_one_gaussian_only():
@@ -121,9 +104,7 @@ def test_a_sampler_that_returns_no_numbers_fails():
 
 
 def test_a_planted_sampler_that_is_not_found_is_a_failure():
-    import dataclasses
-
-    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=500, repeats=2)
+    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=100, repeats=2)
     name = next(iter(planted_samplers()))
     (line,) = PosteriorReport([dataclasses.replace(found, method=name)]).failures()
     assert "was not found" in line
@@ -140,41 +121,31 @@ def test_the_exact_posterior_is_calibrated_and_a_wrong_one_is_not():
         bolder = Observation(observation.forward, observation.y, 0.15)
         return exact(process, bolder, times, n, g)
 
-    # Fixed seeds: p-values of a uniform sample of 200 are below 1e-3 in one of a thousand runs.
-    assert calibration_ranks(exact, problem, draws=200).p_value > 1e-3
-    assert calibration_ranks(wrong, problem, draws=200).p_value < 1e-3
+    assert calibration_ranks(exact, problem, draws=200).p_value > RARE
+    assert calibration_ranks(wrong, problem, draws=200).p_value < RARE
 
 
 def test_weighted_samples_are_ranked_by_their_weights():
     problem = posterior_problems(0.3)["two modes"]
-    found = calibration_ranks("twisted", problem, draws=40, samples=30, steps=10)
-    assert found.ranks.shape == (40, 3)
+    found = calibration_ranks("twisted", problem, draws=20, samples=30, steps=10)
+    assert found.ranks.shape == (20, 3)
     assert bool(((found.ranks >= 0) & (found.ranks <= 1)).all())
-    assert found.p_value > 1e-3
+    assert found.p_value > RARE
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "exct"}, "method must be one of 'exact'"),
-        ({"samples": 10}, "samples must be at least 100"),
-        ({"repeats": 1}, "repeats must be at least 2"),
-        ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
-    ],
-)
+WRONG = [
+    ({"method": "exct"}, "method must be one of 'exact'"),
+    ({"samples": 10}, "samples must be at least 100"),
+    ({"repeats": 1}, "repeats must be at least 2"),
+    ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_bad_arguments_are_named(arguments, message):
     given = {"method": "exact", "problem": posterior_problems()["two modes"], **arguments}
     with pytest.raises(ValueError, match=message):
         posterior_error(**given)
-
-
-def test_weights_of_samples_count_in_the_distance():
-    x = torch.tensor([[0.0], [1.0], [1.0], [1.0]], dtype=torch.float64)
-    few = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert sliced_wasserstein(few, x, weights=weights) < 1e-12
-    plane, both = torch.cat([x, x], 1), torch.cat([few, few], 1)
-    assert sliced_wasserstein(both, plane, weights=weights) < 1e-12
 
 
 def test_every_method_and_problem_is_measured():

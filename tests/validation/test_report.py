@@ -1,7 +1,5 @@
 """Summaries of checks, and reports of them as text, JSON and a page."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -12,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from cldsde.solvers import SSCS, ExponentialMultistep, StochasticHeun, find_solver, named_solvers
-from cldsde.solvers.authoring import Solver
 from cldsde.solvers.named import canonical_name
 from cldsde.validation import WorkPrecision, estimate_order
-from cldsde.validation.checks import Check
+from cldsde.validation.checks import NOT_APPLICABLE, Check
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.report import Report
 from cldsde.validation.summary import summarise
@@ -44,40 +41,34 @@ def strict(content):
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-@pytest.mark.parametrize(
-    ("orders", "expected", "verdict"),
-    [
-        ([2, 2, 2], 2, PASS),
-        ([2, 2, 1], 2, FAIL),
-        ([3, 3, 3], 2, FAIL),
-        ([2.5, 2.5, 2.5], 2, FAIL),
-        ([3, 3, 2], 2, PASS),  # some problems are easy
-        ([3, 3, None], 2, FAIL),
-        ([3, None, None], 2, PASS),  # of one problem it cannot be said
-        ([None, None], 2, INCONCLUSIVE),
-        ([2, None], 2, PASS),
-    ],
-)
-def test_a_summary_is_made_of_all_problems(orders, expected, verdict):
-    found = [check(order, expected, problem=str(i)) for i, order in enumerate(orders)]
+SUMMARIES = [
+    ([2, 2, 2], PASS),
+    ([2, 2, 1], FAIL),
+    ([3, 3, 3], FAIL),
+    ([3, 3, 2], PASS),  # some problems are easy
+    ([3, 3, None], FAIL),
+    ([3, None, None], PASS),  # of one problem it cannot be said
+    ([None, None], INCONCLUSIVE),
+    ([2, None], PASS),
+]
+
+
+@pytest.mark.parametrize(("orders", "verdict"), SUMMARIES)
+def test_a_summary_is_made_of_all_problems(orders, verdict):
+    found = [check(order, 2, problem=str(i)) for i, order in enumerate(orders)]
     assert summarise(found) == {"it": verdict}
 
 
 def test_kinds_of_orders_are_not_mixed_and_solvers_are_apart():
     found = [
-        check(3, 2, kind=WEAK, problem="a"),
-        check(3, 2, kind=STRONG, problem="a"),
+        *(check(3, 2, kind=kind, problem="a") for kind in (WEAK, STRONG)),
         check(1, 2, kind=ODE, name="other"),
         check(2, 2, kind=WEAK, name="half"),
         check(None, 2, kind=STRONG, name="half"),
         Check("error at 100 steps", "third", "p", None, 0.1, None, "off", 0.1),
     ]
-    assert summarise(found) == {
-        "it": PASS,
-        "other": FAIL,
-        "half": INCONCLUSIVE,
-        "third": INCONCLUSIVE,
-    }
+    expected = {"it": PASS, "other": FAIL, "half": INCONCLUSIVE, "third": INCONCLUSIVE}
+    assert summarise(found) == expected
     assert summarise([]) == {}
 
 
@@ -96,8 +87,7 @@ DIVERSE = (
 )
 
 
-@pytest.mark.parametrize("complete", [True, False])
-@pytest.mark.parametrize("count", [0, 10])
+@pytest.mark.parametrize(("count", "complete"), [(0, True), (10, False)])
 def test_a_report_goes_through_json_and_back_whole_or_in_part(tmp_path, count, complete):
     found = DIVERSE[:count]
     points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0, pareto=True),)
@@ -120,16 +110,15 @@ def test_a_report_goes_through_json_and_back_whole_or_in_part(tmp_path, count, c
 
 
 def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "report.json"
-    file.write_text("before")
-
     def fail(self: Path, target: Path) -> None:
         raise OSError("disk full")
 
+    file = tmp_path / "report.json"
+    file.write_text("before")
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         Report(DIVERSE).write_json(file)
-    assert file.read_text() == "before"
+    assert [(entry, entry.read_text()) for entry in tmp_path.iterdir()] == [(file, "before")]
 
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
@@ -154,7 +143,7 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     assert Report(()).to_text().endswith("0 of 0 pass.")
 
 
-def test_reasons_why_nothing_confirms_a_declared_order_are_below_the_table_once():
+def test_failures_and_reasons_why_nothing_confirms_a_declared_order_are_named_once():
     claim = "`strong_order=1` is declared but `path_noise` is missing: implement it or drop it"
     found = [
         *(Check(STRONG, "it", p, 1, None, INCONCLUSIVE, claim, 0.1) for p in (VP, CLD)),
@@ -162,17 +151,12 @@ def test_reasons_why_nothing_confirms_a_declared_order_are_below_the_table_once(
         check(None, 1, problem=CLD),  # confirmed on VP
         check(None, 1, problem=VP, name="other"),
     ]
-    report = Report(found)
-    first, second = report.unconfirmed()
-    assert first == f"it, strong order on VP, CLD: {claim}"
-    assert second == f"other, weak order on VP: {found[-1].message}"
-    assert report.to_text().split("\n\n")[1:] == [
-        f"{first}\n{second}",
-        "0 of 2 pass.",
+    reasons = [
+        f"it, strong order on VP, CLD: {claim}",
+        f"other, weak order on VP: {found[-1].message}",
     ]
-
-
-def test_failures_are_named_with_their_message():
+    assert Report(found).unconfirmed() == reasons
+    assert Report(found).to_text().split("\n\n")[1:] == ["\n".join(reasons), "0 of 2 pass."]
     lines = Report(DIVERSE).failures()
     assert [line.split(",")[0] for line in lines] == ["second", "fifth"]
     assert lines[1] == f"fifth, bias on {POINTS}: E|x| is off"
@@ -182,62 +166,45 @@ def test_the_table_for_the_documentation_has_declared_beside_measured():
     solvers = {"first": StochasticHeun(), "third": ExponentialMultistep(), "unmeasured": SSCS()}
     table = Report(DIVERSE, solvers=solvers).solver_table()
     assert [row["solver"] for row in table] == [repr(solver) for solver in solvers.values()]
-    first, third, unmeasured = table
-    assert first["NFE per step"] == "2"
-    assert first["applies to"] == "every linear SDE"
-    assert (first[WEAK], first[STRONG], first[ODE]) == ("2", "1", "")
     low = min(estimated(order, 1).low for order in (1, 1.2))
     high = max(estimated(order, 1).high for order in (1, 1.2))
-    assert first[f"{WEAK}, measured"] == f"1.00 … 1.20 [{low:.2f}, {high:.2f}]"
-    assert first[f"{STRONG}, measured"].startswith("2.00 [")
-    assert first[f"{ODE}, measured"] == first["error at 100 steps"] == ""
-    assert (third[WEAK], third[ODE]) == ("", "2")
-    assert third[f"{WEAK}, measured"] == "—"
-    assert third["error at 100 steps"] == "2.5e-01"
-    assert unmeasured[WEAK] == "1"
-    assert unmeasured[f"{WEAK}, measured"] == unmeasured["error at 100 steps"] == ""
+    first = f"1.00 … 1.20 [{low:.2f}, {high:.2f}]"
+    # Processes, evaluations; each order declared and measured; the error at 100 steps.
+    assert [tuple(row.values())[1:] for row in table] == [
+        ("every linear SDE", "2", "2", first, "1", "2.00 [1.98, 2.02]", "", "", ""),
+        (ExponentialMultistep().facts.applies_to, "1", "", "—", "", "", "2", "", "2.5e-01"),
+        (SSCS().facts.applies_to, "1", "1", "", "", "", "", "", ""),
+    ]
     assert Report(DIVERSE).solver_table() == []
 
 
-def test_errors_that_are_no_numbers_are_null_in_a_table_and_keep_their_place_on_the_page(tmp_path):
+def test_the_page_has_all_checks_and_a_plot_of_each_order(tmp_path):
+    """A distribution has its worst statistic as a part of the limit, and nothing declared."""
     points = (
+        WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0),
         WorkPrecisionPoint("third", 10, 0.1, math.nan, 0.0),
         WorkPrecisionPoint("third", 20, 0.1, math.inf, math.nan),
     )
-    table = WorkPrecision(CLD, "moments", points)
-    assert [point["error"] for point in strict(json.loads(table.to_json()))["points"]] == [None] * 2
-    strict(Report((), [table]).to_dict())
-    page = Report([check(None, 1, name="third")], [table]).write_html(tmp_path).read_text("utf-8")
-    assert "INCONCLUSIVE" in page
-    assert "third" in page
-
-
-def test_the_page_names_the_axes_and_gives_sentences_room(tmp_path):
-    """A distribution has its worst statistic as a part of the limit, and nothing declared."""
-    found = Check("distribution", "first", "VP, ring", None, 0.634, PASS, "sliced W₂ 0.05", 0.1)
-    page = Report([*DIVERSE[2:4], found]).write_html(tmp_path).read_text(encoding="utf-8")
-    assert "0.63 of the allowed error" in page
-    assert ".words { min-width" in page
-    assert '<td class="words">sliced W₂ 0.05</td>' in page
-    (image,) = re.findall('svg\\+xml;base64,([^"]+)', page)
-    drawn = base64.b64decode(image).decode()
+    table = WorkPrecision("<CLD>", "moments", points)
+    errors = [point["error"] for point in strict(json.loads(table.to_json()))["points"]]
+    assert errors == [0.2, None, None]
+    distribution = Check("distribution", "first", "VP, ring", None, 0.634, PASS, "sliced W₂", 0.1)
+    file = Report([*DIVERSE, distribution], [table], complete=False).write_html(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
+    page = file.read_text(encoding="utf-8")
+    for words in (
+        *("interrupted, incomplete", "INCONCLUSIVE", "0.63 of the allowed error", "&lt;CLD&gt;"),
+        *(".words { min-width", '<td class="words">sliced W₂</td>'),
+    ):
+        assert words in page
+    assert "<CLD>" not in page
+    # A diagram of work, and errors of the two solvers with an order.
+    images = re.findall('svg\\+xml;base64,([^"]+)', page)
+    assert len(images) == 3
+    drawn = base64.b64decode(images[-1]).decode()
     # Glyphs are drawn as paths, with what they say as a comment.
     assert "1 / number of steps" in drawn
     assert "error of moments or states" in drawn
-
-
-def test_a_page_is_written_with_a_plot_of_each_order(tmp_path):
-    points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0),)
-    found = [c for c in DIVERSE if c.subject != "third"]
-    report = Report(found, [WorkPrecision("<CLD>", "moments", points)], complete=False)
-    file = report.write_html(tmp_path)
-    page = file.read_text(encoding="utf-8")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
-    # A diagram of work, and errors of the two solvers with an order.
-    assert page.count("data:image/svg+xml;base64,") == 3
-    assert "interrupted, incomplete" in page
-    assert "&lt;CLD&gt;" in page
-    assert "<CLD>" not in page
 
 
 def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
@@ -248,8 +215,7 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
     assert set(report["summary"]) == {"kernels", *named_solvers()}
     assert {row["solver"] for row in report["solvers"]} == {*map(repr, named_solvers().values())}
     kinds = {"kernel", WEAK, STRONG, ODE, "distribution", "bias", "error at 100 steps"}
-    kinds |= {"NFE per step", "not applicable"}
-    assert {check["kind"] for check in report["checks"]} == kinds
+    assert {check["kind"] for check in report["checks"]} == kinds | {"NFE per step", NOT_APPLICABLE}
     compared = {check["subject"] for check in report["checks"] if check["kind"] == "distribution"}
     assert compared == set(named_solvers())
 
@@ -260,7 +226,6 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
 def test_solvers_are_found_by_their_names(tmp_path, monkeypatch):
     for name, solver in named_solvers().items():
         assert find_solver(name) == solver
-        assert isinstance(solver, Solver)
     for short, full in (("em", "euler-maruyama"), ("multistep", "multistep-2-sde")):
         assert find_solver(short) == find_solver(full)
         assert canonical_name(short) == full
@@ -277,23 +242,19 @@ def test_solvers_are_found_by_their_names(tmp_path, monkeypatch):
         find_solver("my_broken_solvers:Mine")
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("eulr", ["'eulr'", "module:ClassName", "euler-maruyama", "gotta-go-fast"]),
-        ("ssc", ["'ssc'; did you mean sscs?"]),
-        ("multi-step", ["'multi-step'; did you mean multistep?"]),
-        ("", ["''", "module:ClassName"]),
-        ("no_such_module_here:Solver", ["no_such_module_here", "cannot be loaded"]),
-        ("cldsde.solvers:NoSuchSolver", ["NoSuchSolver", "cannot be loaded"]),
-        (":SSCS", [":SSCS"]),
-        ("json:JSONDecoder", ["must be a solver"]),
-        ("json:loads", ["must be a solver"]),
-        ("cldsde.solvers.authoring:Solver", ["cldsde.solvers.authoring:Solver"]),  # abstract
-        (".solvers:SSCS", [".solvers:SSCS"]),
-    ],
-)
+NO_SOLVERS = [
+    ("eulr", "module:ClassName.*euler-maruyama.*gotta-go-fast.*'eulr'"),
+    ("multi-step", r"'multi-step'; did you mean multistep\?"),
+    ("", "module:ClassName.*''"),
+    ("no_such_module_here:Solver", "no_such_module_here.* cannot be loaded"),
+    ("cldsde.solvers:NoSuchSolver", "NoSuchSolver.* cannot be loaded"),
+    (":SSCS", ":SSCS"),
+    *((name, "must be a solver") for name in ("json:JSONDecoder", "json:loads")),
+    ("cldsde.solvers.authoring:Solver", "cldsde.solvers.authoring:Solver"),  # abstract
+]
+
+
+@pytest.mark.parametrize(("name", "words"), NO_SOLVERS)
 def test_names_of_no_solver_are_rejected(name, words):
-    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+    with pytest.raises(ValueError, match=words):
         find_solver(name)
-    assert all(word in str(error.value) for word in words)

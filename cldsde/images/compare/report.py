@@ -21,10 +21,11 @@ RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
 """Format of the file of results, in the file itself."""
+_BODY = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
 
 
-def read_results(file: Path) -> dict[str, Any]:
+def read_comparison(file: Path) -> dict[str, Any]:
     """Results of a comparison so far, from their file."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -40,7 +41,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 def write_report(folder: Path) -> None:
     """Write ``table.md``, a plot of each measure and ``report.html`` beside `RESULTS`."""
-    results = read_results(folder / RESULTS)
+    results = read_comparison(folder / RESULTS)
     found = tables(results)
     text = "\n\n".join(table.markdown() for table in found) + "\n"
     write_whole(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
@@ -125,38 +126,3 @@ def _logarithmic(axes: Axes) -> None:
         axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelbottom=True, labelleft=True)
     axes.grid(visible=True, alpha=0.3)
-
-
-_BODY = """\
-<p>{% if not results.complete %}Unfinished. {% endif %}Each cell is of {{ results.config.repeats }}
-set{{ "" if results.config.repeats == 1 else "s" }} of
-{{ "{:,}".format(results.config.samples) }} images{% if results.config.repeats > 1 %}: mean ±
-standard deviation{% endif %}.{% for one in results.made %} {% if results.made | length > 1 %}Some
-with {% endif %}cldsde {{ one.versions.cldsde }}, torch {{ one.versions.torch }}, {{ one.device }},
-{{ one.threads }} thread{{ "" if one.threads == 1 else "s" }}, {{ one.machine }}.
-{%- endfor %}</p>
-{% for title, image in plots %}
-<p class="scroll"><img class="plot" src="{{ image }}"
-alt="{{ title }} against score evaluations"></p>
-{% endfor %}
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
-<div class="scroll"><table>
-<tr>{% for name in table.head %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in table.rows %}
-<tr>{% for entry in row %}<td{% if entry.number %} class="number"{% endif %}>
-{%- if entry.best %}<strong>{{ entry.text }}</strong>{% else %}{{ entry.text }}{% endif -%}
-</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% for remark in table.remarks %}<p>{{ remark }}</p>{% endfor %}
-{% endfor %}
-{% if pictures %}<h2>Samples</h2>
-<p>The first images of each row of the tables: a line for each number of score evaluations, or
-tolerance, and the same seeds below each other.</p>{% endif %}
-{% for row, image in pictures %}
-<figure><figcaption>{{ row.model }}, {{ row.label }}:
-{{ row.cells | map(attribute="budget") | join(", ") }}</figcaption>
-<img class="pixels" src="{{ image }}" alt="Samples of {{ row.model }}, {{ row.label }}"></figure>
-{% endfor %}
-"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -80,22 +80,18 @@ class FolderImages(Images):
     ) -> None:
         self._workers = workers
         root = as_folder(path)
-        names, found = _classes(root) if classes else (None, [(file, 0) for file in _walk(root)])
+        found, others = _found(root)
         if not found:
             msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        damaged = self._damaged([file for file, _ in found], whole=skip_damaged)
-        kept = [(file, number) for file, number in found if file not in damaged]
-        if damaged and not (skip_damaged and kept):
+        names, numbers = _classes(root, found) if classes else (None, [0] * len(found))
+        damaged = self._damaged(found, whole=skip_damaged)
+        self.files = tuple(file for file in found if file not in damaged)
+        if damaged and not (skip_damaged and self.files):
             raise ValueError(_described(damaged))
-        labels = None if names is None else torch.tensor([number for _, number in kept])
+        kept = [number for file, number in zip(found, numbers, strict=True) if file not in damaged]
+        labels = None if names is None else torch.tensor(kept)
         super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
-        self.files = tuple(file for file, _ in kept)
-        others = Counter(
-            file.suffix or "no suffix"
-            for file in root.rglob("*")
-            if file.suffix.lower() not in SUFFIXES and file.is_file() and file.name[0] != "."
-        )
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
         self.skipped = (*damaged.values(), *counts)
 
@@ -151,41 +147,41 @@ def _name_order(path: Path) -> tuple[list[str], tuple[str, ...]]:
     return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
 
 
-def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Subfolders and image files of a folder, links followed."""
-    folders, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and entry.name[0] != ".":
-                folders.append(folder / entry.name)
-            elif entry.name[0] != "." and Path(entry.name).suffix.lower() in SUFFIXES:
-                files.append(folder / entry.name)
-    return sorted(folders, key=_name_order), files
+def _found(root: Path) -> tuple[list[Path], Counter[str]]:
+    """Image files of a folder and its subfolders in order, and numbers of other files by suffix."""
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        place = Path(name)
+        above = [root / part for part in place.relative_to(root).parents] if place != root else []
+        if place.resolve() in (folder.resolve() for folder in above):
+            raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
+        folders[:] = [folder for folder in folders if folder[0] != "."]
+        for file in (place / name for name in names if name[0] != "."):
+            if file.suffix.lower() in SUFFIXES:
+                files.append(file)
+            else:
+                others[file.suffix or "no suffix"] += 1
+    return sorted(files, key=_name_order), others
 
 
-def _walk(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """All image files of a folder and its subfolders, in order."""
-    here = folder.resolve()
-    if here in above:
-        raise ValueError(f"{folder} is a link to a folder that it lies in; remove it")
-    folders, files = _visible(folder)
-    inner: Iterable[Path] = (file for each in folders for file in _walk(each, (*above, here)))
-    return sorted([*files, *inner], key=_name_order)
+def _raise(error: OSError) -> None:
+    raise error
 
 
-def _classes(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Names of the classes, and files with their classes."""
-    folders, stray = _visible(root)
-    if stray:
-        msg = f"{min(stray, key=_name_order)} belongs to no class; with classes=True images lie in "
-        raise ValueError(f"{msg}subfolders")
-    files: list[tuple[Path, int]] = []
-    for number, folder in enumerate(folders):
-        found = _walk(folder, (root.resolve(),))
-        if not found:
-            raise ValueError(f"{folder} is a class without an image; add images or remove it")
-        files += [(file, number) for file in found]
-    return [folder.name for folder in folders], files
+def _classes(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int]]:
+    """Names of the classes, and the class of each file."""
+    visible = (x for x in root.iterdir() if x.is_dir() and x.name[0] != ".")
+    folders = sorted(visible, key=_name_order)
+    numbers = {folder.name: i for i, folder in enumerate(folders)}
+    owners = [file.relative_to(root).parts[0] for file in files]
+    for file, owner in zip(files, owners, strict=True):
+        if owner not in numbers:
+            msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
+            raise ValueError(msg)
+    for name in sorted(numbers.keys() - set(owners)):
+        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
+    return list(numbers), [numbers[owner] for owner in owners]
 
 
 def _decode(size: int, channels: int, file: Path) -> Tensor:

@@ -33,7 +33,7 @@ from cldsde.images.evaluate.likelihoods import (
     latent_likelihood,
     likelihood,
 )
-from cldsde.images.evaluate.weights import INCEPTION_FILE, check_inception_weights
+from cldsde.images.evaluate.weights import INCEPTION_FILE
 
 __all__ = [
     "INCEPTION_FILE",
@@ -44,7 +44,6 @@ __all__ = [
     "InceptionMetric",
     "UndefinedLikelihoodError",
     "check_features",
-    "check_inception_weights",
     "feature_name",
     "frechet",
     "frechet_distance",

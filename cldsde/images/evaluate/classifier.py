@@ -6,14 +6,18 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cldsde.files import file_lock
 from cldsde.images.checks import check_images, check_labels, check_same_shape
+from cldsde.images.data import DataSet
+from cldsde.images.data.samples import all_bytes, byte_batches
+from cldsde.images.evaluate.distances import batches_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.messages import brief
@@ -23,6 +27,7 @@ _NAME = "cldsde.images.evaluation:ImageClassifier"
 """Files of results and of statistics know the features by this name: it outlasts the module's."""
 
 _SMALLEST = 8  # height and width
+_TRAINED_ON = 150_000  # images for a classifier of a data set at least, repetitions counted
 Size = Annotated[Count, Field(le=4096)]
 """Width, number of features or classes."""
 
@@ -159,6 +164,39 @@ def load_classifier(
         raise ValueError(msg) from error
     del notes["sha256"]
     return model.to(device).eval().requires_grad_(False), notes
+
+
+def kept_classifier(
+    file: Path, data: DataSet, *, device: torch.device | str = "cpu", progress: bool = False
+) -> ClassifierFeatures:
+    """Features of a classifier of a data set, from its file; it is trained if there is none."""
+    train, labels = data.train, data.train.labels
+    assert labels is not None
+    origin = {
+        "images_sha256": batches_sha256(byte_batches(train), (len(train), *train.shape)),
+        "labels_sha256": tensors_digest({"labels": labels}),
+    }
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Of two evaluations at the same time one trains the classifier for both.
+        with file_lock(file, wait=True):
+            if not file.exists():
+                _train_into(file, data, origin, device=device, progress=progress)
+    try:
+        classifier, notes = load_classifier(file, device=device)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to have it made again") from error
+    if not origin.items() <= notes.items():
+        msg = f"{file} was trained on other images or classes; delete it, or move it away"
+        raise ValueError(msg)
+    return ClassifierFeatures(classifier, device=device)
+
+
+def _train_into(file: Path, data: DataSet, notes: Mapping[str, str], **options: Any) -> None:
+    sets: Any = [(all_bytes(x), x.labels) for x in (data.train, data.held_out or data.train)]
+    epochs = max(3, round(_TRAINED_ON / len(data.train)))
+    classifier, accuracy = train_classifier(*sets[0], *sets[1], epochs=epochs, **options)
+    save_classifier(classifier, file, metadata={**notes, "held_out_accuracy": f"{accuracy:.4f}"})
 
 
 def _scaled(images: Tensor) -> Tensor:

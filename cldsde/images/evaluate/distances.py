@@ -90,6 +90,8 @@ class FeatureStatistics:
         Name of the feature network, see `feature_name`.
     data_sha256
         Hash of the images, see `images_sha256`.
+    rows
+        Features of each image, ``(N, ≥ F)`` float32, if they are kept.
     """
 
     mean: Tensor
@@ -97,6 +99,7 @@ class FeatureStatistics:
     count: int
     features: str
     data_sha256: str
+    rows: Tensor | None = None
 
     @classmethod
     def of(
@@ -105,7 +108,6 @@ class FeatureStatistics:
         features: FeatureNetwork,
         *,
         batch: int = 256,
-        name: str | None = None,
         progress: bool = False,
     ) -> FeatureStatistics:
         """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
@@ -113,7 +115,7 @@ class FeatureStatistics:
         if batch < 1:
             raise SettingError("batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
-        sums = FeatureSums(features, images.shape, name=name)
+        sums = FeatureSums(features, images.shape)
         for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
             sums.add(part)
         return sums.statistics()
@@ -128,14 +130,23 @@ class FeatureSums:
         Feature network, see `load_features`.
     shape
         ``(N, C, H, W)`` of all images.
-    name
-        Name of the feature network; None takes its own.
+    size
+        Number of features, if the network returns more numbers.
+    keep
+        Whether to keep the numbers of each image.
     """
 
     def __init__(
-        self, features: FeatureNetwork, shape: Sequence[int], *, name: str | None = None
+        self,
+        features: FeatureNetwork,
+        shape: Sequence[int],
+        *,
+        size: int | None = None,
+        keep: bool = False,
     ) -> None:
-        self._name = feature_name(features) if name is None else name
+        self._size, self._keep = size, keep
+        self._rows: list[Tensor] = []
+        self._name = feature_name(features)
         self._features, self._hash = features, hashlib.sha256(f"{tuple(shape)}".encode())
         self._seen, self._mean, self._scatter = 0, torch.zeros(()), torch.zeros(())
 
@@ -143,6 +154,9 @@ class FeatureSums:
         """Add a batch of uint8 images ``(B, C, H, W)``."""
         with torch.no_grad():
             rows = checked_features(self._features(images), len(images))
+        if self._keep:
+            self._rows.append(rows.float())
+        rows = rows[:, : self._size]
         if self._seen and self._mean.shape != rows.shape[1:]:
             sizes = f"{len(self._mean)} and {rows.shape[1]}"
             raise ValueError(f"features must return as many features for each batch; got {sizes}")
@@ -157,8 +171,8 @@ class FeatureSums:
     def statistics(self) -> FeatureStatistics:
         """The statistics of all images."""
         covariance = self._scatter / (self._seen - 1)
-        digest = self._hash.hexdigest()
-        return FeatureStatistics(self._mean, covariance, self._seen, self._name, digest)
+        found = self._mean, covariance, self._seen, self._name, self._hash.hexdigest()
+        return FeatureStatistics(*found, torch.cat(self._rows) if self._keep else None)
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -175,7 +189,6 @@ def frechet(
     features: FeatureNetwork,
     *,
     batch: int = 256,
-    name: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Fréchet distance of images to a reference in the features of any network.
@@ -193,8 +206,6 @@ def frechet(
         Feature network, see `load_features`.
     batch
         Images per batch.
-    name
-        Name of the feature network; None takes its own.
     progress
         Show progress bars on stderr.
 
@@ -212,25 +223,28 @@ def frechet(
         other features.
     """
     check_images(images, "images", least=2)
-    name = feature_name(features) if name is None else name
-    options: dict[str, Any] = {"batch": batch, "name": name}
-    if isinstance(reference, FeatureStatistics):
-        if reference.features != name:
-            got = f"statistics in {reference.features!r}"
-            raise ValueError(f"reference must be in the features {name!r}; got {got}")
-        second = reference
-    else:
+    options: dict[str, Any] = {"batch": batch, "progress": progress}
+    if isinstance(reference, Tensor):
         check_same_shape(images, check_images(reference, "reference", least=2))
-        second = FeatureStatistics.of(reference, features, progress=progress, **options)
-    return frechet_report(
-        FeatureStatistics.of(images, features, progress=progress, **options), second
-    )
+        reference = FeatureStatistics.of(reference, features, **options)
+    elif reference.features != feature_name(features):
+        msg = f"must be in the features {feature_name(features)!r}; got statistics in "
+        raise SettingError("reference", f"{msg}{reference.features!r}")
+    return frechet_report(FeatureStatistics.of(images, features, **options), reference)
 
 
 def frechet_report(first: FeatureStatistics, second: FeatureStatistics) -> dict[str, Any]:
     """Fréchet distance of images to a reference, by their statistics; see `frechet`."""
     return {
         "frechet_distance": frechet_of(first, second),
+        **frechet_conditions(first, second),
+        "versions": package_versions("cldsde", "torch"),
+    }
+
+
+def frechet_conditions(first: FeatureStatistics, second: FeatureStatistics) -> dict[str, Any]:
+    """Features and images on which a distance depends."""
+    return {
         "features": first.features,
         "feature_count": len(first.mean),
         "samples": first.count,
@@ -238,5 +252,4 @@ def frechet_report(first: FeatureStatistics, second: FeatureStatistics) -> dict[
         "samples_sha256": first.data_sha256,
         "reference_sha256": second.data_sha256,
         "singular": min(first.count, second.count) <= len(first.mean),
-        "versions": package_versions("cldsde", "torch"),
     }

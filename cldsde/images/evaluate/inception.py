@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,16 +12,17 @@ from pydantic import Field
 from torch import Tensor
 
 from cldsde.images.checks import check_images, check_same_shape
-from cldsde.images.evaluate.distances import images_sha256, package_versions
-from cldsde.images.evaluate.weights import (
-    EXTRACTOR,
-    check_cache,
-    check_inception_weights,
-    is_published,
-    load_inception,
-    plain_loads,
+from cldsde.images.evaluate.distances import (
+    FeatureStatistics,
+    FeatureSums,
+    frechet_conditions,
+    frechet_of,
+    images_sha256,
+    package_versions,
 )
+from cldsde.images.evaluate.weights import EXTRACTOR, is_published, load_inception
 from cldsde.images.schema import Count, Natural, checked
+from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
 
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
@@ -29,13 +30,14 @@ InceptionMetric = Literal["fid", "kid", "isc", "prc"]
 
 _NEIGHBOURS = 3
 _SPLITS = 10
-_NAMES: dict[str, dict[str, tuple[str, str | None]]] = {
-    "fid": {"fid": ("frechet_inception_distance", None)},
-    "kid": {"kid": ("kernel_inception_distance_mean", "kernel_inception_distance_std")},
-    "isc": {"isc": ("inception_score_mean", "inception_score_std")},
-    "prc": {name: (name, None) for name in ("precision", "recall", "f_score")},
+_FEATURES = 2048
+NEEDS = {
+    "fid": (2, "a covariance"),
+    "prc": (_NEIGHBOURS + 1, f"{_NEIGHBOURS} neighbours"),
+    "isc": (_SPLITS, f"{_SPLITS} splits"),
 }
-"""For each metric our names, and torch-fidelity's of value and spread."""
+"""Least number of images for a metric, and why."""
+_KIND = "a set of images in the features of Inception"
 
 
 @checked
@@ -53,7 +55,7 @@ def inception_metrics(
     cache: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """FID, KID, Inception score, precision and recall, by torch-fidelity.
+    """FID, KID, Inception score, precision and recall, with the network of torch-fidelity.
 
     Nothing is downloaded: the weights come from a file. Grey images are repeated to three channels.
     An image takes about 0.4 s on a processor core.
@@ -71,7 +73,7 @@ def inception_metrics(
     batch
         Images per batch.
     device
-        ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        Device of the network.
     seed
         Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
     kid_subsets, kid_subset_size
@@ -86,9 +88,8 @@ def inception_metrics(
     -------
     dict
         ``metrics``: for each number its ``value``, its ``spread``, and ``spread_is``, a description
-        of the spread (both None for FID, precision, recall and F-score); ``samples``,
-        ``reference_samples``, their SHA-256, ``channels``, ``extractor``, ``resize``, ``weights``,
-        ``settings`` and ``versions``.
+        of the spread (both None for FID, precision, recall and F-score); ``resize``, ``weights``,
+        ``channels``, ``settings``; and as in `frechet` features, numbers and hashes of the images.
 
     Raises
     ------
@@ -100,85 +101,28 @@ def inception_metrics(
         If an argument is out of range, shapes do not fit, there are too few images for a metric,
         or a file is damaged or not of that network.
     """
-    options = get_args(InceptionMetric)
-    chosen = [option for option in options if option in metrics]
-    _check_sets(images, reference, chosen, kid_subset_size)
-    on = _check_device(device)
-    try:
-        import torch_fidelity
-    except ImportError as error:
-        msg = "inception_metrics needs torch-fidelity: pip install 'cldsde[images]'"
-        raise ImportError(msg) from error
-    weights = Path(weights)
-    weights_sha256 = check_inception_weights(weights)
-    own, other = images_sha256(images), images_sha256(reference)
-    cached: dict[str, Any] = {"cache": False}
-    if cache is not None:
-        key = f"cldsde-{other[:32]}-{weights_sha256[:32]}"
-        check_cache(cache, key, len(reference))
-        cached = {"cache": True, "cache_root": str(cache), "input2_cache_name": key}
+    _check_sets(images, reference, metrics, kid_subset_size)
+    network = InceptionFeatures(Path(weights), device)
+    own, given = inception_sums(network, images.shape, metrics), images_sha256(reference)
     total = len(images) + len(reference)
-    with (
-        torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext(),
-        plain_loads(),
-        # The network is initialised before its weights are read, and its loader draws a seed.
-        torch.random.fork_rng(devices=[]),
-        progress_bar(None, shown=progress, total=total, desc="Inception") as bar,
-    ):
-        found = torch_fidelity.calculate_metrics(
-            input1=_Coloured(images, bar),
-            input2=_Coloured(reference, bar),
-            # Named, because the default for precision and recall is a VGG that is downloaded.
-            feature_extractor=EXTRACTOR,
-            feature_extractor_weights_path=str(weights),
-            **{metric: metric in chosen for metric in options},
-            isc_splits=_SPLITS,
-            kid_subsets=kid_subsets,
-            kid_subset_size=kid_subset_size,
-            prc_neighborhood=_NEIGHBOURS,
-            batch_size=batch,
-            cuda=on.type == "cuda",
-            rng_seed=seed,
-            datasets_download=False,
-            save_cpu_ram=True,  # no worker processes, and no N × M matrix of distances
-            verbose=False,
-            **cached,
+    with progress_bar(None, shown=progress, total=total, desc="Inception") as bar:
+
+        def batches(some: Tensor) -> Iterator[Tensor]:
+            for part in some.split(batch):  # type: ignore[no-untyped-call]
+                yield part
+                bar.update(len(part))
+
+        for part in batches(images):
+            own.add(part)
+        other = reference_statistics(
+            batches(reference), reference.shape, given, network, metrics, cache
         )
-    of_kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    settings = {"isc_splits": _SPLITS, **of_kid, "prc_neighbourhood": _NEIGHBOURS}
-    spreads = {
-        "kid": f"standard deviation over {kid_subsets} subsets of {kid_subset_size}",
-        "isc": f"standard deviation over {_SPLITS} splits",
-    }
-    return {
-        "metrics": {
-            name: {
-                "value": found[value],
-                "spread": None if spread is None else found[spread],
-                "spread_is": spreads.get(name),
-            }
-            for metric in chosen
-            for name, (value, spread) in _NAMES[metric].items()
-        },
-        "samples": len(images),
-        "reference_samples": len(reference),
-        "samples_sha256": own,
-        "reference_sha256": other,
-        "channels": "grey repeated to three" if images.shape[1] == 1 else "three",
-        "extractor": EXTRACTOR,
-        "resize": "bilinear to 299×299 as in TensorFlow 1, in torch-fidelity",
-        "weights": {
-            "file": weights.name,
-            "sha256": weights_sha256,
-            "published": is_published(weights_sha256),
-        },
-        "settings": {"batch": batch, "device": str(on), "seed": seed, **settings},
-        "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
-    }
+    options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    return inception_report(own.statistics(), other, network, metrics, **options)
 
 
 class InceptionFeatures:
-    """Features of the Inception network, ``(B, 2048)``: a `FeatureNetwork`, for FID alone.
+    """2,048 features and 1,008 logits of the Inception network: a `FeatureNetwork`.
 
     Parameters
     ----------
@@ -187,58 +131,112 @@ class InceptionFeatures:
     """
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
-        self._device = _check_device(device)
         network, self.sha256 = load_inception(weights)
-        self._network = network.to(self._device)
-        self.name = f"{EXTRACTOR} {self.sha256}"
+        self._network, self._device = network.to(device), device
+        self.name, self.file = f"{EXTRACTOR} {self.sha256}", weights.name
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of uint8 images."""
-        features: Tensor = self._network(images.to(self._device).expand(-1, 3, -1, -1))[0]
-        return features
+        """Features and logits of uint8 images, ``(B, 3056)``."""
+        return torch.cat(self._network(images.to(self._device).expand(-1, 3, -1, -1)), 1)
+
+
+def inception_sums(
+    network: InceptionFeatures, shape: Sequence[int], metrics: Iterable[str]
+) -> FeatureSums:
+    """Sums for metrics of images ``(N, C, H, W)``; FID keeps no features of single images."""
+    return FeatureSums(network, shape, size=_FEATURES, keep={*metrics} != {"fid"})
+
+
+def reference_statistics(
+    batches: Iterable[Tensor],
+    shape: Sequence[int],
+    sha256: str,
+    network: InceptionFeatures,
+    metrics: Iterable[str],
+    cache: Path | None,
+) -> FeatureStatistics:
+    """Statistics of images to compare with, from a file in the folder ``cache`` if there is one."""
+    metrics = {*metrics} - {"isc"}  # takes no reference
+    known: dict[str, Any] = {"count": shape[0], "features": network.name, "data_sha256": sha256}
+    if not metrics:
+        return FeatureStatistics(torch.empty(0), torch.empty(0, 0), **known)
+    file = None
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        file = cache / f"{sha256[:32]}-{network.sha256[:32]}.safetensors"
+        with suppress(ValueError, FileNotFoundError):  # damaged or missing: made again
+            kept: dict[str, Any] = load_tensors(file, _KIND)[0]
+            if "rows" in kept or metrics == {"fid"}:
+                return FeatureStatistics(**kept, **known)
+    sums = inception_sums(network, shape, metrics)
+    for part in batches:
+        sums.add(part)
+    found = sums.statistics()
+    if file is not None:
+        tensors = {name: getattr(found, name) for name in ("mean", "covariance", "rows")}
+        save_tensors(file, _KIND, {k: x for k, x in tensors.items() if x is not None}, {})
+    return found
+
+
+def inception_report(
+    own: FeatureStatistics,
+    other: FeatureStatistics,
+    network: InceptionFeatures,
+    metrics: Iterable[str],
+    *,
+    seed: int = 0,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+) -> dict[str, Any]:
+    """Metrics of images compared with others; see `inception_metrics`."""
+    from torch_fidelity import metric_isc, metric_kid, metric_prc
+
+    kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    features: Any = [x.rows[:, :_FEATURES] for x in (own, other) if x.rows is not None]
+    found: dict[str, tuple[float, float | None, str | None]] = {}
+    if "fid" in metrics:
+        found["fid"] = frechet_of(own, other), None, None
+    if "kid" in metrics:
+        options = {"rng_seed": seed, "verbose": False, **kid}
+        mean, spread = metric_kid.kid_features_to_metric(*features, **options).values()
+        kind = f"standard deviation over {kid_subsets} subsets of {kid_subset_size}"
+        found["kid"] = mean, spread, kind
+    if "isc" in metrics:
+        assert own.rows is not None
+        logits = own.rows[:, _FEATURES:]
+        mean, spread = metric_isc.isc_features_to_metric(logits, _SPLITS, rng_seed=seed).values()
+        found["isc"] = mean, spread, f"standard deviation over {_SPLITS} splits"
+    if "prc" in metrics:
+        # Without an N × M matrix of distances.
+        options = {"prc_neighborhood": _NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+        shares = metric_prc.prc_features_to_metric(*features, **options)
+        found |= {name: (share, None, None) for name, share in shares.items()}
+    sha256 = network.sha256
+    return {
+        "metrics": {
+            name: dict(zip(("value", "spread", "spread_is"), row, strict=True))
+            for name, row in found.items()
+        },
+        **frechet_conditions(own, other),
+        "channels": "grey is repeated to three",
+        "resize": "bilinear to 299×299 as in TensorFlow 1, in torch-fidelity",
+        "weights": {"file": network.file, "sha256": sha256, "published": is_published(sha256)},
+        "settings": {"seed": seed, "splits": _SPLITS, "neighbours": _NEIGHBOURS, **kid},
+        "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
+    }
 
 
 def _check_sets(
-    images: Tensor, reference: Tensor, chosen: Sequence[str], kid_subset_size: int
+    images: Tensor, reference: Tensor, metrics: Sequence[str], kid_subset_size: int
 ) -> None:
-    least, why = 2, "a covariance"
-    if "prc" in chosen:
-        least, why = _NEIGHBOURS + 1, f"{_NEIGHBOURS} neighbours"
-    if "kid" in chosen and kid_subset_size > least:
-        least, why = kid_subset_size, "kid_subset_size"
-    needs = [(images, "images", least, why), (reference, "reference", least, why)]
-    if "isc" in chosen:
-        needs.append((images, "images", _SPLITS, f"{_SPLITS} splits"))
-    for some, name, count, reason in needs:
-        if len(check_images(some, name)) < count:
-            msg = f"{name} must hold at least {count} images, for {reason}; got {len(some)}"
-            raise ValueError(msg)
+    for some, name in ((images, "images"), (reference, "reference")):
+        check_images(some, name, least=2)
+        for metric in metrics:
+            least, why = NEEDS.get(metric, (kid_subset_size, "kid_subset_size"))
+            # The Inception score takes no reference.
+            if len(some) < least and (metric, name) != ("isc", "reference"):
+                msg = f"{name} must hold at least {least} images, for {why}; got {len(some)}"
+                raise ValueError(msg)
     check_same_shape(images, reference)
     if images.shape[1] not in {1, 3}:
         raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
-
-
-def _check_device(device: torch.device | str) -> torch.device:
-    on = torch.device(device)
-    if on.type not in {"cpu", "cuda"}:
-        msg = f"device must be 'cpu', 'cuda' or 'cuda:N' for torch-fidelity; got {str(device)!r}"
-        raise ValueError(msg)
-    if on.type == "cuda" and (on.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: this machine has no {on}; use 'cpu'")
-    return on
-
-
-class _Coloured(torch.utils.data.Dataset[Tensor]):
-    """Images with three channels, as torch-fidelity takes them; counts them on a bar."""
-
-    def __init__(self, images: Tensor, bar: Any) -> None:
-        self.images, self.bar, self.seen = images, bar, 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index == self.seen:  # torch-fidelity reads the first image twice
-            self.seen += 1
-            self.bar.update()
-        return self.images[index].expand(3, -1, -1)

@@ -1,133 +1,140 @@
-"""Files of results of an evaluation, cell by cell, and their table.
+"""Results of evaluations as lines of JSON, and their table.
 
-A file is JSON. It holds the digest of the weights, ``likelihood``, and ``recipes``: per recipe its
-``sampling`` and its ``cells``, one per range of seeds. A cell holds its measures by their names,
-`SAMPLING`, the cost and origin of its images, and `FAILED` if they could not be sampled.
+Lines are appended under a lock, so that several evaluations may share a file. Of two lines about
+the same measurement the later one counts. A line that was cut off is ignored and written again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
 
-from cldsde.files import file_lock, write_whole
-from cldsde.images.config import SamplingConfig
+from cldsde.files import file_lock
 from cldsde.images.evaluate.distances import package_versions
-from cldsde.images.sample.sampler import make_solver
 from cldsde.messages import one_line
 from cldsde.tables import Entry, Table, mean_and_spread
 
-SAMPLING = "sampling"
-"""Key of a cell for the cost and the origin of its images."""
-FAILED = "failed"
-"""Key of a cell, or of a likelihood, for the reason why it could not be measured."""
+_BEGINNING = b'{"model": "'  # of each line
+_OLDER = b"{\n"  # beginning of files that were one JSON object
+_ELSEWHERE = "delete it, or write to another file"
 
 
-class _Sampling(TypedDict, total=False):
-    nfe: float
-    seconds: float
-    solver: str
-    made: list[dict[str, Any]]
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A metric of some images or of a model: its numbers, or the reason why it has none.
 
-
-class _Cell(TypedDict):
-    sampling: _Sampling
-    failed: NotRequired[str]
-
-
-class _Recipe(TypedDict):
-    sampling: dict[str, Any]
-    cells: dict[str, _Cell]
-
-
-class _Bits(TypedDict):
-    asked: int
-    failed: NotRequired[str]
-
-
-class _Results(TypedDict):
-    model: str
-    likelihood: NotRequired[_Bits | None]
-    recipes: NotRequired[list[_Recipe]]
-
-
-def stored_results(results: Path, digest: str) -> dict[str, Any]:
-    """Results of an evaluation so far, from their file."""
-    found: dict[str, Any] = {"model": digest}
-    if results.exists():
-        try:
-            found = json.loads(results.read_text())
-            _check(found)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            msg = f"{results} is damaged ({one_line(error)}); delete it to have it made again"
-            raise ValueError(msg) from error
-    if found["model"] != digest:
-        msg = f"{results} holds results of other weights; delete it, or write to another file"
-        raise ValueError(msg)
-    return {"likelihood": None, "recipes": [], **found}
-
-
-def _check(found: Any) -> None:
-    TypeAdapter(_Results).validate_python(found)
-    needs: list[tuple[Mapping[str, Any], set[str]]] = []
-    bits = found.get("likelihood")
-    if bits is not None and FAILED not in bits:
-        needs.append((bits, {"bits_per_dim", "is_bound", "quantity", "settings"}))
-    for cell in (cell for row in found.get("recipes", []) for cell in row["cells"].values()):
-        needs.append((cell[SAMPLING], set() if FAILED in cell else {"nfe", "seconds"}))
-        for key in cell.keys() - {SAMPLING, FAILED}:
-            # The Inception score takes no reference.
-            keys = set() if key.startswith("isc ") else {"reference_sha256"}
-            needs.append((cell[key], keys | ({"features"} if key.startswith("fd ") else set())))
-        cell_numbers(cell)
-    for values, keys in needs:
-        if not keys <= values.keys():
-            raise ValueError(f"{', '.join(sorted(keys - values.keys()))} is missing")
-
-
-@contextmanager
-def changed_results(results: Path, digest: str) -> Iterator[dict[str, Any]]:
-    """Results in their file now, to be changed in the block and then written.
-
-    The file is locked meanwhile, so that several evaluations may share it.
+    Attributes
+    ----------
+    model
+        Digest of the weights, or of images from a file.
+    recipe, seeds
+        Sampling settings in JSON types, and the first and last seed of the images.
+    solver
+        The solver with all its options, because recipes omit defaults, which may change.
+    metric, against
+        The metric, and a name of what it compares with: features and part of the data.
+    features, reference
+        Name of the features, with a hash of their weights, and hash of the images compared with.
+    numbers
+        The numbers by their names.
+    nfe, seconds
+        Mean score evaluations per image, and seconds of sampling.
+    about
+        Everything else that the numbers depend on.
+    origin
+        Versions, machine, device and threads.
+    failed
+        Reason of a failure.
     """
-    with file_lock(results, wait=True):
-        found = stored_results(results, digest)
-        yield found
-        text = json.dumps(found, indent=1) + "\n"
-        write_whole(results, lambda path: path.write_text(text))
+
+    model: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, int] | None = None
+    solver: str = ""
+    metric: str
+    against: str
+    features: str = ""
+    reference: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    nfe: float | None = None
+    seconds: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    failed: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Everything that tells a measurement from others in its file."""
+        parts = (self.recipe, self.seeds, self.solver, self.metric, self.against)
+        return json.dumps(parts, sort_keys=True)
 
 
-def cells_of(found: dict[str, Any], recipe: SamplingConfig) -> dict[str, Any]:
-    """Cells of a recipe among results, by `seeds_key`; added if there are none."""
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    for row in found["recipes"]:
-        if row["sampling"] == settings:
-            stored: dict[str, Any] = row["cells"]
-            return stored
-    cells: dict[str, Any] = {}
-    found["recipes"].append({"sampling": settings, "cells": cells})
-    return cells
+_LINE = TypeAdapter(Result)
 
 
-def seeds_key(seeds: range) -> str:
-    """Key of a cell."""
-    return f"{seeds[0]}-{seeds[-1]}"
+def read_results(file: Path, model: str | None = None) -> dict[str, Result]:
+    """Results in a file by their keys, of a model if given; raise if it holds others."""
+    found = {}
+    for number, line in enumerate(_whole_lines(file).splitlines(), 1):
+        try:
+            result = _LINE.validate_json(line)
+        except ValueError as error:
+            msg = f"{file} is damaged (line {number}: {one_line(error)}); delete it to have it "
+            raise ValueError(f"{msg}made again") from error
+        if model not in {None, result.model}:
+            raise ValueError(f"{file} holds results of other weights or images; {_ELSEWHERE}")
+        found[result.key] = result
+    return found
 
 
-def resolved_solver(recipe: SamplingConfig) -> str:
-    """The solver of a recipe with all its options: recipes omit defaults, which may change."""
-    return repr(make_solver(recipe))
+def add_results(file: Path, made: Sequence[Result]) -> None:
+    """Append results to a file; raise if they cannot be compared with the others there."""
+    lines = [json.dumps(dataclasses.asdict(result)) + "\n" for result in made]
+    with file_lock(file, wait=True):
+        check_comparable([*read_results(file, made[0].model).values(), *made], file)
+        whole = len(_whole_lines(file))
+        with file.open("ab") as target:
+            target.truncate(whole)
+            target.write("".join(lines).encode())
+            target.flush()
+            os.fsync(target.fileno())
+
+
+def _whole_lines(file: Path) -> bytes:
+    """Content of a file up to its last line break."""
+    content = file.read_bytes() if file.exists() else b""
+    end = content.rfind(b"\n") + 1
+    if content.startswith(_OLDER):
+        raise ValueError(f"{file} was written by an older version of cldsde; {_ELSEWHERE}")
+    # The rest is cut off, unless the file is of something else.
+    if not content[end:].startswith(_BEGINNING[: len(content) - end]):
+        raise ValueError(f"{file} holds something else than results of cldsde; {_ELSEWHERE}")
+    return content[:end]
+
+
+def check_comparable(results: Iterable[Result], place: Path) -> None:
+    """Raise if results of one metric are in other features or compared with other images."""
+    firsts: dict[tuple[str, str], Result] = {}
+    for result in results:
+        first = firsts.setdefault((result.metric, result.against), result)
+        problem = None
+        if result.features != first.features:
+            both = f"{first.features} and {result.features}"
+            problem = f"distances in the features of different classifiers, {both}"
+        elif result.reference != first.reference:
+            problem = f"{result.metric} to other images than the present data set has"
+        if problem is not None:
+            raise ValueError(f"{place} holds {problem}; {_ELSEWHERE}")
 
 
 def origin(device: str) -> dict[str, Any]:
@@ -142,65 +149,53 @@ def origin(device: str) -> dict[str, Any]:
     }
 
 
-def joined(own: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell, joined with measures that others stored meanwhile for images of the same solver."""
-    made, before = own[SAMPLING], stored.get(SAMPLING, {})
-    if before.get("solver") != made["solver"]:
-        return dict(own)
-    origins = [one for one in before.get("made", []) if one not in made["made"]]
-    measures = {key: value for key, value in stored.items() if key != FAILED}
-    return {**measures, **own, SAMPLING: {**made, "made": [*origins, *made["made"]]}}
+def markdown_table(results: Iterable[Result]) -> str:
+    """Table of recipes against numbers: means over repetitions, with their spread.
 
-
-def cell_numbers(cell: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a cell, by their names in a table."""
-    numbers = {}
-    for key, measure in cell.items():
-        metric, _, rest = key.partition(" ")
-        if metric == "fd":
-            numbers[key] = float(measure["frechet_distance"])
-        elif key not in {SAMPLING, FAILED}:
-            for name in ("precision", "recall") if metric == "prc" else (metric,):
-                numbers[f"{name} {rest}"] = float(measure["metrics"][name]["value"])
-    return numbers
-
-
-def markdown_table(found: Mapping[str, Any]) -> str:
-    """Table of recipes against measures: means over repetitions, with their spread.
-
-    NFE is the mean number of score evaluations of an image, if it was measured.
+    NFE is the mean number of score evaluations of an image, if it was measured. Results of a solver
+    whose defaults have changed since are left out.
     """
-    numbers = [[cell_numbers(cell) for cell in row["cells"].values()] for row in found["recipes"]]
-    names = list(dict.fromkeys(name for row in numbers for cell in row for name in cell))
-    rows = []
-    for row, own in zip(found["recipes"], numbers, strict=True):
-        sampling, cells = row["sampling"], row["cells"].values()
-        end = sampling.get("t_end")
-        times = sampling.get("grid", "") + ("" if end is None else f", {end:g}")
-        spent = [cell[SAMPLING]["nfe"] for cell in cells if "nfe" in cell.get(SAMPLING, {})]
-        nfe = f"{statistics.mean(spent):.4g}" if spent else str(sampling["nfe"])
-        measures = [x for cell in cells for x in cell.values() if isinstance(x, dict)]
-        sizes = dict.fromkeys(str(x["samples"]) for x in measures if "samples" in x)
-        values = [[cell[name] for cell in own if name in cell] for name in names]
-        rows.append(
+    recipes: dict[str, list[Result]] = {}
+    for result in results:
+        if result.recipe:
+            row = recipes.setdefault(json.dumps(result.recipe), [])
+            if row and row[0].solver != result.solver:
+                row.clear()
+            row.append(result)
+    names = {name: None for row in recipes.values() for one in row for name in _named(one)}
+    lines = []
+    for row in recipes.values():
+        recipe = row[0].recipe
+        end = recipe.get("t_end")
+        times = recipe.get("grid", "") + ("" if end is None else f", {end:g}")
+        spent = [result.nfe for result in row if result.nfe is not None]
+        nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
+        sizes = {str(x.about["samples"]): None for x in row if "samples" in x.about}
+        values = [[_named(one)[name] for one in row if name in _named(one)] for name in names]
+        lines.append(
             [
-                *(Entry(sampling["solver"], number=False), Entry(nfe)),
+                *(Entry(recipe["solver"], number=False), Entry(nfe)),
                 *(Entry(times, number=False), Entry(", ".join(sizes))),
                 *(Entry(mean_and_spread(some, 3)) for some in values),
             ]
         )
-    return Table("", ["solver", "NFE", "grid, ε", "images", *names], rows, []).markdown()
+    head = ["solver", "NFE", "grid, ε", "images", *names]
+    return Table("", head, lines, []).markdown() if lines else ""
 
 
-def notes(found: Mapping[str, Any], *, dequantised: bool) -> list[str]:
+def _named(result: Result) -> dict[str, float]:
+    """Numbers by their names in a table."""
+    return {f"{name} {result.against}": value for name, value in result.numbers.items()}
+
+
+def notes(results: Iterable[Result], *, dequantised: bool) -> list[str]:
     """Notes on results that mean little, for a model of ``dequantised`` levels or another."""
-    cells = [cell for row in found["recipes"] for cell in row["cells"].values()]
-    measures = [measure for cell in cells for key, measure in cell.items() if key[:3] == "fd "]
-    few = [measure for measure in measures if measure["singular"]]
-    sizes = f"{few[0]['samples']} images in {few[0]['feature_count']} features" if few else ""
-    biased = f"Fréchet distances of {sizes} are strongly biased; use more images than features"
-    undefined = "the model was trained without dequantisation, and has no useful density of "
-    density = (
-        [] if dequantised or found["likelihood"] is None else [f"{undefined}dequantised images"]
-    )
-    return [*([biased] if few else []), *density]
+    found: dict[str, None] = {}
+    for result in results:
+        if result.metric in {"fd", "fid"} and result.about.get("singular"):
+            sizes = f"{result.about['samples']} images in {result.about['feature_count']} features"
+            found[f"Fréchet distances of {sizes} are strongly biased; use more images"] = None
+        if result.metric == "bpd" and not dequantised:
+            msg = "the model was trained without dequantisation, and has no useful density of "
+            found[f"{msg}dequantised images"] = None
+    return list(found)

@@ -1,16 +1,13 @@
-"""Files of Inception weights and features, read without running code that they may hold."""
+"""The Inception network with weights from a file, whose code is not run."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
+import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,22 +29,21 @@ _UNREADABLE = (
 )
 
 
-def check_inception_weights(weights: Path) -> str:
-    """SHA-256 of a file of weights; raise if they do not fit the network. No code of it is run."""
-    return load_inception(weights)[1]
-
-
 def load_inception(weights: Path) -> tuple[nn.Module, str]:
-    """The network, which returns 2,048 features, and `check_inception_weights` of its file."""
+    """The network, which returns 2,048 features and 1,008 logits, and SHA-256 of its weights."""
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except ImportError as error:
+        msg = "Inception needs torch-fidelity: pip install 'cldsde[images]'"
+        raise ImportError(msg) from error
     if not weights.is_file():
-        msg = f"weights: there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins "
-        msg += f"with {_INCEPTION_PREFIX}, from {_INCEPTION_URL}"
-        raise FileNotFoundError(msg)
+        msg = f"there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins with "
+        raise FileNotFoundError(f"{msg}{_INCEPTION_PREFIX}, from {_INCEPTION_URL}")
     with weights.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    other = f"weights: {weights} (SHA-256 {sha256[:8]}…) is not {INCEPTION_FILE}"
+    other = f"{weights} (SHA-256 {sha256[:8]}…) is not {INCEPTION_FILE}"
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state: Any = torch.load(weights, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         msg = f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
         raise ValueError(f"{msg}get it from {_INCEPTION_URL}") from error
@@ -58,12 +54,15 @@ def load_inception(weights: Path) -> tuple[nn.Module, str]:
         raise ValueError(msg)
     if not all(bool(x.isfinite().all()) for x in state.values()):
         raise ValueError(f"{other}: it holds NaN or infinity")
-    from torch_fidelity import FeatureExtractorInceptionV3
-
+    # torch-fidelity would run code of the file, so that it gets a copy that holds none.
+    copy = io.BytesIO()
+    torch.save(state, copy)
+    copy.seek(0)
     try:
-        path = {"feature_extractor_weights_path": str(weights)}
-        with plain_loads(), torch.random.fork_rng(devices=[]):
-            network: nn.Module = FeatureExtractorInceptionV3(EXTRACTOR, ["2048"], **path)
+        path: Any = {"feature_extractor_weights_path": copy}
+        with torch.random.fork_rng(devices=[]):
+            layers = ["2048", "logits_unbiased"]
+            network: nn.Module = FeatureExtractorInceptionV3(EXTRACTOR, layers, **path)
     except RuntimeError as error:
         lines = [line.strip()[:120] for line in str(error).splitlines()[:2]]
         msg = f"{other}: names or shapes of its tensors differ ({' '.join(lines)})"
@@ -74,38 +73,3 @@ def load_inception(weights: Path) -> tuple[nn.Module, str]:
 def is_published(sha256: str) -> bool:
     """Whether this is the hash of the published weights."""
     return sha256.startswith(_INCEPTION_PREFIX)
-
-
-def check_cache(cache: Path, key: str, count: int) -> None:
-    """Make the folder; raise for damaged files before they end a long run."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cache: {cache} cannot be made ({error.strerror})") from error
-    for file in sorted(cache.glob(f"{key}-*.pt")):
-        try:
-            with plain_loads():
-                held = torch.load(file, map_location="cpu", weights_only=True)
-            whole = len(held) == (count if isinstance(held, Tensor) else 2)
-        except _UNREADABLE as error:
-            msg = f"cache: {file} is damaged or holds code; delete it to have it made again"
-            raise ValueError(msg) from error
-        if not whole:
-            raise ValueError(f"cache: {file} holds something else; delete it to have it made again")
-
-
-@contextlib.contextmanager
-def plain_loads() -> Iterator[None]:
-    """Let torch.load read tensors and arrays only: torch-fidelity asks it to run pickled code."""
-    force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-    before = {name: os.environ.pop(name, None) for name in (force, forbid)}
-    os.environ[force] = "1"
-    # torch-fidelity keeps means and covariances as arrays.
-    rebuild: Any = np.empty(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    try:
-        with torch.serialization.safe_globals([rebuild, np.ndarray, np.dtype, *dtypes]):
-            yield
-    finally:
-        del os.environ[force]
-        os.environ.update({name: value for name, value in before.items() if value is not None})

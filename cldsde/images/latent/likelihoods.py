@@ -28,7 +28,7 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
 class PixelLikelihood(ABC):
     """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
 
-    ``levels`` is the number of grey levels over which its probabilities sum to 1, ``width`` the
+    ``levels`` is the number of grey levels over which its probabilities sum to 1. ``width`` is the
     number of channels of the output for each channel of the images.
     """
 

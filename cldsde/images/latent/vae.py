@@ -1,7 +1,7 @@
 """A convolutional variational autoencoder, made of parts of the library diffusers.
 
-An image x has a Gaussian `Posterior` q(z | x) over maps z of latent channels, and a latent map has
-a distribution p(x | z) of the image, whose parameters the decoder returns. With a prior p(z),
+The encoder returns a Gaussian `Posterior` q(z | x) over maps z of latent channels. The decoder
+returns the parameters of a distribution p(x | z) of the image. With a prior p(z),
 
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
 """

@@ -128,15 +128,10 @@ class ObservedImage:
         if name == "grey" and space.shape[0] != 3:
             msg = f"'grey' needs a model of colour images; this one makes {space.shape}"
             raise SettingError("observe", msg)
-        replaced: dict[str, tuple[Tensor | None, Tensor | None]] = {
-            "mask": (mask, None),
-            "grey": (torch.tensor([True, False, False]).reshape(3, 1, 1).to(device), grey_basis()),
-        }
-        if self.method == "replacement" and name not in replaced:
+        if self.method == "replacement" and name not in {"mask", "grey"}:
             msg = f"'replacement' needs a mask or 'grey'; got {self.operator!r}"
             raise SettingError("method", msg)
-        where, basis = replaced.get(name, (None, None))
-        return Conditioning(self, seen, known.to(device), where, basis)
+        return Conditioning(self, seen, known.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +141,6 @@ class Conditioning:
     observed: ObservedImage
     observation: Observation
     known: Tensor
-    mask: Tensor | None
-    basis: Tensor | None
 
     @property
     def particles(self) -> int:
@@ -169,8 +162,10 @@ class Conditioning:
             return solver
         if solver.facts.adaptive:
             raise SettingError("solver", "must have a grid of times for 'replacement'")
-        assert self.mask is not None
-        return Imputation(solver, self.known, self.mask, basis=self.basis)
+        mask, basis = self.observed.mask, None
+        if mask is None:  # grey
+            mask, basis = torch.tensor([True, False, False]).reshape(3, 1, 1), grey_basis()
+        return Imputation(solver, self.known, mask.to(self.known.device), basis=basis)
 
     def recipe(self, sampling: SamplingConfig, process: ReverseProcess) -> SamplingConfig:
         """The recipe with an end that is early enough: later noise would blur the posterior."""

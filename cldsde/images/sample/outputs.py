@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -28,7 +29,6 @@ from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
-_REQUEST = "request"  # file of a folder of parts with the digest of their request
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
@@ -52,10 +52,9 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
         problem = f"{out} is there already; name another file, or allow it to be overwritten"
     if problem is not None:
         raise SettingError("out", problem)
-    _check_parts(_parts_folder(out))
     if out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
         raise SettingError("out", f"{out} holds files already; name another folder")
-    check_writable(_parts_folder(out).parent)
+    check_writable(out.resolve().parent)
 
 
 def draw_to(
@@ -68,13 +67,14 @@ def draw_to(
 ) -> float | None:
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
-    Each batch is kept in a folder beside the output, ``NAME.parts``, until all are there: a later
-    call for the same request resumes.
+    Each batch is kept in a folder beside the output, ``NAME.parts-…`` with a digest of the request,
+    until all are there: a later call for the same request resumes.
     """
     with alone(out) if process == 0 else nullcontext():
-        parts = _parts_folder(out)
+        parts = _parts_folder(out, request)
         if process == 0:
-            _open_parts(parts, request.digest())
+            _drop_parts(out, keep=parts)
+            parts.mkdir(exist_ok=True)
         wait()
         batches = request.sampler.batches(request.seeds)
         missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
@@ -98,7 +98,7 @@ def draw_to(
         evaluations = None
         if process == 0:
             evaluations = (_gather if out.suffix else _gather_pictures)(out, parts, request)
-            _drop_parts(parts)
+            _drop_parts(out)
         wait()
         return evaluations
 
@@ -107,7 +107,7 @@ def draw_to(
 def alone(out: Path) -> Iterator[None]:
     """Hold an output for one call of `draw_to` at a time, or raise a SettingError."""
     try:
-        with file_lock(_parts_folder(out), wait=False):
+        with file_lock(out.resolve(), wait=False):
             yield
     except TimeoutError:
         msg = f"{out} is being written by another process; wait, or name another"
@@ -183,9 +183,8 @@ def _picture_names(request: SampleRequest) -> list[str]:
 
 def _is_done(out: Path, request: SampleRequest) -> bool:
     """Whether a folder is in place, but an earlier call ended before the parts were dropped."""
-    if _note_of(_parts_folder(out)) != request.digest():
-        return False
-    return sorted(file.name for file in out.iterdir()) == _picture_names(request)
+    names = sorted(file.name for file in out.iterdir())
+    return _parts_folder(out, request).exists() and names == _picture_names(request)
 
 
 def _notes(request: SampleRequest) -> PngInfo:
@@ -195,60 +194,18 @@ def _notes(request: SampleRequest) -> PngInfo:
     return notes
 
 
-def _parts_folder(out: Path) -> Path:
+def _parts_folder(out: Path, request: SampleRequest) -> Path:
     """Folder beside the output, or beside the target of a link, so that it can be moved."""
     place = out.resolve()
-    return place.with_name(f"{place.name}.parts")
+    return place.with_name(f"{place.name}.parts-{request.digest()[:16]}")
 
 
-def _check_parts(parts: Path) -> None:
-    """Raise a SettingError if a folder of parts holds other files, which would be lost."""
-    names = [file.name for file in parts.iterdir()] if parts.is_dir() else []
-    # The note, 64 hexadecimal digits, is written first and removed last, also by other processes.
-    note = _note_of(parts)
-    noted = not any(map(_is_part, names)) if note is None else len(note) == 64
-    if parts.exists() and not (parts.is_dir() and noted and all(map(_is_ours, names))):
-        msg = f"{parts} is needed, but holds other files; move it, or choose another name"
-        raise SettingError("out", msg)
-
-
-def _open_parts(parts: Path, digest: str) -> None:
-    """Make or continue the folder of parts; parts of other requests are dropped."""
-    _check_parts(parts)
-    if _note_of(parts) == digest:
-        return
-    if parts.exists():
-        _drop_parts(parts)
-    parts.mkdir(exist_ok=True)
-    _write(parts / _REQUEST, lambda path: path.write_text(digest))
-
-
-def _note_of(parts: Path) -> str | None:
-    """Digest of the request whose parts a folder holds."""
-    try:
-        return (parts / _REQUEST).read_text(errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _drop_parts(parts: Path) -> None:
-    """Delete the parts of a folder, and the folder if nothing else is in it."""
-    ours = [file for file in parts.iterdir() if _is_ours(file.name)]
-    for file in sorted(ours, key=lambda file: file.name == _REQUEST):
-        if file.is_dir():
-            shutil.rmtree(file)
-        else:
-            file.unlink()
-    if not any(parts.iterdir()):
-        parts.rmdir()
-
-
-def _is_part(name: str) -> bool:
-    return name.endswith(".npy") and name[:-4].isdecimal() and len(name) >= 12
-
-
-def _is_ours(name: str) -> bool:
-    return name == _REQUEST or name.startswith(PARTIAL) or _is_part(name)
+def _drop_parts(out: Path, keep: Path | None = None) -> None:
+    """Delete the folders of parts of an output, except one."""
+    place = out.resolve()
+    for parts in place.parent.glob(f"{glob.escape(place.name)}.parts-{'[0-9a-f]' * 16}"):
+        if parts != keep:
+            shutil.rmtree(parts)
 
 
 @contextmanager

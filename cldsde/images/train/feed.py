@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -41,15 +39,6 @@ class Feed:
         self._config, self._images, self._space = config, images, space
         self._samplers, self._process = samplers, process
         self._share, self.part_size, self.block = shares(config, processes)
-
-    def batches(self, loader: ThreadPoolExecutor, start: int) -> Iterator[list[Part]]:
-        """Batches from a step on; the next one is loaded during the training step."""
-        coming = loader.submit(self.load, start)
-        for step in range(start, self._config.training.steps):
-            ready = coming.result()
-            if step + 1 < self._config.training.steps:
-                coming = loader.submit(self.load, step + 1)
-            yield ready
 
     def load(self, step: int) -> list[Part]:
         """The parts of a step's batch."""

@@ -19,7 +19,7 @@ from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.streams import stream, stream_seed
 from cldsde.images.train.feed import Feed, Part
 from cldsde.images.train.objectives import Batch, Times, make_objective
-from cldsde.images.train.state import Meter, TrainingState
+from cldsde.images.train.state import Meter
 
 
 class _Core(NamedTuple):
@@ -48,6 +48,7 @@ class Learner:
         self, config: RunConfig, data: DataSet, statistics: Statistics, engine: Accelerator
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
+        self.statistics = statistics
         self.settings = settings = config.training
         self.space = ImageSpace.of(data.train, config)
         self.model = make_model(config, self.space, statistics).to(engine.device)
@@ -76,8 +77,7 @@ class Learner:
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        modules = {"model": self.model, "average": self.average}
-        self.state = TrainingState(config, statistics, modules, optimiser, self.meter, engine)
+        self.modules = {"model": self.model, "average": self.average}
 
     def step(self, step: int, parts: list[Part]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""

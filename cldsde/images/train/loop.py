@@ -1,7 +1,7 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
-All randomness is a function of the seed and of the number of images seen (`cldsde.images.streams`),
-so that a run depends neither on the number of processes nor on interruptions.
+All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
+depends neither on the number of processes nor on interruptions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,12 +28,12 @@ from cldsde.images.data import DataSet
 from cldsde.images.figures import save_grid
 from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
 from cldsde.images.runs import METRICS, RunFolder
-from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
-from cldsde.images.train.state import STATE, StopRequest
+from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
 from cldsde.images.train.summary import Rehearsal, measure_steps
 from cldsde.messages import brief, one_line
 from cldsde.progress import progress_bar
@@ -128,10 +127,10 @@ class _Trainer:
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
         events = self._logging() if is_main else nullcontext()
-        with bar, events, ThreadPoolExecutor(1) as loader, StopRequest(self.engine) as stop:
+        with bar, events, StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
-            for parts in self.learner.feed.batches(loader, self.done):
+            for parts in ahead(self.learner.feed.load, range(self.done, settings.steps)):
                 self.learner.step(self.done, parts)
                 self.done += 1
                 bar.update(settings.batch)
@@ -173,7 +172,7 @@ class _Trainer:
         """Steps done, and seconds spent on them, on which all processes agree."""
         found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = self.learner.state.load(self.folder)
+            found = load_state(self.learner, self.folder)
         elif (self.folder / MODEL).exists():
             found, seen = (self.settings.steps, 0.0), self._stored()[1]
             if seen != found[0] * self.settings.batch:
@@ -251,7 +250,7 @@ class _Trainer:
             try:
                 save(self.folder / MODEL)
                 if self.done < settings.steps or settings.keep_state:
-                    self.learner.state.save(self.folder, self.done, self.seconds, sums)
+                    save_state(self.learner, self.folder, self.done, self.seconds, sums)
                 if settings.measure == "fd":
                     found["fd"] = distance(self.learner, self.sampler, self.folder.path)
                     self._record(found)

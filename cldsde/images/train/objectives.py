@@ -8,7 +8,7 @@ Its negative evidence lower bound
 
 trains encoder and decoder. The cross-entropy is `cldsde.score.cross_entropy` for every process. Its
 gradient passes through the states into the encoder, with fixed weights of the score. The score is
-trained on the same latent variables as constants, with its own weighting, so that each loss has
+trained on the same latent variables as constants, with its own weighting. So each loss has
 gradients in one part of the model alone. In the first stage the prior is standard normal.
 """
 

@@ -7,18 +7,19 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from cldsde.images.config import RunConfig
-from cldsde.images.model import Statistics
 from cldsde.images.runs import RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.messages import one_line
+
+if TYPE_CHECKING:
+    from cldsde.images.train.learner import Learner
 
 STATE = "training.safetensors"
 """File of a run that holds the state of its training, to resume from."""
@@ -101,77 +102,63 @@ class StopRequest:
         self.__exit__()
 
 
-class TrainingState:
-    """Weights, their average, the optimiser's moments, the scaler and the meter.
+def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
+    """Write the state of a training after so many steps and seconds, with `Meter.shared`.
 
     Random numbers need no state: they are functions of the seed and of the images seen.
     """
+    tensors = {
+        f"{part}.{name}": x
+        for part, module in learner.modules.items()
+        for name, x in module.state_dict().items()
+    }
+    for index, values in learner.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
+    tensors |= {"meter": sums, **learner.statistics._asdict()}
+    scaler = None if learner.engine.scaler is None else learner.engine.scaler.state_dict()
+    metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
+    metadata["config"] = learner.config.training_digest()
+    save_tensors(run / STATE, KIND, tensors, metadata)
 
-    def __init__(
-        self,
-        config: RunConfig,
-        statistics: Statistics,
-        modules: Mapping[str, nn.Module],
-        optimiser: torch.optim.Optimizer,
-        meter: Meter,
-        engine: Accelerator,
-    ) -> None:
-        self._config, self._statistics = config, statistics
-        self._modules, self._optimiser = modules, optimiser
-        self._meter, self._engine = meter, engine
 
-    def save(self, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
-        """Write the state after so many steps and seconds, with `Meter.shared`."""
-        tensors = {
-            f"{part}.{name}": x
-            for part, module in self._modules.items()
-            for name, x in module.state_dict().items()
-        }
-        for index, values in self._optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
-        tensors |= {"meter": sums, **self._statistics._asdict()}
-        scaler = None if self._engine.scaler is None else self._engine.scaler.state_dict()
-        metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
-        metadata["config"] = self._config.training_digest()
-        save_tensors(run / STATE, KIND, tensors, metadata)
+def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
+    """Load the state of a run; return steps done and seconds spent.
 
-    def load(self, run: RunFolder) -> tuple[int, float]:
-        """Load the state of a run; return steps done and seconds spent.
+    Raises a ValueError if the file is damaged, or was written for other settings or data.
+    """
+    settings = learner.config.training
+    try:
+        tensors, metadata = load_tensors(run / STATE, KIND)
+        if metadata["config"] != learner.config.training_digest():
+            raise ValueError("it was written for other settings than this run's")
+        for name, value in learner.statistics._asdict().items():
+            if not torch.equal(tensors[name], value):
+                raise ValueError(f"the data have changed since it was written: {name} differs")
+        _take(learner, tensors, json.loads(metadata["scaler"]))
+        step, seconds = int(metadata["step"]), float(metadata["seconds"])
+        if not 0 < step <= settings.steps:
+            images = step * settings.batch
+            msg = "training.images can grow, but not shrink"
+            raise ValueError(f"it has seen {images:,} images: {msg}")
+    except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
+        msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
+        raise ValueError(f"{msg}begin again in another folder") from error
+    return step, seconds
 
-        Raises a ValueError if the file is damaged, or was written for other settings or data.
-        """
-        try:
-            tensors, metadata = load_tensors(run / STATE, KIND)
-            if metadata["config"] != self._config.training_digest():
-                raise ValueError("it was written for other settings than this run's")
-            for name, value in self._statistics._asdict().items():
-                if not torch.equal(tensors[name], value):
-                    msg = f"the data have changed since it was written: their {name} differs"
-                    raise ValueError(msg)
-            self._take(tensors, json.loads(metadata["scaler"]))
-            step, seconds = int(metadata["step"]), float(metadata["seconds"])
-            if not 0 < step <= self._config.training.steps:
-                images = step * self._config.training.batch
-                msg = f"it has seen {images:,} images: training.images can grow, but not shrink"
-                raise ValueError(msg)
-        except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
-            msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
-            raise ValueError(f"{msg}begin again in another folder") from error
-        return step, seconds
 
-    def _take(self, tensors: Mapping[str, Tensor], scaler: dict[str, float] | None) -> None:
-        optimiser = self._optimiser.state_dict()
-        weights: dict[str, dict[str, Tensor]] = {name: {} for name in self._modules}
-        for key, x in tensors.items():
-            part, _, name = key.partition(".")
-            if part in weights:
-                weights[part][name] = x
-            elif part == "optimiser":
-                index, name = name.split(".")
-                optimiser["state"].setdefault(int(index), {})[name] = x
-        for part, module in self._modules.items():
-            module.load_state_dict(weights[part])
-        self._optimiser.load_state_dict(optimiser)
-        if self._engine.scaler is not None and scaler is not None:
-            self._engine.scaler.load_state_dict(scaler)
-        self._meter.sums.copy_(tensors["meter"])
+def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, float] | None) -> None:
+    optimiser = learner.optimiser.state_dict()
+    weights: dict[str, dict[str, Tensor]] = {name: {} for name in learner.modules}
+    for key, x in tensors.items():
+        part, _, name = key.partition(".")
+        if part in weights:
+            weights[part][name] = x
+        elif part == "optimiser":
+            index, name = name.split(".")
+            optimiser["state"].setdefault(int(index), {})[name] = x
+    for part, module in learner.modules.items():
+        module.load_state_dict(weights[part])
+    learner.optimiser.load_state_dict(optimiser)
+    if learner.engine.scaler is not None and scaler is not None:
+        learner.engine.scaler.load_state_dict(scaler)
+    learner.meter.sums.copy_(tensors["meter"])

@@ -13,11 +13,12 @@ import torch
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.data.sets import TORCHVISION_SHAPES
-from cldsde.images.model import ImageSpace, make_network, make_vae
+from cldsde.images.model import ImageSpace, check_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.train.learner import Learner
 
-_COPIES = 5  # of each parameter: weights, average, gradient and Adam's two moments
+# MiB of weight, average, gradient and Adam's two moments of a parameter, in single precision.
+_MEMORY = 5 * 4 / 2**20
 
 
 def outlook(config: RunConfig, measured: Path) -> list[str]:
@@ -35,10 +36,11 @@ def outlook(config: RunConfig, measured: Path) -> list[str]:
             space = ImageSpace.of(config.data.load().train, config)
     except (ValueError, OSError, ImportError) as error:
         return [f"parameters: unknown without the data ({error})"]
-    count, memory = _sizes(config, space)
+    count = check_model(config, space)
+    kept = "weights, average, gradients and moments, and activations"
     return [
         f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
-        f"memory: {memory:,.0f} MiB for weights, average, gradients and moments, and activations",
+        f"memory: {_MEMORY * count:,.0f} MiB for {kept}",
         _speed(config, measured),
     ]
 
@@ -53,22 +55,13 @@ def _speed(config: RunConfig, measured: Path) -> str:
     return f"images per second: {speed:,.0f}; peak memory: {memory:,.0f} MiB; measured on {name}"
 
 
-def _sizes(config: RunConfig, space: ImageSpace) -> tuple[int, float]:
-    """Parameters, and MiB of all that is kept of each."""
-    vae = make_vae(config, space, device="meta")
-    shape = space.shape if vae is None else vae.latent_shape
-    count = parameter_count(make_network(config, shape, space.classes, "meta"))
-    count += 0 if vae is None else parameter_count(vae)
-    return count, 4 * _COPIES * count / 2**20
-
-
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     """Lines about data, model, length, device and memory of a training."""
     train, settings = data.train, config.training
     held = 0 if data.held_out is None else len(data.held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
     of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {train.levels} levels"
-    count, memory = _sizes(config, ImageSpace.of(train, config))
+    count = check_model(config, ImageSpace.of(train, config))
     if device in {"auto", "cuda"} and torch.cuda.is_available():
         device = f"{device} ({torch.cuda.get_device_name()})"
     return [
@@ -76,7 +69,7 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
         *(f"skipped: {reason}" for reason in train.skipped),
         f"model: {config.process.name}, {config.network.name}, {count:,} parameters",
         f"training: {settings.images:,} images in {settings.steps:,} steps of {settings.batch}",
-        f"device: {device}, {settings.precision}, {memory:,.0f} MiB and activations",
+        f"device: {device}, {settings.precision}, {_MEMORY * count:,.0f} MiB and activations",
     ]
 
 

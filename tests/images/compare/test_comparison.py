@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ import torch
 from cldsde.images.compare import comparison
 from cldsde.images.compare.comparison import Comparison
 from cldsde.images.compare.config import ComparisonConfig
-from cldsde.images.compare.report import RESULTS, read_results, write_report
+from cldsde.images.compare.report import RESULTS, read_comparison, write_report
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
-from cldsde.images.evaluate import evaluation, results
-from cldsde.images.evaluate.results import stored_results
+from cldsde.images.evaluate import evaluation
+from cldsde.images.evaluate.results import read_results
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import sampler as sampling
@@ -48,15 +49,19 @@ def folder(finished, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Recipes of the images that are sampled."""
-    recipes, sampler = [], evaluation.ImageSampler
-    monkeypatch.setattr(
-        evaluation, "ImageSampler", lambda *a, **k: recipes.append(a[2]) or sampler(*a, **k)
-    )
+    recipes, of = [], sampling.ImageSampler.of
+
+    def recorded(model, recipe, **options):
+        recipes.append(recipe)
+        return of(model, recipe, **options)
+
+    for module in (evaluation, comparison):  # not of training
+        monkeypatch.setattr(module, "ImageSampler", SimpleNamespace(of=recorded))
     return recipes
 
 
 def test_every_cell_is_filled_with_its_mean_cost(finished):
-    found = read_results(finished / RESULTS)
+    found = read_comparison(finished / RESULTS)
     assert found["complete"]
     cells = {row["label"]: row["cells"] for row in found["rows"]}
     assert [cell["nfe"] for cell in cells["EM"]] == [3, 5]
@@ -136,7 +141,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(RunFolder.write))
-        patch.setattr(results, "write_whole", counted(results.write_whole))
+        patch.setattr(evaluation, "add_results", counted(evaluation.add_results))
         patch.setattr(comparison, "write_report", lambda *_, **__: None)
         for survived in (2, 4, 5, 3):
             left = survived
@@ -181,12 +186,12 @@ def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
     assert seen[0] == ""
     assert "| CLD | EM |" in seen[1]  # a killed process writes no report at its end
     assert found["reference"]["features"].startswith("cldsde.images.evaluation:ImageClassifier")
-    (folder / "evaluations" / "VP.json").unlink()
+    (folder / "evaluations" / "VP.jsonl").unlink()
     assert Comparison(config, folder).run()["reference"] == found["reference"]
     (folder / "classifier.safetensors").unlink()
     Comparison(config, folder).run()  # nothing is left to be measured
     assert len(untrained_classifier) == 1
-    (folder / "evaluations" / "VP.json").unlink()
+    (folder / "evaluations" / "VP.jsonl").unlink()
     with pytest.raises(ValueError, match="features of different classifiers"):
         Comparison(config, folder).run()
 
@@ -212,17 +217,17 @@ def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(t
 
 
 def test_repeats_before_a_failure_are_kept(finished, folder, monkeypatch):
-    sampler, asked = evaluation.ImageSampler, []
+    stream, asked = evaluation.Evaluation.stream, []
 
-    def failing(*arguments, **options):
+    def failing(*arguments):
         asked.append(arguments)
         if len(asked) == 2:
             msg = "not finite"
             raise FloatingPointError(msg)
-        return sampler(*arguments, **options)
+        return stream(*arguments)
 
-    monkeypatch.setattr(evaluation, "ImageSampler", failing)
-    (folder / "evaluations" / "CLD.json").unlink()
+    monkeypatch.setattr(evaluation.Evaluation, "stream", failing)
+    (folder / "evaluations" / "CLD.jsonl").unlink()
     rows = {"models": {"CLD": {}}, "rows": TINY["rows"][:1]}
     found = compare(folder, **rows)
     first, second = found["rows"][0]["cells"]
@@ -235,7 +240,7 @@ def test_repeats_before_a_failure_are_kept(finished, folder, monkeypatch):
 
 def test_numbers_keep_the_conditions_that_they_were_made_under(finished, folder):
     threads = torch.get_num_threads()
-    before = read_results(finished / RESULTS)["made"]
+    before = read_comparison(finished / RESULTS)["made"]
     assert [(one["device"], one["threads"]) for one in before] == [("cpu", threads)]
     assert set(before[0]["versions"]) == {"python", "cldsde", "torch"}
     try:
@@ -260,10 +265,11 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
     found = compare(folder)
     # Two repeats and the picture.
     assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"] * 3
-    assert found["rows"][:2] == read_results(finished / RESULTS)["rows"][:2]
-    stored = json.loads((folder / "evaluations/CLD.json").read_text())["recipes"]
-    solvers = {cell["sampling"]["solver"] for row in stored for cell in row["cells"].values()}
-    assert solvers == {"EulerMaruyama()", repr(changed)}
+    assert found["rows"][:2] == read_comparison(finished / RESULTS)["rows"][:2]
+    stored = read_results(folder / "evaluations/CLD.jsonl").values()
+    assert {result.solver for result in stored} == {
+        *("EulerMaruyama()", repr(changed), repr(find("sscs-midpoint")))
+    }
 
 
 def test_a_likelihood_that_fails_is_a_result_and_a_fault_is_none(folder, monkeypatch):
@@ -291,43 +297,6 @@ def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def edited(change):
-    def edit(file: Path) -> None:
-        found = json.loads(file.read_text())
-        change(found)
-        file.write_text(json.dumps(found))
-
-    return edit
-
-
-def cell_of(found) -> dict:
-    return next(iter(found["recipes"][0]["cells"].values()))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        halve,
-        lambda file: file.write_text("[]"),
-        edited(lambda x: x.update(recipes=[5])),
-        edited(lambda x: x.pop("model")),
-        edited(lambda x: x["recipes"][0]["cells"].update({"0-5": 3})),
-        edited(lambda x: cell_of(x).pop("sampling")),
-        edited(lambda x: cell_of(x)["sampling"].pop("nfe")),
-        edited(lambda x: cell_of(x).update({"fd flat_features:flat train": {}})),
-        edited(lambda x: cell_of(x).update(failed=3)),
-    ],
-)
-def test_damaged_files_of_results_are_named_with_what_to_do(finished, tmp_path, damage):
-    file = tmp_path / "CLD.json"
-    shutil.copy(finished / "evaluations/CLD.json", file)
-    digest = json.loads(file.read_text())["model"]
-    stored_results(file, digest)
-    damage(file)
-    with pytest.raises(ValueError, match=r"CLD\.json is damaged \(.*\); delete it to have it made"):
-        stored_results(file, digest)
 
 
 @pytest.mark.parametrize("damage", [halve, flip])
@@ -396,5 +365,5 @@ def test_results_of_other_weights_are_rejected(folder):
     for name in (MODEL, STATE):
         (place / name).unlink()
     train(run, digits(seed=1), RunFolder(place, run.to_dict()), device="cpu")
-    with pytest.raises(ValueError, match=r"evaluations/CLD.json holds results of other weights"):
+    with pytest.raises(ValueError, match=r"evaluations/CLD\.jsonl holds results of other weights"):
         compare(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +50,15 @@ def test_files_are_ordered_by_name_in_any_order_of_the_file_system(tmp_path, mon
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no image")
     ordered = ["B.jpg", "a/10.png", "a/2.PNG", "a.bmp", "b.png", "z/y/x.webp", "é.png"]
-    scandir = os.scandir
+    walk = os.walk
 
-    @contextmanager
-    def backwards(folder):
-        with scandir(folder) as entries:
-            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
+    def backwards(*arguments, **options):
+        for place, folders, files in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield place, folders, sorted(files, reverse=True)
 
-    for listing in (scandir, backwards):
-        monkeypatch.setattr(os, "scandir", listing)
+    for listing in (walk, backwards):
+        monkeypatch.setattr(os, "walk", listing)
         images = FolderImages(tmp_path, size=4, channels=1)
         assert [file.relative_to(tmp_path).as_posix() for file in images.files] == ordered
     values = whole(images)[:, 0, 0, 0].int().tolist()

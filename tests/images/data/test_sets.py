@@ -13,7 +13,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
 from cldsde.images.data import (
     DATA_SETS,
@@ -23,6 +22,7 @@ from cldsde.images.data import (
     image_folder,
     torchvision_set,
 )
+from cldsde.images.schema import checked_options
 from image_data import STEMS, cubic_weights, idx, random_bytes, save, whole, write_fashion
 from probes import generator
 from tolerances import rounding
@@ -302,10 +302,7 @@ def test_every_data_set_becomes_options_of_a_configuration(name):
     make = DATA_SETS[name]
     parameters = signature(make).parameters.values()
     assert {parameter.kind for parameter in parameters} == {Parameter.KEYWORD_ONLY}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(make)
     given = {"path": "folder", "size": 32, "name": "MNIST"}
     options = {p.name: given[p.name] for p in parameters if p.default is Parameter.empty}
-    parsed = parser.parse_object(options).as_dict()
-    defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
-    assert parsed == {**defaults, **options}
+    options |= {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    assert checked_options(make, options) == options

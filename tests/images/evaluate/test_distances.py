@@ -104,8 +104,8 @@ def test_distance_equals_the_square_root_of_the_product(top):
 
 def test_result_holds_its_conditions():
     first, second = noise(20, 0), noise(12, 1)
-    found = json.loads(json.dumps(frechet(first, second, flat, name="mine")))
-    assert found["features"] == "mine"
+    found = json.loads(json.dumps(frechet(first, second, flat)))
+    assert found["features"].endswith("test_distances:flat")
     assert (found["samples"], found["reference_samples"], found["feature_count"]) == (20, 12, 16)
     assert found["samples_sha256"] == images_sha256(first)
     assert found["singular"]  # 12 images, 16 features
@@ -127,7 +127,7 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
     first, second = noise(40, 0), noise(50, 1)
     statistics = FeatureStatistics.of(second, flat)
     assert frechet(first, statistics, flat) == frechet(first, second, flat)
-    with pytest.raises(ValueError, match=r"reference must be in the features .*offset.*flat"):
+    with pytest.raises(ValueError, match=r"reference: must be in the features .*offset.*flat"):
         frechet(first, statistics, offset)
     with pytest.raises(ValueError, match="of the same features"):
         frechet_of(statistics, FeatureStatistics.of(first, offset))
@@ -162,7 +162,7 @@ def test_networks_that_return_something_else_are_rejected(features, error, messa
 def test_images_that_do_not_fit_are_rejected_before_any_work(images, reference, batch, message):
     network = mock.Mock()
     with pytest.raises(ValueError, match=message):
-        frechet(images, reference, network, batch=batch, name="mock")
+        frechet(images, reference, network, batch=batch)
     network.assert_not_called()
 
 

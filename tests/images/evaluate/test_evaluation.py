@@ -1,12 +1,11 @@
-"""Evaluations measure what they say, with a classifier of the very data."""
+"""Evaluations measure what they say, and their results resume, add up and are not mixed."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,59 +15,58 @@ import torch
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes
-from cldsde.images.evaluate import evaluation as table
+from cldsde.images.evaluate import evaluation as module
 from cldsde.images.evaluate import frechet, images_sha256, reference
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.evaluate.results import markdown_table, stored_results
+from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
 from image_data import noise
 from tiny_runs import noise_images
 
-MODEL = type("Model", (), {"digest": "abc", "space": ImageSpace((1, 8, 8))})()
+CONFIG = RunConfig.from_dict({"training": {"images": 64}})
+MODEL = SimpleNamespace(
+    digest="abc", space=ImageSpace((1, 8, 8)), config=CONFIG, vae=None, score=None
+)
 
 
 def data_set(seed=0, classes=2, count=40):
     return DataSet(*[noise_images(count, seed, (1, 8, 8), classes)] * 2)
 
 
-@pytest.fixture(autouse=True)
-def untrained(monkeypatch, untrained_classifier):
-    """Samples that are noise; returns the trainings of classifiers, which train nothing."""
+class Inception:
+    """Features and logits in place of the network's."""
 
-    def noise(_, model, recipe, seeds):
-        images = noise_images(len(seeds), recipe.nfe, (1, 8, 8)).load(torch.arange(len(seeds)))
-        return iter([Samples(images, torch.full((len(seeds),), recipe.nfe))])
-
-    monkeypatch.setattr(Evaluation, "stream", noise)
-    return untrained_classifier
-
-
-def measured(evaluation, nfe=4):
-    """Measure a recipe, as in a process of its own."""
-    recipes = [SamplingConfig(solver="sscs", nfe=nfe)]
-    return evaluation.of_run(MODEL, recipes, evaluation.folder / "results.json")
-
-
-class PixelFeatures:
-    """Features in place of Inception's."""
-
-    name, sha256 = "flat", "0" * 64
+    name, sha256, file = "flat", "0" * 64, "unread"
 
     def __init__(self):
         self.seen = 0
 
     def __call__(self, images):
         self.seen += len(images)
-        return images.flatten(1).double()
+        rows = images.flatten(1).double() / 255
+        return torch.cat([rows, torch.zeros(len(rows), 2048 - 64), rows], 1)
 
 
 @pytest.fixture
-def evaluation(tmp_path, monkeypatch):
-    """Make an evaluation in a folder, with a stand-in for the metrics of Inception."""
-    monkeypatch.setattr(table, "check_inception_weights", lambda _: "0" * 64)
-    monkeypatch.setattr(table, "inception_metrics", inception)
-    monkeypatch.setattr(reference, "InceptionFeatures", lambda *_: PixelFeatures())
+def networks(monkeypatch):
+    """Stand-ins of Inception, one for each evaluation that needs it."""
+    made = []
+    monkeypatch.setattr(
+        reference, "InceptionFeatures", lambda *_: made.append(Inception()) or made[-1]
+    )
+    return made
+
+
+@pytest.fixture
+def evaluation(tmp_path, monkeypatch, untrained_classifier, networks):
+    """Make an evaluation in a folder, of samples that are noise."""
+
+    def noisy(_, model, recipe, seeds):
+        images = noise_images(len(seeds), recipe.nfe, (1, 8, 8)).load(torch.arange(len(seeds)))
+        return iter([Samples(images, torch.full((len(seeds),), recipe.nfe))])
+
+    monkeypatch.setattr(Evaluation, "stream", noisy)
 
     def make(data=None, **options):
         given = {"samples": 20, "folder": tmp_path, "weights": tmp_path / "unread", **options}
@@ -77,102 +75,83 @@ def evaluation(tmp_path, monkeypatch):
     return make
 
 
-def test_a_classifier_serves_only_the_data_that_it_was_trained_on(evaluation, untrained):
-    measured(evaluation())
-    features = [
-        cell["fd classifier train"]["features"]
-        for row in measured(evaluation(), nfe=5)["recipes"]
-        for cell in row["cells"].values()
-    ]
-    assert len(features) == 2
-    assert len(set(features)) == len(untrained) == 1
+def measured(evaluation, nfe=4):
+    """Measure a recipe, as in a process of its own."""
+    recipes = [SamplingConfig(solver="sscs", nfe=nfe)]
+    return evaluation.of_run(MODEL, recipes, evaluation.folder / "results.jsonl")
+
+
+def test_a_classifier_serves_only_the_data_that_it_was_trained_on(evaluation, untrained_classifier):
+    results = [*measured(evaluation()), *measured(evaluation(), nfe=5)]
+    assert len({result.features for result in results}) == len(untrained_classifier) == 1
     message = r"classifier\.safetensors was trained on other images"
     for other in (data_set(seed=1), data_set(classes=1)):
         with pytest.raises(ValueError, match=message):
             measured(evaluation(other), nfe=6)
 
 
-def test_distances_in_other_features_or_to_other_images_are_not_mixed(evaluation, tmp_path):
+def test_distances_in_features_of_two_classifiers_are_not_mixed(evaluation, tmp_path):
     measured(evaluation())
-    before = (tmp_path / "results.json").read_text()
+    before = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "classifier.safetensors").unlink()
-    again = evaluation()
     with pytest.raises(ValueError, match="in the features of different classifiers"):
-        measured(again, nfe=5)
-    assert (tmp_path / "results.json").read_text() == before
-    found = json.loads(before)
-    (cell,) = found["recipes"][0]["cells"].values()
-    other = {"features": again._network.name, "reference_sha256": "0" * 64}
-    cell["fd classifier train"] |= other
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="holds fd to other images"):
-        measured(again, nfe=5)
+        measured(evaluation(), nfe=5)
+    assert (tmp_path / "results.jsonl").read_text() == before
 
 
-def inception(images, reference, *_, metrics, **__):
-    """Metrics of Inception without the network."""
-    numbers = {"fid": {"fid": 1.0}, "kid": {"kid": 1.0}, "isc": {"isc": 1.0}}
-    numbers["prc"] = {"precision": 1.0, "recall": 1.0}
-    (metric,) = metrics
-    values = {name: {"value": value} for name, value in numbers[metric].items()}
-    return {"metrics": values, "reference_sha256": images_sha256(reference)}
-
-
-@pytest.mark.parametrize("metric", ["fid", "kid", "prc", "isc"])
-def test_inception_metrics_to_other_images_are_not_mixed(evaluation, tmp_path, metric):
-    measured(evaluation(metrics=[metric]))
-    measured(evaluation(metrics=[metric]), nfe=5)
-    before = (tmp_path / "results.json").read_text()
-    other = evaluation(data_set(seed=1), metrics=[metric])
+@pytest.mark.parametrize("metric", ["fd", "fid", "kid", "prc", "isc"])
+def test_metrics_to_other_images_are_not_mixed(evaluation, tmp_path, monkeypatch, metric):
+    # Features that fit any data, so that only the images differ.
+    monkeypatch.setattr(reference, "load_features", lambda _: PIXELS)
+    options = {"metrics": [metric], "features": "some:pixels"}
+    measured(evaluation(**options))
+    before = (tmp_path / "results.jsonl").read_text()
+    other = evaluation(data_set(seed=1), **options)
     if metric == "isc":  # the only one that depends on samples alone
         measured(other, nfe=6)
         return
+    monkeypatch.setattr(Evaluation, "stream", mock.Mock(side_effect=AssertionError("sampled")))
     with pytest.raises(ValueError, match=f"holds {metric} to other images"):
         measured(other, nfe=6)
-    assert (tmp_path / "results.json").read_text() == before
-    stale = json.loads(before)
-    for row in stale["recipes"]:
-        (cell,) = row["cells"].values()
-        del next(value for key, value in cell.items() if key != "sampling")["reference_sha256"]
-    (tmp_path / "results.json").write_text(json.dumps(stale))
-    with pytest.raises(ValueError, match=r"damaged .*reference_sha256 is missing"):
-        measured(other, nfe=6)
+    assert (tmp_path / "results.jsonl").read_text() == before
 
 
-def test_a_likelihood_of_other_images_is_computed_again(evaluation, tmp_path, monkeypatch):
+def PIXELS(images):  # noqa: N802
+    return images.flatten(1).double()
+
+
+def test_likelihoods_and_their_failures_are_found_again(evaluation, tmp_path, monkeypatch):
     computed: list = []
-    config = RunConfig.from_dict({"training": {"images": 64}})
-    space = ImageSpace((1, 8, 8))
-    model = SimpleNamespace(digest="abc", space=space, config=config, vae=None, score=None)
 
     def likelihood(score, images, **_):
-        computed.append(images)
+        computed.append(images_sha256(images))
         if len(images) == 3:
             msg = "not finite"
             raise FloatingPointError(msg)
-        bits = {"bits_per_dim": 3.0, "is_bound": True, "quantity": "bound", "settings": {}}
-        return {**bits, "images_sha256": images_sha256(images)}
+        return {"bits_per_dim": 3.0, "images": len(images)}
 
-    monkeypatch.setattr(table, "likelihood", likelihood)
+    monkeypatch.setattr(module, "likelihood", likelihood)
     for count in (2, 3):  # a number, and a failure
         for seed in (0, 0, 1, 2, 2):
             one = evaluation(data_set(seed=seed), metrics=["bpd"], likelihood_images=count)
-            with suppress(FloatingPointError):
-                one.of_run(model, [], tmp_path / "results.json")
+            [result] = one.of_run(MODEL, [], tmp_path / "results.jsonl")
+            assert (dict(result.numbers), result.failed) == (
+                ({"bpd": 3.0}, None) if count == 2 else ({}, "not finite")
+            )
         held = [data_set(seed=seed).held_out.load(torch.arange(count)) for seed in range(3)]
-        assert list(map(images_sha256, computed)) == list(map(images_sha256, held))
+        assert computed == list(map(images_sha256, held))
         computed.clear()
 
 
 def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
-    evaluation, untrained, tmp_path, monkeypatch
+    evaluation, untrained_classifier, tmp_path, monkeypatch
 ):
     """Each samples when the others have read the file, and before they write to it."""
-    together, draw = threading.Barrier(3), Evaluation.stream
+    together, stream = threading.Barrier(3), Evaluation.stream
 
     def meeting(*arguments):
         together.wait()
-        return draw(*arguments)
+        return stream(*arguments)
 
     monkeypatch.setattr(Evaluation, "stream", meeting)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
@@ -181,32 +160,86 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
             pool.submit(measured, evaluation(metrics=[metric], first_seed=seed), nfe)
             for metric, seed, nfe in each
         ]
-        last = max((job.result() for job in jobs), key=lambda found: len(str(found)))
-    found = stored_results(tmp_path / "results.json", "abc")
-    assert found == last
-    cells = {
-        (row["sampling"]["nfe"], seeds): {key.split()[0] for key in cell}
-        for row in found["recipes"]
-        for seeds, cell in row["cells"].items()
-    }
-    assert cells == {(4, "0-19"): {"fd", "isc", "sampling"}, (5, "100-119"): {"fd", "sampling"}}
-    assert len(untrained) == 1
+        made = [result for job in jobs for result in job.result()]
+    found = read_results(tmp_path / "results.jsonl", "abc")
+    assert found == {result.key: result for result in made}
+    about = {(one.metric, one.seeds[0], one.recipe["nfe"]): one.seeds[1] for one in found.values()}
+    assert about == {("fd", 0, 4): 19, ("fd", 100, 5): 119, ("isc", 0, 4): 19}
+    assert len(untrained_classifier) == 1
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_stored_failure_is_reported_with_what_to_do(evaluation, tmp_path, monkeypatch):
-    failing = mock.Mock(side_effect=FloatingPointError("sscs failed: not finite"))
+def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
+    evaluation, tmp_path, monkeypatch
+):
+    stream = Evaluation.stream
+
+    def failing(self, model, recipe, seeds):
+        calls.append(recipe.nfe)
+        if recipe.nfe == 4:
+            msg = "sscs failed: not finite"
+            raise FloatingPointError(msg)
+        return stream(self, model, recipe, seeds)
+
+    calls: list = []
     monkeypatch.setattr(Evaluation, "stream", failing)
-    with pytest.raises(FloatingPointError, match=r"not finite$"):
-        measured(evaluation())
-    with pytest.raises(FloatingPointError, match=r"found before, delete .*results\.json to have"):
-        measured(evaluation())
-    failing.assert_called_once()
-    assert "sscs" in markdown_table(stored_results(tmp_path / "results.json", "abc"))
+    for _ in range(2):
+        recipes = [SamplingConfig(solver="sscs", nfe=nfe) for nfe in (4, 5)]
+        failed, fine = evaluation().of_run(MODEL, recipes, tmp_path / "results.jsonl")
+        assert failed.failed == "sscs failed: not finite"
+        assert fine.numbers["fd"] > 0
+    assert calls == [4, 5]
+    lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
+    assert [line.split("|")[2:5] for line in lines[2:]] == [
+        [" 4 ", " root ", "  "],
+        [" 5 ", " root ", " 20 "],
+    ]
+
+
+LINE = Result(model="abc", recipe={"solver": "em"}, metric="fd", against="x", numbers={"fd": 1.0})
+
+
+def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
+    file = tmp_path / "results.jsonl"
+    second = dataclasses.replace(LINE, seeds=(0, 9))
+    add_results(file, [LINE, second])
+    whole = file.read_bytes()
+    for cut in (1, 30, len(whole) // 2 - 5):
+        file.write_bytes(whole[:-cut])
+        assert list(read_results(file, "abc").values()) == [LINE]
+        add_results(file, [second])
+        assert file.read_bytes() == whole
+    # A later line about the same measurement counts.
+    better = dataclasses.replace(LINE, numbers={"fd": 2.0})
+    add_results(file, [better])
+    assert list(read_results(file, "abc").values()) == [better, second]
+    # A solver whose defaults have changed has new results.
+    add_results(file, [dataclasses.replace(LINE, solver="new", numbers={"fd": 7.0})])
+    assert "| 7.000 |" in markdown_table(read_results(file).values()).splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("metric", "images", "reference", "words"),
+    ("content", "words"),
+    [
+        (b"[]\n", "holds something else|is damaged"),
+        (b'{"model": "abc"}\n', r"is damaged \(line 1: .*metric.*\); delete it"),
+        (b'{"model": "abc", "metric": 3}\n', "is damaged"),
+        (b"mine", "holds something else than results"),
+        (b'{\n "model": "abc",\n "recipes": []\n}\n', "older version of cldsde; delete it, or"),
+        (b'{"model": "def", "metric": "fd", "against": ""}\n', "of other weights or images"),
+    ],
+)
+def test_files_of_something_else_are_named_with_what_to_do_and_kept(tmp_path, content, words):
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(content)
+    for use in (lambda: read_results(file, "abc"), lambda: add_results(file, [LINE])):
+        with pytest.raises(ValueError, match=rf"results\.jsonl .*({words})"):
+            use()
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("metric", "images", "count", "words"),
     [
         ("fd", 20, 1, "fd needs at least 2 images to compare with; got 1"),
         ("prc", 3, 40, "prc needs at least 4 images; got 3"),
@@ -214,45 +247,36 @@ def test_a_stored_failure_is_reported_with_what_to_do(evaluation, tmp_path, monk
         ("isc", 9, 40, "isc needs at least 10 images; got 9"),
     ],
 )
-def test_too_few_images_for_a_metric_are_rejected(evaluation, metric, images, reference, words):
+def test_too_few_images_for_a_metric_are_rejected(evaluation, metric, images, count, words):
     with pytest.raises(ValueError, match=words):
-        evaluation(data_set(count=reference), metrics=[metric]).check(images)
+        evaluation(data_set(count=count), metrics=[metric]).check(images)
 
 
-@pytest.mark.parametrize("metric", ["fd", "fid", "isc"])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 7)])
-def test_images_of_another_size_are_rejected(evaluation, metric, shape):
+def test_images_of_another_size_are_rejected(evaluation, shape):
     words = rf"compared with, 1×8×8 .*; got {'×'.join(map(str, shape))}"
     with pytest.raises(ValueError, match=words):
-        evaluation(metrics=[metric]).check(20, shape=shape)
+        evaluation().check(20, shape=shape)
 
 
-@pytest.mark.parametrize("metric", ["fid", "kid"])
-def test_inception_metrics_of_two_channels_are_rejected_before_sampling(tmp_path, metric):
+def test_inception_metrics_of_two_channels_are_rejected_before_sampling(evaluation):
     data = DataSet(*[noise_images(40, 0, (2, 8, 8))] * 2)
-    options = {"part": "train", "folder": tmp_path, "weights": tmp_path / "weights.pth"}
     with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
-        Evaluation(data=data, metrics=[metric], **options).check()
+        evaluation(data, metrics=["kid"]).check()
 
 
-@pytest.mark.parametrize(("images", "reference", "size"), [(20, 40, 20), (20, 6, 6)])
-def test_subsets_of_kid_fit_into_both_sets(evaluation, monkeypatch, images, reference, size):
-    made = evaluation(data_set(count=reference), metrics=["kid"])
-    metrics = mock.Mock(return_value={})
-    monkeypatch.setattr(table, "inception_metrics", metrics)
+@pytest.mark.parametrize(("images", "count", "size"), [(20, 40, 20), (20, 6, 6)])
+def test_subsets_of_kid_fit_into_both_sets(evaluation, images, count, size):
+    made = evaluation(data_set(count=count), metrics=["kid"])
     made.check(images)
-    made.measure(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), ["kid"])
-    assert [call.kwargs["kid_subset_size"] for call in metrics.mock_calls] == [size]
+    found = made.measure(noise(images, 0, (1, 8, 8)), ["kid"])["kid"]
+    assert found["settings"]["kid_subset_size"] == size
 
 
-def test_images_of_a_fid_are_not_kept_and_the_reference_is_measured_once(
-    evaluation, tmp_path, monkeypatch
+def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
+    evaluation, tmp_path, monkeypatch, networks
 ):
-    made, alive, batches = [], [], noise(60, 1, (1, 8, 8)).split(5)
-
-    def features(*_):
-        made.append(PixelFeatures())
-        return made[-1]
+    alive, batches = [], noise(60, 1, (1, 8, 8)).split(5)
 
     def stream(*_):
         for images in map(torch.clone, batches):
@@ -260,22 +284,28 @@ def test_images_of_a_fid_are_not_kept_and_the_reference_is_measured_once(
             assert sum(image() is not None for image in alive) <= 2
             yield Samples(images, torch.full((5,), 4))
 
-    monkeypatch.setattr(reference, "InceptionFeatures", features)
     monkeypatch.setattr(Evaluation, "stream", stream)
-    expected = frechet(torch.cat(batches), all_bytes(data_set().train), PixelFeatures())
-    for number in range(2):
-        found = measured(evaluation(metrics=["fid"], samples=60), nfe=4 + number)
-        cell = found["recipes"][number]["cells"]["0-59"]
-        assert cell["sampling"]["nfe"] == 4
-        measure = cell["fid 00000000 train"]
+    expected = frechet(
+        torch.cat(batches),
+        all_bytes(data_set().train),
+        lambda images: Inception()(images)[:, :2048],
+    )
+
+    def assert_measured(nfe, seen, metrics=("fid",)):
+        found = measured(evaluation(metrics=metrics, samples=60), nfe)[0]
+        assert found.nfe == 4
         # Sums of 60 numbers, in batches of other sizes.
         value = pytest.approx(expected["frechet_distance"], rel=1e-10)
-        assert measure["metrics"]["fid"]["value"] == value
+        assert found.numbers == {"fid": value}
         for name in ("samples_sha256", "reference_sha256"):
-            assert measure[name] == expected[name]
-    assert [some.seen for some in made] == [60 + 40, 60]
-    # A damaged file is made again.
+            assert found.about[name] == expected[name]
+        assert networks[-1].seen == seen
+
+    assert_measured(4, 60 + 40)
+    assert_measured(5, 60)
     [file] = (tmp_path / "inception").iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    measured(evaluation(metrics=["fid"], samples=60), nfe=6)
-    assert made[-1].seen == 60 + 40
+    file.write_bytes(file.read_bytes()[:100])  # damaged: made again
+    assert_measured(6, 60 + 40)
+    # Precision needs the features of each image.
+    assert_measured(7, 60 + 40, ("fid", "prc"))
+    assert_measured(8, 60, ("fid", "prc", "isc"))

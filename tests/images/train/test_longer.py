@@ -18,7 +18,6 @@ from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.evaluate.results import cell_numbers
 from cldsde.images.model import load_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import loop
@@ -137,11 +136,10 @@ def test_the_distance_is_that_of_an_evaluation_of_the_same_seeds(tmp_path):
     trained(tmp_path, settings)
     [found] = [line["fd"] for line in metrics(tmp_path) if "fd" in line]
     evaluation = Evaluation(data=DATA, samples=10, first_seed=2**31, batch=10, folder=tmp_path)
-    results = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.json")
-    [cell] = results["recipes"][0]["cells"].values()
+    [result] = evaluation.of_run(load_model(tmp_path), [settings.sampling], tmp_path / "x.jsonl")
     # The same images to the bit, and sums of float64 over all images and features.
     exact = pytest.approx(found, rel=rounding(len(DATA.train), 1e3))
-    assert cell_numbers(cell)["fd classifier train"] == exact
+    assert result.numbers["fd"] == exact
 
 
 def test_snapshots_that_cannot_be_ranked_are_rejected():

@@ -1,0 +1,69 @@
+"""Models and recipes of the commands sample and evaluate: their options, and what these name."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cldsde.cli.options import flag, option, several
+from cldsde.errors import SettingError
+from cldsde.solvers import named_solvers
+
+if TYPE_CHECKING:
+    from cldsde.images.config import SamplingConfig
+    from cldsde.images.sample.source import Model
+
+_MODEL = "diffusers folder, or a file in it, to sample in place of a run"
+_PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD with --model"
+MODEL = (
+    option("--model FOLDER|FILE", Path, _MODEL),
+    option("--process NAME", str, _PROCESS),
+    several("--process-set OPTION=VALUE", "option of the process, such as beta=8.0"),
+    flag("--trust", "import the network that the run names by module:Class"),
+)
+SOLVERS = f"module:Class, or one of {', '.join(named_solvers())}"
+_GRIDS = "grid of times: uniform, quadratic, root, log_snr, logistic or karras"
+# Without a default: the settings of the run.
+RECIPE = (
+    option("--grid NAME", str, _GRIDS),
+    option("--t-start T", float, "time at which sampling starts"),
+    option("--t-end EPS", float, "time at which sampling ends"),
+    option("--denoise BOOL", bool, "end with the prediction of the data: true or false"),
+    several("--set OPTION=VALUE", "option of the solver, such as rtol=0.01"),
+)
+
+
+def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
+    """The model that the options name."""
+    from cldsde.images.config import ProcessConfig
+    from cldsde.images.sample.source import of_diffusers, of_run
+    from cldsde.images.schema import from_dict, parse_overrides
+
+    if (run is None) == (options.model is None):
+        raise ValueError("a run or --model is needed, one of them")
+    changes = parse_overrides(options.process_set)
+    if changes and options.process is None and run is not None:
+        raise SettingError("process_set", "needs --process")
+    values = {"name": options.process or "CLD", "options": changes}
+    process = from_dict(ProcessConfig, values, "process")
+    if run is None:
+        return of_diffusers(options.model, process, device)
+    return of_run(run, process if options.process else None, device, trust=options.trust)
+
+
+def recipes_of(
+    options: Namespace, model: Model, solvers: Sequence[str] | None, budgets: Sequence[int] | None
+) -> Iterator[SamplingConfig]:
+    """Each solver with each budget; the other settings are the options', or else the run's."""
+    from cldsde.images.sample.recipe import changed_recipe
+    from cldsde.images.schema import parse_overrides
+
+    names, changes = ("grid", "t_start", "t_end", "denoise"), parse_overrides(options.set)
+    given = {name: getattr(options, name) for name in names}
+    for solver, nfe in product(solvers or [None], budgets or [None]):  # type: ignore[list-item]
+        new = {"solver": solver, "nfe": nfe, **given}
+        new = {name: value for name, value in new.items() if value is not None}
+        yield changed_recipe(model.sampling, changes, **new)

@@ -1,0 +1,72 @@
+"""Files of the results of a validation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from cldsde.errors import SettingError
+from cldsde.files import check_target, new_folder
+from cldsde.messages import in_words
+
+from .posterior_suite import PosteriorReport
+from .report import PAGE, Report
+
+__all__ = ["AnyReport", "ReportFiles"]
+
+AnyReport = Report | PosteriorReport
+
+
+class ReportFiles:
+    """Files of a report: all numbers in ``json``, and a page with plots in the folder ``out``.
+
+    An error of one does not keep the other from being written.
+    """
+
+    def __init__(self, json: Path | None = None, out: Path | None = None) -> None:
+        self._json, self._out = json, out
+        self._warned = False
+
+    def check(self) -> None:
+        """Make the folder; leave nothing behind and raise if it or a file cannot be written."""
+        key, out = "out", self._out
+        if out is not None and importlib.util.find_spec("matplotlib") is None:
+            msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
+            raise ImportError(msg)
+        try:
+            with new_folder(out or Path()):
+                if out is not None:
+                    check_target(out / PAGE)
+                key = "json"
+                if self._json is not None:
+                    check_target(self._json)
+        except OSError as error:
+            raise SettingError(key, f"cannot be written: {error}") from error
+
+    def save(self, report: AnyReport) -> None:
+        """Write the numbers so far; raise a SettingError the first time that this fails."""
+        if self._json is None or self._warned:
+            return
+        try:
+            report.write_json(self._json)
+        except OSError as error:
+            self._warned = True
+            raise SettingError("json", f"cannot be written now: {error}") from error
+
+    def finish(self, report: AnyReport) -> list[SettingError]:
+        """Write all files; return the errors."""
+        errors = []
+        if self._json is not None:
+            errors += _errors("json", report.write_json, self._json)
+        if self._out is not None and isinstance(report, Report):  # others have no page
+            errors += _errors("out", report.write_html, self._out)
+        return errors
+
+
+def _errors(key: str, write: Callable[[Path], object], where: Path) -> list[SettingError]:
+    try:
+        write(where)
+    except Exception as error:  # noqa: BLE001 the other file must still be written
+        return [SettingError(key, f"cannot be written: {in_words(error)}")]
+    return []

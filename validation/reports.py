@@ -1,0 +1,95 @@
+"""Validation of solvers, step by step: a report after each check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from cldsde.errors import SettingError
+from cldsde.progress import progress_bar
+from cldsde.solvers import find_solver, named_solvers
+from cldsde.solvers.authoring import Solver
+from cldsde.solvers.named import canonical_name
+
+from .checks import Check
+from .diagrams import diagrams
+from .order_estimate import Verdict
+from .problems import Problem, check_names, problems
+from .report import Report
+from .suite import QUICK_PROBLEMS, checks, count
+from .work_precision import WorkPrecision
+
+__all__ = ["reports"]
+
+
+def reports(
+    solvers: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    draw: bool = False,
+    seed: int = 0,
+) -> Iterator[Report]:
+    """Check solvers on problems, as `checks` does.
+
+    Parameters
+    ----------
+    solvers
+        Names, or ``module:ClassName``; none: all solvers, and the transition kernels.
+    cases
+        Names of problems; none: all, or those of a quick validation.
+    quick
+        Whether to use fewer problems, levels and samples.
+    draw
+        Whether to measure the diagrams of work and precision, too, of solvers that pass.
+    seed
+        Seed of all samples.
+
+    Returns
+    -------
+    Iterator[Report]
+        An empty report that grows, again after each check, and a complete one at the end.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, or a problem has no check for the solvers.
+    """
+    names = [canonical_name(name) for name in solvers or named_solvers()]
+    chosen, known = {name: find_solver(name) for name in names}, problems()
+    check_names(cases, known)
+    for name in cases:
+        if not count(chosen, {name: known[name]}, kernels=False, quick=quick):
+            msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
+            raise SettingError("problem", msg)
+    taken = {name: known[name] for name in cases or (QUICK_PROBLEMS if quick else known)}
+    return _reports(chosen, taken, kernels=not solvers, quick=quick, draw=draw, seed=seed)
+
+
+def _reports(
+    chosen: Mapping[str, Solver],
+    cases: Mapping[str, Problem],
+    *,
+    kernels: bool,
+    quick: bool,
+    draw: bool,
+    seed: int,
+) -> Iterator[Report]:
+    found, tables = list[Check](), list[WorkPrecision]()
+    growing = Report(found, tables, complete=False, solvers=chosen)
+    yield growing
+    total = count(chosen, cases, kernels=kernels, quick=quick)
+    with progress_bar(None, shown=True, total=total, desc="checks") as bar:
+        for check in checks(chosen, cases, kernels=kernels, quick=quick, seed=seed):
+            found.append(check)
+            bar.set_postfix_str(check.subject)
+            bar.update()
+            yield growing
+    if draw:
+        summary = growing.summary()
+        passed = {name: chosen[name] for name in chosen if summary.get(name) is Verdict.PASS}
+        for made in diagrams(passed, cases, quick=quick):
+            if isinstance(made, Check):
+                found.append(made)
+            else:
+                tables.append(made)
+    yield Report(found, tables, solvers=chosen)
