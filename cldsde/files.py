@@ -53,7 +53,9 @@ def check_writable(folder: Path) -> None:
 
 
 def check_target(file: Path) -> None:
-    """Raise an OSError if `write_whole` cannot write a file in a folder that exists."""
+    """Raise an OSError if `write_whole` cannot write a file; its folder must be there."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {file.parent}")
     with suppress(FileNotFoundError):
         if stat.S_ISDIR(file.stat().st_mode):  # raises an error for a name that is too long
             raise IsADirectoryError(f"{file} is a folder")

@@ -47,7 +47,8 @@ TESTS = Path(__file__).parent
 FOLDERS = ["linear", "score", "solvers"]
 
 QUIET = ["-q", "--tb=line", "-p", "no:cacheprovider"]
-LONG = 0.5  # seconds after which a test function's other cases are left out
+# A test function's other cases are left out after LONG seconds, unless a case is SHORT.
+LONG, SHORT = 0.5, 0.03
 # Modules that no mutant changes: they are imported once.
 LARGE = ["torch", "scipy.linalg", "scipy.optimize", "hypothesis", "mpmath", "torchsde"]
 PAIRS = {
@@ -169,7 +170,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.spent = Counter[str]()
+        self.spent, self.cases = Counter[str](), Counter[str]()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         first: dict[str, int] = {}
@@ -179,12 +180,14 @@ class Measured:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if self.spent[function(item.nodeid)] > LONG:
+        name = function(item.nodeid)
+        if self.spent[name] > max(LONG, SHORT * self.cases[name]):
             pytest.skip("other cases of the function took long enough")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.passed:
             self.spent[function(report.nodeid)] += report.duration
+            self.cases[function(report.nodeid)] += report.when == "call"
             self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
 
 

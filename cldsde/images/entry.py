@@ -22,22 +22,11 @@ from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.recipe import changed_recipe
 from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.train.loop import train
-from cldsde.linear import LinearSDE
-from cldsde.pretrained.published_score import PublishedScore
-from cldsde.score import MixedScore
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """A trained run: its model, and samples of it.
-
-    Attributes
-    ----------
-    model
-        The model and its configuration.
-    """
-
-    model: ImageModel
+class Run(ImageModel):
+    """A trained run: its model with attributes ``score``, ``process``, ``space`` and ``config``."""
 
     @classmethod
     def load(
@@ -52,7 +41,7 @@ class Run:
         ValueError
             If there is no such run, or a file of it cannot be used.
         """
-        return cls(load_model(folder, device, trust=trust))
+        return cls(**vars(load_model(folder, device, trust=trust)))
 
     @classmethod
     def train(
@@ -89,21 +78,6 @@ class Run:
         folder = RunFolder(Path(out).expanduser(), config.to_dict(), free=config.FREE)
         train(config, data, folder, device=device, progress=progress)
         return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)
-
-    @property
-    def score(self) -> MixedScore | PublishedScore:
-        """The score; a function of state and time."""
-        return self.model.score
-
-    @property
-    def process(self) -> LinearSDE:
-        """The forward process."""
-        return self.model.score.sde
-
-    @property
-    def config(self) -> RunConfig:
-        """The configuration."""
-        return self.model.config
 
     def sample(
         self,
@@ -147,9 +121,9 @@ class Run:
             If a setting does not fit the model.
         """
         sampler = ImageSampler.of(
-            *(self.model, changed_recipe(self.config.sampling, **sampling)),
+            *(self, changed_recipe(self.sampling, **sampling)),
             batch=batch,
-            label=self.model.space.label(label),
+            label=self.space.label(label),
             guidance=guidance,
             observed=observed,
         )
@@ -166,7 +140,7 @@ class Run:
         SettingError
             If the network has layers that a `UNet2DModel` does not have.
         """
-        if self.config.network.name != "UNet" or self.model.space.classes is not None:
+        if self.config.network.name != "UNet" or self.space.classes is not None:
             msg = f"a UNet2DModel holds a UNet without classes; got {self.config.network.name}"
             raise SettingError("network.name", msg)
         self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]

@@ -20,6 +20,7 @@ from cldsde.images.networks import NETWORKS, parameter_count
 from cldsde.images.runs import CONFIG
 from cldsde.images.streams import stream_seed
 from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.linear import LinearSDE
 from cldsde.messages import imported, one_line
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import MixedScore
@@ -126,6 +127,11 @@ class ImageModel:
     def score(self) -> MixedScore | PublishedScore:
         """The score."""
         return self.model.score
+
+    @property
+    def process(self) -> LinearSDE:
+        """The forward process."""
+        return self.model.score.sde
 
     @property
     def sampling(self) -> SamplingConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cldsde.errors import SettingError
-from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
+from cldsde.files import PARTIAL, check_writable, file_lock, new_folder, write_whole
 from cldsde.images.config import RunConfig
 
 CONFIG = "config.json"
@@ -42,26 +42,22 @@ class RunFolder:
         if shared:
             return
         check_folder(path, config, parts=parts, free=free)
-        missing = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            if not (path / CONFIG).exists():
-                self.write_json(CONFIG, config)
-            lock = ExitStack()
-            lock.enter_context(file_lock(path / CONFIG, wait=False))
-            weakref.finalize(self, lock.close)
-            if json.loads((path / CONFIG).read_text()) != config:  # free settings differ
-                self.write_json(CONFIG, config)
-            # Left by a killed process. Runs in folders below have locks of their own.
-            for folder in (path, *(path / name for name in _FOLDERS)):
-                for left in folder.glob(f"{PARTIAL}*"):
-                    left.unlink()
+            with new_folder(path):
+                if not (path / CONFIG).exists():
+                    self.write_json(CONFIG, config)
+                lock = ExitStack()
+                lock.enter_context(file_lock(path / CONFIG, wait=False))
+                weakref.finalize(self, lock.close)
+                if json.loads((path / CONFIG).read_text()) != config:  # free settings differ
+                    self.write_json(CONFIG, config)
+                # Left by a killed process. Runs in folders below have locks of their own.
+                for folder in (path, *(path / name for name in _FOLDERS)):
+                    for left in folder.glob(f"{PARTIAL}*"):
+                        left.unlink()
         except TimeoutError:
             raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
-            for parent in missing:  # leave no half-made folder behind
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
             msg = f"{path} cannot be made or written ({error.strerror or error})"
             raise OSError(msg) from error
 

@@ -109,7 +109,7 @@ class Kernel:
         return self.perturb(z, generator=generator)[0]
 
     def perturb(self, z: Tensor, *, generator: Generators | None = None) -> tuple[Tensor, Tensor]:
-        """Draw z_t = mean z_s + root ε.
+        """Draw z_t = mean z_s + root ξ.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class Kernel:
         Returns
         -------
         z_t, noise : tuple of Tensor
-            State and ε, both ``(B, k, *D)``, in the dtype and on the device of ``z``.
+            State and ξ, both ``(B, k, *D)``, in the dtype and on the device of ``z``.
 
         Raises
         ------

@@ -638,7 +638,7 @@ class LinearSDE:
         conditioning: Literal["data", "all"] = "data",
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw a noisy state z_t = Ψ z_0 + L ε from the forward process that starts at the data.
+        """Draw a noisy state z_t = Ψ z_0 + L ξ from the forward process that starts at the data.
 
         Parameters
         ----------
@@ -647,15 +647,15 @@ class LinearSDE:
         t
             One time, or ``(B,)``.
         conditioning
-            ``"data"``: ε is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
-            drawn first, and ε is the noise given z_0 (denoising score matching).
+            ``"data"``: ξ is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
+            drawn first, and ξ is the noise given z_0 (denoising score matching).
         generator
             Random generator.
 
         Returns
         -------
         z_t, noise : tuple of Tensor
-            State and ε, both ``(B, k, *D)``, dtype and device of ``x0``.
+            State and ξ, both ``(B, k, *D)``, dtype and device of ``x0``.
 
         Raises
         ------

@@ -67,7 +67,7 @@ class WhitenedKernel(NamedTuple):
     signal
         c = L⁻¹ψ, ``(*, k, 1)``.
     noise
-        Matrix that maps the noise ε of z_t = ψx_0 + root ε, with the root in the components' own
+        Matrix that maps the noise ξ of z_t = ψx_0 + root ξ, with the root in the components' own
         order, to the noise n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
     """
 
@@ -113,7 +113,7 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
     else:
         ordered = joint_root(root[..., order, :])
         inverse = triangular_inverse(ordered)[..., :, torch.tensor(order, device="cpu").argsort()]
-        # The noise is −L_ddᵀ s_d with s = −root⁻ᵀ ε.
+        # The noise is −L_ddᵀ s_d with s = −root⁻ᵀ ξ.
         own = triangular_inverse(root)[..., driven].mT
         noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
     return WhitenedKernel(ordered, inverse, psi, inverse @ psi, noise)
@@ -215,8 +215,8 @@ class Conversion:
         source, target
             ``"score"``, ``"noise"``, ``"data"``, ``"full_score"``, ``"velocity"`` or ``"flow"``.
             The last two need a process of one component. The full score amplifies rounding errors:
-            its relative error is about ε √(ψᵀΣ⁻¹ψ), which is large for third-order processes at
-            small times.
+            its relative error is about √(ψᵀΣ⁻¹ψ) times the rounding error, which is large for
+            third-order processes at small times.
         conditioning
             Meaning of ``"noise"``: the noise of z_t given the data (hybrid score matching), or
             given all of z_0 (denoising score matching).

@@ -1,6 +1,6 @@
 r"""Score matching: hybrid and denoising targets, losses, and the loss of the best score.
 
-A state z_t drawn given the start has the score target −L_t^{−⊤}ε. Its driven rows are −L_dd^{−⊤}n*
+A state z_t drawn given the start has the score target −L_t^{−⊤}ξ. Its driven rows are −L_dd^{−⊤}n*
 with the noise n* of the driven components given all others (see `cldsde.score.conversion`).
 Conditioning on the data alone is hybrid score matching (Dockhorn et al. 2022). Conditioning on all
 of z_0 is denoising score matching. Both have the same minimiser, the score of the marginal. The

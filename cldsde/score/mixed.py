@@ -18,7 +18,7 @@ is the error of the reference's x_0 divided by its standard deviation. It has un
 
 The best unbiased estimate of the data is a sufficient statistic of the state for x_0,
 
-.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ε / \sqrt{ψ^⊤Σ^{−1}ψ}.
+.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ξ / \sqrt{ψ^⊤Σ^{−1}ψ}.
 
 So E[x_0 | z_t] = E[x_0 | û], which is the same function of û and of the signal-to-noise ratio for
 every process. A network with û as its input need not learn the combination, and serves all

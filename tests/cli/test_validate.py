@@ -135,7 +135,7 @@ def test_results_are_written_if_nobody_reads_the_table(here):
         (["--json", ""], "--json"),
         (["--json", "x" * 256], "name too long"),
         (["--json", "full"], "full is a folder"),
-        (["--json", "no_such_folder/report.json"], "no_such_folder"),
+        (["--json", "none/report.json"], "--json: cannot be written: there is no folder none"),
         (["--json", "/proc/report.json"], "/proc"),
         (["--out", "new", "--json", f"new/{'x' * 256}"], "name too long"),
         (["--out", ""], "--out"),

@@ -106,6 +106,15 @@ def test_a_signal_that_vanishes_but_for_rounding_vanishes(signal):
     assert float(sde.log_snr(1.0)) == -math.inf
 
 
+@pytest.mark.parametrize("noise", [0.3, 1.0, 50.0])
+def test_the_latest_regular_time_has_a_log_ratio_of_minus_five(noise):
+    sde = LinearSDE.from_signal_noise(lambda t: 1 - t, lambda t: noise * t)
+    left = 1 / (1 + math.exp(5) / noise)  # 1 − t at log((1 − t)/(noise t)) = −5
+    # It is bisected to a thousandth and rounded up to four digits.
+    resolution = 2e-3
+    assert left <= 1 - sde.regular_until <= left + resolution * left
+
+
 def test_ends_that_are_regular_or_almost_so():
     sde = LinearSDE.from_signal_noise(lambda t: 1 - torch.sqrt(t) / 2, lambda t: 1 * t)
     with pytest.raises(ValueError, match=r"the drift .* diverges at t = 0; take t > 0$"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
-from probes import generator, tensor
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, SubVPSDE
+from probes import generator, tensor, untouchable
 from strategies import intervals, schedules, stable_processes
 from tolerances import KERNEL, rounding, standard_error
 
@@ -149,6 +149,24 @@ def test_a_stationary_covariance_that_is_given_must_be_right():
     assert declare([[1.0]]).prior.covariance.item() == 1.0
     with pytest.raises(ValueError, match="stationary_covariance must satisfy"):
         declare([[2.0]])
+
+
+LANGEVIN = {"mass": 0.25, "velocity_scale": 0.04}
+DEFAULTS = [
+    (VPSDE, {"beta_min": 0.1, "beta_max": 20.0}),
+    (SubVPSDE, {"beta_min": 0.1, "beta_max": 20.0}),
+    (VESDE, {"sigma_min": 0.01, "sigma_max": 50.0}),
+    (CLD, {"beta": 4.0, "friction": 1.0, "position_noise": 0.0, **LANGEVIN}),
+    (PSLD, {"beta": 8.0, "gamma": 0.01, "nu": 4.01, **LANGEVIN}),
+    (HOLD, {"beta": 4.0, "inverse_mass": 1.0, "auxiliary_scale": 0.04}),
+]
+
+
+@pytest.mark.parametrize(("process", "values"), DEFAULTS)
+def test_defaults_are_the_documented_values(process, values):
+    found, expected = process().marginal(0.7), process(**values).marginal(0.7)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.root, expected.root)
 
 
 # Rejected arguments ----------------------------------------------------------------------------
@@ -346,3 +364,35 @@ def test_times_that_do_not_fit_the_batch_are_rejected(conditioning):
             CLD().perturb(torch.zeros(2, 1), t, conditioning=conditioning)
     with pytest.raises(ValueError, match="conditioning must be 'data' or 'all'; got 'none'"):
         CLD().perturb(torch.zeros(2, 1), 0.5, conditioning="none")  # type: ignore[arg-type]
+
+
+class Bare(LinearSDE):
+    """A process that does not call the constructor of its base."""
+
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: LinearSDE([[-1.0]]), TypeError, "dynamics must be a Dynamics.* got list"),
+        (lambda: LinearSDE.from_matrices("A", [[1.0]]), TypeError, "A must be a matrix of real"),
+        (lambda: VPSDE.from_alphas_cumprod(["a"]), TypeError, "table must be a sequence of real"),
+        (lambda: ReverseProcess(Bare(), untouchable), TypeError, "sde must be initialised; Bare"),
+        (lambda: CLD(beta=1e308).transition(0.0, 1.0), OverflowError, "overflows float64"),
+        (
+            lambda: CLD().posterior(0.1, 0.5, stochasticity=torch.tensor([1, 2])),
+            TypeError,
+            "stochasticity must be a floating-point tensor",
+        ),
+        (
+            lambda: CLD().posterior(0.1, 0.5, stochasticity=torch.tensor([-1.0])),
+            ValueError,
+            "stochasticity must be finite and at least 0",
+        ),
+    ],
+)
+def test_bad_declarations_and_stochasticities_are_rejected(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

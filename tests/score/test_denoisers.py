@@ -218,6 +218,8 @@ def test_nothing_is_evaluated_outside_the_trained_levels():
     message = r"0.01 to 80; got σ = 247.* Sample from t = 0.8"
     with pytest.raises(ValueError, match=message) as error:
         solvers.solve(process, solver, start, solvers.root_times(1.0, 0.1, 4))
+    with pytest.raises(ValueError, match=r"0.01 to 80; got σ = "):  # at the end
+        solvers.solve(process, solvers.ProbabilityFlow(), start, torch.tensor([0.8, 0.5, 1e-6]))
     assert not asked
     words = str(error.value).split("t = ")
     first, last = (float(words[i].split(" ")[0]) for i in (-2, -1))

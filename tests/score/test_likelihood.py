@@ -400,3 +400,10 @@ def test_a_tolerance_below_rounding_is_an_error(tol):
     z = torch.ones(2, 2, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"cannot be met|max_nfev"):
         flow_log_prob(ring(), z, 0.1, rtol=tol, atol=tol, max_nfev=2000)
+
+
+def test_results_of_an_empty_batch_keep_their_axes():
+    process = ReverseProcess(CLD(), cases.mixture().score(CLD()))
+    found = flow_log_prob(process, torch.zeros(0, 2, 2), t=0.1)
+    assert (found.latent.shape, found.nfev) == ((0, 2, 2), 0)
+    assert found.log_prob.shape == found.divergence.shape == (0,)

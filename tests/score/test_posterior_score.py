@@ -7,6 +7,7 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.score import Observation, PosteriorScore
+from cldsde.score.conjugate_gradients import conjugate_gradients
 from probes import generator
 from references import guided_prediction, wide_mixture
 from tolerances import EPS, rounding
@@ -116,6 +117,28 @@ def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
     pigdm = PosteriorScore(wrong.score, wrong.observation, "pigdm", sde=sde)
     z = torch.randn(5, 1, 3, generator=generator(0))
     torch.testing.assert_close(wrong(z, 0.5), pigdm(z, 0.5), rtol=1e-4, atol=1e-4)
+
+
+def test_conjugate_gradients_keep_what_they_found_before_they_fail():
+    # Both first steps succeed. The second curvature of one sample is negative, 1 − 4 = −3.
+    matrices = torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[2.0, 0.5], [0.5, 1.0]]]).double()
+    b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double()
+
+    def solved(A, b, iterations):
+        def apply(p):
+            return (A @ p.unsqueeze(2)).squeeze(2), torch.zeros(len(p), dtype=torch.float64)
+
+        return conjugate_gradients(apply, lambda p: p, b, iterations=iterations)
+
+    together = solved(matrices, b, 5)
+    assert torch.equal(together[0], torch.tensor([1.0, 0.0]).double())
+    torch.testing.assert_close(
+        together[1], torch.linalg.solve(matrices[1], b[1]), rtol=EPS**0.75, atol=EPS**0.75
+    )
+    # A converged sample stays as it is while another one needs further steps.
+    slow = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, 1e4]]).double())
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    assert torch.equal(solved(slow, ones, 9)[:1], solved(slow[:1], ones[:1], 9))
 
 
 def test_a_score_without_gradients_is_an_error():

@@ -112,6 +112,19 @@ def test_states_on_the_way_are_those_of_shorter_grids(solver):
     assert torch.allclose(found.y[1], shorter, rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_grid_may_have_a_single_step(name, prediction):
+    process, z = process_and_states(name)
+    times = torch.tensor([0.2, 0.25], dtype=torch.float64)
+    found = solvers.solve(process, Multistep(order=1, prediction=prediction), z, times).state
+    exact = solvers.ProbabilityFlow(rtol=1e-8, atol=1e-8)
+    expected = solvers.solve(process, exact, z, times).state
+    # The square of the step, with rates of about ten.
+    assert (found - expected).abs().max() < 100 * 0.05**2 * z.abs().max()
+    assert (found - expected).norm() < (z - expected).norm()
+
+
 FINE = solvers.uniform_times(1.0, EPS, 4).flip(0)
 DECREASE = "times must decrease for .*, which is "
 

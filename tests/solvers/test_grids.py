@@ -154,6 +154,7 @@ def test_a_logistic_grid_does_not_depend_on_the_schedule() -> None:
         ((1.0, -1e-9, 10), ValueError, r"eps must lie in \[0, T\) with T = 1; got"),
         ((1.0, math.nan, 10), ValueError, r"eps must lie in \[0, T\) with T = 1; got"),
         ((0.0, 1e-3, 10), ValueError, "T must|t must lie"),
+        ((-0.5, 1e-3, 10), ValueError, "T must|t must lie"),
         ((math.nan, 1e-3, 10), ValueError, "T must|t must lie"),
         ((math.inf, 1e-3, 10), ValueError, "T must|t must lie"),
         ((1.5, 1e-3, 10), ValueError, r"t must lie in \[0, 1\]|T must|times? must"),
@@ -186,6 +187,10 @@ def test_bad_arguments_are_rejected(
         (lambda: HOLD().log_snr(0.0), ValueError, "no density at t = 0"),
         (lambda: CLD().log_snr(-1e-9), ValueError, r"t must lie in \[0, 1\]"),
         (lambda: CLD().log_snr(math.nan), ValueError, r"t must lie in \[0, 1\]"),
+        *[
+            (lambda x=x: solvers.times_of_log_snr(CLD(), x), TypeError, "log_snr must be a number")
+            for x in ("3", [[1.0], [2.0, 3.0]], np.ones(3)[::-1])
+        ],
         (lambda: solvers.times_of_log_snr(CLD(), math.nan), ValueError, "log_snr"),
         (lambda: solvers.times_of_log_snr(CLD(), 1.0, 0.5, 0.6), ValueError, "eps"),
         (lambda: solvers.times_of_log_snr(CLD(), 1.0, 2.0), ValueError, "T"),

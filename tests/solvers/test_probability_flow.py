@@ -9,10 +9,11 @@ from scipy.integrate import solve_ivp
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import ProbabilityFlow, solve
+from cldsde.solvers.probability_flow import _growth
 from probes import Recording, generator, start
 from references import cld, dense, hold, psld, ve, vp
 from score import cases
-from tolerances import standard_error
+from tolerances import EPS32, standard_error
 
 PROCESSES = {
     "VP": (VPSDE(), dense(vp())),
@@ -109,6 +110,17 @@ class TestSolution:
         keep = lambda n, t, z: times.append(float(t[0]))  # noqa: E731
         solve(process, solver, start(CRITICAL), ends(), callback=keep)
         assert times == [0.75, 0.5, 0.25, END]
+
+
+@pytest.mark.parametrize("order", [2, 4, 7])
+def test_steps_grow_by_the_root_of_the_error(order):
+    errors = torch.tensor([2.0 ** -(order + 1), 3.0 ** (order + 1), 0.9, 0.0, 1e30, math.nan])
+    growth = _growth(errors, order, after_rejection=torch.zeros(6, dtype=torch.bool))
+    # Hairer, Nørsett and Wanner (1993), (II.4.13), with factor 0.9 and limits 0.2 and 10.
+    expected = torch.tensor([1.8, 0.3, 0.9 * 0.9 ** (-1 / (order + 1)), 10.0, 0.2, 0.2])
+    torch.testing.assert_close(growth, expected, rtol=4 * EPS32, atol=0)
+    after = _growth(errors, order, after_rejection=torch.ones(6, dtype=torch.bool))
+    torch.testing.assert_close(after, expected.clamp_max(1.0), rtol=4 * EPS32, atol=0)
 
 
 @may_fail

@@ -150,6 +150,11 @@ def test_bad_options_are_rejected(options, message):
         sample(*wide_mixture(), score=untouchable, **options)
 
 
+def test_several_generators_are_rejected():
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
+        sample(*wide_mixture(), score=untouchable, generator=[torch.Generator()])
+
+
 def test_a_dtype_without_fractions_is_rejected():
     with pytest.raises(TypeError, match="dtype must be a floating-point type"):
         sample(*wide_mixture(), score=untouchable, dtype=torch.int64)

@@ -13,6 +13,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import BrownianPath, TorchDiffEq, as_torchdiffeq, root_times, solve
 from probes import Recording, generator, start, untouchable
 from references import cld, dense, hold, ve, vp
+from tolerances import EPS
 
 DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 PROCESSES = {
@@ -275,6 +276,16 @@ def test_gradients_of_adaptive_steps_are_those_of_fine_steps():
     # Some ten steps with a relative error of the tolerance, which the flow lengthens tenfold.
     assert gradients[0].item() == pytest.approx(gradients[1].item(), rel=100 * tolerance)
     assert gradients[1].abs() > 0.1
+
+
+def test_with_gradients_the_first_step_is_a_thousandth_of_the_interval():
+    score, times = Recording(lambda z, t: -4 * z[:, 1:]), torch.tensor([1.0, 0.5]).double()
+    state = start(CRITICAL, (1, 1)).requires_grad_()
+    solver = TorchDiffEq(method="dopri5")
+    solve(ReverseProcess(CRITICAL, score), solver, state, times, differentiable=True)
+    # The second stage of Dormand and Prince is after a fifth of the step.
+    first_step = 5 * (1 - score.times[1].item())
+    assert first_step == pytest.approx(0.5e-3, rel=1e4 * EPS)  # of a difference of times near 1
 
 
 class TestRejected:

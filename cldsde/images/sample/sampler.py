@@ -44,7 +44,7 @@ def make_solver(sampling: SamplingConfig) -> Solver:
 
 
 def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
-    """The longest grid on which a solver takes at most ``nfe`` evaluations of the network.
+    """The longest grid on which a solver takes at most ``nfe`` score evaluations.
 
     The last denoising counts, and with guidance each score evaluation is two. Adaptive solvers get
     the two ends. Raises a SettingError if no step fits, a ValueError if the solver does not apply.

@@ -172,7 +172,7 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
     model = trained(tmp_path / "run", config(network=network))
     with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
         images.Run.load(tmp_path / "run")
-    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model.model)
+    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model)
     with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
         check_run(config(network={**network, "options": {"widht": 3}}), DATA)
     with pytest.raises(SettingError, match=r"network\.name: 'nowhere:Net' cannot be loaded"):
