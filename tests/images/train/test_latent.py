@@ -252,7 +252,7 @@ def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_p
 def test_the_bound_leaves_the_score_alone_in_training(tmp_path, monkeypatch, mixing):
     """A bound that counts nothing trains the same score, if the autoencoder stands still."""
     still = {"learning_rate": 1e-30, "joint_learning_rate": 1e-30, "pretraining": 16}
-    settings = config(latent=still, training={"images": 64}, score={"mixing": mixing})
+    settings = config(latent=still, training={"images": 48}, score={"mixing": mixing})
     counted = trained(tmp_path / "counted", settings)
     monkeypatch.setattr(objectives, "bit_per_dim", lambda _: 0.0)
     assert_same_bits(counted.score, trained(tmp_path / "ignored", settings).score)
