@@ -56,7 +56,8 @@ def diffusers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Classifiers of evaluations keep random weights; the options of each call are returned."""
-    from cldsde.images.evaluate import ImageClassifier, classifier
+    from cldsde.images.evaluate import classifier
+    from cldsde.images.evaluate.classifier import ImageClassifier
 
     calls: list[dict[str, Any]] = []
 

@@ -3,8 +3,10 @@
     python tests/mutation.py FOLDER [--mutants N] [--seed N] [--budget SECONDS]
 
 The first run measures which tests execute which line, and the time of each test. Every mutant of
-the sample then gets a process of its own, forked after the large imports. It runs the tests that
-execute the mutated line, until one fails. A later run with the same FOLDER resumes.
+the sample then gets a forked process, which runs the tests that execute the mutated line until one
+fails. The functions that no import executes get the mutant's code there. Other mutants are imported
+anew. A later run with the same FOLDER resumes. FOLDER/survivors lists the mutants that no test
+found.
 
 Each operator has one replacement, its opposite (comparisons have two: `<` becomes `<=` or `>=`);
 a number changes by 1. Any test would find a replacement that raises for every float, as `<<`.
@@ -307,7 +309,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the measurements and results")
     parser.add_argument("--mutants", type=int, default=300, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds of tests per mutant")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds of tests per mutant")
     options = parser.parse_args()
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)

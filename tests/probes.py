@@ -116,10 +116,10 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
     names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def waited(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the step waits for a value")
 
     with monkeypatch.context() as patch:
         for attribute in names:
-            patch.setattr(torch.Tensor, attribute, refuse)
+            patch.setattr(torch.Tensor, attribute, waited)
         yield

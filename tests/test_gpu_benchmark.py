@@ -9,6 +9,8 @@ import torch
 
 import gpu
 
+REDUCED = 1e-5  # gradients in single precision that two processes add in another order
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
@@ -30,7 +32,7 @@ def test_everything_is_measured_on_the_cpu_with_a_tiny_network(tmp_path, capsys)
     assert "share_outside_network" not in results.read_text()
     # Both solves are on the CPU.
     assert set(found["agreement"]["largest_difference"].values()) == {0.0}
-    assert found["processes"]["gloo"] < 1e-5
+    assert found["processes"]["gloo"] < REDUCED
     speeds = [row["images_per_second"] for row in found["sampling"].values() if row]
     assert len(speeds) == 3  # fp32, bf16, channels last
     assert min(speeds) > 0

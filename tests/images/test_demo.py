@@ -14,7 +14,7 @@ import torch
 
 from cldsde.cli import main
 from cldsde.images import demo
-from cldsde.images.evaluate import ImageClassifier
+from cldsde.images.evaluate.classifier import ImageClassifier
 from cldsde.images.schema import plain
 from command import rejected
 

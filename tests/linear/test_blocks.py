@@ -53,6 +53,7 @@ def test_zero_and_parallel_rows_are_allowed(rows):
     factor = lower_factor(root)
     assert torch.equal(factor, factor.tril())
     assert (factor.diagonal() >= 0).all()
+    assert not factor[:, factor.diagonal() == 0].any()  # a column without variance stays zero
     # Entries up to 25, a handful of operations.
     assert (factor @ factor.mT - root @ root.mT).abs().max() <= rounding(32, 25)
 

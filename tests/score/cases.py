@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -112,14 +109,3 @@ class Constant(nn.Module):
         assert clock.shape == (len(z),)
         channels = z.shape[1] // self.components * self.driven
         return z.new_full((len(z), channels, *z.shape[2:]), self.value)
-
-
-def each(call: Callable[..., Any], error: Any, message: str, **values: Any) -> list[Any]:
-    """Rows (call, error, message) of a table: one for each value of the only argument."""
-    ((name, given),) = values.items()
-    return [(partial(call, **{name: value}), error, message) for value in given]
-
-
-def assert_rejected(call: Callable[[], Any], error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()

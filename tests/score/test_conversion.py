@@ -43,20 +43,12 @@ EXACT = 1e-10  # conversions that do not divide by the driven rows
 
 
 def driven_noise_root(sde, t, conditioning):
-    """K, lower-triangular, K K^T = Cov(driven | rest) by the Schur complement; mpmath."""
+    """K, lower-triangular, K K^T = Cov(driven | rest), inverse of a block of Sigma^-1."""
     kernel = sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
-    driven = list(sde.driven)
-    rest = [i for i in range(sde.components) if i not in driven]
     root = matrix(kernel.root)
-    sigma = root * root.T
-
-    def block(rows, columns):
-        return mp.matrix([[sigma[i, j] for j in columns] for i in rows])
-
-    schur = block(driven, driven)
-    if rest:
-        schur -= block(driven, rest) * mp.inverse(block(rest, rest)) * block(rest, driven)
-    return mp.cholesky((schur + schur.T) / 2)
+    precision = mp.inverse(root * root.T)
+    block = mp.inverse(mp.matrix([[precision[i, j] for j in sde.driven] for i in sde.driven]))
+    return mp.cholesky((block + block.T) / 2)
 
 
 def representations(sde, t, z, x0, conditioning):

@@ -22,7 +22,7 @@ from cldsde import (
 )
 from cldsde.score import ScoreDenoiser
 from probes import generator
-from tolerances import EPS32, rounding, standard_error_of_variance
+from tolerances import EPS, EPS32, rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
@@ -238,15 +238,17 @@ def test_gradients_of_state_and_parameters():
     (wanted,) = torch.autograd.grad(DATA.score(sde)(again, 0.4).sum(), again)
     torch.testing.assert_close(found, wanted, rtol=CONDITIONED, atol=CONDITIONED)
 
-    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     ideal = network(*PATHS["linear"][1:], "noise", [])
-    scaled = PredictionDenoiser(lambda x, t: scale * ideal(x, t), NoisePath.linear())
-    total = DenoiserScore(scaled, sde)(z.detach(), 0.4).sum()
-    (slope,) = torch.autograd.grad(total, scale)
-    scale.data.zero_()
+
+    def total(scale):
+        scaled = PredictionDenoiser(lambda x, t: scale * ideal(x, t), NoisePath.linear())
+        return DenoiserScore(scaled, sde)(again.detach(), 0.4).sum()
+
+    one, zero = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.0, 0.0))
+    (slope,) = torch.autograd.grad(total(one), one)
     # The score is affine in the scale.
-    change = total - DenoiserScore(scaled, sde)(z.detach(), 0.4).sum()
-    assert float(slope) == pytest.approx(float(change.detach()), rel=rounding(1e6))
+    change = float((total(one) - total(zero)).detach())
+    assert float(slope) == pytest.approx(change, rel=rounding(1e6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -314,3 +316,10 @@ class TestScoreDenoiser:
         scale = kernel.covariance.diagonal().sqrt()
         tolerance = standard_error_of_variance(1.0, len(off)) * scale[:, None] * scale
         assert ((found - kernel.covariance).abs() <= tolerance).all()
+
+
+def test_a_table_may_have_two_levels():
+    path = NoisePath.from_alphas_cumprod(torch.tensor([0.9, 0.1], dtype=torch.float64))
+    assert path.interval == (0.0, 1.0)
+    # σ/α = √(1/ᾱ − 1) is 1/3 and 3.
+    assert path.noise_levels == pytest.approx((1 / 3, 3.0), rel=8 * EPS)

@@ -76,14 +76,17 @@ PROCESS = ReverseProcess(CRITICAL, untouchable)
 DRAWN = partial(PerturbedData.draw, sde=CRITICAL, x0=X, t=0.5)
 PAIR = PerturbedData.draw(CRITICAL, ZEROS(4, 2), 0.5)
 LOSS = partial(PAIR.loss, output=PAIR.noise)
+PREDICTED = [partial(LOSS, prediction=kind) for kind in ("score", "noise", "data")]
 LEAST = partial(optimal_loss, sde=CRITICAL, t=0.5)
 CONVERTED = partial(Conversion.at, sde=CRITICAL, t=0.5, source="score", target="noise")
+FORGOTTEN = partial(CONVERTED, sde=VPSDE(0.1, 2000.0), t=1.0, target="data")  # psi = exp(-500)
 IMPORTANCE = partial(TimeSampler.importance, sde=CRITICAL, t_min=1e-3)
 SAMPLER = partial(TimeSampler, density=torch.ones_like, t_min=1e-3)
 LEVELS, LOGITS = partial(log_snr_density, CRITICAL), logit_normal_density
 BOUND = partial(evidence_lower_bound, model=untouchable, sde=CRITICAL, x0=X, t=0.5, t_min=0.1)
 FLOW_DENSITY = partial(flow_log_prob, process=PROCESS, z=Z, t=0.1)
 LIKELIHOOD = partial(log_likelihood, process=PROCESS, x0=X, t_min=0.1)
+WEIGHTED = partial(LIKELIHOOD, importance_weighted=True)
 DENSITIES = [FLOW_DENSITY, LIKELIHOOD]
 REVERSE = partial(ReverseProcess, sde=CRITICAL, score=untouchable)
 DRIFTS = [
@@ -108,6 +111,7 @@ SINGULAR = partial(POINTS.conditional_log_prob, VP, Z[:, :1])
 
 # Mixed scores.
 MIXED = partial(MixedScore, Constant(CRITICAL), CRITICAL, data_mean=0.0, data_variance=1.0)
+OF_ESTIMATE = partial(MIXED, inputs="estimate")
 EVALUATED = partial(MIXED(), z=Z, t=0.5)
 PER_PIXEL = MixedScore(Constant(CRITICAL), CRITICAL, ZEROS(2, 3, 3), ONES(2, 3, 3))
 TINY = torch.tensor(1e-50, dtype=torch.float64)
@@ -154,11 +158,13 @@ def wrong_output(shape: tuple[int, ...]) -> Any:
 TABLE = torch.linspace(0.9999, 1e-4, 1000, dtype=torch.float64)
 PREDICTION = partial(PredictionDenoiser, denoise, path=NoisePath.linear())
 PATH = partial(NoisePath, noise=lambda t: t)
+TABULATED = partial(PREDICTION(path=NoisePath.from_alphas_cumprod(TABLE)), X)
 FALLING = partial(NoisePath, lambda t: 1 - t)
 ALPHAS = NoisePath.from_alphas_cumprod
 DENOISER = partial(DenoiserScore, denoise, sde=VP)
 GUIDED = partial(GuidedScore, conditional=DENOISER(), unconditional=DENOISER(), weight=2.0)
 PLAIN = partial(GuidedScore, untouchable, untouchable, 2.0)
+TORCHSDE = partial(as_torchsde, process=CRITICAL, shape=(3,))
 OTHER = DenoiserScore(denoise, VPSDE(beta_max=10.0))
 
 # Observations.
@@ -171,6 +177,8 @@ MEANS = partial(Observation.downsample, factor=2, y=ONES(1, 2), noise_std=0.1)
 BLUR = partial(Observation.blur, kernel=ONES(3, 3), y=ONES(1, 4, 4), noise_std=0.1)
 CONDITION = GaussianMixture([1.0], [[0.0, 0.0]], torch.eye(2)[None]).condition
 POSTERIOR = partial(PosteriorScore, DATA.score(CRITICAL), observation=SEEN)
+LEAF = ZEROS(2, 2, 8, dtype=torch.float64, requires_grad=True)
+DPS = partial(POSTERIOR, method="dps")
 ANY_SCORE = partial(PosteriorScore, observation=SEEN)
 
 
@@ -231,15 +239,7 @@ TRAINING = [
     *types(LOSS, "output must be a tensor", output=[[1.0]]),
     *types([LEAST, LOSS, IMPORTANCE], "weighting must be", weighting=["uniform", None, 1.0]),
     *each(LOSS, "one number for each time", weighting=[lambda t: t[1:], torch.sum]),
-    *(
-        row
-        for kind in ("score", "noise", "data")
-        for row in each(
-            partial(LOSS, prediction=kind),
-            f"must be a prediction of the {kind} of shape",
-            output=map(ZEROS, OUTPUTS),
-        )
-    ),
+    *each(PREDICTED, r"must be a prediction of the \w* of shape", output=map(ZEROS, OUTPUTS)),
     *each(SAMPLER, "t_min must lie in", t_min=[0.0, -1e-3, 0.6, 1.0, NAN]),
     *each(SAMPLER, "one finite, positive value per time", density=WEIGHTS),
     *each(SAMPLER().quantiles, r"u must lie in \[0, 1\]", u=[DOUBLE * u for u in (-0.1, 1.1, NAN)]),
@@ -262,9 +262,7 @@ TRAINING = [
     *each(partial(BOUND, data_variance=1.0), "data_mean must broadcast", data_mean=[ZEROS(3)]),
     *each(partial(BOUND, model=lambda z, t: -z[:, 1:]), "no density", sde=[NO_DENSITY]),
     *types(dequantise, "levels must be a tensor of integers", levels=[X, X.cfloat(), [1], None]),
-    *each(
-        dequantise, "levels must lie in 0 … 255; got", levels=[torch.tensor([x]) for x in (256, -1)]
-    ),
+    *each(dequantise, "levels must lie in 0 … 255; got", levels=map(torch.tensor, ([256], [-1]))),
     *each(LEVEL_0, "count must be", count=[1]),
     *each(LEVEL_0, "low must be below high", low=[1.0, 2.0, -INF, NAN]),
     *each(LEVEL_0, "low must be below high", high=[-1.0, INF, NAN]),
@@ -285,11 +283,7 @@ LIKELIHOODS = [
     *each(LIKELIHOOD, "at least one number per data point", x0=[X[:, :0]]),
     *each(LIKELIHOOD, "start must be one of 'perturb', 'replace'", start=["both"]),
     *each(LIKELIHOOD, "samples must be", samples=[0, True, 1.0]),
-    *each(
-        partial(LIKELIHOOD, importance_weighted=True),
-        "divergence must be 'exact' with importance_weighted=True",
-        divergence=["hutchinson"],
-    ),
+    *each(WEIGHTED, "divergence must be 'exact' with imp", divergence=["hutchinson"]),
     *each(partial(LIKELIHOOD, start="replace"), "needs auxiliary", process=AT_REST),
 ]
 SCORES = [
@@ -303,12 +297,7 @@ SCORES = [
     *each(partial(CONVERTED, t=0.0, source="data"), "take t > 0", sde=STARTS),
     # VE starts with a density; given all of z_0 there is none.
     *each(partial(CONVERTED, sde=VESDE(), t=0.0), "no density at t = 0", conditioning=["all"]),
-    # psi = exp(-500)
-    *each(
-        partial(CONVERTED, sde=VPSDE(0.1, 2000.0), t=1.0, target="data"),
-        "nothing of x_0 is left",
-        source=["score", "full_score"],
-    ),
+    *each(FORGOTTEN, "nothing of x_0 is left", source=["score", "full_score"]),
     *each(AT_THE_END, r"nothing of x_0 is left .* ≤ 0\.9933", target=["data", *BOTH]),
     # So early that float64 holds no digit of the full score.
     *each(partial(CONVERTED, t=1e-20, source="data"), "must be later for", target=["full_score"]),
@@ -323,10 +312,8 @@ SCORES = [
     *each(GIVEN_ALL.target, "conditioning must be 'data'", prediction=["flow"]),
     *each(ENDED, "prediction is infinite", measured=["flow"]),
     *each(ENDED, "t must be below 1 with weighting='likelihood'", weighting=["likelihood"]),
-    *each(
-        partial(GaussianMixture.score, POINTS, CRITICAL), "rows must be one of", rows=["v", None]
-    ),
-    *each(partial(GaussianMixture.score, POINTS, VP), "has no auxiliary", rows=["auxiliary"]),
+    *each(partial(POINTS.score, CRITICAL), "rows must be one of", rows=["v", None]),
+    *each(partial(POINTS.score, VP), "has no auxiliary", rows=["auxiliary"]),
     *each(SINGULAR, "has no auxiliary", t=[0.5]),
     *each(at_a_known_time(SCORE, 0.5), "2 numbers per component", z=[ZEROS(8, 2, 3)]),
     *each(MIXTURE, "must have shapes", weights=[[[1.0]]]),
@@ -348,28 +335,16 @@ SCORES = [
     *types(MIXED, "data_variance must be a real number", data_variance=["1", None]),
     *each(MIXED, r"one shape; got \(2,\) and \(\)", data_mean=[ZEROS(2)]),
     *each(MIXED, "inputs must be one of 'state', 'estimate'; got 'z'", inputs=["z"]),
-    *each(
-        partial(MIXED, inputs="estimate"),
-        "mixing_logits must be None unless",
-        mixing_logits=[ONES(())],
-    ),
+    *each(OF_ESTIMATE, "mixing_logits must be None unless", mixing_logits=[ONES(())]),
     *each(MIXED, "mixing_logits must be a finite", mixing_logits=[ONES(()) * NAN, -3.0, "-3"]),
     # Weights of each driven component, or of each sample, do not broadcast.
-    *each(
-        weighted,
-        "mixing_logits must broadcast with the data",
-        logits=[(3, 1, 1), (5,), (2, 2, 3, 3), (3, 1, 1, 1, 1)],
-    ),
+    *each(weighted, "must broadcast", logits=[(3, 1, 1), (5,), (2, 2, 3, 3), (3, 1, 1, 1, 1)]),
     *each(partial(weighted, (2, 1, 1)), "mixing_logits must broadcast with the", z=[(2, 2, 3)]),
     *each(EVALUATED, "prediction must be one of 'score'", prediction=["full_score", None]),
     *each(EVALUATED, "no density at t = 0", t=[0.0, torch.tensor([0.5, 0.0])]),
     *each(EVALUATED, r"z must have shape \(B, 2, ", z=map(ZEROS, [(3, 3, 2), (3, 1, 2), (3,)])),
     *each(partial(PER_PIXEL, t=0.5), "the axes of", z=[ZEROS(3, 2, 3)]),
-    *each(
-        returned,
-        r"network must return shape \(3, 2, 3, 3\)",
-        shape=[(3, 4, 3, 3), (3, 1, 3, 3), (3, 2, 9, 9)],
-    ),
+    *each(returned, r"shape \(3, 2, 3, 3\)", shape=[(3, 4, 3, 3), (3, 1, 3, 3), (3, 2, 9, 9)]),
 ]
 DENOISERS = [
     *types(PATH, "signal must be a function", signal=[1.0]),
@@ -399,11 +374,7 @@ DENOISERS = [
     *types(partial(PredictionDenoiser, path=NoisePath.linear()), "must be a cal", network=[None]),
     *types(PREDICTION, "path must be a NoisePath", path=[VP]),
     *each(partial(PREDICTION(), ZEROS(4, 2)), r"have shape \(4,\)", sigma=[ONES(3)]),
-    *each(
-        partial(PREDICTION(path=ALPHAS(TABLE)), ZEROS(2, 2)),
-        r"sigma must lie in \[0.01.*, 99.*\].*got 200",
-        sigma=[200.0],
-    ),
+    *each(TABULATED, r"sigma must lie in \[0.01.*, 99.*\].*got 200", sigma=[200.0]),
     *each(wrong_shape, r"denoiser must .* like its input, \(4, 2\)", shape=[(4, 3), (4, 1, 2)]),
     *each(wrong_output, "network must return a tensor like its input", shape=[(4, 3), (3, 2)]),
     *types(GUIDED, "unconditional must be a callable", unconditional=[None]),
@@ -413,21 +384,9 @@ DENOISERS = [
     *each(GUIDED, "interval must hold noise levels ≥ 0", interval=[(-1.0, 0.2)]),
     *each(GUIDED, "must be scores of one process", unconditional=[OTHER]),
     *each(PLAIN, "interval must be None for scores without an", interval=[(0.2, 2.0)]),
-    *types(
-        [as_torchdiffeq, partial(as_torchsde, shape=(1,))],
-        "process must be a LinearSDE or a ReverseProcess",
-        process=[*SDES, DATA],
-    ),
-    *each(
-        partial(as_torchsde, CRITICAL, (1,)),
-        "calculus must be 'ito' or 'stratonovich'",
-        calculus=["Ito", None],
-    ),
-    *each(
-        as_torchsde(CRITICAL, (3,)).pack,
-        r"state must have shape \(B, 2, 3\)",
-        state=map(ZEROS, [(4, 2), (4, 1, 3), (4, 2, 3, 1), (2,), (4, 2, 4)]),
-    ),
+    *types([as_torchdiffeq, TORCHSDE], "process must be a LinearSDE", process=[*SDES, DATA]),
+    *each(TORCHSDE, "calculus must be 'ito' or 'stratonovich'", calculus=["Ito", None]),
+    *each(TORCHSDE().pack, r"shape \(B, 2, 3\)", state=map(ZEROS, [(4, 2), (4, 1, 3), (4, 2, 4)])),
 ]
 OBSERVATIONS = [
     *types(partial(Observation, y=ONES(2), noise_std=0.1), "forward must be a", forward=[3]),
@@ -444,37 +403,20 @@ OBSERVATIONS = [
     *each(BLUR, "image", y=[ONES(4, 4)]),
     *each(CONDITION, "must be of data of 2 numbers", observation=[MATRIX([[1.0, 0.0, 0.0]])]),
     *each(CONDITION, "one y of 1 numbers", observation=[MATRIX([[1.0, 0.0]], y=ONES(3, 1))]),
-    *each(
-        CONDITION,
-        "no density",
-        observation=[Observation.matrix([[1.0, 0.0], [1.0, 0.0]], ONES(2), 0.0)],
-    ),
+    *each(CONDITION, "no density", observation=[MATRIX([[1.0, 0], [1, 0]], y=X[0], noise_std=0)]),
     *types([CONDITION, POSTERIOR], "observation must be an Observation", observation=[3]),
     *each(POSTERIOR, "method must be one of", method=["mmps"]),
     *each(POSTERIOR, "iterations must be", iterations=[0]),
     *each(POSTERIOR, "data_variance must be", data_variance=[0.0]),
-    *each(
-        partial(POSTERIOR, method="dps"),
-        "noise_std must be positive",
-        observation=[Observation(SEEN.forward, SEEN.y, 0.0)],
-    ),
+    *each(DPS, "noise_std must be positive", observation=[Observation(SEEN.forward, SEEN.y, 0.0)]),
     *types(ANY_SCORE, "score must be a", score=[3]),
     *types(ANY_SCORE, "sde must be given", score=[untouchable]),
     *each(observed, "must be linear", forward=[lambda x: x**2]),
     *each(observed, r"forward\(0\) ≠ 0", forward=[lambda x: x + 1]),
     *each(observed, "each sample separately", forward=[lambda x: x - x.mean(0)]),
     *each(partial(observed, lambda x: x), "y must have shape", y=[ONES(3)]),
-    *each(
-        observed,
-        "autograd can differentiate",
-        (TypeError, ValueError),
-        forward=[lambda x: x.detach()],
-    ),
-    *each(
-        partial(POSTERIOR(), t=0.3),
-        "z must not require gradients",
-        z=[ZEROS(2, 2, 8, dtype=torch.float64, requires_grad=True)],
-    ),
+    *types(observed, "autograd can differentiate", forward=[lambda x: x.detach()]),
+    *each(partial(POSTERIOR(), t=0.3), "z must not require gradients", z=[LEAF]),
 ]
 
 

@@ -1,7 +1,6 @@
 """Importance sampling of training times."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from probes import generator
 from score.cases import FAMILIES, Constant
 from tolerances import order_of, rounding, standard_error
 
-Density = Callable[[torch.Tensor], torch.Tensor]
 DENSITIES = {
     "uniform": (torch.ones_like, 1e-3),
     "log-uniform": (lambda t: 1 / t, 1e-5),
@@ -28,6 +26,9 @@ LOSSES = {
     "cos(5 t)": (lambda t: torch.cos(5 * t), lambda t: math.sin(5 * t) / 5),
 }
 KNOTS = 2000
+MIDPOINT = 0.06 / 1e3
+HALF_START = 5e-4  # half of t_min
+TAILS = 0.03  # of levels beyond the interval, at least 1.9 standard deviations away
 
 
 def spacing(t_min):
@@ -90,7 +91,7 @@ def test_the_parts_come_in_random_order():
     # Otherwise the first datum of a batch would always meet the earliest time.
     sampler, g, n = TimeSampler(torch.ones_like, 1e-3), generator(), 500
     first = torch.stack([sampler.sample(10, generator=g)[0][0] for _ in range(n)])
-    error = standard_error(math.sqrt(1 / 12), n) + 5e-4  # half of t_min
+    error = standard_error(math.sqrt(1 / 12), n) + HALF_START
     assert first.mean().item() == pytest.approx(0.5, abs=error)
 
 
@@ -110,33 +111,17 @@ def information(sde, t, conditioning):
 class TestImportance:
     """Times at which the least loss is the same share of the whole."""
 
-    T_MIN = 1e-5
-
-    def sampler(self, sde, conditioning):
-        return TimeSampler.importance(
-            sde, self.T_MIN, conditioning=conditioning, weighting="likelihood"
-        )
-
-    def test_times_share_the_information_evenly(self, make, conditioning):
-        sde, step = make(), spacing(self.T_MIN)
-        u = torch.linspace(0, 1, 1001, dtype=torch.float64)
-        t, _ = self.sampler(sde, conditioning).quantiles(u)
-        H = information(sde, t, conditioning)
-        # The trapezoidal rule is off by p (p + 1) / 12 squared spacings of a loss like t^-p, less
-        # than twice 20 / 12 with p <= 4 wherever there is mass; interpolation by less: a bin's
-        # share, 1/100 at most, times p / 8 spacings.
-        share = (H[0] - H) / (H[0] - H[-1])
-        assert (share - u).abs().max() <= order_of(step, 2, 20 / 6) + 0.01 * 4 / 8 * step
-
     def test_the_weighted_loss_averages_to_the_information(self, make, conditioning):
-        sde, step = make(), spacing(self.T_MIN)
+        sde, t_min = make(), 1e-5
+        step, options = spacing(t_min), {"conditioning": conditioning, "weighting": "likelihood"}
         u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-        t, weight = self.sampler(sde, conditioning).quantiles(u)
-        loss = weight * optimal_loss(sde, t, conditioning=conditioning, weighting="likelihood")
-        ends = information(sde, torch.tensor([self.T_MIN, 1.0], dtype=torch.float64), conditioning)
-        expected = float(ends[0] - ends[1]) / (1 - self.T_MIN)
-        # As the shares above, and the midpoint rule of 10,000 shares on values that vary by 6 %.
-        error = order_of(step, 2, 4) + 0.06 / 1e3
+        t, weight = TimeSampler.importance(sde, t_min, **options).quantiles(u)
+        loss = weight * optimal_loss(sde, t, **options)
+        ends = information(sde, torch.tensor([t_min, 1.0], dtype=torch.float64), conditioning)
+        expected = float(ends[0] - ends[1]) / (1 - t_min)
+        # The trapezoidal rule is off by p (p + 1) / 12 squared spacings of a loss like t^-p. The
+        # midpoint rule takes 10,000 shares of values that vary by 6 %.
+        error = order_of(step, 2, 4) + MIDPOINT
         assert loss.mean().item() == pytest.approx(expected, rel=error)
         # A loss like t^-p varies between knots by p times the spacing, a standard deviation of
         # p / sqrt(12) spacings: one for p <= 3.4. Powers up to 20 occur near t = 1 alone.
@@ -146,11 +131,11 @@ class TestImportance:
     @pytest.mark.parametrize("weighting", ["reweighted", lambda t: 1 / (t + 0.01)])
     def test_any_weighting_may_be_balanced(self, make, conditioning, weighting):
         options = {"data_variance": 0.5, "conditioning": conditioning, "weighting": weighting}
-        sampler = TimeSampler.importance(make(), 1e-3, **options)
+        sampler, step = TimeSampler.importance(make(), 1e-3, **options), spacing(1e-3)
         t, weight = sampler.sample(2000, generator=generator())
         loss = weight * optimal_loss(make(), t, **options)
         # Half of the largest power, 20 (VP at t = 1), times the spacing.
-        assert (loss / loss.mean() - 1).abs().max() <= 10 * spacing(1e-3)
+        assert (loss / loss.mean() - 1).abs().max() <= 10 * step
 
 
 class TestNoiseLevels:
@@ -204,6 +189,5 @@ class TestNoiseLevels:
         t, weight = TimeSampler(log_snr_density(sde, std=std), 1e-3).quantiles(u)
         assert bool((weight.isfinite() & (weight > 0)).all())
         kappa = sde.log_snr(t)
-        # Tails beyond the ends of the interval, at least 1.9 standard deviations away.
-        assert float(kappa.mean()) == pytest.approx(1.2, abs=0.03 * std)
-        assert float(kappa.std()) == pytest.approx(std, rel=0.03)
+        assert float(kappa.mean()) == pytest.approx(1.2, abs=TAILS * std)
+        assert float(kappa.std()) == pytest.approx(std, rel=TAILS)

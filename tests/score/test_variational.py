@@ -1,212 +1,235 @@
-"""The evidence lower bound: affine models in closed form, and gradients of the process."""
+"""Evidence lower bounds and cross-entropies of latent variables: closed forms and gradients."""
 
 import math
-from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad_vec
+from torch import nn
 
-from cldsde import CLD, GaussianMixture, LinearSDE
-from cldsde.score import Conversion, TimeSampler, evidence_lower_bound
+from cldsde import CLD, GaussianMixture, LinearSDE, MixedScore
+from cldsde.linear import Gaussian
+from cldsde.score import PerturbedData, TimeSampler, cross_entropy, evidence_lower_bound
+from cldsde.score.conversion import whiten
 from probes import generator
-from score.cases import PROCESSES
-from tolerances import EPS32, rounding, standard_error
+from score.cases import FAMILIES, PROCESSES
+from tolerances import rounding, standard_error
 
-NAMES = ["VP", "VE", "CLD", "PSLD", "HOLD", "first two of three driven"]
-every_process = pytest.mark.parametrize("name", NAMES)
+EQUILIBRIUM = CLD(velocity_scale=1.0)
+CASES = {name: FAMILIES[name] for name in ("VP", "sub-VP", "VE", "CLD", "PSLD", "HOLD")}
+CASES["CLD, γ = 1"] = EQUILIBRIUM
 
-# Data of the models: N(0.3, 0.5) in each direction.
-MEAN, VARIANCE = 0.3, 0.5
-X = torch.tensor([[0.4, -0.8], [1.3, 0.2]], dtype=torch.float64)
 T_MIN = 1e-3
-QUADRATURE = 1e-5
-PRIOR = 0.07  # KL(p_T, prior) of data and states below 3: VP e^{-B/2} = 0.007, CLD less
-MODELS = {"exact": (1.0, 0.0), "imperfect": (0.97, 0.3)}
+QUADRATURE = 1e-6  # sixty nodes integrate a function that is smooth in log t
+# A linear-Gaussian autoencoder x = Wz + noise: z ~ N(0, P) a priori, N(MEAN, SCALE²) given x.
+P, NOISE = 0.7, 0.25
+LOADINGS = torch.tensor([[1.0, -0.5], [0.3, 0.8], [-0.4, 0.6]], dtype=torch.float64)
+PRECISION = torch.eye(2, dtype=torch.float64) / P + LOADINGS.T @ LOADINGS / NOISE
+# Of the posterior its mean and the diagonal of its covariance: the encoder is not exact.
+X = torch.tensor([0.9, -0.4, 0.2], dtype=torch.float64)
+MEAN = torch.linalg.solve(PRECISION, LOADINGS.T @ X / NOISE)
+SCALE = torch.linalg.inv(PRECISION).diagonal().sqrt()
+DECODER = 2e-3  # noise of variance 1/I < 1e-3 P: half of it for each direction, twice
+# Differences: h² f'''/6 and eps f/h, of f up to 10³ with derivatives up to 10⁴.
+STEP, DIFFERENCES = 1e-5, 1e-5
 
 
-def gaussian(dimension=2):
-    eye = torch.eye(dimension, dtype=torch.float64)
-    return GaussianMixture([1.0], [[MEAN] * dimension], VARIANCE * eye.unsqueeze(0))
+def prior_score(sde):
+    eye = torch.eye(2, dtype=torch.float64)
+    return GaussianMixture([1.0], [[0.0, 0.0]], P * eye.unsqueeze(0)).score(sde)
 
 
-def affine(sde, model):
-    score, (scale, offset) = gaussian().score(sde), MODELS[model]
-    return lambda z, t: scale * score(z, t) + offset
-
-
-def moments(sde, t):
+def covariance(sde, t, variance):
+    """Covariance at t of data of a variance, one direction."""
     kernel = sde.marginal(t)
-    return kernel.mean[:, 0].numpy(), kernel.covariance.numpy()
+    return kernel.covariance + variance * torch.outer(kernel.mean[:, 0], kernel.mean[:, 0])
 
 
-def mean_loss(sde, model, t, x):
-    """½ E ‖Gᵀ(s − s*)‖² given x, one direction: both scores are affine in the noise."""
-    scale, offset = MODELS[model]
-    psi, sigma = moments(sde, t)
-    L = np.linalg.cholesky(sigma)
-    driven = np.zeros(len(psi))
-    driven[list(sde.driven)] = offset
-    G = sde.diffusion(t).numpy()
-    S = sigma + VARIANCE * np.outer(psi, psi)
-    mean = np.outer(driven, np.ones_like(x)) - scale * np.outer(np.linalg.solve(S, psi), x - MEAN)
-    noise = np.linalg.inv(L).T - scale * np.linalg.solve(S, L)
-    return 0.5 * (((G.T @ mean) ** 2).sum(0) + ((G.T @ noise) ** 2).sum())
+def terminal(sde):
+    """Distribution of the prior at T, of which the process's own prior is the limit."""
+    return Gaussian(torch.linalg.cholesky(covariance(sde, sde.T, P)))
 
 
-@lru_cache
-def expected(name, model, t_min=T_MIN):
-    """Expectation of the bound at each datum of X: closed forms and scipy's quadrature."""
-    sde, x = PROCESSES[name], X.flatten().numpy()
-
-    def loss(log_t):
-        t = math.exp(log_t)
-        return t * mean_loss(sde, model, t, x)
-
-    integral, error = quad_vec(loss, math.log(t_min), 0.0, epsabs=1e-6, epsrel=1e-6)
-    assert error < QUADRATURE
-    return (last_terms(sde, t_min) - integral).reshape(2, 2).sum(1)
+def closed_form(sde):
+    """−E log p(z) at T_MIN over z of the encoder: a sum over directions of Gaussians."""
+    psi, C = sde.marginal(T_MIN).mean[:, 0], covariance(sde, T_MIN, P)
+    total = 0.0
+    for mean, scale in zip(MEAN, SCALE, strict=True):
+        second = covariance(sde, T_MIN, float(scale) ** 2) + mean**2 * torch.outer(psi, psi)
+        log_det = torch.linalg.slogdet(2 * math.pi * C).logabsdet
+        total += 0.5 * float(log_det + torch.linalg.solve(C, second).trace())
+    return total
 
 
-def last_terms(sde, t_min):
-    """Minus the divergence from the prior and the entropy of the decoder, at each number of X."""
-    psi, S = moments(sde, sde.T)
-    P, x = sde.prior.covariance.numpy(), X.flatten().numpy()
-    inverse = np.linalg.inv(P)
-    log_det = np.linalg.slogdet(P)[1] - np.linalg.slogdet(S)[1]
-    divergence = np.trace(inverse @ S) - len(S) + log_det + psi @ inverse @ psi * x**2
-    psi, S = moments(sde, t_min)
-    information = psi @ np.linalg.solve(S, psi)
-    return -0.5 * (divergence + math.log(2 * math.pi * math.e / information))
+def points(n):
+    """±√n e_i, over which the mean of a quadratic function is its mean over n normals."""
+    eye = math.sqrt(n) * torch.eye(n, dtype=torch.float64)
+    return torch.cat([eye, -eye])
 
 
-def estimates(sde, model, n=2000, *, sampler=None, t_min=T_MIN, **options):
-    """Estimates of each datum, ``(2, n)``."""
-    if sampler is None:
-        sampler = TimeSampler.importance(sde, t_min, data_variance=VARIANCE, weighting="likelihood")
-    found = []
-    for i, datum in enumerate(X):
-        g = generator(i)
-        t, weight = sampler.sample(n, generator=g)
-        x = datum.expand(n, 2)
-        found.append(
-            evidence_lower_bound(model, sde, x, t, weight, t_min=t_min, generator=g, **options)
-        )
-    return torch.stack(found)
+def cubature(sde, t_min=T_MIN, nodes=60, start=MEAN + SCALE * points(2)):  # noqa: B008
+    """States and weights whose mean loss of an affine score is its expectation.
+
+    Gauss and Legendre's nodes in log t, and points in place of normals; times vary first, then
+    the points of the data.
+    """
+    k, D = sde.components, 2
+    x, w = np.polynomial.legendre.leggauss(nodes)
+    span = math.log(sde.T / t_min)
+    t = t_min * torch.exp(torch.from_numpy((x + 1) / 2 * span))
+    weight = nodes * torch.from_numpy(w / 2) * span * t / (sde.T - t_min)
+    noise = points(k * D).reshape(-1, k, D)
+    grid = (torch.arange(len(values)) for values in (start, noise, t))
+    a, b, c = (index.flatten() for index in torch.meshgrid(*grid, indexing="ij"))
+    times, x0, epsilon = t[c], start[a], noise[b]
+    kernel = sde.marginal(times)
+    whitened = whiten(sde, kernel, times)
+    z = kernel.mean[:, :, :1] * x0.unsqueeze(1) + kernel.root @ epsilon
+    normals = whitened.noise @ epsilon
+    return PerturbedData(sde, x0, z, normals, times, kernel, "data", whitened), weight[c]
 
 
-def assert_mean(found, wanted):
-    """Within 4 standard errors; times are stratified, which only lessens them."""
-    error = (found.mean(1) - torch.from_numpy(wanted)).abs()
-    assert (error <= standard_error(1.0, found.shape[1]) * found.std(1)).all()
+def exact_losses(pair, scale=1.0, offset=0.0):
+    output = scale * prior_score(pair.sde)(pair.z, pair.t) + offset
+    return pair.loss(output, "score", weighting="likelihood")
 
 
-class TestExpectation:
-    """The mean of the estimate against closed forms."""
-
-    @pytest.mark.parametrize("model", MODELS)
-    @every_process
-    def test_the_mean_is_the_bound(self, name, model):
-        sde = PROCESSES[name]
-        assert_mean(estimates(sde, affine(sde, model)), expected(name, model))
-
-    @every_process
-    def test_a_control_variate_with_the_moments_of_the_data_leaves_no_variance(self, name):
-        sde, options = PROCESSES[name], {"data_mean": MEAN, "data_variance": VARIANCE}
-        # At this time 1 + s²I is small enough to be seen in every term.
-        found = estimates(sde, affine(sde, "exact"), 20, t_min=0.1, **options)
-        error = (found - torch.from_numpy(expected(name, "exact", 0.1)).unsqueeze(1)).abs()
-        assert error.max() <= 10 * QUADRATURE
-
-    @every_process
-    def test_without_weight_prior_and_decoder_are_left(self, name):
-        sde = PROCESSES[name]
-        found = evidence_lower_bound(gaussian().score(sde), sde, X, 0.5, 0.0, t_min=T_MIN)
-        wanted = torch.from_numpy(last_terms(sde, T_MIN).reshape(2, 2).sum(1))
-        # A covariance is inverted here.
-        lost = rounding(16, float(torch.linalg.cond(sde.marginal(T_MIN).covariance)))
-        assert torch.allclose(found, wanted, rtol=lost, atol=lost)
-
-    @pytest.mark.parametrize("t", [T_MIN, 0.03, 1.0])
-    @every_process
-    def test_at_each_time_the_loss_is_exact(self, name, t):
-        sde, n = PROCESSES[name], 2000
-        score, x = affine(sde, "imperfect"), X[:1].expand(n, 2)
-        with_loss, without = (
-            evidence_lower_bound(score, sde, x, t, weight, t_min=T_MIN, generator=generator())
-            for weight in (1.0, 0.0)
-        )
-        losses = (without - with_loss) / (1 - T_MIN)
-        wanted = mean_loss(sde, "imperfect", t, X[0].numpy()).sum()
-        assert_mean(losses.unsqueeze(0), np.array([wanted]))
-
-    @pytest.mark.parametrize("density", [torch.ones_like, lambda t: 1 / t])
-    def test_the_mean_does_not_depend_on_the_density_of_times(self, density):
-        sampler, sde = TimeSampler(density, 0.02), PROCESSES["CLD"]
-        found = estimates(sde, affine(sde, "imperfect"), sampler=sampler, t_min=0.02)
-        assert_mean(found, expected("CLD", "imperfect", 0.02))
-
-    @pytest.mark.parametrize("prediction", ["noise", "data"])
-    def test_the_kind_of_prediction_does_not_matter(self, prediction):
-        sde = PROCESSES["CLD"]
-        score = gaussian().score(sde)
-
-        def model(z, t):
-            return Conversion.at(sde, t, "score", prediction)(z, score(z, t))
-
-        found = estimates(sde, model, 50, prediction=prediction)
-        lost = rounding(16, float(torch.linalg.cond(sde.marginal(T_MIN).covariance)))
-        assert torch.allclose(found, estimates(sde, score, 50), rtol=lost, atol=lost)
-
-    @pytest.mark.parametrize("name", ["VP", "CLD"])
-    def test_at_an_early_end_it_is_the_density_of_the_data(self, name):
-        sde = PROCESSES[name]
-        found = estimates(sde, gaussian().score(sde), t_min=1e-5)
-        point = LinearSDE.from_matrices([[0.0]], [[1.0]])
-        value = gaussian().log_prob(point, X.unsqueeze(1), 0.0)
-        error = standard_error(1.0, found.shape[1]) * found.std(1)
-        # The decoder at 1e-5 costs less than 2D/(s² I), beside the prior.
-        assert ((found.mean(1) - value).abs() <= error + PRIOR).all()
-
-
-class TestShapes:
-    def test_single_precision_data_lose_single_precision(self):
-        sde, t_min = CLD(), 1e-5
-        sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
-        t, weight = sampler.sample(2000, generator=generator())
-        x = X[:1].expand(2000, 2)
-        found = evidence_lower_bound(
-            gaussian().score(sde), sde, x.float(), t, weight, t_min=t_min, generator=generator()
-        )
-        assert found.dtype == torch.float32
-        # States are rounded relative to x, hundreds of times the noise at t_min.
-        wanted = torch.from_numpy(expected("CLD", "exact", t_min))[0]
-        error = standard_error(float(found.double().std()), 2000) + 1e4 * EPS32
-        assert float(found.double().mean()) == pytest.approx(float(wanted), abs=error)
-
-
-def learnt(p):
-    """CLD with a rate, a mass and a friction to learn."""
-    beta, mass, friction = p
-    zero = torch.zeros((), dtype=torch.float64)
-    A = torch.stack(
-        [torch.stack([zero, beta / mass]), torch.stack([-beta, -beta * friction / mass])]
+@pytest.mark.parametrize("name", CASES)
+def test_for_a_linear_gaussian_autoencoder_it_is_the_closed_form(name):
+    sde = CASES[name]
+    pair, weight = cubature(sde)
+    exact, imperfect = (
+        float(cross_entropy(pair, losses, weight, t_min=T_MIN, prior=terminal(sde)).mean())
+        for losses in (exact_losses(pair), exact_losses(pair, 0.95, 0.1))
     )
-    root = torch.stack([zero, (2 * friction * beta).sqrt()]).unsqueeze(1)
-    return LinearSDE.from_matrices(A, root, 1.0, initial_covariance=[[0.0, 0.0], [0.0, 0.01]])
+    assert exact == pytest.approx(closed_form(sde), abs=QUADRATURE)
+    # The score of no other prior of this process: the remaining error is a mean square.
+    assert imperfect > exact + 1000 * QUADRATURE
+
+
+@pytest.mark.parametrize("name", ["VP", "HOLD"])
+def test_its_estimate_at_importance_sampled_times_scatters_little(name):
+    sde, n = CASES[name], 10_000
+    sampler = TimeSampler.importance(sde, T_MIN, data_variance=P, weighting="likelihood")
+    t, weight = sampler.sample(n, generator=generator())
+    x0 = MEAN + SCALE * torch.randn(n, 2, generator=generator(1), dtype=torch.float64)
+    pair = PerturbedData.draw(sde, x0, t, generator=generator(2))
+    losses = exact_losses(pair)
+    found = cross_entropy(pair, losses, weight, t_min=T_MIN, prior=terminal(sde))
+    error = standard_error(float(found.std()), n)
+    assert float(found.mean()) == pytest.approx(closed_form(sde), abs=error)
+    # Two squared normals have a coefficient of variation of 1.
+    integrand = weight * losses
+    assert float(integrand.std() / integrand.mean()) < 1.5
+
+
+def test_the_default_prior_is_the_process_s_own():
+    pair, weight = cubature(EQUILIBRIUM, nodes=8)
+    own, same = (
+        cross_entropy(pair, torch.zeros(len(weight)), weight, t_min=T_MIN, prior=prior)
+        for prior in (None, Gaussian(EQUILIBRIUM.prior.root))
+    )
+    assert torch.equal(own, same)
+
+
+@pytest.mark.parametrize("prediction", ["score", "noise", "data"])
+@pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
+def test_the_evidence_lower_bound_has_a_decoder_in_place_of_an_entropy(name, prediction):
+    sde, n = CASES[name], 16
+    x0 = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
+    t = torch.linspace(0.01, 1, n, dtype=torch.float64)
+    model = lambda z, t: z[:, 0] if prediction == "data" else z[:, -1:]  # noqa: E731
+    options = {"t_min": T_MIN, "prediction": prediction, "generator": generator(1)}
+    bound = evidence_lower_bound(model, sde, x0, t, 0.7, **options)
+    pair = PerturbedData.draw(sde, x0, t, generator=generator(1))
+    losses = pair.loss(model(pair.z, t), prediction, weighting="likelihood")
+    found = cross_entropy(pair, losses, 0.7, t_min=T_MIN)
+    kernel = sde.marginal(T_MIN)
+    psi = kernel.mean[:, 0]
+    information = psi @ torch.linalg.solve(kernel.covariance, psi)
+    entropy = torch.linalg.slogdet(2 * math.pi * math.e * kernel.covariance).logabsdet
+    expected = entropy - math.log(2 * math.pi * math.e) + information.log()
+    lost = rounding(16, float(torch.linalg.cond(kernel.covariance)) + float(found.max()))
+    assert torch.allclose(found + bound, expected.expand(n), rtol=lost, atol=lost)
+    assert torch.equal(cross_entropy(pair, losses, 0.7, t_min=T_MIN, of="data"), -bound)
+
+
+@pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD", "HOLD", "first two of three driven"])
+def test_a_control_variate_with_the_moments_of_the_data_leaves_no_variance(name):
+    # At this time 1 + s²I is small enough to be seen in every term.
+    sde, n, t_min, mean = PROCESSES[name], 20, 0.1, 0.3
+    x = torch.tensor([[0.4, -0.8], [1.3, 0.2]], dtype=torch.float64)
+    pair, weight = cubature(sde, t_min, start=x)
+    data = GaussianMixture([1.0], [[mean, mean]], P * torch.eye(2, dtype=torch.float64)[None])
+    losses = pair.loss(data.score(sde)(pair.z, pair.t), "score", weighting="likelihood")
+    expected = -cross_entropy(pair, losses, weight, t_min=t_min, of="data").reshape(2, -1).mean(1)
+    sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
+    t, weight = sampler.sample(2 * n, generator=generator())
+    options = {"t_min": t_min, "data_mean": mean, "data_variance": P, "generator": generator()}
+    many = x.repeat_interleave(n, 0)
+    found = evidence_lower_bound(data.score(sde), sde, many, t, weight, **options).reshape(2, n)
+    assert (found - expected[:, None]).abs().max() <= QUADRATURE
+
+
+@pytest.mark.parametrize("scale", [0.04, 1.0])
+def test_for_the_data_a_velocity_out_of_equilibrium_leaves_no_gap(scale):
+    """The state less the velocity's entropy, and the data, against −E log p(z_0)."""
+    sde = CLD(velocity_scale=scale)
+    pair, weight = cubature(sde)
+    options = {"t_min": T_MIN, "prior": terminal(sde)}
+    state, data = (
+        float(cross_entropy(pair, exact_losses(pair), weight, of=of, **options).mean())
+        for of in ("state", "data")
+    )
+    velocity = math.log(2 * math.pi * math.e * scale * 0.25)
+    exact = math.log(2 * math.pi * P) + 0.5 * float((MEAN**2 + SCALE**2).sum()) / P
+    assert exact - QUADRATURE <= data <= exact + DECODER
+    assert (state - velocity - exact > 0.4) == (scale == 0.04)
+
+
+def assert_differentiable(function, values):
+    """Gradients agree with central differences."""
+    values = torch.tensor(values, dtype=torch.float64)
+    gradient = torch.autograd.functional.jacobian(function, values)
+    for found, step in zip(gradient, STEP * torch.eye(len(values)).double(), strict=True):
+        with torch.no_grad():
+            wanted = float(function(values + step) - function(values - step)) / (2 * STEP)
+        assert float(found) == pytest.approx(wanted, rel=DIFFERENCES, abs=DIFFERENCES)
+
+
+@pytest.mark.parametrize("mixing", [None, torch.full((2,), -1.0)])
+@pytest.mark.parametrize("name", ["VP", "PSLD", "HOLD"])
+def test_gradients_reach_the_encoder(name, mixing):
+    """Through the states, as the training of latent models takes them."""
+    sde, n = CASES[name], 32
+
+    class Network(nn.Module):
+        def forward(self, z, clock):
+            driven = (z.sum(1, keepdim=True) + clock[:, None]).sin() + 0.1 * z[:, :1]
+            return driven.expand(-1, 2 * len(sde.driven))
+
+    model = MixedScore(Network(), sde, 0.0, 1.0, mixing_logits=mixing)
+    sampler = TimeSampler.importance(sde, T_MIN, weighting="likelihood")
+    t, weight = sampler.sample(n, generator=generator(1))
+
+    def bound(encoder):
+        """Cross-entropy less the entropy of the encoder, at given normals."""
+        mean, log_scale = encoder[:2], encoder[2:]
+        eta = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
+        pair = PerturbedData.draw(sde, mean + log_scale.exp() * eta, t, generator=generator(2))
+        losses = model.loss(pair, weighting="likelihood")
+        return cross_entropy(pair, losses, weight, t_min=T_MIN).mean() - log_scale.sum()
+
+    assert_differentiable(bound, [0.3, -0.5, -0.7, 0.1])
 
 
 LANGEVIN = torch.tensor([[0.0, 4.0], [-1.0, -4.0]], dtype=torch.float64)
 KICK = torch.tensor([[0.0], [math.sqrt(2.0)]], dtype=torch.float64)
+OWN, EQUAL = torch.diag(torch.tensor([0.0, 0.1])).double(), torch.eye(2).double()
 LEARNT = {
-    "Langevin": (learnt, [4.0, 0.25, 1.0]),
     "all entries of the matrices": (
         lambda p: LinearSDE.from_matrices(
-            p[:4].reshape(2, 2),
-            p[4:].reshape(2, 2),
-            4.0,
-            initial_covariance=[[0.0, 0.0], [0.0, 0.1]],
+            p[:4].reshape(2, 2), p[4:].reshape(2, 2), 4.0, initial_covariance=OWN
         ),
         [-1.0, 2.0, -1.0, -2.0, 0.7, 0.1, 0.9, 1.1],
     ),
@@ -228,8 +251,8 @@ LEARNT = {
         lambda p: LinearSDE.from_functions(
             lambda t: (p[0] + p[1] * t) * LANGEVIN,
             lambda t: (p[0] + p[1] * t).sqrt() * KICK,
-            initial_covariance=[[0.0, 0.0], [0.0, 0.01]],
-            prior_covariance=[[1.0, 0.0], [0.0, 0.25]],
+            initial_covariance=OWN,
+            prior_covariance=EQUAL,
         ),
         [3.0, 2.0],
     ),
@@ -237,7 +260,7 @@ LEARNT = {
 
 
 @pytest.mark.parametrize("case", LEARNT)
-def test_gradients_of_process_and_model_agree_with_differences(case):
+def test_gradients_reach_the_process_and_the_model(case):
     make, values = LEARNT[case]
     t = torch.tensor([0.011, 0.05, 0.3, 0.9], dtype=torch.float64)
     x = torch.tensor([[0.5, -1.0], [0.1, 0.2], [2.0, 1.0], [0.0, -0.3]], dtype=torch.float64)
@@ -250,14 +273,7 @@ def test_gradients_of_process_and_model_agree_with_differences(case):
             rows = [-(i + 1) * scale * z.sum(1).tanh() for i in range(len(sde.driven))]
             return torch.stack(rows, dim=1) + t[:, None, None]
 
-        return evidence_lower_bound(
-            model, sde, x, t, weight, t_min=0.01, generator=generator()
-        ).sum()
+        options = {"t_min": 0.01, "generator": generator()}
+        return evidence_lower_bound(model, sde, x, t, weight, **options).sum()
 
-    parameters = torch.tensor([*values, 1.3], dtype=torch.float64)
-    gradient = torch.autograd.functional.jacobian(bound, parameters)
-    # Central differences: h² f'''/6, and eps f/h, of f near 100 and parameters near 1.
-    h, tolerance = 1e-5, 1e-5
-    for step, found in zip(h * torch.eye(len(parameters)).double(), gradient, strict=True):
-        numeric = float(bound(parameters + step) - bound(parameters - step)) / (2 * h)
-        assert float(found) == pytest.approx(numeric, rel=tolerance, abs=tolerance)
+    assert_differentiable(bound, [*values, 1.3])

@@ -96,6 +96,13 @@ def close(found, expected, size):
     torch.testing.assert_close(found, expected, rtol=0, atol=size)
 
 
+def test_data_may_have_a_single_axis():
+    known, mask = KNOWN.flatten(), MASK.flatten()
+    state = prior(CRITICAL, shape=known.shape)
+    data = sample(Imputation(SSCS, known, mask), state=state, times=TO_ZERO).data
+    assert torch.equal(data[:, mask], known[mask].expand(2, -1))
+
+
 class TestKnownPart:
     @pytest.mark.parametrize(("family", "name"), PAIRS)
     def test_it_has_its_distribution_and_the_rest_has_the_solver_s_bits(self, family, name):

@@ -91,6 +91,21 @@ class TestSolution:
         last = torch.from_numpy(expected.y[:, -1]).reshape(state.shape)
         assert ((found.state - last).abs() <= atol + rtol * last.abs()).all()
 
+    def test_the_error_of_order_eight_is_scipy_s(self):
+        # Many steps, whose number shows the weights of the two error estimates.
+        process = ReverseProcess(CRITICAL, cases.mixture().score(CRITICAL))
+        state = start(CRITICAL, (1, 2))
+
+        def velocity(t, flat):
+            z = torch.from_numpy(flat).reshape(state.shape)
+            return process.probability_flow(z, t).numpy().ravel()
+
+        options = {"rtol": 1e-10, "atol": 1e-10}
+        expected = solve_ivp(velocity, (1.0, END), state.numpy().ravel(), "DOP853", **options)
+        found = run(CRITICAL, process.score, state, method="dopri8", **options)
+        # A rejection may tip over by rounding.
+        assert abs(found.nfev - expected.nfev) <= 0.05 * expected.nfev
+
     @every_pace
     @every_method
     def test_the_last_evaluation_is_at_the_end(self, method, pace):

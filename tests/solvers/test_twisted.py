@@ -1,6 +1,7 @@
 """The twisted particle sampler, against exact posteriors of mixtures."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -151,8 +152,10 @@ def test_bad_options_are_rejected(options, message):
 
 
 def test_several_generators_are_rejected():
-    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
-        sample(*wide_mixture(), score=untouchable, generator=[torch.Generator()])
+    several, found = [torch.Generator()], sample(*gaussian(), steps=2, seeds=[0])
+    for call in (partial(sample, *wide_mixture(), score=untouchable), partial(found.resample, 4)):
+        with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
+            call(generator=several)
 
 
 def test_a_dtype_without_fractions_is_rejected():

@@ -278,6 +278,16 @@ def test_gradients_of_adaptive_steps_are_those_of_fine_steps():
     assert gradients[1].abs() > 0.1
 
 
+@every_fixed
+def test_fixed_steps_are_evaluated_at_the_declared_times(method):
+    score, solver = Recording(lambda z, t: -4 * z[:, 1:]), TorchDiffEq(method=method)
+    process = ReverseProcess(CRITICAL, score)
+    solve(process, solver, state_of(), GRID)
+    found = torch.stack([t.flatten()[0] for t in score.times]).double()
+    declared = solver.evaluation_times(process, GRID)
+    torch.testing.assert_close(found, declared, rtol=0, atol=4 * EPS)
+
+
 def test_with_gradients_the_first_step_is_a_thousandth_of_the_interval():
     score, times = Recording(lambda z, t: -4 * z[:, 1:]), torch.tensor([1.0, 0.5]).double()
     state = start(CRITICAL, (1, 1)).requires_grad_()

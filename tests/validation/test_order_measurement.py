@@ -39,7 +39,7 @@ from cldsde.validation.order_estimate import Verdict
 from faulty_solvers import altered, declaring
 from probes import generator, tensor
 from references import dense
-from tolerances import rounding, standard_error
+from tolerances import rounding, standard_error, standard_error_of_variance
 
 PROBLEMS = problems()
 PASS, FAIL = Verdict.PASS, Verdict.FAIL
@@ -147,6 +147,15 @@ def test_problems_are_of_the_distribution_that_they_say(time):
     assert np.abs(z[..., 0].numpy().mean(0) - exact.mean(time)).max() <= ONE
     assert np.abs(np.cov(z[..., 0].numpy().T) - exact.covariance(time)).max() <= TWO
     assert all(problem.name == name for name, problem in PROBLEMS.items())
+
+
+def test_increments_of_paths_have_unit_variance():
+    """Solvers converge to the ends of paths whatever the common scale of both is."""
+    problem, times = PROBLEMS["CLD"], uniform_times(1.0, 0.05, 64)
+    case = PathCase(problem, times, 5000, generator(2))
+    draws = torch.cat(case.draws(EulerMaruyama().path_noise(problem.process, times), 1))
+    error = standard_error_of_variance(1.0, draws.numel(), number=5)
+    assert float(draws.square().mean()) == pytest.approx(1, abs=error)
 
 
 # Orders ----------------------------------------------------------------------------------------

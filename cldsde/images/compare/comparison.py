@@ -1,8 +1,8 @@
 """Comparison of models and samplers on one data set: a loop over training and evaluation.
 
-Runs of the models are kept in ``models``, cells in ``evaluations`` as `Evaluation` keeps them. The
-file `RESULTS` is made of these after every cell, and the report of it after every row. A comparison
-that is interrupted resumes, and keeps its cells if rows or models are added.
+Runs of the models are kept in ``models``, results in ``evaluations`` as `Evaluation` keeps them.
+The file `RESULTS` is made of these after every cell, and the report of it after every row. A
+comparison that is interrupted resumes, and keeps its cells if rows or models are added.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from cldsde.errors import SettingError
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.evaluate.results import Result, check_comparable, read_results
+from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.figures import is_whole_picture, save_grid
-from cldsde.images.model import MODEL, ImageModel, load_model
+from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.sample.sampler import ImageSampler, make_solver
-from cldsde.images.train.loop import TRAINING, train
+from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 
 _FOLDERS = ("models", "evaluations", "samples")
@@ -61,93 +61,94 @@ class Comparison:
         for name, run in config.runs.items():
             check_folder(out / "models" / name, run.to_dict(), free=run.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
-        if (out / RESULTS).exists():
-            read_comparison(out / RESULTS)
+        before = read_comparison(out / RESULTS) if (out / RESULTS).exists() else {}
+        self.is_finished = before.get("complete") and before["config"] == config.to_dict()
         for name in _FOLDERS:
             (out / name).mkdir(exist_ok=True)
         self.runs = {
             name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
             for name, run in config.runs.items()
         }
-        self.models: dict[str, dict[str, Any]] = {}
-        for name, folder in self.runs.items():
-            if (folder / MODEL).exists():
-                try:
-                    model = load_model(folder.path, trust=True)
-                except ValueError as error:
-                    raise ValueError(folder.damaged(MODEL, error, cost=TRAINING)) from error
-                training = config.runs[name].training
-                if model.images_seen == training.steps * training.batch:
-                    self._add_model(name, model)
-        self.results = self._collected()
+        # Until they are measured, or found again, rows are as before.
+        known = {(row["model"], row["label"]): row for row in before.get("rows", [])}
+        self.rows = [known.get((row.model, row.label)) or _row(row, {}) for row in config.rows]
+        self.models = {name: x for name, x in before.get("models", {}).items() if name in self.runs}
+        self.found: list[Result] = []
 
     def run(self) -> dict[str, Any]:
         """Train and measure everything that is missing; return the content of `RESULTS`."""
         try:
-            if not self._is_filled(self.results["rows"]):
+            if not self.is_finished:
                 # Everything depends on the features: their errors come before any training.
                 self.evaluation.prepare(progress=self.progress)
             for name, config in self.config.runs.items():
                 folder, device = self.runs[name], self.device
                 train(config, self.data, folder, device=device, progress=self.progress)
-                model = load_model(folder.path, self.device, trust=True)
-                self._add_model(name, model)
-                self._evaluate(name, model)
+                self._evaluate(name, load_model(folder.path, device, trust=True))
+            results = self._write(complete=True)
         finally:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
-        return self.results
+        return results
 
     def _evaluate(self, name: str, model: ImageModel) -> None:
-        """Measure the cells of a model's rows, then its bits per dim."""
-        rows = [row for row in self.config.rows if row.model == name]
-        total = sum(len(row.budgets) for row in rows)
+        """Measure a model's rows, then its bits per dim."""
+        file = self.folder / f"evaluations/{name}.jsonl"
+        bits = self.models.get(name, {}).get("bits")
+        self.models[name] = {**self._described(name, model), "bits": bits}
+        rows = [(i, row) for i, row in enumerate(self.config.rows) if row.model == name]
+        total = sum(len(row.budgets) for _, row in rows)
         with progress_bar(None, shown=self.progress, total=total, desc=name, unit="cell") as bar:
-            for row in rows:
-                before = self.results["rows"]
+            for i, row in rows:
+                before = self.rows[i]
+                cells = {cell["budget"]: cell for cell in before["cells"]}
                 for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
                     bar.set_postfix_str(f"{row.label}, {budget:g}")
-                    self.evaluation.of_recipe(model, recipe, self._file(name))
+                    found = self.evaluation.of_recipe(model, recipe, file)
+                    self.found += found
+                    cells[budget] = _cell(found)
+                    self.rows[i] = _row(row, cells, before["picture"])
                     self._write()
                     bar.update()
-                self._draw(row, model)
-                self._write()
+                self.rows[i] = _row(row, cells, self._draw(row, model))
                 # Written after every row: a killed process has no time for a report at its end.
-                if self.results["rows"] != before:
+                if self.rows[i] != before:
+                    self._write()
                     write_report(self.folder.path)
         if "bpd" in self.config.metrics:
-            self.evaluation.of_density(model, self._file(name))
+            [result] = self.evaluation.of_density(model, file)
+            self.found.append(result)
+            self.models[name]["bits"] = _bits(result)
             self._write()
 
-    def _draw(self, row: RowConfig, model: ImageModel) -> None:
-        """Keep a picture of a row's first images, one line per budget."""
-        name = _picture_name(row, model.digest)
+    def _draw(self, row: RowConfig, model: ImageModel) -> str:
+        """Keep a picture of a row's first images, one line per budget; return its name."""
+        recipes = row.recipes()
+        parts = f"{model.digest} {recipes} {[make_solver(recipe) for recipe in recipes]}"
+        digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
+        words = "".join(x if x.isalnum() else " " for x in row.label.lower())
+        name = f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"
         if is_whole_picture(self.folder / name):
-            return
+            return name
         first, count = self.config.first_seed, min(_COLUMNS, self.config.samples)
-        seeds = range(first, first + count)
         lines: list[Tensor] = []
-        for recipe in row.recipes():
+        for recipe in recipes:
             try:
                 sampler = ImageSampler.of(model, recipe, batch=self.config.batch)
-                lines.append(sampler.sample(seeds).images)
+                lines.append(sampler.sample(range(first, first + count)).images)
             except FloatingPointError:
                 lines.append(torch.zeros(count, *model.space.shape, dtype=torch.uint8))
         sheet, levels = torch.cat(lines), model.space.levels
         self.folder.write(name, lambda file: save_grid(file, sheet, levels, columns=count))
+        return name
 
-    def _file(self, name: str) -> Path:
-        """File of a model's results."""
-        return self.folder / f"evaluations/{name}.jsonl"
-
-    def _add_model(self, name: str, model: ImageModel) -> None:
-        """Add a trained model to the results; raise if they are of other weights."""
-        read_results(self._file(name), model.digest)
+    def _described(self, name: str, model: ImageModel) -> dict[str, Any]:
+        """Facts about a trained model."""
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
         options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
         parts = {"score": model.score, "autoencoder": vae}
-        self.models[name] = {
+        return {
             "process": f"{config.process.name}({options})",
             "parameters": {
                 key: 0 if part is None else sum(x.numel() for x in part.parameters())
@@ -161,82 +162,52 @@ class Comparison:
             "seconds": _training_seconds(self.runs[name] / METRICS),
         }
 
-    def _write(self) -> None:
-        self.results = self._collected()
-        self.folder.write_json(RESULTS, self.results)
-
-    def _collected(self) -> dict[str, Any]:
-        """The content of `RESULTS`: the results of all models so far."""
-        config, models = self.config, {}
-        found = {name: read_results(self._file(name)) for name in self.models}
-        measured = [self._measured(row, found.get(row.model, {})) for row in config.rows]
-        used = [one for row in measured for repeats in row for repeat in repeats for one in repeat]
-        for name in (name for name in config.models if name in self.models):
-            bits = None
-            if "bpd" in config.metrics:
-                [wanted] = self.evaluation.bits(self.models[name]["weights"])
-                bits = found[name].get(wanted.key)
-            used += [] if bits is None else [bits]
-            models[name] = {**self.models[name], "bits": None if bits is None else _bits(bits)}
-        check_comparable(used, self.folder / "evaluations")
-        origins = [dict(result.origin) for result in used]
-        distances = (result for result in used if result.metric == "fd" and result.failed is None)
-        rows = list(map(self._row, config.rows, measured))
-        return {
+    def _write(self, *, complete: bool = False) -> dict[str, Any]:
+        """Write `RESULTS`; raise if distances of models cannot be compared."""
+        check_comparable(self.found, self.folder / "evaluations")
+        origins = [dict(result.origin) for result in self.found]
+        distances = (x.about for x in self.found if x.metric == "fd" and x.failed is None)
+        keys = ("features", "reference_samples", "reference_sha256")
+        results = {
             "format": FORMAT,
-            "complete": len(models) == len(config.models)
-            and self._is_filled(rows)
-            and ("bpd" not in config.metrics or all(model["bits"] for model in models.values())),
+            "complete": complete,
             "made": [one for i, one in enumerate(origins) if one not in origins[:i]],
-            "reference": next(map(_reference, distances), None),
-            "models": models,
-            "rows": rows,
-            "config": config.to_dict(),
+            "reference": next(({key: about[key] for key in keys} for about in distances), None),
+            "models": {name: self.models[name] for name in self.runs if name in self.models},
+            "rows": self.rows,
+            "config": self.config.to_dict(),
         }
-
-    def _is_filled(self, rows: list[dict[str, Any]]) -> bool:
-        cells = [cell for row in rows for cell in row["cells"]]
-        return all(cell["repeats"] == self.config.repeats or "reason" in cell for cell in cells)
-
-    def _measured(self, row: RowConfig, found: Mapping[str, Result]) -> list[list[list[Result]]]:
-        """Results of a row so far, for each budget and repeat."""
-        weights = self.models[row.model]["weights"] if row.model in self.models else ""
-        return [
-            [
-                [found[wanted.key] for wanted in repeat if wanted.key in found]
-                for repeat in self.evaluation.cells(weights, recipe)
-            ]
-            for recipe in row.recipes()
-        ]
-
-    def _row(self, row: RowConfig, measured: list[list[list[Result]]]) -> dict[str, Any]:
-        model, count = self.models.get(row.model), len({*self.config.metrics} - {"bpd"})
-        picture = None if model is None else _picture_name(row, model["weights"])
-        return {
-            "model": row.model,
-            "label": row.label,
-            "solver": row.solver,
-            "adaptive": not row.nfe,
-            "fixed": {} if row.nfe else row.fixed,
-            "picture": picture if picture and (self.folder / picture).exists() else None,
-            "cells": [
-                {"budget": budget, **_cell(repeats, count)}
-                for budget, repeats in zip(row.budgets, measured, strict=True)
-            ],
-        }
+        self.folder.write_json(RESULTS, results)
+        return results
 
 
-def _cell(repeats: list[list[Result]], metrics: int) -> dict[str, Any]:
-    """Costs and numbers of complete repeats, and the reason of the first failure."""
-    failures = [one.failed for repeat in repeats for one in repeat if one.failed is not None]
-    done = [x for x in repeats if len(x) == metrics and all(one.failed is None for one in x)]
+def _row(
+    row: RowConfig, cells: dict[float, dict[str, Any]], picture: str | None = None
+) -> dict[str, Any]:
+    """A row with the cells that are known."""
+    return {
+        "model": row.model,
+        "label": row.label,
+        "solver": row.solver,
+        "adaptive": not row.nfe,
+        "fixed": {} if row.nfe else row.fixed,
+        "picture": picture,
+        "cells": [{"budget": x, **cells.get(x, {"repeats": 0})} for x in row.budgets],
+    }
+
+
+def _cell(found: list[Result]) -> dict[str, Any]:
+    """Costs and numbers of complete repeats of a recipe, and the reason of the first failure."""
+    repeats = [list(repeat) for _, repeat in groupby(found, lambda result: result.seeds)]
+    done = [repeat for repeat in repeats if all(result.failed is None for result in repeat)]
     cell: dict[str, Any] = {"repeats": len(done)}
     if done:
         cell["nfe"] = statistics.mean(repeat[0].nfe or 0 for repeat in done)
         cell["seconds"] = round(sum(repeat[0].seconds or 0 for repeat in done), 3)
         numbers = [{k: x for one in repeat for k, x in one.numbers.items()} for repeat in done]
         cell["measures"] = {name: [one[name] for one in numbers] for name in numbers[0]}
-    return cell | ({"reason": failures[0]} if failures else {})
+    failures = [result.failed for result in found if result.failed is not None]
+    return {**cell, "reason": failures[0]} if failures else cell
 
 
 def _bits(result: Result) -> dict[str, Any]:
@@ -247,24 +218,9 @@ def _bits(result: Result) -> dict[str, Any]:
     return {**{key: about[key] for key in _BITS}, "t_min": about["settings"]["t_min"]}
 
 
-def _reference(result: Result) -> dict[str, Any]:
-    """Features and images of a distance."""
-    keys = ("features", "reference_samples", "reference_sha256")
-    return {key: result.about[key] for key in keys}
-
-
 def _training_seconds(metrics: Path) -> float | None:
     """Seconds of a training, from the last line of its metrics."""
     try:
         return float(json.loads(metrics.read_text().splitlines()[-1])["seconds"])
     except (OSError, LookupError, TypeError, ValueError):
         return None
-
-
-def _picture_name(row: RowConfig, weights: str) -> str:
-    """File of a row's picture, which depends on recipes and weights."""
-    recipes = row.recipes()
-    parts = f"{weights} {recipes} {[make_solver(recipe) for recipe in recipes]}"
-    digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
-    words = "".join(x if x.isalnum() else " " for x in row.label.lower())
-    return f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"

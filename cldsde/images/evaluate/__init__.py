@@ -7,53 +7,25 @@ in TensorFlow 1 (`inception_metrics`). Distances are comparable only in the same
 many samples and to the same images.
 """
 
-from cldsde.images.evaluate.classifier import (
-    ClassifierFeatures,
-    ImageClassifier,
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
+from cldsde.images.evaluate.classifier import ClassifierFeatures, train_classifier
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     frechet,
     frechet_distance,
     frechet_of,
-    images_sha256,
 )
-from cldsde.images.evaluate.features import (
-    FeatureNetwork,
-    check_features,
-    feature_name,
-    load_features,
-)
-from cldsde.images.evaluate.inception import InceptionMetric, inception_metrics
-from cldsde.images.evaluate.likelihoods import (
-    UndefinedLikelihoodError,
-    latent_likelihood,
-    likelihood,
-)
-from cldsde.images.evaluate.weights import INCEPTION_FILE
+from cldsde.images.evaluate.features import load_features
+from cldsde.images.evaluate.inception import inception_metrics
+from cldsde.images.evaluate.likelihoods import likelihood
 
 __all__ = [
-    "INCEPTION_FILE",
     "ClassifierFeatures",
-    "FeatureNetwork",
     "FeatureStatistics",
-    "ImageClassifier",
-    "InceptionMetric",
-    "UndefinedLikelihoodError",
-    "check_features",
-    "feature_name",
     "frechet",
     "frechet_distance",
     "frechet_of",
-    "images_sha256",
     "inception_metrics",
-    "latent_likelihood",
     "likelihood",
-    "load_classifier",
     "load_features",
-    "save_classifier",
     "train_classifier",
 ]

@@ -21,7 +21,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.evaluate.distances import FeatureSums, frechet_report, images_sha256
 from cldsde.images.evaluate.features import check_features, feature_name, load_features
-from cldsde.images.evaluate.inception import NEEDS, inception_report, inception_sums
+from cldsde.images.evaluate.inception import check_counts, inception_report, inception_sums
 from cldsde.images.evaluate.likelihoods import (
     UndefinedLikelihoodError,
     latent_likelihood,
@@ -71,18 +71,13 @@ class Evaluation(Reference):
         Where the classifier is kept.
     likelihood_images
         Held-out images whose likelihood is computed.
-    device
-        Where to compute.
-    progress
-        Show progress bars on stderr.
+    device, progress
+        Where to compute, and whether to show progress bars on stderr.
     metrics
         Some of `METRICS`.
-    samples
-        Images per repetition.
-    repeats
-        Repetitions with seeds of their own, whose spread is reported.
-    first_seed
-        Seed of the first image; the others count from there.
+    samples, repeats, first_seed
+        Images per repetition, and repetitions, whose spread is reported. Seeds of the images count
+        from the first one.
     batch
         Images per batch.
     """
@@ -95,7 +90,7 @@ class Evaluation(Reference):
 
     def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
-        train, reference = self.data.train, self.images
+        train, reference = self.data.train, getattr(self.data, self.part)
         if images is not None and "bpd" in self.metrics:
             raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
         images = self.samples if images is None else images
@@ -113,13 +108,7 @@ class Evaluation(Reference):
         if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
             msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
             raise SettingError("seed", msg)
-        for metric in self._measures:
-            needed, _ = NEEDS.get(metric, (2, ""))
-            msg = f"{metric} needs at least {needed} images"
-            if images < needed:
-                raise SettingError("metrics", f"{msg}; got {images}")
-            if metric != "isc" and len(reference) < needed:
-                raise SettingError("metrics", f"{msg} to compare with; got {len(reference)}")
+        check_counts(self._measures, images, len(reference))
         self._check_features()
 
     def _check_features(self) -> None:
@@ -136,7 +125,7 @@ class Evaluation(Reference):
             with setting("weights"):
                 _ = self._inception.sha256
         if "fd" in self.metrics and self.features != "classifier":
-            two = as_bytes(self._images.load(torch.arange(2)), self._images.levels)
+            two = as_bytes(self.images.load(torch.arange(2)), self.images.levels)
             check_features(load_features(self.features), two)
         elif "fd" in self.metrics and self.data.train.labels is None:
             msg = "the data have no classes; name a network, module:attribute"
@@ -166,13 +155,17 @@ class Evaluation(Reference):
 
     def of_density(self, model: Model, file: Path) -> list[Result]:
         """Bits per dim of a trained model; see `of_run`."""
-        wanted = self.bits(model.digest)
+        wanted = self._wanted(["bpd"], model=model.digest)
         return self._filled(file, wanted, lambda _: ({"bpd": self._bits(model)}, {}))
 
     def of_recipe(self, model: Model, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
+        own = {"model": model.digest, "recipe": plain(recipe), "solver": repr(make_solver(recipe))}
         found: list[Result] = []
-        for seeds, wanted in zip(self._seeds, self.cells(model.digest, recipe), strict=False):
+        for repeat in range(self.repeats):
+            first = self.first_seed + repeat * self.samples
+            seeds = range(first, first + self.samples)
+            wanted = self._wanted(self._measures, **own, seeds=(seeds[0], seeds[-1]))
             found += self._filled(file, wanted, partial(self._of_seeds, model, recipe, seeds))
         return found
 
@@ -181,22 +174,10 @@ class Evaluation(Reference):
         wanted = self._wanted(self._measures, model=images_sha256(images), recipe={"solver": name})
         return self._filled(file, wanted, lambda metrics: (self.measure(images, metrics), {}))
 
-    def cells(self, model: str, recipe: SamplingConfig) -> list[list[Result]]:
-        """Results of a recipe that an evaluation finds, without numbers, for each repetition."""
-        own = {"model": model, "recipe": plain(recipe), "solver": repr(make_solver(recipe))}
-        ends = [(seeds[0], seeds[-1]) for seeds in self._seeds if self._measures]
-        return [self._wanted(self._measures, **own, seeds=some) for some in ends]
-
-    def bits(self, model: str) -> list[Result]:
-        """The result of `of_density` that an evaluation finds, without numbers."""
-        return self._wanted(["bpd"], model=model)
-
     def stream(self, model: Model, recipe: SamplingConfig, seeds: range) -> Iterator[Samples]:
         """Sample images of a model with a recipe, batch by batch."""
-        batches = ImageSampler.of(model, recipe, batch=self.batch).stream(
-            seeds, progress=self.progress
-        )
-        return (drawn for _, drawn in batches)
+        sampler = ImageSampler.of(model, recipe, batch=self.batch)
+        return (drawn for _, drawn in sampler.stream(seeds, progress=self.progress))
 
     def measure(self, images: Iterable[Tensor], metrics: Sequence[str], count: int = 0) -> Reports:
         """Reports of metrics of images, uint8 with 256 levels.
@@ -228,6 +209,7 @@ class Evaluation(Reference):
         return found
 
     def _wanted(self, metrics: Sequence[str], **own: Any) -> list[Result]:
+        """Results that an evaluation looks for or measures, without numbers."""
         return [Result(metric=name, against=self._against(name), **own) for name in metrics]
 
     def _against(self, metric: str) -> str:
@@ -246,7 +228,7 @@ class Evaluation(Reference):
 
         ``measure`` returns reports of metrics, and the cost of the images.
         """
-        found = read_results(file, wanted[0].model)
+        found = read_results(file, wanted[0].model) if wanted else {}
         missing = [
             dataclasses.replace(one, **self._conditions(one.metric))
             for one in wanted
@@ -290,12 +272,6 @@ class Evaluation(Reference):
 
         found = self.measure(batches(), metrics, len(seeds))
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
-
-    @property
-    def _seeds(self) -> list[range]:
-        """Seeds of each repetition."""
-        firsts = (self.first_seed + repeat * self.samples for repeat in range(self.repeats))
-        return [range(first, first + self.samples) for first in firsts]
 
     @property
     def _measures(self) -> list[str]:

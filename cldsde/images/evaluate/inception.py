@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cldsde.errors import SettingError
 from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
@@ -31,12 +32,6 @@ InceptionMetric = Literal["fid", "kid", "isc", "prc"]
 _NEIGHBOURS = 3
 _SPLITS = 10
 _FEATURES = 2048
-NEEDS = {
-    "fid": (2, "a covariance"),
-    "prc": (_NEIGHBOURS + 1, f"{_NEIGHBOURS} neighbours"),
-    "isc": (_SPLITS, f"{_SPLITS} splits"),
-}
-"""Least number of images for a metric, and why."""
 _KIND = "a set of images in the features of Inception"
 
 
@@ -101,7 +96,10 @@ def inception_metrics(
         If an argument is out of range, shapes do not fit, there are too few images for a metric,
         or a file is damaged or not of that network.
     """
-    _check_sets(images, reference, metrics, kid_subset_size)
+    check_same_shape(check_images(images, "images"), check_images(reference, "reference"))
+    check_counts(metrics, len(images), len(reference), kid_subset_size=kid_subset_size)
+    if images.shape[1] not in {1, 3}:
+        raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
     network = InceptionFeatures(Path(weights), device)
     own, given = inception_sums(network, images.shape, metrics), images_sha256(reference)
     total = len(images) + len(reference)
@@ -226,17 +224,15 @@ def inception_report(
     }
 
 
-def _check_sets(
-    images: Tensor, reference: Tensor, metrics: Sequence[str], kid_subset_size: int
+def check_counts(
+    metrics: Iterable[str], images: int, reference: int, *, kid_subset_size: int = 2
 ) -> None:
-    for some, name in ((images, "images"), (reference, "reference")):
-        check_images(some, name, least=2)
-        for metric in metrics:
-            least, why = NEEDS.get(metric, (kid_subset_size, "kid_subset_size"))
-            # The Inception score takes no reference.
-            if len(some) < least and (metric, name) != ("isc", "reference"):
-                msg = f"{name} must hold at least {least} images, for {why}; got {len(some)}"
-                raise ValueError(msg)
-    check_same_shape(images, reference)
-    if images.shape[1] not in {1, 3}:
-        raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
+    """Raise a SettingError if there are too few images, or too few to compare with."""
+    needs = {"kid": kid_subset_size, "isc": _SPLITS, "prc": _NEIGHBOURS + 1}
+    for metric in metrics:
+        least = needs.get(metric, 2)
+        msg = f"{metric} needs at least {least} images"
+        if images < least:
+            raise SettingError("metrics", f"{msg}; got {images}")
+        if reference < least and metric != "isc":
+            raise SettingError("metrics", f"{msg} to compare with; got {reference}")

@@ -40,15 +40,10 @@ class Reference:
     progress: bool = False
 
     @property
-    def images(self) -> Images | None:
-        """The part to compare with, if the data have it."""
-        found: Images | None = getattr(self.data, self.part)
+    def images(self) -> Images:
+        """The part to compare with."""
+        found: Images = getattr(self.data, self.part)
         return found
-
-    @property
-    def _images(self) -> Images:
-        assert self.images is not None
-        return self.images
 
     @property
     def _likelihood_images(self) -> Tensor:
@@ -58,11 +53,11 @@ class Reference:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return (len(self._images), *self._images.shape)
+        return (len(self.images), *self.images.shape)
 
     @cached_property
     def _sha256(self) -> str:
-        return batches_sha256(byte_batches(self._images), self._shape)
+        return batches_sha256(byte_batches(self.images), self._shape)
 
     @cached_property
     def _network(self) -> FeatureNetwork:
@@ -93,6 +88,6 @@ class Reference:
     def _batches(self) -> Iterator[Tensor]:
         """The part as bytes, batch by batch."""
         with progress_bar(None, shown=self.progress, total=self._shape[0], desc="features") as bar:
-            for some in byte_batches(self._images):
+            for some in byte_batches(self.images):
                 yield some
                 bar.update(len(some))

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from cldsde.images.evaluate import (
-    ClassifierFeatures,
-    ImageClassifier,
-    feature_name,
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
+from cldsde.images.evaluate import ClassifierFeatures, train_classifier
+from cldsde.images.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
+from cldsde.images.evaluate.features import feature_name
+from cldsde.images.tensor_files import save_tensors
 
 
 def bars(count: int, seed: int, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,13 +72,10 @@ def test_images_of_another_shape_are_rejected(shape):
     ("changes", "error", "message"),
     [
         ({"images": torch.zeros(4, 1, 8, 8)}, TypeError, "images must be a uint8 tensor"),
-        ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, ValueError, r"shape \(N, C, H, W\)"),
         ({"held_out": torch.zeros(2, 1, 9, 9, dtype=torch.uint8)}, ValueError, "held_out must"),
-        ({"labels": torch.zeros(4)}, TypeError, "labels must be a tensor of integers"),
         ({"labels": torch.tensor([0, 1])}, ValueError, "labels must have shape .*one class per im"),
         ({"labels": torch.tensor([0, -1, 0, 0])}, ValueError, "labels must lie in 0"),
         ({"held_out_labels": torch.tensor([0, 2])}, ValueError, "held_out_labels must lie in 0 … "),
-        ({"epochs": 0}, ValueError, "epochs: must be .* 1; got 0"),
         ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
     ],
@@ -121,33 +113,12 @@ def test_saved_classifier_comes_back_bit_for_bit(trained, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
 
 
-def test_damaged_foreign_and_missing_files_are_rejected(trained, tmp_path):
-    file = tmp_path / "classifier.safetensors"
-
-    def assert_rejected(message, error=ValueError):
-        with pytest.raises(error, match=message):
-            load_classifier(file)
-
-    save_classifier(trained[0], file)
-    content = file.read_bytes()
-    for place in (0.2, 0.5, 0.99):
-        changed = bytearray(content)
-        changed[int(place * len(content))] ^= 1
-        file.write_bytes(changed)
-        assert_rejected(r"classifier\.safetensors is damaged")
-    for part in (b"", b"no safetensors", content[: len(content) // 2]):
-        file.write_bytes(part)
-        assert_rejected(r"classifier\.safetensors is damaged or no")
-    save_file({"x": torch.zeros(1)}, file)
-    assert_rejected("must hold ImageClassifier; it holds something else")
-    other = ImageClassifier(1, 3, width=4, size=6)
+def test_weights_of_another_architecture_and_other_files_are_rejected(tmp_path):
+    file, other = tmp_path / "classifier.safetensors", ImageClassifier(1, 3, width=4, size=6)
     other.architecture["width"] = 5
     save_classifier(other, file)
-    assert_rejected("its weights do not fit its architecture")
-    file.unlink()
-    assert_rejected(r"no file .*classifier\.safetensors", FileNotFoundError)
-
-
-def test_file_that_cannot_be_written_is_named(trained, tmp_path):
-    with pytest.raises(OSError, match=r"absent/x\.safetensors cannot be written"):
-        save_classifier(trained[0], tmp_path / "absent" / "x.safetensors")
+    with pytest.raises(ValueError, match=r"damaged: its weights do not fit its architecture"):
+        load_classifier(file)
+    save_tensors(file, "something else", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="must hold ImageClassifier; it holds something else"):
+        load_classifier(file)

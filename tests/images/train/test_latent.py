@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cldsde.images.compare.config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_unit
-from cldsde.images.evaluate import UndefinedLikelihoodError, latent_likelihood
+from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner as training
