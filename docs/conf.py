@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 from docutils import nodes
@@ -178,7 +179,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
-    ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ArrayImages|Images|FeatureStatistics)"),
+    ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|ImageSpace|ArrayImages|Images)"),
+    ("py:class", r"(cldsde\.images\.\w+\..*)?(DiffusionModel|FeatureStatistics)"),
     ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes|NCSNpp)"),
     ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
@@ -364,11 +366,19 @@ def _sourceless(app):
     return []
 
 
+def _plain_types(app, obj, bound_method):
+    """Show the types of checked arguments without the ranges that `pydantic` checks."""
+    function = inspect.unwrap(obj)
+    if function is not obj:
+        function.__annotations__ = obj.__annotations__ = typing.get_type_hints(function)
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     # Pages of names that are no longer public would stay otherwise.
     shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("autodoc-skip-member", _skip)
+    app.connect("autodoc-before-process-signature", _plain_types)
     app.connect("object-description-transform", _readable)
     app.connect("html-page-context", _offer_notebook)
     if not _source:

@@ -1,12 +1,18 @@
-"""Run folders are taken whole or left alone."""
+"""Run folders are taken whole or left alone; damaged tensor files are rejected."""
 
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from cldsde.files import file_lock
 from cldsde.images.runs import RunFolder
+from cldsde.images.tensor_files import load_tensors, save_tensors
 
 CONFIG = {"seed": 0, "samples": 10}
 
@@ -19,10 +25,6 @@ def test_a_new_folder_holds_its_configuration_and_is_continued(tmp_path):
     assert (RunFolder(tmp_path / "deep" / "run", CONFIG) / "results.json").exists()
 
 
-def files_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "folder", "error", "message"),
     [
@@ -33,10 +35,10 @@ def files_of(folder):
             ValueError,
             r"other settings \(samples\)",
         ),
-        ("config.json", b"[1]", "", ValueError, r"config\.json is n"),
-        ("config.json", b"null", "", ValueError, r"config\.json is n"),
-        ("config.json", b"{", "", ValueError, r"config\.json is n"),
-        ("config.json", b"\xff\xfe", "", ValueError, r"config\.json is n"),
+        *[
+            ("config.json", content, "", ValueError, r"config\.json is n")
+            for content in (b"[1]", b"null", b"{", b"\xff\xfe")
+        ],
         ("thesis.tex", b"text", "", ValueError, "no run of cldsde"),
         ("file", b"text", "file", ValueError, "not a folder"),
         ("file", b"text", "file/run", OSError, "file"),
@@ -48,16 +50,8 @@ def test_other_folders_are_rejected_and_left_as_they_are(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
         RunFolder(tmp_path / folder, CONFIG)
-    assert files_of(tmp_path) == {tmp_path / name: content}
-
-
-def test_a_folder_that_another_process_works_in_is_rejected(tmp_path):
-    first = RunFolder(tmp_path, CONFIG)
-    # A lock belongs to the opened file, so that a second opening stands for a second process.
-    with pytest.raises(ValueError, match="in use by another process"):
-        RunFolder(tmp_path, CONFIG)
-    del first
-    RunFolder(tmp_path, CONFIG)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tmp_path):
@@ -69,8 +63,10 @@ def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tm
         RunFolder(tmp_path, after)
     run = RunFolder(tmp_path, after, free=free)
     assert json.loads((run / "config.json").read_text()) == after
+    # A lock belongs to the opened file, so that a second opening stands for a second process.
     with pytest.raises(ValueError, match="in use by another process"):
         RunFolder(tmp_path, after)
+    del run
     other = {**after, "training": {"every": 1, "lr": 3}}
     with pytest.raises(ValueError, match=r"other settings \(training.lr\)"):
         RunFolder(tmp_path, other, free=free)
@@ -78,10 +74,9 @@ def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tm
 
 def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
     """Below may be a run that another process is training: it holds a lock of its own."""
-    run = RunFolder(tmp_path, CONFIG)
-    del run
-    own = [tmp_path / name for name in (".partial-a", "samples/.partial-b.png")]
-    own.append(tmp_path / "evaluations/.partial-c.json")
+    RunFolder(tmp_path, CONFIG)
+    names = (".partial-a", "samples/.partial-b.png", "evaluations/.partial-c.json")
+    own = [tmp_path / name for name in names]
     below = tmp_path / "models/VP/.partial-d.safetensors"
     for file in (*own, below):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,3 +109,72 @@ def test_metrics_beyond_the_step_of_a_continued_run_are_dropped(tmp_path):
     run.forget_metrics_after(20)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == [10, 20]
+
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b": torch.tensor(3, dtype=torch.int64),
+    "c": torch.empty(0, 2),
+}
+
+
+def test_tensors_and_notes_come_back_and_equal_contents_make_equal_files(tmp_path):
+    words = 'a "quoted" \\ line\nwith\tcontrol \x01\x7f and é 漢 \U0001f600'
+    notes = {f"{i}{words}": words for i in range(9)}
+    files = [tmp_path / f"{i}" for i in range(4)]
+    for i, file in enumerate(files):
+        save_tensors(file, "numbers", TENSORS, dict(sorted(notes.items(), reverse=bool(i % 2))))
+    assert len({file.read_bytes() for file in files}) == 1
+    tensors, found = load_tensors(files[0], "numbers")
+    assert notes.items() <= found.items()
+    assert tensors.keys() == TENSORS.keys()
+    for name, x in TENSORS.items():
+        assert torch.equal(tensors[name], x)
+        assert tensors[name].dtype == x.dtype
+
+
+def test_other_tensor_files_are_rejected_and_every_wrong_or_missing_byte_is_noticed(tmp_path):
+    file = tmp_path / "x.safetensors"
+
+    def assert_rejected(message, kind="numbers"):
+        with pytest.raises(ValueError, match=rf"x\.safetensors {message}"):
+            load_tensors(file, kind)
+
+    save_tensors(file, "numbers", TENSORS, {"note": "x"})
+    assert_rejected("must hold letters; it holds numbers", "letters")
+    whole = file.read_bytes()
+    for i in range(0, len(whole), 7):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        assert_rejected("(is damaged|must hold)")
+        file.write_bytes(whole[:i])
+        assert_rejected("(is damaged|must hold)")
+    save_file(TENSORS, file)
+    assert_rejected("must hold numbers; it holds something else")
+    torch.save(TENSORS, file)
+    assert_rejected("is damaged or no safetensors file")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_tensors(tmp_path / "y", "numbers")
+    with pytest.raises(OSError, match="cannot be written"):
+        save_tensors(tmp_path / "nowhere" / "x", "numbers", TENSORS, {})
+
+
+def test_a_name_is_held_by_one_at_a_time(tmp_path):
+    """A lock belongs to the opened file, so that threads stand for processes."""
+    name, inside, seen = tmp_path / "x", [], []
+
+    def work(i):
+        for _ in range(5):
+            with file_lock(name, wait=True):
+                inside.append(i)
+                time.sleep(1e-4)
+                seen.append(list(inside))
+                inside.clear()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(seen) == [[i] for i in range(4) for _ in range(5)]
+    with file_lock(name, wait=False), pytest.raises(TimeoutError), file_lock(name, wait=False):
+        pass
+    with file_lock(name, wait=False):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Arrays are read in every layout, and a file that cannot be read is named."""
+"""Images in memory and in array files: rows, layouts, labels, and files that cannot be read."""
 
 from __future__ import annotations
 
@@ -6,23 +6,86 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde.images.data import array_file
-from image_data import random_bytes, whole
+from cldsde.images.data import ArrayImages, Subset, array_file
+from image_data import PIXELS, random_bytes, whole
 from probes import generator
+
+
+def test_rows_are_loaded_in_any_order_and_again():
+    pixels = torch.from_numpy(random_bytes(7, 2, 3, 4))
+    images, rows = ArrayImages(pixels), torch.tensor([6, 0, 0, 3])
+    assert torch.equal(images.load(rows), pixels[rows])
+    assert images.load(rows[:0]).shape == (0, 2, 3, 4)
+    assert (len(images), images.shape, images.levels, images.labels) == (7, (2, 3, 4), 256, None)
+    before = pixels.clone()
+    images.load(torch.arange(7)).fill_(9)
+    assert torch.equal(whole(images), before)
+
+
+def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
+    pixels, labels = torch.from_numpy(random_bytes(5, 1, 2, 2, levels=4)), torch.arange(5) % 3
+    images = ArrayImages(pixels, levels=4, labels=labels, classes=["a", "b", "c"])
+    part = Subset(images, torch.tensor([4, 1, 0]))
+    assert torch.equal(whole(part), pixels[[4, 1, 0]])
+    assert part.labels.tolist() == [1, 1, 0]
+    assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_a_row_out_of_range_is_an_index_error(row):
+    images = ArrayImages(PIXELS)
+    for source in (images, Subset(images, torch.arange(3))):
+        with pytest.raises(IndexError, match=f"rows must lie in 0 … 2; got .*{row}"):
+            source.load(torch.tensor([1, row]))
+    with pytest.raises(IndexError, match=rf"rows must lie in 0 … 2; got \[{row}\]"):
+        Subset(images, torch.tensor([row]))
+
+
+@pytest.mark.parametrize("rows", [[0], torch.zeros(1), torch.tensor([True]), PIXELS[0].long(), 0])
+def test_rows_of_another_type_or_shape_are_rejected(rows):
+    with pytest.raises(TypeError, match="rows must be an int64 tensor"):
+        ArrayImages(PIXELS).load(rows)
+
+
+COUNT = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "error", "message"),
+    [
+        (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor on the CPU; got torch.fl"),
+        (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
+        (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
+        (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
+        (PIXELS, {"levels": 1}, ValueError, "levels: must be .* got 1"),
+        (PIXELS, {"levels": 257}, ValueError, "levels: must be .* got 257"),
+        (PIXELS, {"levels": 16.0}, ValueError, "levels: must be"),
+        (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
+        (PIXELS, {"labels": COUNT[:2]}, ValueError, r"labels must have shape \(3,\)"),
+        (PIXELS, {"labels": COUNT - 1}, ValueError, r"labels must lie in .* -1 to 1"),
+        (PIXELS, {"labels": COUNT, "classes": 2}, ValueError, "0 … 1; got 0 to 2"),
+        (PIXELS, {"labels": COUNT, "classes": ["a"]}, ValueError, "0 … 0; got 0 to 2"),
+        (PIXELS, {"classes": "ab"}, ValueError, "classes: must be a valid integer or a list"),
+        (PIXELS, {"classes": 2}, ValueError, "classes needs labels"),
+    ],
+)
+def test_parts_that_do_not_fit_are_rejected(pixels, options, error, message):
+    with pytest.raises(error, match=message):
+        ArrayImages(pixels, **options)
 
 
 @pytest.mark.parametrize(
     ("shape", "layout", "axes"),
     [
-        ((10, 5, 6), "auto", "NHW"),
-        ((10, 5, 6, 3), "auto", "NHWC"),
-        ((10, 5, 6, 1), "auto", "NHWC"),
-        ((10, 3, 5, 6), "auto", "NCHW"),
-        ((10, 1, 5, 6), "auto", "NCHW"),
-        ((10, 3, 5, 3), "NHWC", "NHWC"),
-        ((10, 3, 5, 3), "NCHW", "NCHW"),
-        ((10, 5, 3), "NHW", "NHW"),
-        ((10, 2, 5, 6), "NCHW", "NCHW"),
+        ((10, 5, 6), "auto", "nhw"),
+        ((10, 5, 6, 3), "auto", "nhwc"),
+        ((10, 5, 6, 1), "auto", "nhwc"),
+        ((10, 3, 5, 6), "auto", "nchw"),
+        ((10, 1, 5, 6), "auto", "nchw"),
+        ((10, 3, 5, 3), "NHWC", "nhwc"),
+        ((10, 3, 5, 3), "NCHW", "nchw"),
+        ((10, 5, 3), "NHW", "nhw"),
+        ((10, 2, 5, 6), "NCHW", "nchw"),
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -32,7 +95,7 @@ def test_arrays_are_read_in_every_layout(tmp_path, shape, layout, axes, kind):
     np.save(file, pixels) if kind == "npy" else np.savez_compressed(file, pixels)
     data = array_file(path=file, layout=layout, held_out=3)
     order = torch.randperm(10, generator=generator()).numpy()
-    want = np.einsum(f"{axes.lower()}->{''.join(a for a in 'nchw' if a in axes.lower())}", pixels)
+    want = np.einsum(f"{axes}->{'nchw' if 'c' in axes else 'nhw'}", pixels)
     want = want.reshape(10, -1, *want.shape[-2:])
     assert np.array_equal(whole(data.held_out).numpy(), want[order[:3]])
     assert np.array_equal(whole(data.train).numpy(), want[order[3:]])
@@ -70,24 +133,18 @@ class Unpickled:
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
 def test_damaged_arrays_and_pickles_are_named(tmp_path, kind):
-    file = tmp_path / f"a.{kind}"
-    write = np.save if kind == "npy" else np.savez
-
-    def assert_rejected(message="", error=ValueError):
-        with pytest.raises(error, match=rf"a\.{kind} cannot be read{message}"):
-            array_file(path=file)
-
+    file, write = tmp_path / f"a.{kind}", np.save if kind == "npy" else np.savez
+    write(file, np.array([Unpickled()] * 3, dtype=object), allow_pickle=True)
+    pickled = file.read_bytes()
     write(file, random_bytes(10, 8, 8))
     content = file.read_bytes()
-    file.write_bytes(content[:-300])
-    assert_rejected()
+    damaged = [(content[:-300], ""), (b"no array", ""), (pickled, "")]
     if kind == "npz":
-        file.write_bytes(content[:400] + bytes([content[400] ^ 1]) + content[401:])
-        assert_rejected(".*CRC")
-    file.write_bytes(b"no array")
-    assert_rejected()
-    write(file, np.array([Unpickled()] * 3, dtype=object), allow_pickle=True)
-    assert_rejected()
+        damaged.append((content[:400] + bytes([content[400] ^ 1]) + content[401:], ".*CRC"))
+    for damage, message in damaged:
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"a\.{kind} cannot be read{message}"):
+            array_file(path=file)
 
 
 TEN = {"a": (10, 4, 4)}
@@ -97,7 +154,7 @@ TEN = {"a": (10, 4, 4)}
     ("arrays", "options", "message"),
     [
         ({}, {}, "images must name"),
-        ({"a": (10, 4, 4), "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
+        ({**TEN, "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
         ({"a": (10,)}, {}, "images must name .* 0 arrays"),
         (TEN, {"images": "b"}, "images must be an array of .*: a; got"),
         (TEN, {"labels": "b"}, "labels must be an array of .*: a; got"),
@@ -108,27 +165,28 @@ TEN = {"a": (10, 4, 4)}
         ({"a": (0, 4, 4)}, {}, "at least one image"),
     ],
 )
-def test_arrays_that_do_not_fit_are_rejected(tmp_path, arrays, options, message):
-    named = {name: random_bytes(*shape) for name, shape in arrays.items()}
-    np.savez(tmp_path / "a.npz", **named)
+def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, message):
+    np.savez(tmp_path / "a.npz", **{name: random_bytes(*shape) for name, shape in arrays.items()})
     with pytest.raises(ValueError, match=message):
         array_file(path=tmp_path / "a.npz", **options)
 
 
-def test_other_files_and_types_are_rejected(tmp_path):
-    def assert_rejected(message, error=ValueError, name="a.npy", **options):
-        with pytest.raises(error, match=message):
-            array_file(path=tmp_path / name, **options)
-
-    np.save(tmp_path / "a.npy", random_bytes(10, 4, 4) / 255)
-    np.save(tmp_path / "b.npy", np.zeros(10))
-    assert_rejected(r"a\.npy must hold images of uint8; got float64", TypeError)
-    np.save(tmp_path / "a.npy", random_bytes(10, 4, 4))
-    assert_rejected("labels must be integers", labels=str(tmp_path / "b.npy"))
-    assert_rejected(r"labels must be a \.npy", FileNotFoundError, labels="kinds")
-    assert_rejected(r"images names an array of a \.npz", images="kinds")
-    message = r"path must be a file; got .*nowhere\.npy"
-    assert_rejected(message, FileNotFoundError, "nowhere.npy")
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("floats.npy", {}, TypeError, r"floats\.npy must hold images of uint8; got float64"),
+        ("a.npy", {"labels": "floats.npy"}, ValueError, "labels must be integers"),
+        ("a.npy", {"labels": "kinds"}, FileNotFoundError, r"labels must be a \.npy"),
+        ("a.npy", {"images": "kinds"}, ValueError, r"images names an array of a \.npz"),
+        ("nowhere.npy", {}, FileNotFoundError, r"path must be a file; got .*nowhere\.npy"),
+    ],
+)
+def test_other_files_and_types_are_rejected(tmp_path, monkeypatch, name, options, error, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", random_bytes(10, 4, 4))
+    np.save("floats.npy", np.zeros((10, 4, 4)))
+    with pytest.raises(error, match=message):
+        array_file(path=name, **options)
 
 
 def test_a_mapped_file_is_not_changed(tmp_path):

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import pickle
 import struct
 import sys
 from inspect import Parameter, signature
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from cldsde.images.data import DATA_SETS, digits, fashion_mnist, image_folder, torchvision_set
+from cldsde.images.data import (
+    DATA_SETS,
+    channel_statistics,
+    digits,
+    fashion_mnist,
+    image_folder,
+    torchvision_set,
+)
 from cldsde.images.schema import checked_options
-from image_data import STEMS, idx, random_bytes, save, whole, write_fashion
+from image_data import STEMS, cubic_weights, idx, random_bytes, save, whole, write_fashion
 from probes import generator
+from tolerances import rounding
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -41,22 +51,125 @@ def test_a_number_held_out_is_a_number_of_images(count):
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("key", "value"),
     [
-        ({"held_out": -0.1}, ValueError),
-        ({"held_out": 1.5}, ValueError),
-        ({"held_out": float("nan")}, ValueError),
-        ({"held_out": float("inf")}, ValueError),
-        ({"held_out": "0.2"}, ValueError),
-        ({"held_out": 1e-6}, ValueError),
-        ({"held_out": 1797}, ValueError),
-        ({"seed": -1}, ValueError),
-        ({"seed": 0.5}, ValueError),
+        *[("held_out", x) for x in (-0.1, 1.5, float("nan"), float("inf"), "0.2", 1e-6, 1797)],
+        *[("seed", x) for x in (-1, 0.5)],
     ],
 )
-def test_an_impossible_split_is_rejected(options, error):
-    with pytest.raises(error, match=next(iter(options))):
-        digits(**options)
+def test_an_impossible_split_is_rejected(key, value):
+    with pytest.raises(ValueError, match=key):
+        digits(**{key: value})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_files_are_read_plain_and_compressed(tmp_path, zipped):
+    arrays = write_fashion(tmp_path, zipped=zipped)
+    for part, (pixels, labels) in zip(fashion_mnist(path=str(tmp_path)), arrays, strict=True):
+        assert np.array_equal(whole(part)[:, 0].numpy(), pixels)
+        assert np.array_equal(part.labels.numpy(), labels)
+        assert part.classes == 10
+        assert part.class_names[9] == "Ankle boot"
+
+
+def test_32_pixels_have_a_black_frame_and_16_are_28_under_a_widened_cubic(tmp_path):
+    ((pixels, _), _) = write_fashion(tmp_path, zipped=True)
+    large, small = (
+        whole(fashion_mnist(path=tmp_path, size=size).train)[:, 0].numpy() for size in (32, 16)
+    )
+    assert np.array_equal(large, np.pad(pixels, ((0, 0), (2, 2), (2, 2))))
+    weights = cubic_weights(28, 16)
+    exact = (weights @ pixels @ weights.T).clip(0, 255)
+    nearest = 0.5 + rounding(2 * 28, 255, torch.float32)  # sums over rows and columns
+    assert np.abs(small - exact).max() < nearest
+
+
+TRAIN_IMAGES, TRAIN_LABELS = (f"{stem}.gz" for stem in STEMS["train"])
+T10K_LABELS = f"{STEMS['t10k'][1]}.gz"
+
+
+@pytest.mark.parametrize(
+    ("name", "alter", "message"),
+    [
+        (TRAIN_IMAGES, lambda b: b"\0\0\x0d\x03" + b[4:], "must be an IDX file"),
+        (TRAIN_IMAGES, lambda b: b"\0\0\x08\x01" + b[4:], "must be an IDX file"),
+        (T10K_LABELS, lambda b: b"", "must be an IDX file"),
+        (T10K_LABELS, lambda b: b[:6], "got 6 bytes that begin"),
+        (TRAIN_IMAGES, lambda b: b[:-1], "N × 28 × 28 bytes; got 9423 bytes"),
+        (TRAIN_IMAGES, lambda b: b + b"\0", "N × 28 × 28 bytes; got 9425 bytes"),
+        (TRAIN_IMAGES, lambda b: idx(random_bytes(12, 27, 28)), "28 bytes; .* 0000000c 0000001b"),
+        (TRAIN_LABELS, lambda b: idx(random_bytes(11, levels=10)), "12 images; got 11 labels"),
+        (T10K_LABELS, lambda b: b[:-1] + b"\x0a", "0 … 9 .* up to 10"),
+        (TRAIN_IMAGES, None, "cannot be read: .*end-of-stream"),
+    ],
+)
+def test_a_damaged_idx_file_is_named(tmp_path, name, alter, message):
+    write_fashion(tmp_path, zipped=True)
+    content = (tmp_path / name).read_bytes()
+    damaged = gzip.compress(alter(gzip.decompress(content))) if alter else content[:-20]
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{name[:-3]}.*{message}"):
+        fashion_mnist(path=tmp_path)
+
+
+def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
+    write_fashion(tmp_path, zipped=True, counts=(2, 1))
+    content = (tmp_path / TRAIN_LABELS).read_bytes()
+    padded = len(content) - 9  # the last byte before checksum and size may have unused bits
+    for where, bit in product({*range(10, len(content))} - {padded}, (0, 7)):
+        changed = bytearray(content)
+        changed[where] ^= 1 << bit
+        (tmp_path / TRAIN_LABELS).write_bytes(changed)
+        with pytest.raises(ValueError, match=TRAIN_LABELS):
+            fashion_mnist(path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "error", "message"),
+    [
+        ("", 28, FileNotFoundError, "neither train-labels-idx1-ubyte nor"),
+        ("nowhere", 28, FileNotFoundError, r"path must be a folder; got .*nowhere"),
+        (TRAIN_IMAGES, 28, NotADirectoryError, "path must be a folder"),
+        ("nowhere", 64, ValueError, "size: must be 16, 28 or 32; got 64"),
+    ],
+)
+def test_missing_files_and_folders_and_other_sizes_are_rejected(
+    tmp_path, name, size, error, message
+):
+    write_fashion(tmp_path, zipped=True)
+    (tmp_path / TRAIN_LABELS).unlink()
+    with pytest.raises(error, match=message):
+        fashion_mnist(path=tmp_path / name, size=size)
+
+
+def test_fashion_mnist_is_found_by_the_environment(tmp_path, monkeypatch):
+    write_fashion(tmp_path / "a" / "fashion-mnist", zipped=True, counts=(2, 1))
+    write_fashion(tmp_path / "b" / "cldsde" / "fashion-mnist", zipped=False, counts=(3, 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    monkeypatch.setenv("CLDSDE_DATA", str(tmp_path / "a"))
+    assert len(fashion_mnist().train) == 2
+    monkeypatch.setenv("CLDSDE_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("cldsde.images.data.idx._DEBIAN", tmp_path / "nowhere")
+    assert len(fashion_mnist().train) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"apt install dataset-fashion-mnist.*download"):
+        fashion_mnist()
+
+
+def test_the_published_fashion_mnist():
+    try:
+        data = fashion_mnist()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert (len(data.train), len(data.held_out)) == (60000, 10000)
+    assert data.train.shape == data.held_out.shape == (1, 28, 28)
+    assert data.train.labels.bincount().tolist() == [6000] * 10
+    assert data.held_out.labels.bincount().tolist() == [1000] * 10
+    assert data.train.labels[0] == 9
+    mean, variance = channel_statistics(data.train, per="scalar")
+    # Mean and standard deviation as published, to four digits, on the scale [0, 1].
+    assert round((float(mean) + 1) / 2, 4) == 0.2860
+    assert round(float(variance.sqrt()) / 2, 4) == 0.3530
 
 
 def test_torchvisions_idx_files_are_the_same_images(tmp_path):
@@ -69,10 +182,17 @@ def test_torchvisions_idx_files_are_the_same_images(tmp_path):
         assert part.class_names == same.class_names
 
 
+def source_of(monkeypatch, name, root):
+    """A data set of torchvision whose files need no published checksum, and their folder."""
+    source = getattr(torchvision.datasets, name)
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(source, part, [[name, None] for name, _ in getattr(source, part)])
+    (root / source.base_folder).mkdir()
+    return source, root / source.base_folder
+
+
 def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypatch):
-    source = torchvision.datasets.CIFAR10
-    folder = tmp_path / source.base_folder
-    folder.mkdir()
+    source, folder = source_of(monkeypatch, "CIFAR10", tmp_path)
     for number, (name, _) in enumerate(source.train_list + source.test_list):
         content = {
             "data": random_bytes(3, 3072, seed=number),
@@ -81,9 +201,6 @@ def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypat
         (folder / name).write_bytes(pickle.dumps(content))
     meta = {"label_names": [f"class {i}" for i in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta))
-    # The published checksums are of the published files.
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(source, part, [[name, None] for name, _ in getattr(source, part)])
     monkeypatch.setattr(source, "meta", {**source.meta, "md5": None})
 
     data = torchvision_set(name="CIFAR10", path=str(tmp_path))
@@ -98,15 +215,11 @@ def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypat
 
 
 def test_stl10_keeps_channels_first_and_labels_from_zero(tmp_path, monkeypatch):
-    source = torchvision.datasets.STL10
-    folder = tmp_path / source.base_folder
-    folder.mkdir()
+    source, folder = source_of(monkeypatch, "STL10", tmp_path)
     for name, _ in source.train_list + source.test_list:
         size = (2,) if name.endswith("y.bin") else (2, 3, 96, 96)
         pixels = random_bytes(*size, levels=9) + 1
         (folder / name).write_bytes(pixels.tobytes())
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(source, part, [[name, None] for name, _ in getattr(source, part)])
     data = torchvision_set(name="STL10", path=tmp_path)
     stored = np.fromfile(folder / "train_X.bin", np.uint8).reshape(2, 3, 96, 96)  # by columns
     assert np.array_equal(whole(data.train).numpy(), stored.swapaxes(2, 3))
@@ -165,12 +278,9 @@ def test_a_cut_file_of_a_set_is_named(tmp_path):
         torchvision_set(name="MNIST", path=tmp_path)
 
 
-def test_an_unknown_set_is_rejected(tmp_path):
+def test_an_unknown_set_and_a_missing_library_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"name: must be 'CIFAR10', .* or 'USPS'; got 'ImageNet'"):
         torchvision_set(name="ImageNet", path=tmp_path)
-
-
-def test_without_torchvision_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match="pip install torchvision"):
         torchvision_set(name="MNIST", path=tmp_path)
