@@ -24,6 +24,7 @@ from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
 from image_data import noise
 from tiny_runs import noise_images
+from tolerances import rounding
 
 CONFIG = RunConfig.from_dict({"training": {"images": 64}})
 MODEL = SimpleNamespace(
@@ -295,8 +296,8 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
     def assert_measured(nfe, seen, metrics=("fid",)):
         found = measured(evaluation(metrics=metrics, samples=60), nfe)[0]
         assert found.nfe == 4
-        # Sums of 60 numbers, in batches of other sizes.
-        value = pytest.approx(expected["frechet_distance"], rel=1e-10)
+        # Sums of 60 numbers in batches of other sizes, and a small difference of large numbers.
+        value = pytest.approx(expected["frechet_distance"], rel=rounding(60, scale=1e4))
         assert found.numbers == {"fid": value}
         for name in ("samples_sha256", "reference_sha256"):
             assert found.about[name] == expected[name]
