@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 
 from docutils import nodes
+from jupyter_cache import get_cache
 from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
@@ -373,10 +374,17 @@ def _plain_types(app, obj, bound_method):
         function.__annotations__ = obj.__annotations__ = typing.get_type_hints(function)
 
 
+def _cached(app):
+    """Make the database of the cells' results before several processes do so at once."""
+    if app.config.nb_execution_mode == "cache":
+        get_cache(app.config.nb_execution_cache_path).list_cache_records()
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     # Pages of names that are no longer public would stay otherwise.
     shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
+    app.connect("builder-inited", _cached)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-before-process-signature", _plain_types)
     app.connect("object-description-transform", _readable)
