@@ -46,7 +46,7 @@ def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
     exact = closed_form(images, levels=levels, seed=5, scale=scale)
     # The prior is the distribution at T up to e^{−B/2} = 0.007 of the mean, squared in the density;
     # t_min = 1e-5 adds 1e-6 to a variance of 0.09, the ODE's tolerance 1e-5 nats a datum.
-    prior = 0.007**2 + 2e-5 / 0.09
+    prior = 0.007**2 + 1e-5 / 0.09
     assert found["bits_per_dim"] == pytest.approx(float(exact.mean()), abs=prior)
     # The standard error of the mean over images, each of which has an error of that size.
     error = float(exact.std()) / math.sqrt(6)
@@ -67,7 +67,7 @@ def test_hutchinson_agrees_on_a_linear_score():
         likelihood(process, images, divergence=divergence)["bits_per_dim"]
         for divergence in ("exact", "hutchinson")
     )
-    assert estimated == pytest.approx(exact, abs=rounding(100, dtype=torch.float32))
+    assert estimated == pytest.approx(exact, abs=rounding(80, dtype=torch.float32))
 
 
 def test_bound_of_langevin_diffusion_is_above_the_bits_of_the_density():
