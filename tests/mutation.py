@@ -159,7 +159,7 @@ def function(name: str) -> str:
 
 
 def outcome(code: int) -> str:
-    """What an exit code says about a mutant."""
+    """The result of a mutant, by the exit code of its tests."""
     if code in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
         return "survived"
     if -code in {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}:

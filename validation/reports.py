@@ -34,9 +34,9 @@ def reports(
     Parameters
     ----------
     solvers
-        Names, or ``module:ClassName``; none: all solvers, and the transition kernels.
+        Names, or ``module:ClassName``. By default all solvers and the transition kernels.
     cases
-        Names of problems; none: all, or those of a quick validation.
+        Names of problems. By default all problems, or the problems of a quick validation.
     quick
         Whether to use fewer problems, levels and samples.
     draw

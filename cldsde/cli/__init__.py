@@ -53,7 +53,7 @@ def _complain(program: str, message: object) -> None:
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser of the command, and those of its commands."""
+    """The parser of ``cldsde``, and the parser of each command by its name."""
     about = "Linear SDEs and the diffusion models built on them."
     parser = _Parser(prog="cldsde", usage="cldsde [options] COMMAND ...", description=about)
     parser.add_argument("--version", action="version", version=f"cldsde {version('cldsde')}")

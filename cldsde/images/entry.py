@@ -107,8 +107,8 @@ class Run(ImageModel):
         progress
             Show a progress bar on stderr.
         **sampling
-            Fields of `SamplingConfig` that differ from those of the run, such as ``nfe=10``; in
-            ``options`` those of the solver.
+            Fields of `SamplingConfig` in place of the run's own, such as ``nfe=10``. ``options``
+            are fields of the solver.
 
         Returns
         -------

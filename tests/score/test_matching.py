@@ -22,7 +22,7 @@ from tolerances import KERNEL, rounding
 every_process = pytest.mark.parametrize("name", PROCESSES)
 every_conditioning = pytest.mark.parametrize("conditioning", get_args(Conditioning))
 TIMES = torch.tensor([1e-3, 0.1, 0.5, 1.0], dtype=torch.float64)
-SMALLEST = 1e-9  # accuracy of the least loss near t = 0, where it cancels
+SMALLEST = 1e-9  # rounding of the least loss near t = 0: a difference of two large terms
 
 
 def data(*shape, seed=9):

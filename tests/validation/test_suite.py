@@ -245,7 +245,7 @@ def test_a_rejection_by_a_solver_that_is_declared_for_every_process_fails():
     assert summarise([found]) == {"it": FAIL}
 
 
-# Processes beside those of the contract of solvers, and the families of solvers that reject them.
+# Processes that the contract of solvers leaves out, and the families of solvers that reject them.
 UNUSUAL = {"sub-VP", "CLD, underdamped", "non-commuting"}
 REJECTED_BY = {
     **{name: {"sub-VP", "non-commuting"} for name in ("sscs", "splitting")},

@@ -248,7 +248,7 @@ class Evaluation(Reference):
         return [found[one.key] for one in wanted]
 
     def _conditions(self, metric: str) -> dict[str, Any]:
-        """What results of one metric must have in common to be compared, and their origin."""
+        """Features and reference that results of a metric share, and the origin of the result."""
         found: dict[str, Any] = {"origin": origin(self.device)}
         if metric == "bpd":
             return found

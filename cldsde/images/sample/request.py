@@ -21,7 +21,15 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """A request for samples of a trained model, one image for each seed."""
+    """A request for samples of a trained model, one image for each seed.
+
+    Attributes
+    ----------
+    model, sampler
+        The model, and its sampler.
+    seeds
+        Integers in [0, 2³²).
+    """
 
     model: Model
     sampler: ImageSampler
