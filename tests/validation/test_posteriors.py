@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import statistics
+import sys
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def test_exact_guidance_is_the_posterior_within_sampling_error(sde, noise):
     # Of a distance that is all sampling error, three standard errors.
     assert found.distance - 3 * found.distance_std <= 1.3
     assert found.verdict is Verdict.PASS
+
+
+def test_standard_errors_are_of_the_mean_over_repetitions(monkeypatch):
+    rows = torch.tensor([[1.0, 8.0, 3.0, 2.0], [2.0, 4.0, 5.0, 2.0], [6.0, 3.0, 1.0, 5.0]]).double()
+    measured = iter(rows.tolist())
+    # The package has a function of the module's name.
+    module = sys.modules["cldsde.validation.posterior_error"]
+    monkeypatch.setattr(module._Measure, "__call__", lambda *_: next(measured))
+    found = posterior_error("exact", posterior_problems()["mask"], samples=100, steps=2, repeats=3)
+    for i, name in enumerate(("distance", "mode_error", "mean_error", "spread_error")):
+        values = rows[:, i].tolist()
+        expected = statistics.mean(values), statistics.stdev(values) / math.sqrt(3)
+        own = getattr(found, name), getattr(found, f"{name}_std")
+        assert own == pytest.approx(expected, rel=rounding())
 
 
 @pytest.mark.slow
