@@ -6,21 +6,8 @@ import pytest
 import torch
 from scipy.optimize import brentq
 
-from cldsde import (
-    CLD,
-    HOLD,
-    PSLD,
-    VESDE,
-    VPSDE,
-    DenoiserScore,
-    GaussianMixture,
-    MixedScore,
-    NoisePath,
-    PredictionDenoiser,
-    ReverseProcess,
-    solvers,
-)
-from cldsde.score import ScoreDenoiser
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, MixedScore, NoisePath, ReverseProcess, solvers
+from cldsde.score import DenoiserScore, GaussianMixture, PredictionDenoiser, ScoreDenoiser
 from probes import generator
 from tolerances import EPS, EPS32, rounding, standard_error_of_variance
 
