@@ -1,11 +1,7 @@
 """Arguments that functions of scores reject, before a score is evaluated."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -23,26 +19,19 @@ ONES, ZEROS = torch.ones, torch.zeros
 Z, X = ZEROS(2, 2, 2), ZEROS(2, 2)
 DOUBLE = ONES(2, dtype=torch.float64)
 SDES, CRITICAL, VP, FLOW = [CLD, None, "CLD"], CLD(), VPSDE(), RectifiedFlow()
-Call = Callable[..., Any]
 
 
-def each(
-    calls: Call | list[Call], message: str = "", error: Any = ValueError, **values: Any
-) -> Any:
+def each(calls, message="", error=ValueError, **values):
     """Rows (call, error, message): one for each call and each value of each argument.
 
     By default the message has to name the argument.
     """
     calls = calls if isinstance(calls, list) else [calls]
-    return [
-        (partial(f, **{name: value}), error, message or rf"\b{name}\b")
-        for name, given in values.items()
-        for value in given
-        for f in calls
-    ]
+    rows = [(f, {name: x}, name) for name, given in values.items() for x in given for f in calls]
+    return [(partial(f, **x), error, message or rf"\b{name}\b") for f, x, name in rows]
 
 
-def types(calls: Call | list[Call], message: str = "", **values: Any) -> Any:
+def types(calls, message="", **values):
     return each(calls, message, TypeError, **values)
 
 
@@ -61,7 +50,6 @@ LEVELS, LOGITS = partial(score.log_snr_density, CRITICAL), score.logit_normal_de
 BOUND = partial(score.evidence_lower_bound, model=untouchable, sde=CRITICAL, x0=X, t=0.5, t_min=0.1)
 FLOW_DENSITY = partial(score.flow_log_prob, process=PROCESS, z=Z, t=0.1)
 LIKELIHOOD = partial(score.log_likelihood, process=PROCESS, x0=X, t_min=0.1)
-WEIGHTED = partial(LIKELIHOOD, importance_weighted=True)
 DENSITIES = [FLOW_DENSITY, LIKELIHOOD]
 REVERSE = partial(score.ReverseProcess, sde=CRITICAL, score=untouchable)
 DRIFTS = [
@@ -79,65 +67,52 @@ PLANE = partial(score.GaussianMixture, weights=[1.0], means=[[0.0, 0.0]])
 POINTS = mixture("points")
 SCORE = POINTS.score(CRITICAL)
 METHODS = [POINTS.log_prob, POINTS.conditional_log_prob, POINTS.posterior_mean]
-AT_STATES = [
-    lambda z=Z, t=0.5, f=f: f(z, t) for f in (SCORE, *(partial(f, CLD()) for f in METHODS))
-]
-SINGULAR = partial(POINTS.conditional_log_prob, VP, Z[:, :1])
+AT_STATES = [partial(SCORE, z=Z, t=0.5), *(partial(f, CLD(), z=Z, t=0.5) for f in METHODS)]
 
 # Mixed scores.
 MIXED = partial(score.MixedScore, Constant(CRITICAL), CRITICAL, data_mean=0.0, data_variance=1.0)
-OF_ESTIMATE = partial(MIXED, inputs="estimate")
 EVALUATED = partial(MIXED(), z=Z, t=0.5)
 PER_PIXEL = score.MixedScore(Constant(CRITICAL), CRITICAL, ZEROS(2, 3, 3), ONES(2, 3, 3))
 TINY = torch.tensor(1e-50, dtype=torch.float64)
 
 
-class Returning(nn.Module):
-    """A network whose output has a shape of its own."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, z: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
-        return ZEROS(self.shape)
+def returned(shape):
+    network = nn.Module()
+    network.forward = lambda z, clock: ZEROS(shape)
+    return score.MixedScore(network, CRITICAL, 0.0, 1.0)(ZEROS(3, 2, 2, 3, 3), 0.5)
 
 
-def returned(shape: tuple[int, ...]) -> Any:
-    return score.MixedScore(Returning(shape), CRITICAL, 0.0, 1.0)(ZEROS(3, 2, 2, 3, 3), 0.5)
-
-
-def weighted(logits: tuple[int, ...], z: tuple[int, ...] = (3, 2, 2, 3, 3)) -> Any:
+def weighted(logits, z=(3, 2, 2, 3, 3)):
     return MIXED(mixing_logits=ZEROS(logits))(ZEROS(z), 0.5)
 
 
-def entropy(conditioning: Any = "data", losses: Any = X[:, 0], **options: Any) -> Any:
+def entropy(conditioning="data", losses=X[:, 0], **options):
     equilibrium, t = CLD(velocity_scale=1.0), torch.tensor([0.1, 0.5], dtype=torch.float64)
     pair = score.PerturbedData.draw(equilibrium, ZEROS(2, 1), t, conditioning=conditioning)
     return score.cross_entropy(pair, losses, **{"t_min": 1e-3, **options})
 
 
 # Denoisers and guidance.
-def denoise(u: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def denoise(u, sigma):
     return u
 
 
-def wrong_shape(shape: tuple[int, ...]) -> Any:
+def wrong_shape(shape):
     return score.DenoiserScore(lambda u, sigma: ZEROS(shape), VP)(ZEROS(4, 1, 2), 0.5)
 
 
-def wrong_output(shape: tuple[int, ...]) -> Any:
-    return score.PredictionDenoiser(lambda x, t: ZEROS(shape), score.NoisePath.linear())(
-        ZEROS(4, 2), 1.0
-    )
+def wrong_output(shape):
+    return PREDICTION(lambda x, t: ZEROS(shape))(ZEROS(4, 2), 1.0)
 
 
+LINEAR = score.NoisePath.linear()
 TABLE = torch.linspace(0.9999, 1e-4, 1000, dtype=torch.float64)
-PREDICTION = partial(score.PredictionDenoiser, denoise, path=score.NoisePath.linear())
+PREDICTION = partial(score.PredictionDenoiser, path=LINEAR)
+DENOISED = partial(PREDICTION, denoise)
 PATH = partial(score.NoisePath, noise=lambda t: t)
-TABULATED = partial(PREDICTION(path=score.NoisePath.from_alphas_cumprod(TABLE)), X)
-FALLING = partial(score.NoisePath, lambda t: 1 - t)
 ALPHAS = score.NoisePath.from_alphas_cumprod
+TABULATED = partial(DENOISED(path=ALPHAS(TABLE)), X)
+FALLING = partial(score.NoisePath, lambda t: 1 - t)
 DENOISER = partial(score.DenoiserScore, denoise, sde=VP)
 GUIDED = partial(score.GuidedScore, conditional=DENOISER(), unconditional=DENOISER(), weight=2.0)
 PLAIN = partial(score.GuidedScore, untouchable, untouchable, 2.0)
@@ -159,14 +134,12 @@ DPS = partial(POSTERIOR, method="dps")
 ANY_SCORE = partial(score.PosteriorScore, observation=SEEN)
 
 
-def observed(forward: Any, y: Any = DOUBLE) -> Any:
-    return score.PosteriorScore(untouchable, score.Observation(forward, y, 0.1), sde=VP)(
-        ZEROS(2, 1, 2), 0.5
-    )
+def observed(forward, y=DOUBLE):
+    seen = score.Observation(forward, y, 0.1)
+    return score.PosteriorScore(untouchable, seen, sde=VP)(ZEROS(2, 1, 2), 0.5)
 
 
 OF_DATA = partial(CONVERTED(source="data"), Z)
-INVERTED = partial(FALLING, lambda t: t)
 
 # Predictions that need one component, and singular ends.
 GIVEN_ALL = score.PerturbedData.draw(VESDE(), ZEROS(2, 1), 0.5, conditioning="all")
@@ -178,7 +151,7 @@ BOTH = ["velocity", "flow"]
 UNKNOWN = ["speed", None, 1]
 UNEVEN = [0.0, torch.tensor([0.5, 0.0])]
 STARTS = [VP, CLD(), PSLD(), HOLD()]
-WEIGHTS: list[Any] = [lambda t, f=f: f * t for f in (0, -1, NAN, INF)]
+WEIGHTS = [lambda t, f=f: f * t for f in (0, -1, NAN, INF)]
 WEIGHTS += [lambda t: t - 0.5, lambda t: t.sum(), lambda t: t[1:], lambda t: 1.0]
 OUTPUTS = [(4, 2, 2), (1, 1, 2), (4, 1), (4, 1, 1), (4,), (4, 1, 2, 1)]  # must not broadcast
 RESTING = LinearSDE.from_matrices(
@@ -186,19 +159,10 @@ RESTING = LinearSDE.from_matrices(
     [[1.0], [1.0], [1.0]],
     initial_covariance=[[0, 0, 0], [0, 1.0, 0], [0, 0, 0]],
 )
-AT_REST = [
-    score.ReverseProcess(sde, untouchable)
-    for sde in (CLD(velocity_scale=0.0), HOLD(auxiliary_scale=0.0), RESTING)
-]
-NO_GENERATOR: list[Call] = [
-    POINTS.sample,
-    SAMPLER().sample,
-    lambda n, generator: score.dequantise(torch.zeros(n, dtype=torch.long), generator=generator),
-    lambda n, generator: score.score_matching_loss(untouchable, VP, X, 0.5, generator=generator),
-    lambda n, generator: BOUND(generator=generator),
-    lambda n, generator: FLOW_DENSITY(generator=generator),
-    lambda n, generator: LIKELIHOOD(generator=generator),
-]
+STILL = [CLD(velocity_scale=0.0), HOLD(auxiliary_scale=0.0), RESTING]
+AT_REST = [score.ReverseProcess(sde, untouchable) for sde in STILL]
+MATCHED = partial(score.score_matching_loss, untouchable, VP, X, 0.5)
+DRAWING = [partial(POINTS.sample, 4), partial(SAMPLER().sample, 4), LEVEL_0, MATCHED, BOUND]
 
 ROWS = [
     # Arguments that several functions share.
@@ -213,7 +177,7 @@ ROWS = [
     *types([FLOW_DENSITY, *DRIFTS, *AT_STATES], "floating-point", z=[Z.long(), None, [[0.0]]]),
     *each([FLOW_DENSITY, *DRIFTS], "must", z=map(ZEROS, [(2, 3, 1), (2, 1, 2), (2,)])),
     *each(AT_STATES, "got", z=map(ZEROS, [(3, 1, 2), (3, 3, 2), (3, 2, 1), (3, 2, 2, 2), (2,)])),
-    *types([partial(f, 4) for f in NO_GENERATOR], r"torch\.Generator.* got 3\.", generator=[3]),
+    *types([*DRAWING, *DENSITIES], r"torch\.Generator.* got 3\.", generator=[3]),
     # Training.
     *each(PAIR.target, prediction=[*UNKNOWN, "full_score"]),
     *each(LOSS, prediction=UNKNOWN, measured=["data"]),
@@ -250,7 +214,7 @@ ROWS = [
     *each(LIKELIHOOD, t_min=[0.0, 1.0, NAN], start=["both"], samples=[0, True, 1.0]),
     *each(LIKELIHOOD, "must be finite", x0=[X + NAN, X - INF]),
     *each(LIKELIHOOD, "at least one number per data point", x0=[X[:, :0]]),
-    *each(WEIGHTED, "divergence must be 'exact' with imp", divergence=["hutchinson"]),
+    *each(partial(LIKELIHOOD, importance_weighted=True), divergence=["hutchinson"]),
     *each(partial(LIKELIHOOD, start="replace"), "needs auxiliary", process=AT_REST),
     # Scores and conversions.
     *types(REVERSE, score=[None, 1.0, ZEROS(2)]),
@@ -275,7 +239,7 @@ ROWS = [
     *each(ENDED, "t must be below 1 with weighting='likelihood'", weighting=["likelihood"]),
     *each(partial(POINTS.score, CRITICAL), rows=["v", None]),
     *each(partial(POINTS.score, VP), "has no auxiliary", rows=["auxiliary"]),
-    *each(SINGULAR, "has no auxiliary", t=[0.5]),
+    *each(partial(POINTS.conditional_log_prob, VP, Z[:, :1]), "has no auxiliary", t=[0.5]),
     *each(at_a_known_time(SCORE, 0.5), "2 numbers per component", z=[ZEROS(8, 2, 3)]),
     # Mixtures and mixed scores.
     *each(MIXTURE, "must have shapes", weights=[[[1.0]]], means=[[0.0]], covariances=[[[1.0]]]),
@@ -290,7 +254,7 @@ ROWS = [
     *each(MIXED, data_variance=[0.0, -1.0, NAN, TINY], data_mean=[NAN, INF], inputs=["z"]),
     *types(MIXED, data_mean=["1", None, [1.0]], data_variance=["1", None]),
     *each(MIXED, r"one shape; got \(2,\) and \(\)", data_mean=[ZEROS(2)]),
-    *each(OF_ESTIMATE, "mixing_logits must be None unless", mixing_logits=[ONES(())]),
+    *each(partial(MIXED, inputs="estimate"), mixing_logits=[ONES(())]),
     *each(MIXED, "mixing_logits must be a finite", mixing_logits=[ONES(()) * NAN, -3.0, "-3"]),
     # Weights of each driven component, or of each sample, do not broadcast.
     *each(weighted, "must broadcast", logits=[(3, 1, 1), (5,), (2, 2, 3, 3), (3, 1, 1, 1, 1)]),
@@ -305,7 +269,9 @@ ROWS = [
     *each(PATH, signal=[lambda t: t.sum(), lambda t: 1 / t, lambda t: 1 - 2 * t]),
     *each(FALLING, "a decrease after t = 0", noise=[lambda t: t - t**2, lambda t: (t - 0.5).abs()]),
     *each(partial(PATH, torch.ones_like), "two increasing numbers", interval=[(1.0, 1.0)]),
-    *each(INVERTED, "inverse must map κ", inverse=[torch.exp, lambda k: k * NAN]),
+    *each(
+        partial(FALLING, lambda t: t), "inverse must map κ", inverse=[torch.exp, lambda k: k * NAN]
+    ),
     *each(partial(score.NoisePath.of, VP), start=[0.0, 1.0, NAN]),
     *each(ALPHAS, table=[TABLE.flip(0), [[0.9, 0.5]]]),
     *each(score.NoisePath.of, "sde must have one component; got CLD", sde=[CRITICAL]),
@@ -314,10 +280,10 @@ ROWS = [
     *each(partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)), "infinite: start earlier", t=[1.0]),
     *types(score.ScoreDenoiser, score=[None]),
     *each(partial(score.ScoreDenoiser, SCORE), start=[0.0, 1.0, NAN]),
-    *each(PREDICTION, predicts=["epsilon"], clock=["steps", "index"]),
-    *types(partial(score.PredictionDenoiser, path=score.NoisePath.linear()), network=[None]),
-    *types(PREDICTION, path=[VP]),
-    *each(partial(PREDICTION(), ZEROS(4, 2)), r"have shape \(4,\)", sigma=[ONES(3)]),
+    *each(DENOISED, predicts=["epsilon"], clock=["steps", "index"]),
+    *types(PREDICTION, network=[None]),
+    *types(DENOISED, path=[VP]),
+    *each(partial(DENOISED(), ZEROS(4, 2)), r"have shape \(4,\)", sigma=[ONES(3)]),
     *each(TABULATED, r"sigma must lie in \[0.01.*, 99.*\].*got 200", sigma=[200.0]),
     *each(wrong_shape, r"denoiser must .* like its input, \(4, 2\)", shape=[(4, 3), (4, 1, 2)]),
     *each(wrong_output, "network must return a tensor like its input", shape=[(4, 3), (3, 2)]),
@@ -360,14 +326,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), ROWS)
-def test_bad_arguments_are_rejected(call: Call, error: Any, message: str) -> None:
+def test_bad_arguments_are_rejected(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
 @pytest.mark.parametrize("method", ["drift", "probability_flow", "data_prediction", "full_score"])
 @pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (1, 1, 1), (3, 1)])
-def test_a_score_of_another_shape_is_rejected(method: str, shape: Any) -> None:
+def test_a_score_of_another_shape_is_rejected(method, shape):
     process = score.ReverseProcess(CRITICAL, lambda z, t: ZEROS(shape))
     with pytest.raises(ValueError, match=r"score must return shape \(3, 1, 1\)"):
         getattr(process, method)(ZEROS(3, 2, 1), 0.5)
