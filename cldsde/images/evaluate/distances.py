@@ -116,24 +116,14 @@ class FeatureStatistics:
             raise SettingError("batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
         sums = FeatureSums(features, images.shape)
-        for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
-            sums.add(part)
-        return sums.statistics()
+        return sums.of(progress_bar(parts, shown=progress, desc="features"))
 
 
 class FeatureSums:
     """Running `FeatureStatistics` of uint8 images that come in batches and are not kept.
 
-    Parameters
-    ----------
-    features
-        Feature network, see `load_features`.
-    shape
-        ``(N, C, H, W)`` of all images.
-    size
-        Number of features, if the network returns more numbers.
-    keep
-        Whether to keep the numbers of each image.
+    ``shape`` is ``(N, C, H, W)`` of all images. ``size`` is the number of features, if the network
+    returns more numbers. ``keep`` keeps all numbers of each image.
     """
 
     def __init__(
@@ -144,10 +134,10 @@ class FeatureSums:
         size: int | None = None,
         keep: bool = False,
     ) -> None:
+        self._features, self._name = features, feature_name(features)
         self._size, self._keep = size, keep
         self._rows: list[Tensor] = []
-        self._name = feature_name(features)
-        self._features, self._hash = features, hashlib.sha256(f"{tuple(shape)}".encode())
+        self._hash = hashlib.sha256(f"{tuple(shape)}".encode())
         self._seen, self._mean, self._scatter = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, images: Tensor) -> None:
@@ -167,6 +157,12 @@ class FeatureSums:
         weight = self._seen * len(rows) / total
         self._scatter = self._scatter + centred.T @ centred + weight * torch.outer(shift, shift)
         self._mean, self._seen = self._mean + shift * (len(rows) / total), total
+
+    def of(self, batches: Iterable[Tensor]) -> FeatureStatistics:
+        """Add all batches; return the statistics."""
+        for images in batches:
+            self.add(images)
+        return self.statistics()
 
     def statistics(self) -> FeatureStatistics:
         """The statistics of all images."""
