@@ -17,7 +17,7 @@ from cldsde.files import file_lock
 from cldsde.images.checks import check_images, check_labels, check_same_shape
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes, byte_batches
-from cldsde.images.evaluate.distances import batches_sha256
+from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.messages import brief
@@ -168,8 +168,10 @@ def kept_classifier(
     """Features of a classifier of a data set, from its file; it is trained if there is none."""
     train, labels = data.train, data.train.labels
     assert labels is not None
-    images_sha256 = batches_sha256(byte_batches(train), (len(train), *train.shape))
-    origin = {"images_sha256": images_sha256, "labels_sha256": tensors_digest({"labels": labels})}
+    origin = {
+        "images_sha256": images_sha256(byte_batches(train), (len(train), *train.shape)),
+        "labels_sha256": tensors_digest({"labels": labels}),
+    }
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         # Of two evaluations at the same time one trains the classifier for both.

@@ -56,15 +56,12 @@ def _root(covariance: Tensor) -> Tensor:
     return root
 
 
-def images_sha256(images: Tensor) -> str:
-    """SHA-256 of the shape and the bytes of uint8 images."""
-    return batches_sha256(images.split(4096), images.shape)  # type: ignore[no-untyped-call]
-
-
-def batches_sha256(batches: Iterable[Tensor], shape: Sequence[int]) -> str:
-    """`images_sha256` of images in batches, of their whole shape ``(N, C, H, W)``."""
+def images_sha256(images: Iterable[Tensor], shape: Sequence[int] = ()) -> str:
+    """SHA-256 of the shape and the bytes of uint8 images: a tensor, or batches and their shape."""
+    if isinstance(images, Tensor):
+        shape, images = images.shape, images.split(4096)  # type: ignore[no-untyped-call]
     total = hashlib.sha256(f"{tuple(shape)}".encode())
-    for part in batches:
+    for part in images:
         total.update(part.numpy().tobytes())
     return total.hexdigest()
 

@@ -20,11 +20,11 @@ from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import as_bytes, byte_batches
+from cldsde.images.evaluate import inception, likelihoods
 from cldsde.images.evaluate.classifier import kept_classifier
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     FeatureSums,
-    batches_sha256,
     frechet_report,
     images_sha256,
 )
@@ -33,17 +33,6 @@ from cldsde.images.evaluate.features import (
     check_features,
     feature_name,
     load_features,
-)
-from cldsde.images.evaluate.inception import (
-    check_counts,
-    inception_report,
-    inception_sums,
-    reference_statistics,
-)
-from cldsde.images.evaluate.likelihoods import (
-    UndefinedLikelihoodError,
-    latent_likelihood,
-    likelihood,
 )
 from cldsde.images.evaluate.results import (
     Result,
@@ -68,7 +57,7 @@ _CACHE = "inception"  # folder of what is kept of a data set in the features of 
 _CLASSIFIER = "classifier.safetensors"
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
-_FAILURES = (FloatingPointError, UnsolvedFlowError, UndefinedLikelihoodError)
+_FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
 
 
 @section
@@ -114,8 +103,12 @@ class Evaluation:
             msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
             raise SettingError("seed", msg)
         count = self.samples if images is None else images
-        check_counts(self._measures, count, len(self._images))
-        names = ", ".join(sorted(self._inception_metrics))
+        inception.check_counts(self._measures, count, len(self._images))
+        self._check_features()
+
+    def _check_features(self) -> None:
+        """Raise an error if a network for features is missing, or does not fit the images."""
+        names, train = ", ".join(sorted(self._inception_metrics)), self.data.train
         if names:
             if self.weights is None:
                 msg = f"{names} need the file of Inception weights; use fd for features of a "
@@ -190,25 +183,23 @@ class Evaluation:
             count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
             images = progress_bar(parts, shown=self.progress, desc="features")
         shape = (count, *self.data.train.shape)
-        inception, sums = [metric for metric in metrics if metric != "fd"], {}
+        others, sums = [metric for metric in metrics if metric != "fd"], {}
         if "fd" in metrics:
             sums["fd"] = FeatureSums(self._network, shape)
-        if inception:
-            sums["inception"] = inception_sums(self._inception, shape, inception)
+        if others:
+            sums["inception"] = inception.feature_sums(self._inception, shape, others)
         for some in images:
             for each in sums.values():
                 each.add(some)
         found = {}
         if "fd" in metrics:
             found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
-        if inception:
-            known = self._shape, self._sha256, self._inception, inception
-            other = reference_statistics(self._batches(), *known, self.folder / _CACHE)
-            report = inception_report(
-                *(sums["inception"].statistics(), other, self._inception, inception),
-                kid_subset_size=min(1000, count, other.count),
-            )
-            found |= dict.fromkeys(inception, report)
+        if others:
+            known = self._shape, self._sha256, self._inception, others, self.folder / _CACHE
+            reference = inception.reference_statistics(self._batches(), *known)
+            own, size = sums["inception"].statistics(), min(1000, count, reference.count)
+            report = inception.report(own, reference, self._inception, others, kid_subset_size=size)
+            found |= dict.fromkeys(others, report)
         return found
 
     def _filled(
@@ -278,17 +269,17 @@ class Evaluation:
     def _bits(self, model: Model) -> dict[str, Any]:
         """Bits per dim of a model, with everything that they depend on."""
         if isinstance(model, OtherDynamics):
-            raise UndefinedLikelihoodError("bpd needs a run under its own process")
+            raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
         if model.space.always_classes:
             msg = "bpd needs a network that was trained without classes, too"
-            raise UndefinedLikelihoodError(msg)
+            raise likelihoods.UndefinedLikelihoodError(msg)
         names = ("batch", "device", "progress")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options |= {"levels": self.data.train.levels, "t_min": model.config.training.t_min}
         if model.vae is not None:
-            return latent_likelihood(model.model, self._likelihood_images, **options)
+            return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
-        return likelihood(model.score, self._likelihood_images, scale=scale, **options)
+        return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
 
     @property
     def _measures(self) -> list[str]:
@@ -318,7 +309,7 @@ class Evaluation:
 
     @cached_property
     def _sha256(self) -> str:
-        return batches_sha256(byte_batches(self._images), self._shape)
+        return images_sha256(byte_batches(self._images), self._shape)
 
     @cached_property
     def _statistics(self) -> FeatureStatistics:

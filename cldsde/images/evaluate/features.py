@@ -65,8 +65,8 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
 def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        msg = f"features must return a floating-point tensor (B, F); got {kind_of(values)}"
-        raise TypeError(msg)
+        got = kind_of(values)
+        raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
     if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
         got = f"{tuple(values.shape)} for {count} images"
         raise ValueError(f"features must return (B, F), one row per image; got {got}")

@@ -106,14 +106,14 @@ def inception_metrics(
         parts = some.split(batch)  # type: ignore[no-untyped-call]
         yield from progress_bar(parts, shown=progress, desc="Inception")
 
-    own = inception_sums(network, images.shape, metrics).of(batches(images))
+    own = feature_sums(network, images.shape, metrics).of(batches(images))
     known = reference.shape, images_sha256(reference), network
     other = reference_statistics(batches(reference), *known, metrics, cache)
     options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    return inception_report(own, other, network, metrics, **options)
+    return report(own, other, network, metrics, **options)
 
 
-def inception_sums(
+def feature_sums(
     network: InceptionFeatures, shape: Sequence[int], metrics: Iterable[str]
 ) -> FeatureSums:
     """Sums for metrics of images ``(N, C, H, W)``; FID keeps no features of single images."""
@@ -141,14 +141,14 @@ def reference_statistics(
             kept: dict[str, Any] = load_tensors(file, _KIND)[0]
             if "rows" in kept or metrics == {"fid"}:
                 return FeatureStatistics(**kept, **known)
-    found = inception_sums(network, shape, metrics).of(batches)
+    found = feature_sums(network, shape, metrics).of(batches)
     if file is not None:
         tensors = {name: getattr(found, name) for name in ("mean", "covariance", "rows")}
         save_tensors(file, _KIND, {k: x for k, x in tensors.items() if x is not None}, {})
     return found
 
 
-def inception_report(
+def report(
     own: FeatureStatistics,
     other: FeatureStatistics,
     network: InceptionFeatures,

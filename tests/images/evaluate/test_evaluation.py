@@ -132,7 +132,7 @@ def test_likelihoods_and_their_failures_are_found_again(evaluation, tmp_path, mo
             raise FloatingPointError(msg)
         return {"bits_per_dim": 3.0, "images": len(images)}
 
-    monkeypatch.setattr(module, "likelihood", likelihood)
+    monkeypatch.setattr(module.likelihoods, "likelihood", likelihood)
     for count in (2, 3):  # a number, and a failure
         for seed in (0, 0, 1, 2, 2):
             one = evaluation(data_set(seed=seed), metrics=["bpd"], likelihood_images=count)
