@@ -87,13 +87,9 @@ def test_the_distribution_given_a_point_is_kept(options, name, steps, end):
         # rounding: one step, and not near the data.
         steps, end = 1, 0.3
     first, last = sde.marginal(1.0), sde.marginal(end)
-    mean, covariance = propagate_moments(
-        ReverseProcess(sde, ONE.score(sde)),
-        Multistep(**options),
-        solvers.root_times(1.0, end, steps),
-        0.7 * first.mean[:, :1],
-        first.covariance,
-    )
+    process, times = ReverseProcess(sde, ONE.score(sde)), solvers.root_times(1.0, end, steps)
+    begin = 0.7 * first.mean[:, :1], first.covariance
+    mean, covariance = propagate_moments(process, Multistep(**options), times, *begin)
     spread = last.covariance.diagonal().sqrt()
     # Rounding of the score, in units of the spread; each step may add its own.
     size = 100 * steps * cases.score_rounding(sde, end)
@@ -103,7 +99,8 @@ def test_the_distribution_given_a_point_is_kept(options, name, steps, end):
 
 OPTIONS = [(0.0, False), (0.5, True), (1.0, False)]
 POLYNOMIALS = [("VP", k, *x) for k in (1, 2, 3) for x in OPTIONS]
-POLYNOMIALS += [("CLD, linear", 3, *x) for x in OPTIONS] + [("HOLD", 2, 0.5, True)]
+POLYNOMIALS += [("CLD, linear", k, *x) for k in (1, 3) for x in OPTIONS]
+POLYNOMIALS += [("HOLD", 2, 0.5, True)]
 
 
 @pytest.mark.parametrize(("name", "order", "stochasticity", "corrector"), POLYNOMIALS)
@@ -263,13 +260,3 @@ def test_constant_functions_are_numbers(order, x):
     )
     # A family of stochasticities by its ODE, or Bayes' rule for 1.
     assert (found - expected).abs().max() <= 1e4 * REFERENCE
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_at_one_the_first_order_is_ancestral_sampling(name):
-    one, other = (
-        end(solver, name, generator=generator())
-        for solver in (solvers.Ancestral(), Multistep(order=1, stochasticity=1.0))
-    )
-    # Two ways to the posterior, whose gain loses three digits.
-    assert (one - other).abs().max() <= 1e3 * REFERENCE
