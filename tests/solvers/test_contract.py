@@ -17,23 +17,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from probes import (
-    Recording,
-    Smooth,
-    few_examples,
-    generator,
-    name_of_case,
-    named_solvers,
-    start,
-    untouchable,
-)
+from probes import Recording, Smooth, few_examples, generator, name_of_case, start, untouchable
 from strategies import dtypes, shapes
 from tolerances import rounding
 
-SOLVERS = named_solvers()
+SOLVERS = probes.named_solvers()
 PROCESSES = {
     "VP": lambda: VPSDE(0.5, 5.0),
     "VE": lambda: VESDE(0.05, 5.0),

@@ -6,20 +6,7 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import (
-    CLD,
-    HOLD,
-    VESDE,
-    VPSDE,
-    DenoiserScore,
-    GuidedScore,
-    LinearSDE,
-    NoisePath,
-    PredictionDenoiser,
-    RectifiedFlow,
-    ReverseProcess,
-    solvers,
-)
+from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
 from cldsde.score import ConditionalScore, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
 from probes import untouchable
@@ -30,11 +17,11 @@ DATA = cldsde.GaussianMixture(
 )
 PROCESSES = {
     "VP": VPSDE,
-    "VE": VESDE,
+    "VE": cldsde.VESDE,
     "CLD": CLD,
     "PSLD": cldsde.PSLD,
     "HOLD": HOLD,
-    "rectified flow": RectifiedFlow,
+    "rectified flow": cldsde.RectifiedFlow,
     "matrices": lambda: LinearSDE.from_matrices(
         [[-1, 1, 0], [0, -1, 1], [0, 0, -1]], [[0], [0], [1]], (0.1, 20)
     ),
@@ -105,7 +92,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 
 def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
     score = DATA.score(UNDERDAMPED)
-    recipe, plan = recommended_plan(ReverseProcess(UNDERDAMPED, score), nfe=20)
+    recipe, plan = recommended_plan(cldsde.ReverseProcess(UNDERDAMPED, score), nfe=20)
     assert (plan.solver, recipe.denoise) == (solvers.SSCS(), "step")
     # The bias of order 1 at 400 steps is below the scatter of 500 samples.
     check_mean(cldsde.sample(UNDERDAMPED, score, (500, 2), nfe=400))
@@ -117,7 +104,7 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 )
 def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
     sde = PROCESSES[name]()
-    _, plan = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
+    _, plan = recommended_plan(cldsde.ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
     expected = solvers.ExponentialMultistep(order=order, stochasticity=stochasticity)
     assert plan.solver == expected
 
@@ -132,7 +119,7 @@ def test_levels_of_the_score_bound_the_window(name):
 
     sde = PROCESSES[name]()
     path = NoisePath(torch.ones_like, lambda t: t, interval=(0.2, 5.0))
-    denoiser = PredictionDenoiser(network, path, "data")
+    denoiser = cldsde.PredictionDenoiser(network, path, "data")
     cldsde.sample(sde, DenoiserScore(denoiser, sde), (3, 2), nfe=6)
     levels = torch.stack(seen)
     rounded = 1e-4  # levels from times in float32
@@ -176,11 +163,14 @@ def test_dropout_in_training_mode_is_pointed_out():
         ({"dtype": torch.int64}, "dtype must be a floating-point type"),
         ({"times": torch.tensor([0.1, 0.5])}, "times must decrease"),
         ({"solver": solvers.SSCS}, "solver must be a solver"),
-        ({"score": PredictionDenoiser(untouchable, NoisePath.linear())}, "Wrap it: Denois"),
+        ({"score": cldsde.PredictionDenoiser(untouchable, NoisePath.linear())}, "Wrap it: Denois"),
         ({"score": None}, "score must be a callable"),
         ({"sde": 3}, "sde"),
         # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
-        ({"sde": RectifiedFlow(), "times": torch.tensor([1.0, 0.5, 0.1])}, "data_prediction"),
+        (
+            {"sde": cldsde.RectifiedFlow(), "times": torch.tensor([1.0, 0.5, 0.1])},
+            "data_prediction",
+        ),
         ({"score": lambda z, t: z * math.nan, "nfe": 4}, "not finite"),
         (
             {

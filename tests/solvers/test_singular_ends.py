@@ -6,15 +6,8 @@ import math
 import pytest
 import torch
 
-from cldsde import (
-    VPSDE,
-    CosineVP,
-    GaussianMixture,
-    LinearSDE,
-    RectifiedFlow,
-    ReverseProcess,
-    solvers,
-)
+import cldsde
+from cldsde import CosineVP, GaussianMixture, LinearSDE, RectifiedFlow, ReverseProcess, solvers
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
@@ -28,7 +21,7 @@ FLOW = RectifiedFlow()
 PROCESSES = {
     "rectified flow": FLOW,
     "cosine": CosineVP(),
-    "table to zero": VPSDE.from_alphas_cumprod(
+    "table to zero": cldsde.VPSDE.from_alphas_cumprod(
         [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
     ),
 }
