@@ -91,6 +91,8 @@ def test_resampled_particles_have_equal_weights():
     found = sample(*wide_mixture(), particles=400, seeds=[0])
     drawn = found.resample(4000, generator=generator())
     assert drawn.shape == (4000, 8)
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
+        found.resample(4, generator=[torch.Generator()])
     # Systematic resampling takes each particle the rounded number of its share.
     error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
     assert error.abs().max() < 0.05
@@ -125,23 +127,14 @@ def test_bad_options_are_rejected(options, message):
         sample(*wide_mixture(), score=untouchable, **options)
 
 
-def test_several_generators_are_rejected_by_resampling():
-    found = sample(*gaussian(), steps=2, seeds=[0])
-    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
-        found.resample(4, generator=[torch.Generator()])
-
-
-def test_equal_rows_with_little_noise_are_sampled_in_float32():
-    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=1e-4)
-    for method in ("moments", "pigdm"):
-        found = sample(gaussian()[0], seen, steps=3, method=method, dtype=torch.float32)
-        assert found.samples.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_particles_of_half_precision(dtype):
-    seen = Observation.matrix([[1.0, 1.0, 0.0]], torch.zeros(1), noise_std=0.1)
-    found = sample(gaussian()[0], seen, steps=3, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "noise", "method"),
+    [(torch.float32, 1e-4, "moments"), (torch.float32, 1e-4, "pigdm")]
+    + [(x, 0.1, "moments") for x in (torch.float16, torch.bfloat16)],
+)
+def test_equal_rows_and_low_precision_give_finite_samples(dtype, noise, method):
+    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=noise)
+    found = sample(gaussian()[0], seen, steps=3, method=method, dtype=dtype)
     assert found.samples.dtype == dtype
     assert found.samples.isfinite().all()
 

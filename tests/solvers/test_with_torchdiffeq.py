@@ -1,7 +1,6 @@
 """`TorchDiffEq`: torchdiffeq's methods follow the probability flow, and report their ends."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -69,6 +68,8 @@ def test_fixed_steps_are_those_of_the_textbook(method, name):
     assert torch.equal(found.y[-1], found.state)
     assert found.success
     assert found.nfev == process.score.calls == 9 * len(c)
+    times, declared = torch.cat(process.score.times)[::4], solver.evaluation_times(process, GRID)
+    assert (times - declared).abs().max() <= 4 * EPS
     assert found.stats["steps"] == 9
     assert [call[:2] for call in calls] == list(enumerate(GRID.tolist()))[1:]
     assert torch.equal(torch.stack([z for _, _, z in calls]), found.y[1:])
@@ -149,17 +150,6 @@ def test_too_few_evaluations_for_the_grid_are_reported(method):
         assert found.y[steps + 1 :].isnan().all()
 
 
-@pytest.mark.parametrize("since", [1.0, 0.5])
-def test_a_score_that_is_not_finite_fails_fixed_steps(since):
-    def sick(z, t):
-        return torch.where((t <= since)[:, None, None], math.nan, -4 * z[:, 1:])
-
-    process = ReverseProcess(CRITICAL, sick)
-    found = solve(process, TorchDiffEq(method="rk4"), STATE, GRID, warn=False)
-    assert found.status == 1
-    assert "not finite" in found.message
-
-
 def test_torchdiffeq_s_own_limit_is_reported():
     solver = TorchDiffEq(options={"max_num_steps": 3})
     found = solve(simple(), solver, STATE, double(1.0, END), warn=False)
@@ -179,15 +169,6 @@ def test_gradients_of_adaptive_steps_are_those_of_fine_steps():
     # Some ten steps with a relative error of the tolerance, which the flow lengthens tenfold.
     assert gradients[0].item() == pytest.approx(gradients[1].item(), rel=100 * tolerance)
     assert gradients[1].abs() > 0.1
-
-
-@pytest.mark.parametrize("method", TABLEAUX)
-def test_fixed_steps_are_evaluated_at_the_declared_times(method):
-    process, solver = simple(), TorchDiffEq(method=method)
-    solve(process, solver, STATE, GRID)
-    found = torch.stack([t.flatten()[0] for t in process.score.times]).double()
-    declared = solver.evaluation_times(process, GRID)
-    torch.testing.assert_close(found, declared, rtol=0, atol=4 * EPS)
 
 
 def test_with_gradients_the_first_step_is_a_thousandth_of_the_interval():

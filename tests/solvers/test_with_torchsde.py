@@ -1,7 +1,6 @@
 """`TorchSDE`: each step is one of torchsde's, and strong orders are those for additive noise."""
 
 import functools
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import torchsde
 
 from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
-from cldsde.solvers import BrownianPath, EulerMaruyama, RecordedNoise, TorchSDE, solve
+from cldsde.solvers import RecordedNoise, TorchSDE, solve
 from gaussian_data import PROCESSES, SLOPE, reverse
 from probes import Recording, generator, start
 from tolerances import KERNEL
@@ -67,36 +66,6 @@ def test_steps_are_those_of_sdeint(method, name):
         options = {"bm": Increments(W, U), "method": method, "dt": 2.0}
         z = form.unpack(torchsde.sdeint(form, form.pack(z), s, **options)[-1])
         close(found.y[i + 1], z)
-
-
-@pytest.mark.parametrize(
-    ("method", "same", "name"),
-    [
-        ("euler", EulerMaruyama(), "CLD, linear"),
-        ("milstein", EulerMaruyama(), "VE"),
-        ("heun", solvers.StochasticHeun(), "PSLD"),  # whose rate is constant
-    ],
-)
-def test_some_methods_are_solvers_of_the_package(method, same, name):
-    process, draws = reverse(name), normals(method, name)
-    found, expected = (
-        solve(process, solver, start(process.sde, (4, 1)), GRID, noise=RecordedNoise(draws)).state
-        for solver in (TorchSDE(method=method), same)
-    )
-    close(found, expected)
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "srk"])
-def test_the_increments_of_a_path_are_its_noise(method):
-    process, solver = reverse("PSLD"), TorchSDE(method=method)
-    path = BrownianPath(process.sde, GRID, (4, 1), generator=generator(), dtype=torch.float64)
-    steps = itertools.pairwise(GRID.tolist())
-    draws = RecordedNoise([path.increment(u, t) / math.sqrt(t - u) for t, u in steps])
-    found, expected = (
-        solve(process, solver, start(process.sde, (4, 1)), GRID, noise=noise).state
-        for noise in (path, draws)
-    )
-    close(found, expected)
 
 
 def test_the_normals_of_srk_are_independent():
