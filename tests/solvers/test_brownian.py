@@ -1,8 +1,6 @@
 """A Brownian path: its distribution, its bits, and the solvers that follow it.
 
-A read of the path is a linear map of independent standard normals. `as_maps` replaces those by unit
-vectors, one per sample, so that a read is the map itself and products of reads are exact
-covariances: no Monte Carlo.
+`as_maps` makes a read the linear map of independent normals that it is: no Monte Carlo.
 """
 
 import contextlib
@@ -69,10 +67,7 @@ def covariance(reference, s, t):
 
 
 class Draws:
-    """Counts the normals that are drawn, and replaces them with unit vectors if asked to.
-
-    Draws are told apart by their bits.
-    """
+    """Counts normals that are drawn, told apart by their bits; may make them unit vectors."""
 
     def __init__(self, patch, *, units=False):
         self.calls, self.seen, draw = 0, {}, BrownianPath._draw
@@ -80,14 +75,9 @@ class Draws:
         def watched(path, *args):
             normals = draw(path, *args)
             self.calls += 1
-            rows, numbers = normals.shape
+            rows = len(normals)
             first = self.seen.setdefault(normals.numpy().tobytes(), rows * len(self.seen))
-            if not units:
-                return normals
-            assert first + rows <= numbers, "more normals than samples"
-            unit = torch.zeros_like(normals)
-            unit[range(rows), range(first, first + rows)] = 1.0
-            return unit
+            return torch.eye(*normals.shape).roll(first, 1).to(normals) if units else normals
 
         patch.setattr(BrownianPath, "_draw", watched)
 
@@ -95,7 +85,7 @@ class Draws:
 def as_maps(patch, sde, **options):
     """A path whose reads ``(N, rows)`` are their maps of N independent normals, transposed."""
     Draws(patch, units=True)
-    return make(sde, (800,), **options)
+    return make(sde, (800,), **options)  # more samples than normals
 
 
 def check_covariance(found, expected, sizes, tolerance=JOINT):
@@ -294,22 +284,10 @@ def test_single_precision_is_taken():
 # Cost: normals are drawn once for each part of the path that is read.
 
 
-@pytest.mark.parametrize("n", [1, 7, 64])
-@pytest.mark.parametrize("method", ["EM", "exponential"])
-def test_a_walk_along_the_given_grid_draws_once_per_step(method, n, monkeypatch):
-    draws, times = Draws(monkeypatch), solvers.quadratic_times(1.0, 0.01, n)
-    path, z = make(times=times), start(SDE, (5, 3))
-    solvers.solve(unscored(SDE), SOLVERS[method], z, times, noise=path)
-    assert draws.calls == len(draws.seen) == n
-    # A second walk draws the same normals again: the path keeps the last pair of each depth.
-    solvers.solve(unscored(SDE), SOLVERS[method], z, times, noise=path)
-    assert len(draws.seen) == n
-    assert draws.calls <= 2 * n
-
-
 @pytest.mark.parametrize(
     ("given", "walk", "most", "repeats"),
     [
+        (GRID, GRID, 8, 1),
         (solvers.uniform_times(1.0, 0.0, 64), torch.linspace(1, 0, 17), 16, 1),
         # Eight cells, and twenty halvings and a split for each of eleven times at most. A walk up
         # may read both nodes of an interval twice.
@@ -318,12 +296,12 @@ def test_a_walk_along_the_given_grid_draws_once_per_step(method, n, monkeypatch)
         # The whole, twenty halvings, and the time itself.
         (torch.tensor([0.0, 1.0]), torch.tensor([1 / 3, 0.0]), 22, 1),
     ],
-    ids=["coarser", "down", "up", "one time"],
+    ids=["the same", "coarser", "down", "up", "one time"],
 )
 def test_a_walk_draws_once_per_split(given, walk, most, repeats, monkeypatch):
     draws, path = Draws(monkeypatch), make(times=given)
     for t, u in itertools.pairwise(walk.tolist()):
-        path.increment(min(t, u), max(t, u))
+        path.integral(min(t, u), max(t, u))
     assert len(draws.seen) <= most
     assert draws.calls <= repeats * len(draws.seen)
 

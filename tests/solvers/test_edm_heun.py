@@ -49,8 +49,8 @@ MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
-# Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
-# prediction between the modes may raise it.
+# Scores convert to predictions with an error of some 1e-13 of states of size 10, which the slope of
+# the prediction between the modes may raise.
 CONVERSION = rounding(64, 1e4)
 
 

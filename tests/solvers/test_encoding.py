@@ -111,7 +111,6 @@ DECREASE = "times must decrease for .*, which is "
 @pytest.mark.parametrize(
     ("solver", "times", "options", "message"),
     [
-        (solvers.EulerMaruyama(), FINE, {}, DECREASE + "stochastic"),
         (Multistep(stochasticity=1.0), FINE, {}, DECREASE + "stochastic"),
         (solvers.EDMHeun(churn=1.0), FINE, {}, DECREASE + "stochastic"),
         (solvers.TorchDiffEq(), FINE, {}, DECREASE + "for decreasing grids only"),
