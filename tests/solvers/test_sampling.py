@@ -127,6 +127,13 @@ def test_levels_of_the_score_bound_the_window(name):
     assert levels.min() == pytest.approx(0.2, rel=rounded)
 
 
+def test_a_grid_may_end_at_the_data():
+    """At t = 0 nothing is left to denoise; 200 steps of order 1."""
+    sde, times = CLD(), solvers.quadratic_times(1.0, 0.0, 200)
+    em = solvers.EulerMaruyama()
+    check_mean(cldsde.sample(sde, DATA.score(sde), (2000, 2), times=times, solver=em))
+
+
 def test_a_denoiser_that_completes_states_is_a_function():
     """The same samples twice, and guidance by twice the same condition changes nothing."""
     sde, vp = CLD(), VPSDE()

@@ -34,7 +34,7 @@ def check_evidence(found, data, seen, bias=0.01):
     """Three standard errors, and the step's error of second order."""
     error = found.log_evidence - data.log_evidence(seen)
     assert abs(error) < 3 * found.log_evidence_std + bias
-    assert found.log_evidence_std < 0.1
+    assert found.log_evidence_std < 10 * bias
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
@@ -54,11 +54,9 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
 
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
-    data, seen = wide_mixture()
-    found = sample(data, seen, particles=500, seeds=range(10))
+    found = sample(*wide_mixture(), particles=500, seeds=range(10))
     # The error of 40 steps is 0.03, as runs of 2,000 particles show.
-    error = found.log_evidence - data.log_evidence(seen)
-    assert abs(error) < 3 * found.log_evidence_std + 0.03
+    check_evidence(found, *wide_mixture(), bias=0.03)
 
 
 def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
@@ -77,8 +75,7 @@ def test_a_solve_in_inference_mode_is_the_same():
     problem, options = wide_mixture(), {"particles": 10, "seeds": [1], "steps": 5}
     expected = sample(*problem, **options)
     with torch.inference_mode():
-        found = sample(*problem, **options)
-    assert torch.equal(found.samples, expected.samples)
+        assert torch.equal(sample(*problem, **options).samples, expected.samples)
 
 
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
@@ -119,12 +116,13 @@ def test_systematic_resampling_has_no_bias():
         ({"data_variance": 0}, "data_variance must be"),
         ({"generator": [torch.Generator()]}, r"must be a torch\.Generator or None"),
         ({"dtype": torch.int64}, "dtype must be a floating-point type"),
+        ({"score": lambda z, t: z[:, 1:] * math.nan}, "no particle of run 0"),
     ],
     ids=name_of_case,
 )
 def test_bad_options_are_rejected(options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        sample(*wide_mixture(), score=untouchable, **options)
+    with pytest.raises((TypeError, ValueError, FloatingPointError), match=message):
+        sample(*wide_mixture(), **{"score": untouchable, **options})
 
 
 @pytest.mark.parametrize(
@@ -150,8 +148,3 @@ def test_observations_that_do_not_fit_are_rejected():
         solvers.sample_posterior(process, exact, early, shape=(8,))
     with pytest.raises(ValueError, match="shape must be given"):
         solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.1), early)
-
-
-def test_a_score_that_is_not_finite_is_an_error():
-    with pytest.raises(FloatingPointError, match="no particle of run 0"):
-        sample(*wide_mixture(), VPSDE(), score=lambda z, t: z * math.nan)
