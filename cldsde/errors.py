@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SettingError", "setting"]
+__all__ = ["SettingError", "require", "setting"]
 
 
 class SettingError(ValueError):
@@ -33,6 +33,12 @@ class SettingError(ValueError):
         if not section:
             return self
         return SettingError(f"{section}.{self.key}" if self.key else section, self.reason)
+
+
+def require(holds: bool, key: str, reason: str) -> None:
+    """Raise a SettingError unless a condition holds."""
+    if not holds:
+        raise SettingError(key, reason)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ __all__ = [
     "file_lock",
     "new_folder",
     "write_whole",
+    "writing",
 ]
 
 PARTIAL = ".partial-"
@@ -39,6 +40,16 @@ def write_whole(target: Path, writer: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(target: Path, advice: str) -> Iterator[None]:
+    """Name a file that a block cannot write, and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise OSError(f"{target} cannot be written ({reason}); {advice}") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -16,9 +16,8 @@ settings.register_profile("ci", derandomize=True, database=None, deadline=None, 
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=300)
 settings.load_profile(PROFILE)
 
-# A collection of doctests would import these. A device can be registered only once, and mutation
-# testing has requirements of its own.
-collect_ignore = ["simulated_device.py", "mutation.py"]
+# A collection of doctests would import it, but a device can be registered only once.
+collect_ignore = ["simulated_device.py"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -52,7 +52,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.evaluate.evaluation import Evaluation
     from cldsde.images.evaluate.results import markdown_table, notes, read_results
     from cldsde.images.runs import CONFIG
-    from cldsde.images.sample.sampler import check_sampling
+    from cldsde.images.sample.sampler import make_plan
 
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
@@ -79,7 +79,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         evaluation.check(shape=model.space.shape)
         recipes = list(recipes_of(options, model, options.solver, options.nfe))
         for recipe in recipes:
-            check_sampling(model.score, recipe)
+            make_plan(model.score, recipe)
     check_writable(out.parent)
     if evaluation.fills_folder:
         check_writable(evaluation.folder)

@@ -58,7 +58,7 @@ def recipes_of(
     options: Namespace, model: Model, solvers: Sequence[str] | None, budgets: Sequence[int] | None
 ) -> Iterator[SamplingConfig]:
     """Each solver with each budget; the other settings are the options', or else the run's."""
-    from cldsde.images.sample.recipe import changed_recipe
+    from cldsde.images.sample.sampler import changed_recipe
     from cldsde.images.schema import parse_overrides
 
     names, changes = ("grid", "t_start", "t_end", "denoise"), parse_overrides(options.set)

@@ -62,9 +62,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.dry_run:
 
         def measure() -> None:
-            found = rehearse(config, data, device=device, statistics=statistics)
-            speed, memory = found.images_per_second, found.memory / 2**20
-            measured = f"measured: {speed:,.0f} images per second, {memory:,.0f} MiB at most"
+            speed, memory = rehearse(config, data, device=device, statistics=statistics)
+            measured = (
+                f"measured: {speed:,.0f} images per second, {memory / 2**20:,.0f} MiB at most"
+            )
             print(f"{facts}\n{measured}; {images / speed / 60:,.1f} minutes in all")
 
         return measure

@@ -9,7 +9,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
 from cldsde.images.sections import (
     DataConfig,
@@ -72,42 +72,30 @@ class RunConfig(Configuration):
         """Reject settings that do not go together."""
         process, score, training, latent = self.process, self.score, self.training, self.latent
         sde, kind = process.make(), score.prediction
-        several = f"must be 'noise' for a process of several components; got {kind!r} for "
-        several += f"{process.name}, which has {sde.components}"
-        conditioning = f"must be 'data' if score.prediction is {kind!r}; got "
-        single = kind == "noise" or sde.components == 1
-        rules = [
-            ("score.prediction", single, several),
-            (
-                "training.conditioning",
-                kind == "noise" or training.conditioning == "data",
-                f"{conditioning}{training.conditioning!r}",
-            ),
-        ]
         if score.code != "cldsde":
             given = f"if score.code is {score.code!r}"
-            times = training.times != "importance" and training.weighting != "log_snr"
+            require(latent is None, "latent", f"must be absent {given}")
             msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
-            driven = f"must be a process with one driven component {given}; got {process.name}"
-            rules = [
-                ("latent", latent is None, f"must be absent {given}"),
-                ("training.times", times, msg),
-                ("process.name", len(sde.driven) == 1, driven),
-                *rules,
-            ]
+            uniform = training.times != "importance" and training.weighting != "log_snr"
+            require(uniform, "training.times", msg)
+            msg = f"must be a process with one driven component {given}; got {process.name}"
+            require(len(sde.driven) == 1, "process.name", msg)
+        if kind != "noise":
+            msg = f"must be 'noise' for {process.name}, which has {sde.components} components; got "
+            require(sde.components == 1, "score.prediction", f"{msg}{kind!r}")
+            how = training.conditioning
+            msg = f"must be 'data' if score.prediction is {kind!r}; got {how!r}"
+            require(how == "data", "training.conditioning", msg)
         if latent is not None:
-            images, first = training.images, latent.pretraining
-            grey = "must be false: a latent model has a distribution of grey levels"
-            scalar = f"must be 'scalar' for a latent model; got {score.reference!r}"
-            msg = f"must leave some of training.images, {images}, to the second stage; got {first}"
-            rules += [
-                ("data.dequantise", not self.data.dequantise, grey),
-                ("score.reference", score.reference == "scalar", scalar),
-                ("latent.pretraining", self.pretraining_steps < training.steps, msg),
-            ]
-        for key, holds, reason in rules:
-            if not holds:
-                raise SettingError(key, reason)
+            msg = "must be false: a latent model has a distribution of grey levels"
+            require(not self.data.dequantise, "data.dequantise", msg)
+            msg = f"must be 'scalar' for a latent model; got {score.reference!r}"
+            require(score.reference == "scalar", "score.reference", msg)
+            msg = (
+                f"must leave some of training.images, {training.images}, to the second stage; got "
+            )
+            left = self.pretraining_steps < training.steps
+            require(left, "latent.pretraining", f"{msg}{latent.pretraining}")
 
     @property
     def pretraining_steps(self) -> int:

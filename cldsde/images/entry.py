@@ -19,8 +19,7 @@ from cldsde.images.figures import picture
 from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.recipe import changed_recipe
-from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
 from cldsde.images.train.loop import train
 
 

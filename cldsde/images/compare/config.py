@@ -14,7 +14,7 @@ from cldsde.errors import SettingError, setting
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS
-from cldsde.images.sample.sampler import check_sampling, make_solver
+from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
     Configuration,
     Count,
@@ -229,7 +229,7 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
     for i, row in enumerate(config.rows):
         for recipe in row.recipes():
             with setting(f"rows[{i}]"):
-                check_sampling(lambda z, t: z, recipe, config.runs[row.model].process.make())
+                make_plan(lambda z, t: z, recipe, config.runs[row.model].process.make())
     return data
 
 

@@ -121,9 +121,11 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
 
     Raises
     ------
-    ImportError, FileNotFoundError
-        If torchvision is missing, or the set is not there or damaged.
+    FileNotFoundError
+        If the set is not there or damaged.
     """
+    from torchvision import datasets
+
     layout: Layout = "NHW"
     if name in {"CIFAR10", "CIFAR100", "STL10", "SVHN"}:
         layout = "NHWC" if name.startswith("CIFAR") else "NCHW"
@@ -131,12 +133,6 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
     if name in {"STL10", "SVHN"}:
         train, test = ({"split": "train"}, {"split": "test"})  # type: ignore[dict-item]
     root = Path(path).expanduser()
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        msg = "torchvision_set needs torchvision, which is missing; install the release that "
-        msg += f"belongs to torch {torch.__version__}: pip install torchvision"
-        raise ImportError(msg) from error
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)

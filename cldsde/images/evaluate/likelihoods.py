@@ -178,7 +178,7 @@ def latent_likelihood(
                 times = Times(*sampler.sample(len(x), generator=generator))
                 pair = Batch(x, None, (times, times))
                 with torch.no_grad():
-                    bound = negative_evidence_lower_bound(model, pair, generator, t_min)
+                    bound, _ = negative_evidence_lower_bound(model, pair, generator, t_min)
                 total += bound.cpu().double()
             bits.append(bit_per_dim(x) * total / samples)
             bar.update(len(part))

@@ -13,11 +13,12 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
 from cldsde.images.model import ImageSpace
+from cldsde.images.schema import check_name
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import check_positive
 from cldsde.score import Observation, PosteriorScore, ReverseProcess, Score
@@ -65,20 +66,14 @@ class ObservedImage:
 
     def __post_init__(self) -> None:
         """Reject options that no model fits."""
-        names = ", ".join(map(repr, get_args(ObservedMethod)))
-        operators = f"'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
+        check_name(self.method, get_args(ObservedMethod), "method")
+        msg = f"must be finite and positive; got {self.noise_std:g}"
+        require(0 < self.noise_std < math.inf, "noise_std", msg)
+        require(self.particles >= 1, "particles", f"must be at least 1; got {self.particles}")
+        msg = f"must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
+        require(self.operator.partition(":")[0] in _OPERATORS, "observe", msg)
         seen = self.operator != "mask" or (self.mask is not None and bool(self.mask.any()))
-        known = self.method in get_args(ObservedMethod)
-        finite = f"must be finite and positive; got {self.noise_std:g}"
-        for key, holds, reason in (
-            ("method", known, f"must be one of {names}; got {self.method!r}"),
-            ("noise_std", 0 < self.noise_std < math.inf, finite),
-            ("particles", self.particles >= 1, f"must be at least 1; got {self.particles}"),
-            ("observe", self.operator.partition(":")[0] in _OPERATORS, f"must be {operators}"),
-            ("observe", seen, "must mark some pixels in white; it is all black"),
-        ):
-            if not holds:
-                raise SettingError(key, reason)
+        require(seen, "observe", "must mark some pixels in white; it is all black")
 
     @classmethod
     def read(
@@ -122,15 +117,12 @@ class ObservedImage:
         name, _, number = self.operator.partition(":")
         with setting("observe"):
             seen = _observation(name, number, known.to(device), mask, self.noise_std)
-        if seen.shape != space.shape:
-            msg = f"is a picture of images of shape {seen.shape}; the model makes {space.shape}"
-            raise SettingError("known", msg)
-        if name == "grey" and space.shape[0] != 3:
-            msg = f"'grey' needs a model of colour images; this one makes {space.shape}"
-            raise SettingError("observe", msg)
-        if self.method == "replacement" and name not in {"mask", "grey"}:
-            msg = f"'replacement' needs a mask or 'grey'; got {self.operator!r}"
-            raise SettingError("method", msg)
+        msg = f"is a picture of images of shape {seen.shape}; the model makes {space.shape}"
+        require(seen.shape == space.shape, "known", msg)
+        msg = f"'grey' needs a model of colour images; this one makes {space.shape}"
+        require(name != "grey" or space.shape[0] == 3, "observe", msg)
+        msg = f"'replacement' needs a mask or 'grey'; got {self.operator!r}"
+        require(self.method != "replacement" or name in {"mask", "grey"}, "method", msg)
         return Conditioning(self, seen, known.to(device))
 
 

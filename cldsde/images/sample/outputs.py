@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
 
 from cldsde.errors import SettingError
-from cldsde.files import PARTIAL, check_writable, file_lock, write_whole
+from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples, ahead
-from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
+_KEPT = "finished samples are kept: the same call resumes"
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
@@ -160,14 +160,14 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
             spent += int(evaluations.sum())
             for image, seed in zip(images, seeds, strict=True):
                 if not done:
-                    with _naming(whole / names[seed]):
+                    with writing(whole / names[seed], _KEPT):
                         shown = picture(image, request.model.space.levels)
                         shown.save(whole / names[seed], pnginfo=notes)
                 bar.update()
     if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
         os.sync()
     place = out.resolve()
-    with _naming(place):
+    with writing(place, _KEPT):
         if not done:
             if place.exists():
                 place.rmdir()  # fails if it is not empty
@@ -208,21 +208,8 @@ def _drop_parts(out: Path, keep: Path | None = None) -> None:
             shutil.rmtree(parts)
 
 
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name a file that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or brief(error)
-        msg = (
-            f"{file} cannot be written ({reason}); finished samples are kept: the same call resumes"
-        )
-        raise OSError(msg) from error
-
-
 def _write(file: Path, writer: Callable[[Path], object]) -> None:
-    with _naming(file):
+    with writing(file, _KEPT):
         write_whole(file, writer)
 
 

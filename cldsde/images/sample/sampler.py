@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
@@ -43,6 +43,25 @@ def make_solver(sampling: SamplingConfig) -> Solver:
     return made
 
 
+def changed_recipe(
+    recipe: SamplingConfig, options: Mapping[str, Any] | None = None, **changes: Any
+) -> SamplingConfig:
+    """Change fields of a recipe, and options of its solver; another solver has its own defaults.
+
+    Raises a SettingError for a value that is not allowed, for a budget of an adaptive solver, and
+    for a solver outside of cldsde that the recipe names: code is run only if the caller names it.
+    """
+    if "solver" not in changes and ":" in recipe.solver:
+        msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
+        raise SettingError("solver", f"{msg}or take another")
+    kept = {} if "solver" in changes else recipe.options
+    changed = dataclasses.replace(recipe, **changes, options={**kept, **(options or {})})
+    if "nfe" in changes and make_solver(changed).facts.adaptive:
+        msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
+        raise SettingError("nfe", msg)
+    return changed
+
+
 def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
     """The longest grid on which a solver takes at most ``nfe`` score evaluations.
 
@@ -56,17 +75,13 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
         return fit_grid(process, solver, start, end, sampling.nfe, grid=grid, denoise=denoise)
 
 
-def check_sampling(score: Score, sampling: SamplingConfig, sde: LinearSDE | None = None) -> None:
-    """Raise a SettingError if solver, options, budget and process do not fit."""
-    _plan(score, sampling, sde)
-
-
-def _plan(
+def make_plan(
     score: Score,
     sampling: SamplingConfig,
-    sde: LinearSDE | None,
+    sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
 ) -> Plan:
+    """The plan of a solver; raise a SettingError if recipe, process and observation do not fit."""
     sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
     solver = make_solver(sampling)
@@ -155,18 +170,15 @@ class ImageSampler:
         """Check the settings, and make the plan."""
         guided = self.guidance != 1
         check_name(self.precision, get_args(Precision), "precision")
-        if self.batch < 1:
-            raise SettingError("batch", f"must be at least 1; got {self.batch}")
-        if not 0 <= self.guidance < math.inf:
-            raise SettingError("guidance", f"must be finite and at least 0; got {self.guidance}")
-        if guided and self.space.always_classes:
-            msg = "needs a network that was trained without classes, too (network.label_dropout)"
-            raise SettingError("guidance", msg)
-        if guided and self.label is None:
-            raise SettingError("guidance", f"needs a class; got {self.guidance} and no class")
-        if self.observed is not None and self.vae is not None:
-            msg = "needs a process of pixels; the process of this model is of latent variables"
-            raise SettingError("observe", msg)
+        require(self.batch >= 1, "batch", f"must be at least 1; got {self.batch}")
+        msg = f"must be finite and at least 0; got {self.guidance}"
+        require(0 <= self.guidance < math.inf, "guidance", msg)
+        msg = "needs a network that was trained without classes, too (network.label_dropout)"
+        require(not (guided and self.space.always_classes), "guidance", msg)
+        msg = f"needs a class; got {self.guidance} and no class"
+        require(not guided or self.label is not None, "guidance", msg)
+        msg = "needs a process of pixels; the process of this model is of latent variables"
+        require(self.observed is None or self.vae is None, "observe", msg)
         _ = self._plan
 
     @cached_property
@@ -181,7 +193,7 @@ class ImageSampler:
     def _plan(self) -> Plan:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
-        return _plan(planned, self.sampling, self.sde, self._conditioning)
+        return make_plan(planned, self.sampling, self.sde, self._conditioning)
 
     def _cast(self) -> AbstractContextManager[object]:
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.

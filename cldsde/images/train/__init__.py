@@ -2,6 +2,6 @@
 
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import rehearse, train
-from cldsde.images.train.summary import Rehearsal, outlook, summary
+from cldsde.images.train.summary import outlook, summary
 
-__all__ = ["Rehearsal", "check_run", "outlook", "rehearse", "summary", "train"]
+__all__ = ["check_run", "outlook", "rehearse", "summary", "train"]

@@ -13,7 +13,7 @@ from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
-from cldsde.images.sample.sampler import check_sampling
+from cldsde.images.sample.sampler import make_plan
 
 _BLOCK = 8  # largest number of images that share generators; processes share blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -27,7 +27,7 @@ def check_run(
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
-        check_sampling(lambda z, t: z, config.sampling, config.process.make())
+        make_plan(lambda z, t: z, config.sampling, config.process.make())
     except SettingError as error:
         raise error.within("sampling") from error
     except (ArithmeticError, RuntimeError) as error:

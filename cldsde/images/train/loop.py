@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from cldsde.errors import SettingError
+from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.figures import save_grid
@@ -34,8 +35,8 @@ from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.snapshots import distance, keep_snapshot
 from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
-from cldsde.images.train.summary import Rehearsal, measure_steps
-from cldsde.messages import brief, one_line
+from cldsde.images.train.summary import measure_steps
+from cldsde.messages import one_line
 from cldsde.progress import progress_bar
 
 EVENTS = "tensorboard"
@@ -69,8 +70,8 @@ def train(
 
 def rehearse(
     config: RunConfig, data: DataSet, *, device: str = "auto", statistics: Statistics | None = None
-) -> Rehearsal:
-    """Make two training steps, the second of which is timed, and write nothing; see `train`."""
+) -> tuple[float, int]:
+    """Make two training steps and write nothing; return images per second and memory in bytes."""
     with _learner(config, data, device, statistics) as learner:
         return measure_steps(learner)
 
@@ -149,18 +150,15 @@ class _Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Open TensorBoard's events, and close them; an error of the training goes first."""
+        """Open TensorBoard's events, and close them; every event is flushed when it is written."""
         with self._writing(EVENTS):
             # Events of an earlier process from here on are hidden.
             self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
         try:
             yield
-        except BaseException:
+        finally:
             with suppress(OSError):
                 self.events.close()
-            raise
-        with self._writing(EVENTS):
-            self.events.close()
 
     def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received, between two steps or two batches of a grid."""
@@ -264,15 +262,9 @@ class _Trainer:
                 raise OSError(f"{msg}{self._last_state()}") from error
         self.engine.wait_for_everyone()
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _writing(self, name: str) -> AbstractContextManager[None]:
         """Name the file of the run that cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or brief(error)
-            msg = f"{self.folder / name} cannot be written ({reason}); {self._last_state()}"
-            raise OSError(msg) from error
+        return writing(self.folder / name, self._last_state())
 
     def _check_finite(self, loss: float) -> None:
         """Raise before weights that are not finite reach a file."""
@@ -297,6 +289,7 @@ class _Trainer:
             with self._writing(EVENTS), Image.open(file) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
                 self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
+                self.events.flush()
         self.engine.wait_for_everyone()
 
 

@@ -154,11 +154,11 @@ class LatentObjective:
         unit = bit_per_dim(batch.images)
         if step < self._pretraining:
             share = min(1.0, (step + 1) * self._batch / max(1, self._annealing))
-            bound, _ = _bound(model, batch, generator, None, kl_share=share)
+            bound, _ = negative_evidence_lower_bound(model, batch, generator, None, share)
             yield PartLoss("autoencoder", unit * bound)
             return
         with frozen_score():
-            bound, z0 = _bound(model, batch, generator, self._t_min)
+            bound, z0 = negative_evidence_lower_bound(model, batch, generator, self._t_min)
             yield PartLoss("autoencoder", unit * bound)
         yield PartLoss("score", self._matching.of(model.score, z0.detach(), batch, generator))
 
@@ -167,7 +167,7 @@ class LatentObjective:
     ) -> Tensor:
         """The negative evidence lower bound of each held-out image in bits per dim, ``(B,)``."""
         t_min = self._t_min if step >= self._pretraining else None
-        bound = negative_evidence_lower_bound(model, batch, generator, t_min)
+        bound, _ = negative_evidence_lower_bound(model, batch, generator, t_min)
         return bit_per_dim(batch.images) * bound
 
 
@@ -204,24 +204,17 @@ def bit_per_dim(images: Tensor) -> float:
 
 
 def negative_evidence_lower_bound(
-    model: DiffusionModel, batch: Batch, generator: Generators, t_min: float | None
-) -> Tensor:
-    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats.
-
-    The prior's process ends at ``t_min``; None takes a standard normal prior.
-    """
-    return _bound(model, batch, generator, t_min)[0]
-
-
-def _bound(
     model: DiffusionModel,
     batch: Batch,
     generator: Generators,
     t_min: float | None,
-    *,
     kl_share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The bound, ``(B,)`` nats, and its latent variables; ``kl_share`` weighs a normal prior."""
+    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats; latent variables.
+
+    The prior's process ends at ``t_min``; None takes a standard normal prior, whose divergence is
+    multiplied by ``kl_share``.
+    """
     vae, score = model.vae, model.score
     assert vae is not None
     posterior = vae.encode(batch.images)

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -14,7 +13,6 @@ from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.data.sets import TORCHVISION_SHAPES
 from cldsde.images.model import ImageSpace, check_model
-from cldsde.images.networks import parameter_count
 from cldsde.images.train.learner import Learner
 
 # MiB of weight, average, gradient and Adam's two moments of a parameter, in single precision.
@@ -73,16 +71,8 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     ]
 
 
-class Rehearsal(NamedTuple):
-    """Measurements of the first steps of a training."""
-
-    parameters: int
-    images_per_second: float
-    memory: int
-
-
-def measure_steps(learner: Learner) -> Rehearsal:
-    """Make two training steps and time the second."""
+def measure_steps(learner: Learner) -> tuple[float, int]:
+    """Make two training steps; return images per second of the second, and peak memory in bytes."""
     device, batches = learner.engine.device, [learner.feed.load(step) for step in range(2)]
     on_gpu = device.type == "cuda"
     for step, batch in enumerate(batches):
@@ -94,7 +84,7 @@ def measure_steps(learner: Learner) -> Rehearsal:
         torch.cuda.synchronize(device)
     speed = learner.config.training.batch / (time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak()
-    return Rehearsal(parameter_count(learner.model), speed, memory)
+    return speed, memory
 
 
 def _peak() -> int:

@@ -126,7 +126,7 @@ def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "exact"}, "method: must be one of 'moments'"),
+        ({"method": "exact"}, "method: must be one of moments"),
         ({"noise_std": 0.0}, "noise_std: must be finite and positive; got 0"),
         ({"particles": 0}, "particles: must be at least 1"),
         ({"operator": "zoom:2"}, "observe: must be 'mask', 'grey'"),

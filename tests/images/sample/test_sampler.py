@@ -25,12 +25,19 @@ from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
 from cldsde.images.sample.outputs import alone, check_output, draw_to
 from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import ImageSampler, ahead, make_solver, time_grid
+from cldsde.images.sample.sampler import (
+    ImageSampler,
+    ahead,
+    changed_recipe,
+    make_solver,
+    time_grid,
+)
 from image_data import PixelScore
 from tolerances import standard_error
 
 SPACE = ImageSpace((3, 4, 4))
 FIXED = SamplingConfig(solver="sscs", nfe=6, t_end=1e-2)
+MERGED = SamplingConfig(solver="sscs", nfe=7, options={"merge": False})
 
 
 @pytest.fixture(scope="module")
@@ -372,3 +379,33 @@ def test_weights_of_another_configuration_are_rejected(run, tmp_path, section, c
     )
     with pytest.raises(ValueError, match="another process, other networks or data"):
         load_model(tmp_path)
+
+
+def test_other_fields_and_options_are_kept():
+    changed = changed_recipe(MERGED, {"score_step": "midpoint"}, nfe=9)
+    options = {"merge": False, "score_step": "midpoint"}
+    assert changed == SamplingConfig(solver="sscs", nfe=9, options=options)
+
+
+def test_another_solver_has_its_own_defaults():
+    assert changed_recipe(MERGED, solver="em") == SamplingConfig(solver="euler-maruyama", nfe=7)
+
+
+def test_code_that_a_recipe_names_is_not_run_unless_the_caller_names_it():
+    recipe = SamplingConfig(solver="own_solvers:CentredEuler")
+    with pytest.raises(SettingError, match="solver: the run's own, own_solvers:CentredEuler, is"):
+        changed_recipe(recipe, nfe=9)
+    assert changed_recipe(recipe, solver=recipe.solver) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": "probability-flow", "nfe": 9}, "nfe: probability-flow is adaptive; set its"),
+        ({"nfe": 1}, "nfe: must be"),
+        ({"grid": "cubic"}, "grid: must be 'uniform'"),
+    ],
+)
+def test_changes_that_do_not_fit_are_rejected(changes, message):
+    with pytest.raises(SettingError, match=message):
+        changed_recipe(MERGED, **changes)

@@ -8,7 +8,7 @@ import torch
 from cldsde import CLD, DenoiserScore, ReverseProcess, pretrained
 from cldsde.images.config import ProcessConfig
 from cldsde.images.sample import ImageSampler
-from cldsde.images.sample.recipe import changed_recipe
+from cldsde.images.sample.sampler import changed_recipe
 from cldsde.images.sample.source import of_diffusers
 from cldsde.score import ConditionalScore
 from cldsde.solvers import ExponentialMultistep, SampleNoise, plan

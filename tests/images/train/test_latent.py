@@ -101,7 +101,7 @@ def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
         bound, known = (
             negative_evidence_lower_bound(
                 model, Batch(x, None, (times, times)), seeded(1), T_MIN if learnt else None
-            ).double()
+            )[0].double()
             for learnt in (True, False)
         )
     # Both draw the same latent variables first; the difference is the prior's part.
@@ -126,7 +126,7 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
     given = batch(model, settings, 4, torch.float64)
 
     def bound() -> torch.Tensor:
-        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN).mean()
+        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN)[0].mean()
 
     last = model.vae.encoder.conv_out
     gradient = torch.autograd.grad(bound(), [last.weight, last.bias])
@@ -150,7 +150,7 @@ def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
         model, given, seeded(), settings.pretraining_steps, nothing
     )
     part, bound = next(losses)
-    wanted = negative_evidence_lower_bound(model, given, seeded(), settings.training.t_min)
+    wanted, _ = negative_evidence_lower_bound(model, given, seeded(), settings.training.t_min)
     assert torch.allclose(bound, wanted / (PIXELS * math.log(2)), rtol=SINGLE, atol=0)
     bound.sum().backward()
     assert part == "autoencoder"

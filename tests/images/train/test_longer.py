@@ -179,12 +179,11 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
         check_run(config(network={"name": "nowhere:Net"}), DATA)
 
 
-def test_a_rehearsal_measures_and_writes_nothing(finished, tmp_path, monkeypatch):
+def test_a_rehearsal_measures_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = rehearse(config(), DATA, device="cpu")
-    parameters = load_model(finished).model.parameters()
-    assert found.parameters == sum(x.numel() for x in parameters)
-    assert found.images_per_second > 0
+    speed, memory = rehearse(config(), DATA, device="cpu")
+    assert speed > 0
+    assert 2**26 < memory < 2**36  # bytes: torch alone takes more than 64 MiB
     assert not list(tmp_path.iterdir())
 
 

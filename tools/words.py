@@ -1,4 +1,4 @@
-"""Check that text is plain English: ``python docs/words.py README.md docs --warn cldsde solvers``.
+"""Check that text is plain English: ``python tools/words.py README.md docs --warn cldsde solvers``.
 
 Prose of Markdown files, docstrings and comments are searched for long sentences and for words that
 have a plainer form. Findings in the first paths are errors, findings behind ``--warn`` are counted,

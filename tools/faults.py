@@ -1,6 +1,6 @@
 """Plant faults in a copy of the package, and show that the tests find each of them.
 
-    python tests/faults.py [WORD …]      all faults, or those whose names contain a word
+    python tools/faults.py [WORD …]      all faults, or those whose names contain a word
 
 The exit code is 1 if a fault survives, and 2 if it cannot be planted or stops the tests.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import cldsde
 from cldsde import solvers, validation
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "tests"
 
 
 class Fault(NamedTuple):
@@ -200,7 +200,7 @@ def main(words: list[str]) -> int:
             found, line = outcome(fault, package)
             code = max(code, {0: 1, 1: 0}.get(found, 2))
             shown = {0: "SURVIVES", 1: "found"}.get(found, "FAILS")
-            print(f"{shown:8}  {fault.name}: {line}", flush=True)  # noqa: T201
+            print(f"{shown:8}  {fault.name}: {line}", flush=True)
     return code
 
 

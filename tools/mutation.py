@@ -1,6 +1,6 @@
 """Mutation testing of linear/, score/ and solvers/: how many small faults do the tests find?
 
-    python tests/mutation.py FOLDER [--mutants N] [--seed N] [--budget SECONDS]
+    python tools/mutation.py FOLDER [--mutants N] [--seed N] [--budget SECONDS]
 
 The first run measures which tests execute which line, and the time of each test. Every mutant of
 the sample then gets a forked process, which runs the tests that execute the mutated line until one
@@ -45,7 +45,7 @@ from cosmic_ray.plugins import get_operator
 from coverage import CoverageData
 from scipy.stats import binomtest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "tests"
 FOLDERS = ["linear", "score", "solvers"]
 
 QUIET = ["-q", "--tb=line", "-p", "no:cacheprovider"]

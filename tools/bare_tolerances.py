@@ -1,4 +1,4 @@
-"""Check that tolerances name their source: ``python tests/bare_tolerances.py --warn tests``.
+"""Check that tolerances name their source: ``python tools/bare_tolerances.py --warn tests``.
 
 A tolerance is bare if it is a number alone, or has a small number as a factor: ``abs=1e-9``,
 ``approx(x, 1e-6)``, ``assert error < 1e-12 * size``. So is a comparison that takes the default of
