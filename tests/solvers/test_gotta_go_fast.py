@@ -9,7 +9,7 @@ from scipy.stats import kstest
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
 from cldsde.solvers.gotta_go_fast import _Path
-from probes import Recording, generator, start, untouchable
+from probes import Recording, generator, start
 from score import cases
 from tolerances import rounding, standard_error, standard_error_of_variance
 
@@ -179,9 +179,3 @@ def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length()
 @pytest.mark.parametrize("end", [0.0, 1e-8])
 def test_the_end_may_be_zero(end):
     assert run(CLD(), lambda z, t: -4 * z[:, 1:], start(CLD()), ends(end), atol=0.1).success
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_tolerances_for_another_number_of_components_are_rejected(count):
-    with pytest.raises(ValueError, match="atol must be a number or one for each of the 2"):
-        run(CLD(), untouchable, start(CLD()), atol=[0.01] * count)

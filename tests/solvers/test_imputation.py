@@ -1,7 +1,5 @@
 """Imputation: known data come back, independent data are unchanged, the rest is conditional."""
 
-import math
-
 import pytest
 import torch
 
@@ -207,60 +205,8 @@ def test_a_step_waits_for_no_value_and_has_gradients(monkeypatch):
     assert torch.autograd.grad(z.square().sum(), shift)[0].isfinite()
 
 
-NO_STATE = "solver must have a state at each grid time"
-FLOAT = "must be a floating-point tensor"
-ORTHONORMAL = "basis must be orthonormal"
-BROADCAST = r"mask must broadcast with known, \(3, 2, 4\)"
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"solver": solvers.GottaGoFast()}, ValueError, NO_STATE),
-        ({"solver": solvers.SSCS}, TypeError, "write it with parentheses"),
-        ({"solver": Multistep(order=2, corrector=True)}, ValueError, NO_STATE),
-        *(({"known": x}, TypeError, f"known {FLOAT}") for x in (KNOWN.tolist(), MASK)),
-        ({"known": KNOWN[0, 0, 0]}, ValueError, r"known must have shape \(\*D\) or"),
-        ({"known": KNOWN / 0}, ValueError, "known must be finite"),
-        *(({"mask": x}, TypeError, "mask must be a boolean") for x in (MASK.double(), True)),
-        *(({"mask": x}, ValueError, BROADCAST) for x in (MASK[:2], MASK[None])),
-        ({"basis": [[1.0]]}, TypeError, f"basis {FLOAT}"),
-        ({"basis": torch.eye(4)}, ValueError, r"basis must be \(C, C\).*got \(4, 4\)"),
-        *(({"basis": torch.eye(3) * x}, ValueError, ORTHONORMAL) for x in (1.001, math.nan)),
-        ({"resample": 0}, ValueError, "resample must be at least 1; got 0"),
-        ({"resample": 1.5}, TypeError, "resample must be an integer; got 1.5"),
-        ({"jump": 0}, ValueError, "jump must be at least 1; got 0"),
-    ],
-)
-def test_bad_arguments_are_rejected(change, error, message):
-    Imputation(SSCS, KNOWN, GREY, BASIS.float())  # single precision is accepted
-    with pytest.raises(error, match=message):
-        Imputation(**{"solver": SSCS, "known": KNOWN, "mask": MASK, **change})
-
-
-@pytest.mark.parametrize(
-    ("known", "shape"), [(KNOWN, (3, 4, 2)), (KNOWN.expand(3, *IMAGE), IMAGE), (KNOWN[None], IMAGE)]
-)
-def test_states_of_other_images_are_rejected(known, shape):
-    imputation = Imputation(SSCS, known, torch.tensor(True))
-    with pytest.raises(ValueError, match="state must hold data of the shape of known"):
-        sample(imputation, state=prior(CRITICAL, 2, shape))
-    with pytest.raises(ValueError, match="data must hold data of the shape of known"):
-        imputation.impose(torch.zeros(2, *shape))
-
-
-PATH = solvers.BrownianPath(PROCESSES["VP"], GRID, (2, *IMAGE), generator=generator())
-TWICE = {"resample": 2, "jump": 1}
-
-
-@pytest.mark.parametrize(
-    ("solver", "name", "options", "noise", "message"),
-    [
-        (EulerMaruyama(), "VP", {}, PATH, "does not draw increments or integrals"),
-        (SSCS, "VE", {}, None, "SSCS needs a process with a stationary distribution"),
-        (Multistep(order=2), "CLD", TWICE, None, "one-step solver if resample is above 1"),
-    ],
-)
-def test_solves_that_do_not_fit_are_rejected(solver, name, options, noise, message):
-    with pytest.raises(ValueError, match=message):
-        sample(Imputation(solver, KNOWN, MASK, **options), PROCESSES[name], noise=noise)
+@pytest.mark.parametrize("data", [KNOWN, torch.stack([KNOWN, KNOWN])], ids=["one", "each"])
+def test_known_data_are_for_their_shape_alone(data):
+    # Bad arguments are rows of test_rejected_arguments.py.
+    imputation = Imputation(SSCS, data, GREY, BASIS.float())  # single precision is accepted
+    assert imputation.impose(torch.zeros(2, *IMAGE)).shape == (2, *IMAGE)

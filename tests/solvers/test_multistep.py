@@ -16,12 +16,12 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+from cldsde import GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
 from cldsde.validation import propagate_moments
 from gaussian_data import PROCESSES
-from probes import generator, hidden_time, name_of_case, start, untouchable
+from probes import generator, name_of_case, start, untouchable
 from score import cases
 from tolerances import rounding
 
@@ -213,31 +213,6 @@ def test_unipc_of_diffusers_computes_the_same(order):
     for i in range(N):
         x = scheduler.step(predicted(x, i), i, x).prev_sample
     check_scheduled(x, draws, order=order, corrector=True, **PUBLISHED)
-
-
-@pytest.mark.parametrize(
-    "function", [lambda t: -t, lambda t: t / 0, lambda t: t[:-1], lambda t: t[None], lambda t: 1]
-)
-def test_stochasticity_that_is_not_one_number_per_time_is_rejected(function):
-    process, solver = ReverseProcess(CLD(), untouchable), Multistep(stochasticity=function)
-    with pytest.raises(ValueError, match="one finite number ≥ 0 per time"):
-        solvers.plan(process, solver, GRID)
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("options", [{}, {"prediction": "noise"}, {"stochasticity": 1.0}])
-def test_a_grid_that_ends_at_the_data_is_rejected(options, name):
-    process = ReverseProcess(PROCESSES[name][0], untouchable)
-    with pytest.raises(ValueError, match=r"must end above 0 .* denoise=True"):
-        solvers.plan(process, Multistep(**options), solvers.root_times(1.0, 0.0, 4))
-
-
-@pytest.mark.parametrize("prediction", ["data", "noise"])
-def test_a_time_at_which_an_underdamped_process_hides_the_data_is_rejected(prediction):
-    sde = CLD(friction=0.4)
-    times = torch.tensor([1.0, hidden_time(sde), 0.01], dtype=torch.float64)
-    with pytest.raises(ValueError, match="does not determine x_0"):
-        solvers.plan(ReverseProcess(sde, untouchable), Multistep(prediction=prediction), times)
 
 
 def end(solver, name, **options):

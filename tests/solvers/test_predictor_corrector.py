@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
-from probes import Recording, generator, start, untouchable
+from probes import Recording, generator, start
 from score import cases
 from tolerances import KERNEL, rounding
 
@@ -95,18 +95,3 @@ def test_without_a_score_the_state_stays_finite(size, dtype, norm):
     s = torch.full((2, 1, 3), size, dtype=dtype)
     found = Langevin(norm=norm).correct(torch.ones_like(xi), (0,), 1.0, s, xi)
     assert found.isfinite().all()
-
-
-def test_processes_that_the_predictor_rejects_are_rejected():
-    process = ReverseProcess(CLD(friction=0.5), untouchable)
-    solver = PredictorCorrector(solvers.Ancestral(), Langevin())
-    with pytest.raises(ValueError, match="determine"):
-        solvers.plan(process, solver, solvers.uniform_times(1, 0, 300))
-
-
-def test_predictors_whose_steps_differ_in_their_evaluations_are_rejected():
-    process = ReverseProcess(VPSDE(), untouchable)
-    solver = PredictorCorrector(solvers.EDMHeun(churn=1.5), Langevin())
-    message = "equally often in each step; .* takes 19 evaluations in 10 steps. A grid"
-    with pytest.raises(ValueError, match=message):
-        solvers.plan(process, solver, solvers.root_times(1.0, 0.0, 10))

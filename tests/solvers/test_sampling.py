@@ -1,7 +1,5 @@
 """`cldsde.sample`: samples in one call."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
 from cldsde.score import ConditionalScore, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
-from probes import untouchable
 from tolerances import rounding, standard_error
 
 DATA = cldsde.GaussianMixture(
@@ -156,42 +153,6 @@ def test_dropout_in_training_mode_is_pointed_out():
 
     with pytest.warns(UserWarning, match="call its eval"):
         cldsde.sample(VPSDE(), Score(), (2, 3), nfe=3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *(({"shape": x}, r"shape must be \(B, \*D\)") for x in ((3,), 3)),
-        ({"shape": (0, 2)}, "shape must be at least 1"),
-        ({"nfe": 1}, "too few for a step.*increase nfe to at least 2"),
-        ({"nfe": 2.5}, "nfe must be an integer"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"dtype": torch.int64}, "dtype must be a floating-point type"),
-        ({"times": torch.tensor([0.1, 0.5])}, "times must decrease"),
-        ({"solver": solvers.SSCS}, "solver must be a solver"),
-        ({"score": cldsde.PredictionDenoiser(untouchable, NoisePath.linear())}, "Wrap it: Denois"),
-        ({"score": None}, "score must be a callable"),
-        ({"sde": 3}, "sde"),
-        # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
-        (
-            {"sde": cldsde.RectifiedFlow(), "times": torch.tensor([1.0, 0.5, 0.1])},
-            "data_prediction",
-        ),
-        ({"score": lambda z, t: z * math.nan, "nfe": 4}, "not finite"),
-        (
-            {
-                "sde": HOLD(),  # reaches σ = 22 only
-                "score": DenoiserScore(lambda u, sigma: u, HOLD(), noise_levels=(50.0, 80.0)),
-            },
-            r"range of times .* is empty",
-        ),
-    ],
-)
-def test_bad_arguments_are_rejected(change, message):
-    arguments = {"sde": VPSDE(), "score": untouchable, "shape": (2, 3), **change}
-    with pytest.raises((TypeError, ValueError, FloatingPointError), match=message):
-        cldsde.sample(**arguments)
 
 
 def denoiser(u, sigma, variance):

@@ -17,10 +17,10 @@ import pytest
 import torch
 from scipy.linalg import block_diag, expm, solve_continuous_lyapunov
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, Schedule, solvers
+from cldsde import CLD, PSLD, ReverseProcess, Schedule, solvers
 from cldsde.solvers import Splitting
 from gaussian_data import DATA, moments
-from probes import Recorder, Recording, start, untouchable
+from probes import Recorder, Recording, start
 from references import cld, dense, psld
 from references.kernels import Clock
 from tolerances import EPS, KERNEL
@@ -153,34 +153,3 @@ def test_scores_and_noise_are_counted_and_in_their_places(name, shared, at):
         assert not shared or seen == expected
         rows = [draw.shape[1] for draw in noise.draws]
         assert rows == [len(driven(exact))] * (3 * word.count("O"))
-
-
-def constant(A, Q_root, beta=1.0):
-    return LinearSDE.from_matrices(A, Q_root, beta)
-
-
-# Independent noises with a stationary covariance [[1, 1/2], [1/2, 1]].
-OBLIQUE = -0.5 * np.diag([2.0, 1.0]) @ np.linalg.inv([[1.0, 0.5], [0.5, 1.0]])
-NONE = r"needs a process of position and velocity with a stationary distribution; .* has {} comp"
-CORRELATED = r"independent noises .* correlated ones\. Use SSCS"
-
-
-@pytest.mark.parametrize(
-    ("sde", "message"),
-    [
-        (VPSDE(), NONE.format(1) + ".*Use SSCS$"),
-        (VESDE(), NONE.format(1) + ".*Use StochasticHeun$"),
-        (HOLD(), NONE.format(3) + ".*Use SSCS$"),
-        (constant([[0, 1], [0, 0]], [[0], [1]]), NONE.format(2) + ".*Use StochasticHeun$"),
-        # The position has no noise and comes to rest.
-        (constant([[-1, 0], [0, -1]], [[0], [1]], 3.0), NONE.format(2) + ".* and none"),
-        (CLD(position_noise=0.3), CORRELATED),
-        # A unit stationary covariance, and noises of position and velocity that are one.
-        (constant([[-0.5, 0.5], [-1.5, -0.5]], [[1], [1]]), CORRELATED),
-        (constant(OBLIQUE.tolist(), [[2**0.5, 0], [0, 1]]), CORRELATED),
-    ],
-)
-def test_processes_that_do_not_split_are_rejected(sde, message):
-    process = ReverseProcess(sde, untouchable)
-    with pytest.raises(ValueError, match=message):
-        solvers.plan(process, Splitting(), solvers.uniform_times(1.0, 0.05, 1))

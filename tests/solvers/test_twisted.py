@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
-from probes import generator, name_of_case, untouchable
+from probes import generator
 from references import wide_mixture
 from tolerances import order_of, rounding
 
@@ -104,28 +104,6 @@ def test_systematic_resampling_has_no_bias():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"particles": 0}, "particles must be an integer"),
-        ({"chunk": 0}, "chunk must be an integer"),
-        ({"threshold": 1.5}, "threshold must lie in"),
-        ({"method": "dps"}, "method must be one of"),
-        ({"seeds": [1], "generator": torch.Generator()}, "alternatives"),
-        ({"seeds": [-1]}, "seeds must be integers"),
-        ({"shape": (4,)}, "numbers; got data"),
-        ({"data_variance": 0}, "data_variance must be"),
-        ({"generator": [torch.Generator()]}, r"must be a torch\.Generator or None"),
-        ({"dtype": torch.int64}, "dtype must be a floating-point type"),
-        ({"score": lambda z, t: z[:, 1:] * math.nan}, "no particle of run 0"),
-    ],
-    ids=name_of_case,
-)
-def test_bad_options_are_rejected(options, message):
-    with pytest.raises((TypeError, ValueError, FloatingPointError), match=message):
-        sample(*wide_mixture(), **{"score": untouchable, **options})
-
-
-@pytest.mark.parametrize(
     ("dtype", "noise", "method"),
     [(torch.float32, 1e-4, "moments"), (torch.float32, 1e-4, "pigdm")]
     + [(x, 0.1, "moments") for x in (torch.float16, torch.bfloat16)],
@@ -135,16 +113,3 @@ def test_equal_rows_and_low_precision_give_finite_samples(dtype, noise, method):
     found = sample(gaussian()[0], seen, steps=3, method=method, dtype=dtype)
     assert found.samples.dtype == dtype
     assert found.samples.isfinite().all()
-
-
-def test_observations_that_do_not_fit_are_rejected():
-    _, seen = wide_mixture()
-    process, latest = ReverseProcess(CLD(), untouchable), seen.end_time(CLD(), (8,))
-    late, early = (solvers.root_times(1.0, end, 10) for end in (2 * latest, 1e-3))
-    with pytest.raises(ValueError, match=f"times must end at {latest:.3g} or earlier"):
-        solvers.sample_posterior(process, seen, late)
-    exact = Observation(seen.forward, seen.y, 0.0)
-    with pytest.raises(ValueError, match="noise_std must be positive"):
-        solvers.sample_posterior(process, exact, early, shape=(8,))
-    with pytest.raises(ValueError, match="shape must be given"):
-        solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.1), early)
