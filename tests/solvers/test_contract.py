@@ -21,7 +21,7 @@ import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from probes import Recording, Smooth, few_examples, generator, name_of_case, start, untouchable
+from probes import Recording, Smooth, few_examples, generator, noting, start, untouchable
 from strategies import dtypes, shapes
 from tolerances import rounding
 
@@ -217,26 +217,20 @@ def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method
 # Churning adds noise that depends on the number of steps.
 @pytest.mark.parametrize("method", [x for x in SOLVERS if x != "edm-heun-churn"])
 def test_states_are_those_of_solves_that_end_at_their_times(method):
-    name, steps, seen = home(method), [], []
-    solver = SOLVERS[method].on_grid()
-    state = start(PROCESSES[name])
-
-    def watch(step, t, z):
-        steps.append((step, t))
-        seen.append(z.view(len(z), -1).view(z.shape).clone())  # in one piece
-
-    whole = solve(method, name, state, t_eval=KEPT, callback=watch)
+    name, calls = home(method), []
+    solver, state = SOLVERS[method].on_grid(), start(PROCESSES[name])
+    whole = solve(method, name, state, t_eval=KEPT, callback=noting(calls))
     assert torch.equal(whole.y[0], state)
     assert torch.equal(whole.y[2], whole.state)
-    assert torch.equal(seen[-1], whole.state)
+    assert torch.equal(calls[-1][2], whole.state)
     noise = SampleNoise(SEEDS[:3])
     shorter = solvers.solve(process_of(name), solver, state, GRID[:3], noise=noise)
     if method != SHARED:  # whose steps are interpolated
         assert close(shorter.state, whole.y[1])
     if isinstance(solver, GridSolver):
-        assert steps == list(enumerate(GRID.tolist()))[1:]
-        assert {type(t) for _, t in steps} == {float}
-        assert torch.equal(seen[1], whole.y[1])
+        assert [call[:2] for call in calls] == list(enumerate(GRID.tolist()))[1:]
+        assert {type(t) for _, t, _ in calls} == {float}
+        assert torch.equal(calls[1][2], whole.y[1])
         if solver == SOLVERS[method]:
             assert torch.equal(solve(method, name, state).state, whole.state)
 
@@ -370,7 +364,9 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
 
 
 def bad(message, error=ValueError, **change):
-    return pytest.param(change, error, message, id=name_of_case(next(iter(change.items())))[:60])
+    return pytest.param(
+        change, error, message, id=probes.name_of_case(next(iter(change.items())))[:60]
+    )
 
 
 STATE = start(CLD())

@@ -8,7 +8,7 @@ import torch
 from cldsde import CLD, ReverseProcess
 from cldsde.solvers import TorchDiffEq, root_times, solve
 from gaussian_data import PROCESSES, check_flow, reverse
-from probes import Recording, start, tensor
+from probes import Recording, noting, start, tensor
 from tolerances import EPS, KERNEL
 
 CRITICAL, END = CLD(), 0.05
@@ -43,11 +43,7 @@ def close(found, expected):
 def test_fixed_steps_are_those_of_the_textbook(method, name):
     process, exact, calls = reverse(name, Recording), PROCESSES[name][1], []
     solver, state = TorchDiffEq(method=method), start(process.sde, (4, 1))
-
-    def watch(step, t, z):
-        calls.append((step, t, z.clone()))
-
-    found = solve(process, solver, state, GRID, t_eval=GRID, callback=watch)
+    found = solve(process, solver, state, GRID, t_eval=GRID, callback=noting(calls))
     c, a, b = TABLEAUX[method]
     z, states = state.numpy(), [state]
     for t, u in itertools.pairwise(GRID.numpy()):
@@ -74,12 +70,8 @@ def test_adaptive_steps_follow_the_flow_of_gaussian_data(method, name):
     solver = TorchDiffEq(method=method, rtol=tolerance, atol=tolerance)
     process = reverse(name, Recording)
     state = start(process.sde, (4, 1))
-
-    def watch(step, t, z):
-        calls.append((step, t, z.clone()))
-
     ends, t_eval = tensor([1.0, 0.2]), tensor(wanted)
-    found = solve(process, solver, state, ends, t_eval=t_eval, callback=watch)
+    found = solve(process, solver, state, ends, t_eval=t_eval, callback=noting(calls))
     assert found.success
     steps = found.stats["steps"]
     for t, y in zip(wanted, found.y, strict=True):
