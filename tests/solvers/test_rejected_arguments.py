@@ -212,6 +212,7 @@ CASES += [
         # Independent noises with a stationary covariance [[1, 1/2], [1/2, 1]].
         (OBLIQUE.tolist(), [[2**0.5, 0], [0, 1]]),
     ),
+    (lambda: solvers.TorchDiffEq(method="rk4").with_step(0.1), V, "method must be adaptive"),
     (lambda: encode(Multistep(stochasticity=1.0)), V, DECREASE + "stochastic"),
     (lambda: encode(solvers.EDMHeun(churn=1.0)), V, DECREASE + "stochastic"),
     (lambda: encode(solvers.TorchDiffEq()), V, DECREASE + "for decreasing grids only"),
