@@ -1,4 +1,4 @@
-"""Processes given by functions of time: near-singular functions, checks, copies, gradients."""
+"""Processes given by functions of time: two matrices, or the signal and noise of interpolants."""
 
 import copy
 import math
@@ -10,8 +10,11 @@ import mpmath as mp
 import pytest
 import torch
 
-from cldsde import LinearSDE
+from cldsde import VPSDE, CosineVP, LinearSDE, RectifiedFlow
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from probes import tensor
+from references.interpolants import INTERPOLANTS, SignalNoise
 from tolerances import KERNEL, rounding
 
 
@@ -36,14 +39,11 @@ def test_processes_that_nearly_diverge_are_resolved(cut, where):
 
 ROUGH: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], Any]]] = {
     "jump": (lambda t: torch.where(t < 0.3, -1.0, -5.0).double(), lambda: -5 + 4 * mp.mpf(0.3)),
-    "kink": (
-        lambda t: -(t - 0.3).abs(),
-        lambda: -(mp.mpf(0.3) ** 2 + (1 - mp.mpf(0.3)) ** 2) / 2,
-    ),
+    "kink": (lambda t: -(t - 0.3).abs(), lambda: -(mp.mpf(0.3) ** 2 + (1 - mp.mpf(0.3)) ** 2) / 2),
     "square root": (lambda t: -t.sqrt(), lambda: -mp.mpf(2) / 3),
     "bump": (
-        lambda t: -torch.exp(-(((t - 0.377) / 0.004) ** 2)),
-        lambda: -mp.sqrt(mp.pi) * mp.mpf(0.004),
+        lambda t: -(-(((t - 0.377) / 0.004) ** 2)).exp(),
+        lambda: -mp.sqrt(mp.pi * mp.mpf(0.004) ** 2),
     ),
     "high power": (lambda t: -(t**9), lambda: -mp.mpf(1) / 10),
     "stiff": (lambda t: -300 * (1 + t), lambda: mp.mpf(-450)),
@@ -62,36 +62,6 @@ def test_functions_need_not_be_smooth_everywhere(name):
     assert sde.transition(0.0, 1.0).mean.item() == pytest.approx(expected, rel=tolerance)
 
 
-DIVERGING: list[tuple[Any, Any, str]] = [
-    (lambda t: [[-1 / (1 + 1e-7 - t)]], lambda t: [[1.0]], r"0\.99999"),
-    (lambda t: [[-1.0]], lambda t: [[1 / (abs(t - 0.3).sqrt() + 1e-9)]], r"0\.(3|29)"),
-    (lambda t: [[torch.sin(1e6 * t)]], lambda t: [[1.0]], "0"),
-]
-
-
-@pytest.mark.parametrize(("drift", "diffusion", "where"), DIVERGING)
-def test_functions_that_diverge_are_rejected_with_the_time(drift, diffusion, where):
-    with pytest.raises(ValueError, match=f"nearly diverges or varies .* near t = {where}"):
-        LinearSDE.from_functions(drift, diffusion)
-
-
-WRONG = [
-    (lambda t: [[-1.0, 0.0]], lambda t: [[1.0]], "drift must .*square"),
-    (lambda t: -1.0, lambda t: [[1.0]], "drift must .*one matrix per time"),
-    (lambda t: [[-1.0]], lambda t: 1.0, "diffusion must .*one matrix per time"),
-    (lambda t: [[-1.0]], lambda t: [[1.0], [1.0]], "diffusion must .*as many rows"),
-    (lambda t: [[math.nan]], lambda t: [[1.0]], "drift must be finite.*t = 0"),
-    (lambda t: [[-1.0]], lambda t: [[1 / (1 - t)]], "diffusion must be finite.*t = 1"),
-    (lambda t: [[-1.0]], lambda t: [[0.0]], "diffusion must have a nonzero entry"),
-]
-
-
-@pytest.mark.parametrize(("drift", "diffusion", "message"), WRONG)
-def test_functions_that_do_not_fit_are_rejected(drift, diffusion, message):
-    with pytest.raises(ValueError, match=message):
-        LinearSDE.from_functions(drift, diffusion)
-
-
 def numeric_drift(t: torch.Tensor) -> list[list[float]]:
     return [[-math.exp(float(t))]]
 
@@ -100,13 +70,16 @@ def growing_diffusion(t: torch.Tensor) -> torch.Tensor:
     return (1 + t).reshape(1, 1)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda sde: pickle.loads(pickle.dumps(sde))])
-def test_processes_of_named_functions_can_be_copied_and_pickled(duplicate):
-    sde = LinearSDE.from_functions(numeric_drift, growing_diffusion)
-    t = tensor([1e-6, 0.3, 1.0])
-    one, two = sde.marginal(t), duplicate(sde).marginal(t)
-    assert torch.equal(one.mean, two.mean)
-    assert torch.equal(one.root, two.root)
+OF_FUNCTIONS = LinearSDE.from_functions(numeric_drift, growing_diffusion)
+COPIED = [INTERPOLANTS[name][0] for name in ("rectified flow", "cosine", "table", "VP functions")]
+
+
+@pytest.mark.parametrize("sde", [OF_FUNCTIONS, *COPIED])
+def test_processes_of_named_functions_can_be_copied_and_pickled(sde):
+    t = tensor([1e-6, 0.3, 0.9])
+    for duplicate in (copy.deepcopy(sde), pickle.loads(pickle.dumps(sde))):
+        assert torch.equal(duplicate.marginal(t).mean, sde.marginal(t).mean)
+        assert torch.equal(duplicate.marginal(t).root, sde.marginal(t).root)
 
 
 def test_a_prior_may_be_given_and_lists_be_returned():
@@ -138,3 +111,136 @@ def test_kernels_of_functions_are_differentiable(where):
     arguments = tuple(tensor(x).requires_grad_() for x in (*where, 10.0))
     # Central differences of a step below |t - s|, and torch's tolerances.
     assert torch.autograd.gradcheck(kernel, arguments, eps=1e-7)
+
+
+# Interpolants ----------------------------------------------------------------------------------
+
+SINGULAR = ["rectified flow", "cosine", "linear functions", "uncertain start", "table to zero"]
+
+
+def assert_close(found, expected):
+    """Within the promise for kernels, relative."""
+    wanted = tensor(expected)
+    assert ((found.flatten() - wanted).abs() <= KERNEL * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("name", list(INTERPOLANTS))
+def test_log_snr_and_slopes_of_standard_deviations_agree_with_the_reference(name):
+    sde, exact = INTERPOLANTS[name]
+    times = [0.05, 0.31, 0.77, 0.999]
+    with mp.workdps(40):
+        start, spread = exact.noise(mp.mpf(0)) ** 2, mp.mpf(0.3)
+
+        def deviation(t):  # of data with a spread of their own
+            return mp.sqrt(exact.signal(t) ** 2 * (spread - start) + exact.noise(t) ** 2)
+
+        slopes = [float(mp.diff(deviation, mp.mpf(t))) for t in times]
+        levels = [float(mp.log(exact.signal(t) / exact.noise(t))) for t in map(mp.mpf, times)]
+    assert_close(sde.dynamics.rates(tensor(times), tensor(0.3))[1], slopes)
+    # A logarithm has the relative error of its argument as an absolute one.
+    assert (sde.log_snr(tensor(times)) - tensor(levels)).abs().max() <= KERNEL
+
+
+def test_functions_that_oscillate_have_exact_kernels_over_long_steps():
+    omega = 120 * math.pi
+    sde = LinearSDE.from_signal_noise(
+        torch.ones_like, lambda t: t + 0.9 * torch.sin(omega * t) / omega
+    )
+    exact = SignalNoise(lambda t: mp.mpf(1), lambda t: t + mp.mpf(0.9) * mp.sin(omega * t) / omega)
+    pairs = [(0.5, 0.64), (0.5, 0.501)]
+    found = sde.transition(*tensor(pairs).unbind(-1)).root
+    assert_close(found, [float(exact.transition(*pair).root[0]) for pair in pairs])
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_signal_that_vanishes_has_a_latest_regular_time(name):
+    sde, _ = INTERPOLANTS[name]
+    assert float(sde.transition(0.5, 1.0).mean) == 0.0
+    assert float(sde.log_snr(1.0)) == -math.inf
+    assert sde.regular_until < 1
+    # A log-SNR of minus five, bisected to a thousandth of 1 - t and rounded to another.
+    resolution = 5e-3
+    assert float(sde.log_snr(sde.regular_until)) == pytest.approx(-5, abs=resolution)
+    assert sde.drift(sde.regular_until).isfinite().all()
+    for call in (sde.drift, sde.diffusion):
+        with pytest.raises(ValueError, match="of this process diverges at t = 1; take t ≤"):
+            call(1.0)
+    with pytest.raises(ValueError, match="diffusion of this process diverges at t = 1"):
+        sde.accumulated_noise(0.5, 1.0)
+
+
+ALMOST_ZERO = [
+    lambda t: torch.cos(math.pi / 2 * t),
+    lambda t: torch.cos(math.pi / 2 * t) ** 2,
+    lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t,
+]
+
+
+@pytest.mark.parametrize("signal", ALMOST_ZERO)
+def test_a_signal_that_vanishes_but_for_rounding_vanishes(signal):
+    sde = LinearSDE.from_signal_noise(signal, lambda t: 1 * t)
+    assert sde.regular_until < 1
+    assert float(sde.transition(0.3, 1.0).mean) == 0.0
+    assert float(sde.log_snr(1.0)) == -math.inf
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 50.0])
+def test_the_latest_regular_time_has_a_log_ratio_of_minus_five(noise):
+    sde = LinearSDE.from_signal_noise(lambda t: 1 - t, lambda t: noise * t)
+    left = 1 / (1 + math.exp(5) / noise)  # 1 − t at log((1 − t)/(noise t)) = −5
+    # It is bisected to a thousandth and rounded up to four digits.
+    resolution = 2e-3
+    assert left <= 1 - sde.regular_until <= left + resolution * left
+
+
+def test_ends_that_are_regular_or_almost_so():
+    sde = LinearSDE.from_signal_noise(lambda t: 1 - torch.sqrt(t) / 2, lambda t: 1 * t)
+    with pytest.raises(ValueError, match=r"the drift .* diverges at t = 0; take t > 0$"):
+        sde.drift(0.0)
+    sde = LinearSDE.from_signal_noise(lambda t: 1 - t * (1 - 1e-12), lambda t: 1 * t)
+    # The rest of the signal at the end, 1e-12, moves the time by as much of 1 - t = 7e-3.
+    assert sde.regular_until == pytest.approx(RectifiedFlow().regular_until, rel=KERNEL)
+    # It is what 1 - 1e-12 leaves of 1, to its rounding.
+    assert float(sde.transition(0.5, 1.0).mean) == pytest.approx(2e-12, rel=rounding(4, 1e12))
+    steady = LinearSDE.from_signal_noise(lambda t: torch.exp(-20 * t), lambda t: t.sqrt())
+    assert steady.regular_until == 1.0
+
+
+def test_interpolants_have_priors_and_levels():
+    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    for sde in (CosineVP(), VPSDE.from_alphas_cumprod(table[:7]), VPSDE.from_alphas_cumprod(table)):
+        assert float(sde.prior.covariance) == float(sde.stationary_covariance) == 1.0
+    assert CosineVP().stationary_reversal is not None
+    assert RectifiedFlow().stationary_covariance is None
+    assert float(RectifiedFlow().prior.covariance) == 1.0
+    # A square root, squared.
+    initial = float(INTERPOLANTS["uncertain start"][0].initial_covariance)
+    assert initial == pytest.approx(0.04, rel=rounding(2))
+    levels = tensor([-9.0, -3.0, 0.0, 2.0, 8.0])
+    # t = 1 / (1 + e^kappa); rounding of log t, and of t near 1.
+    found = times_of_log_snr(RectifiedFlow(), levels)
+    assert (found - torch.sigmoid(-levels)).abs().max() <= rounding(4)
+
+
+def test_kernels_are_differentiable_in_functions_and_tables():
+    def learnt(rate):
+        sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** rate, lambda t: t**rate)
+        # One by quadrature, one by differences.
+        s, t = tensor([0.30, 0.30]), tensor([0.31, 1.0])
+        return torch.cat([sde.transition(s, t).root.flatten(), sde.diffusion(s).flatten()])
+
+    def tabled(table):
+        sde = VPSDE.from_alphas_cumprod(table)
+        return sde.transition(tensor([0.0, 0.2, 0.4]), tensor([0.3, 0.9, 0.9])).root
+
+    assert torch.autograd.gradcheck(learnt, tensor(1.3).requires_grad_())
+    assert torch.autograd.gradcheck(tabled, tensor([0.9, 0.5, 0.2, 0.01]).requires_grad_())
+
+
+def test_an_exact_gain_serves_functions_that_are_not_smooth():
+    def noise(t):
+        return torch.where(t < 0.31, t, 2 * t - 0.31)
+
+    dynamics = SignalNoiseDynamics(torch.ones_like, noise, gain=lambda s, t: noise(t) - noise(s))
+    found = float(LinearSDE(dynamics).transition(0.0, 0.5).root)
+    assert found == pytest.approx(0.69, rel=rounding())

@@ -37,6 +37,21 @@ def as_tensors(kernels: Iterable[Sequence[Matrix]]) -> tuple[torch.Tensor, ...]:
     )
 
 
+def initial_covariance(kind: str, k: int) -> torch.Tensor | None:
+    """Covariances of z_0: the process's own, none, of some components alone, or correlated."""
+    index = torch.arange(k, dtype=torch.float64)
+    eye = torch.eye(k, dtype=torch.float64)
+    correlated = 0.4 ** (index[:, None] - index).abs() / (1 + index[:, None] + index)
+    return {
+        "own": None,
+        "zero": 0 * eye,
+        "full": correlated + 0.25 * eye,
+        "data": 0.1225 * (index == 0) * eye,
+        "auxiliary": 0.04 * (index > 0) * eye,
+        "last": 0.04 * (index == k - 1) * eye,
+    }[kind]
+
+
 def matrix(values: Any) -> Matrix:
     """An mpmath matrix of the exact values of floats, of nested sequences or of a tensor."""
     if isinstance(values, mp.matrix):
