@@ -11,17 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cldsde import (
-    CLD,
-    VPSDE,
-    DenoiserScore,
-    GuidedScore,
-    ReverseProcess,
-    pretrained,
-    sample,
-    solvers,
-)
-from cldsde.score import ConditionalScore
+from cldsde import CLD, VPSDE, GuidedScore, ReverseProcess, pretrained, sample, solvers
+from cldsde.score import ConditionalScore, DenoiserScore
 from probes import generator
 from tolerances import rounding
 

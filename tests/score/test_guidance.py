@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from cldsde import (
-    CLD,
-    VPSDE,
-    DenoiserScore,
-    GaussianMixture,
-    GuidedScore,
-    RectifiedFlow,
-    ReverseProcess,
-    solvers,
-)
-from cldsde.score import ConditionalScore
+from cldsde import CLD, VPSDE, GaussianMixture, GuidedScore, RectifiedFlow, ReverseProcess, solvers
+from cldsde.score import ConditionalScore, DenoiserScore
 from probes import generator
 from tolerances import rounding
 

@@ -65,19 +65,10 @@ class Maps:
         """Of two linear maps of u, for data of the given variance."""
         return a * mp.diag([data_variance] + [1.0] * (self.size - 1)) * b.T
 
-    def best(self, data_variance, known=None):
-        """W of the best linear prediction of the target, W z; or from other known maps."""
-        known = self.Z if known is None else known
-        cross = self.covariance(self.T, known, data_variance)
-        return cross * mp.inverse(self.covariance(known, known, data_variance))
-
-
-def marginal_score(sde, t, data_variance):
-    """S of the score S z of data N(0, data_variance), driven rows; mpmath."""
-    kernel = sde.marginal(t)
-    root, psi = matrix(kernel.root), matrix(kernel.mean[:, :1])
-    precision = mp.inverse(root * root.T + data_variance * psi * psi.T)
-    return -mp.matrix([[precision[i, j] for j in range(sde.components)] for i in sde.driven])
+    def best(self, data_variance):
+        """W of the best linear prediction of the target, W z."""
+        cross, own = (self.covariance(a, self.Z, data_variance) for a in (self.T, self.Z))
+        return cross * mp.inverse(own)
 
 
 def assert_close(found, expected, tolerance):
@@ -116,31 +107,18 @@ class TestTargets:
             found = maps.covariance(maps.T, maps.T, 1e3)
             assert_close(found, mp.eye(len(sde.driven)), rounding(32, conditions(sde, t)))
 
-    @pytest.mark.parametrize("t", [0.02, 1.0])
-    def test_the_denoising_target_averages_to_the_hybrid_one(self, name, t, monkeypatch):
-        # E[denoising target | z_t, x_0], the best linear prediction from the two, is the hybrid
-        # target -Sigma^-1 (z - psi x_0), driven rows, for any distribution of the data.
-        sde = PROCESSES[name]
-        maps = Maps(monkeypatch, sde, t, "all")
-        with mp.workdps(MIXTURE_DIGITS):
-            known = mp.matrix(sde.components + 1, maps.size)
-            known[0, 0], known[1:, :] = 1, maps.Z
-            S, psi = marginal_score(sde, t, 0.0), matrix(sde.marginal(t).mean[:, :1])
-            expected = mp.matrix(len(sde.driven), sde.components + 1)
-            expected[:, 0], expected[:, 1:] = -S * psi, S
-            # Kernels with and without the initial covariance, and two inverses.
-            assert_close(maps.best(1.0, known), expected, KERNEL * conditions(sde, t) ** 2)
-
     @every_conditioning
     @pytest.mark.parametrize(("t", "variance"), [(0.02, 0.25), (0.3, 4.0)])
     def test_the_best_prediction_is_the_score_of_the_marginal(
         self, name, t, variance, conditioning, monkeypatch
     ):
         sde = PROCESSES[name]
-        maps = Maps(monkeypatch, sde, t, conditioning)
+        maps, kernel = Maps(monkeypatch, sde, t, conditioning), sde.marginal(t)
         with mp.workdps(MIXTURE_DIGITS):
-            expected = marginal_score(sde, t, variance)
-            assert_close(maps.best(variance), expected, KERNEL * conditions(sde, t) ** 2)
+            root, psi = matrix(kernel.root), matrix(kernel.mean[:, :1])
+            precision = mp.inverse(root * root.T + variance * psi * psi.T)
+            rows = [[-precision[i, j] for j in range(sde.components)] for i in sde.driven]
+            assert_close(maps.best(variance), mp.matrix(rows), KERNEL * conditions(sde, t) ** 2)
 
 
 class TestLosses:

@@ -5,7 +5,7 @@ import torch
 
 from cldsde import CLD, LinearSDE, ReverseProcess
 from probes import Recording, generator
-from score.cases import PROCESSES, mixture, score_rounding, states
+from score.cases import PROCESSES, mixture, states
 from tolerances import order_of, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
@@ -75,16 +75,6 @@ class TestMarginals:
         error = order_of(h, 4, 32**5 / 30)
         scale = divergence.abs() + transport.abs() + 1
         assert ((slope + divergence + transport).abs() <= error * scale).all()
-
-    @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "CLD, overdamped", "HOLD"])
-    def test_the_driven_row_of_the_full_score_is_the_score(self, name):
-        # One number for each dimension determines x_0, and nothing is fitted.
-        sde, t = PROCESSES[name], 0.3
-        z, score = torch.randn(2, 4, 1, 3, generator=generator(), dtype=torch.float64)
-        z = z.expand(4, sde.components, 3)
-        full = ReverseProcess(sde, lambda z, t: score).full_score(z, t)
-        tolerance = score_rounding(sde, t) * float(score.abs().max())
-        assert torch.allclose(full[:, list(sde.driven)], score, rtol=0, atol=tolerance)
 
 
 def test_a_process_without_density_still_has_a_drift():

@@ -38,7 +38,7 @@ def spacing(t_min):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", BENIGN)
-def test_weighted_losses_are_unbiased(name, loss):
+def test_weighted_losses_are_unbiased_and_weights_inverse_to_the_density(name, loss):
     density, t_min = DENSITIES[name]
     function, primitive = LOSSES[loss]
     sampler, g = TimeSampler(density, t_min), generator()
@@ -48,22 +48,10 @@ def test_weighted_losses_are_unbiased(name, loss):
     # Rounding for a constant.
     error = standard_error(means.std().item(), 100) + rounding(500)
     assert means.mean().item() == pytest.approx(expected, abs=error)
-
-
-@pytest.mark.parametrize("name", BENIGN)
-def test_times_follow_the_density(name):
-    density, t_min = DENSITIES[name]
-    n = 20_000
-    t = TimeSampler(density, t_min).sample(n, generator=generator())[0].sort().values
-    grid = torch.logspace(math.log10(t_min), 0, 200_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(density(grid), grid)
-    share = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
-    inside = torch.searchsorted(grid, t).clamp(1, len(grid) - 1)
-    # One time in each n-th part: the empirical distribution is off by 1/n at most; the table by the
-    # squared spacing times the density's curvature, some hundred at most.
-    position = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    error = 2 / n + order_of(spacing(t_min), 2, 100 / 12)
-    assert (share[inside] - position).abs().max() <= error
+    t, weight = sampler.sample(20_000, generator=g)
+    constant = weight * density(t)
+    # The logarithm of the density has a slope below 20 in log t between two knots.
+    assert (constant / constant.mean() - 1).abs().max() <= 20 * spacing(t_min)
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -78,13 +66,12 @@ def test_quantiles_rise_from_the_first_time_to_the_last(name):
     assert weight.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [1, 7, 1000])
-def test_each_part_of_the_distribution_gets_one_time(n):
-    t, weight = TimeSampler(torch.ones_like, 1e-3).sample(n, generator=generator())
-    assert t.shape == weight.shape == (n,)
-    assert t.dtype == weight.dtype == torch.float64
-    part = ((t - 1e-3) / (1 - 1e-3) * n).floor()
-    assert part.sort().values.tolist() == list(range(n))
+def test_each_part_of_the_distribution_gets_one_time():
+    for n in (1, 7, 1000):
+        t, weight = TimeSampler(torch.ones_like, 1e-3).sample(n, generator=generator())
+        assert t.dtype == weight.dtype == torch.float64
+        part = ((t - 1e-3) / (1 - 1e-3) * n).floor()
+        assert part.sort().values.tolist() == list(range(n))
 
 
 def test_the_parts_come_in_random_order():
@@ -128,14 +115,14 @@ class TestImportance:
         assert loss.std() <= step * loss.mean()
         assert (loss / loss.mean() - 1).abs().max() <= 10 * step
 
-    @pytest.mark.parametrize("weighting", ["reweighted", lambda t: 1 / (t + 0.01)])
-    def test_any_weighting_may_be_balanced(self, make, conditioning, weighting):
-        options = {"data_variance": 0.5, "conditioning": conditioning, "weighting": weighting}
-        sampler, step = TimeSampler.importance(make(), 1e-3, **options), spacing(1e-3)
-        t, weight = sampler.sample(2000, generator=generator())
-        loss = weight * optimal_loss(make(), t, **options)
-        # Half of the largest power, 20 (VP at t = 1), times the spacing.
-        assert (loss / loss.mean() - 1).abs().max() <= 10 * step
+    def test_any_weighting_may_be_balanced(self, make, conditioning):
+        for weighting in ("reweighted", lambda t: 1 / (t + 0.01)):
+            options = {"data_variance": 0.5, "conditioning": conditioning, "weighting": weighting}
+            sampler, step = TimeSampler.importance(make(), 1e-3, **options), spacing(1e-3)
+            t, weight = sampler.sample(2000, generator=generator())
+            loss = weight * optimal_loss(make(), t, **options)
+            # Half of the largest power, 20 (VP at t = 1), times the spacing.
+            assert (loss / loss.mean() - 1).abs().max() <= 10 * step
 
 
 class TestNoiseLevels:

@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde import (
-    VESDE,
-    VPSDE,
-    GaussianMixture,
-    LinearSDE,
-    ReverseProcess,
-    Schedule,
-    SubVPSDE,
-    solvers,
-)
+import cldsde
+from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
 from probes import Recording, generator, start
 from tolerances import KERNEL, rounding
@@ -45,7 +37,7 @@ PROCESSES = {
         np.ones_like,
         lambda t: 0.1 * np.sqrt(np.expm1(2 * t * math.log(50.0))),
     ),
-    "VP": (VPSDE(0.1, 8.0), half, lambda t: np.sqrt(np.expm1(clock(t)))),
+    "VP": (cldsde.VPSDE(0.1, 8.0), half, lambda t: np.sqrt(np.expm1(clock(t)))),
     "sub-VP": (SubVPSDE(0.1, 8.0), half, lambda t: 2 * np.sinh(clock(t) / 2)),
 }
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
@@ -57,8 +49,8 @@ MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
-# Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
-# prediction between the modes may raise it.
+# Scores convert to predictions with an error of some 1e-13 of states of size 10, which the slope of
+# the prediction between the modes may raise.
 CONVERSION = rounding(64, 1e4)
 
 

@@ -9,7 +9,7 @@ from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, s
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import DATA as GAUSSIAN
 from gaussian_data import SLOPE
-from probes import generator, untouchable
+from probes import generator
 from tolerances import order_of
 
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
@@ -102,25 +102,3 @@ def test_a_grid_may_have_a_single_step(name, prediction):
     # The square of the step, with rates of about ten.
     assert (found - expected).abs().max() < 100 * 0.05**2 * z.abs().max()
     assert (found - expected).norm() < (z - expected).norm()
-
-
-FINE = solvers.uniform_times(1.0, EPS, 4).flip(0)
-DECREASE = "times must decrease for .*, which is "
-
-
-@pytest.mark.parametrize(
-    ("solver", "times", "options", "message"),
-    [
-        (solvers.EulerMaruyama(), FINE, {}, DECREASE + "stochastic"),
-        (Multistep(stochasticity=1.0), FINE, {}, DECREASE + "stochastic"),
-        (solvers.EDMHeun(churn=1.0), FINE, {}, DECREASE + "stochastic"),
-        (solvers.TorchDiffEq(), FINE, {}, DECREASE + "for decreasing grids only"),
-        (BEST, FINE, {"denoise": True}, "denoise must be False for an increasing grid"),
-        (BEST, FINE, {"t_eval": FINE.flip(0)}, "t_eval must run in the direction of times"),
-        (BEST, FINE - EPS, {}, r"times must start above 0 .* draw states at a t > 0"),
-    ],
-)
-def test_solves_that_cannot_encode_are_rejected(solver, times, options, message):
-    process, z = ReverseProcess(VPSDE(), untouchable), torch.zeros(2, 1, 1)
-    with pytest.raises(ValueError, match=message):
-        solvers.solve(process, solver, z, times, **options)

@@ -90,7 +90,6 @@ def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
         sampler.solve(start(sde, (batch, 2), dtype), generator=generator(), **options)
 
     assert torch.equal(sampler.times, GRID)
-    assert "tables" not in repr(sampler)
     with counted(monkeypatch) as calls:
         solvers.plan(process, SOLVERS[name], GRID)
     assert calls
@@ -116,17 +115,6 @@ class Guided(MixedScore):
         return 1.2 * super().forward(z, t, **options) - 0.1 * z[:, list(self.sde.driven)]
 
 
-class Wrapped(nn.Module):
-    """A module that calls another."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, z, t):
-        return 1.1 * self.model(z, t)
-
-
 def hooked(kind, hook):
     def make(sde):
         model = mixed(sde)
@@ -146,18 +134,13 @@ CHANGES = {
         hooked("forward", lambda module, args, output: 1.1 * output),
         lambda model, z, t: 1.1 * model(z, t),
     ),
-    "pre-hook on the state": (
-        hooked("forward_pre", lambda module, args: (1.05 * args[0], *args[1:])),
-        lambda model, z, t: model(1.05 * z, t),
+    "pre-hook on state and time": (
+        hooked("forward_pre", lambda module, args: (1.05 * args[0], 0.9 * args[1])),
+        lambda model, z, t: model(1.05 * z, 0.9 * t),
     ),
-    "pre-hook on the time": (
-        hooked("forward_pre", lambda module, args: (args[0], 0.9 * args[1])),
-        lambda model, z, t: model(z, 0.9 * t),
-    ),
-    "wrapper": (lambda sde: Wrapped(mixed(sde)), lambda model, z, t: 1.1 * model(z, t)),
     "compiled": (
-        lambda sde: torch.compile(Wrapped(mixed(sde)), backend="eager"),
-        lambda model, z, t: 1.1 * model(z, t),
+        lambda sde: torch.compile(mixed(sde, Guided), backend="eager"),
+        lambda model, z, t: 1.2 * model(z, t) - 0.1 * z[:, list(model.sde.driven)],
     ),
 }
 
@@ -165,7 +148,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, "subclass") for name in SOLVERS]
-    + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:-1]]
+    + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:3]]
     + [(FEW[0], "compiled")],
 )
 def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
@@ -199,10 +182,8 @@ def test_a_plan_follows_a_model_whose_state_is_loaded(name):
 @few_solvers
 def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     sde = sde_for(name)
-    process, options = (
-        ReverseProcess(sde, SCORES[score](sde)),
-        {"denoise": True, "t_eval": GRID[1:]},
-    )
+    process = ReverseProcess(sde, SCORES[score](sde))
+    options = {"denoise": True, "t_eval": GRID[1:]}
 
     def gradient(sampler):
         z = start(sde).requires_grad_()
@@ -215,28 +196,3 @@ def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
     assert torch.equal(gradient(sampler), expected)
     assert expected.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("made", "error", "got"),
-    [
-        (lambda z: (z[:1], ()), ValueError, r".*\(1, 2, 2\)"),
-        (lambda z: (z[:, :1], ()), ValueError, r".*\(3, 1, 2\)"),
-        (lambda z: (z.float(), ()), ValueError, ".*float32"),
-        (lambda z: (z.to("meta"), ()), ValueError, ".*meta"),
-        (lambda z: (None, ()), ValueError, "NoneType"),
-        (lambda z: z, TypeError, "Tensor"),
-        (lambda z: (z, None), TypeError, "tuple"),
-        (lambda z: (z, [z]), TypeError, "tuple"),
-        (lambda z: (z, (), ()), TypeError, "tuple"),
-        (lambda z: None, TypeError, "NoneType"),
-    ],
-)
-def test_steps_that_return_something_else_are_rejected(made, error, got):
-    class Made(solvers.EulerMaruyama):
-        def step(self, z, *rest):
-            return made(super().step(z, *rest)[0])
-
-    sde = CLD()
-    with pytest.raises(error, match=rf"Made\.step must return .*; got {got}"):
-        solvers.solve(ReverseProcess(sde, Smooth(sde)), Made(), start(sde), GRID)

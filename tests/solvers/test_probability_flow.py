@@ -45,9 +45,17 @@ def test_it_is_the_flow_of_gaussian_data(name, dtype, tolerance):
     check_flow(found.state, state, name, END, found.stats["attempts"], tolerance)
 
 
-@every_method
-@pytest.mark.parametrize(("rtol", "atol"), [(1e-6, 1e-4), (1e-4, 1e-6)])
-@pytest.mark.parametrize(("name", "pace", "samples"), [("VE", "batch", 20), ("CLD", "sample", 1)])
+# Many steps of order eight, whose number shows the weights of the two error estimates.
+TIGHT = 1e-10
+STEPS = [("CLD", "dopri8", "sample", 1, TIGHT, TIGHT)] + [
+    (*case, *tolerances)
+    for method in METHODS
+    for case in (("VE", method, "batch", 20), ("CLD", method, "sample", 1))
+    for tolerances in ((1e-6, 1e-4), (1e-4, 1e-6))
+]
+
+
+@pytest.mark.parametrize(("name", "method", "pace", "samples", "rtol", "atol"), STEPS)
 def test_steps_are_those_of_scipy(name, method, rtol, atol, pace, samples):
     sde = PROCESSES[name][0]
     process = ReverseProcess(sde, cases.mixture().score(sde))
@@ -64,23 +72,8 @@ def test_steps_are_those_of_scipy(name, method, rtol, atol, pace, samples):
     room = max(solver.facts.nfe_per_step, 0.05 * expected.nfev)
     assert abs(found.nfev - expected.nfev) <= room
     last = torch.from_numpy(expected.y[:, -1]).reshape(state.shape)
-    assert ((found.state - last).abs() <= atol + rtol * last.abs()).all()
-
-
-def test_the_error_of_order_eight_is_scipy_s():
-    # Many steps, whose number shows the weights of the two error estimates.
-    process = ReverseProcess(CRITICAL, cases.mixture().score(CRITICAL))
-    state = start(CRITICAL, (1, 2))
-
-    def velocity(t, flat):
-        z = torch.from_numpy(flat).reshape(state.shape)
-        return process.probability_flow(z, t).numpy().ravel()
-
-    options = {"rtol": 1e-10, "atol": 1e-10}
-    expected = solve_ivp(velocity, (1.0, END), state.numpy().ravel(), "DOP853", **options)
-    found = run(CRITICAL, process.score, state, method="dopri8", **options)
-    # A rejection may tip over by rounding.
-    assert abs(found.nfev - expected.nfev) <= 0.05 * expected.nfev
+    if rtol > TIGHT:
+        assert ((found.state - last).abs() <= atol + rtol * last.abs()).all()
 
 
 @every_pace

@@ -6,15 +6,8 @@ import math
 import pytest
 import torch
 
-from cldsde import (
-    VPSDE,
-    CosineVP,
-    GaussianMixture,
-    LinearSDE,
-    RectifiedFlow,
-    ReverseProcess,
-    solvers,
-)
+import cldsde
+from cldsde import CosineVP, GaussianMixture, LinearSDE, RectifiedFlow, ReverseProcess, solvers
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
@@ -25,13 +18,9 @@ from tolerances import order_of, rounding, standard_error, standard_error_of_var
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 MEAN, VARIANCE = -0.5 + 0.04 + 0.36, 0.35**2 + 0.5 + 0.2 * 0.04 + 0.3 * 1.44 - 0.1**2
 FLOW = RectifiedFlow()
-PROCESSES = {
-    "rectified flow": FLOW,
-    "cosine": CosineVP(),
-    "table to zero": VPSDE.from_alphas_cumprod(
-        [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
-    ),
-}
+ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
+PROCESSES = {"rectified flow": FLOW, "cosine": CosineVP()}
+PROCESSES["table to zero"] = cldsde.VPSDE.from_alphas_cumprod(ALPHAS)
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
 PREDICTIONS = rounding(32, math.exp(10))  # from the score at `regular_until`
 
