@@ -98,21 +98,6 @@ def test_panels_follow_parameters_that_change():
     assert sde.transition(0.0, 1.0).mean.item() == pytest.approx(expected, rel=300 * KERNEL)
 
 
-@pytest.mark.parametrize("where", [(0.1, 0.9), (0.49, 0.51)])
-def test_kernels_of_functions_are_differentiable(where):
-    def kernel(s, t, stiffness):
-        def drift(u):
-            return [[0.0, 8 * torch.cos(u)], [-stiffness * (1 + u), -20.0]]
-
-        sde = LinearSDE.from_functions(drift, lambda u: [[0.0], [1 + torch.sin(3 * u)]])
-        step = sde.transition(s, t)
-        return step.mean, step.root
-
-    arguments = tuple(tensor(x).requires_grad_() for x in (*where, 10.0))
-    # Central differences of a step below |t - s|, and torch's tolerances.
-    assert torch.autograd.gradcheck(kernel, arguments, eps=1e-7)
-
-
 # Interpolants ----------------------------------------------------------------------------------
 
 SINGULAR = ["rectified flow", "cosine", "linear functions", "uncertain start", "table to zero"]
@@ -217,21 +202,6 @@ def test_interpolants_have_priors_and_levels():
     # t = 1 / (1 + e^kappa); rounding of log t, and of t near 1.
     found = times_of_log_snr(RectifiedFlow(), levels)
     assert (found - torch.sigmoid(-levels)).abs().max() <= rounding(4)
-
-
-def test_kernels_are_differentiable_in_functions_and_tables():
-    def learnt(rate):
-        sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** rate, lambda t: t**rate)
-        # One by quadrature, one by differences.
-        s, t = tensor([0.30, 0.30]), tensor([0.31, 1.0])
-        return torch.cat([sde.transition(s, t).root.flatten(), sde.diffusion(s).flatten()])
-
-    def tabled(table):
-        sde = VPSDE.from_alphas_cumprod(table)
-        return sde.transition(tensor([0.0, 0.2, 0.4]), tensor([0.3, 0.9, 0.9])).root
-
-    assert torch.autograd.gradcheck(learnt, tensor(1.3).requires_grad_())
-    assert torch.autograd.gradcheck(tabled, tensor([0.9, 0.5, 0.2, 0.01]).requires_grad_())
 
 
 def test_an_exact_gain_serves_functions_that_are_not_smooth():

@@ -338,59 +338,6 @@ def test_a_component_that_noise_does_not_reach_needs_a_spread_of_its_own(stochas
     assert residual(found, *(sde.marginal(t, sigma).root for t in (0.1, 0.5))) <= FAMILY
 
 
-# Gradients, against central differences --------------------------------------------------------
-
-FULL = tensor([[0.3, 0.05], [0.05, 0.2]])
-
-
-def oscillator(friction: torch.Tensor) -> LinearSDE:
-    return LinearSDE.from_matrices(
-        [[0.0, 4.0], [-1.0, -friction]], [[0.0], [1.4]], (0.5, 3.0), stationary_covariance=None
-    )
-
-
-# Over short and long steps, which take different forms of Bayes' rule.
-ZERO = torch.zeros_like(FULL)
-GRADIENTS = [(0.4, 0.41, 0.5, ZERO), (0.4, 0.6, 0.5, FULL), (0.4, 0.6, 0.0, ZERO)]
-GRADIENTS += [(s, t, 1.0, sigma) for s, t in ((0.4, 0.41), (0.1, 0.9)) for sigma in (ZERO, FULL)]
-
-
-@pytest.mark.parametrize(("s", "t", "stochasticity", "sigma"), GRADIENTS)
-def test_posteriors_are_differentiable(s, t, stochasticity, sigma):
-    def posterior(friction, s, t):
-        options = {"stochasticity": stochasticity, "initial_covariance": sigma}
-        found = oscillator(friction).posterior(s, t, **options)
-        return (found.state, found.initial, *([found.root] if stochasticity else []))
-
-    arguments = tuple(tensor(x).requires_grad_() for x in (4.0, s, t))
-    assert torch.autograd.gradcheck(posterior, arguments, eps=1e-6)
-
-
-def test_the_flow_root_and_a_regular_start_are_differentiable():
-    def root(friction, t):
-        return oscillator(friction).probability_flow_root(t)
-
-    def posterior(friction, t):
-        found = oscillator(friction).posterior(0.0, t, initial_covariance=FULL)
-        return found.state[1], found.root[1]
-
-    for function, times in ((root, [0.2, 0.9]), (posterior, 0.02)):
-        arguments = tensor(4.0).requires_grad_(), tensor(times).requires_grad_()
-        assert torch.autograd.gradcheck(function, arguments, eps=1e-6)
-
-
-@pytest.mark.parametrize("variance", [0.0, 0.01])
-@pytest.mark.parametrize("stochasticity", [0.5, 1.0])
-def test_gradients_are_finite_at_a_singular_start_and_over_empty_steps(variance, stochasticity):
-    friction = tensor(4.0).requires_grad_()
-    s = tensor([0.0 if stochasticity == 1 else 0.1, 0.3, 0.4]).requires_grad_()
-    t = tensor([0.5, 0.3, 0.9]).requires_grad_()
-    options: dict[str, Any] = {"initial_covariance": tensor([0.0, variance]).diag()}
-    found = oscillator(friction).posterior(s, t, stochasticity=stochasticity, **options)
-    (found.state.sum() + found.initial.sum() + found.root.sum()).backward()
-    assert all(leaf.grad.isfinite().all() for leaf in (friction, s, t))
-
-
 def test_equal_times_keep_derivatives_of_their_own():
     t = tensor([0.3, 0.3, 0.6])
     jacobian = torch.autograd.functional.jacobian(CLD().probability_flow_root, t)
