@@ -25,7 +25,7 @@ PROCESSES = {
     ),
 }
 UNDERDAMPED = LinearSDE.from_matrices(
-    [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], initial_covariance=[[0, 0], [0, 0.04]]
+    [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], 5.0, initial_covariance=[[0, 0], [0, 0.04]]
 )
 # A few evaluations of float32 scores.
 SINGLE = {"rtol": rounding(100, dtype=torch.float32), "atol": rounding(100, dtype=torch.float32)}
@@ -106,12 +106,12 @@ def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
 def test_levels_of_the_score_bound_the_window(name):
     network = Recording(lambda x, sigma: x / (1 + sigma.unsqueeze(1) ** 2))
     sde = PROCESSES[name]()
-    path = NoisePath(torch.ones_like, lambda t: t, interval=(0.2, 5.0))
+    path = NoisePath(torch.ones_like, lambda t: t, interval=(0.2, 8.0))
     denoiser = cldsde.PredictionDenoiser(network, path, "data")
     cldsde.sample(sde, DenoiserScore(denoiser, sde), (3, 2), nfe=6)
     levels = torch.stack(network.times)
     rounded = 1e-4  # levels from times in float32
-    assert levels.max() == pytest.approx(5.0, rel=rounded)
+    assert levels.max() == pytest.approx(8.0, rel=rounded)
     assert levels.min() == pytest.approx(0.2, rel=rounded)
 
 
@@ -135,6 +135,15 @@ def test_a_denoiser_that_completes_states_is_a_function():
     plain = cldsde.sample(vp, same[0], (6, 2), nfe=6)
     # The guided budget of 12 is 6 evaluations of each score.
     torch.testing.assert_close(guided, plain, **SINGLE)
+
+
+def test_a_process_whose_noise_does_not_hide_the_data_is_pointed_out():
+    slow = LinearSDE.from_matrices([[0, 1], [-4, -1.2]], [[0.5, 0], [0, 1.5]])
+    assert slow.log_snr(1.0) > -2
+    with pytest.warns(
+        UserWarning, match=r"half the log SNR is 0\.2 there, .* larger noise schedule"
+    ):
+        cldsde.sample(slow, DATA.score(slow), (3, 2), nfe=6)
 
 
 def test_dropout_in_training_mode_is_pointed_out():
