@@ -162,8 +162,7 @@ def _draw_trajectories(file: Path, run: Run, data: DataSet, config: DemoConfig) 
     forward = [sde.marginal(stops[0]).sample(first, generator=generator)]
     for s, t in pairwise(stops):
         forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))
-    backward = [sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)]
-    for i in range(0, len(grid) - 1, refinement):
-        part = process, solvers.SSCS(), backward[-1], grid[i : i + refinement + 1]
-        backward.append(solvers.solve(*part, generator=generator).state)
-    plot_trajectories(file, stops.tolist(), torch.cat(forward), torch.cat(backward[::-1]).cpu())
+    noise = sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)
+    options: dict[str, Any] = {"generator": generator, "t_eval": stops.flip(0)}
+    backward = solvers.solve(process, solvers.SSCS(), noise, grid, **options).y[:, 0].flip(0)
+    plot_trajectories(file, stops.tolist(), torch.cat(forward), backward.cpu())

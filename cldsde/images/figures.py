@@ -33,7 +33,7 @@ def save_grid(
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
     sheet = _montage(images.cpu().numpy(), columns, gap=2, fill=0)
     sheet = np.pad(sheet, ((0, 0), (2, 2), (2, 2)))
-    scale = max(1, 24 // max(height, width))
+    scale = max(1, 64 // max(height, width))
     picture(sheet.repeat(scale, 1).repeat(scale, 2), levels).save(file, pnginfo=notes)
 
 

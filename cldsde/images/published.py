@@ -51,8 +51,8 @@ class ImportedModel:
             found, _ = load_tensors(out / MODEL, KIND)
         same = same and tensors_digest(found) == tensors_digest(weights)
         if not same and not overwrite:
-            msg = f"{out} holds another model or settings; choose another folder, or allow it to be"
-            raise SettingError("out", f"{msg} overwritten")
+            msg = f"{out} holds another model or settings; choose another folder, or set overwrite"
+            raise SettingError("out", msg)
         return same
 
     def write(self, out: Path) -> Path:

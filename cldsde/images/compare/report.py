@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -69,7 +70,7 @@ def write_report(folder: Path) -> None:
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
     """Plot a measure against score evaluations, one panel per model, the others in grey.
 
-    Shows means over repeats, with their standard deviations.
+    Shows means over repeats, and bands of one standard deviation.
     """
     rows = []
     for row in results["rows"]:
@@ -92,8 +93,9 @@ def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
                 continue
             i = labels.index(label)
             colour, marker = f"C{_COLOURS[i % len(_COLOURS)]}", "osD^v<>P"[i % 8]
-            options = {"color": colour, "marker": marker, "markersize": 5, "capsize": 2}
-            axes.errorbar(nfe, means, yerr=spreads, label=label, zorder=2, **options)
+            axes.plot(nfe, means, label=label, color=colour, marker=marker, markersize=5, zorder=2)
+            band = np.subtract(means, spreads), np.add(means, spreads)
+            axes.fill_between(nfe, *band, color=colour, alpha=0.2, linewidth=0)
         axes.set_title(model)
         axes.legend(fontsize="small", framealpha=0.85)
         axes.set(xscale="log", yscale="log")
