@@ -35,6 +35,8 @@ __all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan",
 # about 1. At the start the noise hides the data. At the end the data prediction removes the
 # remaining noise.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
+# Above this value at the start, samples follow the prior noticeably instead of the data.
+_VISIBLE_LOG_SNR = -2.0
 
 # Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
@@ -136,6 +138,13 @@ def sample(
     FloatingPointError
         If a sample is not finite.
 
+    Warns
+    -----
+    UserWarning
+        If the process, or the noise levels of the score, end at κ > −2: the noise does not hide the
+        data there, so samples are biased towards the prior. Also if a layer of the score is in
+        training mode.
+
     Notes
     -----
     The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, which networks do not resolve
@@ -165,6 +174,8 @@ def sample(
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     first_time = float(sampler.times[0])
+    if times is None:
+        _warn_of_start(sde, first_time)
     device = device_of(score) if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
@@ -364,6 +375,16 @@ def _warn_of_training(score: Score) -> None:
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     if any(isinstance(layer, kinds) and layer.training for layer in layers):
         msg = "score has dropout or batch normalisation in training mode; call its eval() first"
+        warnings.warn(msg, UserWarning, stacklevel=3)
+
+
+def _warn_of_start(sde: LinearSDE, start: float) -> None:
+    """Warn if sampling starts from noise that does not hide the data."""
+    log_snr = float(sde.log_snr(start))
+    if log_snr > _VISIBLE_LOG_SNR:
+        msg = f"the noise does not hide the data at the start of sampling, t = {start:.3g}: half "
+        msg += f"the log SNR is {log_snr:.1f} there, and should be {_VISIBLE_LOG_SNR:g} or less. "
+        msg += "Use a larger noise schedule, or a score trained at larger noise levels"
         warnings.warn(msg, UserWarning, stacklevel=3)
 
 

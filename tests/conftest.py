@@ -53,6 +53,14 @@ def diffusers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def undrawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of figures are empty, since drawing takes most of the time of a comparison."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **options: Path(file).touch())
+
+
+@pytest.fixture
 def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Classifiers of evaluations keep random weights; the options of each call are returned."""
     from cldsde.images.evaluate import classifier

@@ -13,6 +13,8 @@ from cldsde.images.runs import RunFolder
 from cldsde.images.train.loop import train
 
 NETWORK = {"channels": [8], "groups": 4}
+SHORT = {"images": 96, "batch": 16, "micro_batch": 8, "ema_decay": 0.9, "log_every": 16}
+SHORT |= {"save_every": 32, "sample_every": 96, "sample_grid": 4}
 DIGITS = """
 [network]
 options = { channels = [8], groups = 4 }

@@ -12,12 +12,8 @@ import torch
 
 from cldsde.errors import SettingError
 
-
-class Option(NamedTuple):
-    """Arguments of ``ArgumentParser.add_argument``."""
-
-    names: list[str]
-    settings: dict[str, Any]
+Option = tuple[list[str], dict[str, Any]]
+"""Names and settings of an option, arguments of ``ArgumentParser.add_argument``."""
 
 
 class Kind(NamedTuple):
@@ -43,12 +39,12 @@ def option(usage: str, kind: Any, text: str, **settings: Any) -> Option:
     notes += [] if default in (None, []) else [f"default: {default}"]
     text = f"{text} ({', '.join(notes)})" if notes else text
     names = names or [settings.pop("dest", metavar.lower())]
-    return Option(names, {"type": kind, "metavar": metavar, "help": text, **settings})
+    return names, {"type": kind, "metavar": metavar, "help": text, **settings}
 
 
 def flag(name: str, text: str, **settings: Any) -> Option:
     """Declare an option without a value."""
-    return Option([name], {"action": "store_true", "help": text, **settings})
+    return [name], {"action": "store_true", "help": text, **settings}
 
 
 def several(usage: str, text: str) -> Option:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,30 +14,27 @@ import numpy as np
 import torch
 
 from cldsde import solvers
+from cldsde.images.compare.report import plot_measure
+from cldsde.images.compare.tables import tables
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet, digits, pixels_of, to_unit
 from cldsde.images.data.samples import all_bytes, as_bytes
 from cldsde.images.entry import Run
 from cldsde.images.evaluate import ClassifierFeatures, frechet_distance, train_classifier
-from cldsde.images.figures import plot_distances, plot_samples, plot_trajectories
+from cldsde.images.figures import plot_samples, plot_trajectories
 from cldsde.images.runs import RunFolder
 from cldsde.progress import progress_bar
 from cldsde.score import GaussianMixture, ReverseProcess
-from cldsde.tables import Entry, Table, mean_and_spread
 
 _RESULTS = (
     *("results.json", "table.md", "samples.npz"),
     *("samples.png", "trajectories.png", "distances.png"),
 )
 _CONFIG = Path(__file__).with_name("demo.toml")
-_QUICK = {
-    "images": 51_200,
-    "learning_rate": 2e-3,
-    "warmup": 3_200,
-    "ema_decay": 0.99,
-    "save_every": 6_400,
-    "sample_every": 51_200,
-}
+_QUICK = (
+    *("training.images=51_200", "training.learning_rate=2e-3", "training.warmup=3_200"),
+    *("training.ema_decay=0.99", "training.save_every=6_400", "training.sample_every=51_200"),
+)
 # Changes of the recipe of the model.
 _SOLVERS: dict[str, dict[str, Any]] = {
     "EM": {"solver": "euler-maruyama", "t_start": None},
@@ -64,12 +60,9 @@ class DemoConfig:
     @classmethod
     def make(cls, seed: int = 0, device: str = "cpu", *, quick: bool = False) -> DemoConfig:
         """The demonstration, or a smaller version of it for a first look."""
-        model = dataclasses.replace(load_config(_CONFIG), seed=seed)
-        if not quick:
-            return cls(model=model, device=device)
-        training = dataclasses.replace(model.training, **_QUICK)  # type: ignore[arg-type]
-        model = dataclasses.replace(model, training=training)
-        return cls(model=model, device=device, nfe=(10, 50), samples=300)
+        model = load_config(_CONFIG, [f"seed={seed}", *(_QUICK if quick else ())])
+        smaller: dict[str, Any] = {"nfe": (10, 50), "samples": 300} if quick else {}
+        return cls(model=model, device=device, **smaller)
 
 
 def run_demo(config: DemoConfig, folder: RunFolder, *, progress: bool = True) -> str:
@@ -87,25 +80,26 @@ def run_demo(config: DemoConfig, folder: RunFolder, *, progress: bool = True) ->
     features = ClassifierFeatures(classifier)
     real = features(torch.cat([train, held_out]))
     run = Run.train(config.model, data, folder / "model", device=config.device, progress=progress)
-    distances: dict[str, dict[int, list[float]]] = {name: {} for name in _SOLVERS}
-    seeds, cells = (
-        range(config.sets * config.samples),
-        [(x, n) for x in _SOLVERS for n in config.nfe],
-    )
+    # In the format of a comparison.
+    rows: dict[str, dict[str, Any]] = {
+        name: {"model": "CLD", "label": name, "adaptive": False, "cells": []} for name in _SOLVERS
+    }
+    seeds, cells = range(config.sets * config.samples), list(product(_SOLVERS, config.nfe))
     with progress_bar(cells, shown=progress, desc="sampling") as bar:
         for name, nfe in bar:
             bar.set_postfix(solver=name, nfe=nfe)
             drawn = run.sample(seeds, batch=_BATCH, nfe=nfe, **_SOLVERS[name]).images
             sets = features(as_bytes(drawn, levels)).reshape(config.sets, config.samples, -1)
-            distances[name][nfe] = [frechet_distance(some, real) for some in sets]
+            measures = {"fd": [frechet_distance(some, real) for some in sets]}
+            rows[name]["cells"].append({"budget": nfe, "nfe": nfe, "measures": measures})
     # The last cell belongs to the multistep solver at its largest budget.
     images = to_unit(drawn, levels)
     found = classifier(images).argmax(1)
-    baseline = frechet_distance(classifier.features(_gaussian(data, config)), real)
-    results = {
+    results: dict[str, Any] = {
         "accuracy": accuracy,
-        "distances": distances,
-        "baseline": baseline,
+        "rows": list(rows.values()),
+        "models": {},
+        "baseline": frechet_distance(classifier.features(_gaussian(data, config)), real),
         "class_shares": (found.bincount(minlength=10) / len(found)).tolist(),
         "seconds": time.monotonic() - began,
     }
@@ -115,47 +109,38 @@ def run_demo(config: DemoConfig, folder: RunFolder, *, progress: bool = True) ->
     shown, caption = pixels_of(data.all[-1])[-100:], f"generated, {name} at {nfe} NFE"
     folder.write("samples.png", lambda file: plot_samples(file, shown, images, caption))
     folder.write("trajectories.png", lambda file: _draw_trajectories(file, run, data, config))
-    folder.write("distances.png", lambda file: plot_distances(file, distances, baseline))
-    text = _text(**results)
-    folder.write("table.md", lambda file: file.write_text(text))
-    return text
+    figure, label = plot_measure(results, "fd"), "Gaussian fitted to the pixels"
+    figure.axes[0].axhline(results["baseline"], color="0.5", linestyle="dashed", label=label)
+    figure.axes[0].legend(fontsize="small")
+    folder.write("distances.png", lambda file: figure.savefig(file, dpi=150))
+    folder.write("table.md", lambda file: file.write_text(_text(results)))
+    return (folder / "table.md").read_text()
 
 
-def _text(
-    distances: Mapping[str, Mapping[int, Sequence[float]]],
-    baseline: float,
-    accuracy: float,
-    class_shares: Sequence[float],
-    seconds: float,
-) -> str:
+def _text(results: Mapping[str, Any]) -> str:
     """The distances as a table in Markdown, and the other results."""
-    budgets = list(distances["multistep"])
-    rows = [
-        [Entry(name, number=False), *(Entry(mean_and_spread(row[n], 2)) for n in budgets)]
-        for name, row in distances.items()
-    ]
-    table = Table("", ["FD at NFE", *map(str, budgets)], rows, []).markdown()
-    shares = " ".join(f"{digit}: {share:.0%}" for digit, share in enumerate(class_shares))
-    return (
-        f"{table}\n\n{_comparison(distances)}\n\n"
-        f"FD of samples of a Gaussian fitted to the pixels: {baseline:.2f}\n"
-        f"Classifier on held-out digits: {accuracy:.1%}. Classes among samples: {shares}\n"
-        f"Took {seconds:.0f} s.\n"
-    )
-
-
-def _comparison(distances: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
-    """Evaluations that the other solvers need for the best result with the fewest."""
-    rows = distances.items()
-    means = {name: {n: mean(values) for n, values in row.items()} for name, row in rows}
+    [table] = tables(results)
+    # Evaluations that the other solvers need for the best result with the fewest.
+    means = {
+        row["label"]: {cell["nfe"]: mean(cell["measures"]["fd"]) for cell in row["cells"]}
+        for row in results["rows"]
+    }
     own = means.pop("multistep")
     fewest, most = min(own), max(own)
     needs = []
     for name, row in means.items():
         enough = [n for n in sorted(row) if row[n] <= own[fewest]]
         needs.append(f"{name} needs {enough[0] if enough else f'more than {most}'}")
-    reached = f"With {fewest} score evaluations the multistep solver reaches {own[fewest]:.2f}"
-    return f"{reached}; {' and '.join(needs)} for as much (lower is better)."
+    shares = " ".join(f"{digit}: {x:.0%}" for digit, x in enumerate(results["class_shares"]))
+    return (
+        f"{table.markdown()}\n\n"
+        f"With {fewest} score evaluations the multistep solver reaches {own[fewest]:.2f}; "
+        f"{' and '.join(needs)} for as much (lower is better).\n\n"
+        f"FD of samples of a Gaussian fitted to the pixels: {results['baseline']:.2f}\n"
+        f"Classifier on held-out digits: {results['accuracy']:.1%}. "
+        f"Classes among samples: {shares}\n"
+        f"Took {results['seconds']:.0f} s.\n"
+    )
 
 
 def _gaussian(data: DataSet, config: DemoConfig) -> torch.Tensor:
@@ -177,8 +162,7 @@ def _draw_trajectories(file: Path, run: Run, data: DataSet, config: DemoConfig) 
     forward = [sde.marginal(stops[0]).sample(first, generator=generator)]
     for s, t in pairwise(stops):
         forward.append(sde.transition(s, t).sample(forward[-1], generator=generator))
-    backward = [sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)]
-    for i in range(0, len(grid) - 1, refinement):
-        part = process, solvers.SSCS(), backward[-1], grid[i : i + refinement + 1]
-        backward.append(solvers.solve(*part, generator=generator).state)
-    plot_trajectories(file, stops.tolist(), torch.cat(forward), torch.cat(backward[::-1]).cpu())
+    noise = sde.prior.sample((1, 1, 8, 8), generator=generator, device=config.device)
+    options: dict[str, Any] = {"generator": generator, "t_eval": stops.flip(0)}
+    backward = solvers.solve(process, solvers.SSCS(), noise, grid, **options).y[:, 0].flip(0)
+    plot_trajectories(file, stops.tolist(), torch.cat(forward), backward.cpu())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +33,17 @@ def save_grid(
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
     sheet = _montage(images.cpu().numpy(), columns, gap=2, fill=0)
     sheet = np.pad(sheet, ((0, 0), (2, 2), (2, 2)))
-    scale = max(1, 24 // max(height, width))
+    scale = max(1, 64 // max(height, width))
     picture(sheet.repeat(scale, 1).repeat(scale, 2), levels).save(file, pnginfo=notes)
 
 
 def _montage(images: NDArray, columns: int, *, gap: int, fill: float) -> NDArray:  # type: ignore[type-arg]
     """Images ``(N, C, H, W)`` in rows of ``columns``, with gaps between them: ``(C, H', W')``."""
-    n, channels, height, width = images.shape
-    rows, high, wide = -(-n // columns), height + gap, width + gap
-    sheet = np.full((channels, rows * high - gap, columns * wide - gap), fill, images.dtype)
-    for i, image in enumerate(images):
-        top, left = i // columns * high, i % columns * wide
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet
+    padding = ((0, -len(images) % columns), (0, 0), (0, gap), (0, gap))
+    padded = np.pad(images, padding, constant_values=fill)
+    channels, high, wide = padded.shape[1:]
+    rows = padded.reshape(-1, columns, channels, high, wide).transpose(2, 0, 3, 1, 4)
+    return rows.reshape(channels, -1, columns * wide)[:, :-gap, :-gap]
 
 
 def is_whole_picture(file: Path) -> bool:
@@ -86,41 +85,14 @@ def plot_trajectories(
     """
     count, width = len(times), forward.shape[-1]
     figure = Figure(figsize=(1.05 * count + 0.9, 5.2), layout="constrained")
-    parts = [(forward, "diffusion →", i) for i in (0, 1)] + [
-        (backward, "← generation", i) for i in (0, 1)
-    ]
-    for axes, (states, way, i) in zip(figure.subplots(4), parts, strict=True):
-        sheet = _montage(states[:, i].cpu().numpy(), count, gap=1, fill=np.nan)[0]
-        colours, limit = ("gray", 1.0) if i == 0 else ("RdBu_r", 1.5)
+    ways = {"diffusion →": forward, "← generation": backward}
+    looks = {"x": ("gray", 1.0), "v": ("RdBu_r", 1.5)}
+    for axes, (way, name) in zip(figure.subplots(4), product(ways, looks), strict=True):
+        states, (colours, limit) = ways[way][:, "xv".index(name)], looks[name]
+        sheet = _montage(states.cpu().numpy(), count, gap=1, fill=np.nan)[0]
         axes.imshow(sheet, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set(xticks=[], yticks=[], ylabel=f"{way}\n{'xv'[i]}")
+        axes.set(xticks=[], yticks=[], ylabel=f"{way}\n{name}")
     middles = np.arange(count) * (width + 1) + (width - 1) / 2
     top = figure.axes[0].secondary_xaxis("top")
     top.set_xticks(middles, [f"t = {time:.3g}" for time in times], fontsize=9)
-    figure.savefig(file, dpi=150)
-
-
-def plot_distances(
-    file: Path, distances: Mapping[str, Mapping[int, Sequence[float]]], baseline: float
-) -> None:
-    """Plot Fréchet distance against NFE, one line per solver, with a band of one deviation.
-
-    ``distances`` maps solver and NFE to the distances of several sets of samples; ``baseline`` is
-    the distance of samples of a Gaussian fitted to the training pixels.
-    """
-    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for (name, values), marker in zip(distances.items(), "os^Dv", strict=False):
-        means = np.array([np.mean(sets) for sets in values.values()])
-        spread = np.array([np.std(sets, ddof=1) for sets in values.values()])
-        (line,) = axes.loglog(list(values), means, marker=marker, label=name)
-        low, high = np.maximum(means - spread, means / 2), means + spread
-        axes.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
-    nfes = sorted({nfe for values in distances.values() for nfe in values})
-    axes.axhline(baseline, color="0.5", linestyle="dashed", label="Gaussian fitted to the pixels")
-    axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
-    axes.minorticks_off()
-    axes.set(xlabel="score evaluations per sample (NFE)", ylabel="Fréchet distance (FD)")
-    axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize=8)
     figure.savefig(file, dpi=150)

@@ -247,7 +247,7 @@ def load_model(
         raise ValueError(msg) from error
     if ":" in config.network.name and not trust:
         msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
-        raise SettingError("trust", f"{msg}allow it if you trust the code")
+        raise SettingError("trust", f"{msg}set trust if you trust the code")
     return read_model(run / MODEL, config, device)
 
 

@@ -21,29 +21,15 @@ from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.published import check_levels, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
 
-__all__ = ["ImportedModel", "read_published"]
-
 _OPEN = ("data.name", "data.options", "sampling")
 """Settings that a checkpoint does not determine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportedModel:
-    """A published model as a run has it.
+    """A published model as a run has it."""
 
-    Attributes
-    ----------
-    model
-        Score with averaged weights.
-    config
-        Configuration of the run.
-    space
-        The images.
-    images_seen
-        Length of the training.
-    """
-
-    model: DiffusionModel
+    model: DiffusionModel  # with averaged weights
     config: RunConfig
     space: ImageSpace
     images_seen: int
@@ -65,8 +51,8 @@ class ImportedModel:
             found, _ = load_tensors(out / MODEL, KIND)
         same = same and tensors_digest(found) == tensors_digest(weights)
         if not same and not overwrite:
-            msg = f"{out} holds another model or settings; choose another folder, or allow it to be"
-            raise SettingError("out", f"{msg} overwritten")
+            msg = f"{out} holds another model or settings; choose another folder, or set overwrite"
+            raise SettingError("out", msg)
         return same
 
     def write(self, out: Path) -> Path:

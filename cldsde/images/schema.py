@@ -121,7 +121,7 @@ def _reason(error: ValidationError) -> str:
     first, *others = error.errors(include_url=False)
     if first["type"] == "missing":
         return "is missing"
-    if first["type"] in {"dataclass_type", "mapping_type"}:
+    if first["type"] in {"dataclass_type", "mapping_type", "dict_type"}:
         return f"must be a section; got {first['input']!r}"
     # Each member of a union reports an error about the same value.
     same = [first, *(one for one in others if one["input"] is first["input"])]

@@ -70,6 +70,7 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
     assert "one process" in rejected(capsys, "compare", config)
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 def test_an_interruption_keeps_finished_cells_and_reports_them(
     config, capsys, tmp_path, monkeypatch
 ):

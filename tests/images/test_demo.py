@@ -47,16 +47,24 @@ def finished(tiny_demo, tmp_path_factory):
     return folder
 
 
+def distances(results: dict) -> dict[str, dict[int, list[float]]]:
+    """Fréchet distances of the sets of images by solver and score evaluations."""
+    return {
+        row["label"]: {cell["nfe"]: cell["measures"]["fd"] for cell in row["cells"]}
+        for row in results["rows"]
+    }
+
+
 def test_a_demonstration_writes_a_whole_run_folder(finished):
     pictures = {"distances.png", "samples.png", "trajectories.png"}
     numbers = {"config.json", "results.json", "samples.npz", "table.md"}
     assert {file.name for file in finished.iterdir()} == {"model"} | numbers | pictures
     results = json.loads((finished / "results.json").read_text())
-    for name in ("EM", "SSCS", "multistep"):
-        assert {nfe: len(sets) for nfe, sets in results["distances"][name].items()} == {
-            "3": 3,
-            "5": 3,
-        }
+    counts = {
+        name: {nfe: len(sets) for nfe, sets in row.items()}
+        for name, row in distances(results).items()
+    }
+    assert counts == {name: {3: 3, 5: 3} for name in ("EM", "SSCS", "multistep")}
     assert sum(results["class_shares"]) == pytest.approx(1, rel=4 * EPS32)
 
 
@@ -103,7 +111,7 @@ def test_the_quick_demonstration_generates_digits(tmp_path):
     results = json.loads((folder / "results.json").read_text())
     assert results["accuracy"] >= 0.97
     # About 0.3 of it. The mean of three sets of 300 images scatters by a tenth of itself.
-    assert sum(results["distances"]["multistep"]["50"]) / 3 <= results["baseline"] / 2
+    assert sum(distances(results)["multistep"][50]) / 3 <= results["baseline"] / 2
     assert min(results["class_shares"]) > 0
     lines = (folder / "model" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["held_out_loss"] for line in lines]
@@ -121,8 +129,8 @@ def test_the_full_demonstration_generates_digits_of_every_class(tmp_path, seed):
     assert all(0.04 <= share <= 0.18 for share in results["class_shares"])
     means = {
         name: {nfe: sum(sets) / len(sets) for nfe, sets in row.items()}
-        for name, row in results["distances"].items()
+        for name, row in distances(results).items()
     }
-    assert means["SSCS"]["100"] <= results["baseline"] / 4
+    assert means["SSCS"][100] <= results["baseline"] / 4
     # Three sets of 800 images scatter by a tenth of their mean.
-    assert means["multistep"]["10"] < 1.2 * min(means[name]["50"] for name in ("EM", "SSCS"))
+    assert means["multistep"][10] < 1.2 * min(means[name][50] for name in ("EM", "SSCS"))

@@ -8,7 +8,7 @@ import torch
 from cldsde import VPSDE, GuidedScore, MixedScore, RectifiedFlow
 from cldsde.images.config import SamplingConfig
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
-from cldsde.images.sample.sampler import ImageSampler, make_solver
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train.objectives import Batch, Times, make_objective
 from cldsde.score import ConditionalScore, PerturbedData
 from probes import generator
@@ -72,30 +72,18 @@ def test_guidance_is_linear_in_the_predictions_of_the_data():
     assert torch.allclose(found, expected, rtol=0, atol=SINGLE * float(expected.abs().max()))
 
 
-def test_stochasticity_is_an_option_of_the_solver():
-    options = {"stochasticity": 0.5}
-    solver = make_solver(SamplingConfig(solver="multistep-2", options=options))
-    assert solver.stochasticity == 0.5
-    for wrong in ("a lot", [1.0], None):
-        with pytest.raises(ValueError, match=r"options\.stochasticity: must be .*number"):
-            make_solver(SamplingConfig(solver="multistep-2", options={"stochasticity": wrong}))
-
-
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("section", "options", "message"),
     [
-        ({"process": {"name": "CLD"}}, r"score.prediction: must be 'noise' .* CLD, which has 2"),
-        ({"score": {"prediction": "speed"}}, r"score.prediction: must be"),
-        ({"score": {"mixing": -3.0}}, r"score.mixing: must be None if prediction is 'flow'"),
-        ({"training": {"conditioning": "all"}}, "training.conditioning: must be 'data' if score"),
-        (
-            {"training": {"times": "mode", "weighting": "likelihood"}},
-            "'reweighted' if times is 'mo",
-        ),
-        ({"training": {"mode_scale": 2.0}}, r"training.mode_scale: .* equal to 1.75"),
-        ({"training": {"logit_std": 0.0}}, r"training.logit_std: .* equal to 0.01"),
+        ("process", {"name": "CLD"}, r"score.prediction: must be 'noise' .* CLD, which has 2"),
+        ("score", {"prediction": "speed"}, r"score.prediction: must be"),
+        ("score", {"mixing": -3.0}, r"score.mixing: must be None if prediction is 'flow'"),
+        ("training", {"conditioning": "all"}, "training.conditioning: must be 'data' if score"),
+        ("training", {"times": "mode", "weighting": "likelihood"}, "'reweighted' if times is 'mo"),
+        ("training", {"mode_scale": 2.0}, r"training.mode_scale: .* equal to 1.75"),
+        ("training", {"logit_std": 0.0}, r"training.logit_std: .* equal to 0.01"),
     ],
 )
-def test_settings_that_do_not_go_together_are_rejected(sections, message):
+def test_settings_that_do_not_go_together_are_rejected(section, options, message):
     with pytest.raises(ValueError, match=message):
-        configured(CONFIG, **sections)
+        configured(CONFIG, **{section: options})

@@ -1,22 +1,5 @@
 """The contract of every named solver, on every process that it applies to.
 
-1. The score is evaluated at times in [ε, T] alone, as often as declared and counted per sample.
-2. Results have the shape and dtype of the state, for data and batches of any shape, empty included.
-3. Data axes are alike: an image has the bits of its flattened copy.
-4. A sample depends on its own state and seed alone, not on its batch.
-5. A seed fixes the bits; noise matters if and only if the solver is stochastic; global generators
-   are not used.
-6. Arguments and the states that a score has seen are not changed.
-7. Single precision agrees with double precision, and autocast changes nothing.
-8. Requested states and callbacks see the state of a solve that ends at that time.
-9. ``denoise`` is the data prediction or one Euler step, for one evaluation.
-10. A score that is not finite fails its own sample with a warning.
-11. A solve on a grid holds a few states, whatever the number of steps.
-12. Gradients equal finite differences, and are recorded only if asked for.
-13. Bad arguments raise before the score is evaluated, and bad scores at the first evaluation. A
-    process that a solver does not apply to raises in its plan.
-14. Solvers are frozen values with keyword-only options.
-
 Elsewhere: plans and calls of the score in test_plan.py, devices and waiting in test_device.py,
 callbacks and failures in test_solve.py, orders in test_orders.py.
 """
@@ -34,30 +17,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from probes import (
-    Recording,
-    Smooth,
-    few_examples,
-    generator,
-    name_of_case,
-    named_solvers,
-    start,
-    untouchable,
-)
+from probes import Recording, Smooth, few_examples, generator, noting, start, untouchable
 from strategies import dtypes, shapes
 from tolerances import rounding
 
-SOLVERS = named_solvers()
-PROCESSES = {
-    "VP": lambda: VPSDE(0.5, 5.0),
-    "VE": lambda: VESDE(0.05, 5.0),
-    "CLD": lambda: CLD(1.0),
-    "PSLD": lambda: PSLD(2.0),
-    "HOLD": lambda: HOLD(1.0),
-}
+SOLVERS = probes.named_solvers()
+PROCESSES = {"VP": VPSDE(0.5, 5.0), "VE": VESDE(0.05, 5.0), "CLD": CLD(1.0)}
+PROCESSES |= {"PSLD": PSLD(2.0), "HOLD": HOLD(1.0)}
 ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
 # One step length for the batch: torchdiffeq knows no other.
 SHARED = "torchdiffeq-dopri5"
@@ -88,8 +58,7 @@ every_solver = pytest.mark.parametrize("method", list(SOLVERS))
 
 @functools.cache
 def process_of(name):
-    sde = PROCESSES[name]()
-    return ReverseProcess(sde, Smooth(sde))
+    return ReverseProcess(PROCESSES[name], Smooth(PROCESSES[name]))
 
 
 @functools.cache
@@ -131,6 +100,11 @@ def close(found, expected):
     return torch.allclose(found.to(expected), expected, rtol=0, atol=tolerance)
 
 
+def same(method, found, expected):
+    """Equal bits; to rounding for adaptive solvers, which sum errors in the order of the axes."""
+    return (close if SOLVERS[method].facts.adaptive else torch.equal)(found, expected)
+
+
 @every_case
 def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     one, solver = run(method, name), SOLVERS[method]
@@ -143,10 +117,8 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     assert (times[-1] == END).all()  # of the data prediction
     announced = solver.evaluation_times(one.plan.process, GRID)
     if solver.facts.adaptive:
-        assert announced is None
-        assert one.plan.nfev is None
+        assert announced is one.plan.nfev is None
         return
-    assert announced is not None
     assert [t[0].item() for t in times[:-1]] == announced.tolist()
     assert (counts == len(announced) + 1).all()
     assert one.plan.nfev == len(announced)
@@ -164,7 +136,7 @@ def test_arguments_and_seen_states_are_unchanged(method, name):
 
 @every_solver
 def test_a_score_may_write_to_its_argument(method):
-    process, state = process_of(home(method)), start(process_of(home(method)).sde)
+    process, state = process_of(home(method)), start(PROCESSES[home(method)])
 
     def score(z, t):
         value = process.score(z, t)
@@ -191,7 +163,7 @@ def test_denoising_is_the_data_prediction(method, name):
 @every_solver
 def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(method, batch, axes, dtype):
     name = home(method)
-    state = start(process_of(name).sde, (batch, *axes), dtype)
+    state = start(PROCESSES[name], (batch, *axes), dtype)
     solution = solve(method, name, state, generator=generator(), t_eval=KEPT, denoise=True)
     assert solution.state.shape == state.shape
     assert solution.y.shape == (3, *state.shape)
@@ -201,11 +173,8 @@ def test_results_are_of_the_kind_of_the_state_and_data_axes_are_alike(method, ba
     assert torch.equal(solution.t, KEPT)
     flat = state.reshape(*state.shape[:2], math.prod(axes))
     other = solve(method, name, flat, generator=generator(), t_eval=KEPT, denoise=True)
-    if SOLVERS[method].facts.adaptive:  # sums of errors over axes in another order
-        assert close(solution.y.reshape(other.y.shape), other.y)
-    else:
-        assert torch.equal(solution.y.reshape(other.y.shape), other.y)
-        assert torch.equal(solution.data.reshape(other.data.shape), other.data)
+    assert same(method, solution.y.reshape(other.y.shape), other.y)
+    assert same(method, solution.data.reshape(other.data.shape), other.data)
 
 
 @few_examples
@@ -217,24 +186,17 @@ def test_a_sample_is_the_same_in_any_batch(method, chosen):
     noise = SampleNoise([SEEDS[i] for i in chosen])
     other = solve(method, name, one.state[chosen], noise=noise, denoise=True)
     assert torch.equal(other.stats["nfev"], one.solution.stats["nfev"][chosen])
-    for found, expected in (
-        (other.state, one.solution.state[chosen]),
-        (other.data, one.solution.data[chosen]),
-    ):
-        if SOLVERS[method].facts.adaptive:
-            assert close(found, expected)
-        else:
-            assert torch.equal(found, expected)
+    assert same(method, other.state, one.solution.state[chosen])
+    assert same(method, other.data, one.solution.data[chosen])
 
 
 @every_case
 def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method, name):
-    state, before = start(process_of(name).sde), torch.random.get_rng_state()
-    one, same, other = (
-        solve(method, name, state, generator=generator(seed)).state for seed in (1, 1, 2)
-    )
+    state, before = start(PROCESSES[name]), torch.random.get_rng_state()
+    seeds = (1, 1, 2)
+    one, again, other = (solve(method, name, state, generator=generator(x)).state for x in seeds)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(one, same)
+    assert torch.equal(one, again)
     if SOLVERS[method].facts.ode_order is not None:
         assert torch.equal(one, other)
     else:
@@ -255,31 +217,27 @@ def test_single_precision_agrees_with_double_and_autocast_changes_nothing(method
 # Churning adds noise that depends on the number of steps.
 @pytest.mark.parametrize("method", [x for x in SOLVERS if x != "edm-heun-churn"])
 def test_states_are_those_of_solves_that_end_at_their_times(method):
-    name, seen = home(method), []
-    solver = SOLVERS[method].on_grid()
-    state = start(process_of(name).sde)
-
-    def watch(step, t, z):
-        seen.append(z.clone())
-
-    whole = solve(method, name, state, t_eval=KEPT, callback=watch)
+    name, calls = home(method), []
+    solver, state = SOLVERS[method].on_grid(), start(PROCESSES[name])
+    whole = solve(method, name, state, t_eval=KEPT, callback=noting(calls))
     assert torch.equal(whole.y[0], state)
     assert torch.equal(whole.y[2], whole.state)
-    assert torch.equal(seen[-1], whole.state)
+    assert torch.equal(calls[-1][2], whole.state)
     noise = SampleNoise(SEEDS[:3])
     shorter = solvers.solve(process_of(name), solver, state, GRID[:3], noise=noise)
     if method != SHARED:  # whose steps are interpolated
         assert close(shorter.state, whole.y[1])
     if isinstance(solver, GridSolver):
-        assert len(seen) == len(GRID) - 1
-        assert torch.equal(seen[1], whole.y[1])
+        assert [call[:2] for call in calls] == list(enumerate(GRID.tolist()))[1:]
+        assert {type(t) for _, t, _ in calls} == {float}
+        assert torch.equal(calls[1][2], whole.y[1])
         if solver == SOLVERS[method]:
             assert torch.equal(solve(method, name, state).state, whole.state)
 
 
 @every_solver
 def test_one_sample_without_a_finite_score_fails_alone(method):
-    process, state = process_of(home(method)), start(process_of(home(method)).sde)
+    process, state = process_of(home(method)), start(PROCESSES[home(method)])
     state[1] += 1e6
 
     def score(z, t):
@@ -287,56 +245,48 @@ def test_one_sample_without_a_finite_score_fails_alone(method):
         return torch.where(lost, math.nan, process.score(z, t))
 
     plan = plan_of(method, home(method)).with_score(score)
+    options = {"denoise": True, "t_eval": GRID[[0, -1]]}
     with pytest.warns(solvers.SolveWarning, match="the solve failed") as caught:
-        solution = plan.solve(state, noise=SampleNoise(SEEDS[:3]))
+        solution = plan.solve(state, noise=SampleNoise(SEEDS[:3]), **options)
     assert [warning.filename for warning in caught] == [__file__]
     assert (solution.success, solution.status) == (False, 1)
     assert solution.message in str(caught[0].message)
     with pytest.raises(FloatingPointError):
         solution.raise_for_failure()
+    assert torch.equal(solution.y[0], state)
+    assert solution.y[1, 1].isnan().all()
     assert not solution.stats["success"][1]
     if method != SHARED:
+        others = [0, 2]
         assert solution.stats["success"].tolist() == [True, False, True]
-        others = SampleNoise([SEEDS[0], SEEDS[2]])
-        alone = solve(method, home(method), state[[0, 2]], noise=others)
-        assert close(solution.state[[0, 2]], alone.state)
+        noise = SampleNoise([SEEDS[i] for i in others])
+        alone = solve(method, home(method), state[others], noise=noise, **options)
+        for name in ("state", "data"):
+            assert close(getattr(solution, name)[others], getattr(alone, name))
+        assert close(solution.y[:, others], alone.y)
+        assert torch.equal(solution.stats["nfev"][others], alone.stats["nfev"])
     assert plan.solve(state, noise=SampleNoise(SEEDS[:3]), warn=False).status == 1
 
 
 class Memory(TorchDispatchMode):
     """Bytes of all tensors that are made while it is entered: now, and at the peak."""
 
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._holders = {}
+    now = peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in given}
         result = func(*args, **(kwargs or {}))
-        arguments = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known = {x.untyped_storage().data_ptr() for x in arguments}
         for made in tree_leaves(result):
-            if isinstance(made, torch.Tensor) and not any(made is x for x in arguments):
-                self._follow(made, known)
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                storage = made.untyped_storage()
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return result
 
-    def _follow(self, made, known):
-        storage = made.untyped_storage()
-        where, size = storage.data_ptr(), storage.nbytes()
-        if where not in self._holders:
-            if where in known:
-                return  # a view of an older tensor
-            self._holders[where] = 0
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        self._holders[where] += 1
-        weakref.finalize(made, self._release, where, size)
-
-    def _release(self, where, size):
-        self._holders[where] -= 1
-        if not self._holders[where]:
-            del self._holders[where]
-            self.now -= size
+    def _add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 # The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
@@ -348,7 +298,7 @@ STATES |= {"edm-heun": 4, "edm-heun-churn": 4}
 
 @pytest.mark.parametrize("method", [name for name in ON_GRID if not name.startswith("torch")])
 def test_a_solve_on_a_grid_holds_few_states(method):
-    sde = process_of(home(method)).sde
+    sde = PROCESSES[home(method)]
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
     state = torch.zeros(8, sde.components, 8000)
@@ -414,74 +364,56 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
 
 
 def bad(message, error=ValueError, **change):
-    return pytest.param(change, error, message, id=name_of_case(next(iter(change.items())))[:60])
+    return pytest.param(
+        change, error, message, id=probes.name_of_case(next(iter(change.items())))[:60]
+    )
 
 
 STATE = start(CLD())
-LONG = torch.tensor([1.0, 0.5, 0.5, 0.1])
+NO_TIMES = [[], [0.5, 0.5], [1.0, math.nan], [0.1, 1.0], [1.0, 0.01], [1.5]]
 
 
 @pytest.mark.parametrize("method", ["euler-maruyama", "sscs", "gotta-go-fast", "probability-flow"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        bad("state must", state=torch.zeros(3, 1, 2)),
-        bad("state must", state=torch.zeros(3, 3, 2)),
-        bad("state must", state=torch.zeros(2)),
+        *(bad("state must", state=torch.zeros(x)) for x in ((3, 1, 2), (3, 3, 2), (2,))),
         bad("state must", TypeError, state=torch.zeros(3, 2, 2, dtype=torch.int64)),
         bad("state must", TypeError, state=torch.zeros(3, 2, 2, dtype=torch.complex64)),
         bad("state must", TypeError, state=[[[0.0], [0.0]]]),
-        bad("state must be finite", state=torch.full((3, 2, 2), math.nan)),
-        bad("state must be finite", state=torch.tensor([[[0.0], [math.inf]]])),
+        *(bad("state must be finite", state=STATE * x) for x in (math.nan, math.inf)),
         bad(r"pass differentiable=True, or state\.detach", state=STATE.clone().requires_grad_()),
-        bad("at least 2 decreasing times", times=torch.tensor([1.0])),
-        bad("at least 2 decreasing times", times=torch.ones(2, 2)),
-        bad(r"got 0\.5 before 0\.5", times=LONG),
-        bad(r"got 0\.4 before 0\.5", times=torch.tensor([1.0, 0.4, 0.5, 0.1])),
-        bad("times must lie in", times=torch.tensor([1.0, math.nan, 0.1])),
+        *(bad("at least 2 decreasing times", times=torch.ones(x)) for x in ((1,), (2, 2))),
+        bad(r"got 0\.5 before 0\.5", times=torch.tensor([1.0, 0.5, 0.5, 0.1])),
+        *(bad("times must lie in", times=torch.tensor([1, x, 0.1])) for x in (math.nan, -0.5)),
         bad(r"times must lie in \[0, 1\]", times=torch.tensor([1.5, 0.5])),
-        bad(r"times must lie in \[0, 1\]", times=torch.tensor([1.0, -0.5])),
         bad("times must be a floating-point", TypeError, times=torch.tensor([1, 0])),
         bad("times must be a tensor", TypeError, times=[1.0, 0.5]),
         bad("process must be a ReverseProcess; got", TypeError, process=CLD()),
+        bad("solver must be .*parentheses", TypeError, solver=solvers.SSCS),
+        *(bad(r"such as SSCS\(\); got", TypeError, solver=x) for x in (None, "SSCS")),
         bad("noise must be", TypeError, noise=42),
         bad("generator must be", TypeError, generator=42),
         bad("alternatives; got both", noise=solvers.FreshNoise(), generator=generator()),
         bad("one seed per sample, 3; got 7 seeds", noise=SampleNoise(range(7))),
-        bad("denoise must be True, False or 'step'", denoise="full"),
-        bad("denoise must be True, False or 'step'", denoise=None),
-        bad("times must end above 0", times=GRID - END, denoise=True),
-        bad("times must end above 0", times=GRID - END, denoise="step"),
+        *(bad("denoise must be True, False or 'step'", denoise=x) for x in ("full", None)),
+        *(bad("times must end above 0", times=GRID - END, denoise=x) for x in (True, "step")),
         bad("callback must be callable", TypeError, callback=3),
-        bad("t_eval must", t_eval=torch.tensor([])),
-        bad("t_eval must", t_eval=torch.tensor([0.5, 0.5])),
-        bad("t_eval must", t_eval=torch.tensor([1.0, math.nan])),
-        bad("t_eval must", t_eval=torch.tensor([0.1, 1.0])),
-        bad("t_eval must", t_eval=torch.tensor([1.0, 0.01])),
-        bad("t_eval must", t_eval=torch.tensor([1.5])),
+        *(bad("t_eval must", t_eval=torch.tensor(x)) for x in NO_TIMES),
         bad("t_eval must be a tensor", TypeError, t_eval=[0.5]),
     ],
 )
 def test_bad_arguments_raise_before_the_score_is_evaluated(method, change, error, message):
     process = ReverseProcess(CLD(), untouchable)
-    arguments = {"process": process, "state": STATE, "times": GRID, **change}
+    arguments = {"process": process, "solver": SOLVERS[method], "state": STATE, "times": GRID}
     with pytest.raises(error, match=message):
-        solvers.solve(solver=SOLVERS[method], **arguments)
-
-
-@pytest.mark.parametrize("solver", [solvers.SSCS, None, "SSCS", 50], ids=repr)
-def test_what_is_not_a_solver_is_rejected(solver):
-    hint = r" \(write it with parentheses\)$" if isinstance(solver, type) else "$"
-    with pytest.raises(
-        TypeError, match=rf"solver must be a solver, such as SSCS\(\); got .*{hint}"
-    ):
-        solvers.plan(ReverseProcess(CLD(), untouchable), solver, GRID)
+        solvers.solve(**(arguments | change))
 
 
 @every_solver
 def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
-    facts, state = SOLVERS[method].facts, start(process_of(home(method)).sde)
-    process = ReverseProcess(process_of(home(method)).sde, untouchable)
+    facts, state = SOLVERS[method].facts, start(PROCESSES[home(method)])
+    process = ReverseProcess(PROCESSES[home(method)], untouchable)
     if facts.encodes:
         assert solvers.plan(process, SOLVERS[method], GRID.flip(0)).times[0] == END
     else:
@@ -499,15 +431,14 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
     [
         (lambda z: z.repeat(1, 2, 1), ValueError, r"score must return shape \(3, 1, 2\).*got"),
         (lambda z: z[:1, :1], ValueError, r"score must return shape \(3, 1, 2\).*got"),
-        (lambda z: z[:, 0], ValueError, r"score must return shape \(3, 1, 2\).*got"),
         (lambda z: z[:, :1].to("meta"), ValueError, "on the state's device, cpu; got meta"),
         (lambda z: None, TypeError, "score must return a real floating-point tensor"),
     ],
-    ids=["rows", "one sample", "no component", "device", "none"],
+    ids=["rows", "one sample", "device", "none"],
 )
 @every_solver
 def test_bad_scores_are_rejected(method, value, error, message):
-    process = ReverseProcess(process_of(home(method)).sde, lambda z, t: value(z))
+    process = ReverseProcess(PROCESSES[home(method)], lambda z, t: value(z))
     with pytest.raises(error, match=message):
         solvers.solve(process, SOLVERS[method], start(process.sde), GRID)
 
@@ -516,7 +447,7 @@ def test_bad_scores_are_rejected(method, value, error, message):
     ("method", "name"), [(m, n) for m in SOLVERS for n in PROCESSES if not applies(m, n)]
 )
 def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
-    process = ReverseProcess(process_of(name).sde, untouchable)
+    process = ReverseProcess(PROCESSES[name], untouchable)
     kind = type(SOLVERS[method]).__name__
     with pytest.raises(ValueError, match=rf"{kind} needs a process .*[Uu]se \w+"):
         solvers.plan(process, SOLVERS[method], GRID)
@@ -524,15 +455,11 @@ def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
 
 @every_solver
 def test_solvers_are_frozen_values_with_named_options(method):
-    solver = SOLVERS[method]
-    kind = type(solver)
+    solver, kind = SOLVERS[method], type(SOLVERS[method])
     options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(kind)}
-    twin = kind(**options)
-    assert (twin, hash(twin), repr(twin)) == (solver, hash(solver), repr(solver))
+    assert {solver: 1}[kind(**options)] == 1
     assert solver != solvers.StochasticHeun() or method == "stochastic-heun"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        twin.anything = 1
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        kind(anything=1)
+        solver.anything = 1
     with pytest.raises(TypeError, match="positional"):
         kind(*range(len(options) + 1))

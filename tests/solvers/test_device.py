@@ -9,18 +9,10 @@ import torch
 from torch import nn
 
 import cldsde
-from cldsde import (
-    DenoiserScore,
-    GaussianMixture,
-    GuidedScore,
-    MixedScore,
-    NoisePath,
-    PredictionDenoiser,
-    ReverseProcess,
-    solvers,
-)
+from cldsde import ReverseProcess, solvers
 from cldsde.score import ScoreDenoiser, score_matching_loss
 from probes import Smooth, start
+from score.cases import mixture
 from simulated_device import Generator, SimulatedDevice, Traffic, needs_simulation, simulated_device
 from tolerances import rounding
 
@@ -35,12 +27,9 @@ SOLVERS = {  # with few attempts
     name: dataclasses.replace(solver, rtol=0.5, atol=0.5) if solver.facts.adaptive else solver
     for name, solver in solvers.named_solvers().items()
 }
-ADAPTIVE = {
-    "flow-sample": solvers.ProbabilityFlow(pace="sample", rtol=0.01, atol=0.01),
-    "flow-batch": solvers.ProbabilityFlow(pace="batch", rtol=0.01, atol=0.01),
-    "gotta-go-fast-bridge": solvers.GottaGoFast(noise_on_reject="bridge", rtol=0.5, atol=0.5),
-    "gotta-go-fast-fresh": solvers.GottaGoFast(noise_on_reject="fresh", rtol=0.5, atol=0.5),
-}
+ADAPTIVE = [solvers.ProbabilityFlow(pace=x, rtol=0.01, atol=0.01) for x in ("sample", "batch")]
+REJECTED = ("bridge", "fresh")
+ADAPTIVE += [solvers.GottaGoFast(noise_on_reject=x, rtol=0.5, atol=0.5) for x in REJECTED]
 PATH_DRIVEN = ["stochastic-heun", "exponential-euler", "reverse-diffusion"]
 # torchsde and torchdiffeq read values back in each step and take times in float64.
 OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
@@ -65,12 +54,6 @@ def device():
         torch.set_default_device(DEVICE)
         yield device
         torch.set_default_device(None)
-
-
-def mixture():
-    return GaussianMixture(
-        [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [[[0.2, 0.1], [0.1, 0.3]], [[0.1, 0.0], [0.0, 0.2]]]
-    )
 
 
 def reverse(process, score):
@@ -117,16 +100,18 @@ def expected(process, name, score, noise="fresh"):
         torch.set_float32_matmul_precision("highest")
 
 
-def spent(device, *args, **grid):
-    """The traffic of `solved`, and its solution."""
+def spent(device, *args, solve=solved, **grid):
+    """The traffic of a solve, and its solution."""
     before = device.traffic()
-    solution = solved(*args, DEVICE, **grid)
+    solution = solve(*args, DEVICE, **grid)
     return device.traffic() - before, solution
 
 
 def check_same(found, on_cpu, device):
     """The same bits, on the device, and nothing was ever in double precision."""
     assert device.traffic().float64 == 0
+    if isinstance(found, solvers.Solution):
+        found, on_cpu = ([x.state, x.data, x.y] for x in (found, on_cpu))
     for one, other in zip(found, on_cpu, strict=True):
         assert one.device.type == torch.device(DEVICE).type
         # A GPU and the CPU round functions of single precision differently, in the last digits.
@@ -134,15 +119,11 @@ def check_same(found, on_cpu, device):
         torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance)
 
 
-def outputs(solution):
-    return [solution.state, solution.data, solution.y]
-
-
 @pytest.mark.parametrize(("name", "process", "score"), CASES)
 def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, process, score, device):
     on_cpu = expected(process, name, score)
     few, found = spent(device, reverse(process, score), SOLVERS[name])
-    check_same(outputs(found), outputs(on_cpu), device)
+    check_same(found, on_cpu, device)
     assert (found.nfev, found.message) == (on_cpu.nfev, on_cpu.message)
     if SOLVERS[name].facts.adaptive:
         return
@@ -158,7 +139,7 @@ def test_solvers_of_other_libraries_give_the_bits_of_the_cpu(name, device):
     on_cpu = expected("CLD", name, "function")
     found = solved(reverse("CLD", "function"), SOLVERS[name], DEVICE)
     device.reset()  # their times are in double precision
-    check_same(outputs(found), outputs(on_cpu), device)
+    check_same(found, on_cpu, device)
 
 
 @pytest.mark.parametrize("process", ["VP", "CLD"])
@@ -169,7 +150,7 @@ def test_solvers_of_other_libraries_give_the_bits_of_the_cpu(name, device):
 def test_noise_sources_give_the_bits_of_the_cpu(process, name, noise, device):
     on_cpu = expected(process, name, "function", noise)
     found = solved(reverse(process, "function"), SOLVERS[name], DEVICE, noise)
-    check_same(outputs(found), outputs(on_cpu), device)
+    check_same(found, on_cpu, device)
 
 
 @every_process
@@ -209,7 +190,7 @@ class Network(nn.Module):
 def test_mixed_scores_train_and_evaluate_to_the_bits_of_the_cpu(process, device):
     def found(place):
         sde = PROCESSES[process]()
-        model = MixedScore(Network(sde), sde, 0.1, 0.5).to(place)
+        model = cldsde.MixedScore(Network(sde), sde, 0.1, 0.5).to(place)
         steps = torch.optim.Adam(model.parameters(), lr=0.1)
         x = mixture().sample(5, generator=seeded(place), device=place).reshape(5, 2, 1)
         t = torch.linspace(0.1, 1.0, 5, dtype=torch.float64, device="cpu")
@@ -242,11 +223,11 @@ def test_coefficients_stay_on_the_cpu_in_float64(process, device):
 def with_denoisers(name, place, steps):
     """A solve with networks of other processes, converted and guided."""
     sde = PROCESSES[name]()
-    path = NoisePath.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
-    noise = PredictionDenoiser(lambda x, index: (0.001 * index).unsqueeze(1) * x.sin(), path)
-    score = DenoiserScore(noise, sde)
-    inner = DenoiserScore(ScoreDenoiser(score), sde)
-    process = ReverseProcess(sde, GuidedScore(inner, score, 2.0, interval=(0.1, 1.0)))
+    path = cldsde.NoisePath.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
+    noise = cldsde.PredictionDenoiser(lambda x, index: (0.001 * index).unsqueeze(1) * x.sin(), path)
+    score = cldsde.DenoiserScore(noise, sde)
+    inner = cldsde.DenoiserScore(ScoreDenoiser(score), sde)
+    process = ReverseProcess(sde, cldsde.GuidedScore(inner, score, 2.0, interval=(0.1, 1.0)))
     state = start(sde, dtype=torch.float32).to(place)
     times = solvers.quadratic_times(0.8, 0.05, steps)
     em = SOLVERS["euler-maruyama"]
@@ -256,16 +237,12 @@ def with_denoisers(name, place, steps):
 @pytest.mark.parametrize("process", ["VP", "CLD"])
 def test_denoisers_copy_nothing_within_the_loop(process):
     with the_device() as device:
-        on_cpu = with_denoisers(process, "cpu", 4)
-        before = device.traffic()
-        check_same([with_denoisers(process, DEVICE, 4)], [on_cpu], device)
-        few = device.traffic() - before
-        before = device.traffic()
-        with_denoisers(process, DEVICE, 6)
-        many = device.traffic() - before
+        on_cpu = with_denoisers(process, "cpu", steps=4)
+        few, found = spent(device, process, solve=with_denoisers, steps=4)
+        check_same([found], [on_cpu], device)
+        many, _ = spent(device, process, solve=with_denoisers, steps=6)
     assert many.to_device == few.to_device
-    # `check_same` copied the result.
-    assert (many.waits, many.selections) == (few.waits - SIMULATED, 0)
+    assert (many.waits, many.selections) == (few.waits, 0)
 
 
 def test_samples_in_one_call_have_the_bits_of_the_cpu():
@@ -279,12 +256,12 @@ def test_samples_in_one_call_have_the_bits_of_the_cpu():
 
 
 @pytest.mark.parametrize(("process", "score"), [("VP", "function"), ("CLD", "mixture")])
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_attempts_of_adaptive_solvers_copy_once_and_wait_once(process, name, score):
+@pytest.mark.parametrize("solver", ADAPTIVE, ids=str)
+def test_attempts_of_adaptive_solvers_copy_once_and_wait_once(process, solver, score):
     with the_device() as device:
         # The difference leaves out the traffic of a solve as a whole.
-        short, early = spent(device, reverse(process, score), ADAPTIVE[name], end=0.99)
-        long, late = spent(device, reverse(process, score), ADAPTIVE[name], end=0.5)
+        short, early = spent(device, reverse(process, score), solver, end=0.99)
+        long, late = spent(device, reverse(process, score), solver, end=0.5)
     attempts = late.stats["attempts"] - early.stats["attempts"]
     assert attempts > 0
     assert long.to_device - short.to_device <= attempts * (2 if score == "mixture" else 1)

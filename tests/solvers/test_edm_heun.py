@@ -14,18 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde import (
-    VESDE,
-    VPSDE,
-    GaussianMixture,
-    LinearSDE,
-    ReverseProcess,
-    Schedule,
-    SubVPSDE,
-    solvers,
-)
+import cldsde
+from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
-from probes import Recording, generator, start
+from probes import Recording, generator, normals, start
 from tolerances import KERNEL, rounding
 
 
@@ -45,7 +37,7 @@ PROCESSES = {
         np.ones_like,
         lambda t: 0.1 * np.sqrt(np.expm1(2 * t * math.log(50.0))),
     ),
-    "VP": (VPSDE(0.1, 8.0), half, lambda t: np.sqrt(np.expm1(clock(t)))),
+    "VP": (cldsde.VPSDE(0.1, 8.0), half, lambda t: np.sqrt(np.expm1(clock(t)))),
     "sub-VP": (SubVPSDE(0.1, 8.0), half, lambda t: 2 * np.sinh(clock(t) / 2)),
 }
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
@@ -57,8 +49,8 @@ MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
-# Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
-# prediction between the modes may raise it.
+# Scores convert to predictions with an error of some 1e-13 of states of size 10, which the slope of
+# the prediction between the modes may raise.
 CONVERSION = rounding(64, 1e4)
 
 
@@ -81,12 +73,12 @@ def raised(levels, i, churn=0.0, churn_range=(0.0, math.inf), **_):
 
 def algorithm(x, levels, draws=(), **options):
     """Algorithm 2."""
-    normals = iter(draws)
+    draws = iter(draws)
     for i in range(len(levels) - 1):
         sigma = raised(levels, i, **options)
         if sigma > levels[i]:
             added = options.get("noise_scale", 1.0) * math.sqrt(sigma**2 - levels[i] ** 2)
-            x = x + added * next(normals)
+            x = x + added * next(draws)
         slope = (x - denoise(x, sigma)) / sigma
         step = levels[i + 1] - sigma
         following = x + step * slope
@@ -94,13 +86,8 @@ def algorithm(x, levels, draws=(), **options):
             other = (following - denoise(following, levels[i + 1])) / levels[i + 1]
             following = x + step * (slope + other) / 2
         x = following
-    assert next(normals, None) is None
+    assert next(draws, None) is None
     return x
-
-
-def normals(count):
-    g = generator(3)
-    return [torch.randn(4, 1, 2, generator=g, dtype=torch.float64) for _ in range(count)]
 
 
 def solved(name, times, draws=(), **options):
@@ -116,7 +103,7 @@ def solved(name, times, draws=(), **options):
 
 def check_algorithm(name, times, noisy=0, **options):
     """Compare with the algorithm, of which so many steps have noise."""
-    (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), normals(noisy)
+    (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), list(normals(3, noisy, 4, 1, 2))
     x = start(sde, (4, 2))[:, 0].numpy() / alpha(t)[0]
     expected = algorithm(x, sigma(t), [draw[:, 0].numpy() for draw in draws], **options)
     found = solved(name, times, draws, **options)
@@ -159,7 +146,9 @@ def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(name):
     low, high = float(levels[7]), float(levels[4])
 
     def churned(*churn_range, count=4):
-        return solved(name, GRID, normals(count), churn=1.5, churn_range=churn_range)
+        return solved(
+            name, GRID, list(normals(3, count, 4, 1, 2)), churn=1.5, churn_range=churn_range
+        )
 
     expected = churned(0.99 * low, 1.01 * high)
     for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):

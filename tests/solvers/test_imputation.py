@@ -1,7 +1,5 @@
 """Imputation: known data come back, independent data are unchanged, the rest is conditional."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, sol
 from cldsde.images.sample.observed import grey_basis
 from cldsde.linear.blocks import apply_blocks
 from cldsde.solvers import EulerMaruyama, Imputation, RecordedNoise
-from probes import Recorder, generator, no_waiting, untouchable
+from probes import Recorder, Recording, generator, no_waiting, noting, untouchable
 from tolerances import rounding
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "HOLD": HOLD()}
@@ -100,25 +98,12 @@ def test_known_data_come_back_exactly_if_the_grid_ends_at_the_data(name, known, 
     assert (data[~mask] != known[~mask]).all()
 
 
-def test_data_may_have_a_single_axis():
-    known, mask, times = KNOWN.flatten(), MASK.flatten(), solvers.uniform_times(1.0, 0.0, 5)
-    state = prior(CRITICAL, shape=known.shape)
-    data = sample(Imputation(SSCS, known, mask), state=state, times=times).data
-    assert torch.equal(data[:, mask], known[mask].expand(2, -1))
-
-
 def test_the_start_and_each_state_are_replaced_before_they_are_used():
-    seen, states, noise, score = [], [], Recorder(), gaussian(CRITICAL)
-
-    def watched(z, t):
-        seen.append(z.clone())
-        return score(z, t)
-
+    calls, noise, score = [], Recorder(), Recording(gaussian(CRITICAL))
     imputation = Imputation(EulerMaruyama(), KNOWN, MASK)
-    options = {"noise": noise, "callback": lambda n, t, z: states.append(z.clone())}
-    sample(imputation, score=watched, **options)
-    assert torch.equal(seen[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
-    for i, state in enumerate([seen[0], *states]):
+    sample(imputation, score=score, noise=noise, callback=noting(calls))
+    assert torch.equal(score.states[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
+    for i, state in enumerate([score.states[0], *(z for _, _, z in calls)]):
         close(state[..., MASK], noisy(CRITICAL, GRID[i], noise.draws[2 * i])[..., MASK])
 
 
@@ -172,28 +157,22 @@ def test_colours_independent_of_the_grey_are_the_solver_s(name):
     close(*(torch.einsum("ij,bjhw->bihw", BASIS[1:], x) for x in (found, alone)))
 
 
-def test_its_repr_is_one_line_of_facts_and_it_claims_no_order():
-    assert repr(Imputation(EulerMaruyama(), KNOWN, GREY, BASIS)) == (
-        "Imputation(solver=EulerMaruyama(), known=(3, 2, 4), mask=(3, 1, 1), basis=(3, 3), "
-        "resample=1, jump=10)"
-    )
-    facts = Imputation(solvers.StochasticHeun(), KNOWN, MASK, resample=3).facts
-    assert facts.weak_order is facts.strong_order is facts.ode_order is None
-    assert (facts.state_on_grid, facts.nfe_per_step) == (True, 6)
-
-
 @pytest.mark.parametrize("jump", [1, 4, 10])
 @pytest.mark.parametrize(("name", "resample"), [("SSCS", 1), ("SSCS", 3), ("Heun", 3)])
 def test_the_score_is_evaluated_at_the_announced_times(name, resample, jump):
-    times, score, solver = [], gaussian(CRITICAL), SOLVERS[name][0]
-    process = ReverseProcess(CRITICAL, lambda z, t: times.append(t[0].item()) or score(z, t))
+    score, solver = Recording(gaussian(CRITICAL)), SOLVERS[name][0]
+    process = ReverseProcess(CRITICAL, score)
     imputation = Imputation(solver, KNOWN, MASK, resample=resample, jump=jump)
     found = solvers.solve(process, imputation, prior(CRITICAL), GRID, generator=generator())
     once = solver.on_grid().evaluation_times(process, GRID).reshape(6, -1).tolist()
     groups = [once[i : i + jump] for i in range(0, 6, jump)]
+    times = [t[0].item() for t in score.times]
     assert times == [t for group in groups for step in group * resample for t in step]
     assert times == imputation.evaluation_times(process, GRID).tolist()
-    assert found.nfev == len(times) == imputation.facts.nfe_per_step * 6
+    facts = imputation.facts
+    assert found.nfev == len(times) == facts.nfe_per_step * 6
+    assert facts.weak_order is facts.strong_order is facts.ode_order is None
+    assert facts.state_on_grid
 
 
 def test_the_way_back_is_the_forward_process():
@@ -207,80 +186,12 @@ def test_the_way_back_is_the_forward_process():
 
 
 def test_a_step_waits_for_no_value_and_has_gradients(monkeypatch):
-    process, shift = (
-        ReverseProcess(CRITICAL, untouchable),
-        torch.zeros(()).double().requires_grad_(),
-    )
-    imputation = Imputation(SSCS, KNOWN, GREY, BASIS, resample=2, jump=1)
+    process = ReverseProcess(CRITICAL, untouchable)
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    imputation = Imputation(SSCS, KNOWN, GREY, BASIS.float(), resample=2, jump=1)
     tables, z = imputation.prepare(process, GRID), prior(CRITICAL)
     with no_waiting(monkeypatch):
         for i in range(2):
             noise = solvers.FreshNoise(generator())
             z, _ = imputation.step(z, (), tables, i, lambda z, j: shift - z[:, 1:], noise)
     assert torch.autograd.grad(z.square().sum(), shift)[0].isfinite()
-
-
-NO_STATE = "solver must have a state at each grid time"
-FLOAT = "must be a floating-point tensor"
-ORTHONORMAL = "basis must be orthonormal"
-BROADCAST = r"mask must broadcast with known, \(3, 2, 4\)"
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"solver": solvers.GottaGoFast()}, ValueError, NO_STATE),
-        ({"solver": solvers.SSCS}, TypeError, "write it with parentheses"),
-        ({"solver": Multistep(order=2, corrector=True)}, ValueError, NO_STATE),
-        ({"known": KNOWN.tolist()}, TypeError, f"known {FLOAT}"),
-        ({"known": MASK}, TypeError, f"known {FLOAT}; got torch.bool"),
-        ({"known": KNOWN[0, 0, 0]}, ValueError, r"known must have shape \(\*D\) or"),
-        ({"known": KNOWN / 0}, ValueError, "known must be finite"),
-        ({"mask": MASK.double()}, TypeError, "mask must be a boolean tensor.*float64"),
-        ({"mask": True}, TypeError, "mask must be a boolean tensor.*bool"),
-        ({"mask": MASK[:2]}, ValueError, BROADCAST),
-        ({"mask": MASK[None]}, ValueError, BROADCAST),
-        ({"basis": [[1.0]]}, TypeError, f"basis {FLOAT}"),
-        ({"basis": torch.eye(4)}, ValueError, r"basis must be \(C, C\).*got \(4, 4\)"),
-        ({"basis": 1.001 * torch.eye(3)}, ValueError, f"{ORTHONORMAL}.*0.002"),
-        ({"basis": torch.eye(3) * math.nan}, ValueError, ORTHONORMAL),
-        ({"resample": 0}, ValueError, "resample must be at least 1; got 0"),
-        ({"resample": 1.5}, TypeError, "resample must be an integer; got 1.5"),
-        ({"jump": 0}, ValueError, "jump must be at least 1; got 0"),
-    ],
-)
-def test_bad_arguments_are_rejected(change, error, message):
-    Imputation(SSCS, KNOWN, GREY, BASIS.float())  # single precision is accepted
-    with pytest.raises(error, match=message):
-        Imputation(**{"solver": SSCS, "known": KNOWN, "mask": MASK, **change})
-
-
-@pytest.mark.parametrize(
-    ("known", "shape"), [(KNOWN, (3, 4, 2)), (KNOWN.expand(3, *IMAGE), IMAGE), (KNOWN[None], IMAGE)]
-)
-def test_states_of_other_images_are_rejected(known, shape):
-    imputation = Imputation(SSCS, known, torch.tensor(True))
-    with pytest.raises(ValueError, match="state must hold data of the shape of known"):
-        sample(imputation, state=prior(CRITICAL, 2, shape))
-    with pytest.raises(ValueError, match="data must hold data of the shape of known"):
-        imputation.impose(torch.zeros(2, *shape))
-
-
-PATH = solvers.BrownianPath(PROCESSES["VP"], GRID, (2, *IMAGE), generator=generator())
-
-
-@pytest.mark.parametrize(
-    ("solver", "name", "options", "message"),
-    [
-        (EulerMaruyama(), "VP", {"noise": PATH}, "does not draw increments or integrals"),
-        (SSCS, "VE", {}, "SSCS needs a process with a stationary distribution"),
-    ],
-)
-def test_solves_that_do_not_fit_are_rejected(solver, name, options, message):
-    with pytest.raises(ValueError, match=message):
-        sample(Imputation(solver, KNOWN, MASK), PROCESSES[name], **options)
-
-
-def test_multistep_solvers_repeat_no_steps():
-    with pytest.raises(ValueError, match="one-step solver if resample is above 1"):
-        sample(Imputation(Multistep(order=2), KNOWN, MASK, resample=2, jump=1))

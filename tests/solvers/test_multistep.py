@@ -16,12 +16,12 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
+from cldsde import GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
 from cldsde.validation import propagate_moments
 from gaussian_data import PROCESSES
-from probes import generator, hidden_time, name_of_case, start, untouchable
+from probes import generator, name_of_case, start, untouchable
 from score import cases
 from tolerances import rounding
 
@@ -87,13 +87,9 @@ def test_the_distribution_given_a_point_is_kept(options, name, steps, end):
         # rounding: one step, and not near the data.
         steps, end = 1, 0.3
     first, last = sde.marginal(1.0), sde.marginal(end)
-    mean, covariance = propagate_moments(
-        ReverseProcess(sde, ONE.score(sde)),
-        Multistep(**options),
-        solvers.root_times(1.0, end, steps),
-        0.7 * first.mean[:, :1],
-        first.covariance,
-    )
+    process, times = ReverseProcess(sde, ONE.score(sde)), solvers.root_times(1.0, end, steps)
+    begin = 0.7 * first.mean[:, :1], first.covariance
+    mean, covariance = propagate_moments(process, Multistep(**options), times, *begin)
     spread = last.covariance.diagonal().sqrt()
     # Rounding of the score, in units of the spread; each step may add its own.
     size = 100 * steps * cases.score_rounding(sde, end)
@@ -103,7 +99,8 @@ def test_the_distribution_given_a_point_is_kept(options, name, steps, end):
 
 OPTIONS = [(0.0, False), (0.5, True), (1.0, False)]
 POLYNOMIALS = [("VP", k, *x) for k in (1, 2, 3) for x in OPTIONS]
-POLYNOMIALS += [("CLD, linear", 3, *x) for x in OPTIONS] + [("HOLD", 2, 0.5, True)]
+POLYNOMIALS += [("CLD, linear", k, *x) for k in (1, 3) for x in OPTIONS]
+POLYNOMIALS += [("HOLD", 2, 0.5, True)]
 
 
 @pytest.mark.parametrize(("name", "order", "stochasticity", "corrector"), POLYNOMIALS)
@@ -218,31 +215,6 @@ def test_unipc_of_diffusers_computes_the_same(order):
     check_scheduled(x, draws, order=order, corrector=True, **PUBLISHED)
 
 
-@pytest.mark.parametrize(
-    "function", [lambda t: -t, lambda t: t / 0, lambda t: t[:-1], lambda t: t[None], lambda t: 1]
-)
-def test_stochasticity_that_is_not_one_number_per_time_is_rejected(function):
-    process, solver = ReverseProcess(CLD(), untouchable), Multistep(stochasticity=function)
-    with pytest.raises(ValueError, match="one finite number ≥ 0 per time"):
-        solvers.plan(process, solver, GRID)
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("options", [{}, {"prediction": "noise"}, {"stochasticity": 1.0}])
-def test_a_grid_that_ends_at_the_data_is_rejected(options, name):
-    process = ReverseProcess(PROCESSES[name][0], untouchable)
-    with pytest.raises(ValueError, match=r"must end above 0 .* denoise=True"):
-        solvers.plan(process, Multistep(**options), solvers.root_times(1.0, 0.0, 4))
-
-
-@pytest.mark.parametrize("prediction", ["data", "noise"])
-def test_a_time_at_which_an_underdamped_process_hides_the_data_is_rejected(prediction):
-    sde = CLD(friction=0.4)
-    times = torch.tensor([1.0, hidden_time(sde), 0.01], dtype=torch.float64)
-    with pytest.raises(ValueError, match="does not determine x_0"):
-        solvers.plan(ReverseProcess(sde, untouchable), Multistep(prediction=prediction), times)
-
-
 def end(solver, name, **options):
     sde = PROCESSES[name][0]
     process = ReverseProcess(sde, MODES.score(sde))
@@ -263,13 +235,3 @@ def test_constant_functions_are_numbers(order, x):
     )
     # A family of stochasticities by its ODE, or Bayes' rule for 1.
     assert (found - expected).abs().max() <= 1e4 * REFERENCE
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_at_one_the_first_order_is_ancestral_sampling(name):
-    one, other = (
-        end(solver, name, generator=generator())
-        for solver in (solvers.Ancestral(), Multistep(order=1, stochasticity=1.0))
-    )
-    # Two ways to the posterior, whose gain loses three digits.
-    assert (one - other).abs().max() <= 1e3 * REFERENCE

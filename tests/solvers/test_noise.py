@@ -4,21 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
-from cldsde import CLD, HOLD, VESDE, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import Stages
 from probes import Recorder, Smooth, generator, initial, start
 from strategies import shapes
-from tolerances import rounding, standard_error
+from tolerances import rounding
 
 SDE = CLD(1.0)
 PROCESS = ReverseProcess(SDE, Smooth(SDE))
 EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
 GRID = solvers.root_times(1.0, 0.05, 4)
-# Tests of distributions fail for one seed in so many; seeds are fixed.
-RARE = 1e-5
 
 
 class Own(solvers.NoiseSource):
@@ -29,23 +26,6 @@ class Own(solvers.NoiseSource):
 
     def normal(self, z, rows):
         return self.draw
-
-
-@pytest.mark.parametrize(
-    ("draw", "error", "message"),
-    [
-        # It might be broadcast.
-        (torch.zeros(1, 1, 2), ValueError, r"shape \(3, 1, 2\) on cpu; got \(1, 1, 2\)"),
-        (torch.zeros(3, 2, 2), ValueError, r"shape \(3, 1, 2\) on cpu; got \(3, 2, 2\)"),
-        (torch.zeros(3, 1, 2, device="meta"), ValueError, r"on cpu; got \(3, 1, 2\) on meta"),
-        (torch.zeros(3, 1, 2).double(), TypeError, "of torch.float32; got torch.float64"),
-        (None, TypeError, "tensor of torch.float32; got NoneType"),
-    ],
-    ids=str,
-)
-def test_draws_that_do_not_fit_are_rejected(draw, error, message):
-    with pytest.raises(error, match=message):
-        solvers.solve(PROCESS, EM, torch.zeros(3, 2, 2), GRID, noise=Own(draw))
 
 
 @pytest.mark.parametrize("nothing", [None, [[[], []]] * 4], ids=["none", "columns"])
@@ -79,29 +59,16 @@ def test_recorded_noise_replays_fresh_noise(solver, shape, number):
     assert [draw.shape for draw in record.draws] == [shape] * number
 
 
-@pytest.mark.parametrize(
-    ("draws", "got"),
-    [
-        ([], r"\d recorded draws"),
-        ([torch.zeros(3, 1, 2)] * 3, r"\d recorded draws"),
-        ([torch.zeros(3, 2, 2)] * 4, r"\(3, 2, 2\)"),
-        ([torch.zeros(2, 1, 2)] * 4, r"\(2, 1, 2\)"),
-    ],
-    ids=["none", "few", "rows", "samples"],
-)
-def test_a_record_that_does_not_fit_is_rejected(draws, got):
-    with pytest.raises(ValueError, match=rf"shape \(3, 1, 2\).*; got {got}"):
-        solvers.solve(PROCESS, EM, start(SDE), GRID, noise=solvers.RecordedNoise(draws))
-
-
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=6))
 def test_draws_of_any_sizes_are_one_stream(sizes):
     whole = SampleNoise([3, 4]).normal(torch.zeros(2, 1, sum(sizes)), 1)[:, 0]
     noise = SampleNoise([3, 4])
     parts = [noise.normal(torch.zeros(2, 1, size), 1)[:, 0] for size in sizes]
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    block = torch.randn(4096, generator=generator(4))  # stored seeds keep their samples
-    assert torch.equal(whole[1, :4096], block[: whole.shape[1]])
+    # Stored seeds keep their samples, which are those of torch.
+    g, blocks = generator(4), range(-(-sum(sizes) // 4096))
+    stream = torch.cat([torch.randn(4096, generator=g) for _ in blocks])
+    assert torch.equal(whole[1], stream[: whole.shape[1]])
 
 
 @given(shapes(), st.integers(1, 3), st.sampled_from([torch.float16, torch.float64]))
@@ -121,17 +88,12 @@ def test_draws_are_not_shared_and_the_start_is_the_first():
 
 @pytest.mark.parametrize(("axes", "dtype"), [((), torch.float32), ((1, 8, 8), torch.float64)])
 def test_starts_are_of_the_kind_asked_for_whatever_the_default_dtype(axes, dtype):
-    def started():
-        z = SampleNoise([1, 2]).start(HOLD(), axes, dtype=dtype)
-        assert (z.shape, z.dtype) == ((2, 3, *axes), dtype)
-        return z
-
-    before, expected = torch.random.get_rng_state(), started()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert torch.equal(started(), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    before, starts = torch.random.get_rng_state(), []
+    for default in (torch.float64, torch.float32):
+        torch.set_default_dtype(default)
+        starts.append(SampleNoise([1, 2]).start(HOLD(), axes, dtype=dtype))
+        assert (starts[-1].shape, starts[-1].dtype) == ((2, 3, *axes), dtype)
+    assert torch.equal(*starts)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -140,49 +102,3 @@ def test_starts_have_the_prior_or_below_it_the_marginal_of_data_of_variance_one(
     for t, root in ((0.5, sde.marginal(0.5, initial(sde, 1.0)).root), (1.0, sde.prior.root)):
         found = SampleNoise([1]).start(sde, (4,), dtype=torch.float64, t=t)
         assert (found - root @ normals).abs().max() <= rounding(32, 10.0)
-
-
-def test_each_stream_is_normal():
-    draws = SampleNoise(list(range(20))).normal(torch.zeros(20, 1, 10_000), 1)[:, 0]
-    least = min(stats.kstest(row.double().numpy(), "norm").pvalue for row in draws)
-    assert least > RARE / 20
-
-
-def test_first_numbers_of_neighbouring_seeds_are_normal():
-    draws = SampleNoise(list(range(5000))).normal(torch.zeros(5000, 1, 3), 1)[:, 0]
-    for column in draws.double().numpy().T:
-        assert stats.kstest(column, "norm").pvalue > RARE / 3
-
-
-def test_samples_and_steps_are_uncorrelated():
-    noise, n = SampleNoise(list(range(16))), 4096
-    z = torch.zeros(16, 1, n, dtype=torch.float64)
-    rows = torch.cat([noise.normal(z, 1)[:, 0], noise.normal(z, 1)[:, 0]])
-    most = standard_error(1.0, n, 5)  # the largest of 496
-    for x in (rows, rows.square(), rows.sign()):
-        assert (torch.corrcoef(x) - torch.eye(32)).abs().max() <= most
-    for lag in (1, 2, 4):
-        assert (rows[:, :-lag] * rows[:, lag:]).mean(1).abs().max() <= most
-
-
-@pytest.mark.parametrize("make", [lambda: VESDE(0.05, 20.0), HOLD])
-def test_starts_of_seeds_are_independent(make):
-    sde, n = make(), 4000
-    z = SampleNoise(list(range(n))).start(sde, (2,), dtype=torch.float64)
-    white = torch.linalg.solve_triangular(sde.prior.root, z, upper=False).flatten(1).T
-    for column in white:
-        assert stats.kstest(column.numpy(), "norm").pvalue > RARE / 6
-    most = standard_error(1.0, n, 5)
-    assert (torch.corrcoef(white) - torch.eye(len(white))).abs().max() <= most
-
-
-@pytest.mark.parametrize("seeds", [[], [3, -1], [2**32], [1, 1.5], [1, "3"], [1, True], [1, None]])
-def test_bad_seeds_are_rejected(seeds):
-    with pytest.raises((TypeError, ValueError), match=r"seeds must be integers in \[0, 2³²\)"):
-        SampleNoise(seeds)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_batches_of_another_size_are_rejected(batch):
-    with pytest.raises(ValueError, match=f"one seed per sample, {batch}; got 2 seeds"):
-        SampleNoise([1, 2]).normal(torch.zeros(batch, 1, 4), 1)

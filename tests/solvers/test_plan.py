@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, ReverseProcess, solvers
+from cldsde import CLD, VPSDE, LinearSDE, MixedScore, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers.authoring import GridSolver
 from probes import Smooth, generator, named_solvers, start
+from score import cases
 
 SOLVERS = named_solvers()
 ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
@@ -43,18 +44,10 @@ def mixed(sde, kind=MixedScore):
     return kind(Network(sde), sde, torch.tensor(0.3), torch.tensor(0.5))
 
 
-def mixture(sde):
-    means, covariances = [[-1.0, 0.3], [0.8, 0.0]], 0.1 * torch.eye(2).expand(2, 2, 2)
-    return GaussianMixture([0.4, 0.6], means, covariances).score(sde)
+SCORES = {"mixture": lambda sde: cases.mixture().score(sde), "mixed": mixed, "plain": Smooth}
 
-
-SCORES = {"mixture": mixture, "mixed": mixed, "plain": Smooth}
-
-TABLES = [
-    *((LinearSDE, name) for name in ("marginal", "transition", "transition_matrix", "posterior")),
-    *((LinearSDE, name) for name in ("noise_root", "drift", "diffusion", "log_snr")),
-    (Conversion, "at"),
-]
+TABLES = ["marginal", "transition", "transition_matrix", "posterior", "noise_root", "drift"]
+TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(Conversion, "at")]
 
 
 @contextlib.contextmanager
@@ -71,9 +64,7 @@ def counted(monkeypatch):
 
     with monkeypatch.context() as patch:
         for owner, name in TABLES:
-            method = owner.__dict__[name]
-            bound = getattr(owner, name) if isinstance(method, classmethod) else method
-            patch.setattr(owner, name, counting(name, bound))
+            patch.setattr(owner, name, counting(name, getattr(owner, name)))
         yield calls
 
 
@@ -90,7 +81,6 @@ def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
         sampler.solve(start(sde, (batch, 2), dtype), generator=generator(), **options)
 
     assert torch.equal(sampler.times, GRID)
-    assert "tables" not in repr(sampler)
     with counted(monkeypatch) as calls:
         solvers.plan(process, SOLVERS[name], GRID)
     assert calls
@@ -116,17 +106,6 @@ class Guided(MixedScore):
         return 1.2 * super().forward(z, t, **options) - 0.1 * z[:, list(self.sde.driven)]
 
 
-class Wrapped(nn.Module):
-    """A module that calls another."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, z, t):
-        return 1.1 * self.model(z, t)
-
-
 def hooked(kind, hook):
     def make(sde):
         model = mixed(sde)
@@ -146,18 +125,13 @@ CHANGES = {
         hooked("forward", lambda module, args, output: 1.1 * output),
         lambda model, z, t: 1.1 * model(z, t),
     ),
-    "pre-hook on the state": (
-        hooked("forward_pre", lambda module, args: (1.05 * args[0], *args[1:])),
-        lambda model, z, t: model(1.05 * z, t),
+    "pre-hook on state and time": (
+        hooked("forward_pre", lambda module, args: (1.05 * args[0], 0.9 * args[1])),
+        lambda model, z, t: model(1.05 * z, 0.9 * t),
     ),
-    "pre-hook on the time": (
-        hooked("forward_pre", lambda module, args: (args[0], 0.9 * args[1])),
-        lambda model, z, t: model(z, 0.9 * t),
-    ),
-    "wrapper": (lambda sde: Wrapped(mixed(sde)), lambda model, z, t: 1.1 * model(z, t)),
     "compiled": (
-        lambda sde: torch.compile(Wrapped(mixed(sde)), backend="eager"),
-        lambda model, z, t: 1.1 * model(z, t),
+        lambda sde: torch.compile(mixed(sde, Guided), backend="eager"),
+        lambda model, z, t: 1.2 * model(z, t) - 0.1 * z[:, list(model.sde.driven)],
     ),
 }
 
@@ -165,7 +139,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, "subclass") for name in SOLVERS]
-    + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:-1]]
+    + [(name, change) for name in FEW[:3] for change in list(CHANGES)[1:3]]
     + [(FEW[0], "compiled")],
 )
 def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
@@ -199,10 +173,8 @@ def test_a_plan_follows_a_model_whose_state_is_loaded(name):
 @few_solvers
 def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     sde = sde_for(name)
-    process, options = (
-        ReverseProcess(sde, SCORES[score](sde)),
-        {"denoise": True, "t_eval": GRID[1:]},
-    )
+    process = ReverseProcess(sde, SCORES[score](sde))
+    options = {"denoise": True, "t_eval": GRID[1:]}
 
     def gradient(sampler):
         z = start(sde).requires_grad_()
@@ -215,28 +187,3 @@ def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
     assert torch.equal(gradient(sampler), expected)
     assert expected.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("made", "error", "got"),
-    [
-        (lambda z: (z[:1], ()), ValueError, r".*\(1, 2, 2\)"),
-        (lambda z: (z[:, :1], ()), ValueError, r".*\(3, 1, 2\)"),
-        (lambda z: (z.float(), ()), ValueError, ".*float32"),
-        (lambda z: (z.to("meta"), ()), ValueError, ".*meta"),
-        (lambda z: (None, ()), ValueError, "NoneType"),
-        (lambda z: z, TypeError, "Tensor"),
-        (lambda z: (z, None), TypeError, "tuple"),
-        (lambda z: (z, [z]), TypeError, "tuple"),
-        (lambda z: (z, (), ()), TypeError, "tuple"),
-        (lambda z: None, TypeError, "NoneType"),
-    ],
-)
-def test_steps_that_return_something_else_are_rejected(made, error, got):
-    class Made(solvers.EulerMaruyama):
-        def step(self, z, *rest):
-            return made(super().step(z, *rest)[0])
-
-    sde = CLD()
-    with pytest.raises(error, match=rf"Made\.step must return .*; got {got}"):
-        solvers.solve(ReverseProcess(sde, Smooth(sde)), Made(), start(sde), GRID)

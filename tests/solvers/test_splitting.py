@@ -17,10 +17,10 @@ import pytest
 import torch
 from scipy.linalg import block_diag, expm, solve_continuous_lyapunov
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, Schedule, solvers
+from cldsde import CLD, PSLD, ReverseProcess, Schedule, solvers
 from cldsde.solvers import Splitting
 from gaussian_data import DATA, moments
-from probes import Recorder, Recording, start, untouchable
+from probes import Recorder, Recording, start
 from references import cld, dense, psld
 from references.kernels import Clock
 from tolerances import EPS, KERNEL
@@ -31,14 +31,17 @@ WAVE = Clock(
 )
 
 
-def jump(at):
-    """A rate of 1 up to a time, and of 9 from there on; as a schedule, and for the reference."""
+def jumping(at):
+    """PSLD with a rate of 1 up to a time, and of 9 from there on, and its reference."""
     schedule = Schedule(
         lambda t: torch.where(t < at, 1.0, 9.0).to(t),
         lambda s, t: (t - s) + 8 * (t.clamp_min(at) - s.clamp_min(at)),
     )
-    both = lambda s, t: (t - s) + 8 * (np.maximum(t, at) - np.maximum(s, at))  # noqa: E731
-    return schedule, Clock(lambda t: np.where(t < at, 1.0, 9.0), both)
+    clock = Clock(
+        lambda t: np.where(t < at, 1.0, 9.0),
+        lambda s, t: (t - s) + 8 * (np.maximum(t, at) - np.maximum(s, at)),
+    )
+    return PSLD(schedule, 0.7), dense(psld(gamma=0.7))._replace(clock=clock)
 
 
 GENERAL = {"beta": (1.0, 14.0), "gamma": 0.7, "nu": 3.0, "mass": 0.4}
@@ -52,9 +55,7 @@ PROCESSES = {
     "PSLD, noise in the data": (PSLD(gamma=4.0, nu=0.0), dense(psld(gamma=4.0, nu=0.0))),
 }
 # Jumps divide the part of the step of each letter once.
-for at in (0.2, 0.37, 0.62, 0.95):
-    schedule, clock = jump(at)
-    PROCESSES[f"jump at {at}"] = PSLD(schedule, 0.7), dense(psld(gamma=0.7))._replace(clock=clock)
+PROCESSES |= {f"jump at {at}": jumping(at) for at in (0.2, 0.37, 0.62, 0.95)}
 
 WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
 VARIANTS = [(shared, at) for shared in (False, True) for at in ("start", "end")]
@@ -141,12 +142,8 @@ def test_scores_and_noise_are_counted_and_in_their_places(name, shared, at):
     (sde, exact), options = PROCESSES[name], {"shared_score": shared, "score_time": at}
     times = solvers.root_times(0.9, 1e-2, 3)
     for word in WORDS:
-        score, noise, solver = (
-            Recording(DATA.score(sde)),
-            Recorder(),
-            Splitting(scheme=word, **options),
-        )
-        z, process = start(sde, (3, 1)), ReverseProcess(sde, score)
+        score, noise, z = Recording(DATA.score(sde)), Recorder(), start(sde, (3, 1))
+        process, solver = ReverseProcess(sde, score), Splitting(scheme=word, **options)
         found = solvers.solve(process, solver, z, times, noise=noise)
         expected = evaluated(word, exact, times.numpy(), **options)
         assert found.nfev == score.calls == len(expected)
@@ -156,34 +153,3 @@ def test_scores_and_noise_are_counted_and_in_their_places(name, shared, at):
         assert not shared or seen == expected
         rows = [draw.shape[1] for draw in noise.draws]
         assert rows == [len(driven(exact))] * (3 * word.count("O"))
-
-
-def constant(A, Q_root, beta=1.0):
-    return LinearSDE.from_matrices(A, Q_root, beta)
-
-
-# Independent noises with a stationary covariance [[1, 1/2], [1/2, 1]].
-OBLIQUE = -0.5 * np.diag([2.0, 1.0]) @ np.linalg.inv([[1.0, 0.5], [0.5, 1.0]])
-NONE = r"needs a process of position and velocity with a stationary distribution; .* has {} comp"
-CORRELATED = r"independent noises .* correlated ones\. Use SSCS"
-
-
-@pytest.mark.parametrize(
-    ("sde", "message"),
-    [
-        (VPSDE(), NONE.format(1) + ".*Use SSCS$"),
-        (VESDE(), NONE.format(1) + ".*Use StochasticHeun$"),
-        (HOLD(), NONE.format(3) + ".*Use SSCS$"),
-        (constant([[0, 1], [0, 0]], [[0], [1]]), NONE.format(2) + ".*Use StochasticHeun$"),
-        # The position has no noise and comes to rest.
-        (constant([[-1, 0], [0, -1]], [[0], [1]], 3.0), NONE.format(2) + ".* and none"),
-        (CLD(position_noise=0.3), CORRELATED),
-        # A unit stationary covariance, and noises of position and velocity that are one.
-        (constant([[-0.5, 0.5], [-1.5, -0.5]], [[1], [1]]), CORRELATED),
-        (constant(OBLIQUE.tolist(), [[2**0.5, 0], [0, 1]]), CORRELATED),
-    ],
-)
-def test_processes_that_do_not_split_are_rejected(sde, message):
-    process = ReverseProcess(sde, untouchable)
-    with pytest.raises(ValueError, match=message):
-        solvers.plan(process, Splitting(), solvers.uniform_times(1.0, 0.05, 1))

@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
 from cldsde.solvers.twisted import _systematic
-from probes import generator, name_of_case, untouchable
+from probes import generator
 from references import wide_mixture
 from tolerances import order_of, rounding
 
@@ -34,7 +34,7 @@ def check_evidence(found, data, seen, bias=0.01):
     """Three standard errors, and the step's error of second order."""
     error = found.log_evidence - data.log_evidence(seen)
     assert abs(error) < 3 * found.log_evidence_std + bias
-    assert found.log_evidence_std < 0.1
+    assert found.log_evidence_std < 10 * bias
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
@@ -54,11 +54,9 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
 
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
-    data, seen = wide_mixture()
-    found = sample(data, seen, particles=500, seeds=range(10))
+    found = sample(*wide_mixture(), particles=500, seeds=range(10))
     # The error of 40 steps is 0.03, as runs of 2,000 particles show.
-    error = found.log_evidence - data.log_evidence(seen)
-    assert abs(error) < 3 * found.log_evidence_std + 0.03
+    check_evidence(found, *wide_mixture(), bias=0.03)
 
 
 def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
@@ -77,8 +75,7 @@ def test_a_solve_in_inference_mode_is_the_same():
     problem, options = wide_mixture(), {"particles": 10, "seeds": [1], "steps": 5}
     expected = sample(*problem, **options)
     with torch.inference_mode():
-        found = sample(*problem, **options)
-    assert torch.equal(found.samples, expected.samples)
+        assert torch.equal(sample(*problem, **options).samples, expected.samples)
 
 
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
@@ -91,6 +88,8 @@ def test_resampled_particles_have_equal_weights():
     found = sample(*wide_mixture(), particles=400, seeds=[0])
     drawn = found.resample(4000, generator=generator())
     assert drawn.shape == (4000, 8)
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
+        found.resample(4, generator=[torch.Generator()])
     # Systematic resampling takes each particle the rounded number of its share.
     error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
     assert error.abs().max() < 0.05
@@ -105,60 +104,12 @@ def test_systematic_resampling_has_no_bias():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"particles": 0}, "particles must be an integer"),
-        ({"chunk": 0}, "chunk must be an integer"),
-        ({"threshold": 1.5}, "threshold must lie in"),
-        ({"method": "dps"}, "method must be one of"),
-        ({"seeds": [1], "generator": torch.Generator()}, "alternatives"),
-        ({"seeds": [-1]}, "seeds must be integers"),
-        ({"shape": (4,)}, "numbers; got data"),
-        ({"data_variance": 0}, "data_variance must be"),
-        ({"generator": [torch.Generator()]}, r"must be a torch\.Generator or None"),
-        ({"dtype": torch.int64}, "dtype must be a floating-point type"),
-    ],
-    ids=name_of_case,
+    ("dtype", "noise", "method"),
+    [(torch.float32, 1e-4, "moments"), (torch.float32, 1e-4, "pigdm")]
+    + [(x, 0.1, "moments") for x in (torch.float16, torch.bfloat16)],
 )
-def test_bad_options_are_rejected(options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        sample(*wide_mixture(), score=untouchable, **options)
-
-
-def test_several_generators_are_rejected_by_resampling():
-    found = sample(*gaussian(), steps=2, seeds=[0])
-    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
-        found.resample(4, generator=[torch.Generator()])
-
-
-def test_equal_rows_with_little_noise_are_sampled_in_float32():
-    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=1e-4)
-    for method in ("moments", "pigdm"):
-        found = sample(gaussian()[0], seen, steps=3, method=method, dtype=torch.float32)
-        assert found.samples.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_particles_of_half_precision(dtype):
-    seen = Observation.matrix([[1.0, 1.0, 0.0]], torch.zeros(1), noise_std=0.1)
-    found = sample(gaussian()[0], seen, steps=3, dtype=dtype)
+def test_equal_rows_and_low_precision_give_finite_samples(dtype, noise, method):
+    seen = Observation.matrix([[1.0, 1.0, 0.0]] * 3, torch.zeros(3), noise_std=noise)
+    found = sample(gaussian()[0], seen, steps=3, method=method, dtype=dtype)
     assert found.samples.dtype == dtype
     assert found.samples.isfinite().all()
-
-
-def test_observations_that_do_not_fit_are_rejected():
-    _, seen = wide_mixture()
-    process, latest = ReverseProcess(CLD(), untouchable), seen.end_time(CLD(), (8,))
-    late, early = (solvers.root_times(1.0, end, 10) for end in (2 * latest, 1e-3))
-    with pytest.raises(ValueError, match=f"times must end at {latest:.3g} or earlier"):
-        solvers.sample_posterior(process, seen, late)
-    exact = Observation(seen.forward, seen.y, 0.0)
-    with pytest.raises(ValueError, match="noise_std must be positive"):
-        solvers.sample_posterior(process, exact, early, shape=(8,))
-    with pytest.raises(ValueError, match="shape must be given"):
-        solvers.sample_posterior(process, Observation(seen.forward, seen.y, 0.1), early)
-
-
-def test_a_score_that_is_not_finite_is_an_error():
-    with pytest.raises(FloatingPointError, match="no particle of run 0"):
-        sample(*wide_mixture(), VPSDE(), score=lambda z, t: z * math.nan)

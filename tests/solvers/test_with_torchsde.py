@@ -1,7 +1,6 @@
 """`TorchSDE`: each step is one of torchsde's, and strong orders are those for additive noise."""
 
 import functools
-import itertools
 import math
 
 import numpy as np
@@ -9,31 +8,21 @@ import pytest
 import torch
 import torchsde
 
-from cldsde import VPSDE, GaussianMixture, ReverseProcess
-from cldsde.solvers import (
-    BrownianPath,
-    EulerMaruyama,
-    RecordedNoise,
-    StochasticHeun,
-    TorchSDE,
-    as_torchsde,
-    root_times,
-    solve,
-    uniform_times,
-)
+from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde.solvers import RecordedNoise, TorchSDE, solve
 from gaussian_data import PROCESSES, SLOPE, reverse
-from probes import Recording, generator, start
+from probes import Recording, generator, normals, start
 from tolerances import KERNEL
 
 # Calculus of each method.
 METHODS = dict.fromkeys(("euler", "milstein", "srk"), "ito")
 METHODS |= dict.fromkeys(("heun", "euler_heun", "midpoint"), "stratonovich")
-GRID = root_times(1.0, 0.05, 9)
+GRID = solvers.root_times(1.0, 0.05, 9)
 
 
-def normals(method, name, steps=9):
+def draws_of(method, name):
     columns = PROCESSES[name][1].Q_root.shape[1] * (2 if method == "srk" else 1)
-    return list(torch.randn(steps, 4, columns, 1, generator=generator(3), dtype=torch.float64))
+    return list(normals(3, 9, 4, columns, 1))
 
 
 def close(found, expected):
@@ -56,17 +45,14 @@ class Increments:
 @pytest.mark.parametrize("name", ["VE", "CLD, linear", "PSLD", "HOLD"])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_sdeint(method, name):
-    process, draws, solver = (
-        reverse(name, Recording),
-        normals(method, name),
-        TorchSDE(method=method),
-    )
+    process, draws = reverse(name, Recording), draws_of(method, name)
+    solver = TorchSDE(method=method)
     z, noise = start(process.sde, (4, 1)), RecordedNoise(draws)
     found = solve(process, solver, z, GRID, noise=noise, t_eval=GRID)
     times = torch.cat(process.score.times)
     assert found.nfev == process.score.calls == 9 * solver.facts.nfe_per_step
     assert (times.max(), times.min() >= GRID[-1]) == (1.0, True)
-    form = as_torchsde(process, (1,), calculus=METHODS[method])
+    form = solvers.as_torchsde(process, (1,), calculus=METHODS[method])
     m = PROCESSES[name][1].Q_root.shape[1]
     for i, xi in enumerate(draws):
         s = form.clock(GRID[i : i + 2])
@@ -77,36 +63,6 @@ def test_steps_are_those_of_sdeint(method, name):
         options = {"bm": Increments(W, U), "method": method, "dt": 2.0}
         z = form.unpack(torchsde.sdeint(form, form.pack(z), s, **options)[-1])
         close(found.y[i + 1], z)
-
-
-@pytest.mark.parametrize(
-    ("method", "same", "name"),
-    [
-        ("euler", EulerMaruyama(), "CLD, linear"),
-        ("milstein", EulerMaruyama(), "VE"),
-        ("heun", StochasticHeun(), "PSLD"),  # whose rate is constant
-    ],
-)
-def test_some_methods_are_solvers_of_the_package(method, same, name):
-    process, draws = reverse(name), normals(method, name)
-    found, expected = (
-        solve(process, solver, start(process.sde, (4, 1)), GRID, noise=RecordedNoise(draws)).state
-        for solver in (TorchSDE(method=method), same)
-    )
-    close(found, expected)
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "srk"])
-def test_the_increments_of_a_path_are_its_noise(method):
-    process, solver = reverse("PSLD"), TorchSDE(method=method)
-    path = BrownianPath(process.sde, GRID, (4, 1), generator=generator(), dtype=torch.float64)
-    steps = itertools.pairwise(GRID.tolist())
-    draws = RecordedNoise([path.increment(u, t) / math.sqrt(t - u) for t, u in steps])
-    found, expected = (
-        solve(process, solver, start(process.sde, (4, 1)), GRID, noise=noise).state
-        for noise in (path, draws)
-    )
-    close(found, expected)
 
 
 def test_the_normals_of_srk_are_independent():
@@ -131,13 +87,17 @@ def end(method, n):
     # An increment adds to the integral for the rest of the step.
     rest = h * np.arange(stride - 1, -1, -1)[:, None]
     W, U = W.sum(1), (U + rest * W).sum(1)
-    sde, times, solver = VPSDE(4.0, 4.0), uniform_times(0.5, 0.05, n), TorchSDE(method=method)
+    sde, times, solver = (
+        VPSDE(4.0, 4.0),
+        solvers.uniform_times(0.5, 0.05, n),
+        TorchSDE(method=method),
+    )
     modes = GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
     process = ReverseProcess(sde, modes.score(sde))
-    normals = solver.path_noise(process, times)
-    draws = normals.increment @ torch.from_numpy(W)[:, None]
+    rows = solver.path_noise(process, times)
+    draws = rows.increment @ torch.from_numpy(W)[:, None]
     if method == "srk":
-        draws = draws + normals.time_integral @ torch.from_numpy(U)[:, None]
+        draws = draws + rows.time_integral @ torch.from_numpy(U)[:, None]
     state = torch.randn(SAMPLES, 1, 1, generator=generator(), dtype=torch.float64)
     noise = RecordedNoise(list(draws.transpose(1, 2)[..., None]))
     return solve(process, solver, 0.8 * state, times, noise=noise).state

@@ -1,6 +1,7 @@
-"""Measured orders and their references, against closed forms and against sampling."""
+"""Measured orders, exact moments and their references, against closed forms and sampling."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -9,34 +10,17 @@ import pytest
 import torch
 
 import references
-from cldsde import HOLD, VPSDE, GaussianMixture, LinearSDE
-from cldsde.solvers import (
-    SSCS,
-    EulerMaruyama,
-    ExponentialEuler,
-    ExponentialMultistep,
-    GottaGoFast,
-    ProbabilityFlow,
-    StochasticHeun,
-    TorchDiffEq,
-    TorchSDE,
-    solve,
-    uniform_times,
-)
-from cldsde.validation import (
-    GaussianReference,
-    Problem,
-    moment_error,
-    ode_order,
-    orders,
-    problems,
-    reference_kernel,
-    strong_order,
-    weak_order,
-)
+from cldsde import CLD, HOLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
+from cldsde.solvers import SSCS, EulerMaruyama, ExponentialMultistep, ProbabilityFlow, uniform_times
+from cldsde.validation import GaussianReference, Problem, moment_error, orders, problems
 from cldsde.validation.cases import FlowCase, PathCase
+from cldsde.validation.moments import propagate_moments
 from cldsde.validation.order_estimate import Verdict
+from cldsde.validation.orders import ode_order, strong_order, weak_order
+from cldsde.validation.reference import reference_kernel
 from faulty_solvers import altered, declaring
+from gaussian_data import DATA, reverse
+from gaussian_data import PROCESSES as GAUSSIAN
 from probes import generator, tensor
 from references import dense
 from tolerances import rounding, standard_error, standard_error_of_variance
@@ -45,32 +29,26 @@ PROBLEMS = problems()
 PASS, FAIL = Verdict.PASS, Verdict.FAIL
 # scipy's method of order 8 at a relative tolerance of 1e-13, over a hundred steps.
 INTEGRATED = 1e-11
-GAUSSIAN = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 
 
-def functions():
-    """Matrices that do not commute, as polynomials."""
-    A = [[-0.5, 3.0], [-3.0, -4.0]], [[0.25, 3.0], [-4.0, 0.5]]
-    G = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, -0.5]]
-    first, second = (lambda t, m=matrices: tensor(m[0]) + t * tensor(m[1]) for matrices in (A, G))
-    sde = LinearSDE.from_functions(first, second, initial_covariance=[[0.0, 0.0], [0.0, 0.04]])
-    exact = references.Polynomial(A, G)
-    exact.own = references.matrix([[0.0, 0.0], [0.0, 0.04]])
-    return sde, exact
-
-
+# Matrices that do not commute, as polynomials.
+OWN, A = [[0.0, 0.0], [0.0, 0.04]], ([[-0.5, 3.0], [-3.0, -4.0]], [[0.25, 3.0], [-4.0, 0.5]])
+G = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, -0.5]]
+FIRST, SECOND = (lambda t, m=matrices: tensor(m[0]) + t * tensor(m[1]) for matrices in (A, G))
 KERNELS: dict[str, Any] = {
-    "VE": lambda: (PROBLEMS["VE"].sde, references.ve(0.1, 5.0)),
-    "HOLD": lambda: (HOLD(), references.hold()),
-    "functions": functions,
+    "VE": (PROBLEMS["VE"].sde, references.ve(0.1, 5.0)),
+    "HOLD": (HOLD(), references.hold()),
+    "functions": (
+        LinearSDE.from_functions(FIRST, SECOND, initial_covariance=OWN),
+        references.Polynomial(A, G, OWN),
+    ),
 }
 
 
-@pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("name", "many"), [*((name, False) for name in KERNELS), ("HOLD", True)])
 def test_kernels_moments_and_flows_of_the_reference_are_the_exact_ones(name, many):
     """The flow takes the distribution at t to the one at u; also if times are many."""
-    sde, exact = KERNELS[name]()
+    sde, exact = KERNELS[name]
     for s, t in [(0.0, 0.01), (0.3, 0.35), (0.0, 1.0)]:
         psi, Q = reference_kernel(sde, s, t)
         mean, covariance, _ = (x[0] for x in references.as_tensors([exact.transition(s, t)]))
@@ -81,7 +59,7 @@ def test_kernels_moments_and_flows_of_the_reference_are_the_exact_ones(name, man
     initial[0, 0] += 0.25
     wanted = [0.05, 0.2, 0.6, 1.0]
     between = np.linspace(0.05, 1.0, 101).tolist() if many else []
-    reference = GaussianReference(Problem(name, sde, GAUSSIAN), tensor([*wanted, *between]))
+    reference = GaussianReference(Problem(name, sde, DATA), tensor([*wanted, *between]))
     means, covariances, _ = references.as_tensors([exact.marginal(t, initial) for t in wanted])
     moments = dict(zip(wanted, zip(0.3 * means[..., :1], covariances, strict=True), strict=True))
     for t, (mean, covariance) in moments.items():
@@ -107,13 +85,9 @@ def test_the_reference_is_for_gaussian_data_at_its_own_times():
         with pytest.raises(ValueError, match="Gaussian data of one dimension"):
             GaussianReference(PROBLEMS[name], tensor([0.05, 1.0]))
     reference = GaussianReference(PROBLEMS["VP"], tensor([0.05, 1.0]))
+    missing = uniform_times(1.0, 0.5, 8)
     with pytest.raises((ValueError, KeyError), match=r"0\.5"):
-        reference.moments(0.5)
-    with pytest.raises((ValueError, KeyError), match=r"0\.5"):
-        moment_error(EulerMaruyama(), PROBLEMS["VP"], uniform_times(1.0, 0.5, 8), reference)
-
-
-# Cases: paths and flows of a problem -----------------------------------------------------------
+        moment_error(EulerMaruyama(), PROBLEMS["VP"], missing, reference)
 
 
 @functools.cache
@@ -127,7 +101,7 @@ def test_the_end_of_a_flow_is_as_accurate_as_it_says(name):
     """Against a solver of the package at a tolerance near rounding, for each sample."""
     problem, case = PROBLEMS[name], flow_case(name)
     strict = ProbabilityFlow(method="dopri8", rtol=3e-14, atol=3e-14, pace="sample")
-    found = solve(problem.process, strict, case.start, uniform_times(1.0, 0.05, 1))
+    found = solvers.solve(problem.process, strict, case.start, uniform_times(1.0, 0.05, 1))
     error = float((found.state - case.end).square().mean().sqrt())
     steps = found.nfev / strict.facts.nfe_per_step
     # Its steps err by the tolerance each, which add up like a random walk.
@@ -158,87 +132,71 @@ def test_increments_of_paths_have_unit_variance():
     assert float(draws.square().mean()) == pytest.approx(1, abs=error)
 
 
-# Orders ----------------------------------------------------------------------------------------
-
 VERDICT = 0.25  # by which a measured order may fall short of the declared one
-QUICK = (32, 64, 128, 256)
-FEWER = (16, 32, 64, 128)
+EM = EulerMaruyama()
+QUICK, FEWER, MODES = (32, 64, 128, 256), (16, 32, 64, 128), "VP, three modes"
 
 
-# At these steps h d / (2 log 2), what the next term of the error leaves of a local order, is below
-# the last number of a row.
+# Solver, problem, order, steps, and a claim that is to fail, or None.
 WEAK: list[Any] = [
-    (EulerMaruyama(), "CLD", 1, 0.15),
-    (SSCS(score_step="midpoint"), "CLD, linear schedule", 2, 0.15),
-    (StochasticHeun(), "VE", 2, 0.15),
-    (ExponentialMultistep(order=2, stochasticity=1.0), "VP", 2, 0.15),
+    (EulerMaruyama(), "CLD", 1, QUICK, 2),
+    (SSCS(score_step="midpoint"), "CLD, linear schedule", 2, QUICK, None),
+    (solvers.StochasticHeun(), "VE", 2, QUICK, None),
+    (ExponentialMultistep(order=2, stochasticity=1.0), "VP", 2, QUICK, None),
 ]
+# Of the fifth order there is little above rounding at 256 steps, of the eighth at 80.
 ODE: list[Any] = [
-    (TorchDiffEq(method="rk4"), "VE", 4, 0.15),
+    (solvers.TorchDiffEq(method="rk4"), "VE", 4, FEWER, None),
     # Adaptive solvers take even steps here.
-    (TorchDiffEq(method="dopri5"), "VE", 5, 0.3),
-    (ProbabilityFlow(method="bosh3"), "VP", 3, 0.3),
-    (ExponentialMultistep(order=3), "CLD", 3, 0.1),
-    (ProbabilityFlow(method="dopri8"), "CLD, rotation", 8, 0.15),
+    (solvers.TorchDiffEq(method="dopri5"), "VE", 5, FEWER, None),
+    (ProbabilityFlow(method="bosh3"), "VP", 3, QUICK, None),
+    (ExponentialMultistep(order=3), "CLD", 3, QUICK, 4),
+    (ProbabilityFlow(method="dopri8"), "CLD, rotation", 8, (20, 28, 40, 57, 80), None),
 ]
-
-
-@pytest.mark.parametrize(("solver", "problem", "order", "near"), WEAK, ids=repr)
-def test_weak_orders_are_those_declared_and_no_higher(solver, problem, order, near):
-    assert solver.facts.weak_order == order
-    found = weak_order(solver, PROBLEMS[problem], steps=QUICK)
-    assert found.verdict is PASS
-    assert found.order == pytest.approx(order, abs=near)
-    assert [level.step for level in found.levels] == [1 / n for n in QUICK]
-    error = moment_error(solver, PROBLEMS[problem], uniform_times(1.0, 0.05, QUICK[1]))
-    # Moments to rounding, of which an error of the second order is 1e-5.
-    assert found.levels[1].error == pytest.approx(error, rel=rounding(64 * 40, 1e5))
-    if solver == EulerMaruyama():  # a claim is read from the facts, whatever the solver
-        claim = declaring(solver, weak_order=order + 1)
-        wrong = weak_order(claim, PROBLEMS[problem], steps=QUICK)
-        assert (wrong.verdict, wrong.order) == (FAIL, found.order)
-
-
-@pytest.mark.parametrize(("solver", "problem", "order", "near"), ODE, ids=repr)
-def test_ode_orders_are_those_declared_and_no_higher(solver, problem, order, near):
-    assert solver.facts.ode_order == order
-    case = flow_case(problem, 10 if order == 8 else 6)
-    # Of the fifth order there is little above rounding at 256 steps, of the eighth at 80.
-    steps = {4: FEWER, 5: FEWER, 8: (20, 28, 40, 57, 80)}.get(order, QUICK)
-    found = ode_order(solver, PROBLEMS[problem], steps=steps, case=case)
-    assert found.verdict is PASS
-    assert found.order == pytest.approx(order, abs=near)
-    assert [level.step for level in found.levels] == [1 / n for n in steps]
-    if solver == ExponentialMultistep(order=3):
-        claim = declaring(solver, ode_order=order + 1)
-        assert ode_order(claim, PROBLEMS[problem], steps=steps, case=case).verdict is FAIL
-
-
 # A solver converges to the exact ends of paths only if all of a case hangs together: increments,
 # their time integrals for SRK, stochastic integrals for ExponentialEuler, and the ends.
 STRONG: list[Any] = [
-    (EulerMaruyama(), "CLD", 1, 1.5, QUICK),
-    (declaring(ExponentialEuler(), strong_order=1), "CLD, linear schedule", 1, 1.5, QUICK),
+    (EulerMaruyama(), "CLD", 1, QUICK, 1.5),
+    (declaring(solvers.ExponentialEuler(), strong_order=1), "CLD, linear schedule", 1, QUICK, 1.5),
     # Along lines the term that limits SRK to 3/2, the second derivative of the drift, is zero.
-    (TorchSDE(method="srk"), "VP", 2, 2.5, QUICK),
-    (TorchSDE(method="srk"), "VP, three modes", 1.5, 2, (*FEWER, 256)),
-    (EulerMaruyama(), "VP, three modes", 1, 2, (8, *FEWER)),
+    (solvers.TorchSDE(method="srk"), "VP", 2, QUICK, 2.5),
+    (solvers.TorchSDE(method="srk"), MODES, 1.5, (*FEWER, 256), 2),
+    (EulerMaruyama(), MODES, 1, (8, *FEWER), 2),
+]
+ORDERS = [
+    *((weak_order, "weak_order", *row) for row in WEAK),
+    *((ode_order, "ode_order", *row) for row in ODE),
+    *((strong_order, "strong_order", *row) for row in STRONG),
 ]
 
 
-@pytest.mark.parametrize(("solver", "problem", "order", "wrong", "steps"), STRONG)
-def test_strong_orders_are_those_declared_and_no_higher(solver, problem, order, wrong, steps):
-    samples = 3000 if order == 1.5 else 1000
-    paths = PathCase(PROBLEMS[problem], uniform_times(1.0, 0.05, steps[-1]), samples, generator(1))
-    found = strong_order(solver, PROBLEMS[problem], steps=steps, case=paths)
-    assert found.verdict is PASS
-    assert found.order == pytest.approx(order, abs=VERDICT)
-    assert all(0 < level.standard_error < 0.2 * level.error for level in found.levels)
+@pytest.mark.parametrize(("measure", "claim", "solver", "name", "order", "steps", "wrong"), ORDERS)
+def test_orders_are_those_declared_and_no_higher(measure, claim, solver, name, order, steps, wrong):
+    problem, options = PROBLEMS[name], {"steps": steps}
+    if measure is ode_order:
+        options["case"] = flow_case(name, 10 if order == 8 else 6)
+    if measure is strong_order:
+        samples, times = 3000 if order == 1.5 else 1000, uniform_times(1.0, 0.05, steps[-1])
+        options["case"] = PathCase(problem, times, samples, generator(1))
+    found = measure(solver, problem, **options)
+    assert (found.verdict, found.expected) == (PASS, getattr(solver.facts, claim))
+    assert measure is strong_order or found.expected == order
+    # At these steps h d / (2 log 2), what the next term of the error leaves of a local order, is
+    # below 0.15; adaptive solvers and samples have a little more.
+    loose = solver.facts.adaptive or measure is strong_order
+    assert found.order == pytest.approx(order, abs=VERDICT if loose else 0.15)
+    if measure is strong_order:
+        assert all(0 < level.standard_error < 0.2 * level.error for level in found.levels)
     # On a mixture errors are distances between levels.
-    mixture = not PROBLEMS[problem].gaussian
-    assert [x.step for x in found.levels] == [1 / n for n in (steps[:-1] if mixture else steps)]
-    claim = declaring(solver, strong_order=wrong)
-    assert strong_order(claim, PROBLEMS[problem], steps=steps, case=paths).verdict is FAIL
+    mixture = not problem.gaussian
+    assert [level.step for level in found.levels] == [1 / n for n in steps[: len(steps) - mixture]]
+    if measure is weak_order:
+        error = moment_error(solver, problem, uniform_times(1.0, 0.05, steps[1]))
+        # Moments to rounding, of which an error of the second order is 1e-5.
+        assert found.levels[1].error == pytest.approx(error, rel=rounding(64 * 40, 1e5))
+    if wrong is not None:  # a claim is read from the facts, whatever the solver
+        failed = measure(declaring(solver, **{claim: wrong}), problem, **options)
+        assert (failed.verdict, failed.order) == (FAIL, found.order)
 
 
 def test_orders_of_a_solver_that_diverges_come_without_a_warning():
@@ -292,7 +250,7 @@ def test_the_weak_order_on_a_mixture_is_measured_along_shared_paths():
     # Squares of data vary by the fourth power of their scale.
     data = GaussianMixture([0.5, 0.2, 0.3], [[-10.0], [2.0], [12.0]], [[[12.25]]] * 3)
     wide = Problem("wide", VPSDE(0.1, 8.0), data)
-    assert "wrong distribution" not in weak_order(StochasticHeun(), wide, **MIXTURE).message
+    assert "wrong distribution" not in weak_order(solvers.StochasticHeun(), wide, **MIXTURE).message
 
 
 @pytest.mark.parametrize(("variance", "reason"), [(1.0, ""), (1e8, "below rounding")])
@@ -305,26 +263,23 @@ def test_rounding_is_relative_to_the_size_of_moments(monkeypatch, variance, reas
     assert [level.reason for level in found.levels] == [reason, reason]
 
 
+RK4, PAIR = solvers.TorchDiffEq(method="rk4"), (weak_order, strong_order)
 FINEST = {"steps": (30, 64, 128), "samples": 20}
 PATH, FIXED, INCREASE = "must have `path_noise`", "fixed grid", "positive integers that increase"
-EM, MODES = EulerMaruyama(), "VP, three modes"
 MEASURES = ((weak_order, EM), (strong_order, EM), (ode_order, ExponentialMultistep()))
 REJECTED: list[Any] = [
-    *((strong_order, x, "CLD", {}, TypeError, PATH) for x in (SSCS(), TorchDiffEq(method="rk4"))),
-    *(
-        (measure, GottaGoFast(), "CLD", {}, TypeError, FIXED)
-        for measure in (strong_order, weak_order)
-    ),
+    *((strong_order, x, "CLD", {}, TypeError, PATH) for x in (SSCS(), RK4)),
+    *((f, solvers.GottaGoFast(), "CLD", {}, TypeError, FIXED) for f in PAIR),
     (weak_order, SSCS(), "CLD, three modes", {}, TypeError, "shared Brownian paths"),
     (weak_order, ProbabilityFlow(), MODES, {}, TypeError, FIXED),
     (weak_order, SSCS(), "VE", {}, ValueError, "SSCS needs"),
     (moment_error, SSCS(), "VE", {"times": tensor([1.0, 0.5])}, ValueError, "SSCS needs"),
-    (ode_order, GottaGoFast(), "CLD", {}, ValueError, "steps of one length"),
+    (ode_order, solvers.GottaGoFast(), "CLD", {}, ValueError, "steps of one length"),
     # Over 30 steps there is no grid of the 128 cells.
     (strong_order, EM, "VP", FINEST, ValueError, "30"),
-    *((measure, EM, MODES, FINEST, ValueError, "30") for measure in (strong_order, weak_order)),
-    (weak_order, EM, MODES, {"samples": 5}, ValueError, "at least 20"),
-    (strong_order, EM, MODES, {"samples": 5}, ValueError, "at least 20"),
+    *((f, EM, MODES, FINEST, ValueError, "30") for f in PAIR),
+    *((f, EM, MODES, {"samples": 5}, ValueError, "at least 20") for f in PAIR),
+    *((f, x, "no", {}, TypeError, "problem must be a Problem, .*; got 'no'") for f, x in MEASURES),
     *(
         (measure, solver, "VP", {"steps": steps}, ValueError, INCREASE)
         for measure, solver in MEASURES
@@ -334,14 +289,150 @@ REJECTED: list[Any] = [
 
 
 @pytest.mark.parametrize(("measure", "solver", "problem", "options", "error", "words"), REJECTED)
-def test_measurements_that_cannot_be_made_are_rejected(
-    measure, solver, problem, options, error, words
-):
+def test_impossible_measurements_are_rejected(measure, solver, problem, options, error, words):
     with pytest.raises(error, match=words):
-        measure(solver, PROBLEMS[problem], **options)
+        measure(solver, PROBLEMS.get(problem, problem), **options)
 
 
-@pytest.mark.parametrize(("measure", "solver"), MEASURES)
-def test_names_are_no_problems(measure, solver):
-    with pytest.raises(TypeError, match=r"problem must be a Problem, .*; got 'CLD'"):
-        measure(solver, "CLD")
+# Exact moments of solvers with Gaussian data, against recursions from matrix exponentials
+
+# The score is -C^-1 (z - m). The reverse drift per unit of falling time is a z + c with
+# a = -F - G G^T C^-1. Kernels and references are both good to some 1e-14 here, and steps are mostly
+# contractions: several exponentials of matrices of the size |A| B <= 40.
+END, RECURSION = 0.05, rounding(64 * 40)
+
+
+def euler_maruyama(exact, times):
+    """m' = X m + b and C' = X C X^T + h G G^T."""
+    m, C = exact.mean(times[0]), exact.covariance(times[0])
+    for t, u in itertools.pairwise(times):
+        kick = (t - u) * exact.clock.rate(t)
+        pull = exact.Q @ np.linalg.inv(exact.covariance(t))
+        X = np.eye(len(m)) - kick * (exact.A + pull)
+        m = X @ m + kick * pull @ exact.mean(t)
+        C = X @ C @ X.T + kick * exact.Q
+    return m, C
+
+
+GRIDS = [("uniform", 1, True), ("root", 7, False), ("quadratic", 25, True)]
+
+
+@pytest.mark.parametrize(("kind", "steps", "known"), GRIDS)
+@pytest.mark.parametrize("name", list(GAUSSIAN))
+def test_a_solver_has_the_moments_of_its_recursion(name, kind, steps, known):
+    times, (sde, exact) = getattr(solvers, f"{kind}_times")(1.0, END, steps), GAUSSIAN[name]
+    # The score knows its times beforehand, or is told each.
+    process = reverse(name, lambda score: score if known else lambda z, t: score(z, t.clone()))
+    start = torch.from_numpy(exact.mean(1.0))[:, None], torch.from_numpy(exact.covariance(1.0))
+    mean, covariance = propagate_moments(process, EM, times, *start)
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert mean.shape == (sde.components, 1)
+    m, C = euler_maruyama(exact, times.tolist())
+    assert abs(mean[:, 0].numpy() - m).max() <= RECURSION * abs(C).max()
+    assert abs(covariance.numpy() - C).max() <= RECURSION * abs(C).max()
+
+
+@pytest.mark.parametrize("name", ["VE", "CLD, linear schedule"])
+def test_the_moment_error_is_the_distance_of_the_recursion_from_the_exact_moments(name):
+    times = uniform_times(1.0, END, 32)
+    exact = GAUSSIAN[name.removesuffix(" schedule")][1]
+    m, C = euler_maruyama(exact, times.tolist())
+    distances = [abs(m - exact.mean(END)).max(), abs(C - exact.covariance(END)).max()]
+    found = moment_error(EM, PROBLEMS[name], times)
+    assert found == pytest.approx(max(distances), abs=RECURSION)
+
+
+@pytest.mark.parametrize("solver", [EM, SSCS()])
+def test_directions_of_the_data_are_kept_apart(solver):
+    data = GaussianMixture([1.0], [[0.3, -1.0]], [[[0.25, 0.0], [0.0, 0.04]]])
+    sde, times, zero = CLD(), solvers.quadratic_times(1.0, END, 6), torch.zeros(2, 2)
+    start = torch.kron(sde.prior.covariance, torch.eye(2, dtype=torch.float64))
+    process = ReverseProcess(sde, data.score(sde))
+    mean, covariance = propagate_moments(process, solver, times, zero, start)
+    blocks = covariance.reshape(2, 2, 2, 2)
+    for i, (m, v) in enumerate([(0.3, 0.25), (-1.0, 0.04)]):
+        alone = GaussianMixture([1.0], [[m]], [[[v]]])
+        process, start = ReverseProcess(sde, alone.score(sde)), sde.prior.covariance
+        one, single = propagate_moments(process, solver, times, zero[:, :1], start)
+        # A rotation by the eigenvectors, and otherwise the same operations.
+        assert (mean[:, i] - one[:, 0]).abs().max() <= rounding(64)
+        assert (blocks[:, i, :, i] - single).abs().max() <= rounding(64)
+    assert blocks[:, 0, :, 1].abs().max() <= rounding(64)
+
+
+SAMPLED = [(SSCS(), "PSLD"), (ExponentialMultistep(order=2, stochasticity=1.0), "HOLD")]
+
+
+@pytest.mark.parametrize(("solver", "name"), SAMPLED)
+def test_samples_have_the_propagated_moments(solver, name):
+    sde, n = GAUSSIAN[name][0], 50_000
+    times, g = solvers.quadratic_times(1.0, END, 8), torch.Generator().manual_seed(0)
+    state = sde.prior.sample((n, 1), generator=g, dtype=torch.float64)
+    z = solvers.solve(reverse(name), solver, state, times, generator=g).state[..., 0]
+    start = torch.zeros(sde.components, 1), sde.prior.covariance
+    mean, C = propagate_moments(reverse(name), solver, times, *start)
+    # Variances of sample moments of normals: C_ii of a mean, C_ii C_jj + C_ij^2 of a covariance.
+    variance, one = C.diagonal(), standard_error(1.0, n, number=5)
+    assert ((z.mean(0) - mean[:, 0]).abs() <= one * variance.sqrt()).all()
+    error = one * (variance[:, None] * variance + C**2).sqrt()
+    centred = z - mean[:, 0]
+    assert ((centred.mT @ centred / n - C).abs() <= error).all()
+    # The samples tell these moments from the exact ones.
+    exact = torch.from_numpy(GAUSSIAN[name][1].covariance(END))
+    assert ((exact - C).abs() > 2 * error).any()
+
+
+GRID = uniform_times(1.0, 0.1, 3)
+MEAN, EYE = torch.zeros(2, 1), torch.eye(2)
+START = {"mean": MEAN, "covariance": EYE}
+OwnNoise = altered(EulerMaruyama, step=lambda z, *_: z + torch.randn_like(z))
+
+
+class Moody(EulerMaruyama):
+    """Draws more if some state is not zero."""
+
+    def step(self, z, memory, tables, i, score, noise):
+        if z.any():
+            noise.normal(z, 2)
+        return super().step(z, memory, tables, i, score, noise)
+
+
+TWO_MODES = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]])
+TWICE = "the same state and noise gave two different results; does the solver draw noise outs"
+SHAPES = [
+    *((torch.zeros(k, 1), torch.eye(k)) for k in (1, 3)),
+    *((torch.zeros(*shape), EYE) for shape in ((2,), (2, 1, 1), (2, 2))),
+    *((MEAN, covariance) for covariance in (torch.eye(3), torch.ones(2))),
+]
+WRONG_GRIDS = [[0.1, 0.5, 1.0], [1.0, 0.5, 0.5], [1.0, math.nan], [1.5, 0.5], [1.0], [[1.0, 1.0]]]
+MIXED = ReverseProcess(CLD(), TWO_MODES.score(CLD()))
+BY_NORM = solvers.PredictorCorrector(corrector=solvers.Langevin(norm="batch"))
+NO_SSCS = {"process": reverse("VE"), "solver": SSCS(), "mean": MEAN[:1], "covariance": EYE[:1, :1]}
+NO_MOMENTS: list[Any] = [
+    *(({"mean": m, "covariance": C}, ValueError, r"mean must be \(2, D\)") for m, C in SHAPES),
+    *(({"times": torch.tensor(grid)}, ValueError, "times") for grid in WRONG_GRIDS),
+    *(({"solver": x}, TypeError, "solver must be a solver") for x in (SSCS, None, "EM")),
+    *(({"process": x}, TypeError, "process must be a ReverseProcess") for x in (CLD(), None)),
+    ({"solver": OwnNoise()}, ValueError, TWICE),
+    ({"solver": Moody()}, ValueError, "solver must draw the same noise for every state"),
+    ({"solver": solvers.GottaGoFast()}, TypeError, "a fixed grid; GottaGoFast is adaptive"),
+    *(({"solver": solver, "process": MIXED}, ValueError, "affine") for solver in (EM, SSCS())),
+    ({"solver": BY_NORM}, ValueError, "affine in"),
+    (NO_SSCS, ValueError, "SSCS needs"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), NO_MOMENTS)
+def test_solvers_and_arguments_without_exact_moments_are_rejected(changes, error, message):
+    valid = {"process": reverse("CLD"), "solver": EM, "times": GRID, **START}
+    with pytest.raises(error, match=message):
+        propagate_moments(*(valid | changes).values())
+
+
+def test_moments_of_steps_that_diverge_are_not_finite_and_arguments_are_kept():
+    exploding = altered(EulerMaruyama, step=lambda z, *_: z / 0)()
+    mean, covariance = torch.full((2, 1), 0.5).double(), EYE.double()
+    found = propagate_moments(reverse("CLD"), exploding, GRID, mean, covariance)
+    assert not found[0].isfinite().any()
+    assert torch.equal(mean, torch.full((2, 1), 0.5).double())
+    assert torch.equal(covariance, EYE.double())

@@ -7,13 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch import distributions
 
 from cldsde import CLD, PSLD, VPSDE, Observation
-from cldsde.validation import (
-    calibration_ranks,
-    posterior_error,
-    posterior_problems,
-)
+from cldsde.validation import calibration_ranks, posterior_error, posterior_problems
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_methods import posterior_methods
 from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
@@ -28,14 +25,12 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
     problem = posterior_problems(0.3)[name]
     g = torch.Generator().manual_seed(0)
     x = problem.posterior.sample(5, generator=g, dtype=torch.float64)
-    normal = torch.distributions.MultivariateNormal
+    normal = distributions.MultivariateNormal
 
     def log_density(mixture):
-        parts = [
-            normal(m, C).log_prob(x)
-            for m, C in zip(mixture.means, mixture.covariances, strict=True)
-        ]
-        return (torch.stack(parts, 1) + mixture.weights.log()).logsumexp(1)
+        parts = normal(mixture.means, mixture.covariances)
+        weights = distributions.Categorical(mixture.weights)
+        return distributions.MixtureSameFamily(weights, parts).log_prob(x)
 
     seen = problem.observation
     likelihood = normal(seen.forward(x), 0.09 * torch.eye(len(seen.y)).double()).log_prob(seen.y)
@@ -96,14 +91,6 @@ def test_moment_matching_is_exact_for_one_gaussian_only():
     mixture = posterior_error("moments", problems["wide modes"], samples=500, repeats=2)
     assert mixture.verdict is None  # it claims nothing there
     assert mixture.mode_error > 0.1 + mixture.mode_floor
-
-
-@pytest.mark.parametrize("name", list(planted_samplers()))
-def test_planted_wrong_samplers_fail(name):
-    found = posterior_error(
-        planted_samplers()[name], posterior_problems()["one Gaussian"], samples=500, repeats=2
-    )
-    assert found.verdict is Verdict.FAIL
 
 
 def test_a_sampler_that_returns_no_numbers_fails():

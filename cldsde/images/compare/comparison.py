@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cldsde.errors import SettingError
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
@@ -85,11 +85,10 @@ class Comparison:
                 folder, device = self.runs[name], self.device
                 train(config, self.data, folder, device=device, progress=self.progress)
                 self._evaluate(name, load_model(folder.path, device, trust=True))
-            results = self._write(complete=True)
+            return self._write(complete=True)
         finally:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
-        return results
 
     def _evaluate(self, name: str, model: ImageModel) -> None:
         """Measure a model's rows, then its bits per dim."""
@@ -131,15 +130,13 @@ class Comparison:
         if is_whole_picture(self.folder / name):
             return name
         first, count = self.config.first_seed, min(_COLUMNS, self.config.samples)
-        lines: list[Tensor] = []
-        for recipe in recipes:
-            try:
-                sampler = ImageSampler.of(model, recipe, batch=self.config.batch)
-                lines.append(sampler.sample(range(first, first + count)).images)
-            except FloatingPointError:
-                lines.append(torch.zeros(count, *model.space.shape, dtype=torch.uint8))
-        sheet, levels = torch.cat(lines), model.space.levels
-        self.folder.write(name, lambda file: save_grid(file, sheet, levels, columns=count))
+        sheet = torch.zeros(len(recipes), count, *model.space.shape, dtype=torch.uint8)
+        for line, recipe in zip(sheet, recipes, strict=True):
+            sampler = ImageSampler.of(model, recipe, batch=self.config.batch)
+            with suppress(FloatingPointError):  # a failure stays black
+                line[:] = sampler.sample(range(first, first + count)).images
+        images, levels = sheet.flatten(0, 1), model.space.levels
+        self.folder.write(name, lambda file: save_grid(file, images, levels, columns=count))
         return name
 
     def _described(self, name: str, model: ImageModel) -> dict[str, Any]:
@@ -147,13 +144,13 @@ class Comparison:
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
         options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
-        parts = {"score": model.score, "autoencoder": vae}
+        parameters = {
+            key: 0 if part is None else sum(x.numel() for x in part.parameters())
+            for key, part in (("score", model.score), ("autoencoder", vae))
+        }
         return {
             "process": f"{config.process.name}({options})",
-            "parameters": {
-                key: 0 if part is None else sum(x.numel() for x in part.parameters())
-                for key, part in parts.items()
-            },
+            "parameters": parameters,
             "weights": model.digest,
             "shape": list(model.space.shape),
             "latent_shape": None if vae is None else list(vae.latent_shape),
@@ -186,9 +183,7 @@ def _row(
 ) -> dict[str, Any]:
     """A row with the cells that are known."""
     return {
-        "model": row.model,
-        "label": row.label,
-        "solver": row.solver,
+        **{name: getattr(row, name) for name in ("model", "label", "solver")},
         "adaptive": not row.nfe,
         "fixed": {} if row.nfe else row.fixed,
         "picture": picture,

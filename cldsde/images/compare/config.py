@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
@@ -150,7 +151,7 @@ class ComparisonConfig(Configuration):
     weights: str | None = None
     likelihood_images: Count = 64
     base: Mapping[str, Any] = field(default_factory=dict)
-    models: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
     rows: tuple[RowConfig, ...]
 
     def __post_init__(self) -> None:
@@ -200,15 +201,12 @@ class ComparisonConfig(Configuration):
         return error.within("base" if shared else f"models.{model}")
 
     def _run(self, name: str) -> RunConfig:
-        allowed = all(letter.isalnum() or letter in "_+-" for letter in name)
-        if not allowed or name[:1] in {"", "+", "-"}:
+        if not re.fullmatch(r"\w[\w+-]*", name):
             msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
             raise SettingError("models", msg)
-        own = self.models[name]
-        if not isinstance(own, Mapping):
-            raise SettingError(f"models.{name}", f"must be a section; got {own!r}")
         try:
-            return RunConfig.from_dict({"seed": self.seed, **_merged(self.base, own)})
+            values = {"seed": self.seed, **_merged(self.base, self.models[name])}
+            return RunConfig.from_dict(values)
         except SettingError as error:
             raise self.place(name, error) from error
 
@@ -236,9 +234,9 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The base with a model's own values, sections key by key."""
     merged = {**base, **own}
-    for key in base.keys() & own.keys():
-        if isinstance(base[key], Mapping) and isinstance(own[key], Mapping):
-            merged[key] = _merged(base[key], own[key])
+    for key, value in own.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
+            merged[key] = _merged(base[key], value)
     return merged
 
 

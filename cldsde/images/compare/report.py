@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -31,12 +32,12 @@ def read_comparison(file: Path) -> dict[str, Any]:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it to have it made again") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        kind = found.get("format") if isinstance(found, dict) else None
+    kind = found.get("format") if isinstance(found, dict) else None
+    if kind != FORMAT:
         older = str(kind).startswith(FORMAT.partition(",")[0])
         advice = "delete it to have it made again" if older else "choose another folder"
         raise ValueError(f"{file} is not {FORMAT}; {advice}")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def write_report(folder: Path) -> None:
@@ -69,60 +70,43 @@ def write_report(folder: Path) -> None:
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
     """Plot a measure against score evaluations, one panel per model, the others in grey.
 
-    Returns means over repeats, with their standard deviations.
+    Shows means over repeats, and bands of one standard deviation.
     """
-    rows = [
-        (row["model"], row["label"], cells)
-        for row in results["rows"]
-        if (cells := [cell for cell in row["cells"] if measure in cell.get("measures", ())])
-    ]
+    rows = []
+    for row in results["rows"]:
+        cells = [cell for cell in row["cells"] if measure in cell.get("measures", ())]
+        if cells:
+            values = [cell["measures"][measure] for cell in cells]
+            spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in values]
+            line = [cell["nfe"] for cell in cells], list(map(statistics.mean, values)), spreads
+            rows.append((row["model"], row["label"], line))
     models = list(dict.fromkeys(model for model, _, _ in rows))
     labels = list(dict.fromkeys(label for _, label, _ in rows))
     columns = min(3, len(models))
-    lines = -(-len(models) // columns)
-    figure = Figure(figsize=(4.6 * columns, 4.2 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    height = math.ceil(len(models) / columns)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * height), layout="constrained")
+    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
     for axes, model in zip(grid.flat, models, strict=False):
-        for other, _, cells in rows:
-            if other != model:
-                axes.plot(*_means(cells, measure), color="0.82", linewidth=1, zorder=1)
-        for own, label, cells in rows:
-            if own == model:
-                i = labels.index(label)
-                axes.errorbar(
-                    *_means(cells, measure),
-                    yerr=[_spread(cell["measures"][measure]) for cell in cells],
-                    color=f"C{_COLOURS[i % len(_COLOURS)]}",
-                    marker="osD^v<>P"[i % 8],
-                    markersize=5,
-                    capsize=2,
-                    label=label,
-                    zorder=2,
-                )
+        for own, label, (nfe, means, spreads) in rows:
+            if own != model:
+                axes.plot(nfe, means, color="0.82", linewidth=1, zorder=1)
+                continue
+            i = labels.index(label)
+            colour, marker = f"C{_COLOURS[i % len(_COLOURS)]}", "osD^v<>P"[i % 8]
+            axes.plot(nfe, means, label=label, color=colour, marker=marker, markersize=5, zorder=2)
+            band = np.subtract(means, spreads), np.add(means, spreads)
+            axes.fill_between(nfe, *band, color=colour, alpha=0.2, linewidth=0)
         axes.set_title(model)
         axes.legend(fontsize="small", framealpha=0.85)
-        _logarithmic(axes)
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.tick_params(labelbottom=True, labelleft=True)
+        axes.grid(visible=True, alpha=0.3)
     for axes in grid.flat[len(models) :]:
         axes.set_axis_off()
     figure.supxlabel("score evaluations per image (NFE)", fontsize="medium")
     figure.supylabel(MEASURES[measure], fontsize="medium")
     return figure
-
-
-def _means(cells: list[dict[str, Any]], measure: str) -> tuple[list[float], list[float]]:
-    values = [cell["measures"][measure] for cell in cells]
-    return [cell["nfe"] for cell in cells], list(map(statistics.mean, values))
-
-
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(labelbottom=True, labelleft=True)
-    axes.grid(visible=True, alpha=0.3)

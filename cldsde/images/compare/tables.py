@@ -27,12 +27,12 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     """Tables of each measure by budget and by tolerance, and of the models."""
     found = []
     for measure in measures_of(results):
-        for adaptive, columns in ((False, "score evaluations"), (True, "tolerance")):
+        for adaptive in (False, True):
             rows = [row for row in results["rows"] if row["adaptive"] == adaptive]
             if rows:
-                table = _measure_table(f"{MEASURES[measure]} against {columns}", rows, measure)
-                remarks = table.remarks + _about_latent_models(rows, results)
-                found.append(table._replace(remarks=remarks))
+                table = _measure_table(rows, measure)
+                table.remarks.extend(_about_latent_models(rows, results["models"]))
+                found.append(table)
     if results["models"]:
         found.append(_model_table(results["models"]))
     return found
@@ -44,39 +44,43 @@ def measures_of(results: Mapping[str, Any]) -> list[str]:
     return [name for name in MEASURES if any(name in cell.get("measures", ()) for cell in cells)]
 
 
-def _measure_table(title: str, rows: Sequence[Mapping[str, Any]], measure: str) -> Table:
+def _measure_table(rows: Sequence[Mapping[str, Any]], measure: str) -> Table:
     adaptive = rows[0]["adaptive"]
-    budgets = sorted({cell["budget"] for row in rows for cell in row["cells"]}, reverse=adaptive)
+    found = [(row, cell) for row in rows for cell in row["cells"]]
+    budgets = sorted({cell["budget"] for _, cell in found}, reverse=adaptive)
     means: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        for cell in row["cells"]:
-            if measure in cell.get("measures", ()):
-                mean = statistics.mean(cell["measures"][measure])
-                means.setdefault((row["model"], cell["budget"]), []).append(mean)
+    for row, cell in found:
+        if measure in cell.get("measures", ()):
+            mean = statistics.mean(cell["measures"][measure])
+            means.setdefault((row["model"], cell["budget"]), []).append(mean)
     # Adaptive solvers differ in cost, too.
     best = max if measure in _HIGHER else min
     bests = {key: best(x) for key, x in means.items() if len(x) > 1 and not adaptive}
     lines, reasons, brackets = [], [], False
     for row in rows:
-        cells = {cell["budget"]: cell for cell in row["cells"]}
-        line = [Entry(row["model"], number=False), Entry(row["label"], number=False)]
-        for budget in budgets:
-            cell = cells.get(budget, {})
-            values = cell.get("measures", {}).get(measure)
-            if values is None:
-                line.append(Entry(""))
-            else:
+        entries = dict.fromkeys(budgets, Entry(""))
+        for cell in row["cells"]:
+            budget, values = cell["budget"], cell.get("measures", {}).get(measure)
+            if values is not None:
                 mean = statistics.mean(values)
                 text = mean_and_spread(values, _digits(mean))
                 if cell["nfe"] != budget:
                     text, brackets = f"{text} ({cell['nfe']:.0f})", True
-                line.append(Entry(text, mean == bests.get((row["model"], budget))))
+                entries[budget] = Entry(text, mean == bests.get((row["model"], budget)))
             if "reason" in cell:
                 reasons.append(f"{row['model']}, {row['label']}, {budget:g}: {cell['reason']}.")
-        lines.append(line)
+        names = [Entry(row[key], number=False) for key in ("model", "label")]
+        lines.append([*names, *entries.values()])
     remarks = ["In brackets: mean score evaluations per image."] if brackets else []
     remarks += ["Bold: the best sampler of a model at a budget."] if bests else []
-    remarks += [_about_tolerances(rows)] if adaptive else []
+    if adaptive:
+        remark = "A tolerance is rtol and atol of the solver."
+        for row in rows:
+            for name, value in row["fixed"].items():
+                other = "rtol" if name == "atol" else "atol"
+                remark += f" For {row['model']}, {row['label']}, it is {other}: {name} = {value}."
+        remarks.append(remark)
+    title = f"{MEASURES[measure]} against {'tolerance' if adaptive else 'score evaluations'}"
     head = ["model", "sampler", *(f"{budget:g}" for budget in budgets)]
     return Table(title, head, lines, remarks + reasons)
 
@@ -87,22 +91,11 @@ def _digits(mean: float) -> int:
     return min(max(2 - size, 0), 4)
 
 
-def _about_tolerances(rows: Sequence[Mapping[str, Any]]) -> str:
-    remark = "A tolerance is rtol and atol of the solver."
-    for row in rows:
-        for name, value in row["fixed"].items():
-            other = "rtol" if name == "atol" else "atol"
-            remark += f" For {row['model']}, {row['label']}, it is {other}: {name} = {value}."
-    return remark
-
-
-def _about_latent_models(
-    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]
-) -> list[str]:
+def _about_latent_models(rows: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
     shapes: dict[tuple[str, str], list[str]] = {}
-    for name in dict.fromkeys(row["model"] for row in rows):
-        model = results["models"].get(name)
-        if model is not None and model["latent_shape"] is not None:
+    for name in dict.fromkeys(row["model"] for row in rows if row["model"] in models):
+        model = models[name]
+        if model["latent_shape"] is not None:
             latent, image = (" × ".join(map(str, model[key])) for key in ("latent_shape", "shape"))
             shapes.setdefault((latent, image), []).append(name)
     return [
@@ -116,6 +109,9 @@ def _model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     lines, remarks = [], []
     kinds: dict[tuple[str, float], list[str]] = {}
     for name, model in models.items():
+        numbers = [model["parameters"]["score"], model["parameters"]["autoencoder"] or None]
+        numbers += [model["images"], model["prior_images"], model["seconds"]]
+        texts = ["" if number is None else f"{number:,.0f}" for number in numbers]
         bits, text = model["bits"] or {}, ""
         if "bits_per_dim" in bits:
             error = bits["standard_error"]
@@ -124,9 +120,6 @@ def _model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
             kinds.setdefault((bits["quantity"], bits["t_min"]), []).append(name)
         elif bits:
             remarks.append(f"{name} has no bits per dim: {bits['reason']}.")
-        numbers = [model["parameters"]["score"], model["parameters"]["autoencoder"] or None]
-        numbers += [model["images"], model["prior_images"], model["seconds"]]
-        texts = ["" if number is None else f"{number:,.0f}" for number in numbers]
         words = [Entry(name, number=False), Entry(model["process"], number=False)]
         lines.append([*words, *map(Entry, [*texts, text])])
     about = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from cldsde.files import file_lock
 from cldsde.images.checks import check_images, check_labels, check_same_shape
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes, byte_batches
-from cldsde.images.evaluate.distances import batches_sha256
+from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.messages import brief
@@ -43,13 +43,9 @@ class ImageClassifier(nn.Module):
         self.architecture = {"channels": channels, "classes": classes, "width": width, "size": size}
         layers: list[nn.Module] = []
         widths = (channels, width, 2 * width, 4 * width, 4 * width)
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-            stride = 2 if i in {1, 2} else 1
-            layers += [
-                nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(outputs),
-                nn.ReLU(),
-            ]
+        for (inputs, outputs), stride in zip(pairwise(widths), (1, 2, 2, 1), strict=True):
+            layers.append(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, size), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(size, classes)
@@ -173,7 +169,7 @@ def kept_classifier(
     train, labels = data.train, data.train.labels
     assert labels is not None
     origin = {
-        "images_sha256": batches_sha256(byte_batches(train), (len(train), *train.shape)),
+        "images_sha256": images_sha256(byte_batches(train), (len(train), *train.shape)),
         "labels_sha256": tensors_digest({"labels": labels}),
     }
     if not file.exists():
@@ -181,7 +177,13 @@ def kept_classifier(
         # Of two evaluations at the same time one trains the classifier for both.
         with file_lock(file, wait=True):
             if not file.exists():
-                _train_into(file, data, origin, device=device, progress=progress)
+                sets: Any = [(all_bytes(x), x.labels) for x in (train, data.held_out or train)]
+                epochs = max(3, round(_TRAINED_ON / len(train)))
+                made, accuracy = train_classifier(
+                    *(*sets[0], *sets[1]), epochs=epochs, device=device, progress=progress
+                )
+                notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
+                save_classifier(made, file, metadata=notes)
     try:
         classifier, notes = load_classifier(file, device=device)
     except ValueError as error:
@@ -190,13 +192,6 @@ def kept_classifier(
         msg = f"{file} was trained on other images or classes; delete it, or move it away"
         raise ValueError(msg)
     return ClassifierFeatures(classifier, device=device)
-
-
-def _train_into(file: Path, data: DataSet, notes: Mapping[str, str], **options: Any) -> None:
-    sets: Any = [(all_bytes(x), x.labels) for x in (data.train, data.held_out or data.train)]
-    epochs = max(3, round(_TRAINED_ON / len(data.train)))
-    classifier, accuracy = train_classifier(*sets[0], *sets[1], epochs=epochs, **options)
-    save_classifier(classifier, file, metadata={**notes, "held_out_accuracy": f"{accuracy:.4f}"})
 
 
 def _scaled(images: Tensor) -> Tensor:

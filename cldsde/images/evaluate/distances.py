@@ -56,15 +56,12 @@ def _root(covariance: Tensor) -> Tensor:
     return root
 
 
-def images_sha256(images: Tensor) -> str:
-    """SHA-256 of the shape and the bytes of uint8 images."""
-    return batches_sha256(images.split(4096), images.shape)  # type: ignore[no-untyped-call]
-
-
-def batches_sha256(batches: Iterable[Tensor], shape: Sequence[int]) -> str:
-    """`images_sha256` of images in batches, of their whole shape ``(N, C, H, W)``."""
+def images_sha256(images: Iterable[Tensor], shape: Sequence[int] = ()) -> str:
+    """SHA-256 of the shape and the bytes of uint8 images: a tensor, or batches and their shape."""
+    if isinstance(images, Tensor):
+        shape, images = images.shape, images.split(4096)  # type: ignore[no-untyped-call]
     total = hashlib.sha256(f"{tuple(shape)}".encode())
-    for part in batches:
+    for part in images:
         total.update(part.numpy().tobytes())
     return total.hexdigest()
 
@@ -116,24 +113,14 @@ class FeatureStatistics:
             raise SettingError("batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
         sums = FeatureSums(features, images.shape)
-        for part in progress_bar(parts, shown=progress, total=len(parts), desc="features"):
-            sums.add(part)
-        return sums.statistics()
+        return sums.of(progress_bar(parts, shown=progress, desc="features"))
 
 
 class FeatureSums:
     """Running `FeatureStatistics` of uint8 images that come in batches and are not kept.
 
-    Parameters
-    ----------
-    features
-        Feature network, see `load_features`.
-    shape
-        ``(N, C, H, W)`` of all images.
-    size
-        Number of features, if the network returns more numbers.
-    keep
-        Whether to keep the numbers of each image.
+    ``shape`` is ``(N, C, H, W)`` of all images. ``size`` is the number of features, if the network
+    returns more numbers. ``keep`` keeps all numbers of each image.
     """
 
     def __init__(
@@ -144,10 +131,10 @@ class FeatureSums:
         size: int | None = None,
         keep: bool = False,
     ) -> None:
+        self._features, self._name = features, feature_name(features)
         self._size, self._keep = size, keep
         self._rows: list[Tensor] = []
-        self._name = feature_name(features)
-        self._features, self._hash = features, hashlib.sha256(f"{tuple(shape)}".encode())
+        self._hash = hashlib.sha256(f"{tuple(shape)}".encode())
         self._seen, self._mean, self._scatter = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, images: Tensor) -> None:
@@ -167,6 +154,12 @@ class FeatureSums:
         weight = self._seen * len(rows) / total
         self._scatter = self._scatter + centred.T @ centred + weight * torch.outer(shift, shift)
         self._mean, self._seen = self._mean + shift * (len(rows) / total), total
+
+    def of(self, batches: Iterable[Tensor]) -> FeatureStatistics:
+        """Add all batches; return the statistics."""
+        for images in batches:
+            self.add(images)
+        return self.statistics()
 
     def statistics(self) -> FeatureStatistics:
         """The statistics of all images."""

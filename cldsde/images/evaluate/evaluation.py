@@ -8,26 +8,32 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data.samples import as_bytes
-from cldsde.images.evaluate.distances import FeatureSums, frechet_report, images_sha256
-from cldsde.images.evaluate.features import check_features, feature_name, load_features
-from cldsde.images.evaluate.inception import check_counts, inception_report, inception_sums
-from cldsde.images.evaluate.likelihoods import (
-    UndefinedLikelihoodError,
-    latent_likelihood,
-    likelihood,
+from cldsde.images.data import DataSet, Images
+from cldsde.images.data.samples import as_bytes, byte_batches
+from cldsde.images.evaluate import inception, likelihoods
+from cldsde.images.evaluate.classifier import kept_classifier
+from cldsde.images.evaluate.distances import (
+    FeatureStatistics,
+    FeatureSums,
+    frechet_report,
+    images_sha256,
 )
-from cldsde.images.evaluate.reference import CACHE, CLASSIFIER, Reference
+from cldsde.images.evaluate.features import (
+    FeatureNetwork,
+    check_features,
+    feature_name,
+    load_features,
+)
 from cldsde.images.evaluate.results import (
     Result,
     add_results,
@@ -35,6 +41,7 @@ from cldsde.images.evaluate.results import (
     origin,
     read_results,
 )
+from cldsde.images.evaluate.weights import InceptionFeatures
 from cldsde.images.sample.sampler import ImageSampler, Samples, make_solver
 from cldsde.images.sample.source import Model, OtherDynamics
 from cldsde.images.schema import Count, check_name, plain, section
@@ -46,54 +53,41 @@ METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 in Inception's; bits per dim."""
 
 _INCEPTION = {"fid", "kid", "isc", "prc"}
+_CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
+_CLASSIFIER = "classifier.safetensors"
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
-_FAILURES = (FloatingPointError, UnsolvedFlowError, UndefinedLikelihoodError)
+_FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
 
 
 @section
-class Evaluation(Reference):
+class Evaluation:
     """A set of metrics, and the images and features that they need.
 
-    Attributes
-    ----------
-    data
-        The data set.
-    part
-        Part of the data to compare with: ``"train"``, as for published distances, or
-        ``"held_out"``.
-    features
-        ``"classifier"``: features of a classifier trained on the data's classes and kept in
-        ``folder``; or ``module:attribute`` of the user's own network.
-    weights
-        File of Inception weights, for fid, kid, isc and prc.
-    folder
-        Where the classifier is kept.
-    likelihood_images
-        Held-out images whose likelihood is computed.
-    device, progress
-        Where to compute, and whether to show progress bars on stderr.
-    metrics
-        Some of `METRICS`.
-    samples, repeats, first_seed
-        Images per repetition, and repetitions, whose spread is reported. Seeds of the images count
-        from the first one.
-    batch
-        Images per batch.
+    ``features`` are ``"classifier"``, features of a classifier trained on the data's classes, or
+    ``module:attribute`` of the user's own network. The classifier is kept in ``folder``. Seeds of
+    the images count from ``first_seed``.
     """
 
-    metrics: Sequence[str] = ("fd",)
-    samples: Annotated[Count, Field(ge=2)] = 1000
-    repeats: Count = 1
+    data: InstanceOf[DataSet]
+    part: Literal["train", "held_out"] = "train"  # to compare with; published distances: train
+    features: str = "classifier"
+    weights: Path | None = None  # of Inception, for fid, kid, isc and prc
+    folder: Path
+    likelihood_images: Count = 64  # held-out images whose likelihood is computed
+    device: str = "cpu"
+    progress: bool = False  # show progress bars on stderr
+    metrics: Sequence[str] = ("fd",)  # some of `METRICS`
+    samples: Annotated[Count, Field(ge=2)] = 1000  # images per repetition
+    repeats: Count = 1  # sets of images, whose spread is reported
     first_seed: int = 0
-    batch: Count = 64
+    batch: Count = 64  # images per batch
 
     def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
-        train, reference = self.data.train, getattr(self.data, self.part)
+        train = self.data.train
         if images is not None and "bpd" in self.metrics:
             raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
-        images = self.samples if images is None else images
         if shape is not None and tuple(shape) != train.shape:
             own, others = ("×".join(map(str, x)) for x in (shape, train.shape))
             msg = "images must be of the size of those that they are compared with, "
@@ -101,33 +95,33 @@ class Evaluation(Reference):
             raise SettingError("reference", msg)
         for metric in self.metrics:
             check_name(metric, METRICS, "metrics")
-        if reference is None:
+        if getattr(self.data, self.part) is None:
             raise SettingError("part", f"the data set has no part {self.part}")
         if "bpd" in self.metrics and self.data.held_out is None:
             raise SettingError("metrics", "bpd needs held-out images; the data set has none")
         if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
             msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
             raise SettingError("seed", msg)
-        check_counts(self._measures, images, len(reference))
+        count = self.samples if images is None else images
+        inception.check_counts(self._measures, count, len(self._images))
         self._check_features()
 
     def _check_features(self) -> None:
         """Raise an error if a network for features is missing, or does not fit the images."""
-        inception, channels = _INCEPTION & set(self.metrics), self.data.train.shape[0]
-        if inception:
-            names = ", ".join(sorted(inception))
+        names, train = ", ".join(sorted(self._inception_metrics)), self.data.train
+        if names:
             if self.weights is None:
                 msg = f"{names} need the file of Inception weights; use fd for features of a "
                 raise SettingError("weights", f"{msg}classifier of the data")
-            if channels not in {1, 3}:
-                msg = f"{names}: Inception needs images of 1 or 3 channels; got {channels}"
+            if train.shape[0] not in {1, 3}:
+                msg = f"{names}: Inception needs images of 1 or 3 channels; got {train.shape[0]}"
                 raise SettingError("metrics", msg)
             with setting("weights"):
-                _ = self._inception.sha256
+                _ = self._inception
         if "fd" in self.metrics and self.features != "classifier":
-            two = as_bytes(self.images.load(torch.arange(2)), self.images.levels)
+            two = as_bytes(self._images.load(torch.arange(2)), self._images.levels)
             check_features(load_features(self.features), two)
-        elif "fd" in self.metrics and self.data.train.labels is None:
+        elif "fd" in self.metrics and train.labels is None:
             msg = "the data have no classes; name a network, module:attribute"
             raise SettingError("features", msg)
 
@@ -139,9 +133,9 @@ class Evaluation(Reference):
     @property
     def fills_folder(self) -> bool:
         """Whether a file that is missing in the folder is going to be kept there."""
-        kept = [CACHE] if _INCEPTION & set(self.metrics) else []
+        kept = [_CACHE] if self._inception_metrics else []
         if "fd" in self.metrics and self.features == "classifier":
-            kept.append(CLASSIFIER)
+            kept.append(_CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
     def of_run(self, model: Model, recipes: Iterable[SamplingConfig], file: Path) -> list[Result]:
@@ -155,24 +149,25 @@ class Evaluation(Reference):
 
     def of_density(self, model: Model, file: Path) -> list[Result]:
         """Bits per dim of a trained model; see `of_run`."""
-        wanted = self._wanted(["bpd"], model=model.digest)
-        return self._filled(file, wanted, lambda _: ({"bpd": self._bits(model)}, {}))
+        return self._filled(file, ["bpd"], lambda _: ({"bpd": self._bits(model)}, {}), model.digest)
 
     def of_recipe(self, model: Model, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        own = {"model": model.digest, "recipe": plain(recipe), "solver": repr(make_solver(recipe))}
+        own = {"recipe": plain(recipe), "solver": repr(make_solver(recipe))}
         found: list[Result] = []
         for repeat in range(self.repeats):
             first = self.first_seed + repeat * self.samples
             seeds = range(first, first + self.samples)
-            wanted = self._wanted(self._measures, **own, seeds=(seeds[0], seeds[-1]))
-            found += self._filled(file, wanted, partial(self._of_seeds, model, recipe, seeds))
+            measure, ends = partial(self._of_seeds, model, recipe, seeds), (seeds[0], seeds[-1])
+            found += self._filled(file, self._measures, measure, model.digest, seeds=ends, **own)
         return found
 
     def of_samples(self, images: Tensor, name: str, file: Path) -> list[Result]:
         """Measure images, uint8 with 256 levels; see `of_run`."""
-        wanted = self._wanted(self._measures, model=images_sha256(images), recipe={"solver": name})
-        return self._filled(file, wanted, lambda metrics: (self.measure(images, metrics), {}))
+        digest, recipe = images_sha256(images), {"solver": name}
+        return self._filled(
+            file, self._measures, lambda x: (self.measure(images, x), {}), digest, recipe=recipe
+        )
 
     def stream(self, model: Model, recipe: SamplingConfig, seeds: range) -> Iterator[Samples]:
         """Sample images of a model with a recipe, batch by batch."""
@@ -188,52 +183,43 @@ class Evaluation(Reference):
             count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
             images = progress_bar(parts, shown=self.progress, desc="features")
         shape = (count, *self.data.train.shape)
-        inception, streams = [metric for metric in metrics if metric != "fd"], []
+        others, sums = [metric for metric in metrics if metric != "fd"], {}
         if "fd" in metrics:
-            streams.append(FeatureSums(self._network, shape))
-        if inception:
-            streams.append(inception_sums(self._inception, shape, inception))
+            sums["fd"] = FeatureSums(self._network, shape)
+        if others:
+            sums["inception"] = inception.feature_sums(self._inception, shape, others)
         for some in images:
-            for sums in streams:
-                sums.add(some)
+            for each in sums.values():
+                each.add(some)
         found = {}
         if "fd" in metrics:
-            found["fd"] = frechet_report(streams[0].statistics(), self._statistics)
-        if inception:
-            other = self._inception_statistics(inception)
-            report = inception_report(
-                *(streams[-1].statistics(), other, self._inception, inception),
-                kid_subset_size=min(1000, count, other.count),
-            )
-            found |= dict.fromkeys(inception, report)
+            found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
+        if others:
+            known = self._shape, self._sha256, self._inception, others, self.folder / _CACHE
+            reference = inception.reference_statistics(self._batches(), *known)
+            own, size = sums["inception"].statistics(), min(1000, count, reference.count)
+            report = inception.report(own, reference, self._inception, others, kid_subset_size=size)
+            found |= dict.fromkeys(others, report)
         return found
-
-    def _wanted(self, metrics: Sequence[str], **own: Any) -> list[Result]:
-        """Results that an evaluation looks for or measures, without numbers."""
-        return [Result(metric=name, against=self._against(name), **own) for name in metrics]
-
-    def _against(self, metric: str) -> str:
-        if metric == "bpd":
-            return images_sha256(self._likelihood_images)[:16]
-        features = self.features if metric == "fd" else self._inception.sha256[:8]
-        return f"{features} {self.part}"
 
     def _filled(
         self,
         file: Path,
-        wanted: list[Result],
+        metrics: Iterable[str],
         measure: Callable[[list[str]], tuple[Reports, dict[str, float]]],
+        model: str,
+        **own: Any,
     ) -> list[Result]:
         """Results from a file, after the missing ones were measured and added to it.
 
-        ``measure`` returns reports of metrics, and the cost of the images.
+        ``measure`` returns reports of metrics, and the cost of the images. ``own`` are fields that
+        all results share.
         """
-        found = read_results(file, wanted[0].model) if wanted else {}
-        missing = [
-            dataclasses.replace(one, **self._conditions(one.metric))
-            for one in wanted
-            if one.key not in found
-        ]
+        found = read_results(file, model)
+        own |= {"model": model}
+        wanted = [Result(metric=name, against=self._against(name), **own) for name in metrics]
+        new = [one for one in wanted if one.key not in found]
+        missing = [dataclasses.replace(one, **self._conditions(one.metric)) for one in new]
         if missing:
             # Before any sampling.
             check_comparable([*found.values(), *missing], file)
@@ -246,6 +232,13 @@ class Evaluation(Reference):
             add_results(file, made)
             found |= {one.key: one for one in made}
         return [found[one.key] for one in wanted]
+
+    def _against(self, metric: str) -> str:
+        """Name of what a metric compares with."""
+        if metric == "bpd":
+            return images_sha256(self._likelihood_images)[:16]
+        features = self.features if metric == "fd" else self._inception.sha256[:8]
+        return f"{features} {self.part}"
 
     def _conditions(self, metric: str) -> dict[str, Any]:
         """Features and reference that results of a metric share, and the origin of the result."""
@@ -273,28 +266,74 @@ class Evaluation(Reference):
         found = self.measure(batches(), metrics, len(seeds))
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
 
+    def _bits(self, model: Model) -> dict[str, Any]:
+        """Bits per dim of a model, with everything that they depend on."""
+        if isinstance(model, OtherDynamics):
+            raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
+        if model.space.always_classes:
+            msg = "bpd needs a network that was trained without classes, too"
+            raise likelihoods.UndefinedLikelihoodError(msg)
+        names = ("batch", "device", "progress")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options |= {"levels": self.data.train.levels, "t_min": model.config.training.t_min}
+        if model.vae is not None:
+            return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
+        scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
+        return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
+
     @property
     def _measures(self) -> list[str]:
         """Metrics of samples."""
         return [metric for metric in self.metrics if metric != "bpd"]
 
-    def _bits(self, model: Model) -> dict[str, Any]:
-        if isinstance(model, OtherDynamics):
-            raise UndefinedLikelihoodError("bpd needs a run under its own process")
-        if model.space.always_classes:
-            msg = "bpd needs a network that was trained without classes, too"
-            raise UndefinedLikelihoodError(msg)
-        options: dict[str, Any] = {
-            "levels": self.data.train.levels,
-            "t_min": model.config.training.t_min,
-            "batch": self.batch,
-            "device": self.device,
-            "progress": self.progress,
-        }
-        if model.vae is not None:
-            return latent_likelihood(model.model, self._likelihood_images, **options)
-        scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
-        return likelihood(model.score, self._likelihood_images, scale=scale, **options)
+    @property
+    def _inception_metrics(self) -> set[str]:
+        return _INCEPTION & set(self.metrics)
+
+    @property
+    def _images(self) -> Images:
+        """The part to compare with."""
+        found: Images = getattr(self.data, self.part)
+        return found
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(self._images), *self._images.shape)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The part to compare with as bytes, batch by batch."""
+        with progress_bar(None, shown=self.progress, total=self._shape[0], desc="features") as bar:
+            for some in byte_batches(self._images):
+                yield some
+                bar.update(len(some))
+
+    @cached_property
+    def _sha256(self) -> str:
+        return images_sha256(byte_batches(self._images), self._shape)
+
+    @cached_property
+    def _statistics(self) -> FeatureStatistics:
+        """Statistics in the features of ``fd``."""
+        return FeatureSums(self._network, self._shape).of(self._batches())
+
+    @cached_property
+    def _network(self) -> FeatureNetwork:
+        """The features of ``fd``; their classifier is trained if there is none yet."""
+        if self.features != "classifier":
+            return load_features(self.features)
+        file = self.folder / _CLASSIFIER
+        return kept_classifier(file, self.data, device=self.device, progress=self.progress)
+
+    @cached_property
+    def _inception(self) -> InceptionFeatures:
+        assert self.weights is not None
+        return InceptionFeatures(self.weights, self.device)
+
+    @property
+    def _likelihood_images(self) -> Tensor:
+        images = self.data.held_out
+        assert images is not None
+        return images.load(torch.arange(min(len(images), self.likelihood_images)))
 
 
 def _reported(wanted: Result, report: dict[str, Any], cost: dict[str, float]) -> Result:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.errors import SettingError, setting
+from cldsde.images.checks import kind_of
 from cldsde.messages import imported, in_words
 
 FeatureNetwork = Callable[[Tensor], Tensor]
@@ -64,7 +65,7 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
 def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        got = kind_of(values)
         raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
     if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
         got = f"{tuple(values.shape)} for {count} images"

@@ -21,7 +21,7 @@ from cldsde.images.evaluate.distances import (
     images_sha256,
     package_versions,
 )
-from cldsde.images.evaluate.weights import EXTRACTOR, is_published, load_inception
+from cldsde.images.evaluate.weights import InceptionFeatures
 from cldsde.images.schema import Count, Natural, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
@@ -101,44 +101,19 @@ def inception_metrics(
     if images.shape[1] not in {1, 3}:
         raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
     network = InceptionFeatures(Path(weights), device)
-    own, given = inception_sums(network, images.shape, metrics), images_sha256(reference)
-    total = len(images) + len(reference)
-    with progress_bar(None, shown=progress, total=total, desc="Inception") as bar:
 
-        def batches(some: Tensor) -> Iterator[Tensor]:
-            for part in some.split(batch):  # type: ignore[no-untyped-call]
-                yield part
-                bar.update(len(part))
+    def batches(some: Tensor) -> Iterator[Tensor]:
+        parts = some.split(batch)  # type: ignore[no-untyped-call]
+        yield from progress_bar(parts, shown=progress, desc="Inception")
 
-        for part in batches(images):
-            own.add(part)
-        other = reference_statistics(
-            batches(reference), reference.shape, given, network, metrics, cache
-        )
+    own = feature_sums(network, images.shape, metrics).of(batches(images))
+    known = reference.shape, images_sha256(reference), network
+    other = reference_statistics(batches(reference), *known, metrics, cache)
     options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    return inception_report(own.statistics(), other, network, metrics, **options)
+    return report(own, other, network, metrics, **options)
 
 
-class InceptionFeatures:
-    """2,048 features and 1,008 logits of the Inception network: a `FeatureNetwork`.
-
-    Parameters
-    ----------
-    weights, device
-        See `inception_metrics`.
-    """
-
-    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
-        network, self.sha256 = load_inception(weights)
-        self._network, self._device = network.to(device), device
-        self.name, self.file = f"{EXTRACTOR} {self.sha256}", weights.name
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features and logits of uint8 images, ``(B, 3056)``."""
-        return torch.cat(self._network(images.to(self._device).expand(-1, 3, -1, -1)), 1)
-
-
-def inception_sums(
+def feature_sums(
     network: InceptionFeatures, shape: Sequence[int], metrics: Iterable[str]
 ) -> FeatureSums:
     """Sums for metrics of images ``(N, C, H, W)``; FID keeps no features of single images."""
@@ -166,17 +141,14 @@ def reference_statistics(
             kept: dict[str, Any] = load_tensors(file, _KIND)[0]
             if "rows" in kept or metrics == {"fid"}:
                 return FeatureStatistics(**kept, **known)
-    sums = inception_sums(network, shape, metrics)
-    for part in batches:
-        sums.add(part)
-    found = sums.statistics()
+    found = feature_sums(network, shape, metrics).of(batches)
     if file is not None:
         tensors = {name: getattr(found, name) for name in ("mean", "covariance", "rows")}
         save_tensors(file, _KIND, {k: x for k, x in tensors.items() if x is not None}, {})
     return found
 
 
-def inception_report(
+def report(
     own: FeatureStatistics,
     other: FeatureStatistics,
     network: InceptionFeatures,
@@ -209,16 +181,14 @@ def inception_report(
         options = {"prc_neighborhood": _NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
         shares = metric_prc.prc_features_to_metric(*features, **options)
         found |= {name: (share, None, None) for name, share in shares.items()}
-    sha256 = network.sha256
+    about = {"file": network.file, "sha256": network.sha256, "published": network.published}
+    columns = ("value", "spread", "spread_is")
     return {
-        "metrics": {
-            name: dict(zip(("value", "spread", "spread_is"), row, strict=True))
-            for name, row in found.items()
-        },
+        "metrics": {name: dict(zip(columns, row, strict=True)) for name, row in found.items()},
         **frechet_conditions(own, other),
         "channels": "grey is repeated to three",
         "resize": "bilinear to 299×299 as in TensorFlow 1, in torch-fidelity",
-        "weights": {"file": network.file, "sha256": sha256, "published": is_published(sha256)},
+        "weights": about,
         "settings": {"seed": seed, "splits": _SPLITS, "neighbours": _NEIGHBOURS, **kid},
         "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
     }

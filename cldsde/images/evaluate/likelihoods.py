@@ -14,7 +14,6 @@ from cldsde.images.evaluate.distances import images_sha256, package_versions
 from cldsde.images.model import DiffusionModel
 from cldsde.images.schema import Count, Levels, Natural, checked
 from cldsde.images.train.objectives import Batch, Times, bit_per_dim, negative_evidence_lower_bound
-from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, TimeSampler, dequantise, log_likelihood
 from cldsde.score.flow_density import Divergence
@@ -113,8 +112,7 @@ def likelihood(
             raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
         model = ReverseProcess(model.sde, model)
     process: ReverseProcess = model
-    _check_mode(process.score)
-    check_values(check_images(images, "images"), levels)
+    _check(process.score, images, levels)
     if kind == "exact" and process.sde.components > 1:
         msg = "kind='exact' needs a process without auxiliary components; got "
         msg += f"{process.sde!r}; use 'bound'"
@@ -128,18 +126,16 @@ def likelihood(
     data = dequantise(images, count=levels, low=-end, high=end, generator=generator)
     start: Any = "replace" if kind == "exact" else "perturb"
     bits, nfev = [], 0
-    with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
-        for part in data.split(batch):  # type: ignore[no-untyped-call]
-            found = log_likelihood(
-                process, part.to(device), t_min, start=start, generator=generator, **options
-            )
-            bits.append(found.bits_per_dim(2 * end / levels).cpu().to(torch.float64))
-            nfev += found.nfev * len(part)
-            bar.update(len(part))
+    parts = data.split(batch)  # type: ignore[no-untyped-call]
+    for part in progress_bar(parts, shown=progress, desc="likelihood"):
+        x = part.to(device)
+        found = log_likelihood(process, x, t_min, start=start, generator=generator, **options)
+        bits.append(found.bits_per_dim(2 * end / levels).cpu().to(torch.float64))
+        nfev += found.nfev * len(part)
     settings = {"kind": kind, "scale": scale, **options, "levels": levels, "batch": batch}
     settings |= {"seed": seed, "t_min": t_min, "device": str(device)}
-    found_bits = _report(torch.cat(bits), images, process.sde, kind, settings, "torchdiffeq")
-    return {**found_bits, "is_bound": found.is_bound, "nfev": nfev / len(images)}
+    about = {"process": repr(process.sde), "nfev": nfev / len(images), "settings": settings}
+    return _report(bits, images, kind, "torchdiffeq", **about)
 
 
 @checked
@@ -158,8 +154,7 @@ def latent_likelihood(
     """Bits per dim of a latent model on images, by its evidence lower bound; see `likelihood`."""
     if model.vae is None:
         raise ValueError("model must have an autoencoder; use likelihood for a model of pixels")
-    _check_mode(model)
-    check_values(check_images(images, "images"), levels)
+    _check(model, images, levels)
     pixels = model.vae.likelihood
     if pixels.levels != levels:
         name = type(pixels).__name__
@@ -170,41 +165,41 @@ def latent_likelihood(
     generator = torch.Generator().manual_seed(seed)
     sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
     bits = []
-    with progress_bar(None, shown=progress, total=len(images), desc="likelihood") as bar:
-        for part in images.split(batch):  # type: ignore[no-untyped-call]
-            x = to_unit(part, levels).to(device)
-            total = torch.zeros(len(x), dtype=torch.float64)
-            for _ in range(samples):
-                times = Times(*sampler.sample(len(x), generator=generator))
-                pair = Batch(x, None, (times, times))
-                with torch.no_grad():
-                    bound, _ = negative_evidence_lower_bound(model, pair, generator, t_min)
-                total += bound.cpu().double()
-            bits.append(bit_per_dim(x) * total / samples)
-            bar.update(len(part))
+    parts = images.split(batch)  # type: ignore[no-untyped-call]
+    for part in progress_bar(parts, shown=progress, desc="likelihood"):
+        x = to_unit(part, levels).to(device)
+        total = torch.zeros(len(x), dtype=torch.float64)
+        for _ in range(samples):
+            times = Times(*sampler.sample(len(x), generator=generator))
+            pair = Batch(x, None, (times, times))
+            with torch.no_grad():
+                bound, _ = negative_evidence_lower_bound(model, pair, generator, t_min)
+            total += bound.cpu().double()
+        bits.append(bit_per_dim(x) * total / samples)
     settings: dict[str, Any] = {"levels": levels, "batch": batch, "seed": seed, "t_min": t_min}
     settings |= {"samples": samples, "device": str(device)}
-    found = _report(torch.cat(bits), images, sde, "latent", settings, "diffusers")
-    return {**found, "is_bound": True, "nfev": samples}
+    about = {"process": repr(sde), "nfev": samples, "settings": settings}
+    return _report(bits, images, "latent", "diffusers", **about)
 
 
 def _report(
-    bits: Tensor, images: Tensor, sde: LinearSDE, kind: str, settings: dict[str, Any], package: str
+    parts: list[Tensor], images: Tensor, kind: str, package: str, **about: Any
 ) -> dict[str, Any]:
     """Mean over images with its standard error, and everything that it depends on."""
-    error = float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else None
+    bits = torch.cat(parts)
     return {
         "bits_per_dim": float(bits.mean()),
-        "standard_error": error,
+        "standard_error": float(bits.std()) / math.sqrt(len(bits)) if len(bits) > 1 else None,
         "images": len(bits),
         "quantity": _QUANTITY[kind],
+        "is_bound": kind != "exact",
         "images_sha256": images_sha256(images),
-        "process": repr(sde),
-        "settings": settings,
+        **about,
         "versions": package_versions("cldsde", "torch", package),
     }
 
 
-def _check_mode(model: object) -> None:
+def _check(model: object, images: Tensor, levels: int) -> None:
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("model must be in evaluation mode; call .eval()")
+    check_values(check_images(images, "images"), levels)

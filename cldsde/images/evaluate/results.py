@@ -31,46 +31,22 @@ _ELSEWHERE = "delete it, or write to another file"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A metric of some images or of a model: its numbers, or the reason why it has none.
+    """A metric of some images or of a model: its numbers, or the reason why it has none."""
 
-    Attributes
-    ----------
-    model
-        Digest of the weights, or of images from a file.
-    recipe, seeds
-        Sampling settings in JSON types, and the first and last seed of the images.
-    solver
-        The solver with all its options, because recipes omit defaults, which may change.
-    metric, against
-        The metric, and a name of what it compares with: features and part of the data.
-    features, reference
-        Name of the features, with a hash of their weights, and hash of the images compared with.
-    numbers
-        The numbers by their names.
-    nfe, seconds
-        Mean score evaluations per image, and seconds of sampling.
-    about
-        Everything else that the numbers depend on.
-    origin
-        Versions, machine, device and threads.
-    failed
-        Reason of a failure.
-    """
-
-    model: str
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, int] | None = None
-    solver: str = ""
+    model: str  # digest of the weights, or of images from a file
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # sampling settings in JSON types
+    seeds: tuple[int, int] | None = None  # of the first and the last image
+    solver: str = ""  # with all its options, because recipes omit defaults, which may change
     metric: str
-    against: str
-    features: str = ""
-    reference: str = ""
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    nfe: float | None = None
-    seconds: float | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    failed: str | None = None
+    against: str  # name of what the metric compares with: features and part of the data
+    features: str = ""  # their name, with a hash of their weights
+    reference: str = ""  # hash of the images compared with
+    numbers: Mapping[str, float] = field(default_factory=dict)  # by their names
+    nfe: float | None = None  # mean score evaluations per image
+    seconds: float | None = None  # of sampling
+    about: Mapping[str, Any] = field(default_factory=dict)  # all else that the numbers depend on
+    origin: Mapping[str, Any] = field(default_factory=dict)  # see the function `origin`
+    failed: str | None = None  # reason of a failure
 
     @property
     def key(self) -> str:
@@ -127,14 +103,12 @@ def check_comparable(results: Iterable[Result], place: Path) -> None:
     firsts: dict[tuple[str, str], Result] = {}
     for result in results:
         first = firsts.setdefault((result.metric, result.against), result)
-        problem = None
         if result.features != first.features:
-            both = f"{first.features} and {result.features}"
-            problem = f"distances in the features of different classifiers, {both}"
-        elif result.reference != first.reference:
-            problem = f"{result.metric} to other images than the present data set has"
-        if problem is not None:
-            raise ValueError(f"{place} holds {problem}; {_ELSEWHERE}")
+            msg = f"{place} holds distances in the features of different classifiers, "
+            raise ValueError(f"{msg}{first.features} and {result.features}; {_ELSEWHERE}")
+        if result.reference != first.reference:
+            msg = f"{place} holds {result.metric} to other images than the present data set has; "
+            raise ValueError(f"{msg}{_ELSEWHERE}")
 
 
 def origin(device: str) -> dict[str, Any]:
@@ -162,7 +136,7 @@ def markdown_table(results: Iterable[Result]) -> str:
             if row and row[0].solver != result.solver:
                 row.clear()
             row.append(result)
-    names = {name: None for row in recipes.values() for one in row for name in _named(one)}
+    names = dict.fromkeys(name for row in recipes.values() for one in row for name in _named(one))
     lines = []
     for row in recipes.values():
         recipe = row[0].recipe
@@ -170,15 +144,13 @@ def markdown_table(results: Iterable[Result]) -> str:
         times = recipe.get("grid", "") + ("" if end is None else f", {end:g}")
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
-        sizes = {str(x.about["samples"]): None for x in row if "samples" in x.about}
-        values = [[_named(one)[name] for one in row if name in _named(one)] for name in names]
-        lines.append(
-            [
-                *(Entry(recipe["solver"], number=False), Entry(nfe)),
-                *(Entry(times, number=False), Entry(", ".join(sizes))),
-                *(Entry(mean_and_spread(some, 3)) for some in values),
-            ]
-        )
+        sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
+        line = [Entry(recipe["solver"], number=False), Entry(nfe)]
+        line += [Entry(times, number=False), Entry(", ".join(sizes))]
+        for name in names:
+            values = [_named(one)[name] for one in row if name in _named(one)]
+            line.append(Entry(mean_and_spread(values, 3)))
+        lines.append(line)
     head = ["solver", "NFE", "grid, ε", "images", *names]
     return Table("", head, lines, []).markdown() if lines else ""
 

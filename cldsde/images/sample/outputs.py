@@ -49,7 +49,7 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
     elif out.exists() and out.is_dir() == bool(out.suffix):
         problem = f"{out} is there already, as another kind of file"
     elif out.is_file() and not overwrite:
-        problem = f"{out} is there already; name another file, or allow it to be overwritten"
+        problem = f"{out} is there already; name another file, or set overwrite"
     if problem is not None:
         raise SettingError("out", problem)
     if out.is_dir() and any(out.iterdir()) and not _is_done(out, request):

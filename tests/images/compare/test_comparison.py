@@ -23,6 +23,8 @@ from cldsde.images.train.loop import train
 from cldsde.solvers import SSCS
 from comparisons import TINY, feature_module, numbers, tiny
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 
 def compare(folder: Path, **changes) -> dict:
     return Comparison(ComparisonConfig.from_dict(tiny(**changes)), folder).run()
@@ -80,7 +82,8 @@ def test_every_cell_is_filled_with_its_mean_cost(finished):
     assert found["reference"]["features"] == "flat_features:flat"
 
 
-def test_reports_are_made_again_from_the_results_alone(finished, tmp_path):
+def test_reports_are_made_again_from_the_results_alone(finished, tmp_path, monkeypatch):
+    monkeypatch.undo()
     shutil.copy(finished / RESULTS, tmp_path)
     write_report(tmp_path)
     table = (tmp_path / "table.md").read_text()
@@ -235,18 +238,15 @@ def test_repeats_before_a_failure_are_kept(finished, folder, monkeypatch):
     assert "not finite" in (folder / "table.md").read_text()
 
 
-def test_numbers_keep_the_conditions_that_they_were_made_under(finished, folder):
+def test_numbers_keep_the_conditions_that_they_were_made_under(finished, folder, monkeypatch):
     threads = torch.get_num_threads()
     before = read_comparison(finished / RESULTS)["made"]
     assert [(one["device"], one["threads"]) for one in before] == [("cpu", threads)]
     assert set(before[0]["versions"]) == {"python", "cldsde", "torch"}
-    try:
-        torch.set_num_threads(threads + 1)
-        assert compare(folder)["made"] == before
-        row = {"model": "VP", "label": "EM", "solver": "euler-maruyama", "nfe": [3]}
-        made = compare(folder, rows=[*TINY["rows"], row])["made"]
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    assert compare(folder)["made"] == before
+    row = {"model": "VP", "label": "EM", "solver": "euler-maruyama", "nfe": [3]}
+    made = compare(folder, rows=[*TINY["rows"], row])["made"]
     assert [one["threads"] for one in made] == [threads, threads + 1]
     page = " ".join((folder / "report.html").read_text().split())
     assert all(f"cpu, {one['threads']} thread" in page for one in made)

@@ -57,8 +57,7 @@ COUNT = torch.arange(3)
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
         (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
         (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
-        (PIXELS, {"levels": 1}, ValueError, "levels: must be .* got 1"),
-        (PIXELS, {"levels": 257}, ValueError, "levels: must be .* got 257"),
+        *((PIXELS, {"levels": x}, ValueError, f"levels: must be .* got {x}") for x in (1, 257)),
         (PIXELS, {"levels": 16.0}, ValueError, "levels: must be"),
         (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         (PIXELS, {"labels": COUNT[:2]}, ValueError, r"labels must have shape \(3,\)"),
@@ -75,17 +74,14 @@ def test_parts_that_do_not_fit_are_rejected(pixels, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout", "axes"),
+    ("layout", "shape", "axes"),
     [
-        ((10, 5, 6), "auto", "nhw"),
-        ((10, 5, 6, 3), "auto", "nhwc"),
-        ((10, 5, 6, 1), "auto", "nhwc"),
-        ((10, 3, 5, 6), "auto", "nchw"),
-        ((10, 1, 5, 6), "auto", "nchw"),
-        ((10, 3, 5, 3), "NHWC", "nhwc"),
-        ((10, 3, 5, 3), "NCHW", "nchw"),
-        ((10, 5, 3), "NHW", "nhw"),
-        ((10, 2, 5, 6), "NCHW", "nchw"),
+        *(("auto", shape, "nchw") for shape in ((10, 3, 5, 6), (10, 1, 5, 6))),
+        *(("auto", shape, "nhwc") for shape in ((10, 5, 6, 3), (10, 5, 6, 1))),
+        ("auto", (10, 5, 6), "nhw"),
+        ("NHW", (10, 5, 3), "nhw"),
+        ("NHWC", (10, 3, 5, 3), "nhwc"),
+        *(("NCHW", shape, "nchw") for shape in ((10, 3, 5, 3), (10, 2, 5, 6))),
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -110,16 +106,17 @@ def test_ambiguous_shapes_are_rejected(tmp_path, shape):
 
 def test_labels_come_from_the_archive_or_another_file(tmp_path):
     pixels, labels = random_bytes(10, 4, 4), random_bytes(10, levels=3).astype(np.int32)
-    np.savez(tmp_path / "a.npz", pictures=pixels, kinds=labels)
-    np.save(tmp_path / "a.npy", pixels)
-    np.save(tmp_path / "b.npy", labels)
+    archive, file, own = (tmp_path / name for name in ("a.npz", "a.npy", "b.npy"))
+    np.savez(archive, pictures=pixels, kinds=labels)
+    np.save(file, pixels)
+    np.save(own, labels)
     order = torch.randperm(10, generator=generator()).numpy()
-    for options in (
-        {"path": tmp_path / "a.npz", "labels": "kinds"},
-        {"path": tmp_path / "a.npz", "images": "pictures", "labels": "kinds"},
-        {"path": str(tmp_path / "a.npy"), "labels": str(tmp_path / "b.npy")},
+    for path, options in (
+        (archive, {"labels": "kinds"}),
+        (archive, {"images": "pictures", "labels": "kinds"}),
+        (str(file), {"labels": str(own)}),
     ):
-        data = array_file(**options)
+        data = array_file(path=path, **options)
         assert np.array_equal(data.train.labels.numpy(), labels[order[1:]])
         assert data.held_out.classes == 3
 

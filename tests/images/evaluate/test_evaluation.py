@@ -16,7 +16,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import all_bytes
 from cldsde.images.evaluate import evaluation as module
-from cldsde.images.evaluate import frechet, reference
+from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
@@ -39,23 +39,23 @@ def data_set(seed=0, classes=2, count=40):
 class Inception:
     """Features and logits in place of the network's."""
 
-    name, sha256, file = "flat", "0" * 64, "unread"
+    name, sha256, file, published = "flat", "0" * 64, "unread", False
 
     def __init__(self):
         self.seen = 0
 
     def __call__(self, images):
         self.seen += len(images)
-        rows = images.flatten(1).double() / 255
-        return torch.cat([rows, torch.zeros(len(rows), 2048 - 64), rows], 1)
+        return (images.flatten(1).double() / 255).repeat(1, 2)
 
 
 @pytest.fixture
 def networks(monkeypatch):
-    """Stand-ins of Inception, one for each evaluation that needs it."""
+    """Stand-ins of Inception with few features, one for each evaluation that needs it."""
     made = []
+    monkeypatch.setattr(inception, "_FEATURES", 64)
     monkeypatch.setattr(
-        reference, "InceptionFeatures", lambda *_: made.append(Inception()) or made[-1]
+        module, "InceptionFeatures", lambda *_: made.append(Inception()) or made[-1]
     )
     return made
 
@@ -104,7 +104,7 @@ def test_distances_in_features_of_two_classifiers_are_not_mixed(evaluation, tmp_
 @pytest.mark.parametrize("metric", ["fd", "fid", "kid", "prc", "isc"])
 def test_metrics_to_other_images_are_not_mixed(evaluation, tmp_path, monkeypatch, metric):
     # Features that fit any data, so that only the images differ.
-    monkeypatch.setattr(reference, "load_features", lambda _: PIXELS)
+    monkeypatch.setattr(module, "load_features", lambda _: PIXELS)
     options = {"metrics": [metric], "features": "some:pixels"}
     measured(evaluation(**options))
     before = (tmp_path / "results.jsonl").read_text()
@@ -132,7 +132,7 @@ def test_likelihoods_and_their_failures_are_found_again(evaluation, tmp_path, mo
             raise FloatingPointError(msg)
         return {"bits_per_dim": 3.0, "images": len(images)}
 
-    monkeypatch.setattr(module, "likelihood", likelihood)
+    monkeypatch.setattr(module.likelihoods, "likelihood", likelihood)
     for count in (2, 3):  # a number, and a failure
         for seed in (0, 0, 1, 2, 2):
             one = evaluation(data_set(seed=seed), metrics=["bpd"], likelihood_images=count)
@@ -287,11 +287,8 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
             yield Samples(images, torch.full((5,), 4))
 
     monkeypatch.setattr(Evaluation, "stream", stream)
-    expected = frechet(
-        torch.cat(batches),
-        all_bytes(data_set().train),
-        lambda images: Inception()(images)[:, :2048],
-    )
+    known = all_bytes(data_set().train)
+    expected = frechet(torch.cat(batches), known, lambda images: Inception()(images)[:, :64])
 
     def assert_measured(nfe, seen, metrics=("fid",)):
         found = measured(evaluation(metrics=metrics, samples=60), nfe)[0]

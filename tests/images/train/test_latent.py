@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,18 +16,12 @@ from cldsde.images.data import to_unit
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train import learner as training
-from cldsde.images.train import objectives
+from cldsde.images.train import learner, objectives
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.objectives import (
-    Batch,
-    Times,
-    make_objective,
-    negative_evidence_lower_bound,
-)
+from cldsde.images.train.objectives import Batch, Times, make_objective
 from cldsde.score import PerturbedData, TimeSampler, log_snr_density
 from probes import generator as seeded
-from tiny_runs import NETWORK, noise_images
+from tiny_runs import NETWORK, SHORT, noise_images
 from tolerances import EPS, order_of, rounding, standard_error
 from trainings import DATA, assert_same_bits, configured, interrupt, metrics, trained
 
@@ -37,17 +31,7 @@ CONFIG = {
     "process": {"name": "CLD", "options": {"velocity_scale": 1.0}},
     "network": {"options": NETWORK},
     "latent": {**NETWORK, "latent_channels": 2, "pretraining": 32, "annealing": 32},
-    "training": {
-        "images": 96,
-        "batch": 16,
-        "micro_batch": 8,
-        "ema_decay": 0.9,
-        "log_every": 16,
-        "save_every": 32,
-        "sample_every": 96,
-        "sample_grid": 4,
-        "t_min": 1e-2,
-    },
+    "training": {**SHORT, "t_min": 1e-2},
     "sampling": {"solver": "euler-maruyama", "nfe": 3},
 }
 PROCESSES = {
@@ -59,8 +43,6 @@ PROCESSES = {
 T_MIN = 1e-2
 SPACE = ImageSpace((1, 4, 4))
 PIXELS = 16
-
-
 # Single precision: sums of some thousand terms of a network, and of the images' losses.
 SINGLE = rounding(100, dtype=torch.float32)
 
@@ -83,26 +65,19 @@ def batch(model: DiffusionModel, settings: RunConfig, count: int, dtype=torch.fl
     return Batch(x, None, times)
 
 
-@contextmanager
-def nothing():
-    yield
-
-
 @pytest.mark.parametrize("name", PROCESSES)
 def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
     """The untrained score belongs to a standard normal distribution, as in the first stage."""
     settings = config(process={"options": {}, **PROCESSES[name]})
     model, n = make_model(settings, SPACE).eval(), 1000
-    given = batch(model, settings, 1)
-    x = given.images.expand(n, *given.images.shape[1:])
+    x = batch(model, settings, 1).images.expand(n, 1, 4, 4)
     sampler = TimeSampler.importance(model.score.sde, T_MIN, weighting="likelihood")
     times = Times(*sampler.sample(n, generator=seeded()))
+    given = Batch(x, None, (times, times))
     with torch.no_grad():
         bound, known = (
-            negative_evidence_lower_bound(
-                model, Batch(x, None, (times, times)), seeded(1), T_MIN if learnt else None
-            )[0].double()
-            for learnt in (True, False)
+            objectives.negative_evidence_lower_bound(model, given, seeded(1), t_min)[0].double()
+            for t_min in (T_MIN, None)
         )
     # Both draw the same latent variables first; the difference is the prior's part.
     difference = bound - known
@@ -126,7 +101,7 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
     given = batch(model, settings, 4, torch.float64)
 
     def bound() -> torch.Tensor:
-        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN)[0].mean()
+        return objectives.negative_evidence_lower_bound(model, given, seeded(1), T_MIN)[0].mean()
 
     last = model.vae.encoder.conv_out
     gradient = torch.autograd.grad(bound(), [last.weight, last.bias])
@@ -145,12 +120,10 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
 def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
     settings = config()
     model = make_model(settings, SPACE)
-    given = batch(model, settings, 8)
-    losses = make_objective(model, settings).losses(
-        model, given, seeded(), settings.pretraining_steps, nothing
-    )
+    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    losses = objective.losses(model, given, seeded(), settings.pretraining_steps, nullcontext)
     part, bound = next(losses)
-    wanted, _ = negative_evidence_lower_bound(model, given, seeded(), settings.training.t_min)
+    wanted, _ = objectives.negative_evidence_lower_bound(model, given, seeded(), T_MIN)
     assert torch.allclose(bound, wanted / (PIXELS * math.log(2)), rtol=SINGLE, atol=0)
     bound.sum().backward()
     assert part == "autoencoder"
@@ -167,25 +140,22 @@ def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
 @pytest.mark.parametrize("latent", [False, True])
 def test_the_score_is_trained_as_the_configuration_says(latent):
     """With times and weights by noise levels, on latent variables and on images."""
-    changed = {"training": {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}}
-    settings = config(**changed)
-    if not latent:
-        settings = dataclasses.replace(settings, latent=None)
+    changed = {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}
+    settings = config(training=changed, **({} if latent else {"latent": None}))
     model = make_model(settings, SPACE)
-    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    sde, objective = model.score.sde, make_objective(model, settings)
+    given, generator = batch(model, settings, 8), seeded()
     u = torch.linspace(0, 1, 50, dtype=torch.float64)
-    wanted = TimeSampler(log_snr_density(model.score.sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
+    wanted = TimeSampler(log_snr_density(sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
     for found, expected in zip(objective.samplers[0].quantiles(u), wanted, strict=True):
         assert torch.equal(found, expected)
 
-    last = list(objective.losses(model, given, seeded(), settings.pretraining_steps, nothing))[-1]
-    (t, weight), generator = given.times[0], seeded()
-    x0 = given.images
+    *_, last = objective.losses(model, given, seeded(), settings.pretraining_steps, nullcontext)
+    (t, weight), x0 = given.times[0], given.images
     if latent:
         x0 = model.vae.encode(x0).sample(generator)
-        t_bound = given.times[1].t
-        PerturbedData.draw(model.score.sde, x0, t_bound, generator=generator)  # of the bound
-    pair = PerturbedData.draw(model.score.sde, x0, t, generator=generator)
+        PerturbedData.draw(sde, x0, given.times[1].t, generator=generator)  # of the bound
+    pair = PerturbedData.draw(sde, x0, t, generator=generator)
     weighting = model.score.log_snr_weighting(mean=0.3, std=2.0)
     expected = weight.float() * model.score.loss(pair, weighting=weighting)
     assert last.part == "score"
@@ -196,16 +166,15 @@ def test_the_divergence_is_annealed_in_the_first_stage():
     settings = config(latent={"annealing": 64})
     model = make_model(settings, SPACE)
     objective, given = make_objective(model, settings), batch(model, settings, 8)
-
-    def loss(step: int) -> torch.Tensor:
-        [(part, found)] = objective.losses(model, given, seeded(), step, nothing)
+    losses = []
+    for step in (0, 1):
+        [(part, found)] = objective.losses(model, given, seeded(), step, nullcontext)
         assert part == "autoencoder"
-        return found.detach()
-
-    posterior = model.vae.encode(given.images)
-    unit = 1 / (PIXELS * math.log(2))
-    step = 16 / 64 * unit * posterior.kl_to_standard_normal().detach()
-    assert torch.allclose(loss(1) - loss(0), step, rtol=0, atol=SINGLE * float(loss(1).max()))
+        losses.append(found.detach())
+    divergence = model.vae.encode(given.images).kl_to_standard_normal().detach()
+    expected = 16 / 64 * divergence / (PIXELS * math.log(2))
+    found = losses[1] - losses[0]
+    assert torch.allclose(found, expected, rtol=0, atol=SINGLE * float(losses[1].max()))
 
 
 def test_a_latent_model_that_was_interrupted_in_either_stage_ends_with_the_same_bits(
@@ -232,13 +201,13 @@ def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_p
             norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         return step(self, *arguments)
 
-    def average(decay):
-        decays.append(decay)
-        return get_ema_multi_avg_fn(decay)
-
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    monkeypatch.setattr(training, "get_ema_multi_avg_fn", average)
-    latent = {**CONFIG["latent"], "learning_rate": 3e-3, "joint_learning_rate": 7e-4}
+    monkeypatch.setattr(
+        learner,
+        "get_ema_multi_avg_fn",
+        lambda decay: decays.append(decay) or get_ema_multi_avg_fn(decay),
+    )
+    latent = {"learning_rate": 3e-3, "joint_learning_rate": 7e-4}
     trained(tmp_path, config(latent=latent, training={"learning_rate": 2e-3, "clip": 1e-3}))
     assert rates == [[2e-3, 3e-3]] * 2 + [[2e-3, 7e-4]] * 4
     # The average starts anew in the second stage.
@@ -273,20 +242,19 @@ def test_metrics_hold_the_losses_and_norms_of_score_and_autoencoder(whole):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("training", "changes", "classes"),
     [
-        {"training": {"weighting": "likelihood", "precision": "bf16"}},
-        {"training": {"weighting": "log_snr"}, "latent": {"likelihood": "bernoulli"}},
-        {"training": {"conditioning": "all", "times": "uniform"}, "network": {"conditional": True}},
-        {"network": {"options": {**NETWORK, "gradient_checkpointing": True}}},
+        ({"weighting": "likelihood", "precision": "bf16"}, {}, None),
+        ({"weighting": "log_snr"}, {"latent": {"likelihood": "bernoulli"}}, None),
+        ({"conditioning": "all", "times": "uniform"}, {"network": {"conditional": True}}, 3),
+        ({}, {"network": {"options": {**NETWORK, "gradient_checkpointing": True}}}, None),
     ],
 )
-def test_every_option_of_a_latent_model_trains(tmp_path, changes):
-    short = {"images": 48, "sample_every": 48, **changes.get("training", {})}
-    model = trained(tmp_path, config(**{**changes, "training": short}))
+def test_every_option_of_a_latent_model_trains(tmp_path, training, changes, classes):
+    short = {"images": 48, "sample_every": 48, **training}
+    model = trained(tmp_path, config(**changes, training=short))
     assert all(bool(x.isfinite().all()) for x in model.state_dict().values())
-    conditional = changes.get("network", {}).get("conditional")
-    assert load_model(tmp_path).space.classes == (3 if conditional else None)
+    assert load_model(tmp_path).space.classes == classes
 
 
 def test_an_image_depends_on_its_seed_alone(whole):
@@ -325,28 +293,22 @@ def test_a_distribution_of_black_and_white_pixels_gives_no_bits_of_grey_ones():
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("section", "options", "message"),
     [
-        ({"data": {"dequantise": True}}, r"data\.dequantise"),
-        ({"score": {"reference": "pixel"}}, r"score\.reference"),
-        ({"latent": {"pretraining": 96}}, r"latent\.pretraining"),
-        ({"latent": {"pretraining": 0}}, r"latent\.pretraining"),
-        ({"latent": {"likelihood": "normal"}}, r"latent\.likelihood"),
-        ({"latent": {"channel": 3}}, r"latent\.channel: unknown key; did you mean channels"),
-        ({"latent": {"latent_channels": 0}}, r"latent\.latent_channels"),
-        ({"latent": {"channels": [16, 17]}}, "latent: groups must divide"),
-        ({"latent": {"channels": [16] * 5}}, r"latent: channels .* divisible"),
-        ({"network": {"options": {"channels": [16] * 4}}}, r"network\.options"),
+        ("data", {"dequantise": True}, r"data\.dequantise"),
+        ("score", {"reference": "pixel"}, r"score\.reference"),
+        *(("latent", {"pretraining": x}, r"latent\.pretraining") for x in (96, 0)),
+        ("latent", {"likelihood": "normal"}, r"latent\.likelihood"),
+        ("latent", {"channel": 3}, r"latent\.channel: unknown key; did you mean channels"),
+        ("latent", {"latent_channels": 0}, r"latent\.latent_channels"),
+        ("latent", {"channels": [16, 17]}, "latent: groups must divide"),
+        ("latent", {"channels": [16] * 5}, r"latent: channels .* divisible"),
+        ("network", {"options": {"channels": [16] * 4}}, r"network\.options"),
     ],
 )
-def test_settings_that_do_not_go_together_are_rejected_by_their_keys(changes, key):
-    with pytest.raises(ValueError, match=key):
-        check_run(config(**changes), DATA, device="cpu")
-
-
-def test_a_latent_section_may_be_none_and_is_written_and_read_again():
-    assert RunConfig.from_dict({**CONFIG, "latent": None}).latent is None
-    assert RunConfig.from_dict(config().to_dict()) == config()
+def test_settings_that_do_not_go_together_are_rejected_by_their_keys(section, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_run(config(**{section: options}), DATA, device="cpu")
 
 
 @pytest.mark.slow
@@ -356,21 +318,17 @@ def test_a_learnt_prior_needs_fewer_bits_than_a_standard_normal_one(tmp_path, na
     saved, beyond = [], []
     for seed in (0, 1):
         settings = load_comparison(PRESETS["quick"], [f"seed={seed}"]).runs[name]
-        last = settings.training.images - settings.training.batch
-        latent = dataclasses.replace(settings.latent, pretraining=last)
-        learnt, control = (
-            bits(tmp_path / f"{seed}-{kind.latent.pretraining}", kind)
-            for kind in (settings, dataclasses.replace(settings, latent=latent))
-        )
+        count, first = settings.training.images, settings.latent.pretraining
+        last, bits = count - settings.training.batch, []
+        for stage in (first, last):
+            latent = dataclasses.replace(settings.latent, pretraining=stage)
+            folder = tmp_path / f"{seed}-{stage}"
+            trained(folder, dataclasses.replace(settings, latent=latent), settings.data.load())
+            bits.append({line["images"]: line["held_out_loss"] for line in metrics(folder)})
+        learnt, control = bits
         # With that step the average of the weights starts anew, and no longer lags behind.
-        saved.append(control[last] - learnt[settings.training.images])
-        assert learnt[settings.training.images] < learnt[settings.latent.pretraining] - 0.05
-        beyond.append(control[settings.training.images] - learnt[settings.training.images])
+        saved.append(control[last] - learnt[count])
+        assert learnt[count] < learnt[first] - 0.05
+        beyond.append(control[count] - learnt[count])
     assert min(saved) > 0, saved
     assert sum(beyond) > 0, beyond
-
-
-def bits(folder, settings: RunConfig) -> dict[int, float]:
-    """Of images not trained on, by images seen."""
-    trained(folder, settings, settings.data.load())
-    return {line["images"]: line["held_out_loss"] for line in metrics(folder)}

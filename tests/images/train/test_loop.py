@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -17,26 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from cldsde.cli import main
+from cldsde.images import model as models
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
-from cldsde.images.model import (
-    MODEL,
-    ImageSpace,
-    data_statistics,
-    load_model,
-    make_model,
-    make_network,
-)
+from cldsde.images.model import MODEL, ImageSpace, load_model
 from cldsde.images.runs import METRICS, RunFolder
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
+from cldsde.images.train import feed
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.state import KIND, STATE
 from cldsde.score import PerturbedData, TimeSampler
 from probes import generator
-from tiny_runs import NETWORK, noise_images
+from tiny_runs import NETWORK, SHORT, noise_images
 from tolerances import EPS32, standard_error
 from trainings import DATA, assert_same_bits, configured, interrupt, metrics, trained
 
@@ -45,22 +40,14 @@ CONFIG = {
     "seed": 5,
     "data": BOTH,
     "network": {"options": {**NETWORK, "dropout": 0.1}},
-    "training": {
-        "images": 96,
-        "batch": 16,
-        "micro_batch": 8,
-        "learning_rate": 1e-3,
-        "warmup": 16,
-        "decay": "cosine",
-        "ema_decay": 0.9,
-        "log_every": 16,
-        "save_every": 32,
-        "sample_every": 96,
-        "sample_grid": 9,
-    },
+    "training": {**SHORT, "learning_rate": 1e-3, "warmup": 16, "decay": "cosine"},
     "sampling": {"solver": "euler-maruyama", "nfe": 3},
 }
 SUMS = 1e-5  # relative, of losses that sum 4,000 numbers of single precision in another order
+# Adam's step does not know how small a gradient is: if one is all rounding, so is its step. A share
+# of this size of the weights has such gradients.
+ROUNDED_STEPS = 1e-2
+CONDITIONAL = {"conditional": True}
 
 
 def config(*, network: dict | None = None, **training) -> RunConfig:
@@ -69,12 +56,6 @@ def config(*, network: dict | None = None, **training) -> RunConfig:
 
 def plain(**training) -> RunConfig:
     return config(network={"options": NETWORK}, **training)
-
-
-# Adam's step does not know how small a gradient is: if one is all rounding, so is its step. A share
-# of this size of the weights has such gradients.
-ROUNDED_STEPS = 1e-2
-CONDITIONAL = {"conditional": True}
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +108,7 @@ def test_a_finished_run_is_loaded_and_its_model_made_again_from_its_state(whole,
     assert_finishes(folder, whole)
     assert_same_bits(load_model(folder).model, whole[1])
     (folder / MODEL).write_bytes(content[:-1])
-    message = rf"{MODEL} is damaged .*delete it to have it made again$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"{MODEL} is damaged .*delete it to have it made again$"):
         trained(folder, config())
     (folder / MODEL).unlink()
     trained(folder, config())
@@ -144,7 +124,7 @@ def write_config(folder, **training):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch, number, code):
-    log, out = RunFolder.log, tmp_path / "run"
+    log, out, whole = RunFolder.log, tmp_path / "run", tmp_path / "whole"
     file = write_config(tmp_path, save_every=96, held_out=8)
     command = ["train", str(file), "--device", "cpu", "--out"]
 
@@ -161,10 +141,9 @@ def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch,
             found = stop.code
     assert found == code
     assert load_tensors(out / STATE, KIND)[1]["step"] == "3"
-    for folder in (out, tmp_path / "whole"):
-        assert main([*command, str(folder)]) == 0
-    assert_same_bits(*(load_model(folder).model for folder in (out, tmp_path / "whole")))
-    assert metrics(out) == metrics(tmp_path / "whole")
+    assert [main([*command, str(folder)]) for folder in (out, whole)] == [0, 0]
+    assert_same_bits(load_model(out).model, load_model(whole).model)
+    assert metrics(out) == metrics(whole)
 
 
 def test_settings_that_no_weight_depends_on_may_change_on_the_way(stopped, whole):
@@ -187,8 +166,7 @@ def test_a_damaged_foreign_or_lost_state_is_rejected_by_name(stopped, whole):
         (stopped / STATE).write_bytes(damaged)
         assert_rejected(rf"{STATE} cannot be used")
     (stopped / STATE).write_bytes(state)
-    other = DataSet(noise_images(seed=2, classes=3), DATA.held_out)
-    assert_rejected("the data have changed", data=other)
+    assert_rejected("have changed", data=DATA._replace(train=noise_images(seed=2, classes=3)))
     faster = config(learning_rate=2e-3)
     (stopped / "config.json").write_text(json.dumps(faster.to_dict()))
     assert_rejected("written for other settings", faster)
@@ -204,17 +182,18 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(
     stopped, tmp_path, monkeypatch
 ):
     before = (stopped / STATE).read_bytes()
-    feed = importlib.import_module("cldsde.images.train.feed")
     monkeypatch.setattr(feed, "augment", lambda x, *_, **__: torch.full(x.shape, torch.nan))
-    with pytest.raises(FloatingPointError, match="learning_rate"):
-        trained(stopped, config())
+    for folder, message in ((stopped, "learning_rate"), (tmp_path / "new", "no state was saved")):
+        with pytest.raises(FloatingPointError, match=message):
+            trained(folder, config())
     assert (stopped / STATE).read_bytes() == before
-    with pytest.raises(FloatingPointError, match="no state was saved before"):
-        trained(tmp_path / "new", config())
 
 
 def no_room(*_, **__):
     raise OSError(28, "No space left on device")
+
+
+RECORDS = "tensorboard.summary.writer.record_writer.RecordWriter"
 
 
 @pytest.mark.parametrize(
@@ -223,8 +202,7 @@ def no_room(*_, **__):
         ("cldsde.images.tensor_files.save_file", "not all of the state of 96 images could", "4"),
         ("cldsde.images.runs.RunFolder.log", "metrics.jsonl cannot be written", "4"),
         ("cldsde.images.train.loop.save_grid", "0000000096.png cannot be written", "6"),
-        ("tensorboard.summary.writer.record_writer.RecordWriter.write", "tensorboard cannot", "4"),
-        ("tensorboard.summary.writer.record_writer.RecordWriter.flush", "tensorboard cannot", "4"),
+        *((f"{RECORDS}.{name}", "tensorboard cannot", "4") for name in ("write", "flush")),
     ],
 )
 def test_a_full_disk_is_reported_and_the_last_state_stays(
@@ -248,10 +226,7 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
     pixels = 140 + 60 * torch.randn(n, 1, 4, 4, generator=generator())
     gaussian = ArrayImages(pixels.round().clamp(0, 255).to(torch.uint8))
     short = {"images": 500, "batch": 500, "learning_rate": 1e-12, "held_out": n, "t_min": 1e-3}
-    settings = plain(**short, micro_batch=None)
-    space = ImageSpace.of(gaussian, settings)
-    model = make_model(settings, space, data_statistics(settings, gaussian))
-    trained(tmp_path, settings, DataSet(gaussian, gaussian))
+    model = trained(tmp_path, plain(**short, micro_batch=None), DataSet(gaussian, gaussian))
     t = torch.linspace(1e-3, 1, 20001, dtype=torch.float64)
     expected = torch.trapezoid(model.score.residual_variance(t), t) / (1 - 1e-3)
     # n images of 16 pixels, weighted so that each has the same expected share, relative standard
@@ -260,29 +235,32 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
     assert metrics(tmp_path)[-1]["held_out_loss"] == pytest.approx(float(expected), rel=tolerance)
 
 
-def test_three_steps_are_those_of_the_formulas(tmp_path):
-    """Weighted loss, clipped gradient, learning rate, Adam and the average, one by one."""
+@pytest.mark.parametrize("micro_batch", [None, 8])
+def test_three_steps_are_those_of_the_formulas(tmp_path, micro_batch):
+    """Weighted loss, clipped gradient, learning rate, Adam and the average, one by one.
+
+    Noise does not depend on the micro-batch.
+    """
     changes = {"clip": 0.02, "warmup": 40, "ema_decay": 0.3, "weight_decay": 0.1}
-    settings = plain(images=48, **changes)
+    settings = plain(images=48, micro_batch=micro_batch, **changes)
     found = trained(tmp_path, settings)
     space = ImageSpace.of(DATA.train, settings)
-    model = make_model(settings, space, data_statistics(settings, DATA.train))
+    model = models.make_model(settings, space, models.data_statistics(settings, DATA.train))
+    start = nn.utils.parameters_to_vector(model.parameters()).detach()
     weights = list(model.parameters())
     average = [w.detach().clone() for w in weights]
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
     sampler = TimeSampler(model.score.residual_variance, settings.training.t_min)
     for step in range(3):
         t, weight = sampler.sample(16, generator=stream(5, "times", step))
-        blocks = [
-            augment(
-                DATA.train.load(rows), 256, **BOTH, generator=stream(5, "presentation", step, block)
-            )
-            for block, rows in enumerate(image_order(5, 64, 16 * step, 16).split(8))
-        ]
-        noise = [stream(5, "noise", step, block) for block in range(2)]
+        blocks, noise = [], [stream(5, "noise", step, block) for block in range(2)]
+        for block, rows in enumerate(image_order(5, 64, 16 * step, 16).split(8)):
+            source = stream(5, "presentation", step, block)
+            blocks.append(augment(DATA.train.load(rows), 256, **BOTH, generator=source))
         pair = PerturbedData.draw(model.score.sde, torch.cat(blocks), t, generator=noise)
         error = model.score(pair.z, t, prediction="noise") - pair.target("noise")
         loss = (weight * error.square().flatten(1).mean(1)).mean()
+        assert metrics(tmp_path)[step]["loss"] == pytest.approx(float(loss.detach()), rel=SUMS)
         gradient = torch.autograd.grad(loss, weights)
         norm = float(torch.stack([g.norm() for g in gradient]).norm())
         assert norm > 0.02
@@ -295,9 +273,8 @@ def test_three_steps_are_those_of_the_formulas(tmp_path):
                 size = (v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
                 w.mul_(1 - 0.1 * rate).sub_(rate * direction / size)
                 a.lerp_(w, 1 - min(0.3, (step + 1) / (step + 10)))
-    start, expected, trained_to = (
-        torch.cat([w.detach().flatten() for w in each])
-        for each in (make_model(settings, space).parameters(), average, found.parameters())
+    expected, trained_to = (
+        nn.utils.parameters_to_vector(each).detach() for each in (average, found.parameters())
     )
     assert float((trained_to - expected).norm()) < ROUNDED_STEPS * float((expected - start).norm())
 
@@ -310,23 +287,11 @@ def test_a_seed_decides_and_the_environment_does_not(tmp_path, monkeypatch, whol
     assert_same_bits(whole[1], trained(tmp_path / "b", config()))
 
 
-def losses(folder, settings: RunConfig) -> list[float]:
-    trained(folder, settings)
-    return [line["loss"] for line in metrics(folder)]
-
-
-def test_a_smaller_micro_batch_accumulates_the_same_gradient(tmp_path):
-    """Noise does not depend on it; without dropout only the order of sums does."""
-    first, second = (
-        losses(tmp_path / str(micro), plain(images=48, micro_batch=micro)) for micro in (None, 8)
-    )
-    assert first == pytest.approx(second, rel=SUMS)
-
-
 def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     settings = config(network=CONDITIONAL)
     model = trained(tmp_path, settings)
-    assert load_model(tmp_path).space.classes == 3
+    space = load_model(tmp_path).space
+    assert space.classes == 3
     always = config(network={**CONDITIONAL, "label_dropout": 0.0})
     assert ImageSpace.of(DATA.train, always).always_classes
     z = torch.randn(1, 2, 1, 4, 4, generator=generator())
@@ -335,9 +300,9 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     )
     # Each embedding was trained: the class's own and the one that stands for no class.
     assert float((given - hidden).norm() / given.norm()) > 100 * EPS32
-    fresh = make_model(settings, load_model(tmp_path).space)
     before, after = (
-        m.state_dict()["score.network.network.class_embedding.weight"] for m in (fresh, model)
+        m.state_dict()["score.network.network.class_embedding.weight"]
+        for m in (models.make_model(settings, space), model)
     )
     rate = CONFIG["training"]["learning_rate"]  # a step of Adam, of which the average keeps a part
     assert ((before - after).abs().amax(1) > rate / 10).all()
@@ -345,16 +310,16 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
 
 @pytest.mark.parametrize("name", ["CLD", "PSLD", "VPSDE"])
 def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name):
-    process, training = {"name": name}, {"images": 16}
-    score = {"inputs": "estimate"}
-    model = trained(tmp_path, configured(CONFIG, process=process, score=score, training=training))
+    sections = {"process": {"name": name}, "score": {"inputs": "estimate"}}
+    model = trained(tmp_path, configured(CONFIG, **sections, training={"images": 16}))
     loaded = load_model(tmp_path).score
     z = loaded.sde.prior.sample((2, 1, 4, 4), generator=generator(1))
     assert torch.equal(loaded(z, 0.5), model.score.eval()(z, 0.5))
-    vp = configured(CONFIG, process={"name": "VPSDE"})
-    sizes = {key: x.shape for key, x in loaded.network.state_dict().items()}
-    expected = make_network(vp, (1, 4, 4), None).state_dict()
-    assert sizes == {key: x.shape for key, x in expected.items()}
+    vp = models.make_network(configured(CONFIG, process={"name": "VPSDE"}), (1, 4, 4), None)
+    sizes, expected = (
+        {key: x.shape for key, x in net.state_dict().items()} for net in (loaded.network, vp)
+    )
+    assert sizes == expected
 
 
 @pytest.mark.parametrize(
@@ -387,31 +352,33 @@ def test_settings_that_do_not_fit_the_machine_are_rejected(changes, processes, k
 
 def test_a_rejected_training_does_not_disturb_the_next_one(tmp_path):
     conditional = config(network=CONDITIONAL, precision="bf16", images=16)
-    unlabelled = DataSet(noise_images(8), DATA.held_out)
     with pytest.raises(ValueError, match="the images have no classes"):
-        trained(tmp_path / "a", conditional, unlabelled)
+        trained(tmp_path / "a", conditional, DataSet(noise_images(8), DATA.held_out))
     trained(tmp_path / "b", conditional)
     trained(tmp_path / "c", config(images=16))
 
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_to_the_same_losses(tmp_path):
-    plainly, compiled = (
-        losses(tmp_path / str(compiled), plain(compile=compiled)) for compiled in (False, True)
-    )
+    found = []
+    for compiled in (False, True):
+        trained(tmp_path / str(compiled), plain(compile=compiled))
+        found.append([line["loss"] for line in metrics(tmp_path / str(compiled))])
     # Before the first update they differ by the rounding of float32. Adam's first updates are ±lr
     # even if a gradient is mere rounding: from then on losses differ by a share of lr.
-    assert plainly[0] == pytest.approx(compiled[0], rel=SUMS)
-    assert plainly == pytest.approx(compiled, rel=CONFIG["training"]["learning_rate"])
+    assert found[0][0] == pytest.approx(found[1][0], rel=SUMS)
+    assert found[0] == pytest.approx(found[1], rel=CONFIG["training"]["learning_rate"])
 
 
 def start(folder, *arguments: object, processes: int = 1) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = [sys.executable, *(launcher if processes > 1 else []), "-m", "cldsde"]
-    words += [*map(str, arguments), "--device", "cpu"]
     # In the repository `python -m` would take the folder cldsde/ for the whole package.
+    options = {"cwd": folder, "stdout": subprocess.DEVNULL}
     with (folder / "stderr.txt").open("w") as errors:
-        return subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+        return subprocess.Popen(
+            [*words, *map(str, arguments), "--device", "cpu"], stderr=errors, **options
+        )
 
 
 def run(folder, *arguments: object, processes: int = 1) -> None:
@@ -450,7 +417,7 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
         assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         if state.exists():
             load_tensors(state, KIND)
