@@ -94,13 +94,8 @@ def test_fixed_steps_have_their_length_and_callbacks_get_the_time_of_each_sample
         seen.append(t[0].item())
         assert (t == t[0]).all()
 
-    solve(
-        ReverseProcess(CRITICAL, linear),
-        solver,
-        start(CRITICAL),
-        tensor([1.0, END]),
-        callback=watch,
-    )
+    process, ends = ReverseProcess(CRITICAL, linear), tensor([1.0, END])
+    solve(process, solver, start(CRITICAL), ends, callback=watch)
     assert seen == [0.75, 0.5, 0.25, END]
 
 
