@@ -13,9 +13,8 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from cldsde import LinearSDE, ReverseProcess, solvers
-from cldsde.score.times import KnownTimes
-from cldsde.solvers.base import GridSolver, KnownScore, Solver
+from cldsde import LinearSDE, solvers
+from cldsde.solvers.base import Solver
 
 # For properties that are parametrised besides: a few examples of each case are many.
 few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
@@ -128,15 +127,6 @@ class Recorder(solvers.NoiseSource):
     def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
         self.draws.append(self.source.normal(z, rows))
         return self.draws[-1]
-
-
-def known_score(
-    process: ReverseProcess, solver: GridSolver, times: torch.Tensor, z: torch.Tensor
-) -> KnownScore:
-    """The score at the times of a solver's evaluations, with its coefficients computed."""
-    score = KnownScore(process, KnownTimes(solver.evaluation_times(process, times)), z)
-    score(z, 0)
-    return score
 
 
 @contextlib.contextmanager
