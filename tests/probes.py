@@ -129,6 +129,16 @@ class Recorder(solvers.NoiseSource):
         return self.draws[-1]
 
 
+class Own(solvers.NoiseSource):
+    """A user's source that returns the draw that it was made with."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+
+    def normal(self, z: torch.Tensor, rows: int) -> Any:
+        return self.draw
+
+
 @contextlib.contextmanager
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail on what would stop the host until the device has a number."""

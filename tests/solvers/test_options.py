@@ -5,17 +5,7 @@ import math
 import pytest
 
 from cldsde import solvers
-from cldsde.solvers import (
-    SSCS,
-    EDMHeun,
-    GottaGoFast,
-    Langevin,
-    PredictorCorrector,
-    ProbabilityFlow,
-    Splitting,
-    TorchDiffEq,
-    TorchSDE,
-)
+from cldsde.solvers import SSCS, EDMHeun, GottaGoFast, ProbabilityFlow, Splitting, TorchDiffEq
 from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import name_of_case
 
@@ -27,6 +17,7 @@ def falling(t):
 PUBLISHED = {"variable": "log_snr", "weights": "published"}
 NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
+Corrected, Langevin, TorchSDE = solvers.PredictorCorrector, solvers.Langevin, solvers.TorchSDE
 WITHOUT = [SSCS(), SSCS(score_step="midpoint"), Multistep(corrector=True)]
 WITHOUT += [ProbabilityFlow(), GottaGoFast()]
 # Solvers, options, values out of their range, and the message, in which {} is the option.
@@ -65,9 +56,9 @@ BAD_VALUES = [
     (TorchDiffEq, "rtol atol max_nfev", ["1"], REAL),
     (TorchDiffEq, "max_nfev", [0], "{} must be"),
     (TorchSDE, "method", ["log_ode", "Euler", None], "{} must be one of 'euler'"),
-    (PredictorCorrector, "predictor", WITHOUT, "{} must have a state at each grid time"),
-    (PredictorCorrector, "predictor", [None, "EM", Langevin()], "{} must be a solver"),
-    (PredictorCorrector, "corrector", [None, 0.16, Langevin, SSCS()], "{} must be a Langevin"),
+    (Corrected, "predictor", WITHOUT, "{} must have a state at each grid time"),
+    (Corrected, "predictor", [None, "EM", Langevin()], "{} must be a solver"),
+    (Corrected, "corrector", [None, 0.16, Langevin, SSCS()], "{} must be a Langevin"),
 ]
 CASES = [
     (make, {option: value}, message.replace("{}", option))
@@ -123,7 +114,7 @@ FACTS = [
     *((EDMHeun(churn=5.0, noise_scale=x), 2, None, None, None) for x in (0.9, 1.0000001)),
     *((Splitting(scheme=x), x.count("B"), 1, None, None) for x in ("OBA", "BAOAB", "ABOBAOB")),
     (Splitting(scheme="ABOBAOB", shared_score=True), 1, 1, None, None),
-    (PredictorCorrector(solvers.StochasticHeun(), Langevin(steps=3)), 5, None, None, None),
+    (Corrected(solvers.StochasticHeun(), Langevin(steps=3)), 5, None, None, None),
 ]
 
 
