@@ -18,18 +18,21 @@ SUMS = rounding(100, 48)  # sums of at most 48 products of unit size
 MASK = torch.rand(2, 4, 6, generator=generator(0)) < 0.5
 BLUR = torch.rand(3, 5, generator=generator(1), dtype=torch.float64)
 MATRIX = torch.randn(7, 48, generator=generator(2), dtype=torch.float64)
-OBSERVATIONS = {
-    "mask": Observation.mask(MASK, torch.zeros(2, 4, 6), 0.1),
-    "matrix": Observation.matrix(MATRIX, torch.zeros(7), 0.1),
-    "downsample": Observation.downsample(2, torch.zeros(2, 2, 3), 0.1),
-    "blur": Observation.blur(BLUR, torch.zeros(2, 4, 6), 0.1),
-    "callable": Observation(lambda x: x.flip(-1).cumsum(-1), torch.zeros(2, 4, 6), 0.1),
-}
 
 
-@pytest.mark.parametrize("name", OBSERVATIONS)
+def observations():
+    return {
+        "mask": Observation.mask(MASK, torch.zeros(2, 4, 6), 0.1),
+        "matrix": Observation.matrix(MATRIX, torch.zeros(7), 0.1),
+        "downsample": Observation.downsample(2, torch.zeros(2, 2, 3), 0.1),
+        "blur": Observation.blur(BLUR, torch.zeros(2, 4, 6), 0.1),
+        "callable": Observation(lambda x: x.flip(-1).cumsum(-1), torch.zeros(2, 4, 6), 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", observations())
 def test_adjoint_gram_and_dense_matrix_agree(name):
-    seen = OBSERVATIONS[name]
+    seen = observations()[name]
     seen.check((2, 4, 6), dtype=torch.float64)
     g = generator(1)
     x = torch.randn(3, 2, 4, 6, generator=g, dtype=torch.float64)
@@ -46,7 +49,7 @@ def test_adjoint_gram_and_dense_matrix_agree(name):
 
 
 def test_a_mean_over_blocks_is_average_pooling():
-    x, seen = torch.randn(3, 2, 4, 6, generator=generator(0)), OBSERVATIONS["downsample"]
+    x, seen = torch.randn(3, 2, 4, 6, generator=generator(0)), observations()["downsample"]
     expected = torch.nn.functional.avg_pool2d(x, 2)
     torch.testing.assert_close(seen.forward(x), expected, rtol=0, atol=4 * EPS32)
     assert seen.shape == (2, 4, 6)
