@@ -14,11 +14,12 @@ from cldsde.images.compare.config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
+from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner, objectives
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.images.train.objectives import make_objective
 from cldsde.score import PerturbedData, TimeSampler, log_snr_density
 from probes import generator as seeded
 from tiny_runs import NETWORK, SHORT, noise_images
