@@ -23,22 +23,11 @@ VALID = {
     "seed": 3,
     "data": {"name": "digits", "options": {"held_out": 0.25}, "flip": False, "dequantise": True},
     "process": {"name": "CLD", "options": {"beta": [1.0, 7.0], "mass": 0.3}},
-    "network": {
-        "name": "UNet",
-        "options": {"channels": [16, 32], "dropout": 0.1},
-        "conditional": True,
-        "label_dropout": 0.2,
-    },
+    "network": {"name": "UNet", "options": {"channels": [16, 32], "dropout": 0.1}}
+    | {"conditional": True, "label_dropout": 0.2},
     "score": {"reference": "channel"},
-    "training": {
-        "images": 1000,
-        "batch": 64,
-        "micro_batch": 32,
-        "learning_rate": 1e-3,
-        "decay": "cosine",
-        "clip": 0.5,
-        "precision": "bf16",
-    },
+    "training": {"images": 1000, "batch": 64, "micro_batch": 32, "learning_rate": 1e-3}
+    | {"decay": "cosine", "clip": 0.5, "precision": "bf16"},
     "sampling": {"solver": "sscs", "nfe": 20, "grid": "quadratic", "t_end": 1e-3},
 }
 
@@ -55,7 +44,7 @@ def with_value(path, value):
     changed = copy.deepcopy(VALID)
     section = changed
     for key in path[:-1]:
-        section = section[key]
+        section = section.setdefault(key, {})
     section[path[-1]] = value
     return changed
 
@@ -70,16 +59,11 @@ WRONG = st.sampled_from([None, {}, [], [[1.0]], "", "x", math.nan, -math.inf, -1
 # Of the values above, one may be right for a key.
 ALLOWED = {
     "data.options.held_out": (),
-    "data.flip": (True,),
-    "data.dequantise": (True,),
-    "network.conditional": (True,),
-    "sampling.t_start": (None,),
-    "sampling.t_end": (None,),
-    "training.micro_batch": (None,),
+    **dict.fromkeys(("data.flip", "data.dequantise", "network.conditional"), (True,)),
+    **dict.fromkeys(("sampling.t_start", "sampling.t_end", "training.micro_batch"), (None,)),
     "training.clip": (None, 2.5),
     "network.label_dropout": (),
-    "process.options.mass": (2.5,),
-    "process.options.beta": (2.5,),
+    **dict.fromkeys(("process.options.mass", "process.options.beta"), (2.5,)),
     "training.learning_rate": (2.5,),
 }
 
