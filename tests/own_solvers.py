@@ -38,46 +38,6 @@ class Doubtful(CentredEuler):
     CLAIMS = {"weak_order": 1.25}
 
 
-class Unproven(CentredEuler):
-    CLAIMS = {"weak_order": 1, "strong_order": 1}
-
-
-class Wordy(CentredEuler):
-    CLAIMS = {"weak_order": "1"}
-
-
-class Undeclared(CentredEuler):
-    @property
-    def facts(self):
-        raise RuntimeError("facts\nin two lines")
-
-
-class Broken(CentredEuler):
-    def step(self, z, *arguments):
-        return super().step(z, *arguments)[0] * float("nan"), ()
-
-
-class Raising(CentredEuler):
-    def step(self, z, *arguments):
-        return z[:, 7], ()
-
-
-class Growing(CentredEuler):
-    def step(self, z, *arguments):
-        return 3 * super().step(z, *arguments)[0], ()
-
-
-class Leaving(CentredEuler):
-    def step(self, z, *arguments):
-        raise SystemExit(0)
-
-
-class Drawing(CentredEuler):
-    def step(self, z, *arguments):
-        z, memory = super().step(z, *arguments)
-        return z + 0.1 * torch.randn_like(z), memory
-
-
 class Late(CentredEuler):
     """Breaks for the number of states of the diagram of work, which no check has."""
 

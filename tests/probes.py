@@ -109,6 +109,16 @@ class Recording:
         return len(self.times)
 
 
+def noting(calls: list[Any]) -> Any:
+    """A callback that adds its arguments to a list."""
+
+    def note(step: int, t: Any, z: torch.Tensor) -> None:
+        state = z.view(-1).view(z.shape).clone()  # states are in one piece
+        calls.append((step, t.clone() if isinstance(t, torch.Tensor) else t, state))
+
+    return note
+
+
 class Recorder(solvers.NoiseSource):
     """Fresh normals, and a record of them."""
 

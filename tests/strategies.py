@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -11,9 +12,6 @@ import torch
 from hypothesis import strategies as st
 
 from cldsde import CLD, LinearSDE
-
-SHORTEST = 1e-8
-"""The shortest time, and the shortest step, that is drawn."""
 
 Noise = Literal["full", "chain", "deficient"]
 
@@ -49,16 +47,17 @@ class StableProcess:
         return f"stable_process({self.seed}, {self.components}, {self.noise!r})"
 
 
+def rotation(rng: np.random.Generator, k: int) -> Any:
+    return np.linalg.qr(rng.standard_normal((k, k)))[0]
+
+
 def stable_process(seed: int, components: int, noise: Noise = "full") -> StableProcess:
     """The process that a seed stands for.
 
-    Parameters
-    ----------
-    noise
-        "full": D has full rank and no structure. "chain": noise enters the last component alone
-        and reaches component i through i + 1, as in Langevin dynamics. The diagonal of the root is
-        then graded, h^(k - i - 1/2). "deficient": D has rank k - 1 (one, for k = 1) in random
-        directions; at short times the rows of the root are nearly parallel.
+    Noise "full": D has full rank and no structure. "chain": noise enters the last component alone
+    and reaches component i through i + 1, as in Langevin dynamics. The diagonal of the root is then
+    graded, h^(k - i - 1/2). "deficient": D has rank k - 1 (one, for k = 1) in random directions; at
+    short times the rows of the root are nearly parallel.
     """
     rng = np.random.default_rng(seed)
     k = components
@@ -66,46 +65,30 @@ def stable_process(seed: int, components: int, noise: Noise = "full") -> StableP
     skew = np.zeros((k, k))
     if noise == "chain":
         scale = np.diag(np.exp(rng.uniform(-0.7, 0.7, k)))
-        dissipation = np.zeros((k, k))
-        dissipation[-1, -1] = np.exp(rng.uniform(-1.0, 1.0))
+        root = np.zeros((k, 1))
+        root[-1, 0] = math.sqrt(2 * np.exp(rng.uniform(-1.0, 1.0)))
         for i in range(k - 1):
             skew[i, i + 1] = signs[i] * rng.uniform(0.5, 2.0)
     else:
-        rotation = np.linalg.qr(rng.standard_normal((k, k)))[0]
-        scale = rotation * np.exp(rng.uniform(-0.7, 0.7, k))
+        scale = rotation(rng, k) * np.exp(rng.uniform(-0.7, 0.7, k))
         rates = np.exp(rng.uniform(-2.0, 1.0, k))
         if noise == "deficient" and k > 1:
             rates[0] = 0.0
-        rotation = np.linalg.qr(rng.standard_normal((k, k)))[0]
-        dissipation = (rotation * rates) @ rotation.T
-        for i in range(k):
-            for j in range(i + 1, k):
-                skew[i, j] = rng.uniform(0.5, 2.0) * rng.choice([-1.0, 1.0])
+        root = rotation(rng, k) * np.sqrt(2 * rates)
+        for i, j in itertools.combinations(range(k), 2):
+            skew[i, j] = rng.uniform(0.5, 2.0) * rng.choice([-1.0, 1.0])
     stationary = scale @ scale.T
-    drift = -(dissipation + skew - skew.T) @ np.linalg.inv(stationary)
+    drift = -(root @ root.T / 2 + skew - skew.T) @ np.linalg.inv(stationary)
     size = np.abs(drift).sum(axis=0).max()
-    if noise == "chain":
-        root = np.zeros((k, 1))
-        root[-1, 0] = math.sqrt(2 * dissipation[-1, -1] / size)
-    else:
-        root = rotation * np.sqrt(2 * rates / size)
-    return StableProcess(
-        torch.from_numpy(drift / size),
-        torch.from_numpy(root),
-        torch.from_numpy(stationary),
-        noise,
-        seed,
-    )
+    matrices = map(torch.from_numpy, (drift / size, root / np.sqrt(size), stationary))
+    return StableProcess(*matrices, noise, seed)
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Seeds of generators."""
     return st.integers(0, 2**31 - 1)
 
 
-def stable_processes(
-    noise: tuple[Noise, ...] = ("full", "chain", "deficient"),
-) -> st.SearchStrategy[StableProcess]:
+def stable_processes(noise: Any = ("full", "chain", "deficient")) -> Any:
     """Random stable processes with one to four components."""
     return st.builds(stable_process, seeds(), st.integers(1, 4), st.sampled_from(noise))
 
@@ -119,8 +102,7 @@ def covariances(components: int) -> st.SearchStrategy[torch.Tensor]:
         if kind == "last":
             sigma[-1, -1] = np.exp(rng.uniform(-4.0, 1.0))
         if kind == "full":
-            rotation = np.linalg.qr(rng.standard_normal((components, components)))[0]
-            factor = rotation * np.exp(rng.uniform(-1.0, 1.0, components))
+            factor = rotation(rng, components) * np.exp(rng.uniform(-1.0, 1.0, components))
             sigma = factor @ factor.T
         return torch.from_numpy(sigma)
 
@@ -133,7 +115,7 @@ def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
     return exponents.map(lambda x: min(max(math.exp(x), low), high))
 
 
-def times(low: float = SHORTEST, high: float = 1.0) -> st.SearchStrategy[float]:
+def times(low: float = 1e-8, high: float = 1.0) -> st.SearchStrategy[float]:
     """Times in [low, high], as likely near 1e-8 as near 1."""
     return log_uniform(low, high)
 
@@ -173,5 +155,4 @@ def shapes(dims: int = 3, side: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Floating-point types of states."""
     return st.sampled_from([torch.float32, torch.float64])

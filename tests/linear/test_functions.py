@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import mpmath as mp
@@ -37,13 +36,14 @@ def test_processes_that_nearly_diverge_are_resolved(cut, where):
     assert kernel.covariance.item() == pytest.approx(variance, rel=KERNEL)
 
 
-ROUGH: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], Any]]] = {
+# A rate, and its integral.
+ROUGH: dict[str, tuple[Any, Any]] = {
     "jump": (lambda t: torch.where(t < 0.3, -1.0, -5.0).double(), lambda: -5 + 4 * mp.mpf(0.3)),
     "kink": (lambda t: -(t - 0.3).abs(), lambda: -(mp.mpf(0.3) ** 2 + (1 - mp.mpf(0.3)) ** 2) / 2),
     "square root": (lambda t: -t.sqrt(), lambda: -mp.mpf(2) / 3),
     "bump": (
-        lambda t: -(-(((t - 0.377) / 0.004) ** 2)).exp(),
-        lambda: -mp.sqrt(mp.pi * mp.mpf(0.004) ** 2),
+        lambda t: -torch.exp(-(((t - 0.377) / 0.004) ** 2)),
+        lambda: -mp.sqrt(mp.pi) * mp.mpf(0.004),
     ),
     "high power": (lambda t: -(t**9), lambda: -mp.mpf(1) / 10),
     "stiff": (lambda t: -300 * (1 + t), lambda: mp.mpf(-450)),
@@ -98,21 +98,6 @@ def test_panels_follow_parameters_that_change():
     assert sde.transition(0.0, 1.0).mean.item() == pytest.approx(expected, rel=300 * KERNEL)
 
 
-@pytest.mark.parametrize("where", [(0.1, 0.9), (0.49, 0.51)])
-def test_kernels_of_functions_are_differentiable(where):
-    def kernel(s, t, stiffness):
-        def drift(u):
-            return [[0.0, 8 * torch.cos(u)], [-stiffness * (1 + u), -20.0]]
-
-        sde = LinearSDE.from_functions(drift, lambda u: [[0.0], [1 + torch.sin(3 * u)]])
-        step = sde.transition(s, t)
-        return step.mean, step.root
-
-    arguments = tuple(tensor(x).requires_grad_() for x in (*where, 10.0))
-    # Central differences of a step below |t - s|, and torch's tolerances.
-    assert torch.autograd.gradcheck(kernel, arguments, eps=1e-7)
-
-
 # Interpolants ----------------------------------------------------------------------------------
 
 SINGULAR = ["rectified flow", "cosine", "linear functions", "uncertain start", "table to zero"]
@@ -144,7 +129,7 @@ def test_log_snr_and_slopes_of_standard_deviations_agree_with_the_reference(name
 def test_functions_that_oscillate_have_exact_kernels_over_long_steps():
     omega = 120 * math.pi
     sde = LinearSDE.from_signal_noise(
-        torch.ones_like, lambda t: t + 0.9 * torch.sin(omega * t) / omega
+        torch.ones_like, lambda t: t + 0.9 * (omega * t).sin() / omega
     )
     exact = SignalNoise(lambda t: mp.mpf(1), lambda t: t + mp.mpf(0.9) * mp.sin(omega * t) / omega)
     pairs = [(0.5, 0.64), (0.5, 0.501)]
@@ -169,11 +154,8 @@ def test_a_signal_that_vanishes_has_a_latest_regular_time(name):
         sde.accumulated_noise(0.5, 1.0)
 
 
-ALMOST_ZERO = [
-    lambda t: torch.cos(math.pi / 2 * t),
-    lambda t: torch.cos(math.pi / 2 * t) ** 2,
-    lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t,
-]
+ALMOST_ZERO = [lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t) ** 2]
+ALMOST_ZERO += [lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t]
 
 
 @pytest.mark.parametrize("signal", ALMOST_ZERO)
@@ -220,21 +202,6 @@ def test_interpolants_have_priors_and_levels():
     # t = 1 / (1 + e^kappa); rounding of log t, and of t near 1.
     found = times_of_log_snr(RectifiedFlow(), levels)
     assert (found - torch.sigmoid(-levels)).abs().max() <= rounding(4)
-
-
-def test_kernels_are_differentiable_in_functions_and_tables():
-    def learnt(rate):
-        sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** rate, lambda t: t**rate)
-        # One by quadrature, one by differences.
-        s, t = tensor([0.30, 0.30]), tensor([0.31, 1.0])
-        return torch.cat([sde.transition(s, t).root.flatten(), sde.diffusion(s).flatten()])
-
-    def tabled(table):
-        sde = VPSDE.from_alphas_cumprod(table)
-        return sde.transition(tensor([0.0, 0.2, 0.4]), tensor([0.3, 0.9, 0.9])).root
-
-    assert torch.autograd.gradcheck(learnt, tensor(1.3).requires_grad_())
-    assert torch.autograd.gradcheck(tabled, tensor([0.9, 0.5, 0.2, 0.01]).requires_grad_())
 
 
 def test_an_exact_gain_serves_functions_that_are_not_smooth():

@@ -79,33 +79,88 @@ def test_processes_are_differentiable_in_their_parameters(name):
         assert single.item() == pytest.approx(double.item(), rel=EPS32)
 
 
+# Gradients of kernels and posteriors -----------------------------------------------------------
+
 A, Q_ROOT = tensor([[0.0, 4.0], [-1.0, -4.0]]), tensor([[0.0], [1.4]])
-INITIAL = tensor([[0.3, 0.05], [0.05, 0.2]])
+FULL, ZERO = tensor([[0.3, 0.05], [0.05, 0.2]]), torch.zeros(2, 2, dtype=torch.float64)
 
 
-def test_kernels_are_differentiable_in_matrices_rates_and_times():
-    def marginal(*arguments):
-        A, Q_root, start, end, t = arguments
-        sde = LinearSDE.from_matrices(A, Q_root, (start, end), stationary_covariance=None)
-        kernel = sde.marginal(t, INITIAL)
-        return kernel.mean, kernel.root
+def marginal(A, Q_root, start, end, t):
+    sde = LinearSDE.from_matrices(A, Q_root, (start, end), stationary_covariance=None)
+    kernel = sde.marginal(t, FULL)
+    return kernel.mean, kernel.root
 
-    def transition(s, t):
-        kernel = LinearSDE.from_matrices(A, Q_ROOT, (0.5, 3.0)).transition(s, t)
-        return kernel.mean, kernel.root
 
-    def covariance(upper):
-        initial = upper[[0, 1, 1, 2]].reshape(2, 2)
-        return LinearSDE.from_matrices(A, Q_ROOT, 4.0).marginal(0.1, initial).covariance
+def covariance(upper):
+    initial = upper[[0, 1, 1, 2]].reshape(2, 2)
+    return LinearSDE.from_matrices(A, Q_ROOT, 4.0).marginal(0.1, initial).covariance
 
-    for function, arguments in (
-        (marginal, (A, Q_ROOT, tensor(0.5), tensor(3.0), tensor([1e-3, 0.2, 0.9]))),
-        (transition, (tensor([0.1, 0.5]), tensor([0.2, 0.9]))),
-        (covariance, (INITIAL.flatten()[[0, 1, 3]],)),
-        (covariance, (tensor([0.01, 0.0, 0.01]),)),
-    ):
-        leaves = [x.clone().requires_grad_() for x in arguments]
-        assert torch.autograd.gradcheck(function, leaves)
+
+def transition(s, t):
+    kernel = LinearSDE.from_matrices(A, Q_ROOT, (0.5, 3.0)).transition(s, t)
+    return kernel.mean, kernel.root
+
+
+def oscillator(friction):
+    drift = [[0.0, 4.0], [-1.0, -friction]]
+    return LinearSDE.from_matrices(drift, Q_ROOT, (0.5, 3.0), stationary_covariance=None)
+
+
+def posterior(stochasticity, sigma):
+    def function(friction, s, t):
+        options = {"stochasticity": stochasticity, "initial_covariance": sigma}
+        found = oscillator(friction).posterior(s, t, **options)
+        return (found.state, found.initial, *([found.root] if stochasticity else []))
+
+    return function
+
+
+def regular_start(friction, t):
+    found = oscillator(friction).posterior(0.0, t, initial_covariance=FULL)
+    return found.state[1], found.root[1]
+
+
+def of_functions(s, t, stiffness):
+    def drift(u):
+        return [[0.0, 8 * torch.cos(u)], [-stiffness * (1 + u), -20.0]]
+
+    sde = LinearSDE.from_functions(drift, lambda u: [[0.0], [1 + torch.sin(3 * u)]])
+    step = sde.transition(s, t)
+    return step.mean, step.root
+
+
+def of_signal(rate):
+    sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** rate, lambda t: t**rate)
+    # One by quadrature, one by differences.
+    s, t = tensor([0.30, 0.30]), tensor([0.31, 1.0])
+    return torch.cat([sde.transition(s, t).root.flatten(), sde.diffusion(s).flatten()])
+
+
+def of_table(table):
+    sde = VPSDE.from_alphas_cumprod(table)
+    return sde.transition(tensor([0.0, 0.2, 0.4]), tensor([0.3, 0.9, 0.9])).root
+
+
+# Over short and long steps, which take different forms of Bayes' rule.
+STEPS = [(0.4, 0.41, 0.5, ZERO), (0.4, 0.6, 0.5, FULL), (0.4, 0.6, 0.0, ZERO)]
+STEPS += [(s, t, 1.0, sigma) for s, t in ((0.4, 0.41), (0.1, 0.9)) for sigma in (ZERO, FULL)]
+GRADIENTS = [
+    (marginal, A, Q_ROOT, 0.5, 3.0, [1e-3, 0.2, 0.9]),
+    (transition, [0.1, 0.5], [0.2, 0.9]),
+    *((covariance, upper) for upper in ([0.3, 0.05, 0.2], [0.01, 0.0, 0.01])),
+    *((posterior(level, sigma), 4.0, s, t) for s, t, level, sigma in STEPS),
+    (lambda friction, t: oscillator(friction).probability_flow_root(t), 4.0, [0.2, 0.9]),
+    (regular_start, 4.0, 0.02),
+    *((of_functions, s, t, 10.0) for s, t in ((0.1, 0.9), (0.49, 0.51))),
+    *((of_signal, 1.3), (of_table, [0.9, 0.5, 0.2, 0.01])),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_kernels_and_posteriors_are_differentiable(case):
+    function, *values = case
+    leaves = [torch.as_tensor(x).double().clone().requires_grad_() for x in values]
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 def test_gradients_are_finite_if_the_distribution_is_singular():
@@ -114,6 +169,16 @@ def test_gradients_are_finite_if_the_distribution_is_singular():
     kernel = LinearSDE.from_matrices(*leaves[:2], 4.0).marginal(leaves[2], variance.diag())
     (kernel.mean.sum() + kernel.root.sum()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in (*leaves, variance))
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.01])
+@pytest.mark.parametrize("stochasticity", [0.5, 1.0])
+def test_gradients_are_finite_at_a_singular_start_and_over_empty_steps(variance, stochasticity):
+    starts = [0.0 if stochasticity == 1 else 0.1, 0.3, 0.4]
+    leaves = [tensor(x).requires_grad_() for x in (4.0, starts, [0.5, 0.3, 0.9])]
+    found = posterior(stochasticity, tensor([0.0, variance]).diag())(*leaves)
+    sum(x.sum() for x in found).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
 def test_matrices_may_consist_of_parameters():
@@ -139,27 +204,26 @@ def named_drift(t: torch.Tensor) -> list[list[float]]:
     return [[-1.0]]
 
 
-REPRESENTATIONS: dict[str, object] = {
-    "VPSDE(schedule=Schedule.cosine(0.008, 0.9946))": VPSDE(schedule=Schedule.cosine()),
-    "PSLD(beta=(0.1, 20.0), gamma=0.3, nu=4.01, mass=0.25, velocity_scale=0.04)": (
-        PSLD(beta=(0.1, 20.0), gamma=torch.tensor(0.3))
+REPRESENTATIONS = [
+    (VPSDE(schedule=Schedule.cosine()), "VPSDE(schedule=Schedule.cosine(0.008, 0.9946))"),
+    (HOLD(beta=(0.1, 20.0), coupling=torch.tensor(0.3)), "HOLD(beta=(0.1, 20.0), coupling=0.3, fr"),
+    (LinearSDE.from_matrices([[-0.5]], [[1.0]]), "LinearSDE(TimeChangedDynamics(A=[[-0.5]], Q_r"),
+    (
+        LinearSDE.from_functions(named_drift, named_drift),
+        "LinearSDE(FunctionDynamics(drift=<functio",
     ),
-    "LinearSDE(TimeChangedDynamics(A=[[-0.5]], Q_root=[[1.0]], schedule=Schedule.constant(2.0)), "
-    "initial_covariance=[[0.01]])": (
-        LinearSDE.from_matrices([[-0.5]], [[1.0]], 2.0, initial_covariance=[[0.01]])
+    (
+        LinearSDE.from_signal_noise(torch.ones_like, named_rate),
+        "noise=<function named_rate>), initi",
     ),
-    "LinearSDE(FunctionDynamics(drift=<function named_drift>, "
-    "diffusion=<function named_drift>))": LinearSDE.from_functions(named_drift, named_drift),
-    "LinearSDE(SignalNoiseDynamics(signal=<function ones_like>, noise=<function named_rate>), "
-    "initial_covariance=[[1.0]])": (LinearSDE.from_signal_noise(torch.ones_like, named_rate)),
-    "Schedule(rate=<function named_rate>)": Schedule(named_rate),
-    "Gaussian(covariance=[[1.0, 0.0], [0.0, 0.25]])": CLD().prior,
-    "Kernel(components=2, times=(3,))": CLD().marginal(torch.full((3,), 0.5)),
-}
+    (Schedule(named_rate), "Schedule(rate=<function named_rate>)"),
+    (CLD().prior, "Gaussian(covariance=[[1.0, 0.0], [0.0, 0.25]])"),
+    (CLD().marginal(torch.full((3,), 0.5)), "Kernel(components=2, times=(3,))"),
+]
 
 
-@pytest.mark.parametrize("text", list(REPRESENTATIONS))
-def test_representations_show_the_parameters_and_survive_copies(text):
-    made = REPRESENTATIONS[text]
-    for copied in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert repr(copied) == text
+@pytest.mark.parametrize(("made", "text"), REPRESENTATIONS)
+def test_representations_show_the_parameters_and_survive_copies(made, text):
+    assert text in repr(made)
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert repr(copied) == repr(made)

@@ -34,14 +34,6 @@ def cosine(offset: float, stop: float) -> tuple[Schedule, Any, float]:
     return Schedule.cosine(offset, stop), integral, rounding(8, 1 + slope)
 
 
-def decay(s: Any, t: Any) -> Any:
-    return (mp.exp(-5 * s) - mp.exp(-5 * t)) / 5
-
-
-def peak(s: Any, t: Any) -> Any:
-    return (mp.atan(5 * t - mp.mpf("2.5")) - mp.atan(5 * s - mp.mpf("2.5"))) / 5
-
-
 # Schedule, its exact clock, and the rounding of the clock. Constant and linear rates: t - s is
 # rounded once, and fewer than eight positive numbers are added and multiplied after it. Geometric:
 # exp and expm1 turn the absolute error of their argument, at most 2 log(high / low), into a
@@ -65,9 +57,17 @@ CLOCKS: dict[str, tuple[Schedule, Any, float]] = {
         squared_sine_clock(1.0, 3.0).integral,
         rounding(32),
     ),
-    "decay": (Schedule(lambda t: torch.exp(-5 * t)), decay, rounding(32)),
+    "decay": (
+        Schedule(lambda t: torch.exp(-5 * t)),
+        lambda s, t: (mp.exp(-5 * s) - mp.exp(-5 * t)) / 5,
+        rounding(32),
+    ),
     "parabola": (Schedule(lambda t: t**2), lambda s, t: (t**3 - s**3) / 3, rounding(32)),
-    "peak": (Schedule(lambda t: 1 / (1 + 25 * (t - 0.5) ** 2)), peak, rounding(32)),
+    "peak": (
+        Schedule(lambda t: 1 / (1 + 25 * (t - 0.5) ** 2)),
+        lambda s, t: (mp.atan(5 * t - mp.mpf("2.5")) - mp.atan(5 * s - mp.mpf("2.5"))) / 5,
+        rounding(32),
+    ),
     **{
         f"cosine {pair}": cosine(*pair)
         for pair in ((0.008, 0.9946), (0.0, 0.9), (0.008, 0.999999), (0.3, 1e-3))

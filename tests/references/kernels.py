@@ -200,7 +200,7 @@ class SubVP(Reference):
 class Polynomial(Reference):
     """F(t) = sum F_i t^i and G(t) = sum G_i t^i: power series of the moment equations."""
 
-    def __init__(self, drift: Sequence[Any], diffusion: Sequence[Any]) -> None:
+    def __init__(self, drift: Sequence[Any], diffusion: Sequence[Any], own: Any = None) -> None:
         with mp.workdps(DIGITS):
             self.drift = [matrix(m) for m in drift]
             root = [matrix(m) for m in diffusion]
@@ -209,7 +209,7 @@ class Polynomial(Reference):
             for i, left in enumerate(root):
                 for j, right in enumerate(root):
                     self.noise[i + j] += left * right.T
-            self.own = mp.zeros(k, k)
+            self.own = mp.zeros(k, k) if own is None else matrix(own)
 
     def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
         first, second = (
@@ -253,33 +253,24 @@ def recentred(coefficients: Sequence[Matrix], s: Any, h: Any) -> list[Matrix]:
     return moved
 
 
-# The processes of the package ------------------------------------------------------------------
-
-
-def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Homogeneous:
+def vp(beta_min=0.1, beta_max=20.0):
     """dx = -beta/2 x dt + sqrt(beta) dw, beta linear."""
     return Homogeneous([[-0.5]], [[1.0]], linear_clock(beta_min, beta_max))
 
 
-def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> SubVP:
+def sub_vp(beta_min=0.1, beta_max=20.0):
     """The drift of VP, with g^2 = beta (1 - exp(-2 B(0, t)))."""
     return SubVP(linear_clock(beta_min, beta_max))
 
 
-def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Homogeneous:
+def ve(sigma_min=0.01, sigma_max=50.0):
     """dx = sqrt(2 log(sigma_max/sigma_min)) sigma(t) dw, geometric; own variance sigma_min^2."""
     with mp.workdps(DIGITS):
         own = [[mp.mpf(sigma_min) ** 2]]
     return Homogeneous([[0.0]], [[1.0]], variance_clock(sigma_min, sigma_max), own)
 
 
-def cld(
-    beta: float | tuple[float, float] = 4.0,
-    mass: float = 0.25,
-    friction: float = 1.0,
-    velocity_scale: float = 0.04,
-    position_noise: float = 0.0,
-) -> Homogeneous:
+def cld(beta=4.0, mass=0.25, friction=1.0, velocity_scale=0.04, position_noise=0.0):
     """A = [[0, 1/M], [-1, -Gamma/M]], Q = diag(eps^2, 2 Gamma); v_0 has variance gamma M."""
     with mp.workdps(DIGITS):
         M, v = mp.mpf(mass), mp.sqrt(2 * mp.mpf(friction))
@@ -288,13 +279,7 @@ def cld(
         return Homogeneous(A, Q_root, clock_of(beta), [[0, 0], [0, velocity_scale * M]])
 
 
-def psld(
-    beta: float | tuple[float, float] = 8.0,
-    gamma: float = 0.01,
-    nu: float = 4.01,
-    mass: float = 0.25,
-    velocity_scale: float = 0.04,
-) -> Homogeneous:
+def psld(beta=8.0, gamma=0.01, nu=4.01, mass=0.25, velocity_scale=0.04):
     """A = [[-Gamma, 1/M], [-1, -nu]] / 2, Q = diag(Gamma, M nu); v_0 has variance gamma M."""
     with mp.workdps(DIGITS):
         M, root = mp.mpf(mass), [[mp.sqrt(gamma), 0], [0, mp.sqrt(mp.mpf(mass) * nu)]]
@@ -302,20 +287,10 @@ def psld(
         return Homogeneous(A, root, clock_of(beta), [[0, 0], [0, velocity_scale * M]])
 
 
-def hold(
-    beta: float | tuple[float, float] = 4.0,
-    coupling: float = 2 * math.sqrt(2),
-    friction: float = 3 * math.sqrt(3),
-    inverse_mass: float = 1.0,
-    auxiliary_scale: float = 0.04,
-) -> Homogeneous:
+def hold(beta=4.0, coupling=8**0.5, friction=27**0.5, inverse_mass=1.0, auxiliary_scale=0.04):
     """A = [[0, 1, 0], [-1, 0, g], [0, -g, -xi]], Q = diag(0, 0, 2 xi / L), L the inverse mass."""
     with mp.workdps(DIGITS):
         g, xi, variance = coupling, friction, 1 / mp.mpf(inverse_mass)
-        start = auxiliary_scale * variance
-        return Homogeneous(
-            [[0, 1, 0], [-1, 0, g], [0, -g, -xi]],
-            [[0], [0], [mp.sqrt(2 * xi * variance)]],
-            clock_of(beta),
-            [[0, 0, 0], [0, start, 0], [0, 0, start]],
-        )
+        A, start = [[0, 1, 0], [-1, 0, g], [0, -g, -xi]], auxiliary_scale * variance
+        Q_root, own = [[0], [0], [mp.sqrt(2 * xi * variance)]], mp.diag([0, start, start])
+        return Homogeneous(A, Q_root, clock_of(beta), own)

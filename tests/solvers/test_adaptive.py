@@ -14,17 +14,15 @@ from tolerances import EPS
 SDE, ENDS = CLD(), torch.tensor([1.0, 1e-2], dtype=torch.float64)
 
 
-def flow(method, pace, tolerance):
-    return ProbabilityFlow(method=method, pace=pace, rtol=tolerance, atol=tolerance)
-
-
+FLOWS = [("bosh3", "batch", 1e-3), ("dopri5", "batch", 1e-5)]
+FLOWS += [("dopri5", "sample", 1e-5), ("dopri8", "sample", 1e-9)]
 SOLVERS = {
     "Gotta Go Fast": GottaGoFast(rtol=0.1, atol=0.05),
     "Gotta Go Fast, fresh": GottaGoFast(rtol=0.1, atol=0.05, noise_on_reject="fresh"),
-    "flow, bosh3, batch": flow("bosh3", "batch", 1e-3),
-    "flow, dopri5, batch": flow("dopri5", "batch", 1e-5),
-    "flow, dopri5, sample": flow("dopri5", "sample", 1e-5),
-    "flow, dopri8, sample": flow("dopri8", "sample", 1e-9),
+    **{
+        f"flow, {method}, {pace}": ProbabilityFlow(method=method, pace=pace, rtol=x, atol=x)
+        for method, pace, x in FLOWS
+    },
     "torchdiffeq, dopri5": TorchDiffEq(method="dopri5", rtol=1e-4),
     "torchdiffeq, adaptive_heun": TorchDiffEq(method="adaptive_heun", rtol=1e-3),
 }

@@ -232,11 +232,12 @@ def normals(path, sde, solver, times=GRID):
     return path.along(sde, times, lambda: solver.path_noise(process, times))
 
 
+@pytest.mark.parametrize("integrals", [True, False])
 @pytest.mark.parametrize("method", INCREMENTS)
-def test_increments_are_the_normals_of_these_solvers(method):
+def test_increments_are_the_normals_of_these_solvers(method, integrals):
     # More sources of noise than components.
     sde = LinearSDE.from_matrices([[-1, 2], [-1, -2]], [[1, 0.5, 0.4], [-0.7, 1.2, 0.3]], (1, 7))
-    path, z = make(sde), start(CLD(), (5, 3))
+    path, z = make(sde, integrals=integrals), start(CLD(), (5, 3))
     noise = normals(path, sde, INCREMENTS[method])
     for t, u in itertools.pairwise(GRID.tolist()):
         expected = path.increment(u, t) / math.sqrt(t - u)

@@ -17,7 +17,7 @@ import torch
 import cldsde
 from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
-from probes import Recording, generator, start
+from probes import Recording, generator, normals, start
 from tolerances import KERNEL, rounding
 
 
@@ -73,12 +73,12 @@ def raised(levels, i, churn=0.0, churn_range=(0.0, math.inf), **_):
 
 def algorithm(x, levels, draws=(), **options):
     """Algorithm 2."""
-    normals = iter(draws)
+    draws = iter(draws)
     for i in range(len(levels) - 1):
         sigma = raised(levels, i, **options)
         if sigma > levels[i]:
             added = options.get("noise_scale", 1.0) * math.sqrt(sigma**2 - levels[i] ** 2)
-            x = x + added * next(normals)
+            x = x + added * next(draws)
         slope = (x - denoise(x, sigma)) / sigma
         step = levels[i + 1] - sigma
         following = x + step * slope
@@ -86,13 +86,8 @@ def algorithm(x, levels, draws=(), **options):
             other = (following - denoise(following, levels[i + 1])) / levels[i + 1]
             following = x + step * (slope + other) / 2
         x = following
-    assert next(normals, None) is None
+    assert next(draws, None) is None
     return x
-
-
-def normals(count):
-    g = generator(3)
-    return [torch.randn(4, 1, 2, generator=g, dtype=torch.float64) for _ in range(count)]
 
 
 def solved(name, times, draws=(), **options):
@@ -108,7 +103,7 @@ def solved(name, times, draws=(), **options):
 
 def check_algorithm(name, times, noisy=0, **options):
     """Compare with the algorithm, of which so many steps have noise."""
-    (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), normals(noisy)
+    (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), list(normals(3, noisy, 4, 1, 2))
     x = start(sde, (4, 2))[:, 0].numpy() / alpha(t)[0]
     expected = algorithm(x, sigma(t), [draw[:, 0].numpy() for draw in draws], **options)
     found = solved(name, times, draws, **options)
@@ -151,7 +146,9 @@ def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(name):
     low, high = float(levels[7]), float(levels[4])
 
     def churned(*churn_range, count=4):
-        return solved(name, GRID, normals(count), churn=1.5, churn_range=churn_range)
+        return solved(
+            name, GRID, list(normals(3, count, 4, 1, 2)), churn=1.5, churn_range=churn_range
+        )
 
     expected = churned(0.99 * low, 1.01 * high)
     for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):

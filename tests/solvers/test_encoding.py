@@ -9,7 +9,7 @@ from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, s
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import DATA as GAUSSIAN
 from gaussian_data import SLOPE
-from probes import generator
+from probes import generator, noting
 from tolerances import order_of
 
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
@@ -75,15 +75,13 @@ def test_encoding_with_a_gaussian_is_a_known_map():
 @pytest.mark.parametrize("solver", [BEST, solvers.ProbabilityFlow()], ids=["grid", "adaptive"])
 def test_states_on_the_way_are_those_of_shorter_grids(solver):
     process, z = process_and_states("VP", 4)
-    times, seen = solvers.uniform_times(0.9, EPS, 8).flip(0), []
-
-    def note(step, t, z):
-        seen.append(float(torch.as_tensor(t).flatten()[0]))
-
-    found = solvers.solve(process, solver, z, times, t_eval=times[[0, 4, 8]], callback=note)
+    times, calls = solvers.uniform_times(0.9, EPS, 8).flip(0), []
+    options = {"t_eval": times[[0, 4, 8]], "callback": noting(calls)}
+    found = solvers.solve(process, solver, z, times, **options)
     assert torch.equal(found.t, times[[0, 4, 8]])
     assert torch.equal(found.y[0], z)
     assert torch.equal(found.y[2], found.state)
+    seen = [float(torch.as_tensor(t).flatten()[0]) for _, t, _ in calls]
     assert seen == sorted(seen)
     # States are saved before a correction by the next step, or cut a step short: the solver's
     # errors at these steps.

@@ -9,31 +9,20 @@ from scipy.stats import kstest
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
 from cldsde.solvers.gotta_go_fast import _Path
-from probes import Recording, generator, start
+from probes import Recording, generator, start, tensor
 from score import cases
 from tolerances import rounding, standard_error, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 RERUN = 1e-9  # rounding, 1e-16, that grows along some hundred steps whose lengths feel it
-
 RARE = 1e-4  # chance of a p-value that is rejected
 
 
-def ends(eps=0.1, T=1.0):
-    return torch.tensor([T, eps], dtype=torch.float64)
-
-
-def run(sde, score, state, times=None, *, noise=None, warn=True, **options):
+def run(sde, score, state, end=0.1, *, noise=None, warn=True, **options):
     """A solve of a few dozen attempts; the defaults are stricter."""
     solver = GottaGoFast(**{"rtol": 0.1, "atol": 0.05, **options})
-    times = ends() if times is None else times
-    noise = FreshNoise(generator()) if noise is None else noise
+    times, noise = tensor([1.0, end]), FreshNoise(generator()) if noise is None else noise
     return solve(ReverseProcess(sde, score), solver, state, times, noise=noise, warn=warn)
-
-
-def over(path, h):
-    """The increment over the next h of each sample."""
-    return path.increment(path.weights(h))
 
 
 def test_increments_are_independent_normals_whatever_is_rejected():
@@ -46,7 +35,7 @@ def test_increments_are_independent_normals_whatever_is_rejected():
     while len(alive):
         exponent = torch.randint(0, 6, (len(alive),), generator=g)
         h = 2.0 ** -exponent.double()
-        increment = over(path, h)
+        increment = path.increment(path.weights(h))
         cell = (4 * at).floor()
         small = (increment.abs().amax(1) < 0.8 * h.sqrt()) | (exponent == 5)
         accept = (at + h <= (cell + 1) / 4) & small
@@ -163,7 +152,7 @@ def test_a_step_is_accepted_if_the_error_is_at_most_one(name):
     for factor, rejections in ((1 - 1e-9, 1), (1 + 1e-9, 0)):
         # The error falls as 1/atol, and this atol times it gives 1.
         options |= {"atol": probe.errors[0] * factor, "max_nfev": 2, "warn": False}
-        found = run(sde, score, z, ends(0.9), noise=RecordedNoise(W), **options)
+        found = run(sde, score, z, 0.9, noise=RecordedNoise(W), **options)
         assert found.stats["rejections"] == rejections
         assert torch.equal(found.state, z) == rejections
 
@@ -178,4 +167,4 @@ def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length()
 
 @pytest.mark.parametrize("end", [0.0, 1e-8])
 def test_the_end_may_be_zero(end):
-    assert run(CLD(), lambda z, t: -4 * z[:, 1:], start(CLD()), ends(end), atol=0.1).success
+    assert run(CLD(), lambda z, t: -4 * z[:, 1:], start(CLD()), end, atol=0.1).success

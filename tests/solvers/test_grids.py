@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import references
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE, solvers
 from cldsde.solvers import karras_times, log_snr_times, logistic_times
-from probes import few_examples
+from probes import few_examples, tensor
 from strategies import log_uniform
 from tolerances import KERNEL, rounding
 
@@ -32,10 +32,6 @@ every_snr_grid = pytest.mark.parametrize("name", list(SNR))
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
-def float64(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
 def check_grid(times, T, eps, n):
     """Float64 times on the CPU that fall from one exact end to the other."""
     assert (times.shape, times.dtype, times.device.type) == ((n + 1,), torch.float64, "cpu")
@@ -49,7 +45,7 @@ def test_plain_grids_are_their_formulas(name, n, eps, T):
     make, formula = PLAIN[name]
     times = make(T, eps, n)
     check_grid(times, T, eps, n)
-    expected = float64([formula(T, eps, i / n) for i in range(n + 1)])
+    expected = tensor([formula(T, eps, i / n) for i in range(n + 1)])
     assert torch.allclose(times, expected, rtol=0, atol=rounding(8, 2.0))
 
 
@@ -105,7 +101,7 @@ def test_log_snr_has_exact_values_for_cld(friction):
             expected.append(float(mp.log(information) / 2))
     # Rows of the root, scaled to size 1, have a condition number below 10.
     found = CLD(4.0, friction=friction).log_snr(t)
-    assert torch.allclose(found, float64(expected), rtol=0, atol=10 * KERNEL)
+    assert torch.allclose(found, tensor(expected), rtol=0, atol=10 * KERNEL)
 
 
 @pytest.mark.parametrize("sde", [*FAMILIES.values(), SubVPSDE(), CLD(friction=0.5)], ids=repr)

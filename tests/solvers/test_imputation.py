@@ -7,7 +7,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, sol
 from cldsde.images.sample.observed import grey_basis
 from cldsde.linear.blocks import apply_blocks
 from cldsde.solvers import EulerMaruyama, Imputation, RecordedNoise
-from probes import Recorder, generator, no_waiting, untouchable
+from probes import Recorder, Recording, generator, no_waiting, noting, untouchable
 from tolerances import rounding
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "HOLD": HOLD()}
@@ -99,17 +99,11 @@ def test_known_data_come_back_exactly_if_the_grid_ends_at_the_data(name, known, 
 
 
 def test_the_start_and_each_state_are_replaced_before_they_are_used():
-    seen, states, noise, score = [], [], Recorder(), gaussian(CRITICAL)
-
-    def watched(z, t):
-        seen.append(z.clone())
-        return score(z, t)
-
+    calls, noise, score = [], Recorder(), Recording(gaussian(CRITICAL))
     imputation = Imputation(EulerMaruyama(), KNOWN, MASK)
-    options = {"noise": noise, "callback": lambda n, t, z: states.append(z.clone())}
-    sample(imputation, score=watched, **options)
-    assert torch.equal(seen[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
-    for i, state in enumerate([seen[0], *states]):
+    sample(imputation, score=score, noise=noise, callback=noting(calls))
+    assert torch.equal(score.states[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
+    for i, state in enumerate([score.states[0], *(z for _, _, z in calls)]):
         close(state[..., MASK], noisy(CRITICAL, GRID[i], noise.draws[2 * i])[..., MASK])
 
 
@@ -163,24 +157,22 @@ def test_colours_independent_of_the_grey_are_the_solver_s(name):
     close(*(torch.einsum("ij,bjhw->bihw", BASIS[1:], x) for x in (found, alone)))
 
 
-def test_it_claims_no_order():
-    facts = Imputation(solvers.StochasticHeun(), KNOWN, MASK, resample=3).facts
-    assert facts.weak_order is facts.strong_order is facts.ode_order is None
-    assert (facts.state_on_grid, facts.nfe_per_step) == (True, 6)
-
-
 @pytest.mark.parametrize("jump", [1, 4, 10])
 @pytest.mark.parametrize(("name", "resample"), [("SSCS", 1), ("SSCS", 3), ("Heun", 3)])
 def test_the_score_is_evaluated_at_the_announced_times(name, resample, jump):
-    times, score, solver = [], gaussian(CRITICAL), SOLVERS[name][0]
-    process = ReverseProcess(CRITICAL, lambda z, t: times.append(t[0].item()) or score(z, t))
+    score, solver = Recording(gaussian(CRITICAL)), SOLVERS[name][0]
+    process = ReverseProcess(CRITICAL, score)
     imputation = Imputation(solver, KNOWN, MASK, resample=resample, jump=jump)
     found = solvers.solve(process, imputation, prior(CRITICAL), GRID, generator=generator())
     once = solver.on_grid().evaluation_times(process, GRID).reshape(6, -1).tolist()
     groups = [once[i : i + jump] for i in range(0, 6, jump)]
+    times = [t[0].item() for t in score.times]
     assert times == [t for group in groups for step in group * resample for t in step]
     assert times == imputation.evaluation_times(process, GRID).tolist()
-    assert found.nfev == len(times) == imputation.facts.nfe_per_step * 6
+    facts = imputation.facts
+    assert found.nfev == len(times) == facts.nfe_per_step * 6
+    assert facts.weak_order is facts.strong_order is facts.ode_order is None
+    assert facts.state_on_grid
 
 
 def test_the_way_back_is_the_forward_process():
@@ -196,17 +188,10 @@ def test_the_way_back_is_the_forward_process():
 def test_a_step_waits_for_no_value_and_has_gradients(monkeypatch):
     process = ReverseProcess(CRITICAL, untouchable)
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    imputation = Imputation(SSCS, KNOWN, GREY, BASIS, resample=2, jump=1)
+    imputation = Imputation(SSCS, KNOWN, GREY, BASIS.float(), resample=2, jump=1)
     tables, z = imputation.prepare(process, GRID), prior(CRITICAL)
     with no_waiting(monkeypatch):
         for i in range(2):
             noise = solvers.FreshNoise(generator())
             z, _ = imputation.step(z, (), tables, i, lambda z, j: shift - z[:, 1:], noise)
     assert torch.autograd.grad(z.square().sum(), shift)[0].isfinite()
-
-
-@pytest.mark.parametrize("data", [KNOWN, torch.stack([KNOWN, KNOWN])], ids=["one", "each"])
-def test_known_data_are_for_their_shape_alone(data):
-    # Bad arguments are rows of test_rejected_arguments.py.
-    imputation = Imputation(SSCS, data, GREY, BASIS.float())  # single precision is accepted
-    assert imputation.impose(torch.zeros(2, *IMAGE)).shape == (2, *IMAGE)

@@ -111,15 +111,11 @@ def test_options_that_are_lists_or_dictionaries_are_values():
     assert one != TorchDiffEq()
 
 
-def test_only_adaptive_methods_take_steps_of_one_length():
-    with pytest.raises(ValueError, match="method must be adaptive to take steps of one length"):
-        TorchDiffEq(method="rk4").with_step(0.1)
-
-
 # Methods of torchdiffeq with their evaluations per step and orders.
 DIFFEQ = [("euler", 1, 1), ("midpoint", 2, 2), ("heun2", 2, 2), ("heun3", 3, 3), ("rk4", 4, 4)]
 DIFFEQ += [("dopri8", 13, 8), ("dopri5", 6, 5), ("bosh3", 3, 3), ("fehlberg2", 2, 2)]
 DIFFEQ += [("adaptive_heun", 1, 2)]
+FLOWS = [("bosh3", 3, 3), ("dopri5", 6, 5), ("dopri8", 12, 8)]
 # Evaluations per step, and weak, strong and ODE order; orders are measured in test_orders.py.
 FACTS = [
     *((TorchSDE(method=x), 1, 1, 1, None) for x in ("euler", "milstein")),
@@ -128,9 +124,7 @@ FACTS = [
     (TorchSDE(method="euler_heun"), 1, 1, 1, None),
     (TorchSDE(method="midpoint"), 2, 1, 1, None),
     *((TorchDiffEq(method=x), n, None, None, p) for x, n, p in DIFFEQ),
-    (ProbabilityFlow(method="bosh3"), 3, None, None, 3),
-    (ProbabilityFlow(method="dopri5"), 6, None, None, 5),
-    (ProbabilityFlow(method="dopri8"), 12, None, None, 8),
+    *((ProbabilityFlow(method=x), n, None, None, p) for x, n, p in FLOWS),
     (GottaGoFast(), 2, None, None, None),
     (EDMHeun(), 2, None, None, 2),
     (EDMHeun(noise_scale=0.9), 2, None, None, 2),  # there is no noise to scale

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, VPSDE, GaussianMixture, LinearSDE, MixedScore, ReverseProcess, solvers
+from cldsde import CLD, VPSDE, LinearSDE, MixedScore, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers.authoring import GridSolver
 from probes import Smooth, generator, named_solvers, start
+from score import cases
 
 SOLVERS = named_solvers()
 ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
@@ -43,18 +44,10 @@ def mixed(sde, kind=MixedScore):
     return kind(Network(sde), sde, torch.tensor(0.3), torch.tensor(0.5))
 
 
-def mixture(sde):
-    means, covariances = [[-1.0, 0.3], [0.8, 0.0]], 0.1 * torch.eye(2).expand(2, 2, 2)
-    return GaussianMixture([0.4, 0.6], means, covariances).score(sde)
+SCORES = {"mixture": lambda sde: cases.mixture().score(sde), "mixed": mixed, "plain": Smooth}
 
-
-SCORES = {"mixture": mixture, "mixed": mixed, "plain": Smooth}
-
-TABLES = [
-    *((LinearSDE, name) for name in ("marginal", "transition", "transition_matrix", "posterior")),
-    *((LinearSDE, name) for name in ("noise_root", "drift", "diffusion", "log_snr")),
-    (Conversion, "at"),
-]
+TABLES = ["marginal", "transition", "transition_matrix", "posterior", "noise_root", "drift"]
+TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(Conversion, "at")]
 
 
 @contextlib.contextmanager
@@ -71,9 +64,7 @@ def counted(monkeypatch):
 
     with monkeypatch.context() as patch:
         for owner, name in TABLES:
-            method = owner.__dict__[name]
-            bound = getattr(owner, name) if isinstance(method, classmethod) else method
-            patch.setattr(owner, name, counting(name, bound))
+            patch.setattr(owner, name, counting(name, getattr(owner, name)))
         yield calls
 
 

@@ -10,7 +10,7 @@ from cldsde import CLD, VESDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import ProbabilityFlow, solve
 from cldsde.solvers.probability_flow import _growth
 from gaussian_data import DATA, PROCESSES, check_flow
-from probes import Recording, generator, start
+from probes import Recording, generator, start, tensor
 from score import cases
 from tolerances import EPS32, standard_error
 
@@ -21,12 +21,8 @@ every_pace = pytest.mark.parametrize("pace", ["batch", "sample"])
 may_fail = pytest.mark.filterwarnings("ignore:the solve failed")
 
 
-def ends(eps=END, T=1.0):
-    return torch.tensor([T, eps], dtype=torch.float64)
-
-
 def run(sde, score, state, eps=END, **options):
-    return solve(ReverseProcess(sde, score), ProbabilityFlow(**options), state, ends(eps))
+    return solve(ReverseProcess(sde, score), ProbabilityFlow(**options), state, tensor([1.0, eps]))
 
 
 def linear(z, t):
@@ -98,7 +94,13 @@ def test_fixed_steps_have_their_length_and_callbacks_get_the_time_of_each_sample
         seen.append(t[0].item())
         assert (t == t[0]).all()
 
-    solve(ReverseProcess(CRITICAL, linear), solver, start(CRITICAL), ends(), callback=watch)
+    solve(
+        ReverseProcess(CRITICAL, linear),
+        solver,
+        start(CRITICAL),
+        tensor([1.0, END]),
+        callback=watch,
+    )
     assert seen == [0.75, 0.5, 0.25, END]
 
 
@@ -132,7 +134,7 @@ def test_times_have_the_type_of_the_state_or_single_precision(dtype):
     assert found.state.dtype == dtype
     expected = torch.float32 if dtype == torch.bfloat16 else dtype
     assert {t.dtype for t in score.times} == {expected}
-    assert min(t.min() for t in score.times) == ends().to(expected)[1]
+    assert min(t.min() for t in score.times) == tensor(END).to(expected)
 
 
 @every_pace
@@ -163,7 +165,7 @@ def test_a_trial_step_out_of_the_domain_is_repeated_shorter(method):
 
     found = run(sde, score, state, method=method)
     assert found.success
-    first, last = variance(ends())
+    first, last = variance(tensor([1.0, END]))
     # Each step errs by the default tolerance in units of 11 at most.
     bound = found.stats["attempts"] * ProbabilityFlow().rtol * 11
     assert (found.state - state * (last / first).sqrt()).abs().max() <= bound

@@ -12,6 +12,7 @@ import torch
 
 import cldsde
 from cldsde import CLD, HOLD, VESDE, VPSDE, LinearSDE, Observation, ReverseProcess, solvers
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.solvers import BrownianPath, Imputation, PredictorCorrector, SampleNoise
 from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import Smooth, hidden_time, start, untouchable
@@ -125,6 +126,7 @@ CASES += [
     (lambda: replay(*[(3, 1, 2)] * 3), V, r"shape \(3, 1, 2\).*; got \d recorded draws"),
     (lambda: replay(*[(3, 2, 2)] * 4), V, r"shape \(3, 1, 2\).*; got \(3, 2, 2\)"),
     (lambda: replay(*[(2, 1, 2)] * 4), V, r"shape \(3, 1, 2\).*; got \(2, 1, 2\)"),
+    (lambda: SampleNoise([1, 2]).normal(torch.zeros(3, 1, 4), 1), V, "per sample, 3; got 2 seeds"),
     *bad(V, r"seeds must be integers in \[0, 2³²\)", SampleNoise, [], [3, -1], [2**32]),
     *bad(T, r"seeds must be integers in", SampleNoise, [1, 1.5], [1, "3"], [1, True], [1, None]),
 ]
@@ -137,8 +139,28 @@ WORD, DECREASE = solvers.Splitting(), "times must decrease for .*, which is "
 WITHOUT_DENSITY = [SSCS, solvers.StochasticHeun(), Multistep(), solvers.GottaGoFast()]
 WITHOUT_DENSITY += [Multistep(stochasticity=1.0, **x) for x in ({"corrector": True}, {"order": 3})]
 NOT_LEVELS = [lambda t: -t, lambda t: t / 0, lambda t: t[:-1], lambda t: t[None], lambda t: 1]
+SNR_STEPS, ONE = Multistep(variable="log_snr"), solvers.root_times(1.0, 0.05, 7)
+LEVEL = torch.tensor([0.9, 0.7, 0.55, 0.5, 0.3, 0.1], dtype=torch.float64)
 CHURNED = PredictorCorrector(solvers.EDMHeun(churn=1.5))
 KINDS = [Multistep(), Multistep(prediction="noise"), Multistep(stochasticity=1.0)]
+
+
+class Wrong:
+    """A score whose data prediction has the shape of the state."""
+
+    def __call__(self, z, t):
+        return -z
+
+    def data_prediction(self, z, t):
+        return z
+
+
+def bent(t):
+    return torch.where(t < 0.4, t, torch.where(t < 0.6, 0.4, t - 0.2))
+
+
+FLOW = cldsde.RectifiedFlow()
+BENT = LinearSDE(SignalNoiseDynamics(torch.ones_like, bent, gain=lambda s, t: bent(t) - bent(s)))
 
 
 def tolerant(atol):
@@ -166,6 +188,10 @@ def made(result):
 
 
 CASES += [
+    (lambda: solve(Multistep(), FLOW, Wrong()), V, r"data_prediction must return shape \(3, 2\)"),
+    (lambda: plan(SNR_STEPS, cldsde.CosineVP(), ONE), V, "reach t = 1 with variable='log_snr'"),
+    (lambda: plan(SNR_STEPS, BENT, LEVEL), V, r"variable must be 'time' .* t = 0\.55 and 0\.5$"),
+    *bad(V, "T must be a time with a finite", lambda make: make(FLOW, 1.0, 1e-3, 5), *SNR[:2]),
     (lambda: plan(WORD, VPSDE()), V, NONE.format(1) + ".*Use SSCS$"),
     (lambda: plan(WORD, VESDE()), V, NONE.format(1) + ".*Use StochasticHeun$"),
     (lambda: plan(WORD, HOLD()), V, NONE.format(3) + ".*Use SSCS$"),
@@ -186,6 +212,7 @@ CASES += [
         # Independent noises with a stationary covariance [[1, 1/2], [1/2, 1]].
         (OBLIQUE.tolist(), [[2**0.5, 0], [0, 1]]),
     ),
+    (lambda: solvers.TorchDiffEq(method="rk4").with_step(0.1), V, "method must be adaptive"),
     (lambda: encode(Multistep(stochasticity=1.0)), V, DECREASE + "stochastic"),
     (lambda: encode(solvers.EDMHeun(churn=1.0)), V, DECREASE + "stochastic"),
     (lambda: encode(solvers.TorchDiffEq()), V, DECREASE + "for decreasing grids only"),
@@ -255,7 +282,7 @@ CASES += [
 ]
 
 # Samplers in one call.
-FLOW, LATE = cldsde.RectifiedFlow(), torch.tensor([1.0, 0.5, 0.1])
+LATE = torch.tensor([1.0, 0.5, 0.1])
 IDENTITY = cldsde.DenoiserScore(lambda u, sigma: u, HOLD(), noise_levels=(50.0, 80.0))
 PREDICTION = cldsde.PredictionDenoiser(untouchable, cldsde.NoisePath.linear())
 DATA, SEEN = wide_mixture()

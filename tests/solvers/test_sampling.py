@@ -7,6 +7,7 @@ import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
 from cldsde.score import ConditionalScore, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
+from probes import Recording
 from tolerances import rounding, standard_error
 
 DATA = cldsde.GaussianMixture(
@@ -59,16 +60,11 @@ def test_moments_are_exact_at_sixty_evaluations(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("nfe", [5, 20])
 def test_evaluations_keep_the_budget_and_the_window_of_levels(name, nfe):
-    sde, times = PROCESSES[name](), []
-    score = DATA.score(sde)
-
-    def counted(z, t):
-        times.append(float(t[0]))
-        return score(z, t)
-
-    cldsde.sample(sde, counted, (3, 2), nfe=nfe)
-    assert len(times) == nfe
-    levels = sde.log_snr(torch.tensor(times, dtype=torch.float64).clamp_max(1.0))
+    sde = PROCESSES[name]()
+    score = Recording(DATA.score(sde))
+    cldsde.sample(sde, score, (3, 2), nfe=nfe)
+    assert score.calls == nfe
+    levels = sde.log_snr(torch.cat(score.times).double().clamp_max(1.0))
     rounded = 1e-3  # times in float32: 6e-8 of t, where kappa changes by 1e4 per unit of t
     assert levels.min() >= -3.3 - rounded
     assert levels.max() == pytest.approx(3.3, abs=rounded)
@@ -108,17 +104,12 @@ def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
 
 @pytest.mark.parametrize("name", ["VP", "CLD", "VE"])
 def test_levels_of_the_score_bound_the_window(name):
-    seen = []
-
-    def network(x, sigma):
-        seen.append(sigma)
-        return x / (1 + sigma.unsqueeze(1) ** 2)
-
+    network = Recording(lambda x, sigma: x / (1 + sigma.unsqueeze(1) ** 2))
     sde = PROCESSES[name]()
     path = NoisePath(torch.ones_like, lambda t: t, interval=(0.2, 8.0))
     denoiser = cldsde.PredictionDenoiser(network, path, "data")
     cldsde.sample(sde, DenoiserScore(denoiser, sde), (3, 2), nfe=6)
-    levels = torch.stack(seen)
+    levels = torch.stack(network.times)
     rounded = 1e-4  # levels from times in float32
     assert levels.max() == pytest.approx(8.0, rel=rounded)
     assert levels.min() == pytest.approx(0.2, rel=rounded)

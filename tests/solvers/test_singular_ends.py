@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import CosineVP, GaussianMixture, LinearSDE, RectifiedFlow, ReverseProcess, solvers
-from cldsde.linear.signal_noise import SignalNoiseDynamics
+from cldsde import CosineVP, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import named_solvers
@@ -99,45 +98,12 @@ def test_a_score_without_a_data_prediction_says_where_to_start():
     with pytest.raises(ValueError, match=r"must have a method data_prediction.*regular_until"):
         solvers.plan(reverse, Multistep(), solvers.root_times(1.0, 0.05, 20))
     times = solvers.root_times(FLOW.regular_until, 0.05, 20)
-    late, whole = (
-        solvers.solve(x, Multistep(), states(), times).state for x in (reverse, process())
-    )
+    late = solvers.solve(reverse, Multistep(), states(), times).state
+    whole = solvers.solve(process(), Multistep(), states(), times).state
     assert torch.allclose(late, whole, rtol=0, atol=PREDICTIONS)
 
 
-def test_a_data_prediction_of_another_shape_is_rejected():
-    class Wrong:
-        def __call__(self, z, t):
-            return -z
-
-        def data_prediction(self, z, t):
-            return z
-
-    reverse, times = ReverseProcess(FLOW, Wrong()), solvers.root_times(1.0, 0.05, 4)
-    with pytest.raises(ValueError, match=r"score.data_prediction must return shape \(50, 1\)"):
-        solvers.solve(reverse, Multistep(), states(), times)
-
-
-@pytest.mark.parametrize("grid", [solvers.log_snr_times, solvers.karras_times])
-def test_grids_in_the_signal_to_noise_ratio_need_a_finite_one(grid):
-    with pytest.raises(ValueError, match="T must be a time with a finite signal-to-noise ratio"):
-        grid(FLOW, 1.0, 1e-3, 5)
-    assert len(grid(FLOW, 0.999, 1e-3, 5)) == 6
+def test_grids_may_come_near_the_end_or_reach_it():
+    assert len(solvers.log_snr_times(FLOW, 0.999, 1e-3, 5)) == 6
     # Flat at both ends, it reaches t = 1.
     assert solvers.logistic_times(FLOW, 1.0, 1e-3, 5)[0] == 1.0
-
-
-def test_polynomials_in_the_signal_to_noise_ratio_need_a_finite_one_that_falls():
-    solver = Multistep(variable="log_snr")
-    with pytest.raises(ValueError, match="must not reach t = 1 with variable='log_snr'"):
-        solvers.plan(process("cosine"), solver, solvers.root_times(1.0, 0.05, 7))
-
-    def bent(t):
-        return torch.where(t < 0.4, t, torch.where(t < 0.6, 0.4, t - 0.2))
-
-    sde = LinearSDE(SignalNoiseDynamics(torch.ones_like, bent, gain=lambda s, t: bent(t) - bent(s)))
-    reverse = ReverseProcess(sde, DATA.score(sde))
-    times = torch.tensor([0.9, 0.7, 0.55, 0.5, 0.3, 0.1], dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"variable must be 'time' .* t = 0\.55 and 0\.5$"):
-        solvers.plan(reverse, solver, times)
-    assert solvers.solve(reverse, Multistep(), states(), times).success

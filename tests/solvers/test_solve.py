@@ -12,7 +12,7 @@ from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
 from cldsde.validation import propagate_moments
 from gaussian_data import DATA
-from probes import Recording, Smooth, initial, named_solvers, start, untouchable
+from probes import Recording, Smooth, initial, named_solvers, noting, start, untouchable
 from tolerances import rounding, standard_error
 
 FLOW = 1e-7  # tolerance of the adaptive flow
@@ -118,13 +118,8 @@ def test_sscs_without_merged_steps_has_the_distribution_of_a_solve_to_each_time(
 
 @every_adaptive
 def test_callbacks_see_the_time_of_each_sample(method):
-    calls = []
-
-    def watch(step, t, z):
-        calls.append((step, t.clone(), z.view(6, 2, 2).clone()))
-
-    state = states(6)
-    solution = run(method, state, ENDS, callback=watch)
+    calls, state = [], states(6)
+    solution = run(method, state, ENDS, callback=noting(calls))
     assert torch.equal(solution.state, run(method, state, ENDS).state)
     assert [step for step, _, _ in calls] == list(range(1, solution.stats["attempts"] + 1))
     times = torch.stack([torch.ones(6), *[t for _, t, _ in calls]])
@@ -158,18 +153,18 @@ def test_a_callback_s_true_stops_at_once(method, denoise):
 @every_adaptive
 @pytest.mark.parametrize("denoise", [False, "step"])
 def test_a_callback_s_true_stops_samples_that_have_not_arrived(method, denoise):
-    last = []
+    calls, score = [], Recording(PROCESS.score)
 
     def callback(step, t, z):
-        last[:] = [step, z.clone()]
+        noting(calls)(step, t, z)
         return bool((t <= 0.1).any())
 
-    score, options = Recording(PROCESS.score), {"callback": callback, "denoise": denoise}
+    options = {"callback": callback, "denoise": denoise}
     solution = run(method, states(6), ENDS, ReverseProcess(SDE, score), **options)
     assert (solution.status, solution.message) == (2, "stopped by the callback")
-    assert solution.stats["attempts"] == last[0]
+    assert solution.stats["attempts"] == calls[-1][0]
     assert solution.nfev == score.calls
-    assert torch.equal(solution.state, last[1])
+    assert torch.equal(solution.state, calls[-1][2])
     success = solution.stats["success"]
     assert 0 < int(success.sum()) < 6
     denoised = (solution.data != solution.state[:, 0]).any(1)

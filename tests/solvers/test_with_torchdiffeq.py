@@ -8,7 +8,7 @@ import torch
 from cldsde import CLD, ReverseProcess
 from cldsde.solvers import TorchDiffEq, root_times, solve
 from gaussian_data import PROCESSES, check_flow, reverse
-from probes import Recording, start, tensor
+from probes import Recording, noting, start, tensor
 from tolerances import EPS, KERNEL
 
 CRITICAL, END = CLD(), 0.05
@@ -43,11 +43,7 @@ def close(found, expected):
 def test_fixed_steps_are_those_of_the_textbook(method, name):
     process, exact, calls = reverse(name, Recording), PROCESSES[name][1], []
     solver, state = TorchDiffEq(method=method), start(process.sde, (4, 1))
-
-    def watch(step, t, z):
-        calls.append((step, t, z.clone()))
-
-    found = solve(process, solver, state, GRID, t_eval=GRID, callback=watch)
+    found = solve(process, solver, state, GRID, t_eval=GRID, callback=noting(calls))
     c, a, b = TABLEAUX[method]
     z, states = state.numpy(), [state]
     for t, u in itertools.pairwise(GRID.numpy()):
@@ -74,12 +70,8 @@ def test_adaptive_steps_follow_the_flow_of_gaussian_data(method, name):
     solver = TorchDiffEq(method=method, rtol=tolerance, atol=tolerance)
     process = reverse(name, Recording)
     state = start(process.sde, (4, 1))
-
-    def watch(step, t, z):
-        calls.append((step, t, z.clone()))
-
     ends, t_eval = tensor([1.0, 0.2]), tensor(wanted)
-    found = solve(process, solver, state, ends, t_eval=t_eval, callback=watch)
+    found = solve(process, solver, state, ends, t_eval=t_eval, callback=noting(calls))
     assert found.success
     steps = found.stats["steps"]
     for t, y in zip(wanted, found.y, strict=True):
@@ -153,22 +145,17 @@ def test_torchdiffeq_s_own_limit_is_reported():
 
 def test_gradients_of_adaptive_steps_are_those_of_fine_steps():
     # torchdiffeq would differentiate its estimate of the first step.
-    gradients, tolerance = [], 1e-6
+    gradients, first_steps, tolerance = [], [], 1e-6
     for solver in (TorchDiffEq(rtol=tolerance, atol=tolerance), TorchDiffEq(method="rk4")):
         strength, times = tensor(1.3).requires_grad_(), root_times(1.0, 0.5, 50)
-        process = ReverseProcess(CRITICAL, lambda z, t, k=strength: -k * z[:, 1:] + z[:, :1].sin())
-        found = solve(process, solver, start(CRITICAL, (1, 1)), times, differentiable=True)
+        score = Recording(lambda z, t, k=strength: -k * z[:, 1:] + z[:, :1].sin())
+        process, state = ReverseProcess(CRITICAL, score), start(CRITICAL, (1, 1))
+        found = solve(process, solver, state, times, differentiable=True)
         gradients += torch.autograd.grad(found.data.sum(), strength)
+        # The second stage of Dormand and Prince is after a fifth of the step.
+        first_steps.append(5 * (1 - score.times[1].item()))
     # Some ten steps with a relative error of the tolerance, which the flow lengthens tenfold.
     assert gradients[0].item() == pytest.approx(gradients[1].item(), rel=100 * tolerance)
     assert gradients[1].abs() > 0.1
-
-
-def test_with_gradients_the_first_step_is_a_thousandth_of_the_interval():
-    score, times = Recording(lambda z, t: -4 * z[:, 1:]), tensor([1.0, 0.5])
-    state = start(CRITICAL, (1, 1)).requires_grad_()
-    solver = TorchDiffEq(method="dopri5")
-    solve(ReverseProcess(CRITICAL, score), solver, state, times, differentiable=True)
-    # The second stage of Dormand and Prince is after a fifth of the step.
-    first_step = 5 * (1 - score.times[1].item())
-    assert first_step == pytest.approx(0.5e-3, rel=1e4 * EPS)  # of a difference of times near 1
+    # A thousandth of the interval, the difference of times near 1.
+    assert first_steps[0] == pytest.approx(0.5e-3, rel=1e4 * EPS)

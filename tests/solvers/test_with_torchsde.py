@@ -11,7 +11,7 @@ import torchsde
 from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import RecordedNoise, TorchSDE, solve
 from gaussian_data import PROCESSES, SLOPE, reverse
-from probes import Recording, generator, start
+from probes import Recording, generator, normals, start
 from tolerances import KERNEL
 
 # Calculus of each method.
@@ -20,9 +20,9 @@ METHODS |= dict.fromkeys(("heun", "euler_heun", "midpoint"), "stratonovich")
 GRID = solvers.root_times(1.0, 0.05, 9)
 
 
-def normals(method, name, steps=9):
+def draws_of(method, name):
     columns = PROCESSES[name][1].Q_root.shape[1] * (2 if method == "srk" else 1)
-    return list(torch.randn(steps, 4, columns, 1, generator=generator(3), dtype=torch.float64))
+    return list(normals(3, 9, 4, columns, 1))
 
 
 def close(found, expected):
@@ -45,11 +45,8 @@ class Increments:
 @pytest.mark.parametrize("name", ["VE", "CLD, linear", "PSLD", "HOLD"])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_sdeint(method, name):
-    process, draws, solver = (
-        reverse(name, Recording),
-        normals(method, name),
-        TorchSDE(method=method),
-    )
+    process, draws = reverse(name, Recording), draws_of(method, name)
+    solver = TorchSDE(method=method)
     z, noise = start(process.sde, (4, 1)), RecordedNoise(draws)
     found = solve(process, solver, z, GRID, noise=noise, t_eval=GRID)
     times = torch.cat(process.score.times)
@@ -97,10 +94,10 @@ def end(method, n):
     )
     modes = GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
     process = ReverseProcess(sde, modes.score(sde))
-    normals = solver.path_noise(process, times)
-    draws = normals.increment @ torch.from_numpy(W)[:, None]
+    rows = solver.path_noise(process, times)
+    draws = rows.increment @ torch.from_numpy(W)[:, None]
     if method == "srk":
-        draws = draws + normals.time_integral @ torch.from_numpy(U)[:, None]
+        draws = draws + rows.time_integral @ torch.from_numpy(U)[:, None]
     state = torch.randn(SAMPLES, 1, 1, generator=generator(), dtype=torch.float64)
     noise = RecordedNoise(list(draws.transpose(1, 2)[..., None]))
     return solve(process, solver, 0.8 * state, times, noise=noise).state

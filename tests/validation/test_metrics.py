@@ -12,22 +12,10 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from cldsde import GaussianMixture
-from cldsde.solvers import (
-    EulerMaruyama,
-    ExponentialMultistep,
-    ProbabilityFlow,
-    StochasticHeun,
-    quadratic_times,
-)
-from cldsde.validation import (
-    WorkPrecision,
-    bures_wasserstein,
-    moment_error,
-    problems,
-    sliced_wasserstein,
-    work_precision,
-)
-from cldsde.validation.metrics import mode_spread_error
+from cldsde.solvers import EulerMaruyama, ExponentialMultistep, ProbabilityFlow, StochasticHeun
+from cldsde.solvers.grids import quadratic_times
+from cldsde.validation import WorkPrecision, moment_error, problems, work_precision
+from cldsde.validation.metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from cldsde.validation.work_precision import WorkPrecisionPoint
 from faulty_solvers import altered
 from probes import generator, normals, tensor
@@ -105,16 +93,14 @@ def mode(centre: float, deviation: float, n: int = 2) -> torch.Tensor:
     return (centre + deviation * x / x.std()).unsqueeze(1)
 
 
-@pytest.mark.parametrize(
-    ("scale", "noise", "factors"),
-    [
-        (1.0, 0.0, (1.1, 1.0, 0.7)),
-        (1.0, 0.0, (0.5, 2.0, 1.0)),
-        (0.5, 0.3, (1.0, 1.0, 1.0)),
-        (0.5, 0.3, (1.1, 1.0, 0.7)),
-    ],
-)
-def test_the_error_of_modes_is_the_error_of_their_standard_deviations(scale, noise, factors):
+NARROW, OVERLAPPING, FACTORS = (1.0, 0.0), (0.5, 0.3), (1.1, 1.0, 0.7)
+SPREADS = [(NARROW, FACTORS), (NARROW, (0.5, 2.0, 1.0))]
+SPREADS += [(OVERLAPPING, FACTORS), (OVERLAPPING, (1.0, 1.0, 1.0))]
+
+
+@pytest.mark.parametrize(("kernel", "factors"), SPREADS)
+def test_the_error_of_modes_is_the_error_of_their_standard_deviations(kernel, factors):
+    scale, noise = kernel
     variances = scale**2 * tensor([0.04, 0.25, 1.0]) + noise
     deviations = (tensor(factors) * variances.sqrt()).tolist()
     x = shuffled(torch.cat([*map(mode, (-10 * scale, 0, 10 * scale), deviations, (2, 5, 9))]))

@@ -12,43 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import references
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
 from cldsde.validation import moment_error, problems, propagate_moments
 from faulty_solvers import altered
-from references import dense
+from gaussian_data import PROCESSES, reverse
 from tolerances import rounding, standard_error
 
-DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
 END = 0.05
 EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
-PROCESSES = {
-    "VP": (VPSDE(0.1, 8.0), dense(references.vp(0.1, 8.0))),
-    "VE": (VESDE(0.1, 5.0), dense(references.ve(0.1, 5.0))),
-    "CLD, underdamped": (CLD(friction=0.5), dense(references.cld(friction=0.5))),
-    "CLD, linear": (CLD((1.0, 7.0)), dense(references.cld((1.0, 7.0)))),
-    "PSLD": (PSLD(), dense(references.psld())),
-    "HOLD": (HOLD(), dense(references.hold())),
-}
 # Kernels and references are both good to some 1e-14 here, and steps are mostly contractions:
 # several exponentials of matrices of the size |A| B <= 40.
 RECURSION = rounding(64 * 40)
-
-
-def reverse(sde, known=True):
-    """The reverse process, with a score that knows its times beforehand or is told each."""
-    score = DATA.score(sde)
-    return ReverseProcess(sde, score if known else lambda z, t: score(z, t.clone()))
-
-
-def propagated(solver, name, times, **options):
-    """Moments at the end of the grid, started from the exact ones."""
-    sde, exact = PROCESSES[name]
-    start = torch.from_numpy(exact.mean(1.0))[:, None], torch.from_numpy(exact.covariance(1.0))
-    mean, covariance = propagate_moments(reverse(sde, **options), solver, times, *start)
-    assert mean.dtype == covariance.dtype == torch.float64
-    assert mean.shape == (sde.components, 1)
-    return mean[:, 0].numpy(), covariance.numpy()
 
 
 def euler_maruyama(exact, times):
@@ -69,16 +43,22 @@ GRIDS = [("uniform", 1, True), ("root", 7, False), ("quadratic", 25, True)]
 @pytest.mark.parametrize(("kind", "steps", "known"), GRIDS)
 @pytest.mark.parametrize("name", list(PROCESSES))
 def test_a_solver_has_the_moments_of_its_recursion(name, kind, steps, known):
-    times, exact = getattr(solvers, f"{kind}_times")(1.0, END, steps), PROCESSES[name][1]
-    found = propagated(EM, name, times, known=known)
-    for one, other in zip(found, euler_maruyama(exact, times.tolist()), strict=True):
-        assert abs(one - other).max() <= RECURSION * abs(found[1]).max()
+    times, (sde, exact) = getattr(solvers, f"{kind}_times")(1.0, END, steps), PROCESSES[name]
+    # The score knows its times beforehand, or is told each.
+    process = reverse(name, lambda score: score if known else lambda z, t: score(z, t.clone()))
+    start = torch.from_numpy(exact.mean(1.0))[:, None], torch.from_numpy(exact.covariance(1.0))
+    mean, covariance = propagate_moments(process, EM, times, *start)
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert mean.shape == (sde.components, 1)
+    m, C = euler_maruyama(exact, times.tolist())
+    assert abs(mean[:, 0].numpy() - m).max() <= RECURSION * abs(C).max()
+    assert abs(covariance.numpy() - C).max() <= RECURSION * abs(C).max()
 
 
 @pytest.mark.parametrize("name", ["VE", "CLD, linear schedule"])
 def test_the_moment_error_is_the_distance_of_the_recursion_from_the_exact_moments(name):
     times = solvers.uniform_times(1.0, END, 32)
-    exact = PROCESSES["CLD, linear" if name.startswith("CLD") else name][1]
+    exact = PROCESSES[name.removesuffix(" schedule")][1]
     m, C = euler_maruyama(exact, times.tolist())
     distances = [abs(m - exact.mean(END)).max(), abs(C - exact.covariance(END)).max()]
     found = moment_error(EM, problems()[name], times)
@@ -112,9 +92,9 @@ def test_samples_have_the_propagated_moments(solver, name):
     sde, n = PROCESSES[name][0], 50_000
     times, g = solvers.quadratic_times(1.0, END, 8), torch.Generator().manual_seed(0)
     state = sde.prior.sample((n, 1), generator=g, dtype=torch.float64)
-    z = solvers.solve(reverse(sde), solver, state, times, generator=g).state[..., 0]
+    z = solvers.solve(reverse(name), solver, state, times, generator=g).state[..., 0]
     start = torch.zeros(sde.components, 1), sde.prior.covariance
-    mean, C = propagate_moments(reverse(sde), solver, times, *start)
+    mean, C = propagate_moments(reverse(name), solver, times, *start)
     # Variances of sample moments of normals: C_ii of a mean, C_ii C_jj + C_ij^2 of a covariance.
     variance, one = C.diagonal(), standard_error(1.0, n, number=5)
     assert ((z.mean(0) - mean[:, 0]).abs() <= one * variance.sqrt()).all()
@@ -142,10 +122,7 @@ class Moody(solvers.EulerMaruyama):
         return super().step(z, memory, tables, i, score, noise)
 
 
-def modes(sde):
-    return GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]]).score(sde)
-
-
+MODES = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]])
 TWICE = "the same state and noise gave two different results; does the solver draw noise outs"
 SHAPES = [
     *((torch.zeros(k, 1), torch.eye(k)) for k in (1, 3)),
@@ -153,9 +130,9 @@ SHAPES = [
     *((ONE, covariance) for covariance in (torch.eye(3), torch.ones(2))),
 ]
 WRONG_GRIDS = [[0.1, 0.5, 1.0], [1.0, 0.5, 0.5], [1.0, math.nan], [1.5, 0.5], [1.0], [[1.0, 1.0]]]
-MIXED = ReverseProcess(CLD(), modes(CLD()))
+MIXED = ReverseProcess(CLD(), MODES.score(CLD()))
 BY_NORM = solvers.PredictorCorrector(corrector=solvers.Langevin(norm="batch"))
-NO_SSCS = {"process": reverse(VESDE()), "solver": SSCS, "mean": ONE[:1], "covariance": EYE[:1, :1]}
+NO_SSCS = {"process": reverse("VE"), "solver": SSCS, "mean": ONE[:1], "covariance": EYE[:1, :1]}
 REJECTED: list[tuple[dict[str, Any], type[Exception], str]] = [
     *(({"mean": m, "covariance": C}, ValueError, r"mean must be \(2, D\)") for m, C in SHAPES),
     *(({"times": torch.tensor(grid)}, ValueError, "times") for grid in WRONG_GRIDS),
@@ -172,7 +149,7 @@ REJECTED: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), REJECTED)
 def test_solvers_and_arguments_without_exact_moments_are_rejected(changes, error, message):
-    valid = {"process": reverse(CLD()), "solver": EM, "times": GRID, "mean": ONE, "covariance": EYE}
+    valid = {"process": reverse("CLD"), "solver": EM, "times": GRID, "mean": ONE, "covariance": EYE}
     with pytest.raises(error, match=message):
         propagate_moments(*(valid | changes).values())
 
@@ -180,7 +157,7 @@ def test_solvers_and_arguments_without_exact_moments_are_rejected(changes, error
 def test_moments_of_steps_that_diverge_are_not_finite_and_arguments_are_kept():
     exploding = altered(solvers.EulerMaruyama, step=lambda z, *_: z / 0)()
     mean, covariance = torch.full((2, 1), 0.5).double(), EYE.double()
-    found = propagate_moments(reverse(CLD()), exploding, GRID, mean, covariance)
+    found = propagate_moments(reverse("CLD"), exploding, GRID, mean, covariance)
     assert not found[0].isfinite().any()
     assert torch.equal(mean, torch.full((2, 1), 0.5).double())
     assert torch.equal(covariance, EYE.double())

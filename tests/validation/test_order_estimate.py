@@ -3,7 +3,7 @@
 import json
 import math
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +29,7 @@ def reasons(estimate: OrderEstimate) -> list[str]:
     return [level.reason for level in estimate.levels]
 
 
-class Curve(NamedTuple):
-    order: float
-    estimate: OrderEstimate
-
-
-def random_curve(rng: np.random.Generator, kind: str) -> Curve:
+def random_curve(rng: np.random.Generator, kind: str) -> tuple[float, OrderEstimate]:
     """C h^p (1 + a h) with Gaussian noise of known standard error, over 4 to 7 halvings."""
     p, a = float(rng.choice(ORDERS)), rng.uniform(-2, 2)
     h = 1 / rng.choice([8, 16]) * 2.0 ** -np.arange(rng.integers(5, 9))
@@ -46,7 +41,7 @@ def random_curve(rng: np.random.Generator, kind: str) -> Curve:
         "constant": error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()) + 0 * error,
     }[kind]
     measured = np.abs(error + noise * rng.standard_normal(len(h)))
-    return Curve(p, estimate_order(h, measured, noise, expected=p))
+    return p, estimate_order(h, measured, noise, expected=p)
 
 
 # Coverage: what `estimate_order` is asked for, 90 % at a nominal 95 %. Shares and widths bound from
@@ -61,14 +56,14 @@ def random_curve(rng: np.random.Generator, kind: str) -> Curve:
 def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
     rng = np.random.default_rng(20)
     curves = [random_curve(rng, kind) for _ in range(CURVES)]
-    known = [curve for curve in curves if not math.isnan(curve.estimate.order)]
+    known = [(order, found) for order, found in curves if not math.isnan(found.order)]
     assert len(known) >= 0.7 * CURVES
-    assert np.mean([c.estimate.low <= c.order <= c.estimate.high for c in known]) >= 0.9
-    widths = np.array([half_width(curve.estimate) for curve in known])
+    assert np.mean([found.low <= order <= found.high for order, found in known]) >= 0.9
+    widths = np.array([half_width(found) for _, found in known])
     assert np.sum(widths <= TOLERANCE) >= narrow * CURVES
     assert np.median(widths) <= median
-    assert np.mean([curve.estimate.verdict is Verdict.FAIL for curve in curves]) <= 0.05
-    too_high = [c.estimate.low >= c.order + TOLERANCE for c in known]
+    assert np.mean([found.verdict is Verdict.FAIL for _, found in curves]) <= 0.05
+    too_high = [found.low >= order + TOLERANCE for order, found in known]
     assert np.sum(too_high & (widths <= TOLERANCE)) <= 0.05 * CURVES
 
 
@@ -76,10 +71,8 @@ def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
 @pytest.mark.parametrize("count", [4, 6])
 def test_noise_that_no_standard_error_tells_of_widens_the_interval(count):
     rng, x = np.random.default_rng(22), 2.0 ** -np.arange(float(count))
-    curves = [
-        estimate_order(x / 16, x * (1 + 0.05 * rng.standard_normal(count)), expected=1)
-        for _ in range(CURVES // 2)
-    ]
+    noisy = (x * (1 + 0.05 * rng.standard_normal(count)) for _ in range(CURVES // 2))
+    curves = [estimate_order(x / 16, errors, expected=1) for errors in noisy]
     known = [curve for curve in curves if not math.isnan(curve.order)]
     assert len(known) >= 0.85 * len(curves)
     assert np.mean([curve.low <= 1 <= curve.high for curve in known]) >= 0.8
@@ -87,13 +80,10 @@ def test_noise_that_no_standard_error_tells_of_widens_the_interval(count):
 
 
 # Corrections other than 1 + a h: in half powers, in even powers, in all powers.
-CORRECTIONS = [
-    *(lambda x, a=a, q=q: 1 + a * x**q for a in (-0.5, 0.5) for q in (0.5, 2.0)),
-    *(np.exp, lambda x: 1 / (1 + x)),
-]
+CORRECTIONS = [lambda x, a=a, q=q: 1 + a * x**q for a in (-0.5, 0.5) for q in (0.5, 2.0)]
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", [*CORRECTIONS, np.exp, lambda x: 1 / (1 + x)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_exact_curves_with_other_corrections_are_covered(order, correction):
     errors = 0.3 * STEPS**order * correction(STEPS / STEPS[0])
@@ -154,9 +144,8 @@ def test_standard_errors_widen_the_interval_as_a_regression_does():
     tolerance=st.floats(0.01, 1),
 )
 def test_a_verdict_says_where_the_interval_lies(errors, noise, expected, tolerance):
-    estimate = estimate_order(
-        STEPS, errors, np.array(errors) * noise, expected=expected, tolerance=tolerance
-    )
+    options = {"expected": expected, "tolerance": tolerance}
+    estimate = estimate_order(STEPS, errors, np.array(errors) * noise, **options)
     kept = sum(level.kept for level in estimate.levels)
     assert math.isnan(estimate.order) == (kept < 3)
     assert all(level.kept == (not level.reason) for level in estimate.levels)
@@ -239,10 +228,7 @@ def test_an_estimate_prints_in_one_line_and_has_no_verdict_without_a_declared_or
     assert str(estimate_order(STEPS[:2], STEPS[:2])) == "no order"
     estimate = estimate_order(STEPS, STEPS**1.5, expected=1.5)
     assert str(estimate) == "1.50 [1.48, 1.52], declared 1.5: PASS"
-    assert repr(estimate).startswith("OrderEstimate(order=1.")
-    assert estimate.message == (
-        "The order 1.50 [1.48, 1.52], from 6 of 6 levels, is at most 0.25 below the declared 1.5."
-    )
+    assert "from 6 of 6 levels, is at most 0.25 below the declared 1.5" in estimate.message
 
 
 @pytest.mark.parametrize("expected", [None, 1.0])

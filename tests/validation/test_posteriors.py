@@ -9,11 +9,7 @@ import pytest
 import torch
 
 from cldsde import CLD, PSLD, VPSDE, Observation
-from cldsde.validation import (
-    calibration_ranks,
-    posterior_error,
-    posterior_problems,
-)
+from cldsde.validation import calibration_ranks, posterior_error, posterior_problems
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_methods import posterior_methods
 from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
@@ -31,10 +27,8 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
     normal = torch.distributions.MultivariateNormal
 
     def log_density(mixture):
-        parts = [
-            normal(m, C).log_prob(x)
-            for m, C in zip(mixture.means, mixture.covariances, strict=True)
-        ]
+        members = zip(mixture.means, mixture.covariances, strict=True)
+        parts = [normal(m, C).log_prob(x) for m, C in members]
         return (torch.stack(parts, 1) + mixture.weights.log()).logsumexp(1)
 
     seen = problem.observation
@@ -96,14 +90,6 @@ def test_moment_matching_is_exact_for_one_gaussian_only():
     mixture = posterior_error("moments", problems["wide modes"], samples=500, repeats=2)
     assert mixture.verdict is None  # it claims nothing there
     assert mixture.mode_error > 0.1 + mixture.mode_floor
-
-
-@pytest.mark.parametrize("name", list(planted_samplers()))
-def test_planted_wrong_samplers_fail(name):
-    found = posterior_error(
-        planted_samplers()[name], posterior_problems()["one Gaussian"], samples=500, repeats=2
-    )
-    assert found.verdict is Verdict.FAIL
 
 
 def test_a_sampler_that_returns_no_numbers_fails():
