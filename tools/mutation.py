@@ -227,17 +227,25 @@ class Tests(NamedTuple):
     times: dict[str, float]
 
     def contexts(self, mutant: Mutant) -> set[str]:
-        """Names of the tests that execute a mutant; empty for the import of its module."""
+        """Names of the tests that execute a mutant; the empty name stands for an import.
+
+        What an import made, of this module or of a test, may be used by all tests of the module.
+        """
         contexts = contexts_of(self.lines, str(mutant.file))
         found = {name for line in mutant.lines for name in contexts.get(line, [])}
-        return {name for names in contexts.values() for name in names} if found == {""} else found
+        return {name for names in contexts.values() for name in names} if "" in found else found
 
     def of(self, mutant: Mutant, budget: float) -> list[str]:
-        """The tests to run: one case of each function, the fastest first, then further cases."""
-        names = {name.rpartition("|")[0] for name in self.contexts(mutant)} & self.times.keys()
+        """The tests to run: one case of each function, the fastest first, then further cases.
+
+        After an import the tests that mirror the module come first.
+        """
+        contexts, own = self.contexts(mutant), f"test_{mutant.file.stem}.py"
+        names = {name.rpartition("|")[0] for name in contexts} & self.times.keys()
         cases, order = Counter[str](), {}
         for name in sorted(names, key=self.times.__getitem__):
-            order[name] = (cases[function(name)], self.times[name])
+            later = "" in contexts and own not in name
+            order[name] = (later, cases[function(name)], self.times[name])
             cases[function(name)] += 1
         chosen = []
         for name in sorted(names, key=order.__getitem__):

@@ -93,7 +93,7 @@ class MixedScore(NetworkScore):
     sde
         The forward process.
     data_mean, data_variance
-        μ and s₀² > 0 of the reference: numbers, or tensors of one shape that broadcast with
+        μ and s₀² > 0 of the reference: numbers, or tensors that broadcast with each other and with
         ``(C, *S)``, e.g. ``(C, 1, 1)``.
     inputs
         ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
@@ -109,8 +109,8 @@ class MixedScore(NetworkScore):
     TypeError
         If an argument has the wrong type.
     ValueError
-        If mean, variance or logits are not finite, mean and variance have different shapes, the
-        variance is not positive, or logits are given with ``inputs="estimate"``.
+        If mean, variance or logits are not finite, mean and variance do not broadcast, the variance
+        is not positive, or logits are given with ``inputs="estimate"``.
 
     Examples
     --------
@@ -145,12 +145,18 @@ class MixedScore(NetworkScore):
         one_of(inputs, Inputs, "inputs")
         data_mean = _as_tensor(data_mean, "data_mean")
         data_variance = _as_tensor(data_variance, "data_variance")
-        if data_mean.shape != data_variance.shape:
+        try:
+            shape = torch.broadcast_shapes(data_mean.shape, data_variance.shape)
+        except RuntimeError:
             msg = (
-                "data_mean and data_variance must have one shape; got "
+                "data_mean and data_variance must broadcast to one shape; got "
                 f"{tuple(data_mean.shape)} and {tuple(data_variance.shape)}"
             )
-            raise ValueError(msg)
+            raise ValueError(msg) from None
+        # Loading a state dict writes into these tensors, which an expanded view does not allow.
+        data_mean, data_variance = (
+            x.expand(shape).contiguous() for x in (data_mean, data_variance)
+        )
         if not bool(data_mean.isfinite().all()):
             msg = f"data_mean must be finite; got {data_mean.tolist()}"
             raise ValueError(msg)

@@ -24,7 +24,6 @@ from references.interpolants import INTERPOLANTS
 from tolerances import EPS32, KERNEL, rounding, standard_error
 
 GAPS = [10.0**e for e in range(-8, 1)]
-SLOPE_TIMES = (0.0, 1e-3, 0.3, 1.0)
 # Lengths from 1e-8 to 1: from the start, inside, to the end, and across an edge of panels.
 PAIRS = [(s, s + gap) for s in (0.0, 1e-4, 0.25, 0.3) for gap in GAPS[::2] if s + gap <= 1]
 PAIRS += [(1 - gap, 1.0) for gap in GAPS[:-1:2]] + [(0.5 - 4e-6, 0.5 + 6e-6), (0.1, 0.2)]
@@ -65,14 +64,10 @@ def assert_marginals(sde, exact, initial, bound=KERNEL, times=GAPS):
     assert_agrees(kernel, [exact.marginal(t, sigma) for t in times], times, bound)
 
 
-def assert_slopes(sde, exact, times=SLOPE_TIMES):
-    """F and G G^T, entry by entry."""
-    with mp.workdps(references.DIGITS):
-        expected = references.as_tensors([exact.slopes(mp.mpf(t)) for t in times])
-    G, noise = sde.diffusion(tensor(times)), expected[1].amax(0).diagonal()
-    assert sde.driven == tuple(i for i in range(sde.components) if noise[i] > 0)
-    for found, wanted in zip((sde.drift(tensor(times)), G @ G.mT), expected, strict=True):
-        assert ((found - wanted).abs() <= KERNEL * wanted.abs()).all()
+def assert_kernels(sde, exact):
+    assert_transitions(sde, exact)
+    for initial in ("own", "zero", "full", "data"):
+        assert_marginals(sde, exact, initial)
 
 
 def declared(process: Any, reference: Any, *variants: dict[str, Any]) -> list[tuple[str, Case]]:
@@ -124,16 +119,16 @@ CASES: dict[str, Case] = dict(
         *(of_matrices(k, k, "chain", "constant") for k in (1, 2, 4)),
     ]
 )
-CASES |= {name: (lambda pair=pair: pair) for name, pair in INTERPOLANTS.items()}
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_kernels_agree_with_the_reference(name):
-    sde, exact = CASES[name]()
-    assert_transitions(sde, exact)
-    assert_slopes(sde, exact, (0.05, 0.31, 0.77, 0.999) if name in INTERPOLANTS else SLOPE_TIMES)
-    for initial in ("own", "zero", "full", "data"):
-        assert_marginals(sde, exact, initial)
+    assert_kernels(*CASES[name]())
+
+
+@pytest.mark.parametrize("name", list(INTERPOLANTS))
+def test_kernels_of_interpolants_agree_with_the_reference(name):
+    assert_kernels(*INTERPOLANTS[name])
 
 
 ACCUMULATED = [f"{name}({{}})" for name in ("SubVPSDE", "VESDE", "PSLD", "HOLD")]
@@ -142,7 +137,7 @@ ACCUMULATED += ["rectified flow", "cosine", "VP functions"]
 
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_accumulated_noise_is_the_integral_of_the_squared_diffusion(name):
-    sde, exact = CASES[name]()
+    sde, exact = INTERPOLANTS[name] if name in INTERPOLANTS else CASES[name]()
     pairs = [(0.0, 0.3), (0.2, 0.2 + 1e-8), (0.1, 0.999), (0.5, 1 - 1e-6)]
     pairs = pairs if name in INTERPOLANTS else PAIRS
     found = sde.accumulated_noise(*tensor(pairs).unbind(-1))
@@ -226,9 +221,21 @@ def test_functions_that_do_not_commute_agree_with_the_reference(name):
     sde, exact = FUNCTIONS[name]()
     # Power series of so many digits are slow.
     assert_transitions(sde, exact, pairs=PAIRS[::2])
-    assert_slopes(sde, exact)
     for initial in ("full", "auxiliary"):
         assert_marginals(sde, exact, initial, times=GAPS[::2])
+
+
+@pytest.mark.parametrize("name", [*CASES, *FUNCTIONS, *INTERPOLANTS])
+def test_drift_and_diffusion_agree_with_the_reference(name):
+    """F and G G^T, entry by entry."""
+    times = (0.05, 0.31, 0.77, 0.999) if name in INTERPOLANTS else (0.0, 1e-3, 0.3, 1.0)
+    sde, exact = INTERPOLANTS[name] if name in INTERPOLANTS else (CASES | FUNCTIONS)[name]()
+    with mp.workdps(references.DIGITS):
+        expected = references.as_tensors([exact.slopes(mp.mpf(t)) for t in times])
+    G, noise = sde.diffusion(tensor(times)), expected[1].amax(0).diagonal()
+    assert sde.driven == tuple(i for i in range(sde.components) if noise[i] > 0)
+    for found, wanted in zip((sde.drift(tensor(times)), G @ G.mT), expected, strict=True):
+        assert ((found - wanted).abs() <= KERNEL * wanted.abs()).all()
 
 
 @pytest.mark.parametrize("name", ["oscillator", "noise that turns"])

@@ -184,6 +184,7 @@ TIMES: Rows = [
     (ValueError, r"t must lie in \[0, 1\]", calls(ONE_TIME, OUTSIDE)),
     (ValueError, r"t must lie in \[0, 1\]", calls(TWO_TIMES, [0.0], OUTSIDE)),
     (ValueError, r"s must lie in \[0, 1\]", calls(TWO_TIMES, OUTSIDE, [1.0])),
+    (ValueError, r"s must lie in \[0, 1\]; got NaN", calls(sde.transition, [NAN], [1.0])),
     (TypeError, f"t {NUMBER}", calls([sde.marginal, sde.probability_flow_root], NO_TIMES)),
     (TypeError, f"s {NUMBER}", calls(TWO_TIMES, NO_TIMES, [1.0])),
     (ValueError, r"s = 0\.5, t = 0\.2\. Pass the earlier time", calls(TWO_TIMES, [0.5], [0.2])),

@@ -7,7 +7,7 @@ import mpmath as mp
 import pytest
 import torch
 
-from cldsde import CLD, Schedule
+from cldsde import Schedule
 from probes import tensor
 from references import clock_of, squared_sine_clock
 from references.kernels import variance_clock
@@ -88,17 +88,6 @@ def test_the_clock_and_its_slope_agree_with_the_closed_form(name):
             # mpmath differentiates to half of its digits.
             error = abs(mp.mpf(schedule.rate(tensor(t)).item()) - slope)
             assert error <= tolerance * abs(slope) + mp.mpf(10) ** -18
-
-
-def test_the_clock_alone_counts():
-    """A constant rate over as much of the clock has the same kernel."""
-    s, t = tensor([0.0, 0.2, 0.9]), tensor([1e-3, 0.5, 1.0])
-    clock = Schedule.cosine().integral(s, t)
-    ours = CLD(beta=Schedule.cosine()).transition(s, t)
-    theirs = CLD(beta=16.0).transition(torch.zeros_like(clock), clock / 16)
-    # |A| B <= 40, in units of a velocity.
-    assert (ours.mean - theirs.mean).abs().max() <= rounding(16, 40)
-    assert (ours.root - theirs.root).abs().max() <= rounding(16, 40)
 
 
 def test_a_given_integral_is_used():

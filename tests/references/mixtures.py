@@ -9,7 +9,9 @@ rounded numbers are used as exact.
 from typing import Any, NamedTuple
 
 import mpmath as mp
+import numpy as np
 import torch
+from torch.distributions import MultivariateNormal
 
 from cldsde import GaussianMixture
 from cldsde.score import Observation
@@ -60,11 +62,7 @@ def mixed(kernel: Any, data: GaussianMixture, z: torch.Tensor) -> Mixed:
 
 def kron(a: Any, b: Any) -> Any:
     """Kronecker product of mpmath matrices."""
-    result = mp.matrix(a.rows * b.rows, a.cols * b.cols)
-    for i in range(result.rows):
-        for j in range(result.cols):
-            result[i, j] = a[i // b.rows, j // b.cols] * b[i % b.rows, j % b.cols]
-    return result
+    return mp.matrix(np.kron(*(np.array(matrix.tolist()) for matrix in (a, b))).tolist())
 
 
 def wide_mixture() -> tuple[GaussianMixture, Observation]:
@@ -91,20 +89,15 @@ def guided_prediction(
     u = torch.einsum("k,bkd->bd", precision @ psi / q, z)
     A, y, eye = seen.dense((data.dimension,)), seen.y.double(), torch.eye(data.dimension).double()
     noise = seen.noise_std**2 * torch.eye(len(A)).double()
-    normal = torch.distributions.MultivariateNormal
-    logs, logs_y, Es, Vs, Ds = [], [], [], [], []
-    for w, m, C in zip(data.weights, data.means, data.covariances, strict=True):
-        gain = C @ torch.linalg.inv(C + eye / q)
-        E, V = m + (u - m) @ gain.T, gain / q
-        V = (V + V.T) / 2
-        R = A @ V @ A.T + noise
-        logs.append(w.log() + normal(m, C + eye / q).log_prob(u))
-        logs_y.append(logs[-1] + normal(E @ A.T, R).log_prob(y))
-        Es.append(E)
-        Vs.append(V)
-        Ds.append(E + (y - E @ A.T) @ torch.linalg.solve(R, A @ V))
-    rho, rho_y = (torch.stack(x, 1).softmax(1) for x in (logs, logs_y))
-    E, V, exact = torch.stack(Es, 1), torch.stack(Vs), torch.stack(Ds, 1)
+    normal, w, m, C = MultivariateNormal, data.weights, data.means, data.covariances
+    S, u = C + eye / q, u[:, None]
+    gain = C @ torch.linalg.inv(S)
+    E, V = m + torch.einsum("nij,bnj->bni", gain, u - m), (gain + gain.mT) / (2 * q)
+    R = A @ V @ A.T + noise
+    pull = torch.linalg.solve(R, A @ V)
+    exact = E + torch.einsum("bnr,nrd->bnd", y - E @ A.T, pull)
+    logs = w.log() + normal(m, S).log_prob(u)
+    rho, rho_y = logs.softmax(1), (logs + normal(E @ A.T, R).log_prob(y)).softmax(1)
     D = torch.einsum("bn,bnd->bd", rho, E)
     second = torch.einsum("bn,bni,bnj->bij", rho, E, E) + torch.einsum("bn,nij->bij", rho, V)
     V = second - D[:, :, None] * D[:, None]

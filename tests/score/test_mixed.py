@@ -14,7 +14,14 @@ from score.cases import FAMILIES, PROCESSES, Constant, known, score_rounding
 from tolerances import EPS32, KERNEL, rounding, standard_error
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
-every_kind = pytest.mark.parametrize("kind", ["scalar", "channel", "pixel"])
+KINDS = {  # shapes of mean and variance
+    "scalar": ((), ()),
+    "channel": ((2, 1, 1), (2, 1, 1)),
+    "pixel": ((2, 3, 3), (2, 3, 3)),
+    "channel, scalar": ((2, 1, 1), ()),
+    "channel, row": ((2, 1, 1), (1, 3, 1)),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
 SHAPE = (2, 3, 3)  # channels and pixels
 TIMES = torch.tensor([1.0, 0.02, 0.3], dtype=torch.float64)
 LOGITS = torch.tensor([-3.0, 1.0]).reshape(2, 1, 1)
@@ -22,9 +29,9 @@ LOGITS = torch.tensor([-3.0, 1.0]).reshape(2, 1, 1)
 
 def reference(kind):
     """Mean and variance of data of shape SHAPE; numbers that single precision holds exactly."""
-    shape, g = {"scalar": (), "channel": (2, 1, 1), "pixel": SHAPE}[kind], generator(3)
-    mean = torch.randint(-8, 9, shape, generator=g).double() / 8
-    return mean, torch.randint(1, 17, shape, generator=g).double() / 16
+    (mean, variance), g = KINDS[kind], generator(3)
+    mean = torch.randint(-8, 9, mean, generator=g).double() / 8
+    return mean, torch.randint(1, 17, variance, generator=g).double() / 16
 
 
 def model_of(sde, kind="channel", network=0.0, **options):
@@ -78,8 +85,8 @@ def test_at_known_times_it_is_the_same_score(name, logits, dtype):
 
 def other_model(model):
     logits = None if model.mixing_logits is None else torch.zeros_like(model.mixing_logits)
-    mean, variance = torch.zeros_like(model.data_mean), torch.ones_like(model.data_variance)
-    return MixedScore(Constant(model.sde, 0.7), model.sde, mean, variance, mixing_logits=logits)
+    mean = torch.zeros_like(model.data_mean)
+    return MixedScore(Constant(model.sde, 0.7), model.sde, mean, 1.0, mixing_logits=logits)
 
 
 def loaded(source, target, **options):

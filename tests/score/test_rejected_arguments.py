@@ -253,7 +253,9 @@ ROWS = [
     *each(partial(PLANE, weights=[], means=X[:0]), "at least one", covariances=[Z[:0]]),
     *each(MIXED, data_variance=[0.0, -1.0, NAN, TINY], data_mean=[NAN, INF], inputs=["z"]),
     *types(MIXED, data_mean=["1", None, [1.0]], data_variance=["1", None]),
-    *each(MIXED, r"one shape; got \(2,\) and \(\)", data_mean=[ZEROS(2)]),
+    *each(
+        partial(MIXED, data_mean=ZEROS(3)), r"one shape; got \(3,\) and", data_variance=[ONES(2)]
+    ),
     *each(partial(MIXED, inputs="estimate"), mixing_logits=[ONES(())]),
     *each(MIXED, "mixing_logits must be a finite", mixing_logits=[ONES(()) * NAN, -3.0, "-3"]),
     # Weights of each driven component, or of each sample, do not broadcast.

@@ -26,10 +26,8 @@ SOLVERS = {
     "torchdiffeq, dopri5": TorchDiffEq(method="dopri5", rtol=1e-4),
     "torchdiffeq, adaptive_heun": TorchDiffEq(method="adaptive_heun", rtol=1e-3),
 }
-pytestmark = [
-    pytest.mark.parametrize("name", list(SOLVERS)),
-    pytest.mark.filterwarnings("ignore:the solve failed"),
-]
+pytestmark = [pytest.mark.parametrize("name", list(SOLVERS))]
+pytestmark += [pytest.mark.filterwarnings("ignore:the solve failed")]
 
 
 def smooth(z, t):

@@ -27,13 +27,8 @@ GRID = solvers.quadratic_times(1.0, 0.01, 8)
 GIVEN = GRID.flip(0).tolist()
 # Off the given times: halves, thirds, irrational ones, and pairs that are close.
 CLOSE = 1e-6
-INSIDE = [
-    (GIVEN[2] + GIVEN[3]) / 2,
-    GIVEN[5] + (GIVEN[6] - GIVEN[5]) / 3,
-    GIVEN[5] + (GIVEN[6] - GIVEN[5]) / math.pi,
-    0.7,
-    0.7 + CLOSE,
-]
+INSIDE = [GIVEN[i] + (GIVEN[i + 1] - GIVEN[i]) / x for i, x in ((2, 2), (5, 3), (5, math.pi))]
+INSIDE += [0.7, 0.7 + CLOSE]
 POINTS = sorted([*GIVEN, *INSIDE])
 
 # Kernels to a part in 1e12, and roots of joint covariances whose condition may be a thousand.
@@ -273,10 +268,8 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
 
 def test_single_precision_is_taken():
     process, z = ReverseProcess(SDE, DATA.score(SDE)), start(SDE, (5, 1))
-    whole, single = (
-        solvers.solve(process, EM, state, GRID, noise=make(SDE, (5, 1))).state
-        for state in (z, z.float())
-    )
+    whole = solvers.solve(process, EM, z, GRID, noise=make(SDE, (5, 1))).state
+    single = solvers.solve(process, EM, z.float(), GRID, noise=make(SDE, (5, 1))).state
     error = (single - whole).abs().max() / whole.abs().max()
     assert error <= rounding(256, dtype=torch.float32)
 

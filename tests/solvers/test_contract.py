@@ -364,9 +364,8 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
 
 
 def bad(message, error=ValueError, **change):
-    return pytest.param(
-        change, error, message, id=probes.name_of_case(next(iter(change.items())))[:60]
-    )
+    name = probes.name_of_case(next(iter(change.items())))[:60]
+    return pytest.param(change, error, message, id=name)
 
 
 STATE = start(CLD())

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -248,11 +249,8 @@ def test_denoisers_copy_nothing_within_the_loop(process):
 def test_samples_in_one_call_have_the_bits_of_the_cpu():
     sde = PROCESSES["CLD"]()
     with the_device() as device:
-        on_cpu, there = (
-            cldsde.sample(sde, mixture().score(sde), (3, 2), nfe=4, device=place)
-            for place in ("cpu", DEVICE)
-        )
-        check_same([there], [on_cpu], device)
+        samples = partial(cldsde.sample, sde, mixture().score(sde), (3, 2), nfe=4)
+        check_same([samples(device=DEVICE)], [samples(device="cpu")], device)
 
 
 @pytest.mark.parametrize(("process", "score"), [("VP", "function"), ("CLD", "mixture")])

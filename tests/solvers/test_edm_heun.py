@@ -146,14 +146,12 @@ def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(name):
     low, high = float(levels[7]), float(levels[4])
 
     def churned(*churn_range, count=4):
-        return solved(
-            name, GRID, list(normals(3, count, 4, 1, 2)), churn=1.5, churn_range=churn_range
-        )
+        draws = list(normals(3, count, 4, 1, 2))
+        return solved(name, GRID, draws, churn=1.5, churn_range=churn_range)
 
     expected = churned(0.99 * low, 1.01 * high)
     for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):
-        found = churned(math.nextafter(low, s), math.nextafter(high, r))
-        assert (found == expected).all()
+        assert (churned(math.nextafter(low, s), math.nextafter(high, r)) == expected).all()
     churned(low, low, count=1)
 
 

@@ -229,9 +229,7 @@ def test_without_stochasticity_no_noise_is_drawn(x):
 @pytest.mark.parametrize("x", [0.5, 1.0])
 @pytest.mark.parametrize("order", [1, 3])
 def test_constant_functions_are_numbers(order, x):
-    found, expected = (
-        end(Multistep(order=order, stochasticity=value), "CLD", generator=generator())
-        for value in (lambda t: torch.full_like(t, x), x)
-    )
+    made = [Multistep(order=order, stochasticity=v) for v in (lambda t: torch.full_like(t, x), x)]
+    found, expected = (end(solver, "CLD", generator=generator()) for solver in made)
     # A family of stochasticities by its ODE, or Bayes' rule for 1.
     assert (found - expected).abs().max() <= 1e4 * REFERENCE

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cldsde import CLD, HOLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import Stages
-from probes import Recorder, Smooth, generator, initial, start
+from probes import Own, Recorder, Smooth, generator, initial, start
 from strategies import shapes
 from tolerances import rounding
 
@@ -16,16 +16,6 @@ SDE = CLD(1.0)
 PROCESS = ReverseProcess(SDE, Smooth(SDE))
 EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
 GRID = solvers.root_times(1.0, 0.05, 4)
-
-
-class Own(solvers.NoiseSource):
-    """A user's source: it returns the draw that it was made with."""
-
-    def __init__(self, draw):
-        self.draw = draw
-
-    def normal(self, z, rows):
-        return self.draw
 
 
 @pytest.mark.parametrize("nothing", [None, [[[], []]] * 4], ids=["none", "columns"])
@@ -92,7 +82,7 @@ def test_starts_are_of_the_kind_asked_for_whatever_the_default_dtype(axes, dtype
     for default in (torch.float64, torch.float32):
         torch.set_default_dtype(default)
         starts.append(SampleNoise([1, 2]).start(HOLD(), axes, dtype=dtype))
-        assert (starts[-1].shape, starts[-1].dtype) == ((2, 3, *axes), dtype)
+    assert (starts[0].shape, starts[0].dtype) == ((2, 3, *axes), dtype)
     assert torch.equal(*starts)
     assert torch.equal(torch.random.get_rng_state(), before)
 

@@ -5,28 +5,16 @@ import math
 import pytest
 
 from cldsde import solvers
-from cldsde.solvers import (
-    SSCS,
-    EDMHeun,
-    ExponentialMultistep,
-    GottaGoFast,
-    Langevin,
-    PredictorCorrector,
-    ProbabilityFlow,
-    Splitting,
-    TorchDiffEq,
-    TorchSDE,
-)
+from cldsde.solvers import SSCS, EDMHeun, GottaGoFast, ProbabilityFlow, Splitting, TorchDiffEq
+from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import name_of_case
-
-
-def falling(t):
-    return -t
-
 
 PUBLISHED = {"variable": "log_snr", "weights": "published"}
 NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
+Corrected, Langevin, TorchSDE = solvers.PredictorCorrector, solvers.Langevin, solvers.TorchSDE
+WITHOUT = [SSCS(), SSCS(score_step="midpoint"), Multistep(corrector=True)]
+WITHOUT += [ProbabilityFlow(), GottaGoFast()]
 # Solvers, options, values out of their range, and the message, in which {} is the option.
 BAD_VALUES = [
     (SSCS, "score_step", ["Euler", None, 1], "{} must be one of 'euler', 'midpoint', 'gaussian'"),
@@ -35,11 +23,11 @@ BAD_VALUES = [
     (EDMHeun, "noise_scale", [0.0, -1.0], POSITIVE),
     (EDMHeun, "churn noise_scale", ["1"], REAL),
     (EDMHeun, "churn_range", NO_RANGES, r"{} must be \(S_min, S_max\) with 0 ≤ S_min ≤ S_max; got"),
-    (ExponentialMultistep, "order", [0, 4, "2", 1.5, 2.0], "{} must be 1, 2 or 3; got"),
-    (ExponentialMultistep, "prediction variable weights", ["t"], "{} must be one of"),
-    (ExponentialMultistep, "weights", ["published"], "needs variable='log_snr'"),
-    (ExponentialMultistep, "stochasticity", [-0.1, math.inf], "{} must be finite and at least 0"),
-    (ExponentialMultistep, "stochasticity", ["1"], REAL),
+    (Multistep, "order", [0, 4, "2", 1.5, 2.0], "{} must be 1, 2 or 3; got"),
+    (Multistep, "prediction variable weights", ["t"], "{} must be one of"),
+    (Multistep, "weights", ["published"], "needs variable='log_snr'"),
+    (Multistep, "stochasticity", [-0.1, math.inf], "{} must be finite and at least 0"),
+    (Multistep, "stochasticity", ["1"], REAL),
     (GottaGoFast, "rtol atol first_step", [0.0, math.nan], POSITIVE),
     (GottaGoFast, "atol", [[0.01, 0.0], [0.01, math.nan]], POSITIVE),
     (GottaGoFast, "safety exponent", [0.0, 1.1], "{} must lie in"),
@@ -63,6 +51,9 @@ BAD_VALUES = [
     (TorchDiffEq, "rtol atol max_nfev", ["1"], REAL),
     (TorchDiffEq, "max_nfev", [0], "{} must be"),
     (TorchSDE, "method", ["log_ode", "Euler", None], "{} must be one of 'euler'"),
+    (Corrected, "predictor", WITHOUT, "{} must have a state at each grid time"),
+    (Corrected, "predictor", [None, "EM", Langevin()], "{} must be a solver"),
+    (Corrected, "corrector", [None, 0.16, Langevin, SSCS()], "{} must be a Langevin"),
 ]
 CASES = [
     (make, {option: value}, message.replace("{}", option))
@@ -75,26 +66,10 @@ CASES += [
     for key in ("step_t", "step_size", "grid_constructor", "dtype")
 ]
 CASES += [
-    (ExponentialMultistep, {"prediction": "noise", "stochasticity": x}, "which is deterministic")
-    for x in (0.5, falling)
-]
-CASES += [
-    (ExponentialMultistep, {**PUBLISHED, "variable": "time"}, "needs variable='log_snr'"),
-    (ExponentialMultistep, {**PUBLISHED, "order": 3}, "order 1 or 2"),
-]
-NO_GRID_STATE = "predictor must have a state at each grid time"
-WITHOUT = [SSCS(), SSCS(score_step="midpoint"), ExponentialMultistep(corrector=True)]
-CASES += [
-    (PredictorCorrector, {"predictor": x}, NO_GRID_STATE)
-    for x in (*WITHOUT, ProbabilityFlow(), GottaGoFast())
-]
-CASES += [
-    (PredictorCorrector, {"predictor": x}, "predictor must be a solver")
-    for x in (None, "EM", Langevin())
-]
-CASES += [
-    (PredictorCorrector, {"corrector": x}, "corrector must be a Langevin")
-    for x in (None, 0.16, Langevin, solvers.EulerMaruyama())
+    (Multistep, {"prediction": "noise", "stochasticity": 0.5}, "which is deterministic"),
+    (Multistep, {"prediction": "noise", "stochasticity": lambda t: -t}, "which is deterministic"),
+    (Multistep, {**PUBLISHED, "variable": "time"}, "needs variable='log_snr'"),
+    (Multistep, {**PUBLISHED, "order": 3}, "order 1 or 2"),
 ]
 
 
@@ -132,7 +107,7 @@ FACTS = [
     *((EDMHeun(churn=5.0, noise_scale=x), 2, None, None, None) for x in (0.9, 1.0000001)),
     *((Splitting(scheme=x), x.count("B"), 1, None, None) for x in ("OBA", "BAOAB", "ABOBAOB")),
     (Splitting(scheme="ABOBAOB", shared_score=True), 1, 1, None, None),
-    (PredictorCorrector(solvers.StochasticHeun(), Langevin(steps=3)), 5, None, None, None),
+    (Corrected(solvers.StochasticHeun(), Langevin(steps=3)), 5, None, None, None),
 ]
 
 

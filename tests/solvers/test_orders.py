@@ -41,11 +41,6 @@ def declared(solver):
     return facts.weak_order if facts.ode_order is None else facts.ode_order
 
 
-def level(t):
-    """A stochasticity that falls with time."""
-    return t
-
-
 PUBLISHED = {"variable": "log_snr", "weights": "published"}
 EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
 WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
@@ -76,7 +71,7 @@ TABLE = {
     "published, 2": (Multistep(order=2, **PUBLISHED), ["VP", "CLD"]),
     "published, 2 corrected": (Multistep(order=2, corrector=True, **PUBLISHED), ["VP", "CLD"]),
     "published, 2 with noise": (Multistep(order=2, stochasticity=1.0, **PUBLISHED), ["CLD"]),
-    "2 at falling noise": (Multistep(order=2, stochasticity=level), ["VP", "CLD"]),
+    "2 at falling noise": (Multistep(order=2, stochasticity=lambda t: t), ["VP", "CLD"]),
     "1 at 0.5": (Multistep(order=1, stochasticity=0.5), ["VP", "CLD"]),
     "1 corrected at 1": (Multistep(order=1, stochasticity=1.0, corrector=True), ["VP", "CLD"]),
     "2 at 0.5": (Multistep(order=2, stochasticity=0.5), ["CLD"]),

@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
 from cldsde.solvers import EulerMaruyama, ExponentialMultistep, RecordedNoise
-from probes import generator
+from probes import generator, normals
 from tolerances import rounding
 
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
@@ -25,10 +25,6 @@ MEAN = torch.tensor([0.3, -0.2], dtype=torch.float64)
 DATA = GaussianMixture([1.0], MEAN[None], [0.25 * torch.eye(2).double()])
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
 def grid(sde):
     return torch.linspace(min(0.95, sde.regular_until), 0.6, STEPS + 1, dtype=torch.float64)
 
@@ -37,7 +33,7 @@ def solved(sde, solver, score=None, times=None, **options):
     times = grid(sde) if times is None else times
     process = ReverseProcess(sde, DATA.score(sde) if score is None else score)
     options = {"generator": generator(1), "t_eval": times, "log_prob": True, **options}
-    return solvers.solve(process, solver, normal(BATCH, sde.components, 2), times, **options)
+    return solvers.solve(process, solver, normals(0, BATCH, sde.components, 2), times, **options)
 
 
 def joint_log_prob(sde, method, path, score=None):
@@ -99,9 +95,8 @@ def test_its_gradient_is_that_of_the_density_at_a_fixed_path(name, method):
     found = solved(sde, SOLVERS[method], Shifted(sde, shift), differentiable=True)
     assert not found.state.requires_grad
     (gradient,) = torch.autograd.grad(found.log_prob.sum(), shift)
-    low, high = (
-        joint_log_prob(sde, method, found.y, Shifted(sde, x)).sum() for x in (0.2 - h, 0.2 + h)
-    )
+    scores = [Shifted(sde, 0.2 + x) for x in (-h, h)]
+    low, high = (joint_log_prob(sde, method, found.y, score).sum() for score in scores)
     # The log-density is quadratic in the shift: central differences are exact but for rounding of
     # the density over the step.
     difference = float(high - low) / (2 * h)
@@ -120,7 +115,7 @@ def test_single_precision_states_have_densities_in_single_precision():
     sde, values = VPSDE(), []
     process, times = ReverseProcess(sde, DATA.score(sde)), grid(sde)
     for dtype in (torch.float64, torch.float32):
-        state, *draws = normal(STEPS + 1, BATCH, 1, DIMENSION).to(dtype)
+        state, *draws = normals(0, STEPS + 1, BATCH, 1, DIMENSION).to(dtype)
         options = {"noise": RecordedNoise(draws), "log_prob": True}
         found = solvers.solve(process, EulerMaruyama(), state, times, **options)
         assert found.log_prob.dtype == dtype

@@ -10,7 +10,7 @@ from cldsde import CLD, VESDE, GaussianMixture, ReverseProcess
 from cldsde.solvers import ProbabilityFlow, solve
 from cldsde.solvers.probability_flow import _growth
 from gaussian_data import DATA, PROCESSES, check_flow
-from probes import Recording, generator, start, tensor
+from probes import Recording, generator, noting, start, tensor
 from score import cases
 from tolerances import EPS32, standard_error
 
@@ -87,21 +87,10 @@ def test_the_last_evaluation_is_at_the_end(method, pace):
 
 @every_pace
 def test_fixed_steps_have_their_length_and_callbacks_get_the_time_of_each_sample(pace):
-    seen, solver = [], ProbabilityFlow(pace=pace).with_step(0.25)
-
-    def watch(number, t, z):
-        assert t.shape == (3,)
-        seen.append(t[0].item())
-        assert (t == t[0]).all()
-
-    solve(
-        ReverseProcess(CRITICAL, linear),
-        solver,
-        start(CRITICAL),
-        tensor([1.0, END]),
-        callback=watch,
-    )
-    assert seen == [0.75, 0.5, 0.25, END]
+    calls, solver = [], ProbabilityFlow(pace=pace).with_step(0.25)
+    process, ends = ReverseProcess(CRITICAL, linear), tensor([1.0, END])
+    solve(process, solver, start(CRITICAL), ends, callback=noting(calls))
+    assert [t.tolist() for _, t, _ in calls] == [[t] * 3 for t in (0.75, 0.5, 0.25, END)]
 
 
 @pytest.mark.parametrize("order", [2, 4, 7])

@@ -15,7 +15,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, LinearSDE, Observation, ReverseProce
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.solvers import BrownianPath, Imputation, PredictorCorrector, SampleNoise
 from cldsde.solvers import ExponentialMultistep as Multistep
-from probes import Smooth, hidden_time, start, untouchable
+from probes import Own, Smooth, hidden_time, start, untouchable
 from references import wide_mixture
 from tolerances import EPS
 
@@ -79,16 +79,6 @@ SHORT = BrownianPath(SDE, GRID, (3, 2), integrals=False, dtype=torch.float64)
 NEEDS, OUTSIDE = "needs a BrownianPath with integrals=True", "an interval of the path must have"
 ENDS = [(0.005, 0.5), (0.5, 1.001), (0.5, 0.4), (0.5, 0.5), (0.1, NAN)]
 SHAPES = [(4, 2), (3, 1), (3,), (3, 2, 1), (1, 2)]
-
-
-class Own(solvers.NoiseSource):
-    """A user's source that returns the draw that it was made with."""
-
-    def __init__(self, draw):
-        self.draw = draw
-
-    def normal(self, z, rows):
-        return self.draw
 
 
 def path_over(times):

@@ -105,7 +105,7 @@ def test_systematic_resampling_has_no_bias():
 
 @pytest.mark.parametrize(
     ("dtype", "noise", "method"),
-    [(torch.float32, 1e-4, "moments"), (torch.float32, 1e-4, "pigdm")]
+    [(torch.float32, 1e-4, x) for x in ("moments", "pigdm")]
     + [(x, 0.1, "moments") for x in (torch.float16, torch.bfloat16)],
 )
 def test_equal_rows_and_low_precision_give_finite_samples(dtype, noise, method):

@@ -87,13 +87,9 @@ def end(method, n):
     # An increment adds to the integral for the rest of the step.
     rest = h * np.arange(stride - 1, -1, -1)[:, None]
     W, U = W.sum(1), (U + rest * W).sum(1)
-    sde, times, solver = (
-        VPSDE(4.0, 4.0),
-        solvers.uniform_times(0.5, 0.05, n),
-        TorchSDE(method=method),
-    )
-    modes = GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
-    process = ReverseProcess(sde, modes.score(sde))
+    sde, modes = VPSDE(4.0, 4.0), GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
+    process, solver = ReverseProcess(sde, modes.score(sde)), TorchSDE(method=method)
+    times = solvers.uniform_times(0.5, 0.05, n)
     rows = solver.path_noise(process, times)
     draws = rows.increment @ torch.from_numpy(W)[:, None]
     if method == "srk":
