@@ -1,7 +1,5 @@
 """The command ``cldsde``, and wrong arguments of all its commands."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

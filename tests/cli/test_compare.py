@@ -1,7 +1,5 @@
 """The command ``cldsde compare``."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The command ``cldsde evaluate``."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """The command ``cldsde import``: published checkpoints become runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Models of diffusers from the command line."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The command ``cldsde sample``."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """The command ``cldsde validate``: verdicts as exit codes, files, rejections and interruption."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Configurations are read whole or rejected with an error that names the key."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -40,8 +38,8 @@ def leaves(values, prefix=()):
             yield (*prefix, key)
 
 
-def with_value(path, value):
-    changed = copy.deepcopy(VALID)
+def with_value(path, value, values=VALID):
+    changed = copy.deepcopy(values)
     section = changed
     for key in path[:-1]:
         section = section.setdefault(key, {})
@@ -134,16 +132,12 @@ CHOICES = st.fixed_dictionaries(
 
 @given(CHOICES, st.booleans())
 def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, choices, latent):
-    values = copy.deepcopy(VALID)
+    values = VALID
     for path, value in choices.items():
-        *outer, last = path.split(".")
-        section = values
-        for key in outer:
-            section = section.setdefault(key, {})
-        section[last] = value
+        values = with_value(path.split("."), value, values)
     if latent:
+        values = with_value(("data", "dequantise"), False, values)
         values |= {"latent": {"pretraining": 64}, "score": {"mixing": -3.0}}
-        values["data"]["dequantise"] = False
     config = RunConfig.from_dict(values)
     file = tmp_path_factory.mktemp("configs") / "again.toml"
     file.write_text(config.to_toml())

@@ -1,7 +1,5 @@
 """The demonstration and its command ``cldsde demo``."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil

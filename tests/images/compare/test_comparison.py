@@ -1,7 +1,5 @@
 """Comparisons: one table after any interruption, and reports from its file alone."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Configurations of comparisons: merged, complete, and rejected by the full name of the key."""
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 

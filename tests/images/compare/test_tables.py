@@ -1,7 +1,5 @@
 """Tables of comparisons: what is best, how many digits, and why something is not there."""
 
-from __future__ import annotations
-
 from cldsde.images.compare.report import plot_measure
 from cldsde.images.compare.tables import measures_of, tables
 

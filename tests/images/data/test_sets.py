@@ -1,7 +1,5 @@
 """Data sets are what their sources say, split into a training and a held-out part."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import pickle

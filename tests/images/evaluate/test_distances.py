@@ -1,7 +1,5 @@
 """Fréchet distances: the closed form, statistics by batches, and any features."""
 
-from __future__ import annotations
-
 import json
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Evaluations measure what they say, and their results resume, add up and are not mixed."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 import weakref

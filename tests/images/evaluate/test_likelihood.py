@@ -1,7 +1,5 @@
 """Likelihoods of images under score models."""
 
-from __future__ import annotations
-
 import json
 import math
 

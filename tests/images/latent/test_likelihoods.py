@@ -1,7 +1,5 @@
 """Distributions of pixels: sums, high-precision references, gradients and means."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The variational autoencoder: its posterior, its shapes and bounds, that it learns."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Latent models: their objective, and that they train, resume and sample."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from contextlib import nullcontext
