@@ -5,9 +5,10 @@ import torch
 
 from cldsde import RectifiedFlow
 from cldsde.images.config import SamplingConfig
+from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.images.train.objectives import make_objective
 from cldsde.score import PerturbedData
 from probes import generator
 from tiny_runs import NETWORK
