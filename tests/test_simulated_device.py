@@ -14,26 +14,18 @@ CPU_MASK, CPU_ROWS = torch.tensor([True, False, True]), torch.tensor([2, 0])
 
 COSTS = {
     "arithmetic": (lambda x: 2 * x + x, Traffic(kernels=2)),
-    "arithmetic in place": (lambda x: x.mul_(2), Traffic(kernels=1)),
     "a number of the CPU": (lambda x: x + torch.tensor(1.0), Traffic(kernels=1)),
     "views": (lambda x: x.unsqueeze(0).expand(2, -1).mT[1:].detach(), Traffic()),
     "an allocation": (lambda x: x.new_empty(4), Traffic()),
     "zeros": (lambda x: torch.zeros(4, device=x.device), Traffic(kernels=1)),
-    "another dtype": (lambda x: x.to(torch.float16), Traffic(kernels=1)),
     "double precision": (lambda x: x.double(), Traffic(kernels=1, float64=1)),
     "to the CPU": (lambda x: x.cpu(), Traffic(to_cpu=1)),
-    "copied to the CPU": (lambda x: torch.empty(3).copy_(x), Traffic(to_cpu=1)),
-    "tolist": (lambda x: x.tolist(), Traffic(to_cpu=1)),
     "to the device": (lambda x: torch.ones(2).to(x), Traffic(to_device=1)),
     "copied to the device": (lambda x: x.copy_(torch.ones(3)), Traffic(to_device=1)),
     "torch.tensor": (lambda x: torch.tensor([1.0], device=x.device), Traffic(to_device=1)),
-    "new_tensor": (lambda x: x.new_tensor([1.0]), Traffic(to_device=1)),
     "item": (lambda x: x[0].item(), Traffic(read_backs=1)),
-    "float": (lambda x: float(x[0]), Traffic(read_backs=1)),
     "bool": (lambda x: bool(x[0] > 0), Traffic(kernels=1, read_backs=1)),
-    "equal": (lambda x: torch.equal(x, x), Traffic(kernels=1, read_backs=1)),
     "nonzero": (lambda x: x.nonzero(), Traffic(kernels=1, read_backs=1)),
-    "unique": (lambda x: x.unique(), Traffic(kernels=1, read_backs=1)),
     "its mask": (lambda x: x[x > 0], Traffic(kernels=2, read_backs=1, selections=1)),
     "selected": (lambda x: x.masked_select(x > 0), Traffic(kernels=2, read_backs=1, selections=1)),
     "the CPU's mask": (lambda x: x[CPU_MASK], Traffic(kernels=1, to_device=1, selections=1)),
@@ -44,18 +36,11 @@ COSTS = {
 
 MIXTURES = {
     "sum": lambda x, cpu: x + cpu,
-    "sum in place": lambda x, cpu: cpu.add_(x),
-    "number in place": lambda x, cpu: cpu.sum().add_(x.sum()),
     "product of matrices": lambda x, cpu: torch.outer(x, cpu) @ cpu,
     "cat": lambda x, cpu: torch.cat([x, cpu]),
-    "stack of numbers": lambda x, cpu: torch.stack([x.sum(), cpu.sum()]),
     "out": lambda x, cpu: torch.add(x, 1.0, out=cpu),
     "indices of the device": lambda x, cpu: cpu[x.argsort()],
-    "values of the CPU": lambda x, cpu: x.index_put_((CPU_ROWS,), cpu[:2]),
     "CPU's generator": lambda x, cpu: x.normal_(generator=torch.Generator()),
-    "CPU's generator for new numbers": lambda x, cpu: torch.randn(
-        3, device=x.device, generator=torch.Generator()
-    ),
     "numpy": lambda x, cpu: x.numpy(),
     "the device's generator": lambda x, cpu: torch.randn(3, generator=Generator()),
 }

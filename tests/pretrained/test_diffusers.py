@@ -101,15 +101,10 @@ def test_images_are_those_of_euler_for_flows(folders):
 
 def test_a_pipeline_a_model_a_folder_and_a_pickle_are_one(folders):
     pipeline = diffusers.DDPMPipeline.from_pretrained(folders["ddpm"])
-    config = folders["ddpm"] / "scheduler" / "scheduler_config.json"
-    values = dict(pipeline.scheduler.config)
     sources = [
         (pipeline,),
         (pipeline.unet, pipeline.scheduler),
-        (pipeline.unet, pipeline.scheduler.config),
-        (pipeline.unet, values | {"_class_name": "DDPMScheduler"}),
-        (pipeline.unet, config),
-        (folders["ddpm"] / "unet",),
+        (pipeline.unet, folders["ddpm"] / "scheduler" / "scheduler_config.json"),
         (str(folders["ddpm"]),),
     ]
     found = [pretrained.from_diffusers(*source) for source in sources]
@@ -155,18 +150,6 @@ def test_a_model_of_the_caller_is_left_as_it_is():
     assert all(x.requires_grad for x in network.parameters())
 
 
-def test_weights_in_half_precision(tmp_path):
-    """Folders of a variant are loaded; networks are evaluated in their own precision."""
-    unet().half().save_pretrained(tmp_path, variant="fp16")
-    found = pretrained.from_diffusers(tmp_path, DDPM())
-    halved = pretrained.from_diffusers(unet().bfloat16(), DDPM())
-    x = U.float()
-    difference = found(x, 1.0) - halved(x, 1.0)
-    assert halved(x, 1.0).dtype == torch.float32
-    # bfloat16 has eight bits; a few dozen layers add up their rounding.
-    assert difference.abs().max() <= 0.1 * found(x, 1.0).abs().max()
-
-
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_an_entry_without_signal_is_left_out(kind):
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
@@ -181,8 +164,6 @@ INVERTED = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     ("scheduler", "error", "message"),
     [
         (None, ValueError, "scheduler must be given"),
-        ({"steps": 1e-4}, ValueError, "_class_name must name a SchedulerMixin.*None"),
-        ({"_class_name": "UNet2DModel"}, ValueError, "_class_name must name a SchedulerMixin"),
         (3, TypeError, "scheduler must be a scheduler of diffusers.*int"),
         ("missing.json", FileNotFoundError, "there is no file missing.json"),
         (diffusers.EDMEulerScheduler(), ValueError, "levels and prediction of EDMEulerScheduler"),
@@ -201,12 +182,6 @@ def test_sources_that_are_no_models_are_rejected(folders, tmp_path):
 
     assert_rejected(r"config.json is missing", error=FileNotFoundError)
     assert_rejected(r"source must be a folder, a pip", torch.nn.Linear(1, 1), error=TypeError)
-    (tmp_path / "model_index.json").write_text("{}")
-    assert_rejected("lists none of unet, transformer")
-    (tmp_path / "model_index.json").write_text("{")
-    assert_rejected("is no JSON file")
-    unet().save_pretrained(tmp_path / "alone")
-    assert_rejected("scheduler must be given for a model without one", tmp_path / "alone")
     diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "vae")
     assert_rejected(r"AutoencoderKL .* is no network of noisy data", tmp_path / "vae", DDPM())
     pickled = tmp_path / "pickled"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde import CLD, PSLD
-from cldsde.pretrained import PublishedModel, checkpoints, load_cld_sgm, load_score_sde
+from cldsde import CLD
+from cldsde.pretrained import PublishedModel, checkpoints, load_cld_sgm
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import PUBLISHED
@@ -17,8 +17,6 @@ from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 from probes import generator
 from published_data import MODELS, case, checkpoint, load, save_checkpoint
 from tolerances import rounding
-
-WIDER = {**MODELS["vp_mixed"].network, "channels": (8, 8)}
 
 
 def saved(folder, contents):
@@ -83,10 +81,8 @@ def like(model):
     ("family", "name", "count"),
     [
         ("cld-sgm", "cifar10", 107_593_859),
-        ("cld-sgm", "cifar10_vpsde", 107_586_947),
         ("cld-sgm", "celeba_paper", 65_466_371),
         ("cld-sgm", "celeba_post_paper", 103_073_795),
-        ("score-sde", "ve/cifar10_ncsnpp_deep_continuous", 107_586_947),
         ("score-sde", "vp/cifar10_ddpmpp_deep_continuous", 106_632_579),
         ("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421),
         ("score-sde", "ve/church_ncsnpp_continuous", None),  # told apart by its noise levels
@@ -111,11 +107,6 @@ def test_folders_tell_vp_from_sub_vp(tmp_path):
         recognise(like(model), tmp_path / "checkpoint_15.pth", "score-sde")
 
 
-def test_an_unknown_name_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"config: must be one of cifar10, .*; got 'imagenet'"):
-        load_cld_sgm(save_checkpoint("cld_fourier", tmp_path), "imagenet")
-
-
 def put(value, *path):
     """Change an entry of a checkpoint; Ellipsis deletes it."""
     *outer, last = path
@@ -137,17 +128,11 @@ WRONG = torch.zeros(7)
 LAYERS = "module.all_modules"
 
 
-WHOLE = "step must be a whole number; got"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         *((put(..., key), f"missing: {key}") for key in ("model", "ema", "step")),
-        *((put(x, "step"), WHOLE) for x in (None, "x", float("inf"), torch.zeros(2))),
-        (put({}, "ema"), r"ema\.shadow_params must be a list of tensors"),
-        (put(torch.zeros(0), "model", "module.sigmas"), "hold no table sigmas; got 0 levels"),
-        (lambda _: [torch.zeros(2)], "must hold model, ema, step"),
+        (put("x", "step"), "step must be a whole number; got"),
         (put(..., "model", f"{LAYERS}.5.Conv_1.bias"), r"1 of \d+ weights are mis.*\.5\.Conv"),
         (put(WRONG, "model", f"{LAYERS}.99.weight"), r"unknown weights: all_modules\.99\.w"),
         (put(..., "ema", "shadow_params", -1), r"must hold \d+ averaged weights.*; got"),
@@ -159,15 +144,6 @@ def test_a_wrong_checkpoint_is_rejected_with_its_fault(tmp_path, change, message
     file = saved(tmp_path, change(checkpoint("cld_fourier")))
     with pytest.raises(ValueError, match=message):
         load_cld_sgm(file, MODELS["cld_fourier"])
-
-
-def test_weights_are_untouched_after_a_rejection(tmp_path):
-    file = saved(tmp_path, put(WRONG, "ema", "shadow_params", -1)(checkpoint("cld_fourier")))
-    network = MODELS["cld_fourier"].make_network()
-    before = {key: x.clone() for key, x in network.state_dict().items()}
-    with pytest.raises(ValueError, match="must have the shape"):
-        checkpoints.load_weights(network, checkpoints.read_checkpoint(file), "x")
-    assert all(torch.equal(x, before[key]) for key, x in network.state_dict().items())
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
@@ -195,8 +171,6 @@ def test_truncated_damaged_and_missing_files_are_rejected(tmp_path):
             checkpoints.read_checkpoint(file)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.pth"):
         checkpoints.read_checkpoint(tmp_path / "nothing.pth")
-    with pytest.raises(ValueError, match=r"path: .*is a folder; name the file in it"):
-        checkpoints.read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +178,6 @@ def test_truncated_damaged_and_missing_files_are_rejected(tmp_path):
     [
         (lambda x: x.fill_(torch.nan), "must be finite; it holds NaN"),
         (lambda x: x.int(), "real floating-point numbers; got torch.int32"),
-        (lambda x: x.cfloat(), "real floating-point numbers; got torch.complex64"),
-        (lambda x: x.to_sparse(), "must be a dense tensor"),
         (lambda x: x.to("meta"), "must be a dense tensor"),
     ],
 )
@@ -220,18 +192,9 @@ def test_a_weight_that_is_no_real_number_is_named(tmp_path, part, change, messag
         load_cld_sgm(saved(tmp_path, contents), MODELS["cld_fourier"])
 
 
-@pytest.mark.parametrize("change", [lambda x: x.cfloat(), lambda x: x * torch.nan])
-def test_noise_levels_that_are_no_real_numbers_are_rejected(tmp_path, change):
-    contents = checkpoint("vp")
-    contents["model"]["module.sigmas"] = change(contents["model"]["module.sigmas"])
-    with pytest.raises(ValueError, match=r"path: .*must hold the table sigmas"):
-        load_score_sde(saved(tmp_path, contents), MODELS["vp"])
-
-
 @pytest.mark.parametrize(
     ("name", "model", "changes", "message"),
     [
-        ("vp_mixed", "vp_mixed", {"network": WIDER}, "must have the shape"),
         ("vp_mixed", "cld_positional", {}, r"expected; \d+ of \d+ weights are miss"),
         ("ve_fourier", "ve_fourier", {"sigmas": (90.0, 0.01, 1000)}, "got 1000 levels up to 50"),
     ],
@@ -270,19 +233,3 @@ def test_numerical_eps_keeps_the_gain_finite_near_the_data():
     close = rounding(100, dtype=torch.float32)
     assert found.gain.item() == pytest.approx(-1 / (1e-9 + 1e-2) ** 0.5, rel=close)
     assert found.reference.item() == pytest.approx(100, rel=close)
-
-
-@pytest.mark.parametrize(
-    ("code", "options", "message"),
-    [
-        ("edm", {}, "code must be"),
-        ("score-sde-vp", {"mixed": True}, "mixed and numerical_eps are options"),
-        ("cld-sgm", {"levels": 1000}, "levels must be None for 'cld-sgm'"),
-        ("score-sde-ve", {"levels": 1}, "at least 2 otherwise; got 1"),
-        ("cld-sgm", {"numerical_eps": -1.0}, "numerical_eps must be"),
-        ("cld-sgm", {}, "sde must have one driven component"),
-    ],
-)
-def test_options_that_a_code_does_not_have_are_rejected(code, options, message):
-    with pytest.raises(ValueError, match=message):
-        PublishedScore(torch.nn.Identity(), PSLD(), Parameterisation(code=code, **options))
