@@ -16,7 +16,7 @@ from scipy import stats
 import references
 import strategies
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, CosineVP, LinearSDE, RectifiedFlow, SubVPSDE
-from cldsde.linear import Kernel, Schedule
+from cldsde.linear import Schedule
 from cldsde.linear.random import standard_normal
 from probes import generator, normals, tensor
 from references import Homogeneous, Polynomial, Reference, initial_covariance
@@ -238,24 +238,6 @@ def test_drift_and_diffusion_agree_with_the_reference(name):
         assert ((found - wanted).abs() <= KERNEL * wanted.abs()).all()
 
 
-@pytest.mark.parametrize("name", ["oscillator", "noise that turns"])
-def test_marginals_of_functions_at_many_times_are_those_at_each(name):
-    sde, _ = FUNCTIONS[name]()
-    # Half of the last time is an edge of panels, whatever their number.
-    times = tensor([1e-8, 1e-4, 0.1, 0.25, 0.5, 0.77, 0.25, 1.0]).requires_grad_()
-    together = sde.marginal(times, initial_covariance("full", sde.components))
-    (slopes,) = torch.autograd.grad(together.root[2:, -1, -1].sum(), times)
-    for i, t in enumerate(times.detach()):
-        t.requires_grad_()
-        alone = sde.marginal(t, initial_covariance("full", sde.components))
-        for one, other in ((together.mean[i], alone.mean), (together.root[i], alone.root)):
-            assert ((one - other).abs() <= 4 * KERNEL * other.abs().amax(-1, keepdim=True)).all()
-        if i >= 2:
-            (slope,) = torch.autograd.grad(alone.root[-1, -1], t)
-            # Derivatives of polynomials of degree 16: 16^2 times the error of a value on a panel.
-            assert float(slopes[i]) == pytest.approx(float(slope), rel=KERNEL * 256, abs=KERNEL)
-
-
 # Properties of random processes ----------------------------------------------------------------
 
 
@@ -376,18 +358,6 @@ def test_densities_agree_with_the_dense_distribution(family, where, axes):
     flat_s, flat_t = z_s.flatten(2)[..., 0], z_t.flatten(2)[..., 0]
     one = kernel.log_prob(flat_t.unsqueeze(-1), flat_s.unsqueeze(-1))
     assert torch.equal(kernel.log_prob(flat_t, flat_s), one)
-
-
-def test_each_sample_may_have_its_own_kernel():
-    kernel = HOLD().marginal(torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64))
-    z_s = normals(0, 3, 3, 2)
-    z_t = kernel.sample(z_s, generator=generator(1))
-    found = kernel.log_prob(z_t, z_s)
-    for i in range(3):
-        single = Kernel(kernel.mean[i], kernel.root[i])
-        alone = single.log_prob(z_t[i : i + 1], z_s[i : i + 1])
-        # The same operations, in another order at most.
-        assert found[i].item() == pytest.approx(alone.item(), rel=KERNEL)
 
 
 def test_densities_keep_the_type_of_the_state():

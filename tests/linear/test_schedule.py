@@ -9,7 +9,7 @@ import torch
 
 from cldsde import Schedule
 from probes import tensor
-from references import clock_of, squared_sine_clock
+from references import clock_of
 from references.kernels import variance_clock
 from tolerances import rounding
 
@@ -52,11 +52,6 @@ CLOCKS: dict[str, tuple[Schedule, Any, float]] = {
         )
         for pair in ((0.01, 50.0), (0.1, 0.2), (1e-3, 1e3))
     },
-    "squared sine": (
-        Schedule(lambda t: 1 + torch.sin(3 * t) ** 2),
-        squared_sine_clock(1.0, 3.0).integral,
-        rounding(32),
-    ),
     "decay": (
         Schedule(lambda t: torch.exp(-5 * t)),
         lambda s, t: (mp.exp(-5 * s) - mp.exp(-5 * t)) / 5,
@@ -111,11 +106,3 @@ def test_rates_and_integrals_keep_the_shape_of_time(rate):
     s, t = torch.zeros(2, 1, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     shapes = beta.rate(t).shape, beta.integral(s, t).shape, beta.rate(tensor(0.5)).shape
     assert shapes == ((3,), (2, 3), ())
-
-
-def test_a_pair_may_be_a_list_or_a_tensor():
-    t = tensor([0.0, 0.3, 1.0])
-    expected = Schedule.of((1.0, 3.0)).rate(t)
-    assert expected[[0, 2]].tolist() == [1.0, 3.0]
-    assert torch.equal(Schedule.of([1.0, 3.0]).rate(t), expected)
-    assert torch.equal(Schedule.of(tensor([1.0, 3.0])).rate(t), expected)

@@ -138,12 +138,6 @@ def test_the_data_explain_the_prediction_best(name, source):
     assert error <= tolerance * float(right.abs().max() / b.norm())
 
 
-def test_times_have_any_shape():
-    for times in [(), (4,), (2, 3), (0,)]:
-        convert = Conversion.at(CLD(), torch.full(times, 0.3), "score", "full_score")
-        assert (convert.state.shape, convert.value.shape) == ((*times, 2, 2), (*times, 2, 1))
-
-
 def zeros(sde):
     """Times at which the driven row of the inverse covariance, applied to psi, changes its sign."""
     t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
@@ -182,12 +176,6 @@ class TestUndetermined:
         assert all(map(zeros, UNDERDAMPED.values()))
         assert not zeros(CLD())
         Conversion.at(CLD(), torch.logspace(-3, 0, 50, dtype=torch.float64), "score", "data")
-
-    def test_the_worst_of_several_times_is_named(self):
-        zero = zeros(UNDERDAMPED["0.6"])[0]
-        t = torch.tensor([0.01, zero, 0.02], dtype=torch.float64)
-        with pytest.raises(ValueError, match=rf"at t = {zero:g}:"):
-            Conversion.at(UNDERDAMPED["0.6"], t, "score", "data")
 
     def test_the_error_comes_before_the_score_is_evaluated(self):
         process = ReverseProcess(UNDERDAMPED["0.6"], untouchable)

@@ -46,12 +46,6 @@ def test_guidance_is_linear_and_batched(sde):
     torch.testing.assert_close(found, expected, rtol=SINGLE, atol=SINGLE)
 
 
-def test_scores_that_cannot_be_joined_are_called_apart():
-    given, z = pair(VPSDE(), Counting())[0], start(VPSDE())
-    guided = GuidedScore(given, lambda z, t: -z, 2.0)
-    torch.testing.assert_close(guided(z, 0.5), -z + 2 * (given(z, 0.5) + z), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("weight", "counted"), [(0.0, 10), (1.0, 10), (2.0, 20)])
 @pytest.mark.parametrize("solver", [solvers.EulerMaruyama(), solvers.ExponentialMultistep()])
 def test_nfev_counts_the_network(weight, counted, solver):

@@ -238,13 +238,3 @@ class TestOptimalLoss:
         # Unit variance less the explained part.
         tolerance = rounding(128, conditions(sde, t) ** 2)
         assert float(found) == pytest.approx(expected, abs=tolerance)
-
-    @pytest.mark.parametrize("weighting", ["reweighted", "likelihood", lambda t: 2 * t])
-    def test_times_have_any_shape(self, name, conditioning, weighting):
-        options = {"conditioning": conditioning, "weighting": weighting}
-        t = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.float64)
-        found = optimal_loss(PROCESSES[name], t, **options)
-        assert (found.shape, found.dtype) == (t.shape, torch.float64)
-        alone = optimal_loss(PROCESSES[name], t[1, 2], **options)
-        lost = KERNEL * conditions(PROCESSES[name], 0.6)
-        assert found[1, 2].item() == pytest.approx(alone.item(), rel=lost)

@@ -125,18 +125,6 @@ class TestNoiseLevels:
         error = standard_error(float(losses.std()), n) + order_of(spacing(t_min), 2, 10)
         assert float(losses.mean()) == pytest.approx((1 + c**2) * seen, abs=error)
 
-    @pytest.mark.parametrize("times", [0.3, [0.01, 0.3, 0.9]])
-    @pytest.mark.parametrize("make", [VPSDE, CLD, PSLD])
-    def test_the_loss_takes_the_weights_from_the_kernels_it_has(self, make, times, monkeypatch):
-        sde = make()
-        model = MixedScore(Constant(sde, 0.7), sde, 0.5, 0.3)
-        weighting, t = model.log_snr_weighting(), torch.tensor(times, dtype=torch.float64)
-        pair = PerturbedData.draw(sde, torch.zeros(3, 1), t, generator=generator())
-        wanted = model.loss(pair, weighting=weighting.__call__)
-        if t.ndim:
-            monkeypatch.setattr(type(sde), "marginal", None)
-        assert torch.equal(model.loss(pair, weighting=weighting), wanted)
-
     @pytest.mark.parametrize("std", [0.2, 1.2])
     @pytest.mark.parametrize("sde", [VPSDE(), CLD(beta=8.0), HOLD()], ids=repr)
     def test_tails_that_rounding_would_lose_are_sampled(self, sde, std):

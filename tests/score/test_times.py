@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-from cldsde.score.times import KnownTimes
 from probes import generator, start
 from tolerances import rounding
 
@@ -68,15 +67,6 @@ def test_each_dtype_has_a_table_that_is_made_once(monkeypatch):
     for dtype in 3 * [torch.float32, torch.float64]:
         sampler.solve(start(SDE, (3, 2), dtype), generator=generator())
     assert len(made) == 2
-
-
-def test_known_times_of_samples_are_for_that_many_samples():
-    score, z = mixture(2).score(SDE), start(SDE, (3, 2))
-    times = KnownTimes(torch.tensor([[0.9, 0.8, 0.7], [0.9, 0.5, 0.1]], dtype=torch.float64))
-    t = times.arguments(z)[1]
-    assert torch.equal(score(z, t), score(z, times.times[1]))
-    with pytest.raises(ValueError, match="one time per sample, 6; got 3 times"):
-        score(torch.cat([z, z]), t)
 
 
 def test_a_plan_can_be_pickled_after_it_was_used():

@@ -106,13 +106,6 @@ def test_for_a_linear_gaussian_autoencoder_it_is_the_closed_form(name):
     assert imperfect > exact + 1000 * QUADRATURE
 
 
-def test_the_default_prior_is_the_process_s_own():
-    pair, weight = cubature(EQUILIBRIUM, nodes=8)
-    arguments, options = (pair, torch.zeros(len(weight)), weight), {"t_min": T_MIN}
-    same = cross_entropy(*arguments, prior=Gaussian(EQUILIBRIUM.prior.root), **options)
-    assert torch.equal(cross_entropy(*arguments, **options), same)
-
-
 @pytest.mark.parametrize("prediction", ["score", "noise", "data"])
 @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD"])
 def test_the_evidence_lower_bound_has_a_decoder_in_place_of_an_entropy(name, prediction):
@@ -187,10 +180,6 @@ LEARNT = {
             prior_covariance=torch.diag(p[1:] ** 2),
         ),
         [0.2, 1.1, 0.6],
-    ),
-    "one component": (
-        lambda p: LinearSDE.from_matrices(-p[:1].reshape(1, 1), p[1:].reshape(1, 1), (0.1, 20.0)),
-        [0.5, 1.0],
     ),
     "schedule": (
         lambda p: LinearSDE.from_functions(
