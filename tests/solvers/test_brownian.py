@@ -16,7 +16,6 @@ from scipy.linalg import block_diag
 
 from cldsde import CLD, PSLD, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import BrownianPath
-from cldsde.solvers.authoring import PathNoise
 from gaussian_data import PROCESSES
 from probes import generator, start, untouchable
 from tolerances import KERNEL, rounding, standard_error, standard_error_of_variance
@@ -211,17 +210,6 @@ def test_increments_are_the_normals_of_these_solvers(method, integrals):
     for t, u in itertools.pairwise(GRID.tolist()):
         expected = path.increment(u, t) / math.sqrt(t - u)
         assert (noise.normal(z, 3) - expected).abs().max() <= SUM
-
-
-def test_a_solver_may_use_increments_and_integrals_together():
-    sde, steps = PSLD(), len(GRID) - 1
-    path = make(sde)
-    functional = torch.randn(2, steps, 3, 2, generator=generator(), dtype=torch.float64)
-    noise = path.along(sde, GRID, lambda: PathNoise(functional[0], functional[1]))
-    for a, b, (t, u) in zip(*functional, itertools.pairwise(GRID.tolist()), strict=True):
-        expected = moved(a, path.increment(u, t)) + moved(b, path.integral(u, t))
-        found = noise.normal(start(sde, (5, 3)), 3)
-        assert (found - expected).abs().max() <= SUM
 
 
 @pytest.mark.parametrize("method", INTEGRALS)

@@ -14,7 +14,7 @@ from cldsde import ReverseProcess, solvers
 from cldsde.score import score_matching_loss
 from probes import Smooth, start
 from score.cases import mixture
-from simulated_device import Generator, SimulatedDevice, Traffic, needs_simulation, simulated_device
+from simulated_device import Generator, SimulatedDevice, needs_simulation, simulated_device
 from tolerances import rounding
 
 DEVICE = os.environ.get("CLDSDE_TEST_DEVICE", "sim")
@@ -206,16 +206,6 @@ def test_mixed_scores_train_and_evaluate_to_the_bits_of_the_cpu(process, device)
     with torch.device("cpu"):
         on_cpu = found("cpu")
     check_same(found(DEVICE), on_cpu, device)
-
-
-@every_process
-def test_coefficients_stay_on_the_cpu_in_float64(process, device):
-    sde = PROCESSES[process]()
-    kernel = sde.marginal(0.5)
-    made = [kernel.mean, kernel.root, sde.prior.root, sde.drift(0.5), sde.diffusion(0.5)]
-    made.append(solvers.quadratic_times(sde.T, 0.05, 4))
-    assert {(x.device.type, x.dtype) for x in made} == {("cpu", torch.float64)}
-    assert device.traffic() == Traffic()
 
 
 def test_samples_in_one_call_have_the_bits_of_the_cpu():

@@ -58,8 +58,7 @@ def paths(name):
 
     rng, n = np.random.default_rng(1), BATCHES * SAMPLES
     noise = root @ rng.standard_normal((len(t), root.shape[-1], n))
-    C = exact.covariance(TIMES[0])
-    start = z = np.linalg.cholesky(C) @ rng.standard_normal((k, n))
+    start = z = np.linalg.cholesky(exact.covariance(TIMES[0])) @ rng.standard_normal((k, n))
     for phi, jump in zip(exact.backward(u[:, 0], t[:, 0]), noise, strict=True):
         z = phi @ z + jump[:k]
     first, last = exact.mean(TIMES[[0, -1]])[..., None]
