@@ -1,7 +1,5 @@
 """The classifier whose features fit the data: training, features, files."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -68,11 +66,14 @@ def test_images_of_another_shape_are_rejected(shape):
         ImageClassifier(1, 2).features(torch.zeros(shape))
 
 
+BLACK = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"images": torch.zeros(4, 1, 8, 8)}, TypeError, "images must be a uint8 tensor"),
-        ({"held_out": torch.zeros(2, 1, 9, 9, dtype=torch.uint8)}, ValueError, "held_out must"),
+        ({"images": BLACK.float()}, TypeError, "images must be a uint8 tensor"),
+        ({"held_out": BLACK[:2, :, :7]}, ValueError, "held_out must"),
         ({"labels": torch.tensor([0, 1])}, ValueError, "labels must have shape .*one class per im"),
         ({"labels": torch.tensor([0, -1, 0, 0])}, ValueError, "labels must lie in 0"),
         ({"held_out_labels": torch.tensor([0, 2])}, ValueError, "held_out_labels must lie in 0 … "),
@@ -81,14 +82,10 @@ def test_images_of_another_shape_are_rejected(shape):
     ],
 )
 def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):
-    arguments = {
-        "images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8),
-        "labels": torch.tensor([0, 1, 0, 1]),
-        "held_out": torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
-        "held_out_labels": torch.tensor([0, 1]),
-    }
+    labels = torch.tensor([0, 1, 0, 1])
+    arguments = {"images": BLACK, "labels": labels, "held_out": BLACK[:2]}
     with pytest.raises(error, match=message):
-        train_classifier(**{**arguments, **changes})
+        train_classifier(**{**arguments, "held_out_labels": labels[:2], **changes})
 
 
 def test_features_take_bytes_and_are_named_by_their_weights(trained):
