@@ -50,7 +50,7 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert out.read_text() == before
     assert evaluate(*arguments, "--metrics", "bpd", "--likelihood-images", 2) == 0
     assert results(out)[-1].about["images"] == 2
-    assert "bits per dim" in capsys.readouterr().out
+    assert " bits per dim of 2 images (" in capsys.readouterr().out
     options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
     assert evaluate(run, *options) == 0
     assert (run / "evaluation-VPSDE.jsonl").is_file()
@@ -65,6 +65,7 @@ def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the
     for name in ("x", "x.npz"):
         command = ["sample", str(run), "--seeds", "0-9", "--out", str(tmp_path / name), *DEVICE]
         assert main(command) == 0
+    (tmp_path / "x" / "._0.png").touch()  # as macOS leaves them
     shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
     for name in ("x", "x.npz", "x.v2"):
         assert evaluate(tmp_path / name, "--reference", run) == 0
@@ -109,6 +110,7 @@ def test_samples_that_cannot_be_measured_are_rejected(
         ("RUN --metrics fdd", "--metrics: must be one of"),
         ("RUN --metrics fid", "--weights"),
         ("RUN --metrics fid --weights w.pth", "w.pth"),
+        ("RUN --data images", "--data: the data set digits has no path"),
         ("RUN --samples 1", "--samples: must be greater than or equal to 2"),
         ("RUN --features nowhere:thing", "--features: 'nowhere:thing' cannot be loaded"),
         ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),

@@ -80,6 +80,7 @@ def test_a_run_samples_under_another_process(digits_run, tmp_path):
         ),
         ("--seeds 5-3", "--seeds: must be A-B"),
         ("--seeds x", "--seeds: must be A-B"),
+        ("--seed 3-9", "--seed: must be an integer from 0 to 2^32 - 1; got '3-9'"),
         ("--seeds 0-3 --seed 5", "--seed: --seeds is an alternative; got both"),
         ("--grid cubic", "--grid: must be 'uniform'"),
         ("--t-end 0", "--t-end: must be"),
@@ -94,6 +95,7 @@ def test_a_run_samples_under_another_process(digits_run, tmp_path):
         ("--out x.gif", "--out: must be"),
         ("--out .", "--out: must name a file, or a folder"),
         ("--process-set beta=3", "--process-set: needs --process"),
+        ("--process-set beta", "--process-set: takes key=value, such as beta=8.0; got 'beta'"),
         ("--compile fast", "--compile: must be default or reduce-overhead or max-autotune; got"),
     ],
 )
