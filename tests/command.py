@@ -1,7 +1,5 @@
 """Helper of the tests of the commands."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from cldsde.cli import main

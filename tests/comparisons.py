@@ -1,7 +1,5 @@
 """A comparison that takes seconds, for the tests of its parts and of its command."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

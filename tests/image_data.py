@@ -1,7 +1,5 @@
 """Helpers of the tests of image data: bytes, files that hold them, and their images."""
 
-from __future__ import annotations
-
 import gzip
 import struct
 from pathlib import Path

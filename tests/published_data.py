@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cldsde.pretrained import PublishedModel
-from cldsde.pretrained.published_score import Parameterisation
+from cldsde.pretrained import PublishedModel, load_cld_sgm, load_score_sde
+from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,47 +22,33 @@ DDPMPP = {"fir": False, "inputs_enter": "once"}
 SKIPS = {"inputs_enter": "skip", "outputs_leave": "skip", "channels": (4, 8)}
 
 
-def _model(process: str, network: dict[str, Any], code: Any, **more: Any) -> PublishedModel:
+def _model(code: Any, process: str, network: dict[str, Any], **more: Any) -> PublishedModel:
     how = {key: more.pop(key) for key in ("mixed", "numerical_eps", "levels") if key in more}
-    log_clock = "fourier_scale" in network
-    return PublishedModel(
-        process=process,
-        shape=(1, 8, 8),
-        network={**CHANNELS, **network},
-        parameterisation=Parameterisation(code=code, log_clock=log_clock, **how),
-        **more,
-    )
+    how |= {"code": code, "log_clock": "fourier_scale" in network}
+    more |= {"network": {**CHANNELS, **network}, "parameterisation": Parameterisation(**how)}
+    return PublishedModel(process=process, shape=(1, 8, 8), **more)
 
 
 VE = {"sigma_min": 0.02, "sigma_max": 100.0}
+WIDE = {"sigma_min": 0.02, "sigma_max": 696.0}
 LEVELS = (50.0, 0.01, 1000)
+_cld_sgm = partial(_model, "cld-sgm", mixed=True)
+_ve = partial(_model, "score-sde-ve", "VESDE", options=VE, sigmas=LEVELS)
+_vp = partial(_model, "score-sde-vp", sigmas=LEVELS)
 CLD_SGM = {
-    "cld_fourier": _model(
-        "CLD", {**FOURIER, "channels": (4, 8)}, "cld-sgm", mixed=True, numerical_eps=1e-9
+    "cld_fourier": _cld_sgm("CLD", {**FOURIER, "channels": (4, 8)}, numerical_eps=1e-9),
+    "cld_positional": _cld_sgm(
+        "CLD", {**DDPMPP, "blocks": 2}, numerical_eps=1e-6, options={"beta": (0.1, 7.0)}
     ),
-    "cld_positional": _model(
-        "CLD",
-        {**DDPMPP, "blocks": 2},
-        "cld-sgm",
-        mixed=True,
-        numerical_eps=1e-6,
-        options={"beta": (0.1, 7.0)},
-    ),
-    "vp_mixed": _model("VPSDE", FOURIER, "cld-sgm", mixed=True),
+    "vp_mixed": _cld_sgm("VPSDE", FOURIER),
 }
 SCORE_SDE = {
-    "ve_fourier": _model("VESDE", FOURIER, "score-sde-ve", options=VE, sigmas=LEVELS),
-    "ve_skips": _model(
-        "VESDE",
-        {**FOURIER, **SKIPS},
-        "score-sde-ve",
-        options={"sigma_min": 0.02, "sigma_max": 696.0},
-        sigmas=(348.0, 0.01, 2000),
-    ),
-    "ve_levels": _model("VESDE", {}, "score-sde-ve", options=VE, sigmas=LEVELS, levels=1000),
-    "vp": _model("VPSDE", DDPMPP, "score-sde-vp", sigmas=LEVELS),
-    "vp_levels": _model("VPSDE", DDPMPP, "score-sde-vp", sigmas=LEVELS, levels=1000),
-    "subvp": _model("SubVPSDE", {}, "score-sde-vp", sigmas=LEVELS),
+    "ve_fourier": _ve(FOURIER),
+    "ve_skips": _ve({**FOURIER, **SKIPS}, options=WIDE, sigmas=(348.0, 0.01, 2000)),
+    "ve_levels": _ve({}, levels=1000),
+    "vp": _vp("VPSDE", DDPMPP),
+    "vp_levels": _vp("VPSDE", DDPMPP, levels=1000),
+    "subvp": _vp("SubVPSDE", {}),
 }
 MODELS = CLD_SGM | SCORE_SDE
 
@@ -107,3 +93,9 @@ def save_checkpoint(name: str, folder: Path) -> Path:
     file = folder / f"{name}.pth"
     torch.save(checkpoint(name), file)
     return file
+
+
+def load(name: str, folder: Path, model: PublishedModel | None = None) -> PublishedScore:
+    """The score of a case's checkpoint, by the loader of its code."""
+    loader = load_cld_sgm if name in CLD_SGM else load_score_sde
+    return loader(save_checkpoint(name, folder), model or MODELS[name])

@@ -1,7 +1,5 @@
 """Tiny trained runs; `conftest.py` makes each of them once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Trainings of a second on images of noise, and what tests compare of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

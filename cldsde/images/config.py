@@ -59,8 +59,7 @@ class RunConfig(Configuration):
 
     FREE: ClassVar[tuple[str, ...]] = (
         "sampling",
-        "data.options.path",
-        "data.options.workers",
+        *(f"data.options.{key}" for key in ("path", "workers", "download")),
         *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
         *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
         *(f"training.{key}" for key in ("sample_grid", "snapshots", "snapshots_by", "measure")),
@@ -113,17 +112,23 @@ class RunConfig(Configuration):
             place.pop(last, None)
         return _sha256(values)
 
-    def model_digest(self, *, before_predictions: bool = False) -> str:
-        """Digest of process, networks, reference, data (not their path) and smallest time.
+    def model_digests(self) -> list[str]:
+        """Digests of process, networks, reference, data (not their place) and smallest time.
 
-        Runs that were trained before there was ``score.prediction`` have a digest without it.
+        The others belong to older runs, whose digests left out fewer options of the data, and had
+        no ``score.prediction`` before there was one.
         """
-        values = self._digested()
-        parts = {name: values[name] for name in ("process", "network", "score", "latent", "data")}
-        parts["data"]["options"].pop("path", None)
-        if before_predictions:
-            del parts["score"]["prediction"]
-        return _sha256({**parts, "t_min": self.training.t_min})
+        found = []
+        for older in range(3 if self.score.prediction == "noise" else 2):
+            values = self._digested()
+            names = ("process", "network", "score", "latent", "data")
+            parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
+            for key in ("path",) if older else ("path", "workers", "download"):
+                parts["data"]["options"].pop(key, None)
+            if older == 2:
+                del parts["score"]["prediction"]
+            found.append(_sha256(parts))
+        return found
 
     def _digested(self) -> dict[str, Any]:
         """Plain types without settings that older runs did not have, unless they are in use."""

@@ -21,7 +21,7 @@ from cldsde.images.model import ImageModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
-from cldsde.images.train.loop import train
+from cldsde.images.train import check_run, train
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,9 @@ class Run(ImageModel):
         """
         config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
         data = config.data.load() if data is None else data
+        statistics = check_run(config, data, device=device)
         folder = RunFolder(Path(out).expanduser(), config.to_dict(), free=config.FREE)
-        train(config, data, folder, device=device, progress=progress)
+        train(config, data, folder, device=device, statistics=statistics, progress=progress)
         return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)
 
     def sample(

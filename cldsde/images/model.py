@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from cldsde.errors import SettingError, setting
@@ -223,8 +224,27 @@ def save_model(
     """Write a model file, whole or not at all."""
     shape, *others = dataclasses.astuple(space)
     metadata = {"shape": json.dumps(shape), "space": json.dumps(others)}
-    metadata |= {"images_seen": str(images_seen), "config": config.model_digest()}
+    metadata |= {"images_seen": str(images_seen), "config": config.model_digests()[0]}
     save_tensors(file, KIND, weights, metadata)
+
+
+def copy_weights(model: DiffusionModel, source: Path) -> None:
+    """Copy weights of another run, or of a diffusers `UNet2DModel`; the statistics stay."""
+    own = ("data_mean", "data_variance")
+    if not source.is_dir():
+        raise SettingError("training.init_from", f"there is no folder {source}")
+    try:
+        if (source / MODEL).is_file():
+            weights, _ = load_tensors(source / MODEL, KIND)
+            kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
+            model.load_state_dict({**weights, **kept})
+        else:
+            options = {"local_files_only": True, "use_safetensors": True}
+            unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
+            model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        msg = f"weights of {source} cannot be used ({one_line(error)[:300]})"
+        raise SettingError("training.init_from", msg) from error
 
 
 def load_model(
@@ -255,9 +275,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
-        older = config.score.prediction == "noise"
-        digests = {config.model_digest(), config.model_digest(before_predictions=older)}
-        if metadata["config"] not in digests:
+        if metadata["config"] not in config.model_digests():
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
         shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))

@@ -59,6 +59,7 @@ class ImportedModel:
         """Write the run folder, over any other run in it; return the file of the weights."""
         config = self.config.to_dict()
         folder = RunFolder(out, config, free=config)
+        folder.write_json(CONFIG, config)
         weights = self.model.state_dict()
         save_model(folder / MODEL, weights, self.config, self.space, self.images_seen)
         return folder / MODEL

@@ -26,7 +26,8 @@ class RunFolder:
     """A folder that belongs to one configuration.
 
     Opening it checks everything before anything is written: a folder of another configuration, or
-    with other files, is an error and not changed. A folder of the same configuration is continued.
+    with other files, is an error and not changed. A folder of the same configuration is continued;
+    its file keeps the settings that may change, ``free``, as they were.
     """
 
     def __init__(
@@ -49,8 +50,6 @@ class RunFolder:
                 lock = ExitStack()
                 lock.enter_context(file_lock(path / CONFIG, wait=False))
                 weakref.finalize(self, lock.close)
-                if json.loads((path / CONFIG).read_text()) != config:  # free settings differ
-                    self.write_json(CONFIG, config)
                 # Left by a killed process. Runs in folders below have locks of their own.
                 for folder in (path, *(path / name for name in _FOLDERS)):
                     for left in folder.glob(f"{PARTIAL}*"):
@@ -73,11 +72,11 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write JSON, whole or not at all."""
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        return self.write(name, lambda file: file.write_text(text))
+        return self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        with (self.path / METRICS).open("a") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def damaged(self, name: str, reason: object, *, cost: str = "") -> str:
@@ -90,9 +89,9 @@ class RunFolder:
         """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""
         metrics = self.path / METRICS
         if metrics.exists():
-            lines = metrics.read_text().splitlines(keepends=True)
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _images(line) <= images]
-            self.write(METRICS, lambda file: file.write_text("".join(kept)))
+            self.write(METRICS, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 
 
 def _images(line: str) -> float:
@@ -129,8 +128,8 @@ def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> st
     if not file.is_file():
         return f"{path} holds files that are no run of cldsde"
     try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
         return f"{file} is no configuration of cldsde"
@@ -156,7 +155,7 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by their full names, ``section.key``."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             leaves |= _leaves(value, f"{prefix}{key}.")
         else:
             leaves[f"{prefix}{key}"] = value

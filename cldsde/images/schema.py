@@ -100,7 +100,7 @@ def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
 
 def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
     """The first error of a validation, as data."""
-    first = error.errors(include_url=False)[0]
+    first = _errors(error)[0]
     place, cause = first["loc"], first.get("ctx", {}).get("error")
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     key = "".join(parts).removeprefix(".")
@@ -116,9 +116,14 @@ def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
     return SettingError(key, _reason(error))
 
 
+def _errors(error: ValidationError) -> list[Any]:
+    """Errors in their order; missing keys are last, because a misspelt key is missing, too."""
+    return sorted(error.errors(include_url=False), key=lambda one: one["type"] == "missing")
+
+
 def _reason(error: ValidationError) -> str:
     """The message of pydantic as a clause about the value."""
-    first, *others = error.errors(include_url=False)
+    first, *others = _errors(error)
     if first["type"] == "missing":
         return "is missing"
     if first["type"] in {"dataclass_type", "mapping_type", "dict_type"}:

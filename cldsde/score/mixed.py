@@ -146,7 +146,7 @@ class MixedScore(NetworkScore):
         data_mean = _as_tensor(data_mean, "data_mean")
         data_variance = _as_tensor(data_variance, "data_variance")
         try:
-            shape = torch.broadcast_shapes(data_mean.shape, data_variance.shape)
+            shape = torch.broadcast_shapes(data_mean.shape, data_variance.shape)  # type: ignore[no-untyped-call]
         except RuntimeError:
             msg = (
                 "data_mean and data_variance must broadcast to one shape; got "

@@ -1,16 +1,22 @@
-"""The command ``cldsde``."""
+"""The command ``cldsde``, and wrong arguments of all its commands."""
 
-from __future__ import annotations
-
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cldsde
-from cldsde.cli import main
+from cldsde.cli import main, validate
 from command import rejected
+from comparisons import feature_module, tiny
+from published_data import CLD_SGM, SCORE_SDE, save_checkpoint
+
+# Given besides, before the arguments of a row.
+GIVEN = {"train": "--out out", "import": "cld_fourier.pth --out run", "validate": "--quick"}
 
 
 @pytest.mark.parametrize(
@@ -30,34 +36,161 @@ def test_help_and_version_are_printed(capsys, arguments, words):
     assert words in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "required: COMMAND"),
-        (["dmo"], "dmo"),
-        (["train"], "required: CONFIG (see cldsde train --help)"),
-        (["demo", "--qick"], "cldsde demo: error: unrecognized arguments: --qick"),
-        (["demo", "--seed", "one"], "--seed: must be an integer from 0 to 2^63 - 1; got 'one'"),
-        (["demo", "--seed", "-1"], "seed"),
-        (["demo", "--seed", "99999999999999999999999"], "--seed"),
-        (["demo", "--device", "gpu"], "--device: must be auto or cpu"),
-        (["demo", "--device", "meta"], "--device: must be auto or cpu"),
-        (["demo", "--device", "cuda:99"], "--device: must be auto or cpu"),
-        (["demo", "--out", ""], "--out"),
-        (["demo", "--out", "file"], "file"),
-        (["demo", "--out", "file/run"], "file"),
-    ],
-)
-def test_wrong_arguments_are_rejected(capsys, tmp_path, monkeypatch, arguments, words):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current folder with files and folders that commands can take or must leave alone."""
+    small = {"cld-sgm": CLD_SGM, "score-sde": SCORE_SDE}
+    monkeypatch.setattr("cldsde.pretrained.published.PUBLISHED", small)
+    monkeypatch.setattr(validate.ReportFiles, "save", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(feature_module(tmp_path / "modules"))])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("text")
-    assert words in rejected(capsys, *arguments)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    save_checkpoint("cld_fourier", tmp_path)
+    (tmp_path / "full" / "index.html").mkdir(parents=True)
+    for name, text in (
+        ("file", "text"),
+        ("full/notes.txt", "mine"),
+        ("tiny.json", json.dumps(tiny())),
+        ("my_typo.py", "class Mine(:\n"),
+        ("my_raising.py", "raise RuntimeError('no module\\ntoday')\n"),
+        ("my_leaving.py", "raise SystemExit('bye')\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("black.png")
+    np.save("floats.npy", np.zeros((20, 8, 8)))
+    for name, shape in (("one", (1, 8, 8, 1)), ("wide", (20, 8, 9)), ("colour", (20, 8, 8, 3))):
+        np.savez(f"{name}.npz", images=np.zeros(shape, np.uint8), levels=17)
+    return tmp_path
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which takes no new folders")
-def test_a_folder_that_cannot_be_made_even_by_root_is_rejected(capsys):
-    assert "/proc/run" in rejected(capsys, "demo", "--out", "/proc/run")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", "required: COMMAND"),
+        ("dmo", "dmo"),
+        ("demo --qick", "unrecognized arguments: --qick"),
+        ("demo --seed one", "--seed: must be an integer from 0 to 2^63 - 1; got 'one'"),
+        ("demo --seed -1", "seed"),
+        ("demo --seed 9223372036854775808", "--seed"),
+        *((f"demo --device {x}", "--device: must be auto or cpu") for x in ("gpu", "meta")),
+        ("demo --device cuda:99", "--device: must be auto or cpu"),
+        ("demo --out=", "--out"),
+        *((f"demo --out {x}", x) for x in ("file", "file/run", "/proc/run")),
+        ("train", "required: CONFIG (see cldsde train --help)"),
+        ("train missing.toml", "missing.toml: cannot be read"),
+        ("train CONFIG --set training.btch=3", "training.btch: unknown key; did you mean batch?"),
+        ("train CONFIG --set training.precision=fp8", "training.precision: must be 'fp32'"),
+        ("train CONFIG --set sampling.solver=ssc", "sampling.solver: solver must be"),
+        ("train CONFIG --set sampling.nfe=1000000000000", "sampling.nfe: must be less than"),
+        ("train CONFIG --set network.options.channels=[9]", "network.options: groups must divide"),
+        ("train CONFIG --set data.name=folder", "data.options.path: is missing"),
+        ("train CONFIG --resume", "--resume: out holds no run to resume"),
+        ("train CONFIG --set training.batch=32 --out RUN", "other settings (training.batch)"),
+        ("train CONFIG --seed -1", "--seed: must be"),
+        ("train CONFIG --device gpu", "--device: must be"),
+        ("sample mistyped", "is no folder"),
+        ("sample full", "holds no config.json"),
+        ("sample RUN --solver sscz", "'sscz'; did you mean sscs?"),
+        ("sample RUN --nfe 1", "--nfe: must be"),
+        ("sample RUN --solver probability-flow --nfe 9", "--nfe: probability-flow is adaptive;"),
+        *((f"sample RUN --seeds {x}", "--seeds: must be A-B") for x in ("5-3", "x")),
+        ("sample RUN --seed 3-9", "--seed: must be an integer from 0 to 2^32 - 1; got '3-9'"),
+        ("sample RUN --seeds 0-3 --seed 5", "--seed: --seeds is an alternative; got both"),
+        ("sample RUN --grid cubic", "--grid: must be 'uniform'"),
+        ("sample RUN --t-end 0", "--t-end: must be"),
+        ("sample RUN --set rtol", "--set: takes"),
+        ("sample RUN --set order=3", "options.order: unknown key"),
+        ("sample RUN --class 1", "--class: the network was not trained with classes"),
+        ("sample RUN --known x.png", "--known: needs observe"),
+        ("sample RUN --precision fp8", "--precision: must be one of fp32, bf16, fp16; got 'fp8'"),
+        ("sample RUN --denoise maybe", "--denoise: must be true or false; got 'maybe'"),
+        ("sample RUN --t-start x", "--t-start: must be a number; got 'x'"),
+        ("sample RUN --known black.png --mask black.png", "--observe: "),
+        ("sample RUN --out x.gif", "--out: must be"),
+        ("sample RUN --out .", "--out: must name a file, or a folder"),
+        ("sample RUN --process-set beta=3", "--process-set: needs --process"),
+        ("sample RUN --process-set beta", "--process-set: takes key=value, such as beta=8.0; got"),
+        ("sample RUN --compile fast", "--compile: must be default or reduce-overhead or max-auto"),
+        *((f"sample {x}", "a run or --model is needed") for x in ("", "RUN --model MODEL")),
+        ("sample --model MODEL --process CLDD", "process.name"),
+        ("sample --model MODEL --process CLD --process-set bet=3", "bet"),
+        ("sample --model nowhere", "nowhere is no folder"),
+        ("sample --model MODEL --t-start 2", "--t-start"),
+        ("sample --model MODEL --t-start 1.0 --nfe 4", "trained on, 0.01"),
+        ("sample --model MODEL --class 7", "--class"),
+        ("evaluate one.npz --reference RUN", "fd needs at least 2 images; got 1"),
+        ("evaluate wide.npz --reference RUN", "that they are compared with, 1×8×8"),
+        ("evaluate colour.npz --reference RUN", "compared with, 1×8×8"),
+        ("evaluate floats.npy --reference RUN", "images of uint8"),
+        ("evaluate nothing", "there is no run"),
+        ("evaluate RUN --metrics fdd", "--metrics: must be one of"),
+        ("evaluate RUN --metrics fid", "--weights"),
+        ("evaluate RUN --metrics fid --weights w.pth", "w.pth"),
+        ("evaluate RUN --data x", "--data: the data set digits has no path"),
+        ("evaluate RUN --samples 1", "--samples: must be greater than or equal to 2"),
+        ("evaluate RUN --features nowhere:thing", "--features: 'nowhere:thing' cannot be loaded"),
+        ("evaluate RUN --features torch:flatten", "fails for images (2, 1, 8, 8) (TypeError"),
+        ("evaluate RUN --part test", "--part: must be"),
+        ("evaluate RUN --reference RUN", "--reference: is for samples"),
+        ("evaluate RUN --solver sscs,ssc", "--solver: solver must be"),
+        ("evaluate RUN --nfe 3,x", "--nfe: must be integers with commas; got"),
+        ("evaluate RUN --out file/x.json", "file cannot be made"),
+        ("evaluate RUN --out full", "--out: must name a file"),
+        ("compare missing.toml", "missing.toml: cannot be read"),
+        ("compare cld_variant", "did you mean cld_variants?"),
+        ("compare tiny.json --quick", "--quick: is a comparison of its own"),
+        ("compare tiny.json --set sample=3", "sample: unknown key; did you mean samples?"),
+        ("compare tiny.json --seed -1", "seed: must be"),
+        ("compare tiny.json --set rows=[{model='VP',solver='sscs',nfe=[4,1]}]", "rows[0].nfe: mu"),
+        ("compare tiny.json --set features=nowhere:thing", "nowhere"),
+        ("compare tiny.json --set metrics=['fid']", "weights: fid need the file"),
+        ("compare tiny.json --device gpu", "--device: must be"),
+        ("compare tiny.json --out file", "file is not a folder"),
+        ("compare tiny.json --out=", "--out: must be the name of a file or folder"),
+        ("import --as edm", "--as: must be cld-sgm or score-sde; got 'edm'"),
+        ("import --as cld-sgm --config x", "--config: must be one of cld_fourier"),
+        ("import --as cld-sgm --set sampling.nfe=0", "sampling.nfe"),
+        *(
+            (f"import --as cld-sgm --set {key}=1", f"{key}: is determined by the checkpoint")
+            for key in ("score.mixed", "process.name", "data", "data.flip", "samplings.nfe")
+        ),
+        ("import --as cld-sgm --out full", "holds files that are no run"),
+        ("validate --solver sscss", "solver must be"),
+        ("validate --solver my_typo:Mine", "'my_typo:Mine' cannot be loaded"),
+        ("validate --solver my_raising:Mine", "RuntimeError: no module today"),
+        ("validate --solver my_leaving:Mine", "SystemExit: bye"),
+        ("validate --problem CLDD", "--problem: must be one of 'VP'"),
+        ("validate --seed -1", "--seed: must be an integer from 0 to 2^63 - 1; got '-1'"),
+        ("validate --json=", "--json"),
+        (f"validate --json {'x' * 256}", "name too long"),
+        ("validate --json full", "full is a folder"),
+        ("validate --json none/x.json", "--json: cannot be written: there is no folder none"),
+        ("validate --json /proc/report.json", "/proc"),
+        (f"validate --out new --json new/{'x' * 256}", "name too long"),
+        ("validate --out=", "--out"),
+        ("validate --out file", "file"),
+        ("validate --out full", "index.html is a folder"),
+        ("validate --out /proc/page", "/proc"),
+        ("validate --quik", "unrecognized arguments: --quik"),
+        ("validate --sampler own_solvers:exact", "--sampler: names a posterior sampler; add"),
+        ("validate --posterior --solver em", "--solver: does not go with --posterior"),
+        ("validate --posterior --problem CLD", "--problem: must be one of 'two modes'"),
+        ("validate --posterior --sampler own_solvers:none", "cannot be loaded"),
+    ],
+    ids=lambda words: words[:60],
+)
+def test_wrong_arguments_are_rejected_before_any_work(
+    capsys, here, digits_run, diffusers_model, command, words
+):
+    places = {"CONFIG": digits_run.with_name("tiny.toml"), "MODEL": diffusers_model}
+    for name, place in {**places, "RUN": digits_run}.items():
+        command = command.replace(name, str(place))
+    first, _, rest = command.partition(" ")
+    before = {file: file.is_file() and file.read_bytes() for file in here.rglob("*")}
+    message = rejected(capsys, *[first, *GIVEN.get(first, "").split(), *rest.split()][not first :])
+    assert message.startswith("cldsde")
+    assert words in message.partition(": error: ")[2]
+    left = [file for file in here.rglob("*") if "__pycache__" not in str(file)]
+    assert {file: file.is_file() and file.read_bytes() for file in left} == before
 
 
 def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):

@@ -1,12 +1,9 @@
 """The command ``cldsde evaluate``."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import tempfile
 
-import numpy as np
 import pytest
 
 from cldsde.cli import main
@@ -81,55 +78,6 @@ def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the
     assert evaluate(".", "--reference", run) == 0
     assert "| x |" in capsys.readouterr().out
     assert (tmp_path / "x-evaluation.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "images", "words"),
-    [
-        ("one.npz", np.zeros((1, 8, 8, 1), np.uint8), "fd needs at least 2 images; got 1"),
-        ("wide.npz", np.zeros((20, 8, 9), np.uint8), "that they are compared with, 1×8×8"),
-        ("coloured.npz", np.zeros((20, 8, 8, 3), np.uint8), "compared with, 1×8×8"),
-        ("floats.npy", np.zeros((20, 8, 8)), "images of uint8"),
-    ],
-)
-def test_samples_that_cannot_be_measured_are_rejected(
-    digits_run, tmp_path, capsys, name, images, words
-):
-    file = tmp_path / name
-    np.save(file, images) if name.endswith("npy") else np.savez(file, images=images, levels=17)
-    message = rejected(capsys, "evaluate", file, "--reference", digits_run)
-    assert words in message
-    assert "held_out" not in message
-    assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("nothing", "there is no run"),
-        ("RUN --metrics fdd", "--metrics: must be one of"),
-        ("RUN --metrics fid", "--weights"),
-        ("RUN --metrics fid --weights w.pth", "w.pth"),
-        ("RUN --data images", "--data: the data set digits has no path"),
-        ("RUN --samples 1", "--samples: must be greater than or equal to 2"),
-        ("RUN --features nowhere:thing", "--features: 'nowhere:thing' cannot be loaded"),
-        ("RUN --features torch:flatten", "flatten' fails for images (2, 1, 8, 8) (TypeError"),
-        ("RUN --part test", "--part: must be"),
-        ("RUN --reference RUN", "--reference: is for samples"),
-        ("RUN --solver sscs,ssc", "--solver: solver must be"),
-        ("RUN --nfe 3,x", "--nfe: must be integers with commas; got"),
-        ("RUN --out file/x.json", "file cannot be made"),
-        ("RUN --out folder", "--out: must name a file"),
-    ],
-)
-def test_wrong_arguments_are_rejected_before_any_work(
-    digits_run, tmp_path, capsys, monkeypatch, arguments, words
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    given = arguments.replace("RUN", str(digits_run)).split()
-    assert words in rejected(capsys, "evaluate", *given)
 
 
 def test_a_run_that_cannot_hold_its_classifier_is_rejected(run, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """The command ``cldsde import``: published checkpoints become runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -72,29 +70,6 @@ def test_a_checkpoint_that_holds_code_is_rejected_and_nothing_is_run_or_written(
     text = rejected(capsys, "import", file, "--as", "cld-sgm", "--out", run)
     assert "holds code, which is never run" in text
     assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--as edm", "--as: must be cld-sgm or score-sde; got 'edm'"),
-        ("--as cld-sgm --config x", "--config: must be one of cld_fourier"),
-        ("--as cld-sgm --set sampling.nfe=0", "sampling.nfe"),
-        *(
-            (f"--as cld-sgm --set {key}=1", f"{key}: is determined by the checkpoint")
-            for key in ("score.mixed", "process.name", "data", "data.flip", "samplings.nfe")
-        ),
-        ("--as cld-sgm --out taken", "holds files that are no run"),
-    ],
-)
-def test_wrong_options_are_rejected(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes.txt").write_text("mine")
-    file = save_checkpoint("cld_fourier", tmp_path)
-    out = ["--out", "run"]
-    assert message in rejected(capsys, "import", file, *out, *options.split())
-    assert {entry.name for entry in tmp_path.rglob("*")} == {file.name, "taken", "notes.txt"}
 
 
 def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, capsys):

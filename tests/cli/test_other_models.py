@@ -1,7 +1,5 @@
 """Models of diffusers from the command line."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from PIL import Image
 
 from cldsde.cli import main
-from command import rejected
 
 pytest.importorskip("diffusers")
 
@@ -29,21 +26,15 @@ def sampled(diffusers_model, tmp_path):
 def test_options_choose_process_solver_class_and_observation(diffusers_model, sampled, tmp_path):
     Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "small.png")
     known = ["--known", tmp_path / "small.png", "--observe", "downsample:2", "--noise-std", 0.2]
-    plain = sampled("--process", "CLD")
-    others = (
-        ["--process", "CLD", "--process-set", "friction=1.5"],
-        ["--process", "CLD", "--solver", "em"],
-        ["--process", "CLD", "--class", 1],
-        ["--process", "CLD", *known],
-        ["--process", "VPSDE"],
-    )
-    for options in others:
+    cld = ["--process", "CLD"]
+    plain = sampled(*cld)
+    others = [[*cld, *more] for more in (["--solver", "em"], ["--class", 1], known)]
+    for options in (*others, [*cld, "--process-set", "friction=1.5"], ["--process", "VPSDE"]):
         found = sampled(*options)
         assert found.shape == plain.shape
         assert not np.array_equal(found, plain), options
-    assert np.array_equal(
-        sampled("--process", "CLD", source=diffusers_model / "model_index.json"), plain
-    )
+    same = sampled(*cld, source=diffusers_model / "model_index.json")
+    assert np.array_equal(same, plain)
 
 
 @pytest.mark.usefixtures("untrained_classifier")
@@ -55,25 +46,3 @@ def test_a_model_is_evaluated_against_the_data_of_a_run(diffusers_model, digits_
     assert main(list(map(str, words))) == 0
     [result] = map(json.loads, out.read_text().splitlines())
     assert result["numbers"]["fd"] > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("", "a run or --model is needed"),
-        ("RUN --model MODEL", "a run or --model is needed"),
-        ("--model MODEL --process CLDD", "process.name"),
-        ("--model MODEL --process CLD --process-set bet=3", "bet"),
-        ("--model nowhere", "nowhere is no folder"),
-        ("--model MODEL --t-start 2", "--t-start"),
-        ("--model MODEL --t-start 1.0 --nfe 4", "trained on, 0.01"),
-        ("--model MODEL --class 7", "--class"),
-    ],
-)
-def test_wrong_options_are_rejected(
-    options, message, digits_run, diffusers_model, tmp_path, capsys
-):
-    out = tmp_path / "x.npz"
-    words = options.replace("RUN", str(digits_run)).replace("MODEL", str(diffusers_model)).split()
-    assert message in rejected(capsys, "sample", *words, "--out", out)
-    assert not out.exists()

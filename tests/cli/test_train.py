@@ -1,16 +1,15 @@
 """The command ``cldsde train``."""
 
-from __future__ import annotations
-
 import json
+import re
 import tomllib
 
 import pytest
 
 from cldsde.cli import main
-from command import rejected
 
 RUN = {"config.json", "metrics.jsonl", "model.safetensors", "samples", "tensorboard"}
+RUN |= {"training.safetensors"}
 
 
 @pytest.fixture
@@ -18,9 +17,13 @@ def config(digits_run):
     return digits_run.with_name("tiny.toml")
 
 
-def test_a_run_holds_its_configuration_metrics_samples_and_model(digits_run):
-    assert {file.name for file in digits_run.iterdir()} >= RUN | {"training.safetensors"}
+def test_a_run_is_whole_and_the_same_command_changes_nothing(config, digits_run):
+    assert {file.name for file in digits_run.iterdir()} >= RUN
     assert json.loads((digits_run / "config.json").read_text())["training"]["images"] == 32
+    before = {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")}
+    command = ["train", str(config), "--out", str(digits_run), "--resume", "--device", "cpu"]
+    assert main(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")} == before
 
 
 def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, tmp_path):
@@ -33,40 +36,13 @@ def test_the_printed_configuration_is_complete_and_can_be_used(config, capsys, t
     assert capsys.readouterr().out == text
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(config, digits_run):
-    before = {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")}
-    command = ["train", str(config), "--out", str(digits_run), "--resume", "--device", "cpu"]
-    assert main(command) == 0
-    assert {file: file.stat().st_mtime_ns for file in digits_run.rglob("*")} == before
-
-
 def test_a_dry_run_checks_measures_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(config), "--dry-run", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "images per second" in text
     assert "parameters" in text
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("missing.toml", "missing.toml: cannot be read"),
-        ("CONFIG --set training.btch=3", "training.btch: unknown key; did you mean batch?"),
-        ("CONFIG --set training.precision=fp8", "training.precision: must be 'fp32'"),
-        ("CONFIG --set sampling.solver=ssc", "sampling.solver: solver must be"),
-        ("CONFIG --set sampling.nfe=1000000000000", "sampling.nfe: must be less than"),
-        ("CONFIG --set network.options.channels=[9]", "network.options: groups must divide"),
-        ("CONFIG --set data.name=folder", "data.options.path: is missing"),
-        ("CONFIG --resume", "--resume: out holds no run to resume"),
-        ("CONFIG --set training.batch=32 --out RUN", "other settings (training.batch)"),
-        ("CONFIG --seed -1", "--seed: must be"),
-        ("CONFIG --device gpu", "--device: must be"),
-    ],
-)
-def test_wrong_arguments_are_rejected(config, capsys, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    given = arguments.replace("CONFIG", str(config)).replace("RUN", str(config.with_name("run")))
-    assert words in rejected(capsys, "train", "--out", "out", *given.split())
+    measured = re.search(r"measured: ([\d,]+) images per second, ([\d,]+) MiB", text)
+    speed, memory = (int(number.replace(",", "")) for number in measured.groups())
+    assert speed > 0
+    assert 2**6 < memory < 2**16  # torch alone takes more than 64 MiB
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,5 @@
 """The command ``cldsde validate``: verdicts as exit codes, files, rejections and interruption."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -14,10 +12,9 @@ import pytest
 
 import cldsde
 import own_solvers
-from cldsde.cli import main, validate
+from cldsde.cli import main
 from cldsde.solvers import named_solvers
 from cldsde.validation.report import Report
-from command import rejected
 
 QUICK = "--quick --problem CLD"
 
@@ -70,13 +67,6 @@ def test_a_failed_solver_is_no_success(capsys, here):
     assert read(here / "report.json")["summary"]["own_solvers:Claiming"] == "FAIL"
 
 
-class Limited(io.TextIOWrapper):
-    """A stdout of Windows before UTF-8."""
-
-    def __init__(self) -> None:
-        super().__init__(io.BytesIO(), encoding="cp1252")
-
-
 class Full(io.StringIO):
     """A file on a disk without space."""
 
@@ -86,7 +76,7 @@ class Full(io.StringIO):
 
 
 def test_letters_that_the_terminal_does_not_know_are_replaced(monkeypatch, here):
-    out = Limited()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # of Windows before UTF-8
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(Report, "to_text", lambda self: "sscs: W₂ is 0.1")
     assert run(f"{QUICK} --solver sscs --json report.json") == 0
@@ -104,66 +94,16 @@ def test_a_table_that_cannot_be_printed_is_no_success(capsys, monkeypatch, here)
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of Windows break otherwise")
 def test_results_are_written_if_nobody_reads_the_table(here):
     """As of ``cldsde validate | head -0``."""
-    command = [sys.executable, "-m", "cldsde", "validate", *QUICK.split(), "--solver", "sscs"]
+    words = f"-m cldsde validate {QUICK} --solver sscs --json report.json".split()
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as broken:
-        result = subprocess.run(
-            [*command, "--json", "report.json"],
-            stdout=broken,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            cwd=here,
-        )
+        options = {"stdout": broken, "stderr": subprocess.PIPE, "text": True, "cwd": here}
+        result = subprocess.run([sys.executable, *words], check=False, **options)
     assert result.returncode == 0, result.stderr
     assert "Broken" not in result.stderr
     report = read(here / "report.json")
     assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--solver", "sscss"], "solver must be"),
-        (["--solver", "my_typo:Mine"], "'my_typo:Mine' cannot be loaded"),
-        (["--solver", "my_raising:Mine"], "RuntimeError: no module today"),
-        (["--solver", "my_leaving:Mine"], "SystemExit: bye"),
-        (["--problem", "CLDD"], "--problem: must be one of 'VP'"),
-        (["--seed", "-1"], "--seed: must be an integer from 0 to 2^63 - 1; got '-1'"),
-        (["--seed", "9223372036854775808"], "--seed"),
-        (["--json", ""], "--json"),
-        (["--json", "x" * 256], "name too long"),
-        (["--json", "full"], "full is a folder"),
-        (["--json", "none/report.json"], "--json: cannot be written: there is no folder none"),
-        (["--json", "/proc/report.json"], "/proc"),
-        (["--out", "new", "--json", f"new/{'x' * 256}"], "name too long"),
-        (["--out", ""], "--out"),
-        (["--out", "file"], "file"),
-        (["--out", "full"], "index.html is a folder"),
-        (["--out", "/proc/page"], "/proc"),
-        (["--quik"], "unrecognized arguments: --quik"),
-        (["--sampler", "own_solvers:exact"], "--sampler: names a posterior sampler; add --poster"),
-        (["--posterior", "--solver", "em"], "--solver: does not go with --posterior"),
-        (["--posterior", "--problem", "CLD"], "--problem: must be one of 'two modes'"),
-        (["--posterior", "--sampler", "own_solvers:none"], "cannot be loaded"),
-    ],
-    ids=lambda words: " ".join(words)[:40] if words[0].startswith("--") else None,
-)
-def test_wrong_arguments_are_rejected_before_any_work(capsys, here, monkeypatch, arguments, words):
-    monkeypatch.setattr(validate.ReportFiles, "save", lambda *_: pytest.fail("work was done"))
-    (here / "my_typo.py").write_text("class Mine(:\n")
-    (here / "my_raising.py").write_text("raise RuntimeError('no module\\ntoday')\n")
-    (here / "my_leaving.py").write_text("raise SystemExit('bye')\n")
-    (here / "file").write_text("text")
-    (here / "full" / "index.html").mkdir(parents=True)
-    before = sorted(here.iterdir())
-    message = rejected(capsys, "validate", "--quick", *arguments)
-    assert message.startswith("cldsde validate: error: ")
-    assert words in message
-    left = sorted(file for file in here.iterdir() if file.name != "__pycache__")
-    assert left == before
-    assert (here / "file").read_text() == "text"
 
 
 def test_an_interruption_keeps_finished_checks(capsys, here):

@@ -1,16 +1,15 @@
 """Flow matching of image models by configuration."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from cldsde import VPSDE, GuidedScore, MixedScore, RectifiedFlow
+from cldsde import RectifiedFlow
 from cldsde.images.config import SamplingConfig
+from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train.objectives import Batch, Times, make_objective
-from cldsde.score import ConditionalScore, PerturbedData
+from cldsde.images.train.objectives import make_objective
+from cldsde.score import PerturbedData
 from probes import generator
 from tiny_runs import NETWORK
 from tolerances import rounding
@@ -56,20 +55,6 @@ def test_a_trained_model_is_sampled_by_any_solver(tmp_path):
         sampling = SamplingConfig(solver=solver, nfe=6, t_end=0.04)
         found = ImageSampler.of(model, sampling).sample([0, 1])
         assert bool(found[0].isfinite().all())
-
-
-def test_guidance_is_linear_in_the_predictions_of_the_data():
-    class Classes(torch.nn.Module):
-        def forward(self, x, clock, condition):
-            return x * condition.reshape(-1, 1, 1, 1)
-
-    score = MixedScore(Classes(), VPSDE(), 0.0, 1.0)
-    z = torch.randn(3, 1, 1, 4, 4, generator=generator())
-    given, free = (score.data_prediction(z, 0.5, condition=torch.tensor(label)) for label in (1, 3))
-    pair = (ConditionalScore(score, condition=torch.tensor(label)) for label in (1, 3))
-    found = GuidedScore(*pair, 2.5).data_prediction(z, 0.5)
-    expected = free + 2.5 * (given - free)
-    assert torch.allclose(found, expected, rtol=0, atol=SINGLE * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(

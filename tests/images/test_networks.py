@@ -1,7 +1,5 @@
 """Score networks: their interface, that no part of them is dead, and their published sizes."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

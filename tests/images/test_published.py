@@ -1,7 +1,5 @@
 """The published configurations build, train and sample."""
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 from pathlib import Path

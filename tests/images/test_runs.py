@@ -1,7 +1,5 @@
 """Run folders are taken whole or left alone; damaged tensor files are rejected."""
 
-from __future__ import annotations
-
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,28 +15,14 @@ from cldsde.images.tensor_files import load_tensors, save_tensors
 CONFIG = {"seed": 0, "samples": 10}
 
 
-def test_a_new_folder_holds_its_configuration_and_is_continued(tmp_path):
-    run = RunFolder(tmp_path / "deep" / "run", CONFIG)
-    assert json.loads((run / "config.json").read_text()) == CONFIG
-    run.write_json("results.json", {"a": 1})
-    del run
-    assert (RunFolder(tmp_path / "deep" / "run", CONFIG) / "results.json").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "folder", "error", "message"),
     [
-        (
-            "config.json",
-            b'{"seed": 0, "samples": 9}',
-            "",
-            ValueError,
-            r"other settings \(samples\)",
-        ),
-        *[
+        ("config.json", b'{"seed": 0, "samples": 9}', "", ValueError, r"settings \(samples\)"),
+        *(
             ("config.json", content, "", ValueError, r"config\.json is n")
             for content in (b"[1]", b"null", b"{", b"\xff\xfe")
-        ],
+        ),
         ("thesis.tex", b"text", "", ValueError, "no run of cldsde"),
         ("file", b"text", "file", ValueError, "not a folder"),
         ("file", b"text", "file/run", OSError, "file"),
@@ -54,18 +38,24 @@ def test_other_folders_are_rejected_and_left_as_they_are(
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tmp_path):
-    before = {"seed": 0, "sampling": {"nfe": 3, "options": {}}, "training": {"every": 1, "lr": 2}}
-    after = {"seed": 0, "sampling": {"nfe": 4}, "training": {"every": 5, "lr": 2}}
-    free = ("sampling", "training.every")
+def test_free_settings_may_differ_and_the_folder_stays_locked(tmp_path):
+    before = {"seed": 0, "sampling": {"nfe": 3}, "data": {}, "training": {"every": 1, "lr": 2}}
+    after = {
+        **before,
+        "sampling": {"nfe": 4},
+        "data": {"path": "x"},
+        "training": {"every": 5, "lr": 2},
+    }
+    free = ("sampling", "data.path", "training.every")
     RunFolder(tmp_path, before)
     with pytest.raises(ValueError, match=r"other settings \(sampling.nfe, "):
         RunFolder(tmp_path, after)
     run = RunFolder(tmp_path, after, free=free)
-    assert json.loads((run / "config.json").read_text()) == after
+    # Whoever continues the run writes its settings, once nothing can be rejected any more.
+    assert json.loads((run / "config.json").read_text()) == before
     # A lock belongs to the opened file, so that a second opening stands for a second process.
     with pytest.raises(ValueError, match="in use by another process"):
-        RunFolder(tmp_path, after)
+        RunFolder(tmp_path, before)
     del run
     other = {**after, "training": {"every": 1, "lr": 3}}
     with pytest.raises(ValueError, match=r"other settings \(training.lr\)"):
@@ -75,19 +65,18 @@ def test_free_settings_take_the_place_of_old_ones_and_the_folder_stays_locked(tm
 def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
     """Below may be a run that another process is training: it holds a lock of its own."""
     RunFolder(tmp_path, CONFIG)
-    names = (".partial-a", "samples/.partial-b.png", "evaluations/.partial-c.json")
-    own = [tmp_path / name for name in names]
-    below = tmp_path / "models/VP/.partial-d.safetensors"
-    for file in (*own, below):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("half")
+    below = "models/VP/.partial-d.safetensors"
+    for name in (".partial-a", "samples/.partial-b.png", "evaluations/.partial-c.json", below):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
     RunFolder(tmp_path, CONFIG)
-    assert not any(file.exists() for file in own)
-    assert below.exists()
+    assert list(tmp_path.rglob(".partial-*")) == [tmp_path / below]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    run = RunFolder(tmp_path, CONFIG)
+    folder = tmp_path / "deep" / "run"
+    run = RunFolder(folder, CONFIG)
+    assert json.loads((run / "config.json").read_text()) == CONFIG
     run.write_json("results.json", {"a": 1})
 
     def fail(file):
@@ -96,8 +85,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.write("results.json", fail)
-    assert json.loads((run / "results.json").read_text()) == {"a": 1}
-    assert not list(tmp_path.glob(".partial-*"))
+    assert not list(folder.glob(".partial-*"))
+    del run
+    assert json.loads((RunFolder(folder, CONFIG) / "results.json").read_text()) == {"a": 1}
 
 
 def test_metrics_beyond_the_step_of_a_continued_run_are_dropped(tmp_path):

@@ -1,91 +1,74 @@
 """Networks of diffusers give the same images here, and sources that cannot be used are named."""
 
-from __future__ import annotations
-
 import json
 import pickle
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from cldsde import CLD, VPSDE, GuidedScore, ReverseProcess, pretrained, sample, solvers
-from cldsde.score import ConditionalScore, DenoiserScore
+from cldsde import VPSDE, ReverseProcess, pretrained, solvers
+from cldsde.score import DenoiserScore
 from probes import generator
-from tolerances import rounding
 
 diffusers = pytest.importorskip("diffusers")
 
-SHAPE = (1, 8, 8)
+DDPM, MULTISTEP, SHAPE = diffusers.DDPMScheduler, solvers.ExponentialMultistep, (1, 8, 8)
+U, NOISE = (torch.randn(2, *SHAPE, generator=generator(i)).double() for i in (0, 1))
 
 
-def unet(**options: Any) -> Any:
+def unet(**options):
     """A network with random weights, in double precision."""
     torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        **{"out_channels": 1, **options},
-    ).double()
+    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
+    shape |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shape |= {"layers_per_block": 1, "norm_num_groups": 4, **options}
+    return diffusers.UNet2DModel(**shape).double()
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     """Pipelines as ``save_pretrained`` writes them."""
+    v = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     schedulers = {
-        "ddpm": diffusers.DDPMScheduler(clip_sample=False),
-        "v": diffusers.DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
-        ),
-        "sample": diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False),
-        "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "ddpm": DDPM(clip_sample=False),
+        "v": diffusers.DDIMScheduler(clip_sample=False, **v),
+        "sample": DDPM(prediction_type="sample", clip_sample=False),
     }
     root = tmp_path_factory.mktemp("models")
     for name, scheduler in schedulers.items():
-        if name == "flow":  # no pipeline takes a UNet2DModel and this scheduler
-            unet().save_pretrained(root / name)
-            scheduler.save_pretrained(root / name)
-        else:
-            diffusers.DDPMPipeline(unet(), scheduler).save_pretrained(root / name)
-    return {name: root / name for name in schedulers}
+        diffusers.DDPMPipeline(unet(), scheduler).save_pretrained(root / name)
+    # No pipeline takes a UNet2DModel and this scheduler.
+    for part in (unet(), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        part.save_pretrained(root / "flow")
+    return {name: root / name for name in (*schedulers, "flow")}
 
 
-def theirs(scheduler: Any, steps: int, x: Tensor) -> Tensor:
-    """The image that a scheduler makes of noise."""
+@torch.no_grad()
+def theirs(scheduler, x):
+    """The image that a scheduler with its time steps makes of noise."""
     network = unet()
-    scheduler.set_timesteps(steps)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t).sample, t, x).prev_sample
     return x
 
 
-def ours(folder: Path, solver: Any, levels: Tensor, x: Tensor) -> Tensor:
+def ours(folder, solver, levels, x):
     """The image that a solver makes of the same noise under VP, at the same levels."""
     sde = VPSDE(beta_max=25.0)  # reaches the levels of every table
     times = solvers.times_of_log_snr(sde, levels)
     process = ReverseProcess(sde, DenoiserScore(pretrained.from_diffusers(folder).double(), sde))
     # x is in units of variance 1, as the states of VP are.
-    found = solvers.solve(process, solver, x.unsqueeze(1), times, denoise=True)
-    return found.data
+    return solvers.solve(process, solver, x.unsqueeze(1), times, denoise=True).data
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-NOISE = torch.randn(2, *SHAPE, generator=generator(1), dtype=torch.float64)
-MULTISTEP = solvers.ExponentialMultistep
-
-
 TABLES = 1e-4  # the tables of the schedulers are in single precision
+
+
+SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
 
 
 @pytest.mark.parametrize("name", ["ddpm", "v", "sample"])
@@ -93,11 +76,7 @@ TABLES = 1e-4  # the tables of the schedulers are in single precision
     ("scheduler", "options", "solver"),
     [
         ("DDIMScheduler", {"clip_sample": False}, MULTISTEP(order=1)),
-        (
-            "DPMSolverMultistepScheduler",
-            {"lower_order_final": False},
-            MULTISTEP(order=2, variable="log_snr", weights="published"),
-        ),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, SECOND),
     ],
 )
 def test_images_are_those_of_the_schedulers(folders, name, scheduler, options, solver):
@@ -105,8 +84,7 @@ def test_images_are_those_of_the_schedulers(folders, name, scheduler, options, s
     made = getattr(diffusers, scheduler).from_config(config, **options)
     made.set_timesteps(12)
     levels = 0.5 * made.alphas_cumprod.double()[made.timesteps].logit()
-    found = ours(folders[name], solver, levels, NOISE)
-    assert relative(found, theirs(made, 12, NOISE)) <= TABLES
+    assert relative(ours(folders[name], solver, levels, NOISE), theirs(made, NOISE)) <= TABLES
 
 
 def test_images_are_those_of_euler_for_flows(folders):
@@ -114,19 +92,11 @@ def test_images_are_those_of_euler_for_flows(folders):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=torch.linspace(0.94, 0.05, 12).tolist())
     sigmas = scheduler.sigmas.double()
-    x, network = NOISE * sigmas[0], unet()
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x).prev_sample
-    levels = ((1 - sigmas[:-1]) / sigmas[:-1]).log()
+    levels, x = ((1 - sigmas[:-1]) / sigmas[:-1]).log(), NOISE * sigmas[0]
     # The state of the linear path in the units of VP, α² + σ² = 1.
     units = ((1 - sigmas[0]) ** 2 + sigmas[0] ** 2).sqrt()
-    found = ours(folders["flow"], MULTISTEP(order=1), levels, NOISE * sigmas[0] / units)
-    assert relative(found, x) <= TABLES
-
-
-DDPM = diffusers.DDPMScheduler
-U = torch.randn(2, *SHAPE, generator=generator(), dtype=torch.float64)
+    found = ours(folders["flow"], MULTISTEP(order=1), levels, x / units)
+    assert relative(found, theirs(scheduler, x)) <= TABLES
 
 
 def test_a_pipeline_a_model_a_folder_and_a_pickle_are_one(folders):
@@ -148,55 +118,33 @@ def test_a_pipeline_a_model_a_folder_and_a_pickle_are_one(folders):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_samples_under_other_dynamics(folders):
-    found = pretrained.from_diffusers(folders["ddpm"])
-    assert found.shape == SHAPE
-    for sde in (VPSDE(), CLD()):
-        x = sample(sde, DenoiserScore(found, sde), (3, *SHAPE), nfe=5)
-        assert x.shape == (3, *SHAPE)
+def test_classes_reach_the_network():
+    denoiser = pretrained.from_diffusers(unet(num_class_embeds=4), DDPM())
+    both, one = (denoiser(U, 1.0, class_labels=torch.tensor(x)) for x in ([3, 1], [3, 3]))
+    assert torch.equal(both[:1], one[:1])
+    assert not torch.equal(both[1:], one[1:])
 
 
-def test_guidance_evaluates_the_network_once_with_both_classes():
-    network = unet(num_class_embeds=4)
-    sde = CLD()
-    score = DenoiserScore(pretrained.from_diffusers(network, DDPM()), sde)
-    given, free = (ConditionalScore(score, class_labels=torch.tensor(c)) for c in (1, 3))
-    calls: list[int] = []
-    network.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    z = sde.prior.sample((2, *SHAPE), generator=generator(), dtype=torch.float64)
-    t = torch.tensor(0.5).expand(2)
-    guided = GuidedScore(given, free, 2.0)(z, t)
-    assert calls == [4]
-    expected = free(z, t) + 2 * (given(z, t) - free(z, t))
-    # The same network calls; their combination is of double precision.
-    close = rounding(100)
-    torch.testing.assert_close(guided, expected, rtol=close, atol=close)
+def test_a_learnt_variance_is_left_out_and_one_dimension_is_no_shape_of_images():
+    scheduler = DDPM(variance_type="learned_range")
+    assert pretrained.from_diffusers(unet(out_channels=2), scheduler)(U, 1.0).shape == U.shape
+    network = diffusers.UNet1DModel(sample_size=16, block_out_channels=(8, 8, 16))
+    assert pretrained.from_diffusers(network, DDPM()).shape is None
 
 
 def test_the_nearest_level_is_passed_as_a_whole_number(folders):
-    found = pretrained.from_diffusers(folders["ddpm"], nearest=True)
-    passed: list[Tensor] = []
-    found.network.model.register_forward_pre_hook(
-        lambda module, args, kwargs: passed.append(kwargs["timestep"]), with_kwargs=True
-    )
+    found, passed = pretrained.from_diffusers(folders["ddpm"], nearest=True), []
+    note = lambda module, args, kwargs: passed.append(kwargs["timestep"])  # noqa: E731
+    found.network.model.register_forward_pre_hook(note, with_kwargs=True)
     found(torch.zeros(1, *SHAPE), 1.0)
     assert passed[0].dtype == torch.int64
 
 
-def test_a_learnt_variance_is_left_out():
-    scheduler = DDPM(variance_type="learned_range")
-    assert pretrained.from_diffusers(unet(out_channels=2), scheduler)(U, 1.0).shape == U.shape
-
-
 def test_a_name_is_fetched_on_request_only(folders, monkeypatch):
-    import huggingface_hub
-
-    message = r"somebody/model is no folder; .*download=True"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=r"somebody/model is no folder; .*download=True"):
         pretrained.from_diffusers("somebody/model")
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, allow_patterns: folders["ddpm"]
-    )
+    fetched = lambda name, allow_patterns: folders["ddpm"]  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     assert pretrained.from_diffusers("somebody/model", download=True).shape == SHAPE
 
 
@@ -221,15 +169,12 @@ def test_weights_in_half_precision(tmp_path):
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_an_entry_without_signal_is_left_out(kind):
-    scheduler = getattr(diffusers, kind)(
-        rescale_betas_zero_snr=True, prediction_type="v_prediction"
-    )
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    scheduler = getattr(diffusers, kind)(**options)
     assert pretrained.from_diffusers(unet(), scheduler).path.interval == (0.0, 998.0)
 
 
-def test_a_network_of_one_dimension_has_no_shape_of_images():
-    network = diffusers.UNet1DModel(sample_size=16, block_out_channels=(8, 8, 16))
-    assert pretrained.from_diffusers(network, DDPM()).shape is None
+INVERTED = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +186,7 @@ def test_a_network_of_one_dimension_has_no_shape_of_images():
         (3, TypeError, "scheduler must be a scheduler of diffusers.*int"),
         ("missing.json", FileNotFoundError, "there is no file missing.json"),
         (diffusers.EDMEulerScheduler(), ValueError, "levels and prediction of EDMEulerScheduler"),
-        (
-            diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-            ValueError,
-            "invert_sigmas has noise at time 0",
-        ),
+        (INVERTED, ValueError, "invert_sigmas has noise at time 0"),
     ],
 )
 def test_schedulers_that_do_not_fit_are_rejected(scheduler, error, message):

@@ -3,18 +3,15 @@
 Tolerances: single precision, some tens of layers, relative to the largest number of the output.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
 import torch
 
 from cldsde import ReverseProcess, solvers
-from cldsde.pretrained import load_cld_sgm, load_score_sde
 from cldsde.score.matching import PerturbedData
 from cldsde.solvers.noise import RecordedNoise
-from published_data import CLD_SGM, MODELS, SCORE_SDE, case, save_checkpoint
+from published_data import CLD_SGM, MODELS, SCORE_SDE, case, load
 
 RELATIVE = 1e-5
 every_case = pytest.mark.parametrize("name", list(MODELS))
@@ -22,21 +19,15 @@ every_case = pytest.mark.parametrize("name", list(MODELS))
 continuous_cases = pytest.mark.parametrize("name", [name for name in MODELS if "level" not in name])
 
 
-@pytest.fixture
-def load(tmp_path):
-    """Load a score, and the numbers of its code in the shapes and units of this package."""
-
-    def loaded(name):
-        loader = load_cld_sgm if name in CLD_SGM else load_score_sde
-        score, found = loader(save_checkpoint(name, tmp_path), MODELS[name]), case(name)
-        if name in SCORE_SDE:
-            for key in {"state", "loss_state", "x0"} & set(found):
-                found[key] = unit(name, found[key])
-            for key in {"state", "loss_state", "noise", "loss_noise"} & set(found):
-                found[key] = found[key].unsqueeze(1)
-        return score, found
-
-    return loaded
+def loaded(name, folder):
+    """A score, and the numbers of its code in the shapes and units of this package."""
+    found = case(name)
+    if name in SCORE_SDE:
+        for key in {"state", "loss_state", "x0"} & set(found):
+            found[key] = unit(name, found[key])
+        for key in {"state", "loss_state", "noise", "loss_noise"} & set(found):
+            found[key] = found[key].unsqueeze(1)
+    return load(name, folder), found
 
 
 def assert_close(ours, theirs):
@@ -50,8 +41,8 @@ def unit(name, x):
 
 
 @every_case
-def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, load):
-    score, found = load(name)
+def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, tmp_path):
+    score, found = loaded(name, tmp_path)
     label = found.get("label", found["t"]).float()
     clock = label.log() if score.network.embedding.frequencies is not None else label
     theirs = found["network"]
@@ -77,22 +68,18 @@ def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, load):
         assert_close(made.state.flatten(1, 2), unit(name, found[key]))
 
 
-def test_a_step_of_sscs_is_the_same(load):
-    score, found = load("cld_fourier")
-    made = solvers.solve(
-        ReverseProcess(score.sde, score),
-        solvers.SSCS(),
-        found["state"],
-        torch.tensor([1.0, 0.5], dtype=torch.float64),
-        noise=RecordedNoise([found["noise"], found["noise2"]]),
-    ).state
-    assert_close(made, found["sscs"])
+def test_a_step_of_sscs_is_the_same(tmp_path):
+    score, found = loaded("cld_fourier", tmp_path)
+    times, noise = torch.tensor([1.0, 0.5]).double(), [found["noise"], found["noise2"]]
+    arguments = (ReverseProcess(score.sde, score), solvers.SSCS(), found["state"], times)
+    made = solvers.solve(*arguments, noise=RecordedNoise(noise))
+    assert_close(made.state, found["sscs"])
 
 
 @continuous_cases
-def test_training_losses_and_states_are_the_same(name, load):
+def test_training_losses_and_states_are_the_same(name, tmp_path):
     """The process perturbs data as the code does: mean, root and order of the normals."""
-    score, found = load(name)
+    score, found = loaded(name, tmp_path)
     x0, state, noise = (found[key] for key in ("x0", "loss_state", "loss_noise"))
     t, eps = found["loss_t"].double(), MODELS[name].parameterisation.numerical_eps
     pair = PerturbedData.draw(score.sde, x0, t, generator=torch.Generator().manual_seed(0))

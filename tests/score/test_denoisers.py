@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, MixedScore, NoisePath, ReverseProcess, solvers
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, NoisePath, ReverseProcess, solvers
 from cldsde.score import DenoiserScore, GaussianMixture, PredictionDenoiser, ScoreDenoiser
 from probes import generator
-from tolerances import EPS, EPS32, rounding, standard_error_of_variance
+from tolerances import EPS, rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
@@ -247,15 +247,6 @@ class TestScoreDenoiser:
         for options in ({}, {"fill": False}, {"seed": 1}):
             found = ScoreDenoiser(DATA.score(sde), **options)(u, sigma)
             torch.testing.assert_close(found, exact(u, sigma), rtol=CONDITIONED, atol=CONDITIONED)
-
-    def test_a_mixed_score_under_another_process(self):
-        """A network trained with VP is, under CLD, as one that is shown the estimate."""
-        network = torch.nn.Module()
-        network.forward = lambda x, clock: torch.tanh(x) * clock.reshape(-1, 1).cos()
-        trained = MixedScore(network, VP, 0.2, 0.7).double()
-        shown = MixedScore(network, CRITICAL, 0.2, 0.7, inputs="estimate").double()
-        z, crossed = states(CRITICAL, 0.4), DenoiserScore(trained.denoiser, CRITICAL)
-        torch.testing.assert_close(crossed(z, 0.4), shown(z, 0.4), rtol=8 * EPS32, atol=8 * EPS32)
 
     def test_times_are_those_of_the_levels(self):
         """Known levels keep their digits through both conversions, in single precision."""

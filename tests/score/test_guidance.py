@@ -35,24 +35,19 @@ def start(sde):
     return sde.prior.sample((6, 2), generator=generator())
 
 
-@pytest.mark.parametrize("process", [VPSDE, CLD])
-def test_guidance_is_linear_and_batched(process):
+@pytest.mark.parametrize("sde", [VPSDE(), CLD()])
+def test_guidance_is_linear_and_batched(sde):
     """One call of twice the batch gives what two calls do, to rounding."""
-    sde, network = process(), Counting()
+    network, z, t = Counting(), start(sde), torch.tensor(0.5).expand(6)
     given, free = pair(sde, network)
-    z = start(sde)
-    guided = GuidedScore(given, free, 3.0)
-    expected = free(z, 0.5) + 3.0 * (given(z, 0.5) - free(z, 0.5))
-    network.calls = network.samples = 0
-    t = torch.tensor(0.5).expand(len(z))
-    torch.testing.assert_close(guided(z, t), expected, rtol=SINGLE, atol=SINGLE)
+    found = GuidedScore(given, free, 3.0)(z, t)
     assert (network.calls, network.samples) == (1, 12)
+    expected = free(z, 0.5) + 3.0 * (given(z, 0.5) - free(z, 0.5))
+    torch.testing.assert_close(found, expected, rtol=SINGLE, atol=SINGLE)
 
 
 def test_scores_that_cannot_be_joined_are_called_apart():
-    sde, network = VPSDE(), Counting()
-    given, _ = pair(sde, network)
-    z = start(sde)
+    given, z = pair(VPSDE(), Counting())[0], start(VPSDE())
     guided = GuidedScore(given, lambda z, t: -z, 2.0)
     torch.testing.assert_close(guided(z, 0.5), -z + 2 * (given(z, 0.5) + z), rtol=0, atol=0)
 

@@ -30,7 +30,6 @@ X = torch.tensor([[0.4, -0.8], [1.3, 0.2]], dtype=torch.float64)
 STAGES = {"dopri5": 6, "dopri8": 12, "bosh3": 3, "adaptive_heun": 2}
 SOLVER = 4e-3  # `accuracy` of the default tolerances: 40 steps, numbers below 9
 COARSE = 10 * SOLVER  # of ten times these tolerances
-DECODER = 2e-3  # 2/I = 2e-6 on a variance of 0.04, times the Laplacian (|x - m|/0.04)² < 1e3
 
 
 def ring(sde=CRITICAL):
@@ -69,23 +68,19 @@ class TestFlow:
         assert torch.equal(found.log_prob, sde.prior.log_prob(found.latent) + found.divergence)
 
     @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
-    @pytest.mark.parametrize(
-        ("score", "slope"),
-        [
-            (lambda z: -2 * z[:, -1:] + 30 * z[:, :-1].sum(1, keepdim=True), -2.0),
-            (lambda z: BIAS.expand_as(z[:, -1:]), 0.0),
-        ],
-    )
-    def test_the_divergence_has_the_slopes_of_the_driven_rows(self, score, slope, divergence):
+    def test_the_divergence_has_the_slopes_of_the_driven_rows(self, divergence):
         sde, t = PROCESSES["HOLD"], 0.5
-        process = ReverseProcess(sde, lambda z, t: score(z))
-        z = states(sde, RING, t, n=3)
-        found = flow_log_prob(process, z, t, divergence=divergence, rtol=0.01, atol=0.01)
-        G = sde.diffusion(t)
-        rate = 2 * (float(sde.drift(t).trace()) - 0.5 * slope * float((G @ G.mT)[-1, -1]))
-        # β is constant, and a Runge-Kutta method exact for a constant integrand.
-        expected = torch.full((3,), 0.5 * rate, dtype=torch.float64)
-        assert torch.allclose(found.divergence, expected, rtol=rounding(1000), atol=0)
+        z, G = states(sde, RING, t, n=3), sde.diffusion(t)
+        pull, options = float((G @ G.mT)[-1, -1]), {"rtol": 0.01, "atol": 0.01}
+        for score, slope in (
+            (lambda z, t: -2 * z[:, -1:] + 30 * z[:, :-1].sum(1, keepdim=True), -2.0),
+            (lambda z, t: BIAS.expand_as(z[:, -1:]), 0.0),
+        ):
+            process = ReverseProcess(sde, score)
+            found = flow_log_prob(process, z, t, divergence=divergence, **options).divergence
+            # β is constant, and a Runge-Kutta method exact for a constant integrand.
+            rate = 2 * (float(sde.drift(t).trace()) - 0.5 * slope * pull)
+            assert found.tolist() == pytest.approx([0.5 * rate] * 3, rel=rounding(1000))
 
     def test_many_dimensions_are_traced_in_parts(self):
         # More rows than are pulled back at once, and no multiple of it.
@@ -315,20 +310,10 @@ class TestPerturbed:
         assert (bound < value).all()
         assert_mean(found, value if name in WEIGHTED else bound)
 
-    def test_by_default_it_is_the_density_of_a_mixture_but_for_the_prior(self):
-        process, options = ring(VP), {"samples": 300, "importance_weighted": True}
-        found = log_likelihood(process, X, generator=generator(), **options)
-        point = LinearSDE.from_matrices([[0.0]], [[1.0]])
-        exact = RING.log_prob(point, X.unsqueeze(1), 0.0)
-        # |log p_T − log prior| ≤ c |w| |x_0| + c² |x_0|²/2, c = ψ/σ at T, for |x_0| < 2.5.
-        c = float(VP.marginal(1.0).mean)
-        w = float(2 * flow_log_prob(process, X.unsqueeze(1), 1e-5).latent.norm(dim=-1).max())
-        allowed = 2.5 * c * w + 0.5 * (2.5 * c) ** 2 + SOLVER + DECODER
-        assert ((found.log_prob - exact).abs() <= allowed + 4 * found.standard_error).all()
-
     def test_one_sample_has_no_scatter(self):
         for weighted in (False, True):
-            found = likelihood("CLD", samples=1, importance_weighted=weighted)
+            found = log_likelihood(ring(VP), X, importance_weighted=weighted)
+            assert found.log_prob.isfinite().all()
             assert found.standard_error.isnan().tolist() == [True, True]
 
 

@@ -122,8 +122,6 @@ class TestTargets:
 
 
 class TestLosses:
-    """The loss of one function, however it is represented and weighted."""
-
     @every_conditioning
     @pytest.mark.parametrize("weighting", ["likelihood", lambda t: 1 + t])
     @pytest.mark.parametrize("name", ["sub-VP", "VE", "PSLD", "HOLD", "first two of three driven"])
@@ -180,22 +178,18 @@ class TestLosses:
 
     @every_conditioning
     @pytest.mark.parametrize("prediction", ["score", "noise", "data"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_the_model_gets_one_time_for_each_sample_and_gradients(
-        self, prediction, conditioning, dtype
-    ):
-        weight, seen = torch.ones((), dtype=dtype, requires_grad=True), []
+    def test_the_model_gets_one_time_for_each_sample_and_gradients(self, prediction, conditioning):
+        weight, seen = torch.ones((), requires_grad=True), []
 
         def model(z, t):
             seen.append(t)
             return weight * (z[:, 0] if prediction == "data" else z[:, 1:])
 
         options = {"prediction": prediction, "conditioning": conditioning}
-        loss = score_matching_loss(model, CLD(), data(3, 2).to(dtype), 0.25, **options)
-        assert (seen[0].tolist(), seen[0].dtype, loss.dtype) == ([0.25] * 3, dtype, dtype)
+        loss = score_matching_loss(model, CLD(), data(3, 2).float(), 0.25, **options)
+        assert torch.equal(seen[0], torch.full((3,), 0.25))
         (slope,) = torch.autograd.grad(loss.sum(), weight)
-        assert slope.isfinite()
-        assert slope != 0
+        assert 0 < slope.abs() < math.inf
 
 
 def closed_form(sde, t, variance, conditioning):
@@ -217,8 +211,6 @@ def closed_form(sde, t, variance, conditioning):
 @every_conditioning
 @every_process
 class TestOptimalLoss:
-    """The loss that the best score of Gaussian data leaves."""
-
     @pytest.mark.parametrize(("t", "variance"), [(1e-6, 0.25), (0.01, 9.0), (1.0, 1.0)])
     def test_with_likelihood_weights_it_is_the_closed_form(self, name, t, variance, conditioning):
         sde, options = PROCESSES[name], {"conditioning": conditioning, "weighting": "likelihood"}

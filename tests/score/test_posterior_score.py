@@ -21,27 +21,17 @@ SOLVED = EPS**0.75 * 400 * 10  # residual of conjugate gradients times R's condi
 
 
 def states(sde, n, t):
-    g = generator(5)
-    x = DATA.sample(n, generator=g, dtype=torch.float64)
-    return sde.marginal(t).sample(
-        torch.cat([x.unsqueeze(1), torch.zeros(n, sde.components - 1, x.shape[1])], 1), generator=g
-    )
+    x = DATA.sample(n, generator=generator(5), dtype=torch.float64)
+    return sde.perturb(x, t, generator=generator(6))[0]
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
 @every_process
-def test_exact_guidance_is_the_formula_of_each_component(sde, t):
+def test_exact_guidance_and_moment_matching_equal_their_closed_forms(sde, t):
     z = states(sde, 6, t)
-    _, exact, _, _ = guided_prediction(DATA, SEEN, sde.marginal(t), z)
+    _, exact, matched, log_likelihood = guided_prediction(DATA, SEEN, sde.marginal(t), z)
     found = DATA.condition(SEEN).posterior_mean(sde, z, t)
     torch.testing.assert_close(found, exact, rtol=CONDITION, atol=CONDITION)
-
-
-@pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
-@every_process
-def test_moment_matching_by_autograd_equals_the_closed_form(sde, t):
-    z = states(sde, 6, t)
-    _, _, matched, log_likelihood = guided_prediction(DATA, SEEN, sde.marginal(t), z)
     guided = PosteriorScore(DATA.score(sde), SEEN, iterations=None)
     torch.testing.assert_close(guided.data_prediction(z, t), matched, rtol=SOLVED, atol=SOLVED)
     twisted = guided.guide(z, t)
@@ -56,38 +46,37 @@ def test_moment_matching_by_autograd_equals_the_closed_form(sde, t):
 
 @every_process
 def test_pigdm_and_dps_are_their_formulas(sde):
-    t, A, y, s = 0.3, SEEN.dense((8,)), SEEN.y, SEEN.noise_std
-    z = states(sde, 6, t)
+    t, A, y, noise = 0.3, SEEN.dense((8,)), SEEN.y, SEEN.noise_std**2
+    z, R = states(sde, 6, t), {"dps": noise * torch.eye(len(SEEN.y)).double()}
     V, _, _, _ = guided_prediction(DATA, SEEN, sde.marginal(t), z)
-    D = DATA.posterior_mean(sde, z, t)
-    variance = (-2 * sde.log_snr(t)).exp()
+    D, variance = DATA.posterior_mean(sde, z, t), (-2 * sde.log_snr(t)).exp()
     r2 = variance * 0.7 / (variance + 0.7)
-    for method, R in (
-        ("pigdm", r2 * A @ A.T + s**2 * torch.eye(len(A))),
-        ("dps", s**2 * torch.eye(len(A), dtype=torch.float64)),
-    ):
-        weight = torch.linalg.solve(R, (y - D @ A.T).T).T
-        guided = PosteriorScore(DATA.score(sde), SEEN, method, data_variance=0.7)
-        expected = D + torch.einsum("bij,bj->bi", V, weight @ A)
-        torch.testing.assert_close(guided.data_prediction(z, t), expected, rtol=SOLVED, atol=SOLVED)
-        free = PosteriorScore(DATA.score(sde), SEEN, method, data_variance=0.7, gradient=False)
-        found, expected = free.data_prediction(z, t), D + r2 * weight @ A
-        torch.testing.assert_close(found, expected, rtol=SOLVED, atol=SOLVED)
+    R["pigdm"] = r2 * A @ A.T + R["dps"]
+    for method, metric in R.items():
+        weight = torch.linalg.solve(metric, (y - D @ A.T).T).T
+        steps = {True: torch.einsum("bij,bj->bi", V, weight @ A), False: r2 * weight @ A}
+        for gradient, step in steps.items():
+            options = {"data_variance": 0.7, "gradient": gradient}
+            found = PosteriorScore(DATA.score(sde), SEEN, method, **options).data_prediction(z, t)
+            torch.testing.assert_close(found, D + step, rtol=SOLVED, atol=SOLVED)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_a_solve_gives_the_same_in_every_gradient_mode(mode):
-    sde = CLD()
-    guided = PosteriorScore(DATA.score(sde), SEEN)
-    start = sde.prior.sample((4, 8), generator=generator(0))
-    times = solvers.root_times(1.0, 1e-2, 5)
-    solver = solvers.ExponentialMultistep(order=2)
-    expected = solvers.solve(ReverseProcess(sde, guided), solver, start, times).state
+    guided = PosteriorScore(DATA.score(CLD()), SEEN)
+    start, times = (
+        CLD().prior.sample((4, 8), generator=generator(0)),
+        solvers.root_times(1.0, 1e-2, 5),
+    )
+
+    def results():
+        process, solver = ReverseProcess(CLD(), guided), solvers.ExponentialMultistep(order=2)
+        found = solvers.solve(process, solver, start.clone(), times).state
+        return found, guided(start.clone(), torch.tensor(0.5).expand(4))
+
+    expected = results()
     with mode():
-        found = solvers.solve(ReverseProcess(sde, guided), solver, start.clone(), times).state
-        alone = guided(start.clone(), torch.tensor(0.5).expand(4))
-    assert torch.equal(found, expected)
-    assert torch.equal(alone, guided(start, 0.5))
+        assert all(map(torch.equal, results(), expected))
 
 
 def test_each_sample_may_have_its_own_observation_and_time():
@@ -115,24 +104,21 @@ def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
 
 
 def test_conjugate_gradients_keep_what_they_found_before_they_fail():
+    def solved(A, b, iterations):
+        apply = lambda p: ((A @ p.unsqueeze(2)).squeeze(2), torch.zeros(len(p)).double())  # noqa: E731
+        return conjugate_gradients(apply, lambda p: p, b, iterations=iterations)
+
     # Both first steps succeed. The second curvature of one sample is negative, 1 − 4 = −3.
     matrices = torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[2.0, 0.5], [0.5, 1.0]]]).double()
     b = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double()
-
-    def solved(A, b, iterations):
-        def apply(p):
-            return (A @ p.unsqueeze(2)).squeeze(2), torch.zeros(len(p), dtype=torch.float64)
-
-        return conjugate_gradients(apply, lambda p: p, b, iterations=iterations)
-
-    together = solved(matrices, b, 5)
-    assert torch.equal(together[0], torch.tensor([1.0, 0.0]).double())
-    torch.testing.assert_close(
-        together[1], torch.linalg.solve(matrices[1], b[1]), rtol=EPS**0.75, atol=EPS**0.75
-    )
+    together, expected = solved(matrices, b, 5), torch.linalg.solve(matrices[1], b[1])
+    assert torch.equal(together[0], b[0])
+    torch.testing.assert_close(together[1], expected, rtol=EPS**0.75, atol=EPS**0.75)
     # A converged sample stays as it is while another one needs further steps.
-    slow = torch.diag_embed(torch.tensor([[1.0, 1.0], [1.0, 1e4]]).double())
-    ones = torch.ones(2, 2, dtype=torch.float64)
+    slow, ones = (
+        torch.tensor([[1.0, 1.0], [1.0, 1e4]]).diag_embed().double(),
+        torch.ones(2, 2).double(),
+    )
     assert torch.equal(solved(slow, ones, 9)[:1], solved(slow[:1], ones[:1], 9))
 
 
@@ -154,8 +140,7 @@ def test_the_mixture_may_be_learnt():
 
 def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
     sde, t = VPSDE(), 0.01
-    z = torch.randn(20, 1, 2, generator=generator(0))
-    kernel = sde.marginal(t)
+    z, kernel = torch.randn(20, 1, 2, generator=generator(0)), sde.marginal(t)
     psi, variance = float(kernel.mean), float(kernel.covariance)
 
     def score(z, t):
@@ -165,7 +150,5 @@ def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
         return -(z - psi * data) / variance
 
     seen = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 1e-3)
-    guided = PosteriorScore(score, seen, sde=sde)
-    wild = guided.data_prediction(z, t).abs().max()
     # Unguarded, the step is the residual over s², 1e6 times; ΠGDM's is at most it over r² + s².
-    assert float(wild) < 50
+    assert PosteriorScore(score, seen, sde=sde).data_prediction(z, t).abs().max() < 50

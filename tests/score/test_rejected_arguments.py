@@ -24,11 +24,11 @@ SDES, CRITICAL, VP, FLOW = [CLD, None, "CLD"], CLD(), VPSDE(), RectifiedFlow()
 def each(calls, message="", error=ValueError, **values):
     """Rows (call, error, message): one for each call and each value of each argument.
 
-    By default the message has to name the argument.
+    By default the message has to say what the argument must be.
     """
     calls = calls if isinstance(calls, list) else [calls]
     rows = [(f, {name: x}, name) for name, given in values.items() for x in given for f in calls]
-    return [(partial(f, **x), error, message or rf"\b{name}\b") for f, x, name in rows]
+    return [(partial(f, **x), error, message or rf"\b{name}\b must") for f, x, name in rows]
 
 
 def types(calls, message="", **values):
@@ -204,7 +204,8 @@ ROWS = [
     *each(partial(BOUND, model=lambda z, t: -z[:, 1:]), "no density", sde=[NO_DENSITY]),
     *types(score.dequantise, levels=[X, X.cfloat(), [1], None]),
     *each(score.dequantise, levels=map(torch.tensor, ([256], [-1]))),
-    *each(LEVEL_0, count=[1], low=[1.0, 2.0, -INF, NAN], high=[-1.0, INF, NAN]),
+    *each(LEVEL_0, count=[1], low=[1.0, 2.0, -INF, NAN]),
+    *each(LEVEL_0, "low must be below high", high=[-1.0, INF, NAN]),
     *each(BITS, dimension=[0, -1], bin_width=[0.0, -1.0, INF]),
     # Likelihoods.
     *each(DENSITIES, rtol=[0.0], atol=[NAN], divergence=["skilling"], method=["rk4"]),

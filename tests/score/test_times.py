@@ -12,12 +12,8 @@ from tolerances import rounding
 
 SDE, GRID, EULER = CLD(), solvers.root_times(1.0, 0.1, 4), solvers.EulerMaruyama()
 COARSE = {"rtol": 0.1, "atol": 0.1, "first_step": 0.3}
-SOLVERS = [
-    EULER,
-    solvers.ExponentialMultistep(order=2, stochasticity=1.0),
-    solvers.ProbabilityFlow(**COARSE),
-    solvers.ProbabilityFlow(**COARSE, pace="sample"),
-]
+SOLVERS = [EULER, solvers.ExponentialMultistep(order=2, stochasticity=1.0)]
+SOLVERS += [solvers.ProbabilityFlow(**COARSE, pace=pace) for pace in ("batch", "sample")]
 # Matrices over all numbers of a state, and products for each eigen-direction.
 every_size = pytest.mark.parametrize("dimension", [2, 40])
 

@@ -1,6 +1,5 @@
 """Distances of distributions against closed forms, and tables of error against work."""
 
-import json
 import math
 import sys
 
@@ -122,7 +121,7 @@ def test_exact_samples_have_no_error_of_modes_however_much_these_overlap(name):
     assert found < standard_error(1 / math.sqrt(2), n // 8, number=10)
 
 
-def test_modes_of_two_dimensions_or_without_width_or_points():
+def test_modes_of_two_dimensions_or_without_points():
     data = GaussianMixture([1.0, 1.0], [[-5.0, 0.0], [5.0, 0.0]], [[[0.09, 0.0], [0.0, 0.09]]] * 2)
     # Four points (±a, 0), (0, ±b) have variances 2a²/3 and 2b²/3.
     a, b = 0.3 * 1.2 * math.sqrt(1.5), 0.3 * math.sqrt(1.5)
@@ -130,9 +129,6 @@ def test_modes_of_two_dimensions_or_without_width_or_points():
     x = torch.cat([points + data.means[0], points + data.means[1]])
     expected = math.sqrt((1.2**2 + 1) / 2) - 1
     assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=EXACT)
-    data = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.0]], [[0.1]]])
-    with pytest.raises(ValueError, match="positive width"):
-        mode_spread_error(normals(0, 10, 1), data, 1.0, 0.0)
     x = torch.cat([mode(-10, 0.2), mode(0, 0.5)])
     for points in (x, torch.cat([x, tensor([[10.0]])])):
         expected = math.sqrt(1 / 3)
@@ -163,9 +159,6 @@ def test_a_table_has_each_solver_at_each_budget_with_its_exact_error():
         others = [other for other in finite if other != point and other.nfe <= point.nfe]
         assert point.pareto is not any(other.error <= point.error for other in others)
     assert {point.pareto for point in finite} == {True, False}
-    read = json.loads(table.to_json())
-    assert [WorkPrecisionPoint(**point) for point in read["points"][:4]] == finite
-    assert [point["error"] for point in read["points"][4:]] == [None, None]
 
 
 def test_an_adaptive_solver_is_run_once_and_has_no_exact_moments():
@@ -197,7 +190,7 @@ def test_standard_errors_are_of_the_mean_of_the_repeats(monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["spread", "sliced"])
-def test_the_floor_of_samples_is_shown(tmp_path, metric):
+def test_the_floor_of_samples_is_shown(metric):
     problem, solvers = PROBLEMS["VP, three modes"], {"DDIM": ExponentialMultistep(order=2)}
     options = {"budgets": (200,), "samples": 2000, "repeats": 2}
     found = work_precision(problem, solvers, metric=metric, **options)
@@ -206,25 +199,16 @@ def test_the_floor_of_samples_is_shown(tmp_path, metric):
     assert low < found.floor < high
     # So fine a grid leaves next to nothing else.
     assert found.points[0].error < 4 * found.floor
-    assert found.to_markdown().splitlines()[-1] == f"| exact samples | {found.floor:.1e} |"
-    assert json.loads(found.to_json())["floor"] == found.floor
-    assert WorkPrecision.joined([found, found]).floor == pytest.approx(found.floor, rel=EXACT)
-    found.plot(tmp_path / "a.svg")
-    assert "exact samples" in (tmp_path / "a.svg").read_text()
+    assert f"| exact samples | {found.floor:.1e} |" in found.to_markdown()
 
 
-RING, BUDGETS = {"problem": PROBLEMS["CLD, ring"]}, "budgets must be positive integers, at least"
-STEP = "budgets must allow at least one step, which takes 2"
 WRONG = [
     ({"metric": "kl"}, ValueError, "'moments', 'bures', 'sliced' or 'spread'; got 'kl'"),
-    *(({"metric": x} | RING, ValueError, "metric must be 'sliced'") for x in ("moments", "bures")),
-    *(({"budgets": x}, ValueError, BUDGETS) for x in ((), (0,), (10.5,), 10)),
-    ({"budgets": (10, 1)}, ValueError, STEP),
-    ({"samples": 0}, ValueError, "samples must be a positive integer; got 0"),
-    *(({"repeats": x}, ValueError, "repeats must be a positive integer; got") for x in (0, 1.5)),
-    ({"solvers": [StochasticHeun()]}, TypeError, "solvers must be a mapping of names"),
+    ({"metric": "bures", "problem": PROBLEMS["CLD, ring"]}, ValueError, "metric must be 'sliced'"),
+    *(({"budgets": x}, ValueError, "budgets must be positive integers") for x in ((), (0,), 10)),
+    ({"budgets": (10, 1)}, ValueError, "budgets must allow at least one step, which takes 2"),
+    *(({x: 0}, ValueError, f"{x} must be a positive integer") for x in ("samples", "repeats")),
     ({"solvers": {"heun": StochasticHeun}}, TypeError, "must be a solver, such as"),
-    ({"problem": "CLD"}, TypeError, "problem must be a Problem"),
 ]
 
 
@@ -249,8 +233,5 @@ def test_markdown_has_a_line_per_solver_and_diagrams_are_written_to_files(tmp_pa
         "| first | **5.0e-01** | **2.0e-02** |  |",
         "| second |  | 3.0e-01 | nan |",
     ]
-    for against, name, head in (("nfe", "a.svg", b"<?xml"), ("seconds", "a.png", b"\x89PNG")):
-        table.plot(tmp_path / name, against=against)
-        assert (tmp_path / name).read_bytes().startswith(head)
-    with pytest.raises(ValueError, match="'nfe' or 'seconds'"):
-        table.plot(tmp_path / "b.svg", against="steps")
+    table.plot(tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")

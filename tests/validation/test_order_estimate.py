@@ -1,6 +1,5 @@
 """Estimated orders of convergence, on error curves whose order is known by construction."""
 
-import json
 import math
 from statistics import NormalDist
 from typing import Any
@@ -65,18 +64,6 @@ def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
     assert np.mean([found.verdict is Verdict.FAIL for _, found in curves]) <= 0.05
     too_high = [found.low >= order + TOLERANCE for order, found in known]
     assert np.sum(too_high & (widths <= TOLERANCE)) <= 0.05 * CURVES
-
-
-# Rule 2 takes levels for exact that have no standard errors, and drops some that are only unlucky.
-@pytest.mark.parametrize("count", [4, 6])
-def test_noise_that_no_standard_error_tells_of_widens_the_interval(count):
-    rng, x = np.random.default_rng(22), 2.0 ** -np.arange(float(count))
-    noisy = (x * (1 + 0.05 * rng.standard_normal(count)) for _ in range(CURVES // 2))
-    curves = [estimate_order(x / 16, errors, expected=1) for errors in noisy]
-    known = [curve for curve in curves if not math.isnan(curve.order)]
-    assert len(known) >= 0.85 * len(curves)
-    assert np.mean([curve.low <= 1 <= curve.high for curve in known]) >= 0.8
-    assert np.mean([curve.verdict is Verdict.FAIL for curve in curves]) <= 0.02
 
 
 # Corrections other than 1 + a h: in half powers, in even powers, in all powers.
@@ -196,15 +183,11 @@ VERDICTS: list[Any] = [
     (STEPS, {}, 1.25, Verdict.INCONCLUSIVE, ""),
     (0.3 * STEPS * (1 + STEPS), {}, 1.5, Verdict.FAIL, "below the declared"),
     (STEPS**2, {"standard_errors": 0.3 * STEPS**2}, 0.5, Verdict.INCONCLUSIVE, "uncertain"),
-    ([1e3, 1e8, 1e20, 1e60], {}, 0.5, Verdict.FAIL, "errors grow as steps shrink"),
     ([1.0, math.nan, 2, 5], {}, 0.5, Verdict.FAIL, "errors grow as steps shrink"),
-    (1 / STEPS, {}, 0.5, Verdict.FAIL, "errors grow"),
     (GROWING, {"standard_errors": 1e-3 * GROWING}, 0.5, Verdict.FAIL, "errors grow"),
     (GROWING, {"standard_errors": 0.3 * GROWING}, 0.5, Verdict.INCONCLUSIVE, ""),
-    (GROWING, {"rounding": 2.0}, 0.5, Verdict.INCONCLUSIVE, ""),
     # C h (1 − h/h_1) changes its sign at the coarsest level.
     (STEPS * (1 - STEPS / STEPS[0]) + 1e-6, {}, 1, Verdict.PASS, ""),
-    (np.maximum(STEPS**2, STEPS[-3] ** 2), {}, 2, Verdict.FAIL, ""),
     (np.maximum(STEPS**2, STEPS[-2] ** 2), {}, 2, Verdict.FAIL, "the last local order is 0.00"),
     # Errors that go up and down do not stop falling; with the same last order a smooth curve does.
     (STEPS * [1, 1, 1, 1, 1, 1.3 / 0.7], {}, 1, Verdict.FAIL, "stop decreasing"),
@@ -221,43 +204,12 @@ def test_verdicts_and_their_messages(errors, options, expected, verdict, words):
     assert estimate.exceeds or "above" not in words
 
 
-def test_an_estimate_prints_in_one_line_and_has_no_verdict_without_a_declared_order():
-    estimate = estimate_order(STEPS, STEPS)
-    assert (estimate.verdict, estimate.expected, estimate.exceeds) == (None, None, False)
-    assert str(estimate) == "1.00 [0.98, 1.02]"
-    assert str(estimate_order(STEPS[:2], STEPS[:2])) == "no order"
-    estimate = estimate_order(STEPS, STEPS**1.5, expected=1.5)
-    assert str(estimate) == "1.50 [1.48, 1.52], declared 1.5: PASS"
-    assert "from 6 of 6 levels, is at most 0.25 below the declared 1.5" in estimate.message
-
-
-@pytest.mark.parametrize("expected", [None, 1.0])
-@pytest.mark.parametrize(("first", "count"), [(STEPS[0], 6), (math.inf, 6), (0.0, 2)])
-def test_estimates_go_to_strict_json_and_back(count, first, expected):
-    errors = STEPS[:count].copy()
-    errors[0] = first
-    estimate = estimate_order(STEPS[:count], errors, 0.01 * errors, expected=expected)
-    plain = json.loads(estimate.to_json())
-    assert plain == estimate.to_dict()
-    assert plain["order"] == (None if math.isnan(estimate.order) else estimate.order)
-    assert plain["verdict"] == (None if expected is None else str(estimate.verdict))
-    assert plain["exceeds"] is estimate.exceeds
-    assert [level["step"] for level in plain["levels"]] == STEPS[:count].tolist()
-    assert plain["levels"][0]["error"] == (float(first) if math.isfinite(first) else None)
-
-
 WRONG: dict[str, list[Any]] = {
-    "steps": [
-        *([], 0.1, [[0.1, 0.05, 0.02]], [0.1, 0.1, 0.05], [0.05, 0.1, 0.2], [0.1, 0.05, 0.0]),
-        *([0.1, 0.05, -0.1], [math.inf, 0.1, 0.05], [0.1, math.nan, 0.05]),
-    ],
-    "errors": [[0.1, 0.05], 0.1, [0.1, -0.05, 0.02], [0.1, -math.inf, 0.02]],
-    "standard_errors": [[0.1, 0.1], -0.1, [0.1, math.nan, 0.1]],
-    "rounding": [[1e-9, 1e-9], -1e-9, math.nan],
-    "expected": [0.0, math.nan],
-    "tolerance": [0.0, math.inf],
-    "confidence": [0.0, 1.0, math.nan],
-    "spacing": [0.0, -1.0, math.inf, math.nan],
+    "steps": [[], 0.1, [0.1, 0.1, 0.05], [0.05, 0.1, 0.2], [0.1, 0.05, 0.0], [0.1, math.nan, 0.05]],
+    "errors": [[0.1, 0.05], [0.1, -0.05, 0.02]],
+    "standard_errors": [[0.1, 0.1], -0.1],
+    **{name: [-1.0, math.nan] for name in ("rounding", "expected", "tolerance", "spacing")},
+    "confidence": [0.0, 1.0],
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import references
-from cldsde import CLD, HOLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, GaussianMixture, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import SSCS, EulerMaruyama, ExponentialMultistep, ProbabilityFlow, uniform_times
 from cldsde.validation import GaussianReference, Problem, moment_error, orders, problems
 from cldsde.validation.cases import FlowCase, PathCase
@@ -78,16 +78,6 @@ def test_kernels_moments_and_flows_of_the_reference_are_the_exact_ones(name, man
         assert (origin - m_u).abs().max() <= INTEGRATED
         flow = (reference.flow(eye + m_t, t, u)[..., 0] - origin[:, 0]).T
         assert (flow @ C_t @ flow.T - C_u).abs().max() <= INTEGRATED * loss
-
-
-def test_the_reference_is_for_gaussian_data_at_its_own_times():
-    for name in ("CLD, three modes", "CLD, ring"):
-        with pytest.raises(ValueError, match="Gaussian data of one dimension"):
-            GaussianReference(PROBLEMS[name], tensor([0.05, 1.0]))
-    reference = GaussianReference(PROBLEMS["VP"], tensor([0.05, 1.0]))
-    missing = uniform_times(1.0, 0.5, 8)
-    with pytest.raises((ValueError, KeyError), match=r"0\.5"):
-        moment_error(EulerMaruyama(), PROBLEMS["VP"], missing, reference)
 
 
 @functools.cache
@@ -199,99 +189,48 @@ def test_orders_are_those_declared_and_no_higher(measure, claim, solver, name, o
         assert (failed.verdict, failed.order) == (FAIL, found.order)
 
 
-def test_orders_of_a_solver_that_diverges_come_without_a_warning():
-    diverging = altered(EulerMaruyama, step=lambda z, *_: z / 0)()
-    found = strong_order(diverging, PROBLEMS["VP"], steps=(8, 16, 32), samples=100)
-    assert not any(math.isfinite(level.error) for level in found.levels)
-
-
 def further(z, i, score, tables):
     """The last step goes half a unit too far."""
     return z + 0.5 * (i == len(tables.stages[0].state) - 1)
 
 
-# Of a declared 1.2 an order of 1 is neither confirmed nor refuted; of 1 it is confirmed.
-@pytest.mark.parametrize("declared", [1.0, 1.2])
-def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch, declared):
+def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch):
     monkeypatch.setattr(orders, "_EXACT_SAMPLES", 30_000)
-    problem, few = PROBLEMS["VP, three modes"], {"steps": FEWER, "samples": 3000}
-    found = weak_order(altered(EulerMaruyama, step=further, weak_order=declared)(), problem, **few)
+    problem, few = PROBLEMS[MODES], {"steps": FEWER, "samples": 3000}
+    found = weak_order(altered(EulerMaruyama, step=further)(), problem, **few)
     assert found.verdict is FAIL
     assert "wrong distribution" in found.message
-    if declared == 1:
-        assert "wrong distribution" not in weak_order(EulerMaruyama(), problem, **few).message
-
-
-def drifting(tables, times):
-    """A drift that is off by a small multiple of z."""
-    (stage,), h = tables.stages, -times.diff()[:, None, None]
-    state = tensor(stage.state)
-    state = state - 0.2 * h * torch.eye(state.shape[-1], dtype=torch.float64)
-    return tables._replace(stages=(stage._replace(state=state.tolist()),))
-
-
-MIXTURE: dict[str, Any] = {"steps": (*FEWER, 256, 512), "samples": 40_000}
+    assert "wrong distribution" not in weak_order(EM, problem, **few).message
 
 
 @pytest.mark.slow
 def test_the_weak_order_on_a_mixture_is_measured_along_shared_paths():
-    problem = PROBLEMS["VP, three modes"]
-    good = weak_order(EulerMaruyama(), problem, **MIXTURE)
-    assert good.verdict is PASS
-    assert len(good.levels) == 5
-    claimed = weak_order(declaring(EulerMaruyama(), weak_order=2), problem, **MIXTURE)
-    assert claimed.verdict is FAIL
-    # It converges, at order 1, to another distribution.
-    wrong = weak_order(altered(EulerMaruyama, tables=drifting)(), problem, **MIXTURE)
-    for found in (good, wrong):
+    for claim, verdict in ((1, PASS), (2, FAIL)):
+        solver = declaring(EulerMaruyama(), weak_order=claim)
+        found = weak_order(solver, PROBLEMS[MODES], steps=(*FEWER, 256, 512), samples=40_000)
+        assert (found.verdict, len(found.levels)) == (verdict, 5)
         assert found.order == pytest.approx(1, abs=VERDICT)
-    assert wrong.verdict is FAIL
-    assert "wrong distribution" in wrong.message
-    # Squares of data vary by the fourth power of their scale.
-    data = GaussianMixture([0.5, 0.2, 0.3], [[-10.0], [2.0], [12.0]], [[[12.25]]] * 3)
-    wide = Problem("wide", VPSDE(0.1, 8.0), data)
-    assert "wrong distribution" not in weak_order(solvers.StochasticHeun(), wide, **MIXTURE).message
 
 
-@pytest.mark.parametrize(("variance", "reason"), [(1.0, ""), (1e8, "below rounding")])
-def test_rounding_is_relative_to_the_size_of_moments(monkeypatch, variance, reason):
-    """An error of 1e-9 is beyond the digits of moments of 1e8 alone."""
-    monkeypatch.setattr(orders, "moment_error", lambda *arguments: 1e-9)
-    data = GaussianMixture([1.0], [[0.0]], [[[variance]]])
-    problem = Problem("wide", VPSDE(0.1, 8.0), data)
-    found = weak_order(EulerMaruyama(), problem, steps=(32, 64))
-    assert [level.reason for level in found.levels] == [reason, reason]
-
-
-RK4, PAIR = solvers.TorchDiffEq(method="rk4"), (weak_order, strong_order)
-FINEST = {"steps": (30, 64, 128), "samples": 20}
 PATH, FIXED, INCREASE = "must have `path_noise`", "fixed grid", "positive integers that increase"
 MEASURES = ((weak_order, EM), (strong_order, EM), (ode_order, ExponentialMultistep()))
 REJECTED: list[Any] = [
-    *((strong_order, x, "CLD", {}, TypeError, PATH) for x in (SSCS(), RK4)),
-    *((f, solvers.GottaGoFast(), "CLD", {}, TypeError, FIXED) for f in PAIR),
+    (strong_order, SSCS(), "CLD", {}, TypeError, PATH),
+    (weak_order, solvers.GottaGoFast(), "CLD", {}, TypeError, FIXED),
     (weak_order, SSCS(), "CLD, three modes", {}, TypeError, "shared Brownian paths"),
-    (weak_order, ProbabilityFlow(), MODES, {}, TypeError, FIXED),
     (weak_order, SSCS(), "VE", {}, ValueError, "SSCS needs"),
-    (moment_error, SSCS(), "VE", {"times": tensor([1.0, 0.5])}, ValueError, "SSCS needs"),
     (ode_order, solvers.GottaGoFast(), "CLD", {}, ValueError, "steps of one length"),
     # Over 30 steps there is no grid of the 128 cells.
-    (strong_order, EM, "VP", FINEST, ValueError, "30"),
-    *((f, EM, MODES, FINEST, ValueError, "30") for f in PAIR),
-    *((f, EM, MODES, {"samples": 5}, ValueError, "at least 20") for f in PAIR),
-    *((f, x, "no", {}, TypeError, "problem must be a Problem, .*; got 'no'") for f, x in MEASURES),
-    *(
-        (measure, solver, "VP", {"steps": steps}, ValueError, INCREASE)
-        for measure, solver in MEASURES
-        for steps in ((), (64, 32), (32, 32), (0, 32), (32, 64.5))
-    ),
+    (strong_order, EM, "VP", {"steps": (30, 64, 128), "samples": 20}, ValueError, "30"),
+    (weak_order, EM, MODES, {"samples": 5}, ValueError, "at least 20"),
+    *((f, x, "VP", {"steps": (32, 32)}, ValueError, INCREASE) for f, x in MEASURES),
 ]
 
 
 @pytest.mark.parametrize(("measure", "solver", "problem", "options", "error", "words"), REJECTED)
 def test_impossible_measurements_are_rejected(measure, solver, problem, options, error, words):
     with pytest.raises(error, match=words):
-        measure(solver, PROBLEMS.get(problem, problem), **options)
+        measure(solver, PROBLEMS[problem], **options)
 
 
 # Exact moments of solvers with Gaussian data, against recursions from matrix exponentials
@@ -383,42 +322,22 @@ def test_samples_have_the_propagated_moments(solver, name):
 
 
 GRID = uniform_times(1.0, 0.1, 3)
-MEAN, EYE = torch.zeros(2, 1), torch.eye(2)
-START = {"mean": MEAN, "covariance": EYE}
+START = {"mean": torch.zeros(2, 1), "covariance": torch.eye(2)}
 OwnNoise = altered(EulerMaruyama, step=lambda z, *_: z + torch.randn_like(z))
-
-
-class Moody(EulerMaruyama):
-    """Draws more if some state is not zero."""
-
-    def step(self, z, memory, tables, i, score, noise):
-        if z.any():
-            noise.normal(z, 2)
-        return super().step(z, memory, tables, i, score, noise)
 
 
 TWO_MODES = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]])
 TWICE = "the same state and noise gave two different results; does the solver draw noise outs"
-SHAPES = [
-    *((torch.zeros(k, 1), torch.eye(k)) for k in (1, 3)),
-    *((torch.zeros(*shape), EYE) for shape in ((2,), (2, 1, 1), (2, 2))),
-    *((MEAN, covariance) for covariance in (torch.eye(3), torch.ones(2))),
-]
-WRONG_GRIDS = [[0.1, 0.5, 1.0], [1.0, 0.5, 0.5], [1.0, math.nan], [1.5, 0.5], [1.0], [[1.0, 1.0]]]
 MIXED = ReverseProcess(CLD(), TWO_MODES.score(CLD()))
-BY_NORM = solvers.PredictorCorrector(corrector=solvers.Langevin(norm="batch"))
-NO_SSCS = {"process": reverse("VE"), "solver": SSCS(), "mean": MEAN[:1], "covariance": EYE[:1, :1]}
 NO_MOMENTS: list[Any] = [
-    *(({"mean": m, "covariance": C}, ValueError, r"mean must be \(2, D\)") for m, C in SHAPES),
-    *(({"times": torch.tensor(grid)}, ValueError, "times") for grid in WRONG_GRIDS),
-    *(({"solver": x}, TypeError, "solver must be a solver") for x in (SSCS, None, "EM")),
-    *(({"process": x}, TypeError, "process must be a ReverseProcess") for x in (CLD(), None)),
+    ({"mean": torch.zeros(2, 2)}, ValueError, r"mean must be \(2, D\)"),
+    ({"covariance": torch.eye(3)}, ValueError, r"mean must be \(2, D\)"),
+    ({"times": tensor([0.1, 0.5, 1.0])}, ValueError, "times"),
+    ({"solver": SSCS}, TypeError, "solver must be a solver"),
+    ({"process": CLD()}, TypeError, "process must be a ReverseProcess"),
     ({"solver": OwnNoise()}, ValueError, TWICE),
-    ({"solver": Moody()}, ValueError, "solver must draw the same noise for every state"),
     ({"solver": solvers.GottaGoFast()}, TypeError, "a fixed grid; GottaGoFast is adaptive"),
     *(({"solver": solver, "process": MIXED}, ValueError, "affine") for solver in (EM, SSCS())),
-    ({"solver": BY_NORM}, ValueError, "affine in"),
-    (NO_SSCS, ValueError, "SSCS needs"),
 ]
 
 
@@ -427,12 +346,3 @@ def test_solvers_and_arguments_without_exact_moments_are_rejected(changes, error
     valid = {"process": reverse("CLD"), "solver": EM, "times": GRID, **START}
     with pytest.raises(error, match=message):
         propagate_moments(*(valid | changes).values())
-
-
-def test_moments_of_steps_that_diverge_are_not_finite_and_arguments_are_kept():
-    exploding = altered(EulerMaruyama, step=lambda z, *_: z / 0)()
-    mean, covariance = torch.full((2, 1), 0.5).double(), EYE.double()
-    found = propagate_moments(reverse("CLD"), exploding, GRID, mean, covariance)
-    assert not found[0].isfinite().any()
-    assert torch.equal(mean, torch.full((2, 1), 0.5).double())
-    assert torch.equal(covariance, EYE.double())

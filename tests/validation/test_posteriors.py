@@ -1,6 +1,5 @@
 """The measurement of posterior samplers: exact ones pass, wrong ones are found."""
 
-import dataclasses
 import math
 import statistics
 import sys
@@ -13,7 +12,7 @@ from cldsde import CLD, PSLD, VPSDE, Observation
 from cldsde.validation import calibration_ranks, posterior_error, posterior_problems
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_methods import posterior_methods
-from cldsde.validation.posterior_suite import PosteriorReport, planted_samplers, posterior_runs
+from cldsde.validation.posterior_suite import PosteriorReport, posterior_runs
 from tolerances import rounding
 
 NAMES = list(posterior_problems())
@@ -38,11 +37,6 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
     # Log-densities of up to 64 numbers below 100, of covariances with condition numbers below 1e5.
     bound = rounding(64, 100 * 1e5)
     assert (log_density(problem.posterior) - expected).abs().max() <= bound
-
-
-def test_small_noise_keeps_covariances_positive():
-    posterior = posterior_problems(1e-6)["mask"].posterior
-    assert float(torch.linalg.eigvalsh(posterior.covariances).min()) > -rounding(4)
 
 
 @pytest.mark.parametrize(("sde", "noise"), [(VPSDE(), 1.0), (CLD(), 0.1)], ids=str)
@@ -100,17 +94,7 @@ def test_a_sampler_that_returns_no_numbers_fails():
     found = posterior_error(broken, posterior_problems()["two modes"], samples=100, repeats=2)
     assert found.method == "broken"
     assert found.verdict is Verdict.FAIL
-    assert found.to_dict()["distance"] is None
-    report = PosteriorReport([found])
-    assert len(report.failures()) == 1
-    assert "FAIL" in report.to_text()
-
-
-def test_a_planted_sampler_that_is_not_found_is_a_failure():
-    found = posterior_error("exact", posterior_problems()["one Gaussian"], samples=100, repeats=2)
-    name = next(iter(planted_samplers()))
-    (line,) = PosteriorReport([dataclasses.replace(found, method=name)]).failures()
-    assert "was not found" in line
+    assert len(PosteriorReport([found]).failures()) == 1
 
 
 def test_the_exact_posterior_is_calibrated_and_a_wrong_one_is_not():
@@ -126,14 +110,6 @@ def test_the_exact_posterior_is_calibrated_and_a_wrong_one_is_not():
 
     assert calibration_ranks(exact, problem, draws=200).p_value > RARE
     assert calibration_ranks(wrong, problem, draws=200).p_value < RARE
-
-
-def test_weighted_samples_are_ranked_by_their_weights():
-    problem = posterior_problems(0.3)["two modes"]
-    found = calibration_ranks("twisted", problem, draws=20, samples=30, steps=10)
-    assert found.ranks.shape == (20, 3)
-    assert bool(((found.ranks >= 0) & (found.ranks <= 1)).all())
-    assert found.p_value > RARE
 
 
 WRONG = [

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cldsde.errors import SettingError
-from cldsde.solvers import SSCS, ExponentialMultistep, StochasticHeun, find_solver, named_solvers
+from cldsde.solvers import SSCS, StochasticHeun, find_solver, named_solvers
 from cldsde.solvers.named import canonical_name
-from cldsde.validation import WorkPrecision, estimate_order, problems
+from cldsde.validation import WorkPrecision, estimate_order
 from cldsde.validation.checks import NOT_APPLICABLE, Check
 from cldsde.validation.files import ReportFiles
 from cldsde.validation.order_estimate import Verdict
@@ -38,11 +38,6 @@ def check(order, expected, *, kind=WEAK, problem="p", name="it"):
     found = estimated(order, expected)
     value = found.order if math.isfinite(found.order) else None
     return Check(kind, name, problem, expected, value, found.verdict, found.message, 0.1, found)
-
-
-def strict(content):
-    """Through JSON as the standard has it: no NaN, no infinity."""
-    return json.loads(json.dumps(content, allow_nan=False))
 
 
 SUMMARIES = [
@@ -87,117 +82,49 @@ DIVERSE = (
 )
 
 
-@pytest.mark.parametrize(("count", "complete"), [(0, True), (10, False)])
-def test_a_report_goes_through_json_and_back_whole_or_in_part(tmp_path, count, complete):
-    found = DIVERSE[:count]
+def test_a_report_goes_through_strict_json(tmp_path):
     points = (WorkPrecisionPoint("first", 10, 0.1, 0.2, 0.0, pareto=True),)
     file = tmp_path / "report.json"
-    Report(found, [WorkPrecision(CLD, "moments", points)], complete).write_json(file)
+    Report(DIVERSE, [WorkPrecision(CLD, "moments", points)], complete=False).write_json(file)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
-    read = strict(json.loads(file.read_text()))
-    assert read["complete"] is complete
-    assert read["summary"] == {name: str(v) for name, v in summarise(found).items()}
-    for entry, made in zip(read["checks"], found, strict=True):
+    read = json.loads(file.read_text())
+    json.dumps(read, allow_nan=False)
+    assert read["complete"] is False
+    assert read["summary"] == {name: str(v) for name, v in summarise(DIVERSE).items()}
+    for entry, made in zip(read["checks"], DIVERSE, strict=True):
         fields = ("kind", "subject", "problem", "declared", "message", "seconds")
         assert all(entry[name] == getattr(made, name) for name in fields)
         assert entry["verdict"] == (None if made.verdict is None else str(made.verdict))
         finite = made.measured is not None and math.isfinite(made.measured)
         assert entry["measured"] == (made.measured if finite else None)
-        assert made.estimate is None or len(entry["estimate"]["levels"]) == len(H)
     assert read["work_precision"][0]["points"][0]["error"] == 0.2
-    assert {"cldsde", "torch", "machine"} <= set(read)
-
-
-def test_a_report_that_cannot_be_made_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    def fail(self: Path, target: Path) -> None:
-        raise OSError("disk full")
-
-    file = tmp_path / "report.json"
-    file.write_text("before")
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        Report(DIVERSE).write_json(file)
-    assert [(entry, entry.read_text()) for entry in tmp_path.iterdir()] == [(file, "before")]
 
 
 def test_the_text_has_a_line_for_each_solver_and_kind():
     table, reasons, closing = Report(DIVERSE).to_text().split("\n\n")
     assert closing == "2 of 6 pass."
     assert reasons.startswith("third, weak order on VP: An order needs")
-    lines = table.splitlines()
-    assert lines[0].split() == ["declared", "measured", "on", "verdict"]
-    expected = {
-        "kernels": ["5e-13", "2 processes"],
-        "first: weak order": ["1.00 … 1.20", "2 PASS", "VP, CLD"],
-        "first: strong order": ["1 PASS"],
-        "second: weak order": ["1 FAIL"],
-        "third: weak order": ["1 INCONCLUSIVE"],
-        "third: error at 100 steps": ["0.25"],
-        "fourth: error at 100 steps": [],
-        "fifth: bias": ["1 FAIL"],
-    }
-    assert [line.split("  ")[0] for line in lines[1:]] == list(expected)
-    for line, words in zip(lines[1:], expected.values(), strict=True):
-        assert all(word in line for word in words)
-    assert Report(()).to_text().endswith("0 of 0 pass.")
-
-
-def test_failures_and_reasons_why_nothing_confirms_a_declared_order_are_named_once():
-    claim = "`strong_order=1` is declared but `path_noise` is missing: implement it or drop it"
-    found = [
-        *(Check(STRONG, "it", p, 1, None, INCONCLUSIVE, claim, 0.1) for p in (VP, CLD)),
-        check(1, 1, problem=VP),
-        check(None, 1, problem=CLD),  # confirmed on VP
-        check(None, 1, problem=VP, name="other"),
-    ]
-    reasons = [f"it, strong order on VP, CLD: {claim}"]
-    reasons += [f"other, weak order on VP: {found[-1].message}"]
-    assert Report(found).unconfirmed() == reasons
-    assert Report(found).to_text().split("\n\n")[1:] == ["\n".join(reasons), "0 of 2 pass."]
-    lines = Report(DIVERSE).failures()
-    assert [line.split(",")[0] for line in lines] == ["second", "fifth"]
-    assert lines[1] == f"fifth, bias on {POINTS}: E|x| is off"
-
-
-def test_the_table_for_the_documentation_has_declared_beside_measured():
-    solvers = {"first": StochasticHeun(), "third": ExponentialMultistep(), "unmeasured": SSCS()}
-    table = Report(DIVERSE, solvers=solvers).solver_table()
-    assert [row["solver"] for row in table] == [repr(solver) for solver in solvers.values()]
-    low = min(estimated(order, 1).low for order in (1, 1.2))
-    high = max(estimated(order, 1).high for order in (1, 1.2))
-    first = f"1.00 … 1.20 [{low:.2f}, {high:.2f}]"
-    # Processes, evaluations; each order declared and measured; the error at 100 steps.
-    assert [tuple(row.values())[1:] for row in table] == [
-        ("every linear SDE", "2", "2", first, "1", "2.00 [1.98, 2.02]", "", "", ""),
-        (ExponentialMultistep().facts.applies_to, "1", "", "—", "", "", "2", "", "2.5e-01"),
-        (SSCS().facts.applies_to, "1", "1", "", "", "", "", "", ""),
-    ]
-    assert Report(DIVERSE).solver_table() == []
+    lines = [line.split("  ")[0] for line in table.splitlines()[1:]]
+    kinds = "first: weak order, first: strong order, second: weak order, third: weak order"
+    kinds += ", third: error at 100 steps, fourth: error at 100 steps, fifth: bias"
+    assert lines == ["kernels", *kinds.split(", ")]
+    failures = Report(DIVERSE).failures()
+    assert [line.split(",")[0] for line in failures] == ["second", "fifth"]
+    assert failures[1] == f"fifth, bias on {POINTS}: E|x| is off"
 
 
 def test_the_page_has_all_checks_and_a_plot_of_each_order(tmp_path):
-    """A distribution has its worst statistic as a part of the limit, and nothing declared."""
-    found = ("first", 10, 0.2), ("third", 10, math.nan), ("third", 20, math.inf)
-    points = tuple(WorkPrecisionPoint(name, n, 0.1, error, 0.0) for name, n, error in found)
+    points = tuple(WorkPrecisionPoint("first", n, 0.1, math.inf, 0.0) for n in (10, 20))
     table = WorkPrecision("<CLD>", "moments", points)
-    errors = [point["error"] for point in strict(json.loads(table.to_json()))["points"]]
-    assert errors == [0.2, None, None]
-    distribution = Check("distribution", "first", "VP, ring", None, 0.634, PASS, "sliced W₂", 0.1)
-    file = Report([*DIVERSE, distribution], [table], complete=False).write_html(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
-    page = file.read_text(encoding="utf-8")
+    page = Report(DIVERSE, [table], complete=False).write_html(tmp_path).read_text("utf-8")
     for words in ("interrupted, incomplete", "INCONCLUSIVE", "&lt;CLD&gt;"):
         assert words in page
-    assert "0.63 of the allowed error" in page
-    assert '<td class="words">sliced W₂</td>' in page
     assert "<CLD>" not in page
     # A diagram of work, and errors of the two solvers with an order.
     images = re.findall('svg\\+xml;base64,([^"]+)', page)
     assert len(images) == 3
-    drawn = base64.b64decode(images[-1]).decode()
     # Glyphs are drawn as paths, with what they say as a comment.
-    assert "1 / number of steps" in drawn
-    assert "error of moments or states" in drawn
+    assert "1 / number of steps" in base64.b64decode(images[-1]).decode()
 
 
 def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
@@ -219,41 +146,30 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
 def test_solvers_are_found_by_their_names(tmp_path, monkeypatch):
     for name, solver in named_solvers().items():
         assert find_solver(name) == solver
-    for short, full in (("em", "euler-maruyama"), ("multistep", "multistep-2-sde")):
-        assert find_solver(short) == find_solver(full)
-        assert canonical_name(short) == full
-        assert short not in named_solvers()
-    assert canonical_name("sscs") == "sscs"
+    assert (canonical_name("em"), canonical_name("sscs")) == ("euler-maruyama", "sscs")
+    assert find_solver("em") == find_solver("euler-maruyama")
     text = "from cldsde.solvers import SSCS\nmine = SSCS(score_step='midpoint')\n"
     (tmp_path / "my_solvers_found.py").write_text(text)
-    (tmp_path / "my_broken_solvers.py").write_text("class Mine(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_solver("cldsde.solvers:StochasticHeun") == StochasticHeun()
     assert find_solver("my_solvers_found:mine") == SSCS(score_step="midpoint")
     sys.modules.pop("my_solvers_found")
-    with pytest.raises(ValueError, match="my_broken_solvers"):
-        find_solver("my_broken_solvers:Mine")
 
 
 NO_SOLVERS = [
     ("eulr", "module:ClassName.*euler-maruyama.*gotta-go-fast.*'eulr'"),
     ("multi-step", r"'multi-step'; did you mean multistep\?"),
-    ("", "module:ClassName.*''"),
     ("no_such_module_here:Solver", "no_such_module_here.* cannot be loaded"),
     ("cldsde.solvers:NoSuchSolver", "NoSuchSolver.* cannot be loaded"),
-    (":SSCS", ":SSCS"),
-    *((name, "must be a solver") for name in ("json:JSONDecoder", "json:loads")),
-    ("cldsde.solvers.authoring:Solver", "cldsde.solvers.authoring:Solver"),  # abstract
-    ("own_solvers:Needy", "own_solvers:Needy"),
+    ("json:loads", "must be a solver"),
     *((f"own_solvers:{name}", f"{name}.*{name}") for name in ("Key", "Exit")),
 ]
 
 
 @pytest.mark.parametrize(("name", "words"), NO_SOLVERS)
 def test_names_of_no_solver_are_rejected(name, words):
-    for call in (find_solver, lambda name: reports([name])):
-        with pytest.raises(ValueError, match=words):
-            call(name)
+    with pytest.raises(ValueError, match=words):
+        find_solver(name)
 
 
 # Validations by names --------------------------------------------------------------------------
@@ -302,16 +218,6 @@ def test_solvers_that_are_not_confirmed_are_a_complaint(names, line, complaint, 
     assert any(complaint in text and solvers[0] in text for text in complaints)
 
 
-def test_distributions_of_solvers_are_measured_on_rings_and_drawn():
-    report = validated("sscs", cases=("CLD, ring",), draw=True)
-    (check,), (table,) = report.checks, report.tables
-    assert f"{check.measured:.2f} of the allowed error" in report.to_text()
-    assert "sliced W₂" in check.message
-    assert "modes' spread" in check.message
-    assert (table.problem, table.metric) == ("CLD, ring", "spread")
-    assert all(point.error > 0 for point in table.points)
-
-
 def test_the_seed_decides_on_samples():
     first, again, other = (
         [check.measured for check in validated("em", seed=seed).checks] for seed in (5, 5, 6)
@@ -322,16 +228,11 @@ def test_the_seed_decides_on_samples():
 
 
 def test_problems_that_do_not_exist_or_apply_are_rejected():
-    with pytest.raises(SettingError, match="problem: must be one of") as caught:
+    with pytest.raises(SettingError, match="problem: must be one of"):
         reports([], ["CLDD"])
-    assert all(repr(name) in caught.value.reason for name in problems())
     for name in ("CLD, rotation", "VP, two points"):
         with pytest.raises(SettingError, match=f"'{name}' has no check for sscs"):
             reports(["sscs"], [name])
-    with pytest.raises(SettingError, match="problem: must be one of 'two modes'"):
-        posterior_reports([], ["CLD"])
-    with pytest.raises(SettingError, match="sampler: 'math:pi' must be a function"):
-        posterior_reports(["math:pi"])
 
 
 def test_a_posterior_sampler_of_ones_own_passes_if_it_is_exact():
@@ -341,7 +242,7 @@ def test_a_posterior_sampler_of_ones_own_passes_if_it_is_exact():
     assert report.judgement() == ([], [])
 
 
-def test_a_file_that_cannot_be_written_does_not_keep_the_other_away(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_does_not_keep_the_other_away(tmp_path):
     (tmp_path / "folder").mkdir()
     files = ReportFiles(tmp_path / "folder", tmp_path / "page")
     with pytest.raises(SettingError, match=r"json: cannot be written: .*folder is a folder"):
@@ -354,12 +255,3 @@ def test_a_file_that_cannot_be_written_does_not_keep_the_other_away(tmp_path, mo
     files.save(report)  # is retried at the end only
     assert [error.key for error in files.finish(report)] == ["json"]
     assert (tmp_path / "page" / "index.html").is_file()
-
-    def fail(self, folder):
-        raise RuntimeError("no\nfonts")
-
-    monkeypatch.setattr(Report, "write_html", fail)
-    files = ReportFiles(tmp_path / "x.json", tmp_path / "page")
-    [error] = files.finish(report)
-    assert str(error) == "out: cannot be written: RuntimeError: no fonts"
-    assert (tmp_path / "x.json").is_file()

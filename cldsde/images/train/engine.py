@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.model import ImageSpace, Statistics, check_model, data_statistics
+from cldsde.images.model import (
+    ImageSpace,
+    Statistics,
+    check_model,
+    copy_weights,
+    data_statistics,
+    make_model,
+)
 from cldsde.images.sample.sampler import make_plan
 
 _BLOCK = 8  # largest number of images that share generators; processes share blocks
@@ -34,16 +42,25 @@ def check_run(
         msg = f"no grid of times can be computed for this process and sampling ({error})"
         raise SettingError("process.options", msg) from error
     shares(config, processes)
+    channels, *sides = space.shape
+    msg = f"images must have 1 channel, or 3 for colours; got {channels}"
+    require(channels in {1, 3}, "data", msg)
     settings, no_gpu = config.training, device in {"cpu", "mps"} or not torch.cuda.is_available()
     if settings.measure == "fd" and data.train.labels is None:
         raise SettingError("training.measure", "'fd' needs images with classes")
+    if settings.measure == "fd" and min(sides) < 8:
+        msg = f"'fd' needs images of 8×8 pixels or more; got {sides[0]}×{sides[1]}"
+        raise SettingError("training.measure", msg)
     if settings.snapshots_by == "held_out_loss" and data.held_out is None:
         raise SettingError("training.snapshots_by", "'held_out_loss' needs held-out images")
     if device.startswith("cuda:") and processes > 1:
         raise SettingError("device", f"{device} cannot be shared by {processes} processes")
     if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
-    return data_statistics(config, data.train)
+    statistics = data_statistics(config, data.train)
+    if settings.init_from is not None:
+        copy_weights(make_model(config, space, statistics), Path(settings.init_from).expanduser())
+    return statistics
 
 
 def make_engine(config: RunConfig, device: str) -> Accelerator:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import Images, augment
+from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace
 from cldsde.images.streams import image_order, stream
 from cldsde.images.train.engine import shares
-from cldsde.images.train.objectives import Batch, Times
 from cldsde.score import TimeSampler
 
 

@@ -15,10 +15,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
+from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.streams import stream, stream_seed
 from cldsde.images.train.feed import Feed, Part
-from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.images.train.objectives import make_objective
 from cldsde.images.train.state import Meter
 
 
@@ -116,6 +117,8 @@ class Learner:
         decay = min(self.settings.ema_decay, done / (done + 9))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(self.average.parameters()), list(self.model.parameters()), None)
+        for own, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            own.copy_(current)
 
     def _clip(self) -> dict[str, Tensor]:
         """Limit the gradient of each part; return its norm before.

@@ -1,11 +1,12 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
 All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
-depends neither on the number of processes nor on interruptions.
+does not depend on interruptions, and on the number of processes only by rounding and dropout.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -18,27 +19,33 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DModel
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from cldsde.errors import SettingError
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
+from cldsde.images.data.samples import as_bytes
+from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.figures import save_grid
-from cldsde.images.model import KIND, MODEL, DiffusionModel, Statistics, read_model, save_model
-from cldsde.images.runs import METRICS, RunFolder
+from cldsde.images.model import (
+    MODEL,
+    DiffusionModel,
+    Statistics,
+    copy_weights,
+    read_model,
+    save_model,
+)
+from cldsde.images.runs import CONFIG, METRICS, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
-from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
-from cldsde.images.train.snapshots import distance, keep_snapshot
+from cldsde.images.train.snapshots import keep_snapshot
 from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
 from cldsde.images.train.summary import measure_steps
-from cldsde.messages import one_line
 from cldsde.progress import progress_bar
 
+_FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
 EVENTS = "tensorboard"
 """Folder of a run with TensorBoard's events."""
 TRAINING = "repeat the whole training"
@@ -103,6 +110,8 @@ class _Trainer:
         self.events: SummaryWriter | None = None
         self.done, seconds = self._start()
         self.began = time.monotonic() - seconds
+        if self.engine.is_main_process:
+            self._keep_config()
 
     @property
     def seen(self) -> int:
@@ -139,14 +148,25 @@ class _Trainer:
                     bar.set_postfix(self._log())
                 if self._due(settings.save_every):
                     self._save()
+                self._obey(stop)
+                if self._due(settings.save_every):
+                    self._measure(stop)
                 if self._due(settings.sample_every):
                     self._draw(stop)
-                self._obey(stop)
         self.engine.wait_for_everyone()
         if is_main and not settings.keep_state:
             (self.folder / STATE).unlink(missing_ok=True)
         self.engine.wait_for_everyone()
         return self.learner.average
+
+    def _keep_config(self) -> None:
+        """Write settings that changed. The weights that the training started from stay the same."""
+        file, config = self.folder / CONFIG, self.config.to_dict()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if self.done:
+            config["training"]["init_from"] = found["training"].get("init_from")
+        if found != config:
+            self.folder.write_json(CONFIG, config)
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
@@ -161,9 +181,10 @@ class _Trainer:
                 self.events.close()
 
     def _obey(self, stop: StopRequest) -> None:
-        """Save and stop if a signal was received, between two steps or two batches of a grid."""
-        if stop.wanted and self.done < self.settings.steps:
-            self._save()
+        """Save and stop if a signal was received, between two steps or two batches of samples."""
+        if stop.wanted:
+            if self.done < self.settings.steps:  # the last step has been saved
+                self._save()
             stop.obey()
 
     def _start(self) -> tuple[int, float]:
@@ -233,34 +254,49 @@ class _Trainer:
                 self.events.add_scalar(f"training/{name}", x, self.seen)
             self.events.flush()
 
+    def _save_model(self, file: Path) -> None:
+        weights = self.learner.average.state_dict()
+        save_model(file, weights, self.config, self.space, self.seen)
+
     def _save(self) -> None:
-        """Save model and state, measure the averaged model, and keep it if it is among the best."""
-        settings, seen = self.settings, self.seen
-        found: dict[str, float] = {}
+        """Save model and state."""
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
-
-        def save(file: Path) -> None:
-            weights = self.learner.average.state_dict()
-            save_model(file, weights, self.config, self.space, seen)
-
         if self.engine.is_main_process:
             try:
-                save(self.folder / MODEL)
-                if self.done < settings.steps or settings.keep_state:
+                self._save_model(self.folder / MODEL)
+                if self.done < self.settings.steps or self.settings.keep_state:
                     save_state(self.learner, self.folder, self.done, self.seconds, sums)
-                if settings.measure == "fd":
-                    found["fd"] = distance(self.learner, self.sampler, self.folder.path)
-                    self._record(found)
-                if settings.snapshots:
-                    if settings.snapshots_by == "held_out_loss":
-                        found["held_out_loss"] = cast(float, self.learner.held_out(self.done - 1))
-                    value = found.get(settings.snapshots_by, -float(seen))
-                    keep_snapshot(self.folder, save, seen, value, settings.snapshots)
             except OSError as error:
-                msg = f"not all of the state of {seen} images could be saved ({error}); "
+                msg = f"not all of the state of {self.seen} images could be saved ({error}); "
                 raise OSError(f"{msg}{self._last_state()}") from error
         self.engine.wait_for_everyone()
+
+    def _measure(self, stop: StopRequest) -> None:
+        """Measure the averaged model, and keep it if it is among the best."""
+        settings, samples = self.settings, self.settings.measure_samples
+        metrics = {"last": -float(self.seen)}
+        if self.engine.is_main_process and settings.measure == "fd":
+            seeds = range(_FIRST_SEED, _FIRST_SEED + samples)
+            drawn = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
+            found = self.evaluation.measure(as_bytes(drawn, self.space.levels), ["fd"])["fd"]
+            metrics[f"fd of {samples}"] = found["frechet_distance"]
+            self._record({"fd": found["frechet_distance"]})
+        if self.engine.is_main_process and settings.snapshots:
+            if settings.snapshots_by == "held_out_loss":
+                metrics["held_out_loss"] = cast(float, self.learner.held_out(self.done - 1))
+            by = f"fd of {samples}" if settings.snapshots_by == "fd" else settings.snapshots_by
+            with self._writing("snapshots"):
+                where = (self.folder, self._save_model, self.seen)
+                keep_snapshot(*where, metrics, by, settings.snapshots)
+        self.engine.wait_for_everyone()
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """Measurement of samples; features of the training images are computed once."""
+        samples, device = self.settings.measure_samples, str(self.engine.device)
+        data, folder = self.learner.data, self.folder.path
+        return Evaluation(data=data, samples=samples, folder=folder, device=device)
 
     def _writing(self, name: str) -> AbstractContextManager[None]:
         """Name the file of the run that cannot be written."""
@@ -270,7 +306,8 @@ class _Trainer:
         """Raise before weights that are not finite reach a file."""
         finite = torch.stack([x.isfinite().all() for x in self.learner.average.parameters()])
         if not (math.isfinite(loss) and bool(finite.all())):
-            msg = f"the loss became {loss} before {self.seen} images, or a weight did; "
+            what = "a weight is not finite" if math.isfinite(loss) else f"the loss became {loss}"
+            msg = f"{what} before {self.seen} images; "
             raise FloatingPointError(f"{msg}{self._last_state()}. Lower training.learning_rate")
 
     def _last_state(self) -> str:
@@ -291,20 +328,3 @@ class _Trainer:
                 self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
                 self.events.flush()
         self.engine.wait_for_everyone()
-
-
-def copy_weights(model: DiffusionModel, source: Path) -> None:
-    """Copy weights of another run, or of a diffusers `UNet2DModel`; the statistics stay."""
-    own = ("data_mean", "data_variance")
-    try:
-        if (source / MODEL).is_file():
-            weights, _ = load_tensors(source / MODEL, KIND)
-            kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
-            model.load_state_dict({**weights, **kept})
-        else:
-            options = {"local_files_only": True, "use_safetensors": True}
-            unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
-            model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        msg = f"weights of {source} cannot be used ({one_line(error)[:300]})"
-        raise SettingError("training.init_from", msg) from error

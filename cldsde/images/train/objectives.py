@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cldsde.images.config import RunConfig, TrainingConfig
+from cldsde.images.latent.bound import Batch, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
 from cldsde.linear.random import Generators
 from cldsde.pretrained.published_score import PublishedScore
@@ -31,7 +32,6 @@ from cldsde.score import (
     MixedScore,
     PerturbedData,
     TimeSampler,
-    cross_entropy,
     log_snr_density,
     logit_normal_density,
     mode_density,
@@ -40,25 +40,6 @@ from cldsde.score.matching import Measured, Weighting
 
 FrozenScore = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the weights of the score are constants."""
-
-
-class Times(NamedTuple):
-    """Times ``(B,)``, float64 on the CPU, and the weights that divide by their density."""
-
-    t: Tensor
-    weight: Tensor
-
-    def take(self, rows: slice | Tensor) -> Times:
-        """Times of some images."""
-        return Times(self.t[rows], self.weight[rows])
-
-
-class Batch(NamedTuple):
-    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times by each sampler."""
-
-    images: Tensor
-    labels: Tensor | None
-    times: tuple[Times, ...]
 
 
 class PartLoss(NamedTuple):
@@ -196,34 +177,3 @@ def make_objective(model: DiffusionModel, config: RunConfig) -> Objective:
     if config.latent is None:
         return ScoreMatching(model.score, config)
     return LatentObjective(model, config)
-
-
-def bit_per_dim(images: Tensor) -> float:
-    """Bits per dim of one nat per image ``(B, C, H, W)``."""
-    return 1 / (math.prod(images.shape[1:]) * math.log(2))
-
-
-def negative_evidence_lower_bound(
-    model: DiffusionModel,
-    batch: Batch,
-    generator: Generators,
-    t_min: float | None,
-    kl_share: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Unbiased estimate of a latent model's bound on −log p(x), ``(B,)`` nats; latent variables.
-
-    The prior's process ends at ``t_min``; None takes a standard normal prior, whose divergence is
-    multiplied by ``kl_share``.
-    """
-    vae, score = model.vae, model.score
-    assert vae is not None
-    posterior = vae.encode(batch.images)
-    z0 = posterior.sample(generator)
-    reconstruction = -vae.log_likelihood(batch.images, z0)
-    if t_min is None:
-        return reconstruction + kl_share * posterior.kl_to_standard_normal(), z0
-    t, weight = batch.times[1]
-    pair = PerturbedData.draw(score.sde, z0, t, generator=generator)
-    losses = score.loss(pair, weighting="likelihood", condition=batch.labels)
-    prior = cross_entropy(pair, losses, weight, t_min=t_min, of="data")
-    return reconstruction - posterior.entropy() + prior, z0

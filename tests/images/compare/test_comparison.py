@@ -1,7 +1,5 @@
 """Comparisons: one table after any interruption, and reports from its file alone."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,13 +195,8 @@ def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
 
 
 def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(tmp_path):
-    short = {
-        "model": "CLD",
-        "label": "short",
-        "solver": "probability-flow",
-        "options": {"max_nfev": 20},
-        "tolerances": [1e-6, 1e3],
-    }
+    short = {"model": "CLD", "label": "short", "solver": "probability-flow"}
+    short |= {"options": {"max_nfev": 20}, "tolerances": [1e-6, 1e3]}
     models = {"CLD": {"network": {"conditional": True, "label_dropout": 0.0}}}
     found = compare(tmp_path / "run", metrics=["fd", "bpd"], models=models, rows=[short])
     assert found["complete"]
@@ -216,14 +209,13 @@ def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(t
     assert "CLD has no bits per dim" in text
 
 
-def test_repeats_before_a_failure_are_kept(finished, folder, monkeypatch):
+def test_repeats_before_a_failure_are_kept(folder, monkeypatch):
     stream, asked = sampling.ImageSampler.stream, []
 
     def failing(*arguments, **options):
         asked.append(arguments)
         if len(asked) == 2:
-            msg = "not finite"
-            raise FloatingPointError(msg)
+            raise FloatingPointError("not finite")
         return stream(*arguments, **options)
 
     monkeypatch.setattr(sampling.ImageSampler, "stream", failing)
@@ -273,22 +265,16 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
     }
 
 
-def halve(file: Path) -> None:
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
+def changed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [halve, flip, lambda file: file.write_bytes(b"")])
-def test_damaged_pictures_are_not_shown_and_made_again(folder, damage):
+@pytest.mark.parametrize("damaged", [lambda x: x[: len(x) // 2], changed, lambda _: b""])
+def test_damaged_pictures_are_not_shown_and_made_again(folder, damaged):
     file = next((folder / "samples").glob("CLD-em-*.png"))
     whole = file.read_bytes()
-    damage(file)
+    file.write_bytes(damaged(whole))
     write_report(folder)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") == len(TINY["rows"]) - 1
@@ -307,23 +293,23 @@ def test_damaged_or_foreign_results_are_rejected_and_kept(folder, content):
 def test_folders_of_something_else_are_rejected_before_any_folder_is_made(
     finished, folder, tmp_path
 ):
-    (tmp_path / "notes").mkdir()
+    def assert_rejected(place, message, **changes):
+        before = sorted(place.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            compare(place, **changes)
+        assert sorted(place.rglob("*")) == before
+
+    for name in ("notes", "file"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes" / "text.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that are no run"):
-        compare(tmp_path / "notes")
-    (tmp_path / "file").mkdir()
     (tmp_path / "file" / "samples").touch()
-    with pytest.raises(ValueError, match="samples is not a folder"):
-        compare(tmp_path / "file")
-    assert [path.name for path in (tmp_path / "file").iterdir()] == ["samples"]
-    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
-        compare(finished, seed=1)
+    assert_rejected(tmp_path / "notes", "holds files that are no run")
+    assert_rejected(tmp_path / "file", "samples is not a folder")
+    assert_rejected(finished, r"other settings \(seed\)", seed=1)
     shutil.rmtree(folder / "models" / "VP")  # which comes first
-    models = {**TINY["models"], "CLD": {"process": {"name": "PSLD"}}}
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match=r"models/CLD holds a run with other settings \(process"):
-        compare(folder, models={name: models[name] for name in ("VP", "CLD")})
-    assert sorted(folder.rglob("*")) == before
+    models = {"VP": TINY["models"]["VP"], "CLD": {"process": {"name": "PSLD"}}}
+    message = r"models/CLD holds a run with other settings \(process"
+    assert_rejected(folder, message, models=models)
 
 
 def test_a_model_that_is_being_trained_is_left_alone(folder):

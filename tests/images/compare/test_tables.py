@@ -1,7 +1,5 @@
 """Tables of comparisons: what is best, how many digits, and why something is not there."""
 
-from __future__ import annotations
-
 from cldsde.images.compare.report import plot_measure
 from cldsde.images.compare.tables import measures_of, tables
 
@@ -16,6 +14,8 @@ def cell(budget: float, nfe: float, *values: float, measure: str = "fd") -> dict
     return {"budget": budget, "nfe": nfe, "repeats": 2, "measures": {measure: list(values)}}
 
 
+CLD = {"process": "CLD()", "parameters": {"score": 1234, "autoencoder": 0}, "shape": [1, 8, 8]}
+CLD |= {"latent_shape": None, "images": 10, "prior_images": None, "seconds": None}
 RESULTS = {
     "rows": [
         row("CLD", "EM", cell(10, 10, 12.25, 12.75), cell(20, 20, 0.5, 0.54)),
@@ -23,18 +23,7 @@ RESULTS = {
         row("VP", "PC", cell(10, 9, 0.3, 0.32), {"budget": 20, "repeats": 0, "reason": "NaN"}),
         row("VP", "ODE", cell(1e-3, 87.4, 0.0123456), adaptive=True),
     ],
-    "models": {
-        "CLD": {
-            "process": "CLD()",
-            "parameters": {"score": 1234, "autoencoder": 0},
-            "shape": [1, 8, 8],
-            "latent_shape": None,
-            "images": 10,
-            "prior_images": None,
-            "seconds": None,
-            "bits": {"reason": "no"},
-        }
-    },
+    "models": {"CLD": {**CLD, "bits": {"reason": "no"}}},
 }
 
 
@@ -56,52 +45,30 @@ def test_the_best_of_a_model_at_each_budget_is_marked_and_costs_are_shown():
 
 
 def test_the_tolerance_of_a_column_is_explained_below_the_table():
-    rows = [
-        row("VP", "ODE", cell(0.1, 87.4, 0.01), adaptive=True),
-        row("VP", "GGF", cell(0.1, 30.2, 0.02), adaptive=True),
-    ]
+    rows = [row("VP", name, cell(0.1, 87.4, 0.01), adaptive=True) for name in ("ODE", "GGF")]
     [table] = tables({"rows": rows, "models": {}})
-    assert table.remarks[1] == (
-        "A tolerance is rtol and atol of the solver. For VP, GGF, it is rtol: atol = 0.0078."
-    )
+    expected = "A tolerance is rtol and atol of the solver. For VP, GGF, it is rtol: atol = 0.0078."
+    assert table.remarks[1] == expected
 
 
 def test_differences_between_models_stand_in_their_table_and_below():
-    pixels = RESULTS["models"]["CLD"]
-    kinds = {"a density": False, "a bound": True}
-
     def bits(quantity, t_min):
-        numbers = {"bits_per_dim": 3.0, "standard_error": None, "is_bound": kinds[quantity]}
-        return {**numbers, "quantity": quantity, "t_min": t_min}
+        numbers = {"bits_per_dim": 3.0, "standard_error": None, "is_bound": quantity == "a bound"}
+        return {"bits": {**numbers, "quantity": quantity, "t_min": t_min}}
 
-    latent = {
-        **pixels,
-        "parameters": {"score": 1234, "autoencoder": 5678},
-        "latent_shape": [2, 4, 4],
-        "images": 250048,
-        "prior_images": 150016,
-        "bits": bits("a bound", 0.01),
-    }
-    models = {
-        "VP": {**pixels, "bits": bits("a density", 0.001)},
-        "VE": {**pixels, "bits": bits("a density", 0.001)},
-        "LSGM": latent,
-    }
+    latent = {**CLD, "parameters": {"score": 1234, "autoencoder": 5678}, "latent_shape": [2, 4, 4]}
+    latent |= {"images": 250048, "prior_images": 150016, **bits("a bound", 0.01)}
+    pixels = {**CLD, **bits("a density", 0.001)}
+    models = {"VP": pixels, "VE": pixels, "LSGM": latent}
     rows = [row(name, "EM", cell(10, 10, 1.0)) for name in models]
     measures, table = tables({"rows": rows, "models": models})
     [remark] = measures.remarks
     assert remark.startswith("LSGM: a score evaluation is of 2 × 4 × 4 latent variables")
     assert "images are means of p(x | z)" in remark
     assert not any(entry.best for line in measures.rows for entry in line)
-    assert [entry.text for entry in table.rows[2][2:]] == [
-        "1,234",
-        "5,678",
-        "250,048",
-        "150,016",
-        "",
-        "≤ 3.000",
-    ]
-    assert [entry.text for entry in table.rows[0][2:6]] == ["1,234", "", "10", ""]
+    found = [[entry.text for entry in line[2:]] for line in table.rows]
+    assert found[2] == ["1,234", "5,678", "250,048", "150,016", "", "≤ 3.000"]
+    assert found[0][:4] == ["1,234", "", "10", ""]
     assert table.remarks == [
         "Bits of VP, VE: a density; t_min = 0.001.",
         "Bits of LSGM: a bound; t_min = 0.01.",
@@ -109,11 +76,8 @@ def test_differences_between_models_stand_in_their_table_and_below():
 
 
 def test_a_higher_precision_is_better():
-    rows = [
-        row("A", "x", cell(5, 5, 0.4, measure="precision")),
-        row("A", "y", cell(5, 5, 0.6, measure="precision")),
-        row("B", "y", cell(5, 5, 0.7, measure="precision")),
-    ]
+    cells = (("A", "x", 0.4), ("A", "y", 0.6), ("B", "y", 0.7))
+    rows = [row(a, b, cell(5, 5, value, measure="precision")) for a, b, value in cells]
     [table] = tables({"rows": rows, "models": {}})
     assert [line[2].best for line in table.rows] == [False, True, False]
 

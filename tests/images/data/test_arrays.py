@@ -1,7 +1,5 @@
 """Images in memory and in array files: rows, layouts, labels, and files that cannot be read."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

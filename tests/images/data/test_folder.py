@@ -1,7 +1,5 @@
 """Folders hand out the images of their files; picture files are opened with care on every route."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess
@@ -211,6 +209,7 @@ LUMA = COLOUR @ [0.299, 0.587, 0.114]  # Rec. 601
 DEEP = np.array([[0, 128, 129], [257, 32768, 65406], [65407, 65535, 400]], np.uint16)
 FLAT = np.full((3, 8, 8), np.array([200, 100, 50])[:, None, None])
 CMYK = Image.fromarray(FLAT.transpose(1, 2, 0).astype(np.uint8)).convert("CMYK")
+BLACK, WHITE = (Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255))
 PALETTE = Image.fromarray(np.array([[0, 1]] * 2, np.uint8), "P")
 PALETTE.putpalette([10, 20, 30, 40, 50, 60])
 OPAQUE = np.transpose([[[10, 20, 30], [40, 50, 60]]] * 2, (2, 0, 1))
@@ -230,6 +229,8 @@ TRANSPARENT = np.transpose([[[10, 20, 30], [255, 255, 255]]] * 2, (2, 0, 1))
         (Image.fromarray(DEEP), "tif", {}, [np.rint(DEEP / 257)], 0),
         (PALETTE, "png", {}, OPAQUE, 0),
         (PALETTE, "png", {"transparency": 1}, TRANSPARENT, 0),
+        # The first of several frames counts.
+        (BLACK, "gif", {"save_all": True, "append_images": [WHITE]}, np.zeros((1, 4, 4)), 0),
     ],
 )
 def test_every_mode_becomes_bytes_of_grey_or_colour(tmp_path, image, suffix, options, want, error):
@@ -256,12 +257,6 @@ def test_the_orientation_of_the_camera_is_applied(tmp_path, orientation):
     stored = np.ascontiguousarray((GREY if orientation < 5 else GREY.T)[::rows, ::columns])
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(only(tmp_path, size=3, channels=1)[0], GREY)
-
-
-def test_the_first_of_several_frames_counts(tmp_path):
-    frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert not only(tmp_path, size=4).any()
 
 
 def test_threads_and_pickling_change_nothing(tmp_path):

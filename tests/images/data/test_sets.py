@@ -1,7 +1,5 @@
 """Data sets are what their sources say, split into a training and a held-out part."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import pickle
@@ -13,15 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from scipy.io import savemat
+from sklearn.datasets import load_digits
 
-from cldsde.images.data import (
-    DATA_SETS,
-    channel_statistics,
-    digits,
-    fashion_mnist,
-    image_folder,
-    torchvision_set,
-)
+from cldsde.images import data as sets
+from cldsde.images.data import channel_statistics, digits, fashion_mnist, torchvision_set
 from cldsde.images.schema import checked_options
 from image_data import STEMS, cubic_weights, idx, random_bytes, save, whole, write_fashion
 from probes import generator
@@ -29,8 +23,6 @@ from tolerances import rounding
 
 
 def test_digits_are_scikit_learns_split_by_a_permutation():
-    from sklearn.datasets import load_digits
-
     source = load_digits()
     order = torch.randperm(1797, generator=generator(3))
     parts = digits(held_out=0.2, seed=3)
@@ -39,13 +31,10 @@ def test_digits_are_scikit_learns_split_by_a_permutation():
         assert np.array_equal(part.labels.numpy(), source.target[rows])
         assert (part.shape, part.levels, part.classes) == ((1, 8, 8), 17, 10)
         assert part.class_names == tuple("0123456789")
-
-
-@pytest.mark.parametrize("count", [0, 1, 100])
-def test_a_number_held_out_is_a_number_of_images(count):
-    data = digits(held_out=count)
-    assert len(data.train) == 1797 - count
-    assert data.held_out is None if count == 0 else len(data.held_out) == count
+    for count in (0, 1, 100):
+        data = digits(held_out=count)
+        assert len(data.train) == 1797 - count
+        assert data.held_out is None if count == 0 else len(data.held_out) == count
 
 
 @pytest.mark.parametrize(
@@ -63,9 +52,8 @@ def test_an_impossible_split_is_rejected(key, value):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_idx_files_are_read_plain_and_compressed(tmp_path, zipped):
     arrays = write_fashion(tmp_path, zipped=zipped)
-    for part, (pixels, labels) in zip(fashion_mnist(path=str(tmp_path)), arrays, strict=True):
-        assert np.array_equal(whole(part)[:, 0].numpy(), pixels)
-        assert np.array_equal(part.labels.numpy(), labels)
+    for part, array in zip(fashion_mnist(path=str(tmp_path)), arrays, strict=True):
+        assert_holds(part, *array)
         assert part.classes == 10
         assert part.class_names[9] == "Ankle boot"
 
@@ -132,9 +120,7 @@ def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
         ("nowhere", 64, ValueError, "size: must be 16, 28 or 32; got 64"),
     ],
 )
-def test_missing_files_and_folders_and_other_sizes_are_rejected(
-    tmp_path, name, size, error, message
-):
+def test_other_files_and_sizes_are_rejected(tmp_path, name, size, error, message):
     write_fashion(tmp_path, zipped=True)
     (tmp_path / TRAIN_LABELS).unlink()
     with pytest.raises(error, match=message):
@@ -171,13 +157,17 @@ def test_the_published_fashion_mnist():
     assert round(float(variance.sqrt()) / 2, 4) == 0.3530
 
 
+def assert_holds(part, pixels, labels):
+    assert np.array_equal(whole(part)[:, 0].numpy(), pixels)
+    assert np.array_equal(part.labels.numpy(), labels)
+
+
 def test_torchvisions_idx_files_are_the_same_images(tmp_path):
     arrays = write_fashion(tmp_path / "FashionMNIST" / "raw", zipped=False)
     data = torchvision_set(name="FashionMNIST", path=tmp_path)
     own = fashion_mnist(path=tmp_path / "FashionMNIST" / "raw")
-    for part, same, (pixels, labels) in zip(data, own, arrays, strict=True):
-        assert np.array_equal(whole(part)[:, 0].numpy(), pixels)
-        assert np.array_equal(part.labels.numpy(), labels)
+    for part, same, array in zip(data, own, arrays, strict=True):
+        assert_holds(part, *array)
         assert part.class_names == same.class_names
 
 
@@ -192,11 +182,9 @@ def source_of(monkeypatch, name, root):
 
 def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypatch):
     source, folder = source_of(monkeypatch, "CIFAR10", tmp_path)
-    for number, (name, _) in enumerate(source.train_list + source.test_list):
-        content = {
-            "data": random_bytes(3, 3072, seed=number),
-            "labels": random_bytes(3, levels=10, seed=number).tolist(),
-        }
+    for seed, (name, _) in enumerate(source.train_list + source.test_list):
+        labels = random_bytes(3, levels=10, seed=seed).tolist()
+        content = {"data": random_bytes(3, 3072, seed=seed), "labels": labels}
         (folder / name).write_bytes(pickle.dumps(content))
     meta = {"label_names": [f"class {i}" for i in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta))
@@ -206,11 +194,9 @@ def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypat
     assert (len(data.train), len(data.held_out)) == (15, 3)
     assert data.train.class_names == tuple(meta["label_names"])
     for part, train in ((data.train, True), (data.held_out, False)):
-        shown = source(str(tmp_path), train=train)
-        for i, (image, label) in enumerate(shown):
-            pixels = np.asarray(image).transpose(2, 0, 1)
-            assert np.array_equal(part.load(torch.tensor([i]))[0].numpy(), pixels)
-            assert part.labels[i] == label
+        pictures, labels = zip(*source(str(tmp_path), train=train), strict=True)
+        assert np.array_equal(whole(part).numpy(), np.stack(pictures).transpose(0, 3, 1, 2))
+        assert part.labels.tolist() == list(labels)
 
 
 def test_stl10_keeps_channels_first_and_labels_from_zero(tmp_path, monkeypatch):
@@ -226,8 +212,6 @@ def test_stl10_keeps_channels_first_and_labels_from_zero(tmp_path, monkeypatch):
 
 
 def test_svhns_ten_is_zero(tmp_path, monkeypatch):
-    from scipy.io import savemat
-
     source = torchvision.datasets.SVHN
     files = {part: [url, name, None] for part, (url, name, _) in source.split_list.items()}
     monkeypatch.setattr(source, "split_list", files)
@@ -244,13 +228,12 @@ def test_of_qmnists_labels_the_class_is_kept(tmp_path):
     folder = tmp_path / "QMNIST" / "raw"
     folder.mkdir(parents=True)
     details = np.arange(32, dtype=">i4").reshape(4, 8) % 10
+    content = struct.pack(">BBBB2I", 0, 0, 12, 2, 4, 8) + details.astype(">i4").tobytes()
     for part in ("train", "test"):
         (folder / f"qmnist-{part}-images-idx3-ubyte").write_bytes(idx(random_bytes(4, 28, 28)))
-        content = struct.pack(">BBBB2I", 0, 0, 12, 2, 4, 8) + details.astype(">i4").tobytes()
         (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(content)
     train = torchvision_set(name="QMNIST", path=tmp_path).train
-    assert np.array_equal(whole(train)[:, 0].numpy(), random_bytes(4, 28, 28))
-    assert train.labels.tolist() == details[:, 0].tolist()
+    assert_holds(train, random_bytes(4, 28, 28), details[:, 0])
 
 
 def test_usps_is_read_from_its_text(tmp_path):
@@ -269,15 +252,12 @@ def test_a_missing_set_names_folder_and_option(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cut_file_of_a_set_is_named(tmp_path):
+def test_cut_files_and_unknown_sets_are_named(tmp_path):
     write_fashion(tmp_path / "MNIST" / "raw", zipped=False)
     file = tmp_path / "MNIST" / "raw" / STEMS["train"][0]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(FileNotFoundError, match=r"MNIST is not in .* or is damaged there"):
         torchvision_set(name="MNIST", path=tmp_path)
-
-
-def test_an_unknown_set_of_torchvision_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"name: must be 'CIFAR10', .* or 'USPS'; got 'ImageNet'"):
         torchvision_set(name="ImageNet", path=tmp_path)
 
@@ -285,7 +265,7 @@ def test_an_unknown_set_of_torchvision_is_rejected(tmp_path):
 def test_a_folder_is_split_at_random(tmp_path):
     for i in range(10):
         save(tmp_path / f"{i // 5}" / f"{i}.png", np.full((2, 2), i, np.uint8))
-    data = image_folder(path=tmp_path, size=2, channels=1, classes=True, held_out=0.3, seed=1)
+    data = sets.image_folder(path=tmp_path, size=2, channels=1, classes=True, held_out=0.3, seed=1)
     order = torch.randperm(10, generator=generator(1))
     for part, rows in ((data.held_out, order[:3]), (data.train, order[3:])):
         assert torch.equal(whole(part)[:, 0, 0, 0].long(), rows)
@@ -293,12 +273,11 @@ def test_a_folder_is_split_at_random(tmp_path):
         assert part.classes == 2
 
 
-@pytest.mark.parametrize("name", DATA_SETS)
-def test_every_data_set_becomes_options_of_a_configuration(name):
-    make = DATA_SETS[name]
-    parameters = signature(make).parameters.values()
-    assert {parameter.kind for parameter in parameters} == {Parameter.KEYWORD_ONLY}
-    given = {"path": "folder", "size": 32, "name": "MNIST"}
-    options = {p.name: given[p.name] for p in parameters if p.default is Parameter.empty}
-    options |= {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+@pytest.mark.parametrize("make", sets.DATA_SETS.values(), ids=sets.DATA_SETS)
+def test_every_data_set_becomes_options_of_a_configuration(make):
+    given, parameters = {"path": "folder", "size": 32, "name": "MNIST"}, signature(make).parameters
+    assert {p.kind for p in parameters.values()} == {Parameter.KEYWORD_ONLY}
+    options = {
+        key: given[key] if p.default is p.empty else p.default for key, p in parameters.items()
+    }
     assert checked_options(make, options) == options

@@ -1,7 +1,5 @@
 """The classifier whose features fit the data: training, features, files."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

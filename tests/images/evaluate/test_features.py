@@ -1,7 +1,5 @@
 """Finding a user's feature network, and its name."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest
@@ -73,9 +71,6 @@ def test_functions_and_classes_are_found():
 def test_names_that_lead_nowhere_are_rejected(name, message):
     with pytest.raises(ValueError, match=message):
         load_features(name)
-
-
-def test_class_instead_of_a_network_is_rejected():
     with pytest.raises(TypeError, match="features must be a callable"):
         feature_name(ImageClassifier)
 

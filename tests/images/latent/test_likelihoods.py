@@ -1,8 +1,5 @@
 """Distributions of pixels: sums, high-precision references, gradients and means."""
 
-from __future__ import annotations
-
-import dataclasses
 from itertools import product
 from typing import Any
 
@@ -87,10 +84,11 @@ def test_a_logistic_logarithm_is_within_its_bound_of_the_exact_one(levels):
     mean = np.where(far, 2 * level / (levels - 1) - 1 + far * scale * rng.normal(size=n), 0.4)
     mean = mean.astype(np.float32)
     got = DiscretisedLogistic(levels=levels).log_likelihood(output(mean, raw), grid(levels)[level])
+    numbers = zip(got.tolist(), level.tolist(), mean.tolist(), raw.tolist(), strict=True)
     with mpmath.workdps(40):
-        for ours, j, m, r in zip(got.tolist(), level.tolist(), mean, raw, strict=True):
-            want, s = _logistic(levels, j, float(m), float(r))
-            bound = 24 * abs(want) + 4 * (1 + (1 + abs(float(m))) / s)
+        for ours, j, m, r in numbers:
+            want, s = _logistic(levels, j, m, r)
+            bound = 24 * abs(want) + 4 * (1 + (1 + abs(m)) / s)
             assert abs(ours - want) < ROUNDING * bound, (j, m, r)
 
 
@@ -143,7 +141,6 @@ def test_bernoulli_is_a_distribution_of_two_levels_and_an_expectation_for_grey_o
 
 @every_distribution
 def test_a_log_likelihood_is_the_sum_over_an_image(given):
-    assert (given, hash(given)) == (dataclasses.replace(given), hash(dataclasses.replace(given)))
     out, x = pair_of(given, 5)
     together = given.log_likelihood(out, x)
     assert together.shape == (5,)
@@ -153,18 +150,18 @@ def test_a_log_likelihood_is_the_sum_over_an_image(given):
         single += given.log_likelihood(*one)
     # Rounding of a sum of 24 numbers.
     torch.testing.assert_close(together.double(), single, rtol=24 * ROUNDING, atol=0)
+    for wrong in (out[:1], out[:, :-1], out[..., :1]):
+        with pytest.raises(ValueError, match="output must have shape"):
+            given.log_likelihood(wrong, x)
 
 
 @every_distribution
 def test_half_precision_is_computed_in_single(given):
     out, x = pair_of(given, 3)
     out = out.to(torch.bfloat16)
-    for half, single in (
-        (given.log_likelihood(out, x), given.log_likelihood(out.float(), x)),
-        (given.mean(out), given.mean(out.float())),
-    ):
-        assert half.dtype == torch.float32
-        assert torch.equal(half, single)
+    for function in (lambda o: given.log_likelihood(o, x), given.mean):
+        assert function(out).dtype == torch.float32
+        assert torch.equal(function(out), function(out.float()))
 
 
 @every_distribution
@@ -181,10 +178,8 @@ def test_values_and_gradients_are_finite_at_extremes(levels, dtype):
     out = numbers[..., None, None].repeat(levels, 1, 1, 1).requires_grad_()
     x = grid(levels).to(dtype).repeat_interleave(len(numbers), 0)
     log_p = DiscretisedLogistic(levels=levels).log_likelihood(out, x)
-    (gradient,) = torch.autograd.grad(log_p.sum(), out)
-    assert bool(log_p.isfinite().all())
-    assert bool((log_p <= 0).all())
-    assert bool(gradient.isfinite().all())
+    assert bool((log_p.isfinite() & (log_p <= 0)).all())
+    assert bool(torch.autograd.grad(log_p.sum(), out)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("x", [-1.0, 0.3, 1.0])
@@ -206,14 +201,6 @@ def test_the_cpu_never_waits_for_the_device(given):
     assert given.mean(out).shape == x.shape
 
 
-@every_distribution
-def test_an_output_of_another_shape_is_rejected(given):
-    out, x = pair_of(given, 2)
-    for wrong in (out[:1], out[:, :-1], out[..., :1]):
-        with pytest.raises(ValueError, match="output must have shape"):
-            given.log_likelihood(wrong, x)
-
-
 @pytest.mark.parametrize("levels", [1, 257, 2.0])
 def test_wrong_numbers_of_levels_are_rejected(levels):
     with pytest.raises(ValueError, match="levels: must be"):
@@ -229,5 +216,4 @@ def test_a_soft_clamp_has_slope_one_at_zero_and_stays_within_its_bound(bound):
     assert bool((y.abs() <= bound).all())
     # b tanh(x/b) = x − x³/(3b²) + …
     assert abs(y[1].item() - x[1].item()) < order_of(1e-3, 3, 1.001 / (3 * bound**2))
-    assert bool((slope >= 0).all())
-    assert bool(slope.isfinite().all())
+    assert bool((slope.isfinite() & (slope >= 0)).all())

@@ -1,7 +1,5 @@
 """The variational autoencoder: its posterior, its shapes and bounds, that it learns."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -34,20 +32,17 @@ def images(batch: int = 3, shape: tuple[int, ...] = (1, 8, 8)) -> torch.Tensor:
 
 
 def posterior(dtype: torch.dtype = torch.float64, batch: int = 4) -> Posterior:
-    g = generator(2)
-    mean, log_std = (torch.randn(batch, 2, 3, 3, generator=g, dtype=dtype) for _ in range(2))
-    return Posterior(mean, log_std)
+    return Posterior(*torch.randn(2, batch, 2, 3, 3, generator=generator(2), dtype=dtype))
 
 
 def test_logarithms_of_a_posterior_are_those_of_the_library():
     q = posterior()
     library = Independent(Normal(q.mean, q.log_std.exp()), 3)
     standard = Independent(Normal(torch.zeros_like(q.mean), 1.0), 3)
-    pairs = (
+    for found, expected in (
         (q.entropy(), library.entropy()),
         (q.kl_to_standard_normal(), kl_divergence(library, standard)),
-    )
-    for found, expected in pairs:
+    ):
         torch.testing.assert_close(found, expected, rtol=rounding(18), atol=rounding(18))
 
 
@@ -65,9 +60,8 @@ def test_the_divergence_does_not_cancel_if_the_posterior_is_near_the_prior(sign)
 def test_the_divergence_of_the_prior_is_zero_with_zero_gradient():
     q = Posterior(*(torch.zeros(2, 1, 3, 3, requires_grad=True) for _ in range(2)))
     divergence = q.kl_to_standard_normal()
-    gradients = torch.autograd.grad(divergence.sum(), q)
     assert divergence.tolist() == [0, 0]
-    assert not any(bool(g.any()) for g in gradients)
+    assert not any(bool(g.any()) for g in torch.autograd.grad(divergence.sum(), q))
 
 
 def test_gradients_of_a_posterior_are_those_of_finite_differences():
@@ -136,11 +130,11 @@ def test_mean_and_log_std_of_the_posterior_are_bounded_by_five(weight):
 
 def test_a_sample_does_not_depend_on_its_batch():
     vae, x = make(), images(5)
-    together, alone = vae.encode(x), vae.encode(x[3:4])
-    z = together.sample(generator())
-    likelihoods = vae.log_likelihood(x, z)[3:4], vae.log_likelihood(x[3:4], z[3:4])
-    for a, b in (*((a[3:4], b) for a, b in zip(together, alone, strict=True)), likelihoods):
-        torch.testing.assert_close(a, b, rtol=LAYERS, atol=LAYERS)
+    q, z = vae.encode(x), vae.encode(x).sample(generator())
+    together, alone = (*q, vae.log_likelihood(x, z)), (*vae.encode(x[3:4]),)
+    alone += (vae.log_likelihood(x[3:4], z[3:4]),)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[3:4], b, rtol=LAYERS, atol=LAYERS)
 
 
 def test_under_autocast_distributions_and_posteriors_are_in_single_precision():

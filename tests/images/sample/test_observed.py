@@ -1,7 +1,5 @@
 """Images given an observation, against exact posteriors of independent Gaussian pixels."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import combinations
 

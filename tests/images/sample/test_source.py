@@ -1,18 +1,15 @@
 """Models of diffusers as something to sample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from cldsde import CLD, DenoiserScore, ReverseProcess, pretrained
+from cldsde import CLD, DenoiserScore, ReverseProcess, pretrained, solvers
 from cldsde.images.config import ProcessConfig
 from cldsde.images.sample import ImageSampler
 from cldsde.images.sample.sampler import changed_recipe
 from cldsde.images.sample.source import of_diffusers
 from cldsde.score import ConditionalScore
-from cldsde.solvers import ExponentialMultistep, SampleNoise, plan
-from cldsde.solvers.sampling import fit_grid, window
+from cldsde.solvers import sampling
 
 pytest.importorskip("diffusers")
 
@@ -24,12 +21,12 @@ def test_images_are_those_of_the_same_steps_of_solvers(diffusers_model):
     sde = CLD()
     score = DenoiserScore(pretrained.from_diffusers(diffusers_model), sde)
     process = ReverseProcess(sde, ConditionalScore(score, class_labels=torch.tensor(0)))
-    solver = ExponentialMultistep(order=2, stochasticity=1.0)
-    start, end = window(ReverseProcess(sde, score))
-    noise = SampleNoise([2, 3, 4])
-    times = fit_grid(process, solver, start, end, 5)
+    solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+    start, end = sampling.window(ReverseProcess(sde, score))
+    noise = solvers.SampleNoise([2, 3, 4])
+    times = sampling.fit_grid(process, solver, start, end, 5)
     state = noise.start(sde, (1, 8, 8), t=start)
-    data = plan(process, solver, times).solve(state, noise=noise, denoise=True).data
+    data = solvers.plan(process, solver, times).solve(state, noise=noise, denoise=True).data
     levels = ((data.clamp(-1, 1) + 1) * 127.5).round()
     # Rounding to grey levels may differ by one.
     assert (found.long() - levels).abs().max() <= 1

@@ -1,7 +1,5 @@
 """Images of networks that are faster, by their precision, memory format or compilation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

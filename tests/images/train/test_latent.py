@@ -1,7 +1,5 @@
 """Latent models: their objective, and that they train, resume and sample."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from contextlib import nullcontext
@@ -14,11 +12,12 @@ from cldsde.images.compare.config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
+from cldsde.images.latent.bound import Batch, Times, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner, objectives
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.objectives import Batch, Times, make_objective
+from cldsde.images.train.objectives import make_objective
 from cldsde.score import PerturbedData, TimeSampler, log_snr_density
 from probes import generator as seeded
 from tiny_runs import NETWORK, SHORT, noise_images
@@ -76,7 +75,7 @@ def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
     given = Batch(x, None, (times, times))
     with torch.no_grad():
         bound, known = (
-            objectives.negative_evidence_lower_bound(model, given, seeded(1), t_min)[0].double()
+            negative_evidence_lower_bound(model, given, seeded(1), t_min)[0].double()
             for t_min in (T_MIN, None)
         )
     # Both draw the same latent variables first; the difference is the prior's part.
@@ -101,7 +100,7 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
     given = batch(model, settings, 4, torch.float64)
 
     def bound() -> torch.Tensor:
-        return objectives.negative_evidence_lower_bound(model, given, seeded(1), T_MIN)[0].mean()
+        return negative_evidence_lower_bound(model, given, seeded(1), T_MIN)[0].mean()
 
     last = model.vae.encoder.conv_out
     gradient = torch.autograd.grad(bound(), [last.weight, last.bias])
@@ -123,7 +122,7 @@ def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
     objective, given = make_objective(model, settings), batch(model, settings, 8)
     losses = objective.losses(model, given, seeded(), settings.pretraining_steps, nullcontext)
     part, bound = next(losses)
-    wanted, _ = objectives.negative_evidence_lower_bound(model, given, seeded(), T_MIN)
+    wanted, _ = negative_evidence_lower_bound(model, given, seeded(), T_MIN)
     assert torch.allclose(bound, wanted / (PIXELS * math.log(2)), rtol=SINGLE, atol=0)
     bound.sum().backward()
     assert part == "autoencoder"

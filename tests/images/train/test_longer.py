@@ -1,7 +1,5 @@
 """A training can be prolonged, start from other weights, and keep snapshots."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -20,8 +18,10 @@ from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import load_model
+from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import check_run, loop, summary
+from cldsde.images.train.snapshots import keep_snapshot
 from cldsde.images.train.state import StopRequest
 from tiny_runs import NETWORK, SHORT
 from tolerances import EPS32, rounding
@@ -70,6 +70,7 @@ def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(run, tmp_p
     assert load_model(run).images_seen == 64
     with pytest.raises(ValueError, match="can grow, but not shrink"):
         trained(run)
+    assert json.loads((run / "config.json").read_text())["training"]["images"] == 64
 
 
 def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
@@ -79,10 +80,9 @@ def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
 
 
 def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
-    digest = RunConfig.model_digest
+    digests = RunConfig.model_digests
     with monkeypatch.context() as patch:
-        old = {"before_predictions": True}
-        patch.setattr(RunConfig, "model_digest", lambda self, **_: digest(self, **old))
+        patch.setattr(RunConfig, "model_digests", lambda self: digests(self)[2:])
         trained(tmp_path)
     assert load_model(tmp_path).images_seen == 32
 
@@ -111,11 +111,20 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(fi
 )
 def test_the_last_or_best_snapshots_are_kept(tmp_path, monkeypatch, changes, distances, kept):
     values = iter(distances.values())
-    monkeypatch.setattr(loop, "distance", lambda *_: next(values))
-    trained(tmp_path, config(save_every=8, snapshots=2, **changes))
+    monkeypatch.setattr(
+        *(loop.Evaluation, "measure"), lambda *_: {"fd": {"frechet_distance": next(values)}}
+    )
+    trained(tmp_path, config(save_every=8, snapshots=2, measure_samples=2, **changes))
     files = (tmp_path / "snapshots").glob("*.safetensors")
     assert sorted(int(file.stem) for file in files) == kept
     assert {line["images"]: line["fd"] for line in metrics(tmp_path) if "fd" in line} == distances
+
+
+def test_snapshots_of_another_metric_make_room(tmp_path):
+    run = RunFolder(tmp_path / "run", {})
+    for seen, (by, value) in enumerate([("last", -9.0), ("loss", 0.5), ("loss", 0.4)]):
+        keep_snapshot(run, Path.touch, seen, {by: value}, by, count=1)
+        assert [int(file.stem) for file in (run / "snapshots").glob("*.safetensors")] == [seen]
 
 
 @pytest.mark.usefixtures("untrained_classifier")
@@ -143,10 +152,9 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, shape, inputs, outputs, *, classes=None, width: int = 4):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(inputs * shape[0], width, 3, padding=1),
-            nn.Conv2d(width, outputs * shape[0], 3, padding=1),
-        )
+        first = nn.Conv2d(inputs * shape[0], width, 3, padding=1)
+        last = nn.Conv2d(width, outputs * shape[0], 3, padding=1)
+        self.layers = nn.Sequential(first, nn.BatchNorm2d(width), last)
 
     def forward(self, z, clock, label=None):
         return self.layers(z)
@@ -156,23 +164,18 @@ class Net(nn.Module):
 def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, monkeypatch):
     (tmp_path / "own_network.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    network = {"name": "own_network:Net", "options": {"width": 3}}
-    model = trained(tmp_path / "run", config(network=network))
+    network, run = {"name": "own_network:Net", "options": {"width": 3}}, tmp_path / "run"
+    model = trained(run, config(network=network))
     with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
-        images.Run.load(tmp_path / "run")
-    assert_same_bits(model, images.Run.load(tmp_path / "run", trust=True).model)
-    with pytest.raises(SettingError, match=r"network\.options\.widht: unknown key; did you mean"):
-        check_run(config(network={**network, "options": {"widht": 3}}), DATA)
-    with pytest.raises(SettingError, match=r"network\.name: 'nowhere:Net' cannot be loaded"):
-        check_run(config(network={"name": "nowhere:Net"}), DATA)
-
-
-def test_a_rehearsal_measures_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    speed, memory = loop.rehearse(config(), DATA, device="cpu")
-    assert speed > 0
-    assert 2**26 < memory < 2**36  # bytes: torch alone takes more than 64 MiB
-    assert not list(tmp_path.iterdir())
+        images.Run.load(run)
+    assert_same_bits(model, images.Run.load(run, trust=True).model)
+    assert any("running_mean" in name and x.any() for name, x in model.named_buffers())
+    for wrong, message in (
+        ({**network, "options": {"widht": 3}}, r"options\.widht: unknown key; did you mean"),
+        ({"name": "nowhere:Net"}, r"name: 'nowhere:Net' cannot be loaded"),
+    ):
+        with pytest.raises(SettingError, match=rf"network\.{message}"):
+            check_run(config(network=wrong), DATA)
 
 
 def test_the_start_tells_of_data_model_and_device():

@@ -1,7 +1,5 @@
 """Training: reproducible, resumable to the bit, the same on any number of processes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
