@@ -44,7 +44,7 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
     if (run is None) == (options.model is None):
         raise ValueError("a run or --model is needed, one of them")
-    changes = parse_overrides(options.process_set)
+    changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
     if changes and options.process is None and run is not None:
         raise SettingError("process_set", "needs --process")
     values = {"name": options.process or "CLD", "options": changes}
@@ -61,8 +61,8 @@ def recipes_of(
     from cldsde.images.sample.sampler import changed_recipe
     from cldsde.images.schema import parse_overrides
 
-    names, changes = ("grid", "t_start", "t_end", "denoise"), parse_overrides(options.set)
-    given = {name: getattr(options, name) for name in names}
+    changes = parse_overrides(options.set, "rtol=0.01")
+    given = {name: getattr(options, name) for name in ("grid", "t_start", "t_end", "denoise")}
     for solver, nfe in product(solvers or [None], budgets or [None]):  # type: ignore[list-item]
         new = {"solver": solver, "nfe": nfe, **given}
         new = {name: value for name, value in new.items() if value is not None}

@@ -90,7 +90,7 @@ class ImageSpace:
             return "all"
         if text in names:
             return names.index(str(text))
-        if not str(text).isdigit() or int(text) >= self.classes:
+        if not str(text).isdecimal() or int(text) >= self.classes:
             or_named = f", or one of {', '.join(names)}" if names else ""
             msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {text!r}"
             raise SettingError("label", msg)
@@ -118,9 +118,9 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
 class ImageModel:
     """A trained model, its images and its configuration."""
 
-    model: DiffusionModel
+    model: DiffusionModel = dataclasses.field(repr=False)
     space: ImageSpace
-    config: RunConfig
+    config: RunConfig = dataclasses.field(repr=False)
     images_seen: int
     digest: str
 

@@ -191,7 +191,7 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
     assert torch.equal(first.images, second.images)
     assert first.evaluations.tolist() == [4, 4, 4]
     assert images.as_array(first).shape == (3, 8, 8, 1)
-    assert [picture.size for picture in images.as_pictures(first, 17)] == [(8, 8)] * 3
+    assert [picture.size for picture in images.as_pictures(first)] == [(8, 8)] * 3
     assert torch.equal(run.sample([2], nfe=4).images[0], first.images[2])
     assert repr(again.process) == repr(run.score.sde)
     with pytest.raises(SettingError, match="label: the network was not trained with classes"):
