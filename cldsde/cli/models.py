@@ -14,7 +14,7 @@ from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.sample.source import Model
+    from cldsde.images.model import ImageModel
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
 _PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD with --model"
@@ -36,7 +36,7 @@ RECIPE = (
 )
 
 
-def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
+def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     """The model that the options name."""
     from cldsde.images.config import ProcessConfig
     from cldsde.images.sample.source import of_diffusers, of_run
@@ -55,7 +55,10 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
 
 def recipes_of(
-    options: Namespace, model: Model, solvers: Sequence[str] | None, budgets: Sequence[int] | None
+    options: Namespace,
+    model: ImageModel,
+    solvers: Sequence[str] | None,
+    budgets: Sequence[int] | None,
 ) -> Iterator[SamplingConfig]:
     """Each solver with each budget; the other settings are the options', or else the run's."""
     from cldsde.images.sample.sampler import changed_recipe

@@ -17,7 +17,7 @@ from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture
-from cldsde.images.model import ImageModel, load_model
+from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
@@ -25,7 +25,7 @@ from cldsde.images.train import check_run, train
 
 
 @dataclass(frozen=True, eq=False)
-class Run(ImageModel):
+class Run(TrainedModel):
     """A trained run: its model with attributes ``score``, ``process``, ``space`` and ``config``."""
 
     @classmethod

@@ -24,7 +24,7 @@ from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.figures import is_whole_picture, save_grid
-from cldsde.images.model import ImageModel, load_model
+from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.sample.sampler import ImageSampler, make_solver
@@ -94,7 +94,7 @@ class Comparison:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
 
-    def _evaluate(self, name: str, model: ImageModel) -> None:
+    def _evaluate(self, name: str, model: TrainedModel) -> None:
         """Measure a model's rows, then its bits per dim."""
         file = self.folder / f"evaluations/{name}.jsonl"
         bits = self.models.get(name, {}).get("bits")
@@ -124,7 +124,7 @@ class Comparison:
             self.models[name]["bits"] = _bits(result)
             self._write()
 
-    def _draw(self, row: RowConfig, model: ImageModel) -> str:
+    def _draw(self, row: RowConfig, model: TrainedModel) -> str:
         """Keep a picture of a row's first images, one line per budget; return its name."""
         recipes = row.recipes()
         parts = f"{model.digest} {recipes} {[make_solver(recipe) for recipe in recipes]}"
@@ -143,7 +143,7 @@ class Comparison:
         self.folder.write(name, lambda file: save_grid(file, images, levels, columns=count))
         return name
 
-    def _described(self, name: str, model: ImageModel) -> dict[str, Any]:
+    def _described(self, name: str, model: TrainedModel) -> dict[str, Any]:
         """Facts about a trained model."""
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch

@@ -42,8 +42,8 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.evaluate.weights import InceptionFeatures
+from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.sampler import ImageSampler, make_solver
-from cldsde.images.sample.source import Model, OtherDynamics
 from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -138,7 +138,9 @@ class Evaluation:
             kept.append(_CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
-    def of_run(self, model: Model, recipes: Iterable[SamplingConfig], file: Path) -> list[Result]:
+    def of_run(
+        self, model: ImageModel, recipes: Iterable[SamplingConfig], file: Path
+    ) -> list[Result]:
         """Measure a trained model; return the results, which are added to the file.
 
         Failures are results and are not repeated, nor do they end the evaluation. Several processes
@@ -147,11 +149,11 @@ class Evaluation:
         found = self.of_density(model, file) if "bpd" in self.metrics else []
         return [*found, *(x for recipe in recipes for x in self.of_recipe(model, recipe, file))]
 
-    def of_density(self, model: Model, file: Path) -> list[Result]:
+    def of_density(self, model: ImageModel, file: Path) -> list[Result]:
         """Bits per dim of a trained model; see `of_run`."""
         return self._filled(file, ["bpd"], lambda _: ({"bpd": self._bits(model)}, {}), model.digest)
 
-    def of_recipe(self, model: Model, recipe: SamplingConfig, file: Path) -> list[Result]:
+    def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
         own = {"recipe": plain(recipe), "solver": repr(make_solver(recipe))}
         # One for all repetitions, made if something is missing.
@@ -262,17 +264,18 @@ class Evaluation:
         found = self.measure(batches(), metrics, len(seeds))
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
 
-    def _bits(self, model: Model) -> dict[str, Any]:
+    def _bits(self, model: ImageModel) -> dict[str, Any]:
         """Bits per dim of a model, with everything that they depend on."""
-        if isinstance(model, OtherDynamics):
+        if model.t_min is None:
             raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
         if model.space.always_classes:
             msg = "bpd needs a network that was trained without classes, too"
             raise likelihoods.UndefinedLikelihoodError(msg)
         names = ("batch", "device", "progress")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        options |= {"levels": self.data.train.levels, "t_min": model.config.training.t_min}
+        options |= {"levels": self.data.train.levels, "t_min": model.t_min}
         if model.vae is not None:
+            assert isinstance(model, TrainedModel)
             return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
         return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)

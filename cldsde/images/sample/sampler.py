@@ -18,9 +18,8 @@ from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
-from cldsde.images.model import ImageSpace
+from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage
-from cldsde.images.sample.source import Model
 from cldsde.images.schema import check_name, checked_options
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
@@ -158,7 +157,7 @@ class ImageSampler:
     precision: Precision = "fp32"
 
     @classmethod
-    def of(cls, model: Model, sampling: SamplingConfig, **options: Any) -> Self:
+    def of(cls, model: ImageModel, sampling: SamplingConfig, **options: Any) -> Self:
         """The sampler of a trained model; ``options`` are the other attributes."""
         return cls(model.score, model.space, sampling, vae=model.vae, **options)
 

@@ -18,15 +18,15 @@ from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
-from cldsde.images.model import ImageSpace
+from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.sampler import Samples
 from image_data import noise
 from tiny_runs import noise_images
 from tolerances import rounding
 
 CONFIG = RunConfig.from_dict({"training": {"images": 64}})
-MODEL = SimpleNamespace(
-    digest="abc", space=ImageSpace((1, 8, 8)), config=CONFIG, vae=None, score=None
+MODEL = ImageModel(
+    score=None, space=ImageSpace((1, 8, 8)), digest="abc", sampling=CONFIG.sampling, t_min=1e-3
 )
 
 
