@@ -61,8 +61,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
     model = model_of(options, target, device) if of_model else None
     data = load_config(source / CONFIG if source.is_dir() else source).data
     if options.data is not None:
+        given = {**data.options, "path": str(options.data)}
         try:
-            data = dataclasses.replace(data, options=data.options | {"path": str(options.data)})
+            data = dataclasses.replace(data, options=given)
         except SettingError:
             raise SettingError("data", f"the data set {data.name} has no path") from None
     names = ("metrics", "part", "samples", "repeats", "batch", "features", "weights")
