@@ -140,11 +140,13 @@ class Run(TrainedModel):
         Raises
         ------
         SettingError
-            If the network has layers that a `UNet2DModel` does not have.
+            If the network has layers that a `UNet2DModel` does not have, or the folder exists.
         """
         name, classes = self.config.network.name, self.space.classes
         require(name == "UNet", "network.name", f"must be UNet for a UNet2DModel; got {name}")
         require(classes is None, "network.conditional", "must be false for a UNet2DModel")
+        folder = Path(folder).expanduser()
+        require(not folder.exists(), "folder", f"must not be there yet; got {folder}")
         self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]
 
 

@@ -90,6 +90,8 @@ def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
 def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(finished, tmp_path):
     whole = images.Run.load(finished)
     whole.to_diffusers(tmp_path / "net")
+    with pytest.raises(SettingError, match="folder: must not be there yet"):
+        whole.to_diffusers(finished)
     for i, source in enumerate((finished, tmp_path / "net")):
         settings = config(images=8, learning_rate=1e-30, init_from=str(source))
         tuned = trained(tmp_path / f"tuned-{i}", settings).score.network.state_dict()
