@@ -38,7 +38,7 @@ from cldsde import GaussianMixture, ReverseProcess, solvers
 from cldsde.files import write_whole
 from cldsde.images.config import RunConfig, SamplingConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.model import ImageModel, ImageSpace, make_model
+from cldsde.images.model import ImageSpace, TrainedModel, make_model
 from cldsde.images.sample.request import CompileMode, speed_up
 from cldsde.images.sample.sampler import ImageSampler, Precision
 from cldsde.images.train.engine import check_run, make_engine
@@ -237,7 +237,15 @@ def sampling(setting: Setting, found: Found) -> None:
             config, space = setting.config(), setting.space()
             made = make_model(config, space).to(setting.device).eval()
             made.score.network.load_state_dict(network.state_dict())
-            model = ImageModel(made, space, config, 0, "")
+            model = TrainedModel(
+                score=made.score,
+                space=space,
+                digest="",
+                sampling=config.sampling,
+                model=made,
+                config=config,
+                images_seen=0,
+            )
             speed_up(model, mode, channels_last=last)
             recipe = SamplingConfig(solver="em", nfe=setting.evaluations, grid="quadratic")
             sampler = ImageSampler.of(model, recipe, batch=batch, precision=kind)

@@ -23,7 +23,7 @@ from cldsde.images.compare.config import ComparisonConfig
 from cldsde.images.compare.report import RESULTS
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.model import DiffusionModel, ImageModel, load_model
+from cldsde.images.model import ImageModel, load_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.progress import progress_bar
 from cldsde.score import MixedScore
@@ -43,7 +43,7 @@ def with_dynamics(model: ImageModel, process: ProcessConfig) -> ImageModel:
     other = MixedScore(
         score.network, process.make(), score.data_mean, score.data_variance, inputs="estimate"
     )
-    return dataclasses.replace(model, model=DiffusionModel(other.eval()))
+    return dataclasses.replace(model, score=other.eval())
 
 
 def main() -> None:

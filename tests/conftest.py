@@ -68,10 +68,10 @@ def untrained_classifier(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
 
     calls: list[dict[str, Any]] = []
 
-    def untrained(images: Any, labels: Any, *_: Any, **options: Any) -> Any:
+    def untrained(data: Any, **options: Any) -> Any:
         calls.append(options)
-        classes = int(labels.max()) + 1
-        return ImageClassifier(images.shape[1], max(classes, 2), width=4, size=8).eval(), 0.5
+        channels, classes = data.train.shape[0], max(data.train.classes, 2)
+        return ImageClassifier(channels, classes, width=4, size=8).eval(), 0.5
 
     monkeypatch.setattr(classifier, "train_classifier", untrained)
     return calls

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -137,18 +135,3 @@ class Own(solvers.NoiseSource):
 
     def normal(self, z: torch.Tensor, rows: int) -> Any:
         return self.draw
-
-
-@contextlib.contextmanager
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail on what would stop the host until the device has a number."""
-    names = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "__bool__", "__float__"]
-    names += ["__int__", "__index__", "is_nonzero", "equal", "masked_select"]
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        pytest.fail("the step waits for a value")
-
-    with monkeypatch.context() as patch:
-        for attribute in names:
-            patch.setattr(torch.Tensor, attribute, fail)
-        yield

@@ -17,6 +17,7 @@ from pathlib import Path
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, recipes_of
 from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
 from cldsde.errors import SettingError
+from cldsde.messages import counted
 
 _TARGET = "a run; or FILE.npz, or a folder of pictures"
 _METRICS = "some of fd, fid, kid, isc, prc, bpd, with commas"
@@ -50,7 +51,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.config import load_config
     from cldsde.images.data.samples import load_samples
     from cldsde.images.evaluate.evaluation import Evaluation
-    from cldsde.images.evaluate.results import markdown_table, notes, read_results
+    from cldsde.images.evaluate.results import bits_text, markdown_table, notes, read_results
     from cldsde.images.runs import CONFIG
     from cldsde.images.sample.sampler import make_plan
 
@@ -60,7 +61,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
     model = model_of(options, target, device) if of_model else None
     data = load_config(source / CONFIG if source.is_dir() else source).data
     if options.data is not None:
-        data = dataclasses.replace(data, options={**data.options, "path": str(options.data)})
+        given = {**data.options, "path": str(options.data)}
+        try:
+            data = dataclasses.replace(data, options=given)
+        except SettingError:
+            raise SettingError("data", f"the data set {data.name} has no path") from None
     names = ("metrics", "part", "samples", "repeats", "batch", "features", "weights")
     evaluation = Evaluation(
         data=data.load(),
@@ -94,8 +99,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         if table:
             print(table)
         for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
-            value = f"{bits['bits_per_dim']:.3f} ± {bits['standard_error'] or 0:.3f}"
-            print(f"{value} bits per dim ({bits['quantity']})")
+            count = counted(bits["images"], "image")
+            print(f"{bits_text(bits)} bits per dim of {count} ({bits['quantity']})")
         dequantised = model is None or model.vae is not None or model.space.dequantised
         for note in notes(stored, dequantised=dequantised):
             print(f"note: {note}", file=sys.stderr)

@@ -14,7 +14,7 @@ from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
     from cldsde.images.config import SamplingConfig
-    from cldsde.images.sample.source import Model
+    from cldsde.images.model import ImageModel
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
 _PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD with --model"
@@ -36,7 +36,7 @@ RECIPE = (
 )
 
 
-def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
+def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     """The model that the options name."""
     from cldsde.images.config import ProcessConfig
     from cldsde.images.sample.source import of_diffusers, of_run
@@ -44,7 +44,7 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
     if (run is None) == (options.model is None):
         raise ValueError("a run or --model is needed, one of them")
-    changes = parse_overrides(options.process_set)
+    changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
     if changes and options.process is None and run is not None:
         raise SettingError("process_set", "needs --process")
     values = {"name": options.process or "CLD", "options": changes}
@@ -55,14 +55,17 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> Model:
 
 
 def recipes_of(
-    options: Namespace, model: Model, solvers: Sequence[str] | None, budgets: Sequence[int] | None
+    options: Namespace,
+    model: ImageModel,
+    solvers: Sequence[str] | None,
+    budgets: Sequence[int] | None,
 ) -> Iterator[SamplingConfig]:
     """Each solver with each budget; the other settings are the options', or else the run's."""
     from cldsde.images.sample.sampler import changed_recipe
     from cldsde.images.schema import parse_overrides
 
-    names, changes = ("grid", "t_start", "t_end", "denoise"), parse_overrides(options.set)
-    given = {name: getattr(options, name) for name in names}
+    changes = parse_overrides(options.set, "rtol=0.01")
+    given = {name: getattr(options, name) for name in ("grid", "t_start", "t_end", "denoise")}
     for solver, nfe in product(solvers or [None], budgets or [None]):  # type: ignore[list-item]
         new = {"solver": solver, "nfe": nfe, **given}
         new = {name: value for name, value in new.items() if value is not None}

@@ -74,6 +74,7 @@ def _seeds(text: str) -> range:
 
 SEED = Kind(_seed, "an integer from 0 to 2^63 - 1", "int")
 SEEDS = Kind(_seeds, "A-B with 0 ≤ A ≤ B < 2³²")
+ONE_SEED = Kind(lambda text: _seeds(str(int(text))), "an integer from 0 to 2^32 - 1", "int")
 LIST = Kind(lambda text: [word.strip() for word in text.split(",")], "names with commas")
 INTEGERS = Kind(lambda text: [int(word) for word in text.split(",")], "integers with commas")
 _KINDS: dict[Any, Kind] = {

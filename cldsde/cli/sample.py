@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, recipes_of
-from cldsde.cli.options import DEVICE, SEEDS, Kind, flag, option, resolve_device
+from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, option, resolve_device
 from cldsde.errors import SettingError
 from cldsde.messages import counted
 
@@ -40,7 +40,7 @@ OPTIONS = (
     option("--nfe N", int, "score evaluations per image"),
     *RECIPE,
     option("--seeds A-B", SEEDS, "seeds of the images, such as 0-49999; 0-63 by default"),
-    option("--seed N", SEEDS, "one seed, the same as --seeds N"),
+    option("--seed N", ONE_SEED, "one seed, the same as --seeds N"),
     option("--out PATH", Path, _OUT, default=Path("samples.png")),
     flag("--overwrite", "replace an existing file"),
     option("--batch N", int, "images per batch", default=64),

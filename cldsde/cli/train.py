@@ -44,8 +44,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     more = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(options.config, [*options.set, *more])
     if options.print_config:
-        measured = options.config.resolve().parents[1] / "docs" / "data" / "gpu.json"  # in a clone
-        comments = "".join(f"# {line}\n" for line in outlook(config, measured))
+        comments = "".join(f"# {line}\n" for line in outlook(config))
         return lambda: print(comments + config.to_toml(), end="")
     # Without a GPU processes find each other only if they are told that there is none.
     device = "cpu" if resolve_device(options.device) == "cpu" else options.device

@@ -24,37 +24,36 @@ def kind_of(value: object) -> object:
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_images(images: object, name: str, *, smallest: int = 1, least: int = 1) -> Tensor:
+def check_images(images: object, name: str, *, least: int = 1) -> Tensor:
     """Return at least ``least`` uint8 images ``(N, C, H, W)`` on the CPU, or raise."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.device.type != "cpu":
         raise TypeError(f"{name} must be a uint8 tensor on the CPU; got {kind_of(images)}")
-    if images.ndim != 4 or images.shape[1] < 1 or min(images.shape[2:]) < smallest:
-        size = f" with H and W at least {smallest}" if smallest > 1 else ""
-        raise ValueError(f"{name} must have shape (N, C, H, W){size}; got {tuple(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(images.shape)}")
     if len(images) < least:
         raise ValueError(f"{name} must hold at least {least} images; got {len(images)}")
     return images
 
 
-def check_labels(labels: object, name: str, count: int, classes: int | None = None) -> int:
+def check_labels(labels: object, count: int, classes: int | None = None) -> int:
     """Check one class per image; return the number of classes, one more than the largest."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"{name} must be a tensor of integers; got {kind_of(labels)}")
+        raise TypeError(f"labels must be a tensor of integers; got {kind_of(labels)}")
     if labels.shape != (count,):
-        msg = f"{name} must have shape ({count},), one class per image; got {tuple(labels.shape)}"
+        msg = f"labels must have shape ({count},), one class per image; got {tuple(labels.shape)}"
         raise ValueError(msg)
     low, high = int(labels.min()), int(labels.max())
     limit = high + 1 if classes is None else classes
     if low < 0 or high >= limit:
-        raise ValueError(f"{name} must lie in 0 … {limit - 1}; got {low} to {high}")
+        raise ValueError(f"labels must lie in 0 … {limit - 1}; got {low} to {high}")
     return limit
 
 
-def check_same_shape(images: Tensor, reference: Tensor, name: str = "reference") -> None:
+def check_same_shape(images: Tensor, reference: Tensor) -> None:
     """Raise a ValueError if the images of the reference have another shape."""
     if reference.shape[1:] != images.shape[1:]:
         own, other = tuple(images.shape[1:]), tuple(reference.shape[1:])
-        raise ValueError(f"{name} must have the shape of images, {own}; got {other}")
+        raise ValueError(f"reference must have the shape of images, {own}; got {other}")
 
 
 def check_levels(shape: Sequence[int], channels: Sequence[int]) -> None:

@@ -68,17 +68,15 @@ class DemoConfig:
 def run_demo(config: DemoConfig, folder: RunFolder, *, progress: bool = True) -> str:
     """Train CLD on digits, sample it with three solvers, measure, and plot; return ``table.md``."""
     if all((folder / name).exists() for name in _RESULTS):
-        return (folder / "table.md").read_text()
+        return (folder / "table.md").read_text(encoding="utf-8")
     began = time.monotonic()
     data = digits()
-    levels, (train, held_out) = data.train.levels, map(all_bytes, data.all)
-    options: dict[str, Any] = {"epochs": 20, "batch": 64, "size": 64, "progress": progress}
-    labels: list[Any] = [part.labels for part in data.all]
+    levels, seed = data.train.levels, config.model.seed
     classifier, accuracy = train_classifier(
-        *(train, labels[0], held_out, labels[1]), seed=config.model.seed, **options
+        data, epochs=20, batch=64, size=64, seed=seed, progress=progress
     )
     features = ClassifierFeatures(classifier)
-    real = features(torch.cat([train, held_out]))
+    real = features(torch.cat([*map(all_bytes, data.all)]))
     run = Run.train(config.model, data, folder / "model", device=config.device, progress=progress)
     # In the format of a comparison.
     rows: dict[str, dict[str, Any]] = {
@@ -113,8 +111,8 @@ def run_demo(config: DemoConfig, folder: RunFolder, *, progress: bool = True) ->
     figure.axes[0].axhline(results["baseline"], color="0.5", linestyle="dashed", label=label)
     figure.axes[0].legend(fontsize="small")
     folder.write("distances.png", lambda file: figure.savefig(file, dpi=150))
-    folder.write("table.md", lambda file: file.write_text(_text(results)))
-    return (folder / "table.md").read_text()
+    folder.write("table.md", lambda file: file.write_text(_text(results), encoding="utf-8"))
+    return (folder / "table.md").read_text(encoding="utf-8")
 
 
 def _text(results: Mapping[str, Any]) -> str:

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
+from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture
-from cldsde.images.model import ImageModel, load_model
+from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
@@ -24,7 +25,7 @@ from cldsde.images.train import check_run, train
 
 
 @dataclass(frozen=True, eq=False)
-class Run(ImageModel):
+class Run(TrainedModel):
     """A trained run: its model with attributes ``score``, ``process``, ``space`` and ``config``."""
 
     @classmethod
@@ -59,7 +60,8 @@ class Run(ImageModel):
         config
             A configuration, or its file.
         data
-            The images; None reads the data set of the configuration.
+            The images; None reads the data set of the configuration. The run does not keep them:
+            ``cldsde evaluate`` compares its samples with the data set of the configuration.
         out
             Run folder, made if missing.
         device
@@ -113,7 +115,7 @@ class Run(ImageModel):
         Returns
         -------
         Samples
-            ``images`` ``(N, C, H, W)`` uint8 and the score evaluations of each.
+            ``images`` ``(N, C, H, W)`` uint8, the score evaluations of each, and ``levels``.
 
         Raises
         ------
@@ -138,11 +140,13 @@ class Run(ImageModel):
         Raises
         ------
         SettingError
-            If the network has layers that a `UNet2DModel` does not have.
+            If the network has layers that a `UNet2DModel` does not have, or the folder exists.
         """
-        if self.config.network.name != "UNet" or self.space.classes is not None:
-            msg = f"a UNet2DModel holds a UNet without classes; got {self.config.network.name}"
-            raise SettingError("network.name", msg)
+        name, classes = self.config.network.name, self.space.classes
+        require(name == "UNet", "network.name", f"must be UNet for a UNet2DModel; got {name}")
+        require(classes is None, "network.conditional", "must be false for a UNet2DModel")
+        folder = Path(folder).expanduser()
+        require(not folder.exists(), "folder", f"must not be there yet; got {folder}")
         self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]
 
 
@@ -152,6 +156,6 @@ def as_array(samples: Samples) -> NDArray[np.uint8]:
     return array
 
 
-def as_pictures(samples: Samples, levels: int = 256) -> list[PILImage]:
-    """Images as Pillow's."""
-    return [picture(image, levels) for image in samples.images.numpy()]
+def as_pictures(samples: Samples) -> list[PILImage]:
+    """Images as Pillow's, with the levels spread from black to white."""
+    return [picture(image) for image in as_bytes(samples.images, samples.levels)]

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cldsde.images.data.pictures import open_picture
+from cldsde.images.data.samples import as_bytes
 
 
 def save_grid(
@@ -31,10 +33,11 @@ def save_grid(
     """
     n, _, height, width = images.shape
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
-    sheet = _montage(images.cpu().numpy(), columns, gap=2, fill=0)
+    sheet = _montage(as_bytes(images.cpu(), levels).numpy(), columns, gap=2, fill=0)
     sheet = np.pad(sheet, ((0, 0), (2, 2), (2, 2)))
     scale = max(1, 64 // max(height, width))
-    picture(sheet.repeat(scale, 1).repeat(scale, 2), levels).save(file, pnginfo=notes)
+    sheet = sheet.repeat(scale, 1).repeat(scale, 2)
+    picture(torch.from_numpy(sheet)).save(file, pnginfo=notes)
 
 
 def _montage(images: NDArray, columns: int, *, gap: int, fill: float) -> NDArray:  # type: ignore[type-arg]
@@ -58,10 +61,9 @@ def is_whole_picture(file: Path) -> bool:
     return True
 
 
-def picture(image: NDArray[np.uint8], levels: int = 256) -> Image.Image:
-    """An image ``(C, H, W)`` with C = 1 or 3 as one of Pillow's."""
-    scaled = np.rint(image * (255 / (levels - 1))).astype(np.uint8)
-    return Image.fromarray(scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0))
+def picture(image: Tensor) -> Image.Image:
+    """Bytes ``(C, H, W)`` with C = 1 or 3 as an image of Pillow's."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).numpy())
 
 
 def plot_samples(file: Path, real: Tensor, generated: Tensor, caption: str) -> None:

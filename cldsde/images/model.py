@@ -24,7 +24,7 @@ from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.linear import LinearSDE
 from cldsde.messages import imported, one_line
 from cldsde.pretrained.published_score import PublishedScore
-from cldsde.score import MixedScore
+from cldsde.score import DenoiserScore, MixedScore
 
 MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
@@ -90,7 +90,7 @@ class ImageSpace:
             return "all"
         if text in names:
             return names.index(str(text))
-        if not str(text).isdigit() or int(text) >= self.classes:
+        if not str(text).isdecimal() or int(text) >= self.classes:
             or_named = f", or one of {', '.join(names)}" if names else ""
             msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {text!r}"
             raise SettingError("label", msg)
@@ -114,40 +114,34 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageModel:
-    """A trained model, its images and its configuration."""
+    """A score of images that can be sampled.
 
-    model: DiffusionModel
+    ``sampling`` are its default settings. ``t_min`` is the smallest time that the network was
+    trained on, None if the score itself raises an error outside the noise levels of its training.
+    """
+
+    score: MixedScore | PublishedScore | DenoiserScore = dataclasses.field(repr=False)
     space: ImageSpace
-    config: RunConfig
-    images_seen: int
     digest: str
-
-    @property
-    def score(self) -> MixedScore | PublishedScore:
-        """The score."""
-        return self.model.score
+    sampling: SamplingConfig
+    vae: VAE | None = dataclasses.field(default=None, repr=False)
+    t_min: float | None = None
 
     @property
     def process(self) -> LinearSDE:
         """The forward process."""
-        return self.model.score.sde
+        return self.score.sde
 
-    @property
-    def sampling(self) -> SamplingConfig:
-        """Its default sampling settings."""
-        return self.config.sampling
 
-    @property
-    def t_min(self) -> float | None:
-        """Smallest time that the network was trained on."""
-        return self.config.training.t_min
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(ImageModel):
+    """The model of a run, with its configuration."""
 
-    @property
-    def vae(self) -> VAE | None:
-        """The autoencoder; None for a model of pixels."""
-        return self.model.vae
+    model: DiffusionModel = dataclasses.field(repr=False)
+    config: RunConfig = dataclasses.field(repr=False)
+    images_seen: int
 
 
 def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE | None:
@@ -249,7 +243,7 @@ def copy_weights(model: DiffusionModel, source: Path) -> None:
 
 def load_model(
     run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
-) -> ImageModel:
+) -> TrainedModel:
     """Load the model of a run."""
     run = Path(run).expanduser()
     if not (run / CONFIG).is_file():
@@ -271,7 +265,7 @@ def load_model(
     return read_model(run / MODEL, config, device)
 
 
-def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> ImageModel:
+def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> TrainedModel:
     """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
@@ -287,4 +281,14 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
     model = model.to(device).eval().requires_grad_(requires_grad=False)
-    return ImageModel(model, space, config, seen, metadata["sha256"])
+    return TrainedModel(
+        score=model.score,
+        space=space,
+        digest=metadata["sha256"],
+        sampling=config.sampling,
+        vae=model.vae,
+        t_min=config.training.t_min,
+        model=model,
+        config=config,
+        images_seen=seen,
+    )

@@ -25,8 +25,8 @@ from cldsde.pretrained import ncsnpp
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Number of parameters, also if they are frozen."""
+    return sum(p.numel() for p in module.parameters())
 
 
 # Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8.

@@ -89,7 +89,7 @@ def read_published(
     SettingError, ValueError, OSError
         If the checkpoint cannot be read, is of another network, or a setting does not fit.
     """
-    for key in parse_overrides(overrides):
+    for key in parse_overrides(overrides, "sampling.nfe=100"):
         if not f"{key}.".startswith(tuple(f"{name}." for name in _OPEN)):
             msg = f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}"
             raise SettingError(key, msg)

@@ -79,12 +79,6 @@ class RunFolder:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def damaged(self, name: str, reason: object, *, cost: str = "") -> str:
-        """Message for a damaged file of the run; ``cost`` is the effort to make it again."""
-        again = f"put a copy of it back, or delete it to {cost}"
-        again = again if cost else "delete it to have it made again"
-        return f"{self.path / name} is damaged ({reason}); {again}"
-
     def forget_metrics_after(self, images: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""
         metrics = self.path / METRICS

@@ -236,7 +236,7 @@ def read_file(path: Path) -> dict[str, Any]:
         values = readers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingError(str(path), f"cannot be read ({error.strerror or error})") from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         msg = f"is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())})"
         raise SettingError(str(path), msg) from error
     if not isinstance(values, dict):
@@ -247,11 +247,12 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     """A mapping with unique keys, as in TOML."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"duplicate key {key!r}")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -268,16 +269,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_overrides(overrides: Iterable[str], example: str = "rtol=0.01") -> dict[str, Any]:
-    """Values of ``key=value`` words, each in TOML or a bare word; errors have the key ``"set"``."""
+def parse_overrides(words: Iterable[str], example: str, name: str = "set") -> dict[str, Any]:
+    """Values of ``key=value`` words, each in TOML or a bare word; errors have ``name`` as key."""
     values = {}
-    for override in overrides:
-        key, separator, text = (part.strip() for part in override.partition("="))
+    for word in words:
+        key, separator, text = (part.strip() for part in word.partition("="))
         if not separator or not key:
-            raise SettingError("set", f"takes key=value, such as {example}; got {override!r}")
+            raise SettingError(name, f"takes key=value, such as {example}; got {word!r}")
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text
         values[key] = _replaced(value, "none", None)
     return values

@@ -48,17 +48,17 @@ def test_a_comparison_is_one_process(config, capsys, monkeypatch):
 def test_an_interruption_keeps_finished_cells_and_reports_them(
     config, capsys, tmp_path, monkeypatch
 ):
-    stream, left = Evaluation.stream, iter(range(2))
+    measure, left = Evaluation.measure, iter(range(2))
 
     def interrupted(*arguments, **options):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return stream(*arguments, **options)
+        return measure(*arguments, **options)
 
     out = tmp_path / "run"
     command = ["compare", str(config), "--out", str(out), "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluation, "stream", interrupted)
+        patch.setattr(Evaluation, "measure", interrupted)
         assert main(command) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "cldsde compare: interrupted; the same command resumes"

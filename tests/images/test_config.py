@@ -169,6 +169,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
         (["training.batch"], "key=value"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),
+        (["seed=" + "[" * 5000], r"seed: must be a valid integer; got '\[\["),
     ):
         with pytest.raises(ValueError, match=message):
             load_config(file, words)
@@ -181,6 +182,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
         ("a.json", "{"),
         ("a.yaml", "a: [1"),
         ("a.yaml", "- 1\n- 2"),
+        ("a.yaml", "? [1]\n: 2"),
         ("a.yaml", "training: !!python/object/apply:os.getcwd []"),
         ("a.yaml", "training: {images: 640, images: 3}"),
         ("a.json", '{"training": {"images": 640, "images": 3}}'),

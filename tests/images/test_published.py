@@ -1,7 +1,6 @@
 """The published configurations build, train and sample."""
 
 import dataclasses
-import json
 import tomllib
 from pathlib import Path
 
@@ -58,33 +57,7 @@ def test_the_printed_configuration_shows_parameters_and_memory(capsys):
     assert "# parameters: 107,593,859, images of 3×32×32" in text
     # Four bytes of weights, average, gradient and two moments each.
     assert f"# memory: {20 * 107_593_859 / 2**20:,.0f} MiB" in text
-    speed = next(line for line in text.splitlines() if line.startswith("# images per second"))
-    is_known = (CONFIGS.parent / "docs/data/gpu.json").exists()
-    assert ("measured on" if is_known else "not measured; cldsde train --dry-run") in speed
     assert tomllib.loads(text)["training"]["warmup"] == 12_800_000
-
-
-def test_the_printed_configuration_tells_the_measured_speed(tmp_path, capsys):
-    config = tmp_path / "configs" / "x.toml"
-    config.parent.mkdir()
-    config.write_bytes((CONFIGS / "cifar10_cld.toml").read_bytes())
-    measured = {
-        "device": {"name": "Some GPU"},
-        "network": load_config(config).to_dict()["network"],
-        "training": {"batch 128": {"images_per_second": 1234.5, "peak_mib": 5678}},
-    }
-    place = tmp_path / "docs" / "data" / "gpu.json"
-    place.parent.mkdir(parents=True)
-    place.write_text(json.dumps(measured))
-    for word, known in (
-        ("seed=1", True),
-        ("training.batch=64", False),
-        ("network.options.blocks=4", False),
-    ):
-        assert main(["train", str(config), "--print-config", "--set", word]) == 0
-        text = capsys.readouterr().out
-        assert ("per second: 1,234; peak memory: 5,678 MiB; measured on Some GPU" in text) == known
-        assert ("not measured" in text) != known
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 `as_maps` makes a read the linear map of independent normals that it is: no Monte Carlo.
 """
 
-import contextlib
 import copy
 import itertools
 import math
@@ -17,8 +16,7 @@ from scipy.linalg import block_diag
 
 from cldsde import CLD, PSLD, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import BrownianPath
-from cldsde.solvers.authoring import PathNoise
-from gaussian_data import DATA, PROCESSES
+from gaussian_data import PROCESSES
 from probes import generator, start, untouchable
 from tolerances import KERNEL, rounding, standard_error, standard_error_of_variance
 
@@ -61,25 +59,17 @@ def covariance(reference, s, t):
     return root @ root.T
 
 
-class Draws:
-    """Counts normals that are drawn, told apart by their bits; may make them unit vectors."""
-
-    def __init__(self, patch, *, units=False):
-        self.calls, self.seen, draw = 0, {}, BrownianPath._draw
-
-        def watched(path, *args):
-            normals = draw(path, *args)
-            self.calls += 1
-            rows = len(normals)
-            first = self.seen.setdefault(normals.numpy().tobytes(), rows * len(self.seen))
-            return torch.eye(*normals.shape).roll(first, 1).to(normals) if units else normals
-
-        patch.setattr(BrownianPath, "_draw", watched)
-
-
 def as_maps(patch, sde, **options):
     """A path whose reads ``(N, rows)`` are their maps of N independent normals, transposed."""
-    Draws(patch, units=True)
+    seen, draw = {}, BrownianPath._draw
+
+    def units(path, *args):
+        # Draws are told apart by their bits.
+        normals = draw(path, *args)
+        first = seen.setdefault(normals.numpy().tobytes(), len(normals) * len(seen))
+        return torch.eye(*normals.shape).roll(first, 1).to(normals)
+
+    patch.setattr(BrownianPath, "_draw", units)
     return make(sde, (800,), **options)  # more samples than normals
 
 
@@ -165,23 +155,6 @@ def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):
     assert all(torch.equal(found[ends], read) for ends, read in alone.items())
 
 
-@pytest.mark.parametrize(("gap", "same"), [(1.0, True), (0.4, False)])
-def test_of_two_times_in_one_of_the_smallest_cells_the_first_is_its_split(gap, same):
-    # As documented: a cell is halved 20 times, and then split at the first time asked for.
-    smallest = (GIVEN[6] - GIVEN[5]) / 2**20
-    t = GIVEN[5] + 654321.3 * smallest
-    u = t + gap * smallest
-    first, second = make(), make()
-    one = [first.increment(GIVEN[0], t), first.increment(GIVEN[0], u)]
-    other = [second.increment(GIVEN[0], u), second.increment(GIVEN[0], t)][::-1]
-    for path, (early, late) in ((first, one), (second, other)):
-        assert (late - early - path.increment(t, u)).abs().max() <= SUM
-    for x, y in zip(one, other, strict=True):
-        assert torch.equal(x, y) == same
-        # Two bridges over the smallest cell, of variance 1 / 4 of it at most.
-        assert (x - y).abs().max() <= 5 * math.sqrt(smallest / 2)
-
-
 def test_a_seed_fixes_the_bits_and_a_generator_gives_one_path_after_another():
     before = torch.random.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
     one, same, other = (make(seed=seed) for seed in (4, 4, 5))
@@ -239,17 +212,6 @@ def test_increments_are_the_normals_of_these_solvers(method, integrals):
         assert (noise.normal(z, 3) - expected).abs().max() <= SUM
 
 
-def test_a_solver_may_use_increments_and_integrals_together():
-    sde, steps = PSLD(), len(GRID) - 1
-    path = make(sde)
-    functional = torch.randn(2, steps, 3, 2, generator=generator(), dtype=torch.float64)
-    noise = path.along(sde, GRID, lambda: PathNoise(functional[0], functional[1]))
-    for a, b, (t, u) in zip(*functional, itertools.pairwise(GRID.tolist()), strict=True):
-        expected = moved(a, path.increment(u, t)) + moved(b, path.integral(u, t))
-        found = noise.normal(start(sde, (5, 3)), 3)
-        assert (found - expected).abs().max() <= SUM
-
-
 @pytest.mark.parametrize("method", INTEGRALS)
 @every_process
 def test_integrals_are_the_noise_of_these_solvers(name, method):
@@ -266,39 +228,6 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
         assert (error <= JOINT * expected.abs().amax((0, 2))).all()
 
 
-def test_single_precision_is_taken():
-    process, z = ReverseProcess(SDE, DATA.score(SDE)), start(SDE, (5, 1))
-    whole = solvers.solve(process, EM, z, GRID, noise=make(SDE, (5, 1))).state
-    single = solvers.solve(process, EM, z.float(), GRID, noise=make(SDE, (5, 1))).state
-    error = (single - whole).abs().max() / whole.abs().max()
-    assert error <= rounding(256, dtype=torch.float32)
-
-
-# Cost: normals are drawn once for each part of the path that is read.
-
-
-@pytest.mark.parametrize(
-    ("given", "walk", "most", "repeats"),
-    [
-        (GRID, GRID, 8, 1),
-        (solvers.uniform_times(1.0, 0.0, 64), torch.linspace(1, 0, 17), 16, 1),
-        # Eight cells, and twenty halvings and a split for each of eleven times at most. A walk up
-        # may read both nodes of an interval twice.
-        (GRID, solvers.quadratic_times(1.0, 0.01, 12), 8 + 11 * 21, 1),
-        (GRID, solvers.quadratic_times(1.0, 0.01, 12).flip(0), 8 + 11 * 21, 2),
-        # The whole, twenty halvings, and the time itself.
-        (torch.tensor([0.0, 1.0]), torch.tensor([1 / 3, 0.0]), 22, 1),
-    ],
-    ids=["the same", "coarser", "down", "up", "one time"],
-)
-def test_a_walk_draws_once_per_split(given, walk, most, repeats, monkeypatch):
-    draws, path = Draws(monkeypatch), make(times=given)
-    for t, u in itertools.pairwise(walk.tolist()):
-        path.integral(min(t, u), max(t, u))
-    assert len(draws.seen) <= most
-    assert draws.calls <= repeats * len(draws.seen)
-
-
 @pytest.mark.parametrize("name", [x for x in solvers.named_solvers() if x[:3] != "edm"])
 def test_solvers_follow_a_path_or_say_that_they_do_not(name):
     solver = solvers.named_solvers()[name]
@@ -313,10 +242,6 @@ def test_solvers_follow_a_path_or_say_that_they_do_not(name):
 WALK = solvers.uniform_times(1.0, 1e-3, 16)
 
 
-def walker(**options):
-    return make(SDE, (300, 3), times=WALK, **options)
-
-
 def walked(path):
     return [path.integral(s, t) for s, t in itertools.pairwise(WALK.flip(0).tolist())]
 
@@ -325,57 +250,24 @@ def same(found, wanted):
     return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("at", [0, 3, 10, 31])
-def test_an_interruption_leaves_nothing_behind(at, monkeypatch):
-    wanted, path, asked = walked(walker()), walker(), 0
-    add = torch.Tensor.addmm_
-
-    def interrupted(*args, **options):
-        nonlocal asked
-        asked += 1
-        if asked == at + 1:
-            raise KeyboardInterrupt
-        return add(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "addmm_", interrupted)
-        for _ in range(3):
-            with contextlib.suppress(KeyboardInterrupt):
-                walked(path)
-    assert asked > at
-    assert same(walked(path), wanted)
-
-
-def test_threads_may_share_a_path():
-    path, wanted = walker(), walked(walker())
+def test_threads_may_share_a_path_and_autocast_changes_nothing():
+    options = {"times": WALK, "shape": (300, 3), "dtype": torch.float32}
+    path, wanted = make(**options), walked(make(**options))
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: walked(path), range(6)))
     assert all(same(reads, wanted) for reads in found)
+    with torch.autocast("cpu"):
+        found = walked(make(**options))
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).abs().max() <= SUMS[torch.float32] * float(y.abs().max())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_reads_stay_and_copies_are_the_same_path_also_from_inference_mode(copied):
-    path = walker()
+    path = make(shape=(300, 3), times=WALK)
     with torch.inference_mode():
         found = walked(path)
         wanted = [x.clone() for x in found]
     assert same(walked(path), wanted)
     assert same(found, wanted)
     assert same(walked(copied(path)), wanted)
-
-
-@pytest.mark.parametrize("precision", ["medium", "none for all backends", "autocast"])
-def test_products_that_round_are_not_taken(precision, monkeypatch):
-    def unknown():
-        raise RuntimeError("mix of interfaces")
-
-    wanted = walked(walker(dtype=torch.float32))
-    answer = unknown if precision.startswith("none") else lambda: "medium"
-    if precision != "autocast":
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", answer)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "mm", None)
-        with torch.autocast("cpu", enabled=precision == "autocast"):
-            found = walked(walker(dtype=torch.float32))
-    for x, y in zip(found, wanted, strict=True):
-        assert (x - y).abs().max() <= SUMS[torch.float32] * float(y.abs().max())

@@ -5,7 +5,6 @@ callbacks and failures in test_solve.py, orders in test_orders.py.
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import weakref
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import probes
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
 from probes import Recording, Smooth, few_examples, generator, noting, start, untouchable
@@ -137,13 +136,13 @@ def test_arguments_and_seen_states_are_unchanged(method, name):
 @every_solver
 def test_a_score_may_write_to_its_argument(method):
     process, state = process_of(home(method)), start(PROCESSES[home(method)])
+    before = state.clone()
 
     def score(z, t):
         value = process.score(z, t)
         z.zero_()
         return value
 
-    before = state.clone()
     plan_of(method, home(method)).with_score(score).solve(state, generator=generator(), warn=False)
     assert torch.equal(state, before)
 
@@ -311,19 +310,6 @@ def test_a_solve_on_a_grid_holds_few_states(method):
         assert states <= STATES.get(method, 3) + 0.01
 
 
-# Batches whose samples share their matrix products, and others; one component and three.
-@pytest.mark.parametrize("batch", [8000, 8001])
-@pytest.mark.parametrize("make", [VPSDE, HOLD])
-def test_an_exact_score_keeps_no_state(make, batch):
-    sde = make()
-    data = GaussianMixture([1.0], torch.zeros(1, 8), torch.eye(8).unsqueeze(0))
-    process, state = ReverseProcess(sde, data.score(sde)), torch.zeros(batch, sde.components, 8)
-    with Memory() as memory:
-        solvers.solve(process, solvers.EulerMaruyama(), state, GRID)
-    states = memory.peak / (state.numel() * 4) - len(sde.driven) / sde.components
-    assert states <= 3 + 0.1  # tables of the mixture, for a small batch
-
-
 # Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
 DIFFERENCES = 1e-6
 
@@ -384,8 +370,7 @@ NO_TIMES = [[], [0.5, 0.5], [1.0, math.nan], [0.1, 1.0], [1.0, 0.01], [1.5]]
         bad(r"pass differentiable=True, or state\.detach", state=STATE.clone().requires_grad_()),
         *(bad("at least 2 decreasing times", times=torch.ones(x)) for x in ((1,), (2, 2))),
         bad(r"got 0\.5 before 0\.5", times=torch.tensor([1.0, 0.5, 0.5, 0.1])),
-        *(bad("times must lie in", times=torch.tensor([1, x, 0.1])) for x in (math.nan, -0.5)),
-        bad(r"times must lie in \[0, 1\]", times=torch.tensor([1.5, 0.5])),
+        *(bad("times must lie in", times=torch.tensor([1.5, x])) for x in (math.nan, -0.5, 0.5)),
         bad("times must be a floating-point", TypeError, times=torch.tensor([1, 0])),
         bad("times must be a tensor", TypeError, times=[1.0, 0.5]),
         bad("process must be a ReverseProcess; got", TypeError, process=CLD()),
@@ -450,15 +435,3 @@ def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
     kind = type(SOLVERS[method]).__name__
     with pytest.raises(ValueError, match=rf"{kind} needs a process .*[Uu]se \w+"):
         solvers.plan(process, SOLVERS[method], GRID)
-
-
-@every_solver
-def test_solvers_are_frozen_values_with_named_options(method):
-    solver, kind = SOLVERS[method], type(SOLVERS[method])
-    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(kind)}
-    assert {solver: 1}[kind(**options)] == 1
-    assert solver != solvers.StochasticHeun() or method == "stochastic-heun"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        solver.anything = 1
-    with pytest.raises(TypeError, match="positional"):
-        kind(*range(len(options) + 1))

@@ -11,10 +11,10 @@ from torch import nn
 
 import cldsde
 from cldsde import ReverseProcess, solvers
-from cldsde.score import ScoreDenoiser, score_matching_loss
+from cldsde.score import score_matching_loss
 from probes import Smooth, start
 from score.cases import mixture
-from simulated_device import Generator, SimulatedDevice, Traffic, needs_simulation, simulated_device
+from simulated_device import Generator, SimulatedDevice, needs_simulation, simulated_device
 from tolerances import rounding
 
 DEVICE = os.environ.get("CLDSDE_TEST_DEVICE", "sim")
@@ -28,9 +28,6 @@ SOLVERS = {  # with few attempts
     name: dataclasses.replace(solver, rtol=0.5, atol=0.5) if solver.facts.adaptive else solver
     for name, solver in solvers.named_solvers().items()
 }
-ADAPTIVE = [solvers.ProbabilityFlow(pace=x, rtol=0.01, atol=0.01) for x in ("sample", "batch")]
-REJECTED = ("bridge", "fresh")
-ADAPTIVE += [solvers.GottaGoFast(noise_on_reject=x, rtol=0.5, atol=0.5) for x in REJECTED]
 PATH_DRIVEN = ["stochastic-heun", "exponential-euler", "reverse-diffusion"]
 # torchsde and torchdiffeq read values back in each step and take times in float64.
 OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
@@ -101,10 +98,10 @@ def expected(process, name, score, noise="fresh"):
         torch.set_float32_matmul_precision("highest")
 
 
-def spent(device, *args, solve=solved, **grid):
+def spent(device, *args, **grid):
     """The traffic of a solve, and its solution."""
     before = device.traffic()
-    solution = solve(*args, DEVICE, **grid)
+    solution = solved(*args, DEVICE, **grid)
     return device.traffic() - before, solution
 
 
@@ -211,57 +208,8 @@ def test_mixed_scores_train_and_evaluate_to_the_bits_of_the_cpu(process, device)
     check_same(found(DEVICE), on_cpu, device)
 
 
-@every_process
-def test_coefficients_stay_on_the_cpu_in_float64(process, device):
-    sde = PROCESSES[process]()
-    kernel = sde.marginal(0.5)
-    made = [kernel.mean, kernel.root, sde.prior.root, sde.drift(0.5), sde.diffusion(0.5)]
-    made.append(solvers.quadratic_times(sde.T, 0.05, 4))
-    assert {(x.device.type, x.dtype) for x in made} == {("cpu", torch.float64)}
-    assert device.traffic() == Traffic()
-
-
-def with_denoisers(name, place, steps):
-    """A solve with networks of other processes, converted and guided."""
-    sde = PROCESSES[name]()
-    path = cldsde.NoisePath.from_alphas_cumprod((1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0))
-    noise = cldsde.PredictionDenoiser(lambda x, index: (0.001 * index).unsqueeze(1) * x.sin(), path)
-    score = cldsde.DenoiserScore(noise, sde)
-    inner = cldsde.DenoiserScore(ScoreDenoiser(score), sde)
-    process = ReverseProcess(sde, cldsde.GuidedScore(inner, score, 2.0, interval=(0.1, 1.0)))
-    state = start(sde, dtype=torch.float32).to(place)
-    times = solvers.quadratic_times(0.8, 0.05, steps)
-    em = SOLVERS["euler-maruyama"]
-    return solvers.solve(process, em, state, times, generator=seeded(place)).state
-
-
-@pytest.mark.parametrize("process", ["VP", "CLD"])
-def test_denoisers_copy_nothing_within_the_loop(process):
-    with the_device() as device:
-        on_cpu = with_denoisers(process, "cpu", steps=4)
-        few, found = spent(device, process, solve=with_denoisers, steps=4)
-        check_same([found], [on_cpu], device)
-        many, _ = spent(device, process, solve=with_denoisers, steps=6)
-    assert many.to_device == few.to_device
-    assert (many.waits, many.selections) == (few.waits, 0)
-
-
 def test_samples_in_one_call_have_the_bits_of_the_cpu():
     sde = PROCESSES["CLD"]()
     with the_device() as device:
         samples = partial(cldsde.sample, sde, mixture().score(sde), (3, 2), nfe=4)
         check_same([samples(device=DEVICE)], [samples(device="cpu")], device)
-
-
-@pytest.mark.parametrize(("process", "score"), [("VP", "function"), ("CLD", "mixture")])
-@pytest.mark.parametrize("solver", ADAPTIVE, ids=str)
-def test_attempts_of_adaptive_solvers_copy_once_and_wait_once(process, solver, score):
-    with the_device() as device:
-        # The difference leaves out the traffic of a solve as a whole.
-        short, early = spent(device, reverse(process, score), solver, end=0.99)
-        long, late = spent(device, reverse(process, score), solver, end=0.5)
-    attempts = late.stats["attempts"] - early.stats["attempts"]
-    assert attempts > 0
-    assert long.to_device - short.to_device <= attempts * (2 if score == "mixture" else 1)
-    assert long.waits - short.waits <= attempts
-    assert long.selections == 0

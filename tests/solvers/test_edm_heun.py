@@ -17,8 +17,8 @@ import torch
 import cldsde
 from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
-from probes import Recording, generator, normals, start
-from tolerances import KERNEL, rounding
+from probes import normals, start
+from tolerances import rounding
 
 
 def clock(t):
@@ -138,37 +138,3 @@ def test_it_is_the_algorithm_with_churn_in_a_range_of_levels(name):
     ranges = {(low, high): 3, (0.0, low): 2, (high, math.inf): 3, (2 * levels[0], math.inf): 0}
     for churn_range, count in ranges.items():
         check_algorithm(name, GRID, count, churn=1.5, noise_scale=1.007, churn_range=churn_range)
-
-
-@every_process
-def test_a_level_at_an_end_of_the_range_is_inside_whatever_its_rounding(name):
-    levels = PROCESSES[name][2](GRID.numpy())
-    low, high = float(levels[7]), float(levels[4])
-
-    def churned(*churn_range, count=4):
-        draws = list(normals(3, count, 4, 1, 2))
-        return solved(name, GRID, draws, churn=1.5, churn_range=churn_range)
-
-    expected = churned(0.99 * low, 1.01 * high)
-    for s, r in ((math.inf, 0.0), (low, high), (0.0, math.inf)):
-        assert (churned(math.nextafter(low, s), math.nextafter(high, r)) == expected).all()
-    churned(low, low, count=1)
-
-
-@every_process
-@pytest.mark.parametrize("times", [GRID, TO_ZERO[[1, -1]], TO_ZERO], ids=len)
-@pytest.mark.parametrize("options", [{}, {"churn": 5.0, "churn_range": (0.3, 3.0)}], ids=str)
-def test_the_score_is_evaluated_at_the_levels_of_the_algorithm(name, times, options):
-    sde, _, sigma = PROCESSES[name]
-    score, n = Recording(MODES.score(sde)), len(times) - 1
-    process, solver = ReverseProcess(sde, score), EDMHeun(**options)
-    found = solvers.solve(process, solver, start(sde), times, generator=generator())
-    levels = sigma(times.numpy())
-    expected = [x for i in range(n) for x in (raised(levels, i, **options), levels[i + 1])]
-    ends_at_data = levels[-1] == 0
-    assert found.nfev == score.calls == 2 * n - ends_at_data
-    seen = [t[0].item() for t in score.times]
-    assert seen == solver.evaluation_times(process, times).tolist()
-    assert sigma(np.array(seen)) == pytest.approx(expected[: len(seen)], rel=KERNEL)
-    # Levels that are not raised have the bits of the grid.
-    assert seen[1::2] == times[1 : n + 1 - ends_at_data].tolist()

@@ -9,7 +9,7 @@ from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, s
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import DATA as GAUSSIAN
 from gaussian_data import SLOPE
-from probes import generator, noting
+from probes import generator
 from tolerances import order_of
 
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
@@ -70,33 +70,3 @@ def test_encoding_with_a_gaussian_is_a_known_map():
     expected = (z - (1 - EPS) * 0.3) / math.sqrt((1 - EPS) ** 2 * 0.25 + EPS**2)
     # A flow of unit rates.
     assert (code - expected).abs().max() <= order_of(1 / n, 3, 100.0)
-
-
-@pytest.mark.parametrize("solver", [BEST, solvers.ProbabilityFlow()], ids=["grid", "adaptive"])
-def test_states_on_the_way_are_those_of_shorter_grids(solver):
-    process, z = process_and_states("VP", 4)
-    times, calls = solvers.uniform_times(0.9, EPS, 8).flip(0), []
-    options = {"t_eval": times[[0, 4, 8]], "callback": noting(calls)}
-    found = solvers.solve(process, solver, z, times, **options)
-    assert torch.equal(found.t, times[[0, 4, 8]])
-    assert torch.equal(found.y[0], z)
-    assert torch.equal(found.y[2], found.state)
-    seen = [float(torch.as_tensor(t).flatten()[0]) for _, t, _ in calls]
-    assert seen == sorted(seen)
-    # States are saved before a correction by the next step, or cut a step short: the solver's
-    # errors at these steps.
-    shorter = solvers.solve(process, solver, z, times[:5]).state
-    assert (found.y[1] - shorter).abs().max() <= order_of(1 / 8, 3)
-
-
-@pytest.mark.parametrize("prediction", ["data", "noise"])
-@pytest.mark.parametrize("name", PROCESSES)
-def test_a_grid_may_have_a_single_step(name, prediction):
-    process, z = process_and_states(name)
-    times = torch.tensor([0.2, 0.25], dtype=torch.float64)
-    found = solvers.solve(process, Multistep(order=1, prediction=prediction), z, times).state
-    exact = solvers.ProbabilityFlow(rtol=1e-8, atol=1e-8)
-    expected = solvers.solve(process, exact, z, times).state
-    # The square of the step, with rates of about ten.
-    assert (found - expected).abs().max() < 100 * 0.05**2 * z.abs().max()
-    assert (found - expected).norm() < (z - expected).norm()

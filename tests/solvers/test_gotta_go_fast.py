@@ -18,11 +18,11 @@ RERUN = 1e-9  # rounding, 1e-16, that grows along some hundred steps whose lengt
 RARE = 1e-4  # chance of a p-value that is rejected
 
 
-def run(sde, score, state, end=0.1, *, noise=None, warn=True, **options):
+def run(sde, score, state, end=0.1, *, noise=None, **options):
     """A solve of a few dozen attempts; the defaults are stricter."""
     solver = GottaGoFast(**{"rtol": 0.1, "atol": 0.05, **options})
     times, noise = tensor([1.0, end]), FreshNoise(generator()) if noise is None else noise
-    return solve(ReverseProcess(sde, score), solver, state, times, noise=noise, warn=warn)
+    return solve(ReverseProcess(sde, score), solver, state, times, noise=noise)
 
 
 def test_increments_are_independent_normals_whatever_is_rejected():
@@ -95,12 +95,10 @@ class Reference:
         s[list(self.sde.driven)] = self.score(z[None], torch.tensor([t], dtype=torch.float64))[0]
         return G @ G.T @ s - F @ z
 
-    def __call__(
-        self, z, t, end, *, rtol, atol, safety=0.9, exponent=0.9, first_step=0.01, most=10**5
-    ):
+    def __call__(self, z, t, end, *, rtol, atol, safety, exponent, first_step):
         tolerance = torch.tensor(atol, dtype=torch.float64).unsqueeze(1)
         h, before = min(ten_bits(first_step), t - end), z
-        while t > end and 2 * len(self.errors) + 2 <= most:
+        while t > end:
             u = end if h >= t - end else t - h
             pieces, W = self.increment(h)
             K1 = h * self.slope(z, t) + self.sde.diffusion(t) @ W
@@ -139,22 +137,6 @@ def test_a_run_is_the_published_algorithm(name, mode):
     times = torch.tensor(reference.times, dtype=torch.float64)
     assert (torch.cat(recorded.times) - times).abs().max() <= RERUN
     assert (found.state[0] - expected).abs().max() <= 10 * RERUN
-
-
-@pytest.mark.parametrize("name", ["CLD", "VP"])
-def test_a_step_is_accepted_if_the_error_is_at_most_one(name):
-    sde = PROCESSES[name]
-    z, score = start(sde, (1, 2)), cases.mixture().score(sde)
-    W = list(torch.randn(2, 1, 1, 2, generator=generator(3), dtype=torch.float64))
-    options = {"rtol": 1e-200, "first_step": 0.05}
-    probe = Reference(sde, score, "bridge", W)
-    probe(z[0], 1.0, 0.9, atol=[1.0] * sde.components, most=2, **options)
-    for factor, rejections in ((1 - 1e-9, 1), (1 + 1e-9, 0)):
-        # The error falls as 1/atol, and this atol times it gives 1.
-        options |= {"atol": probe.errors[0] * factor, "max_nfev": 2, "warn": False}
-        found = run(sde, score, z, 0.9, noise=RecordedNoise(W), **options)
-        assert found.stats["rejections"] == rejections
-        assert torch.equal(found.state, z) == rejections
 
 
 def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length():

@@ -115,11 +115,6 @@ def test_log_snr_falls_and_for_one_component_is_log_alpha_over_sigma(sde):
         assert torch.allclose(found, expected, rtol=0, atol=rounding(32, 14.0))
 
 
-def test_ve_has_a_log_snr_at_zero_because_its_data_are_noisy():
-    found = float(VESDE(0.05, 20.0).log_snr(0.0))
-    assert found == pytest.approx(-math.log(0.05), rel=rounding())
-
-
 @every_family
 def test_times_of_log_snr_are_its_inverse(family):
     sde, t = FAMILIES[family], torch.tensor([[1e-3, 0.02], [0.3, 1.0]], dtype=torch.float64)

@@ -7,7 +7,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, sol
 from cldsde.images.sample.observed import grey_basis
 from cldsde.linear.blocks import apply_blocks
 from cldsde.solvers import EulerMaruyama, Imputation, RecordedNoise
-from probes import Recorder, Recording, generator, no_waiting, noting, untouchable
+from probes import Recorder, Recording, generator, noting
 from tolerances import rounding
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "HOLD": HOLD()}
@@ -92,8 +92,11 @@ def test_the_known_part_has_its_distribution_and_the_rest_has_the_solver_s_bits(
 @pytest.mark.parametrize("mask", [MASK, torch.tensor(True)], ids=["some", "all"])
 def test_known_data_come_back_exactly_if_the_grid_ends_at_the_data(name, known, mask):
     times = solvers.uniform_times(1.0, 0.0, 5)
-    data = sample(Imputation(SOLVERS[name][0], known, mask), times=times).data
+    imputation = Imputation(SOLVERS[name][0], known, mask)
+    data = sample(imputation, times=times).data
+    imposed = imputation.impose(-data.float())
     mask, known = mask.expand(data.shape), known.expand(data.shape)
+    assert torch.equal(imposed, torch.where(mask, known, -data).float())
     assert torch.equal(data[mask], known[mask])
     assert (data[~mask] != known[~mask]).all()
 
@@ -105,21 +108,6 @@ def test_the_start_and_each_state_are_replaced_before_they_are_used():
     assert torch.equal(score.states[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
     for i, state in enumerate([score.states[0], *(z for _, _, z in calls)]):
         close(state[..., MASK], noisy(CRITICAL, GRID[i], noise.draws[2 * i])[..., MASK])
-
-
-@pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 2, 2, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_impose_puts_known_data_of_any_shape_in_place(shape, dtype):
-    known = torch.randn(2, *shape, generator=generator(4), dtype=torch.float64)
-    mask = torch.rand(2, *shape, generator=generator(5)) < 0.5
-    imputation = Imputation(SSCS, known, mask)
-    data = sample(imputation, state=prior(CRITICAL, 2, shape).to(dtype)).data
-    found = imputation.impose(data)
-    assert torch.equal(found[mask], known[mask].to(dtype))
-    assert torch.equal(found[~mask], data[~mask])
-    # At most 16 standard normals.
-    kernel = CRITICAL.marginal(GRID[-1])
-    assert ((data - kernel.mean[0, 0] * known)[mask] / kernel.root[0, 0]).abs().max() < 5
 
 
 @pytest.mark.parametrize("resample", [1, 3])
@@ -183,15 +171,3 @@ def test_the_way_back_is_the_forward_process():
     back = CRITICAL.transition(GRID[-1], GRID[0])
     state = apply_blocks(back.mean, there) + apply_blocks(back.root, noise.draws[6])
     close(found, sample(inner, state=state, noise=RecordedNoise(noise.draws[7:])).state)
-
-
-def test_a_step_waits_for_no_value_and_has_gradients(monkeypatch):
-    process = ReverseProcess(CRITICAL, untouchable)
-    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    imputation = Imputation(SSCS, KNOWN, GREY, BASIS.float(), resample=2, jump=1)
-    tables, z = imputation.prepare(process, GRID), prior(CRITICAL)
-    with no_waiting(monkeypatch):
-        for i in range(2):
-            noise = solvers.FreshNoise(generator())
-            z, _ = imputation.step(z, (), tables, i, lambda z, j: shift - z[:, 1:], noise)
-    assert torch.autograd.grad(z.square().sum(), shift)[0].isfinite()

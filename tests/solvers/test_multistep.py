@@ -21,7 +21,7 @@ from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
 from cldsde.validation import propagate_moments
 from gaussian_data import PROCESSES
-from probes import generator, name_of_case, start, untouchable
+from probes import generator, name_of_case, start
 from score import cases
 from tolerances import rounding
 
@@ -29,7 +29,6 @@ ONE = GaussianMixture([1.0], [[0.7]], [[[0.0]]])
 MODES = GaussianMixture(
     [0.3, 0.3, 0.4], [[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]], [[[0.04, 0.0], [0.0, 0.09]]] * 3
 )
-GRID = solvers.root_times(1.0, 0.05, 5)
 # Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
 # prediction between the modes raises it.
 CONVERSION = rounding(64, 1e4)
@@ -132,22 +131,6 @@ def test_a_polynomial_prediction_is_integrated_exactly(name, order, stochasticit
     assert (run(times) - expected).abs().max() <= 1e3 * REFERENCE * size
 
 
-@pytest.mark.parametrize("name", ["VE", "CLD, linear", "HOLD"])
-@pytest.mark.parametrize("variable", ["time", "log_snr"])
-@pytest.mark.parametrize("stochasticity", [0.0, 1.0, level])
-def test_weights_of_any_order_sum_to_the_weight_of_a_constant(name, variable, stochasticity):
-    process = ReverseProcess(PROCESSES[name][0], untouchable)
-    times = solvers.root_times(1.0, 0.01, 5)
-    options = {"corrector": True, "variable": variable, "stochasticity": stochasticity}
-    prepared = [Multistep(order=k, **options).prepare(process, times) for k in (1, 2, 3)]
-    for i, (count, tables) in itertools.product(range(5), enumerate(prepared, 1)):
-        constant = torch.tensor(prepared[0].weights[i][0], dtype=torch.float64)
-        for table, more in ((tables.weights, 0), (tables.corrector, 1)):
-            blocks = torch.tensor(table[i], dtype=torch.float64)
-            assert len(blocks) == min(count, i + 1) + more
-            assert (blocks.sum(0) - constant).abs().max() <= rounding(48) * blocks.abs().max()
-
-
 # With one component it does the same as the schedulers of the library diffusers.
 N = 9
 VP = PROCESSES["VP"][0]
@@ -213,23 +196,3 @@ def test_unipc_of_diffusers_computes_the_same(order):
     for i in range(N):
         x = scheduler.step(predicted(x, i), i, x).prev_sample
     check_scheduled(x, draws, order=order, corrector=True, **PUBLISHED)
-
-
-def end(solver, name, **options):
-    sde = PROCESSES[name][0]
-    process = ReverseProcess(sde, MODES.score(sde))
-    return solvers.solve(process, solver, start(sde), GRID, **options).state
-
-
-@pytest.mark.parametrize("x", [0, lambda t: 0.0 * t])
-def test_without_stochasticity_no_noise_is_drawn(x):
-    end(Multistep(stochasticity=x), "CLD", noise=RecordedNoise([]))
-
-
-@pytest.mark.parametrize("x", [0.5, 1.0])
-@pytest.mark.parametrize("order", [1, 3])
-def test_constant_functions_are_numbers(order, x):
-    made = [Multistep(order=order, stochasticity=v) for v in (lambda t: torch.full_like(t, x), x)]
-    found, expected = (end(solver, "CLD", generator=generator()) for solver in made)
-    # A family of stochasticities by its ODE, or Bayes' rule for 1.
-    assert (found - expected).abs().max() <= 1e4 * REFERENCE

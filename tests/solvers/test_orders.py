@@ -5,7 +5,6 @@ carry p_T to p_t, so that the moments of z_t are the exact answer for either.
 """
 
 import functools
-import itertools
 import math
 
 import numpy as np
@@ -133,13 +132,6 @@ SPECIAL = [
 def test_special_orders(solver, claim, name, least, above, options):
     assert declared(solver) == claim
     assert least - SLOPE < order(solver, name, **options) < least + above
-
-
-def test_on_gaussian_data_sscs_is_more_accurate_than_splittings_with_as_many_evaluations():
-    # As the documentation says of every word with one evaluation per step.
-    for word, at in itertools.product(WORDS, ("start", "end")):
-        solver = Splitting(scheme=word, shared_score=True, score_time=at)
-        assert error(solver, "CLD", 40) > error(solvers.SSCS(), "CLD", 40)
 
 
 # One step, z' = X z + b + noise of covariance C, for a score of the velocity that is affine and has

@@ -111,18 +111,6 @@ def test_a_path_from_the_singular_end_has_a_density():
     assert (found.log_probs[0] - first).abs().max() <= rounding(32, 10.0)
 
 
-def test_single_precision_states_have_densities_in_single_precision():
-    sde, values = VPSDE(), []
-    process, times = ReverseProcess(sde, DATA.score(sde)), grid(sde)
-    for dtype in (torch.float64, torch.float32):
-        state, *draws = normals(0, STEPS + 1, BATCH, 1, DIMENSION).to(dtype)
-        options = {"noise": RecordedNoise(draws), "log_prob": True}
-        found = solvers.solve(process, EulerMaruyama(), state, times, **options)
-        assert found.log_prob.dtype == dtype
-        values.append(found.log_prob.double())
-    assert (values[0] - values[1]).abs().max() <= rounding(16, 10.0, torch.float32)
-
-
 def test_there_is_no_density_without_the_option_and_for_a_failed_sample():
     found = solved(VPSDE(), EulerMaruyama(), log_prob=False)
     assert found.log_prob is found.log_probs is None

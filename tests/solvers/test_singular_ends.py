@@ -101,9 +101,3 @@ def test_a_score_without_a_data_prediction_says_where_to_start():
     late = solvers.solve(reverse, Multistep(), states(), times).state
     whole = solvers.solve(process(), Multistep(), states(), times).state
     assert torch.allclose(late, whole, rtol=0, atol=PREDICTIONS)
-
-
-def test_grids_may_come_near_the_end_or_reach_it():
-    assert len(solvers.log_snr_times(FLOW, 0.999, 1e-3, 5)) == 6
-    # Flat at both ends, it reaches t = 1.
-    assert solvers.logistic_times(FLOW, 1.0, 1e-3, 5)[0] == 1.0

@@ -17,13 +17,12 @@ import pytest
 import torch
 from scipy.linalg import block_diag, expm, solve_continuous_lyapunov
 
-from cldsde import CLD, PSLD, ReverseProcess, Schedule, solvers
+from cldsde import CLD, PSLD, Schedule, solvers
 from cldsde.solvers import Splitting
-from gaussian_data import DATA, moments
-from probes import Recorder, Recording, start
+from gaussian_data import moments
 from references import cld, dense, psld
 from references.kernels import Clock
-from tolerances import EPS, KERNEL
+from tolerances import KERNEL
 
 WAVE = Clock(
     lambda t: 1 + 6 * np.sin(3 * t) ** 2,
@@ -134,22 +133,3 @@ def test_moments_are_those_of_the_letters(name, shared, at):
         for a, b in zip(found, expected, strict=True):
             # The score divides kernels by a variance.
             assert abs(a - b).max() <= 10 * KERNEL * max(1.0, abs(expected[1]).max()), word
-
-
-@every_variant
-@pytest.mark.parametrize("name", ["CLD, linear", "PSLD, linear", "PSLD, noise in the data"])
-def test_scores_and_noise_are_counted_and_in_their_places(name, shared, at):
-    (sde, exact), options = PROCESSES[name], {"shared_score": shared, "score_time": at}
-    times = solvers.root_times(0.9, 1e-2, 3)
-    for word in WORDS:
-        score, noise, z = Recording(DATA.score(sde)), Recorder(), start(sde, (3, 1))
-        process, solver = ReverseProcess(sde, score), Splitting(scheme=word, **options)
-        found = solvers.solve(process, solver, z, times, noise=noise)
-        expected = evaluated(word, exact, times.numpy(), **options)
-        assert found.nfev == score.calls == len(expected)
-        # A rounding of each part's time, and none at the ends of a step.
-        seen = [t[0].item() for t in score.times]
-        assert seen == pytest.approx(expected, rel=0, abs=2 * EPS)
-        assert not shared or seen == expected
-        rows = [draw.shape[1] for draw in noise.draws]
-        assert rows == [len(driven(exact))] * (3 * word.count("O"))

@@ -71,13 +71,6 @@ def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
     assert float(mean) == pytest.approx(together.log_evidence, rel=rounding(64))
 
 
-def test_a_solve_in_inference_mode_is_the_same():
-    problem, options = wide_mixture(), {"particles": 10, "seeds": [1], "steps": 5}
-    expected = sample(*problem, **options)
-    with torch.inference_mode():
-        assert torch.equal(sample(*problem, **options).samples, expected.samples)
-
-
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
 def test_options_keep_the_evidence(options):
     found = sample(*gaussian(), particles=500, seeds=range(8), **options)

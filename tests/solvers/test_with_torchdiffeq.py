@@ -113,34 +113,7 @@ def test_a_callback_stops_the_solve_and_states_before_are_kept(method):
     assert torch.equal(found.state, found.y[2])
     assert found.y[3].isnan().all()
     last = solve(simple(), solver, STATE, GRID, callback=lambda n, t, z: t == END)
-    assert (last.status, last.message) == (0, "reached the end of the interval")
-
-
-@pytest.mark.filterwarnings("ignore:the solve failed")
-@pytest.mark.parametrize("method", ["euler", "rk4"])
-def test_too_few_evaluations_for_the_grid_are_reported(method):
-    each = len(TABLEAUX[method][0])
-    every = solve(simple(), TorchDiffEq(method=method), STATE, GRID, t_eval=GRID)
-    for most in (1, 5 * each, 5 * each + 1, 9 * each - 1, 9 * each):
-        process, solver = simple(), TorchDiffEq(method=method, max_nfev=most + 0.5)
-        found = solve(process, solver, STATE, GRID, t_eval=GRID)
-        steps = most // each
-        assert found.success == (steps == 9)
-        assert found.success or f"max_nfev: {most}" in found.message
-        assert found.nfev == process.score.calls == most
-        assert found.stats["steps"] == steps
-        assert torch.equal(found.data, found.state[:, 0])
-        assert torch.equal(found.state, found.y[steps])
-        assert torch.equal(found.y[: steps + 1], every.y[: steps + 1])
-        assert found.y[steps + 1 :].isnan().all()
-
-
-def test_torchdiffeq_s_own_limit_is_reported():
-    solver = TorchDiffEq(options={"max_num_steps": 3})
-    found = solve(simple(), solver, STATE, tensor([1.0, END]), warn=False)
-    assert found.status == 1
-    assert "torchdiffeq failed: max_num_steps" in found.message
-    assert found.state.isfinite().all()
+    assert last.status == 0
 
 
 def test_gradients_of_adaptive_steps_are_those_of_fine_steps():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -23,9 +24,11 @@ from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.figures import is_whole_picture, save_grid
-from cldsde.images.model import ImageModel, load_model
+from cldsde.images.model import TrainedModel, load_model
+from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.sample.sampler import ImageSampler, make_solver
+from cldsde.images.schema import plain
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 
@@ -70,8 +73,9 @@ class Comparison:
             for name, run in config.runs.items()
         }
         # Until they are measured, or found again, rows are as before.
-        known = {(row["model"], row["label"]): row for row in before.get("rows", [])}
-        self.rows = [known.get((row.model, row.label)) or _row(row, {}) for row in config.rows]
+        asked = before["config"]["rows"] if before else []
+        known = {_sampler(x): row for x, row in zip(asked, before.get("rows", []), strict=True)}
+        self.rows = [known.get(_sampler(plain(row))) or _row(row, {}) for row in config.rows]
         self.models = {name: x for name, x in before.get("models", {}).items() if name in self.runs}
         self.found: list[Result] = []
 
@@ -90,7 +94,7 @@ class Comparison:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
 
-    def _evaluate(self, name: str, model: ImageModel) -> None:
+    def _evaluate(self, name: str, model: TrainedModel) -> None:
         """Measure a model's rows, then its bits per dim."""
         file = self.folder / f"evaluations/{name}.jsonl"
         bits = self.models.get(name, {}).get("bits")
@@ -120,7 +124,7 @@ class Comparison:
             self.models[name]["bits"] = _bits(result)
             self._write()
 
-    def _draw(self, row: RowConfig, model: ImageModel) -> str:
+    def _draw(self, row: RowConfig, model: TrainedModel) -> str:
         """Keep a picture of a row's first images, one line per budget; return its name."""
         recipes = row.recipes()
         parts = f"{model.digest} {recipes} {[make_solver(recipe) for recipe in recipes]}"
@@ -139,18 +143,15 @@ class Comparison:
         self.folder.write(name, lambda file: save_grid(file, images, levels, columns=count))
         return name
 
-    def _described(self, name: str, model: ImageModel) -> dict[str, Any]:
+    def _described(self, name: str, model: TrainedModel) -> dict[str, Any]:
         """Facts about a trained model."""
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
         options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
-        parameters = {
-            key: 0 if part is None else sum(x.numel() for x in part.parameters())
-            for key, part in (("score", model.score), ("autoencoder", vae))
-        }
+        parts = {"score": model.score, "autoencoder": vae or torch.nn.Identity()}
         return {
             "process": f"{config.process.name}({options})",
-            "parameters": parameters,
+            "parameters": {name: parameter_count(part) for name, part in parts.items()},
             "weights": model.digest,
             "shape": list(model.space.shape),
             "latent_shape": None if vae is None else list(vae.latent_shape),
@@ -176,6 +177,11 @@ class Comparison:
         }
         self.folder.write_json(RESULTS, results)
         return results
+
+
+def _sampler(row: Mapping[str, Any]) -> str:
+    """All settings of a row in JSON types but its budgets."""
+    return json.dumps({**row, "nfe": [], "tolerances": []}, sort_keys=True)
 
 
 def _row(
@@ -216,6 +222,6 @@ def _bits(result: Result) -> dict[str, Any]:
 def _training_seconds(metrics: Path) -> float | None:
     """Seconds of a training, from the last line of its metrics."""
     try:
-        return float(json.loads(metrics.read_text().splitlines()[-1])["seconds"])
+        return float(json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
     except (OSError, LookupError, TypeError, ValueError):
         return None

@@ -53,7 +53,7 @@ class RowConfig:
     label
         Name of the row; the name of the solver if empty.
     grid, t_end, denoise, options
-        See `SamplingConfig`.
+        See `SamplingConfig`. ``t_end`` is a number, 1e-3 by default.
     nfe
         Budgets of score evaluations per image, for solvers on a grid.
     tolerances

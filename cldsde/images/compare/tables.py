@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cldsde.images.evaluate.results import bits_text
 from cldsde.tables import Entry, Table, mean_and_spread
 
 MEASURES = {
@@ -114,9 +115,7 @@ def _model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
         texts = ["" if number is None else f"{number:,.0f}" for number in numbers]
         bits, text = model["bits"] or {}, ""
         if "bits_per_dim" in bits:
-            error = bits["standard_error"]
-            spread = "" if error is None else f" ± {error:.3f}"
-            text = f"{'≤ ' if bits['is_bound'] else ''}{bits['bits_per_dim']:.3f}{spread}"
+            text = bits_text(bits)
             kinds.setdefault((bits["quantity"], bits["t_min"]), []).append(name)
         elif bits:
             remarks.append(f"{name} has no bits per dim: {bits['reason']}.")

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -103,16 +104,17 @@ class FolderImages(Images):
                 return torch.stack(list(pool.map(partial(_decode, size, channels), files)))
         except ValueError:
             # A damaged file is seldom alone: name all at once.
-            raise ValueError(_described(self._damaged(self.files, whole=True))) from None
+            if damaged := self._damaged(self.files, whole=True):
+                raise ValueError(_described(damaged)) from None
+            raise
 
     def _damaged(self, files: Sequence[Path], *, whole: bool) -> dict[Path, str]:
         """Files that cannot be decoded, and why; their headers are read, or all of them."""
 
         def reason(file: Path) -> str | None:
             try:
-                with open_picture(file) as image:
-                    if whole:
-                        image.load()
+                with nullcontext(read_picture(file)) if whole else open_picture(file):
+                    pass
             except ValueError as error:
                 return str(error)
             return None

@@ -78,8 +78,8 @@ def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     start = 4 + 4 * axes
     count, left = divmod(len(content) - start, math.prod(shape))
     header = struct.pack(f">4B{axes}I", 0, 0, 8, axes, max(count, 0), *shape)
-    if content[:start] != header or left:
-        wanted = " × ".join(map(str, ("N", *shape)))
+    if content[:start] != header or left or count < 1:
+        wanted = " × ".join(map(str, ("N ≥ 1", *shape)))
         msg = f"{file} must be an IDX file of {wanted} bytes; got {len(content)} bytes that begin "
         raise ValueError(f"{msg}with {content[:start].hex(' ', 4)}")
     values = np.frombuffer(content, np.uint8, offset=start)

@@ -43,7 +43,7 @@ class Images(ABC):
         if labels is not None:
             known = classes if isinstance(classes, int | None) else len(classes)
             self.class_names = None if isinstance(classes, int | None) else tuple(classes)
-            self.classes = check_labels(labels, "labels", count, known)
+            self.classes = check_labels(labels, count, known)
             self.labels = labels.to("cpu", torch.int64)
 
     def __len__(self) -> int:

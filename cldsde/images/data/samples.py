@@ -58,7 +58,7 @@ def load_samples(path: Path) -> Tensor:
 
 
 def _pictures(folder: Path) -> Tensor:
-    files = sorted(folder.glob("*.png"))
+    files = sorted(file for file in folder.glob("*.png") if file.name[0] != ".")
     if not files:
         raise ValueError(f"{folder} holds no pictures (*.png)")
     found: list[Tensor] = []

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cldsde.files import file_lock
-from cldsde.images.checks import check_images, check_labels, check_same_shape
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import all_bytes, byte_batches
+from cldsde.images.data.samples import as_bytes, byte_batches
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
@@ -83,10 +82,7 @@ class ClassifierFeatures:
 
 @checked
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    held_out: Tensor,
-    held_out_labels: Tensor,
+    data: DataSet,
     *,
     epochs: Count = 3,
     batch: Annotated[Count, Field(ge=2)] = 128,
@@ -99,18 +95,17 @@ def train_classifier(
 ) -> tuple[ImageClassifier, float]:
     """Train an `ImageClassifier`; return it in evaluation mode with its held-out accuracy.
 
-    The same seed gives the same bits on the same machine with the same number of threads. The
-    global random state is not changed.
+    The images are loaded batch by batch. Without held-out images the accuracy is of the training
+    images. The same seed gives the same bits on the same machine with the same number of threads.
+    The global random state is not changed.
     """
-    check_images(images, "images", smallest=_SMALLEST, least=2)
-    check_images(held_out, "held_out", smallest=_SMALLEST)
-    check_same_shape(images, held_out, "held_out")
-    classes = check_labels(labels, "labels", len(images))
-    check_labels(held_out_labels, "held_out_labels", len(held_out), classes)
+    images, labels, held_out = data.train, data.train.labels, data.held_out or data.train
+    if labels is None or images.classes is None or held_out.labels is None:
+        raise ValueError("data must have labels, for training and held-out images")
     batch = min(batch, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ImageClassifier(images.shape[1], classes, width=width, size=size)
+        model = ImageClassifier(images.shape[0], images.classes, width=width, size=size)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -121,8 +116,8 @@ def train_classifier(
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for rows in order[: steps * batch].reshape(-1, batch):
-                logits = model(_scaled(images[rows].to(device)))
-                target = labels[rows].to(device, torch.int64)
+                logits = model(_scaled(as_bytes(images.load(rows), images.levels).to(device)))
+                target = labels[rows].to(device)
                 loss = functional.cross_entropy(logits, target, label_smoothing=0.05)
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -132,9 +127,9 @@ def train_classifier(
     # Sums have another order in the channels-last layout; saved weights have channels first.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    parts = held_out.split(512)  # type: ignore[no-untyped-call]
+    parts = byte_batches(held_out, 512)
     found = torch.cat([model(_scaled(part.to(device))).argmax(1).cpu() for part in parts])
-    return model, float((found == held_out_labels.cpu()).double().mean())
+    return model, float((found == held_out.labels).double().mean())
 
 
 def save_classifier(
@@ -177,11 +172,9 @@ def kept_classifier(
         # Of two evaluations at the same time one trains the classifier for both.
         with file_lock(file, wait=True):
             if not file.exists():
-                sets: Any = [(all_bytes(x), x.labels) for x in (train, data.held_out or train)]
                 epochs = max(3, round(_TRAINED_ON / len(train)))
-                made, accuracy = train_classifier(
-                    *(*sets[0], *sets[1]), epochs=epochs, device=device, progress=progress
-                )
+                options: Any = {"epochs": epochs, "device": device, "progress": progress}
+                made, accuracy = train_classifier(data, **options)
                 notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
                 save_classifier(made, file, metadata=notes)
     try:

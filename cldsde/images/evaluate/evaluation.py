@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,8 +42,8 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.evaluate.weights import InceptionFeatures
-from cldsde.images.sample.sampler import ImageSampler, Samples, make_solver
-from cldsde.images.sample.source import Model, OtherDynamics
+from cldsde.images.model import ImageModel, TrainedModel
+from cldsde.images.sample.sampler import ImageSampler, make_solver
 from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -138,7 +138,9 @@ class Evaluation:
             kept.append(_CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
-    def of_run(self, model: Model, recipes: Iterable[SamplingConfig], file: Path) -> list[Result]:
+    def of_run(
+        self, model: ImageModel, recipes: Iterable[SamplingConfig], file: Path
+    ) -> list[Result]:
         """Measure a trained model; return the results, which are added to the file.
 
         Failures are results and are not repeated, nor do they end the evaluation. Several processes
@@ -147,18 +149,20 @@ class Evaluation:
         found = self.of_density(model, file) if "bpd" in self.metrics else []
         return [*found, *(x for recipe in recipes for x in self.of_recipe(model, recipe, file))]
 
-    def of_density(self, model: Model, file: Path) -> list[Result]:
+    def of_density(self, model: ImageModel, file: Path) -> list[Result]:
         """Bits per dim of a trained model; see `of_run`."""
         return self._filled(file, ["bpd"], lambda _: ({"bpd": self._bits(model)}, {}), model.digest)
 
-    def of_recipe(self, model: Model, recipe: SamplingConfig, file: Path) -> list[Result]:
+    def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
         own = {"recipe": plain(recipe), "solver": repr(make_solver(recipe))}
+        # One for all repetitions, made if something is missing.
+        sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
         found: list[Result] = []
         for repeat in range(self.repeats):
             first = self.first_seed + repeat * self.samples
             seeds = range(first, first + self.samples)
-            measure, ends = partial(self._of_seeds, model, recipe, seeds), (seeds[0], seeds[-1])
+            measure, ends = partial(self._of_seeds, sampler, seeds), (seeds[0], seeds[-1])
             found += self._filled(file, self._measures, measure, model.digest, seeds=ends, **own)
         return found
 
@@ -168,11 +172,6 @@ class Evaluation:
         return self._filled(
             file, self._measures, lambda x: (self.measure(images, x), {}), digest, recipe=recipe
         )
-
-    def stream(self, model: Model, recipe: SamplingConfig, seeds: range) -> Iterator[Samples]:
-        """Sample images of a model with a recipe, batch by batch."""
-        sampler = ImageSampler.of(model, recipe, batch=self.batch)
-        return (drawn for _, drawn in sampler.stream(seeds, progress=self.progress))
 
     def measure(self, images: Iterable[Tensor], metrics: Sequence[str], count: int = 0) -> Reports:
         """Reports of metrics of images, uint8 with 256 levels.
@@ -195,10 +194,9 @@ class Evaluation:
         if "fd" in metrics:
             found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
         if others:
-            known = self._shape, self._sha256, self._inception, others, self.folder / _CACHE
-            reference = inception.reference_statistics(self._batches(), *known)
-            own, size = sums["inception"].statistics(), min(1000, count, reference.count)
-            report = inception.report(own, reference, self._inception, others, kid_subset_size=size)
+            own, size = sums["inception"].statistics(), min(1000, count, self._shape[0])
+            options: dict[str, Any] = {"kid_subset_size": size}
+            report = inception.report(own, self._reference, self._inception, others, **options)
             found |= dict.fromkeys(others, report)
         return found
 
@@ -250,33 +248,34 @@ class Evaluation:
         return found | {"features": features, "reference": "" if metric == "isc" else self._sha256}
 
     def _of_seeds(
-        self, model: Model, recipe: SamplingConfig, seeds: range, metrics: list[str]
+        self, sampler: Callable[[], ImageSampler], seeds: range, metrics: list[str]
     ) -> tuple[Reports, dict[str, float]]:
-        """Reports of metrics of a recipe, and the cost of the images."""
+        """Reports of metrics of sampled images, and the cost of the images."""
         evaluations, seconds = [], [0.0]
 
         def batches() -> Iterator[Tensor]:
             began = time.monotonic()
-            for drawn in self.stream(model, recipe, seeds):
+            for _, drawn in sampler().stream(seeds, progress=self.progress):
                 seconds.append(time.monotonic() - began)
                 evaluations.append(drawn.evaluations.double())
-                yield as_bytes(drawn.images, model.space.levels)
+                yield as_bytes(drawn.images, drawn.levels)
                 began = time.monotonic()
 
         found = self.measure(batches(), metrics, len(seeds))
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
 
-    def _bits(self, model: Model) -> dict[str, Any]:
+    def _bits(self, model: ImageModel) -> dict[str, Any]:
         """Bits per dim of a model, with everything that they depend on."""
-        if isinstance(model, OtherDynamics):
+        if model.t_min is None:
             raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
         if model.space.always_classes:
             msg = "bpd needs a network that was trained without classes, too"
             raise likelihoods.UndefinedLikelihoodError(msg)
         names = ("batch", "device", "progress")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        options |= {"levels": self.data.train.levels, "t_min": model.config.training.t_min}
+        options |= {"levels": self.data.train.levels, "t_min": model.t_min}
         if model.vae is not None:
+            assert isinstance(model, TrainedModel)
             return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
         return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
@@ -315,6 +314,12 @@ class Evaluation:
     def _statistics(self) -> FeatureStatistics:
         """Statistics in the features of ``fd``."""
         return FeatureSums(self._network, self._shape).of(self._batches())
+
+    @cached_property
+    def _reference(self) -> FeatureStatistics:
+        """Statistics in the features of Inception."""
+        known = self._shape, self._sha256, self._inception, self._inception_metrics
+        return inception.reference_statistics(self._batches(), *known, self.folder / _CACHE)
 
     @cached_property
     def _network(self) -> FeatureNetwork:

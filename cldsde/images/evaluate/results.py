@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,22 +123,21 @@ def origin(device: str) -> dict[str, Any]:
     }
 
 
-def markdown_table(results: Iterable[Result]) -> str:
-    """Table of recipes against numbers: means over repetitions, with their spread.
+def markdown_table(results: Collection[Result]) -> str:
+    """Table of recipes and numbers of images against means over repetitions, with their spread.
 
     NFE is the mean number of score evaluations of an image, if it was measured. Results of a solver
     whose defaults have changed since are left out.
     """
-    recipes: dict[str, list[Result]] = {}
+    solvers = {json.dumps(result.recipe): result.solver for result in results}
+    rows: dict[tuple[str, int], list[Result]] = {}
     for result in results:
-        if result.recipe:
-            row = recipes.setdefault(json.dumps(result.recipe), [])
-            if row and row[0].solver != result.solver:
-                row.clear()
-            row.append(result)
-    names = dict.fromkeys(name for row in recipes.values() for one in row for name in _named(one))
+        name, (first, last) = json.dumps(result.recipe), result.seeds or (0, 0)
+        if result.recipe and result.solver == solvers[name]:
+            rows.setdefault((name, last - first), []).append(result)
+    names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
     lines = []
-    for row in recipes.values():
+    for row in rows.values():
         recipe = row[0].recipe
         end = recipe.get("t_end")
         times = recipe.get("grid", "") + ("" if end is None else f", {end:g}")
@@ -153,6 +152,12 @@ def markdown_table(results: Iterable[Result]) -> str:
         lines.append(line)
     head = ["solver", "NFE", "grid, ε", "images", *names]
     return Table("", head, lines, []).markdown() if lines else ""
+
+
+def bits_text(bits: Mapping[str, Any]) -> str:
+    """Bits per dim with their standard error, if there is one; ``≤`` marks a bound."""
+    spread = f" ± {bits['standard_error']:.3f}" if bits["standard_error"] is not None else ""
+    return f"{'≤ ' if bits['is_bound'] else ''}{bits['bits_per_dim']:.3f}{spread}"
 
 
 def _named(result: Result) -> dict[str, float]:

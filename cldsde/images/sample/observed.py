@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from cldsde.solvers.sampling import window
 __all__ = ["ObservedImage", "ObservedMethod", "grey_basis"]
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
-_OPERATORS = {"mask", "grey", "downsample", "blur"}
+_OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")
 
 _TWISTED = ExponentialMultistep(order=2, stochasticity=1.0)
 
@@ -71,7 +72,7 @@ class ObservedImage:
         require(0 < self.noise_std < math.inf, "noise_std", msg)
         require(self.particles >= 1, "particles", f"must be at least 1; got {self.particles}")
         msg = f"must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got {self.operator!r}"
-        require(self.operator.partition(":")[0] in _OPERATORS, "observe", msg)
+        require(_OPERATORS.fullmatch(self.operator) is not None, "observe", msg)
         seen = self.operator != "mask" or (self.mask is not None and bool(self.mask.any()))
         require(seen, "observe", "must mark some pixels in white; it is all black")
 
@@ -90,7 +91,7 @@ class ObservedImage:
             key, missing = ("observe", "known") if known is None else ("known", "observe")
             raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
         mask = None
-        if observe.partition(":")[0] not in _OPERATORS or observe == "mask":
+        if observe.partition(":")[0] not in {"grey", "downsample", "blur"}:
             mask = _read(Path(observe).expanduser(), 1, "observe")[0] >= 128
         return cls(
             known=_read(known, channels, "known"),
@@ -165,6 +166,8 @@ class Conditioning:
             return sampling
         latest = self.observation.end_time(process.sde, self.observation.shape or ())
         _, end = window(process, sampling.t_start, sampling.t_end)
+        msg = f"is so small that sampling would end before 1e-8, at t = {latest:g}; got "
+        require(latest >= 1e-8, "noise_std", f"{msg}{self.observed.noise_std:g}")
         return dataclasses.replace(sampling, t_end=min(end, latest))
 
     def sample(
@@ -214,8 +217,6 @@ def _observation(
             raise ValueError(f"the mask must have the picture's shape {shapes}")
         return Observation.mask(mask.expand_as(y), y, noise_std)
     if name == "grey":
-        if number:
-            raise ValueError(f"'grey' takes no number; got {number!r}")
         seen = y.mean(0, keepdim=True)
         return Observation(lambda x: x.mean(1, keepdim=True), seen, noise_std, tuple(y.shape))
     if name == "downsample":

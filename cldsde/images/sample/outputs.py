@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
+from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.sample.request import SampleRequest
 from cldsde.images.sample.sampler import Samples, ahead
@@ -158,11 +159,11 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
         for images, evaluations, (_, seeds) in _read(parts, request):
             spent += int(evaluations.sum())
-            for image, seed in zip(images, seeds, strict=True):
+            shown = as_bytes(torch.from_numpy(images), request.model.space.levels)
+            for image, seed in zip(shown, seeds, strict=True):
                 if not done:
                     with writing(whole / names[seed], _KEPT):
-                        shown = picture(image, request.model.space.levels)
-                        shown.save(whole / names[seed], pnginfo=notes)
+                        picture(image).save(whole / names[seed], pnginfo=notes)
                 bar.update()
     if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
         os.sync()
@@ -216,6 +217,6 @@ def _write(file: Path, writer: Callable[[Path], object]) -> None:
 def _save_arrays(path: Path, arrays: Samples) -> None:
     # NumPy's own errors on a full disk do not say that it is full.
     buffer = io.BytesIO()
-    for array in arrays:
+    for array in arrays[:2]:
         np.save(buffer, array.numpy())
     path.write_bytes(buffer.getbuffer())

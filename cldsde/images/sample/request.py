@@ -11,9 +11,8 @@ from typing import Literal, get_args
 import torch
 
 from cldsde.errors import SettingError
-from cldsde.images.model import ImageModel
+from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.sample.source import Model
 from cldsde.images.schema import check_name
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -31,7 +30,7 @@ class SampleRequest:
         Integers in [0, 2³²).
     """
 
-    model: Model
+    model: ImageModel
     sampler: ImageSampler
     seeds: range
 
@@ -63,7 +62,7 @@ class SampleRequest:
         return [f"{msg}at such times"]
 
 
-def speed_up(model: Model, compile_mode: CompileMode | None, *, channels_last: bool) -> None:
+def speed_up(model: ImageModel, compile_mode: CompileMode | None, *, channels_last: bool) -> None:
     """Compile the network of a model, and store its weights and features with channels last.
 
     The model is changed in place, so that names of weights stay. The mode ``"reduce-overhead"``
@@ -75,7 +74,7 @@ def speed_up(model: Model, compile_mode: CompileMode | None, *, channels_last: b
     if compile_mode is None:
         return
     check_name(compile_mode, get_args(CompileMode), "compile_mode")
-    if not isinstance(model, ImageModel):
+    if not isinstance(model, TrainedModel):
         msg = "needs a run under its own process, whose network is compiled"
         raise SettingError("compile_mode", msg)
-    model.score.network.compile(mode=compile_mode)
+    model.model.score.network.compile(mode=compile_mode)

@@ -18,9 +18,8 @@ from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
-from cldsde.images.model import ImageSpace
+from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage
-from cldsde.images.sample.source import Model
 from cldsde.images.schema import check_name, checked_options
 from cldsde.linear import LinearSDE
 from cldsde.progress import progress_bar
@@ -69,10 +68,9 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
     the two ends. Raises a SettingError if no step fits, a ValueError if the solver does not apply.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
-    start, end = window(process, sampling.t_start, sampling.t_end)
-    denoise = bool(sampling.denoise)
+    ends = window(process, sampling.t_start, sampling.t_end)
     with setting("nfe"):
-        return fit_grid(process, solver, start, end, sampling.nfe, grid=grid, denoise=denoise)
+        return fit_grid(process, solver, *ends, sampling.nfe, grid=grid, denoise=sampling.denoise)
 
 
 def make_plan(
@@ -113,10 +111,13 @@ class Samples(NamedTuple):
         ``(N, C, H, W)`` uint8 on the CPU.
     evaluations
         Score evaluations of each image, ``(N,)`` int64.
+    levels
+        Number of grey levels of the images.
     """
 
     images: Tensor
     evaluations: Tensor
+    levels: int = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +134,6 @@ class ImageSampler:
         The model, its images, and its autoencoder if its process is of latent variables.
     sampling
         Solver and budget.
-    sde
-        Process of the score; None takes the attribute ``sde`` of the score.
     label, guidance
         Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
         Weight of the class, see `cldsde.GuidedScore`.
@@ -142,8 +141,6 @@ class ImageSampler:
         An observation of the images, if any.
     batch
         Images per batch.
-    device
-        Device of the states; None takes the device of the score.
     precision
         Precision of the network.
     """
@@ -152,17 +149,15 @@ class ImageSampler:
     space: ImageSpace
     sampling: SamplingConfig
     _: KW_ONLY
-    sde: LinearSDE | None = None
     vae: VAE | None = None
     label: int | Literal["all"] | None = None
     guidance: float = 1.0
     observed: ObservedImage | None = None
     batch: int = 64
-    device: torch.device | str | None = None
     precision: Precision = "fp32"
 
     @classmethod
-    def of(cls, model: Model, sampling: SamplingConfig, **options: Any) -> Self:
+    def of(cls, model: ImageModel, sampling: SamplingConfig, **options: Any) -> Self:
         """The sampler of a trained model; ``options`` are the other attributes."""
         return cls(model.score, model.space, sampling, vae=model.vae, **options)
 
@@ -182,24 +177,21 @@ class ImageSampler:
         _ = self._plan
 
     @cached_property
-    def _device(self) -> torch.device | str:
-        return device_of(self.score) if self.device is None else self.device
-
-    @cached_property
     def _conditioning(self) -> Conditioning | None:
-        return None if self.observed is None else self.observed.of(self.space, self._device)
+        device = device_of(self.score)
+        return None if self.observed is None else self.observed.of(self.space, device)
 
     @cached_property
     def _plan(self) -> Plan:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
-        return make_plan(planned, self.sampling, self.sde, self._conditioning)
+        return make_plan(planned, self.sampling, observed=self._conditioning)
 
     def _cast(self) -> AbstractContextManager[object]:
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(torch.device(self._device).type, dtype=_HALVES[self.precision])
+        return torch.autocast(device_of(self.score).type, dtype=_HALVES[self.precision])
 
     @property
     def t_end(self) -> float:
@@ -227,7 +219,7 @@ class ImageSampler:
         """Draw the random numbers with which the sampling of a batch starts."""
         noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self.vae
         shape, first = self.space.shape if vae is None else vae.latent_shape, self._plan.times[0]
-        return noise, noise.start(sde, shape, device=self._device, t=float(first))
+        return noise, noise.start(sde, shape, device=device_of(self.score), t=float(first))
 
     def draw(
         self, seeds: Sequence[int], label: int | None = None, start: Start | None = None
@@ -246,9 +238,7 @@ class ImageSampler:
         denoise = self.sampling.denoise
         with torch.no_grad(), self._cast():
             if observed is not None and observed.particles:
-                data, evaluations = observed.sample(
-                    plan, seeds, denoise=bool(denoise), chunk=self.batch
-                )
+                data, evaluations = observed.sample(plan, seeds, denoise=denoise, chunk=self.batch)
             else:
                 found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
                 if not found.success:
@@ -259,14 +249,16 @@ class ImageSampler:
             if vae is not None:
                 data = vae.images(data)
         images = to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
-        return Samples(images, evaluations)
+        return Samples(images, evaluations, space.levels)
 
     def _given(self, label: int) -> Score:
         """The score of a class."""
         assert self.space.classes is not None
         # Made on the device: a number of the CPU would be copied there at every evaluation.
         given, free = (
-            ConditionalScore(self.score, condition=torch.full((), number, device=self._device))
+            ConditionalScore(
+                self.score, condition=torch.full((), number, device=device_of(self.score))
+            )
             for number in (label, self.space.classes)
         )
         return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)
@@ -292,10 +284,12 @@ class ImageSampler:
 
     def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
         """Sample one image for each seed, in the order of the seeds; see `stream`."""
+        require(len(seeds) > 0, "seeds", "must be one or more; got none")
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for some, found in self.stream(seeds, **options):
-            drawn |= dict(zip(some, zip(*found, strict=True), strict=True))
-        return Samples(*map(torch.stack, zip(*(drawn[seed] for seed in seeds), strict=True)))
+            drawn |= dict(zip(some, zip(*found[:2], strict=True), strict=True))
+        images, evaluations = zip(*(drawn[seed] for seed in seeds), strict=True)
+        return Samples(torch.stack(images), torch.stack(evaluations), self.space.levels)
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

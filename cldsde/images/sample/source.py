@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,31 +10,11 @@ from torch import Tensor, nn
 
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace, load_model
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import DenoiserScore, ScoreDenoiser
-
-
-@dataclass(frozen=True)
-class OtherDynamics:
-    """A trained model with the process that it is sampled with; see `ImageModel`.
-
-    ``t_min`` is None: the score raises an error outside the noise levels of its training.
-    """
-
-    score: DenoiserScore
-    space: ImageSpace
-    digest: str
-    sampling: SamplingConfig
-    vae: VAE | None = None
-    t_min: float | None = None
-
-
-Model = ImageModel | OtherDynamics
-"""Something to sample."""
 
 
 def of_run(
@@ -44,7 +23,7 @@ def of_run(
     device: torch.device | str = "cpu",
     *,
     trust: bool = False,
-) -> Model:
+) -> ImageModel:
     """The model of a run, under its own process or another; see `load_model`."""
     model = load_model(run, device, trust=trust)
     if process is None:
@@ -54,14 +33,15 @@ def of_run(
         start = model.config.training.t_min
         denoiser = ScoreDenoiser(inner, fill=inner.inputs == "state", start=start)
         score = DenoiserScore(denoiser, sde)
-    return OtherDynamics(
-        score, model.space, _digest(model.digest, sde), SamplingConfig(), model.vae
+    digest = _digest(model.digest, sde)
+    return ImageModel(
+        score=score, space=model.space, digest=digest, sampling=SamplingConfig(), vae=model.vae
     )
 
 
 def of_diffusers(
     source: Path, process: ProcessConfig, device: torch.device | str = "cpu"
-) -> OtherDynamics:
+) -> ImageModel:
     """The model of a folder of diffusers, sampled with a process."""
     with setting("model"):
         denoiser = from_diffusers(source).to(device)
@@ -74,13 +54,10 @@ def of_diffusers(
     sde = process.make()
     score = DenoiserScore(labelled, sde, noise_levels=denoiser.noise_levels).eval()
     channels, height, width = shape
-    return OtherDynamics(
-        score,
-        # Without a class that stands for none.
-        ImageSpace((channels, height, width), classes=classes, always_classes=classes is not None),
-        _digest(tensors_digest(score.state_dict()), sde),
-        SamplingConfig(),
-    )
+    always = classes is not None  # no class stands for none
+    space = ImageSpace((channels, height, width), classes=classes, always_classes=always)
+    digest = _digest(tensors_digest(score.state_dict()), sde)
+    return ImageModel(score=score, space=space, digest=digest, sampling=SamplingConfig())
 
 
 class _Labelled(nn.Module):

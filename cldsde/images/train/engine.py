@@ -43,13 +43,10 @@ def check_run(
         raise SettingError("process.options", msg) from error
     shares(config, processes)
     channels, *sides = space.shape
-    msg = f"images must have 1 channel, or 3 for colours; got {channels}"
-    require(channels in {1, 3}, "data", msg)
+    require(channels in {1, 3}, "data", f"images must have 1 or 3 channels; got {channels}")
     settings, no_gpu = config.training, device in {"cpu", "mps"} or not torch.cuda.is_available()
-    if settings.measure == "fd" and data.train.labels is None:
-        raise SettingError("training.measure", "'fd' needs images with classes")
-    if settings.measure == "fd" and min(sides) < 8:
-        msg = f"'fd' needs images of 8×8 pixels or more; got {sides[0]}×{sides[1]}"
+    if settings.measure == "fd" and (data.train.labels is None or min(sides) < 8):
+        msg = "'fd' needs images with classes, of 8×8 pixels or more"
         raise SettingError("training.measure", msg)
     if settings.snapshots_by == "held_out_loss" and data.held_out is None:
         raise SettingError("training.snapshots_by", "'held_out_loss' needs held-out images")

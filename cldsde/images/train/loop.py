@@ -48,8 +48,6 @@ from cldsde.progress import progress_bar
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
 EVENTS = "tensorboard"
 """Folder of a run with TensorBoard's events."""
-TRAINING = "repeat the whole training"
-"""Cost of making the model of a finished run again."""
 
 
 def train(
@@ -209,8 +207,10 @@ class _Trainer:
         try:
             found = read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
-            cost = "" if (self.folder / STATE).exists() else TRAINING
-            raise ValueError(self.folder.damaged(MODEL, error, cost=cost)) from error
+            again = "delete it to have it made again"
+            if not (self.folder / STATE).exists():
+                again = "put a copy of it back, or delete it to repeat the whole training"
+            raise ValueError(f"{self.folder / MODEL} is damaged ({error}); {again}") from error
         return found.model, found.images_seen
 
     def _due(self, every: int) -> bool:

@@ -169,11 +169,7 @@ def _density(
     return None
 
 
-Objective = ScoreMatching | LatentObjective
-
-
-def make_objective(model: DiffusionModel, config: RunConfig) -> Objective:
+def make_objective(model: DiffusionModel, config: RunConfig) -> ScoreMatching | LatentObjective:
     """The objective of a configuration."""
-    if config.latent is None:
-        return ScoreMatching(model.score, config)
-    return LatentObjective(model, config)
+    latent = config.latent is not None
+    return LatentObjective(model, config) if latent else ScoreMatching(model.score, config)

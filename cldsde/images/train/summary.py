@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -19,11 +17,8 @@ from cldsde.images.train.learner import Learner
 _MEMORY = 5 * 4 / 2**20
 
 
-def outlook(config: RunConfig, measured: Path) -> list[str]:
-    """Lines about size and speed of a training, of data that need not be there.
-
-    ``measured`` is the file that ``benchmarks/gpu.py`` writes, if there is one.
-    """
+def outlook(config: RunConfig) -> list[str]:
+    """Lines about the size of a training, of data that need not be there."""
     options = config.data.options
     try:
         if config.data.name == "torchvision":
@@ -35,22 +30,14 @@ def outlook(config: RunConfig, measured: Path) -> list[str]:
     except (ValueError, OSError, ImportError) as error:
         return [f"parameters: unknown without the data ({error})"]
     count = check_model(config, space)
+    unknown = config.network.conditional and space.classes is None
+    more = " without the embedding of the classes" if unknown else ""
     kept = "weights, average, gradients and moments, and activations"
     return [
-        f"parameters: {count:,}, images of {'×'.join(map(str, space.shape))}",
+        f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
         f"memory: {_MEMORY * count:,.0f} MiB for {kept}",
-        _speed(config, measured),
+        "images per second, peak memory: cldsde train --dry-run measures them",
     ]
-
-
-def _speed(config: RunConfig, measured: Path) -> str:
-    found = json.loads(measured.read_text()) if measured.is_file() else {}
-    same = found.get("network") == config.to_dict()["network"]
-    row = found.get("training", {}).get(f"batch {config.training.batch}") if same else None
-    if row is None:
-        return "images per second, peak memory: not measured; cldsde train --dry-run measures them"
-    speed, memory, name = row["images_per_second"], row["peak_mib"], found["device"]["name"]
-    return f"images per second: {speed:,.0f}; peak memory: {memory:,.0f} MiB; measured on {name}"
 
 
 def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:

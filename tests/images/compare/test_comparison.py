@@ -210,15 +210,15 @@ def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(t
 
 
 def test_repeats_before_a_failure_are_kept(folder, monkeypatch):
-    stream, asked = evaluation.Evaluation.stream, []
+    stream, asked = sampling.ImageSampler.stream, []
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         asked.append(arguments)
         if len(asked) == 2:
             raise FloatingPointError("not finite")
-        return stream(*arguments)
+        return stream(*arguments, **options)
 
-    monkeypatch.setattr(evaluation.Evaluation, "stream", failing)
+    monkeypatch.setattr(sampling.ImageSampler, "stream", failing)
     (folder / "evaluations" / "CLD.jsonl").unlink()
     rows = {"models": {"CLD": {}}, "rows": TINY["rows"][:1]}
     found = compare(folder, **rows)
@@ -252,9 +252,13 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
         sampling, "find_solver", lambda name: changed if name == "sscs-midpoint" else find(name)
     )
     found = compare(folder)
-    # Two repeats and the picture.
-    assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"] * 3
+    # One sampler for the repeats, and one for the picture.
+    assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"] * 2
     assert found["rows"][:2] == read_comparison(finished / RESULTS)["rows"][:2]
+    # So are those of a row with other options, which has no cells until then.
+    rows = [*TINY["rows"][:2], {**TINY["rows"][2], "t_end": 0.01}]
+    changed_row = Comparison(ComparisonConfig.from_dict(tiny(rows=rows)), folder).rows[2]
+    assert changed_row["cells"] == [{"budget": 4, "repeats": 0}]
     stored = read_results(folder / "evaluations/CLD.jsonl").values()
     assert {result.solver for result in stored} == {
         *("EulerMaruyama()", repr(changed), repr(find("sscs-midpoint")))

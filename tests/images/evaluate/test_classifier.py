@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from cldsde.images.data import ArrayImages, DataSet, Subset
 from cldsde.images.evaluate import ClassifierFeatures, train_classifier
 from cldsde.images.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
 from cldsde.images.evaluate.features import feature_name
 from cldsde.images.tensor_files import save_tensors
+from tiny_runs import noise_images
 
 
-def bars(count: int, seed: int, size: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+def bars(count: int, seed: int, size: int = 12) -> ArrayImages:
     """Noisy images with a bright bar: horizontal, vertical or none."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count,), generator=generator)
@@ -20,12 +22,13 @@ def bars(count: int, seed: int, size: int = 12) -> tuple[torch.Tensor, torch.Ten
             image[0, place] += 100
         elif label == 1:
             image[0, :, place] += 100
-    return images.to(torch.uint8), labels
+    return ArrayImages(images.to(torch.uint8), labels=labels, classes=3)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return train_classifier(*bars(768, 0), *bars(300, 1), epochs=6, batch=64, width=8, size=16)
+    data = DataSet(bars(768, 0), bars(300, 1))
+    return train_classifier(data, epochs=6, batch=64, width=8, size=16)
 
 
 def test_classifier_learns_its_classes(trained):
@@ -34,15 +37,13 @@ def test_classifier_learns_its_classes(trained):
 
 
 def test_training_depends_on_its_seed_alone_and_leaves_the_global_state():
-    """Also with labels of bytes and a short last batch."""
-    images, labels = bars(70, 0, size=8)
+    """Also with a short last batch."""
+    images = bars(70, 0, size=8)
+    data = DataSet(images, Subset(images, torch.arange(3)))
     options = {"epochs": 1, "batch": 32, "width": 2, "size": 4}
     torch.rand(1)  # away from the state that a seeded training would leave
     before = torch.get_rng_state()
-    (model, accuracy), (again, other) = (
-        train_classifier(images, given, images[:3], given[:3], **options)
-        for given in (labels, labels.to(torch.uint8))
-    )
+    (model, accuracy), (again, other) = (train_classifier(data, **options) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     assert accuracy == other
@@ -66,30 +67,29 @@ def test_images_of_another_shape_are_rejected(shape):
         ImageClassifier(1, 2).features(torch.zeros(shape))
 
 
-BLACK = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"images": BLACK.float()}, TypeError, "images must be a uint8 tensor"),
-        ({"held_out": BLACK[:2, :, :7]}, ValueError, "held_out must"),
-        ({"labels": torch.tensor([0, 1])}, ValueError, "labels must have shape .*one class per im"),
-        ({"labels": torch.tensor([0, -1, 0, 0])}, ValueError, "labels must lie in 0"),
-        ({"held_out_labels": torch.tensor([0, 2])}, ValueError, "held_out_labels must lie in 0 … "),
+        ({"data": DataSet(bars(4, 0, size=7), None)}, ValueError, "H and W at least 8; got"),
+        ({"data": DataSet(noise_images(), None)}, ValueError, "data must have labels"),
         ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
     ],
 )
 def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):
-    labels = torch.tensor([0, 1, 0, 1])
-    arguments = {"images": BLACK, "labels": labels, "held_out": BLACK[:2]}
     with pytest.raises(error, match=message):
-        train_classifier(**{**arguments, "held_out_labels": labels[:2], **changes})
+        train_classifier(**{"data": DataSet(bars(4, 0), None), **changes})
+
+
+def test_a_class_that_only_held_out_images_have_is_known():
+    images = bars(9, 0)
+    [some, rest] = (images.labels < 2).nonzero()[:, 0], (images.labels == 2).nonzero()[:, 0]
+    data = DataSet(Subset(images, some), Subset(images, rest))
+    assert train_classifier(data, epochs=1, width=2)[0].architecture["classes"] == 3
 
 
 def test_features_take_bytes_and_are_named_by_their_weights(trained):
-    images, _ = bars(5, 2)
+    images = bars(5, 2).load(torch.arange(5))
     features = ClassifierFeatures(trained[0])
     expected = trained[0].features(images.float() / 127.5 - 1)
     assert torch.equal(features(images), expected)
@@ -104,7 +104,7 @@ def test_saved_classifier_comes_back_bit_for_bit(trained, tmp_path):
     save_classifier(trained[0], file, metadata={"data": "bars"})
     again, notes = load_classifier(file)
     assert notes == {"data": "bars"}
-    images, _ = bars(5, 2)
+    images = bars(5, 2).load(torch.arange(5))
     assert not again.training
     assert torch.equal(ClassifierFeatures(again)(images), ClassifierFeatures(trained[0])(images))
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]

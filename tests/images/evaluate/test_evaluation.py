@@ -18,15 +18,15 @@ from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
-from cldsde.images.model import ImageSpace
+from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.sampler import Samples
 from image_data import noise
 from tiny_runs import noise_images
 from tolerances import rounding
 
 CONFIG = RunConfig.from_dict({"training": {"images": 64}})
-MODEL = SimpleNamespace(
-    digest="abc", space=ImageSpace((1, 8, 8)), config=CONFIG, vae=None, score=None
+MODEL = ImageModel(
+    score=None, space=ImageSpace((1, 8, 8)), digest="abc", sampling=CONFIG.sampling, t_min=1e-3
 )
 
 
@@ -58,15 +58,23 @@ def networks(monkeypatch):
     return made
 
 
+class NoiseSampler(SimpleNamespace):
+    """Noise in place of samples of a model."""
+
+    @classmethod
+    def of(cls, model, recipe, **_):
+        return cls(recipe=recipe)
+
+    def stream(self, seeds, **_):
+        nfe, n = self.recipe.nfe, len(seeds)
+        images = noise_images(n, nfe, (1, 8, 8)).load(torch.arange(n))
+        return iter([(seeds, Samples(images, torch.full((n,), nfe)))])
+
+
 @pytest.fixture
 def evaluation(tmp_path, monkeypatch, untrained_classifier, networks):
     """Make an evaluation in a folder, of samples that are noise."""
-
-    def noisy(_, model, recipe, seeds):
-        images = noise_images(len(seeds), recipe.nfe, (1, 8, 8)).load(torch.arange(len(seeds)))
-        return iter([Samples(images, torch.full((len(seeds),), recipe.nfe))])
-
-    monkeypatch.setattr(Evaluation, "stream", noisy)
+    monkeypatch.setattr(module, "ImageSampler", NoiseSampler)
 
     def make(data=None, **options):
         given = {"samples": 20, "folder": tmp_path, "weights": tmp_path / "unread", **options}
@@ -109,7 +117,7 @@ def test_metrics_to_other_images_are_not_mixed(evaluation, tmp_path, monkeypatch
     if metric == "isc":  # the only one that depends on samples alone
         measured(other, nfe=6)
         return
-    monkeypatch.setattr(Evaluation, "stream", mock.Mock(side_effect=AssertionError("sampled")))
+    monkeypatch.setattr(NoiseSampler, "of", mock.Mock(side_effect=AssertionError("sampled")))
     with pytest.raises(ValueError, match=f"holds {metric} to other images"):
         measured(other, nfe=6)
     assert (tmp_path / "results.jsonl").read_text() == before
@@ -144,13 +152,13 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
     evaluation, untrained_classifier, tmp_path, monkeypatch
 ):
     """Each samples when the others have read the file, and before they write to it."""
-    together, stream = threading.Barrier(3), Evaluation.stream
+    together, stream = threading.Barrier(3), NoiseSampler.stream
 
-    def meeting(*arguments):
+    def meeting(*arguments, **_):
         together.wait()
         return stream(*arguments)
 
-    monkeypatch.setattr(Evaluation, "stream", meeting)
+    monkeypatch.setattr(NoiseSampler, "stream", meeting)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
     with ThreadPoolExecutor(3) as pool:
         jobs = [
@@ -169,15 +177,15 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
 def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
     evaluation, tmp_path, monkeypatch
 ):
-    stream, calls = Evaluation.stream, []
+    stream, calls = NoiseSampler.stream, []
 
-    def failing(self, model, recipe, seeds):
-        calls.append(recipe.nfe)
-        if recipe.nfe == 4:
+    def failing(self, seeds, **_):
+        calls.append(self.recipe.nfe)
+        if self.recipe.nfe == 4:
             raise FloatingPointError("sscs failed: not finite")
-        return stream(self, model, recipe, seeds)
+        return stream(self, seeds)
 
-    monkeypatch.setattr(Evaluation, "stream", failing)
+    monkeypatch.setattr(NoiseSampler, "stream", failing)
     for _ in range(2):
         recipes = [SamplingConfig(solver="sscs", nfe=nfe) for nfe in (4, 5)]
         failed, fine = evaluation().of_run(MODEL, recipes, tmp_path / "results.jsonl")
@@ -206,9 +214,12 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
     better = dataclasses.replace(LINE, numbers={"fd": 2.0})
     add_results(file, [better])
     assert list(read_results(file, "abc").values()) == [better, second]
-    # A solver whose defaults have changed has new results.
-    add_results(file, [dataclasses.replace(LINE, solver="new", numbers={"fd": 7.0})])
-    assert "| 7.000 |" in markdown_table(read_results(file).values()).splitlines()[-1]
+    # A solver whose defaults have changed has new results. Sets of other sizes are not averaged.
+    for seeds, value in (((0, 9), 7.0), ((10, 19), 8.0), ((0, 99), 3.0)):
+        new = dataclasses.replace(LINE, solver="new", seeds=seeds, numbers={"fd": value})
+        add_results(file, [new])
+    lines = markdown_table(read_results(file).values()).splitlines()
+    assert [line.split("|")[5] for line in lines[2:]] == [" 7.500 ± 0.707 ", " 3.000 "]
 
 
 @pytest.mark.parametrize(
@@ -268,13 +279,13 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
 ):
     alive, batches = [], noise(60, 1, (1, 8, 8)).split(5)
 
-    def stream(*_):
+    def stream(*_, **__):
         for images in map(torch.clone, batches):
             alive.append(weakref.ref(images))
             assert sum(image() is not None for image in alive) <= 2
-            yield Samples(images, torch.full((5,), 4))
+            yield range(5), Samples(images, torch.full((5,), 4))
 
-    monkeypatch.setattr(Evaluation, "stream", stream)
+    monkeypatch.setattr(NoiseSampler, "stream", stream)
     known = all_bytes(data_set().train)
     expected = frechet(torch.cat(batches), known, lambda images: Inception()(images)[:, :64])
 

@@ -56,7 +56,7 @@ def posterior(image):
 )
 def test_independent_pixels_have_their_exact_posterior(operator, method):
     image = observed(operator, method=method, particles=8)
-    images, evaluations = sampled(image, range(64))
+    images, evaluations, _ = sampled(image, range(64))
     x = to_unit(images)
     mean, std = posterior(image)
     # The bias of K particles is of order 1/K. The solver's is 2 % of a standard deviation.
@@ -128,13 +128,14 @@ def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
         ({"method": "exact"}, "method: must be one of moments"),
         ({"noise_std": 0.0}, "noise_std: must be finite and positive; got 0"),
         ({"particles": 0}, "particles: must be at least 1"),
-        ({"operator": "zoom:2"}, "observe: must be 'mask', 'grey'"),
         ({"mask": torch.zeros(4, 4, dtype=torch.bool)}, "observe: .* all black"),
         ({"mask": HALF[:2]}, "observe: the mask must have the picture's shape"),
-        ({"operator": "downsample:two"}, "observe: invalid literal"),
+        *(
+            ({"operator": x}, "observe: must be 'mask', 'grey', 'downsample:N' or 'blur:STD'; got")
+            for x in ("zoom:2", "mask:7", "grey:2", "downsample:two", "blur:-1", "blur:abc", "blur")
+        ),
         ({"operator": "downsample:2"}, r"known: .* shape \(3, 8, 8\); the model makes"),
-        ({"operator": "blur:-1"}, "observe: blur must be"),
-        ({"operator": "grey:2"}, "observe: 'grey' takes no number"),
+        ({"operator": "blur:0"}, "observe: blur must be"),
         ({"operator": "blur:1", "method": "replacement"}, "method: 'replacement' needs a mask"),
         ({"known": PICTURE[:, :2]}, "the mask must have the picture's shape"),
     ],
@@ -153,6 +154,9 @@ def test_solvers_that_do_not_fit_the_method_are_rejected():
         recipe = dataclasses.replace(RECIPE, solver=solver)
         with pytest.raises(SettingError, match=message):
             sampled(observed("mask", method=method), [0], recipe)
+    exact = dataclasses.replace(observed("mask"), noise_std=1e-12)
+    with pytest.raises(SettingError, match="noise_std: is so small that"):
+        sampled(exact, [0])
 
 
 def test_files_that_are_no_pictures_are_rejected(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cldsde import CLD, VPSDE, ReverseProcess, solvers
 from cldsde.errors import SettingError
+from cldsde.images import Run, as_pictures
 from cldsde.images.config import SamplingConfig
 from cldsde.images.model import MODEL, ImageSpace, load_model, save_model
 from cldsde.images.runs import RunFolder
@@ -54,8 +55,8 @@ def names(folder):
 @pytest.mark.parametrize("sde", [CLD(), VPSDE()], ids=["CLD", "VP"])
 def test_images_have_the_distribution_of_the_exact_score(sde):
     sampling = dataclasses.replace(FIXED, solver="multistep-2-sde", nfe=40)
-    sampler = ImageSampler(PixelScore(sde, 0.2, 0.09), SPACE, sampling, sde=sde)
-    images, evaluations = sampler.sample(range(200))
+    sampler = ImageSampler(PixelScore(sde, 0.2, 0.09), SPACE, sampling)
+    images, evaluations, _ = sampler.sample(range(200))
     assert (evaluations == 40).all()
     x, bias = images.double() / 127.5 - 1, 5e-3  # rounding to bytes, and the solver's 2e-3
     assert abs(float(x.mean()) - 0.2) < standard_error(0.3, x.numel()) + bias
@@ -65,10 +66,9 @@ def test_images_have_the_distribution_of_the_exact_score(sde):
 def test_an_image_depends_on_its_seed_alone():
     score = PixelScore(CLD())
     together, apart = (
-        ImageSampler(score, SPACE, FIXED, sde=CLD(), batch=n).sample(range(10)).images
-        for n in (10, 3)
+        ImageSampler(score, SPACE, FIXED, batch=n).sample(range(10)).images for n in (10, 3)
     )
-    some = ImageSampler(score, SPACE, FIXED, sde=CLD()).sample([7, 2]).images
+    some = ImageSampler(score, SPACE, FIXED).sample([7, 2]).images
     assert torch.equal(together, apart)
     assert torch.equal(some, together[[7, 2]])
     assert not torch.equal(together[0], together[1])
@@ -94,7 +94,9 @@ def test_tables_are_computed_once_for_all_batches(request_of, tmp_path, monkeypa
 
 def test_a_solve_that_fails_raises_and_does_not_warn():
     with pytest.raises(FloatingPointError, match="sscs failed: the state is not finite"):
-        ImageSampler(lambda z, t: z[:, 1:] / 0, SPACE, FIXED, sde=CLD()).sample(range(2))
+        ImageSampler(PixelScore(CLD(), torch.inf), SPACE, FIXED).sample(range(2))
+    with pytest.raises(SettingError, match="seeds: must be one or more; got none"):
+        ImageSampler(PixelScore(CLD()), SPACE, FIXED).sample([])
 
 
 @pytest.mark.parametrize(
@@ -123,8 +125,9 @@ def test_models_of_dequantised_levels_return_the_levels():
     score = PixelScore(VPSDE(), (2 * level + 1) / levels - 1, (0.02 * 2 / levels) ** 2)
     space = ImageSpace((1, 4, 4), levels, dequantised=True)
     sampling = SamplingConfig(solver="multistep-2", nfe=20)
-    images = ImageSampler(score, space, sampling, sde=VPSDE()).sample(range(4)).images
-    assert (images == level).all()
+    found = ImageSampler(score, space, sampling).sample(range(4))
+    assert (found.images == level).all()
+    assert as_pictures(found)[0].getextrema() == (80, 80)  # 5/16 of 255
 
 
 def test_evaluations_of_adaptive_solvers_are_counted_per_image():
@@ -175,6 +178,18 @@ def test_classes_of_all_images_and_of_each(run, request_of, tmp_path):
         assert np.array_equal(guided[label::3].movedim(1, -1), found["images"][label::3])
         assert torch.equal(own[label::3], unnamed.images[label::3])
     assert [space.label(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
+    with pytest.raises(SettingError, match="must be 'all', a number from 0 to 2"):
+        space.label("²")
+
+
+def test_a_run_is_described_in_a_line_and_kept_from_diffusers_if_it_has_classes(labelled_run):
+    run = Run.load(labelled_run)
+    assert repr(run).startswith("Run(space=ImageSpace(shape=(3, 4, 4), ")
+    assert "\n" not in repr(run)
+    with pytest.raises(
+        SettingError, match=r"network\.conditional: must be false for a UNet2DModel"
+    ):
+        run.to_diffusers("nowhere")
 
 
 def test_an_interrupted_request_resumes_and_other_settings_start_again(

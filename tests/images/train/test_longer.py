@@ -90,6 +90,8 @@ def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
 def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(finished, tmp_path):
     whole = images.Run.load(finished)
     whole.to_diffusers(tmp_path / "net")
+    with pytest.raises(SettingError, match="folder: must not be there yet"):
+        whole.to_diffusers(finished)
     for i, source in enumerate((finished, tmp_path / "net")):
         settings = config(images=8, learning_rate=1e-30, init_from=str(source))
         tuned = trained(tmp_path / f"tuned-{i}", settings).score.network.state_dict()
@@ -191,7 +193,7 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
     assert torch.equal(first.images, second.images)
     assert first.evaluations.tolist() == [4, 4, 4]
     assert images.as_array(first).shape == (3, 8, 8, 1)
-    assert [picture.size for picture in images.as_pictures(first, 17)] == [(8, 8)] * 3
+    assert [picture.size for picture in images.as_pictures(first)] == [(8, 8)] * 3
     assert torch.equal(run.sample([2], nfe=4).images[0], first.images[2])
     assert repr(again.process) == repr(run.score.sde)
     with pytest.raises(SettingError, match="label: the network was not trained with classes"):
