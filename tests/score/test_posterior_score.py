@@ -16,6 +16,7 @@ PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
 every_process = pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
 DATA, SEEN = wide_mixture()
 CONDITION = rounding(1e4, 400)  # of the systems: (spread of the data / noise)²
+SINGLE = rounding(4, 200, torch.float32)  # condition of the system with two equal entries
 SOLVED = EPS**0.75 * 400 * 10  # residual of conjugate gradients times R's condition number
 
 
@@ -88,6 +89,18 @@ def test_each_sample_may_have_its_own_observation_and_time():
         alone = PosteriorScore(DATA.score(sde), Observation(SEEN.forward, y, 0.1))
         expected = alone(z[i : i + 1], ts[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], expected, rtol=SOLVED, atol=SOLVED)
+
+
+def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
+    # D falls with û: its Jacobian is negative, which no covariance is.
+    seen = Observation.mask(torch.tensor([True, True, False]), torch.ones(3), 0.1)
+    wrong, pigdm = (
+        PosteriorScore(lambda z, t: -z * 3.0, seen, method, iterations=None, sde=VPSDE())
+        for method in ("moments", "pigdm")
+    )
+    z = torch.randn(5, 1, 3, generator=generator(0))
+    # The fallback is a step with ΠGDM's R: as large as ΠGDM's own, in single precision.
+    assert torch.allclose(wrong(z, 0.5), pigdm(z, 0.5), rtol=SINGLE, atol=SINGLE)
 
 
 def test_conjugate_gradients_keep_what_they_found_before_they_fail():
