@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from cldsde import CLD, VESDE, GaussianMixture
+from cldsde import CLD, GaussianMixture
 from probes import generator
 from references import mixed
 from score.cases import AUXILIARY, FAMILIES, at_a_known_time, known, mixture, score_rounding, states
@@ -96,12 +96,6 @@ class TestExactness:
         assert ((found.double() - expected).abs().amax((1, 2)) <= size * whitening**2).all()
         found, expected = (data.posterior_mean(sde, s, t) for s in (z, z.double()))
         assert ((found - expected).abs().amax(1) <= 4 * size * (1 + whitening)).all()
-
-    def test_blurred_data_have_a_density_at_the_start(self):
-        # VE's own initial distribution is N(x, sigma_min^2).
-        sde, data = VESDE(0.1, 3.0), GaussianMixture([1.0], [[0.0]], [[[0.0]]])
-        score = data.score(sde)(torch.ones(1, 1, 1, dtype=torch.float64), 0.0)
-        assert score.item() == pytest.approx(-100.0, rel=rounding())
 
 
 class TestNumbers:

@@ -181,24 +181,6 @@ def test_a_solver_is_not_measured_on_problems_that_it_rejects():
     assert report.rejections(["it"]) == [f"it is not measured on VE: {rejected.message}"]
 
 
-# Processes that the contract of solvers leaves out, and the families of solvers that reject them.
-UNUSUAL = {"sub-VP", "CLD, underdamped", "non-commuting"}
-REJECTED_BY = {
-    **{name: {"sub-VP", "non-commuting"} for name in ("sscs", "splitting")},
-    **{name: {"CLD, underdamped"} for name in ("reverse", "predictor", "ancestral", "multistep")},
-    "edm-heun": {"CLD, underdamped", "non-commuting"},
-}
-
-
-@pytest.mark.parametrize("name", {type(s): name for name, s in named_solvers().items()}.values())
-def test_solvers_of_the_package_reject_processes_that_they_are_not_for_alone(name):
-    solver = named_solvers()[name]
-    expected = next((REJECTED_BY[start] for start in REJECTED_BY if name.startswith(start)), set())
-    # An underdamped process is out of reach at single times, which few steps may miss.
-    assert {p for p in UNUSUAL if suite.rejection(solver, PROBLEMS[p], steps=64)} == expected
-    assert (solver.facts.applies_to == "every linear SDE") == (not expected)
-
-
 # Distributions of two-dimensional data ---------------------------------------------------------
 
 
