@@ -39,8 +39,8 @@ from cldsde.files import write_whole
 from cldsde.images.config import RunConfig, SamplingConfig, load_config
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.model import ImageSpace, TrainedModel, make_model
-from cldsde.images.sample.request import CompileMode, speed_up
 from cldsde.images.sample.sampler import ImageSampler, Precision
+from cldsde.images.sample.source import CompileMode, speed_up
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner
 from cldsde.solvers.noise import RecordedNoise

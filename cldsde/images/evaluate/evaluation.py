@@ -41,7 +41,6 @@ from cldsde.images.evaluate.results import (
     origin,
     read_results,
 )
-from cldsde.images.evaluate.weights import InceptionFeatures
 from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.sampler import ImageSampler, make_solver
 from cldsde.images.schema import Count, check_name, plain, section
@@ -330,9 +329,9 @@ class Evaluation:
         return kept_classifier(file, self.data, device=self.device, progress=self.progress)
 
     @cached_property
-    def _inception(self) -> InceptionFeatures:
+    def _inception(self) -> inception.InceptionFeatures:
         assert self.weights is not None
-        return InceptionFeatures(self.weights, self.device)
+        return inception.InceptionFeatures(self.weights, self.device)
 
     @property
     def _likelihood_images(self) -> Tensor:

@@ -1,9 +1,9 @@
 """Sampling of image models: one sampler for every command, and files of samples."""
 
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.outputs import alone, check_output, draw_to
-from cldsde.images.sample.request import SampleRequest, speed_up
+from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
 from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.sample.source import speed_up
 
 __all__ = [
     "ImageSampler",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import hashlib
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,57 @@ from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture, save_grid
-from cldsde.images.sample.request import SampleRequest
-from cldsde.images.sample.sampler import Samples, ahead
+from cldsde.images.model import ImageModel
+from cldsde.images.sample.sampler import ImageSampler, Samples, ahead
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
 """Largest number of images in a picture of a grid."""
 _KEPT = "finished samples are kept: the same call resumes"
+
+
+@dataclass(frozen=True, eq=False)
+class SampleRequest:
+    """A request for samples of a trained model, one image for each seed.
+
+    Attributes
+    ----------
+    model, sampler
+        The model, and its sampler.
+    seeds
+        Integers in [0, 2³²).
+    """
+
+    model: ImageModel
+    sampler: ImageSampler
+    seeds: range
+
+    def recipe(self) -> dict[str, object]:
+        """Everything that the images and their parts depend on, in JSON types."""
+        how = self.sampler
+        return {
+            "weights": self.model.digest,
+            "sampling": dataclasses.asdict(how.sampling),
+            "batch": how.batch,
+            "label": how.label,
+            "guidance": how.guidance,
+            "observed": None if how.observed is None else how.observed.recipe(),
+            "seeds": [self.seeds.start, self.seeds.stop],
+            # Left out in single precision, so that older samples can be resumed.
+            **({} if how.precision == "fp32" else {"precision": how.precision}),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe."""
+        return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
+
+    def notes(self) -> list[str]:
+        """Notes on settings that are allowed, but probably a mistake."""
+        t_min, t_end = self.model.t_min, self.sampler.t_end
+        if t_min is None or t_end >= t_min:
+            return []
+        msg = f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network was not trained "
+        return [f"{msg}at such times"]
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:

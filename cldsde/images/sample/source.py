@@ -1,16 +1,18 @@
-"""Models to sample from: runs, runs under the dynamics of another process, diffusers folders."""
+"""Models to sample from: runs, runs under another process, diffusers folders; faster networks."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
-from cldsde.images.model import ImageModel, ImageSpace, load_model
+from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
+from cldsde.images.schema import check_name
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
@@ -74,3 +76,24 @@ class _Labelled(nn.Module):
 
 def _digest(weights: str, sde: LinearSDE) -> str:
     return hashlib.sha256(f"{weights} {sde!r}".encode()).hexdigest()
+
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+
+
+def speed_up(model: ImageModel, compile_mode: CompileMode | None, *, channels_last: bool) -> None:
+    """Compile the network of a model, and store its weights and features with channels last.
+
+    The model is changed in place, so that names of weights stay. The mode ``"reduce-overhead"``
+    replays CUDA graphs; None compiles nothing. Raises a SettingError for a model that is not
+    compiled.
+    """
+    if channels_last:
+        model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile_mode is None:
+        return
+    check_name(compile_mode, get_args(CompileMode), "compile_mode")
+    if not isinstance(model, TrainedModel):
+        msg = "needs a run under its own process, whose network is compiled"
+        raise SettingError("compile_mode", msg)
+    model.model.score.network.compile(mode=compile_mode)

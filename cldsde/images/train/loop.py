@@ -40,8 +40,7 @@ from cldsde.images.runs import CONFIG, METRICS, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
-from cldsde.images.train.snapshots import keep_snapshot
-from cldsde.images.train.state import STATE, StopRequest, load_state, save_state
+from cldsde.images.train.state import STATE, StopRequest, keep_snapshot, load_state, save_state
 from cldsde.images.train.summary import measure_steps
 from cldsde.progress import progress_bar
 

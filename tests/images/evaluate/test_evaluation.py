@@ -53,7 +53,7 @@ def networks(monkeypatch):
     made = []
     monkeypatch.setattr(inception, "_FEATURES", 64)
     monkeypatch.setattr(
-        module, "InceptionFeatures", lambda *_: made.append(Inception()) or made[-1]
+        module.inception, "InceptionFeatures", lambda *_: made.append(Inception()) or made[-1]
     )
     return made
 

@@ -11,7 +11,7 @@ import torch
 
 from cldsde.images.evaluate import inception_metrics
 from cldsde.images.evaluate.distances import images_sha256
-from cldsde.images.evaluate.weights import INCEPTION_FILE
+from cldsde.images.evaluate.inception import INCEPTION_FILE
 from cldsde.images.tensor_files import load_tensors
 from image_data import noise
 from tolerances import EPS32

@@ -21,8 +21,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.model import MODEL, ImageSpace, load_model, save_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
-from cldsde.images.sample.outputs import alone, check_output, draw_to
-from cldsde.images.sample.request import SampleRequest
+from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
 from cldsde.images.sample.sampler import ImageSampler, ahead, changed_recipe, make_solver, time_grid
 from image_data import PixelScore
 from tolerances import standard_error

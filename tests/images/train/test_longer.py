@@ -21,8 +21,7 @@ from cldsde.images.model import load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import check_run, loop, summary
-from cldsde.images.train.snapshots import keep_snapshot
-from cldsde.images.train.state import StopRequest
+from cldsde.images.train.state import StopRequest, keep_snapshot
 from tiny_runs import NETWORK, SHORT
 from tolerances import EPS32, rounding
 from trainings import assert_same_bits, configured, metrics
