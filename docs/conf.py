@@ -180,7 +180,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
     ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
-    ("py:class", r"(cldsde\.images\.\w+\..*)?(ImageModel|TrainedModel|ImageSpace|ArrayImages|Images|VAE)"),
+    (
+        "py:class",
+        r"(cldsde\.images\.\w+\..*)?(ImageModel|TrainedModel|ImageSpace|ArrayImages|Images|VAE)",
+    ),
     ("py:class", r"(cldsde\.images\.\w+\..*)?(DiffusionModel|FeatureStatistics)"),
     ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes|NCSNpp)"),
     ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),

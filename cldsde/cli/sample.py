@@ -43,7 +43,7 @@ OPTIONS = (
     option("--seed N", ONE_SEED, "one seed, the same as --seeds N"),
     option("--out PATH", Path, _OUT, default=Path("samples.png")),
     flag("--overwrite", "replace an existing file"),
-    option("--batch N", int, "images per batch", default=64),
+    option("--batch N", int, "images per batch; default: 256, for large images 64"),
     option("--class NAME", str, _CLASS, dest="label"),
     option("--guidance W", float, "weight of the class", default=1.0),
     option("--known IMAGE", Path, "picture that was observed"),

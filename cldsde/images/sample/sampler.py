@@ -157,9 +157,13 @@ class ImageSampler:
     precision: Precision = "fp32"
 
     @classmethod
-    def of(cls, model: ImageModel, sampling: SamplingConfig, **options: Any) -> Self:
-        """The sampler of a trained model; ``options`` are the other attributes."""
-        return cls(model.score, model.space, sampling, vae=model.vae, **options)
+    def of(
+        cls, model: ImageModel, sampling: SamplingConfig, batch: int | None = None, **options: Any
+    ) -> Self:
+        """The sampler of a trained model; batches of small images are larger by default."""
+        if batch is None:
+            batch = 256 if math.prod(model.space.shape) <= 2**10 else 64
+        return cls(model.score, model.space, sampling, vae=model.vae, batch=batch, **options)
 
     def __post_init__(self) -> None:
         """Check the settings, and make the plan."""
