@@ -152,7 +152,7 @@ class Run(TrainedModel):
 
 def as_array(samples: Samples) -> NDArray[np.uint8]:
     """Images as an array ``(N, H, W, C)``."""
-    return samples.images.movedim(1, -1).numpy()  # type: ignore[no-any-return]
+    return samples.images.movedim(1, -1).numpy()
 
 
 def as_pictures(samples: Samples) -> list[PILImage]:
