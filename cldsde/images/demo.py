@@ -54,7 +54,7 @@ class DemoConfig:
     model: RunConfig
     device: str = "cpu"
     nfe: tuple[int, ...] = (10, 20, 50, 100)
-    samples: int = 800
+    samples: int = 1000
     sets: int = 3
 
     @classmethod

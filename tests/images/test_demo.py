@@ -125,5 +125,5 @@ def test_the_full_demonstration_generates_digits_of_every_class(tmp_path, seed):
         for name, row in distances(results).items()
     }
     assert means["SSCS"][100] <= results["baseline"] / 4
-    # Three sets of 800 images scatter by a tenth of their mean.
+    # Three sets of 1,000 images scatter by a tenth of their mean.
     assert means["multistep"][10] < 1.2 * min(means[name][50] for name in ("EM", "SSCS"))
