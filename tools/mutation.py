@@ -229,7 +229,7 @@ class Tests(NamedTuple):
     def contexts(self, mutant: Mutant) -> set[str]:
         """Names of the tests that execute a mutant; the empty name stands for an import.
 
-        What an import made, of this module or of a test, may be used by all tests of the module.
+        An import of this module or of a test makes objects that any test of the module may use.
         """
         contexts = contexts_of(self.lines, str(mutant.file))
         found = {name for line in mutant.lines for name in contexts.get(line, [])}

@@ -90,9 +90,7 @@ class RunConfig(Configuration):
             require(not self.data.dequantise, "data.dequantise", msg)
             msg = f"must be 'scalar' for a latent model; got {score.reference!r}"
             require(score.reference == "scalar", "score.reference", msg)
-            msg = (
-                f"must leave some of training.images, {training.images}, to the second stage; got "
-            )
+            msg = f"must leave some of the {training.images} images to the second stage; got "
             left = self.pretraining_steps < training.steps
             require(left, "latent.pretraining", f"{msg}{latent.pretraining}")
 

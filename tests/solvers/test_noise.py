@@ -55,7 +55,6 @@ def test_draws_of_any_sizes_are_one_stream(sizes):
     noise = SampleNoise([3, 4])
     parts = [noise.normal(torch.zeros(2, 1, size), 1)[:, 0] for size in sizes]
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    # Stored seeds keep their samples, which are those of torch.
     g, blocks = generator(4), range(-(-sum(sizes) // 4096))
     stream = torch.cat([torch.randn(4096, generator=g) for _ in blocks])
     assert torch.equal(whole[1], stream[: whole.shape[1]])

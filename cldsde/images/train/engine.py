@@ -29,9 +29,9 @@ _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that write
 
 
 def check_run(
-    config: RunConfig, data: DataSet, *, device: str = "auto", processes: int = 1
+    config: RunConfig, data: DataSet, device: str = "auto", processes: int = 1, new: bool = False
 ) -> Statistics:
-    """Check that a model can be trained and sampled; return the statistics of the data."""
+    """Check a training, and the first weights of a ``new`` one; return statistics of the data."""
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
@@ -55,7 +55,7 @@ def check_run(
     if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
     statistics = data_statistics(config, data.train)
-    if settings.init_from is not None:
+    if new and settings.init_from is not None:
         copy_weights(make_model(config, space, statistics), Path(settings.init_from).expanduser())
     return statistics
 

@@ -255,7 +255,6 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
     # One sampler for the repeats, and one for the picture.
     assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"] * 2
     assert found["rows"][:2] == read_comparison(finished / RESULTS)["rows"][:2]
-    # So are those of a row with other options, which has no cells until then.
     rows = [*TINY["rows"][:2], {**TINY["rows"][2], "t_end": 0.01}]
     changed_row = Comparison(ComparisonConfig.from_dict(tiny(rows=rows)), folder).rows[2]
     assert changed_row["cells"] == [{"budget": 4, "repeats": 0}]

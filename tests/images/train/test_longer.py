@@ -98,6 +98,11 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(fi
             found = tuned[name]  # after one step of a vanishing learning rate
             torch.testing.assert_close(found, value, rtol=EPS32, atol=EPS32, msg=name)
     assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net"), UNet2DModel)
+    # A resumed run does not need the weights that it started from.
+    longer = config(images=16, learning_rate=1e-30, init_from=str(tmp_path / "gone"))
+    images.Run.train(longer, DATA, tmp_path / "tuned-0", progress=False)
+    with pytest.raises(SettingError, match="init_from: there is no folder"):
+        images.Run.train(longer, DATA, tmp_path / "new")
     other = config(init_from=str(tmp_path / "net"), process={"name": "CLD"})
     with pytest.raises(SettingError, match=r"training\.init_from: weights of .*net cannot be used"):
         trained(tmp_path / "other", other)
