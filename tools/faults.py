@@ -2,8 +2,8 @@
 
     python tools/faults.py [WORD …]      all faults, or those whose names contain a word
 
-The exit code is 1 if a fault survives. It is 2 if a fault cannot be planted or stops the tests, if
-the tests fail without a fault, or if no fault was chosen.
+The exit code is 1 if a fault survives. It is 2 if nothing was measured: no fault was chosen, one
+could not be planted or stopped the tests, or the tests fail without a fault.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def run(tests: str, package: Path) -> tuple[int, str]:
 
 
 def planted(fault: Fault, package: Path) -> tuple[int, str]:
-    """What the tests say of a fault."""
+    """Plant a fault, run its tests, and remove it; return as `run` does."""
     file = package / fault.file
     source = file.read_text(encoding="utf-8")
     if source.count(fault.right) != 1:
