@@ -10,10 +10,12 @@ import words
 SOURCES = "from tolerances import rounding\nSAMPLING = 1e-3\n"
 BARE = [
     "assert x == pytest.approx(1.0)",
-    "assert x == pytest.approx(1.0, 1e-9)",
+    "assert x == pytest.approx(1.0, 1e-9, abs=0)",
     "assert x == pytest.approx(1.0, abs=0.25)",
-    "assert x == pytest.approx(1.0, rel=1e-12 * size)",
+    "assert x == pytest.approx(1.0, rel=1e-12 * size, abs=0)",
+    "assert x == pytest.approx(1.0, rel=SAMPLING)",
     "assert torch.allclose(x, y)",
+    "assert torch.allclose(x, y, rtol=SAMPLING)",
     "torch.testing.assert_close(x, y, rtol=0, atol=1e-12)",
     "np.testing.assert_allclose(x, y)",
     "assert error <= 1e-12",

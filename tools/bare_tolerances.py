@@ -74,7 +74,10 @@ def findings(source: str) -> Iterator[Finding]:
         if isinstance(node, ast.Call) and called(node) in comparisons:
             given = [keyword.value for keyword in node.keywords if keyword.arg in NAMES]
             given += node.args[1:] if called(node) == "approx" else []
-            if not given and all(keyword.arg for keyword in node.keywords):  # no **options
+            names = {keyword.arg for keyword in node.keywords}
+            # With rel alone, approx keeps its abs of 1e-12. With abs alone, its rel is 0.
+            needed = {"abs"} if called(node) == "approx" else {"rtol", "atol"}
+            if None not in names and not needed <= names:  # None stands for **options
                 yield found(node, "the default tolerance of a library has no source")
             for value in given:
                 if bare(value, sources):

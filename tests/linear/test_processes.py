@@ -53,7 +53,7 @@ def test_without_a_stationary_distribution_the_prior_is_the_marginal_at_the_end(
     for process in (sde, VESDE(), SubVPSDE()):
         assert process.stationary_covariance is process.stationary_reversal is None
     # A square root and its square.
-    assert float(VESDE(0.1, 3.0).prior.covariance) == pytest.approx(9.0, rel=rounding(4))
+    assert float(VESDE(0.1, 3.0).prior.covariance) == pytest.approx(9.0, rel=rounding(4), abs=0)
     assert float(SubVPSDE().prior.covariance) == 1.0
     # Noise never reaches the first component, whose stationary variance is zero.
     singular = LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]])

@@ -164,7 +164,7 @@ class TestLosses:
         for i, t in enumerate(TIMES.tolist()):
             size = float(pair.target()[i].abs().max() / error[i].abs().min())
             lost = rounding(64, conditions(sde, t) * (1 + size))
-            assert found[i].item() == pytest.approx(expected[i].item(), rel=lost)
+            assert found[i].item() == pytest.approx(expected[i].item(), rel=lost, abs=0)
 
     @pytest.mark.parametrize("t", [TIMES, 0.3])
     def test_a_function_of_times_weighs_the_mean_squared_error_of_the_noise(self, t):
@@ -221,7 +221,7 @@ class TestOptimalLoss:
         ratio = float(rows.max() / rows.min()) if conditioning == "all" else 0.0
         tolerance = min(SMALLEST, rounding(128, conditions(sde, t) + ratio))
         expected = closed_form(sde, t, variance, conditioning)
-        assert float(found) == pytest.approx(expected, rel=tolerance)
+        assert float(found) == pytest.approx(expected, rel=tolerance, abs=0)
 
     @pytest.mark.parametrize("t", [0.02, 1.0])
     def test_it_is_the_variance_of_the_unpredictable_noise(
