@@ -63,11 +63,9 @@ def mixture(kind: str = "regular") -> GaussianMixture:
     return GaussianMixture([0.2, 0.5, 1.3], means.tolist(), (roots @ roots.mT).tolist())
 
 
-def states(
-    sde: LinearSDE, data: GaussianMixture, t: Any, n: int = 4, seed: int = 0
-) -> torch.Tensor:
+def states(sde: LinearSDE, data: GaussianMixture, t: Any, n: int = 4) -> torch.Tensor:
     """States ``(n, k, D)`` of the marginal, float64."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     x = data.sample(n, generator=g, dtype=torch.float64)
     return sde.perturb(x, t, generator=g)[0]
 
