@@ -243,6 +243,7 @@ ROWS = [
     *each(FALLING, "a decrease after t = 0", noise=[lambda t: t - t**2, lambda t: (t - 0.5).abs()]),
     *each(partial(PATH, torch.ones_like), "two increasing numbers", interval=[(1.0, 1.0)]),
     *each(partial(score.NoisePath.of, VP), start=[0.0, 1.0, NAN]),
+    *each(partial(score.ScoreDenoiser, untouchable, VP), start=[0.0, 1.0, NAN]),
     *each(ALPHAS, table=[TABLE.flip(0), [[0.9, 0.5]]]),
     *types(partial(score.DenoiserScore, sde=VP), denoiser=[None]),
     *each(DENOISER, noise_levels=[(1.0, 0.5), (-1.0, 0.5), (-INF, 0.5)]),
