@@ -90,6 +90,17 @@ def test_a_prior_may_be_given_and_lists_be_returned():
     assert sde.marginal(torch.empty(0, dtype=torch.float64)).mean.shape == (0, 1, 1)
 
 
+def test_units_of_components_only_scale_a_kernel():
+    def root(units):
+        F = tensor([[0.0, 4.0], [-1.0, -4.0]]) * units.T / units
+        G = lambda t: units.T * torch.stack([(t - 0.3).abs(), t]).diag()  # noqa: E731
+        return LinearSDE.from_functions(lambda t: (1 + t) * F, G).transition(0.1, 0.9).root
+
+    # In these units ‖F‖ is 4e6, which would need more panels than are allowed.
+    units = tensor([[2.0**20, 1.0]])
+    assert torch.equal(root(units), units.T * root(tensor([[1.0, 1.0]])))
+
+
 def test_panels_follow_parameters_that_change():
     rate = tensor(1.0)
     sde = LinearSDE.from_functions(lambda t: [[-rate * (1 + t)]], lambda t: [[1.0]])
