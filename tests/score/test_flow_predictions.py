@@ -12,7 +12,7 @@ from torch.distributions import SigmoidTransform
 from cldsde import VESDE, VPSDE, CosineVP, MixedScore, RectifiedFlow, ReverseProcess, SubVPSDE
 from cldsde.score import Conversion, GaussianMixture, PerturbedData, TimeSampler, flow_log_prob
 from cldsde.score.time_sampling import log_snr_density, logit_normal_density, mode_density
-from probes import generator
+from probes import generator, normals
 from tolerances import rounding
 
 DIGITS = 40
@@ -93,9 +93,7 @@ def test_log_densities_follow_the_flow_up_to_the_singular_end(sde):
 
 
 def draw(sde, t):
-    g = generator()
-    x0 = torch.randn(6, 2, generator=g, dtype=torch.float64)
-    return PerturbedData.draw(sde, x0, t, generator=g)
+    return PerturbedData.draw(sde, normals(0, 6, 2), t, generator=generator())
 
 
 class TestTraining:

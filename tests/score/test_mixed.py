@@ -9,10 +9,9 @@ from torch import nn
 
 from cldsde import CLD, VPSDE, MixedScore
 from cldsde.score import Conversion, PerturbedData
-from probes import generator, tensor
-from references.kernels import matrix
+from probes import generator, normals, tensor
 from references.mixtures import MIXTURE_DIGITS
-from score.cases import FAMILIES, PROCESSES, Constant, condition, known, score_rounding
+from score.cases import FAMILIES, PROCESSES, Constant, condition, inverted, known, score_rounding
 from tolerances import KERNEL, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
@@ -48,17 +47,8 @@ def spread(sde, variance, t):
     return psi, kernel.covariance + variance[..., None, None] * torch.outer(psi, psi)
 
 
-def precision(kernel):
-    """psi, P = Sigma^-1 and P psi of a kernel's numbers, in the digits of the context."""
-    root, psi = matrix(kernel.root), matrix(kernel.mean)[:, 0]
-    inverse = mp.inverse(root * root.T)
-    return psi, inverse, inverse * psi
-
-
 def data_states(sde, t):
-    g = generator(5)
-    x = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
-    return sde.perturb(x, t, generator=g)[0]
+    return sde.perturb(normals(5, 3, *SHAPE), t, generator=generator(6))[0]
 
 
 @every_kind
@@ -138,7 +128,7 @@ class TestNetworkInputs:
         sde, network, (mean, variance) = PROCESSES[name], Spy(VPSDE()), reference("scalar")
         kernel = sde.marginal(t)
         with mp.workdps(MIXTURE_DIGITS):
-            psi, _, solved = precision(kernel)
+            psi, _, solved = inverted(kernel)
             information = (psi.T * solved)[0]
             scale = mp.sqrt(information * (1 + float(variance) * information))
             expected, clock = tensor([*map(float, solved / scale)]), float(mp.log(information) / 2)
@@ -209,7 +199,7 @@ def test_residual_variance_is_the_variance_of_the_unpredictable_noise(name, kind
         # of P (z - psi x) leaves P - (Sigma + s^2 psi psi^T)^-1 = s^2 b b^T / (1 + s^2 psi^T b).
         kernel = sde.marginal(t)
         with mp.workdps(MIXTURE_DIGITS):
-            psi, P, b = precision(kernel)
+            psi, P, b = inverted(kernel)
             rows = mp.matrix([b[i] for i in driven])
             block = mp.matrix([[P[i, j] for j in driven] for i in driven])
             part, gain = (rows.T * mp.inverse(block) * rows)[0] / len(rows), (psi.T * b)[0]

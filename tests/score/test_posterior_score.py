@@ -10,7 +10,7 @@ from cldsde.score import Observation, PosteriorScore
 from cldsde.score.conjugate_gradients import conjugate_gradients
 from probes import generator
 from references import guided_prediction, wide_mixture
-from score.cases import score_rounding
+from score.cases import score_rounding, states
 from tolerances import EPS, rounding
 
 PROCESSES = [VPSDE(), VESDE(), CLD(), PSLD(), HOLD()]
@@ -20,11 +20,6 @@ A, NOISE = SEEN.dense((8,)), SEEN.noise_std**2 * torch.eye(len(SEEN.y)).double()
 # The condition number of the systems that condition each component on y.
 EXACT = rounding(64, float(torch.linalg.cond(A @ DATA.covariances @ A.mT + NOISE).max()))
 SINGLE = rounding(4, 200, torch.float32)  # condition of the system with two equal entries
-
-
-def states(sde, n, t):
-    x = DATA.sample(n, generator=generator(5), dtype=torch.float64)
-    return sde.perturb(x, t, generator=generator(6))[0]
 
 
 def solved(sde, z, t):
@@ -41,7 +36,7 @@ def solved(sde, z, t):
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.9])
 @every_process
 def test_exact_guidance_and_moment_matching_equal_their_closed_forms(sde, t):
-    z = states(sde, 6, t)
+    z = states(sde, DATA, t)
     _, exact, matched, log_likelihood = guided_prediction(DATA, SEEN, sde.marginal(t), z)
     found = DATA.condition(SEEN).posterior_mean(sde, z, t)
     torch.testing.assert_close(found, exact, rtol=EXACT, atol=EXACT)
@@ -61,7 +56,7 @@ def test_exact_guidance_and_moment_matching_equal_their_closed_forms(sde, t):
 @every_process
 def test_pigdm_and_dps_are_their_formulas(sde):
     t, y, R = 0.3, SEEN.y, {"dps": NOISE}
-    z = states(sde, 6, t)
+    z = states(sde, DATA, t)
     V, _, _, _ = guided_prediction(DATA, SEEN, sde.marginal(t), z)
     D, variance = DATA.posterior_mean(sde, z, t), (-2 * sde.log_snr(t)).exp()
     r2 = variance * 0.7 / (variance + 0.7)
@@ -78,10 +73,8 @@ def test_pigdm_and_dps_are_their_formulas(sde):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_a_solve_gives_the_same_in_every_gradient_mode(mode):
     guided = PosteriorScore(DATA.score(CLD()), SEEN)
-    start, times = (
-        CLD().prior.sample((4, 8), generator=generator(0)),
-        solvers.root_times(1.0, 1e-2, 5),
-    )
+    start = CLD().prior.sample((4, 8), generator=generator(0))
+    times = solvers.root_times(1.0, 1e-2, 5)
 
     def results():
         process, solver = ReverseProcess(CLD(), guided), solvers.ExponentialMultistep(order=2)
@@ -133,7 +126,7 @@ def test_conjugate_gradients_keep_what_they_found_before_they_fail():
 
 def test_a_score_without_gradients_is_an_error():
     closed = torch.no_grad()(DATA.score(CLD()).__call__)
-    z = states(CLD(), 2, 0.3)
+    z = states(CLD(), DATA, 0.3)
     with pytest.raises(ValueError, match="score must be differentiable"):
         PosteriorScore(closed, SEEN, sde=CLD())(z, 0.3)
     assert PosteriorScore(closed, SEEN, sde=CLD(), gradient=False)(z, 0.3).isfinite().all()

@@ -272,11 +272,7 @@ ROWS = [
     *each(CONDITION, "no density", observation=[MATRIX([[1.0, 0], [1, 0]], y=X[0], noise_std=0)]),
     *types([CONDITION, POSTERIOR], observation=[3]),
     *each(POSTERIOR, method=["mmps"], iterations=[0], data_variance=[0.0]),
-    *each(
-        DPS,
-        "noise_std must be positive",
-        observation=[score.Observation(SEEN.forward, SEEN.y, 0.0)],
-    ),
+    *each(DPS, "noise_std must be positive", observation=[MATRIX([[1.0, 0.0]], noise_std=0.0)]),
     *types(ANY_SCORE, "sde must be given", score=[untouchable]),
     *each(observed, "must be linear", forward=[lambda x: x**2]),
     *each(observed, r"forward\(0\) ≠ 0", forward=[lambda x: x + 1]),
