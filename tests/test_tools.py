@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import bare_tolerances
+import faults
 import words
 
 SOURCES = "from tolerances import rounding\nSAMPLING = 1e-3\n"
@@ -66,6 +67,12 @@ def test_bare_tolerances_are_found_and_other_numbers_left_alone():
     for lines, count in ((BARE, 1), (NAMED, 0)):
         for line in lines:
             assert len(list(bare_tolerances.findings(SOURCES + line))) == count, line
+
+
+def test_every_fault_can_be_planted(tmp_path):
+    package = faults.copied(tmp_path)
+    for fault in faults.FAULTS:
+        assert (package / fault.file).read_text("utf-8").count(fault.right) == 1, fault.name
 
 
 @pytest.mark.parametrize("name", ["page.md", "module.py"])

@@ -152,7 +152,7 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
     evaluation, untrained_classifier, tmp_path, monkeypatch
 ):
     """Each samples when the others have read the file, and before they write to it."""
-    together, stream = threading.Barrier(3), NoiseSampler.stream
+    together, stream = threading.Barrier(3, timeout=60), NoiseSampler.stream
 
     def meeting(*arguments, **_):
         together.wait()

@@ -404,7 +404,7 @@ def test_two_processes_train_and_sample_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
-    file = write_config(tmp_path, images=1600, save_every=16, log_every=16, sample_every=160)
+    file = write_config(tmp_path, images=8000, save_every=16, log_every=16, sample_every=800)
     out, killed = tmp_path / "whole", tmp_path / "killed"
     run(tmp_path, "train", file, "--out", out)
     draw, state = random.Random(0), killed / STATE
