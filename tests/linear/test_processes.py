@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
-from probes import generator, tensor
+from probes import generator, norm, tensor
 from strategies import intervals, schedules, stable_processes
 from tolerances import KERNEL, rounding, standard_error
 
@@ -16,10 +16,6 @@ STATIONARY = [VPSDE, CLD, PSLD, HOLD, partial(HOLD, inverse_mass=4.0, auxiliary_
 STATIONARY += [partial(CLD, (0.1, 8.0), mass=2.0, friction=0.3, velocity_scale=1.0)]
 STATIONARY += [partial(PSLD, gamma=0.0, mass=3.0)]
 STATIONARY += [partial(CLD, friction=friction, position_noise=1.0) for friction in (0.5, 3.0)]
-
-
-def norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.matrix_norm(matrix, 2).max())
 
 
 @pytest.mark.parametrize("make", STATIONARY)

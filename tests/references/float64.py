@@ -74,15 +74,9 @@ class Dense(NamedTuple):
     def flow(self, t: float, *ends: float) -> Array:
         """Matrices of the probability flow about the mean, from t to each of the ends in order."""
         k = len(self.A)
-        solution = solve_ivp(
-            lambda u, y: (self.slope(u) @ y.reshape(k, k)).ravel(),
-            (t, ends[-1]),
-            np.eye(k).ravel(),
-            "DOP853",
-            ends,
-            rtol=1e-13,
-            atol=1e-14,
-        )
+        rate = lambda u, y: (self.slope(u) @ y.reshape(k, k)).ravel()  # noqa: E731
+        start, span = np.eye(k).ravel(), (t, ends[-1])
+        solution = solve_ivp(rate, span, start, "DOP853", ends, rtol=1e-13, atol=1e-14)
         assert solution.success
         result: Array = solution.y.T.reshape(-1, k, k)
         return result
