@@ -14,7 +14,7 @@ from tolerances import order_of
 
 DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "rectified flow": RectifiedFlow()}
-EPS, FLOW = 0.02, 1e-7
+EPS, FLOW = 0.02, 1e-7  # the end of sampling, and rtol and atol of flows
 BEST = Multistep(order=3, corrector=True)
 
 
