@@ -1,4 +1,4 @@
-"""Gotta Go Fast: its Brownian path, its formulas, its distribution, and how it ends."""
+"""Gotta Go Fast: its Brownian path, its formulas, and how it ends."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Time grids: formulas, exact ends, the inverse of the log-SNR, and rejected arguments."""
+"""Time grids: their formulas, exact ends, and the inverse of the log-SNR."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Predictor–corrector sampling: its evaluations, the correction's formula, and what it samples."""
+"""Predictor–corrector sampling: its evaluations, and the correction's formula."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Strong orders of the solvers that declare one, along paths that are known exactly.
+"""Strong orders of the package's own solvers that declare one, along paths that are known exactly.
 
 For Gaussian data the reverse SDE is linear with additive noise, and in decreasing time, t to u,
 
