@@ -6,18 +6,14 @@ import pytest
 import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, NoisePath, ReverseProcess, solvers
-from cldsde.score import DenoiserScore, GaussianMixture, PredictionDenoiser, ScoreDenoiser
+from cldsde.score import DenoiserScore, PredictionDenoiser, ScoreDenoiser
 from probes import generator, untouchable
+from score.cases import TWO as DATA
 from tolerances import rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
-WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
-MEANS = torch.tensor([[-1.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
-COVARIANCES = torch.tensor(
-    [[[0.3, 0.1], [0.1, 0.2]], [[0.25, 0.0], [0.0, 0.5]]], dtype=torch.float64
-)
-DATA = GaussianMixture(WEIGHTS, MEANS, COVARIANCES)
+WEIGHTS, MEANS, COVARIANCES = DATA.weights, DATA.means, DATA.covariances
 CONDITIONED = rounding(4, 1e6)  # û loses the condition number of Σ
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 KINDS = ("noise", "data", "velocity", "flow", "score")

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
+from cldsde import VESDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
 from probes import normals, start
+from score.cases import MODES
 from tolerances import rounding
 
 
@@ -42,10 +43,8 @@ PROCESSES = {
 }
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
 
-WEIGHTS = np.array([0.3, 0.3, 0.4])
-CENTRES = np.array([[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]])
-VARIANCES = np.array([0.04, 0.09])
-MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).tolist()] * 3)
+WEIGHTS, CENTRES = MODES.weights.numpy(), MODES.means.numpy()
+VARIANCES = MODES.covariances[0].diagonal().numpy()
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])

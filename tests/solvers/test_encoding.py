@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
+from cldsde import CLD, VPSDE, RectifiedFlow, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import DATA as GAUSSIAN
 from gaussian_data import SLOPE
 from probes import generator
+from score.cases import LINE as DATA
 from tolerances import order_of
 
-DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "rectified flow": RectifiedFlow()}
 EPS, FLOW = 0.02, 1e-7
 BEST = Multistep(order=3, corrector=True)

@@ -21,14 +21,12 @@ from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
 from cldsde.validation import propagate_moments
 from gaussian_data import PROCESSES
-from probes import generator, name_of_case, start
+from probes import PUBLISHED, generator, name_of_case, start
 from score import cases
+from score.cases import MODES
 from tolerances import rounding
 
 ONE = GaussianMixture([1.0], [[0.7]], [[[0.0]]])
-MODES = GaussianMixture(
-    [0.3, 0.3, 0.4], [[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]], [[[0.04, 0.0], [0.0, 0.09]]] * 3
-)
 # Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
 # prediction between the modes raises it.
 CONVERSION = rounding(64, 1e4)
@@ -40,7 +38,6 @@ def level(t):
     return 1.5 * (t > 0.4)
 
 
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
 VARIANTS = [
     {"order": k, "corrector": c, "stochasticity": x}
     for k, c, x in itertools.product((1, 2, 3), (False, True), (0.0, 1.0, level))

@@ -7,9 +7,8 @@ import pytest
 from cldsde import solvers
 from cldsde.solvers import SSCS, EDMHeun, GottaGoFast, ProbabilityFlow, Splitting, TorchDiffEq
 from cldsde.solvers import ExponentialMultistep as Multistep
-from probes import name_of_case
+from probes import PUBLISHED, name_of_case
 
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
 NO_RANGES = [(-0.1, 1.0), (2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), [0.0, 1.0], (1.0,), "01"]
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
 Corrected, Langevin, TorchSDE = solvers.PredictorCorrector, solvers.Langevin, solvers.TorchSDE

@@ -18,6 +18,7 @@ from cldsde.solvers import EDMHeun, Splitting, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.validation import propagate_moments
 from gaussian_data import PROCESSES, SLOPE, moments_error
+from probes import PUBLISHED, WORDS
 from tolerances import KERNEL
 
 GRIDS = {"uniform": solvers.uniform_times, "root": solvers.root_times}
@@ -40,9 +41,7 @@ def declared(solver):
     return facts.weak_order if facts.ode_order is None else facts.ode_order
 
 
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
 EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
-WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
 LATE = {"scheme": "OBAB", "score_time": "end"}
 # Solvers, and the processes on which the slope is the declared one.
 TABLE = {

@@ -15,7 +15,7 @@ from cldsde import CLD, HOLD, VESDE, VPSDE, LinearSDE, Observation, ReverseProce
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 from cldsde.solvers import BrownianPath, Imputation, PredictorCorrector, SampleNoise
 from cldsde.solvers import ExponentialMultistep as Multistep
-from probes import Own, Smooth, hidden_time, start, untouchable
+from probes import Own, Smooth, hidden_times, start, untouchable
 from references import wide_mixture
 from tolerances import EPS
 
@@ -23,7 +23,7 @@ NAN, INF, T, V = math.nan, math.inf, TypeError, ValueError
 SDE, EM, SSCS, UNDERDAMPED = CLD(), solvers.EulerMaruyama(), solvers.SSCS(), CLD(friction=0.4)
 GRID = solvers.root_times(1.0, 0.05, 4)
 UP, TO_ZERO = GRID.flip(0), solvers.root_times(1.0, 0.0, 10)
-HIDING = torch.tensor([1.0, hidden_time(UNDERDAMPED), 0.01], dtype=torch.float64)
+HIDING = torch.tensor([1.0, hidden_times(UNDERDAMPED)[0], 0.01], dtype=torch.float64)
 
 
 def bad(error, message, call, *values):

@@ -8,11 +8,9 @@ from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, Nois
 from cldsde.score import ConditionalScore, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
 from probes import Recording
+from score.cases import TWO as DATA
 from tolerances import rounding, standard_error
 
-DATA = cldsde.GaussianMixture(
-    [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [[[0.3, 0.1], [0.1, 0.2]], [[0.25, 0.0], [0.0, 0.5]]]
-)
 PROCESSES = {
     "VP": VPSDE,
     "VE": cldsde.VESDE,

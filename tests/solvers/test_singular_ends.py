@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import CosineVP, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
+from cldsde import CosineVP, RectifiedFlow, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import named_solvers
 from probes import generator
+from score.cases import LINE as DATA
 from tolerances import order_of, rounding, standard_error, standard_error_of_variance
 
-DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 MEAN, VARIANCE = -0.5 + 0.04 + 0.36, 0.35**2 + 0.5 + 0.2 * 0.04 + 0.3 * 1.44 - 0.1**2
 FLOW = RectifiedFlow()
 ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
