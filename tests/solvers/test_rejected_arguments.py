@@ -282,13 +282,13 @@ def noisy(std):
 
 
 CASES += [
-    *bad((T, V), r"shape must be \(B, \*D\)", lambda x: sample(shape=x), (3,), 3),
+    *bad(V, r"shape must be \(B, \*D\)", lambda x: sample(shape=x), (3,), 3),
     (lambda: sample(shape=(0, 2)), V, "shape must be at least 1"),
     (lambda: sample(nfe=1), V, "too few for a step.*increase nfe to at least 2"),
     (lambda: sample(nfe=2.5), T, "nfe must be an integer"),
     (lambda: sample(seed=-1), V, "seed must be at least 0"),
     (lambda: sample(batch=0), V, "batch must be at least 1"),
-    (lambda: sample(dtype=torch.int64), (T, V), "dtype must be a floating-point type"),
+    (lambda: sample(dtype=torch.int64), T, "dtype must be a floating-point type"),
     (lambda: sample(solver=solvers.SSCS), T, "solver must be a solver"),
     (lambda: sample(score=PREDICTION), T, "Wrap it: Denois"),
     (lambda: sample(score=None), T, "score must be a callable"),
@@ -298,14 +298,14 @@ CASES += [
     (lambda: sample(score=lambda z, t: z * NAN, nfe=4), FloatingPointError, "not finite"),
     # HOLD reaches σ = 22 only.
     (lambda: sample(HOLD(), IDENTITY), V, "range of times .* is empty"),
-    (lambda: posterior(particles=0), (T, V), "particles must be an integer"),
-    (lambda: posterior(chunk=0), (T, V), "chunk must be an integer"),
+    (lambda: posterior(particles=0), V, "particles must be an integer"),
+    (lambda: posterior(chunk=0), V, "chunk must be an integer"),
     (lambda: posterior(threshold=1.5), V, "threshold must lie in"),
     (lambda: posterior(method="dps"), V, "method must be one of"),
     (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
     (lambda: posterior(shape=(4,)), V, "numbers; got data"),
     (lambda: posterior(data_variance=0), V, "data_variance must be"),
-    (lambda: posterior(dtype=torch.int64), (T, V), "dtype must be a floating-point type"),
+    (lambda: posterior(dtype=torch.int64), T, "dtype must be a floating-point type"),
     (lambda: posterior(score=lambda z, t: z[:, 1:] * NAN), ArithmeticError, "no particle of run"),
     (lambda: posterior(end=2 * LATEST), V, f"times must end at {LATEST:.3g} or earlier"),
     (lambda: posterior(noisy(0.0), 1e-3, shape=(8,)), V, "noise_std must be positive"),
