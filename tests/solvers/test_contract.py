@@ -267,6 +267,23 @@ def test_one_sample_without_a_finite_score_fails_alone(method):
     assert plan.solve(state, noise=SampleNoise(SEEDS[:3]), warn=False).status == 1
 
 
+# Solvers whose steps are Gaussian given the states before.
+GAUSSIAN = {"euler-maruyama", "exponential-euler", "reverse-diffusion", "ancestral"}
+GAUSSIAN |= {"multistep-1-sde", "multistep-2-sde"}
+
+
+@every_solver
+def test_paths_have_a_density_if_steps_are_gaussian_and_otherwise_it_is_rejected(method):
+    state = start(PROCESSES[home(method)])
+    if method in GAUSSIAN:
+        found = solve(method, home(method), state, log_prob=True).log_prob
+        assert found.shape == (3,)
+        assert found.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=r"log_prob must be False for .* whose steps"):
+            solve(method, home(method), state, log_prob=True)
+
+
 class Memory(TorchDispatchMode):
     """Bytes of all tensors that are made while it is entered: now, and at the peak."""
 
@@ -310,8 +327,8 @@ def test_a_solve_on_a_grid_holds_few_states(method):
         assert states <= STATES.get(method, 3) + 0.01
 
 
-# Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
-DIFFERENCES = 1e-6
+# Ten times the errors of third derivatives, h² = 1e-10, and of rounding over h, 1e-16 / 1e-7.
+DIFFERENCES = 1e-8
 
 
 @every_solver
