@@ -307,13 +307,15 @@ class Memory(TorchDispatchMode):
 
 # The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
 # slopes. A multistep method holds one prediction more per order above 2, and a corrector two more.
+# A flow holds its slopes and eight states; Gotta Go Fast, increments of the steps that it rejected.
 STATES = dict.fromkeys(["multistep-3", "multistep-3-sde", "multistep-1-corrector"], 4)
 STATES |= {"multistep-2-corrector": 5, "multistep-3-corrector": 6, "multistep-2-noise": 4}
-STATES |= {"edm-heun": 4, "edm-heun-churn": 4}
+STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
+STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
 
 
-@pytest.mark.parametrize("method", [name for name in ON_GRID if not name.startswith("torch")])
-def test_a_solve_on_a_grid_holds_few_states(method):
+@pytest.mark.parametrize("method", [name for name in SOLVERS if not name.startswith("torch")])
+def test_a_solve_holds_few_states(method):
     sde = PROCESSES[home(method)]
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
