@@ -37,12 +37,12 @@ def reverse(name: str, wrap: Any = lambda score: score) -> ReverseProcess:
 
 
 def moments(
-    solver: Solver, pair: tuple[LinearSDE, Dense], times: torch.Tensor
+    solver: Solver, pair: tuple[LinearSDE, Dense], times: torch.Tensor, data: Any = DATA
 ) -> tuple[Array, Array]:
     """Moments of a solver at the end of the grid, started from the exact ones."""
     (sde, exact), T = pair, float(times[0])
     start = torch.from_numpy(exact.mean(T))[:, None], torch.from_numpy(exact.covariance(T))
-    m, C = propagate_moments(ReverseProcess(sde, DATA.score(sde)), solver, times, *start)
+    m, C = propagate_moments(ReverseProcess(sde, data.score(sde)), solver, times, *start)
     return m[:, 0].numpy(), C.numpy()
 
 
