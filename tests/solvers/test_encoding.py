@@ -68,5 +68,5 @@ def test_encoding_with_a_gaussian_is_a_known_map():
     times = solvers.root_times(1.0, EPS, n).flip(0)
     code = solvers.solve(ReverseProcess(sde, GAUSSIAN.score(sde)), BEST, z, times).state
     expected = (z - (1 - EPS) * 0.3) / math.sqrt((1 - EPS) ** 2 * 0.25 + EPS**2)
-    # A flow of unit rates.
-    assert (code - expected).abs().max() <= order_of(1 / n, 3, 100.0)
+    # The error times n³ is between 8.7 and 9.7 for 50 to 800 steps.
+    assert (code - expected).abs().max() <= order_of(1 / n, 3, 12.0)

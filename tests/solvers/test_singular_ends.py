@@ -75,10 +75,12 @@ def test_encoding_reaches_the_end_on_a_fine_grid():
     # At several times near t = 1 the score says nothing about the data.
     n = 400
     times = solvers.logistic_times(FLOW, 1.0, 0.02, n)
-    solver, z = Multistep(order=2), DATA.sample(20, generator=generator(2))[:, None]
+    solver = Multistep(order=2)
+    z = DATA.sample(20, generator=generator(2), dtype=torch.float64)[:, None]
     code = solvers.solve(process(), solver, z, times.flip(0)).state
     error = (solvers.solve(process(), solver, code, times).state - z).abs().max()
-    assert error <= order_of(1 / n, 2, 100.0)
+    # The error times n² is between 0.22 and 0.34 for 50 to 1,600 steps.
+    assert error <= order_of(1 / n, 2, 0.5)
 
 
 def test_order_one_is_euler_for_the_flow_matching_ode():
