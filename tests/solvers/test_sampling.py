@@ -43,16 +43,20 @@ def check_mean(x):
     assert ((x.mean(0) - mean).abs() <= room).all()
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-def test_moments_are_exact_at_sixty_evaluations(name):
-    sde = PROCESSES[name]()
-    x = cldsde.sample(sde, DATA.score(sde), (4000, 2), nfe=60, dtype=torch.float64)
-    assert (x.dtype, x.shape) == (torch.float64, (4000, 2))
+def check_moments(x):
     check_mean(x)
     mean, covariance = moments()
     products = (x - mean)[:, :, None] * (x - mean)[:, None]
     room = standard_error(1.0, len(x)) * products.std(0)
     assert ((products.mean(0) - covariance).abs() <= room).all()
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_moments_are_exact_at_sixty_evaluations(name):
+    sde = PROCESSES[name]()
+    x = cldsde.sample(sde, DATA.score(sde), (4000, 2), nfe=60, dtype=torch.float64)
+    assert (x.dtype, x.shape) == (torch.float64, (4000, 2))
+    check_moments(x)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -85,8 +89,8 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
     score = DATA.score(UNDERDAMPED)
     recipe, plan = recommended_plan(cldsde.ReverseProcess(UNDERDAMPED, score), nfe=20)
     assert (plan.solver, recipe.denoise) == (solvers.SSCS(), "step")
-    # The bias of order 1 at 400 steps is below the scatter of 500 samples.
-    check_mean(cldsde.sample(UNDERDAMPED, score, (500, 2), nfe=400))
+    # The bias of order 1 at 400 steps is one of the four standard errors of 500 samples.
+    check_moments(cldsde.sample(UNDERDAMPED, score, (500, 2), nfe=400))
 
 
 @pytest.mark.parametrize(
