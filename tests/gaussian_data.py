@@ -25,6 +25,7 @@ PROCESSES: dict[str, tuple[LinearSDE, Dense]] = {
     "PSLD": (PSLD(), dense(references.psld())),
     "HOLD": (HOLD(), dense(references.hold())),
 }
+EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
 # Errors c h^p (1 + d h + ...) have the slope p + d h / (2 log 2) between h and h / 2. A quarter
 # leaves room for the second term; a declaration that is off by a half is further away.
 SLOPE = 0.25

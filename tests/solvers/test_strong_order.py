@@ -11,7 +11,6 @@ the second, summed over its steps, are the noise of a solver.
 
 import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,32 +18,24 @@ import torch
 from scipy.stats import t as student
 
 from cldsde import solvers
-from gaussian_data import PROCESSES, SLOPE, reverse
-from references.float64 import Array, transposed
+from gaussian_data import EVERY, PROCESSES, SLOPE, reverse
+from references.float64 import transposed
 
 LEVELS = (64, 256)
 TIMES = np.linspace(1.0, 0.05, LEVELS[-1] + 1)
 BATCHES, SAMPLES = 10, 100
 
-EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
 # The orders of torchsde's methods are measured in test_with_torchsde.py, on data of two modes.
 SOLVERS = {k: x for k, x in solvers.named_solvers().items() if x.facts.strong_order is not None}
 SOLVERS = {k: x for k, x in SOLVERS.items() if not isinstance(x, solvers.TorchSDE)}
 
 
-class Paths(NamedTuple):
+@functools.cache
+def paths(name):
     """Both ends, (k, samples), and the noise of the cells, (cell, row, samples).
 
     The rows are I, the increments of W, and the increments of the clock, ∫ sqrt(beta) dW.
     """
-
-    start: Array
-    end: Array
-    noise: Array
-
-
-@functools.cache
-def paths(name):
     exact = PROCESSES[name][1]
     k, r = exact.Q_root.shape
     t, u = TIMES[:-1, None], TIMES[1:, None]
@@ -64,24 +55,24 @@ def paths(name):
     for phi, jump in zip(exact.backward(u[:, 0], t[:, 0]), noise, strict=True):
         z = phi @ z + jump[:k]
     first, last = exact.mean(TIMES[[0, -1]])[..., None]
-    return Paths(first + start, last + z, noise)
+    return first + start, last + z, noise
 
 
 def errors(method, name, increments, n):
     """Squared errors of the solver's paths after n steps, (samples,)."""
-    exact, path = PROCESSES[name][1], paths(name)
+    exact, (begin, end, cells) = PROCESSES[name][1], paths(name)
     k, r = exact.Q_root.shape
     times = TIMES[:: LEVELS[-1] // n].copy()
     variance, rows = times[:-1] - times[1:], slice(k, k + r)
     if increments == "clock":
         variance, rows = exact.clock.integral(times[1:], times[:-1]), slice(k + r, None)
-    summed = path.noise[:, rows].reshape(n, -1, r, BATCHES * SAMPLES).sum(1)
+    summed = cells[:, rows].reshape(n, -1, r, BATCHES * SAMPLES).sum(1)
     xi = summed / np.sqrt(variance)[:, None, None]
     draws = torch.from_numpy(np.moveaxis(xi, -1, 1).copy())[..., None]
-    noise, start = solvers.RecordedNoise(list(draws)), torch.from_numpy(path.start.T[..., None])
+    noise, start = solvers.RecordedNoise(list(draws)), torch.from_numpy(begin.T[..., None])
     times = torch.from_numpy(times)
     found = solvers.solve(reverse(name), SOLVERS[method], start, times, noise=noise).state
-    return np.square(found[..., 0].numpy().T - path.end).sum(0)
+    return np.square(found[..., 0].numpy().T - end).sum(0)
 
 
 @pytest.mark.parametrize(
