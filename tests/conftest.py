@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import is_hypothesis_test, settings
 
 # "ci" takes the same examples on every machine and in every run. "deep" looks further, at random:
@@ -32,8 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def defaults() -> Iterator[None]:
     """The test may change torch's default device and dtype."""
-    import torch
-
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     yield
     torch.set_default_device(device if device.type != "cpu" else None)

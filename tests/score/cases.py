@@ -47,8 +47,8 @@ REORDERED: dict[str, LinearSDE] = {
     ),
 }
 PROCESSES = {**FAMILIES, **REORDERED}
+COMMON = {name: FAMILIES[name] for name in ("VP", "VE", "CLD", "PSLD", "HOLD")}
 AUXILIARY = [name for name, sde in FAMILIES.items() if sde.components > 1]
-
 
 # Two modes and three in the plane, and three on the line.
 TWO = GaussianMixture(

@@ -33,14 +33,11 @@ CONVERSION = rounding(64, 1e4)
 REFERENCE = 1e-12  # relative tolerance of reference solutions
 
 
-def level(t):
-    """A stochasticity that is 1.5 early and 0 late."""
-    return 1.5 * (t > 0.4)
-
-
 VARIANTS = [
     {"order": k, "corrector": c, "stochasticity": x}
-    for k, c, x in itertools.product((1, 2, 3), (False, True), (0.0, 1.0, level))
+    for k, c, x in itertools.product(
+        (1, 2, 3), (False, True), (0.0, 1.0, lambda t: 1.5 * (t > 0.4))
+    )
 ]
 VARIANTS += [{"order": 3, "corrector": c, "stochasticity": 0.5} for c in (False, True)]
 VARIANTS += [{"order": k, "prediction": "noise"} for k in (1, 2, 3)]

@@ -71,10 +71,7 @@ CASES += [
     (Multistep, {"prediction": "noise", "stochasticity": x}, ValueError, "which is deterministic")
     for x in (0.5, lambda t: -t)
 ]
-CASES += [
-    (Multistep, {**PUBLISHED, "variable": "time"}, ValueError, "needs variable='log_snr'"),
-    (Multistep, {**PUBLISHED, "order": 3}, ValueError, "order 1 or 2"),
-]
+CASES += [(Multistep, {**PUBLISHED, "order": 3}, ValueError, "order 1 or 2")]
 
 
 @pytest.mark.parametrize(("make", "options", "error", "message"), CASES, ids=name_of_case)

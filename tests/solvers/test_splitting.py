@@ -57,9 +57,6 @@ PROCESSES = {
 # Jumps divide the part of the step of each letter once.
 PROCESSES |= {f"jump at {at}": jumping(at) for at in (0.2, 0.37, 0.62, 0.95)}
 
-VARIANTS = [(shared, at) for shared in (False, True) for at in ("start", "end")]
-every_variant = pytest.mark.parametrize(("shared", "at"), VARIANTS)
-
 
 def parts(word, t, u):
     """Letters with the noisier and the less noisy end of their part of the step from t to u."""
@@ -122,7 +119,8 @@ def propagate(exact, word, times, shared_score, score_time):
     return mean, covariance
 
 
-@every_variant
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("at", ["start", "end"])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_moments_are_those_of_the_letters(name, shared, at):
     options = {"shared_score": shared, "score_time": at}
