@@ -330,6 +330,9 @@ def _half_of_a_batch(rank: int, backend: str, folder: str, device: str) -> None:
         for name, made in (("shared", network), ("alone", single)):
             gradient = torch.cat([p.grad.flatten() for p in made.parameters()])  # type: ignore[union-attr]
             torch.save(gradient.cpu(), f"{folder}/{name}.pt")
+    # The last owner of the process group ends its threads, which may need Python's lock. DDP keeps
+    # the lock meanwhile, and would wait forever.
+    del shared
     distributed.destroy_process_group()
 
 

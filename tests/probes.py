@@ -43,6 +43,11 @@ def normals(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
+def norm(matrices: torch.Tensor) -> float:
+    """Largest spectral norm."""
+    return float(torch.linalg.matrix_norm(matrices, 2).max())
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

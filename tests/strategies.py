@@ -115,19 +115,16 @@ def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
     return exponents.map(lambda x: min(max(math.exp(x), low), high))
 
 
-def times(low: float = 1e-8, high: float = 1.0) -> st.SearchStrategy[float]:
-    """Times in [low, high], as likely near 1e-8 as near 1."""
-    return log_uniform(low, high)
+def times(high: float = 1.0) -> st.SearchStrategy[float]:
+    """Times in [1e-8, high], as likely near 1e-8 as near 1."""
+    return log_uniform(1e-8, high)
 
 
 @st.composite
-def intervals(draw: st.DrawFn, points: int = 2) -> tuple[float, ...]:
-    """Strictly increasing times in [0, 1]: steps are log-uniform, the first time may be zero."""
-    result = [draw(st.one_of(st.just(0.0), times(high=0.9), st.floats(0.1, 0.9)))]
-    for left in range(points - 1, 0, -1):
-        room = (1.0 - result[-1]) / left
-        result.append(result[-1] + min(draw(times()), room))
-    return tuple(min(t, 1.0) for t in result)
+def intervals(draw: st.DrawFn) -> tuple[float, float]:
+    """Two times in [0, 1]: the step between is log-uniform, and the first time may be zero."""
+    start = draw(st.one_of(st.just(0.0), times(high=0.9), st.floats(0.1, 0.9)))
+    return start, min(start + draw(times()), 1.0)
 
 
 def schedules() -> st.SearchStrategy[float | tuple[float, float]]:

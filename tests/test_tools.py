@@ -5,17 +5,22 @@ import sys
 import pytest
 
 import bare_tolerances
+import faults
 import words
 
-SOURCES = "from tolerances import rounding\nSAMPLING = 1e-3\n"
+SOURCES = "from tolerances import rounding\nSAMPLING = 1e-3  # by sampling\nSILENT = 1e-3\n"
 BARE = [
     "assert x == pytest.approx(1.0)",
-    "assert x == pytest.approx(1.0, 1e-9)",
+    "assert x == pytest.approx(1.0, 1e-9, abs=0)",
     "assert x == pytest.approx(1.0, abs=0.25)",
-    "assert x == pytest.approx(1.0, rel=1e-12 * size)",
+    "assert x == pytest.approx(1.0, rel=1e-12 * size, abs=0)",
+    "assert x == pytest.approx(1.0, rel=SAMPLING)",
+    "assert x == pytest.approx(1.0, abs=SILENT)",
     "assert torch.allclose(x, y)",
+    "assert torch.allclose(x, y, rtol=SAMPLING)",
     "torch.testing.assert_close(x, y, rtol=0, atol=1e-12)",
     "np.testing.assert_allclose(x, y)",
+    "def assert_close(x):\n    torch.testing.assert_close(x, y)",
     "assert error <= 1e-12",
     "assert 1e-12 * size > error",
     "assert all(x < 1e-9 for x in errors)",
@@ -64,6 +69,12 @@ def test_bare_tolerances_are_found_and_other_numbers_left_alone():
     for lines, count in ((BARE, 1), (NAMED, 0)):
         for line in lines:
             assert len(list(bare_tolerances.findings(SOURCES + line))) == count, line
+
+
+def test_every_fault_can_be_planted(tmp_path):
+    package = faults.copied(tmp_path)
+    for fault in faults.FAULTS:
+        assert (package / fault.file).read_text("utf-8").count(fault.right) == 1, fault.name
 
 
 @pytest.mark.parametrize("name", ["page.md", "module.py"])

@@ -27,7 +27,7 @@ def rounding(
 
 
 def standard_error(std: float, samples: int, number: float = 4.0) -> float:
-    """``number`` standard errors of a mean of independent samples: 4 fail in 6e-5 of all seeds."""
+    """``number`` standard errors of a mean; with 4, one comparison fails for 6e-5 of all seeds."""
     return number * std / math.sqrt(samples)
 
 

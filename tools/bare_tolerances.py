@@ -37,44 +37,66 @@ def called(node: ast.expr) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
-def small(node: ast.expr, sources: set[str]) -> bool:
-    """Whether an expression has a small number outside of calls of named sources."""
-    if isinstance(node, ast.Call) and called(node) in sources:
+def small(node: ast.expr, sources: dict[str, bool]) -> bool:
+    """Whether an expression has a small number outside of calls of named sources.
+
+    A source that is False is a constant without a comment, which counts as a number.
+    """
+    if isinstance(node, ast.Call) and sources.get(called(node)):
         return False
+    if isinstance(node, ast.Name):
+        return not sources.get(node.id, True)
     if isinstance(node, ast.Constant):
         return isinstance(node.value, float) and 0 < node.value < SMALL
     return any(small(child, sources) for child in ast.iter_child_nodes(node))
 
 
-def bare(node: ast.expr, sources: set[str]) -> bool:
+def bare(node: ast.expr, sources: dict[str, bool]) -> bool:
     """Whether a tolerance is a number alone, other than 0, or has a small number in it."""
     names = any(isinstance(part, ast.Name) for part in ast.walk(node))
     zero = isinstance(node, ast.Constant) and not node.value
     return small(node, sources) or not (names or zero)
 
 
-def findings(source: str) -> Iterator[Finding]:
-    """Bare tolerances of one test file, in the order of its syntax tree."""
-    tree = ast.parse(source)
+def known_names(tree: ast.Module, lines: list[str]) -> dict[str, bool]:
+    """Sources that a file imports, and False for its small constants without a comment.
+
+    Lines are counted from 1. A comment is on the lines of a constant, or directly above it.
+    """
     sources = {
-        alias.asname or alias.name
+        alias.asname or alias.name: True
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "tolerances"
         for alias in node.names
     }
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Dict):
+            above, *own = lines[node.lineno - 1 : (node.end_lineno or 0) + 1]
+            commented = above.startswith("#") or "#" in "".join(own)
+            if not commented and small(node.value, sources):
+                names = (x for t in node.targets for x in ast.walk(t) if isinstance(x, ast.Name))
+                sources |= {name.id: False for name in names}
+    return sources
 
-    comparisons = COMPARISONS - {
-        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-    }
+
+def findings(source: str) -> Iterator[Finding]:
+    """Bare tolerances of one test file, in the order of its syntax tree."""
+    tree = ast.parse(source)
+    sources = known_names(tree, ["", *source.splitlines()])
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
     def found(node: ast.expr, advice: str) -> Finding:
         return Finding(node.lineno, ast.unparse(node)[:70], advice)
 
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and called(node) in comparisons:
+        function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Call) and called(node) in COMPARISONS and function not in own:
             given = [keyword.value for keyword in node.keywords if keyword.arg in NAMES]
             given += node.args[1:] if called(node) == "approx" else []
-            if not given and all(keyword.arg for keyword in node.keywords):  # no **options
+            names = {keyword.arg for keyword in node.keywords}
+            # With rel alone, approx keeps its abs of 1e-12. With abs alone, its rel is 0.
+            needed = {"abs"} if called(node) == "approx" else {"rtol", "atol"}
+            if None not in names and not needed <= names:  # None stands for **options
                 yield found(node, "the default tolerance of a library has no source")
             for value in given:
                 if bare(value, sources):

@@ -2,7 +2,8 @@
 
     python tools/faults.py [WORD …]      all faults, or those whose names contain a word
 
-The exit code is 1 if a fault survives, and 2 if it cannot be planted or stops the tests.
+The exit code is 1 if a fault survives. It is 2 if a fault cannot be planted or stops the tests, if
+the tests fail without a fault, or if no fault was chosen.
 """
 
 from __future__ import annotations
@@ -154,50 +155,51 @@ def copied(folder: Path) -> Path:
     return package
 
 
-def outcome(fault: Fault, package: Path) -> tuple[int, str]:
-    """The exit code of the tests with the fault, and the line that says which test failed."""
-    file = package / fault.file
-    source = file.read_text(encoding="utf-8")
-    if source.count(fault.right) != 1:
-        return 2, f"{fault.file} holds {source.count(fault.right)} times: {fault.right}"
-    file.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=no",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    try:
-        result = subprocess.run(
-            [*command, str(TESTS / fault.tests)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=TESTS.parent,
-        )
-    finally:
-        file.write_text(source, encoding="utf-8")
+def run(tests: str, package: Path) -> tuple[int, str]:
+    """The exit code of a file of tests, and the line that says which test failed."""
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, "--tb=no", str(TESTS / tests)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        cwd=TESTS.parent,
+    )
     lines = result.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return result.returncode, (failed or lines or [result.stderr])[0]
 
 
+def planted(fault: Fault, package: Path) -> tuple[int, str]:
+    """What the tests say of a fault."""
+    file = package / fault.file
+    source = file.read_text(encoding="utf-8")
+    if source.count(fault.right) != 1:
+        return 2, f"{fault.file} holds {source.count(fault.right)} times: {fault.right}"
+    file.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
+    try:
+        return run(fault.tests, package)
+    finally:
+        file.write_text(source, encoding="utf-8")
+
+
 def main(words: list[str]) -> int:
     """Plant the faults that contain a word; return the exit code."""
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    if not chosen:
+        print("no fault is planted: no name contains", " or ".join(words))
+        return 2
     code = 0
     with tempfile.TemporaryDirectory() as folder:
         package = copied(Path(folder))
-        for fault in FAULTS:
-            if words and not any(word in fault.name for word in words):
-                continue
-            found, line = outcome(fault, package)
+        for tests in dict.fromkeys(fault.tests for fault in chosen):
+            failed, line = run(tests, package)
+            if failed:
+                print(f"FAILS     without a fault, {tests}: {line}")
+                return 2
+        for fault in chosen:
+            found, line = planted(fault, package)
             code = max(code, {0: 1, 1: 0}.get(found, 2))
             shown = {0: "SURVIVES", 1: "found"}.get(found, "FAILS")
             print(f"{shown:8}  {fault.name}: {line}", flush=True)

@@ -4,15 +4,15 @@
 
 The first run measures which tests execute which line, and the time of each test. Every mutant of
 the sample then gets a forked process, which runs the tests that execute the mutated line until one
-fails. The functions that no import executes get the mutant's code there. Other mutants are imported
-anew. A later run with the same FOLDER resumes. FOLDER/survivors lists the mutants that no test
-found.
+fails. If a mutant changes only the body of functions, the process replaces their code. A mutant of
+code that runs at import is imported again. A later run with the same FOLDER resumes.
+FOLDER/survivors lists the mutants that no test found.
 
 Each operator has one replacement, its opposite (comparisons have two: `<` becomes `<=` or `>=`);
-a number changes by 1. Any test would find a replacement that raises for every float, as `<<`.
-Annotations, signatures without their defaults, decorators, `raise` statements and f-strings are
-left out: no result depends on them. The sample takes the mutants with the smallest hashes. So an
-edit of the package keeps the mutants of the lines that it keeps.
+a number changes by 1. Replacements that raise an error for every float, such as `<<`, are left out:
+any test finds them. No result depends on annotations, signatures without their defaults,
+decorators, `raise` statements and f-strings, so they have no mutants. The sample takes the mutants
+with the smallest hashes. So an edit of the package keeps the mutants of the lines that it keeps.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ OPERATORS = [f"{kind}_{pair}" for kind, pairs in PAIRS.items() for pair in pairs
     *("ReplaceFalseWithTrue", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
     *("ExceptionReplacer", "NumberReplacer", "ZeroIterationForLoop"),
 ]
+NOT_FOUND = {"survived", "no test", "tool failed"}
 LEFT_OUT = {"decorator", "raise_stmt", "fstring", "parameters"}
 STATEMENTS = {"suite", "file_input", "simple_stmt", "if_stmt", "while_stmt", "for_stmt"}
 STATEMENTS |= {"with_stmt", "try_stmt", "funcdef", "classdef"}
@@ -162,6 +163,8 @@ def outcome(code: int) -> str:
     """The result of a mutant, by the exit code of its tests."""
     if code in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
         return "survived"
+    if code == os.EX_SOFTWARE:
+        return "tool failed"
     if -code in {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}:
         return "timed out"
     return "failed" if code == pytest.ExitCode.TESTS_FAILED else f"exit code {code}"
@@ -363,7 +366,7 @@ def main() -> None:
     found = dict(json.loads(line) for line in results.read_text().splitlines())
 
     how = {mutant: found[mutant.name][0] for mutant in sample}
-    survivors = [mutant for mutant in sample if how[mutant] in {"survived", "no test"}]
+    survivors = [mutant for mutant in sample if how[mutant] in NOT_FOUND]
     texts = [f"{how[mutant]}: {mutant.difference()}\n" for mutant in survivors]
     (folder / "survivors").write_text("\n".join(texts), "utf-8")
     killed, n = len(sample) - len(survivors), len(sample)

@@ -17,6 +17,7 @@ __all__ = [
     "as_number",
     "as_parameter",
     "as_times",
+    "check_alphas_cumprod",
     "check_at_least",
     "check_between",
     "check_positive",
@@ -222,6 +223,19 @@ def check_between(value: float, low: float, high: float, name: str) -> float:
         msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
         raise ValueError(msg)
     return number
+
+
+def check_alphas_cumprod(table: Tensor) -> None:
+    """Raise ValueError unless ``(N,)`` numbers decrease from below 1 to at least 0."""
+    before = torch.cat([table.new_ones(1), table[:-1]])
+    bad = ~((table < before) & (table >= 0))
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        msg = (
+            "table must decrease from below 1 to at least 0; "
+            f"got {float(table[i]):.6g} after {float(before[i]):.6g} at index {i}"
+        )
+        raise ValueError(msg)
 
 
 def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:

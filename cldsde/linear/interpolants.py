@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cldsde.linear.checks import as_float64
+from cldsde.linear.checks import as_float64, check_alphas_cumprod
 from cldsde.linear.sde import LinearSDE
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 
@@ -81,15 +81,7 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
     if plain.ndim != 1 or not len(plain):
         msg = f"table must have one axis and at least one entry; got shape {tuple(plain.shape)}"
         raise ValueError(msg)
-    before = torch.cat([plain.new_ones(1), plain[:-1]])
-    bad = ~((plain < before) & (plain >= 0))
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        msg = (
-            "table must decrease from below 1 to at least 0; "
-            f"got {float(plain[i]):g} after {float(before[i]):g} at index {i}"
-        )
-        raise ValueError(msg)
+    check_alphas_cumprod(plain)
     angles = _Angles(values)
     # Between entries an angle has the rounding error of the number of entries times t.
     dynamics = SignalNoiseDynamics(

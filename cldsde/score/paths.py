@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import check_alphas_cumprod
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
@@ -135,15 +136,7 @@ class NoisePath:
             msg = f"table must be a tensor (N,) with N ≥ 2; got {got}"
             raise ValueError(msg)
         values = table.detach().cpu().to(torch.float64)
-        before = torch.cat([values.new_ones(1), values[:-1]])
-        bad = ~((values < before) & (values >= 0))
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0])
-            msg = (
-                "table must decrease and lie in [0, 1); got "
-                f"{float(values[i]):.6g} after {float(before[i]):.6g} at index {i}"
-            )
-            raise ValueError(msg)
+        check_alphas_cumprod(values)
         found = _Table(0.5 * values[values > 0].logit())
         last = float(len(found.kappas) - 1)
         return cls(found.signal, found.noise, interval=(0.0, last), inverse=found.inverse)

@@ -9,7 +9,7 @@ from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train.objectives import make_objective
-from cldsde.score import PerturbedData
+from cldsde.score import PerturbedData, logit_normal_density, mode_density
 from probes import generator
 from tiny_runs import NETWORK
 from tolerances import rounding
@@ -22,13 +22,14 @@ CONFIG = {
     "training": {"images": 64, "batch": 32},
 }
 SINGLE = rounding(50, dtype=torch.float32)  # a mean of 16 numbers, and some layers.
-# The density between two of a sampler's 2,000 knots is their mean, and a thousandth of its mass
-# lies below t_min. A uniform density is the same at all knots.
-BETWEEN_KNOTS = 1e-2
-UNIFORM = 1e-4
+# A sampler's density is linear between its 2,000 knots; a thousandth of its mass lies below t_min.
+KNOTS = 1e-2
+# The default densities of times.
+DENSITIES = {"uniform": torch.ones_like, "logit_normal": logit_normal_density()}
+DENSITIES |= {"mode": mode_density()}
 
 
-@pytest.mark.parametrize("times", ["uniform", "logit_normal", "mode"])
+@pytest.mark.parametrize("times", DENSITIES)
 def test_the_loss_is_the_squared_error_of_the_flow_at_the_drawn_times(times):
     config = configured(CONFIG, training={"times": times})
     statistics = data_statistics(config, DATA.train)
@@ -42,9 +43,9 @@ def test_the_loss_is_the_squared_error_of_the_flow_at_the_drawn_times(times):
         pair = PerturbedData.draw(RectifiedFlow(), x, t, generator=generator(3))
         flow = model.score(pair.z, t, prediction="flow")
         expected = (flow - (pair.noise - x.unsqueeze(1))).square().flatten(1).mean(1)
-    if times == "uniform":
-        assert torch.allclose(weight, torch.ones_like(weight), rtol=SINGLE, atol=0)
-    assert torch.allclose(found, expected, rtol=UNIFORM if times == "uniform" else BETWEEN_KNOTS)
+    share = weight * DENSITIES[times](t)
+    assert torch.allclose(share, torch.ones_like(share), rtol=0, atol=KNOTS)
+    assert torch.allclose(found.double(), share * expected, rtol=SINGLE, atol=0)
 
 
 def test_a_trained_model_is_sampled_by_any_solver(tmp_path):

@@ -82,7 +82,7 @@ def test_a_state_becomes_a_prediction_of_the_driven_components(name, data, input
 def test_an_untrained_network_predicts_zero_and_its_mixed_score_is_the_reference(name):
     for options in (SMALL, ATTENTIVE):
         assert not make(name, classes=3, **options[name])(*states()).any()
-    z, t = torch.randn(2, 2, 1, SIZE, SIZE), torch.tensor([0.2, 0.9])
+    z, t = torch.randn(2, 2, 1, SIZE, SIZE, generator=generator()), torch.tensor([0.2, 0.9])
     silent = nn.Module()
     silent.forward = lambda z, clock: z[:, :1] * 0
     mixed, reference = (
@@ -121,7 +121,7 @@ def test_every_parameter_has_a_gradient(name, label, options):
 @pytest.mark.parametrize("fourier_scale", [None, 4.0])
 def test_every_parameter_of_an_untrained_network_learns_once_its_output_does(fourier_scale):
     network = make("NCSNpp", classes=2, fourier_scale=fourier_scale, **ATTENTIVE["NCSNpp"])
-    nn.init.normal_(network.network.up[-1].leave[-1].weight)
+    nn.init.normal_(network.network.up[-1].leave[-1].weight, generator=generator())
     network(*states()).square().sum().backward()
     assert idle_parameters(network) == []
 

@@ -18,7 +18,7 @@ import strategies
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, CosineVP, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.linear import Schedule
 from cldsde.linear.random import standard_normal
-from probes import generator, normals, tensor
+from probes import generator, norm, normals, tensor
 from references import Homogeneous, Polynomial, Reference, initial_covariance
 from references.interpolants import INTERPOLANTS
 from tolerances import EPS32, KERNEL, rounding, standard_error
@@ -239,10 +239,6 @@ def test_drift_and_diffusion_agree_with_the_reference(name):
 
 
 # Properties of random processes ----------------------------------------------------------------
-
-
-def norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.matrix_norm(matrix, 2))
 
 
 def process_rounding(process: strategies.StableProcess, b: float) -> float:

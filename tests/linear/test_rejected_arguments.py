@@ -29,7 +29,6 @@ def calls(functions: Any, *columns: Any, **keywords: Any) -> list[Call]:
 
 NAN, INF, ONE = math.nan, math.inf, [[1.0]]
 NO_NUMBERS = [-1.0, NAN, INF]
-EITHER: Any = (ValueError, TypeError)
 # Error, message, calls.
 Rows = list[tuple[type[Exception], str, list[Call]]]
 
@@ -154,12 +153,12 @@ INTERPOLANTS: list[tuple[Any, Any, str]] = [
     (lambda t: 1 - t, lambda t: torch.where(t < 0.31, t, 2 * t - 0.31), "smooth near"),
     (lambda t: 1 - t, math.sqrt, "noise must accept a tensor of times"),
     (lambda t: 1 - t, Cubed.apply, "noise must consist of torch's operations"),
-    (0.5, torch.sqrt, r"signal must be a function of times; got 0\.5"),
 ]
 from_functions, from_signal_noise = LinearSDE.from_functions, LinearSDE.from_signal_noise
 OF_TIME: Rows = [
     *((ValueError, words, calls(from_functions, [F], [G])) for F, G, words in FUNCTIONS),
-    *((EITHER, words, calls(from_signal_noise, [a], [s])) for a, s, words in INTERPOLANTS),
+    *((ValueError, words, calls(from_signal_noise, [a], [s])) for a, s, words in INTERPOLANTS),
+    (TypeError, r"signal must be .* of times; got 0\.5", calls(from_signal_noise, [0.5], [abs])),
 ]
 
 OUTSIDE = [where for t in (-1e-9, 1 + 1e-9, NAN, -INF) for where in (t, tensor([0.5, t]))]
@@ -197,7 +196,8 @@ SINGULAR = [sde.transition(0.5, 0.5), sde.marginal(0.0)]
 ALL: list[Any] = [sde.marginal(torch.full(times, 0.5)) for times in ((4,), (1, 3), (3, 1))]
 SEVERAL = [f for several in ALL for f in (several.perturb, partial(several.log_prob, z))]
 SEVERAL += [partial(posterior(0.1, tensor([0.5, 0.6])).mean, z)]
-WRONG_STATES: list[Any] = [torch.zeros(3, 3, 1), torch.zeros(2), z.long(), [[0.0, 0.0]]]
+WRONG_STATES: list[Any] = [torch.zeros(3, 3, 1), torch.zeros(2)]
+NO_STATES: list[Any] = [z.long(), [[0.0, 0.0]]]
 NO_DATA: list[Any] = [torch.zeros(2, dtype=torch.int64), [0.0], torch.tensor(0.0), 1.0]
 SHAPES = [torch.zeros(shape) for shape in ((1, 2, 4), (3, 3, 4), (3, 2), (3, 2, 5))]
 DRAWING = [partial(prior.sample, (2, 1)), partial(sde.augment, x), partial(sde.perturb, x, 0.5)]
@@ -209,13 +209,14 @@ EMPTY_STEPS = [found.log_prob for found in EMPTY]
 DATA, NO_GENERATOR = "data must be a floating-point tensor", r"torch\.Generator.* or None; got"
 NO_BATCHES = [partial(sde.perturb, x, torch.ones(3)), partial(sde.perturb, x, x)]
 CONDITIONINGS: Any = {"conditioning": ["data", "all"]}
+OF_STATES = [step.perturb, prior.log_prob, partial(step.log_prob, z_s=z)]
 uneven_draw = partial(standard_normal, (6, 3), dtype=torch.float32, device="cpu")
 STATES: Rows = [
-    (EITHER, r"shape \(B, 2, \*D\)", calls([step.perturb, prior.log_prob], WRONG_STATES)),
-    (EITHER, r"shape \(B, 2, \*D\)", calls(step.log_prob, WRONG_STATES, [z])),
+    (ValueError, r"shape \(B, 2, \*D\)", calls(OF_STATES, WRONG_STATES)),
+    (TypeError, r"shape \(B, 2, \*D\)", calls(OF_STATES, NO_STATES)),
     (ValueError, "shape", calls(step.log_prob, [z], [torch.zeros(3, 2, 2)])),
     (ValueError, r"one time or for \(3,\) times", calls(SEVERAL, [z])),
-    (EITHER, r"shape must be the shape .* of a batch", calls(prior.sample, [(), 4, None])),
+    (ValueError, r"shape must be the shape .* of a batch", calls(prior.sample, [(), 4, None])),
     (ValueError, r"z_t must have shape \(B, 2, ", calls(one.sample, [z[:, :1]], [z])),
     (ValueError, r"z_0 must have shape \(B, 2, ", calls(one.mean, [z], [z[:, :1]])),
     (ValueError, "z_t and z_0 must have one shape", calls(one.mean, [z], [z[:1], z[..., :3]])),

@@ -1,4 +1,4 @@
-"""Schedules: rates, clocks that do not cancel, and rejected arguments."""
+"""Schedules: rates, and clocks that do not cancel."""
 
 import math
 from typing import Any

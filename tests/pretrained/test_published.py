@@ -231,5 +231,5 @@ def test_numerical_eps_keeps_the_gain_finite_near_the_data():
     # Σ_vv(0) = γM = 0.01, and all but eps of it is known from x: ℓ = 1/√(2 eps) there.
     # Coefficients are of single precision, and eps takes 1e-7 of a variance.
     close = rounding(100, dtype=torch.float32)
-    assert found.gain.item() == pytest.approx(-1 / (1e-9 + 1e-2) ** 0.5, rel=close)
-    assert found.reference.item() == pytest.approx(100, rel=close)
+    assert found.gain.item() == pytest.approx(-1 / (1e-9 + 1e-2) ** 0.5, rel=close, abs=0)
+    assert found.reference.item() == pytest.approx(100, rel=close, abs=0)

@@ -59,9 +59,9 @@ class Dense(NamedTuple):
         """Matrix of the reverse SDE from t to the earlier u: Sigma_u Psi^T Sigma_t^-1."""
         return transposed(np.linalg.solve(self.covariance(t), self.psi(u, t) @ self.covariance(u)))
 
-    def slope(self, t: float, stochasticity: float = 0.0) -> Array:
-        """Matrix of the mean path about the mean, F + (1 + lambda^2) / 2 G G^T Sigma^-1."""
-        pull = (1 + stochasticity**2) / 2 * self.Q @ np.linalg.inv(self.covariance(t))
+    def slope(self, t: float) -> Array:
+        """Matrix of the probability flow about the mean, F + G G^T Sigma^-1 / 2."""
+        pull = self.Q @ np.linalg.inv(self.covariance(t)) / 2
         result: Array = self.clock.rate(t) * (self.A + pull)
         return result
 
@@ -71,18 +71,12 @@ class Dense(NamedTuple):
         result: Array = self.clock.rate(t) * (self.A @ m) + self.slope(t) @ (z - m)
         return result
 
-    def flow(self, t: float, *ends: float, tolerance: float = 1e-13) -> Array:
+    def flow(self, t: float, *ends: float) -> Array:
         """Matrices of the probability flow about the mean, from t to each of the ends in order."""
         k = len(self.A)
-        solution = solve_ivp(
-            lambda u, y: (self.slope(u) @ y.reshape(k, k)).ravel(),
-            (t, ends[-1]),
-            np.eye(k).ravel(),
-            "DOP853",
-            ends,
-            rtol=tolerance,
-            atol=tolerance / 10,
-        )
+        rate = lambda u, y: (self.slope(u) @ y.reshape(k, k)).ravel()  # noqa: E731
+        start, span = np.eye(k).ravel(), (t, ends[-1])
+        solution = solve_ivp(rate, span, start, "DOP853", ends, rtol=1e-13, atol=1e-14)
         assert solution.success
         result: Array = solution.y.T.reshape(-1, k, k)
         return result
@@ -106,9 +100,9 @@ class Dense(NamedTuple):
         return root
 
 
-def dense(reference: Homogeneous, mean: float = 0.3, variance: float = 0.25) -> Dense:
+def dense(reference: Homogeneous) -> Dense:
     """The float64 form of a process of `kernels`, as in ``dense(cld((1.0, 7.0)))``."""
     A, Q_root, own = (
         np.array(m.tolist(), dtype=float) for m in (reference.A, reference.Q_root, reference.own)
     )
-    return Dense(A, Q_root, reference.clock, own, mean, variance)
+    return Dense(A, Q_root, reference.clock, own)

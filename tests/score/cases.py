@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import mpmath as mp
 import numpy as np
 import torch
 from torch import nn
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, SubVPSDE
 from cldsde.score.times import KnownTimes
+from probes import generator
+from references.kernels import Matrix, matrix
+from references.mixtures import MIXTURE_DIGITS
 from tolerances import rounding
 
 THREE = [[0.0, 0.0, 0.0], [0.0, 0.04, 0.02], [0.0, 0.02, 0.1]]
@@ -73,13 +77,19 @@ def mixture(kind: str = "regular") -> GaussianMixture:
     return GaussianMixture([0.2, 0.5, 1.3], means.tolist(), (roots @ roots.mT).tolist())
 
 
-def states(
-    sde: LinearSDE, data: GaussianMixture, t: Any, n: int = 4, seed: int = 0
-) -> torch.Tensor:
+def states(sde: LinearSDE, data: GaussianMixture, t: Any, n: int = 4) -> torch.Tensor:
     """States ``(n, k, D)`` of the marginal, float64."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator()
     x = data.sample(n, generator=g, dtype=torch.float64)
     return sde.perturb(x, t, generator=g)[0]
+
+
+def inverted(kernel: Any) -> tuple[Matrix, Matrix, Matrix]:
+    """psi, Sigma^-1 and Sigma^-1 psi of a kernel's numbers, in 50 digits."""
+    with mp.workdps(MIXTURE_DIGITS):
+        root, psi = matrix(kernel.root), matrix(kernel.mean)[:, 0]
+        precision = mp.inverse(root * root.T)
+        return psi, precision, precision * psi
 
 
 def condition(root: torch.Tensor) -> float:

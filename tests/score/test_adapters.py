@@ -7,33 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, ReverseProcess
+from cldsde import CLD, ReverseProcess
 from cldsde.score.adapters import as_torchdiffeq, as_torchsde
-from probes import generator, start
-from references import cld, dense, hold, psld, ve, vp
+from gaussian_data import PROCESSES, reverse
+from probes import generator, start, tensor
 from tolerances import rounding
 
-DATA = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-PROCESSES = {
-    "VP": (VPSDE(0.1, 8.0), dense(vp(0.1, 8.0))),
-    "VE": (VESDE(0.1, 5.0), dense(ve(0.1, 5.0))),
-    "CLD": (CLD((1.0, 7.0)), dense(cld((1.0, 7.0)))),
-    "PSLD": (PSLD(), dense(psld())),
-    "HOLD": (HOLD(), dense(hold())),
-}
 # Two ways to a covariance, whose inverse loses up to two digits.
 ROUNDING = 1e-11
 
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
-
-
-def double(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def reverse(name):
-    sde = PROCESSES[name][0]
-    return ReverseProcess(sde, DATA.score(sde))
 
 
 class Pulling(torch.nn.Module):
@@ -41,7 +24,7 @@ class Pulling(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.strength = torch.nn.Parameter(double(1.3))
+        self.strength = torch.nn.Parameter(tensor(1.3))
 
     def forward(self, z, t):
         return -(1 + t[:, None, None]) * (self.strength * z[:, 1:] + 0.5 * z[:, :1].sin())
@@ -54,7 +37,7 @@ class TestFlow:
         z = start(sde, (4, 1))
         expected = exact.clock.rate(t) * exact.A @ z.numpy(), exact.velocity(t, z.numpy())
         for process, velocity in zip((sde, reverse(name)), expected, strict=True):
-            found = as_torchdiffeq(process)(double(t)[0], z).numpy()
+            found = as_torchdiffeq(process)(tensor(t), z).numpy()
             assert abs(found - velocity).max() <= ROUNDING * (1 + abs(velocity).max())
 
 
@@ -86,8 +69,8 @@ class TestForm:
         ):
             form = as_torchsde(process, (1,), calculus=calculus)
             assert (form.noise_type, form.sde_type) == ("additive", calculus)
-            assert form.clock(double(t)) == s
-            f, g = (call(double(s)[0], form.pack(z)).numpy() for call in (form.f, form.g))
+            assert form.clock(tensor(t)) == s
+            f, g = (call(tensor(s), form.pack(z)).numpy() for call in (form.f, form.g))
             assert abs(f - expected).max() <= ROUNDING * (1 + abs(expected).max())
             noise = rate * exact.Q
             assert g.shape == (4, *exact.Q_root.shape)
@@ -100,8 +83,7 @@ class TestForm:
         for module in (form, as_torchdiffeq(ReverseProcess(sde, score))):
             assert [name for name, _ in module.named_parameters()] == ["score.strength"]
         z = start(sde, (4, 1))
-        form.f(double(-1.0)[0], form.pack(z)).sum().backward()
+        form.f(tensor(-1.0), form.pack(z)).sum().backward()
         # G G^T = 8, and the score's derivative is -(1 + t) v.
-        assert float(score.strength.grad) == pytest.approx(
-            -8 * 2 * float(z[:, 1].sum()), rel=rounding()
-        )
+        expected = -8 * 2 * float(z[:, 1].sum())
+        assert float(score.strength.grad) == pytest.approx(expected, rel=rounding(), abs=0)

@@ -10,10 +10,10 @@ import torch
 from cldsde import CLD, VESDE, LinearSDE, ReverseProcess
 from cldsde.score import Conversion
 from cldsde.score.conversion import Conditioning, Prediction
-from probes import generator, hidden_times, untouchable
+from probes import hidden_times, normals, tensor, untouchable
 from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
-from score.cases import PROCESSES, condition, mixture, states
+from score.cases import PROCESSES, condition, inverted, mixture, states
 from tolerances import rounding
 
 # Driven scores of an underdamped process do not determine x_0 at some times.
@@ -22,10 +22,7 @@ UNDERDAMPED = {
     "0.2": CLD(friction=0.2),
     "0.6": CLD(friction=0.6),
     "first driven": LinearSDE.from_matrices(
-        [[-1.0, -4.0], [4.0, 0.0]],
-        [[8**0.5], [0.0]],
-        4.0,
-        initial_covariance=[[0.0, 0.0], [0.0, 0.04]],
+        [[-1.0, -4.0], [4.0, 0.0]], [[8**0.5], [0.0]], 4.0, initial_covariance=[[0, 0], [0, 0.04]]
     ),
 }
 # Velocity and flow, which need one component, are tested with interpolants.
@@ -33,15 +30,14 @@ KINDS = tuple(kind for kind in get_args(Prediction) if kind not in ("velocity", 
 PAIRS = list(itertools.product(KINDS, repeat=2))
 every_process = pytest.mark.parametrize("name", DETERMINED)
 every_conditioning = pytest.mark.parametrize("conditioning", get_args(Conditioning))
-TIMES = torch.tensor([1e-3, 0.05, 0.4, 1.0], dtype=torch.float64)
+TIMES = tensor([1e-3, 0.05, 0.4, 1.0])
 EXACT = 1e-10  # conversions that do not divide by the driven rows
 
 
 def driven_noise_root(sde, t, conditioning):
     """K, lower-triangular, K K^T = Cov(driven | rest), inverse of a block of Sigma^-1."""
     kernel = sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
-    root = matrix(kernel.root)
-    precision = mp.inverse(root * root.T)
+    _, precision, _ = inverted(kernel)
     block = mp.inverse(mp.matrix([[precision[i, j] for j in sde.driven] for i in sde.driven]))
     return mp.cholesky((block + block.T) / 2)
 
@@ -50,13 +46,12 @@ def representations(sde, t, z, x0, conditioning):
     """Every form of the prediction ``x0`` ``(D,)`` at the state ``z`` ``(k, D)``; 50 digits."""
     driven, kernel = list(sde.driven), sde.marginal(t)
     with mp.workdps(MIXTURE_DIGITS):
-        root, psi = matrix(kernel.root), matrix(kernel.mean[:, :1])
+        psi, precision, _ = inverted(kernel)
         K = driven_noise_root(sde, t, conditioning)
-        scores = -mp.inverse(root * root.T) * (matrix(z) - psi * matrix(x0.unsqueeze(0)))
+        scores = -precision * (matrix(z) - psi * matrix(x0.unsqueeze(0)))
         noises = -K.T * mp.matrix([[scores[i, j] for j in range(z.shape[1])] for i in driven])
         score, noise = (
-            torch.tensor([[float(x) for x in row] for row in m.tolist()], dtype=torch.float64)
-            for m in (scores, noises)
+            tensor([[float(x) for x in row] for row in m.tolist()]) for m in (scores, noises)
         )
     return {"score": score[driven], "noise": noise, "data": x0, "full_score": score}
 
@@ -96,7 +91,7 @@ def tolerances(sde, t, z, x0, conditioning):
 def test_every_form_follows_from_every_other(name, conditioning):
     sde = DETERMINED[name]
     z = states(sde, mixture(), TIMES)
-    x0 = torch.randn(4, 2, generator=generator(11), dtype=torch.float64)
+    x0 = normals(11, 4, 2)
     cases = list(zip(TIMES.tolist(), z, x0, strict=True))
     forms = [representations(sde, *case, conditioning) for case in cases]
     allowed = [tolerances(sde, *case, conditioning) for case in cases]
@@ -119,9 +114,7 @@ def test_the_data_explain_the_prediction_best(name, source):
     sde, t = DETERMINED[name], 0.3
     driven = list(sde.driven)
     rows = sde.components if source == "full_score" else len(driven)
-    g = generator(1)
-    z = torch.randn(3, sde.components, generator=g, dtype=torch.float64)
-    value = torch.randn(3, rows, generator=g, dtype=torch.float64)
+    z, value = normals(1, 3, sde.components), normals(2, 3, rows)
     kernel = sde.marginal(t)
     solved, metric = torch.linalg.inv(kernel.covariance), kernel.covariance
     if source != "full_score":
@@ -151,7 +144,7 @@ class TestUndetermined:
     @every_conditioning
     @pytest.mark.parametrize("name", UNDERDAMPED)
     def test_other_conversions_do_not_need_the_driven_rows(self, name, conditioning):
-        sde, x0 = UNDERDAMPED[name], torch.tensor([0.3, -1.2], dtype=torch.float64)
+        sde, x0 = UNDERDAMPED[name], tensor([0.3, -1.2])
         t = hidden_times(sde)[0]
         z = states(sde, mixture(), t, n=1)[0]
         values, allowed = (f(sde, t, z, x0, conditioning) for f in (representations, tolerances))

@@ -1,16 +1,17 @@
 """The mixed score: an exact Gaussian reference, a network for the rest, and its training loss."""
 
 import copy
-import math
 
+import mpmath as mp
 import pytest
 import torch
 from torch import nn
 
 from cldsde import CLD, VPSDE, MixedScore
 from cldsde.score import Conversion, PerturbedData
-from probes import generator
-from score.cases import FAMILIES, PROCESSES, Constant, known, score_rounding
+from probes import generator, normals, tensor
+from references.mixtures import MIXTURE_DIGITS
+from score.cases import FAMILIES, PROCESSES, Constant, condition, inverted, known, score_rounding
 from tolerances import KERNEL, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
@@ -47,9 +48,7 @@ def spread(sde, variance, t):
 
 
 def data_states(sde, t):
-    g = generator(5)
-    x = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
-    return sde.perturb(x, t, generator=g)[0]
+    return sde.perturb(normals(5, 3, *SHAPE), t, generator=generator(6))[0]
 
 
 @every_kind
@@ -128,18 +127,20 @@ class TestNetworkInputs:
     def test_the_estimate_is_unbiased_of_unit_variance_and_the_clock_its_noise_level(self, name, t):
         sde, network, (mean, variance) = PROCESSES[name], Spy(VPSDE()), reference("scalar")
         kernel = sde.marginal(t)
-        psi = kernel.mean[:, 0]
-        solved = torch.linalg.solve(kernel.covariance, psi)
-        information = float(psi @ solved)
-        probes = psi * mean + torch.eye(sde.components, dtype=torch.float64)
+        with mp.workdps(MIXTURE_DIGITS):
+            psi, _, solved = inverted(kernel)
+            information = (psi.T * solved)[0]
+            scale = mp.sqrt(information * (1 + float(variance) * information))
+            expected, clock = tensor([*map(float, solved / scale)]), float(mp.log(information) / 2)
+        probes = kernel.mean[:, 0] * mean + torch.eye(sde.components, dtype=torch.float64)
         z = probes[..., None, None, None].expand(-1, -1, *SHAPE)
         model_of(sde, "scalar", network, inputs="estimate")(z, t)
-        expected = solved / math.sqrt(information * (1 + float(variance) * information))
-        # Probes are rounded relative to psi m, and the covariance is inverted here.
-        lost = rounding(64, float(torch.linalg.cond(kernel.covariance)) + 16) + KERNEL
+        # Triangular solves lose the condition number of the root; probes are rounded, too.
+        lost = rounding(16, condition(kernel.root))
         assert (network.z[:, 0, 0, 0] - expected).abs().max() <= lost * expected.abs().max()
-        clock = max(0.5 * math.log(information), -10.0)
-        assert network.clock.tolist() == pytest.approx([clock] * sde.components, abs=lost)
+        assert network.clock.tolist() == pytest.approx(
+            [max(clock, -10.0)] * sde.components, abs=lost
+        )
 
 
 @pytest.mark.parametrize("logits", [None, torch.full((2, 1, 1), -0.5)])
@@ -197,12 +198,14 @@ def test_residual_variance_is_the_variance_of_the_unpredictable_noise(name, kind
         # n* = K^T (P (z - psi x))_d with P = Sigma^-1 and K K^T = (P_dd)^-1. The best prediction
         # of P (z - psi x) leaves P - (Sigma + s^2 psi psi^T)^-1 = s^2 b b^T / (1 + s^2 psi^T b).
         kernel = sde.marginal(t)
-        psi, precision = kernel.mean[:, 0], torch.linalg.inv(kernel.covariance)
-        K = torch.linalg.cholesky(torch.linalg.inv(precision[driven][:, driven]))
-        b = precision @ psi
-        left = s2 * (K.mT @ b[driven]).square().mean() / (1 + s2 * (psi @ b))
-        tolerance = rounding(64, float(torch.linalg.cond(kernel.covariance)))
-        assert value == pytest.approx(float(left.mean()), rel=tolerance)
+        with mp.workdps(MIXTURE_DIGITS):
+            psi, P, b = inverted(kernel)
+            rows = mp.matrix([b[i] for i in driven])
+            block = mp.matrix([[P[i, j] for j in driven] for i in driven])
+            part, gain = (rows.T * mp.inverse(block) * rows)[0] / len(rows), (psi.T * b)[0]
+            left = float(sum(s * part / (1 + s * gain) for s in s2.tolist()) / len(s2))
+        # Triangular solves lose the condition number of the root.
+        assert value == pytest.approx(left, rel=rounding(16, condition(kernel.root)), abs=0)
 
 
 def test_a_condition_reaches_the_network():

@@ -60,11 +60,11 @@ def test_at_the_end_time_the_state_has_less_noise_than_y():
     for sde in (VPSDE(), CLD()):
         seen = Observation.mask(torch.ones(3, dtype=torch.bool), torch.zeros(3), 0.2)
         level = float(sde.log_snr(seen.end_time(sde, (3,))))
-        assert math.exp(-level) == pytest.approx(0.3 * 0.2, rel=INVERTED)
+        assert math.exp(-level) == pytest.approx(0.3 * 0.2, rel=INVERTED, abs=0)
         # Means of 16 numbers divide the noise by 4, and so the norm.
         means = Observation.downsample(4, torch.zeros(1, 2, 2), 0.2)
         level = float(sde.log_snr(means.end_time(sde, (1, 8, 8))))
-        assert math.exp(-level) == pytest.approx(4 * 0.3 * 0.2, rel=POWERS)
+        assert math.exp(-level) == pytest.approx(4 * 0.3 * 0.2, rel=POWERS, abs=0)
 
 
 def test_conditioning_without_noise_fixes_what_is_seen():

@@ -34,8 +34,7 @@ STEP, DIFFERENCES = 1e-5, 1e-5
 
 
 def prior_score(sde):
-    eye = torch.eye(2, dtype=torch.float64)
-    return GaussianMixture([1.0], [[0.0, 0.0]], P * eye.unsqueeze(0)).score(sde)
+    return GaussianMixture([1.0], [[0.0, 0.0]], [[[P, 0.0], [0.0, P]]]).score(sde)
 
 
 def covariance(sde, t, variance):

@@ -14,7 +14,7 @@ from score.cases import LINE as DATA
 from tolerances import order_of
 
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "rectified flow": RectifiedFlow()}
-EPS, FLOW = 0.02, 1e-7
+EPS, FLOW = 0.02, 1e-7  # the end of sampling, and rtol and atol of flows
 
 
 def process_and_states(name, n=50):

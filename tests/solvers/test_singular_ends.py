@@ -73,9 +73,8 @@ def test_noise_from_the_end_on_gives_the_data(name, stochasticity):
 
 def test_encoding_reaches_the_end_on_a_fine_grid():
     # At several times near t = 1 the score says nothing about the data.
-    n = 400
+    solver, n = Multistep(order=2), 400
     times = solvers.logistic_times(FLOW, 1.0, 0.02, n)
-    solver = Multistep(order=2)
     z = DATA.sample(20, generator=generator(2), dtype=torch.float64)[:, None]
     code = solvers.solve(process(), solver, z, times.flip(0)).state
     error = (solvers.solve(process(), solver, code, times).state - z).abs().max()

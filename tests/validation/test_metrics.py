@@ -46,7 +46,8 @@ def test_bures_wasserstein_of_degenerate_distributions():
     assert found**2 == pytest.approx(squared, abs=math.sqrt(EXACT))
     # Points.
     still = torch.zeros(3, 3, dtype=torch.float64)
-    assert bures_wasserstein(a, still, b, still) == pytest.approx(float((a - b).norm()), rel=EXACT)
+    distance = pytest.approx(float((a - b).norm()), rel=EXACT, abs=0)
+    assert bures_wasserstein(a, still, b, still) == distance
 
 
 def shuffled(x):
@@ -57,10 +58,10 @@ def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_sorted_samples()
     x = normals(0, 1001, 1)
     # An increasing map is optimal: the cost is the mean of its squares.
     cost = float((x - x.exp()).square().mean().sqrt())
-    assert sliced_wasserstein(x, shuffled(x.exp())) == pytest.approx(cost, rel=EXACT)
+    assert sliced_wasserstein(x, shuffled(x.exp())) == pytest.approx(cost, rel=EXACT, abs=0)
     # Two points against three: mass 1/3, 1/6, 1/6, 1/3 moves by 0, 1, 1, 0.
     few, more = tensor([[0.0], [2.0]]), tensor([[2.0], [0.0], [1.0]])
-    assert sliced_wasserstein(few, more) == pytest.approx(math.sqrt(1 / 3), rel=EXACT)
+    assert sliced_wasserstein(few, more) == pytest.approx(math.sqrt(1 / 3), rel=EXACT, abs=0)
     # A weight of 3/4 is three points of four; a squared distance of 0 is good to rounding.
     weights, points = tensor([0.25, 0.75]), tensor([[0.0], [2.0], [2.0], [2.0]])
     for axes in (1, 2):
@@ -128,11 +129,11 @@ def test_modes_of_two_dimensions_or_without_points():
     points = tensor([[a, 0], [-a, 0], [0, b], [0, -b]])
     x = torch.cat([points + data.means[0], points + data.means[1]])
     expected = math.sqrt((1.2**2 + 1) / 2) - 1
-    assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=EXACT)
+    assert mode_spread_error(x, data, 1.0, 0.0) == pytest.approx(expected, rel=EXACT, abs=0)
     x = torch.cat([mode(-10, 0.2), mode(0, 0.5)])
     for points in (x, torch.cat([x, tensor([[10.0]])])):
-        expected = math.sqrt(1 / 3)
-        assert mode_spread_error(points, MODES, 1.0, 0.0) == pytest.approx(expected, rel=EXACT)
+        expected = pytest.approx(math.sqrt(1 / 3), rel=EXACT, abs=0)
+        assert mode_spread_error(points, MODES, 1.0, 0.0) == expected
 
 
 # Tables of work and precision ------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_a_table_has_each_solver_at_each_budget_with_its_exact_error():
         solver = solvers[point.solver]
         steps = point.nfe // solver.facts.nfe_per_step
         times = quadratic_times(problem.start, problem.end, steps)
-        assert point.error == pytest.approx(moment_error(solver, problem, times), rel=EXACT)
+        assert point.error == pytest.approx(moment_error(solver, problem, times), rel=EXACT, abs=0)
         assert point.standard_error == 0
         assert point.seconds > 0
         others = [other for other in finite if other != point and other.nfe <= point.nfe]
@@ -186,7 +187,7 @@ def test_standard_errors_are_of_the_mean_of_the_repeats(monkeypatch):
     (point,) = table.points
     # Deviations of −2, −1 and 3: a variance of 7.
     assert (table.floor, point.error) == (6.0, 3.0)
-    assert point.standard_error == pytest.approx(math.sqrt(7 / 3), rel=EXACT)
+    assert point.standard_error == pytest.approx(math.sqrt(7 / 3), rel=EXACT, abs=0)
 
 
 @pytest.mark.parametrize("metric", ["spread", "sliced"])

@@ -59,7 +59,7 @@ def test_standard_errors_are_of_the_mean_over_repetitions(monkeypatch):
         values = rows[:, i].tolist()
         expected = statistics.mean(values), statistics.stdev(values) / math.sqrt(3)
         own = getattr(found, name), getattr(found, f"{name}_std")
-        assert own == pytest.approx(expected, rel=rounding())
+        assert own == pytest.approx(expected, rel=rounding(), abs=0)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_a_kernel_with_a_small_error_fails(monkeypatch, process, mean, root, ver
     assert summarise([found]) == {"kernels": verdict}
     if len(root) == 2:
         # A difference of covariances is rounded.
-        assert found.measured == pytest.approx(root[0] ** 2 - 1, rel=rounding(64, 1e6))
+        assert found.measured == pytest.approx(root[0] ** 2 - 1, rel=rounding(64, 1e6), abs=0)
 
 
 def raising(kind):

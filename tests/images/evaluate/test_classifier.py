@@ -8,6 +8,7 @@ from cldsde.images.evaluate import ClassifierFeatures, train_classifier
 from cldsde.images.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
 from cldsde.images.evaluate.features import feature_name
 from cldsde.images.tensor_files import save_tensors
+from probes import generator
 from tiny_runs import noise_images
 
 
@@ -55,7 +56,7 @@ def test_training_depends_on_its_seed_alone_and_leaves_the_global_state():
 @pytest.mark.parametrize(("size", "channels"), [((8, 8), 1), ((9, 17), 3), ((28, 28), 1)])
 def test_classifier_takes_images_of_any_size(size, channels):
     model = ImageClassifier(channels, 5, width=4, size=6).eval()
-    images = torch.rand(2, channels, *size) * 2 - 1
+    images = torch.rand(2, channels, *size, generator=generator()) * 2 - 1
     assert model.features(images).shape == (2, 6)
     assert model(images).shape == (2, 5)
     assert torch.equal(model(images), model.head(model.features(images)))

@@ -216,7 +216,7 @@ def test_an_interrupted_request_resumes_and_other_settings_start_again(
 
 
 def test_processes_share_the_work(request_of, tmp_path):
-    request, wait = request_of(7), threading.Barrier(2).wait
+    request, wait = request_of(7), threading.Barrier(2, timeout=60).wait
     draw_to(tmp_path / "one", request)
     share = partial(draw_to, tmp_path / "two", request, processes=2, wait=wait)
     with ThreadPoolExecutor(2) as pool:
