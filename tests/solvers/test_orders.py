@@ -142,7 +142,7 @@ FLOWS = [name for name, x in NAMED.items() if x.facts.adaptive and x.facts.ode_o
 @pytest.mark.parametrize("method", FLOWS)
 def test_fixed_steps_of_adaptive_solvers_have_the_declared_order(method):
     z, ends, errors = start(PROCESSES["VE"][0], (4, 1)), tensor([1.0, 0.05]), []
-    # So few steps that errors are far above rounding, but slopes also above their limits.
+    # With few steps, errors are far above rounding, but slopes are not yet at their limits.
     for n in (8, 16) if method.endswith("dopri8") else (40, 80):
         found = solvers.solve(reverse("VE"), NAMED[method].with_step(0.95 / n), z, ends).state
         errors.append(float((found - flow(z, "VE", 0.05)).abs().max()))

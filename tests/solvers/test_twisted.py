@@ -34,8 +34,8 @@ def check_evidence(found, data, seen, bias=0.01):
     """Three standard errors, and the step's error of second order."""
     error = found.log_evidence - data.log_evidence(seen)
     assert abs(error) < 3 * found.log_evidence_std + bias
-    # Before particles are resampled, their effective number is about half: a relative variance of
-    # 1 for each of N. Twice that, as the spread of eight runs is known to a third.
+    # Each time that N particles are resampled, the relative variance of their weights is about 1,
+    # and adds 1/N to the variance. Twice the root, as eight runs give the spread to a third.
     times = 1 + int((found.ess < found.ess[:, :1] / 2).sum(1).max())
     assert found.log_evidence_std < 2 * math.sqrt(times / len(found.samples))
 
