@@ -180,6 +180,7 @@ class ProbabilityFlow(Solver):
             last = velocity(new, len(weights.stages))
             slopes.append(last)
             errors = self._error(weights, slopes, dt, z, new)
+            del slopes  # so that its memory is free before the next attempt
             error = errors.cpu().to(torch.float64)
             accept, accept_on_device = error <= 1, errors <= 1
             growth = _growth(error, run.tables.error_estimator_order, after_rejection=rejected)
@@ -322,22 +323,25 @@ class _Slopes:
 
     def __init__(self, first: Tensor, count: int) -> None:
         self._shape = first.shape
-        self._known = [first.flatten()]
-        self._memory: Tensor | None = None
-        if not torch.is_grad_enabled():
-            self._memory = first.new_empty(count, first.numel())
-            self._memory[0] = self._known[0]
+        self._count = 0
+        # Autograd keeps each slope by itself, and must not see it written into another tensor.
+        self._listed: list[Tensor] = []
+        recorded = torch.is_grad_enabled()
+        self._memory = None if recorded else first.new_empty(count, first.numel())
+        self.append(first)
 
     def append(self, slope: Tensor) -> None:
         """Add the slope of the next stage."""
-        if self._memory is not None:
-            self._memory[len(self._known)] = slope.flatten()
-        self._known.append(slope.flatten())
+        if self._memory is None:
+            self._listed.append(slope.flatten())
+        else:
+            self._memory[self._count] = slope.flatten()
+        self._count += 1
 
     def sum(self, weights: Tensor) -> Tensor:
         """Σ weight · slope over the first slopes."""
         count = len(weights)
-        known = torch.stack(self._known[:count]) if self._memory is None else self._memory[:count]
+        known = torch.stack(self._listed[:count]) if self._memory is None else self._memory[:count]
         # Keep the precision of the slopes if the network runs under autocast.
         with torch.autocast(known.device.type, enabled=False):
             return (weights @ known).view(self._shape)

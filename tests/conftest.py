@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import is_hypothesis_test, settings
 
 # "ci" takes the same examples on every machine and in every run. "deep" looks further, at random:
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if PROFILE == "deep" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("slow")
+
+
+@pytest.fixture
+def defaults() -> Iterator[None]:
+    """The test may change torch's default device and dtype."""
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    yield
+    torch.set_default_device(device if device.type != "cpu" else None)
+    torch.set_default_dtype(dtype)
 
 
 @pytest.fixture(scope="session")

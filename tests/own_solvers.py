@@ -39,7 +39,7 @@ class Doubtful(CentredEuler):
 
 
 class Late(CentredEuler):
-    """Breaks for the number of states of the diagram of work, which no check has."""
+    """Fails for 8,192 states, which only the work-precision diagram uses."""
 
     def step(self, z, *arguments):
         if len(z) == 8192:

@@ -16,6 +16,9 @@ from cldsde.solvers.base import Solver
 
 # For properties that are parametrised besides: a few examples of each case are many.
 few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
+# Options of multistep solvers as published, and schemes of splitting.
+PUBLISHED = {"variable": "log_snr", "weights": "published"}
+WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
 
 
 def name_of_case(case: object) -> str:
@@ -23,10 +26,11 @@ def name_of_case(case: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(case))
 
 
-def named_solvers() -> dict[str, Solver]:
-    """All named solvers; adaptive ones with tolerances that need few attempts."""
+def named_solvers(tolerance: float = 0.1) -> dict[str, Solver]:
+    """All named solvers; adaptive ones with a tolerance that needs few attempts."""
+    loose = {"rtol": tolerance, "atol": tolerance}
     return {
-        name: dataclasses.replace(solver, rtol=0.1, atol=0.1) if solver.facts.adaptive else solver
+        name: dataclasses.replace(solver, **loose) if solver.facts.adaptive else solver
         for name, solver in solvers.named_solvers().items()
     }
 
@@ -62,12 +66,12 @@ def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
     return covariance
 
 
-def hidden_time(sde: LinearSDE) -> float:
-    """The first time at which the score of a process of two components says nothing about x_0."""
+def hidden_times(sde: LinearSDE) -> list[float]:
+    """Times at which the driven row of Sigma^-1 psi changes its sign: the score hides x_0."""
     t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
     kernel = sde.marginal(t)
-    weight = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, 1, 0]
-    return float(t[(weight[1:] * weight[:-1] < 0).nonzero().flatten()[0]])
+    b = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, sde.driven[0], 0]
+    return t[:-1][(b[1:] * b[:-1]) < 0].tolist()
 
 
 def untouchable(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -60,14 +60,6 @@ def coefficients(sde: LinearSDE) -> Iterator[Any]:
         yield solvers.plan(process, solvers.ExponentialMultistep(**options), times).tables
 
 
-@pytest.fixture
-def defaults() -> Iterator[None]:
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
-    yield
-    torch.set_default_device(device if device.type != "cpu" else None)
-    torch.set_default_dtype(dtype)
-
-
 def forget_constants() -> None:
     """Let cached constants be made anew."""
     for name, module in list(sys.modules.items()):

@@ -56,7 +56,6 @@ PAIRS = [(s, s + gap) for s in (0.0, 1e-8, 1e-4, 0.3) for gap in GAPS if s + gap
 PAIRS += [(1 - gap, 1.0) for gap in (1e-8, 1e-4, 1e-1)] + [(0.4, 0.4)]
 STEPS = [(1e-8, 2e-8), (1e-4, 1.01e-4), (1e-3, 0.01), (0.3, 0.30001), (0.3, 1.0)]
 
-
 # A posterior rounded once, for several pairs of times; a known component of z_s has no root.
 Exact = namedtuple("Exact", "state initial covariance root earlier_mean later_mean earlier later")
 

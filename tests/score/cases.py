@@ -51,7 +51,17 @@ REORDERED: dict[str, LinearSDE] = {
     ),
 }
 PROCESSES = {**FAMILIES, **REORDERED}
+COMMON = {name: FAMILIES[name] for name in ("VP", "VE", "CLD", "PSLD", "HOLD")}
 AUXILIARY = [name for name, sde in FAMILIES.items() if sde.components > 1]
+
+# Two modes and three in the plane, and three on the line.
+TWO = GaussianMixture(
+    [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [[[0.3, 0.1], [0.1, 0.2]], [[0.25, 0.0], [0.0, 0.5]]]
+)
+MODES = GaussianMixture(
+    [0.3, 0.3, 0.4], [[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]], [[[0.04, 0.0], [0.0, 0.09]]] * 3
+)
+LINE = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 
 
 def mixture(kind: str = "regular") -> GaussianMixture:

@@ -10,7 +10,7 @@ import torch
 from cldsde import CLD, VESDE, LinearSDE, ReverseProcess
 from cldsde.score import Conversion
 from cldsde.score.conversion import Conditioning, Prediction
-from probes import normals, tensor, untouchable
+from probes import hidden_times, normals, tensor, untouchable
 from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
 from score.cases import PROCESSES, condition, inverted, mixture, states
@@ -131,20 +131,12 @@ def test_the_data_explain_the_prediction_best(name, source):
     assert error <= tolerance * float(right.abs().max() / b.norm())
 
 
-def zeros(sde):
-    """Times at which the driven row of the inverse covariance, applied to psi, changes its sign."""
-    t = torch.linspace(0.02, 1.0, 4001, dtype=torch.float64)
-    kernel = sde.marginal(t)
-    b = torch.linalg.solve(kernel.covariance, kernel.mean[..., :1])[:, sde.driven[0], 0]
-    return t[:-1][(b[1:] * b[:-1]) < 0].tolist()
-
-
 class TestUndetermined:
     """Times at which the driven score does not determine the data."""
 
     @pytest.mark.parametrize("name", UNDERDAMPED)
     def test_an_underdamped_process_is_rejected_near_the_zeros(self, name):
-        for t in zeros(UNDERDAMPED[name]):
+        for t in hidden_times(UNDERDAMPED[name]):
             for source, target in itertools.product(["score", "noise"], ["data", "full_score"]):
                 with pytest.raises(ValueError, match=r"not determine x_0 at .*critical damping"):
                     Conversion.at(UNDERDAMPED[name], t, source, target)
@@ -153,7 +145,7 @@ class TestUndetermined:
     @pytest.mark.parametrize("name", UNDERDAMPED)
     def test_other_conversions_do_not_need_the_driven_rows(self, name, conditioning):
         sde, x0 = UNDERDAMPED[name], tensor([0.3, -1.2])
-        t = zeros(sde)[0]
+        t = hidden_times(sde)[0]
         z = states(sde, mixture(), t, n=1)[0]
         values, allowed = (f(sde, t, z, x0, conditioning) for f in (representations, tolerances))
         for source, target in PAIRS:
@@ -166,15 +158,15 @@ class TestUndetermined:
             assert error <= min(EXACT, allowed[target]) * size
 
     def test_a_critically_damped_process_has_no_zeros(self):
-        assert all(map(zeros, UNDERDAMPED.values()))
-        assert not zeros(CLD())
+        assert all(map(hidden_times, UNDERDAMPED.values()))
+        assert not hidden_times(CLD())
         Conversion.at(CLD(), torch.logspace(-3, 0, 50, dtype=torch.float64), "score", "data")
 
     def test_the_error_comes_before_the_score_is_evaluated(self):
         process = ReverseProcess(UNDERDAMPED["0.6"], untouchable)
         for method in (process.data_prediction, process.full_score):
             with pytest.raises(ValueError, match="does not determine"):
-                method(torch.zeros(1, 2, 1), zeros(process.sde)[0])
+                method(torch.zeros(1, 2, 1), hidden_times(process.sde)[0])
 
 
 def test_a_process_with_initial_noise_converts_at_the_start():

@@ -6,17 +6,14 @@ import pytest
 import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, NoisePath, ReverseProcess, solvers
-from cldsde.score import DenoiserScore, GaussianMixture, PredictionDenoiser, ScoreDenoiser
+from cldsde.score import DenoiserScore, PredictionDenoiser, ScoreDenoiser
 from probes import generator, normals, tensor, untouchable
-from score.cases import score_rounding, states
+from score.cases import TWO, score_rounding, states
 from tolerances import rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
-WEIGHTS = tensor([0.3, 0.7])
-MEANS = tensor([[-1.0, 0.5], [1.0, 0.0]])
-COVARIANCES = tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.25, 0.0], [0.0, 0.5]]])
-DATA = GaussianMixture(WEIGHTS, MEANS, COVARIANCES)
+DATA, WEIGHTS, MEANS, COVARIANCES = TWO, TWO.weights, TWO.means, TWO.covariances
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 KINDS = ("noise", "data", "velocity", "flow", "score")
 

@@ -14,7 +14,6 @@ INVERTED = 1e-6  # a time is found by inverting the noise level
 POWERS = 1e-3  # the norm of the means is found by power iteration
 SUMS = rounding(100, 48)  # sums of at most 48 products of unit size
 
-
 MASK = torch.rand(2, 4, 6, generator=generator(0)) < 0.5
 BLUR = torch.rand(3, 5, generator=generator(1), dtype=torch.float64)
 MATRIX = torch.randn(7, 48, generator=generator(2), dtype=torch.float64)

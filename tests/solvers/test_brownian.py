@@ -16,7 +16,7 @@ from scipy.linalg import block_diag
 
 from cldsde import CLD, PSLD, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import BrownianPath
-from gaussian_data import PROCESSES
+from gaussian_data import EVERY, PROCESSES
 from probes import generator, start, untouchable
 from tolerances import KERNEL, rounding, standard_error, standard_error_of_variance
 
@@ -35,7 +35,7 @@ JOINT = 1e3 * KERNEL
 SUMS = {torch.float64: rounding(1e3), torch.float32: rounding(64, dtype=torch.float32)}
 SUM = SUMS[torch.float64]
 
-every_process = pytest.mark.parametrize("name", ["VP", "VE", "PSLD", "HOLD", "CLD, linear"])
+every_process = pytest.mark.parametrize("name", EVERY)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -180,6 +180,12 @@ def test_a_read_is_alone_the_same_and_belongs_to_the_reader(axes, dtype):
     path.increment(s, t).zero_()
     path.integral(s, t).zero_()
     assert torch.equal(both(path, s, t), expected)
+    # Eight cells make four levels. A cell is bisected 20 times, and then split at the time itself.
+    path.increment(s, (2 * s + t) / 3)
+    levels, nodes = 0, [path._top]
+    while nodes:
+        levels, nodes = levels + 1, [x for node in nodes for x in node.children or ()]
+    assert levels == 4 + 20 + 1
 
 
 EM, EXPONENTIAL = solvers.EulerMaruyama(), solvers.ExponentialEuler()
@@ -188,10 +194,6 @@ INCREMENTS |= {"EM": EM, "midpoint": solvers.TorchSDE(method="midpoint")}
 INTEGRALS = {"exponential": EXPONENTIAL, "reverse diffusion": solvers.ReverseDiffusion()}
 FOLLOWING = {"euler-maruyama", "stochastic-heun", "exponential-euler", "reverse-diffusion"}
 FOLLOWING |= {"torchsde-euler"}
-
-
-def unscored(sde):
-    return ReverseProcess(sde, lambda z, t: torch.zeros_like(z[:, list(sde.driven)]))
 
 
 def normals(path, sde, solver, times=GRID):
@@ -230,12 +232,13 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
 
 @pytest.mark.parametrize("name", [x for x in solvers.named_solvers() if x[:3] != "edm"])
 def test_solvers_follow_a_path_or_say_that_they_do_not(name):
-    solver = solvers.named_solvers()[name]
+    process = ReverseProcess(SDE, lambda z, t: torch.zeros_like(z[:, 1:]))
+    arguments = process, solvers.named_solvers()[name], start(SDE, (5, 3)), GRID
     if name in FOLLOWING:
-        assert solvers.solve(unscored(SDE), solver, start(SDE, (5, 3)), GRID, noise=make()).success
+        assert solvers.solve(*arguments, noise=make()).success
     else:
         with pytest.raises(ValueError, match=r"^noise must not be a BrownianPath"):
-            solvers.solve(unscored(SDE), solver, start(SDE, (5, 3)), GRID, noise=make())
+            solvers.solve(*arguments, noise=make())
 
 
 # The memory of pairs: a path writes halves over older ones, which nobody may notice.

@@ -27,7 +27,6 @@ from tolerances import rounding
 SOLVERS = probes.named_solvers()
 PROCESSES = {"VP": VPSDE(0.5, 5.0), "VE": VESDE(0.05, 5.0), "CLD": CLD(1.0)}
 PROCESSES |= {"PSLD": PSLD(2.0), "HOLD": HOLD(1.0)}
-ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
 # One step length for the batch: torchdiffeq knows no other.
 SHARED = "torchdiffeq-dopri5"
 SEEDS = [3, 1, 4, 15]
@@ -267,6 +266,22 @@ def test_one_sample_without_a_finite_score_fails_alone(method):
     assert plan.solve(state, noise=SampleNoise(SEEDS[:3]), warn=False).status == 1
 
 
+GAUSSIAN_STEPS = {"euler-maruyama", "exponential-euler", "reverse-diffusion", "ancestral"}
+GAUSSIAN_STEPS |= {"multistep-1-sde", "multistep-2-sde"}
+
+
+@every_solver
+def test_paths_have_a_density_if_steps_are_gaussian_and_otherwise_it_is_rejected(method):
+    density = functools.partial(solve, method, home(method), log_prob=True)
+    if method in GAUSSIAN_STEPS:
+        assert (
+            density(start(process_of(home(method)).sde)).log_prob.isfinite().tolist() == [True] * 3
+        )
+        return
+    with pytest.raises(ValueError, match=r"log_prob must be False for .* whose steps"):
+        density(start(process_of(home(method)).sde))
+
+
 class Memory(TorchDispatchMode):
     """Bytes of all tensors that are made while it is entered: now, and at the peak."""
 
@@ -290,13 +305,15 @@ class Memory(TorchDispatchMode):
 
 # The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
 # slopes. A multistep method holds one prediction more per order above 2, and a corrector two more.
+# A flow holds its slopes and eight states; Gotta Go Fast, increments of the steps that it rejected.
 STATES = dict.fromkeys(["multistep-3", "multistep-3-sde", "multistep-1-corrector"], 4)
 STATES |= {"multistep-2-corrector": 5, "multistep-3-corrector": 6, "multistep-2-noise": 4}
-STATES |= {"edm-heun": 4, "edm-heun-churn": 4}
+STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
+STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
 
 
-@pytest.mark.parametrize("method", [name for name in ON_GRID if not name.startswith("torch")])
-def test_a_solve_on_a_grid_holds_few_states(method):
+@pytest.mark.parametrize("method", [name for name in SOLVERS if not name.startswith("torch")])
+def test_a_solve_holds_few_states(method):
     sde = PROCESSES[home(method)]
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
@@ -310,8 +327,8 @@ def test_a_solve_on_a_grid_holds_few_states(method):
         assert states <= STATES.get(method, 3) + 0.01
 
 
-# Third derivatives times h², and rounding over h: 1e-10 and 1e-16 / 1e-7 of the value.
-DIFFERENCES = 1e-6
+# Ten times the errors of third derivatives, h² = 1e-10, and of rounding over h, 1e-16 / 1e-7.
+DIFFERENCES = 1e-8
 
 
 @every_solver
@@ -401,7 +418,8 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
     if facts.encodes:
         assert solvers.plan(process, SOLVERS[method], GRID.flip(0)).times[0] == END
     else:
-        with pytest.raises(ValueError, match="times must decrease"):
+        why = "stochastic" if facts.ode_order is None else "for decreasing grids only"
+        with pytest.raises(ValueError, match=f"times must decrease for .*, which is {why}"):
             solvers.plan(process, SOLVERS[method], GRID.flip(0))
     if facts.adaptive:
         assert solve(method, home(method), state, t_eval=GRID[1:2] + 1e-3).y.isfinite().all()
@@ -431,7 +449,9 @@ def test_bad_scores_are_rejected(method, value, error, message):
     ("method", "name"), [(m, n) for m in SOLVERS for n in PROCESSES if not applies(m, n)]
 )
 def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
-    process = ReverseProcess(PROCESSES[name], untouchable)
-    kind = type(SOLVERS[method]).__name__
-    with pytest.raises(ValueError, match=rf"{kind} needs a process .*[Uu]se \w+"):
-        solvers.plan(process, SOLVERS[method], GRID)
+    sde, kind = PROCESSES[name], type(SOLVERS[method]).__name__
+    other = "StochasticHeun" if name == "VE" else "SSCS"
+    use = "ExponentialMultistep" if kind == "EDMHeun" else other
+    message = rf"^{kind} needs a process .* has ({sde.components}|none)\b.*\. Use {use}\b"
+    with pytest.raises(ValueError, match=message):
+        solvers.plan(ReverseProcess(sde, untouchable), SOLVERS[method], GRID)

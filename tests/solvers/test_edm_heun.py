@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import VESDE, GaussianMixture, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
+from cldsde import VESDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
 from probes import normals, start
+from score.cases import MODES
 from tolerances import rounding
 
 
@@ -42,10 +43,8 @@ PROCESSES = {
 }
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
 
-WEIGHTS = np.array([0.3, 0.3, 0.4])
-CENTRES = np.array([[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]])
-VARIANCES = np.array([0.04, 0.09])
-MODES = GaussianMixture(WEIGHTS.tolist(), CENTRES.tolist(), [np.diag(VARIANCES).tolist()] * 3)
+WEIGHTS, CENTRES = MODES.weights.numpy(), MODES.means.numpy()
+VARIANCES = MODES.covariances[0].diagonal().numpy()
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
@@ -90,23 +89,16 @@ def algorithm(x, levels, draws=(), **options):
     return x
 
 
-def solved(name, times, draws=(), **options):
-    """Data of the solver, which uses all the noise."""
-    sde = PROCESSES[name][0]
-    z, noise = start(sde, (4, 2)), RecordedNoise(draws)
-    process = ReverseProcess(sde, MODES.score(sde))
-    data = solvers.solve(process, EDMHeun(**options), z, times, noise=noise).data
-    with pytest.raises(ValueError, match="which are used up"):
-        noise.normal(z, 1)
-    return data.numpy()
-
-
 def check_algorithm(name, times, noisy=0, **options):
     """Compare with the algorithm, of which so many steps have noise."""
     (sde, alpha, sigma), t, draws = PROCESSES[name], times.numpy(), list(normals(3, noisy, 4, 1, 2))
-    x = start(sde, (4, 2))[:, 0].numpy() / alpha(t)[0]
+    z, noise = start(sde, (4, 2)), RecordedNoise(draws)
+    process = ReverseProcess(sde, MODES.score(sde))
+    x = z[:, 0].numpy() / alpha(t)[0]
     expected = algorithm(x, sigma(t), [draw[:, 0].numpy() for draw in draws], **options)
-    found = solved(name, times, draws, **options)
+    found = solvers.solve(process, EDMHeun(**options), z, times, noise=noise).data.numpy()
+    with pytest.raises(ValueError, match="which are used up"):
+        noise.normal(z, 1)
     assert found.dtype == expected.dtype == np.float64
     assert abs(found - alpha(t)[-1] * expected).max() <= CONVERSION
 

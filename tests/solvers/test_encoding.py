@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
+from cldsde import CLD, VPSDE, RectifiedFlow, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import DATA as GAUSSIAN
 from gaussian_data import SLOPE
 from probes import generator
+from score.cases import LINE as DATA
 from tolerances import order_of
 
-DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "rectified flow": RectifiedFlow()}
 EPS, FLOW = 0.02, 1e-7  # the end of sampling, and rtol and atol of flows
-BEST = Multistep(order=3, corrector=True)
 
 
 def process_and_states(name, n=50):
@@ -63,10 +62,10 @@ def test_adaptive_flows_come_back_within_their_tolerance(name, pace):
 
 
 def test_encoding_with_a_gaussian_is_a_known_map():
-    sde, n = RectifiedFlow(), 200
+    sde, n, solver = RectifiedFlow(), 200, Multistep(order=3, corrector=True)
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1)
     times = solvers.root_times(1.0, EPS, n).flip(0)
-    code = solvers.solve(ReverseProcess(sde, GAUSSIAN.score(sde)), BEST, z, times).state
+    code = solvers.solve(ReverseProcess(sde, GAUSSIAN.score(sde)), solver, z, times).state
     expected = (z - (1 - EPS) * 0.3) / math.sqrt((1 - EPS) ** 2 * 0.25 + EPS**2)
-    # A flow of unit rates.
-    assert (code - expected).abs().max() <= order_of(1 / n, 3, 100.0)
+    # The error times n³ is between 8.7 and 9.7 for 50 to 800 steps.
+    assert (code - expected).abs().max() <= order_of(1 / n, 3, 12.0)

@@ -1,4 +1,4 @@
-"""Gotta Go Fast: its Brownian path, its formulas, its distribution, and how it ends."""
+"""Gotta Go Fast: its Brownian path, its formulas, and how it ends."""
 
 import math
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess
+from cldsde import CLD, ReverseProcess
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
 from cldsde.solvers.gotta_go_fast import _Path
 from probes import Recording, generator, start, tensor
 from score import cases
 from tolerances import rounding, standard_error, standard_error_of_variance
 
-PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 RERUN = 1e-9  # rounding, 1e-16, that grows along some hundred steps whose lengths feel it
 RARE = 1e-4  # chance of a p-value that is rejected
 
@@ -118,10 +117,10 @@ class Reference:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, "bridge") for name in PROCESSES), ("CLD", "fresh"), ("VE", "fresh")]
+    ("name", "mode"), [*((x, "bridge") for x in cases.COMMON), ("CLD", "fresh"), ("VE", "fresh")]
 )
 def test_a_run_is_the_published_algorithm(name, mode):
-    sde = PROCESSES[name]
+    sde = cases.COMMON[name]
     score, z = cases.mixture().score(sde), start(sde, (1, 2))
     shape = (4000, 1, sde.diffusion(0.5).shape[-1], 2)
     draws = list(torch.randn(shape, generator=generator(2), dtype=torch.float64))

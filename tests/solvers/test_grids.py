@@ -1,4 +1,4 @@
-"""Time grids: formulas, exact ends, the inverse of the log-SNR, and rejected arguments."""
+"""Time grids: their formulas, exact ends, and the inverse of the log-SNR."""
 
 import math
 
@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import references
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE, solvers
+from cldsde import CLD, VESDE, SubVPSDE, solvers
 from cldsde.solvers import karras_times, log_snr_times, logistic_times
 from probes import few_examples, tensor
+from score.cases import COMMON as FAMILIES
 from strategies import log_uniform
 from tolerances import KERNEL, rounding
 
@@ -25,10 +26,8 @@ PLAIN = {
     ),
 }
 SNR = {"log_snr": log_snr_times, "karras": karras_times, "logistic": logistic_times}
-FAMILIES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 
 every_plain_grid = pytest.mark.parametrize("name", list(PLAIN))
-every_snr_grid = pytest.mark.parametrize("name", list(SNR))
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
@@ -69,7 +68,7 @@ SCALES = {
 }
 
 
-@every_snr_grid
+@pytest.mark.parametrize("name", list(SNR))
 @every_family
 @few_examples
 @given(st.data(), st.integers(1, 40), log_uniform(1e-5, 1e-2))

@@ -28,7 +28,6 @@ IMAGE = (3, 2, 4)
 KNOWN = torch.randn(IMAGE, generator=generator(1), dtype=torch.float64)
 MASK = torch.rand(IMAGE, generator=generator(2)) < 0.5
 GREY, BASIS = torch.tensor([True, False, False])[:, None, None], grey_basis()
-NOTHING = torch.tensor(False)
 STEPS = rounding(512, 10.0)  # a few steps of sums of a few numbers
 
 
@@ -165,7 +164,8 @@ def test_the_score_is_evaluated_at_the_announced_times(name, resample, jump):
 
 def test_the_way_back_is_the_forward_process():
     inner, noise = EulerMaruyama(), Recorder()
-    found = sample(Imputation(inner, KNOWN, NOTHING, resample=2, jump=6), noise=noise).state
+    nothing = Imputation(inner, KNOWN, torch.tensor(False), resample=2, jump=6)
+    found = sample(nothing, noise=noise).state
     assert len(noise.draws) == 13
     there = sample(inner, noise=RecordedNoise(noise.draws[:6])).state
     back = CRITICAL.transition(GRID[-1], GRID[0])

@@ -12,6 +12,7 @@ the exact answer, whatever the polynomials' weights.
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -19,31 +20,24 @@ from scipy.integrate import solve_ivp
 from cldsde import GaussianMixture, ReverseProcess, solvers
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import RecordedNoise
-from cldsde.validation import propagate_moments
-from gaussian_data import PROCESSES
-from probes import generator, name_of_case, start
+from gaussian_data import PROCESSES, moments
+from probes import PUBLISHED, generator, name_of_case, start
 from score import cases
+from score.cases import MODES
 from tolerances import rounding
 
 ONE = GaussianMixture([1.0], [[0.7]], [[[0.0]]])
-MODES = GaussianMixture(
-    [0.3, 0.3, 0.4], [[-1.0, 0.2], [0.8, 0.8], [0.4, -1.0]], [[[0.04, 0.0], [0.0, 0.09]]] * 3
-)
 # Scores convert to predictions with an error of some 1e-13 of states of size 10. The slope of the
 # prediction between the modes raises it.
 CONVERSION = rounding(64, 1e4)
 REFERENCE = 1e-12  # relative tolerance of reference solutions
 
 
-def level(t):
-    """A stochasticity that is 1.5 early and 0 late."""
-    return 1.5 * (t > 0.4)
-
-
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
 VARIANTS = [
     {"order": k, "corrector": c, "stochasticity": x}
-    for k, c, x in itertools.product((1, 2, 3), (False, True), (0.0, 1.0, level))
+    for k, c, x in itertools.product(
+        (1, 2, 3), (False, True), (0.0, 1.0, lambda t: 1.5 * (t > 0.4))
+    )
 ]
 VARIANTS += [{"order": 3, "corrector": c, "stochasticity": 0.5} for c in (False, True)]
 VARIANTS += [{"order": k, "prediction": "noise"} for k in (1, 2, 3)]
@@ -54,22 +48,28 @@ VARIANTS += [
 VARIANTS += [{"order": k, "corrector": True, **PUBLISHED} for k in (1, 2)]
 
 
-def linear_flow(sde, predicted, z, ends, stochasticity=0.0):
+def given(exact, t):
+    """psi ``(k, 1)`` and the covariance of z_t given the data."""
+    covariance = exact._replace(data_variance=0.0).covariance(t)
+    return torch.from_numpy(exact.psi(0.0, t)[:, :1]), torch.from_numpy(covariance)
+
+
+def linear_flow(exact, predicted, z, ends, stochasticity=0.0):
     """The mean path of the linear process with a given data prediction, in x = log t."""
     pull = (1 + stochasticity**2) / 2
 
     def slope(x, flat):
         t = math.exp(x)
-        kernel, G = sde.marginal(t), sde.diffusion(t)
-        state = torch.from_numpy(flat).reshape(sde.components, -1)
-        away = torch.linalg.solve(kernel.covariance, state - kernel.mean[:, :1] * predicted(t))
-        return (t * (sde.drift(t) @ state + pull * G @ G.mT @ away)).flatten().numpy()
+        psi, covariance = (part.numpy() for part in given(exact, t))
+        state = flat.reshape(len(psi), -1)
+        away = np.linalg.solve(covariance, state - psi * predicted(t))
+        return (t * exact.clock.rate(t) * (exact.A @ state + pull * exact.Q @ away)).flatten()
 
     begin = z.movedim(0, -1).flatten().numpy()
     times = [math.log(t) for t in ends]
     options = {"method": "DOP853", "rtol": REFERENCE, "atol": 0.1 * REFERENCE}
     end = torch.from_numpy(solve_ivp(slope, times, begin, **options).y[:, -1])
-    return end.reshape(sde.components, *z.shape[2:], len(z)).movedim(-1, 0)
+    return end.reshape(*z.shape[1:], len(z)).movedim(-1, 0)
 
 
 # The covariance of HOLD given the data grades like t^2, t^4, t^6: below 1e-2 its inverse and the
@@ -80,20 +80,21 @@ def linear_flow(sde, predicted, z, ends, stochasticity=0.0):
 )
 @pytest.mark.parametrize("options", VARIANTS, ids=name_of_case)
 def test_the_distribution_given_a_point_is_kept(options, name, steps, end):
-    sde = PROCESSES[name][0]
+    sde, exact = PROCESSES[name]
+    exact = exact._replace(data_mean=0.7, data_variance=0.0)
     if "prediction" in options:
         # Polynomials through the noise invert a root at every step, whose condition squares the
-        # rounding: one step, and not near the data.
+        # rounding: one step, and not near the data. It may also lead back to the noise.
         steps, end = 1, 0.3
-    first, last = sde.marginal(1.0), sde.marginal(end)
-    process, times = ReverseProcess(sde, ONE.score(sde)), solvers.root_times(1.0, end, steps)
-    begin = 0.7 * first.mean[:, :1], first.covariance
-    mean, covariance = propagate_moments(process, Multistep(**options), times, *begin)
-    spread = last.covariance.diagonal().sqrt()
-    # Rounding of the score, in units of the spread; each step may add its own.
-    size = 100 * steps * cases.score_rounding(sde, end)
-    assert ((mean - 0.7 * last.mean[:, :1]).abs()[:, 0] <= size * (spread + 1)).all()
-    assert ((covariance - last.covariance).abs() <= size * torch.outer(spread, spread)).all()
+    times = solvers.root_times(1.0, end, steps)
+    for grid in (times, times.flip(0)) if "prediction" in options else (times,):
+        mean, covariance = moments(Multistep(**options), (sde, exact), grid, ONE)
+        expected = exact.covariance(grid[-1])
+        spread = np.sqrt(np.diag(expected))
+        # Rounding of the score, in units of the spread; each step may add its own.
+        size = 100 * steps * cases.score_rounding(sde, end)
+        assert (abs(mean - exact.mean(grid[-1])) <= size * (spread + 1)).all()
+        assert (abs(covariance - expected) <= size * np.outer(spread, spread)).all()
 
 
 OPTIONS = [(0.0, False), (0.5, True), (1.0, False)]
@@ -104,15 +105,15 @@ POLYNOMIALS += [("HOLD", 2, 0.5, True)]
 
 @pytest.mark.parametrize(("name", "order", "stochasticity", "corrector"), POLYNOMIALS)
 def test_a_polynomial_prediction_is_integrated_exactly(name, order, stochasticity, corrector):
-    sde = PROCESSES[name][0]
+    sde, exact = PROCESSES[name]
 
     def predicted(t):
         return sum(c * t**j for j, c in enumerate([0.5, -1.5, 2.0][:order]))
 
     def score(z, t):
-        kernel = sde.marginal(float(t[0]))
-        away = z - kernel.mean[:, :1] * predicted(float(t[0]))
-        return -torch.linalg.solve(kernel.covariance, away)[:, list(sde.driven)]
+        psi, covariance = given(exact, float(t[0]))
+        away = z - psi * predicted(float(t[0]))
+        return -torch.linalg.solve(covariance, away)[:, list(sde.driven)]
 
     solver = Multistep(order=order, corrector=corrector, stochasticity=stochasticity)
     process, z = ReverseProcess(sde, score), start(sde)
@@ -125,7 +126,7 @@ def test_a_polynomial_prediction_is_integrated_exactly(name, order, stochasticit
     # The first steps know fewer predictions than the degree needs; those after are exact.
     known = run(times[: order + 1])
     ends = float(times[order]), float(times[-1])
-    expected = linear_flow(sde, predicted, known, ends, stochasticity)
+    expected = linear_flow(exact, predicted, known, ends, stochasticity)
     # The reference's error in each of its steps, grown along the way.
     size = max(1.0, float(expected.abs().max()), float(known.abs().max()))
     assert (run(times) - expected).abs().max() <= 1e3 * REFERENCE * size

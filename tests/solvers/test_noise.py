@@ -75,6 +75,7 @@ def test_draws_are_not_shared_and_the_start_is_the_first():
     assert torch.equal(noise.normal(z, 1), whole)
 
 
+@pytest.mark.usefixtures("defaults")
 @pytest.mark.parametrize(("axes", "dtype"), [((), torch.float32), ((1, 8, 8), torch.float64)])
 def test_starts_are_of_the_kind_asked_for_whatever_the_default_dtype(axes, dtype):
     before, starts = torch.random.get_rng_state(), []

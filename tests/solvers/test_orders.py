@@ -6,6 +6,7 @@ carry p_T to p_t, so that the moments of z_t are the exact answer for either.
 
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from scipy.integrate import quad_vec
 from scipy.linalg import expm, solve_continuous_lyapunov
 
 from cldsde import ReverseProcess, solvers
-from cldsde.solvers import EDMHeun, Splitting, TorchSDE
+from cldsde.solvers import EDMHeun, Splitting, TorchDiffEq, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.validation import propagate_moments
-from gaussian_data import PROCESSES, SLOPE, moments_error
+from gaussian_data import EVERY, PROCESSES, SLOPE, flow, moments_error, reverse
+from probes import PUBLISHED, WORDS, start, tensor
 from tolerances import KERNEL
 
 GRIDS = {"uniform": solvers.uniform_times, "root": solvers.root_times}
@@ -40,9 +42,6 @@ def declared(solver):
     return facts.weak_order if facts.ode_order is None else facts.ode_order
 
 
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
-EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
-WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
 LATE = {"scheme": "OBAB", "score_time": "end"}
 # Solvers, and the processes on which the slope is the declared one.
 TABLE = {
@@ -71,6 +70,7 @@ TABLE = {
     "published, 2 corrected": (Multistep(order=2, corrector=True, **PUBLISHED), ["VP", "CLD"]),
     "published, 2 with noise": (Multistep(order=2, stochasticity=1.0, **PUBLISHED), ["CLD"]),
     "2 at falling noise": (Multistep(order=2, stochasticity=lambda t: t), ["VP", "CLD"]),
+    "1 at 1": (Multistep(order=1, stochasticity=1.0), ["VP", "VE"]),
     "1 at 0.5": (Multistep(order=1, stochasticity=0.5), ["VP", "CLD"]),
     "1 corrected at 1": (Multistep(order=1, stochasticity=1.0, corrector=True), ["VP", "CLD"]),
     "2 at 0.5": (Multistep(order=2, stochasticity=0.5), ["CLD"]),
@@ -79,7 +79,7 @@ TABLE = {
     "3 at 1": (Multistep(order=3, stochasticity=1.0), []),
     "3 corrected at 1": (Multistep(order=3, stochasticity=1.0, corrector=True), []),
     "EDM": (EDMHeun(), ["VP", "VE"]),
-    "EDM, churn": (EDMHeun(churn=20.0), ["VE"]),
+    **{f"EDM, churn {x}": (EDMHeun(churn=x), ["VE"]) for x in (10.0, 20.0)},
     "EDM, churn in a range": (EDMHeun(churn=5.0, churn_range=(0.3, 3.0)), ["VP", "VE"]),
     **{word: (Splitting(scheme=word), ["CLD"]) for word in WORDS},
     "OBAB, shared": (Splitting(scheme="OBAB", shared_score=True), ["CLD", "PSLD"]),
@@ -125,6 +125,7 @@ SPECIAL = [
     # The data prediction hardly moves at T if there is a velocity, which hides the first steps.
     (SOLVERS["3 corrected"], 3, "CLD", 4, ANY, {}),
     (SOLVERS["noise, 3"], 2, "CLD", 3, ANY, {}),
+    (TorchDiffEq(method="rk4"), 4, "VP", 4, SLOPE, {"coarse": 20}),
 ]
 
 
@@ -132,6 +133,28 @@ SPECIAL = [
 def test_special_orders(solver, claim, name, least, above, options):
     assert declared(solver) == claim
     assert least - SLOPE < order(solver, name, **options) < least + above
+
+
+NAMED = solvers.named_solvers()
+FLOWS = [name for name, x in NAMED.items() if x.facts.adaptive and x.facts.ode_order]
+
+
+@pytest.mark.parametrize("method", FLOWS)
+def test_fixed_steps_of_adaptive_solvers_have_the_declared_order(method):
+    z, ends, errors = start(PROCESSES["VE"][0], (4, 1)), tensor([1.0, 0.05]), []
+    # With few steps, errors are far above rounding, but slopes are not yet at their limits.
+    for n in (8, 16) if method.endswith("dopri8") else (40, 80):
+        found = solvers.solve(reverse("VE"), NAMED[method].with_step(0.95 / n), z, ends).state
+        errors.append(float((found - flow(z, "VE", 0.05)).abs().max()))
+    assert abs(math.log2(errors[0] / errors[1]) - declared(NAMED[method])) < 2 * SLOPE
+
+
+def test_every_declared_order_is_measured_and_orders_in_names_are_the_declared_ones():
+    measured = {solver for solver, names in TABLE.values() if names} | {row[0] for row in SPECIAL}
+    orders = {name for name, x in NAMED.items() if x.facts.weak_order or x.facts.ode_order}
+    assert {name for name in orders if NAMED[name] not in measured} == set(FLOWS)
+    for name, order in re.findall(r"(multistep-(\d)\S*)", " ".join(NAMED)):
+        assert NAMED[name].order == int(order)
 
 
 # One step, z' = X z + b + noise of covariance C, for a score of the velocity that is affine and has
@@ -153,10 +176,6 @@ def made_up(z, t):
 
 def F_and_Q(exact, t):  # noqa: N802
     return exact.clock.rate(t) * exact.A, exact.clock.rate(t) * exact.Q
-
-
-def clock(exact, s, t):
-    return float(exact.clock.integral(s, t))
 
 
 def given(exact, t):
@@ -181,7 +200,7 @@ def heun(exact, t, u):
         return h * (-F + Q[:, 1:] @ pull(at)), h * Q[:, 1:] @ push(at)
 
     (D, d), (E, e) = drift(t), drift(u)
-    jump, C = eye + E / 2, clock(exact, u, t) * exact.Q
+    jump, C = eye + E / 2, exact.clock.integral(u, t) * exact.Q
     return eye + (D + E @ (eye + D)) / 2, (d + E @ d + e) / 2, jump @ C @ jump.T
 
 
@@ -201,12 +220,14 @@ def sscs_midpoint(exact, t, u):
 
     def move(late, early):
         def psi(at):
-            return expm(H * clock(exact, early, at))  # a point at ``at`` has that clock left
+            return expm(
+                H * exact.clock.integral(early, at)
+            )  # a point at ``at`` has that clock left
 
         C = integral(lambda at: psi(at) @ F_and_Q(exact, at)[1] @ psi(at).T, early, late)
         return psi(late), C
 
-    half, whole = (clock(exact, early, t) * exact.Q for early in (middle, u))
+    half, whole = (exact.clock.integral(early, t) * exact.Q for early in (middle, u))
     K = half @ P + half[:, 1:] @ pull(t)
     N = whole @ P + whole[:, 1:] @ pull(middle)
     kick = eye + N @ (eye + K)

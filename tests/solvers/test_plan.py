@@ -43,7 +43,6 @@ def mixed(sde, kind=MixedScore):
 
 SCORES = {"mixture": lambda sde: cases.mixture().score(sde), "mixed": mixed, "plain": Smooth}
 
-
 TABLES = ["marginal", "transition", "transition_matrix", "posterior", "noise_root", "drift"]
 TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(Conversion, "at")]
 

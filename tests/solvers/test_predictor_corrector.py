@@ -1,18 +1,16 @@
-"""Predictor–corrector sampling: its evaluations, the correction's formula, and what it samples."""
+"""Predictor–corrector sampling: its evaluations, and the correction's formula."""
 
 import math
 
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, VESDE, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
 from probes import Recording, generator, normals, start, tensor
 from score import cases
 from tolerances import KERNEL, rounding
 
-PROCESSES = {"VP": VPSDE(), "VE": VESDE(0.05, 20.0), "CLD": CLD(), "HOLD": HOLD()}
-PROCESSES["CLD, driven positions"] = CLD(position_noise=0.3)
 GRID = solvers.quadratic_times(1.0, 1e-2, 5)
 FEW = rounding(100)  # sums of a dozen numbers of size 1
 
@@ -49,9 +47,9 @@ def test_corrections_come_before_each_step(predictor, stages, corrections):
     assert torch.equal(score.states[0], state)
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", ["VP", "VE", "CLD", "HOLD", "CLD, position noise"])
 def test_the_correction_is_the_formula_on_the_driven_components_alone(name):
-    sde, snr = PROCESSES[name], 0.3
+    sde, snr = cases.FAMILIES[name], 0.3
     times, driven = tensor([0.9, 0.6, 0.2]), list(sde.driven)
     score, draws = Recording(cases.mixture().score(sde)), normals(0, 4, 3, len(driven), 2)
     solver = PredictorCorrector(solvers.EulerMaruyama(), Langevin(snr=snr))

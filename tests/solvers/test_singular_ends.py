@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import CosineVP, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
+from cldsde import CosineVP, RectifiedFlow, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
 from cldsde.solvers import named_solvers
 from probes import generator
+from score.cases import LINE as DATA
 from tolerances import order_of, rounding, standard_error, standard_error_of_variance
 
-DATA = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 MEAN, VARIANCE = -0.5 + 0.04 + 0.36, 0.35**2 + 0.5 + 0.2 * 0.04 + 0.3 * 1.44 - 0.1**2
 FLOW = RectifiedFlow()
 ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
@@ -73,12 +73,13 @@ def test_noise_from_the_end_on_gives_the_data(name, stochasticity):
 
 def test_encoding_reaches_the_end_on_a_fine_grid():
     # At several times near t = 1 the score says nothing about the data.
-    n = 400
+    solver, n = Multistep(order=2), 400
     times = solvers.logistic_times(FLOW, 1.0, 0.02, n)
-    solver, z = Multistep(order=2), DATA.sample(20, generator=generator(2))[:, None]
+    z = DATA.sample(20, generator=generator(2), dtype=torch.float64)[:, None]
     code = solvers.solve(process(), solver, z, times.flip(0)).state
     error = (solvers.solve(process(), solver, code, times).state - z).abs().max()
-    assert error <= order_of(1 / n, 2, 100.0)
+    # The error times n² is between 0.22 and 0.34 for 50 to 1,600 steps.
+    assert error <= order_of(1 / n, 2, 0.5)
 
 
 def test_order_one_is_euler_for_the_flow_matching_ode():

@@ -10,9 +10,8 @@ import torch
 from cldsde import CLD, PSLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import GridSolver
-from cldsde.validation import propagate_moments
-from gaussian_data import DATA
-from probes import Recording, Smooth, initial, named_solvers, noting, start, untouchable
+from gaussian_data import PROCESSES, moments
+from probes import Recording, Smooth, named_solvers, noting, start, untouchable
 from tolerances import rounding
 
 FLOW = 1e-7  # tolerance of the adaptive flow
@@ -75,14 +74,10 @@ def test_grids_and_times_may_be_in_single_precision():
 
 @pytest.mark.parametrize("kind", ["euler", "midpoint", "gaussian"])
 def test_sscs_without_merged_steps_has_the_same_distribution(kind):
-    sde, solver = CLD(), solvers.SSCS(score_step=kind, data_variance=0.25)
-    process, kernel = ReverseProcess(sde, DATA.score(sde)), sde.marginal(1.0, initial(sde))
-    begin = 0.3 * kernel.mean[:, :1], kernel.covariance
-    apart = propagate_moments(process, solver.on_grid(), GRID, *begin)
-    for found, expected in zip(
-        apart, propagate_moments(process, solver, GRID, *begin), strict=True
-    ):
-        close(found, expected)
+    solver = solvers.SSCS(score_step=kind, data_variance=0.25)
+    apart, merged = (moments(x, PROCESSES["CLD"], GRID) for x in (solver.on_grid(), solver))
+    for found, expected in zip(apart, merged, strict=True):
+        close(torch.from_numpy(found), torch.from_numpy(expected))
 
 
 @every_adaptive
@@ -181,15 +176,6 @@ def test_a_prediction_that_is_not_finite_is_reported():
     assert not solution.success
 
 
-def failing(z, t):
-    """No score for samples with a number beyond 100."""
-    lost = (z.abs() > 100).flatten(1).any(1).reshape(-1, *(1,) * (z.ndim - 1))
-    return torch.where(lost, math.nan, PROCESS.score(z, t))
-
-
-FAILING = ReverseProcess(SDE, failing)
-
-
 @every_adaptive
 def test_max_nfev_bounds_each_sample(method):
     state = states(6)
@@ -225,10 +211,14 @@ def test_progress_is_shown_on_stderr_if_asked_for(capsys):
 
 @every_kind
 def test_states_on_the_way_have_gradients_that_no_lost_sample_spoils(method):
-    state = states()
+    def failing(z, t):
+        lost = (z.abs() > 100).flatten(1).any(1).reshape(-1, *(1,) * (z.ndim - 1))
+        return torch.where(lost, math.nan, PROCESS.score(z, t))
+
+    state, process = states(), ReverseProcess(SDE, failing)
     state[1] = 1e6
     state.requires_grad_()
-    solution = run(method, state, process=FAILING, t_eval=GRID[[0, 2]], differentiable=True)
+    solution = run(method, state, process=process, t_eval=GRID[[0, 2]], differentiable=True)
     sums = (y[[0, 2]].sum() for y in solution.y)
     first, second = (torch.autograd.grad(x, state, retain_graph=True)[0][[0, 2]] for x in sums)
     assert torch.equal(first, torch.ones_like(first))

@@ -1,4 +1,4 @@
-"""`Splitting`: each word is its letters, written again in numpy, and of weak order 1.
+"""`Splitting`: each word is its letters, written again in numpy.
 
 Here F = beta(t) A, G G^T = beta(t) Q, and the stationary covariance S is diagonal. With the clock
 B of a letter's part of the step, the letters are
@@ -20,6 +20,7 @@ from scipy.linalg import block_diag, expm, solve_continuous_lyapunov
 from cldsde import CLD, PSLD, Schedule, solvers
 from cldsde.solvers import Splitting
 from gaussian_data import moments
+from probes import WORDS
 from references import cld, dense, psld
 from references.kernels import Clock
 from tolerances import KERNEL
@@ -55,10 +56,6 @@ PROCESSES = {
 }
 # Jumps divide the part of the step of each letter once.
 PROCESSES |= {f"jump at {at}": jumping(at) for at in (0.2, 0.37, 0.62, 0.95)}
-
-WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
-VARIANTS = [(shared, at) for shared in (False, True) for at in ("start", "end")]
-every_variant = pytest.mark.parametrize(("shared", "at"), VARIANTS)
 
 
 def parts(word, t, u):
@@ -122,7 +119,8 @@ def propagate(exact, word, times, shared_score, score_time):
     return mean, covariance
 
 
-@every_variant
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("at", ["start", "end"])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_moments_are_those_of_the_letters(name, shared, at):
     options = {"shared_score": shared, "score_time": at}

@@ -1,4 +1,4 @@
-"""Strong orders of the solvers that declare one, along paths that are known exactly.
+"""Strong orders of the package's own solvers that declare one, along paths that are known exactly.
 
 For Gaussian data the reverse SDE is linear with additive noise, and in decreasing time, t to u,
 
@@ -11,7 +11,6 @@ the second, summed over its steps, are the noise of a solver.
 
 import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,30 +18,24 @@ import torch
 from scipy.stats import t as student
 
 from cldsde import solvers
-from gaussian_data import PROCESSES, SLOPE, reverse
-from references.float64 import Array, transposed
+from gaussian_data import EVERY, PROCESSES, SLOPE, reverse
+from references.float64 import transposed
 
 LEVELS = (64, 256)
 TIMES = np.linspace(1.0, 0.05, LEVELS[-1] + 1)
 BATCHES, SAMPLES = 10, 100
 
-EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
-SOLVERS = {k: x for k, x in solvers.named_solvers().items() if x.facts.strong_order is not None}
-
-
-class Paths(NamedTuple):
-    """Both ends, (k, samples), and the noise of the cells, (cell, row, samples).
-
-    The rows are I, the increments of W, and the increments of the clock, ∫ sqrt(beta) dW.
-    """
-
-    start: Array
-    end: Array
-    noise: Array
+# The orders of torchsde's methods are measured in test_with_torchsde.py, on data of two modes.
+NAMED = solvers.named_solvers()
+OWN = [x for x in NAMED if NAMED[x].facts.strong_order and not x.startswith("torchsde")]
 
 
 @functools.cache
 def paths(name):
+    """Both ends, (k, samples), and the noise of the cells, (cell, row, samples).
+
+    The rows are I, the increments of W, and the increments of the clock, ∫ sqrt(beta) dW.
+    """
     exact = PROCESSES[name][1]
     k, r = exact.Q_root.shape
     t, u = TIMES[:-1, None], TIMES[1:, None]
@@ -62,30 +55,30 @@ def paths(name):
     for phi, jump in zip(exact.backward(u[:, 0], t[:, 0]), noise, strict=True):
         z = phi @ z + jump[:k]
     first, last = exact.mean(TIMES[[0, -1]])[..., None]
-    return Paths(first + start, last + z, noise)
+    return first + start, last + z, noise
 
 
 def errors(method, name, increments, n):
     """Squared errors of the solver's paths after n steps, (samples,)."""
-    exact, path = PROCESSES[name][1], paths(name)
+    exact, (begin, end, cells) = PROCESSES[name][1], paths(name)
     k, r = exact.Q_root.shape
     times = TIMES[:: LEVELS[-1] // n].copy()
     variance, rows = times[:-1] - times[1:], slice(k, k + r)
     if increments == "clock":
         variance, rows = exact.clock.integral(times[1:], times[:-1]), slice(k + r, None)
-    summed = path.noise[:, rows].reshape(n, -1, r, BATCHES * SAMPLES).sum(1)
+    summed = cells[:, rows].reshape(n, -1, r, BATCHES * SAMPLES).sum(1)
     xi = summed / np.sqrt(variance)[:, None, None]
     draws = torch.from_numpy(np.moveaxis(xi, -1, 1).copy())[..., None]
-    noise, start = solvers.RecordedNoise(list(draws)), torch.from_numpy(path.start.T[..., None])
+    noise, start = solvers.RecordedNoise(list(draws)), torch.from_numpy(begin.T[..., None])
     times = torch.from_numpy(times)
-    found = solvers.solve(reverse(name), SOLVERS[method], start, times, noise=noise).state
-    return np.square(found[..., 0].numpy().T - path.end).sum(0)
+    found = solvers.solve(reverse(name), NAMED[method], start, times, noise=noise).state
+    return np.square(found[..., 0].numpy().T - end).sum(0)
 
 
 @pytest.mark.parametrize(
     ("method", "name", "increments"),
     # Heun's noise has the distribution of the integral of G dW, and may be that integral.
-    [(method, name, "W") for method in ("euler-maruyama", "stochastic-heun") for name in EVERY]
+    [(method, name, "W") for method in OWN for name in EVERY]
     + [("stochastic-heun", name, "clock") for name in ("CLD, linear", "VE")],
 )
 def test_the_order_is_the_declared_one(method, name, increments):
@@ -94,6 +87,6 @@ def test_the_order_is_the_declared_one(method, name, increments):
     slopes = np.log(means[0] / means[1]) / 2 / math.log(LEVELS[1] / LEVELS[0])
     # Confidence interval at 99 %.
     half = student.ppf(0.995, BATCHES - 1) * slopes.std(ddof=1) / math.sqrt(BATCHES)
-    assert abs(slopes.mean() - SOLVERS[method].facts.strong_order) + half < SLOPE
+    assert abs(slopes.mean() - NAMED[method].facts.strong_order) + half < SLOPE
     # It is the path itself that converges: independent states are at a distance of order one.
     assert squares[1].mean() < 1e-2 * 2 * np.trace(PROCESSES[name][1].covariance(TIMES[-1]))

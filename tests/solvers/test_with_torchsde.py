@@ -20,11 +20,6 @@ METHODS |= dict.fromkeys(("heun", "euler_heun", "midpoint"), "stratonovich")
 GRID = solvers.root_times(1.0, 0.05, 9)
 
 
-def draws_of(method, name):
-    columns = PROCESSES[name][1].Q_root.shape[1] * (2 if method == "srk" else 1)
-    return list(normals(3, 9, 4, columns, 1))
-
-
 def close(found, expected):
     # Nine steps whose coefficients are computed in two ways.
     assert (found - expected).abs().max() <= KERNEL * (1 + expected.abs().max())
@@ -45,15 +40,15 @@ class Increments:
 @pytest.mark.parametrize("name", ["VE", "CLD, linear", "PSLD", "HOLD"])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_sdeint(method, name):
-    process, draws = reverse(name, Recording), draws_of(method, name)
-    solver = TorchSDE(method=method)
+    process, solver = reverse(name, Recording), TorchSDE(method=method)
+    m = PROCESSES[name][1].Q_root.shape[1]
+    draws = list(normals(3, 9, 4, 2 * m if method == "srk" else m, 1))
     z, noise = start(process.sde, (4, 1)), RecordedNoise(draws)
     found = solve(process, solver, z, GRID, noise=noise, t_eval=GRID)
     times = torch.cat(process.score.times)
     assert found.nfev == process.score.calls == 9 * solver.facts.nfe_per_step
     assert (times.max(), times.min() >= GRID[-1]) == (1.0, True)
     form = solvers.as_torchsde(process, (1,), calculus=METHODS[method])
-    m = PROCESSES[name][1].Q_root.shape[1]
     for i, xi in enumerate(draws):
         s = form.clock(GRID[i : i + 2])
         h = float(s[1] - s[0])
