@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_grid_times, check_state
+from cldsde.linear.checks import as_grid_times, check_callable, check_state
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
@@ -93,9 +93,8 @@ class Plan:
             )
             raise ValueError(msg)
         requested = _checked_stops(t_eval, self.times, any_time=self.solver.facts.adaptive)
-        if callback is not None and not callable(callback):
-            msg = f"callback must be callable; got {callback!r}"
-            raise TypeError(msg)
+        if callback is not None:
+            check_callable(callback, "callback", "callable")
         density = self._density if log_prob else None
         source = _noise_source(generator, noise)
         final = self._denoiser(denoise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_alphas_cumprod",
     "check_at_least",
     "check_between",
+    "check_callable",
     "check_positive",
     "check_state",
     "parameter_at_least",
@@ -223,6 +225,13 @@ def check_between(value: float, low: float, high: float, name: str) -> float:
         msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
         raise ValueError(msg)
     return number
+
+
+def check_callable(value: object, name: str, kind: str) -> None:
+    """Raise TypeError unless a value is callable; ``kind`` says what it must be."""
+    if not callable(value):
+        msg = f"{name} must be {kind}; got {reprlib.repr(value)}"
+        raise TypeError(msg)
 
 
 def check_alphas_cumprod(table: Tensor) -> None:

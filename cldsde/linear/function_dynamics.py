@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
+from cldsde.linear.checks import check_callable
 from cldsde.linear.dynamics import Dynamics, driven_rows, eliminate, legendre_moments
 from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
 from cldsde.linear.reprs import shown
@@ -56,9 +57,7 @@ class FunctionDynamics(Dynamics):
         self, drift: Callable[[Tensor], Tensor], diffusion: Callable[[Tensor], Tensor], end: float
     ) -> None:
         for name, function in (("drift", drift), ("diffusion", diffusion)):
-            if not callable(function):
-                msg = f"{name} must be a function of a time; got {function!r}"
-                raise TypeError(msg)
+            check_callable(function, name, "a function of a time")
         self._drift = OverTimes(drift)
         self._diffusion = OverTimes(diffusion)
         self._grid = grid = torch.linspace(0, end, 257, device="cpu", dtype=torch.float64)

@@ -20,6 +20,7 @@ from cldsde.linear.checks import (
     Parameter,
     as_parameter,
     check_between,
+    check_callable,
     parameter_at_least,
     parameter_value,
     positive_parameter,
@@ -74,9 +75,9 @@ class Schedule:
         rate: Callable[[Tensor], Tensor],
         integral: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        if not callable(rate) or not (integral is None or callable(integral)):
-            msg = f"rate and integral must be functions; got {rate!r} and {integral!r}"
-            raise TypeError(msg)
+        check_callable(rate, "rate", "a function of times")
+        if integral is not None:
+            check_callable(integral, "integral", "a function of two times")
         grid = torch.linspace(0, 1, _CHECK_POINTS, device="cpu", dtype=torch.float64)
         try:
             values = torch.as_tensor(rate(grid), device="cpu").detach()

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
+from cldsde.linear.checks import check_callable
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.reprs import shown
@@ -97,9 +98,8 @@ class SignalNoiseDynamics(Dynamics):
         variance_preserving: bool = False,
     ) -> None:
         for name, function in (("signal", signal), ("noise", noise), ("gain", gain)):
-            if not callable(function) and not (name == "gain" and function is None):
-                msg = f"{name} must be a function of times; got {function!r}"
-                raise TypeError(msg)
+            if name != "gain" or function is not None:
+                check_callable(function, name, "a function of times")
         self.signal, self.noise, self.gain = signal, noise, gain
         grid = torch.linspace(0, 1, 1025, dtype=torch.float64, device="cpu")
         alpha = _values(signal, grid, "signal")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, check_callable, check_state
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import two_increasing
@@ -91,9 +91,7 @@ class DenoiserScore(nn.Module):
     ) -> None:
         super().__init__()
         check_process(sde)
-        if not callable(denoiser):
-            msg = f"denoiser must be a callable denoiser(u, sigma); got {denoiser!r}"
-            raise TypeError(msg)
+        check_callable(denoiser, "denoiser", "a callable denoiser(u, sigma)")
         self.denoiser = denoiser
         self.sde = sde
         found = noise_levels

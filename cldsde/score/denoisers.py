@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cldsde.linear.checks import check_callable
 from cldsde.score.checks import one_of
 from cldsde.score.noise_levels import checked_levels, read_levels
 from cldsde.score.paths import NoisePath
@@ -100,9 +101,7 @@ class PredictionDenoiser(nn.Module):
         clock: Clock | Callable[[Tensor], Tensor] = "time",
     ) -> None:
         super().__init__()
-        if not callable(network):
-            msg = f"network must be a callable network(x, clock); got {network!r}"
-            raise TypeError(msg)
+        check_callable(network, "network", "a callable network(x, clock)")
         if not isinstance(path, NoisePath):
             msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
             raise TypeError(msg)

@@ -12,7 +12,7 @@ from cldsde.linear.checks import TimeLike, as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import two_increasing
-from cldsde.score.reverse import Score, check_no_denoiser, checked_data_method, same_dynamics
+from cldsde.score.reverse import Score, check_score, checked_data_method, same_dynamics
 from cldsde.score.times import score_times
 
 __all__ = ["ConditionalScore", "GuidedScore"]
@@ -45,7 +45,7 @@ class ConditionalScore(nn.Module):
 
     def __init__(self, score: Any, **conditions: Any) -> None:
         super().__init__()
-        _check_callable(score, "score")
+        check_score(score)
         self.score = score
         self.conditions = conditions
         # Expose the process and the noise levels of the wrapped score to solvers.
@@ -142,8 +142,8 @@ class GuidedScore(nn.Module):
         interval: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        _check_callable(conditional, "conditional")
-        _check_callable(unconditional, "unconditional")
+        check_score(conditional, "conditional")
+        check_score(unconditional, "unconditional")
         self.conditional = conditional
         self.unconditional = unconditional
         self.weight = as_number(weight, "weight")
@@ -301,10 +301,3 @@ def _times(interval: tuple[float, float], found: list[LinearSDE]) -> tuple[float
     levels = torch.tensor(interval, dtype=torch.float64, device="cpu")
     ends = times_of_log_snr(found[0], -levels.clamp(1e-300, 1e300).log()).tolist()
     return ends[0], ends[1]
-
-
-def _check_callable(score: object, name: str) -> None:
-    if not callable(score):
-        msg = f"{name} must be a callable score(z, t); got {type(score).__name__}"
-        raise TypeError(msg)
-    check_no_denoiser(score, name)

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_number
+from cldsde.linear.checks import as_number, check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
@@ -74,9 +74,7 @@ class Observation:
     _checked: set[object] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.forward):
-            msg = f"forward must be a function of data (B, *D); got {self.forward!r}"
-            raise TypeError(msg)
+        check_callable(self.forward, "forward", "a function of data (B, *D)")
         object.__setattr__(self, "y", _as_tensor(self.y, "y"))
         if not bool(self.y.isfinite().all()):
             msg = "y must be finite; got NaN or infinity"

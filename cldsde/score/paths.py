@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_alphas_cumprod
+from cldsde.linear.checks import check_alphas_cumprod, check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
@@ -74,9 +74,7 @@ class NoisePath:
     def __post_init__(self) -> None:
         """Check the path on a grid of times."""
         for name in ("signal", "noise"):
-            if not callable(getattr(self, name)):
-                msg = f"{name} must be a function of times; got {getattr(self, name)!r}"
-                raise TypeError(msg)
+            check_callable(getattr(self, name), name, "a function of times")
         start, end = two_increasing(self.interval, "interval")
         times = torch.linspace(start, end, _POINTS, dtype=torch.float64, device="cpu")
         for name in ("signal", "noise"):

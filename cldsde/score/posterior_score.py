@@ -27,7 +27,7 @@ from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
 from cldsde.score.conversion import Conversion
 from cldsde.score.observation import Observation, check_observation
-from cldsde.score.reverse import Score, checked_score
+from cldsde.score.reverse import Score, check_score, checked_score
 from cldsde.score.times import coefficients_at, score_argument, score_times
 
 __all__ = ["Guided", "PosteriorMethod", "PosteriorScore"]
@@ -151,9 +151,7 @@ class PosteriorScore(nn.Module):
         data_variance: float = 1.0,
         sde: LinearSDE | None = None,
     ) -> None:
-        if not callable(score):
-            msg = f"score must be a callable score(z, t); got {type(score).__name__}"
-            raise TypeError(msg)
+        check_score(score)
         check_observation(observation)
         one_of(method, PosteriorMethod, "method")
         process = getattr(score, "sde", None) if sde is None else sde

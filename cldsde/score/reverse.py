@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, check_state
+from cldsde.linear.checks import TimeLike, check_at_least, check_callable, check_state
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
@@ -21,8 +21,8 @@ __all__ = [
     "KnownScore",
     "ReverseProcess",
     "Score",
-    "check_no_denoiser",
     "check_reverse_process",
+    "check_score",
     "checked_data_method",
     "checked_score",
     "same_dynamics",
@@ -79,8 +79,9 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     return value if value.dtype == z.dtype else value.to(z.dtype)
 
 
-def check_no_denoiser(score: object, name: str) -> None:
-    """Raise TypeError for a denoiser in place of a score."""
+def check_score(score: object, name: str = "score") -> None:
+    """Raise TypeError for a denoiser in place of a score, and for what is not callable."""
+    check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, PredictionDenoiser | ScoreDenoiser):
         msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
         raise TypeError(msg)
@@ -125,10 +126,7 @@ class ReverseProcess:
 
     def __init__(self, sde: LinearSDE, score: Score) -> None:
         check_process(sde)
-        if not callable(score):
-            msg = f"score must be a callable score(z, t); got {type(score).__name__}"
-            raise TypeError(msg)
-        check_no_denoiser(score, "score")
+        check_score(score)
         other = getattr(score, "sde", sde)
         if other is not sde and not same_dynamics(sde, other):
             msg = (

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
@@ -88,9 +89,7 @@ class ScoreDenoiser(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not callable(score):
-            msg = f"score must be a callable score(z, t); got {type(score).__name__}"
-            raise TypeError(msg)
+        check_callable(score, "score", "a callable score(z, t)")
         own: Any = getattr(score, "sde", None) if sde is None else sde
         check_process(own)
         self.sde: LinearSDE = own
