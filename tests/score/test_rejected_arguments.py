@@ -102,9 +102,8 @@ def wrong_output(shape):
     return PREDICTION(lambda x, t: ZEROS(shape))(ZEROS(4, 2), 1.0)
 
 
-LINEAR = score.NoisePath.linear()
 TABLE = torch.linspace(0.9999, 1e-4, 1000, dtype=torch.float64)
-PREDICTION = partial(score.PredictionDenoiser, path=LINEAR)
+PREDICTION = partial(score.PredictionDenoiser, path=score.NoisePath.linear())
 DENOISED = partial(PREDICTION, denoise)
 PATH = partial(score.NoisePath, noise=lambda t: t)
 ALPHAS = score.NoisePath.from_alphas_cumprod
@@ -172,6 +171,7 @@ ROWS = [
     # Training.
     *each(PAIR.target, prediction=[*UNKNOWN, "full_score"]),
     *each(LOSS, prediction=UNKNOWN, measured=["data"]),
+    *types(LOSS, output=[None, 1.0]),
     *types([LEAST, LOSS, IMPORTANCE], weighting=["uniform", None, 1.0]),
     *each(LOSS, "one number for each time", weighting=[lambda t: t[1:], torch.sum]),
     *each(PREDICTED, r"must be a prediction of the \w* of shape", output=map(ZEROS, OUTPUTS)),
@@ -188,6 +188,7 @@ ROWS = [
     *each(BOUND, t=[0.05, torch.tensor([0.5, 0.05])], prediction=["speed"]),
     *each(BOUND, "prediction of the score of shape", model=[lambda z, t: z]),
     *each(BOUND, "data_variance must be given with data_mean", data_mean=[0.3]),
+    *types(score.dequantise, levels=[X, [3], None]),
     *each(score.dequantise, levels=map(torch.tensor, ([256], [-1]))),
     *each(LEVEL_0, count=[1], low=[1.0, 2.0, -INF, NAN]),
     *each(LEVEL_0, "low must be below high", high=[-1.0, INF, NAN]),
@@ -246,6 +247,8 @@ ROWS = [
     *each(partial(score.ScoreDenoiser, untouchable, VP), start=[0.0, 1.0, NAN]),
     *each(ALPHAS, table=[TABLE.flip(0), [[0.9, 0.5]]]),
     *types(partial(score.DenoiserScore, sde=VP), denoiser=[None]),
+    *types(PREDICTION, network=[None]),
+    *types(DENOISED, path=[None, denoise]),
     *each(DENOISER, noise_levels=[(1.0, 0.5), (-1.0, 0.5), (-INF, 0.5)]),
     *each(partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)), "infinite: start earlier", t=[1.0]),
     *each(DENOISED, predicts=["epsilon"], clock=["steps", "index"]),
@@ -264,6 +267,7 @@ ROWS = [
     *types(partial(score.Observation, y=ONES(2), noise_std=0.1), forward=[3]),
     *each(GIVEN, y=[X[0] * NAN], noise_std=[-1.0]),
     *each(MASKED, mask=[~MASK], y=[ONES(3)]),
+    *types(MASKED, mask=[MASK.double(), [True, True]]),
     *each(MATRIX, A=[[1.0]]),
     *each(MEANS, factor=[1], y=[ONES(2)]),
     *each(BLUR, "odd", kernel=[ONES(2, 2)]),
@@ -274,6 +278,7 @@ ROWS = [
     *each(POSTERIOR, method=["mmps"], iterations=[0], data_variance=[0.0]),
     *each(DPS, "noise_std must be positive", observation=[MATRIX([[1.0, 0.0]], noise_std=0.0)]),
     *types(ANY_SCORE, "sde must be given", score=[untouchable]),
+    *types([partial(ANY_SCORE, sde=VP), score.ScoreDenoiser], score=[None, Z]),
     *each(observed, "must be linear", forward=[lambda x: x**2]),
     *each(observed, r"forward\(0\) ≠ 0", forward=[lambda x: x + 1]),
     *each(observed, "each sample separately", forward=[lambda x: x - x.mean(0)]),

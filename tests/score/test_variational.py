@@ -14,9 +14,8 @@ from probes import generator
 from score.cases import FAMILIES, PROCESSES
 from tolerances import rounding
 
-EQUILIBRIUM = CLD(velocity_scale=1.0)
 CASES = {name: FAMILIES[name] for name in ("VP", "sub-VP", "VE", "CLD", "PSLD", "HOLD")}
-CASES |= {"CLD, γ = 1": EQUILIBRIUM, "rectified flow": RectifiedFlow()}
+CASES |= {"CLD, γ = 1": CLD(velocity_scale=1.0), "rectified flow": RectifiedFlow()}
 
 T_MIN = 1e-3
 QUADRATURE = 1e-6  # sixty nodes integrate a function that is smooth in log t

@@ -33,7 +33,6 @@ POINTS = sorted([*GIVEN, *INSIDE])
 JOINT = 1e3 * KERNEL
 # Sums of reads that are up to ten times larger than their sum.
 SUMS = {torch.float64: rounding(1e3), torch.float32: rounding(64, dtype=torch.float32)}
-SUM = SUMS[torch.float64]
 
 every_process = pytest.mark.parametrize("name", EVERY)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,7 +210,7 @@ def test_increments_are_the_normals_of_these_solvers(method, integrals):
     noise = normals(path, sde, INCREMENTS[method])
     for t, u in itertools.pairwise(GRID.tolist()):
         expected = path.increment(u, t) / math.sqrt(t - u)
-        assert (noise.normal(z, 3) - expected).abs().max() <= SUM
+        assert (noise.normal(z, 3) - expected).abs().max() <= SUMS[torch.float64]
 
 
 @pytest.mark.parametrize("method", INTEGRALS)
