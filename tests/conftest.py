@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import is_hypothesis_test, settings
 
+import simulated_device  # noqa: F401 -- which registers the device before the first gradient
+
 # "ci" takes the same examples on every machine and in every run. "deep" looks further, at random:
 # `tox -e slow` sets HYPOTHESIS_PROFILE=deep, and runs all properties besides the slow tests.
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")

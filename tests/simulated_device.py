@@ -10,8 +10,8 @@ PyTorch sees a wrapper subclass on the device of its PrivateUse1 backend, so tha
 modules work as usual. ``__torch_dispatch__`` runs each operation on the CPU, below autograd, with
 the CPU's bits.
 
-Import this module at the top of a test file: autograd starts one thread per device at the first
-backward pass, and the device has to exist by then. Mark the tests with `needs_simulation`.
+`conftest.py` imports this module before any test: autograd starts one thread per device at the
+first backward pass, and the device has to exist by then. Mark the tests with `needs_simulation`.
 
     with simulated_device() as device:
         z = torch.ones(3).to("sim")

@@ -10,7 +10,6 @@ from tolerances import order_of, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
 METHODS = ["drift", "probability_flow", "data_prediction", "full_score"]
-STOCHASTICITY = [0.0, 0.3, 1.0, 1.7]
 TIMES = torch.tensor([0.1, 0.3, 0.6, 1.0], dtype=torch.float64)
 
 
@@ -30,7 +29,7 @@ class TestDrift:
         # The rows of the score that are not driven do not matter.
         pull = torch.einsum("bij,bj...->bi...", G @ G.mT, full.double())
         tolerance = rounding(8 * k, float(flow.abs().max() + pull.abs().max()), dtype)
-        for stochasticity in STOCHASTICITY:
+        for stochasticity in (0.0, 0.3, 1.0, 1.7):
             found = process.drift(z, TIMES, stochasticity=stochasticity)
             expected = flow - 0.5 * (1 + stochasticity**2) * pull
             assert (found.dtype, found.shape) == (dtype, z.shape)
