@@ -1,10 +1,10 @@
-"""Check that tolerances name their source: ``python tools/bare_tolerances.py --warn tests``.
+"""Check that tolerances name their source: ``python tools/bare_tolerances.py tests``.
 
 A tolerance is bare if it is a number alone, or has a small number as a factor: ``abs=1e-9``,
-``approx(x, 1e-6)``, ``assert error < 1e-12 * size``. So is a comparison that takes the default of
-its library. Tolerances come from the constants and functions of ``tolerances.py``, or from a
-constant of the test file with a comment. Arguments of a function of ``tolerances.py`` are facts
-about the numbers compared, and may be anything.
+``approx(x, 1e-6)``, ``assert error < 1e-12 * size``. So are the default of a library, and a small
+constant without a comment on its lines or directly above. Tolerances come from the constants and
+functions of ``tolerances.py``, or from a constant of the test file with a comment. Arguments of a
+function of ``tolerances.py`` are facts about the numbers compared, and may be anything.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SMALL = 1e-2
-"""A factor below is no factor but a tolerance; probabilities and data are larger."""
+"""Smaller factors count as tolerances; probabilities and data are larger."""
 
 NAMES = {"abs", "rel", "atol", "rtol"}
 COMPARISONS = {"approx", "allclose", "isclose", "assert_close", "assert_allclose"}
@@ -112,22 +112,19 @@ def findings(source: str) -> Iterator[Finding]:
 
 
 def main() -> None:
-    """Print findings; exit with 1 if there are any in the paths before ``--warn``."""
+    """Print findings; exit with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", type=Path, nargs="*", help="files and folders without findings")
-    parser.add_argument("--warn", type=Path, nargs="*", default=[], help="those to count only")
-    parser.add_argument("--verbose", action="store_true", help="show the findings that are counted")
-    options = parser.parse_args()
-    errors = warnings = 0
-    for paths, strict in ((options.paths, True), (options.warn, False)):
-        for path in paths:
-            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-                for finding in findings(file.read_text(encoding="utf-8")):
-                    errors, warnings = errors + strict, warnings + (not strict)
-                    if strict or options.verbose:
-                        print(f"{file}:{finding.line}: {finding.advice}: {finding.excerpt}")
-    print(f"{errors} bare tolerances, {warnings} more in files that may have some")
-    sys.exit(errors > 0)
+    parser.add_argument("paths", type=Path, nargs="+", help="test files, or folders of them")
+    count = 0
+    for path in parser.parse_args().paths:
+        if not path.exists():
+            parser.error(f"paths must exist; got {path}")
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            for finding in findings(file.read_text(encoding="utf-8")):
+                count += 1
+                print(f"{file}:{finding.line}: {finding.advice}: {finding.excerpt}")
+    print(f"{count} bare tolerances")
+    sys.exit(count > 0)
 
 
 if __name__ == "__main__":

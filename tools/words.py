@@ -195,6 +195,9 @@ def main() -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="show the findings that are counted")
     options = parser.parse_args()
+    for path in (*options.paths, *options.warn):
+        if not path.exists():
+            parser.error(f"paths must exist; got {path}")
     errors = warnings = 0
     for paths, strict in ((options.paths, True), (options.warn, False)):
         for file in files(paths):
