@@ -48,6 +48,7 @@ SCHEDULES: Rows = [
     (ValueError, r"finite and not negative on .*; got .* at t = ", calls(Schedule, NEGATIVE)),
     (ValueError, "shape of its argument", calls(Schedule, SHAPELESS)),
     (TypeError, "rate must be a function of times", calls(Schedule, [3.0, (1, 2), None])),
+    (TypeError, "integral must be a function of two", calls(Schedule, [torch.ones_like], [3.0])),
     (ValueError, "accept a tensor", calls(Schedule, [lambda t: torch.tensor(math.exp(t))])),
     (ValueError, "Pass integral", calls(Schedule, NARROW)),
     (ValueError, r"rate .*1\.5; got 5", calls(Schedule, [lambda t: 1 + t], WRONG_INTEGRAL)),

@@ -279,6 +279,8 @@ ROWS = [
     *each(DPS, "noise_std must be positive", observation=[MATRIX([[1.0, 0.0]], noise_std=0.0)]),
     *types(ANY_SCORE, "sde must be given", score=[untouchable]),
     *types([partial(ANY_SCORE, sde=VP), score.ScoreDenoiser], score=[None, Z]),
+    *types([ANY_SCORE, score.ConditionalScore], "Wrap it", score=[DENOISED()]),
+    *types(GUIDED, "Wrap it", conditional=[DENOISED()], unconditional=[DENOISED()]),
     *each(observed, "must be linear", forward=[lambda x: x**2]),
     *each(observed, r"forward\(0\) ≠ 0", forward=[lambda x: x + 1]),
     *each(observed, "each sample separately", forward=[lambda x: x - x.mean(0)]),
