@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the measurements and results")
     parser.add_argument("--mutants", type=int, default=300, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds of tests per mutant")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
     options = parser.parse_args()
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
