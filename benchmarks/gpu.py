@@ -330,8 +330,8 @@ def _half_of_a_batch(rank: int, backend: str, folder: str, device: str) -> None:
         for name, made in (("shared", network), ("alone", single)):
             gradient = torch.cat([p.grad.flatten() for p in made.parameters()])  # type: ignore[union-attr]
             torch.save(gradient.cpu(), f"{folder}/{name}.pt")
-    # The last owner of the process group ends its threads, which may need Python's lock. DDP keeps
-    # the lock meanwhile, and would wait forever.
+    # Delete DDP first. As the last owner of the process group it would join the group's threads
+    # while it holds the GIL, for which they wait.
     del shared
     distributed.destroy_process_group()
 

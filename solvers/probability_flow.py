@@ -319,7 +319,7 @@ class _Weights:
 
 
 class _Slopes:
-    """Slopes at the stages of a step, in one tensor, so that a weighted sum is a matrix product."""
+    """Slopes at the stages of a step, in one tensor unless gradients are recorded."""
 
     def __init__(self, first: Tensor, count: int) -> None:
         self._shape = first.shape

@@ -25,6 +25,7 @@ PROCESSES: dict[str, tuple[LinearSDE, Dense]] = {
     "PSLD": (PSLD(), dense(references.psld())),
     "HOLD": (HOLD(), dense(references.hold())),
 }
+# One of each process, with a schedule that is not constant where there is a choice.
 EVERY = ["VP", "VE", "CLD, linear", "PSLD", "HOLD"]
 # Errors c h^p (1 + d h + ...) have the slope p + d h / (2 log 2) between h and h / 2. A quarter
 # leaves room for the second term; a declaration that is off by a half is further away.
@@ -40,7 +41,7 @@ def reverse(name: str, wrap: Any = lambda score: score) -> ReverseProcess:
 def moments(
     solver: Solver, pair: tuple[LinearSDE, Dense], times: torch.Tensor, data: Any = DATA
 ) -> tuple[Array, Array]:
-    """Moments of a solver at the end of the grid, started from the exact ones."""
+    """Moments at the end of the grid, from the exact ones at its start; the pair is of the data."""
     (sde, exact), T = pair, float(times[0])
     start = torch.from_numpy(exact.mean(T))[:, None], torch.from_numpy(exact.covariance(T))
     m, C = propagate_moments(ReverseProcess(sde, data.score(sde)), solver, times, *start)

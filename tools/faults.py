@@ -2,7 +2,7 @@
 
     python tools/faults.py [WORD …]      all faults, or those whose names contain a word
 
-The exit code is 1 if a fault survives. It is 2 if nothing was measured: no fault was chosen, one
+The exit code is 1 if a fault survives. It is 2 if a measurement failed: no fault was chosen, one
 could not be planted or stopped the tests, or the tests fail without a fault.
 """
 

@@ -80,7 +80,7 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
 
 
 def check_score(score: object, name: str = "score") -> None:
-    """Raise TypeError for a denoiser in place of a score, and for what is not callable."""
+    """Raise TypeError unless ``score`` is callable and not a denoiser."""
     check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, PredictionDenoiser | ScoreDenoiser):
         msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"

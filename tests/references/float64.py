@@ -55,6 +55,10 @@ class Dense(NamedTuple):
         result: Array = state[..., :-1].reshape(*np.shape(t), k, k)
         return result
 
+    def given(self, t: Any) -> Array:
+        """Covariance of z_t given the data."""
+        return self._replace(data_variance=0.0).covariance(t)
+
     def backward(self, u: Any, t: Any) -> Array:
         """Matrix of the reverse SDE from t to the earlier u: Sigma_u Psi^T Sigma_t^-1."""
         return transposed(np.linalg.solve(self.covariance(t), self.psi(u, t) @ self.covariance(u)))

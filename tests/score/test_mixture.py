@@ -20,10 +20,7 @@ PLANE = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]])
 PROMISED = 1e-10  # relative accuracy of scores and densities for k up to 3
 
 
-def at_a_time(score, t):
-    return lambda z: score(z, t)
-
-
+at_a_time = lambda score, t: lambda z: score(z, t)  # noqa: E731
 both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
 
 

@@ -24,7 +24,8 @@ def test_bytes_cost_eight_bits_less_the_density(dimension, width, bits):
 
 @pytest.mark.parametrize("options", [{}, {"count": 2, "low": 0.0, "high": 3.0}])
 def test_levels_are_spread_evenly_over_their_bins(options):
-    n, (count, low, high) = 50_000, options.values() or (256, -1.0, 1.0)
+    n, defaults = 50_000, {"count": 256, "low": -1.0, "high": 1.0}
+    count, low, high = {**defaults, **options}.values()
     levels = torch.randint(0, count, (n,), generator=generator(1))
     x = dequantise(levels, **options, generator=generator())
     shift = (x.double() - low) / (high - low) * count - levels

@@ -179,12 +179,6 @@ def test_a_read_is_alone_the_same_and_belongs_to_the_reader(axes, dtype):
     path.increment(s, t).zero_()
     path.integral(s, t).zero_()
     assert torch.equal(both(path, s, t), expected)
-    # Eight cells make four levels. A cell is bisected 20 times, and then split at the time itself.
-    path.increment(s, (2 * s + t) / 3)
-    levels, nodes = 0, [path._top]
-    while nodes:
-        levels, nodes = levels + 1, [x for node in nodes for x in node.children or ()]
-    assert levels == 4 + 20 + 1
 
 
 EM, EXPONENTIAL = solvers.EulerMaruyama(), solvers.ExponentialEuler()

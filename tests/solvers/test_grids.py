@@ -13,7 +13,7 @@ import references
 from cldsde import CLD, VESDE, SubVPSDE, solvers
 from cldsde.solvers import karras_times, log_snr_times, logistic_times
 from probes import few_examples, tensor
-from score.cases import COMMON as FAMILIES
+from score.cases import COMMON
 from strategies import log_uniform
 from tolerances import KERNEL, rounding
 
@@ -28,7 +28,7 @@ PLAIN = {
 SNR = {"log_snr": log_snr_times, "karras": karras_times, "logistic": logistic_times}
 
 every_plain_grid = pytest.mark.parametrize("name", list(PLAIN))
-every_family = pytest.mark.parametrize("family", list(FAMILIES))
+every_family = pytest.mark.parametrize("family", list(COMMON))
 
 
 def check_grid(times, T, eps, n):
@@ -73,7 +73,7 @@ SCALES = {
 @few_examples
 @given(st.data(), st.integers(1, 40), log_uniform(1e-5, 1e-2))
 def test_grids_in_the_signal_to_noise_ratio_are_uniform_in_their_scale(name, family, data, n, eps):
-    (options, scale), sde = SCALES[name], FAMILIES[family]
+    (options, scale), sde = SCALES[name], COMMON[family]
     drawn = data.draw(options)
     times = SNR[name](sde, 1.0, eps, n, *drawn)
     check_grid(times, 1.0, eps, n)
@@ -103,7 +103,7 @@ def test_log_snr_has_exact_values_for_cld(friction):
     assert torch.allclose(found, tensor(expected), rtol=0, atol=10 * KERNEL)
 
 
-@pytest.mark.parametrize("sde", [*FAMILIES.values(), SubVPSDE(), CLD(friction=0.5)], ids=repr)
+@pytest.mark.parametrize("sde", [*COMMON.values(), SubVPSDE(), CLD(friction=0.5)], ids=repr)
 def test_log_snr_falls_and_for_one_component_is_log_alpha_over_sigma(sde):
     t = torch.logspace(-6, 0, 500, dtype=torch.float64)
     found, kernel = sde.log_snr(t), sde.marginal(t)
@@ -116,7 +116,7 @@ def test_log_snr_falls_and_for_one_component_is_log_alpha_over_sigma(sde):
 
 @every_family
 def test_times_of_log_snr_are_its_inverse(family):
-    sde, t = FAMILIES[family], torch.tensor([[1e-3, 0.02], [0.3, 1.0]], dtype=torch.float64)
+    sde, t = COMMON[family], torch.tensor([[1e-3, 0.02], [0.3, 1.0]], dtype=torch.float64)
     found = solvers.times_of_log_snr(sde, sde.log_snr(t))
     # Near 1 kappa changes by 5 or more in log t, elsewhere by less than 1e2.
     assert torch.allclose(found, t, rtol=100 * KERNEL, atol=0)

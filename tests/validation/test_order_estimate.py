@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cldsde.validation.order_estimate import OrderEstimate, Verdict, estimate_order
-from tolerances import rounding
+from tolerances import EPS, rounding
 
 STEPS = 2.0 ** -np.arange(3, 9)
 ORDERS = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0]
@@ -149,14 +149,13 @@ def test_a_verdict_says_where_the_interval_lies(errors, noise, expected, toleran
 
 
 FINE = 2.0 ** -np.arange(3, 13)
-SATURATED = 0.01 * FINE**4 + np.finfo(float).eps / FINE
 DIVERGING = np.array([math.nan, math.inf, 1e30, *STEPS[3:]])
 LATE = 2.0 ** -np.arange(10)
 NOISY, ROUNDED, INFINITE = "below 3 standard errors", "below rounding", ["not finite"] * 2
 DISAGREES = "disagrees with finer levels"
 # Steps, errors, options, reasons why levels are dropped (None: of the first alone), order.
 DROPPED: list[Any] = [
-    (FINE, SATURATED, {}, [""] * 6 + [ROUNDED] * 4, 4),
+    (FINE, 0.01 * FINE**4 + EPS / FINE, {}, [""] * 6 + [ROUNDED] * 4, 4),
     (STEPS, [*STEPS[:-1], 0.0], {"rounding": 0.0}, [""] * 5 + [ROUNDED], 1),
     (STEPS, STEPS**2, {"standard_errors": STEPS[-2] ** 2 / 2}, [""] * 4 + [NOISY] * 2, 2),
     (STEPS, DIVERGING, {"standard_errors": DIVERGING / 1e3}, [*INFINITE, DISAGREES, *[""] * 3], 1),

@@ -82,7 +82,8 @@ def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
     difference = bound - known
     dimension = math.prod(model.vae.latent_shape)
     # Decoding at t_min adds noise of variance 1/I to z_0 of variance 1, and the prior is the
-    # process's, not the distribution at T: mean and spread e^{−B/2} = 0.007 of both for VP.
+    # process's, not the distribution at T: mean and spread e^{−B/2} = 0.007 of both for VP, which
+    # the divergence of Gaussians squares.
     noise = math.exp(-2 * float(model.score.sde.log_snr(T_MIN)))
     slack = dimension * (noise + 0.007**2)
     error = standard_error(float(difference.std()), n)
