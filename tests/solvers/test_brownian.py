@@ -181,10 +181,9 @@ def test_a_read_is_alone_the_same_and_belongs_to_the_reader(axes, dtype):
     assert torch.equal(both(path, s, t), expected)
 
 
-EM, EXPONENTIAL = solvers.EulerMaruyama(), solvers.ExponentialEuler()
 INCREMENTS = {x: solvers.TorchSDE(method=x) for x in ("euler", "milstein", "heun", "euler_heun")}
-INCREMENTS |= {"EM": EM, "midpoint": solvers.TorchSDE(method="midpoint")}
-INTEGRALS = {"exponential": EXPONENTIAL, "reverse diffusion": solvers.ReverseDiffusion()}
+INCREMENTS |= {"EM": solvers.EulerMaruyama(), "midpoint": solvers.TorchSDE(method="midpoint")}
+INTEGRALS = {"exponential": solvers.ExponentialEuler(), "reverse": solvers.ReverseDiffusion()}
 FOLLOWING = {"euler-maruyama", "stochastic-heun", "exponential-euler", "reverse-diffusion"}
 FOLLOWING |= {"torchsde-euler"}
 

@@ -25,7 +25,7 @@ LEVELS = (64, 256)
 TIMES = np.linspace(1.0, 0.05, LEVELS[-1] + 1)
 BATCHES, SAMPLES = 10, 100
 
-# The orders of torchsde's methods are measured in test_with_torchsde.py, on data of two modes.
+# The orders of torchsde's methods are measured in validation/test_order_measurement.py.
 NAMED = solvers.named_solvers()
 OWN = [x for x in NAMED if NAMED[x].facts.strong_order and not x.startswith("torchsde")]
 

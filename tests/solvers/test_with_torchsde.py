@@ -1,17 +1,15 @@
-"""`TorchSDE`: each step is one of torchsde's, and strong orders are those for additive noise."""
+"""`TorchSDE`: each step is one of torchsde's, and its normals are independent."""
 
-import functools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torchsde
 
-from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
+from cldsde import solvers
 from cldsde.solvers import RecordedNoise, TorchSDE, solve
-from gaussian_data import PROCESSES, SLOPE, reverse
-from probes import Recording, generator, normals, start
+from gaussian_data import PROCESSES, reverse
+from probes import Recording, normals, start
 from tolerances import KERNEL
 
 # Calculus of each method.
@@ -66,37 +64,3 @@ def test_the_normals_of_srk_are_independent():
     moments = torch.stack([h, h**2 / 2, h**2 / 2, h**3 / 3], dim=1).reshape(-1, 2, 2)
     rows = torch.cat([found.increment, found.time_integral], dim=2)
     close(rows @ moments @ rows.mT, torch.eye(2).expand(9, 2, 2))
-
-
-FINEST, SAMPLES = 1024, 600
-
-
-@functools.cache
-def end(method, n):
-    """Ends on VP with data of two modes, of one Brownian path on all grids."""
-    h, stride = 0.45 / FINEST, FINEST // n
-    xi = np.random.default_rng(2).standard_normal((2, FINEST, SAMPLES))
-    W = math.sqrt(h) * xi[0]
-    U = h * (W / 2 + math.sqrt(h / 12) * xi[1])
-    W, U = W.reshape(n, stride, -1), U.reshape(n, stride, -1)
-    # An increment adds to the integral for the rest of the step.
-    rest = h * np.arange(stride - 1, -1, -1)[:, None]
-    W, U = W.sum(1), (U + rest * W).sum(1)
-    sde, modes = VPSDE(4.0, 4.0), GaussianMixture([0.4, 0.6], [[-1.0], [0.7]], [[[0.09]]] * 2)
-    process, solver = ReverseProcess(sde, modes.score(sde)), TorchSDE(method=method)
-    times = solvers.uniform_times(0.5, 0.05, n)
-    rows = solver.path_noise(process, times)
-    draws = rows.increment @ torch.from_numpy(W)[:, None]
-    if method == "srk":
-        draws = draws + rows.time_integral @ torch.from_numpy(U)[:, None]
-    state = torch.randn(SAMPLES, 1, 1, generator=generator(), dtype=torch.float64)
-    noise = RecordedNoise(list(draws.transpose(1, 2)[..., None]))
-    return solve(process, solver, 0.8 * state, times, noise=noise).state
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "milstein"])  # which is "euler"
-def test_the_strong_order_on_data_of_two_modes(method):
-    fine, steps = end("srk", FINEST), (32, 128)
-    errors = [float((end(method, n) - fine).square().mean().sqrt()) for n in steps]
-    slope = math.log(errors[0] / errors[1]) / math.log(steps[1] / steps[0])
-    assert abs(slope - TorchSDE(method=method).facts.strong_order) < SLOPE

@@ -30,7 +30,6 @@ PASS, FAIL = Verdict.PASS, Verdict.FAIL
 # scipy's method of order 8 at a relative tolerance of 1e-13, over a hundred steps.
 INTEGRATED = 1e-11
 
-
 # Matrices that do not commute, as polynomials.
 OWN, A = [[0.0, 0.0], [0.0, 0.04]], ([[-0.5, 3.0], [-3.0, -4.0]], [[0.25, 3.0], [-4.0, 0.5]])
 G = [[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, -0.5]]
@@ -126,7 +125,6 @@ VERDICT = 0.25  # by which a measured order may fall short of the declared one
 EM = EulerMaruyama()
 QUICK, FEWER, MODES = (32, 64, 128, 256), (16, 32, 64, 128), "VP, three modes"
 
-
 # Solver, problem, order, steps, and a claim that is to fail, or None.
 WEAK: list[Any] = [
     (EulerMaruyama(), "CLD", 1, QUICK, 2),
@@ -143,6 +141,7 @@ ODE: list[Any] = [
     (ExponentialMultistep(order=3), "CLD", 3, QUICK, 4),
     (ProbabilityFlow(method="dopri8"), "CLD, rotation", 8, (20, 28, 40, 57, 80), None),
 ]
+ADDITIVE = ("euler", "heun", "euler_heun", "midpoint")
 # A solver converges to the exact ends of paths only if all of a case hangs together: increments,
 # their time integrals for SRK, stochastic integrals for ExponentialEuler, and the ends.
 STRONG: list[Any] = [
@@ -151,6 +150,8 @@ STRONG: list[Any] = [
     # Along lines the term that limits SRK to 3/2, the second derivative of the drift, is zero.
     (solvers.TorchSDE(method="srk"), "VP", 2, QUICK, 2.5),
     (solvers.TorchSDE(method="srk"), MODES, 1.5, (*FEWER, 256), 2),
+    *((solvers.TorchSDE(method=x), "VP", 1, QUICK, 1.5) for x in ADDITIVE),
+    *((solvers.TorchSDE(method=x), MODES, 1, (8, *FEWER, 256), None) for x in ADDITIVE),
     (EulerMaruyama(), MODES, 1, (8, *FEWER), 2),
 ]
 ORDERS = [
@@ -324,8 +325,6 @@ def test_samples_have_the_propagated_moments(solver, name):
 GRID = uniform_times(1.0, 0.1, 3)
 START = {"mean": torch.zeros(2, 1), "covariance": torch.eye(2)}
 OwnNoise = altered(EulerMaruyama, step=lambda z, *_: z + torch.randn_like(z))
-
-
 TWO_MODES = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.01]], [[0.01]]])
 TWICE = "the same state and noise gave two different results; does the solver draw noise outs"
 MIXED = ReverseProcess(CLD(), TWO_MODES.score(CLD()))
