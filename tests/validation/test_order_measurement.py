@@ -191,8 +191,8 @@ def test_orders_are_those_declared_and_no_higher(measure, claim, solver, name, o
 
 
 def further(z, i, score, tables):
-    """The last step goes half a unit too far."""
-    return z + 0.5 * (i == len(tables.stages[0].state) - 1)
+    """The last step goes 0.15 too far: 40 errors of the last level, which allows 4."""
+    return z + 0.15 * (i == len(tables.stages[0].state) - 1)
 
 
 def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch):

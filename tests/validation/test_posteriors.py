@@ -60,6 +60,7 @@ def test_standard_errors_are_of_the_mean_over_repetitions(monkeypatch):
         expected = statistics.mean(values), statistics.stdev(values) / math.sqrt(3)
         own = getattr(found, name), getattr(found, f"{name}_std")
         assert own == pytest.approx(expected, rel=rounding(), abs=0)
+    assert found.verdict is Verdict.FAIL  # for the weights, by three standard errors
 
 
 @pytest.mark.slow

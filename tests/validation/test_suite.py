@@ -269,7 +269,8 @@ def test_the_verdict_and_the_reason_of_a_single_check(solver, problem, verdict, 
 def test_a_solver_that_declares_no_order_is_judged_by_the_distribution_as_a_whole():
     """A corrector of a set size has an error that no grid reduces, and does not end anywhere."""
     names = [VP, "VP, ring", "CLD, ring", "VP, three modes"]
-    for solver, verdict in ((solvers.PredictorCorrector(), PASS), (Nothing(), FAIL)):
+    wide = straightened(EulerMaruyama, weak_order=None, strong_order=None)()
+    for solver, verdict in ((solvers.PredictorCorrector(), PASS), (wide, FAIL), (Nothing(), FAIL)):
         found = measured(solver, names)
         assert summarise(found) == {"it": verdict}
         compared = {(c.problem, c.verdict) for c in found if c.kind == "distribution"}
