@@ -228,7 +228,9 @@ def test_states_are_those_of_solves_that_end_at_their_times(method):
     if isinstance(solver, GridSolver):
         assert [call[:2] for call in calls] == list(enumerate(GRID.tolist()))[1:]
         assert {type(t) for _, t, _ in calls} == {float}
+        solve(method, name, state, callback=noting(calls))
         assert torch.equal(calls[1][2], whole.y[1])
+        assert torch.equal(calls[6][2], whole.y[1])  # a callback alone sees the same states
         if solver == SOLVERS[method]:
             assert torch.equal(solve(method, name, state).state, whole.state)
 
@@ -272,13 +274,17 @@ GAUSSIAN_STEPS |= {"multistep-1-sde", "multistep-2-sde"}
 
 @every_solver
 def test_paths_have_a_density_if_steps_are_gaussian_and_otherwise_it_is_rejected(method):
-    state = start(process_of(home(method)).sde)
-    density = functools.partial(solve, method, home(method), state, log_prob=True)
-    if method in GAUSSIAN_STEPS:
-        assert density().log_prob.isfinite().tolist() == [True] * 3
+    plan, state = plan_of(method, home(method)), start(PROCESSES[home(method)], (3, 2, 2))
+    density = functools.partial(solve, method, home(method), log_prob=True)
+    gaussian = plan.solver.noise_roots(plan.tables) is not None
+    assert gaussian == (method in GAUSSIAN_STEPS), "GAUSSIAN_STEPS lists solvers with noise_roots"
+    if gaussian:
+        found = density(state).log_prob
+        assert found.isfinite().all()
+        assert close(found, density(state.flatten(2)).log_prob)
     else:
         with pytest.raises(ValueError, match=r"log_prob must be False for .* whose steps"):
-            density()
+            density(state)
 
 
 class Memory(TorchDispatchMode):
