@@ -37,11 +37,12 @@ KEPT = GRID[[0, 2, 5]]
 
 def applies(method, name):
     """Whether a solver applies to a process, as its documentation says."""
-    if method.startswith("edm"):  # one component
-        return name in {"VP", "VE"}
+    components, stationary = PROCESSES[name].components, PROCESSES[name].stationary_covariance
+    if method.startswith("edm"):
+        return components == 1
     if method.startswith("splitting"):  # position and velocity
-        return name in {"CLD", "PSLD"}
-    return not method.startswith("sscs") or name != "VE"  # a stationary distribution
+        return components == 2 and stationary is not None
+    return not method.startswith("sscs") or stationary is not None
 
 
 def home(method):
@@ -110,7 +111,7 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     assert sum(map(len, times)) == int(counts.sum())
     assert one.solution.nfev == int(counts.max())
     assert {t.dtype for t in times} == {torch.float64}
-    assert all(((t >= END) & (t <= 1)).all() for t in times)
+    assert [t for t in torch.cat(times).tolist() if not END <= t <= 1] == []
     assert all(t.shape == (len(z),) for t, z in zip(times, one.score.states, strict=True))
     assert (times[-1] == END).all()  # of the data prediction
     announced = solver.evaluation_times(one.plan.process, GRID)
@@ -120,7 +121,8 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     assert [t[0].item() for t in times[:-1]] == announced.tolist()
     assert (counts == len(announced) + 1).all()
     assert one.plan.nfev == len(announced)
-    if not (method.startswith("splitting") and name == "PSLD"):  # noise reaches positions, too
+    # A letter evaluates the score if noise reaches its component.
+    if not (method.startswith("splitting") and len(PROCESSES[name].driven) == 2):
         assert len(announced) == solver.facts.nfe_per_step * (len(GRID) - 1)
 
 
@@ -456,7 +458,7 @@ def test_bad_scores_are_rejected(method, value, error, message):
 )
 def test_processes_that_a_solver_does_not_apply_to_are_rejected(method, name):
     sde, kind = PROCESSES[name], type(SOLVERS[method]).__name__
-    other = "StochasticHeun" if name == "VE" else "SSCS"
+    other = "StochasticHeun" if sde.stationary_covariance is None else "SSCS"
     use = "ExponentialMultistep" if kind == "EDMHeun" else other
     message = rf"^{kind} needs a process .* has ({sde.components}|none)\b.*\. Use {use}\b"
     with pytest.raises(ValueError, match=message):
