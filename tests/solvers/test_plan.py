@@ -66,6 +66,16 @@ def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
         sampler.solve(states[1], generator=generator(), **options)
 
 
+@few_solvers
+def test_a_score_checks_all_times_at_which_it_is_evaluated(name):
+    checked, sde = [], sde_for(name)
+    process = ReverseProcess(sde, Smooth(sde))
+    process.score.check_times = checked.append
+    solvers.plan(process, SOLVERS[name], GRID)
+    times = SOLVERS[name].evaluation_times(process, GRID)
+    assert torch.equal(checked[0], GRID[[0, -1]] if times is None else times)
+
+
 class Guided(MixedScore):
     """A subclass with a forward of its own."""
 
