@@ -76,6 +76,8 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
     assert (other != many).all()
     assert many.dtype == torch.float32
     assert torch.equal(before, torch.random.get_rng_state())
+    # The seeds of these samples begin 912 below 2**32, and go on at 0.
+    assert len(cldsde.sample(sde, score, (913, 2), nfe=5, seed=2667687).unique(dim=0)) == 913
 
 
 def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
@@ -92,9 +94,10 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 )
 def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
     sde = PROCESSES[name]()
-    _, plan = recommended_plan(cldsde.ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
+    process = cldsde.ReverseProcess(sde, DATA.score(sde))
     expected = solvers.ExponentialMultistep(order=order, stochasticity=stochasticity)
-    assert plan.solver == expected
+    assert recommended_plan(process, nfe=nfe)[1].solver == expected
+    assert recommended_plan(process, solver=solvers.SSCS())[0].denoise is True
 
 
 @pytest.mark.parametrize("name", ["VP", "CLD", "VE"])
