@@ -128,5 +128,6 @@ def test_it_is_the_algorithm_with_churn_in_a_range_of_levels(name):
     # Ends of the range between levels, and three levels inside.
     low, high = math.sqrt(levels[6] * levels[7]), math.sqrt(levels[3] * levels[4])
     ranges = {(low, high): 3, (0.0, low): 2, (high, math.inf): 3, (2 * levels[0], math.inf): 0}
+    ranges[levels[6], levels[4]] = 3  # levels at the ends of the range belong to it
     for churn_range, count in ranges.items():
         check_algorithm(name, GRID, count, churn=1.5, noise_scale=1.007, churn_range=churn_range)

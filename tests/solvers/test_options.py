@@ -85,6 +85,7 @@ def test_options_that_are_lists_or_dictionaries_are_values():
     one, same = (TorchDiffEq(options={"first_step": 0.1}) for _ in range(2))
     assert {one: 1}[same] == 1
     assert one != TorchDiffEq()
+    assert GottaGoFast() == GottaGoFast(noise_on_reject="bridge")
 
 
 # Methods of torchdiffeq with their evaluations per step and orders.

@@ -31,15 +31,15 @@ WAVE = Clock(
 )
 
 
-def jumping(at):
-    """PSLD with a rate of 1 up to a time, and of 9 from there on, and its reference."""
+def jumping(at, late=9.0):
+    """PSLD with a rate of 1 up to a time, and another from there on, and its reference."""
     schedule = Schedule(
-        lambda t: torch.where(t < at, 1.0, 9.0).to(t),
-        lambda s, t: (t - s) + 8 * (t.clamp_min(at) - s.clamp_min(at)),
+        lambda t: torch.where(t < at, 1.0, late).to(t),
+        lambda s, t: (t - s) + (late - 1) * (t.clamp_min(at) - s.clamp_min(at)),
     )
     clock = Clock(
-        lambda t: np.where(t < at, 1.0, 9.0),
-        lambda s, t: (t - s) + 8 * (np.maximum(t, at) - np.maximum(s, at)),
+        lambda t: np.where(t < at, 1.0, late),
+        lambda s, t: (t - s) + (late - 1) * (np.maximum(t, at) - np.maximum(s, at)),
     )
     return PSLD(schedule, 0.7), dense(psld(gamma=0.7))._replace(clock=clock)
 
@@ -56,6 +56,7 @@ PROCESSES = {
 }
 # Jumps divide the part of the step of each letter once.
 PROCESSES |= {f"jump at {at}": jumping(at) for at in (0.2, 0.37, 0.62, 0.95)}
+PROCESSES["jump to a rate of 0"] = jumping(0.62, 0.0)
 
 
 def parts(word, t, u):
