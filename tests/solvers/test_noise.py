@@ -56,7 +56,7 @@ def test_draws_of_any_sizes_are_one_stream(sizes):
     parts = [noise.normal(torch.zeros(2, 1, size), 1)[:, 0] for size in sizes]
     assert torch.equal(torch.cat(parts, dim=1), whole)
     g, blocks = generator(4), range(-(-sum(sizes) // 4096))
-    stream = torch.cat([torch.randn(4096, generator=g) for _ in blocks])
+    stream = torch.cat([torch.randn(4096, generator=g, dtype=torch.float32) for _ in blocks])
     assert torch.equal(whole[1], stream[: whole.shape[1]])
 
 
