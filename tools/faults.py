@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,8 +185,11 @@ def planted(fault: Fault, package: Path) -> tuple[int, str]:
         file.write_text(source, encoding="utf-8")
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
     """Plant the faults that contain a word; return the exit code."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*", help="parts of names of faults")
+    words = parser.parse_args().words
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     if not chosen:
         print("no fault is planted: no name contains", " or ".join(words))
@@ -207,4 +211,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
