@@ -95,8 +95,7 @@ def test_tolerances_out_of_reach_end(name, dtype, tolerance):
 
 def test_ends_and_stops_next_to_a_step_cost_at_most_one_step_more(name):
     # Nothing moves: after a first step of 0.01 the second ends near these times.
-    first = {"first_step": 0.01}
-    first = {"options": first} if "torchdiffeq" in name else first
+    first = {"options": {"first_step": 0.01}} if "torchdiffeq" in name else {"first_step": 0.01}
     solver, seen = dataclasses.replace(SOLVERS[name], **first, atol=1.0), []
     process = ReverseProcess(VESDE(0.05, 20.0), lambda z, t: torch.zeros_like(z))
     state = torch.zeros(1, 1, 1, dtype=torch.float64)

@@ -103,9 +103,7 @@ FACTS = [
     *((TorchDiffEq(method=x), n, None, None, p) for x, n, p in DIFFEQ),
     *((ProbabilityFlow(method=x), n, None, None, p) for x, n, p in FLOWS),
     (GottaGoFast(), 2, None, None, None),
-    (EDMHeun(), 2, None, None, 2),
     (EDMHeun(noise_scale=0.9), 2, None, None, 2),  # there is no noise to scale
-    (EDMHeun(churn=5.0), 2, 2, None, None),
     *((EDMHeun(churn=5.0, noise_scale=x), 2, None, None, None) for x in (0.9, 1.0000001)),
     *((Splitting(scheme=x), x.count("B"), 1, None, None) for x in ("OBA", "BAOAB", "ABOBAOB")),
     (Splitting(scheme="ABOBAOB", shared_score=True), 1, 1, None, None),

@@ -7,7 +7,7 @@ import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
 from cldsde.score import ConditionalScore, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
-from probes import Recording
+from probes import Recording, hidden_times, tensor
 from score.cases import TWO as DATA
 from tolerances import rounding, standard_error
 
@@ -81,11 +81,14 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 
 
 def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
-    score = DATA.score(UNDERDAMPED)
-    recipe, plan = recommended_plan(cldsde.ReverseProcess(UNDERDAMPED, score), nfe=20)
+    process = cldsde.ReverseProcess(UNDERDAMPED, DATA.score(UNDERDAMPED))
+    recipe, plan = recommended_plan(process, nfe=20)
     assert (plan.solver, recipe.denoise) == (solvers.SSCS(), "step")
+    # At this end the driven score says nothing about the data.
+    times = tensor([1.0, hidden_times(UNDERDAMPED)[0]])
+    assert recommended_plan(process, solver=solvers.SSCS(), times=times)[0].denoise == "step"
     # The bias at 400 steps of order 1 is 0.06 standard deviations, a third of the tolerance.
-    check_moments(cldsde.sample(UNDERDAMPED, score, (500, 2), nfe=400))
+    check_moments(cldsde.sample(UNDERDAMPED, process.score, (500, 2), nfe=400))
 
 
 @pytest.mark.parametrize(
