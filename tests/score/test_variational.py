@@ -138,7 +138,7 @@ def test_a_control_variate_with_the_moments_of_the_data_leaves_no_variance(name)
     sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
     t, weight = sampler.sample(2 * n, generator=generator())
     options = {"t_min": t_min, "data_mean": mean, "data_variance": P, "generator": generator()}
-    many = x.repeat_interleave(n, 0)
+    many = x.repeat_interleave(n, 0).unsqueeze(1)  # images of one row
     found = evidence_lower_bound(data.score(sde), sde, many, t, weight, **options).reshape(2, n)
     assert (found - expected[:, None]).abs().max() <= QUADRATURE
 
