@@ -241,24 +241,15 @@ class TestReplaced:
         value = sum(log_normal((x - m[0])[:, None], C[:1, :1]) for x, m, C in directions(name))
         assert_mean(found, value)
 
-    def test_the_standard_error_is_the_scatter_of_the_samples(self):
-        n, data = 4000, GaussianMixture([1.0], [[0.3]], [[[0.5]]])
-        found = likelihood("CLD", X[:, :1], data, n, start="replace")
-        # v given x is normal, and log w = a n² + b n + c in the normal n of v, of variance
-        # 2a² + b².
-        sde = FORGETFUL["CLD"]
-        kernel = sde.marginal(T_MIN)
-        psi = kernel.mean[:, 0]
-        C = kernel.covariance + 0.5 * torch.outer(psi, psi)
-        gain = C[1, 0] / C[0, 0]
-        mean = 0.3 * psi[1] + gain * (X[:, 0] - 0.3 * psi[0])
-        variance = C[1, 1] - gain * C[0, 1]
-        r = float(sde.initial_covariance[1, 1])
-        a, b = 0.5 * (1 - r / variance), math.sqrt(r) * mean / variance
-        expected = (2 * a**2 + b**2).sqrt() / math.sqrt(n)
-        # A standard deviation scatters by √(kurtosis/4n), for χ² below √(15/4n): five times.
-        scatter = 5 * math.sqrt(15 / (4 * n))
-        assert torch.allclose(found.standard_error, expected, rtol=scatter, atol=0)
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_the_standard_error_of_two_samples_is_half_of_their_difference(self, weighted):
+        options = {"start": "replace", "rtol": 1e-2, "atol": 1e-2}
+        found = likelihood("CLD", samples=2, importance_weighted=weighted, **options)
+        logs = likelihood("CLD", X.repeat_interleave(2, 0), samples=1, **options).log_prob
+        logs = logs.reshape(2, 2)
+        logs = (logs - found.log_prob.unsqueeze(1)).exp() if weighted else logs
+        expected = logs.diff(dim=1).abs().squeeze(1) / 2
+        assert torch.allclose(found.standard_error, expected, rtol=rounding(), atol=0)
 
 
 class TestPerturbed:
