@@ -5,7 +5,7 @@ import torch
 
 from cldsde import CLD, VPSDE, GaussianMixture, GuidedScore, RectifiedFlow, ReverseProcess, solvers
 from cldsde.score import ConditionalScore, DenoiserScore
-from probes import generator
+from probes import generator, tensor
 from tolerances import rounding
 
 SINGLE = rounding(100, dtype=torch.float32)
@@ -83,6 +83,8 @@ def test_guidance_in_an_interval_of_noise_levels(solver):
         levels = (-sde.log_snr(torch.cat([times[:-1], times[-1:]]))).exp()
         inside = int(((levels > 0.2) & (levels <= 2.0)).sum())
         assert found.nfev == 11 + inside
+    ends = solvers.times_of_log_snr(sde, -tensor([0.2, 2.0]).log())
+    assert guided.evaluations(ends).tolist() == [1, 2]
     for t in (0.7, 0.3, 0.01):
         z = start(sde)
         level = float((-sde.log_snr(t)).exp())
@@ -107,6 +109,8 @@ def test_guidance_where_a_state_tells_nothing_of_the_data():
     z = sde.prior.sample((5, 1), generator=generator(), dtype=torch.float64)
     expected = torch.full((5, 1), -1.0 + 3.0 * (2.0 + 1.0), dtype=torch.float64)
     torch.testing.assert_close(guided.data_prediction(z, 1.0), expected, rtol=rounding(), atol=0)
+    outside = GuidedScore(*scores, 3.0, interval=(0.1, 0.5)).data_prediction(z, 1.0)
+    assert torch.equal(outside, scores[0].data_prediction(z, 1.0))
     solver = solvers.ExponentialMultistep(order=2)
     found = solvers.solve(ReverseProcess(sde, guided), solver, z, torch.tensor([1.0, 0.5, 0.1]))
     assert found.success
