@@ -143,6 +143,12 @@ class TestClocks:
         told(torch.zeros(2, 3).double(), sigma)
         torch.testing.assert_close(seen[0], expected(sigma), rtol=rounding(), atol=rounding())
 
+    def test_the_clock_of_a_table_is_the_nearest_index(self):
+        (path, *_), seen, t = PATHS["table"], [], tensor([17.3, 17.7])
+        told = PredictionDenoiser(lambda x, t: seen.append(t) or x, path, clock="index")
+        told(torch.zeros(2, 3).double(), path.noise(t) / path.signal(t))
+        assert seen[0].tolist() == [17, 18]
+
     def test_single_precision_keeps_the_times_of_a_grid(self):
         """Levels of a solver's times reach the path in double precision."""
         seen = []
@@ -204,8 +210,9 @@ class TestScoreDenoiser:
         u = normals(0, 3, 2)
         lost = score_rounding(sde, solvers.times_of_log_snr(sde, -sigma.log()))
         for options in ({}, {"fill": False}, {"seed": 1}):
-            found = ScoreDenoiser(DATA.score(sde), **options)(u, sigma)
-            torch.testing.assert_close(found, exact(u, sigma), rtol=lost, atol=lost)
+            denoise = ScoreDenoiser(DATA.score(sde), **options)
+            denoise(u.float(), sigma)  # noise in single precision is not used again
+            torch.testing.assert_close(denoise(u, sigma), exact(u, sigma), rtol=lost, atol=lost)
 
     def test_states_that_are_filled_up_look_like_states(self):
         """The covariance of z given x_0, if u has the noise of its level: 20,000 states."""
