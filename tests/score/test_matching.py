@@ -175,7 +175,7 @@ class TestLosses:
     @every_conditioning
     @pytest.mark.parametrize("prediction", ["score", "noise", "data"])
     def test_the_model_gets_one_time_for_each_sample_and_gradients(self, prediction, conditioning):
-        weight, seen = torch.ones((), requires_grad=True), []
+        weight, seen = torch.ones(1, dtype=torch.float64, requires_grad=True), []
 
         def model(z, t):
             seen.append(t)
@@ -184,6 +184,7 @@ class TestLosses:
         options = {"prediction": prediction, "conditioning": conditioning}
         loss = score_matching_loss(model, CLD(), normals(9, 3, 2).float(), 0.25, **options)
         assert torch.equal(seen[0], torch.full((3,), 0.25))
+        assert loss.dtype == torch.float32
         (slope,) = torch.autograd.grad(loss.sum(), weight)
         assert 0 < slope.abs() < math.inf
 
