@@ -142,6 +142,7 @@ GIVEN_ALL = score.PerturbedData.draw(VESDE(), ZEROS(2, 1), 0.5, conditioning="al
 END = score.PerturbedData.draw(FLOW, ONES(2, 1), 1.0)
 AT_THE_END = partial(score.Conversion.at, FLOW, 1.0, "score")
 ENDED = partial(END.loss, END.noise)
+END_LOSS = partial(ENDED, weighting="likelihood")
 BOTH = ["velocity", "flow"]
 
 UNKNOWN = ["speed", None, 1]
@@ -203,7 +204,9 @@ ROWS = [
     *each(partial(LIKELIHOOD, start="replace"), "needs auxiliary", process=AT_REST),
     # Scores and conversions.
     *types(REVERSE, score=[None, 1.0, ZEROS(2)]),
-    *each(REVERSE, "belongs to another process", score=[POINTS.score(CLD(friction=2.0))]),
+    *each(
+        REVERSE, "belongs to another", score=map(POINTS.score, [CLD(5.0), CLD(velocity_scale=1)])
+    ),
     *each(NOISES, stochasticity=[-0.1, NAN, INF]),
     *each(CONVERTED, source=UNKNOWN, target=UNKNOWN),
     *each(partial(CONVERTED, t=DOUBLE * 0), "no density at t = 0", sde=STARTS),
@@ -217,7 +220,7 @@ ROWS = [
     *each([PAIR.target, EVALUATED], "needs a process of one", prediction=BOTH),
     *each(GIVEN_ALL.target, "conditioning must be 'data'", prediction=["flow"]),
     *each(ENDED, "prediction is infinite", measured=["flow"]),
-    *each(ENDED, "t must be below 1 with weighting='likelihood'", weighting=["likelihood"]),
+    *each(END_LOSS, "t must be below 1 with", prediction=["noise", "score", *BOTH]),
     *each(partial(POINTS.score, CRITICAL), rows=["v", None]),
     *each(partial(POINTS.score, VP), "has no auxiliary", rows=["auxiliary"]),
     *each(at_a_known_time(SCORE, 0.5), "2 numbers per component", z=[ZEROS(8, 2, 3)]),
@@ -242,7 +245,7 @@ ROWS = [
     *types(PATH, signal=[1.0, lambda t: 1.0]),
     *each(PATH, signal=[lambda t: t.sum(), lambda t: 1 / t, lambda t: 1 - 2 * t]),
     *each(FALLING, "a decrease after t = 0", noise=[lambda t: t - t**2, lambda t: (t - 0.5).abs()]),
-    *each(partial(PATH, torch.ones_like), "two increasing numbers", interval=[(1.0, 1.0)]),
+    *each(partial(PATH, torch.ones_like), "two increasing", interval=[(1, 1), (0,), (0, 1, 2)]),
     *each(partial(score.NoisePath.of, VP), start=[0.0, 1.0, NAN]),
     *each(partial(score.ScoreDenoiser, untouchable, VP), start=[0.0, 1.0, NAN]),
     *each(ALPHAS, table=[TABLE.flip(0), [[0.9, 0.5]]]),
