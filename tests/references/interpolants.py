@@ -58,7 +58,6 @@ def vp_noise(t: torch.Tensor) -> torch.Tensor:
 LINEAR = SignalNoise(lambda t: 1 - t, lambda t: t)
 SINE = SignalNoise(lambda t: mp.sin(mp.pi * (1 - t) / 2), lambda t: mp.sin(mp.pi * t / 2))
 VP = SignalNoise(lambda t: mp.exp(-2 * t**2 - t), lambda t: mp.sqrt(1 - mp.exp(-4 * t**2 - 2 * t)))
-BLURRED = SignalNoise(lambda t: (1 - t) ** 2, lambda t: mp.sqrt(mp.mpf(0.04) + 2 * t))
 INTERPOLANTS: dict[str, tuple[LinearSDE, SignalNoise]] = {
     "rectified flow": (RectifiedFlow(), LINEAR),
     "cosine": (CosineVP(), SINE),
@@ -66,7 +65,7 @@ INTERPOLANTS: dict[str, tuple[LinearSDE, SignalNoise]] = {
     "VP functions": (LinearSDE.from_signal_noise(vp_signal, vp_noise), VP),
     "uncertain start": (
         LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, lambda t: torch.sqrt(0.04 + 2 * t)),
-        BLURRED,
+        SignalNoise(lambda t: (1 - t) ** 2, lambda t: mp.sqrt(mp.mpf(0.04) + 2 * t)),
     ),
     "table": (VPSDE.from_alphas_cumprod(TABLE), of_table(TABLE)),
     "table to zero": (VPSDE.from_alphas_cumprod(ENDING), of_table(ENDING)),

@@ -38,7 +38,6 @@ CASES = {
 every_case = pytest.mark.parametrize("name", CASES)
 singular = pytest.mark.parametrize("sde", [RectifiedFlow(), CosineVP()], ids=repr)
 TARGETS = ["score", "noise", "data", "velocity", "flow"]
-every_target = pytest.mark.parametrize("prediction", TARGETS)
 
 
 def forms(name, t, x, x0):
@@ -130,7 +129,7 @@ Z = torch.randn(4, 1, 2, 3, generator=generator(), dtype=torch.float64)
 
 class TestMixedScore:
     @pytest.mark.parametrize("logits", [None, torch.tensor(-1.0)])
-    @every_target
+    @pytest.mark.parametrize("prediction", TARGETS)
     @every_case
     def test_predictions_follow_from_its_score(self, name, prediction, logits):
         sde = CASES[name][0]

@@ -14,7 +14,6 @@ from score.cases import AUXILIARY, FAMILIES, at_a_known_time, known, mixture, sc
 from tolerances import EPS, EPS32, rounding, standard_error
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-every_kind = pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
 TIMES = torch.tensor([1e-3, 0.05, 0.4, 1.0], dtype=torch.float64)
 PLANE = GaussianMixture([1.0], [[0.3, 0.1]], [[[0.2, 0.0], [0.0, 0.1]]])
 PROMISED = 1e-10  # relative accuracy of scores and densities for k up to 3
@@ -25,7 +24,7 @@ both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
 
 
 class TestExactness:
-    @every_kind
+    @pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
     @every_family
     def test_density_scores_and_posterior_mean_are_exact(self, name, kind):
         sde, data = FAMILIES[name], mixture(kind)
