@@ -144,10 +144,9 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
     # Triangularise again, because the product lacks a root's diagonal if L_s is singular.
     long_root = joint_root(earlier @ joint[..., k:, k:])
 
-    # ‖L_t⁻¹L_Q‖² is the share of the noise in Σ_t. If it is small, Ψ is far from singular.
-    regular = (earlier.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    # ‖L_t⁻¹L_Q‖² is the share of the noise in Σ_t. It is at least 1 if Ψ or L_s is singular.
     share = torch.linalg.solve_triangular(later, step.root, upper=False).square().sum((-2, -1))
-    short = (regular & (share <= 0.5))[..., None, None]
+    short = (share <= 0.5)[..., None, None]
     psi = torch.where(short, step.mean, eye)
     noise = torch.where(short, step.root, 0.0)
     whitening = triangular_inverse(torch.where(short, later, eye))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import references
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
-from probes import generator, normals, tensor
+from probes import generator, norm, normals, tensor
 from references import Homogeneous, Reference, clock_of, initial_covariance
 from references.interpolants import INTERPOLANTS
 from strategies import intervals, stable_process, stable_processes
@@ -249,6 +249,16 @@ def test_the_flow_root_is_a_root_that_the_flow_carries(name, initial):
     flow = sde.posterior(times[1:-1], times[2:], stochasticity=0.0, initial_covariance=sigma)
     scale = rows(R[1:-1]) + rows(flow.state.abs() @ R[2:].abs())
     assert ratio(rows(flow.state @ R[2:] - R[1:-1]), scale) <= FAMILY
+
+
+def test_a_fast_flow_reaches_a_narrow_start():
+    sde, sigma = CLD(beta=400.0, friction=0.01), 1e-6 * torch.eye(2, dtype=torch.float64)
+    s, t = times = tensor([0.0, 0.5])
+    R = sde.probability_flow_root(times, sigma)
+    # The product of hundreds of rotations is orthogonal to 40 eps, and R to rounding.
+    assert covariance_error(R @ R.mT, sde.marginal(times, sigma).covariance) <= rounding()
+    flow = sde.posterior(s, t, stochasticity=0.0, initial_covariance=sigma)
+    assert norm(flow.state @ R[1] - R[0]) <= FAMILY * norm(R[0])
 
 
 DECAYING = [CLD(beta=(4.0, 40.0), friction=2.0), VPSDE(beta_max=4000.0)]
