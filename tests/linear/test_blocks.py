@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cldsde.linear.blocks import apply_blocks, block_solve, lower_factor, safe_sqrt
+from cldsde.linear.blocks import apply_blocks, block_exp, block_solve, lower_factor, safe_sqrt
 from cldsde.linear.dynamics import eliminate
 from probes import normals
 from strategies import dtypes, seeds, shapes
@@ -73,6 +73,14 @@ def test_blocks_act_on_the_component_axis(seed, dtype, batch, axes, per_sample):
     expected = torch.einsum("bij,bj...->bi...", blocks.to(dtype).expand(batch, 4, 2), z)
     # Two products and a sum of numbers below 5.
     assert ((found - expected).abs() <= rounding(4, 25, dtype)).all()
+
+
+@pytest.mark.parametrize("angle", [1.0, 100.0])
+def test_the_exponential_of_a_turn_is_a_rotation(angle):
+    turn, angle = torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double(), torch.tensor(angle).double()
+    expected = angle.cos() * torch.eye(2).double() + angle.sin() * turn
+    # Twenty terms, whose rounding the squarings multiply by the angle.
+    assert (block_exp(angle * turn) - expected).abs().max() <= rounding(20, float(angle))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
