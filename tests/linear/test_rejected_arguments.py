@@ -38,7 +38,7 @@ NEGATIVE: list[Any] = [lambda t: (t - 0.5) ** 2 - 1e-4, lambda t: 1 - 1.001 * t]
 NEGATIVE += [lambda t: torch.sqrt(t - 0.1), lambda t: 1 / t]
 SHAPELESS: list[Any] = [lambda t: 3.0, lambda t: t.sum(), lambda t: t[:, None]]
 NARROW: list[Any] = [lambda t: torch.exp(-(((t - 0.5) / 1e-3) ** 2))]
-WRONG_INTEGRAL: list[Any] = [lambda s, t: 5 * (t - s)]
+WRONG_INTEGRAL: list[Any] = [lambda s, t: 1.00002 * (t - s) * (1 + (s + t) / 2)]
 SCHEDULES: Rows = [
     (ValueError, "beta", calls(Schedule.of, NOT_RATES)),
     (TypeError, "number, a pair", calls(Schedule.of, NO_SCHEDULES)),
@@ -51,7 +51,7 @@ SCHEDULES: Rows = [
     (TypeError, "integral must be a function of two", calls(Schedule, [torch.ones_like], [3.0])),
     (ValueError, "accept a tensor", calls(Schedule, [lambda t: torch.tensor(math.exp(t))])),
     (ValueError, "Pass integral", calls(Schedule, NARROW)),
-    (ValueError, r"rate .*1\.5; got 5", calls(Schedule, [lambda t: 1 + t], WRONG_INTEGRAL)),
+    (ValueError, r"rate .*1\.5; got 1\.50003", calls(Schedule, [lambda t: 1 + t], WRONG_INTEGRAL)),
 ]
 
 POSITIVE = [(CLD, "mass friction beta"), (PSLD, "mass beta"), (VESDE, "sigma_min")]

@@ -86,17 +86,9 @@ def test_the_clock_and_its_slope_agree_with_the_closed_form(name):
 
 
 def test_a_given_integral_is_used():
-    asked = []
-
-    def integral(s, t):
-        asked.append((s, t))
-        return (t - s) * (t + s)
-
-    schedule = Schedule(lambda t: 2 * t, integral)
-    asked.clear()
-    s, t = tensor([0.25, 0.5])
-    assert schedule.integral(s, t).item() == 0.1875
-    assert asked == [(s, t)]
+    near = 1 + 2.0**-30  # nearer than the check can tell
+    schedule = Schedule(torch.ones_like, lambda s, t: near * (t - s))
+    assert schedule.integral(*tensor([0.25, 0.5])).item() == near / 4
 
 
 @pytest.mark.parametrize("rate", [3.0, (1.0, 2.0), Schedule(lambda t: 1 + t)])
