@@ -97,8 +97,9 @@ def test_units_of_components_only_scale_a_kernel():
         return LinearSDE.from_functions(lambda t: (1 + t) * F, G).transition(0.1, 0.9).root
 
     # In these units ‖F‖ is 4e6, which would need more panels than are allowed.
-    units = tensor([[2.0**20, 1.0]])
-    assert torch.equal(root(units), units.T * root(tensor([[1.0, 1.0]])))
+    for unit in (2.0**20, 2.0**-20):
+        units = tensor([[unit, 1.0]])
+        assert torch.equal(root(units), units.T * root(tensor([[1.0, 1.0]])))
 
 
 def test_panels_follow_parameters_that_change():
@@ -113,6 +114,10 @@ def test_panels_follow_parameters_that_change():
 # Interpolants ----------------------------------------------------------------------------------
 
 SINGULAR = ["rectified flow", "cosine", "linear functions", "uncertain start", "table to zero"]
+ALMOST_ZERO = [lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t) ** 2]
+ALMOST_ZERO += [lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t]
+VANISHING = [INTERPOLANTS[name][0] for name in SINGULAR]
+VANISHING += [LinearSDE.from_signal_noise(signal, lambda t: 1 * t) for signal in ALMOST_ZERO]
 
 
 def assert_close(found, expected):
@@ -139,52 +144,31 @@ def test_log_snr_and_slopes_of_standard_deviations_agree_with_the_reference(name
 
 
 def test_functions_that_oscillate_have_exact_kernels_over_long_steps():
+    # The noise grows so little that all kernels are found by quadrature.
     omega = 120 * math.pi
     sde = LinearSDE.from_signal_noise(
-        torch.ones_like, lambda t: t + 0.9 * (omega * t).sin() / omega
+        torch.ones_like, lambda t: 1 + (t + (omega * t).sin() / omega) / 128
     )
-    exact = SignalNoise(lambda t: mp.mpf(1), lambda t: t + mp.mpf(0.9) * mp.sin(omega * t) / omega)
-    pairs = [(0.5, 0.64), (0.5, 0.501)]
+    exact = SignalNoise(lambda t: mp.mpf(1), lambda t: 1 + (t + mp.sin(omega * t) / omega) / 128)
+    pairs = [(0.0, 1.0), (0.5, 0.64), (0.5, 0.501)]
     found = sde.transition(*tensor(pairs).unbind(-1)).root
     assert_close(found, [float(exact.transition(*pair).root[0]) for pair in pairs])
 
 
-@pytest.mark.parametrize("name", SINGULAR)
-def test_a_signal_that_vanishes_has_a_latest_regular_time(name):
-    sde, _ = INTERPOLANTS[name]
+@pytest.mark.parametrize("sde", VANISHING)
+def test_a_signal_that_vanishes_but_for_rounding_has_a_latest_regular_time(sde):
     assert float(sde.transition(0.5, 1.0).mean) == 0.0
     assert float(sde.log_snr(1.0)) == -math.inf
     assert sde.regular_until < 1
-    # A log-SNR of minus five, bisected to a thousandth of 1 - t and rounded to another.
+    # A log-SNR of minus five, bisected to a thousandth of 1 - t and rounded down to another.
     resolution = 5e-3
-    assert float(sde.log_snr(sde.regular_until)) == pytest.approx(-5, abs=resolution)
+    assert -5 <= float(sde.log_snr(sde.regular_until)) <= -5 + resolution
     assert sde.drift(sde.regular_until).isfinite().all()
     for call in (sde.drift, sde.diffusion):
         with pytest.raises(ValueError, match="of this process diverges at t = 1; take t ≤"):
             call(1.0)
     with pytest.raises(ValueError, match="diffusion of this process diverges at t = 1"):
         sde.accumulated_noise(0.5, 1.0)
-
-
-ALMOST_ZERO = [lambda t: torch.cos(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t) ** 2]
-ALMOST_ZERO += [lambda t: torch.cos(math.pi / 2 * t) - 2e-16 * t]
-
-
-@pytest.mark.parametrize("signal", ALMOST_ZERO)
-def test_a_signal_that_vanishes_but_for_rounding_vanishes(signal):
-    sde = LinearSDE.from_signal_noise(signal, lambda t: 1 * t)
-    assert sde.regular_until < 1
-    assert float(sde.transition(0.3, 1.0).mean) == 0.0
-    assert float(sde.log_snr(1.0)) == -math.inf
-
-
-@pytest.mark.parametrize("noise", [0.3, 1.0, 50.0])
-def test_the_latest_regular_time_has_a_log_ratio_of_minus_five(noise):
-    sde = LinearSDE.from_signal_noise(lambda t: 1 - t, lambda t: noise * t)
-    left = 1 / (1 + math.exp(5) / noise)  # 1 − t at log((1 − t)/(noise t)) = −5
-    # It is bisected to a thousandth and rounded up to four digits.
-    resolution = 2e-3
-    assert left <= 1 - sde.regular_until <= left + resolution * left
 
 
 def test_ends_that_are_regular_or_almost_so():
