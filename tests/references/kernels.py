@@ -102,16 +102,6 @@ def variance_clock(low: float, high: float) -> Clock:
     )
 
 
-def squared_sine_clock(rate: float, frequency: float) -> Clock:
-    """Rate beta (1 + sin^2(omega t)); for mpmath alone."""
-
-    def integral(s: Any, t: Any) -> Any:
-        wave = mp.sin(2 * frequency * t) - mp.sin(2 * frequency * s)
-        return rate * (3 * (t - s) / 2 - wave / (4 * frequency))
-
-    return Clock(lambda t: rate * (1 + mp.sin(frequency * t) ** 2), integral)
-
-
 def clock_of(schedule: float | tuple[float, float]) -> Clock:
     """The clock of a number (constant rate) or of a pair of end values (linear rate)."""
     return linear_clock(*(schedule if isinstance(schedule, tuple) else (schedule, schedule)))
