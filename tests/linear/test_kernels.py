@@ -188,7 +188,7 @@ def test_one_noise_on_coupled_components_agrees_with_the_reference(k, noise):
 
 
 def test_increments_over_a_long_interval_agree_with_their_integrals():
-    """The rate 400 changes Psi by e^-100 within a quarter of [0, 1]."""
+    """Psi falls by e^-100 in each of four panels, which are the fewest; more are needed."""
     stiff = LinearSDE.from_matrices([[-400.0]], [[1.0]])
     root = increment_roots(stiff, tensor([0.0]), tensor([1.0]), integrals=True)[0]
     expected = tensor([[1.0, 1 / 400], [1 / 400, 1 / 800]])  # less e^-400

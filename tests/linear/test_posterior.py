@@ -255,7 +255,7 @@ def test_a_fast_flow_reaches_a_narrow_start():
     sde, sigma = CLD(beta=400.0, friction=0.01), 1e-6 * torch.eye(2, dtype=torch.float64)
     s, t = times = tensor([0.0, 0.5])
     R = sde.probability_flow_root(times, sigma)
-    # The product of hundreds of rotations is orthogonal to 40 eps, and R to rounding.
+    # Measured: 1 eps, and 40 without the Newton step, which makes the rotations orthogonal.
     assert covariance_error(R @ R.mT, sde.marginal(times, sigma).covariance) <= rounding()
     flow = sde.posterior(s, t, stochasticity=0.0, initial_covariance=sigma)
     assert norm(flow.state @ R[1] - R[0]) <= FAMILY * norm(R[0])

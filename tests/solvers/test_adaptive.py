@@ -93,7 +93,7 @@ def test_tolerances_out_of_reach_end(name, dtype, tolerance):
     assert found.nfev <= 300
 
 
-def test_ends_and_stops_next_to_a_step_cost_at_most_one_step_more(name):
+def test_ends_next_to_a_step_are_reached_and_a_stop_costs_one_step(name):
     # Nothing moves: after a first step of 0.01 the second ends near these times.
     first = {"options": {"first_step": 0.01}} if "torchdiffeq" in name else {"first_step": 0.01}
     solver, seen = dataclasses.replace(SOLVERS[name], **first, atol=1.0), []
@@ -107,5 +107,5 @@ def test_ends_and_stops_next_to_a_step_cost_at_most_one_step_more(name):
     nfev = still(*ENDS, callback=lambda n, t, z: seen.append(float(t))).nfev
     assert all(still(1.0, seen[1] + i * EPS / 2).success for i in range(-12, 13))
     assert still(1.0, 1 - 8 * EPS).success
-    if "torchdiffeq" not in name:  # whose steps grow again from the short one
+    if "torchdiffeq" not in name:  # torchdiffeq makes its steps longer again one by one
         assert still(*ENDS, t_eval=tensor([seen[1] - 1e-9])).nfev <= nfev + cost(name)[1]

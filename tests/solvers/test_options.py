@@ -80,7 +80,7 @@ def test_bad_options_are_rejected(make, options, error, message):
         make(**options)
 
 
-def test_options_that_are_lists_or_dictionaries_are_values():
+def test_solvers_of_equal_options_are_equal():
     assert {GottaGoFast(atol=[0.01, 0.02]): 1}[GottaGoFast(atol=(0.01, 0.02))] == 1
     one, same = (TorchDiffEq(options={"first_step": 0.1}) for _ in range(2))
     assert {one: 1}[same] == 1

@@ -5,7 +5,7 @@ import torch
 
 import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
-from cldsde.score import ConditionalScore, ScoreDenoiser
+from cldsde.score import ConditionalScore, ReverseProcess, ScoreDenoiser
 from cldsde.solvers.sampling import recommended_plan
 from probes import Recording, hidden_times, tensor
 from score.cases import TWO as DATA
@@ -81,9 +81,10 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 
 
 def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
-    process = cldsde.ReverseProcess(UNDERDAMPED, DATA.score(UNDERDAMPED))
+    process, regular = (ReverseProcess(sde, DATA.score(sde)) for sde in (UNDERDAMPED, CLD()))
     recipe, plan = recommended_plan(process, nfe=20)
     assert (plan.solver, recipe.denoise) == (solvers.SSCS(), "step")
+    assert recommended_plan(regular, solver=solvers.SSCS())[0].denoise is True
     # At this end the driven score says nothing about the data.
     times = tensor([1.0, hidden_times(UNDERDAMPED)[0]])
     assert recommended_plan(process, solver=solvers.SSCS(), times=times)[0].denoise == "step"
@@ -97,10 +98,9 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 )
 def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
     sde = PROCESSES[name]()
-    process = cldsde.ReverseProcess(sde, DATA.score(sde))
+    process = ReverseProcess(sde, DATA.score(sde))
     expected = solvers.ExponentialMultistep(order=order, stochasticity=stochasticity)
     assert recommended_plan(process, nfe=nfe)[1].solver == expected
-    assert recommended_plan(process, solver=solvers.SSCS())[0].denoise is True
 
 
 @pytest.mark.parametrize("name", ["VP", "CLD", "VE"])

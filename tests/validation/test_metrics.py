@@ -93,8 +93,8 @@ def mode(centre: float, deviation: float, n: int = 2) -> torch.Tensor:
     return (centre + deviation * x / x.std()).unsqueeze(1)
 
 
-NARROW, OVERLAPPING, FACTORS = (1.0, 0.0), (0.5, 0.3), (1.1, 1.0, 0.7)
-SPREADS = [(NARROW, FACTORS), (NARROW, (0.5, 2.0, 1.0)), (OVERLAPPING, FACTORS)]
+NARROW, WIDE, FACTORS = (1.0, 0.0), (0.5, 0.3), (1.1, 1.0, 0.7)
+SPREADS = [(NARROW, FACTORS), (NARROW, (0.5, 2.0, 1.0)), (WIDE, FACTORS), (WIDE, (1.0, 1.0, 1.0))]
 
 
 @pytest.mark.parametrize(("kernel", "factors"), SPREADS)

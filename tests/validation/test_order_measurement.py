@@ -141,7 +141,7 @@ ODE: list[Any] = [
     (ExponentialMultistep(order=3), "CLD", 3, QUICK, 4),
     (ProbabilityFlow(method="dopri8"), "CLD, rotation", 8, (20, 28, 40, 57, 80), None),
 ]
-ADDITIVE = ("euler", "heun", "euler_heun", "midpoint")
+FIRST_ORDER = ("euler", "heun", "euler_heun", "midpoint")  # milstein is euler for additive noise
 # A solver converges to the exact ends of paths only if all of a case hangs together: increments,
 # their time integrals for SRK, stochastic integrals for ExponentialEuler, and the ends.
 STRONG: list[Any] = [
@@ -150,8 +150,8 @@ STRONG: list[Any] = [
     # Along lines the term that limits SRK to 3/2, the second derivative of the drift, is zero.
     (solvers.TorchSDE(method="srk"), "VP", 2, QUICK, 2.5),
     (solvers.TorchSDE(method="srk"), MODES, 1.5, (*FEWER, 256), 2),
-    *((solvers.TorchSDE(method=x), "VP", 1, QUICK, 1.5) for x in ADDITIVE),
-    *((solvers.TorchSDE(method=x), MODES, 1, (8, *FEWER, 256), None) for x in ADDITIVE),
+    *((solvers.TorchSDE(method=x), "VP", 1, QUICK, 1.5) for x in FIRST_ORDER),
+    *((solvers.TorchSDE(method=x), MODES, 1, (8, *FEWER, 256), None) for x in FIRST_ORDER),
     (EulerMaruyama(), MODES, 1, (8, *FEWER), 2),
 ]
 ORDERS = [
@@ -191,8 +191,8 @@ def test_orders_are_those_declared_and_no_higher(measure, claim, solver, name, o
 
 
 def further(z, i, score, tables):
-    """The last step goes 0.15 too far: 40 errors of the last level, which allows 4."""
-    return z + 0.15 * (i == len(tables.stages[0].state) - 1)
+    """The last step goes 0.2 too far; five standard errors and four errors allow 0.115."""
+    return z + 0.2 * (i == len(tables.stages[0].state) - 1)
 
 
 def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch):
