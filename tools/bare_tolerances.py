@@ -61,7 +61,8 @@ def bare(node: ast.expr, sources: dict[str, bool]) -> bool:
 def known_names(tree: ast.Module, lines: list[str]) -> dict[str, bool]:
     """Sources that a file imports, and False for its small constants without a comment.
 
-    Lines are counted from 1. A comment is on the lines of a constant, or directly above it.
+    Lines are counted from 1. A comment is on the lines of a constant, or directly above it. Entries
+    of dictionaries may be data, so these are left out, and so are constants within functions.
     """
     sources = {
         alias.asname or alias.name: True
