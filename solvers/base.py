@@ -181,6 +181,10 @@ class Solver(ABC):
         """The same method without merged steps, so that its state belongs to each grid time."""
         return self
 
+    def part(self, samples: slice, shape: Sequence[int]) -> Self:
+        """The solver for some samples of data ``(B, *D)``, if it has data of its own per sample."""
+        return self
+
     def with_step(self, h: float) -> Solver:
         """The same adaptive method with fixed steps of length h and without error control.
 

@@ -17,7 +17,6 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 from cldsde.score.checks import one_of
-from cldsde.score.reverse import checked_data_method
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
@@ -293,10 +292,17 @@ class ExponentialMultistep(GridSolver):
                 f"t = {float(times[i]):.15g} and {float(times[i + 1]):.15g}"
             )
             raise ValueError(msg)
+        if process.score.predicts_data and self.prediction == "data":
+            return undetermined
         if bool(lost[:-1].any()):
-            checked_data_method(process.score)
-        known = hasattr(process.score, "data_prediction") and self.prediction == "data"
-        return undetermined if known else torch.zeros_like(undetermined)
+            msg = (
+                f"times must start before t = {float(times[lost].min()):g}, at which nothing of "
+                "the data is left, for a score without a data prediction of its own; got "
+                f"{process.score!r}. Start at LinearSDE.regular_until = "
+                f"{process.sde.regular_until:.6g}, or take a Score with predicts_data"
+            )
+            raise ValueError(msg)
+        return torch.zeros_like(undetermined)
 
     def _levels(self, times: Tensor) -> Tensor:
         if not callable(self.stochasticity):

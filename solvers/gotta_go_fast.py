@@ -139,7 +139,7 @@ class GottaGoFast(Solver):
                 path.keep(kept)
             h, after = samples.attempt(h)
             times = torch.stack([samples.t, after])
-            samples.spend(run.process.evaluations(times).sum(0))
+            samples.spend(run.process.score.evaluations(times).sum(0))
             G = sde.diffusion(times)
             pull = (G @ G.mT)[..., list(sde.driven)]
             (at, length, weights, drift, gain, diffusion), states = samples.moved(

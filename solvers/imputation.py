@@ -12,8 +12,9 @@ mean. Repeated steps move it further (Lugmayr et al. 2022).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -154,6 +155,14 @@ class Imputation(GridSolver):
         """The inner solver's processes; no orders."""
         inner = self.solver.facts
         return Facts(applies_to=inner.applies_to, nfe_per_step=self.resample * inner.nfe_per_step)
+
+    def part(self, samples: slice, shape: Sequence[int]) -> Self:
+        """The solver for some samples: data and mask keep their rows if there is one per sample."""
+        if self.known.shape != tuple(shape):
+            return self
+        rows = self.mask.ndim == len(shape) and len(self.mask) > 1
+        mask = self.mask[samples] if rows else self.mask
+        return replace(self, known=self.known[samples], mask=mask)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
         """Tables of the solver, and the distribution of known data at each time of the grid.

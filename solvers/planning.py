@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 from cldsde.linear.checks import as_grid_times, check_callable, check_state
 from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import Conversion, ReverseProcess, Score
+from cldsde.score import Conversion, ReverseProcess, ScoreFunction
 from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
 
@@ -123,7 +123,7 @@ class Plan:
             states = done.states[: int((requested != times[0]).sum())]
             if requested[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
-            last = int(process.evaluations(times[-1]))
+            last = int(process.score.evaluations(times[-1]))
             solution = finished(done, final, last, states, requested)
         if warn and solution.status == 1:
             warn_of_failure(solution.message)
@@ -137,14 +137,24 @@ class Plan:
     def nfev(self) -> int | None:
         """Score evaluations per sample, without ``denoise``; None for adaptive solvers."""
         known = self._score_times
-        return None if known is None else int(self.process.evaluations(known.times).sum())
+        return None if known is None else int(self.process.score.evaluations(known.times).sum())
 
-    def with_score(self, score: Score) -> Plan:
+    def with_score(self, score: ScoreFunction) -> Plan:
         """The plan for another score of the same process, such as the score of one class.
 
-        Plans that differ in the score share their tables.
+        Plans that differ in the score share their tables. Raises a ValueError if the score cannot
+        be evaluated at the plan's times.
         """
-        return replace(self, process=ReverseProcess(self.process.sde, score))
+        other = replace(self, process=ReverseProcess(self.process.sde, score))
+        other._check_times()
+        return other
+
+    def part(self, samples: slice, shape: Sequence[int]) -> Plan:
+        """The plan for some samples of data ``(B, *D)``; see `Score.part`."""
+        score, solver = self.process.score.part(samples, shape), self.solver.part(samples, shape)
+        if score is self.process.score and solver is self.solver:
+            return self
+        return replace(self, process=ReverseProcess(self.process.sde, score), solver=solver)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the cached denoisers, which are computed again when needed."""
@@ -177,6 +187,11 @@ class Plan:
             raise ValueError(msg)
         return PathDensity(roots, self.times)
 
+    def _check_times(self) -> None:
+        """Raise ValueError if the score cannot be evaluated at a time of the solver."""
+        known = self._score_times
+        self.process.score.check_times(self.times[[0, -1]] if known is None else known.times)
+
     def _denoiser(self, denoise: Denoise) -> Callable[[Tensor], Tensor] | None:
         if denoise is False:
             return None
@@ -188,6 +203,7 @@ class Plan:
                 f"denoise must be False for an increasing grid, which encodes data; got {denoise!r}"
             )
             raise ValueError(msg)
+        self.process.score.check_times(self.times[-1:])
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
         return partial(self._denoisers[denoise], self.process)
@@ -222,11 +238,10 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
             _check_encodes(solver)
         tables = solver.prepare(process, grid)
         score_times = solver.evaluation_times(process, grid)
-        check: Any = getattr(process.score, "check_times", None)
-        if check is not None:
-            check(grid[[0, -1]] if score_times is None else score_times)
-    known = None if score_times is None else KnownTimes(score_times)
-    return Plan(process, solver, grid, tables, known)
+        known = None if score_times is None else KnownTimes(score_times)
+        made = Plan(process, solver, grid, tables, known)
+        made._check_times()
+    return made
 
 
 def solve(

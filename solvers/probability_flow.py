@@ -275,7 +275,7 @@ def _flow(
 ) -> tuple[Velocity, Tensor, list[Tensor]]:
     """The flow at times ``(S, N)``, h ``(N,)`` on the device, and the remaining states."""
     sde, times = process.sde, clock.time(times)
-    samples.spend(process.evaluations(times).sum(0))
+    samples.spend(process.score.evaluations(times).sum(0))
     F, G = clock.sign * sde.drift(times), sde.diffusion(times)
     pull = -0.5 * clock.sign * (G @ G.mT)[..., list(sde.driven)]
     if shared:

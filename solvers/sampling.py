@@ -18,7 +18,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
-from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
+from cldsde.score import ReverseProcess, Score, ScoreFunction
 from cldsde.score.checks import two_increasing
 
 from .base import Solver, check_solver
@@ -29,7 +29,7 @@ from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
-__all__ = ["RECOMMENDED", "Recipe", "device_of", "fit_grid", "recommended_plan", "sample", "window"]
+__all__ = ["RECOMMENDED", "Recipe", "fit_grid", "recommended_plan", "sample", "window"]
 
 # Values of κ = ½ log SNR at which sampling starts and ends, for data with a standard deviation of
 # about 1. At the start the noise hides the data. At the end the data prediction removes the
@@ -74,7 +74,7 @@ RECOMMENDED = (
 
 def sample(
     sde: LinearSDE,
-    score: Score,
+    score: ScoreFunction,
     shape: Sequence[int],
     *,
     nfe: int = 20,
@@ -104,7 +104,9 @@ def sample(
     shape
         ``(B, *D)``: number of samples and shape of one sample.
     nfe
-        Largest number of score evaluations per sample; ignored by adaptive solvers.
+        Largest number of network evaluations per sample, with the data prediction at the end.
+        Guidance (`GuidedScore`) evaluates the network twice, so that 20 evaluations are 10 guided
+        ones. Ignored by adaptive solvers.
     seed
         Seed of all random numbers. Each sample has a random stream of its own: the first samples
         are the same for any B and ``batch``, up to rounding in a network. A `ScoreDenoiser` that
@@ -170,13 +172,13 @@ def sample(
         raise TypeError(msg)
     if solver is not None:
         check_solver(solver)
-    _warn_of_training(score)
+    _warn_of_training(process.score)
     seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     first_time = float(sampler.times[0])
     if times is None:
         _warn_of_start(sde, first_time)
-    device = device_of(score) if device is None else torch.device(device)
+    device = process.score.device if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
     found = []
@@ -185,9 +187,7 @@ def sample(
             some = seeds[first : first + size]
             noise = SampleNoise(some)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
-            batched = sampler
-            if isinstance(score, ConditionalScore | GuidedScore):
-                batched = sampler.with_score(score.part(slice(first, first + size), count))
+            batched = sampler.part(slice(first, first + size), (count, *data_shape))
             solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(some))
@@ -281,21 +281,20 @@ def fit_grid(
     """
     if solver.facts.adaptive:
         return torch.tensor([start, end], dtype=torch.float64, device="cpu")
-    last = process.evaluations(torch.tensor(end, dtype=torch.float64, device="cpu"))
+    evaluations = process.score.evaluations
+    last = evaluations(torch.tensor(end, dtype=torch.float64, device="cpu"))
     reserved = int(last) if denoise else 0
     budget = nfe - reserved
 
     def count(times: Tensor) -> int:
         score_times = solver.evaluation_times(process, times)
-        return 0 if score_times is None else int(process.evaluations(score_times).sum())
+        return 0 if score_times is None else int(evaluations(score_times).sum())
 
-    n = budget // max(1, solver.facts.nfe_per_step)
-    while n >= 1:
+    # With guidance in an interval, a longer grid may take fewer evaluations: try every length.
+    for n in range(budget // max(1, solver.facts.nfe_per_step), 0, -1):
         times: Tensor = grid(process.sde, start, end, n)
-        needed = count(times)
-        if needed <= budget:
+        if count(times) <= budget:
             return times
-        n = min(n - 1, n * budget // needed)
     least = count(grid(process.sde, start, end, 1)) + reserved
     given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
     msg = (
@@ -311,8 +310,7 @@ def window(
 ) -> tuple[float, float]:
     """Start and end times of `sample`: κ = −3.3 and κ = 3.3, or a narrower range.
 
-    A score with an attribute ``noise_levels``, the smallest and largest noise level of its
-    training, narrows the range.
+    The noise levels of the score's training narrow the range, if they are known.
 
     Parameters
     ----------
@@ -327,7 +325,7 @@ def window(
         If the range is empty.
     """
     low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
-    levels = getattr(process.score, "noise_levels", None)
+    levels = process.score.noise_levels
     if levels is not None:
         levels = two_increasing(levels, "score.noise_levels")
         low = max(low, -math.log(levels[1]) if levels[1] < math.inf else -math.inf)
@@ -371,9 +369,8 @@ def _seeds(seed: int, count: int) -> list[int]:
 
 def _warn_of_training(score: Score) -> None:
     """Warn if a layer of the score is in training mode."""
-    layers = score.modules() if isinstance(score, nn.Module) else ()
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    if any(isinstance(layer, kinds) and layer.training for layer in layers):
+    if any(isinstance(layer, kinds) and layer.training for layer in score.modules()):
         msg = "score has dropout or batch normalisation in training mode; call its eval() first"
         warnings.warn(msg, UserWarning, stacklevel=3)
 
@@ -386,9 +383,3 @@ def _warn_of_start(sde: LinearSDE, start: float) -> None:
         msg += f"the log SNR is {log_snr:.1f} there, and should be {_VISIBLE_LOG_SNR:g} or less. "
         msg += "Use a larger noise schedule, or a score trained at larger noise levels"
         warnings.warn(msg, UserWarning, stacklevel=3)
-
-
-def device_of(score: Score) -> torch.device:
-    """Device of the parameters or buffers of a score; the CPU if it has none."""
-    tensors = [*score.parameters(), *score.buffers()] if isinstance(score, nn.Module) else []
-    return tensors[0].device if tensors else torch.device("cpu")

@@ -31,7 +31,7 @@ from cldsde.score.checks import one_of
 from cldsde.score.observation import check_observation
 from cldsde.score.posterior_score import Guided
 from cldsde.score.reverse import check_reverse_process
-from cldsde.score.times import KnownTimes
+from cldsde.score.times import KnownTimes, PlannedTime
 
 from .combine import Block, as_blocks, combine
 from .exponential_multistep import ExponentialMultistep
@@ -241,7 +241,10 @@ def sample_posterior(
     guide = _Guide(guided, grid, len(like) if chunk is None else chunk)
     with torch.no_grad():
         return _Population(guide, steps, like, generators, runs, threshold).run(
-            start_root(sde, float(grid[0]), data_variance), denoise=denoise, progress=progress
+            start_root(sde, float(grid[0]), data_variance),
+            int(guided.evaluations(grid).sum()),
+            denoise=denoise,
+            progress=progress,
         )
 
 
@@ -250,14 +253,15 @@ class _Guide:
 
     def __init__(self, score: PosteriorScore, grid: Tensor, chunk: int) -> None:
         self._score, self._times, self._chunk = score, KnownTimes(grid), chunk
-        self._arguments: dict[int, list[Tensor]] = {}
+        self._arguments: dict[int, list[PlannedTime]] = {}
 
     def __call__(self, z: Tensor, i: int) -> Guided:
         parts = []
         for few in torch.split(z, self._chunk):
             if len(few) not in self._arguments:
                 self._arguments[len(few)] = self._times.arguments(few)
-            parts.append(self._score.guide(few, self._arguments[len(few)][i]))
+            at = self._arguments[len(few)][i]
+            parts.append(self._score.guide(few, at.argument, planned=at))
         return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -280,7 +284,7 @@ class _Population:
         self._log_evidence = torch.zeros(runs, 1, dtype=torch.float64, device="cpu")
         self._ess: list[Tensor] = []
 
-    def run(self, root: Tensor, *, denoise: bool, progress: bool) -> PosteriorSamples:
+    def run(self, root: Tensor, nfev: int, *, denoise: bool, progress: bool) -> PosteriorSamples:
         """Take the particles from the prior to the end of the grid."""
         z = apply_blocks(root, self._normals())
         now = self._guide(z, 0)
@@ -307,7 +311,7 @@ class _Population:
             log_evidence=float(mean),
             log_evidence_std=math.nan if spread is None else float(spread),
             ess=torch.stack(self._ess, 1),
-            nfev=n + 1,
+            nfev=nfev,
         )
 
     def _step(

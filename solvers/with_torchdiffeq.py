@@ -220,10 +220,11 @@ class _WatchedFlow:
                 f"be met in {z.dtype}"
             )
             raise _EndError(msg)
-        self.nfev += int(self._process.evaluations(at))
+        # torchdiffeq rounds times to the state's precision, possibly past the ends.
+        at = at.clamp(self._times[-1], self._times[0])
+        self.nfev += int(self._process.score.evaluations(at))
         try:
-            # torchdiffeq rounds times to the state's precision, possibly past the ends.
-            return self._process.probability_flow(z, at.clamp(self._times[-1], self._times[0]))
+            return self._process.probability_flow(z, at)
         except AssertionError as error:
             self.raised = error
             raise

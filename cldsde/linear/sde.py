@@ -708,8 +708,8 @@ class LinearSDE:
         return covariance
 
 
-def check_process(sde: object) -> None:
-    """Raise TypeError unless ``sde`` is an initialised `LinearSDE`."""
+def check_process(sde: object) -> LinearSDE:
+    """Return the argument if it is an initialised `LinearSDE`; otherwise raise TypeError."""
     if not isinstance(sde, LinearSDE):
         hint = " (write it with parentheses)" if isinstance(sde, type) else ""
         got = sde.__name__ if isinstance(sde, type) else type(sde).__name__
@@ -721,3 +721,4 @@ def check_process(sde: object) -> None:
             "super().__init__ with its dynamics"
         )
         raise TypeError(msg)
+    return sde

@@ -37,7 +37,7 @@ from cldsde.score.checks import one_of
 from cldsde.score.conversion import Conversion
 from cldsde.score.matching import Measured, PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore, Output
-from cldsde.score.times import coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 __all__ = ["Code", "Parameterisation", "PublishedScore"]
 
@@ -156,15 +156,21 @@ class PublishedScore(NetworkScore):
         self.parameterisation = parameterisation
 
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self,
+        z: Tensor,
+        t: TimeLike,
+        planned: PlannedTime | None,
+        prediction: Output,
+        condition: Tensor | None,
     ) -> Tensor:
-        c = coefficients_at(self, t, z, self._coefficients, z.dtype, 0)
-        learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2]).to(z.dtype)
+        c = coefficients_at(self, t, z, self._coefficients, z.dtype, planned=planned)
+        learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2])
         score = apply_blocks(c.gain[..., None, None], learnt.unsqueeze(1))
         score = score - apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
         if prediction == "score":
             return score
-        convert = Conversion.at(self.sde, score_times(t, z), "score", prediction)
+        times = score_times(t, z, planned)
+        convert = Conversion.at(self.sde, times, "score", prediction)
         return convert(z, score)
 
     def loss(

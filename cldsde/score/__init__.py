@@ -2,7 +2,7 @@
 
 from cldsde.score.conversion import Conversion
 from cldsde.score.denoiser_score import DenoiserScore
-from cldsde.score.denoisers import PredictionDenoiser
+from cldsde.score.denoisers import Denoiser, PredictionDenoiser
 from cldsde.score.flow_density import flow_log_prob
 from cldsde.score.guidance import ConditionalScore, GuidedScore
 from cldsde.score.likelihood import log_likelihood
@@ -12,8 +12,9 @@ from cldsde.score.mixture import GaussianMixture
 from cldsde.score.observation import Observation
 from cldsde.score.paths import NoisePath
 from cldsde.score.posterior_score import PosteriorScore
+from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper
 from cldsde.score.quantisation import bits_per_dim, dequantise
-from cldsde.score.reverse import ReverseProcess, Score
+from cldsde.score.reverse import ReverseProcess
 from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import (
     TimeSampler,
@@ -26,6 +27,7 @@ from cldsde.score.variational import cross_entropy, evidence_lower_bound
 __all__ = [
     "ConditionalScore",
     "Conversion",
+    "Denoiser",
     "DenoiserScore",
     "GaussianMixture",
     "GuidedScore",
@@ -38,6 +40,8 @@ __all__ = [
     "ReverseProcess",
     "Score",
     "ScoreDenoiser",
+    "ScoreFunction",
+    "ScoreWrapper",
     "TimeSampler",
     "bits_per_dim",
     "cross_entropy",

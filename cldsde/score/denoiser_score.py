@@ -14,16 +14,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_callable, check_state
+from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import two_increasing
 from cldsde.score.conversion import Conversion, whiten
+from cldsde.score.denoisers import as_denoiser
 from cldsde.score.noise_levels import outside_levels
-from cldsde.score.times import coefficients_at, with_known
+from cldsde.score.protocol import Score
+from cldsde.score.times import PlannedTime, coefficients_at, mapped
 
 __all__ = ["DenoiserScore"]
 
@@ -37,7 +39,7 @@ class _Rows(NamedTuple):
     value: Tensor  # (*, d, 1)
 
 
-class DenoiserScore(nn.Module):
+class DenoiserScore(Score):
     r"""Score of any linear SDE from a denoiser, such as an EDM or k-diffusion model.
 
     .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
@@ -50,12 +52,13 @@ class DenoiserScore(nn.Module):
     ----------
     denoiser
         Function denoiser(u, sigma, \*\*conditions) of ``(B, *D)`` and ``(B,)`` that returns an
-        estimate of the data ``(B, *D)``; see `Denoiser`. Times are converted to noise levels.
+        estimate of the data ``(B, *D)``, such as an EDM or k-diffusion model or a `Denoiser`. A
+        module gets data in the precision of its parameters, a function single precision at least.
     sde
         The process to sample with.
     noise_levels
-        Smallest and largest σ that the denoiser was trained on. None: the denoiser's attribute
-        ``noise_levels``, or any level if it has none.
+        Smallest and largest σ that the denoiser was trained on. None: the levels of a `Denoiser`,
+        or any level for other functions.
 
     Raises
     ------
@@ -82,6 +85,9 @@ class DenoiserScore(nn.Module):
     True
     """
 
+    predicts_data = True
+    sde: LinearSDE
+
     def __init__(
         self,
         denoiser: Callable[..., Tensor],
@@ -91,27 +97,22 @@ class DenoiserScore(nn.Module):
     ) -> None:
         super().__init__()
         check_process(sde)
-        check_callable(denoiser, "denoiser", "a callable denoiser(u, sigma)")
-        self.denoiser = denoiser
+        self.denoiser = as_denoiser(denoiser)
         self.sde = sde
-        found = noise_levels
-        if found is None:
-            found = getattr(denoiser, "noise_levels", None)
-        self.noise_levels = None if found is None else two_increasing(found, "noise_levels")
+        levels = self.denoiser.noise_levels if noise_levels is None else noise_levels
+        self.noise_levels = None if levels is None else two_increasing(levels, "noise_levels")
         if self.noise_levels is not None and self.noise_levels[0] < 0:
             msg = f"noise_levels must be at least 0; got {self.noise_levels}"
             raise ValueError(msg)
-
-    @property
-    def fills(self) -> bool:
-        """Whether the denoiser adds noise that depends on a sample's place in the batch."""
-        return bool(getattr(self.denoiser, "fills", False))
+        self.depends_on_place = self.denoiser.depends_on_place
 
     def extra_repr(self) -> str:
         """Process and levels, for the representation."""
         return f"sde={self.sde!r}, noise_levels={self.noise_levels}"
 
-    def forward(self, z: Tensor, t: TimeLike, **conditions: Any) -> Tensor:
+    def forward(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """Score of the driven components, ``(B, len(driven), *D)``.
 
         Parameters
@@ -120,6 +121,8 @@ class DenoiserScore(nn.Module):
             States ``(B, k, *D)``.
         t
             One time or ``(B,)``, above 0.
+        planned
+            Planned time of ``t``; see `Score`.
         conditions
             Passed to the denoiser.
 
@@ -130,26 +133,40 @@ class DenoiserScore(nn.Module):
             another shape. The levels of all times that a solver knows are checked before the first
             evaluation.
         """
+        wide, rows, data = self._denoised(z, t, planned, conditions)
+        return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)
+
+    def data_prediction(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """The denoiser's own estimate of the data, ``(B, *D)``; see `forward`."""
+        return self._denoised(z, t, planned, conditions)[2][:, 0].to(z.dtype)
+
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range."""
+        self._sigma(t)
+
+    def evaluations(self, t: Tensor) -> Tensor:
+        """Number of network evaluations per call at each time."""
+        return self.denoiser.evaluations(self._sigma(t))
+
+    def _denoised(
+        self, z: Tensor, t: TimeLike, planned: PlannedTime | None, conditions: dict[str, Any]
+    ) -> tuple[Tensor, _Rows, Tensor]:
+        """States in single precision at least, coefficients, and the estimate ``(B, 1, *D)``."""
         check_state(z, self.sde.components)
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        rows = coefficients_at(self, t, z, self._rows, dtype, 0)
-        u = apply_blocks(rows.estimate, z)[:, 0]
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        rows = coefficients_at(self, t, z, self._rows, wide.dtype, planned=planned)
+        u = apply_blocks(rows.estimate, wide)[:, 0]
         # Copy the levels, because the denoiser may change them in place.
-        sigma = with_known(rows.level.expand(len(z)).clone(), t, self, self._sigma)
-        data = self.denoiser(u, sigma, **conditions)
+        sigma = rows.level.expand(len(z)).clone()
+        at = mapped(planned, t, self, self._sigma, sigma)
+        data = self.denoiser(u, sigma, planned=at, **conditions)
         if not isinstance(data, Tensor) or data.shape != u.shape:
             got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
             msg = f"denoiser must return a tensor like its input, {tuple(u.shape)}; got {got}"
             raise ValueError(msg)
-        data = data.to(z.dtype).unsqueeze(1)
-        return apply_blocks(rows.state, z) + apply_blocks(rows.value, data)
-
-    def check_times(self, t: Tensor) -> None:
-        """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range.
-
-        `cldsde.solvers.plan` calls it with the times of a grid.
-        """
-        self._sigma(t)
+        return wide, rows, data.to(wide.dtype).unsqueeze(1)
 
     def _rows(self, t: Tensor) -> _Rows:
         whitened = whiten(self.sde, self.sde.marginal(t), t)
@@ -163,8 +180,8 @@ class DenoiserScore(nn.Module):
         sigma = (-self.sde.log_snr(t)).exp()
         if not bool(sigma.isfinite().all()):
             msg = (
-                f"t must be at most {self.sde.regular_until:.6g}, because the noise level at "
-                f"t = {float(t.max()):g} is infinite: start earlier"
+                f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "
+                "noise level is infinite there"
             )
             raise ValueError(msg)
         if self.noise_levels is None or not sigma.numel():

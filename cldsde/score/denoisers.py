@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cldsde.linear.checks import check_callable
 from cldsde.score.checks import one_of
-from cldsde.score.noise_levels import checked_levels, read_levels
+from cldsde.score.estimator import Estimator
+from cldsde.score.noise_levels import checked_levels
 from cldsde.score.paths import NoisePath
-from cldsde.score.times import coefficients_at
+from cldsde.score.times import PlannedTime, coefficients_at
 
-__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "Predicts"]
+__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "Predicts", "as_denoiser", "input_dtype"]
 
 Predicts = Literal["noise", "data", "velocity", "flow", "score"]
 """Prediction of a network from x = α x_0 + σ n.
@@ -29,16 +30,42 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: log(α²/σ²)."""
 
 
-class Denoiser(Protocol):
-    """Estimate of the data from data plus noise, as EDM and k-diffusion define it.
+class Denoiser(Estimator):
+    """Base class of denoisers: estimates of the data from data plus noise.
 
-    A denoiser may have an attribute ``noise_levels``, the smallest and the largest σ that it was
-    trained on. A `DenoiserScore` raises an error before it evaluates the denoiser outside of them.
+    A denoiser is called as denoiser(u, sigma, **conditions) with u = x_0 + σ n of shape ``(B, *D)``
+    and noise levels ``(B,)``, as EDM and k-diffusion define it, and returns E[x_0 | u], like u. A
+    `DenoiserScore` takes any such function. A subclass defines ``forward`` with a further keyword
+    ``planned``, the place of σ among levels that a solver knows; see `cldsde.score.Score`.
     """
 
-    def __call__(self, u: Tensor, sigma: Tensor, /, **conditions: Any) -> Tensor:
-        """E[x_0 | x_0 + σ n = u] of ``(B, *D)`` and ``(B,)``, like ``u``."""
-        ...
+
+class FunctionDenoiser(Denoiser):
+    """A plain function or module as a `Denoiser`; `as_denoiser` makes it."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(
+        self, u: Tensor, sigma: Tensor, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """Call the function with data in the precision of its parameters, if it has any."""
+        return self.function(u.to(input_dtype(self.function, u.dtype)), sigma, **conditions)
+
+
+def as_denoiser(denoiser: object) -> Denoiser:
+    """Return a `Denoiser`, and adapt any other function; raise TypeError if it is not callable."""
+    if isinstance(denoiser, Denoiser):
+        return denoiser
+    check_callable(denoiser, "denoiser", "a callable denoiser(u, sigma)")
+    return FunctionDenoiser(denoiser)  # type: ignore[arg-type]
+
+
+def input_dtype(network: object, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a module's parameters, which its inputs must have; otherwise the given dtype."""
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), dtype)
 
 
 class _Levels(NamedTuple):
@@ -50,7 +77,7 @@ class _Levels(NamedTuple):
     clock: Tensor  # (*)
 
 
-class PredictionDenoiser(nn.Module):
+class PredictionDenoiser(Denoiser):
     r"""Denoiser from a trained network that predicts noise, data, velocity, flow or score.
 
     The time t with the noise level σ is found on the path. The network is evaluated there once, on
@@ -116,27 +143,33 @@ class PredictionDenoiser(nn.Module):
             raise ValueError(msg)
         self.network = network
         self.path = path
+        self.noise_levels: tuple[float, float] = path.noise_levels
         self.predicts = predicts
         self.clock = clock
-
-    @property
-    def noise_levels(self) -> tuple[float, float]:
-        """Smallest and largest noise level of the path."""
-        return self.path.noise_levels
 
     def extra_repr(self) -> str:
         """Path and prediction, for the representation."""
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
-    def forward(self, u: Tensor, sigma: Tensor | float, **conditions: Any) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        sigma: Tensor | float,
+        *,
+        planned: PlannedTime | None = None,
+        **conditions: Any,
+    ) -> Tensor:
         """Estimate of the data, like ``u``.
 
         Parameters
         ----------
         u
-            Data plus noise of level σ, ``(B, *D)``.
+            Data plus noise of level σ, ``(B, *D)``. The network gets αu in the precision of its
+            parameters; the rest is computed in single precision at least.
         sigma
             Noise levels, one or ``(B,)``.
+        planned
+            Planned level of ``sigma``; see `Denoiser`.
         conditions
             Passed to the network.
 
@@ -145,20 +178,23 @@ class PredictionDenoiser(nn.Module):
         ValueError
             If a level lies outside of the path's, or the network returns another shape.
         """
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        table = coefficients_at(self, sigma, u, self._levels, dtype, 0, read_levels)
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        table = coefficients_at(
+            self, sigma, u, self._levels, wide.dtype, planned=planned, levels=True
+        )
         scale, state, value = (
             x.reshape(-1, *(1,) * (u.ndim - 1)) for x in (table.scale, table.state, table.value)
         )
         clock = table.clock.expand(len(u)).clone()
         if self.clock == "index":
             clock = clock.long()
-        out = self.network((scale * u).to(u.dtype), clock, **conditions)
+        given = (scale * wide).to(input_dtype(self.network, wide.dtype))
+        out = self.network(given, clock, **conditions)
         if not isinstance(out, Tensor) or out.shape != u.shape:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             msg = f"network must return a tensor like its input, {tuple(u.shape)}; got {got}"
             raise ValueError(msg)
-        return (state * u + value * out).to(u.dtype)
+        return (state * wide + value * out).to(u.dtype)
 
     def _levels(self, levels: Tensor) -> _Levels:
         # Functions of the path accept one axis of times.

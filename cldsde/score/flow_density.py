@@ -216,13 +216,6 @@ class _Flow:
             self._signs = torch.where(draws < 0, -1.0, 1.0)
 
     def __call__(self, time: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.nfev += 1
-        if self.nfev > self._max_nfev:
-            msg = (
-                f"max_nfev = {counted(self._max_nfev, 'evaluation')} did not reach T; increase "
-                "max_nfev, or rtol and atol"
-            )
-            raise UnsolvedFlowError(msg)
         sde, z = self._process.sde, y[0]
         # torchdiffeq's estimate of the first step length may look beyond the interval.
         low, high = self._interval
@@ -231,6 +224,13 @@ class _Flow:
             msg = (
                 "rtol and atol cannot be met, because the first step length is not finite; check "
                 "the score"
+            )
+            raise UnsolvedFlowError(msg)
+        self.nfev += int(self._process.score.evaluations(t))
+        if self.nfev > self._max_nfev:
+            msg = (
+                f"max_nfev = {counted(self._max_nfev, 'evaluation')} did not reach T; increase "
+                "max_nfev, or rtol and atol"
             )
             raise UnsolvedFlowError(msg)
         F, G = sde.drift(t), sde.diffusion(t)

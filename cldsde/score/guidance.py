@@ -3,22 +3,23 @@ r"""Conditional scores and classifier-free guidance, for any score and any proce
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.linear.checks import TimeLike, as_number
 from cldsde.linear.log_snr import times_of_log_snr
-from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import two_increasing
-from cldsde.score.reverse import Score, check_score, checked_data_method, same_dynamics
-from cldsde.score.times import score_times
+from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper, as_score
+from cldsde.score.reverse import same_dynamics
+from cldsde.score.times import PlannedTime, score_times
 
 __all__ = ["ConditionalScore", "GuidedScore"]
 
 
-class ConditionalScore(nn.Module):
+class ConditionalScore(ScoreWrapper):
     """Conditional score, such as the score of a class: calls ``score(z, t, **conditions)``.
 
     Parameters
@@ -27,8 +28,9 @@ class ConditionalScore(nn.Module):
         A score that accepts conditions: a `DenoiserScore`, a `MixedScore` (``condition=…``), or any
         callable.
     conditions
-        Keyword arguments of every call. Tensors have one row per sample, ``(B, …)``. A tensor
-        without axes is repeated for each sample, ``(B,)``.
+        Keyword arguments of every call; also dictionaries and lists of such. Tensors have one row
+        per sample, ``(B, …)``. A tensor without axes is repeated for each sample, ``(B,)``. The
+        score's ``.to(device)`` moves them.
 
     Raises
     ------
@@ -43,52 +45,47 @@ class ConditionalScore(nn.Module):
     tensor([[[2.]]])
     """
 
-    def __init__(self, score: Any, **conditions: Any) -> None:
-        super().__init__()
-        check_score(score)
-        self.score = score
+    def __init__(self, score: ScoreFunction, **conditions: Any) -> None:
+        super().__init__(score)
         self.conditions = conditions
-        # Expose the process and the noise levels of the wrapped score to solvers.
-        for name in ("sde", "noise_levels", "evaluations", "check_times"):
-            if hasattr(score, name):
-                setattr(self, name, getattr(score, name))
 
-    def forward(self, z: Tensor, t: TimeLike) -> Tensor:
-        """Score of the driven components, ``(B, d, *D)``."""
-        score: Tensor = self.score(z, t, **self._expanded(len(z)))
-        return score
+    def forward(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """Score of the driven components, ``(B, d, *D)``; further conditions replace its own."""
+        given = {**self.expanded(len(z)), **conditions}
+        return super().forward(z, t, planned=planned, **given)
 
-    def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
+    def data_prediction(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``, from the score's own ``data_prediction``."""
-        method: Any = checked_data_method(self.score)
-        data: Tensor = method(z, t, **self._expanded(len(z)))
-        return data
+        given = {**self.expanded(len(z)), **conditions}
+        return super().data_prediction(z, t, planned=planned, **given)
 
-    def part(self, samples: slice, count: int) -> ConditionalScore:
-        """The score of some of ``count`` samples: tensors of conditions keep the rows of these.
+    def part(self, samples: slice, shape: Sequence[int]) -> Self:
+        """The score of some samples: tensors of conditions keep the rows of these."""
 
-        Raises
-        ------
-        ValueError
-            If a condition has another number of rows than ``count``.
-        """
-        conditions = {}
-        for name, value in self.conditions.items():
-            rows = isinstance(value, Tensor) and value.ndim > 0
-            if rows and len(value) != count:
-                msg = (
-                    f"condition {name} of the score must have one row per sample, {count}; got "
-                    f"{len(value)}"
-                )
-                raise ValueError(msg)
-            conditions[name] = value[samples] if rows else value
-        return ConditionalScore(part_of(self.score, samples, count), **conditions)
+        def rows(name: str, x: Any) -> Any:
+            whole = isinstance(x, Tensor) and x.ndim > 0
+            return _per_sample(name, x, shape[0])[samples] if whole else x
 
-    def _expanded(self, batch: int) -> dict[str, Any]:
-        return {name: _per_sample(name, x, batch) for name, x in self.conditions.items()}
+        inner = self.score.part(samples, shape)
+        return self._changed({"score": inner}, conditions=_map(rows, self.conditions))
+
+    def expanded(self, batch: int) -> dict[str, Any]:
+        """Conditions of a batch, with one row per sample."""
+        found: dict[str, Any] = _map(lambda name, x: _per_sample(name, x, batch), self.conditions)
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        move = lambda _, x: fn(x) if isinstance(x, Tensor) else x  # noqa: E731
+        self.conditions = _map(move, self.conditions)
+        return self
 
 
-class GuidedScore(nn.Module):
+class GuidedScore(Score):
     r"""Classifier-free guidance (Ho and Salimans 2021) of any two scores of one process.
 
     .. math:: s = s_u + w\,(s_c − s_u)
@@ -113,11 +110,12 @@ class GuidedScore(nn.Module):
         If a score is not callable or the weight is not a number.
     ValueError
         If the weight is not finite, the scores belong to different processes, or the interval is
-        empty or given for scores without an attribute ``sde``.
+        empty or given for scores whose process is not known.
 
     Notes
     -----
-    ``Solution.nfev`` counts a guided evaluation as two, an evaluation of one score as one.
+    A guided evaluation costs the evaluations of both scores, any other those of one. With times per
+    sample both scores are evaluated for all samples if any sample is guided.
 
     References
     ----------
@@ -135,92 +133,86 @@ class GuidedScore(nn.Module):
 
     def __init__(
         self,
-        conditional: Score,
-        unconditional: Score,
+        conditional: ScoreFunction,
+        unconditional: ScoreFunction,
         weight: float,
         *,
         interval: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        check_score(conditional, "conditional")
-        check_score(unconditional, "unconditional")
-        self.conditional = conditional
-        self.unconditional = unconditional
+        given = self.conditional = as_score(conditional, "conditional")
+        free = self.unconditional = as_score(unconditional, "unconditional")
         self.weight = as_number(weight, "weight")
         if not math.isfinite(self.weight):
             msg = f"weight must be finite; got {weight}"
             raise ValueError(msg)
-        self.interval = None if interval is None else two_increasing(interval, "interval")
-        found = [score.sde for score in (conditional, unconditional) if hasattr(score, "sde")]
-        if found:
-            self.sde: LinearSDE = found[0]
-            if found[-1] is not found[0] and not same_dynamics(found[0], found[-1]):
-                msg = (
-                    f"conditional and unconditional must be scores of one process; got scores of "
-                    f"{found[0]!r} and {found[-1]!r}"
-                )
-                raise ValueError(msg)
-        known = [getattr(score, "noise_levels", None) for score in (conditional, unconditional)]
-        ranges = [levels for levels in known if levels is not None]
-        #: Noise levels that both scores were trained on; None if neither knows them.
-        self.noise_levels: tuple[float, float] | None = None
+        if given.sde and free.sde and not same_dynamics(given.sde, free.sde):
+            msg = (
+                "conditional and unconditional must be scores of one process; got scores of "
+                f"{given.sde!r} and {free.sde!r}"
+            )
+            raise ValueError(msg)
+        self.sde = given.sde or free.sde
+        ranges = [x.noise_levels for x in (given, free) if x.noise_levels is not None]
         if ranges:
             self.noise_levels = max(low for low, _ in ranges), min(high for _, high in ranges)
-        self._times = None if self.interval is None else _times(self.interval, found)
+        self.predicts_data = given.predicts_data and free.predicts_data
+        self.depends_on_place = given.depends_on_place or free.depends_on_place
+        self.interval = None if interval is None else two_increasing(interval, "interval")
+        self._times = self._ends()
 
     def extra_repr(self) -> str:
         """Weight and interval, for the representation."""
         return f"weight={self.weight:g}, interval={self.interval}"
 
-    def forward(self, z: Tensor, t: Any) -> Tensor:
+    def forward(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        if self.weight == 0 and self.interval is None:
-            return self.unconditional(z, t)
-        guided = self._guided(score_times(t, z))
-        if not bool(guided.any()):
-            return self.conditional(z, t)
-        given, free = self._both(z, t)
-        # A shared weight is a number; weights per sample are copied to the device.
-        if guided.ndim == 0:
-            return free.lerp(given, self.weight)
-        weight = torch.where(guided, self.weight, 1.0).to(z).reshape(-1, *(1,) * (z.ndim - 1))
-        return free.lerp(given, weight)
+        return self._evaluated(Score.__call__, z, t, planned, conditions)
 
-    def data_prediction(self, z: Tensor, t: Any) -> Tensor:
+    def data_prediction(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """Guided E[x_0 | z_t], ``(B, *D)``, from the scores' own ``data_prediction``."""
-        given: Any = self.conditional
-        if not bool(self._guided(score_times(t, z)).any()):
-            return checked_data_method(given)(z, t)
-        parts = (checked_data_method(score)(z, t) for score in (self.unconditional, given))
-        return next(parts).lerp(next(parts), self.weight)
+        method = lambda score, *args, **options: score.data_prediction(*args, **options)  # noqa: E731
+        return self._evaluated(method, z, t, planned, conditions)
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if a time is outside of the noise levels of either score."""
-        for score in (self.conditional, self.unconditional):
-            if hasattr(score, "check_times"):
-                score.check_times(t)
-
-    def part(self, samples: slice, count: int) -> GuidedScore:
-        """The guided score of some of ``count`` samples, see `ConditionalScore.part`."""
-        scores = (self.conditional, self.unconditional)
-        given, free = (part_of(score, samples, count) for score in scores)
-        return GuidedScore(given, free, self.weight, interval=self.interval)
+        self.conditional.check_times(t)
+        self.unconditional.check_times(t)
 
     def evaluations(self, t: Tensor) -> Tensor:
-        """Number of score evaluations per call at each time, 1 or 2, int64 of the shape of ``t``.
-
-        Parameters
-        ----------
-        t
-            Times ``(n,)`` of n calls, or ``(n, B)`` if each sample has a time of its own. A call
-            evaluates both scores for all samples if any sample is guided.
-        """
-        if self.weight == 0 and self.interval is None:
-            return torch.ones_like(t, dtype=torch.int64)
+        """Number of network evaluations per call at each time; see `Score.evaluations`."""
+        free = self.unconditional.evaluations(t)
+        if self._never_conditional:
+            return free
         guided = self._guided(t)
         if t.ndim > 1:
-            guided = guided.any(-1, keepdim=True).expand_as(t)
-        return 1 + guided.long()
+            guided = guided.any(-1, keepdim=True)
+        return self.conditional.evaluations(t) + guided * free
+
+    @property
+    def _never_conditional(self) -> bool:
+        return self.weight == 0 and self.interval is None
+
+    def _ends(self) -> tuple[float, float] | None:
+        """Times of the ends of the interval of noise levels."""
+        if self.interval is None:
+            return None
+        if self.interval[0] < 0:
+            msg = f"interval must hold noise levels ≥ 0; got {self.interval}"
+            raise ValueError(msg)
+        if self.sde is None:
+            msg = (
+                "interval must be None for scores without an attribute sde, which noise levels "
+                f"need; got {self.interval}"
+            )
+            raise ValueError(msg)
+        levels = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
+        low, high = times_of_log_snr(self.sde, -levels.clamp(1e-300, 1e300).log()).tolist()
+        return low, high
 
     def _guided(self, t: Tensor) -> Tensor:
         guided = torch.full_like(t, self.weight != 1, dtype=torch.bool)
@@ -229,47 +221,70 @@ class GuidedScore(nn.Module):
         low, high = self._times
         return guided & (t > low) & (t <= high)
 
-    def _both(self, z: Tensor, t: Any) -> tuple[Tensor, Tensor]:
-        joined = _joined(self.conditional, self.unconditional, len(z))
-        shared = isinstance(t, Tensor) and score_times(t, z).ndim == 0
-        if joined is None or not shared:
-            return self.conditional(z, t), self.unconditional(z, t)
-        score, conditions = joined
-        first = t.reshape(-1)[:1]
-        twice = first.expand(2 * len(z))
-        if (known := getattr(t, "known", None)) is not None:
-            twice.known = known
-        given, free = score(torch.cat([z, z]), twice, **conditions).chunk(2)
-        return given, free
+    def _evaluated(
+        self,
+        method: Callable[..., Tensor],
+        z: Tensor,
+        t: Any,
+        planned: PlannedTime | None,
+        conditions: dict[str, Any],
+    ) -> Tensor:
+        """A method of the scores, guided."""
+        if self._never_conditional:
+            return method(self.unconditional, z, t, planned=planned, **conditions)
+        guided = self._guided(score_times(t, z, planned))
+        if not bool(guided.any()):
+            return method(self.conditional, z, t, planned=planned, **conditions)
+        both = (self.conditional, self.unconditional)
+        joined = None if guided.ndim or conditions else _joined(*both, len(z))
+        if joined is None:
+            given, free = (method(score, z, t, planned=planned, **conditions) for score in both)
+        else:
+            score, options = joined
+            if isinstance(t, Tensor):
+                twice = t.reshape(-1)[:1].expand(2 * len(z))
+                planned = planned and planned.moved(t, twice)
+                t = twice
+            given, free = method(score, torch.cat([z, z]), t, planned=planned, **options).chunk(2)
+        # A shared weight is a number; weights per sample are copied to the device.
+        if guided.ndim == 0:
+            return free.lerp(given, self.weight)
+        weight = torch.where(guided, self.weight, 1.0).to(free)
+        return free.lerp(given, weight.reshape(-1, *(1,) * (free.ndim - 1)))
 
 
-def _joined(
-    conditional: Score, unconditional: Score, batch: int
-) -> tuple[Any, dict[str, Tensor]] | None:
+def _joined(first: Score, second: Score, batch: int) -> tuple[Score, dict[str, Any]] | None:
     """Common score and joined conditions of two conditional scores; None if they differ in kind."""
-    first, second = conditional, unconditional
     if not (isinstance(first, ConditionalScore) and isinstance(second, ConditionalScore)):
         return None
-    # A denoiser that fills states up depends on the place in the batch.
-    if getattr(first.score, "fills", False):
+    if first.score is not second.score or first.score.depends_on_place:
         return None
-    if first.score is not second.score or first.conditions.keys() != second.conditions.keys():
+    ours, theirs = (_leaves(score.expanded(batch)) for score in (first, second))
+    if ours.keys() != theirs.keys():
         return None
-    conditions = {}
-    for name, given in first.conditions.items():
-        pair = [_per_sample(name, x, batch) for x in (given, second.conditions[name])]
-        if not all(isinstance(x, Tensor) for x in pair):
+    for a, b in zip(ours.values(), theirs.values(), strict=True):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             return None
-        if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        if a.shape != b.shape or a.dtype != b.dtype:
             return None
-        conditions[name] = torch.cat(pair)
-    return first.score, conditions
+    join = lambda name, _: torch.cat([ours[name], theirs[name]])  # noqa: E731
+    return first.score, _map(join, first.conditions)
 
 
-def part_of(score: Any, samples: slice, count: int) -> Any:
-    """The score of some of ``count`` samples, for scores with and without conditions."""
-    conditional = isinstance(score, ConditionalScore | GuidedScore)
-    return score.part(samples, count) if conditional else score
+def _map(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
+    """Apply a function of name and value to all values of nested dictionaries, lists and tuples."""
+    if isinstance(tree, dict):
+        return {k: _map(function, x, f"{name}[{k!r}]" if name else k) for k, x in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_map(function, x, f"{name}[{i}]") for i, x in enumerate(tree)])
+    return function(name, tree)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Values of nested dictionaries, lists and tuples by their names."""
+    found: dict[str, Any] = {}
+    _map(found.__setitem__, tree)
+    return found
 
 
 def _per_sample(name: str, condition: Any, batch: int) -> Any:
@@ -285,19 +300,3 @@ def _per_sample(name: str, condition: Any, batch: int) -> Any:
         )
         raise ValueError(msg)
     return condition
-
-
-def _times(interval: tuple[float, float], found: list[LinearSDE]) -> tuple[float, float]:
-    """Times of the ends of an interval of noise levels."""
-    if interval[0] < 0:
-        msg = f"interval must hold noise levels ≥ 0; got {interval}"
-        raise ValueError(msg)
-    if not found:
-        msg = (
-            "interval must be None for scores without an attribute sde, which noise levels need; "
-            f"got {interval}"
-        )
-        raise ValueError(msg)
-    levels = torch.tensor(interval, dtype=torch.float64, device="cpu")
-    ends = times_of_log_snr(found[0], -levels.clamp(1e-300, 1e300).log()).tolist()
-    return ends[0], ends[1]

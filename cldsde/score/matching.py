@@ -32,7 +32,7 @@ from cldsde.score.conversion import (
     conditional_kernel,
     whiten,
 )
-from cldsde.score.reverse import Score
+from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument, score_times
 
 __all__ = [
@@ -286,7 +286,7 @@ def _scaled(factor: Tensor, values: Tensor) -> Tensor:
 
 
 def score_matching_loss(
-    model: Score,
+    model: ScoreFunction,
     sde: LinearSDE,
     x0: Tensor,
     t: TimeLike,

@@ -49,7 +49,7 @@ from cldsde.score.conversion import Combination, Conversion, WhitenedKernel, whi
 from cldsde.score.matching import Measured, PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore, Output
 from cldsde.score.time_sampling import LogSNRDensity
-from cldsde.score.times import coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 __all__ = ["MixedScore"]
 
@@ -186,6 +186,7 @@ class MixedScore(NetworkScore):
             if mixing_logits is None
             else nn.Parameter(mixing_logits.detach().to(torch.float32).clone())
         )
+        self.predicts_data = self._of_data
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
@@ -197,11 +198,18 @@ class MixedScore(NetworkScore):
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self,
+        z: Tensor,
+        t: TimeLike,
+        planned: PlannedTime | None,
+        prediction: Output,
+        condition: Tensor | None,
     ) -> Tensor:
-        table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._loads)
+        table = coefficients_at(
+            self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
+        )
         if prediction not in ("score", "noise"):
-            times = score_times(t, z)
+            times = score_times(t, z, planned)
             if not self._of_data:
                 noise = self._noise(z, table, condition)
                 return Conversion.at(self.sde, times, "noise", prediction)(z, noise)
@@ -348,7 +356,7 @@ class MixedScore(NetworkScore):
         """Noise of the driven components, ``(B, d, *D)``."""
         centred, _ = self._centred(z, c)
         reference = (self._spread(c, c.reference, 2, z) * centred.unsqueeze(1)).sum(2)
-        learnt = self._learnt(centred, c, condition).to(reference.dtype)
+        learnt = self._learnt(centred, c, condition)
         if self.mixing_logits is None:
             return reference + self._spread(c, c.residual, 1, z) * learnt
         share, shape = self.mixing_logits.to(z).sigmoid(), tuple(z.shape[2:])
@@ -363,7 +371,7 @@ class MixedScore(NetworkScore):
         centred, mean = self._centred(z, c)
         reference = mean + (self._spread(c, c.data, 1, z) * centred).sum(1)
         # n = (z − ψ x_0) / σ, so the network's noise enters the data with a minus sign.
-        learnt = self._learnt(centred, c, condition).to(reference.dtype)[:, 0]
+        learnt = self._learnt(centred, c, condition)[:, 0]
         return reference - self._spread(c, c.data_residual, 0, z) * learnt
 
     def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conditioning import condition_gaussians
 from cldsde.score.observation import Observation, check_observation
-from cldsde.score.times import coefficients_at, score_times
+from cldsde.score.protocol import Score
+from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 __all__ = ["GaussianMixture", "MixtureScore", "Rows"]
 
@@ -463,14 +464,18 @@ def _numbers(value: object, name: str) -> Tensor:
         raise TypeError(msg) from error
 
 
-class MixtureScore:
+class MixtureScore(Score):
     """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`; create it with `GaussianMixture.score`.
 
     Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``. It returns
     ``(B, len(rows), *D)``.
     """
 
+    predicts_data = True
+    sde: LinearSDE
+
     def __init__(self, data: GaussianMixture, sde: LinearSDE, *, rows: Rows = "driven") -> None:
+        super().__init__()
         self.rows = _rows(sde, rows)
         self.data = data
         self.sde = sde
@@ -479,27 +484,32 @@ class MixtureScore:
         """Data, process and components in one line."""
         return constructor_repr(self)
 
-    def __call__(self, z: Tensor, t: TimeLike) -> Tensor:
+    def forward(self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None) -> Tensor:
         """Score at one time or ``(B,)`` times."""
         data, rows = self.data, self.rows
         # Compare densities in single precision at least, also for states in half precision.
         flat = data._flat_state(self.sde, z)
-        shared = score_times(t, z).ndim == 0
+        shared = score_times(t, z, planned).ndim == 0
         with torch.autocast(z.device.type, enabled=False):
             if shared and self.sde.components * data.dimension <= _DENSE:
+                version = data._version("dense")
                 dense = coefficients_at(
-                    self, t, z, self._dense_marginal, flat.dtype, data._version("dense")
+                    self, t, z, self._dense_marginal, flat.dtype, planned=planned, version=version
                 )
                 score = _dense_score(flat.flatten(1), dense)
             else:
                 version = data._version("marginal")
-                marginal = coefficients_at(self, t, z, self._marginal, flat.dtype, version)
+                marginal = coefficients_at(
+                    self, t, z, self._marginal, flat.dtype, planned=planned, version=version
+                )
                 score = data._score(flat, rows, marginal)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
-    def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
+    def data_prediction(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
-        return self.data.posterior_mean(self.sde, z, t)
+        return self.data.posterior_mean(self.sde, z, score_times(t, z, planned))
 
     def _dense_marginal(self, t: Tensor) -> _DenseMarginal:
         return self.data._dense_marginal(self.sde, self.rows, t)

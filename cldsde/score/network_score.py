@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import one_of
+from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import Measured, PerturbedData, Weighting
+from cldsde.score.protocol import Score
 from cldsde.score.score_denoiser import ScoreDenoiser
+from cldsde.score.times import PlannedTime
 
 __all__ = ["Inputs", "NetworkScore", "Output"]
 
@@ -21,7 +25,7 @@ Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
 
 
-class NetworkScore(nn.Module, ABC):
+class NetworkScore(Score, ABC):
     """Score of the driven components from a network; the base of `MixedScore`.
 
     Attributes
@@ -54,6 +58,7 @@ class NetworkScore(nn.Module, ABC):
         z: Tensor,
         t: TimeLike,
         *,
+        planned: PlannedTime | None = None,
         prediction: Output = "score",
         condition: Tensor | None = None,
     ) -> Tensor:
@@ -65,6 +70,8 @@ class NetworkScore(nn.Module, ABC):
             States ``(B, k, *D)``.
         t
             One time or ``(B,)``, above 0.
+        planned
+            Planned time of ``t``; see `Score`.
         prediction
             ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
             component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form of
@@ -79,12 +86,14 @@ class NetworkScore(nn.Module, ABC):
             If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
         """
         one_of(prediction, Output, "prediction")
-        check_state(z, self.sde.components)
-        return self._predict(z, t, prediction, condition)
+        wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
+        return self._predict(wide, t, planned, prediction, condition).to(z.dtype)
 
-    def data_prediction(self, z: Tensor, t: TimeLike, *, condition: Tensor | None = None) -> Tensor:
+    def data_prediction(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
-        found: Tensor = self(z, t, prediction="data", condition=condition)
+        found: Tensor = self(z, t, planned=planned, prediction="data", **conditions)
         return found
 
     def _loss_of_score(
@@ -100,9 +109,14 @@ class NetworkScore(nn.Module, ABC):
 
     @abstractmethod
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self,
+        z: Tensor,
+        t: TimeLike,
+        planned: PlannedTime | None,
+        prediction: Output,
+        condition: Tensor | None,
     ) -> Tensor:
-        """The prediction at a state that has been checked."""
+        """The prediction at a state that has been checked, in single precision at least."""
 
     def _evaluate(
         self, inputs: Tensor, clock: Tensor, condition: Tensor | None, outputs: int
@@ -113,9 +127,10 @@ class NetworkScore(nn.Module, ABC):
         """
         batch = len(inputs)
         given = () if condition is None else (condition.expand(batch, *condition.shape[1:]),)
-        learnt: Tensor = self.network(inputs, clock.expand(batch), *given)
+        inside = input_dtype(self.network, inputs.dtype)
+        learnt: Tensor = self.network(inputs.to(inside), clock.expand(batch), *given)
         expected = (batch, outputs, *inputs.shape[2:])
         if learnt.shape != expected:
             msg = f"network must return shape {expected}; got {tuple(learnt.shape)}"
             raise ValueError(msg)
-        return learnt
+        return learnt.to(inputs.dtype)

@@ -1,13 +1,10 @@
-"""Noise levels σ as arguments of denoisers: reading them, and checks of the trained range."""
+"""Checks of noise levels σ against the range of a network's training."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_float64
-
-__all__ = ["checked_levels", "outside_levels", "read_levels"]
+__all__ = ["checked_levels", "outside_levels"]
 
 # Levels beyond the end of the range by less than this relative error count as the end, because
 # times in single precision have such errors.
@@ -35,13 +32,3 @@ def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
         )
         raise ValueError(msg)
     return levels.clamp(low, high)
-
-
-def read_levels(sigma: Tensor | float, u: Tensor) -> Tensor:
-    """Noise levels as float64 on the CPU, ``()`` if the batch shares one."""
-    known = getattr(sigma, "known", None)
-    levels = known.value if known is not None else as_float64(sigma).detach().cpu()
-    if levels.shape not in (torch.Size([]), torch.Size([len(u)])):
-        msg = f"sigma must be one level or have shape ({len(u)},); got {tuple(levels.shape)}"
-        raise ValueError(msg)
-    return levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from cldsde.linear.checks import as_number, check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
-from cldsde.score.operators import block_means, correlation, matrix_product, selection
+from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
 
 __all__ = ["Observation", "check_observation"]
 
@@ -72,13 +73,16 @@ class Observation:
     noise_std: float
     shape: tuple[int, ...] | None = None
     _checked: set[object] = field(default_factory=set, init=False, repr=False)
+    _y: Copies = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_callable(self.forward, "forward", "a function of data (B, *D)")
-        object.__setattr__(self, "y", _as_tensor(self.y, "y"))
+        # Copy the values, because the caller may change them.
+        object.__setattr__(self, "y", _as_tensor(self.y, "y").clone())
         if not bool(self.y.isfinite().all()):
             msg = "y must be finite; got NaN or infinity"
             raise ValueError(msg)
+        object.__setattr__(self, "_y", Copies(self.y))
         std = as_number(self.noise_std, "noise_std")
         if not 0 <= std < math.inf:
             msg = f"noise_std must be finite and at least 0; got {std:g}"
@@ -195,10 +199,36 @@ class Observation:
         shape = tuple(image.shape)
         return cls(correlation(shape, weights), image, noise_std, shape)
 
+    def part(self, samples: slice, shape: Sequence[int]) -> Observation:
+        """The observation of some samples of data ``(B, *D)``, if there is one per sample.
+
+        Raises
+        ------
+        ValueError
+            If y does not hold one observation, or one per sample.
+        """
+        seen = self._seen_shape(shape[1:], self.y)
+        if self.y.shape == seen:
+            return self
+        if self.y.shape != (shape[0], *seen):
+            msg = (
+                f"y must hold one observation of shape {tuple(seen)}, or one for each of the "
+                f"{shape[0]} samples; got {tuple(self.y.shape)}"
+            )
+            raise ValueError(msg)
+        return self.with_y(self.y[samples])
+
+    def with_y(self, y: Tensor) -> Observation:
+        """The same observation with other values, which are not checked."""
+        other = copy.copy(self)
+        object.__setattr__(other, "y", y)
+        object.__setattr__(other, "_y", Copies(y))
+        return other
+
     def residual(self, x: Tensor) -> Tensor:
         """Residual y − A x ``(B, *E)`` for data x ``(B, *D)``."""
         seen = self.forward(x)
-        return self.y.to(seen) - seen
+        return self._y.like(seen) - seen
 
     def adjoint(self, v: Tensor, shape: Sequence[int]) -> Tensor:
         """Adjoint Aᵀv ``(B, *D)`` for a batch v ``(B, *E)`` and data of shape ``(*D)``."""

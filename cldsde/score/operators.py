@@ -9,10 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["block_means", "correlation", "matrix_product", "selection"]
+__all__ = ["Copies", "block_means", "correlation", "matrix_product", "selection"]
 
 Operator = Callable[[Tensor], Tensor]
 """Function of data ``(B, *D)`` that returns ``(B, *E)``."""
+
+
+class Copies:
+    """A tensor, and its copies in other dtypes and on other devices, each of which is made once."""
+
+    def __init__(self, original: Tensor) -> None:
+        self._copies = {(original.dtype, original.device): original}
+        self._original = original
+
+    def like(self, x: Tensor) -> Tensor:
+        """The tensor with the dtype (if it has floating-point numbers) and on the device of x."""
+        floating = self._original.is_floating_point()
+        key = (x.dtype if floating else self._original.dtype, x.device)
+        if key not in self._copies:
+            with torch.inference_mode(mode=False):
+                self._copies[key] = self._original.to(key[1], key[0])
+        return self._copies[key]
 
 
 def selection(mask: Tensor) -> Operator:
@@ -29,14 +46,14 @@ def selection(mask: Tensor) -> Operator:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         msg = f"mask must be a bool tensor; got {got}"
         raise TypeError(msg)
-    where = mask.flatten().nonzero().flatten()
-    if not len(where):
+    where = Copies(mask.flatten().nonzero().flatten())
+    if not bool(mask.any()):
         msg = "mask must mark at least one entry as observed; got none"
         raise ValueError(msg)
 
     def forward(x: Tensor) -> Tensor:
         _check_size(x, mask.numel(), "mask")
-        return x.flatten(1)[:, where.to(x.device)]
+        return x.flatten(1).index_select(1, where.like(x))
 
     return forward
 
@@ -53,9 +70,11 @@ def matrix_product(matrix: Tensor) -> Operator:
         msg = f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}"
         raise ValueError(msg)
 
+    copies = Copies(matrix)
+
     def forward(x: Tensor) -> Tensor:
         _check_size(x, matrix.shape[1], "A")
-        return x.flatten(1) @ matrix.to(x).mT
+        return x.flatten(1) @ copies.like(x).mT
 
     return forward
 
@@ -86,11 +105,12 @@ def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
         msg = f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}"
         raise ValueError(msg)
     padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
+    copies = Copies(kernel)
 
     def forward(x: Tensor) -> Tensor:
         _check_shape(x, shape)
         planes = x.flatten(0, 1).unsqueeze(1)
-        return functional.conv2d(planes, kernel.to(x)[None, None], padding=padding).view_as(x)
+        return functional.conv2d(planes, copies.like(x)[None, None], padding=padding).view_as(x)
 
     return forward
 

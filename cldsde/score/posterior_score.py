@@ -14,21 +14,22 @@ therefore works with any score of any process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import as_number, check_state
+from cldsde.linear.checks import TimeLike, as_number, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
 from cldsde.score.conversion import Conversion
 from cldsde.score.observation import Observation, check_observation
-from cldsde.score.reverse import Score, check_score, checked_score
-from cldsde.score.times import coefficients_at, score_argument, score_times
+from cldsde.score.protocol import ScoreFunction, ScoreWrapper
+from cldsde.score.reverse import checked_score
+from cldsde.score.times import PlannedTime, coefficients_at, score_argument, score_times
 
 __all__ = ["Guided", "PosteriorMethod", "PosteriorScore"]
 
@@ -73,7 +74,7 @@ class _Linearised(NamedTuple):
     isotropic: Tensor  # r², (B,) or (1,)
 
 
-class PosteriorScore(nn.Module):
+class PosteriorScore(ScoreWrapper):
     r"""Score of p(z_t | y) for a linear observation y of the data, from any score of p(z_t).
 
     .. math::
@@ -85,9 +86,10 @@ class PosteriorScore(nn.Module):
     Parameters
     ----------
     score
-        Function score(z, t) of the driven components, exact or a network, of any linear SDE.
+        Function score(z, t) of the driven components, exact or a network, of any linear SDE. It
+        gets states in single precision at least.
     observation
-        The observation.
+        The observation; the score's ``.to(device)`` moves it.
     method
         ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
         ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
@@ -102,7 +104,7 @@ class PosteriorScore(nn.Module):
         v₀, the variance of one number of the data. It sets r², and it limits the conjugate
         gradients: they stop at a direction in which V exceeds the data's total variance.
     sde
-        The forward process; None: ``score.sde``.
+        The forward process; None: the score's own.
 
     Raises
     ------
@@ -140,9 +142,11 @@ class PosteriorScore(nn.Module):
     True
     """
 
+    sde: LinearSDE
+
     def __init__(
         self,
-        score: Score,
+        score: ScoreFunction,
         observation: Observation,
         method: PosteriorMethod = "moments",
         *,
@@ -151,14 +155,14 @@ class PosteriorScore(nn.Module):
         data_variance: float = 1.0,
         sde: LinearSDE | None = None,
     ) -> None:
-        check_score(score)
+        super().__init__(score)
         check_observation(observation)
         one_of(method, PosteriorMethod, "method")
-        process = getattr(score, "sde", None) if sde is None else sde
+        process = self.score.sde if sde is None else sde
         if process is None:
             msg = "sde must be given for a score that has no attribute sde; got None"
             raise TypeError(msg)
-        check_process(process)
+        self.sde = check_process(process)
         if iterations is not None and (
             isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1
         ):
@@ -174,13 +178,6 @@ class PosteriorScore(nn.Module):
                 "'moments' or 'pigdm'"
             )
             raise ValueError(msg)
-        super().__init__()
-        self.score = score
-        self.sde = process
-        # Solvers look for the noise levels and the cost of the score at the wrapper.
-        for name in ("noise_levels", "evaluations", "check_times"):
-            if hasattr(score, name):
-                setattr(self, name, getattr(score, name))
         self.observation = observation
         self.method = method
         self.iterations = iterations
@@ -191,17 +188,44 @@ class PosteriorScore(nn.Module):
         """One line with score, observation and method."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
-    def forward(self, z: Tensor, t: Tensor | float) -> Tensor:
+    def forward(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """Score of the driven components given y, ``(B, len(driven), *D)``."""
-        found, shift = self._guide(z, t)
-        return found.score + apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))
+        found, shift = self._guide(z, t, planned, conditions)
+        change = apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))
+        return (found.score + change).to(z.dtype)
 
-    def data_prediction(self, z: Tensor, t: Tensor | float) -> Tensor:
+    def data_prediction(
+        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
         """E[x_0 | z_t, y], ``(B, *D)``; one score evaluation."""
-        found, shift = self._guide(z, t)
-        return found.data + shift
+        found, shift = self._guide(z, t, planned, conditions, data=self.score.predicts_data)
+        return (found.data + shift).to(z.dtype)
 
-    def guide(self, z: Tensor, t: Tensor | float) -> Guided:
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the score cannot be evaluated, or nothing of the data is left."""
+        super().check_times(t)
+        lost = self.sde.log_snr(t) == -math.inf
+        if bool(lost.any()):
+            msg = (
+                f"t must be earlier than {float(t[lost].min()):g} for a PosteriorScore, because "
+                f"nothing of x_0 is left there; take t ≤ {self.sde.regular_until:.15g}"
+            )
+            raise ValueError(msg)
+
+    def part(self, samples: slice, shape: Sequence[int]) -> Self:
+        """The score of some samples: one observation per sample keeps the rows of these."""
+        observation = self.observation.part(samples, shape)
+        inner = self.score.part(samples, shape)
+        return self._changed({"score": inner}, observation=observation)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.observation = self.observation.with_y(fn(self.observation.y))
+        return self
+
+    def guide(self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None) -> Guided:
         """D, D_y − D, and log p̃(y | z) with R as a dense matrix, for particle samplers.
 
         For ``"pigdm"``, p̃ = N(y; A D, R). For ``"moments"``, p̃ is 0.9 of this density plus 0.1 of
@@ -216,7 +240,7 @@ class PosteriorScore(nn.Module):
         if self.method == "dps":
             msg = "method must be 'moments' or 'pigdm' to weigh particles; got 'dps'"
             raise ValueError(msg)
-        found = self._linearise(z, t)
+        found = self._linearise(z, t, planned, {})
         residual = self.observation.residual(found.data)
         root, wide = self._dense_roots(found, residual)
         flat = residual.flatten(1).unsqueeze(-1)
@@ -230,9 +254,17 @@ class PosteriorScore(nn.Module):
         pulled = self.observation.adjoint(weight.reshape(residual.shape), found.data.shape[1:])
         return Guided(found.data, found.spread(pulled), likelihood)
 
-    def _guide(self, z: Tensor, t: Tensor | float) -> tuple[_Linearised, Tensor]:
-        """The linearised score and D_y − D."""
-        found = self._linearise(z, t)
+    def _guide(
+        self,
+        z: Tensor,
+        t: TimeLike,
+        planned: PlannedTime | None,
+        conditions: dict[str, Any],
+        *,
+        data: bool = False,
+    ) -> tuple[_Linearised, Tensor]:
+        """The linearised score and D_y − D; with ``data`` D by the score's own data prediction."""
+        found = self._linearise(z, t, planned, conditions, data=data)
         observation, shape = self.observation, found.data.shape[1:]
         variance = observation.noise_std**2
         residual = observation.residual(found.data)
@@ -293,7 +325,15 @@ class PosteriorScore(nn.Module):
         root, faults = torch.linalg.cholesky_ex((R + R.mT) / 2 + noise)
         return torch.where((faults > 0)[:, None, None], wide_root, root), wide_root
 
-    def _linearise(self, z: Tensor, t: Tensor | float) -> _Linearised:
+    def _linearise(
+        self,
+        z: Tensor,
+        t: TimeLike,
+        planned: PlannedTime | None,
+        conditions: dict[str, Any],
+        *,
+        data: bool = False,
+    ) -> _Linearised:
         check_state(z, self.sde.components)
         if torch.is_grad_enabled() and z.requires_grad:
             msg = (
@@ -301,43 +341,42 @@ class PosteriorScore(nn.Module):
                 "pass z.detach()"
             )
             raise ValueError(msg)
-        self.observation.check(z.shape[2:], dtype=z.dtype, device=z.device)
-        dtype, t = torch.promote_types(z.dtype, torch.float32), _plain(t, z)
-        with torch.inference_mode(mode=False), torch.no_grad():
-            coefficients = coefficients_at(self, t, z, self._coefficients, dtype, 0)
-        variance = coefficients.variance.flatten()
-        isotropic = variance * self.data_variance / (variance + self.data_variance)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        self.observation.check(z.shape[2:], dtype=dtype, device=z.device)
         driven = len(self.sde.driven)
-        if not self.gradient:
-            with torch.no_grad():
-                score = checked_score(self.score(z, t), z, driven)
-            data = self._predict(coefficients, z, score)
-            return _Linearised(
-                score, data, lambda w: per_sample(isotropic, w) * w, coefficients, isotropic
-            )
         # V needs gradients, which solvers disable.
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            state = z.detach().clone().requires_grad_()
-            score = checked_score(self.score(state, t), state, driven)
-            if not score.requires_grad:
+        with torch.inference_mode(mode=False), torch.set_grad_enabled(self.gradient):
+            t, planned = _recordable(t, z, planned)
+            at = coefficients_at(self, t, z, self._coefficients, dtype, planned=planned)
+            # In half precision, small gradients would underflow.
+            state = z.detach().to(dtype, copy=True).requires_grad_(self.gradient)
+            if data:
+                value = self.score.data_prediction(state, t, planned=planned, **conditions)
+                score, mean = torch.zeros_like(state[:, :driven]), value
+            else:
+                value = self.score(state, t, planned=planned, **conditions)
+                score = checked_score(value, state, driven)
+                mean = apply_blocks(at.state, state) + apply_blocks(at.score, score)
+                mean = mean[:, 0]
+            if self.gradient and not value.requires_grad:
                 msg = (
                     "score must be differentiable with respect to its state; it returned a tensor "
                     "without gradients. Remove torch.no_grad from it, or take gradient=False"
                 )
                 raise ValueError(msg)
-            data = self._predict(coefficients, state, score)
+        variance = at.variance.flatten()
+        isotropic = variance * self.data_variance / (variance + self.data_variance)
 
         def spread(w: Tensor) -> Tensor:
+            if not self.gradient:
+                return per_sample(isotropic, w) * w
             with torch.inference_mode(mode=False):
                 w = w.clone() if w.is_inference() else w
-                (slope,) = torch.autograd.grad(data, state, w, retain_graph=True)
-                pulled = apply_blocks(coefficients.psi, slope)[:, 0]
+                (slope,) = torch.autograd.grad(mean, state, w, retain_graph=True)
+                pulled = apply_blocks(at.psi, slope)[:, 0]
                 return per_sample(variance, w) * pulled
 
-        return _Linearised(score.detach(), data.detach(), spread, coefficients, isotropic)
-
-    def _predict(self, at: _Coefficients, z: Tensor, score: Tensor) -> Tensor:
-        return (apply_blocks(at.state, z) + apply_blocks(at.score, score))[:, 0]
+        return _Linearised(score.detach(), mean.detach(), spread, at, isotropic)
 
     def _coefficients(self, t: Tensor) -> _Coefficients:
         to_data = Conversion.at(self.sde, t, "score", "data")
@@ -356,17 +395,14 @@ def _log_normal(residual: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     return -0.5 * whitened.square().sum((1, 2)) - volume - constant, whitened
 
 
-def _plain(t: Tensor | float, z: Tensor) -> Tensor:
+def _recordable(
+    t: TimeLike, z: Tensor, planned: PlannedTime | None
+) -> tuple[Tensor, PlannedTime | None]:
     """Times as a score receives them, as tensors that autograd can record in inference mode."""
     if not isinstance(t, Tensor):
-        with torch.inference_mode(mode=False):
-            return score_argument(score_times(t, z), z).expand(len(z))
+        return score_argument(score_times(t, z), z).expand(len(z)), None
     if not t.is_inference():
-        return t
+        return t, planned
     shared = t.ndim == 1 and t.stride() == (0,) and len(t) > 0
-    with torch.inference_mode(mode=False):
-        copy = t[:1].clone().expand(len(t)) if shared else t.clone()
-    known = getattr(t, "known", None)
-    if known is not None:
-        copy.known = known  # type: ignore[attr-defined]
-    return copy
+    copy = t[:1].clone().expand(len(t)) if shared else t.clone()
+    return copy, planned and planned.moved(t, copy)

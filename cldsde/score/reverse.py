@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, check_callable, check_state
+from cldsde.linear.checks import TimeLike, check_at_least, check_state
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.denoisers import PredictionDenoiser
-from cldsde.score.score_denoiser import ScoreDenoiser
-from cldsde.score.times import KnownTimes, score_argument, score_times
+from cldsde.score.protocol import ScoreFunction, as_score
+from cldsde.score.times import KnownTimes, PlannedTime, score_argument, score_times
 
 __all__ = [
     "KnownScore",
     "ReverseProcess",
-    "Score",
     "check_reverse_process",
-    "check_score",
-    "checked_data_method",
     "checked_score",
     "same_dynamics",
 ]
 
 
-class Score(Protocol):
-    """Interface of a score: state ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``.
-
-    The times are on the state's device and rounded to its dtype, float32 at least. They may differ
-    from the grid's times by this rounding. If the batch shares one time, they are an expanded view
-    of one number. A score must not change times or states in place.
-
-    A score may have a method ``data_prediction(z, t)`` for E[x_0 | z_t], ``(B, *D)``. Solvers call
-    it in place of the score if the score does not determine the data accurately (κ < −8), for
-    example at t = 1 of `RectifiedFlow`.
-    """
-
-    def __call__(self, z: Tensor, t: Tensor, /) -> Tensor:
-        """∂ log p_t(z)/∂z on the driven components."""
-        ...
-
-
 def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     """Whether two processes have the same drift, diffusion and initial covariance."""
+    if first is second:
+        return True
     if (first.components, first.driven) != (second.components, second.driven):
         return False
     end = min(first.regular_until, second.regular_until)
@@ -79,14 +57,6 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     return value if value.dtype == z.dtype else value.to(z.dtype)
 
 
-def check_score(score: object, name: str = "score") -> None:
-    """Raise TypeError unless ``score`` is callable and not a denoiser."""
-    check_callable(score, name, "a callable score(z, t)")
-    if isinstance(score, PredictionDenoiser | ScoreDenoiser):
-        msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
-        raise TypeError(msg)
-
-
 class ReverseProcess:
     r"""Reverse process: the time reversal of a linear SDE with a given score.
 
@@ -105,15 +75,15 @@ class ReverseProcess:
     sde
         The forward process.
     score
-        Function score(z, t) of states ``(B, k, *D)`` and times ``(B,)`` that returns
-        ``(B, len(driven), *D)``; see `Score`.
+        A `Score`, or any function score(z, t) of states ``(B, k, *D)`` and times ``(B,)`` that
+        returns ``(B, len(driven), *D)``; the attribute ``score`` is a `Score`.
 
     Raises
     ------
     TypeError
         If ``sde`` is not a `LinearSDE`, or ``score`` cannot be called or is a denoiser.
     ValueError
-        If ``score`` has an attribute ``sde`` with other dynamics or another initial covariance.
+        If ``score`` belongs to a process with other dynamics or another initial covariance.
 
     Examples
     --------
@@ -124,19 +94,18 @@ class ReverseProcess:
     torch.Size([4, 2, 1])
     """
 
-    def __init__(self, sde: LinearSDE, score: Score) -> None:
+    def __init__(self, sde: LinearSDE, score: ScoreFunction) -> None:
         check_process(sde)
-        check_score(score)
-        other = getattr(score, "sde", sde)
-        if other is not sde and not same_dynamics(sde, other):
+        self.sde = sde
+        self.score = as_score(score)
+        other = self.score.sde
+        if other is not None and not same_dynamics(sde, other):
             msg = (
                 f"score belongs to another process, {other!r}, than sde, {sde!r}: drift, diffusion "
                 "or initial covariance differ. Use the score of sde, or wrap the score's denoiser "
                 "in a DenoiserScore"
             )
             raise ValueError(msg)
-        self.sde = sde
-        self.score = score
 
     def __repr__(self) -> str:
         """One line with process and score."""
@@ -195,15 +164,6 @@ class ReverseProcess:
         convert = Conversion.at(self.sde, times, "score", target)
         return convert(z, self.evaluate(z, times))
 
-    def evaluations(self, times: Tensor) -> Tensor:
-        """Network evaluations per score evaluation at each time, int64 of the shape of ``times``.
-
-        The number is 1, or the value of the score's method ``evaluations``. With guidance
-        (`GuidedScore`) a network is evaluated twice.
-        """
-        counts = getattr(self.score, "evaluations", None)
-        return torch.ones_like(times, dtype=torch.int64) if counts is None else counts(times)
-
     def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
         """Evaluate and check the score at float64 times on the CPU, ``()`` or ``(B,)``.
 
@@ -225,45 +185,28 @@ class KnownScore:
         self.nfev = 0
         self._score, self._driven = process.score, len(process.sde.driven)
         self._arguments = times.arguments(z, moved)
-        self._counts: list[int] | None = None
-        if hasattr(process.score, "evaluations") and times.times.ndim == 1:
-            self._counts = process.evaluations(times.times).tolist()
+        # Solvers with times per sample count by themselves.
+        shared = times.times.ndim == 1
+        self._counts = self._score.evaluations(times.times).tolist() if shared else None
 
     def __call__(self, z: Tensor, number: int) -> Tensor:
         """Score ``(B, d, *D)`` of states at the time with the given index."""
-        self.nfev += 1 if self._counts is None else self._counts[number]
-        z = z.contiguous()
-        return checked_score(self._score(z, self._arguments[number]), z, self._driven)
+        z, at = self._counted(z, number)
+        return checked_score(self._score(z, at.argument, planned=at), z, self._driven)
 
     def data_prediction(self, z: Tensor, number: int) -> Tensor:
-        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method; it counts as one evaluation."""
-        self.nfev += 1
-        z = z.contiguous()
-        value = checked_data_method(self._score)(z, self._arguments[number])
+        """E[x_0 | z_t] ``(B, 1, *D)`` by the score's own method."""
+        z, at = self._counted(z, number)
+        value = self._score.data_prediction(z, at.argument, planned=at)
         if not isinstance(value, Tensor) or value.shape != z[:, 0].shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             msg = f"score.data_prediction must return shape {tuple(z[:, 0].shape)}; got {got}"
             raise ValueError(msg)
         return value.to(z).unsqueeze(1)
 
-
-def checked_data_method(score: object) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the method ``data_prediction`` of a score.
-
-    Raises
-    ------
-    ValueError
-        If the score has no such method.
-    """
-    method: Callable[[Tensor, Tensor], Tensor] | None = getattr(score, "data_prediction", None)
-    if method is None:
-        msg = (
-            "score must have a method data_prediction(z, t) to start at this time, because the "
-            f"score does not determine the data; got {type(score).__name__} without it. Start at "
-            "LinearSDE.regular_until or earlier, or add the method"
-        )
-        raise ValueError(msg)
-    return method
+    def _counted(self, z: Tensor, number: int) -> tuple[Tensor, PlannedTime]:
+        self.nfev += 0 if self._counts is None else self._counts[number]
+        return z.contiguous(), self._arguments[number]
 
 
 def check_reverse_process(process: object) -> None:

@@ -15,16 +15,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, whiten
-from cldsde.score.noise_levels import checked_levels, read_levels
-from cldsde.score.times import coefficients_at, with_known
+from cldsde.score.denoisers import Denoiser
+from cldsde.score.noise_levels import checked_levels
+from cldsde.score.protocol import as_score
+from cldsde.score.times import PlannedTime, coefficients_at, mapped
 
 __all__ = ["ScoreDenoiser"]
 
@@ -39,7 +40,7 @@ class _Lift(NamedTuple):
     value: Tensor  # (*, 1, d), of the score
 
 
-class ScoreDenoiser(nn.Module):
+class ScoreDenoiser(Denoiser):
     r"""Denoiser D(u, σ) from a score of any linear SDE, to sample with other processes.
 
     Parameters
@@ -47,7 +48,7 @@ class ScoreDenoiser(nn.Module):
     score
         Function score(z, t, \*\*conditions) of the driven components, such as a `MixedScore`.
     sde
-        The process of the score. None: the score's attribute ``sde``.
+        The process of the score. None: the score's own.
     fill
         Whether to add ξ to states of several components. Use False for scores that depend on the
         state only through its estimate of the data, such as exact scores.
@@ -89,47 +90,57 @@ class ScoreDenoiser(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_callable(score, "score", "a callable score(z, t)")
-        own: Any = getattr(score, "sde", None) if sde is None else sde
-        check_process(own)
-        self.sde: LinearSDE = own
+        self.score = as_score(score)
+        own = self.score.sde if sde is None else sde
+        self.sde = check_process(own)
         if not 0 < start < self.sde.T:
             msg = f"start must lie between 0 and {self.sde.T:g}; got {start:g}"
             raise ValueError(msg)
-        self.score = score
         self.start = start
         self.seed = seed
         self._kept: tuple[object, Tensor] | None = None
-        #: Whether states are filled up with noise that depends on the place in the batch.
         self.fills = fill and self.sde.components > 1
-
-    @property
-    def noise_levels(self) -> tuple[float, float]:
-        """Smallest and largest noise level that the score was trained on."""
-        ends = torch.tensor([self.start, self.sde.T], dtype=torch.float64, device="cpu")
+        self.depends_on_place = self.fills or self.score.depends_on_place
+        ends = torch.tensor([start, self.sde.T], dtype=torch.float64, device="cpu")
         low, high = (-self.sde.log_snr(ends)).exp().tolist()
-        return low, high
+        self.noise_levels: tuple[float, float] = low, high
 
-    def forward(self, u: Tensor, sigma: Tensor | float, **conditions: Any) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        sigma: Tensor | float,
+        *,
+        planned: PlannedTime | None = None,
+        **conditions: Any,
+    ) -> Tensor:
         """Estimate of the data, like ``u``.
 
         Parameters
         ----------
         u
-            Data plus noise of level σ, ``(B, *D)``.
+            Data plus noise of level σ, ``(B, *D)``. The score gets states in single precision at
+            least.
         sigma
             Noise levels, one or ``(B,)``.
+        planned
+            Planned level of ``sigma``; see `Denoiser`.
         conditions
             Passed to the score.
         """
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        lift = coefficients_at(self, sigma, u, self._lift, dtype, 0, read_levels)
-        z = apply_blocks(lift.psi, u.unsqueeze(1))
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        lift = coefficients_at(self, sigma, u, self._lift, wide.dtype, planned=planned, levels=True)
+        z = apply_blocks(lift.psi, wide.unsqueeze(1))
         if self.fills:
             z = z + apply_blocks(lift.rest, self._noise(z))
-        t = with_known(lift.time.expand(len(u)).clone(), sigma, self, self._times)
-        score = self.score(z, t, **conditions)
-        return (apply_blocks(lift.state, z) + apply_blocks(lift.value, score))[:, 0]
+        t = lift.time.expand(len(u)).clone()
+        at = mapped(planned, sigma, self, self._times, t)
+        score = self.score(z, t, planned=at, **conditions)
+        data = apply_blocks(lift.state, z) + apply_blocks(lift.value, score)
+        return data[:, 0].to(u.dtype)
+
+    def evaluations(self, t: Tensor) -> Tensor:
+        """Number of network evaluations per call at each noise level."""
+        return self.score.evaluations(self._times(t))
 
     def _noise(self, z: Tensor) -> Tensor:
         """Noise of the seed, drawn on the CPU once per shape, dtype and device of the states."""

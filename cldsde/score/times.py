@@ -2,9 +2,10 @@
 
 A score is called as score(z, t) with times ``(B,)`` on the state's device, rounded to its dtype.
 The coefficients of a process are computed on the CPU from float64 times. Reading the times back
-would wait for the device and lose digits. Solvers therefore pass times that remember their float64
-values (`KnownTimes`), and scores compute their coefficients for all of these times at once
-(`coefficients_at`).
+would wait for the device and lose digits. Solvers therefore also pass `PlannedTime`, the place of t
+among times that are known before the solve, and scores compute their coefficients for all of these
+times at once (`coefficients_at`). A planned time is valid for the tensor it was made with: whoever
+passes another tensor t has its values read.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import TimeLike, as_times
+from cldsde.linear.checks import TimeLike, as_float64, as_times
 
 __all__ = [
     "KnownTimes",
+    "PlannedTime",
     "coefficients_at",
+    "mapped",
     "on_device",
     "score_argument",
     "score_times",
-    "with_known",
 ]
 
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
@@ -62,8 +64,8 @@ class KnownTimes:
         self._tables: WeakKeyDictionary[object, dict[Any, Any]] = WeakKeyDictionary()
         self._mapped: WeakKeyDictionary[object, KnownTimes] = WeakKeyDictionary()
 
-    def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[Tensor]:
-        """Times as a score receives them, one tensor ``(B,)`` per evaluation.
+    def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[PlannedTime]:
+        """Times as a score receives them, one per evaluation.
 
         Parameters
         ----------
@@ -73,10 +75,8 @@ class KnownTimes:
             The times in that dtype and on that device, if they have been copied already.
         """
         table = score_argument(self.times, z) if moved is None else moved
-        found = [row.expand(len(z)) for row in table.unbind()]
-        for number, argument in enumerate(found):
-            argument.known = _Entry(self, number)  # type: ignore[attr-defined]
-        return found
+        rows = enumerate(table.unbind())
+        return [PlannedTime(self, number, row.expand(len(z))) for number, row in rows]
 
     def mapped(self, owner: object, function: Callable[[Tensor], Tensor]) -> KnownTimes:
         """Known values of a function of the times, such as noise levels.
@@ -116,13 +116,29 @@ class KnownTimes:
         return found
 
 
-class _Entry(NamedTuple):
+class PlannedTime(NamedTuple):
+    """The time of a score evaluation, as a place among known times.
+
+    Attributes
+    ----------
+    times, number
+        Known times and the index of this one.
+    argument
+        Time t ``(B,)`` that the score is called with.
+    """
+
     times: KnownTimes
     number: int
+    argument: Tensor
 
-    @property
-    def value(self) -> Tensor:
-        return self.times.times[self.number]
+    def moved(self, t: TimeLike, argument: Tensor) -> PlannedTime | None:
+        """The place of t for another tensor with its values; None if t is not planned."""
+        return self._replace(argument=argument) if self.argument is t else None
+
+
+def _valid(planned: PlannedTime | None, t: TimeLike) -> PlannedTime | None:
+    """The planned time if it belongs to this tensor."""
+    return planned if planned is not None and planned.argument is t else None
 
 
 def score_argument(times: Tensor, z: Tensor) -> Tensor:
@@ -131,58 +147,63 @@ def score_argument(times: Tensor, z: Tensor) -> Tensor:
 
 
 @_outside_graphs
-def score_times(t: TimeLike, z: Tensor) -> Tensor:
+def score_times(
+    t: TimeLike, z: Tensor, planned: PlannedTime | None = None, *, levels: bool = False
+) -> Tensor:
     """Times of a score call in float64 on the CPU, ``()`` if the batch shares one.
 
     Parameters
     ----------
     t
-        One time or ``(B,)``. The values of times from a solver are not read back. A ``(B,)`` tensor
-        expanded from one number (stride 0) counts as shared without a look at its values.
+        One time or ``(B,)``. A ``(B,)`` tensor expanded from one number (stride 0) counts as shared
+        without a look at its values.
     z
         The state, ``(B, k, *D)``.
+    planned
+        Planned time of ``t``, if there is one. Its value is not read back.
+    levels
+        Whether ``t`` holds noise levels, which have no upper limit.
 
     Raises
     ------
     ValueError
         If t has another shape or a time lies outside [0, 1].
     """
-    known = getattr(t, "known", None)
-    if known is not None:
-        value: Tensor = known.value
-        if value.ndim and len(value) != len(z):
-            msg = f"t must hold one time per sample, {len(z)}; got {len(value)} times"
-            raise ValueError(msg)
-        return value
-    if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
-        t = t[0]
-    times = as_times(t, "t", 1.0)
+    if (at := _valid(planned, t)) is not None:
+        times = at.times.times[at.number]
+    else:
+        if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
+            t = t[0]
+        times = as_float64(t).detach().cpu() if levels else as_times(t, "t", 1.0)
     if times.shape not in (torch.Size([]), torch.Size([len(z)])):
-        msg = f"t must be one time or have shape ({len(z)},); got {tuple(times.shape)}"
+        name, what = ("sigma", "one level") if levels else ("t", "one time")
+        msg = f"{name} must be {what} or have shape ({len(z)},); got {tuple(times.shape)}"
         raise ValueError(msg)
     return times
 
 
 @_outside_graphs
-def with_known(
-    argument: Tensor, t: TimeLike, owner: object, function: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Mark values of a function of times t with their float64 values, and return them.
+def mapped(
+    planned: PlannedTime | None,
+    t: TimeLike,
+    owner: object,
+    function: Callable[[Tensor], Tensor],
+    argument: Tensor,
+) -> PlannedTime | None:
+    """Planned value of a function of the time, such as its noise level; None if t is not planned.
 
     Parameters
     ----------
-    argument
-        Values ``(B,)`` on the state's device. The tensor itself is marked and returned.
-    t
-        Times from a solver. For other times the tensor is not marked.
+    planned, t
+        Time of a call.
     owner, function
         See `KnownTimes.mapped`.
+    argument
+        Values ``(B,)`` of the function on the state's device.
     """
-    known = getattr(t, "known", None)
-    if known is not None:
-        entry = _Entry(known.times.mapped(owner, function), known.number)
-        argument.known = entry  # type: ignore[attr-defined]
-    return argument
+    if (at := _valid(planned, t)) is None:
+        return None
+    return PlannedTime(at.times.mapped(owner, function), at.number, argument)
 
 
 @_outside_graphs
@@ -192,8 +213,10 @@ def coefficients_at(
     z: Tensor,
     make: Callable[[Tensor], Coefficients],
     dtype: torch.dtype,
-    version: object,
-    read: Callable[[Any, Tensor], Tensor] = score_times,
+    *,
+    planned: PlannedTime | None,
+    version: object = 0,
+    levels: bool = False,
 ) -> Coefficients:
     """Coefficients of a score at the times of a call, on the state's device.
 
@@ -201,8 +224,8 @@ def coefficients_at(
     ----------
     owner
         The score, which owns the tables of known times.
-    t, z
-        Arguments of the call.
+    t, z, planned, levels
+        See `score_times`.
     make
         Function of float64 times on the CPU that returns a NamedTuple of float64 tensors.
     dtype
@@ -210,8 +233,6 @@ def coefficients_at(
     version
         Version of everything that the coefficients depend on. A table of another version is
         computed again. None: the coefficients need gradients and are computed at each call.
-    read
-        Function that checks ``t`` and returns its values as float64 on the CPU.
     """
 
     def moved(times: Tensor) -> Coefficients:
@@ -220,12 +241,11 @@ def coefficients_at(
         found: Coefficients = kind(*on_device(table, dtype, z.device))
         return found
 
-    known = getattr(t, "known", None)
-    at = read(t, z)
-    if known is None or version is None:
-        return moved(at)
-    times: KnownTimes = known.times
-    return times.row(owner, known.number, moved, (dtype, z.device), version)
+    times = score_times(t, z, planned, levels=levels)
+    at = _valid(planned, t)
+    if at is None or version is None:
+        return moved(times)
+    return at.times.row(owner, at.number, moved, (dtype, z.device), version)
 
 
 def on_device(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -46,7 +46,7 @@ from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.matching import PerturbedData, Target
-from cldsde.score.reverse import Score
+from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument
 
 __all__ = ["cross_entropy", "evidence_lower_bound"]
@@ -55,7 +55,7 @@ CrossEntropyOf = Literal["state", "data"]
 
 
 def evidence_lower_bound(
-    model: Score,
+    model: ScoreFunction,
     sde: LinearSDE,
     x0: Tensor,
     t: TimeLike,

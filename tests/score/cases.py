@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, GaussianMixture, LinearSDE, SubVPSDE
-from cldsde.score.times import KnownTimes
+from cldsde.score.times import KnownTimes, PlannedTime
 from probes import generator
 from references.kernels import Matrix, matrix
 from references.mixtures import MIXTURE_DIGITS
@@ -112,10 +112,15 @@ def known(*times: float) -> KnownTimes:
     return KnownTimes(torch.tensor(times, dtype=torch.float64))
 
 
+def called(score: Any, z: Any, at: PlannedTime, **options: Any) -> Any:
+    """The score at a planned time, as solvers call it."""
+    return score(z, at.argument, planned=at, **options)
+
+
 def at_a_known_time(score: Any, t: float) -> Any:
     """The score of states at one time, which it knows before it is called."""
     time = known(t)
-    return lambda z: score(z, time.arguments(z)[0])
+    return lambda z: called(score, z, time.arguments(z)[0])
 
 
 class Constant(nn.Module):

@@ -81,7 +81,7 @@ class TestForm:
         form = as_torchsde(ReverseProcess(sde, score), (1,))
         # An adjoint method looks for them among the parameters.
         for module in (form, as_torchdiffeq(ReverseProcess(sde, score))):
-            assert [name for name, _ in module.named_parameters()] == ["score.strength"]
+            assert [name for name, _ in module.named_parameters()] == ["score.function.strength"]
         z = start(sde, (4, 1))
         form.f(tensor(-1.0), form.pack(z)).sum().backward()
         # G G^T = 8, and the score's derivative is -(1 + t) v.

@@ -11,7 +11,16 @@ from cldsde import CLD, VPSDE, MixedScore
 from cldsde.score import Conversion, PerturbedData
 from probes import generator, normals, tensor
 from references.mixtures import MIXTURE_DIGITS
-from score.cases import FAMILIES, PROCESSES, Constant, condition, inverted, known, score_rounding
+from score.cases import (
+    FAMILIES,
+    PROCESSES,
+    Constant,
+    called,
+    condition,
+    inverted,
+    known,
+    score_rounding,
+)
 from tolerances import KERNEL, rounding
 
 every_process = pytest.mark.parametrize("name", PROCESSES)
@@ -75,7 +84,7 @@ def test_at_known_times_it_is_the_same_score(name, logits, dtype):
     model, times = model_of(sde, network=0.3, mixing_logits=logits), known(*TIMES.tolist())
     for i, t in enumerate(TIMES.tolist()):
         z = data_states(sde, t).to(dtype)
-        found, expected = model(z, times.arguments(z)[i]), model(z, t)
+        found, expected = called(model, z, times.arguments(z)[i]), model(z, t)
         assert found.dtype == expected.dtype == dtype
         # Coefficients of one time or of a grid differ by rounding, in either precision.
         lost = score_rounding(sde, t) * rounding(1, dtype=dtype) / rounding(1)
@@ -215,5 +224,5 @@ def test_a_condition_reaches_the_network():
     pair = PerturbedData.draw(CLD(), torch.zeros(3, 1), 0.5)
     model.loss(pair, condition=torch.tensor([2, 0, 1]))
     model(pair.z, 0.5, condition=torch.tensor(4))
-    model(pair.z, known(0.5).arguments(pair.z)[0], condition=torch.tensor(5))
+    called(model, pair.z, known(0.5).arguments(pair.z)[0], condition=torch.tensor(5))
     assert seen == [[2, 0, 1], [4] * 3, [5] * 3]

@@ -10,7 +10,16 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from cldsde import CLD, GaussianMixture
 from probes import generator
 from references import mixed
-from score.cases import AUXILIARY, FAMILIES, at_a_known_time, known, mixture, score_rounding, states
+from score.cases import (
+    AUXILIARY,
+    FAMILIES,
+    at_a_known_time,
+    called,
+    known,
+    mixture,
+    score_rounding,
+    states,
+)
 from tolerances import EPS, EPS32, rounding, standard_error
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -162,7 +171,7 @@ class TestKnownTimes:
         times, score = known(*TIMES[1:].tolist()), data.score(sde, rows=rows)
         for i, t in enumerate(TIMES[1:].tolist()):
             z = states(sde, data, t).to(dtype)
-            found, expected = score(z, times.arguments(z)[i]), score(z, t)
+            found, expected = called(score, z, times.arguments(z)[i]), score(z, t)
             assert found.dtype == dtype
             # Coefficients of one time or of a grid differ by rounding in double precision, and
             # then perhaps by one rounding in the state's precision.
@@ -183,8 +192,8 @@ class TestKnownTimes:
         for rows in ("driven", "all"):
             score = data.score(sde, rows=rows)
             # Coefficients of the first time that is used serve an empty batch, too.
-            assert len(score(z[:0], times.arguments(z)[0])) == 0
-            found, expected = score(z, times.arguments(z)[1]), score(z, 0.3)
+            assert len(called(score, z[:0], times.arguments(z[:0])[0])) == 0
+            found, expected = called(score, z, times.arguments(z)[1]), score(z, 0.3)
             assert found.shape == expected.shape
             tolerance = 4 * score_rounding(sde, 0.3)
             assert torch.allclose(found, expected, rtol=tolerance, atol=10 * tolerance)

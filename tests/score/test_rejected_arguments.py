@@ -253,7 +253,11 @@ ROWS = [
     *types(PREDICTION, network=[None]),
     *types(DENOISED, path=[None, denoise]),
     *each(DENOISER, noise_levels=[(1.0, 0.5), (-1.0, 0.5), (-INF, 0.5)]),
-    *each(partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)), "infinite: start earlier", t=[1.0]),
+    *each(
+        partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)),
+        "infinite there",
+        t=[1.0],
+    ),
     *each(DENOISED, predicts=["epsilon"], clock=["steps", "index"]),
     *each(partial(DENOISED(), ZEROS(4, 2)), r"have shape \(4,\)", sigma=[ONES(3)]),
     *each(TABULATED, r"sigma must lie in \[0.01.*, 99.*\].*got 200", sigma=[200.0]),

@@ -345,7 +345,7 @@ def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
     if solver.facts.adaptive and method != "gotta-go-fast":
         # The derivative of step lengths that follow the state is left out.
         solver = solver.with_step(0.1)
-    plan, score = solvers.plan(process, solver, GRID), process.score
+    plan, score = solvers.plan(process, solver, GRID), process.score.function
     state = start(process.sde, (2, 2))
     weights = torch.randn(2, 2, generator=generator(5), dtype=torch.float64)
     along = torch.randn(state.shape, generator=generator(6), dtype=torch.float64)

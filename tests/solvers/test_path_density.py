@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, GaussianMixture, RectifiedFlow, ReverseProcess, solvers
+from cldsde.score import ScoreWrapper
 from cldsde.solvers import EulerMaruyama, ExponentialMultistep, RecordedNoise
 from probes import generator, normals
 from tolerances import rounding
@@ -74,17 +75,15 @@ def test_the_sum_is_the_density_of_the_path(name, method):
     assert (found.log_probs.sum(0) - found.log_prob).abs().max() <= rounding(16, 100.0)
 
 
-class Shifted:
+class Shifted(ScoreWrapper):
     """The exact score of the data, and a learnt constant."""
 
     def __init__(self, sde, shift):
-        self.exact, self.shift = DATA.score(sde), shift
+        super().__init__(DATA.score(sde))
+        self.shift = shift
 
-    def __call__(self, z, t):
-        return self.exact(z, t) + self.shift
-
-    def data_prediction(self, z, t):
-        return self.exact.data_prediction(z, t)
+    def forward(self, z, t, **options):
+        return super().forward(z, t, **options) + self.shift
 
 
 @pytest.mark.parametrize("name", ["VP", "CLD"])

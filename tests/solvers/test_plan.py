@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cldsde import CLD, VPSDE, LinearSDE, MixedScore, ReverseProcess, solvers
-from cldsde.score import Conversion
+from cldsde.score import Conversion, Score
 from cldsde.solvers.authoring import GridSolver
 from probes import Smooth, generator, named_solvers, start
 from score import cases
@@ -71,9 +71,11 @@ def test_a_score_checks_all_times_at_which_it_is_evaluated(name):
     checked, sde = [], sde_for(name)
     process = ReverseProcess(sde, Smooth(sde))
     process.score.check_times = checked.append
-    solvers.plan(process, SOLVERS[name], GRID)
+    sampler = solvers.plan(process, SOLVERS[name], GRID)
     times = SOLVERS[name].evaluation_times(process, GRID)
     assert torch.equal(checked[0], GRID[[0, -1]] if times is None else times)
+    sampler.check_denoise(True)
+    assert checked[1].tolist() == GRID[-1:].tolist()
 
 
 class Guided(MixedScore):
@@ -93,9 +95,9 @@ def hooked(sde):
 CHANGES = {
     "subclass": (
         lambda sde: mixed(sde, Guided),
-        lambda model, z, t: 1.2 * model(z, t) - 0.1 * z[:, list(model.sde.driven)],
+        lambda model, z, t, **at: 1.2 * model(z, t, **at) - 0.1 * z[:, list(model.sde.driven)],
     ),
-    "hook on state and time": (hooked, lambda model, z, t: model(1.05 * z, 0.9 * t)),
+    "hook on state and time": (hooked, lambda model, z, t, **at: model(1.05 * z, 0.9 * t)),
 }
 
 
@@ -112,8 +114,12 @@ def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
         process, options = ReverseProcess(sde, score), {"generator": generator(), "denoise": True}
         return solvers.solve(process, SOLVERS[name], start(sde), GRID, **options).data
 
+    class Meaning(Score):
+        def forward(self, z, t, **options):
+            return meaning(untouched, z, t, **options)
+
     found = sample(model)
-    assert torch.equal(found, sample(lambda z, t: meaning(untouched, z, t)))
+    assert torch.equal(found, sample(Meaning()))
     assert not torch.equal(found, sample(untouched))
 
 

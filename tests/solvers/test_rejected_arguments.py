@@ -13,6 +13,7 @@ import torch
 import cldsde
 from cldsde import CLD, HOLD, VESDE, VPSDE, LinearSDE, Observation, ReverseProcess, solvers
 from cldsde.linear.signal_noise import SignalNoiseDynamics
+from cldsde.score import Score
 from cldsde.solvers import BrownianPath, GottaGoFast, Imputation, PredictorCorrector, SampleNoise
 from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import Own, Smooth, hidden_times, start, untouchable
@@ -126,13 +127,15 @@ CHURNED = PredictorCorrector(solvers.EDMHeun(churn=1.5))
 KINDS = [Multistep(), Multistep(prediction="noise"), Multistep(stochasticity=1.0)]
 
 
-class Wrong:
+class Wrong(Score):
     """A score whose data prediction has the shape of the state."""
 
-    def __call__(self, z, t):
+    predicts_data = True
+
+    def forward(self, z, t, **options):
         return -z
 
-    def data_prediction(self, z, t):
+    def data_prediction(self, z, t, **options):
         return z
 
 
@@ -277,7 +280,7 @@ CASES += [
     (lambda: sample(score=None), T, "score must be a callable"),
     (lambda: sample(3), T, "sde"),
     # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
-    (lambda: sample(FLOW, times=LATE), V, "data_prediction"),
+    (lambda: sample(FLOW, times=LATE), V, "without a data prediction of its own"),
     (lambda: sample(score=lambda z, t: z * NAN, nfe=4), FloatingPointError, "not finite"),
     # HOLD reaches σ = 22 only.
     (lambda: sample(HOLD(), IDENTITY), V, "range of times .* is empty"),

@@ -169,11 +169,11 @@ def test_conditions_of_samples_follow_them_into_their_batches(guided):
     if guided:
         score = GuidedScore(score, ConditionalScore(base, variance=torch.ones(10)), 2.0)
         score = GuidedScore(ConditionalScore(score), score, 1.5)  # scores may be nested
-    whole = cldsde.sample(sde, score, (10, 3), nfe=6)
-    parts = cldsde.sample(sde, score, (10, 3), nfe=6, batch=4)
+    whole = cldsde.sample(sde, score, (10, 3), nfe=12)
+    parts = cldsde.sample(sde, score, (10, 3), nfe=12, batch=4)
     torch.testing.assert_close(parts, whole, **SINGLE)
     with pytest.raises(ValueError, match=r"condition variance .* one row per sample, 12; got 10"):
-        cldsde.sample(sde, score, (12, 3), nfe=6, batch=5)
+        cldsde.sample(sde, score, (12, 3), nfe=12, batch=5)
 
 
 def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():

@@ -96,7 +96,7 @@ def test_order_one_is_euler_for_the_flow_matching_ode():
 
 def test_a_score_without_a_data_prediction_says_where_to_start():
     reverse = ReverseProcess(FLOW, DATA.score(FLOW).__call__)
-    with pytest.raises(ValueError, match=r"must have a method data_prediction.*regular_until"):
+    with pytest.raises(ValueError, match=r"without a data prediction of its own.*regular_until"):
         solvers.plan(reverse, Multistep(), solvers.root_times(1.0, 0.05, 20))
     times = solvers.root_times(FLOW.regular_until, 0.05, 20)
     late = solvers.solve(reverse, Multistep(), states(), times).state

@@ -56,8 +56,11 @@ def test_fixed_steps_are_those_of_the_textbook(method, name):
     close(found.y, torch.stack(states))
     assert torch.equal(found.y[-1], found.state)
     assert found.success
-    assert found.nfev == process.score.calls == 9 * len(c)
-    times, declared = torch.cat(process.score.times)[::4], solver.evaluation_times(process, GRID)
+    assert found.nfev == process.score.function.calls == 9 * len(c)
+    times, declared = (
+        torch.cat(process.score.function.times)[::4],
+        solver.evaluation_times(process, GRID),
+    )
     assert (times - declared).abs().max() <= 4 * EPS
     assert found.stats["steps"] == 9
     assert [call[:2] for call in calls] == list(enumerate(GRID.tolist()))[1:]
@@ -83,7 +86,7 @@ def test_adaptive_steps_follow_the_flow_of_gaussian_data(method, name):
     times = [1.0, *[t for _, t, _ in calls]]
     assert times == sorted(set(times), reverse=True)
     # Two evaluations at the start, then all stages but the first of each attempt.
-    assert found.nfev == process.score.calls
+    assert found.nfev == process.score.function.calls
     attempts, left = divmod(found.nfev - 2, solver.facts.nfe_per_step)
     assert left == 0
     assert attempts >= steps > 5
@@ -102,7 +105,7 @@ def test_a_callback_stops_the_solve_and_states_before_are_kept(method):
     options = {"t_eval": GRID[[0, 2, 4, 9]]}
     found = solve(process, solver, STATE, GRID, callback=enough, denoise=True, **options)
     assert (found.status, found.message) == (2, "stopped by the callback")
-    assert found.nfev == process.score.calls
+    assert found.nfev == process.score.function.calls
     assert found.stats["steps"] == len(seen)
     assert torch.equal(found.data, found.state[:, 0])
     every = solve(simple(), solver, STATE, GRID, **options)

@@ -43,8 +43,8 @@ def test_steps_are_those_of_sdeint(method, name):
     draws = list(normals(3, 9, 4, 2 * m if method == "srk" else m, 1))
     z, noise = start(process.sde, (4, 1)), RecordedNoise(draws)
     found = solve(process, solver, z, GRID, noise=noise, t_eval=GRID)
-    times = torch.cat(process.score.times)
-    assert found.nfev == process.score.calls == 9 * solver.facts.nfe_per_step
+    times = torch.cat(process.score.function.times)
+    assert found.nfev == process.score.function.calls == 9 * solver.facts.nfe_per_step
     assert (times.max(), times.min() >= GRID[-1]) == (1.0, True)
     form = solvers.as_torchsde(process, (1,), calculus=METHODS[method])
     for i, xi in enumerate(draws):

@@ -22,11 +22,12 @@ from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage
 from cldsde.images.schema import check_name, checked_options
 from cldsde.linear import LinearSDE
+from cldsde.linear.sde import check_process
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import device_of, fit_grid, window
+from cldsde.solvers.sampling import fit_grid, window
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -80,7 +81,7 @@ def make_plan(
     observed: Conditioning | None = None,
 ) -> Plan:
     """The plan of a solver; raise a SettingError if recipe, process and observation do not fit."""
-    sde = sde if sde is not None else score.sde  # type: ignore[attr-defined]
+    sde = check_process(score.sde if sde is None else sde)
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
     solver = make_solver(sampling)
     try:
@@ -182,8 +183,7 @@ class ImageSampler:
 
     @cached_property
     def _conditioning(self) -> Conditioning | None:
-        device = device_of(self.score)
-        return None if self.observed is None else self.observed.of(self.space, device)
+        return None if self.observed is None else self.observed.of(self.space, self.score.device)
 
     @cached_property
     def _plan(self) -> Plan:
@@ -195,7 +195,7 @@ class ImageSampler:
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(device_of(self.score).type, dtype=_HALVES[self.precision])
+        return torch.autocast(self.score.device.type, dtype=_HALVES[self.precision])
 
     @property
     def t_end(self) -> float:
@@ -223,7 +223,7 @@ class ImageSampler:
         """Draw the random numbers with which the sampling of a batch starts."""
         noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self.vae
         shape, first = self.space.shape if vae is None else vae.latent_shape, self._plan.times[0]
-        return noise, noise.start(sde, shape, device=device_of(self.score), t=float(first))
+        return noise, noise.start(sde, shape, device=self.score.device, t=float(first))
 
     def draw(
         self, seeds: Sequence[int], label: int | None = None, start: Start | None = None
@@ -260,9 +260,7 @@ class ImageSampler:
         assert self.space.classes is not None
         # Made on the device: a number of the CPU would be copied there at every evaluation.
         given, free = (
-            ConditionalScore(
-                self.score, condition=torch.full((), number, device=device_of(self.score))
-            )
+            ConditionalScore(self.score, condition=torch.full((), number, device=self.score.device))
             for number in (label, self.space.classes)
         )
         return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
@@ -16,7 +16,7 @@ from cldsde.images.schema import check_name
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
-from cldsde.score import DenoiserScore, ScoreDenoiser
+from cldsde.score import Denoiser, DenoiserScore, ScoreDenoiser
 
 
 def of_run(
@@ -62,15 +62,15 @@ def of_diffusers(
     return ImageModel(score=score, space=space, digest=digest, sampling=SamplingConfig())
 
 
-class _Labelled(nn.Module):
+class _Labelled(Denoiser):
     """A denoiser of diffusers that takes its class labels as `MixedScore` does."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, u: Tensor, sigma: Tensor, *, condition: Tensor) -> Tensor:
-        found: Tensor = self.denoiser(u, sigma, class_labels=condition)
+    def forward(self, u: Tensor, sigma: Tensor, *, condition: Tensor, **options: Any) -> Tensor:
+        found: Tensor = self.denoiser(u, sigma, class_labels=condition, **options)
         return found
 
 

@@ -1,0 +1,73 @@
+"""What scores and denoisers have in common: the abilities that solvers ask for, with defaults."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Estimator"]
+
+
+class Estimator(nn.Module):
+    """Base class of `Score` and `Denoiser`.
+
+    Attributes
+    ----------
+    noise_levels
+        Smallest and largest noise level σ = e^{−κ} of the training; None: not known. Solvers raise
+        an error before they evaluate outside of them.
+    depends_on_place
+        Whether an estimate depends on the sample's place in the batch.
+    """
+
+    noise_levels: tuple[float, float] | None = None
+    depends_on_place: bool = False
+
+    def evaluations(self, t: Tensor) -> Tensor:
+        """Number of network evaluations per call at each time, int64 of the shape of ``t``.
+
+        Parameters
+        ----------
+        t
+            Times, for denoisers noise levels, ``(n,)`` of n calls, or ``(n, B)`` if each sample has
+            its own.
+        """
+        return torch.ones_like(t, dtype=torch.int64)
+
+    def part(self, samples: slice, shape: Sequence[int]) -> Self:
+        """The same estimate for some samples of a batch: everything per sample keeps their rows.
+
+        Parameters
+        ----------
+        samples
+            The samples.
+        shape
+            Shape ``(B, *D)`` of the data of all samples.
+
+        Raises
+        ------
+        ValueError
+            If a condition or an observation has another number of rows than B.
+        """
+        changed = {}
+        for name, child in self._modules.items():
+            if isinstance(child, Estimator) and (part := child.part(samples, shape)) is not child:
+                changed[name] = part
+        return self._changed(changed) if changed else self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter or buffer; the CPU if there is none."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    def _changed(self, modules: dict[str, Any], **attributes: Any) -> Self:
+        """A shallow copy with other submodules or attributes."""
+        other = copy.copy(self)
+        other.__dict__.update(attributes, _modules={**self._modules, **modules})
+        return other

@@ -1,0 +1,171 @@
+"""The protocol of scores: everything that a score can do beside score(z, t), with its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cldsde.linear.checks import check_callable
+from cldsde.linear.reprs import shown
+from cldsde.linear.sde import LinearSDE
+from cldsde.score.denoisers import Denoiser
+from cldsde.score.estimator import Estimator
+from cldsde.score.times import PlannedTime
+
+__all__ = ["Score", "ScoreFunction", "ScoreWrapper", "as_score"]
+
+ScoreFunction = Callable[..., Tensor]
+"""A `Score`, or any function score(z, t) of states ``(B, k, *D)`` and times ``(B,)``.
+
+It returns the score of the driven components, ``(B, d, *D)``. The times are on the state's device,
+rounded to its dtype, float32 at least. If the batch shares one time, they are an expanded view of
+one number. A score must not change times or states in place."""
+
+
+class Score(Estimator):
+    """Base class of scores: ∂ log p_t(z)/∂z on the driven components.
+
+    A score maps states ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``. A subclass defines
+    ``forward(z, t, *, planned=None, **conditions)``, and overrides what else it can do. ``planned``
+    is the place of t among times that a solver knows; pass it on to other scores along with t. A
+    plain function, a module or another callable object becomes a score when a `ReverseProcess` or
+    another score takes it.
+
+    Attributes
+    ----------
+    sde
+        The process that the score belongs to; None: not known.
+    predicts_data
+        Whether `data_prediction` is more accurate than the data prediction that follows from the
+        score. Solvers call it in place of the score if the score does not determine the data
+        accurately (κ < −8), for example at t = 1 of `cldsde.RectifiedFlow`.
+    noise_levels, depends_on_place
+        See `cldsde.score.estimator.Estimator`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cldsde import VPSDE, ReverseProcess
+    >>> class Normal(Score):
+    ...     predicts_data = True
+    ...
+    ...     def forward(self, z, t, *, planned=None):
+    ...         return -z
+    ...
+    ...     def data_prediction(self, z, t, *, planned=None):
+    ...         return VPSDE().marginal(t).mean.to(z)[..., 0] * z[:, 0]
+    >>> process = ReverseProcess(VPSDE(), Normal())
+    >>> process.score.evaluations(torch.tensor([0.5, 0.1]))
+    tensor([1, 1])
+    """
+
+    sde: LinearSDE | None = None
+    predicts_data: bool = False
+
+    def data_prediction(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """E[x_0 | z_t], ``(B, *D)``.
+
+        Raises
+        ------
+        ValueError
+            If the score has no data prediction of its own.
+        """
+        msg = f"score must have a data prediction of its own; got {self!r} without one"
+        raise ValueError(msg)
+
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the score cannot be evaluated at a time, ``(n,)`` float64.
+
+        `cldsde.solvers.plan` calls it with the times of a grid, before any evaluation.
+        """
+
+
+class FunctionScore(Score):
+    """A plain function, module or callable object as a `Score`; `as_score` makes it."""
+
+    def __init__(self, function: ScoreFunction) -> None:
+        super().__init__()
+        self.function = function
+
+    def __repr__(self) -> str:
+        """The function's own representation."""
+        return shown(self.function)
+
+    def forward(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """Call the function with state and time alone."""
+        return self.function(z, t, **conditions)
+
+
+class ScoreWrapper(Score):
+    """Base class of scores around another score: it passes on all that a score can do.
+
+    A subclass overrides what it changes.
+
+    Parameters
+    ----------
+    score
+        The other score.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Tempered(ScoreWrapper):
+    ...     def forward(self, z, t, **options):
+    ...         return 0.9 * super().forward(z, t, **options)
+    >>> Tempered(lambda z, t: -z)(torch.ones(1, 1, 2), 0.5)
+    tensor([[[-0.9000, -0.9000]]])
+    """
+
+    score: Score
+
+    def __init__(self, score: ScoreFunction) -> None:
+        super().__init__()
+        self.score = as_score(score)
+        self.sde = self.score.sde
+        self.noise_levels = self.score.noise_levels
+        self.predicts_data = self.score.predicts_data
+        self.depends_on_place = self.score.depends_on_place
+
+    def forward(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """Score of the driven components, ``(B, d, *D)``."""
+        value: Tensor = self.score(z, t, planned=planned, **conditions)
+        return value
+
+    def data_prediction(
+        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
+    ) -> Tensor:
+        """E[x_0 | z_t], ``(B, *D)``."""
+        return self.score.data_prediction(z, t, planned=planned, **conditions)
+
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the other score cannot be evaluated at a time."""
+        self.score.check_times(t)
+
+    def evaluations(self, t: Tensor) -> Tensor:
+        """Number of network evaluations per call at each time."""
+        return self.score.evaluations(t)
+
+
+def as_score(score: object, name: str = "score") -> Score:
+    """Return a `Score`, and adapt any other function score(z, t).
+
+    Raises
+    ------
+    TypeError
+        If the argument is not callable, or is a denoiser.
+    """
+    if isinstance(score, Score):
+        return score
+    check_callable(score, name, "a callable score(z, t)")
+    if isinstance(score, Denoiser):
+        msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
+        raise TypeError(msg)
+    return FunctionScore(score)  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""Scores of states in half and single precision: the error of a few roundings of the state's type.
+
+A score multiplies the residual z − ψ x̂₀ by an inverse covariance, which amplifies rounding by about
+e^κ. Scores therefore compute in single precision at least and round their result once, which leaves
+one rounding of a half-precision type. Guidance of weight 2 combines two rounded scores with weights
+2 and −1, and rounds the sum: four roundings. In single precision the arithmetic has the amplified
+error of its own precision (`score_rounding`), for every type.
+"""
+
+import pytest
+import torch
+
+from cldsde import DenoiserScore, GuidedScore, MixedScore, Observation, RectifiedFlow
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.score import ConditionalScore, PosteriorScore, PredictionDenoiser, ScoreDenoiser
+from cldsde.score.paths import NoisePath
+from cldsde.score.times import KnownTimes
+from probes import generator
+from score.cases import COMMON, MODES, called, mixture, score_rounding
+from tolerances import rounding
+
+PROCESSES = {**COMMON, "rectified flow": RectifiedFlow()}
+ROUNDINGS = 4
+ONE = torch.tensor(1.0)
+
+
+def denoiser(u, sigma, scale=ONE):
+    """Best estimate for data of variance 0.25 · scale."""
+    variance = 0.25 * scale.reshape(-1, *(1,) * (u.ndim - 1))
+    return u * variance / (variance + sigma.reshape(-1, *(1,) * (u.ndim - 1)) ** 2)
+
+
+class Network(torch.nn.Module):
+    """A smooth network without parameters."""
+
+    def __init__(self, sde, inputs="state"):
+        super().__init__()
+        self.share = len(sde.driven) if inputs == "state" else 1
+
+    def forward(self, z, clock):
+        return 0.3 * torch.sin(z[:, : 2 * self.share] + 0.1 * clock.reshape(-1, 1))
+
+
+def network_denoiser():
+    path = NoisePath(torch.ones_like, lambda t: t, interval=(1e-3, 1e3))
+    return PredictionDenoiser(lambda x, clock: 0.1 * x.sin(), path, "data", clock="log_snr")
+
+
+def guided(sde):
+    base = DenoiserScore(denoiser, sde)
+    return GuidedScore(*(ConditionalScore(base, scale=torch.tensor(x)) for x in (1.0, 2.0)), 2.0)
+
+
+def posterior(sde):
+    seen = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 0.3)
+    return PosteriorScore(DenoiserScore(denoiser, sde), seen, "pigdm")
+
+
+SCORES = {
+    "denoiser": lambda sde: DenoiserScore(denoiser, sde),
+    "network": lambda sde: DenoiserScore(network_denoiser(), sde),
+    "mixture": MODES.score,
+    "degenerate mixture": lambda sde: mixture("degenerate").score(sde),
+    "mixed": lambda sde: MixedScore(Network(sde), sde, 0.1, 0.5),
+    "mixed, of the estimate": lambda sde: MixedScore(
+        Network(sde, "estimate"), sde, 0.1, 0.5, inputs="estimate"
+    ),
+    "convex": lambda sde: MixedScore(Network(sde), sde, 0.1, 0.5, mixing_logits=torch.tensor(-1.0)),
+    "another process": lambda sde: DenoiserScore(
+        ScoreDenoiser(MODES.score(COMMON["CLD"]), fill=False, start=1e-4), sde
+    ),
+    "conditional": lambda sde: ConditionalScore(DenoiserScore(denoiser, sde), scale=torch.ones(3)),
+    "guided": guided,
+    "posterior": posterior,
+}
+
+
+@pytest.mark.parametrize("kappa", [-5.0, -3.0, -1.0, 0.0, 1.0, 3.0, 5.0])
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
+    sde = PROCESSES[process]
+    t = times_of_log_snr(sde, torch.tensor([kappa], dtype=torch.float64))
+    if abs(float(sde.log_snr(t)) - kappa) > 1e-6:
+        pytest.skip("the process does not reach this level")
+    if name == "another process" and not kappa > -4.9:
+        pytest.skip("the score of CLD does not reach this level")
+    score = SCORES[name](sde)
+    x = MODES.sample(3, generator=generator(), dtype=torch.float64)
+    z = sde.perturb(x, t[0], generator=generator(1))[0]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        rounded = z.to(dtype)
+        if not bool(rounded.isfinite().all()):
+            continue  # a large state of VE in half precision
+        found = called(score, rounded, KnownTimes(t).arguments(rounded)[0])
+        exact = rounded.to(torch.float64)
+        expected = called(score, exact, KnownTimes(t).arguments(exact)[0])
+        assert found.dtype == dtype
+        amplified = score_rounding(sde, t[0]) * rounding(1, dtype=torch.float32) / rounding(1)
+        error = (found.to(torch.float64) - expected).abs().max() / expected.abs().max()
+        assert error <= rounding(ROUNDINGS, dtype=dtype) / 2 + amplified, dtype

@@ -1,0 +1,124 @@
+"""`nfev` is the number of network evaluations, for all solvers and wrappers of scores."""
+
+import pytest
+import torch
+
+from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, Observation, ReverseProcess, solvers
+from cldsde.score import ConditionalScore, PosteriorScore, flow_log_prob, log_likelihood
+from probes import generator, named_solvers
+from solvers.test_plan import sde_for
+
+BATCH = 3
+SOLVERS = named_solvers(1.0)
+GRID = solvers.root_times(0.9, 0.05, 5)
+SEEN = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 0.3)
+TWIST = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+
+
+class Counting:
+    """A denoiser of normal data with a condition for its variance; counts the samples."""
+
+    def __init__(self):
+        self.samples = 0
+
+    def __call__(self, u, sigma, variance):
+        self.samples += len(u)
+        variance = variance.reshape(-1, 1)
+        return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
+
+
+def conditional(network, sde, variance=0.5):
+    return ConditionalScore(DenoiserScore(network, sde), variance=torch.tensor(variance))
+
+
+def guided(network, sde, **options):
+    base = DenoiserScore(network, sde)
+    pair = (ConditionalScore(base, variance=torch.tensor(x)) for x in (0.5, 2.0))
+    return GuidedScore(*pair, 2.0, **options)
+
+
+SCORES = {
+    "plain": lambda network, sde: DenoiserScore(
+        lambda u, sigma: network(u, sigma, torch.tensor(0.5)), sde
+    ),
+    "conditional": conditional,
+    "guided": guided,
+    "guided in an interval": lambda network, sde: guided(network, sde, interval=(0.2, 2.0)),
+    "posterior": lambda network, sde: PosteriorScore(conditional(network, sde), SEEN, "pigdm"),
+    "posterior, guided": lambda network, sde: PosteriorScore(
+        guided(network, sde, interval=(0.2, 2.0)), SEEN, "pigdm"
+    ),
+    "guided twice": lambda network, sde: GuidedScore(
+        conditional(network, sde, 0.7), guided(network, sde, interval=(0.2, 2.0)), 1.5
+    ),
+}
+every_score = pytest.mark.parametrize("score", SCORES)
+
+
+@every_score
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nfev_is_the_number_of_network_evaluations(name, score):
+    sde, network = sde_for(name), Counting()
+    process = ReverseProcess(sde, SCORES[score](network, sde))
+    plan = solvers.plan(process, SOLVERS[name], GRID)
+    state = sde.prior.sample((BATCH, 2), generator=generator())
+    found = plan.solve(state, generator=generator(), denoise=True)
+    assert found.success
+    counted = found.stats["nfev"]
+    assert network.samples == int(counted.sum())
+    assert found.nfev == int(counted.max())
+    if plan.nfev is not None:
+        last = int(process.score.evaluations(GRID[-1]))
+        assert found.nfev == plan.nfev + last
+
+
+@every_score
+@pytest.mark.parametrize("budget", [7, 12, 20])
+def test_a_sample_takes_at_most_nfe_network_evaluations(score, budget):
+    sde, network = CLD(), Counting()
+    made = SCORES[score](network, sde)
+    solvers.sample(sde, made, (BATCH, 2), nfe=budget)
+    assert budget - 4 <= network.samples / BATCH <= budget
+
+
+@pytest.mark.parametrize("score", ["plain", "conditional", "guided", "guided in an interval"])
+@pytest.mark.parametrize("sde", [VPSDE(), CLD()], ids=["VP", "CLD"])
+def test_likelihoods_count_the_network(sde, score):
+    network = Counting()
+    process = ReverseProcess(sde, SCORES[score](network, sde))
+    x = torch.randn(BATCH, 2, generator=generator())
+    loose = {"rtol": 1e-2, "atol": 1e-2}
+    z = sde.perturb(x, 0.05, generator=generator())[0]
+    found = flow_log_prob(process, z, 0.05, **loose)
+    assert network.samples == BATCH * found.nfev
+    network.samples = 0
+    found = log_likelihood(process, x, 0.05, samples=2, generator=generator(), **loose)
+    assert network.samples == 2 * BATCH * found.nfev
+
+
+@pytest.mark.parametrize("score", ["plain", "conditional", "guided", "guided in an interval"])
+def test_posterior_samples_count_the_network(score):
+    sde, network = CLD(), Counting()
+    process = ReverseProcess(sde, SCORES[score](network, sde))
+    times = solvers.logistic_times(sde, 0.9, 0.02, 6)
+    found = solvers.sample_posterior(
+        process, SEEN, times, particles=4, seeds=[1, 2], method="pigdm", shape=(2,)
+    )
+    assert network.samples == 8 * found.nfev
+
+
+def test_the_longest_grid_is_found_with_guidance_in_an_interval():
+    """Of all lengths, whatever the number of guided steps on each grid."""
+    sde = CLD()
+    for interval in ((0.05, 0.3), (0.2, 2.0), (0.5, 20.0)):
+        score = guided(Counting(), sde, interval=interval)
+        process = ReverseProcess(sde, score)
+        start, end = solvers.sampling.window(process)
+        for budget in range(4, 40):
+            times = solvers.sampling.fit_grid(process, TWIST, start, end, budget, denoise=True)
+            n, last = len(times) - 1, int(score.evaluations(times[-1]))
+            costs = [
+                int(score.evaluations(solvers.root_times(start, end, m)[:-1]).sum()) + last
+                for m in range(1, budget)
+            ]
+            assert n == max(m for m, cost in enumerate(costs, 1) if cost <= budget)
