@@ -153,10 +153,8 @@ class MixedScore(NetworkScore):
                 f"{tuple(data_mean.shape)} and {tuple(data_variance.shape)}"
             )
             raise ValueError(msg) from None
-        # Loading a state dict writes into these tensors, which an expanded view does not allow.
-        data_mean, data_variance = (
-            x.expand(shape).contiguous() for x in (data_mean, data_variance)
-        )
+        # Loading a state dict writes into these tensors, so they are copies of the caller's.
+        data_mean, data_variance = (x.expand(shape).clone() for x in (data_mean, data_variance))
         if not bool(data_mean.isfinite().all()):
             msg = f"data_mean must be finite; got {data_mean.tolist()}"
             raise ValueError(msg)
