@@ -398,7 +398,9 @@ class MixedScore(NetworkScore):
 
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(as_number(value, name))
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(as_number(value, name), device=torch.get_default_device())
 
 
 @dataclass(frozen=True, eq=False)
