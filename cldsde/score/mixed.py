@@ -373,7 +373,7 @@ class MixedScore(NetworkScore):
         return field.reshape(*shape, *(1,) * missing, *variance_axes)
 
     def _centred(self, z: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
-        """Z − ψμ and μ."""
+        """Return the pair z − ψμ and μ."""
         axes = z.ndim - 2
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
