@@ -390,13 +390,14 @@ class BrownianPath(NoiseSource):
         """Fresh normals of a node, ``(r, N)``, valid until the next draw."""
         # Seed the draw by node and split time, so that the order of queries does not matter.
         bits = int(np.float64(split).view(np.uint64))
-        key = np.random.SeedSequence([self._seed, node.key, bits])
+        stream = np.random.PCG64DXSM(np.random.SeedSequence([self._seed, node.key, bits]))
         count = self._size * math.prod(self._shape)
         if self._scratch is None:
+            size = 2, 2, 1, (count + 1) // 2
             precision = torch.promote_types(self._dtype, torch.float32)
             with torch.inference_mode(mode=False):
-                self._scratch = torch.empty(2, 2, (count + 1) // 2, dtype=precision, device="cpu")
-        drawn = keyed_normals(key, *self._scratch)[:count]
+                self._scratch = torch.empty(size, dtype=precision, device="cpu")
+        drawn = keyed_normals([stream], *self._scratch).flatten()[:count]
         return drawn.view(self._size, -1).to(self._device, self._dtype)
 
     def _memory(self, rows: int) -> Tensor:

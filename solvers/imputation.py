@@ -185,7 +185,7 @@ class Imputation(GridSolver):
             raise ValueError(msg)
         # Condition on x alone, not on z_0: the velocity at time 0 is part of the noise.
         given = sde.marginal(times)
-        starts = torch.arange(steps) // self.jump * self.jump
+        starts = torch.arange(steps, device="cpu") // self.jump * self.jump
         back = sde.transition(times[1:], times[starts])
         return _Tables(
             inner,

@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.random import standard_normal
+from cldsde.linear.random import keyed_normals, standard_normal
 from cldsde.linear.sde import LinearSDE
 
 __all__ = [
@@ -211,6 +212,9 @@ class SampleNoise(NoiseSource):
     ----------
     seeds
         One integer in [0, 2³²) per sample.
+    key
+        Integer ≥ 0 that the streams depend on, too: two keys have no stream in common. None: a
+        stream depends on its seed alone.
 
     Raises
     ------
@@ -229,9 +233,15 @@ class SampleNoise(NoiseSource):
     True
     """
 
-    def __init__(self, seeds: Sequence[int] | Tensor) -> None:
+    def __init__(self, seeds: Sequence[int] | Tensor, *, key: int | None = None) -> None:
         self.seeds = checked_seeds(seeds)
-        self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        # torch's generator on the CPU uses 32 bits, which cannot hold both key and seed.
+        self._streams: list[Any] = [
+            torch.Generator().manual_seed(seed)
+            if key is None
+            else np.random.PCG64DXSM(np.random.SeedSequence(key, spawn_key=(seed,)))
+            for seed in self.seeds
+        ]
         self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
         self._used = _BLOCK  # all numbers of the block are used up
 
@@ -290,13 +300,22 @@ class SampleNoise(NoiseSource):
         done = 0
         while done < wanted:
             if self._used == _BLOCK:
-                for row, generator in zip(self._block.unbind(), self._generators, strict=True):
-                    row.normal_(generator=generator)
+                self._refill()
                 self._used = 0
             count = min(wanted - done, _BLOCK - self._used)
             numbers[:, done : done + count] = self._block[:, self._used : self._used + count]
             done, self._used = done + count, self._used + count
         return numbers.reshape(len(z), *shape).to(z, non_blocking=z.is_cuda)
+
+    def _refill(self) -> None:
+        """Write the next numbers of each stream to the block."""
+        if isinstance(self._streams[0], torch.Generator):
+            for row, generator in zip(self._block.unbind(), self._streams, strict=True):
+                row.normal_(generator=generator)
+            return
+        scratch = torch.empty(2, 2, len(self.seeds), _BLOCK // 2, dtype=torch.float32, device="cpu")
+        pairs = keyed_normals(self._streams, *scratch)
+        self._block.view(len(self.seeds), 2, -1).copy_(pairs.transpose(0, 1))
 
 
 def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,9 +107,9 @@ def sample(
         Guidance (`GuidedScore`) evaluates the network twice, so that 20 evaluations are 10 guided
         ones. Ignored by adaptive solvers.
     seed
-        Seed of all random numbers. Each sample has a random stream of its own: the first samples
-        are the same for any B and ``batch``, up to rounding in a network. A `ScoreDenoiser` that
-        fills states up makes a sample depend on its place in the batch, too.
+        Seed of all random numbers, ≥ 0. Each sample of each seed has a random stream of its own:
+        the first samples are the same for any B and ``batch``, up to rounding in a network. A
+        `ScoreDenoiser` that fills states up makes a sample depend on its place in the batch, too.
     solver
         Solver in place of the recommended one. It ends with the data prediction if the process has
         one.
@@ -173,7 +172,6 @@ def sample(
     if solver is not None:
         check_solver(solver)
     _warn_of_training(process.score)
-    seeds = _seeds(seed, count)
     recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
     first_time = float(sampler.times[0])
     if times is None:
@@ -184,13 +182,12 @@ def sample(
     found = []
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
-            some = seeds[first : first + size]
-            noise = SampleNoise(some)
+            noise = SampleNoise(range(first, min(first + size, count)), key=seed)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
             batched = sampler.part(slice(first, first + size), (count, *data_shape))
             solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
-            bar.update(len(some))
+            bar.update(len(noise.seeds))
     return torch.cat(found)
 
 
@@ -359,12 +356,6 @@ def _integer(value: object, least: int, name: str) -> int:
         msg = f"{name} must be at least {least}; got {value}"
         raise ValueError(msg)
     return int(value)
-
-
-def _seeds(seed: int, count: int) -> list[int]:
-    """One seed per sample, all different, far from the seeds for other values of ``seed``."""
-    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return [(first + i) % 2**32 for i in range(count)]
 
 
 def _warn_of_training(score: Score) -> None:

@@ -30,10 +30,12 @@ class Solution:
         Final state ``(B, k, *D)``.
     data
         ``(B, *D)``: the data component of the state, or the denoised data if ``denoise`` is set.
+        It shares no memory with ``state`` and ``y``.
     t
         Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
     y
-        States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN.
+        States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN. If
+        only the last time is requested, ``y`` may share memory with ``state``.
     nfev
         Score evaluations per sample, counted by wrapping the score. If samples differ, the largest
         number; ``stats["nfev"]`` holds all.
@@ -112,14 +114,15 @@ def finished(
         Requested states ``(S, B, k, *D)`` and their times ``(S,)``.
     """
     nfev, z = done.nfev, done.state.contiguous()
-    data = z[:, 0]
-    if final is not None and bool(done.success.any()):
+    if final is None or not bool(done.success.any()):
+        data = z[:, 0].clone()
+    else:
         nfev = nfev + evaluations * done.success
         if bool(done.success.all()):
             data = final(z)
         else:
             rows = done.success.nonzero().flatten().to(z.device)
-            data = data.index_copy(0, rows, final(z[rows]))
+            data = z[:, 0].index_copy(0, rows, final(z[rows]))
     finite = finite_samples(z) if final is None else finite_samples(z) & finite_samples(data)
     success = done.success & finite.cpu()
     message = done.message

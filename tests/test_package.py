@@ -1,5 +1,6 @@
 """The package as a whole: imports, README, CI."""
 
+import ast
 import doctest
 import inspect
 import re
@@ -59,6 +60,28 @@ def test_every_published_name_exists_and_has_a_docstring(module):
 def test_names_for_authors_of_solvers_are_apart_from_those_for_users():
     # Users pass a source of noise, and authors derive from it.
     assert set(cldsde.solvers.__all__) & set(authoring.__all__) == {"NoiseSource"}
+
+
+FACTORIES = re.split(r"\s+", """
+    arange empty eye full linspace logspace normal ones rand randint randn randperm range tensor
+    tril_indices triu_indices zeros
+""")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "folder", ["cldsde/linear", "cldsde/score", "solvers", "validation", "cldsde/pretrained"]
+)
+def test_every_new_tensor_names_its_device(folder):
+    """Without one it would be on torch's default device, and meet tensors on others."""
+    found = []
+    for file in (ROOT / folder).glob("**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="torch"), attr=name), keywords=keywords
+                ) if name in FACTORIES and "device" not in {word.arg for word in keywords}:
+                    found.append(f"{file}:{node.lineno}: torch.{name}")
+    assert not found
 
 
 def readme_blocks(language: str) -> list[str]:

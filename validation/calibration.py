@@ -92,14 +92,14 @@ def calibration_ranks(
         truth, drawn = problem.observe(g)
         found = sampler(process, drawn.observation, times, samples, g)
         x, weights = found if isinstance(found, tuple) else (found, None)
-        mass = torch.full((len(x),), 1 / len(x)) if weights is None else weights
+        mass = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
         below = (_numbers(drawn, x) < _numbers(drawn, truth)).double()
         # The truth has one of samples + 1 ranks; a uniform number makes the rank continuous.
-        jitter = torch.rand(below.shape[1], generator=g, dtype=torch.float64)
+        jitter = torch.rand(below.shape[1], generator=g, dtype=torch.float64, device="cpu")
         rows.append((samples * (mass.double() @ below) + jitter) / (samples + 1))
     ranks = torch.stack(rows)
     p_values = [float(kstest(column.numpy(), "uniform").pvalue) for column in ranks.mT]
-    return Calibration(ranks, torch.tensor(p_values, dtype=torch.float64))
+    return Calibration(ranks, torch.tensor(p_values, dtype=torch.float64, device="cpu"))
 
 
 def _numbers(problem: PosteriorProblem, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class FlowCase:
 
 
 def _exact_flow(problem: Problem, start: Tensor) -> Tensor:
-    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
+    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64, device="cpu")
     return GaussianReference(problem, ends).flow(start, problem.start, problem.end)
 
 
@@ -120,7 +120,7 @@ class PathCase:
         nodes = u.unsqueeze(1) + length.unsqueeze(1) * x
         G = sde.diffusion(nodes)
         cells, m = len(t), G.shape[-1]
-        eye = torch.eye(m, dtype=torch.float64).expand(cells, _NODES, m, m)
+        eye = torch.eye(m, dtype=torch.float64, device="cpu").expand(cells, _NODES, m, m)
         forth = sde.transition_matrix(nodes, t.unsqueeze(1).expand(-1, _NODES))
         # Divide the time integral by the cell's length, so that all rows have similar sizes.
         parts = [eye, x[:, None, None] * eye, forth @ G]
@@ -136,7 +136,7 @@ class PathCase:
         self._integrals: list[Tensor] = []
         size, z = (samples, functional.shape[-2], problem.dimension), self.start
         for i in range(cells):
-            xi = torch.randn(size, dtype=torch.float64, generator=generator)
+            xi = torch.randn(size, dtype=torch.float64, generator=generator, device="cpu")
             drawn = apply_blocks(roots[i], xi)
             self._increments.append(drawn[:, :m].clone())
             self._time_integrals.append(length[i] * drawn[:, m : 2 * m])
@@ -153,7 +153,11 @@ class PathCase:
             cells = range(first, first + every)
             increment = torch.stack([self._increments[cell] for cell in cells]).sum(0)
             draw = torch.zeros(
-                len(increment), noise.integral.shape[1], increment.shape[2], dtype=torch.float64
+                len(increment),
+                noise.integral.shape[1],
+                increment.shape[2],
+                dtype=torch.float64,
+                device="cpu",
             )
             if noise.increment.shape[-1]:
                 draw = draw + apply_blocks(noise.increment[i], increment)

@@ -190,7 +190,7 @@ def bias_check(
     """Check that an adaptive solver with noise has no bias on data of two points."""
     n = 5000 if quick else 40_000
     strict = dataclasses.replace(solver, rtol=0.01, atol=0.002)  # type: ignore[type-var]
-    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
+    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64, device="cpu")
     found = solve(problem.process, strict, problem.sample(n, g), ends, generator=g, warn=False)
     x = found.data.abs() / float(problem.sde.marginal(problem.end).mean)
     ratio, spread = float(x.mean()), float(x.std()) / math.sqrt(n)

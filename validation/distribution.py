@@ -61,7 +61,7 @@ class DistributionCase:
         self.samples, self._problem = samples, problem
         size = problem.sde.components * problem.dimension
         modes = range(1, len(problem.data.weights) + 1)
-        self._upper = torch.triu_indices(size, size)
+        self._upper = torch.triu_indices(size, size, device="cpu")
         self.names = [
             *(f"mean {i}" for i in range(1, size + 1)),
             *(f"covariance {i + 1},{j + 1}" for i, j in self._upper.T.tolist()),
@@ -74,14 +74,20 @@ class DistributionCase:
         self.error = found.std(0) * math.sqrt(1 / _BATCHES + 1 / len(found))
         self.scatter = found.std(0) * math.sqrt(samples / _BATCHES)
         if problem.dimension == 1:
-            self._directions = torch.ones(1, 1, dtype=torch.float64)
+            self._directions = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         else:
             draw = torch.randn(
-                problem.dimension, _DIRECTIONS, dtype=torch.float64, generator=generator
+                problem.dimension,
+                _DIRECTIONS,
+                dtype=torch.float64,
+                generator=generator,
+                device="cpu",
             )
             self._directions = draw / draw.norm(dim=0)
         self.reference = self.projected(exact[0])
-        distances = torch.tensor([self.distance(self.projected(z)) for z in exact[1:]])
+        distances = torch.tensor(
+            [self.distance(self.projected(z)) for z in exact[1:]], device="cpu"
+        )
         self.floor, self.spread = float(distances.mean()), float(distances.std())
         self.size = float(self.reference.var(0).mean().sqrt())
 
@@ -176,7 +182,10 @@ def distribution_check(
         Steps of the finer grid; the coarser grid has half as many.
     """
     facts = solver.facts
-    start, seed = problem.sample(case.samples, g), int(torch.randint(2**62, (), generator=g))
+    start, seed = (
+        problem.sample(case.samples, g),
+        int(torch.randint(2**62, (), generator=g, device="cpu")),
+    )
     evaluations = 0
 
     def run(n: int, factor: float = 1) -> Tensor:

@@ -74,9 +74,11 @@ def sliced_wasserstein(
         If POT is needed, for weights or for samples of different sizes, and not installed; it comes
         with the extra ``validation``.
     """
-    directions = torch.ones(1, 1, dtype=torch.float64)
+    directions = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     if x.shape[1] > 1:
-        directions = torch.randn(projections, x.shape[1], dtype=torch.float64, generator=generator)
+        directions = torch.randn(
+            projections, x.shape[1], dtype=torch.float64, generator=generator, device="cpu"
+        )
         directions = directions / directions.norm(dim=1, keepdim=True)
     if weights is None and len(x) == len(y):
         # The k-th smallest of x goes to the k-th smallest of y. POT takes six times as long.
@@ -128,7 +130,7 @@ def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: flo
     """
     samples, n = x.to(torch.float64), len(data.weights)
     covariances = scale**2 * data.covariances.to(samples)
-    covariances = covariances + noise * torch.eye(data.dimension).to(samples)
+    covariances = covariances + noise * torch.eye(data.dimension, device="cpu").to(samples)
     roots, faults = torch.linalg.cholesky_ex(covariances)
     if bool(faults.any()):
         msg = "data must have modes of positive width in all directions, or noise be positive"

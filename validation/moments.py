@@ -132,7 +132,7 @@ def propagate_moments(
         )
         raise ValueError(msg)
     # Start from the origin, unit vectors, and twice their sum, which tests that the map is affine.
-    states = torch.cat([origin, torch.eye(size).to(m), m.new_full((1, size), 2.0)])
+    states = torch.cat([origin, torch.eye(size, device="cpu").to(m), m.new_full((1, size), 2.0)])
     padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
     out = end(torch.cat([states, padding]), _BasisNoise(zeros.rows, len(states)))
     b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T

@@ -180,7 +180,7 @@ def posterior_error(
         x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
         rows.append(measure(_checked(x, samples, posterior.dimension, label), weights))
     seconds = (time.perf_counter() - began) / repeats
-    found = torch.tensor(rows, dtype=torch.float64)
+    found = torch.tensor(rows, dtype=torch.float64, device="cpu")
     mean, std = found.mean(0), found.std(0) / math.sqrt(repeats)
     single = len(problem.data.weights) == 1
     d, w, m, s = ((float(a), float(b)) for a, b in zip(mean, std, strict=True))
@@ -218,7 +218,9 @@ class _Measure:
         covariance = within + torch.einsum("n,ni,nj->ij", weights, apart, apart)
         self._root = torch.linalg.cholesky(covariance)
         self._roots = torch.linalg.cholesky(posterior.covariances)
-        floors = torch.tensor([self._raw(self._exact(), None) for _ in range(_FLOORS)]).mean(0)
+        floors = torch.tensor(
+            [self._raw(self._exact(), None) for _ in range(_FLOORS)], device="cpu"
+        ).mean(0)
         self._distance, self.mode_floor, self._shift, self._spread = floors.tolist()
 
     def __call__(self, x: Tensor, weights: Tensor | None) -> list[float]:
@@ -232,7 +234,7 @@ class _Measure:
 
     def _raw(self, x: Tensor, weights: Tensor | None) -> list[float]:
         mass = (
-            torch.full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else weights
+            x.new_full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else weights
         )
         directions = torch.Generator().manual_seed(0)
         distance = sliced_wasserstein(x, self._exact(), weights=weights, generator=directions)

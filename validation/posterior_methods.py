@@ -121,7 +121,7 @@ def _replacement(
     """Replace the observed directions of the state, as if y had no noise."""
     start = _start(process, n, g)
     left, singular, basis = torch.linalg.svd(observation.dense(start.shape[2:]))
-    seen = torch.arange(len(basis)) < len(singular)
+    seen = torch.arange(len(basis), device="cpu") < len(singular)
     known = basis[: len(singular)].mT @ (left.mT @ observation.y.to(left) / singular)
     solver = Imputation(_SOLVER, known, seen, basis=basis)
     return solve(process, solver, start, times, generator=g, warn=False).data

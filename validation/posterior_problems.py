@@ -63,7 +63,7 @@ class PosteriorProblem:
         x = self.data.sample(1, generator=generator, dtype=torch.float64)
         seen = self.observation
         y = seen.forward(x)
-        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")
         y = (y + seen.noise_std * noise)[0]
         drawn = Observation(seen.forward, y, seen.noise_std, seen.shape)
         return x, PosteriorProblem(self.name, self.data, drawn)
@@ -100,27 +100,33 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
 
 
 def _two_modes(noise_std: float) -> PosteriorProblem:
-    means = torch.tensor([[-1.0, 0.8], [1.0, -0.6]], dtype=torch.float64)
-    covariances = torch.tensor([[[0.09, 0.03], [0.03, 0.16]], [[0.16, -0.04], [-0.04, 0.09]]])
+    means = torch.tensor([[-1.0, 0.8], [1.0, -0.6]], dtype=torch.float64, device="cpu")
+    covariances = torch.tensor(
+        [[[0.09, 0.03], [0.03, 0.16]], [[0.16, -0.04], [-0.04, 0.09]]], device="cpu"
+    )
     data = GaussianMixture([0.6, 0.4], means, covariances.double())
-    y = torch.tensor([0.2], dtype=torch.float64)
+    y = torch.tensor([0.2], dtype=torch.float64, device="cpu")
     return PosteriorProblem("two modes", data, Observation.matrix([[1.0, 1.0]], y, noise_std))
 
 
 def _many_modes(name: str, width: float, noise_std: float) -> PosteriorProblem:
     g = torch.Generator().manual_seed(25)
-    means = torch.randn(25, 8, generator=g, dtype=torch.float64)
-    A = torch.randn(2, 8, generator=g, dtype=torch.float64) / math.sqrt(8)
-    data = GaussianMixture([1.0] * 25, means, width**2 * torch.eye(8).expand(25, 8, 8))
+    means = torch.randn(25, 8, generator=g, dtype=torch.float64, device="cpu")
+    A = torch.randn(2, 8, generator=g, dtype=torch.float64, device="cpu") / math.sqrt(8)
+    data = GaussianMixture(
+        [1.0] * 25, means, width**2 * torch.eye(8, device="cpu").expand(25, 8, 8)
+    )
     # One of the first draws of the data; it is explained by several components.
     x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
-    noise = torch.randn(2, generator=torch.Generator().manual_seed(102), dtype=torch.float64)
+    noise = torch.randn(
+        2, generator=torch.Generator().manual_seed(102), dtype=torch.float64, device="cpu"
+    )
     seen = Observation.matrix(A, A @ x + noise_std * noise, noise_std)
     return PosteriorProblem(name, data, seen)
 
 
 def _masked_series(noise_std: float) -> PosteriorProblem:
-    place = torch.arange(64, dtype=torch.float64)
+    place = torch.arange(64, dtype=torch.float64, device="cpu")
     distance = (place - place.unsqueeze(1)).abs()
     # Correlated over 8 places, about two waves and a line.
     covariances = 0.7 * (-distance / 8.0).exp().expand(3, 64, 64)
@@ -128,17 +134,20 @@ def _masked_series(noise_std: float) -> PosteriorProblem:
     means = 0.5 * torch.stack([wave, -wave, place / 32 - 1])
     data = GaussianMixture([1.0, 1.0, 1.0], means, covariances)
     x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
-    noise = torch.randn(64, generator=torch.Generator().manual_seed(164), dtype=torch.float64)
+    noise = torch.randn(
+        64, generator=torch.Generator().manual_seed(164), dtype=torch.float64, device="cpu"
+    )
     mask = place % 8 == 4
     return PosteriorProblem("mask", data, Observation.mask(mask, x + noise_std * noise, noise_std))
 
 
 def _one_gaussian(noise_std: float) -> PosteriorProblem:
     g = torch.Generator().manual_seed(4)
-    root = torch.randn(4, 4, generator=g, dtype=torch.float64) / 2
-    covariance = root @ root.mT + 0.1 * torch.eye(4)
-    data = GaussianMixture([1.0], torch.zeros(1, 4, dtype=torch.float64), covariance.unsqueeze(0))
+    root = torch.randn(4, 4, generator=g, dtype=torch.float64, device="cpu") / 2
+    covariance = root @ root.mT + 0.1 * torch.eye(4, device="cpu")
+    data = GaussianMixture([1.0], [[0.0] * 4], covariance.unsqueeze(0))
     # Each number of y is a number of x plus half the next: a matrix unlike its transpose.
-    A = torch.eye(4, dtype=torch.float64) + 0.5 * torch.ones(4, dtype=torch.float64)[1:].diag(1)
-    y = torch.tensor([0.5, -0.5, 1.0, 0.0], dtype=torch.float64)
+    ones = torch.ones(4, dtype=torch.float64, device="cpu")
+    A = ones.diag() + 0.5 * ones[1:].diag(1)
+    y = torch.tensor([0.5, -0.5, 1.0, 0.0], dtype=torch.float64, device="cpu")
     return PosteriorProblem("one Gaussian", data, Observation.matrix(A, y, noise_std))

@@ -167,15 +167,17 @@ def _three_modes() -> GaussianMixture:
 
 def _ring() -> GaussianMixture:
     """Eight modes in two dimensions, whose centres have unit variance in each coordinate."""
-    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+    angle = torch.arange(8, dtype=torch.float64, device="cpu") * math.pi / 4
     means = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
-    return GaussianMixture([1.0] * 8, means, 0.04 * torch.eye(2).expand(8, 2, 2))
+    return GaussianMixture([1.0] * 8, means, 0.04 * torch.eye(2, device="cpu").expand(8, 2, 2))
 
 
 def _four_components() -> LinearSDE:
     """A stable A = −(D + R) with full noise, from fixed random numbers."""
-    draw = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    root = draw[0].tril() / 2 + torch.eye(4, dtype=torch.float64)
+    draw = torch.randn(
+        2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4), device="cpu"
+    )
+    root = draw[0].tril() / 2 + torch.eye(4, dtype=torch.float64, device="cpu")
     skew = draw[1] - draw[1].T
     A = -(root @ root.T / 2 + skew)
     return LinearSDE.from_matrices(A, root, schedule=2.0)

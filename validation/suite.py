@@ -303,7 +303,7 @@ def _estimate(
         steps = _halved(finest[kind], 5 if problem.exact else 6)
         return strong_order(solver, problem, steps=steps, case=paths)
     if problem.gaussian:
-        ends = torch.tensor([problem.start, problem.end], dtype=torch.float64)
+        ends = torch.tensor([problem.start, problem.end], dtype=torch.float64, device="cpu")
         reference = cases.get(kind, problem, lambda g: GaussianReference(problem, ends))
         steps = _halved(finest[kind], 5 if cases.quick else 6)
         return _refined(lambda n: weak_order(solver, problem, steps=n, reference=reference), steps)

@@ -344,7 +344,7 @@ def _sampled(
             errors.append(math.nan)
         else:
             errors.append(_error(problem, metric, found.data, g))
-    values = torch.tensor(errors, dtype=torch.float64)
+    values = torch.tensor(errors, dtype=torch.float64, device="cpu")
     spread = float(values.std() / math.sqrt(repeats)) if repeats > 1 else 0.0
     return WorkPrecisionPoint(name, nfe, seconds, float(values.mean()), spread)
 

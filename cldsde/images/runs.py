@@ -75,9 +75,13 @@ class RunFolder:
         return self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
+        """Append a line to ``metrics.jsonl``; numbers that are not finite become null."""
+        record = {
+            key: None if isinstance(x, float) and not math.isfinite(x) else x
+            for key, x in record.items()
+        }
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def forget_metrics_after(self, images: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.checks import as_float64, check_alphas_cumprod
 from cldsde.linear.sde import LinearSDE
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 
-__all__ = ["CosineVP", "RectifiedFlow", "alphas_cumprod_process"]
+__all__ = [
+    "AlphasCumprod",
+    "CosineVP",
+    "RectifiedFlow",
+    "alphas_cumprod_process",
+    "cosine",
+    "falling",
+    "rising",
+    "sine",
+]
 
 
 class RectifiedFlow(LinearSDE):
@@ -43,7 +53,7 @@ class RectifiedFlow(LinearSDE):
     """
 
     def __init__(self) -> None:
-        super().__init__(SignalNoiseDynamics(_falling, _rising, gain=_linear_gain))
+        super().__init__(SignalNoiseDynamics(falling, rising, gain=_linear_gain))
 
 
 class CosineVP(LinearSDE):
@@ -66,7 +76,7 @@ class CosineVP(LinearSDE):
 
     def __init__(self) -> None:
         super().__init__(
-            SignalNoiseDynamics(_cosine, _sine, gain=_sine_gain, variance_preserving=True)
+            SignalNoiseDynamics(cosine, sine, gain=_sine_gain, variance_preserving=True)
         )
 
 
@@ -82,10 +92,10 @@ def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
         msg = f"table must have one axis and at least one entry; got shape {tuple(plain.shape)}"
         raise ValueError(msg)
     check_alphas_cumprod(plain)
-    angles = _Angles(values)
-    # Between entries an angle has the rounding error of the number of entries times t.
+    path = AlphasCumprod(values)
+    # Between entries a level has the rounding error of the number of entries times t.
     dynamics = SignalNoiseDynamics(
-        angles.signal, angles.noise, gain=angles.gain, variance_preserving=True
+        path.signal, path.noise, gain=path.gain, variance_preserving=True
     )
     return _TableProcess(dynamics, len(plain))
 
@@ -103,59 +113,93 @@ class _TableProcess(LinearSDE):
         return f"VPSDE.from_alphas_cumprod(<{self._entries} entries>)"
 
 
-class _Angles:
-    """α = sin φ and σ = sin θ, with angles φ and θ = π/2 − φ that are linear between entries.
+class AlphasCumprod:
+    """Signal and noise through a table ᾱ, with κ = log α/σ linear in time between its entries.
 
-    θ is 0 at t = 0. Both angles are stored, because π/2 − θ would cancel for small φ.
+    The times are evenly spaced: the data are at ``start``, the last entry is at ``end``. κ is
+    infinite at the data and at ᾱ = 0. In an interval with such an end the angle atan(σ/α) is
+    linear.
     """
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        full = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod])
-        alpha, sigma = full.sqrt(), (1 - full).sqrt()
-        self._signal, self._noise = torch.atan2(alpha, sigma), torch.atan2(sigma, alpha)
+    def __init__(self, table: Tensor, start: float = 0.0, end: float = 1.0) -> None:
+        full = torch.cat([table.new_ones(1), table])
+        self._start, self._span = start, end - start
+        self._alpha, self._sigma = safe_sqrt(full), safe_sqrt(1 - full)
+        # Both angles are stored, because π/2 minus one of them would cancel.
+        self._falling = torch.atan2(self._alpha, self._sigma)
+        self._rising = torch.atan2(self._sigma, self._alpha)
+        finite = (full > 0) & (full < 1)
+        self._kappa = torch.where(finite, 0.5 * torch.where(finite, full, 0.5).logit(), 0.0)
+        self._bent = ~(finite[:-1] & finite[1:])
 
     def signal(self, t: Tensor) -> Tensor:
-        return torch.sin(self._at(self._signal, t))
+        """α, of the shape of t."""
+        return self._level(t, self._falling, 2.0)
 
     def noise(self, t: Tensor) -> Tensor:
-        return torch.sin(self._at(self._noise, t))
+        """σ, of the shape of t."""
+        return self._level(t, self._rising, -2.0)
+
+    def inverse(self, kappa: Tensor) -> Tensor:
+        """Times of values of κ between finite entries."""
+        last = len(self._bent) - 1
+        piece = torch.searchsorted(-self._kappa[1:], -kappa).clamp(1, last)
+        low, high = self._kappa[piece], self._kappa[piece + 1]
+        return self._knot(piece + (low - kappa) / (low - high))
 
     def gain(self, s: Tensor, t: Tensor) -> Tensor:
-        """Compute sin(θ_t − θ_s) without cancellation.
+        """σ(t) α(s) − σ(s) α(t) for s ≤ t, as a sum of positive terms.
 
-        The difference is the slope of the first piece times t − s, plus a correction for later
-        pieces. A plain difference of the two angles would cancel over a short step.
+        For times s < m < t of a path α(m) gain(s, t) = α(t) gain(s, m) + α(s) gain(m, t). Here m is
+        the end of the first interval and the start of the last one.
         """
-        first, _ = self._piece(s)
-        last, beyond = self._piece(t)
-        steps = self._noise.diff()
-        step, whole = steps[first], self._noise[last] - self._noise[first + 1]
-        correction = whole - (last - first - 1) * step + beyond * (steps[last] - step)
-        return torch.sin(len(steps) * (t - s) * step + correction)
+        (first, *_), (last, *_) = self._place(s), self._place(t)
+        same = first == last
+        inner = torch.where(same, first, first + 1)
+        before = self._gain_within(first, s, torch.where(same, t, self._knot(inner)))
+        after = self._gain_within(last, torch.where(same, t, self._knot(last)), t)
+        alpha, kappa = self._alpha[inner], self._kappa
+        between = self._sigma[inner] * torch.expm1(kappa[inner] - kappa[last])
+        alpha_t = self.signal(t)
+        rest = between * alpha_t + after * alpha / self._alpha[last]
+        return torch.where(same, before, (before * alpha_t + rest * self.signal(s)) / alpha)
 
-    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the piece of each time, and the time's position in it as a fraction."""
-        n = len(self._noise) - 1
-        piece = (t.detach() * n).floor().clamp(0, n - 1)
-        # Do not compute t·n − piece, because t·n would be rounded.
-        return piece.long(), (t - piece / n) * n
+    def _gain_within(self, piece: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """The gain between two times of one interval."""
+        share = (t - s) * len(self._bent) / self._span
+        rise, fall = self._rising.diff()[piece], -self._falling.diff()[piece]
+        angle = torch.where(piece == 0, rise, fall) * share  # the angle that is 0 at one end
+        growth = torch.expm1(-self._kappa.diff()[piece] * share)
+        log_linear = self.noise(s) * self.signal(t) * growth
+        return torch.where(self._bent[piece], torch.sin(angle), log_linear)
 
-    def _at(self, knots: Tensor, t: Tensor) -> Tensor:
-        piece, share = self._piece(t)
-        n = len(knots) - 1
-        # Do not compute 1 − share, which rounding makes nonzero at the end.
-        left = ((piece + 1).to(t.dtype) / n - t) * n
-        return knots[piece] * left + knots[piece + 1] * share
+    def _level(self, t: Tensor, angles: Tensor, twice: float) -> Tensor:
+        piece, left, right = self._place(t)
+        angle, kappa = (x[piece] * left + x[piece + 1] * right for x in (angles, self._kappa))
+        return torch.where(self._bent[piece], torch.sin(angle), torch.sigmoid(twice * kappa).sqrt())
+
+    def _place(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Interval of each time, and its distances from the interval's ends as fractions."""
+        n = len(self._bent)
+        piece = ((t.detach() - self._start) * n / self._span).floor().clamp(0, n - 1).long()
+        # The distances are differences of times, because t·n would be rounded.
+        left, right = self._knot(piece + 1) - t, t - self._knot(piece)
+        return piece, left * n / self._span, right * n / self._span
+
+    def _knot(self, place: Tensor) -> Tensor:
+        return self._start + place.to(torch.float64) * self._span / len(self._bent)
 
 
 # These are module-level functions, so that a process can be pickled and copied.
 
 
-def _falling(t: Tensor) -> Tensor:
+def falling(t: Tensor) -> Tensor:
+    """Signal of the linear path."""
     return 1 - t
 
 
-def _rising(t: Tensor) -> Tensor:
+def rising(t: Tensor) -> Tensor:
+    """Noise of the linear path."""
     return t.clone()
 
 
@@ -163,12 +207,14 @@ def _linear_gain(s: Tensor, t: Tensor) -> Tensor:
     return t - s
 
 
-def _cosine(t: Tensor) -> Tensor:
+def cosine(t: Tensor) -> Tensor:
+    """Signal of the trigonometric path."""
     # cos(πt/2) would have no relative accuracy near t = 1.
     return torch.sin(math.pi / 2 * (1 - t))
 
 
-def _sine(t: Tensor) -> Tensor:
+def sine(t: Tensor) -> Tensor:
+    """Noise of the trigonometric path."""
     return torch.sin(math.pi / 2 * t)
 
 

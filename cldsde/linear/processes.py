@@ -2,6 +2,7 @@
 
 Each is declared by its matrices, noise schedule and initial covariance. Parameters may be tensors
 with one element. Kernels are differentiable in them, and they are stored as float64 attributes.
+`LinearSDE` says how to learn them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class VPSDE(LinearSDE):
             x_t = \cos θ(t)\,x_0 + \sin θ(t)\,n, \qquad
             \cos^2 θ\bigl(\tfrac{i+1}N\bigr) = ᾱ_i, \quad i = 0, …, N − 1,
 
-        with the angle θ linear in between and θ(0) = 0. Step i of the model is at t = (i + 1)/N.
+        with θ(0) = 0. Step i of the model is at t = (i + 1)/N. Between entries log-SNR is linear in
+        t, as networks of `NoisePath.from_alphas_cumprod` assume. The angle θ is linear before the
+        first entry, and before a last entry 0.
 
         Parameters
         ----------

@@ -160,7 +160,7 @@ class SignalNoiseDynamics(Dynamics):
 
         The relative error is at rounding level for smooth α and σ, and about 1e-4 across entries of
         a table. It is 1e-2 from a time at which the derivative of α or σ is infinite.
-        `StochasticHeun` is the only solver that uses it.
+        `StochasticHeun`, `SSCS` and `Splitting` use it.
         """
         x, w = _panels(_PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)

@@ -240,11 +240,13 @@ class _Embedding(nn.Module):
 
     def __init__(self, width: int, fourier_scale: float | None) -> None:
         super().__init__()
-        fourier = fourier_scale is not None
-        drawn = fourier_scale * torch.randn(width) if fourier_scale is not None else None
+        fourier, device = fourier_scale is not None, torch.get_default_device()
+        drawn = None
+        if fourier_scale is not None:
+            drawn = fourier_scale * torch.randn(width, device=device)
         self.register_buffer("frequencies", drawn)
         half = width // 2
-        rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+        rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=device))
         self.register_buffer("rates", None if fourier else rates, persistent=False)
         self.linear_1 = nn.Linear(width * (2 if fourier else 1), 4 * width)
         self.linear_2 = nn.Linear(4 * width, 4 * width)

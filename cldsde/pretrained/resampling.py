@@ -19,7 +19,7 @@ class _Filter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=torch.get_default_device()) / 8
         self.register_buffer("kernel", torch.outer(line, line)[None, None], persistent=False)
 
     def weight(self, x: Tensor) -> Tensor:

@@ -153,10 +153,8 @@ class MixedScore(NetworkScore):
                 f"{tuple(data_mean.shape)} and {tuple(data_variance.shape)}"
             )
             raise ValueError(msg) from None
-        # Loading a state dict writes into these tensors, which an expanded view does not allow.
-        data_mean, data_variance = (
-            x.expand(shape).contiguous() for x in (data_mean, data_variance)
-        )
+        # Loading a state dict writes into these tensors, so they are copies of the caller's.
+        data_mean, data_variance = (x.expand(shape).clone() for x in (data_mean, data_variance))
         if not bool(data_mean.isfinite().all()):
             msg = f"data_mean must be finite; got {data_mean.tolist()}"
             raise ValueError(msg)
@@ -383,7 +381,7 @@ class MixedScore(NetworkScore):
         return field.reshape(*shape, *(1,) * missing, *variance_axes)
 
     def _centred(self, z: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
-        """Z − ψμ and μ."""
+        """Return the pair z − ψμ and μ."""
         axes = z.ndim - 2
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
@@ -408,7 +406,9 @@ class MixedScore(NetworkScore):
 
 
 def _as_tensor(value: Tensor | float, name: str) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(as_number(value, name))
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(as_number(value, name), device=torch.get_default_device())
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_alphas_cumprod, check_callable
+from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
@@ -105,19 +106,20 @@ class NoisePath:
     @classmethod
     def linear(cls) -> NoisePath:
         """Linear path of rectified flow and flow matching: α = 1 − t, σ = t on [0, 1]."""
-        return cls(_falling, _rising, inverse=_linear_time)
+        return cls(falling, rising, inverse=_linear_time)
 
     @classmethod
     def cosine(cls) -> NoisePath:
         """Cosine path: α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
-        return cls(_cosine, _sine, inverse=_cosine_time)
+        return cls(cosine, sine, inverse=_cosine_time)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
         r"""Path of a discrete diffusion model: α² = ᾱ_i and σ² = 1 − ᾱ_i at t = i.
 
-        Between two levels log-SNR is linear in t. Levels with ᾱ = 0 at the end of the table, at
-        which nothing of the data is left, are not part of the path.
+        Between two levels log-SNR is linear in t, as under `VPSDE.from_alphas_cumprod` with its
+        times (t + 1)/N. Levels with ᾱ = 0 at the end of the table, at which nothing of the data is
+        left, are not part of the path.
 
         Parameters
         ----------
@@ -135,8 +137,8 @@ class NoisePath:
             raise ValueError(msg)
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
-        found = _Table(0.5 * values[values > 0].logit())
-        last = float(len(found.kappas) - 1)
+        last = float((values > 0).sum()) - 1
+        found = AlphasCumprod(values[values > 0], start=-1.0, end=last)
         return cls(found.signal, found.noise, interval=(0.0, last), inverse=found.inverse)
 
     @classmethod
@@ -219,52 +221,12 @@ def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
 # These are functions and classes of the module, so that a path can be pickled.
 
 
-def _falling(t: Tensor) -> Tensor:
-    return 1 - t
-
-
-def _rising(t: Tensor) -> Tensor:
-    return t.clone()
-
-
 def _linear_time(kappa: Tensor) -> Tensor:
     return torch.sigmoid(-kappa)
 
 
-def _cosine(t: Tensor) -> Tensor:
-    # cos(πt/2) would be 6e-17 at t = 1 instead of 0.
-    return (0.5 * math.pi * (1 - t)).sin()
-
-
-def _sine(t: Tensor) -> Tensor:
-    return (0.5 * math.pi * t).sin()
-
-
 def _cosine_time(kappa: Tensor) -> Tensor:
     return (-kappa).exp().atan() * (2 / math.pi)
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Levels κ_i at t = i, linear in between."""
-
-    kappas: Tensor
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        index = t.floor().clamp(0, len(self.kappas) - 2).long()
-        return self.kappas[index].lerp(self.kappas[index + 1], t - index)
-
-    def signal(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(2 * self.log_snr(t)).sqrt()
-
-    def noise(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(-2 * self.log_snr(t)).sqrt()
-
-    def inverse(self, kappa: Tensor) -> Tensor:
-        index = torch.searchsorted(-self.kappas, -kappa) - 1
-        index = index.clamp(0, len(self.kappas) - 2)
-        low, high = self.kappas[index], self.kappas[index + 1]
-        return index + (low - kappa) / (low - high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -311,7 +311,7 @@ class PosteriorScore(ScoreWrapper):
         wide = found.isotropic[:, None, None] * observation.gram(shape, residual)
         # If rows of A depend on each other and the noise is small, rounding would make R singular.
         trace = wide.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        rounding = 2 * torch.finfo(wide.dtype).eps * trace * torch.eye(len(noise)).to(noise)
+        rounding = 2 * torch.finfo(wide.dtype).eps * trace * noise.new_ones(len(noise)).diag()
         wide_root: Tensor = torch.linalg.cholesky(wide + noise + rounding)
         wide_root = wide_root.expand(len(residual), -1, -1)
         if self.method == "pigdm" or not self.gradient:

@@ -1,6 +1,7 @@
 """Run folders are taken whole or left alone; damaged tensor files are rejected."""
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,6 +100,16 @@ def test_metrics_beyond_the_step_of_a_continued_run_are_dropped(tmp_path):
     run.forget_metrics_after(20)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == [10, 20]
+
+
+def test_numbers_of_metrics_that_are_not_finite_are_null(tmp_path):
+    """As norms of gradients are if the scaler of mixed precision skips their step."""
+    run = RunFolder(tmp_path, CONFIG)
+    run.log({"images": 8, "loss": 0.5, "gradient_norm": math.inf, "score_gradient_norm": math.nan})
+    line = (run / "metrics.jsonl").read_text()
+    found = json.loads(line, parse_constant=pytest.fail)
+    norms = dict.fromkeys(("gradient_norm", "score_gradient_norm"))
+    assert found == {"images": 8, "loss": 0.5, **norms}
 
 
 TENSORS = {

@@ -32,13 +32,16 @@ class SignalNoise(Reference):
 
 
 def of_table(table: list[float]) -> SignalNoise:
-    """alpha^2 of a table: its angle is linear between the times."""
+    """alpha^2 of a table: log sigma/alpha is linear between the times, or the angle at the ends."""
 
     def angle(t: Any) -> Any:
-        n = len(table)
-        knots = [mp.mpf(0)] + [mp.atan2(mp.sqrt(1 - mp.mpf(a)), mp.sqrt(mp.mpf(a))) for a in table]
+        n, full = len(table), [mp.mpf(1), *map(mp.mpf, table)]
         i = min(int(mp.floor(t * n)), n - 1)
-        return knots[i] + (knots[i + 1] - knots[i]) * (t * n - i)
+        knots = [mp.atan2(mp.sqrt(1 - a), mp.sqrt(a)) for a in full[i : i + 2]]
+        if i > 0 and full[i + 1] > 0:
+            low, high = (mp.log(mp.tan(x)) for x in knots)
+            return mp.atan(mp.exp(low + (high - low) * (t * n - i)))
+        return knots[0] + (knots[1] - knots[0]) * (t * n - i)
 
     def signal(t: Any) -> Any:
         # The rounding of pi would remain of a signal that vanishes.

@@ -125,6 +125,14 @@ class TestNoisePath:
         kappa = 0.5 * table.logit()
         torch.testing.assert_close(path.time(kappa), index, rtol=0, atol=rounding(100, 1e4))
 
+    def test_a_table_is_one_path_for_networks_and_processes(self):
+        index = tensor([0.0, 0.5, 17.3, 998.9, 999.0])
+        path, process = PATHS["table"][0], VPSDE.from_alphas_cumprod(ALPHAS_CUMPROD)
+        kappa = (path.signal(index) / path.noise(index)).log()
+        found = process.log_snr((index + 1) / 1000)
+        # Its slope is at most 400 per unit of the process's time.
+        torch.testing.assert_close(found, kappa, rtol=0, atol=rounding(10, 400))
+
 
 class TestClocks:
     @pytest.mark.parametrize(

@@ -277,12 +277,17 @@ class TestPerturbed:
         assert_mean(found, value if name in WEIGHTED else bound)
 
 
+def asserting(z, t):
+    raise AssertionError("underflow, says the score")
+
+
 @pytest.mark.parametrize(
     ("score", "error", "message"),
     [
         (lambda z, t: z, ValueError, r"score must return shape \(2, 1, 2\)"),
         (lambda z, t: -z[:, 1:].detach(), ValueError, "differentiable in the state"),
         (lambda z, t: z[:, 1:] * math.nan, FloatingPointError, r"not finite at t = 0\.25"),
+        (asserting, AssertionError, "^underflow, says the score"),
         # √|v| has the value 0 and no slope at v = 0.
         (lambda z, t: z[:, 1:].abs().sqrt(), RuntimeError, "cannot be met"),
     ],

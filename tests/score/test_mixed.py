@@ -103,6 +103,15 @@ def test_copies_casts_and_loaded_states_are_the_same_model(logits):
         assert torch.equal(copied(z, 0.3), before)
 
 
+def test_models_of_the_same_tensors_share_no_memory():
+    means = [x.float() for x in reference("channel")]
+    before = [x.clone() for x in means]
+    one, other = (MixedScore(Constant(CLD()), CLD(), *means) for _ in range(2))
+    other.load_state_dict({name: x + 1 for name, x in other.state_dict().items()})
+    for found in (means, (one.data_mean, one.data_variance)):
+        assert all(map(torch.equal, found, before))
+
+
 class Spy(nn.Module):
     """Keeps the inputs of the network, and returns zeros."""
 

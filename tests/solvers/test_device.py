@@ -27,6 +27,10 @@ SOLVERS = named_solvers(0.5)
 PATH_DRIVEN = ["stochastic-heun", "exponential-euler", "reverse-diffusion"]
 # torchsde and torchdiffeq read values back in each step and take times in float64.
 OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
+# Imputation copies the known data, which are on the CPU here, in each step.
+SOLVERS["imputation"] = solvers.Imputation(
+    SOLVERS["sscs"], torch.tensor([0.5, 0.1]), torch.tensor([True, False])
+)
 HOME = [(name, "VP" if name.startswith("edm") else "CLD") for name in OWN]
 # One solver of each class with a score of the package, and some on other processes.
 CLASSES = {type(OWN[name]): (name, process) for name, process in HOME}.values()
@@ -144,7 +148,9 @@ def test_solvers_of_other_libraries_give_the_bits_of_the_cpu(name, device):
 @pytest.mark.parametrize("process", ["VP", "CLD"])
 @pytest.mark.parametrize(
     ("noise", "name"),
-    [(noise, "euler-maruyama") for noise in NOISES] + [("path", name) for name in PATH_DRIVEN],
+    [(noise, "euler-maruyama") for noise in NOISES]
+    + [("path", name) for name in PATH_DRIVEN]
+    + [(noise, "imputation") for noise in ("fresh", "samples")],
 )
 def test_noise_sources_give_the_bits_of_the_cpu(process, name, noise, device):
     on_cpu = expected(process, name, "function", noise)

@@ -10,7 +10,7 @@ from cldsde.solvers import SampleNoise
 from cldsde.solvers.authoring import Stages
 from probes import Own, Recorder, Smooth, generator, initial, start
 from strategies import shapes
-from tolerances import rounding
+from tolerances import rounding, standard_error
 
 SDE = CLD(1.0)
 PROCESS = ReverseProcess(SDE, Smooth(SDE))
@@ -49,15 +49,26 @@ def test_recorded_noise_replays_fresh_noise(solver, shape, number):
     assert [draw.shape for draw in record.draws] == [shape] * number
 
 
-@given(st.lists(st.integers(1, 9000), min_size=1, max_size=6))
-def test_draws_of_any_sizes_are_one_stream(sizes):
-    whole = SampleNoise([3, 4]).normal(torch.zeros(2, 1, sum(sizes)), 1)[:, 0]
-    noise = SampleNoise([3, 4])
-    parts = [noise.normal(torch.zeros(2, 1, size), 1)[:, 0] for size in sizes]
-    assert torch.equal(torch.cat(parts, dim=1), whole)
-    g, blocks = generator(4), range(-(-sum(sizes) // 4096))
-    stream = torch.cat([torch.randn(4096, generator=g, dtype=torch.float32) for _ in blocks])
-    assert torch.equal(whole[1], stream[: whole.shape[1]])
+@given(st.lists(st.integers(1, 9000), min_size=1, max_size=6), st.sampled_from([None, 0, 2**40]))
+def test_draws_of_any_sizes_are_one_stream_of_the_seed(sizes, key):
+    whole = SampleNoise([3, 4], key=key).normal(torch.zeros(2, 1, sum(sizes)), 1)[:, 0]
+    noise = SampleNoise([4], key=key)
+    parts = [noise.normal(torch.zeros(1, 1, size), 1)[0, 0] for size in sizes]
+    assert torch.equal(torch.cat(parts), whole[1])
+    if key is None:
+        g, blocks = generator(4), range(-(-sum(sizes) // 4096))
+        stream = torch.cat([torch.randn(4096, generator=g, dtype=torch.float32) for _ in blocks])
+        assert torch.equal(whole[1], stream[: whole.shape[1]])
+
+
+def test_keyed_draws_are_independent_normals():
+    draws = SampleNoise(range(40), key=7).normal(torch.zeros(40, 1, 8192), 1)[:, 0].double()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        error = (draws**power).mean() - moment
+        assert error.abs() <= standard_error(variance**0.5, draws.numel())
+    blocks = draws.reshape(-1, 4096)  # of two draws of each stream
+    products = (blocks @ blocks.mT).tril(-1).abs() / 4096
+    assert products.max() <= standard_error(1.0, 4096, 5)  # the largest of 3160
 
 
 @given(shapes(), st.integers(1, 3), st.sampled_from([torch.float16, torch.float64]))

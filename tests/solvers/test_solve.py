@@ -64,6 +64,15 @@ def test_the_start_may_be_requested_and_the_end_need_not(method):
         assert torch.equal(solution.state, every.state)
 
 
+@every_kind
+@pytest.mark.parametrize("denoise", [False, True])
+def test_data_share_no_memory_with_the_states(method, denoise):
+    solution = run(method, states(), denoise=denoise)
+    before = solution.state.clone(), solution.y.clone()
+    solution.data.zero_()
+    assert all(map(torch.equal, (solution.state, solution.y), before))
+
+
 def test_grids_and_times_may_be_in_single_precision():
     grid = GRID.float()
     solution = run("euler-maruyama", states(), grid, t_eval=grid[2:])

@@ -20,6 +20,7 @@ from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import pixels_of_picture, read_picture
 from cldsde.images.model import ImageSpace
 from cldsde.images.schema import check_name
+from cldsde.images.streams import stream
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import check_positive
 from cldsde.score import Observation, PosteriorScore, ReverseProcess, Score
@@ -190,10 +191,12 @@ class Conditioning:
             device=self.known.device,
         )
         weights = found.log_weights.reshape(-1, count).softmax(1)
-        # The run draws its numbers from the seed itself, so the choice takes another seed.
-        generators = [torch.Generator().manual_seed(2**32 + seed) for seed in seeds]
+        # The run draws its numbers from the seed itself, so the choice has another stream.
         chosen = torch.cat(
-            [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
+            [
+                torch.multinomial(w, 1, generator=stream(seed, "particle"))
+                for w, seed in zip(weights, seeds, strict=True)
+            ]
         )
         data = found.samples.reshape(-1, count, *found.samples.shape[1:])
         return data[torch.arange(len(seeds)), chosen], torch.full((len(seeds),), count * found.nfev)

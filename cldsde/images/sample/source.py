@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,9 +13,8 @@ from torch import Tensor
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
-from cldsde.images.schema import check_name
+from cldsde.images.schema import check_name, plain
 from cldsde.images.tensor_files import tensors_digest
-from cldsde.linear import LinearSDE
 from cldsde.pretrained import from_diffusers
 from cldsde.score import Denoiser, DenoiserScore, ScoreDenoiser
 
@@ -35,7 +35,7 @@ def of_run(
         start = model.config.training.t_min
         denoiser = ScoreDenoiser(inner, fill=inner.inputs == "state", start=start)
         score = DenoiserScore(denoiser, sde)
-    digest = _digest(model.digest, sde)
+    digest = _digest(model.digest, process)
     return ImageModel(
         score=score, space=model.space, digest=digest, sampling=SamplingConfig(), vae=model.vae
     )
@@ -58,7 +58,7 @@ def of_diffusers(
     channels, height, width = shape
     always = classes is not None  # no class stands for none
     space = ImageSpace((channels, height, width), classes=classes, always_classes=always)
-    digest = _digest(tensors_digest(score.state_dict()), sde)
+    digest = _digest(tensors_digest(score.state_dict()), process)
     return ImageModel(score=score, space=space, digest=digest, sampling=SamplingConfig())
 
 
@@ -74,8 +74,10 @@ class _Labelled(Denoiser):
         return found
 
 
-def _digest(weights: str, sde: LinearSDE) -> str:
-    return hashlib.sha256(f"{weights} {sde!r}".encode()).hexdigest()
+def _digest(weights: str, process: ProcessConfig) -> str:
+    # The representation of a process rounds its parameters.
+    settings = json.dumps(plain(process), sort_keys=True)
+    return hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()
 
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]

@@ -97,6 +97,21 @@ def test_an_image_does_not_depend_on_its_batch(method):
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
 
 
+def test_the_particle_is_not_chosen_by_the_numbers_of_the_run(monkeypatch):
+    """On the CPU two seeds that differ by a multiple of 2**32 are one stream."""
+    states, multinomial = [], torch.multinomial
+
+    def noted(weights, count, *, generator):
+        states.append(generator.get_state())
+        return multinomial(weights, count, generator=generator)
+
+    monkeypatch.setattr(torch, "multinomial", noted)
+    sampled(observed("mask", method="twisted", particles=2), range(3), SHORT)
+    runs = [torch.Generator().manual_seed(seed).get_state() for seed in range(3)]
+    # The state begins with the seed in 64 bits, which does not matter.
+    assert len(torch.stack(states + runs)[:, 16:].unique(dim=0)) == 6
+
+
 def test_sampling_ends_early_enough_for_the_noise():
     image, score = observed("mask"), PixelScore(CLD())
     latest = image.of(SPACE, "cpu").observation.end_time(CLD(), SPACE.shape)

@@ -10,8 +10,18 @@ from cldsde.images.sample.sampler import changed_recipe
 from cldsde.images.sample.source import of_diffusers
 from cldsde.score import ConditionalScore
 from cldsde.solvers import sampling
+from tolerances import EPS
 
 pytest.importorskip("diffusers")
+
+
+def test_digests_know_every_digit_of_a_process(diffusers_model):
+    digests = [
+        of_diffusers(diffusers_model, ProcessConfig(name="CLD", options={"beta": beta})).digest
+        for beta in (4.0, 4.0, 4.0 * (1 + EPS), (4.0, 5.0))
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_images_are_those_of_the_same_steps_of_solvers(diffusers_model):
