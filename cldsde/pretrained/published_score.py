@@ -34,9 +34,9 @@ from cldsde.linear.checks import TimeLike, check_at_least
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Conversion
-from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.network_score import Inputs, NetworkScore, Output
+from cldsde.score.conversion import Conversion, Prediction
+from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.times import coefficients_at, score_times
 
 __all__ = ["Code", "Parameterisation", "PublishedScore"]
@@ -156,7 +156,7 @@ class PublishedScore(NetworkScore):
         self.parameterisation = parameterisation
 
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self, z: Tensor, t: TimeLike, prediction: Prediction, condition: Tensor | None
     ) -> Tensor:
         c = coefficients_at(self, t, z, self._coefficients, z.dtype, 0)
         learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2]).to(z.dtype)
@@ -171,7 +171,7 @@ class PublishedScore(NetworkScore):
         self,
         pair: PerturbedData,
         *,
-        prediction: Measured = "noise",
+        prediction: Prediction = "noise",
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:

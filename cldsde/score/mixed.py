@@ -45,9 +45,15 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Combination, Conversion, WhitenedKernel, whiten
-from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.network_score import Inputs, NetworkScore, Output
+from cldsde.score.conversion import (
+    MEASURED,
+    Conversion,
+    Prediction,
+    WhitenedKernel,
+    whiten,
+)
+from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import LogSNRDensity
 from cldsde.score.times import coefficients_at, score_times
 
@@ -197,7 +203,7 @@ class MixedScore(NetworkScore):
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self, z: Tensor, t: TimeLike, prediction: Prediction, condition: Tensor | None
     ) -> Tensor:
         table = coefficients_at(self, t, z, self._coefficients, z.dtype, self._loads)
         if prediction not in ("score", "noise"):
@@ -216,7 +222,7 @@ class MixedScore(NetworkScore):
         self,
         pair: PerturbedData,
         *,
-        prediction: Measured = "noise",
+        prediction: Prediction = "noise",
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
@@ -235,7 +241,7 @@ class MixedScore(NetworkScore):
         condition
             Condition of each sample, or of all; see `NetworkScore`.
         """
-        one_of(prediction, Measured, "prediction")
+        one_of(prediction, MEASURED, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
             return self._loss_of_score(pair, prediction, weighting, condition)
@@ -254,18 +260,17 @@ class MixedScore(NetworkScore):
         """Whether `_data` gives the data prediction directly, without the noise."""
         return self.sde.components == 1 and self.mixing_logits is None
 
-    def residual_variance(self, t: Tensor, prediction: Measured = "noise") -> Tensor:
+    def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.
 
         It is the loss of the untrained model on Gaussian data. As the density of a `TimeSampler`
         it gives all times the same share of the training signal.
         """
-        one_of(prediction, Measured, "prediction")
+        one_of(prediction, MEASURED, "prediction")
         if prediction == "noise":
             return self._coefficients(t).residual_variance()
-        whitened = whiten(self.sde, self.sde.marginal(t), t)
-        of = Combination.at(self.sde, whitened, t, prediction)
-        scale = (of.determinant / of.sigma).square()
+        convert = whiten(self.sde, self.sde.marginal(t), t).convert("data", prediction)
+        scale = convert.value[..., 0, 0].square()
         return scale * self._coefficients(t).data_residual_variance()
 
     def log_snr_weighting(

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import one_of
-from cldsde.score.matching import Measured, PerturbedData, Weighting
+from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.score_denoiser import ScoreDenoiser
 
-__all__ = ["Inputs", "NetworkScore", "Output"]
-
-Output = Literal["score", "noise", "data", "velocity", "flow"]
+__all__ = ["Inputs", "NetworkScore"]
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
@@ -54,7 +53,7 @@ class NetworkScore(nn.Module, ABC):
         z: Tensor,
         t: TimeLike,
         *,
-        prediction: Output = "score",
+        prediction: Prediction = "score",
         condition: Tensor | None = None,
     ) -> Tensor:
         """Score of the driven components, or another prediction, ``(B, len(driven), *D)``.
@@ -78,7 +77,7 @@ class NetworkScore(nn.Module, ABC):
         ValueError
             If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
         """
-        one_of(prediction, Output, "prediction")
+        one_of(prediction, TRAINED, "prediction")
         check_state(z, self.sde.components)
         return self._predict(z, t, prediction, condition)
 
@@ -90,7 +89,7 @@ class NetworkScore(nn.Module, ABC):
     def _loss_of_score(
         self,
         pair: PerturbedData,
-        prediction: Measured,
+        prediction: Prediction,
         weighting: Weighting,
         condition: Tensor | None,
     ) -> Tensor:
@@ -100,7 +99,7 @@ class NetworkScore(nn.Module, ABC):
 
     @abstractmethod
     def _predict(
-        self, z: Tensor, t: TimeLike, prediction: Output, condition: Tensor | None
+        self, z: Tensor, t: TimeLike, prediction: Prediction, condition: Tensor | None
     ) -> Tensor:
         """The prediction at a state that has been checked."""
 

@@ -45,7 +45,8 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.matching import PerturbedData, Target
+from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.matching import PerturbedData
 from cldsde.score.reverse import Score
 from cldsde.score.times import score_argument
 
@@ -62,7 +63,7 @@ def evidence_lower_bound(
     weight: Tensor | float = 1.0,
     *,
     t_min: float,
-    prediction: Target = "score",
+    prediction: Prediction = "score",
     data_mean: Tensor | float = 0.0,
     data_variance: float | None = None,
     generator: torch.Generator | None = None,
@@ -116,7 +117,7 @@ def evidence_lower_bound(
     '-1.4...'
     """
     check_process(sde)
-    one_of(prediction, Target, "prediction")
+    one_of(prediction, TRAINED, "prediction")
     if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
         msg = "data_variance must be given with data_mean, for the control variate; got None"
         raise ValueError(msg)
