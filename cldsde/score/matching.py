@@ -209,10 +209,16 @@ class PerturbedData:
             raise ValueError(msg)
         output = output.to(self.noise.dtype)
         if weighting == "likelihood":
-            if prediction != "data" and self.sde.regular_until < self.sde.T:
-                self._check_before_end()
+            diverges = self.sde.regular_until < self.sde.T and bool((self.t == self.sde.T).any())
+            if diverges and prediction != "data":
+                msg = (
+                    f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
+                    "diffusion of this process diverges there; draw earlier times or use "
+                    "prediction='data'"
+                )
+                raise ValueError(msg)
             error = self._error(output, prediction, "noise")
-            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.whitened), error)
+            pulled = apply_blocks(likelihood_rows(self.sde, self.whitened), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         error = self._error(output, prediction, measured)
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
@@ -230,15 +236,6 @@ class PerturbedData:
             return error
         convert = self.whitened.convert(prediction, measured)
         return apply_blocks(convert.value, error.unsqueeze(1) if prediction == "data" else error)
-
-    def _check_before_end(self) -> None:
-        if bool((self.t == self.sde.T).any()):
-            msg = (
-                f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
-                "diffusion of this process diverges there; draw earlier times or use "
-                "prediction='data'"
-            )
-            raise ValueError(msg)
 
     def _check_given_data(self, kind: Prediction) -> None:
         if self.conditioning != "data" and kind in ("velocity", "flow"):
@@ -366,16 +363,16 @@ def optimal_loss(
     d = len(sde.driven)
     unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
     if weighting == "likelihood":
-        pulled = likelihood_rows(sde, times, whitened) @ unknown
+        pulled = likelihood_rows(sde, whitened) @ unknown
         return 0.5 * pulled.square().sum((-2, -1))
     return _weights(weighting, times) * unknown.square().sum((-2, -1)) / d
 
 
-def likelihood_rows(sde: LinearSDE, t: Tensor, whitened: WhitenedKernel) -> Tensor:
+def likelihood_rows(sde: LinearSDE, whitened: WhitenedKernel) -> Tensor:
     """Matrix (L_dd⁻¹ G_d)ᵀ from an error of the noise to an error of −Gᵀs, ``(*, r, d)``."""
     # G of an interpolant diverges at t = 1. An error that is α times an error of the data is zero
     # there for any finite matrix. `PerturbedData.loss` raises for the other predictions.
-    end = sde.regular_until
+    t, end = whitened.times, sde.regular_until
     finite = torch.where((t == sde.T) & (end < sde.T), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]
     return (triangular_inverse(whitened.driven_root()) @ G).mT

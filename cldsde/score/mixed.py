@@ -247,7 +247,7 @@ class MixedScore(NetworkScore):
             return self._loss_of_score(pair, prediction, weighting, condition)
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
-            known = weighting.of_kernel(pair.t, pair.whitened, coefficients)
+            known = weighting.of_kernel(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         if prediction != "noise" and self._of_data:
             data = self._data(pair.z, coefficients.to(pair.z), condition)
@@ -418,8 +418,6 @@ class _LogSNRWeighting:
     def __call__(self, t: Tensor) -> Tensor:
         return self.density(t) / self.model.residual_variance(t)
 
-    def of_kernel(
-        self, times: Tensor, whitened: WhitenedKernel, coefficients: _Coefficients
-    ) -> Tensor:
+    def of_kernel(self, whitened: WhitenedKernel, coefficients: _Coefficients) -> Tensor:
         """The weights from kernel and coefficients that the loss has computed already."""
-        return self.density.of_kernel(times, whitened) / coefficients.residual_variance()
+        return self.density.of_kernel(whitened) / coefficients.residual_variance()

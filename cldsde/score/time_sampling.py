@@ -194,7 +194,7 @@ def log_snr_density(
 
 @dataclass(frozen=True)
 class LogSNRDensity:
-    """Result of `log_snr_density`."""
+    """Result of `log_snr_density`, with a method for kernels that a loss has whitened already."""
 
     sde: LinearSDE
     mean: float
@@ -208,13 +208,13 @@ class LogSNRDensity:
     def __call__(self, t: Tensor) -> Tensor:
         """Density at times of any shape in (0, 1]."""
         times = as_times(t, "t", self.sde.T)
-        return self.of_kernel(times, whiten(self.sde, self.sde.marginal(times), times))
+        return self.of_kernel(whiten(self.sde, self.sde.marginal(times), times))
 
-    def of_kernel(self, times: Tensor, whitened: WhitenedKernel) -> Tensor:
+    def of_kernel(self, whitened: WhitenedKernel) -> Tensor:
         """Density at times whose whitened kernel is known."""
         information = whitened.information()
         driven = whitened.signal[..., -len(self.sde.driven) :, :]
-        pulled = likelihood_rows(self.sde, times, whitened) @ driven
+        pulled = likelihood_rows(self.sde, whitened) @ driven
         nothing = information == 0
         rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
         return rate * _normal(0.5 * information.log(), self.mean, self.std)
