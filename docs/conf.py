@@ -187,7 +187,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(cldsde\.images\.\w+\..*)?(DiffusionModel|FeatureStatistics)"),
     ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes|NCSNpp)"),
     ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
-    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Predicts|Clock|log_snr_(mean|std)"),
+    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Clock|log_snr_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks(\.NETWORKS)?|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     # Tables of coefficients.

@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from cldsde.score import NoisePath, PredictionDenoiser
-from cldsde.score.denoisers import Clock, Predicts
+from cldsde.score.conversion import Prediction
+from cldsde.score.denoisers import Clock
 
 __all__ = ["DiffusersDenoiser", "from_diffusers"]
 
-_PREDICTIONS: dict[str, Predicts] = {
+_PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "noise",
     "sample": "data",
     "v_prediction": "velocity",
@@ -44,7 +45,7 @@ class DiffusersDenoiser(PredictionDenoiser):
         self,
         network: nn.Module,
         path: NoisePath,
-        predicts: Predicts,
+        predicts: Prediction,
         *,
         clock: Clock | Callable[[Tensor], Tensor],
         shape: tuple[int, ...] | None,
@@ -262,7 +263,7 @@ def _scheduler(given: Any) -> Any:
     return _class(given, diffusers.SchedulerMixin, origin).from_config(dict(given))
 
 
-def _convention(scheduler: Any) -> tuple[NoisePath, Predicts, Clock | Callable[[Tensor], Tensor]]:
+def _convention(scheduler: Any) -> tuple[NoisePath, Prediction, Clock | Callable[[Tensor], Tensor]]:
     """Path, prediction and clock that a network of a scheduler was trained with."""
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")

@@ -34,9 +34,9 @@ from cldsde.linear.checks import TimeLike, check_at_least
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Conversion
-from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.network_score import Inputs, NetworkScore, Output
+from cldsde.score.conversion import Conversion, Prediction
+from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 __all__ = ["Code", "Parameterisation", "PublishedScore"]
@@ -160,7 +160,7 @@ class PublishedScore(NetworkScore):
         z: Tensor,
         t: TimeLike,
         planned: PlannedTime | None,
-        prediction: Output,
+        prediction: Prediction,
         condition: Tensor | None,
     ) -> Tensor:
         c = coefficients_at(self, t, z, self._coefficients, z.dtype, planned=planned)
@@ -177,7 +177,7 @@ class PublishedScore(NetworkScore):
         self,
         pair: PerturbedData,
         *,
-        prediction: Measured = "noise",
+        prediction: Prediction = "noise",
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:

@@ -11,8 +11,8 @@ __all__ = ["one_of", "two_increasing"]
 
 
 def one_of(value: object, allowed: object, name: str) -> None:
-    """Raise ValueError unless ``value`` is one of the strings of a Literal type."""
-    options = get_args(allowed)
+    """Raise ValueError unless ``value`` is in a tuple of strings, or in a Literal type."""
+    options = allowed if isinstance(allowed, tuple) else get_args(allowed)
     if value not in options:
         msg = f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}"
         raise ValueError(msg)

@@ -7,13 +7,20 @@ covariance,
 
 .. math:: w = L^{-1} z, \qquad c = L^{-1} ψ, \qquad n = −L_{dd}^⊤ s_d.
 
-n is the best prediction of the noise in z_t. Then w_d − n = c_d x̂₀, so the driven score alone
+n is the best prediction of the noise in z_t. Then w_d − n = c_d x̂₀. So the driven score alone
 determines x̂₀ by least squares, and x̂₀ determines the full score s = −L^{−⊤}(w − c x̂₀).
+
+Every prediction is a combination of the data and of the noise w − c x_0: `WhitenedKernel.form` is
+the table of all kinds. `WhitenedKernel.convert` solves the state and one prediction for data and
+noise, and combines these to another prediction.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,9 +34,11 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 
 __all__ = [
-    "Combination",
+    "MEASURED",
+    "TRAINED",
     "Conditioning",
     "Conversion",
+    "Form",
     "Prediction",
     "WhitenedKernel",
     "conditional_kernel",
@@ -42,6 +51,12 @@ Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 ``"velocity"``: E[α n − σ x_0 | x_t] (Salimans and Ho 2022), and ``"flow"``: E[α′ x_0 + σ′ n | x_t],
 the velocity of the probability flow, which flow matching learns."""
 
+TRAINED: tuple[Prediction, ...] = ("score", "noise", "data", "velocity", "flow")
+"""Predictions of networks."""
+
+MEASURED: tuple[Prediction, ...] = ("noise", "velocity", "flow")
+"""Predictions whose squared error is a loss. The loss of the flow is flow matching."""
+
 Conditioning = Literal["data", "all"]
 """Condition on the data x_0 (hybrid score matching) or on all of z_0 (denoising score matching)."""
 
@@ -50,10 +65,19 @@ Conditioning = Literal["data", "all"]
 _LARGEST_AMPLIFICATION = 20.0
 
 
-_OF_ONE_COMPONENT = ("velocity", "flow")
+class Form(NamedTuple):
+    """A prediction as the combination a x_0 + B n of the data and the noise n = w − c x_0.
+
+    A score or noise has no part of the data. It depends on its own number of last rows of n.
+    """
+
+    data: Tensor  # a, (*, 1, 1); 0 for a score or noise
+    noise: Tensor  # B, (*, out, rows), of the last rows of n
+    inverse: Tensor | None = None  # B⁻¹ of a score or noise
 
 
-class WhitenedKernel(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class WhitenedKernel:
     """The distribution of z_t given the start, whitened with the driven components last.
 
     Attributes
@@ -69,6 +93,14 @@ class WhitenedKernel(NamedTuple):
     noise
         Matrix that maps the noise ξ of z_t = ψx_0 + root ξ, with the root in the components' own
         order, to the noise n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
+    times
+        ``(*)``, float64 on the CPU.
+    driven
+        The driven components.
+    rates
+        Function that returns α′ and σ′ of x_t = α x_0 + σ n, ``(*)``, for one component.
+    end
+        Latest time at which something of x_0 is left in the state.
     """
 
     root: Tensor
@@ -76,21 +108,163 @@ class WhitenedKernel(NamedTuple):
     psi: Tensor
     signal: Tensor
     noise: Tensor
+    times: Tensor
+    driven: tuple[int, ...]
+    rates: Callable[[], tuple[Tensor, Tensor]]
+    end: float = 1.0
+
+    @classmethod
+    def of_path(
+        cls,
+        alpha: Tensor,
+        sigma: Tensor,
+        times: Tensor,
+        rates: Callable[[], tuple[Tensor, Tensor]],
+    ) -> WhitenedKernel:
+        """The distribution of x_t = α x_0 + σ n given x_0, with α and σ > 0 of shape ``*``."""
+        psi, root = alpha[..., None, None], sigma[..., None, None]
+        return cls(root, 1 / root, psi, psi / root, torch.ones_like(root), times, (0,), rates)
 
     def driven_root(self) -> Tensor:
         """L_dd, the root of the driven components' covariance given all others, ``(*, d, d)``."""
-        d = self.noise.shape[-2]
+        d = len(self.driven)
         return self.root[..., -d:, -d:]
 
     def information(self) -> Tensor:
         """ψᵀΣ⁻¹ψ, the generalised signal-to-noise ratio, ``(*)``."""
         return self.signal.square().sum((-2, -1))
 
+    def form(self, kind: Prediction, noise_root: Tensor | None = None) -> Form:
+        """A prediction as a combination of data and noise: the table of all kinds.
+
+        Parameters
+        ----------
+        kind
+            The prediction.
+        noise_root
+            Root K of the noise −Kᵀ s_d that ``"noise"`` means, ``(*, d, d)``. None: L_dd.
+
+        Raises
+        ------
+        ValueError
+            If it is a velocity or a flow, and the process has several components.
+        """
+        k, d, root = self.root.shape[-1], len(self.driven), self.driven_root()
+        nothing = torch.zeros_like(self.signal.mT)
+        if kind == "score":
+            return Form(nothing[..., :1], -triangular_inverse(root).mT, -root.mT)
+        if kind == "full_score":
+            order = torch.tensor(component_order(k, self.driven), device="cpu")
+            return Form(nothing[..., :1], -self.inverse.mT, -self.root.mT[..., order.argsort()])
+        if kind == "noise":
+            if noise_root is None:
+                return Form(nothing[..., :1], self._eye(d), self._eye(d))
+            noise = triangular_inverse(root) @ noise_root
+            return Form(nothing[..., :1], noise.mT, (triangular_inverse(noise_root) @ root).mT)
+        if kind == "data":
+            return Form(self._eye(1), nothing)
+        if k != 1:
+            msg = (
+                f"a prediction of the {kind} needs a process of one component; this process has "
+                f"{k}. Use 'noise' or 'data'"
+            )
+            raise ValueError(msg)
+        parts = (-root, self.psi) if kind == "velocity" else self.rates()
+        data, noise = (part.reshape(root.shape) for part in parts)
+        return Form(data, noise)
+
+    def convert(
+        self, source: Prediction, target: Prediction, noise_root: Tensor | None = None
+    ) -> Conversion:
+        """Solve state and source for data and noise, of which the target is a combination.
+
+        See `form` for the arguments, and `Conversion.at` for errors.
+        """
+        given, wanted = (self.form(kind, noise_root) for kind in (source, target))
+        inverse, c = self.inverse, self.signal
+        k, out = inverse.shape[-1], given.noise.shape[-2]
+        # Coefficients of the state and of the prediction, side by side: (*, rows, k + out).
+        value = torch.cat([c.new_zeros(*c.shape[:-2], out, k), self._eye(out)], dim=-1)
+        if source == target:
+            return Conversion(value[..., :k], value[..., k:], source, target)
+        state = torch.cat([inverse, c.new_zeros(*c.shape[:-1], out)], dim=-1)
+        if target == "full_score" and k > len(self.driven):
+            self._check_resolved()
+        rows = wanted.noise.shape[-1]
+        if given.inverse is None:
+            # Cramer's rule for w = c x_0 + n and a x_0 + B n, because B = 0 or k = 1.
+            scale = 1 / (given.noise @ c - given.data)
+            data = scale * (given.noise @ state - value)
+            noise = scale * (c @ value - given.data * state)
+        else:
+            noise = given.inverse @ value
+            known = noise.shape[-2]
+            if wanted.inverse is None or rows > known:
+                # Least squares for x_0 in the rows of w = c x_0 + n whose noise is known.
+                part = c[..., -known:, :]
+                # One rounded gain for both coefficients, whose terms may cancel.
+                gain = part.mT / self._power(part)
+                data = gain @ (state[..., -known:, :] - noise)
+                rest = state[..., :-known, :] - c[..., :-known, :] @ data
+                noise = torch.cat([rest, noise], dim=-2)
+        found = wanted.noise @ noise[..., -rows:, :]
+        if wanted.inverse is None:
+            found = found + wanted.data * data
+        return Conversion(found[..., :k], found[..., k:], source, target)
+
+    def _power(self, part: Tensor) -> Tensor:
+        """Contribution of rows of c to ψᵀΣ⁻¹ψ; raise ValueError if they do not determine x_0."""
+        power = self.information()
+        if not bool((power > 0).all()):
+            advice = f"take t ≤ {self.end:.15g}" if self.end < 1 else "end earlier or lower beta"
+            msg = (
+                "t must be earlier: nothing of x_0 is left in the state at "
+                f"t = {float(self.times.detach().max()):g}, so the score does not determine it; "
+                f"{advice}"
+            )
+            raise ValueError(msg)
+        found = part.square().sum((-2, -1))
+        worst, where = self._largest((power / found).sqrt())
+        if not worst <= _LARGEST_AMPLIFICATION:
+            msg = (
+                f"the score of the driven components {self.driven} does not determine x_0 "
+                f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
+                "processes have such times; use critical damping or more, or a solver that needs "
+                "no x_0, such as SSCS or StochasticHeun"
+            )
+            raise ValueError(msg)
+        return found[..., None, None]
+
+    def _check_resolved(self) -> None:
+        """Raise ValueError if rounding of x_0 leaves no digit of the full score."""
+        loss, where = self._largest(torch.finfo(torch.float64).eps * self.information().sqrt())
+        if loss > 1e-4:
+            msg = (
+                f"t must be later for the full score: at t = {where:g} the state determines x_0 so "
+                "exactly that float64 holds no digit of it"
+            )
+            raise ValueError(msg)
+
+    def _largest(self, values: Tensor) -> tuple[float, float]:
+        """Largest of the values at the times, or 0 if there are none, and its time."""
+        if values.numel() == 0:
+            return 0.0, math.nan
+        index = values.detach().flatten().argmax()
+        return float(values.flatten()[index]), float(self.times.flatten()[index])
+
+    def _eye(self, n: int) -> Tensor:
+        return torch.eye(n, dtype=torch.float64, device="cpu").expand(*self.times.shape, n, n)
+
 
 def conditional_kernel(sde: LinearSDE, t: Tensor, conditioning: Conditioning) -> Kernel:
     """Kernel of z_t given the data or all of z_0."""
     one_of(conditioning, Conditioning, "conditioning")
     return sde.marginal(t) if conditioning == "data" else sde.transition(0.0, t)
+
+
+def component_order(k: int, driven: tuple[int, ...]) -> list[int]:
+    """All components, the driven ones last."""
+    return [i for i in range(k) if i not in driven] + list(driven)
 
 
 def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
@@ -104,7 +278,7 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
     root, psi = kernel.root, kernel.mean[..., :1]
     check_density(root, t, "t")
     k, driven = sde.components, list(sde.driven)
-    order = [i for i in range(k) if i not in driven] + driven
+    order = component_order(k, sde.driven)
     if order == list(range(k)):
         ordered = root
         eye = torch.eye(k, dtype=torch.float64, device="cpu")[driven]
@@ -116,43 +290,9 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
         # The noise is −L_ddᵀ s_d with s = −root⁻ᵀ ξ.
         own = triangular_inverse(root)[..., driven].mT
         noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
-    return WhitenedKernel(ordered, inverse, psi, inverse @ psi, noise)
-
-
-class Combination(NamedTuple):
-    """Velocity or flow as a combination a x_0 + b n of data and noise, for x_t = α x_0 + σ n."""
-
-    alpha: Tensor
-    sigma: Tensor
-    of_data: Tensor  # a
-    of_noise: Tensor  # b
-
-    @classmethod
-    def at(
-        cls, sde: LinearSDE, whitened: WhitenedKernel, t: Tensor, kind: Prediction
-    ) -> Combination:
-        """Coefficients of the velocity or the flow at times of shape ``*``.
-
-        Raises
-        ------
-        ValueError
-            If the process has more than one component.
-        """
-        if sde.components != 1:
-            msg = (
-                f"a prediction of the {kind} needs a process of one component; "
-                f"{type(sde).__name__} has {sde.components}. Use 'noise' or 'data'"
-            )
-            raise ValueError(msg)
-        alpha, sigma = whitened.psi[..., 0, 0], whitened.root[..., 0, 0]
-        if kind == "velocity":
-            return cls(alpha, sigma, -sigma, alpha)
-        return cls(alpha, sigma, *sde.dynamics.rates(t, sde.initial_covariance[0, 0]))
-
-    @property
-    def determinant(self) -> Tensor:
-        """α b − σ a > 0."""
-        return self.alpha * self.of_noise - self.sigma * self.of_data
+    rates = partial(sde.dynamics.rates, t, sde.initial_covariance[0, 0])
+    parts = (ordered, inverse, psi, inverse @ psi, noise)
+    return WhitenedKernel(*parts, t, sde.driven, rates, sde.regular_until)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,11 +387,11 @@ class Conversion:
         one_of(target, Prediction, "target")
         one_of(conditioning, Conditioning, "conditioning")
         whitened = whiten(sde, sde.marginal(times), times)
-        noise_root = whitened.driven_root()
+        noise_root = None
         if conditioning == "all" and "noise" in (source, target):
             given_all = conditional_kernel(sde, times, conditioning)
             noise_root = whiten(sde, given_all, times).driven_root()
-        return _Converter(sde, whitened, noise_root, times).convert(source, target)
+        return whitened.convert(source, target, noise_root)
 
     def __call__(self, z: Tensor, value: Tensor) -> Tensor:
         """Convert a prediction at a state.
@@ -285,182 +425,3 @@ class Conversion:
         rows = value.unsqueeze(1) if self.source == "data" else value
         out = apply_blocks(self.state, z) + apply_blocks(self.value, rows)
         return out[:, 0] if self.target == "data" else out
-
-
-def _block(x: Tensor) -> Tensor:
-    return x[..., None, None]
-
-
-class _Linear(NamedTuple):
-    """Coefficients of a quantity that is linear in the state and in the given prediction."""
-
-    state: Tensor
-    value: Tensor
-
-    def through(self, matrix: Tensor) -> _Linear:
-        return _Linear(matrix @ self.state, matrix @ self.value)
-
-
-class _Converter:
-    """Converts between all predictions by way of two: the driven noise n given x_0, and x̂₀."""
-
-    def __init__(
-        self, sde: LinearSDE, whitened: WhitenedKernel, noise_root: Tensor, times: Tensor
-    ) -> None:
-        self.sde = sde
-        self.whitened = whitened
-        self.noise_root = noise_root
-        self.times = times
-        self.driven = list(sde.driven)
-        self.d = len(sde.driven)
-        self.k = sde.components
-
-    def convert(self, source: Prediction, target: Prediction) -> Conversion:
-        rows = {"data": 1, "full_score": self.k}.get(source, self.d)
-        identity = self._eye(rows)
-        given = _Linear(identity.new_zeros(*identity.shape[:-1], self.k), identity)
-        if source == target:
-            return Conversion(*given, source, target)
-        if source in _OF_ONE_COMPONENT:
-            result = self._from_combination(source, target)
-        elif source == "full_score":
-            result = self._from_full_score(target)
-        elif source == "data":
-            result = self._from_data(given, target)
-        elif source == "score":
-            result = self._from_noise(given.through(-self.whitened.driven_root().mT), target)
-        else:
-            result = self._from_noise(given.through(self._from_noise_root()), target)
-        return Conversion(*result, source, target)
-
-    def _eye(self, n: int) -> Tensor:
-        return torch.eye(n, dtype=torch.float64, device="cpu").expand(*self.times.shape, n, n)
-
-    def _from_noise_root(self) -> Tensor:
-        """Matrix from the noise of the chosen conditioning to the noise given x_0."""
-        return (triangular_inverse(self.noise_root) @ self.whitened.driven_root()).mT
-
-    def _finish(self, noise: _Linear, target: Prediction) -> _Linear:
-        """Convert the noise given x_0 to the noise of the chosen conditioning, or to the score."""
-        to_score = -triangular_inverse(self.whitened.driven_root()).mT
-        if target == "score":
-            return noise.through(to_score)
-        return noise.through(-self.noise_root.mT @ to_score)
-
-    def _from_noise(self, noise: _Linear, target: Prediction) -> _Linear:
-        if target in ("score", "noise"):
-            return self._finish(noise, target)
-        if target in _OF_ONE_COMPONENT:
-            # Insert x_0 = (x − σ n) / α into a x_0 + b n.
-            of = self._combination(target)
-            self._power()
-            return _Linear(
-                _block(of.of_data / of.alpha) + _block(of.determinant / of.alpha) @ noise.state,
-                _block(of.determinant / of.alpha) @ noise.value,
-            )
-        c, inverse = self.whitened.signal, self.whitened.inverse
-        gain = c[..., -self.d :, :].mT / self._driven_power()
-        data = _Linear(gain @ (inverse[..., -self.d :, :] - noise.state), -gain @ noise.value)
-        if target == "data":
-            return data
-        # The full score is s = −L⁻ᵀ (w_r − c_r x̂₀, n).
-        self._check_resolved()
-        rest = c[..., : -self.d, :]
-        return _Linear(
-            torch.cat([inverse[..., : -self.d, :] - rest @ data.state, noise.state], dim=-2),
-            torch.cat([-rest @ data.value, noise.value], dim=-2),
-        ).through(-inverse.mT)
-
-    def _from_data(self, data: _Linear, target: Prediction) -> _Linear:
-        residual = _Linear(
-            self.whitened.inverse - self.whitened.signal @ data.state, -self.whitened.signal
-        )
-        if target == "full_score":
-            self._check_resolved()
-            return residual.through(-self.whitened.inverse.mT)
-        if target in _OF_ONE_COMPONENT:
-            # Insert n = (x − α x_0) / σ into a x_0 + b n.
-            of = self._combination(target)
-            return _Linear(_block(of.of_noise / of.sigma), _block(-of.determinant / of.sigma))
-        driven = _Linear(residual.state[..., -self.d :, :], residual.value[..., -self.d :, :])
-        return self._finish(driven, target)
-
-    def _combination(self, kind: Prediction) -> Combination:
-        return Combination.at(self.sde, self.whitened, self.times, kind)
-
-    def _from_combination(self, source: Prediction, target: Prediction) -> _Linear:
-        """Solve x = α x_0 + σ n and the prediction a x_0 + b n for the data or the noise."""
-        of = self._combination(source)
-        scale = 1 / of.determinant
-        if target in ("data", *_OF_ONE_COMPONENT):
-            data = _Linear(_block(of.of_noise * scale), _block(-of.sigma * scale))
-            if target == "data":
-                return data
-            # Express a' x_0 + b' n by x = α x_0 + σ n and by the source a x_0 + b n.
-            to = self._combination(target)
-            return _Linear(
-                _block((to.of_data * of.of_noise - to.of_noise * of.of_data) * scale),
-                _block(to.determinant * scale),
-            )
-        noise = _Linear(_block(-of.of_data * scale), _block(of.alpha * scale))
-        return self._from_noise(noise, target)
-
-    def _from_full_score(self, target: Prediction) -> _Linear:
-        if target in _OF_ONE_COMPONENT:
-            self._combination(target)  # raises if there are several components
-            given = _Linear(torch.zeros_like(self._eye(1)), self._eye(1))
-            return self._from_noise(given.through(-self.whitened.driven_root().mT), target)
-        c, inverse = self.whitened.signal, self.whitened.inverse
-        if target == "data":
-            # Least squares over all rows: x̂₀ = ψᵀ(Σ⁻¹z + s) / ψᵀΣ⁻¹ψ.
-            power = self._power()
-            return _Linear(c.mT @ inverse / power, self.whitened.psi.mT / power)
-        select = self._eye(self.k)[..., self.driven, :]
-        score = _Linear(torch.zeros_like(select), select)
-        if target == "score":
-            return score
-        return score.through(-self.noise_root.mT)
-
-    def _power(self) -> Tensor:
-        """ψᵀΣ⁻¹ψ; raise ValueError if it is zero, because the state then does not depend on x_0."""
-        power = self.whitened.information()[..., None, None]
-        if not bool((power > 0).all()):
-            end = self.sde.regular_until
-            advice = f"take t ≤ {end:.15g}" if end < 1 else "end earlier or lower beta"
-            msg = (
-                "t must be earlier: nothing of x_0 is left in the state at "
-                f"t = {float(self.times.detach().max()):g}, so the score does not determine it; "
-                f"{advice}"
-            )
-            raise ValueError(msg)
-        return power
-
-    def _check_resolved(self) -> None:
-        """Raise ValueError if rounding of x̂₀ leaves no digit of the full score."""
-        if self.whitened.signal.shape[-2] == self.d:
-            return  # all components are driven
-        loss = torch.finfo(torch.float64).eps * self._power().sqrt().flatten()
-        if len(loss) and float(loss.detach().max()) > 1e-4:
-            where = float(self.times.detach().flatten()[loss.argmax()])
-            msg = (
-                f"t must be later for the full score: at t = {where:g} the state determines x_0 so "
-                "exactly that float64 holds no digit of it"
-            )
-            raise ValueError(msg)
-
-    def _driven_power(self) -> Tensor:
-        """Contribution of the driven rows to ψᵀΣ⁻¹ψ; raise if they do not determine x_0."""
-        power = self._power()
-        driven = self.whitened.signal[..., -self.d :, :].square().sum((-2, -1), keepdim=True)
-        amplification = (power / driven).sqrt().flatten()
-        worst = float(amplification.detach().max()) if len(amplification) else 1.0
-        if not worst <= _LARGEST_AMPLIFICATION:
-            where = float(self.times.detach().flatten()[amplification.argmax()])
-            msg = (
-                f"the score of the driven components {tuple(self.driven)} does not determine x_0 "
-                f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
-                "processes have such times; use critical damping or more, or a solver that needs "
-                "no x_0, such as SSCS or StochasticHeun"
-            )
-            raise ValueError(msg)
-        return driven

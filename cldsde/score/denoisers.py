@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,24 +11,22 @@ from torch import Tensor, nn
 
 from cldsde.linear.checks import check_callable
 from cldsde.score.checks import one_of
+from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator
 from cldsde.score.noise_levels import checked_levels
 from cldsde.score.paths import NoisePath
 from cldsde.score.times import PlannedTime, coefficients_at
 
-__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "Predicts", "as_denoiser", "input_dtype"]
-
-Predicts = Literal["noise", "data", "velocity", "flow", "score"]
-"""Prediction of a network from x = α x_0 + σ n.
-
-``"noise"``: n. ``"data"``: x_0. ``"velocity"``: α n − σ x_0, often called v. ``"flow"``:
-α' x_0 + σ' n, the velocity of flow matching. ``"score"``: −n/σ."""
+__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "as_denoiser", "input_dtype"]
 
 Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 """Form in which a network receives the noise level.
 
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: log(α²/σ²)."""
+
+
+_TINY = 1e-100
 
 
 class Denoiser(Estimator):
@@ -91,7 +90,9 @@ class PredictionDenoiser(Denoiser):
     path
         Signal and noise of the network's training.
     predicts
-        The network's prediction: `Predicts`.
+        Prediction of the network from x = α x_0 + σ n. ``"noise"``: n. ``"data"``: x_0.
+        ``"velocity"``: α n − σ x_0, often called v. ``"flow"``: α' x_0 + σ' n, the velocity of flow
+        matching. ``"score"``: −n/σ.
     clock
         Form in which the network receives the noise level: one of `Clock`, or a function of the
         path's times, float64 ``(n,)`` to ``(n,)``.
@@ -123,7 +124,7 @@ class PredictionDenoiser(Denoiser):
         self,
         network: Callable[..., Tensor],
         path: NoisePath,
-        predicts: Predicts = "noise",
+        predicts: Prediction = "noise",
         *,
         clock: Clock | Callable[[Tensor], Tensor] = "time",
     ) -> None:
@@ -132,7 +133,7 @@ class PredictionDenoiser(Denoiser):
         if not isinstance(path, NoisePath):
             msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
             raise TypeError(msg)
-        one_of(predicts, Predicts, "predicts")
+        one_of(predicts, TRAINED, "predicts")
         if not callable(clock):
             one_of(clock, Clock, "clock")
         if clock == "index" and path.interval[1] <= 1:
@@ -207,19 +208,11 @@ class PredictionDenoiser(Denoiser):
 
     def _estimate(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of u = x/α and of the network's output in the estimate of x_0."""
-        one = torch.ones_like(alpha)
-        if self.predicts == "data":
-            return torch.zeros_like(alpha), one
-        if self.predicts == "noise":
-            return one, -sigma / alpha
-        if self.predicts == "score":
-            return one, sigma.square() / alpha
-        if self.predicts == "velocity":
-            power = alpha.square() + sigma.square()
-            return alpha.square() / power, -sigma / power
-        alpha_rate, sigma_rate = self.path.slopes(t)
-        power = alpha * sigma_rate - alpha_rate * sigma
-        return alpha * sigma_rate / power, -sigma / power
+        # A tiny σ in place of 0 has the same estimate to rounding, and a finite x/σ.
+        sigma = sigma.clamp_min(_TINY)
+        whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
+        convert = whitened.convert(self.predicts, "data")
+        return alpha * convert.state[..., 0, 0], convert.value[..., 0, 0]
 
     def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
         if callable(self.clock):

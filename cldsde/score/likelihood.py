@@ -201,18 +201,15 @@ def _perturbed(
     z, epsilon = kernel.perturb(mean, generator=generator)
     # In whitened coordinates w = L⁻¹(z − ψx_0) the error of x̃ is c·w/|c|². Both Gaussians are
     # functions of the same noise, so p(x_0|z)/q(z|x_0) depends on the directions normal to c only.
-    return z, _noise_ratio(whitened.inverse @ kernel.root, whitened.signal, epsilon, kernel.root)
-
-
-def _noise_ratio(rotation: Tensor, signal: Tensor, epsilon: Tensor, root: Tensor) -> Tensor:
-    precision = torch.promote_types(epsilon.dtype, torch.float32)
-    white = flatten_data(apply_blocks(rotation, epsilon.to(precision)))
-    size = torch.linalg.vector_norm(signal)
-    along = (apply_blocks((signal / size).mT, white)).squeeze(1)
+    epsilon = epsilon.to(torch.promote_types(epsilon.dtype, torch.float32))
+    white = flatten_data(apply_blocks(whitened.inverse @ kernel.root, epsilon))
+    size = torch.linalg.vector_norm(whitened.signal)
+    along = apply_blocks((whitened.signal / size).mT, white).squeeze(1)
     k, dimension = white.shape[1:]
     quadratic = white.square().sum((1, 2)) - along.square().sum(1)
-    log_det = float((root.diagonal().log().sum() + size.log()).detach())
-    return 0.5 * quadratic + dimension * (log_det + 0.5 * (k - 1) * math.log(2 * math.pi))
+    log_det = float((kernel.root.diagonal().log().sum() + size.log()).detach())
+    constant = dimension * (log_det + 0.5 * (k - 1) * math.log(2 * math.pi))
+    return z, 0.5 * quadratic + constant
 
 
 def _replaced(

@@ -25,9 +25,11 @@ from cldsde.linear.random import Generators, check_generator
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import (
-    Combination,
+    MEASURED,
+    TRAINED,
     Conditioning,
     Conversion,
+    Prediction,
     WhitenedKernel,
     conditional_kernel,
     whiten,
@@ -36,19 +38,11 @@ from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument, score_times
 
 __all__ = [
-    "Measured",
     "PerturbedData",
-    "Target",
     "Weighting",
     "optimal_loss",
     "score_matching_loss",
 ]
-
-Target = Literal["score", "noise", "data", "velocity", "flow"]
-"""Prediction that a network is trained for; see `cldsde.score.conversion.Prediction`."""
-
-Measured = Literal["noise", "velocity", "flow"]
-"""Quantity whose squared error is the loss. ``"flow"`` is the loss of flow matching."""
 
 Weighting = Literal["reweighted", "likelihood"] | Callable[[Tensor], Tensor]
 r"""Weighting of errors over time. ``"reweighted"``: the mean squared error of the noise, or of the
@@ -144,7 +138,7 @@ class PerturbedData:
         noise = apply_blocks(whitened.noise, epsilon)
         return cls(sde, x0, z, noise, times, kernel, conditioning, whitened)
 
-    def target(self, prediction: Target = "score") -> Tensor:
+    def target(self, prediction: Prediction = "score") -> Tensor:
         """Training target of a network that predicts the given quantity.
 
         Returns
@@ -159,24 +153,23 @@ class PerturbedData:
             If the prediction is unknown, or is a velocity or a flow and the process has several
             components or the states were drawn given all of z_0.
         """
-        one_of(prediction, Target, "prediction")
-        if prediction in ("velocity", "flow"):
-            of = self._combination(prediction)
-            x0 = self.x0.unsqueeze(1)
-            return _scaled(of.of_data, x0) + _scaled(of.of_noise, self.noise)
-        if prediction == "data":
-            return self.x0
-        if prediction == "noise":
-            return self.noise
-        return apply_blocks(-triangular_inverse(self.whitened.driven_root()).mT, self.noise)
+        one_of(prediction, TRAINED, "prediction")
+        self._check_given_data(prediction)
+        if prediction in ("data", "noise"):
+            return self.x0 if prediction == "data" else self.noise
+        form = self.whitened.form(prediction)
+        noise = apply_blocks(form.noise, self.noise)
+        if form.inverse is not None:  # a score
+            return noise
+        return noise + apply_blocks(form.data, self.x0.unsqueeze(1))
 
     def loss(
         self,
         output: Tensor,
-        prediction: Target = "noise",
+        prediction: Prediction = "noise",
         *,
         weighting: Weighting = "reweighted",
-        measured: Measured | None = None,
+        measured: Prediction | None = None,
     ) -> Tensor:
         """Score-matching loss of each sample, ``(B,)``, for a network's output at ``z``.
 
@@ -200,10 +193,10 @@ class PerturbedData:
             If the output has another shape or an option is unknown. Also if a velocity or a flow is
             used with several components, or with states drawn given all of z_0.
         """
-        one_of(prediction, Target, "prediction")
+        one_of(prediction, TRAINED, "prediction")
         if measured is None:
             measured = prediction if prediction in ("velocity", "flow") else "noise"
-        one_of(measured, Measured, "measured")
+        one_of(measured, MEASURED, "measured")
         if not isinstance(output, Tensor):
             msg = f"output must be a tensor; got {type(output).__name__}"
             raise TypeError(msg)
@@ -216,73 +209,41 @@ class PerturbedData:
             raise ValueError(msg)
         output = output.to(self.noise.dtype)
         if weighting == "likelihood":
-            if prediction != "data" and self.sde.regular_until < self.sde.T:
-                self._check_before_end()
-            error = self._noise_error(output, prediction)
-            pulled = apply_blocks(likelihood_rows(self.sde, self.t, self.whitened), error)
+            diverges = self.sde.regular_until < self.sde.T and bool((self.t == self.sde.T).any())
+            if diverges and prediction != "data":
+                msg = (
+                    f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
+                    "diffusion of this process diverges there; draw earlier times or use "
+                    "prediction='data'"
+                )
+                raise ValueError(msg)
+            error = self._error(output, prediction, "noise")
+            pulled = apply_blocks(likelihood_rows(self.sde, self.whitened), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
         error = self._error(output, prediction, measured)
         return _weights(weighting, self.t).to(error) * error.square().flatten(1).mean(1)
 
-    def _error(self, output: Tensor, prediction: Target, measured: Measured) -> Tensor:
-        """Error of the measured quantity."""
-        if measured == "noise":
-            return self._noise_error(output, prediction)
-        if prediction == measured:
-            return output - self.target(measured)
-        of = self._combination(measured)
-        if prediction == "data":
-            return _scaled(-of.determinant / of.sigma, (output - self.x0).unsqueeze(1))
-        if prediction in ("velocity", "flow"):
-            # The error of each is −det/σ times the error of the data.
-            given = self._combination(prediction)
-            return _scaled(of.determinant / given.determinant, output - self.target(prediction))
-        return _scaled(of.determinant / of.alpha, self._noise_error(output, prediction))
-
-    def _noise_error(self, output: Tensor, prediction: Target) -> Tensor:
-        """Error of the noise after conversion of the prediction."""
-        if prediction in ("velocity", "flow"):
-            of = self._combination(prediction)
-            return _scaled(of.alpha / of.determinant, output - self.target(prediction))
-        if prediction == "data" and self.conditioning == "data":
-            # n(x̂₀) − n* = (w − c x̂₀) − (w − c x_0) = c (x_0 − x̂₀), which does not cancel.
-            driven = self.whitened.signal[..., -self.noise.shape[1] :, :]
-            return apply_blocks(driven, (self.x0 - output).unsqueeze(1))
-        if prediction == "data":
+    def _error(self, output: Tensor, prediction: Prediction, measured: Prediction) -> Tensor:
+        """Error of the measured quantity, converted from the prediction."""
+        self._check_given_data(measured)
+        if self.conditioning == "all" and prediction == "data":
+            # The noise given all of z_0 does not follow from the data and the state alone.
             convert = Conversion.at(self.sde, self.t, "data", "noise", conditioning="all")
             return convert(self.z, output) - self.noise
-        if prediction == "score":
-            return apply_blocks(-self.whitened.driven_root().mT, output) - self.noise
-        return output - self.noise
+        # The difference comes before the conversion. Noises of x̂_0 and x_0 would cancel.
+        error = output - self.target(prediction)
+        if prediction == measured:
+            return error
+        convert = self.whitened.convert(prediction, measured)
+        return apply_blocks(convert.value, error.unsqueeze(1) if prediction == "data" else error)
 
-    def _check_before_end(self) -> None:
-        if bool((self.t == self.sde.T).any()):
-            msg = (
-                f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
-                "diffusion of this process diverges there; draw earlier times or use "
-                "prediction='data'"
-            )
-            raise ValueError(msg)
-
-    def _combination(self, kind: Target) -> Combination:
-        if self.conditioning != "data":
+    def _check_given_data(self, kind: Prediction) -> None:
+        if self.conditioning != "data" and kind in ("velocity", "flow"):
             msg = (
                 f"conditioning must be 'data' for a prediction of the {kind}; got "
                 f"{self.conditioning!r}"
             )
             raise ValueError(msg)
-        return Combination.at(self.sde, self.whitened, self.t, kind)
-
-
-def _scaled(factor: Tensor, values: Tensor) -> Tensor:
-    """Values ``(B, 1, *D)`` times a finite factor ``()`` or ``(B,)``."""
-    if not bool(factor.detach().isfinite().all()):
-        msg = (
-            "t must be earlier, because the error of this prediction is infinite when nothing of "
-            "the data is left; draw earlier times, or use another prediction"
-        )
-        raise ValueError(msg)
-    return apply_blocks(factor[..., None, None], values)
 
 
 def score_matching_loss(
@@ -291,7 +252,7 @@ def score_matching_loss(
     x0: Tensor,
     t: TimeLike,
     *,
-    prediction: Target = "score",
+    prediction: Prediction = "score",
     conditioning: Conditioning = "data",
     weighting: Weighting = "reweighted",
     generator: torch.Generator | None = None,
@@ -402,16 +363,16 @@ def optimal_loss(
     d = len(sde.driven)
     unknown = C[..., -d:, :] @ triangular_inverse(factor).mT
     if weighting == "likelihood":
-        pulled = likelihood_rows(sde, times, whitened) @ unknown
+        pulled = likelihood_rows(sde, whitened) @ unknown
         return 0.5 * pulled.square().sum((-2, -1))
     return _weights(weighting, times) * unknown.square().sum((-2, -1)) / d
 
 
-def likelihood_rows(sde: LinearSDE, t: Tensor, whitened: WhitenedKernel) -> Tensor:
+def likelihood_rows(sde: LinearSDE, whitened: WhitenedKernel) -> Tensor:
     """Matrix (L_dd⁻¹ G_d)ᵀ from an error of the noise to an error of −Gᵀs, ``(*, r, d)``."""
     # G of an interpolant diverges at t = 1. An error that is α times an error of the data is zero
     # there for any finite matrix. `PerturbedData.loss` raises for the other predictions.
-    end = sde.regular_until
+    t, end = whitened.times, sde.regular_until
     finite = torch.where((t == sde.T) & (end < sde.T), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]
     return (triangular_inverse(whitened.driven_root()) @ G).mT

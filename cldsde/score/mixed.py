@@ -45,9 +45,15 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.conversion import Combination, Conversion, WhitenedKernel, whiten
-from cldsde.score.matching import Measured, PerturbedData, Weighting
-from cldsde.score.network_score import Inputs, NetworkScore, Output
+from cldsde.score.conversion import (
+    MEASURED,
+    Conversion,
+    Prediction,
+    WhitenedKernel,
+    whiten,
+)
+from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import LogSNRDensity
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
@@ -200,7 +206,7 @@ class MixedScore(NetworkScore):
         z: Tensor,
         t: TimeLike,
         planned: PlannedTime | None,
-        prediction: Output,
+        prediction: Prediction,
         condition: Tensor | None,
     ) -> Tensor:
         table = coefficients_at(
@@ -222,7 +228,7 @@ class MixedScore(NetworkScore):
         self,
         pair: PerturbedData,
         *,
-        prediction: Measured = "noise",
+        prediction: Prediction = "noise",
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
@@ -241,13 +247,13 @@ class MixedScore(NetworkScore):
         condition
             Condition of each sample, or of all; see `NetworkScore`.
         """
-        one_of(prediction, Measured, "prediction")
+        one_of(prediction, MEASURED, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
             return self._loss_of_score(pair, prediction, weighting, condition)
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
-            known = weighting.of_kernel(pair.t, pair.whitened, coefficients)
+            known = weighting.of_kernel(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         if prediction != "noise" and self._of_data:
             data = self._data(pair.z, coefficients.to(pair.z), condition)
@@ -260,18 +266,17 @@ class MixedScore(NetworkScore):
         """Whether `_data` gives the data prediction directly, without the noise."""
         return self.sde.components == 1 and self.mixing_logits is None
 
-    def residual_variance(self, t: Tensor, prediction: Measured = "noise") -> Tensor:
+    def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.
 
         It is the loss of the untrained model on Gaussian data. As the density of a `TimeSampler`
         it gives all times the same share of the training signal.
         """
-        one_of(prediction, Measured, "prediction")
+        one_of(prediction, MEASURED, "prediction")
         if prediction == "noise":
             return self._coefficients(t).residual_variance()
-        whitened = whiten(self.sde, self.sde.marginal(t), t)
-        of = Combination.at(self.sde, whitened, t, prediction)
-        scale = (of.determinant / of.sigma).square()
+        convert = whiten(self.sde, self.sde.marginal(t), t).convert("data", prediction)
+        scale = convert.value[..., 0, 0].square()
         return scale * self._coefficients(t).data_residual_variance()
 
     def log_snr_weighting(
@@ -421,8 +426,6 @@ class _LogSNRWeighting:
     def __call__(self, t: Tensor) -> Tensor:
         return self.density(t) / self.model.residual_variance(t)
 
-    def of_kernel(
-        self, times: Tensor, whitened: WhitenedKernel, coefficients: _Coefficients
-    ) -> Tensor:
+    def of_kernel(self, whitened: WhitenedKernel, coefficients: _Coefficients) -> Tensor:
         """The weights from kernel and coefficients that the loss has computed already."""
-        return self.density.of_kernel(times, whitened) / coefficients.residual_variance()
+        return self.density.of_kernel(whitened) / coefficients.residual_variance()

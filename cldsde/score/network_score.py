@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import one_of
+from cldsde.score.conversion import TRAINED, Prediction
 from cldsde.score.denoisers import input_dtype
-from cldsde.score.matching import Measured, PerturbedData, Weighting
+from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
 from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.times import PlannedTime
 
-__all__ = ["Inputs", "NetworkScore", "Output"]
-
-Output = Literal["score", "noise", "data", "velocity", "flow"]
+__all__ = ["Inputs", "NetworkScore"]
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
@@ -59,7 +58,7 @@ class NetworkScore(Score, ABC):
         t: TimeLike,
         *,
         planned: PlannedTime | None = None,
-        prediction: Output = "score",
+        prediction: Prediction = "score",
         condition: Tensor | None = None,
     ) -> Tensor:
         """Score of the driven components, or another prediction, ``(B, len(driven), *D)``.
@@ -85,7 +84,7 @@ class NetworkScore(Score, ABC):
         ValueError
             If shapes do not fit, ``prediction`` is unknown, or a time is not above 0.
         """
-        one_of(prediction, Output, "prediction")
+        one_of(prediction, TRAINED, "prediction")
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
         return self._predict(wide, t, planned, prediction, condition).to(z.dtype)
 
@@ -99,7 +98,7 @@ class NetworkScore(Score, ABC):
     def _loss_of_score(
         self,
         pair: PerturbedData,
-        prediction: Measured,
+        prediction: Prediction,
         weighting: Weighting,
         condition: Tensor | None,
     ) -> Tensor:
@@ -113,7 +112,7 @@ class NetworkScore(Score, ABC):
         z: Tensor,
         t: TimeLike,
         planned: PlannedTime | None,
-        prediction: Output,
+        prediction: Prediction,
         condition: Tensor | None,
     ) -> Tensor:
         """The prediction at a state that has been checked, in single precision at least."""

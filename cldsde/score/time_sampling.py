@@ -194,7 +194,7 @@ def log_snr_density(
 
 @dataclass(frozen=True)
 class LogSNRDensity:
-    """Result of `log_snr_density`."""
+    """Result of `log_snr_density`, with a method for kernels that a loss has whitened already."""
 
     sde: LinearSDE
     mean: float
@@ -203,26 +203,21 @@ class LogSNRDensity:
     def __post_init__(self) -> None:
         """Check the process and the numbers."""
         check_process(self.sde)
-        check_positive(self.std, "std")
-        if not math.isfinite(as_number(self.mean, "mean")):
-            msg = f"mean must be finite; got {self.mean!r}"
-            raise ValueError(msg)
+        _check_normal(self.mean, self.std)
 
     def __call__(self, t: Tensor) -> Tensor:
         """Density at times of any shape in (0, 1]."""
         times = as_times(t, "t", self.sde.T)
-        return self.of_kernel(times, whiten(self.sde, self.sde.marginal(times), times))
+        return self.of_kernel(whiten(self.sde, self.sde.marginal(times), times))
 
-    def of_kernel(self, times: Tensor, whitened: WhitenedKernel) -> Tensor:
+    def of_kernel(self, whitened: WhitenedKernel) -> Tensor:
         """Density at times whose whitened kernel is known."""
         information = whitened.information()
         driven = whitened.signal[..., -len(self.sde.driven) :, :]
-        pulled = likelihood_rows(self.sde, times, whitened) @ driven
+        pulled = likelihood_rows(self.sde, whitened) @ driven
         nothing = information == 0
         rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
-        # Clamp at 30 standard deviations, because weights divide by the density.
-        distance = ((0.5 * information.log() - self.mean) / self.std).clamp(-30, 30)
-        return rate * torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
+        return rate * _normal(0.5 * information.log(), self.mean, self.std)
 
 
 def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -254,29 +249,13 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
     '0.00, 1.00'
     """
-    return LogitNormalDensity(mean, std)
+    _check_normal(mean, std)
+    return partial(_logit_normal, mean=mean, std=std)
 
 
-@dataclass(frozen=True)
-class LogitNormalDensity:
-    """Result of `logit_normal_density`."""
-
-    mean: float
-    std: float
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_positive(self.std, "std")
-        if not math.isfinite(as_number(self.mean, "mean")):
-            msg = f"mean must be finite; got {self.mean!r}"
-            raise ValueError(msg)
-
-    def __call__(self, t: Tensor | float) -> Tensor:
-        """Density at times of any shape in (0, 1]."""
-        times = as_times(t, "t", 1.0).clamp(1e-12, 1 - 1e-12)
-        distance = ((times.logit() - self.mean) / self.std).clamp(-30, 30)
-        normal = torch.exp(-0.5 * distance.square()) / (self.std * math.sqrt(2 * math.pi))
-        return normal / (times * (1 - times))
+def _logit_normal(t: Tensor | float, mean: float, std: float) -> Tensor:
+    times = as_times(t, "t", 1.0).clamp(1e-12, 1 - 1e-12)
+    return _normal(times.logit(), mean, std) / (times * (1 - times))
 
 
 def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
@@ -306,27 +285,31 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     >>> f"{density(0.5):.2f} {density(1.0):.2f}"
     '3.79 0.44'
     """
-    return ModeDensity(scale)
+    check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
+    return partial(_mode, scale=scale)
 
 
-@dataclass(frozen=True)
-class ModeDensity:
-    """Result of `mode_density`."""
-
-    scale: float
-
-    def __post_init__(self) -> None:
-        """Check the scale."""
-        check_between(self.scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
-
-    def __call__(self, t: Tensor | float) -> Tensor:
-        """Density at times of any shape in [0, 1]."""
-        times = as_times(t, "t", 1.0)
-        low, high = torch.zeros_like(times), torch.ones_like(times)
-        for _ in range(60):  # bisection; t decreases with u
-            u = (low + high) / 2
-            curve = (math.pi / 2 * u).cos().square() - 1 + u
-            above = 1 - u - self.scale * curve > times
-            low, high = torch.where(above, u, low), torch.where(above, high, u)
+def _mode(t: Tensor | float, scale: float) -> Tensor:
+    times = as_times(t, "t", 1.0)
+    low, high = torch.zeros_like(times), torch.ones_like(times)
+    for _ in range(60):  # bisection; t decreases with u
         u = (low + high) / 2
-        return 1 / (1 + self.scale * (1 - math.pi / 2 * (math.pi * u).sin()))
+        curve = (math.pi / 2 * u).cos().square() - 1 + u
+        above = 1 - u - scale * curve > times
+        low, high = torch.where(above, u, low), torch.where(above, high, u)
+    u = (low + high) / 2
+    return 1 / (1 + scale * (1 - math.pi / 2 * (math.pi * u).sin()))
+
+
+def _check_normal(mean: float, std: float) -> None:
+    """Raise ValueError unless the numbers are the moments of a normal distribution."""
+    check_positive(std, "std")
+    if not math.isfinite(as_number(mean, "mean")):
+        msg = f"mean must be finite; got {mean!r}"
+        raise ValueError(msg)
+
+
+def _normal(x: Tensor, mean: float, std: float) -> Tensor:
+    """Normal density, clamped at 30 standard deviations, because weights divide by it."""
+    distance = ((x - mean) / std).clamp(-30, 30)
+    return torch.exp(-0.5 * distance.square()) / (std * math.sqrt(2 * math.pi))

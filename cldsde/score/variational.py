@@ -33,7 +33,6 @@ last term is the entropy of z given x_0. The evidence lower bound has the decode
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,7 +44,8 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
-from cldsde.score.matching import PerturbedData, Target
+from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.matching import PerturbedData
 from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument
 
@@ -62,7 +62,7 @@ def evidence_lower_bound(
     weight: Tensor | float = 1.0,
     *,
     t_min: float,
-    prediction: Target = "score",
+    prediction: Prediction = "score",
     data_mean: Tensor | float = 0.0,
     data_variance: float | None = None,
     generator: torch.Generator | None = None,
@@ -116,7 +116,7 @@ def evidence_lower_bound(
     '-1.4...'
     """
     check_process(sde)
-    one_of(prediction, Target, "prediction")
+    one_of(prediction, TRAINED, "prediction")
     if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
         msg = "data_variance must be given with data_mean, for the control variate; got None"
         raise ValueError(msg)
@@ -127,10 +127,10 @@ def evidence_lower_bound(
     known: Tensor | float = 0.0
     baseline: Tensor | float = 0.0
     if data_variance is not None:
-        reference = _GaussianReference(data_mean, data_variance)
-        guess = reference.noise_prediction(pair)
+        mean = _broadcast_mean(data_mean, x0)
+        guess = _gaussian_noise(pair, mean, data_variance)
         baseline = pair.loss(guess, "noise", weighting="likelihood")
-        known = reference.diffusion_term(sde, x0, t_min)
+        known = _gaussian_diffusion(pair, mean, data_variance, t_min)
     output = model(pair.z, score_argument(pair.t, pair.z).expand(len(x0)))
     losses = pair.loss(output, prediction, weighting="likelihood") - baseline
     return -(cross_entropy(pair, losses, weight, t_min=t_min, of="data") + known)
@@ -256,51 +256,42 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
         raise ValueError(msg)
 
 
-@dataclass(frozen=True)
-class _GaussianReference:
-    """Gaussian data N(μ, s²), with closed forms of the best prediction and the diffusion term."""
+def _broadcast_mean(mean: Tensor | float, x0: Tensor) -> Tensor:
+    mean = torch.as_tensor(mean, dtype=x0.dtype, device=x0.device)
+    try:
+        return mean.expand(x0.shape)
+    except RuntimeError:
+        msg = f"data_mean must broadcast with x0, {tuple(x0.shape)}; got {tuple(mean.shape)}"
+        raise ValueError(msg) from None
 
-    mean: Tensor | float
-    variance: float
 
-    def noise_prediction(self, pair: PerturbedData) -> Tensor:
-        """E[n* | z_t] for Gaussian data, from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
+def _gaussian_noise(pair: PerturbedData, mean: Tensor, variance: float) -> Tensor:
+    """E[n* | z_t] for data N(μ, s²), from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
 
-        It is computed from the state, as a model's prediction is, so that both have the same
-        rounding errors.
-        """
-        whitened = pair.whitened
-        information = whitened.information()[..., None, None]
-        shrinkage = self.variance / (1 + self.variance * information)
-        gain = shrinkage * whitened.signal.mT @ whitened.inverse
-        driven = slice(-len(pair.sde.driven), None)
-        signal = whitened.signal[..., driven, :]
-        noise = whitened.inverse[..., driven, :] - signal @ gain
-        mean = self._mean(pair.x0).unsqueeze(1)
-        centred = pair.z - apply_blocks(whitened.psi, mean)
-        return apply_blocks(noise, centred)
+    It is computed from the state, as a model's prediction is, so that both have the same rounding
+    errors. The error of x̂_0 itself would have smaller ones, which cancel with nothing.
+    """
+    whitened, driven = pair.whitened, slice(-len(pair.sde.driven), None)
+    shrinkage = variance / (1 + variance * whitened.information()[..., None, None])
+    gain = shrinkage * whitened.signal.mT @ whitened.inverse
+    noise = whitened.inverse[..., driven, :] - whitened.signal[..., driven, :] @ gain
+    return apply_blocks(noise, pair.z - apply_blocks(whitened.psi, mean.unsqueeze(1)))
 
-    def diffusion_term(self, sde: LinearSDE, x0: Tensor, t_min: float) -> Tensor:
-        """½ ∫ E|x_0 − x̂_0|² (−dI) for this prediction and given data, ``(B,)`` nats.
 
-        With u = 1 + s²I the integrand is E(x_0 − x̂_0)² = [(x_0 − μ)² + s⁴ I] / u², a rational
-        function of I.
-        """
-        ends = torch.tensor([t_min, sde.T], dtype=torch.float64, device="cpu")
-        first, last = 1 + self.variance * (2 * sde.log_snr(ends)).exp()
-        square = flatten_data((x0 - self._mean(x0)).unsqueeze(1)).squeeze(1).square().sum(1)
-        dimension = math.prod(x0.shape[1:])
-        excess = square / self.variance - dimension
-        known: Tensor = excess * (1 / last - 1 / first).to(x0) + dimension * (first / last).log()
-        return 0.5 * known.to(x0)
+def _gaussian_diffusion(pair: PerturbedData, mean: Tensor, variance: float, t_min: float) -> Tensor:
+    """½ ∫ E|x_0 − x̂_0|² (−dI) for this prediction and given data, ``(B,)`` nats.
 
-    def _mean(self, x0: Tensor) -> Tensor:
-        mean = torch.as_tensor(self.mean, dtype=x0.dtype, device=x0.device)
-        try:
-            return mean.expand(x0.shape)
-        except RuntimeError:
-            msg = f"data_mean must broadcast with x0, {tuple(x0.shape)}; got {tuple(mean.shape)}"
-            raise ValueError(msg) from None
+    With u = 1 + s²I the integrand is E(x_0 − x̂_0)² = [(x_0 − μ)² + s⁴ I] / u², a rational
+    function of I.
+    """
+    sde, x0 = pair.sde, pair.x0
+    ends = torch.tensor([t_min, sde.T], dtype=torch.float64, device="cpu")
+    first, last = 1 + variance * (2 * sde.log_snr(ends)).exp()
+    square = flatten_data((x0 - mean).unsqueeze(1)).squeeze(1).square().sum(1)
+    dimension = math.prod(x0.shape[1:])
+    excess = square / variance - dimension
+    known: Tensor = excess * (1 / last - 1 / first).to(x0) + dimension * (first / last).log()
+    return 0.5 * known.to(x0)
 
 
 def _prior_divergence(sde: LinearSDE, x0: Tensor, prior: Gaussian) -> Tensor:

@@ -219,7 +219,7 @@ ROWS = [
     *each(partial(CONVERTED, source="data"), "needs a process of one", target=BOTH),
     *each([PAIR.target, EVALUATED], "needs a process of one", prediction=BOTH),
     *each(GIVEN_ALL.target, "conditioning must be 'data'", prediction=["flow"]),
-    *each(ENDED, "prediction is infinite", measured=["flow"]),
+    *each(ENDED, r"nothing of x_0 is left .* ≤ 0\.9933", measured=["flow"]),
     *each(END_LOSS, "t must be below 1 with", prediction=["noise", "score", *BOTH]),
     *each(partial(POINTS.score, CRITICAL), rows=["v", None]),
     *each(partial(POINTS.score, VP), "has no auxiliary", rows=["auxiliary"]),

@@ -36,7 +36,8 @@ from cldsde.score import (
     logit_normal_density,
     mode_density,
 )
-from cldsde.score.matching import Measured, Weighting
+from cldsde.score.conversion import Prediction
+from cldsde.score.matching import Weighting
 
 FrozenScore = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the weights of the score are constants."""
@@ -59,7 +60,7 @@ class ScoreMatching:
         settings = config.training
         self._sums = settings.reduction == "sum"
         self._conditioning = settings.conditioning
-        self._prediction: Measured = config.score.prediction
+        self._prediction: Prediction = config.score.prediction
         self._weighting: Weighting
         density = _density(score, settings, self._prediction)
         if settings.weighting == "log_snr":
@@ -153,7 +154,7 @@ class LatentObjective:
 
 
 def _density(
-    score: Any, settings: TrainingConfig, prediction: Measured
+    score: Any, settings: TrainingConfig, prediction: Prediction
 ) -> Callable[[Tensor], Tensor] | None:
     """Density of the times; None for the importance of the process alone."""
     if settings.times == "uniform":
