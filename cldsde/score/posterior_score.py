@@ -305,19 +305,18 @@ class PosteriorScore(ScoreWrapper):
     def _dense_roots(self, found: _Linearised, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Cholesky factors ``(B, m, m)`` of R and of the wide R of "pigdm"."""
         observation, shape = self.observation, found.data.shape[1:]
-        noise = observation.noise_std**2 * torch.eye(
-            residual[0].numel(), dtype=residual.dtype, device=residual.device
-        )
+        eye = torch.eye(residual[0].numel(), dtype=residual.dtype, device=residual.device)
+        noise = observation.noise_std**2 * eye
         wide = found.isotropic[:, None, None] * observation.gram(shape, residual)
         # If rows of A depend on each other and the noise is small, rounding would make R singular.
         trace = wide.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        rounding = 2 * torch.finfo(wide.dtype).eps * trace * noise.new_ones(len(noise)).diag()
+        rounding = 2 * torch.finfo(wide.dtype).eps * trace * eye
         wide_root: Tensor = torch.linalg.cholesky(wide + noise + rounding)
         wide_root = wide_root.expand(len(residual), -1, -1)
         if self.method == "pigdm" or not self.gradient:
             return wide_root, wide_root
         rows = []
-        for unit in torch.eye(len(noise), dtype=residual.dtype, device=residual.device):
+        for unit in eye:
             row = observation.adjoint(unit.reshape(1, *residual.shape[1:]), shape)
             seen = observation.forward(found.spread(row.expand_as(found.data)))
             rows.append(seen.flatten(1))

@@ -235,3 +235,14 @@ def test_a_condition_reaches_the_network():
     model(pair.z, 0.5, condition=torch.tensor(4))
     called(model, pair.z, known(0.5).arguments(pair.z)[0], condition=torch.tensor(5))
     assert seen == [[2, 0, 1], [4] * 3, [5] * 3]
+
+
+def test_a_network_gets_the_time_in_single_precision():
+    """And the state in the precision of its parameters, whatever the precision of the states."""
+    network, seen = nn.Linear(1, 1).to(torch.bfloat16), []
+    forward = lambda z, clock: seen.append((z.dtype, clock.dtype)) or z  # noqa: E731
+    network.forward = forward
+    model = MixedScore(network, VPSDE(), 0.0, 0.5)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert model(torch.zeros(3, 1, 1, dtype=dtype), 0.3).dtype == dtype
+    assert seen == [(torch.bfloat16, torch.float32)] * 2

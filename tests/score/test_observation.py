@@ -72,3 +72,10 @@ def test_conditioning_without_noise_fixes_what_is_seen():
     found = data.condition(Observation.matrix([[1.0, 0.0]], torch.tensor([1.0]), 0.0))
     assert found.means[0].tolist() == pytest.approx([1.0, 0.8], abs=rounding())
     assert found.covariances.flatten().tolist() == pytest.approx([0, 0, 0, 0.36], abs=rounding())
+
+
+def test_an_observation_keeps_values_of_its_own():
+    y = torch.zeros(3)
+    seen = Observation(lambda x: x, y, 0.1)
+    y += 1
+    assert seen.y.tolist() == [0.0, 0.0, 0.0]

@@ -10,7 +10,7 @@ from torch import nn
 
 import cldsde
 from cldsde import ReverseProcess, solvers
-from cldsde.score import score_matching_loss
+from cldsde.score import ConditionalScore, PosteriorScore, ScoreDenoiser, score_matching_loss
 from probes import Smooth, named_solvers, start
 from score.cases import mixture
 from simulated_device import Generator, SimulatedDevice, needs_simulation, simulated_device
@@ -220,3 +220,56 @@ def test_samples_in_one_call_have_the_bits_of_the_cpu():
     with the_device() as device:
         samples = partial(cldsde.sample, sde, mixture().score(sde), (3, 2), nfe=4)
         check_same([samples(device=DEVICE)], [samples(device="cpu")], device)
+
+
+CLD = cldsde.CLD()
+
+
+def denoised(u, sigma, variance):
+    """Best estimate for normal data of a variance per sample."""
+    variance = variance.reshape(-1, 1)
+    return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
+
+
+def observed(score, operator, **options):
+    """A posterior score whose operator and observation are tensors of the CPU."""
+    y = torch.tensor([0.5, -0.2], device="cpu")
+    with torch.device("cpu"):
+        seen = {
+            "mask": lambda: cldsde.Observation.mask(torch.tensor([True, True]), y, 0.3),
+            "matrix": lambda: cldsde.Observation.matrix([[1.0, 0.3], [0.2, 1.0]], y, 0.3),
+        }[operator]()
+    return PosteriorScore(score, seen, iterations=2, **options)
+
+
+COMPOSED = {
+    "conditional": lambda score: score,
+    "guided": lambda score: cldsde.GuidedScore(score, score, 1.5, interval=(0.1, 3.0)),
+    "posterior, mask": lambda score: observed(score, "mask"),
+    "posterior, matrix": lambda score: observed(score, "matrix"),
+    "posterior, without gradient": lambda score: observed(score, "matrix", gradient=False),
+    "of another process": lambda score: cldsde.DenoiserScore(
+        ScoreDenoiser(
+            cldsde.DenoiserScore(lambda u, sigma: u / (1 + sigma.square()[:, None]), CLD)
+        ),
+        CLD,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, device):
+    """Conditions and observations of the CPU move once; a longer solve copies no more."""
+
+    def process(place):
+        variance = torch.tensor([0.5, 1.0, 2.0], device="cpu")
+        score = ConditionalScore(cldsde.DenoiserScore(denoised, CLD), variance=variance)
+        return ReverseProcess(CLD, COMPOSED[name](score).to(place))
+
+    solver = SOLVERS["multistep-2-sde"]
+    with torch.device("cpu"):
+        on_cpu = solved(process("cpu"), solver, "cpu")
+    few, found = spent(device, process(DEVICE), solver)
+    check_same(found, on_cpu, device)
+    many, _ = spent(device, process(DEVICE), solver, steps=9)
+    assert many.to_device == few.to_device

@@ -1,13 +1,21 @@
 """`cldsde.sample`: samples in one call."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, GuidedScore, LinearSDE, NoisePath, solvers
-from cldsde.score import ConditionalScore, ReverseProcess, ScoreDenoiser
+from cldsde.score import (
+    ConditionalScore,
+    PosteriorScore,
+    ReverseProcess,
+    ScoreDenoiser,
+    ScoreWrapper,
+)
 from cldsde.solvers.sampling import recommended_plan
-from probes import Recording, hidden_times, tensor
+from probes import Recording, generator, hidden_times, tensor, untouchable
 from score.cases import TWO as DATA
 from tolerances import rounding, standard_error
 
@@ -25,6 +33,7 @@ PROCESSES = {
 UNDERDAMPED = LinearSDE.from_matrices(
     [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], 5.0, initial_covariance=[[0, 0], [0, 0.04]]
 )
+ONE = torch.tensor(1.0)
 # A few evaluations of float32 scores.
 SINGLE = {"rtol": rounding(100, dtype=torch.float32), "atol": rounding(100, dtype=torch.float32)}
 
@@ -140,11 +149,12 @@ def test_a_denoiser_that_completes_states_is_a_function():
     score = DenoiserScore(rough, vp)
     x = cldsde.sample(vp, score, (6, 2), nfe=6)
     assert torch.equal(cldsde.sample(vp, score, (6, 2), nfe=6), x)
-    same = [ConditionalScore(score, c=torch.tensor(1)) for _ in range(2)]
-    guided = cldsde.sample(vp, GuidedScore(*same, 5.0), (6, 2), nfe=12)
-    plain = cldsde.sample(vp, same[0], (6, 2), nfe=6)
-    # The guided budget of 12 is 6 evaluations of each score.
-    torch.testing.assert_close(guided, plain, **SINGLE)
+    for inner in (score, ScoreWrapper(score)):
+        same = [ConditionalScore(inner, c=torch.tensor(1)) for _ in range(2)]
+        guided = cldsde.sample(vp, GuidedScore(*same, 5.0), (6, 2), nfe=12)
+        plain = cldsde.sample(vp, same[0], (6, 2), nfe=6)
+        # The guided budget of 12 is 6 evaluations of each score.
+        torch.testing.assert_close(guided, plain, **SINGLE)
 
 
 def test_a_process_whose_noise_does_not_hide_the_data_is_pointed_out():
@@ -192,3 +202,74 @@ def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
     solver = solvers.ProbabilityFlow(pace="sample")
     with pytest.raises(ValueError, match=r"condition variance .* one row per sample"):
         cldsde.sample(sde, score, (20, 1), solver=solver)
+
+
+Y = torch.linspace(-1, 1, 20).reshape(10, 2)
+MASK = torch.tensor([True, False, True])
+
+
+def per_sample(kind, sde):
+    """Scores and solvers with data of their own for each of 10 samples."""
+    base = DenoiserScore(denoiser, sde)
+    score = ConditionalScore(base, variance=torch.linspace(0.1, 4, 10))
+    seen = cldsde.Observation(lambda x: x[:, MASK], Y, 0.3)
+    known = torch.randn(10, 3, generator=generator())
+    imputation = partial(solvers.Imputation, solvers.SSCS(), known)
+    return {
+        "observations": (PosteriorScore(ConditionalScore(base, variance=ONE), seen), None),
+        "observations of conditional": (PosteriorScore(score, seen), None),
+        "observations, in another": (ConditionalScore(PosteriorScore(score, seen)), None),
+        "known data": (score, imputation(MASK)),
+        "known data and masks": (score, imputation(known > 0)),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "observations",
+        "observations of conditional",
+        "observations, in another",
+        "known data",
+        "known data and masks",
+    ],
+)
+def test_everything_of_a_sample_follows_it_into_its_batch(kind):
+    sde = CLD()
+    score, solver = per_sample(kind, sde)
+    options = {"nfe": 6, "solver": solver}
+    whole = cldsde.sample(sde, score, (10, 3), **options)
+    parts = cldsde.sample(sde, score, (10, 3), batch=4, **options)
+    torch.testing.assert_close(parts, whole, **SINGLE)
+
+
+def test_observations_of_other_samples_are_rejected():
+    score, _ = per_sample("observations", CLD())
+    with pytest.raises(ValueError, match=r"y must hold .* each of the 12 samples; got \(10, 2\)"):
+        cldsde.sample(CLD(), score, (12, 3), nfe=6, batch=5)
+
+
+def test_a_grid_beyond_the_levels_of_a_score_is_rejected_before_the_first_evaluation():
+    """Also if only the data prediction at the end is beyond them."""
+    sde = VPSDE()
+    score = DenoiserScore(untouchable, sde, noise_levels=(0.05, 200.0))
+    times = solvers.times_of_log_snr(sde, -tensor([10.0, 1.0, 0.2, 0.01]).log())
+    plan = solvers.plan(ReverseProcess(sde, score), solvers.ExponentialMultistep(), times)
+    with pytest.raises(ValueError, match=r"0\.05 to 200; got σ = 0\.01"):
+        plan.check_denoise(True)
+    with pytest.raises(ValueError, match=r"0\.05 to 200; got σ = 0\.01"):
+        plan.solve(sde.prior.sample((2, 3), generator=generator()), denoise=True)
+
+
+@pytest.mark.parametrize("wrap", [ConditionalScore, lambda score: GuidedScore(score, score, 1.0)])
+def test_a_wrapper_does_not_change_the_branch_of_a_solver(wrap):
+    """A flow from κ = −9, where the score alone does not determine the data accurately."""
+    sde, times = cldsde.RectifiedFlow(), tensor([0.9999, 0.5, 0.1])
+    score = DenoiserScore(partial(denoiser, variance=torch.ones(1)), sde)
+    state = sde.prior.sample((4, 1), generator=generator())
+    solver = solvers.ExponentialMultistep(order=2)
+    plain, wrapped = (
+        solvers.solve(ReverseProcess(sde, x), solver, state, times).data
+        for x in (score, wrap(score))
+    )
+    assert torch.equal(plain, wrapped)
