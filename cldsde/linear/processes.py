@@ -2,6 +2,7 @@
 
 Each is declared by its matrices, noise schedule and initial covariance. Parameters may be tensors
 with one element. Kernels are differentiable in them, and they are stored as float64 attributes.
+`LinearSDE` says how to learn them.
 """
 
 from __future__ import annotations

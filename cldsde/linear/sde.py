@@ -15,6 +15,7 @@ from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.flow import flow_rotations
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian, Kernel, check_density
+from cldsde.linear.learnt import frozen_parameters
 from cldsde.linear.posterior import Posterior, bayes, reverse_family
 from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
@@ -40,8 +41,8 @@ class LinearSDE:
     dynamics
         F, G and their transitions.
     initial_covariance
-        Covariance of z_0 given the data, ``(k, k)``; None: zero. It may be learnt; derivatives by
-        its variances exist if they are above zero.
+        Covariance of z_0 given the data, ``(k, k)``; None: zero. Derivatives by its variances exist
+        if they are above zero.
     stationary_covariance
         Σ∞, ``(k, k)``, if it is known exactly; None: derived. It is checked against F and G.
     prior_covariance
@@ -55,6 +56,13 @@ class LinearSDE:
     ValueError
         If a covariance is not a symmetric positive semi-definite k×k matrix,
         ``stationary_covariance`` is not stationary, or a subclass sets another ``T`` than 1.
+
+    Notes
+    -----
+    Kernels are differentiable in tensors that the process is made of. To learn such a parameter,
+    make the process anew in each training step. A process that is used after a change of its
+    parameters raises RuntimeError. Only rates β that are learnt themselves, and parameters of
+    functions, are read at each use.
 
     Examples
     --------
@@ -105,7 +113,8 @@ class LinearSDE:
                 "[0, T]"
             )
             raise ValueError(msg)
-        self.dynamics = dynamics
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._dynamics = dynamics
         k = self.components
         if initial_covariance is None:
             initial_covariance = torch.zeros(k, k, device="cpu", dtype=torch.float64)
@@ -120,6 +129,7 @@ class LinearSDE:
         self._prior_root: Tensor | None = None
         if prior_covariance is not None:
             self._prior_root = covariance_root(prior_covariance, "prior_covariance", k)
+        self._frozen = frozen_parameters(self._parts)
 
     @classmethod
     def from_matrices(
@@ -252,13 +262,39 @@ class LinearSDE:
     def __repr__(self) -> str:
         """Facts in one line."""
         if type(self) is LinearSDE:
-            start = f", initial_covariance={shown(self.initial_covariance)}"
-            return f"LinearSDE({self.dynamics!r}{start if self.initial_root.any() else ''})"
+            root = self.initial_root
+            start = f", initial_covariance={shown(root @ root.mT)}" if root.any() else ""
+            return f"LinearSDE({self._dynamics!r}{start})"
         return constructor_repr(self)
+
+    def _parts(self) -> list[Tensor]:
+        """All that distributions depend on, at a time at which F and G are finite."""
+        t = torch.tensor(0.5 * self.regular_until, dtype=torch.float64, device="cpu")
+        roots = self.initial_root, self.stationary_covariance, self._prior_root
+        parts = self._dynamics.drift(t), self._dynamics.diffusion(t), *roots
+        return [part for part in parts if part is not None]
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """F, G and their transitions."""
+        self._check_current()
+        return self._dynamics
+
+    def _check_current(self) -> None:
+        """Raise RuntimeError if a learnt parameter has changed that was read when made."""
+        for leaf, value in self._frozen:
+            if not torch.equal(leaf.detach(), value):
+                msg = (
+                    f"{type(self).__name__} has the values that its learnt parameters had when it "
+                    f"was made; one of them was {shown(value)} and is {shown(leaf)} now. Make the "
+                    "process anew after each step of the optimiser"
+                )
+                raise RuntimeError(msg)
 
     @property
     def initial_covariance(self) -> Tensor:
         """Covariance of z_0 given the data, ``(k, k)`` float64 on the CPU."""
+        self._check_current()
         return self.initial_root @ self.initial_root.mT
 
     @property
@@ -591,6 +627,7 @@ class LinearSDE:
     @property
     def prior(self) -> Gaussian:
         """Gaussian prior from which sampling starts at t = 1."""
+        self._check_current()
         root = self._prior_root
         return Gaussian(self.marginal(self.T).root if root is None else root)
 

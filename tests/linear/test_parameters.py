@@ -79,6 +79,65 @@ def test_processes_are_differentiable_in_their_parameters(name):
         assert single.item() == pytest.approx(double.item(), rel=EPS32, abs=0)
 
 
+def update(leaf: torch.Tensor) -> None:
+    with torch.no_grad():
+        leaf.mul_(1.01)
+
+
+LEARNT = [(name, word) for name, (_, words, _) in PARAMETERS.items() for word in words.split()]
+
+
+@pytest.mark.parametrize(("name", "word"), LEARNT)
+def test_an_updated_parameter_is_read_or_the_process_is_rejected(name, word):
+    values = list(PARAMETERS[name][2])
+    i = PARAMETERS[name][1].split().index(word)
+    leaf = values[i] = torch.nn.Parameter(tensor(values[i]))
+    made = declared(name, values)
+    sde = VPSDE(schedule=made) if isinstance(made, Schedule) else made
+    kernels(sde)
+    update(leaf)
+    if word in {"beta", "beta_min", "beta_max", "start", "end"}:
+        for found, expected in zip(kernels(sde), kernels(declared(name, values)), strict=True):
+            assert torch.equal(found, expected)
+        return
+    for use in (sde.marginal, sde.drift, lambda t: sde.prior, lambda t: sde.initial_covariance):
+        with pytest.raises(RuntimeError, match=r"learnt parameters .* Make the process anew"):
+            use(0.5)
+    assert repr(sde)
+
+
+def test_a_mass_is_learnt_by_processes_made_anew():
+    mass = torch.nn.Parameter(tensor(0.3))
+    steps, losses = torch.optim.SGD([mass], lr=0.01), []
+    for _ in range(4):
+        loss = (CLD(mass=mass).marginal(0.5).covariance[1, 1] - 0.2).square()
+        losses.append(float(loss.detach()))
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+    assert losses == sorted(set(losses), reverse=True)
+
+
+# Computed from a parameter before the process, so that no process can follow it.
+DERIVED = [
+    lambda x: CLD(beta=2 * x),
+    lambda x: LinearSDE.from_matrices([[-x]], [[1.0]]),
+    lambda x: LinearSDE.from_matrices([[-1.0]], [[1.0]], prior_covariance=[[x]]),
+    lambda x: VPSDE.from_alphas_cumprod(torch.stack([0.9 * x, 0.1 * x])),
+    lambda x: LinearSDE.from_signal_noise(lambda t, y=x**2: torch.exp(-t * y), torch.sqrt),
+]
+
+
+@pytest.mark.parametrize("make", DERIVED)
+def test_values_derived_from_an_updated_parameter_are_rejected(make):
+    leaf = torch.nn.Parameter(tensor(0.9))
+    sde = make(leaf)
+    sde.marginal(0.5)
+    update(leaf)
+    with pytest.raises(RuntimeError, match=r"was 0\.9 and is 0\.909 now"):
+        sde.marginal(0.5)
+
+
 # Gradients of kernels and posteriors -----------------------------------------------------------
 
 A, Q_ROOT = tensor([[0.0, 4.0], [-1.0, -4.0]]), tensor([[0.0], [1.4]])
