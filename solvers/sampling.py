@@ -283,16 +283,22 @@ def fit_grid(
     reserved = int(last) if denoise else 0
     budget = nfe - reserved
 
-    def count(times: Tensor) -> int:
+    def costs(times: Tensor) -> Tensor:
         score_times = solver.evaluation_times(process, times)
-        return 0 if score_times is None else int(evaluations(score_times).sum())
+        return evaluations(times[:0] if score_times is None else score_times)
 
-    # With guidance in an interval, a longer grid may take fewer evaluations: try every length.
-    for n in range(budget // max(1, solver.facts.nfe_per_step), 0, -1):
+    per_step = max(1, solver.facts.nfe_per_step)
+    n = budget // per_step
+    while n >= 1:
         times: Tensor = grid(process.sde, start, end, n)
-        if count(times) <= budget:
+        needed = costs(times)
+        excess = int(needed.sum()) - budget
+        if excess <= 0:
             return times
-    least = count(grid(process.sde, start, end, 1)) + reserved
+        # With guidance in an interval, a shorter grid may have a guided step more or less at each
+        # end of the interval. Skip only grids that are too long in any case.
+        n -= max(1, excess // (per_step * int(needed.max())) - 2)
+    least = int(costs(grid(process.sde, start, end, 1)).sum()) + reserved
     given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
     msg = (
         f"{given} too few for a step of {type(solver).__name__}"
