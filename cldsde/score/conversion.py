@@ -134,6 +134,10 @@ class WhitenedKernel:
         """ψᵀΣ⁻¹ψ, the generalised signal-to-noise ratio, ``(*)``."""
         return self.signal.square().sum((-2, -1))
 
+    def estimate(self) -> Tensor:
+        """Row of û = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ, the best unbiased estimate of x_0, ``(*, 1, k)``."""
+        return self.signal.mT @ self.inverse / self.information()[..., None, None]
+
     def form(self, kind: Prediction, noise_root: Tensor | None = None) -> Form:
         """A prediction as a combination of data and noise: the table of all kinds.
 

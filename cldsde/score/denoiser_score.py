@@ -21,7 +21,7 @@ from cldsde.linear.checks import TimeLike, check_state
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import two_increasing
-from cldsde.score.conversion import Conversion, whiten
+from cldsde.score.conversion import whiten
 from cldsde.score.denoisers import as_denoiser
 from cldsde.score.noise_levels import outside_levels
 from cldsde.score.protocol import Score
@@ -170,14 +170,14 @@ class DenoiserScore(Score):
 
     def _rows(self, t: Tensor) -> _Rows:
         whitened = whiten(self.sde, self.sde.marginal(t), t)
-        score = Conversion.at(self.sde, t, "data", "score")
-        information = whitened.information()[..., None, None]
-        estimate = whitened.signal.mT @ whitened.inverse / information
-        return _Rows(estimate, self._sigma(t), score.state, score.value)
+        score, sigma = whitened.convert("data", "score"), whitened.information().rsqrt()
+        return _Rows(whitened.estimate(), self._checked(sigma, t), score.state, score.value)
 
     def _sigma(self, t: Tensor) -> Tensor:
         """Noise levels of times; raise if one is outside of the denoiser's range."""
-        sigma = (-self.sde.log_snr(t)).exp()
+        return self._checked((-self.sde.log_snr(t)).exp(), t)
+
+    def _checked(self, sigma: Tensor, t: Tensor) -> Tensor:
         if not bool(sigma.isfinite().all()):
             msg = (
                 f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "

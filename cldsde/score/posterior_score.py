@@ -25,7 +25,7 @@ from cldsde.linear.checks import TimeLike, as_number, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
-from cldsde.score.conversion import Conversion
+from cldsde.score.conversion import whiten
 from cldsde.score.observation import Observation, check_observation
 from cldsde.score.protocol import ScoreFunction, ScoreWrapper
 from cldsde.score.reverse import checked_score
@@ -378,12 +378,10 @@ class PosteriorScore(ScoreWrapper):
         return _Linearised(score.detach(), mean.detach(), spread, at, isotropic)
 
     def _coefficients(self, t: Tensor) -> _Coefficients:
-        to_data = Conversion.at(self.sde, t, "score", "data")
-        to_score = Conversion.at(self.sde, t, "data", "score")
-        start = torch.zeros_like(t)
-        psi = self.sde.transition_matrix(start, t)[..., :1].mT
-        variance = (-2 * self.sde.log_snr(t)).exp().unsqueeze(-1)
-        return _Coefficients(to_data.state, to_data.value, psi, to_score.value, variance)
+        whitened = whiten(self.sde, self.sde.marginal(t), t)
+        data, score = whitened.convert("score", "data"), whitened.convert("data", "score")
+        variance = 1 / whitened.information().unsqueeze(-1)
+        return _Coefficients(data.state, data.value, whitened.psi.mT, score.value, variance)
 
 
 def _log_normal(residual: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import Conversion, whiten
+from cldsde.score.conversion import whiten
 from cldsde.score.denoisers import Denoiser
 from cldsde.score.noise_levels import checked_levels
 from cldsde.score.protocol import as_score
@@ -162,11 +162,8 @@ class ScoreDenoiser(Denoiser):
         t = self._times(levels)
         kernel = self.sde.marginal(t)
         whitened = whiten(self.sde, kernel, t)
-        data = Conversion.at(self.sde, t, "score", "data")
-        k = self.sde.components
-        # û = wᵀL⁻¹z/q maps L P ξ to 0.
-        information = whitened.information()[..., None, None]
-        estimate = whitened.signal.mT @ whitened.inverse / information
-        eye = torch.eye(k, dtype=torch.float64, device="cpu")
-        rest = (eye - whitened.psi @ estimate) @ kernel.root
+        data = whitened.convert("score", "data")
+        # û maps L P ξ to 0.
+        eye = torch.eye(self.sde.components, dtype=torch.float64, device="cpu")
+        rest = (eye - whitened.psi @ whitened.estimate()) @ kernel.root
         return _Lift(t, whitened.psi, rest, data.state, data.value)
