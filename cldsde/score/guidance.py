@@ -79,7 +79,7 @@ class ConditionalScore(ScoreWrapper):
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         move = lambda _, x: fn(x) if isinstance(x, Tensor) else x  # noqa: E731
         self.conditions = _map(move, self.conditions)
         return self

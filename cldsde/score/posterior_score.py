@@ -221,7 +221,7 @@ class PosteriorScore(ScoreWrapper):
         return self._changed({"score": inner}, observation=observation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.observation = self.observation.with_y(fn(self.observation.y))
         return self
 

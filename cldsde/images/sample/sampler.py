@@ -24,7 +24,8 @@ from cldsde.images.schema import check_name, checked_options
 from cldsde.linear import LinearSDE
 from cldsde.linear.sde import check_process
 from cldsde.progress import progress_bar
-from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score
+from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, ScoreFunction
+from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import fit_grid, window
@@ -75,12 +76,13 @@ def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig)
 
 
 def make_plan(
-    score: Score,
+    score: ScoreFunction,
     sampling: SamplingConfig,
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
 ) -> Plan:
     """The plan of a solver; raise a SettingError if recipe, process and observation do not fit."""
+    score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
     solver = make_solver(sampling)
