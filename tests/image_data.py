@@ -10,6 +10,7 @@ from PIL import Image
 
 from cldsde import LinearSDE
 from cldsde.images.data import Images
+from cldsde.score import Score
 
 PIXELS = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
 
@@ -49,16 +50,17 @@ def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-class PixelScore(torch.nn.Module):
+class PixelScore(Score):
     """Score of images of independent pixels N(mean, variance)."""
 
     def __init__(self, sde: LinearSDE, mean: float = 0.1, variance: float = 0.04) -> None:
         super().__init__()
-        self.sde, self.mean = sde, mean
+        self.sde: LinearSDE = sde
+        self.mean = mean
         self.initial = sde.initial_covariance.clone()
         self.initial[0, 0] += variance
 
-    def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, t: torch.Tensor, **options: object) -> torch.Tensor:
         kernel = self.sde.marginal(t.double(), self.initial)
         precision = torch.linalg.inv(kernel.covariance)[:, list(self.sde.driven)].to(z)
         apart = z - self.mean * kernel.mean[..., 0, None, None, None].to(z)

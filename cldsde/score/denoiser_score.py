@@ -133,14 +133,12 @@ class DenoiserScore(Score):
             another shape. The levels of all times that a solver knows are checked before the first
             evaluation.
         """
-        wide, rows, data = self._denoised(z, t, planned, conditions)
+        wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)
 
-    def data_prediction(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """The denoiser's own estimate of the data, ``(B, *D)``; see `forward`."""
-        return self._denoised(z, t, planned, conditions)[2][:, 0].to(z.dtype)
+        return self._denoised(z, t, **options)[2][:, 0].to(z.dtype)
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range."""
@@ -151,7 +149,7 @@ class DenoiserScore(Score):
         return self.denoiser.evaluations(self._sigma(t))
 
     def _denoised(
-        self, z: Tensor, t: TimeLike, planned: PlannedTime | None, conditions: dict[str, Any]
+        self, z: Tensor, t: TimeLike, planned: PlannedTime | None = None, **conditions: Any
     ) -> tuple[Tensor, _Rows, Tensor]:
         """States in single precision at least, coefficients, and the estimate ``(B, 1, *D)``."""
         check_state(z, self.sde.components)

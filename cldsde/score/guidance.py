@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any, Self
 
 import torch
@@ -49,19 +50,13 @@ class ConditionalScore(ScoreWrapper):
         super().__init__(score)
         self.conditions = conditions
 
-    def forward(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``; further conditions replace its own."""
-        given = {**self.expanded(len(z)), **conditions}
-        return super().forward(z, t, planned=planned, **given)
+        return super().forward(z, t, **{**self.expanded(len(z)), **options})
 
-    def data_prediction(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``, from the score's own ``data_prediction``."""
-        given = {**self.expanded(len(z)), **conditions}
-        return super().data_prediction(z, t, planned=planned, **given)
+        return super().data_prediction(z, t, **{**self.expanded(len(z)), **options})
 
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The score of some samples: tensors of conditions keep the rows of these."""
@@ -165,18 +160,13 @@ class GuidedScore(Score):
         """Weight and interval, for the representation."""
         return f"weight={self.weight:g}, interval={self.interval}"
 
-    def forward(
-        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: Any, **options: Any) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        return self._evaluated(Score.__call__, z, t, planned, conditions)
+        return self._evaluated("__call__", z, t, **options)
 
-    def data_prediction(
-        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: Any, **options: Any) -> Tensor:
         """Guided E[x_0 | z_t], ``(B, *D)``, from the scores' own ``data_prediction``."""
-        method = lambda score, *args, **options: score.data_prediction(*args, **options)  # noqa: E731
-        return self._evaluated(method, z, t, planned, conditions)
+        return self._evaluated("data_prediction", z, t, **options)
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if a time is outside of the noise levels of either score."""
@@ -222,30 +212,28 @@ class GuidedScore(Score):
         return guided & (t > low) & (t <= high)
 
     def _evaluated(
-        self,
-        method: Callable[..., Tensor],
-        z: Tensor,
-        t: Any,
-        planned: PlannedTime | None,
-        conditions: dict[str, Any],
+        self, name: str, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """A method of the scores, guided."""
+        call = methodcaller(name, z, t, planned=planned, **conditions)
         if self._never_conditional:
-            return method(self.unconditional, z, t, planned=planned, **conditions)
+            return call(self.unconditional)
         guided = self._guided(score_times(t, z, planned))
         if not bool(guided.any()):
-            return method(self.conditional, z, t, planned=planned, **conditions)
-        both = (self.conditional, self.unconditional)
-        joined = None if guided.ndim or conditions else _joined(*both, len(z))
+            return call(self.conditional)
+        joined = None
+        if not (guided.ndim or conditions):
+            joined = _joined(self.conditional, self.unconditional, len(z))
         if joined is None:
-            given, free = (method(score, z, t, planned=planned, **conditions) for score in both)
+            given, free = call(self.conditional), call(self.unconditional)
         else:
-            score, options = joined
+            score, doubled = joined
             if isinstance(t, Tensor):
                 twice = t.reshape(-1)[:1].expand(2 * len(z))
                 planned = planned and planned.moved(t, twice)
                 t = twice
-            given, free = method(score, torch.cat([z, z]), t, planned=planned, **options).chunk(2)
+            both = methodcaller(name, torch.cat([z, z]), t, planned=planned, **doubled)(score)
+            given, free = both.chunk(2)
         # A shared weight is a number; weights per sample are copied to the device.
         if guided.ndim == 0:
             return free.lerp(given, self.weight)

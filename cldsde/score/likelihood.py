@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
-from cldsde.linear.checks import check_between
+from cldsde.linear.checks import as_integer, check_between
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
@@ -147,9 +147,7 @@ def log_likelihood(
     check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
     one_of(start, Start, "start")
     one_of(divergence, Divergence, "divergence")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        msg = f"samples must be a positive integer; got {samples!r}"
-        raise ValueError(msg)
+    as_integer(samples, 1, "samples")
     if x0.numel() == 0 and len(x0):
         msg = f"x0 must hold at least one number per data point; got shape {tuple(x0.shape)}"
         raise ValueError(msg)

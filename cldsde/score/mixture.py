@@ -505,11 +505,9 @@ class MixtureScore(Score):
                 score = data._score(flat, rows, marginal)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
-    def data_prediction(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
-        return self.data.posterior_mean(self.sde, z, score_times(t, z, planned))
+        return self.data.posterior_mean(self.sde, z, score_times(t, z, **options))
 
     def _dense_marginal(self, t: Tensor) -> _DenseMarginal:
         return self.data._dense_marginal(self.sde, self.rows, t)

@@ -88,11 +88,9 @@ class NetworkScore(Score, ABC):
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
         return self._predict(wide, t, planned, prediction, condition).to(z.dtype)
 
-    def data_prediction(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
-        found: Tensor = self(z, t, planned=planned, prediction="data", **conditions)
+        found: Tensor = self(z, t, prediction="data", **options)
         return found
 
     def _loss_of_score(

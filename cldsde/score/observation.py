@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_number, check_callable
+from cldsde.linear.checks import as_integer, as_number, check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
@@ -161,9 +161,7 @@ class Observation:
         ValueError
             If the factor is below 2 or y has no spatial axis.
         """
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 2:
-            msg = f"factor must be an integer of at least 2; got {factor!r}"
-            raise ValueError(msg)
+        as_integer(factor, 2, "factor")
         low = _as_tensor(y, "y")
         if low.ndim < 2:
             msg = (

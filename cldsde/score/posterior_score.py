@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_number, check_state
+from cldsde.linear.checks import TimeLike, as_integer, as_number, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot, per_sample
@@ -163,11 +163,8 @@ class PosteriorScore(ScoreWrapper):
             msg = "sde must be given for a score that has no attribute sde; got None"
             raise TypeError(msg)
         self.sde = check_process(process)
-        if iterations is not None and (
-            isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1
-        ):
-            msg = f"iterations must be an integer of at least 1 or None; got {iterations!r}"
-            raise ValueError(msg)
+        if iterations is not None:
+            as_integer(iterations, 1, "iterations")
         variance = as_number(data_variance, "data_variance")
         if not 0 < variance < math.inf:
             msg = f"data_variance must be finite and positive; got {variance:g}"
@@ -188,19 +185,15 @@ class PosteriorScore(ScoreWrapper):
         """One line with score, observation and method."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
-    def forward(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """Score of the driven components given y, ``(B, len(driven), *D)``."""
-        found, shift = self._guide(z, t, planned, conditions)
+        found, shift = self._guide(z, t, **options)
         change = apply_blocks(found.coefficients.to_score, shift.unsqueeze(1))
         return (found.score + change).to(z.dtype)
 
-    def data_prediction(
-        self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t, y], ``(B, *D)``; one score evaluation."""
-        found, shift = self._guide(z, t, planned, conditions, data=self.score.predicts_data)
+        found, shift = self._guide(z, t, own_data=self.score.predicts_data, **options)
         return (found.data + shift).to(z.dtype)
 
     def check_times(self, t: Tensor) -> None:
@@ -225,7 +218,7 @@ class PosteriorScore(ScoreWrapper):
         self.observation = self.observation.with_y(fn(self.observation.y))
         return self
 
-    def guide(self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None) -> Guided:
+    def guide(self, z: Tensor, t: TimeLike, **options: Any) -> Guided:
         """D, D_y − D, and log p̃(y | z) with R as a dense matrix, for particle samplers.
 
         For ``"pigdm"``, p̃ = N(y; A D, R). For ``"moments"``, p̃ is 0.9 of this density plus 0.1 of
@@ -240,7 +233,7 @@ class PosteriorScore(ScoreWrapper):
         if self.method == "dps":
             msg = "method must be 'moments' or 'pigdm' to weigh particles; got 'dps'"
             raise ValueError(msg)
-        found = self._linearise(z, t, planned, {})
+        found = self._linearise(z, t, **options)
         residual = self.observation.residual(found.data)
         root, wide = self._dense_roots(found, residual)
         flat = residual.flatten(1).unsqueeze(-1)
@@ -254,17 +247,9 @@ class PosteriorScore(ScoreWrapper):
         pulled = self.observation.adjoint(weight.reshape(residual.shape), found.data.shape[1:])
         return Guided(found.data, found.spread(pulled), likelihood)
 
-    def _guide(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        conditions: dict[str, Any],
-        *,
-        data: bool = False,
-    ) -> tuple[_Linearised, Tensor]:
-        """The linearised score and D_y − D; with ``data`` D by the score's own data prediction."""
-        found = self._linearise(z, t, planned, conditions, data=data)
+    def _guide(self, z: Tensor, t: TimeLike, **options: Any) -> tuple[_Linearised, Tensor]:
+        """The linearised score and D_y − D."""
+        found = self._linearise(z, t, **options)
         observation, shape = self.observation, found.data.shape[1:]
         variance = observation.noise_std**2
         residual = observation.residual(found.data)
@@ -328,11 +313,12 @@ class PosteriorScore(ScoreWrapper):
         self,
         z: Tensor,
         t: TimeLike,
-        planned: PlannedTime | None,
-        conditions: dict[str, Any],
         *,
-        data: bool = False,
+        own_data: bool = False,
+        planned: PlannedTime | None = None,
+        **conditions: Any,
     ) -> _Linearised:
+        """Score, data prediction and its Jacobian; with ``own_data`` the score's own prediction."""
         check_state(z, self.sde.components)
         if torch.is_grad_enabled() and z.requires_grad:
             msg = (
@@ -349,7 +335,7 @@ class PosteriorScore(ScoreWrapper):
             at = coefficients_at(self, t, z, self._coefficients, dtype, planned=planned)
             # In half precision, small gradients would underflow.
             state = z.detach().to(dtype, copy=True).requires_grad_(self.gradient)
-            if data:
+            if own_data:
                 value = self.score.data_prediction(state, t, planned=planned, **conditions)
                 score, mean = torch.zeros_like(state[:, :driven]), value
             else:

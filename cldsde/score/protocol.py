@@ -64,10 +64,8 @@ class Score(Estimator):
     sde: LinearSDE | None = None
     predicts_data: bool = False
 
-    def data_prediction(
-        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
-        """E[x_0 | z_t], ``(B, *D)``.
+    def data_prediction(self, z: Tensor, t: Any, **options: Any) -> Tensor:
+        """E[x_0 | z_t], ``(B, *D)``, with the options of ``forward``.
 
         Raises
         ------
@@ -132,18 +130,14 @@ class ScoreWrapper(Score):
         self.predicts_data = self.score.predicts_data
         self.depends_on_place = self.score.depends_on_place
 
-    def forward(
-        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: Any, **options: Any) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""
-        value: Tensor = self.score(z, t, planned=planned, **conditions)
+        value: Tensor = self.score(z, t, **options)
         return value
 
-    def data_prediction(
-        self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
-    ) -> Tensor:
+    def data_prediction(self, z: Tensor, t: Any, **options: Any) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``."""
-        return self.score.data_prediction(z, t, planned=planned, **conditions)
+        return self.score.data_prediction(z, t, **options)
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if the other score cannot be evaluated at a time."""

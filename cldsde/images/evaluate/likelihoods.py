@@ -15,7 +15,7 @@ from cldsde.images.latent.bound import Batch, Times, bit_per_dim, negative_evide
 from cldsde.images.model import DiffusionModel
 from cldsde.images.schema import Count, Levels, Natural, checked
 from cldsde.progress import progress_bar
-from cldsde.score import ReverseProcess, TimeSampler, dequantise, log_likelihood
+from cldsde.score import ReverseProcess, Score, TimeSampler, dequantise, log_likelihood
 from cldsde.score.flow_density import Divergence
 
 Kind = Literal["auto", "exact", "bound"]
@@ -69,7 +69,7 @@ def likelihood(
     Parameters
     ----------
     model
-        A `ReverseProcess`, or a score with an attribute ``sde``, such as `MixedScore`; on
+        A `ReverseProcess`, or a `Score` that knows its process, such as `MixedScore`; on
         ``device``, in evaluation mode.
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
@@ -107,8 +107,8 @@ def likelihood(
         If an argument is out of range, the model has no process, or is in training mode.
     """
     if not isinstance(model, ReverseProcess):
-        if not hasattr(model, "sde"):
-            kinds = "a ReverseProcess, or a score with an attribute sde"
+        if not isinstance(model, Score) or model.sde is None:
+            kinds = "a ReverseProcess, or a Score that knows its process"
             raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
         model = ReverseProcess(model.sde, model)
     process: ReverseProcess = model
@@ -199,7 +199,8 @@ def _report(
     }
 
 
-def _check(model: object, images: Tensor, levels: int) -> None:
-    if isinstance(model, nn.Module) and model.training:
+def _check(model: nn.Module, images: Tensor, levels: int) -> None:
+    learnt = (x for x in model.modules() if next(x.parameters(recurse=False), None) is not None)
+    if any(x.training for x in learnt):
         raise ValueError("model must be in evaluation mode; call .eval()")
     check_values(check_images(images, "images"), levels)
