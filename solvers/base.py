@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.sde import LinearSDE
+from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
@@ -34,6 +35,8 @@ __all__ = [
     "check_regular",
     "check_same_kind",
     "check_solver",
+    "check_state_on_grid",
+    "evaluations_per_step",
 ]
 
 Memory = tuple[Tensor, ...]
@@ -322,3 +325,28 @@ def check_solver(solver: object, name: str = "solver") -> Solver:
         msg = f"{name} must be a solver, such as SSCS(); got {solver!r}{hint}"
         raise TypeError(msg)
     return solver
+
+
+def check_state_on_grid(solver: Solver, name: str, advice: str) -> None:
+    """Raise ValueError unless each step ends at a grid time, so that its state can be changed."""
+    if not (solver.facts.state_on_grid and hasattr(solver, "step")):
+        msg = (
+            f"{name} must have a state at each grid time, which is changed before the next step; "
+            f"{solver!r} does not. Use {advice}"
+        )
+        raise ValueError(msg)
+
+
+def evaluations_per_step(
+    solver: GridSolver, process: ReverseProcess, times: Tensor, name: str
+) -> int:
+    """Score evaluations of each step; raise ValueError if steps differ in their number."""
+    evaluations, steps = len(solver.evaluation_times(process, times)), len(times) - 1
+    if evaluations % steps:
+        msg = (
+            f"{name} must evaluate the score equally often in each step; {solver!r} takes "
+            f"{counted(evaluations, 'evaluation')} in {counted(steps, 'step')}. A grid that ends "
+            "above t = 0 may help"
+        )
+        raise ValueError(msg)
+    return evaluations // steps

@@ -13,16 +13,27 @@ mean. Repeated steps move it further (Lugmayr et al. 2022).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from cldsde.messages import counted
+from cldsde.linear.checks import as_integer, described
 from cldsde.score import ReverseProcess
+from cldsde.score.operators import Copies
 
-from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, Solver, check_solver
+from .base import (
+    Facts,
+    GridSolver,
+    Memory,
+    ScoreAt,
+    ShiftedScore,
+    Solver,
+    check_solver,
+    check_state_on_grid,
+    evaluations_per_step,
+)
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
@@ -31,11 +42,8 @@ __all__ = ["Imputation"]
 
 class _Tables(NamedTuple):
     inner: Any
-    solver: GridSolver  # without merged steps
-    evaluations: int  # score evaluations of each inner step
-    starts: list[int]  # for each step the first step of its group
+    evaluations: int  # score evaluations of each inner step; 0 if no group is repeated
     replaces: bool  # whether the mask marks any entry
-    bases: tuple[Block, Block] | None
     mean: list[Block]  # of the state given the data, at each time of the grid
     root: list[Block]
     back_mean: list[Block]  # the forward transition to the start of the group, after each step
@@ -65,8 +73,7 @@ class Imputation(GridSolver):
         A solver on a fixed grid, such as ``SSCS()``. Half-steps of a solver are not merged.
     known
         Known data ``(*D)``, or ``(B, *D)`` per sample; floating point and finite, in the scale of
-        the data. Entries outside of the mask may hold any number. Put the tensor on the device of
-        the states, or it is copied there at every step.
+        the data. Entries outside of the mask may hold any number.
     mask
         Boolean, broadcasts with ``known``; True for known entries.
     basis
@@ -126,20 +133,24 @@ class Imputation(GridSolver):
     basis: Tensor | None = None
     resample: int = 1
     jump: int = 10
+    _stepper: GridSolver = field(init=False)  # the solver without merged steps
+    _copies: tuple[Copies, Copies] = field(init=False)  # of the known data and the mask
+    _bases: tuple[Block, Block] | None = field(init=False)  # to the coordinates of the mask, back
 
     def __post_init__(self) -> None:
         """Check that solver, data, mask and basis fit together."""
-        _check_solver(self.solver)
+        stepper = check_solver(self.solver).on_grid()
+        check_state_on_grid(stepper, "solver", "SSCS or EulerMaruyama")
         _check_known(self.known, self.mask)
+        bases = None
         if self.basis is not None:
             _check_basis(self.basis, self.known.shape)
-        for name, count in (("resample", self.resample), ("jump", self.jump)):
-            if isinstance(count, bool) or not isinstance(count, int):
-                msg = f"{name} must be an integer; got {count!r}"
-                raise TypeError(msg)
-            if count < 1:
-                msg = f"{name} must be at least 1; got {count}"
-                raise ValueError(msg)
+            bases = self.basis.tolist(), self.basis.mT.tolist()
+        as_integer(self.resample, 1, "resample")
+        as_integer(self.jump, 1, "jump")
+        object.__setattr__(self, "_stepper", stepper)
+        object.__setattr__(self, "_copies", (Copies(self.known), Copies(self.mask)))
+        object.__setattr__(self, "_bases", bases)
 
     def __repr__(self) -> str:
         """Facts in one line."""
@@ -173,27 +184,18 @@ class Imputation(GridSolver):
             If the solver does not apply to the process, or ``resample`` is above 1 and the steps
             differ in their number of evaluations.
         """
-        solver, sde = self._stepper(), process.sde
-        inner = solver.prepare(process, times)
-        evaluations, steps = len(solver.evaluation_times(process, times)), len(times) - 1
-        if self.resample > 1 and evaluations % steps:
-            msg = (
-                "solver must evaluate the score equally often in each step if resample is above "
-                f"1; {self.solver!r} takes {counted(evaluations, 'evaluation')} in "
-                f"{counted(steps, 'step')}"
-            )
-            raise ValueError(msg)
+        solver, sde = self._stepper, process.sde
+        evaluations = 0
+        if self.resample > 1:
+            evaluations = evaluations_per_step(solver, process, times, "solver")
         # Condition on x alone, not on z_0: the velocity at time 0 is part of the noise.
         given = sde.marginal(times)
-        starts = torch.arange(steps, device="cpu") // self.jump * self.jump
+        starts = torch.arange(len(times) - 1, device="cpu") // self.jump * self.jump
         back = sde.transition(times[1:], times[starts])
         return _Tables(
-            inner,
-            solver,
-            evaluations // steps,
-            starts.tolist(),
+            solver.prepare(process, times),
+            evaluations,
             bool(self.mask.any()),
-            self._bases(),
             as_blocks(given.mean[..., :1]),
             as_blocks(given.root),
             as_blocks(back.mean),
@@ -202,11 +204,10 @@ class Imputation(GridSolver):
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Evaluation times of the solver, with each group repeated ``resample`` times."""
-        once = self._stepper().evaluation_times(process, times)
+        once = self._stepper.evaluation_times(process, times)
         if self.resample == 1:
             return once
-        rows = once.reshape(len(times) - 1, -1)
-        groups = [rows[i : i + self.jump] for i in range(0, len(rows), self.jump)]
+        groups = once.reshape(len(times) - 1, -1).split(self.jump)
         return torch.cat([group.repeat(self.resample, 1).flatten() for group in groups])
 
     def step(
@@ -222,40 +223,27 @@ class Imputation(GridSolver):
         if i == 0:
             self._check_fit(z[:, 0], "state")
             z = self._replace(z, tables, 0, noise)
-        first = tables.starts[i]
-        z, memory = self._inner_step(z, memory, tables, i, 0, score, noise)
-        if self.resample == 1 or (i + 1 < len(tables.starts) and tables.starts[i + 1] == first):
-            return z, memory
-        for repetition in range(1, self.resample):
-            xi = noise.normal(z, z.shape[1])
-            z = combine((tables.back_mean[i], z), (tables.back_root[i], xi))
-            for j in range(first, i + 1):
-                z, memory = self._inner_step(z, memory, tables, j, repetition, score, noise)
+        first = i // self.jump * self.jump
+        end = min(first + self.jump, len(tables.back_mean))
+        steps = [(0, i)]
+        if i + 1 == end:
+            steps += [(n, j) for n in range(1, self.resample) for j in range(first, end)]
+        for repetition, j in steps:
+            if repetition > 0 and j == first:
+                xi = noise.normal(z, z.shape[1])
+                z = combine((tables.back_mean[i], z), (tables.back_root[i], xi))
+            # Earlier groups are repeated, and so is this one.
+            steps_before = (self.resample - 1) * first + repetition * (end - first)
+            shifted = ShiftedScore(score, tables.evaluations * steps_before)
+            z, memory = self._stepper.step(z, memory, tables.inner, j, shifted, noise)
+            if memory and self.resample > 1:
+                msg = (
+                    "solver must be a one-step solver if resample is above 1; "
+                    f"got {self.solver!r}. Use SSCS or EulerMaruyama"
+                )
+                raise ValueError(msg)
+            z = self._replace(z, tables, j + 1, noise)
         return z, memory
-
-    def _inner_step(
-        self,
-        z: Tensor,
-        memory: Memory,
-        tables: _Tables,
-        i: int,
-        repetition: int,
-        score: ScoreAt,
-        noise: NoiseSource,
-    ) -> tuple[Tensor, Memory]:
-        """Take one step of the solver and replace the known part, in a repetition of its group."""
-        first, steps = tables.starts[i], len(tables.starts)
-        length = min(self.jump, steps - first)
-        shift = tables.evaluations * ((self.resample - 1) * first + repetition * length)
-        shifted = ShiftedScore(score, shift)
-        z, memory = tables.solver.step(z, memory, tables.inner, i, shifted, noise)
-        if memory and self.resample > 1:
-            msg = (
-                "solver must be a one-step solver if resample is above 1; "
-                f"got {self.solver!r}. Use SSCS or EulerMaruyama"
-            )
-            raise ValueError(msg)
-        return self._replace(z, tables, i + 1, noise), memory
 
     def impose(self, data: Tensor) -> Tensor:
         """Set the known part of data exactly; up to rounding if there is a basis.
@@ -276,33 +264,24 @@ class Imputation(GridSolver):
             If the data do not fit ``known``.
         """
         self._check_fit(data, "data")
-        known = self.known.to(data).expand_as(data)
-        return self._merge(data.unsqueeze(1), known.unsqueeze(1), self._bases()).squeeze(1)
+        known = self._copies[0].like(data).expand_as(data)
+        return self._merge(data.unsqueeze(1), known.unsqueeze(1)).squeeze(1)
 
     def _replace(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
         """Replace the known part of the state at time i by a new sample."""
         if not tables.replaces:
             return z
-        known = self.known.to(z).expand_as(z[:, 0]).unsqueeze(1)
+        known = self._copies[0].like(z).expand_as(z[:, 0]).unsqueeze(1)
         xi = noise.normal(z, z.shape[1])
-        drawn = combine((tables.mean[i], known), (tables.root[i], xi))
-        return self._merge(z, drawn, tables.bases)
+        return self._merge(z, combine((tables.mean[i], known), (tables.root[i], xi)))
 
-    def _merge(self, z: Tensor, known: Tensor, bases: tuple[Block, Block] | None) -> Tensor:
+    def _merge(self, z: Tensor, known: Tensor) -> Tensor:
         """Take known entries from ``known`` and the rest from ``z``, both ``(B, k, *D)``."""
-        mask = self.mask.to(z.device).expand_as(z[:, 0]).unsqueeze(1)
-        if bases is None:
+        mask = self._copies[1].like(z).expand_as(z[:, 0]).unsqueeze(1)
+        if self._bases is None:
             return torch.where(mask, known, z)
-        to_basis, from_basis = bases
+        to_basis, from_basis = self._bases
         return z + _on_channels(from_basis, _on_channels(to_basis, known - z) * mask)
-
-    def _stepper(self) -> GridSolver:
-        """The solver without merged steps; the constructor checked that it is a grid solver."""
-        return cast("GridSolver", self.solver.on_grid())
-
-    def _bases(self) -> tuple[Block, Block] | None:
-        """Change of coordinates to the basis and back, on the CPU."""
-        return None if self.basis is None else (self.basis.tolist(), self.basis.mT.tolist())
 
     def _check_fit(self, data: Tensor, name: str) -> None:
         shape = data.shape
@@ -320,20 +299,9 @@ def _on_channels(block: Block, x: Tensor) -> Tensor:
     return combine((block, x.transpose(1, 2))).transpose(1, 2)
 
 
-def _check_solver(solver: object) -> None:
-    stepper = check_solver(solver).on_grid()
-    if not (stepper.facts.state_on_grid and hasattr(stepper, "step")):
-        msg = (
-            "solver must have a state at each grid time, in which known data are replaced; "
-            f"{solver!r} does not. Use SSCS or EulerMaruyama"
-        )
-        raise ValueError(msg)
-
-
 def _check_known(known: object, mask: object) -> None:
     if not isinstance(known, Tensor) or not known.is_floating_point():
-        got = known.dtype if isinstance(known, Tensor) else type(known).__name__
-        msg = f"known must be a floating-point tensor; got {got}"
+        msg = f"known must be a floating-point tensor; got {described(known)}"
         raise TypeError(msg)
     if known.ndim < 1:
         msg = "known must have shape (*D) or (B, *D); got a single number"
@@ -342,8 +310,7 @@ def _check_known(known: object, mask: object) -> None:
         msg = "known must be finite, also outside of the mask; got NaN or infinity. Put 0 there"
         raise ValueError(msg)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        msg = f"mask must be a boolean tensor, True for known entries; got {got}"
+        msg = f"mask must be a boolean tensor, True for known entries; got {described(mask)}"
         raise TypeError(msg)
     sizes = zip(reversed(mask.shape), reversed(known.shape), strict=False)
     if mask.ndim > known.ndim or not all(a in (1, b) for a, b in sizes):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import described
 from cldsde.linear.random import keyed_normals, standard_normal
 from cldsde.linear.sde import LinearSDE
 
@@ -152,7 +153,7 @@ class CheckedNoise(NoiseSource):
         """
         drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
         if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
-            got = drawn.dtype if isinstance(drawn, Tensor) else type(drawn).__name__
+            got = described(drawn)
             msg = f"noise {self._source!r} must return a tensor of {z.dtype}; got {got}"
             raise TypeError(msg)
         if drawn.shape != shape or drawn.device != z.device:

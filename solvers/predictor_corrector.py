@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_positive
-from cldsde.messages import counted
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 
-from .base import Facts, GridSolver, Memory, ScoreAt, ShiftedScore, check_regular, check_solver
+from .base import (
+    Facts,
+    GridSolver,
+    Memory,
+    ScoreAt,
+    ShiftedScore,
+    check_regular,
+    check_solver,
+    check_state_on_grid,
+    evaluations_per_step,
+)
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
@@ -132,12 +141,8 @@ class PredictorCorrector(GridSolver):
 
     def __post_init__(self) -> None:
         check_solver(self.predictor, "predictor")
-        if not (self.predictor.facts.state_on_grid and hasattr(self.predictor, "step")):
-            msg = (
-                "predictor must have a state at each grid time, which the corrector changes; "
-                f"{self.predictor!r} does not. Use ReverseDiffusion, Ancestral or EulerMaruyama"
-            )
-            raise ValueError(msg)
+        advice = "ReverseDiffusion, Ancestral or EulerMaruyama"
+        check_state_on_grid(self.predictor, "predictor", advice)
         if not isinstance(self.corrector, Langevin):
             msg = f"corrector must be a Langevin(...); got {self.corrector!r}"
             raise TypeError(msg)
@@ -158,16 +163,8 @@ class PredictorCorrector(GridSolver):
         if sde.components == 1:
             scale = sde.transition_matrix(times[1:], times[:-1]).square().flatten()
         predictor = self.predictor.prepare(process, times)
-        evaluations = len(self.predictor.evaluation_times(process, times))
-        if evaluations % (len(times) - 1):
-            msg = (
-                "predictor must evaluate the score equally often in each step; "
-                f"{self.predictor!r} takes {counted(evaluations, 'evaluation')} in "
-                f"{counted(len(times) - 1, 'step')}. "
-                "A grid that ends above t = 0 may help"
-            )
-            raise ValueError(msg)
-        return _Tables(predictor, evaluations // (len(times) - 1), sde.driven, scale.tolist())
+        evaluations = evaluations_per_step(self.predictor, process, times, "predictor")
+        return _Tables(predictor, evaluations, sde.driven, scale.tolist())
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """For each step its start, for the corrector, then the predictor's times."""

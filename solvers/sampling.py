@@ -6,13 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_grid_times
+from cldsde.linear.checks import as_grid_times, as_integer
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
@@ -163,9 +162,9 @@ def sample(
     """
     process = ReverseProcess(sde, score)
     count, *data_shape = _checked_shape(shape)
-    nfe, seed = _integer(nfe, 1, "nfe"), _integer(seed, 0, "seed")
+    nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     if batch is not None:
-        batch = _integer(batch, 1, "batch")
+        batch = as_integer(batch, 1, "batch")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         msg = f"dtype must be a floating-point type of torch; got {dtype!r}"
         raise TypeError(msg)
@@ -351,17 +350,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(sizes) < 2:
         msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)
-    return tuple(_integer(size, 1, "shape") for size in sizes)
-
-
-def _integer(value: object, least: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be an integer; got {value!r}"
-        raise TypeError(msg)
-    if value < least:
-        msg = f"{name} must be at least {least}; got {value}"
-        raise ValueError(msg)
-    return int(value)
+    return tuple(as_integer(size, 1, "shape") for size in sizes)
 
 
 def _warn_of_training(score: Score) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ from cldsde.score.checks import one_of
 from cldsde.score.observation import check_observation
 from cldsde.score.posterior_score import Guided
 from cldsde.score.reverse import check_reverse_process
-from cldsde.score.times import KnownTimes, PlannedTime
+from cldsde.score.times import KnownTimes, PlannedTime, score_argument
 
-from .combine import Block, as_blocks, combine
+from .combine import as_blocks, combine
 from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
 from .planning import plan
@@ -97,15 +97,6 @@ class PosteriorSamples:
             f"PosteriorSamples(samples={tuple(self.samples.shape)}, "
             f"log_evidence={self.log_evidence:.4g}, nfev={self.nfev})"
         )
-
-
-class _Steps(NamedTuple):
-    """Blocks of each step."""
-
-    move: list[Block]  # Φ, k×k
-    noise: list[Block]  # L, k×k
-    weights: list[list[Block]]  # Bⱼ, k×1, newest first
-    tilt: list[list[Block]]  # L⁻¹Bⱼ
 
 
 def sample_posterior(
@@ -236,148 +227,120 @@ def sample_posterior(
         data_variance=data_variance,
         sde=sde,
     )
-    steps = _steps(process, grid)
+    solver = ExponentialMultistep(order=2, stochasticity=1.0)
+    steps = _Steps(solver, plan(process, solver, grid).tables)
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
-    guide = _Guide(guided, grid, len(like) if chunk is None else chunk)
-    with torch.no_grad():
-        return _Population(guide, steps, like, generators, runs, threshold).run(
-            start_root(sde, float(grid[0]), data_variance),
-            int(guided.evaluations(grid).sum()),
-            denoise=denoise,
-            progress=progress,
-        )
+    at_once = len(like) if chunk is None else chunk
+    known, moved = KnownTimes(grid), score_argument(grid, like)
 
-
-class _Guide:
-    """Predictions at the times of a grid, for a few particles at a time."""
-
-    def __init__(self, score: PosteriorScore, grid: Tensor, chunk: int) -> None:
-        self._score, self._times, self._chunk = score, KnownTimes(grid), chunk
-        self._arguments: dict[int, list[PlannedTime]] = {}
-
-    def __call__(self, z: Tensor, i: int) -> Guided:
+    def guide(z: Tensor, i: int) -> Guided:
         parts = []
-        for few in torch.split(z, self._chunk):
-            if len(few) not in self._arguments:
-                self._arguments[len(few)] = self._times.arguments(few)
-            at = self._arguments[len(few)][i]
-            parts.append(self._score.guide(few, at.argument, planned=at))
+        for few in torch.split(z, at_once):
+            at = PlannedTime(known, i, moved[i].expand(len(few)))
+            parts.append(guided.guide(few, at.argument, planned=at))
         return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
+    def normals() -> Tensor:
+        return standard_normal(like.shape, generator=generators, dtype=dtype, device=device)
 
-class _Population:
-    """Particles of all runs, one after the other, and their log-weights ``(runs, K)``."""
-
-    def __init__(
-        self,
-        guide: _Guide,
-        steps: _Steps,
-        like: Tensor,
-        generators: _Generators,
-        runs: int,
-        threshold: float,
-    ) -> None:
-        self._guide, self._steps, self._like = guide, steps, like
-        self._generators, self._runs = generators, runs
-        self._count = len(like) // runs
-        self._least = threshold * self._count
-        self._log_evidence = torch.zeros(runs, 1, dtype=torch.float64, device="cpu")
-        self._ess: list[Tensor] = []
-
-    def run(self, root: Tensor, nfev: int, *, denoise: bool, progress: bool) -> PosteriorSamples:
-        """Take the particles from the prior to the end of the grid."""
-        z = apply_blocks(root, self._normals())
-        now = self._guide(z, 0)
-        log_weights = self._by_run(now.log_likelihood)
-        earlier: tuple[Tensor, ...] = ()
-        n = len(self._steps.move)
-        for i in progress_bar(range(n), shown=progress, desc="posterior"):
-            log_weights, chosen = self._resampled(log_weights, i)
+    weights = _Weights(runs, particles)
+    with torch.no_grad():
+        z = apply_blocks(start_root(sde, float(grid[0]), data_variance), normals())
+        now, earlier = guide(z, 0), None
+        weights.add(now.log_likelihood)
+        for i in progress_bar(range(len(grid) - 1), shown=progress, desc="posterior"):
+            chosen = weights.resampled(threshold, _uniforms(generators, runs))
             if chosen is not None:
-                z, now = z[chosen], Guided(*(x[chosen] for x in now))
-                earlier = tuple(x[chosen] for x in earlier)
-            noise = self._normals()
-            z, change, earlier = self._step(z, now, earlier, i, noise)
-            before, now = now.log_likelihood, self._guide(z, i + 1)
-            log_weights = log_weights + self._by_run(now.log_likelihood - before + change)
-        self._measure(log_weights, n)
-        total = self._log_evidence + log_weights
-        evidence = total.logsumexp(1) - math.log(self._count)
-        mean = evidence.logsumexp(0) - math.log(self._runs)
-        spread = (evidence - mean).exp().std() / math.sqrt(self._runs) if self._runs > 1 else None
-        return PosteriorSamples(
-            samples=now.data + now.shift if denoise else z[:, 0].clone(),
-            log_weights=total.flatten(),
-            log_evidence=float(mean),
-            log_evidence_std=math.nan if spread is None else float(spread),
-            ess=torch.stack(self._ess, 1),
-            nfev=nfev,
-        )
+                chosen = chosen.to(device)
+                z, now = z[chosen], _rows(now, chosen)
+                earlier = earlier and _rows(earlier, chosen)
+            z, change = steps.take(z, [now, earlier] if earlier else [now], i, normals())
+            earlier, now = now, guide(z, i + 1)
+            weights.add(now.log_likelihood - earlier.log_likelihood + change)
+    log_weights = weights.log_evidence + weights.log_weights
+    evidence = log_weights.logsumexp(1) - math.log(particles)
+    mean = evidence.logsumexp(0) - math.log(runs)
+    spread = float((evidence - mean).exp().std()) if runs > 1 else math.nan
+    return PosteriorSamples(
+        samples=now.data + now.shift if denoise else z[:, 0].clone(),
+        log_weights=log_weights.flatten(),
+        log_evidence=float(mean),
+        log_evidence_std=spread / math.sqrt(runs),
+        ess=torch.stack(weights.ess, 1),
+        nfev=int(guided.evaluations(grid).sum()),
+    )
 
-    def _step(
-        self, z: Tensor, now: Guided, earlier: tuple[Tensor, ...], i: int, noise: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """State after a step, the change of the log-weights by the proposal, and the history."""
-        history = [(now.data.unsqueeze(1), now.shift.unsqueeze(1))]
-        if earlier:
-            history.append((earlier[0], earlier[1]))
-        used = list(zip(self._steps.weights[i], history, strict=False))
-        moved = [(block, data + shift) for block, (data, shift) in used]
-        tilts = zip(self._steps.tilt[i], history, strict=False)
-        q = combine(*((block, shift) for block, (_, shift) in tilts))
-        change = -(q * (noise + q / 2)).flatten(1).sum(1)
-        z = combine((self._steps.move[i], z), *moved, (self._steps.noise[i], noise))
-        return z, change, history[0]
 
-    def _resampled(self, log_weights: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Weights after resampling, and which particles were chosen if any run was resampled."""
-        poor = self._measure(log_weights, i) < self._least
-        # Drawn for each run, so that a run does not depend on the others.
-        uniform = _uniforms(self._generators, self._runs)
-        if not bool(poor.any()):
-            return log_weights, None
-        identity = torch.arange(self._count, device="cpu").expand(self._runs, -1)
-        drawn = _systematic(log_weights.softmax(1), uniform, self._count)
-        chosen = torch.where(poor, drawn, identity)
-        chosen = chosen + self._count * torch.arange(self._runs, device="cpu").unsqueeze(1)
-        mean = log_weights.logsumexp(1, keepdim=True) - math.log(self._count)
-        self._log_evidence = self._log_evidence + torch.where(poor, mean, 0.0)
-        return torch.where(poor, 0.0, log_weights), chosen.flatten().to(self._like.device)
+class _Steps:
+    """Guided steps of the second-order multistep solver with noise."""
 
-    def _measure(self, log_weights: Tensor, i: int) -> Tensor:
-        """Record and return the effective sample sizes ``(runs, 1)``."""
-        dead = ~(log_weights > -math.inf).any(1)
+    def __init__(self, solver: ExponentialMultistep, tables: Any) -> None:
+        self._tables = tables
+        roots = torch.tensor(solver.noise_roots(tables), dtype=torch.float64, device="cpu")
+        self._tilts = [
+            as_blocks(whitening @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
+            for whitening, blocks in zip(triangular_inverse(roots), tables.weights, strict=True)
+        ]  # L⁻¹Bⱼ
+
+    def take(
+        self, z: Tensor, history: list[Guided], i: int, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """State after step i, and the change of the log-weights by its proposal.
+
+        ``history`` holds the predictions at the step's start and before, newest first.
+        """
+        tables = self._tables
+        shifts = [x.shift.unsqueeze(1) for x in history]
+        predictions = [x.data.unsqueeze(1) + x.shift.unsqueeze(1) for x in history]
+        q = combine(*zip(self._tilts[i], shifts, strict=True))
+        moved = zip(tables.weights[i], predictions, strict=True)
+        z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
+        return z, -(q * (noise + q / 2)).flatten(1).sum(1)
+
+
+class _Weights:
+    """Log-weights ``(runs, K)`` of the particles of all runs, float64 on the CPU."""
+
+    def __init__(self, runs: int, count: int) -> None:
+        self.log_weights = torch.zeros(runs, count, dtype=torch.float64, device="cpu")
+        # Estimate from the weights that resampling has set to 1.
+        self.log_evidence = torch.zeros(runs, 1, dtype=torch.float64, device="cpu")
+        self.ess: list[Tensor] = []
+
+    def add(self, change: Tensor) -> None:
+        """Add to the log-weights, and record the effective sample sizes."""
+        change = change.to("cpu", torch.float64).reshape(self.log_weights.shape)
+        change = change.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        self.log_weights = self.log_weights + change
+        dead = ~(self.log_weights > -math.inf).any(1)
         if bool(dead.any()):
             run = int(dead.nonzero()[0])
             msg = (
-                f"no particle of run {run} has a finite weight after {i} steps: the score is not "
-                "finite, or y is impossible under it"
+                f"no particle of run {run} has a finite weight after {len(self.ess)} steps: the "
+                "score is not finite, or y is impossible under it"
             )
             raise FloatingPointError(msg)
-        ess = 1 / log_weights.softmax(1).square().sum(1)
-        self._ess.append(ess)
-        return ess.unsqueeze(1)
+        self.ess.append(1 / self.log_weights.softmax(1).square().sum(1))
 
-    def _by_run(self, log_weights: Tensor) -> Tensor:
-        values = log_weights.to("cpu", torch.float64).reshape(self._runs, self._count)
-        return values.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    def resampled(self, threshold: float, uniform: Tensor) -> Tensor | None:
+        """Resample runs of a small effective sample size; indices of the particles that stay.
 
-    def _normals(self) -> Tensor:
-        like = self._like
-        return standard_normal(
-            like.shape, generator=self._generators, dtype=like.dtype, device=like.device
-        )
+        ``uniform`` has one number per run, so that a run does not depend on the others.
+        """
+        runs, count = self.log_weights.shape
+        poor = self.ess[-1].unsqueeze(1) < threshold * count
+        if not bool(poor.any()):
+            return None
+        drawn = _systematic(self.log_weights.softmax(1), uniform, count)
+        chosen = torch.where(poor, drawn, torch.arange(count, device="cpu"))
+        mean = self.log_weights.logsumexp(1, keepdim=True) - math.log(count)
+        self.log_evidence = self.log_evidence + torch.where(poor, mean, 0.0)
+        self.log_weights = torch.where(poor, 0.0, self.log_weights)
+        return (chosen + count * torch.arange(runs, device="cpu").unsqueeze(1)).flatten()
 
 
-def _steps(process: ReverseProcess, grid: Tensor) -> _Steps:
-    """Blocks of the second-order multistep solver with noise, and what its noise is tilted by."""
-    tables = plan(process, ExponentialMultistep(order=2, stochasticity=1.0), grid).tables
-    inverse = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
-    tilt = []
-    for i, blocks in enumerate(tables.weights):
-        stacked = torch.tensor(blocks, dtype=torch.float64, device="cpu")
-        tilt.append(as_blocks(inverse[i] @ stacked))
-    return _Steps(tables.move, tables.noise, tables.weights, tilt)
+def _rows(guided: Guided, chosen: Tensor) -> Guided:
+    return Guided(*(x[chosen] for x in guided))
 
 
 def _generators(

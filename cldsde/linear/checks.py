@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "as_float64",
     "as_grid_times",
+    "as_integer",
     "as_levels",
     "as_matrix",
     "as_number",
@@ -24,6 +25,7 @@ __all__ = [
     "check_callable",
     "check_positive",
     "check_state",
+    "described",
     "parameter_at_least",
     "parameter_value",
     "positive_parameter",
@@ -164,6 +166,17 @@ def as_number(value: object, name: str) -> float:
     return float(value)
 
 
+def as_integer(value: object, least: int, name: str) -> int:
+    """Convert an integer ≥ ``least`` to an int; raise TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        msg = f"{name} must be an integer; got {value!r}"
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name} must be at least {least}; got {value}"
+        raise ValueError(msg)
+    return int(value)
+
+
 def as_parameter(value: object, name: str) -> Parameter:
     """Convert a number to a float, and a tensor with one element to a 0-dimensional float64 tensor.
 
@@ -198,6 +211,11 @@ def parameter_at_least(value: object, bound: float, name: str) -> Parameter:
 def parameter_value(parameter: Parameter) -> float:
     """Float value of a parameter, without its graph."""
     return float(parameter.detach()) if isinstance(parameter, Tensor) else parameter
+
+
+def described(value: object) -> object:
+    """Dtype of a tensor, or the name of another object's type, for error messages."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_positive(value: float, name: str) -> float:
@@ -250,8 +268,8 @@ def check_alphas_cumprod(table: Tensor) -> None:
 def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:
     """Return ``z`` if it is a floating-point state ``(B, components, *D)``; raise otherwise."""
     if not isinstance(z, Tensor) or not z.is_floating_point():
-        got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-        msg = f"{name} must be a floating-point tensor of shape (B, {components}, *D); got {got}"
+        msg = f"{name} must be a floating-point tensor of shape (B, {components}, *D)"
+        msg += f"; got {described(z)}"
         raise TypeError(msg)
     if z.ndim < 2 or z.shape[1] != components:
         msg = (

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cldsde.linear.checks import described
+
 __all__ = ["Copies", "block_means", "correlation", "matrix_product", "selection"]
 
 Operator = Callable[[Tensor], Tensor]
@@ -43,8 +45,7 @@ def selection(mask: Tensor) -> Operator:
         If the mask marks no entry.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        msg = f"mask must be a bool tensor; got {got}"
+        msg = f"mask must be a bool tensor; got {described(mask)}"
         raise TypeError(msg)
     where = Copies(mask.flatten().nonzero().flatten())
     if not bool(mask.any()):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.checks import check_at_least, check_positive, described
 from cldsde.linear.random import check_generator
 
 __all__ = ["bits_per_dim", "dequantise"]
@@ -86,8 +86,7 @@ def dequantise(
     True
     """
     if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.is_complex():
-        got = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
-        msg = f"levels must be a tensor of integers; got {got}"
+        msg = f"levels must be a tensor of integers; got {described(levels)}"
         raise TypeError(msg)
     check_generator(generator, several=False)
     check_at_least(count, 2, "count")

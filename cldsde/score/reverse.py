@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, check_state
+from cldsde.linear.checks import TimeLike, check_at_least, check_state, described
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
@@ -41,8 +41,7 @@ def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     """Return a score's result in the state's dtype; raise unless it is ``(B, driven, *D)``."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        msg = f"score must return a real floating-point tensor; got {got}"
+        msg = f"score must return a real floating-point tensor; got {described(value)}"
         raise TypeError(msg)
     batch, _, *data = z.shape
     if value.shape != (shape := (batch, driven, *data)):
