@@ -273,3 +273,19 @@ def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, devic
     check_same(found, on_cpu, device)
     many, _ = spent(device, process(DEVICE), solver, steps=9)
     assert many.to_device == few.to_device
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["one mask", "a mask per sample"])
+def test_imputation_copies_known_data_of_the_host_once(rows, device):
+    def imputation():
+        with torch.device("cpu"):
+            known = torch.tensor([[0.5, 0.0], [0.1, 0.0], [-0.3, 0.0]])
+            mask = torch.tensor([True, False]).expand(rows, 2)
+        return solvers.Imputation(SOLVERS["sscs"], known, mask)
+
+    with torch.device("cpu"):
+        on_cpu = solved(reverse("CLD", "function"), imputation(), "cpu")
+    few, found = spent(device, reverse("CLD", "function"), imputation())
+    check_same(found, on_cpu, device)
+    many, _ = spent(device, reverse("CLD", "function"), imputation(), steps=9)
+    assert many.to_device == few.to_device

@@ -8,7 +8,7 @@ import torch
 
 from cldsde import CLD, VPSDE, GaussianMixture
 from cldsde.images.evaluate import likelihood
-from cldsde.score import ReverseProcess, dequantise
+from cldsde.score import ReverseProcess, Score, dequantise
 from image_data import noise
 from tolerances import rounding
 
@@ -81,13 +81,17 @@ def test_one_image_has_no_standard_error_the_seed_decides_and_a_bar_is_shown_on_
     assert "likelihood" in err
 
 
-class Network(torch.nn.Module):
+class Network(Score):
     """A module as a score, in training mode."""
 
     sde = VPSDE()
 
-    def forward(self, z, _t):
-        return -z
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, z, _t, **options):
+        return -self.scale * z
 
 
 CLD_SCORE = gaussian().score(CLD())
@@ -96,7 +100,7 @@ CLD_SCORE = gaussian().score(CLD())
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": 3}, TypeError, "model must be a ReverseProcess, or a score with"),
+        ({"model": 3}, TypeError, "model must be a ReverseProcess, or a Score"),
         ({"model": Network()}, ValueError, r"evaluation mode; call \.eval\(\)"),
         ({"images": torch.zeros(2, 1, 2, 2)}, TypeError, "images must be a uint8 tensor"),
         ({"images": noise(0, 0, (1, 2, 2))}, ValueError, "images must hold at least 1"),
