@@ -57,14 +57,11 @@ class EDMHeun(StagedSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
-    >>> sde = VESDE()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.karras_times(sde, sde.T, 1e-3, 18)
-    >>> solvers.solve(process, solvers.EDMHeun(churn=10.0), start, times).nfev
-    36
+    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
+    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.EDMHeun(churn=10.0)
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     churn: float = 0.0

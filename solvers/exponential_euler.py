@@ -33,14 +33,11 @@ class ExponentialEuler(AffineSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
-    >>> solvers.solve(process, solvers.ExponentialEuler(), start, times).nfev
-    50
+    >>> from cldsde import CLD, GaussianMixture, sample, solvers
+    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.ExponentialEuler()
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     @property

@@ -126,14 +126,11 @@ class PredictorCorrector(GridSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
-    >>> sde = VESDE()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.uniform_times(sde.T, 1e-3, 50)
-    >>> solvers.solve(process, solvers.PredictorCorrector(), start, times).nfev
-    100
+    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
+    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.PredictorCorrector()
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     predictor: GridSolver = field(default_factory=ReverseDiffusion)

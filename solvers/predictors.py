@@ -30,14 +30,11 @@ class ReverseDiffusion(AffineSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import VESDE, GaussianMixture, ReverseProcess, solvers
-    >>> sde = VESDE()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.uniform_times(sde.T, 1e-3, 50)
-    >>> solvers.solve(process, solvers.ReverseDiffusion(), start, times).nfev
-    50
+    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
+    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.ReverseDiffusion()
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     @property
@@ -80,14 +77,11 @@ class Ancestral(AffineSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import VPSDE, GaussianMixture, ReverseProcess, solvers
-    >>> sde = VPSDE()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
-    >>> solvers.solve(process, solvers.Ancestral(), start, times).nfev
-    50
+    >>> from cldsde import VPSDE, GaussianMixture, sample, solvers
+    >>> sde, data = VPSDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.Ancestral()
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     @property

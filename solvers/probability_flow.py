@@ -71,14 +71,11 @@ class ProbabilityFlow(Solver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([sde.T, 1e-3], dtype=torch.float64)
-    >>> solvers.solve(process, solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3), start, times).success
-    True
+    >>> from cldsde import CLD, GaussianMixture, sample, solvers
+    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3)
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     method: Method = "dopri5"

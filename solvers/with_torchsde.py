@@ -69,14 +69,11 @@ class TorchSDE(GridSolver):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.quadratic_times(sde.T, 1e-3, 50)
-    >>> solvers.solve(process, solvers.TorchSDE(method="srk"), start, times).nfev
-    150
+    >>> from cldsde import CLD, GaussianMixture, sample, solvers
+    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> solver = solvers.TorchSDE(method="srk")
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    torch.Size([8, 1])
     """
 
     method: str = "euler"
