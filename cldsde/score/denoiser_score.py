@@ -22,8 +22,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import two_increasing
 from cldsde.score.conversion import whiten
-from cldsde.score.denoisers import as_denoiser
-from cldsde.score.noise_levels import outside_levels
+from cldsde.score.denoisers import as_denoiser, outside_levels
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, mapped
 

@@ -13,11 +13,18 @@ from cldsde.linear.checks import check_callable
 from cldsde.score.checks import one_of
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator
-from cldsde.score.noise_levels import checked_levels
 from cldsde.score.paths import NoisePath
 from cldsde.score.times import PlannedTime, coefficients_at
 
-__all__ = ["Clock", "Denoiser", "PredictionDenoiser", "as_denoiser", "input_dtype"]
+__all__ = [
+    "Clock",
+    "Denoiser",
+    "PredictionDenoiser",
+    "as_denoiser",
+    "checked_levels",
+    "input_dtype",
+    "outside_levels",
+]
 
 Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 """Form in which a network receives the noise level.
@@ -26,6 +33,9 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: log(α²/σ²)."""
 
 
+# Levels beyond the end of the range by less than this relative error count as the end, because
+# times in single precision have such errors.
+_ROUNDING = 1e-4
 _TINY = 1e-100
 
 
@@ -226,3 +236,26 @@ class PredictionDenoiser(Denoiser):
             "log_snr": 2 * kappa,
         }
         return known[self.clock]
+
+
+def outside_levels(levels: Tensor, low: float, high: float) -> Tensor:
+    """Which noise levels lie outside of a range, apart from rounding."""
+    return ~((levels >= low * (1 - _ROUNDING)) & (levels <= high * (1 + _ROUNDING)))
+
+
+def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
+    """Return noise levels clamped to the range of training.
+
+    Raises
+    ------
+    ValueError
+        If a level lies outside, apart from rounding.
+    """
+    outside = outside_levels(levels, low, high)
+    if bool(outside.any()):
+        msg = (
+            f"sigma must lie in [{low:.6g}, {high:.6g}], the noise levels of the network's "
+            f"training; got {float(levels[outside][0]):.6g}"
+        )
+        raise ValueError(msg)
+    return levels.clamp(low, high)

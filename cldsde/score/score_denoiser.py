@@ -22,8 +22,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import whiten
-from cldsde.score.denoisers import Denoiser
-from cldsde.score.noise_levels import checked_levels
+from cldsde.score.denoisers import Denoiser, checked_levels
 from cldsde.score.protocol import as_score
 from cldsde.score.times import PlannedTime, coefficients_at, mapped
 
