@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import per_sample
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score.times import on_device
 
 from .base import Integration, Run
 
-__all__ = ["LOOSE", "ActiveSamples", "per_sample"]
+__all__ = ["LOOSE", "ActiveSamples"]
 
 LOOSE = 1e12
 """A tolerance so large that every step is accepted."""
@@ -219,9 +220,3 @@ class ActiveSamples:
         count = int(failed.sum())
         if count:
             self._failures[reason] = self._failures.get(reason, 0) + count
-
-
-def per_sample(x: Tensor, like: Tensor) -> Tensor:
-    """Reshape one number or flag per sample, ``(B,)``, so that it broadcasts against states."""
-    column = x if x.dtype == torch.bool else x.to(like.dtype)
-    return column.reshape(-1, *(1,) * (like.ndim - 1))

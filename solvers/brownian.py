@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,25 @@ class _Node:
     key: int
     start: float
     end: float
-    first: int  # indices of the given times that it spans; equal for a part of one cell
-    last: int
+    given: list[float]  # given times inside of it; none for a cell and its parts
     parent: _Node | None = None
-    halvings: int = 0
-    root: Tensor | None = None  # J = root ξ
-    rotation: Tensor | None = None  # (ξ_earlier, ξ_later) = rotation (ξ, η)
-    split: float = 0.0
-    children: tuple[_Node, _Node] | None = None
+    halvings: int = 0  # splits between the cell and this part of it
+    children: tuple[_Node, ...] = ()
+    split: float = math.nan
+    root: Tensor = field(init=False)  # J = root ξ
+    rotation: Tensor = field(init=False)  # (ξ_earlier, ξ_later) = rotation (ξ, η)
+
+    def halve(self, split: float) -> tuple[_Node, ...]:
+        """Split the interval at a time, and return the halves."""
+        halvings = self.halvings + (not self.given)
+        earlier = [t for t in self.given if t < split]
+        later = [t for t in self.given if t > split]
+        self.split = split
+        self.children = (
+            _Node(2 * self.key, self.start, split, earlier, self, halvings),
+            _Node(2 * self.key + 1, split, self.end, later, self, halvings),
+        )
+        return self.children
 
 
 _Reading = list[tuple[_Node, Tensor]]
@@ -175,7 +187,7 @@ class BrownianPath(NoiseSource):
         Raises
         ------
         ValueError
-            If s < t do not lie between the path's ends, or the path has no integrals.
+            As in `increment`, or if the path has no integrals.
         """
         self._check_integrals("integral")
         return self._part(s, t, slice(self._columns, None))
@@ -198,7 +210,7 @@ class BrownianPath(NoiseSource):
         Raises
         ------
         ValueError
-            If s < t do not lie between the path's ends, or the path has no integrals.
+            As in `integral`.
         """
         check_state(z, self._sde.components)
         moved = apply_blocks(self._sde.transition_matrix(s, t), z)
@@ -265,7 +277,7 @@ class BrownianPath(NoiseSource):
             self._refine(sorted({at for interval in intervals for at in interval}))
         return [
             [
-                (node, block @ self._carried(node, t) @ _root(node))
+                (node, block @ self._carried(node, t) @ node.root)
                 for node in self._cover(self._top, s, t)
             ]
             for (s, t), block in zip(intervals, blocks, strict=True)
@@ -275,12 +287,9 @@ class BrownianPath(NoiseSource):
         """Evaluate a reading, ``(B, rows, *D)``."""
         # Start at the latest node, because solvers walk down in time and the path keeps the latest
         # pairs. Add nodes one by one, because a pair reuses the memory of the previous pair.
-        value: Tensor | None = None
         with self._lock:
-            for node, block in reversed(reading):
-                part = _sum([block], [self._normals(node)])
-                value = part if value is None else value.add_(part)
-        assert value is not None
+            parts = (_sum([block], [self._normals(node)]) for node, block in reversed(reading))
+            value = functools.reduce(Tensor.add_, parts)
         return value.view(len(value), *self._shape).transpose(0, 1)
 
     def _carried(self, node: _Node, t: float) -> Tensor:
@@ -295,25 +304,20 @@ class BrownianPath(NoiseSource):
             return []
         if s <= node.start and node.end <= t:
             return [node]
-        assert node.children is not None
         return [part for child in node.children for part in self._cover(child, s, t)]
 
     def _build(self) -> _Node:
         """Build the tree over the given times, and its roots and rotations from the cells up."""
-        top = _Node(1, self._times[0], self._times[-1], 0, len(self._times) - 1)
-        levels = [[top]]
-        while levels[-1]:
-            levels.append([])
-            for node in levels[-2]:
-                if node.last - node.first > 1:
-                    middle = (node.first + node.last) // 2
-                    self._halve(node, self._times[middle], middle)
-                    assert node.children is not None
-                    levels[-1] += node.children
-        self._set_roots([node for level in levels for node in level if node.children is None])
+        levels = [[_Node(1, self._times[0], self._times[-1], self._times[1:-1])]]
+        while inner := [node for node in levels[-1] if node.given]:
+            halves = [node.halve(node.given[(len(node.given) - 1) // 2]) for node in inner]
+            levels.append([half for pair in halves for half in pair])
+        self._set_roots([node for level in levels for node in level if not node.children])
         for level in reversed(levels):
-            self._set_rotations([node for node in level if node.children is not None])
-        return top
+            inner = [node for node in level if node.children]
+            for node, root in zip(inner, self._rotate(inner), strict=True):
+                node.root = root
+        return levels[0][0]
 
     def _refine(self, stops: list[float]) -> None:
         """Split cells until every stop is the end of a cell."""
@@ -323,48 +327,35 @@ class BrownianPath(NoiseSource):
             inside = [at for at in near if node.start < at < node.end]
             if not inside:
                 continue
-            if node.children is None:
+            if not node.children:
                 middle = (node.start + node.end) / 2
                 deep = node.halvings >= _HALVINGS or not node.start < middle < node.end
-                self._halve(node, inside[0] if deep else middle)
                 # One node per call, because batched products round differently.
-                self._set_roots(list(node.children or ()))
-                self._set_rotations([node])
-            frontier += [(child, inside) for child in node.children or ()]
+                self._set_roots(node.halve(inside[0] if deep else middle))
+                self._rotate([node])
+            frontier += [(child, inside) for child in node.children]
 
-    def _halve(self, node: _Node, split: float, middle: int | None = None) -> None:
-        first, last = node.first, node.last
-        ends = (first, middle, middle, last) if middle is not None else (first, first, first, first)
-        halvings = node.halvings if middle is not None else node.halvings + 1
-        node.split = split
-        node.children = (
-            _Node(2 * node.key, node.start, split, ends[0], ends[1], node, halvings),
-            _Node(2 * node.key + 1, split, node.end, ends[2], ends[3], node, halvings),
-        )
-
-    def _set_roots(self, nodes: list[_Node]) -> None:
+    def _set_roots(self, nodes: Sequence[_Node]) -> None:
         """Compute roots of the joint covariance of (ΔW, I) over nodes."""
-        if nodes:
-            s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
-            roots = increment_roots(self._sde, s, t, integrals=self._integrals)
-            for node, root in zip(nodes, roots, strict=True):
-                node.root = root
+        s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
+        roots = increment_roots(self._sde, s, t, integrals=self._integrals)
+        for node, root in zip(nodes, roots, strict=True):
+            node.root = root
 
-    def _set_rotations(self, nodes: list[_Node]) -> None:
-        """Compute the rotations that split nodes, and the nodes' roots if they have none yet."""
+    def _rotate(self, nodes: list[_Node]) -> Sequence[Tensor]:
+        """Compute the rotations that split nodes, and return the nodes' roots."""
         if not nodes:
-            return
-        halves = [child.root for node in nodes for child in node.children or ()]
-        roots = torch.stack([root for root in halves if root is not None])
-        split, end = (
-            _doubles([node.split for node in nodes]),
-            _doubles([node.end for node in nodes]),
-        )
+            return []
+        split = _doubles([node.split for node in nodes])
+        end = _doubles([node.end for node in nodes])
         carried = carried_increments(self._sde, split, end, integrals=self._integrals)
-        rotations, joint = split_rotations(carried @ roots[::2], roots[1::2])
-        for node, rotation, root in zip(nodes, rotations, joint, strict=True):
+        earlier, later = (
+            torch.stack([node.children[half].root for node in nodes]) for half in range(2)
+        )
+        rotations, roots = split_rotations(carried @ earlier, later)
+        for node, rotation in zip(nodes, rotations, strict=True):
             node.rotation = rotation
-            node.root = root if node.root is None else node.root
+        return roots.unbind()
 
     def _normals(self, node: _Node) -> Tensor:
         """Normals of a node, ``(r, N)`` for N numbers of a batch.
@@ -381,7 +372,6 @@ class BrownianPath(NoiseSource):
                 both.copy_(self._draw(node, node.end))
             else:
                 above, fresh = self._normals(parent), self._draw(parent, parent.split)
-                assert parent.rotation is not None
                 _sum(parent.rotation.chunk(2, dim=1), (above, fresh), out=both)
         self._pairs[depth] = (node.key >> 1, both)
         return both[size:] if parent is not None and node.key % 2 else both[:size]
@@ -439,26 +429,19 @@ def _doubles(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
-def _root(node: _Node) -> Tensor:
-    assert node.root is not None
-    return node.root
-
-
 class _StepNoise(NoiseSource):
     """Normals of one solve, one draw per step."""
 
     def __init__(self, path: BrownianPath, readings: list[_Reading]) -> None:
         self._path, self._coming = path, iter(readings)
-        self._drawn = len(readings[0][0][1])
 
     def check(self, z: Tensor) -> None:
         """Raise ValueError if the states do not have the path's batch and data shape."""
-        rows = self._drawn
-        shape, (batch, *data) = (len(z), rows, *z.shape[2:]), self._path._shape
-        if shape != (batch, rows, *data):
+        shape = (len(z), *z.shape[2:])
+        if shape != self._path._shape:
             msg = (
-                f"noise must have shape {shape} for these states; got a BrownianPath of shape "
-                f"{(batch, rows, *data)}: construct it with shape (B, *D) of the states"
+                f"noise must have shape {shape}, (B, *D) of the states; got a BrownianPath of "
+                f"shape {self._path._shape}"
             )
             raise ValueError(msg)
 

@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.blocks import apply_blocks, per_sample
 from cldsde.linear.checks import check_at_least, check_between, check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
 
-from .adaptive import ActiveSamples, per_sample
+from .adaptive import ActiveSamples
 from .base import Facts, Integration, Run, Solver
 from .noise import NoiseSource
 
@@ -182,7 +182,7 @@ class _Step(NamedTuple):
         """Change of the state with the coefficients at the step's start (0) or end (1)."""
         drift = apply_blocks(self.drift[i], z) - apply_blocks(self.pull[i], self.score(z, i))
         noise = apply_blocks(self.diffusion[i], self.increment)
-        return noise - per_sample(self.length, z) * drift
+        return noise - per_sample(self.length.to(z.dtype), z) * drift
 
 
 def _coarse(h: Tensor) -> Tensor:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.blocks import apply_blocks, per_sample
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.score import ReverseProcess
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
 
-from .adaptive import LOOSE, ActiveSamples, per_sample
+from .adaptive import LOOSE, ActiveSamples
 from .base import Facts, Integration, Run, Solver
 from .combine import as_blocks, combine
 
@@ -120,39 +120,41 @@ class ProbabilityFlow(Solver):
 
     def integrate(self, run: Run) -> Integration:
         """Integrate all samples to the end."""
-        batch = len(run.state)
-        clock = _Clock.of(run.times)
-        run = clock.converted(run)
+        batch, (clock, sign) = len(run.state), _clock(run.times)
         # Samples that share their steps are integrated as one large sample.
         shared = self.pace == "batch" and batch > 0
+        inner = run.callback
+
+        def callback(n: int, u: Tensor, z: Tensor) -> object:
+            assert inner is not None
+            return inner(n, clock(u).expand(batch), z[0]) if shared else inner(n, clock(u), z)
+
         # Copy the state, because a score may write to its argument.
         state = run.state.clone(memory_format=torch.contiguous_format)
+        run = replace(
+            run,
+            state=state.unsqueeze(0) if shared else state,
+            times=clock(run.times),
+            stops=clock(run.stops),
+            callback=inner and callback,
+        )
+        samples = ActiveSamples(run, run.state, max_nfev=self.max_nfev, name=type(self).__name__)
+        done = self._run(run, samples, _Flow(run.process, samples, clock, sign, shared))
         if not shared:
-            return self._run(run, state, clock, shared=False)
-        callback = run.callback
-        if callback is not None:
-            inner = callback
-            run = replace(run, callback=lambda n, t, z: inner(n, t.expand(batch), z[0]))
-        one = self._run(run, state.unsqueeze(0), clock, shared=True)
+            return done
         return replace(
-            one,
-            state=one.state[0],
-            states=one.states[:, 0],
-            nfev=one.nfev.repeat(batch),
-            success=one.success.repeat(batch),
+            done,
+            state=done.state[0],
+            states=done.states[:, 0],
+            nfev=done.nfev.repeat(batch),
+            success=done.success.repeat(batch),
         )
 
-    def _run(self, run: Run, z: Tensor, clock: _Clock, *, shared: bool) -> Integration:
+    def _run(self, run: Run, samples: ActiveSamples, flow: _Flow) -> Integration:
         """Integrate N states ``(N, …)``, each with step lengths of its own."""
+        z = run.state
         weights = _Weights(run.tables, z)
         end = float(run.times[-1])
-        samples = ActiveSamples(run, z, max_nfev=self.max_nfev, name=type(self).__name__)
-
-        def flow(
-            times: Tensor, h: Tensor, *states: Tensor
-        ) -> tuple[Velocity, Tensor, list[Tensor]]:
-            return _flow(run.process, samples, clock, times, h, states, shared=shared)
-
         h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
         kept = samples.screen(h, cost=at_start)
@@ -201,14 +203,7 @@ class ProbabilityFlow(Solver):
         total = (fifth.square() + 0.01 * third.square()).sqrt()
         return torch.where(total == 0, 0.0, fifth.square() / total)
 
-    def _first_step(
-        self,
-        flow: Callable[..., tuple[Velocity, Tensor, list[Tensor]]],
-        z: Tensor,
-        t: Tensor,
-        f: Tensor,
-        end: float,
-    ) -> Tensor:
+    def _first_step(self, flow: _Flow, z: Tensor, t: Tensor, f: Tensor, end: float) -> Tensor:
         """Step length from the size of the slope and its change (Hairer et al. 1993, II.4)."""
         scale = self.atol + self.rtol * z.abs()
         d0, d1 = torch.stack([_size(z / scale), _size(f / scale)]).cpu().to(torch.float64)
@@ -216,7 +211,7 @@ class ProbabilityFlow(Solver):
         # If a slope is not finite, the first step reports it.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
         velocity, dt, _ = flow((t - h0).unsqueeze(0), h0, z)
-        nearby = velocity(z - f * per_sample(dt, z), 0)
+        nearby = velocity(z - f * per_sample(dt.to(z.dtype), z), 0)
         d2 = _size((nearby - f) / scale).cpu().to(torch.float64) / h0
         steepest = torch.maximum(d1, d2)
         order = _tableau(self.method).error_estimator_order + 1
@@ -226,72 +221,55 @@ class ProbabilityFlow(Solver):
         return torch.minimum(100 * h0, h1)
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """Time u that decreases along the grid: t, or t_0 + t_n − t on an increasing grid."""
-
-    low: float
-    high: float
-    sign: int  # of dt/du
-
-    @classmethod
-    def of(cls, times: Tensor) -> _Clock:
-        low, high = (float(x) for x in times.aminmax())
-        return cls(low, high, 1 if times[0] > times[-1] else -1)
-
-    def time(self, u: Tensor) -> Tensor:
-        """Convert u to t, or t to u."""
-        # Rounding must not lead beyond the ends.
-        return u if self.sign > 0 else (self.low + self.high - u).clamp(self.low, self.high)
-
-    def converted(self, run: Run) -> Run:
-        """The run with times u, whose callback gets t."""
-        if self.sign > 0:
-            return run
-        callback = run.callback
-        if callback is not None:
-            inner = callback
-            callback = lambda n, u, z: inner(n, self.time(u), z)  # noqa: E731
-        times, stops = self.time(run.times), self.time(run.stops)
-        return replace(run, times=times, stops=stops, callback=callback)
+def _clock(times: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Function from t to a time u that decreases along the grid, and back; the sign of dt/du."""
+    if times[0] > times[-1]:
+        return lambda t: t, 1
+    low, high = float(times[0]), float(times[-1])
+    # Rounding must not lead beyond the ends.
+    return lambda t: (low + high - t).clamp(low, high), -1
 
 
 Velocity = Callable[[Tensor, int], Tensor]
-"""Function that returns dz/dt from states and the index of an evaluation time."""
+"""Function that returns dz/du from states and the index of an evaluation time."""
 
 
-def _flow(
-    process: ReverseProcess,
-    samples: ActiveSamples,
-    clock: _Clock,
-    times: Tensor,
-    h: Tensor,
-    states: Sequence[Tensor],
-    *,
-    shared: bool,
-) -> tuple[Velocity, Tensor, list[Tensor]]:
-    """The flow at times ``(S, N)``, h ``(N,)`` on the device, and the remaining states."""
-    sde, times = process.sde, clock.time(times)
-    samples.spend(process.score.evaluations(times).sum(0))
-    F, G = clock.sign * sde.drift(times), sde.diffusion(times)
-    pull = -0.5 * clock.sign * (G @ G.mT)[..., list(sde.driven)]
-    if shared:
-        (at, dt), kept = samples.moved([times, h], states)
-        score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], at[:, 0])
-        state_blocks, score_blocks = as_blocks(F[:, 0]), as_blocks(pull[:, 0])
+class _Flow(NamedTuple):
+    """The flow along the grid, dz/du for a decreasing time u."""
 
-        def shared_velocity(z: Tensor, i: int) -> Tensor:
-            one = z[0]
-            return combine((state_blocks[i], one), (score_blocks[i], score(one, i))).unsqueeze(0)
+    process: ReverseProcess
+    samples: ActiveSamples
+    clock: Callable[[Tensor], Tensor]  # from u to t
+    sign: int  # of dt/du
+    shared: bool  # whether one sample stands for the batch
 
-        return shared_velocity, dt, kept
-    (at, dt, drift, gain), kept = samples.moved([times, h, F, pull], states)
-    score = KnownScore(process, KnownTimes(times), kept[0], at)
+    def __call__(
+        self, times: Tensor, h: Tensor, *states: Tensor
+    ) -> tuple[Velocity, Tensor, list[Tensor]]:
+        """The flow at times u ``(S, N)``, h ``(N,)`` on the device, and the remaining states."""
+        process, samples, sde = self.process, self.samples, self.process.sde
+        times = self.clock(times)
+        samples.spend(process.score.evaluations(times).sum(0))
+        F, G = self.sign * sde.drift(times), sde.diffusion(times)
+        pull = -0.5 * self.sign * (G @ G.mT)[..., list(sde.driven)]
+        if self.shared:
+            (at, dt), kept = samples.moved([times, h], states)
+            score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], at[:, 0])
+            state_blocks, score_blocks = as_blocks(F[:, 0]), as_blocks(pull[:, 0])
 
-    def velocity(z: Tensor, i: int) -> Tensor:
-        return apply_blocks(drift[i], z) + apply_blocks(gain[i], score(z, i))
+            def shared_velocity(z: Tensor, i: int) -> Tensor:
+                one = z[0]
+                terms = (state_blocks[i], one), (score_blocks[i], score(one, i))
+                return combine(*terms).unsqueeze(0)
 
-    return velocity, dt, kept
+            return shared_velocity, dt, kept
+        (at, dt, drift, gain), kept = samples.moved([times, h, F, pull], states)
+        score = KnownScore(process, KnownTimes(times), kept[0], at)
+
+        def velocity(z: Tensor, i: int) -> Tensor:
+            return apply_blocks(drift[i], z) + apply_blocks(gain[i], score(z, i))
+
+        return velocity, dt, kept
 
 
 class _Weights:
@@ -345,7 +323,7 @@ class _Slopes:
 
     def step(self, z: Tensor, weights: Tensor, dt: Tensor) -> Tensor:
         """The state that a step of length dt leads to."""
-        return torch.addcmul(z, self.sum(weights), per_sample(dt, z), value=-1)
+        return torch.addcmul(z, self.sum(weights), per_sample(dt.to(z.dtype), z), value=-1)
 
 
 def _size(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "block_solve",
     "flatten_data",
     "lower_factor",
+    "per_sample",
     "safe_sqrt",
     "stack_first",
 ]
@@ -159,6 +160,11 @@ def stack_first(blocks: Tensor, shape: torch.Size) -> Tensor:
 def flatten_data(z: Tensor) -> Tensor:
     """State ``(B, k, *D)`` as ``(B, k, D₁·…)``, also without data axes or samples."""
     return z.reshape(*z.shape[:2], math.prod(z.shape[2:]))
+
+
+def per_sample(x: Tensor, like: Tensor) -> Tensor:
+    """Reshape one number per sample, ``(B,)``, so that it broadcasts with ``(B, *E)``."""
+    return x.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["conjugate_gradients", "dot", "per_sample"]
+from cldsde.linear.blocks import per_sample
+
+__all__ = ["conjugate_gradients", "dot"]
 
 Operator = Callable[[Tensor], Tensor]
 """A linear map of a batch ``(B, *E)`` that acts on each sample separately."""
@@ -70,11 +72,6 @@ def conjugate_gradients(
         direction = residual + per_sample(ratio, b) * direction
         square = new
     return x
-
-
-def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """Reshape numbers ``(B,)``, or one number, so that they multiply a batch ``(B, *E)``."""
-    return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from cldsde.linear.blocks import per_sample
 from cldsde.linear.checks import TimeLike, as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.score.checks import two_increasing
@@ -238,7 +239,7 @@ class GuidedScore(Score):
         if guided.ndim == 0:
             return free.lerp(given, self.weight)
         weight = torch.where(guided, self.weight, 1.0).to(free)
-        return free.lerp(given, weight.reshape(-1, *(1,) * (free.ndim - 1)))
+        return free.lerp(given, per_sample(weight, free))
 
 
 def _joined(first: Score, second: Score, batch: int) -> tuple[Score, dict[str, Any]] | None:

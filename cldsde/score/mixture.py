@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,19 +97,15 @@ class GaussianMixture:
         self.weights = _numbers(weights, "weights")
         self.means = _numbers(means, "means")
         self.covariances = _numbers(covariances, "covariances")
-        if self.weights.ndim != 1 or self.means.ndim != 2 or self.covariances.ndim != 3:
+        axes = (self.weights.ndim, self.means.ndim, self.covariances.ndim)
+        if axes != (1, 2, 3) or not self.means.numel():
             msg = (
-                "weights, means and covariances must have shapes (n,), (n, D) and (n, D, D); got "
-                f"{tuple(self.weights.shape)}, {tuple(self.means.shape)}, "
+                "weights, means and covariances must have shapes (n,), (n, D) and (n, D, D), n and "
+                f"D at least 1; got {tuple(self.weights.shape)}, {tuple(self.means.shape)}, "
                 f"{tuple(self.covariances.shape)}"
             )
             raise ValueError(msg)
         n, dimension = self.means.shape
-        if n < 1 or dimension < 1:
-            msg = (
-                f"means must hold at least one mean of at least one dimension; got {(n, dimension)}"
-            )
-            raise ValueError(msg)
         if self.weights.shape != (n,) or self.covariances.shape != (n, dimension, dimension):
             msg = (
                 f"means of shape {(n, dimension)} need weights of shape {(n,)} and covariances of "
@@ -129,9 +126,8 @@ class GaussianMixture:
             )
             raise ValueError(msg)
         scale = self.covariances.abs().amax((1, 2))
-        if bool(
-            ((self.covariances - self.covariances.mT).abs().amax((1, 2)) > 1e-12 * scale).any()
-        ):
+        skew = (self.covariances - self.covariances.mT).abs().amax((1, 2))
+        if bool((skew > 1e-12 * scale).any()):
             msg = f"covariances must be symmetric; got {self.covariances.tolist()}"
             raise ValueError(msg)
         self.weights = self.weights / self.weights.sum()
@@ -207,27 +203,8 @@ class GaussianMixture:
         """Log-density of the auxiliary components given the data component, log p_t(v, … | x).
 
         Its gradient is ``score(sde, rows="auxiliary")``. It equals the gradient of log p_t(z),
-        because p_t(x) does not depend on the auxiliary components.
-
-        Parameters
-        ----------
-        sde
-            The forward process, with auxiliary components.
-        z
-            ``(B, k, *D)``.
-        t
-            One time or ``(B,)``, at which the distribution has a density.
-
-        Returns
-        -------
-        Tensor
-            ``(B,)`` nats, in the dtype of ``z``.
-
-        Raises
-        ------
-        ValueError
-            If the process has one component only, shapes do not fit, or the distribution has no
-            density.
+        because p_t(x) does not depend on the auxiliary components. See `log_prob` for arguments,
+        result and errors. A process of one component raises a ValueError, too.
         """
         _rows(sde, "auxiliary")
         flat = self._flat_state(sde, z)
@@ -241,19 +218,7 @@ class GaussianMixture:
     def posterior_mean(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Posterior mean E[x_0 | z_t = z], the best prediction of the data, ``(B, *D)``.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        z
-            ``(B, k, *D)``.
-        t
-            One time or ``(B,)``, at which the distribution has a density.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit or the distribution has no density at some time.
+        See `log_prob` for arguments and errors.
         """
         check_process(sde)
         flat = self._flat_state(sde, z)
@@ -429,12 +394,12 @@ class GaussianMixture:
 
 
 def _dense_score(flat: Tensor, marginal: _DenseMarginal) -> Tensor:
-    """Score ``(B, d D)`` of states ``(B, k D)`` that share a time.
+    """Score ``(B, d D)`` of states ``(B, k, D)`` that share a time.
 
     The batch is the last axis, because sums and softmaxes over few entries are much faster if the
     long axis is contiguous.
     """
-    whitened = marginal.whitening @ (flat.mT - marginal.mean)
+    whitened = marginal.whitening @ (flat.flatten(1).mT - marginal.mean)
     if len(whitened) > 1:
         log_terms = marginal.log_scale - 0.5 * whitened.square().sum(1)
         whitened = whitened * log_terms.softmax(0).unsqueeze(1)
@@ -490,27 +455,18 @@ class MixtureScore(Score):
         # Compare densities in single precision at least, also for states in half precision.
         flat = data._flat_state(self.sde, z)
         shared = score_times(t, z, planned).ndim == 0
+        dense = shared and self.sde.components * data.dimension <= _DENSE
+        make: Callable[[Tensor], Any] = partial(data._marginal, self.sde)
+        if dense:
+            make = partial(data._dense_marginal, self.sde, rows)
+        version = data._version("dense" if dense else "marginal")
         with torch.autocast(z.device.type, enabled=False):
-            if shared and self.sde.components * data.dimension <= _DENSE:
-                version = data._version("dense")
-                dense = coefficients_at(
-                    self, t, z, self._dense_marginal, flat.dtype, planned=planned, version=version
-                )
-                score = _dense_score(flat.flatten(1), dense)
-            else:
-                version = data._version("marginal")
-                marginal = coefficients_at(
-                    self, t, z, self._marginal, flat.dtype, planned=planned, version=version
-                )
-                score = data._score(flat, rows, marginal)
+            marginal = coefficients_at(
+                self, t, z, make, flat.dtype, planned=planned, version=version
+            )
+            score = _dense_score(flat, marginal) if dense else data._score(flat, rows, marginal)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
         return self.data.posterior_mean(self.sde, z, score_times(t, z, **options))
-
-    def _dense_marginal(self, t: Tensor) -> _DenseMarginal:
-        return self.data._dense_marginal(self.sde, self.rows, t)
-
-    def _marginal(self, t: Tensor) -> _Marginal:
-        return self.data._marginal(self.sde, t)
