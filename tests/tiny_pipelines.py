@@ -227,20 +227,37 @@ class Case:
 
     def call(self, pipe, samples, seed=0, **options):
         """Last latents of the scheduler for samples with these numbers; each has its seeds."""
+        return self.recorded(pipe, samples, seed, **options).latents[-1]
+
+    def recorded(self, pipe, samples, seed=0, **options):
+        """Inputs and results of the scheduler's steps for samples with these numbers."""
         given = {name: make(samples) for name, make in self.per_sample.items()}
         given["generator"] = [torch.Generator().manual_seed(100 * seed + i) for i in samples]
-        record = Recorder(pipe.scheduler)
+        record = Recorder(pipe.scheduler, getattr(pipe, self.network))
         with record:
             pipe(**self.arguments, **given, **options)
-        return record.latents[-1]
+        return record
+
+    def guided(self, denoiser, conditions):
+        """Guided denoiser for the conditions of a call of the pipeline's network."""
+        if self.guidance is None:
+            return functools.partial(denoiser, **conditions)
+
+        def found(u, sigma):
+            both = denoiser(torch.cat([u, u]), torch.cat([sigma, sigma]), **conditions)
+            free, given = reversed(both.chunk(2)) if self.conditional_first else both.chunk(2)
+            return free + self.guidance * (given - free)
+
+        return found
 
 
 class Recorder:
-    """Record inputs and results of a scheduler's steps while the context is open."""
+    """Record a scheduler's steps, and conditions of the network, while the context is open."""
 
-    def __init__(self, scheduler):
-        self.scheduler, self.step = scheduler, scheduler.step
+    def __init__(self, scheduler, network):
+        self.scheduler, self.network, self.step = scheduler, network, scheduler.step
         self.inputs, self.outputs, self.latents, self.times = [], [], [], []
+        self.conditions, self.positional = {}, ()
 
     def __enter__(self):
         @functools.wraps(self.step)
@@ -249,16 +266,22 @@ class Recorder:
             self.inputs.append(sample.clone())
             self.outputs.append(model_output.clone())
             self.times.append(timestep)
-            self.latents.append(
-                (found[0] if isinstance(found, tuple) else found.prev_sample).clone()
-            )
+            latents = found[0] if isinstance(found, tuple) else found.prev_sample
+            self.latents.append(latents.clone())
             return found
 
+        def note(module, args, kwargs):
+            own = ("hidden_states", "timestep", "return_dict")
+            self.conditions = {name: x for name, x in kwargs.items() if name not in own}
+            self.positional = args
+
         self.scheduler.step = step
+        self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
         return self
 
     def __exit__(self, *_):
         del self.scheduler.step
+        self.hook.remove()
 
 
 def _images(samples):
@@ -285,7 +308,7 @@ _STEPS = {"num_inference_steps": 6}
 _EDIT = {**_TEXT, "image": _images}
 _INPAINT = {**_EDIT, "mask_image": masks}
 _CLEAN = {"clean_caption": False, "use_resolution_binning": False}
-_FLUX = {"output_type": "latent", "guidance_scale": 3.0, **_SIZE}
+_FLUX = {"output_type": "latent", "guidance_scale": 3.0, "max_sequence_length": 8, **_SIZE}
 
 CASES = {
     "DDPM": Case(_ddpm, {**_STEPS, "output_type": "np"}, {"batch_size": len}),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from cldsde.score import NoisePath
-from cldsde.score.denoisers import Predicts
+from cldsde.score.conversion import Prediction
 
 __all__ = ["LEAST_LOG_SNR", "Convention"]
 
-_PREDICTIONS: dict[str, Predicts] = {
+_PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "noise",
     "sample": "data",
     "v_prediction": "velocity",
@@ -33,7 +33,7 @@ class Convention:
     Either α² + σ² = 1 with a table of levels, or α + σ = 1 (flow matching).
     """
 
-    predicts: Predicts
+    predicts: Prediction
     steps: int  #: Time of the scheduler at σ = 1 of a flow, or number of levels of the table.
     #: κ of the noisiest level that the network can denoise, which may be −∞, and of the last one.
     ends: tuple[float, float]
@@ -59,7 +59,7 @@ class Convention:
                 )
                 raise ValueError(msg)
             steps = config.num_train_timesteps
-            ends = [getattr(scheduler, end, None) for end in ("sigma_min", "sigma_max")]
+            ends = [vars(scheduler).get(end) for end in ("sigma_min", "sigma_max")]
             low, high = (
                 default if x is None else float(x)
                 for x, default in zip(ends, (1 / steps, 1.0), strict=True)

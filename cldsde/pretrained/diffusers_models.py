@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from cldsde.pretrained.conventions import Convention
 from cldsde.score import NoisePath, PredictionDenoiser
 from cldsde.score.conversion import Prediction
 from cldsde.score.denoisers import Clock
 
 __all__ = ["DiffusersDenoiser", "from_diffusers"]
 
-_PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "noise",
-    "sample": "data",
-    "v_prediction": "velocity",
-}
+_Function = Callable[[Tensor], Tensor]
+
+# Time that networks receive, relative to the scheduler's, which pipelines pass or divide by 1000.
+_TIMES = dict.fromkeys(
+    (
+        "AllegroTransformer3DModel",
+        "BriaTransformer2DModel",
+        "CogVideoXTransformer3DModel",
+        "CogView3PlusTransformer2DModel",
+        "CogView4Transformer2DModel",
+        "ConsisIDTransformer3DModel",
+        "DiTTransformer2DModel",
+        "HunyuanDiT2DModel",
+        "HunyuanImageTransformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "LTXVideoTransformer3DModel",
+        "LatteTransformer3DModel",
+        "PixArtTransformer2DModel",
+        "SD3Transformer2DModel",
+        "Transformer2DModel",
+        "UNet1DModel",
+        "UNet2DConditionModel",
+        "UNet2DModel",
+        "UNet3DConditionModel",
+        "UNetMotionModel",
+        "UNetSpatioTemporalConditionModel",
+        "WanTransformer3DModel",
+    ),
+    1.0,
+) | dict.fromkeys(
+    (
+        "AuraFlowTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "FluxTransformer2DModel",
+        "QwenImageTransformer2DModel",
+    ),
+    1e-3,
+)
+_REVERSED = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel")
+# Conditions that are the same for all samples, without a batch axis.
+_SHARED = dict.fromkeys(
+    ("FluxTransformer2DModel", "ChromaTransformer2DModel"), ("img_ids", "txt_ids")
+)
 # Parts of a pipeline that are networks of noisy data, in the order in which they are looked for.
 _NETWORKS = ("unet", "transformer")
 _SCHEDULER_FILE = "scheduler_config.json"
@@ -39,6 +79,10 @@ class DiffusersDenoiser(PredictionDenoiser):
         Channels, rows and columns of the data, if the network's configuration says them.
     classes
         Number of classes, if the network takes ``class_labels``.
+    null_class
+        Class label that stands for no class, for guidance, if the network has one.
+    shared_conditions
+        Names of conditions without a batch axis, such as the positions of Flux.
     """
 
     def __init__(
@@ -47,17 +91,26 @@ class DiffusersDenoiser(PredictionDenoiser):
         path: NoisePath,
         predicts: Prediction,
         *,
-        clock: Clock | Callable[[Tensor], Tensor],
+        clock: Clock | _Function,
         shape: tuple[int, ...] | None,
         classes: int | None,
+        null_class: int | None = None,
+        shared_conditions: tuple[str, ...] = (),
     ) -> None:
         super().__init__(network, path, predicts, clock=clock)
         self.shape = shape
         self.classes = classes
+        self.null_class = null_class
+        self.shared_conditions = shared_conditions
 
 
 def from_diffusers(
-    source: Any, scheduler: Any = None, *, nearest: bool = False, download: bool = False
+    source: Any,
+    scheduler: Any = None,
+    *,
+    clock: Clock | _Function | None = None,
+    nearest: bool = False,
+    download: bool = False,
 ) -> DiffusersDenoiser:
     """Denoiser of a model of diffusers: a DDPM or v-prediction network, or a flow-matching network.
 
@@ -71,6 +124,9 @@ def from_diffusers(
     scheduler
         The scheduler whose levels the model was trained with, its configuration, or a file or
         folder of it. None takes the pipeline's, or the one saved beside the model.
+    clock
+        Form in which the network receives the noise level, see `PredictionDenoiser`. None: known
+        for classes of diffusers, such as the index for a U-Net and σ for Flux.
     nearest
         Tell the network the nearest of its levels, as an integer, in place of a fraction between
         two levels.
@@ -92,8 +148,8 @@ def from_diffusers(
     TypeError
         If ``source`` or ``scheduler`` is something else.
     ValueError
-        If weights are not safetensors, there is no scheduler, or levels or prediction of the
-        scheduler are unknown.
+        If weights are not safetensors, there is no scheduler, levels or prediction of the scheduler
+        or the clock of the network are unknown, or the network takes more than noisy data.
 
     Notes
     -----
@@ -128,30 +184,44 @@ def from_diffusers(
         )
         raise ValueError(msg)
     made = _scheduler(scheduler)
-    path, predicts, clock = _convention(made)
+    convention = Convention.of(made)
+    plain = getattr(network, "_orig_mod", network)  # of a compiled network
+    _check_channels(plain)
     if nearest:
-        if clock != "time":
+        if convention.table is None or convention.continuous:
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
             raise ValueError(msg)
+        if clock is not None:
+            msg = f"nearest must be False if clock is given; got clock={clock!r}"
+            raise ValueError(msg)
         clock = "index"
+    names = [kind.__name__ for kind in type(plain).__mro__]
+    shared = next((_SHARED[name] for name in names if name in _SHARED), ())
+    classes, null_class = _classes(plain)
     return DiffusersDenoiser(
-        _Network(network),
-        path,
-        predicts,
-        clock=clock,
-        shape=_shape(network),
-        classes=network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm"),
+        _Network(network, shared),
+        convention.path,
+        convention.predicts,
+        clock=_clock(plain, convention, clock),
+        shape=_shape(plain),
+        classes=classes,
+        null_class=null_class,
+        shared_conditions=shared,
     )
 
 
 class _Network(nn.Module):
     """A model of diffusers as network(x, clock, **conditions), in the precision of its weights."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shared: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
+        self.shared = shared
 
     def forward(self, x: Tensor, clock: Tensor, **conditions: Any) -> Tensor:
+        for name in self.shared:
+            if isinstance(given := conditions.get(name), Tensor) and given.ndim > 2:
+                conditions[name] = given[0]  # with a row for each sample, all equal
         given = x.to(self.model.dtype)
         out: Tensor = self.model(given, timestep=clock, return_dict=False, **conditions)[0]
         if out.shape[1] == 2 * x.shape[1]:
@@ -163,16 +233,21 @@ def _parts(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 
-    if isinstance(source, diffusers.ModelMixin):
+    if isinstance(getattr(source, "_orig_mod", source), diffusers.ModelMixin):
         return source, None
     for name in _NETWORKS:
         network = getattr(source, name, None)
-        if isinstance(network, diffusers.ModelMixin):
-            return network, getattr(source, "scheduler", None)
+        if isinstance(getattr(network, "_orig_mod", network), diffusers.ModelMixin):
+            return network, _replaced(getattr(source, "scheduler", None))
     msg = (
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
     raise TypeError(msg)
+
+
+def _replaced(scheduler: Any) -> Any:
+    """The scheduler that a `PipelineScheduler` replaced; any other as it is."""
+    return getattr(scheduler, "replaced", scheduler)
 
 
 def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
@@ -239,6 +314,7 @@ def _scheduler(given: Any) -> Any:
     """A scheduler of diffusers from itself, its configuration, or a file of it."""
     import diffusers
 
+    given = _replaced(given)
     if isinstance(given, diffusers.SchedulerMixin):
         return given
     origin: object = "scheduler"
@@ -255,6 +331,10 @@ def _scheduler(given: Any) -> Any:
             f"{type(given).__name__}"
         )
         raise TypeError(msg)
+    if given.get("_class_name") == "PipelineScheduler":
+        from cldsde.pretrained.pipeline_scheduler import PipelineScheduler
+
+        return PipelineScheduler.from_config(given).replaced
     if "_class_name" not in given:
         # The configuration of a scheduler, unlike its file, does not say whose it is.
         likely = {"beta_schedule": "DDPMScheduler", "shift": "FlowMatchEulerDiscreteScheduler"}
@@ -263,34 +343,66 @@ def _scheduler(given: Any) -> Any:
     return _class(given, diffusers.SchedulerMixin, origin).from_config(dict(given))
 
 
-def _convention(scheduler: Any) -> tuple[NoisePath, Prediction, Clock | Callable[[Tensor], Tensor]]:
-    """Path, prediction and clock that a network of a scheduler was trained with."""
-    config, name = scheduler.config, type(scheduler).__name__
-    prediction = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        if config.get("invert_sigmas"):
-            msg = f"scheduler: {name} with invert_sigmas has noise at time 0, which is unknown here"
-            raise ValueError(msg)
-        steps = config.num_train_timesteps
-        low, high = 1 / steps, 1.0
-        if hasattr(scheduler, "sigma_min"):
-            low, high = float(scheduler.sigma_min), float(scheduler.sigma_max)
-        path = dataclasses.replace(NoisePath.linear(), interval=(low, high))
-        return path, "flow", lambda t: steps * t
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None or prediction not in _PREDICTIONS:
+def _clock(
+    network: Any, convention: Convention, given: Clock | _Function | None
+) -> Clock | _Function:
+    """The form in which a network receives the noise level."""
+    names = [kind.__name__ for kind in type(network).__mro__]
+    reversed_names = [name for name in names if name in _REVERSED]
+    if reversed_names:
         msg = (
-            f"scheduler: levels and prediction of {name} (prediction_type={prediction!r}) are "
-            "unknown here; known are schedulers with alphas_cumprod that predict "
-            f"{', '.join(_PREDICTIONS)}, and flow-matching schedulers. Wrap the network as a "
-            "denoiser(u, sigma) instead"
+            f"source: {reversed_names[0]} predicts the negative flow, at a time that falls with "
+            "the noise; wrap it in a PredictionDenoiser that negates its output"
         )
         raise ValueError(msg)
-    if float(table[-1]) >= float(table[-2]):  # stands for zero, after rescaling to zero signal
-        table = table[:-1]
-    continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-    clock: Clock = "log_sigma/4" if continuous else "time"
-    return NoisePath.from_alphas_cumprod(table), _PREDICTIONS[prediction], clock
+    if given is not None:
+        return given
+    if convention.continuous:
+        return "log_sigma/4"
+    factors = [_TIMES[name] for name in names if name in _TIMES]
+    if not factors:
+        msg = (
+            f"clock must be given for {names[0]}, because the form in which it receives the noise "
+            "level is unknown here: 'time' for the path's time (an index, or σ of a flow), or a "
+            "function of it, such as lambda t: 1000 * t"
+        )
+        raise ValueError(msg)
+    factor = factors[0] * (1 if convention.table is not None else convention.steps)
+    return "time" if factor == 1 else _Multiple(factor)
+
+
+@dataclass(frozen=True)
+class _Multiple:
+    """A multiple of times, which can be pickled."""
+
+    factor: float
+
+    def __call__(self, times: Tensor) -> Tensor:
+        return self.factor * times
+
+
+def _check_channels(network: Any) -> None:
+    """Raise ValueError if a network takes more than noisy data."""
+    taken, made = (network.config.get(name) for name in ("in_channels", "out_channels"))
+    if taken is None or made is None or made in (taken, 2 * taken):
+        return
+    inpainting = ": it takes a mask and the masked image, too" if taken == 2 * made + 1 else ""
+    msg = (
+        f"source: {type(network).__name__} takes {taken} channels and predicts {made}{inpainting}. "
+        "A denoiser has noisy data only. Sample in the pipeline with PipelineScheduler, or wrap "
+        "network and other inputs in a PredictionDenoiser"
+    )
+    raise ValueError(msg)
+
+
+def _classes(network: Any) -> tuple[int | None, int | None]:
+    """Number of classes of a network, and the label that stands for none."""
+    classes = network.config.get("num_class_embeds")
+    if "DiTTransformer2DModel" in [kind.__name__ for kind in type(network).__mro__]:
+        # Other transformers have this number, too, and take no classes.
+        classes = network.config.num_embeds_ada_norm
+        return classes, classes
+    return classes, None
 
 
 def _class(config: Mapping[str, Any], kind: type, origin: object) -> Any:

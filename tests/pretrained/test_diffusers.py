@@ -65,6 +65,8 @@ def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+EPS = 1e-12  # a few operations in double precision
+COMPILED = 1e-6  # single precision
 TABLES = 1e-4  # the tables of the schedulers are in single precision
 
 
@@ -155,6 +157,117 @@ def test_an_entry_without_signal_is_left_out(kind):
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     scheduler = getattr(diffusers, kind)(**options)
     assert pretrained.from_diffusers(unet(), scheduler).path.interval == (0.0, 998.0)
+
+
+def transformer(kind="FluxTransformer2DModel"):
+    """The smallest transformer of a family, of which only the configuration matters."""
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8}
+    own = {
+        "FluxTransformer2DModel": {"axes_dims_rope": (2, 2, 4), "num_single_layers": 0},
+        "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 0},
+        "Lumina2Transformer2DModel": {"hidden_size": 16, "axes_dim_rope": (2, 2, 4)},
+    }
+    if kind in own:
+        shape |= own[kind]
+    if kind != "AuraFlowTransformer2DModel":
+        shape["num_layers"] = 1
+    if kind == "Lumina2Transformer2DModel":
+        del shape["attention_head_dim"]
+        shape |= {"num_refiner_layers": 1, "num_kv_heads": 1, "cap_feat_dim": 8}
+    return getattr(diffusers, kind)(**shape)
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "time"),
+    [
+        ("SD3Transformer2DModel", 700.0),
+        ("FluxTransformer2DModel", 0.7),
+        ("AuraFlowTransformer2DModel", 0.7),
+    ],
+)
+def test_the_clock_is_that_of_the_network(kind, time):
+    denoiser = pretrained.from_diffusers(transformer(kind), FLOW)
+    at = torch.tensor([0.7], dtype=torch.float64)
+    found = at if denoiser.clock == "time" else denoiser.clock(at)
+    assert float(found) == pytest.approx(time, rel=EPS, abs=0)
+
+
+class Unknown(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A network that diffusers does not have."""
+
+    config_name = "config.json"
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, in_channels=1):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, timestep, return_dict=True):
+        return (self.weight * x * timestep.reshape(-1, 1, 1, 1),)
+
+
+def test_an_unknown_network_needs_a_clock():
+    with pytest.raises(ValueError, match=r"clock must be given for Unknown, because the form"):
+        pretrained.from_diffusers(Unknown(), FLOW)
+    found = pretrained.from_diffusers(Unknown().double(), FLOW, clock=lambda t: 3 * t)
+    # x_0 = x − σ u with x = u/2 at σ/α = 1, and the network's u = 1.5 x.
+    assert torch.allclose(found(U, 1.0), U / 2 * 0.25, rtol=EPS, atol=0)
+    with pytest.raises(ValueError, match="nearest must be False if clock is given"):
+        pretrained.from_diffusers(unet(), DDPM(), clock="time", nearest=True)
+
+
+def test_a_network_of_the_negative_flow_is_rejected():
+    network = transformer("Lumina2Transformer2DModel")
+    with pytest.raises(ValueError, match="Lumina2Transformer2DModel predicts the negative flow"):
+        pretrained.from_diffusers(network, FLOW, clock="time")
+
+
+def test_flow_schedulers_without_ends_of_their_levels_are_read():
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    denoiser = pretrained.from_diffusers(unet(), diffusers.UniPCMultistepScheduler(**options))
+    assert denoiser.predicts == "flow"
+    assert denoiser.path.interval == pytest.approx((1e-3, 1.0), rel=EPS, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [("PixArtTransformer2DModel", (None, None)), ("DiTTransformer2DModel", (1000, 1000))],
+)
+def test_only_networks_of_classes_have_classes(kind, classes):
+    shape = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    shape |= {"norm_num_groups": 4, "sample_size": 8, "out_channels": 8}
+    if kind.startswith("PixArt"):
+        shape |= {"cross_attention_dim": 16, "use_additional_conditions": False}
+    denoiser = pretrained.from_diffusers(getattr(diffusers, kind)(**shape), DDPM())
+    assert (denoiser.classes, denoiser.null_class) == classes
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_one_of_the_pipeline(folders):
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folders["ddpm"])
+    expected = pretrained.from_diffusers(pipeline)(U.float(), 1.5)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    for source in ((pipeline,), (pipeline.unet, pipeline.scheduler)):
+        found = pretrained.from_diffusers(*source)
+        assert found.shape == SHAPE
+        assert relative(found(U.float(), 1.5), expected) <= COMPILED
+
+
+def test_an_inpainting_network_is_rejected():
+    with pytest.raises(ValueError, match="takes 9 channels and predicts 4: it takes a mask"):
+        pretrained.from_diffusers(unet(in_channels=9, out_channels=4), DDPM())
+
+
+def test_the_scheduler_of_a_pipeline_may_be_replaced(folders, tmp_path):
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folders["v"])
+    expected = pretrained.from_diffusers(pipeline)(U.float(), 1.5)
+    pipeline.scheduler = pretrained.PipelineScheduler(pipeline.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    for source in (pipeline, tmp_path):
+        assert torch.equal(pretrained.from_diffusers(source)(U.float(), 1.5), expected)
 
 
 INVERTED = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)

@@ -6,7 +6,9 @@ import functools
 import pytest
 import torch
 
-from cldsde import CLD, pretrained, solvers
+from cldsde import CLD, DenoiserScore, PredictionDenoiser, ReverseProcess, pretrained, solvers
+from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.stepping import PathSteps
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -50,6 +52,70 @@ def latents(name):
 def test_order_1_without_noise_gives_the_latents_of_the_replaced_scheduler(name):
     pipe = pipeline(name, "VPSDE", FIRST, grid="scheduler")
     assert far(CASES[name].call(pipe, [0]), CASES[name].call(built(name), [0])) <= CLOSE
+
+
+def denoiser_of(name, pipe, record):
+    """The guided denoiser of a call of a pipeline."""
+    if name == "SD-inpaint-9":  # mask and masked image follow the latents
+        rest = record.positional[0][:, 4:]
+        network = lambda x, t, **given: pipe.unet(torch.cat([x, rest], 1), t, **given).sample  # noqa: E731
+        path = pretrained.from_diffusers(built("SD")).path
+        denoiser = PredictionDenoiser(network, path)
+    else:
+        denoiser = pretrained.from_diffusers(pipe)
+    return CASES[name].guided(denoiser, record.conditions)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SD-inpaint-4"])
+def test_latents_are_those_of_solve_on_the_guided_prediction(name, monkeypatch):
+    """From the state and with the normals of the scheduler, which are recorded."""
+    solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+    states, draws = [], []
+    started, step = PathSteps._started, PathSteps.step
+
+    class Noted(solvers.NoiseSource):
+        def __init__(self, source):
+            self.source = source
+
+        def normal(self, z, rows):
+            draws.append(self.source.normal(z, rows))
+            return draws[-1]
+
+    def noting(self, j, x, noise):
+        states.append((j, started(self, j, x, noise)))
+        return states[-1][1].clone()
+
+    monkeypatch.setattr(PathSteps, "_started", noting)
+    monkeypatch.setattr(
+        PathSteps, "step", lambda self, i, x, data, noise: step(self, i, x, data, Noted(noise))
+    )
+    pipe = pipeline(name, "CLD", solver)
+    record = CASES[name].recorded(pipe, [0, 1])
+    ((first, state),) = states
+    steps = pipe.scheduler.steps
+    score = DenoiserScore(denoiser_of(name, pipe, record), steps.sde)
+    noise = solvers.RecordedNoise([draw[:2] for draw in draws[1:]])  # DiT has both halves
+    process = ReverseProcess(steps.sde, score)
+    times = steps.times[first:]
+    found = solvers.solve(process, solver, state[:2], times, noise=noise, denoise=True)
+    assert far(found.data, record.latents[-1][:2]) <= CLOSE
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "SD-inpaint-9"])
+@torch.no_grad()
+def test_from_diffusers_agrees_with_each_guided_call(name):
+    case, pipe = CASES[name], pipeline(name, "CLD")
+    record, convention = case.recorded(pipe, [0, 1]), Convention.of(built(name).scheduler)
+    denoiser = denoiser_of(name, pipe, record)
+    for x, output, t in zip(record.inputs, record.outputs, record.times, strict=True):
+        log_snr = convention.log_snr(t.double().reshape(1))
+        signal, noise = (float(scale) for scale in convention.scales(log_snr))
+        if signal < 1e-6:  # SD3 and its like start at infinite noise
+            continue
+        of_x, of_output = convention.estimate(signal, noise)
+        expected = (of_x * x + of_output * output)[:2]
+        found = denoiser(x[:2] / signal, torch.full((2,), noise / signal))
+        assert far(found, expected) <= CLOSE
 
 
 @every_pipeline

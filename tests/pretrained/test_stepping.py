@@ -98,7 +98,9 @@ def test_a_changed_x_is_the_x_of_the_state(name, method):
     after = steps._changed(2, x + shift)
     blocks = steps._blocks
     seen = torch.tensor(blocks.seen[2], dtype=torch.float64)
-    assert torch.allclose((seen @ after.flatten(2))[:, 0], (x + shift).flatten(1), atol=EXACT)
+    assert torch.allclose(
+        (seen @ after.flatten(2))[:, 0], (x + shift).flatten(1), rtol=0, atol=EXACT
+    )
     change = (after - before).flatten(2)
     expected = torch.tensor(blocks.of_x[2], dtype=torch.float64) @ shift.flatten(1).unsqueeze(1)
     assert torch.allclose(change, expected, rtol=0, atol=EXACT)
