@@ -220,8 +220,9 @@ class _Network(nn.Module):
 
     def forward(self, x: Tensor, clock: Tensor, **conditions: Any) -> Tensor:
         for name in self.shared:
-            if isinstance(given := conditions.get(name), Tensor) and given.ndim > 2:
-                conditions[name] = given[0]  # with a row for each sample, all equal
+            # A `ConditionalScore` gives each sample the same row.
+            if isinstance(value := conditions.get(name), Tensor):
+                conditions[name] = value.reshape(-1, *value.shape[-2:])[0]
         given = x.to(self.model.dtype)
         out: Tensor = self.model(given, timestep=clock, return_dict=False, **conditions)[0]
         if out.shape[1] == 2 * x.shape[1]:

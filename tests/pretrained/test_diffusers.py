@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from cldsde import VPSDE, ReverseProcess, pretrained, solvers
-from cldsde.score import DenoiserScore
+from cldsde import CLD, VPSDE, GuidedScore, ReverseProcess, pretrained, sample, solvers
+from cldsde.score import ConditionalScore, DenoiserScore
 from probes import generator
 
 diffusers = pytest.importorskip("diffusers")
@@ -163,7 +163,13 @@ def transformer(kind="FluxTransformer2DModel"):
     """The smallest transformer of a family, of which only the configuration matters."""
     shape = {"num_attention_heads": 2, "attention_head_dim": 8}
     own = {
-        "FluxTransformer2DModel": {"axes_dims_rope": (2, 2, 4), "num_single_layers": 0},
+        "FluxTransformer2DModel": {
+            "axes_dims_rope": (2, 2, 4),
+            "num_single_layers": 0,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "pooled_projection_dim": 8,
+        },
         "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 0},
         "Lumina2Transformer2DModel": {"hidden_size": 16, "axes_dim_rope": (2, 2, 4)},
     }
@@ -193,6 +199,25 @@ def test_the_clock_is_that_of_the_network(kind, time):
     at = torch.tensor([0.7], dtype=torch.float64)
     found = at if denoiser.clock == "time" else denoiser.clock(at)
     assert float(found) == pytest.approx(time, rel=EPS, abs=0)
+
+
+def test_conditions_without_rows_and_with_one_row_are_those_of_each_sample():
+    """Positions of Flux have no axis of samples; one text stands for all."""
+    torch.manual_seed(0)
+    denoiser = pretrained.from_diffusers(transformer().eval(), FLOW).requires_grad_(False)
+    text, pooled = (torch.randn(1, *shape, generator=generator(2)) for shape in ((5, 8), (8,)))
+    ids = {"txt_ids": torch.zeros(5, 3), "img_ids": torch.arange(27.0).reshape(9, 3)}
+    sde = CLD()
+    one = DenoiserScore(denoiser, sde)
+
+    def guided(rows):
+        given = {"encoder_hidden_states": text.expand(rows, -1, -1), **ids}
+        given["pooled_projections"] = pooled.expand(rows, -1)
+        free = {**given, "encoder_hidden_states": 0 * given["encoder_hidden_states"]}
+        return GuidedScore(ConditionalScore(one, **given), ConditionalScore(one, **free), 3.0)
+
+    found = sample(sde, guided(1), (3, 9, 4), nfe=6, batch=2)
+    assert relative(found, sample(sde, guided(3), (3, 9, 4), nfe=6)) <= COMPILED
 
 
 class Unknown(diffusers.ModelMixin, diffusers.ConfigMixin):
