@@ -99,9 +99,12 @@ def levels_of_grid(
     noisiest = convention.ends[0]
     lead = [noisiest] if noisiest < float(sde.log_snr(start)) - _ROUNDING else []
     points = n - len(lead)
-    grid = root_times(start, end, points - 1).tolist() if points > 1 else [start] * points
-    kappas = [float(sde.log_snr(t)) for t in grid]
-    levels = torch.tensor([*lead, *kappas, math.inf], dtype=torch.float64, device="cpu")
+    if points > 1:
+        grid = root_times(start, end, points - 1)
+    else:
+        grid = torch.full((points,), start, dtype=torch.float64, device="cpu")
+    first, last = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (lead, [math.inf]))
+    levels = torch.cat([first, sde.log_snr(grid), last])
     return levels, convention.times(levels[:-1]).float()
 
 
