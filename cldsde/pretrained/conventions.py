@@ -59,11 +59,8 @@ class Convention:
                 )
                 raise ValueError(msg)
             steps = config.num_train_timesteps
-            ends = [vars(scheduler).get(end) for end in ("sigma_min", "sigma_max")]
-            low, high = (
-                default if x is None else float(x)
-                for x, default in zip(ends, (1 / steps, 1.0), strict=True)
-            )
+            low, high = (vars(scheduler).get(end) for end in ("sigma_min", "sigma_max"))
+            low, high = float(low or 1 / steps), float(high or 1.0)
             return cls("flow", steps, (_flow_log_snr(high), _flow_log_snr(low)))
         found = getattr(scheduler, "alphas_cumprod", None)
         if found is None or prediction not in _PREDICTIONS:

@@ -134,7 +134,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise TypeError(msg)
         one_of(grid, Grid, "grid")
         #: Copy of the scheduler that this one replaces.
-        self.replaced = copy.deepcopy(scheduler)
+        self.replaced: Any = copy.deepcopy(scheduler)
         #: The process.
         self.sde = process_of(process)
         self.solver = None if solver is None else check_steppable(solver_of(solver))
@@ -213,7 +213,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self.steps is None or not torch.equal(levels, self._levels):
             self.steps = _steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
-        self._levels = levels
+        self._levels: Tensor = levels
         self._clear()
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
         if self.config.grid == "scheduler" and spread != 1:
@@ -371,8 +371,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             If another scheduler made the configuration. It does not say by itself how the network
             was trained: pass the scheduler to the constructor.
         """
-        kind = getattr(diffusers, str(config.get("scheduler")), None)
-        if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        kind: Any = getattr(diffusers, str(config.get("scheduler")), None)
+        known = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
+        if not known:
             msg = (
                 "config must come from a PipelineScheduler; got the configuration of "
                 f"{config.get('_class_name', 'another scheduler')}. Pass the scheduler itself: "

@@ -120,7 +120,9 @@ class PathSteps:
             return data.to(x.dtype, copy=True)
         if i < self.first:
             share = self._noise[i + 1] / self._noise[i]
-            mixed = share * x.to(exact) + (self._signal[i + 1] - share * self._signal[i]) * data
+            mixed: Tensor = (
+                share * x.to(exact) + (self._signal[i + 1] - share * self._signal[i]) * data
+            )
             return mixed.to(x.dtype)
         j, blocks = i - self.first, self._blocks
         if self._state is None:

@@ -146,3 +146,45 @@ def test_a_pipeline_is_saved_and_loaded_with_it(name, tmp_path):
     assert loaded.scheduler.sde.beta == 3.0
     found, expected = (CASES[name].call(each, [0, 1, 2]) for each in (loaded, pipe))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("grid", ["root_times", "scheduler"])
+def test_two_pipelines_share_the_steps_of_one(grid):
+    """SDXL's base until half of the noise, and its refiner from there; from x alone."""
+    case = CASES["SDXL"]
+    base = pipeline("SDXL", "VPSDE", FIRST, grid=grid)
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**base.components)
+    refiner.set_progress_bar_config(disable=True)
+    expected = case.call(base, [0])
+    half = case.call(base, [0], denoising_end=0.5)
+    assert float((half - expected).abs().max()) > CLOSE
+    found = refiner(
+        prompt=tiny_pipelines.PROMPTS[:1],
+        negative_prompt=["a"],
+        image=half,
+        denoising_start=0.5,
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    assert far(found, expected) <= CLOSE
+
+
+def test_callbacks_change_latents():
+    case, seen = CASES["SD"], []
+
+    def copied(pipe, i, t, given):
+        seen.append(float(t))
+        return {"latents": given["latents"].clone()}
+
+    def changed(pipe, i, t, given):
+        return {"latents": given["latents"] * (1.5 if i == 2 else 1.0)}
+
+    plain = case.call(pipeline("SD"), [0])
+    same, other = (
+        case.call(pipeline("SD"), [0], callback_on_step_end=each) for each in (copied, changed)
+    )
+    assert torch.equal(same, plain)
+    assert bool(other.isfinite().all())
+    assert far(other, plain) > CLOSE
+    assert len(seen) == 6

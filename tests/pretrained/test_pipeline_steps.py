@@ -107,7 +107,7 @@ def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, 
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
     noisiest = 1000.0 if isinstance(scheduler, FLOW) else 999.0
-    assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=1e-2, abs=0)
+    assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=CLOSE, abs=0)
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
 
