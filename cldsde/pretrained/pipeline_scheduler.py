@@ -41,6 +41,8 @@ __all__ = ["PipelineScheduler", "PipelineSchedulerOutput"]
 
 Grid = Literal["root_times", "scheduler"]
 
+# Key of the streams of latents, which keeps them apart from other streams of the same seeds.
+_KEY = 0x70697065
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid")
 
 
@@ -270,7 +272,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert self.steps is not None
         data = self._data_prediction(i, model_output, sample)
         if generator is None and self._streams is None:
-            self._streams = SampleNoise([_seed_of(x) for x in sample])
+            self._streams = SampleNoise([_seed_of(x) for x in sample], key=_KEY)
         noise = self._streams if generator is None else _Drawn(generator)
         assert noise is not None
         found = self.steps.step(i, sample, data, noise)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import Conversion, ReverseProcess
+from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
@@ -75,7 +75,7 @@ class PathSteps:
                 f"{sde!r} has none below σ = {float((-sde.log_snr(self.times[-1])).exp()):.4g}"
             )
             raise ValueError(msg)
-        self._process = ReverseProcess(sde, _Unused())
+        self._process = ReverseProcess(sde, _Announced())
         self._tables: dict[int, Any] = {}
         self._blocks = _Blocks.at(sde, self.times, noise[reached])
         self._prepared(0)
@@ -218,13 +218,12 @@ class _Given(NamedTuple):
         return self.data
 
 
-class _Unused:
-    """Score for `Solver.prepare`: it predicts the data, and `_Given` is evaluated in its place."""
+class _Announced(Score):
+    """Score for `Solver.prepare`, which asks what it can do; `_Given` is evaluated in its place."""
 
-    def __call__(self, z: Tensor, t: Tensor, /) -> NoReturn:
-        raise NotImplementedError
+    predicts_data = True
 
-    def data_prediction(self, z: Tensor, t: Tensor, /) -> NoReturn:
+    def forward(self, z: Tensor, t: Any, **options: Any) -> NoReturn:
         raise NotImplementedError
 
 
