@@ -6,7 +6,17 @@ import pickle
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, GuidedScore, ReverseProcess, pretrained, sample, solvers
+from cldsde import (
+    CLD,
+    VPSDE,
+    GuidedScore,
+    LinearSDE,
+    RectifiedFlow,
+    ReverseProcess,
+    pretrained,
+    sample,
+    solvers,
+)
 from cldsde.score import ConditionalScore, DenoiserScore
 from probes import generator
 
@@ -65,6 +75,7 @@ def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+FLOW_PATH = (lambda t: 1 - t), (lambda t: t)
 EPS = 1e-12  # a few operations in double precision
 COMPILED = 1e-6  # single precision
 TABLES = 1e-4  # the tables of the schedulers are in single precision
@@ -99,6 +110,19 @@ def test_images_are_those_of_euler_for_flows(folders):
     units = ((1 - sigmas[0]) ** 2 + sigmas[0] ** 2).sqrt()
     found = ours(folders["flow"], MULTISTEP(order=1), levels, x / units)
     assert relative(found, theirs(scheduler, x)) <= TABLES
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), LinearSDE.from_signal_noise(*FLOW_PATH)])
+def test_images_are_those_of_euler_for_flows_from_pure_noise(folders, process):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(12)
+    score = DenoiserScore(pretrained.from_diffusers(folders["flow"]).double(), process)
+    reverse = ReverseProcess(process, score)
+    times = scheduler.sigmas[:-1].double()
+    assert times[0] == 1
+    state = NOISE.unsqueeze(1)
+    found = solvers.solve(reverse, MULTISTEP(order=1), state, times, denoise=True).data
+    assert relative(found, theirs(scheduler, NOISE)) <= TABLES
 
 
 def test_a_pipeline_a_model_a_folder_and_a_pickle_are_one(folders):
