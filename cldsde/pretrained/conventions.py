@@ -87,7 +87,9 @@ class Convention:
     def path(self) -> NoisePath:
         """Path of the levels that have signal."""
         if self.table is None:
-            noisiest, last = torch.tensor(self.ends, dtype=torch.float64).neg().sigmoid().tolist()
+            noisiest, last = (
+                torch.tensor(self.ends, dtype=torch.float64, device="cpu").neg().sigmoid().tolist()
+            )
             return dataclasses.replace(NoisePath.linear(), interval=(last, noisiest))
         return NoisePath.from_alphas_cumprod(torch.sigmoid(2 * self.table))
 

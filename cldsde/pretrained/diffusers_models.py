@@ -6,63 +6,24 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.diffusers_networks import (
+    check_channels,
+    classes_of,
+    clock_of,
+    shared_conditions_of,
+)
 from cldsde.score import NoisePath, PredictionDenoiser
 from cldsde.score.conversion import Prediction
 from cldsde.score.denoisers import Clock
 
 __all__ = ["DiffusersDenoiser", "from_diffusers"]
 
-_Function = Callable[[Tensor], Tensor]
-
-# Time that networks receive, relative to the scheduler's, which pipelines pass or divide by 1000.
-_TIMES = dict.fromkeys(
-    (
-        "AllegroTransformer3DModel",
-        "BriaTransformer2DModel",
-        "CogVideoXTransformer3DModel",
-        "CogView3PlusTransformer2DModel",
-        "CogView4Transformer2DModel",
-        "ConsisIDTransformer3DModel",
-        "DiTTransformer2DModel",
-        "HunyuanDiT2DModel",
-        "HunyuanImageTransformer2DModel",
-        "HunyuanVideoTransformer3DModel",
-        "LTXVideoTransformer3DModel",
-        "LatteTransformer3DModel",
-        "PixArtTransformer2DModel",
-        "SD3Transformer2DModel",
-        "Transformer2DModel",
-        "UNet1DModel",
-        "UNet2DConditionModel",
-        "UNet2DModel",
-        "UNet3DConditionModel",
-        "UNetMotionModel",
-        "UNetSpatioTemporalConditionModel",
-        "WanTransformer3DModel",
-    ),
-    1.0,
-) | dict.fromkeys(
-    (
-        "AuraFlowTransformer2DModel",
-        "ChromaTransformer2DModel",
-        "Flux2Transformer2DModel",
-        "FluxTransformer2DModel",
-        "QwenImageTransformer2DModel",
-    ),
-    1e-3,
-)
-_REVERSED = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel")
-# Conditions that are the same for all samples, without a batch axis.
-_SHARED = dict.fromkeys(
-    ("FluxTransformer2DModel", "ChromaTransformer2DModel"), ("img_ids", "txt_ids")
-)
 # Parts of a pipeline that are networks of noisy data, in the order in which they are looked for.
 _NETWORKS = ("unet", "transformer")
 _SCHEDULER_FILE = "scheduler_config.json"
@@ -91,7 +52,7 @@ class DiffusersDenoiser(PredictionDenoiser):
         path: NoisePath,
         predicts: Prediction,
         *,
-        clock: Clock | _Function,
+        clock: Clock | Callable[[Tensor], Tensor],
         shape: tuple[int, ...] | None,
         classes: int | None,
         null_class: int | None = None,
@@ -108,7 +69,7 @@ def from_diffusers(
     source: Any,
     scheduler: Any = None,
     *,
-    clock: Clock | _Function | None = None,
+    clock: Clock | Callable[[Tensor], Tensor] | None = None,
     nearest: bool = False,
     download: bool = False,
 ) -> DiffusersDenoiser:
@@ -186,7 +147,7 @@ def from_diffusers(
     made = _scheduler(scheduler)
     convention = Convention.of(made)
     plain = getattr(network, "_orig_mod", network)  # of a compiled network
-    _check_channels(plain)
+    check_channels(plain)
     if nearest:
         if convention.table is None or convention.continuous:
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
@@ -195,14 +156,13 @@ def from_diffusers(
             msg = f"nearest must be False if clock is given; got clock={clock!r}"
             raise ValueError(msg)
         clock = "index"
-    names = [kind.__name__ for kind in type(plain).__mro__]
-    shared = next((_SHARED[name] for name in names if name in _SHARED), ())
-    classes, null_class = _classes(plain)
+    shared = shared_conditions_of(plain)
+    classes, null_class = classes_of(plain)
     return DiffusersDenoiser(
         _Network(network, shared),
         convention.path,
         convention.predicts,
-        clock=_clock(plain, convention, clock),
+        clock=clock_of(plain, convention, clock),
         shape=_shape(plain),
         classes=classes,
         null_class=null_class,
@@ -342,68 +302,6 @@ def _scheduler(given: Any) -> Any:
         names = [name for key, name in likely.items() if key in given]
         given = {**given, "_class_name": names[0] if names else None}
     return _class(given, diffusers.SchedulerMixin, origin).from_config(dict(given))
-
-
-def _clock(
-    network: Any, convention: Convention, given: Clock | _Function | None
-) -> Clock | _Function:
-    """The form in which a network receives the noise level."""
-    names = [kind.__name__ for kind in type(network).__mro__]
-    reversed_names = [name for name in names if name in _REVERSED]
-    if reversed_names:
-        msg = (
-            f"source: {reversed_names[0]} predicts the negative flow, at a time that falls with "
-            "the noise; wrap it in a PredictionDenoiser that negates its output"
-        )
-        raise ValueError(msg)
-    if given is not None:
-        return given
-    if convention.continuous:
-        return "log_sigma/4"
-    factors = [_TIMES[name] for name in names if name in _TIMES]
-    if not factors:
-        msg = (
-            f"clock must be given for {names[0]}, because the form in which it receives the noise "
-            "level is unknown here: 'time' for the path's time (an index, or σ of a flow), or a "
-            "function of it, such as lambda t: 1000 * t"
-        )
-        raise ValueError(msg)
-    factor = factors[0] * (1 if convention.table is not None else convention.steps)
-    return "time" if factor == 1 else _Multiple(factor)
-
-
-@dataclass(frozen=True)
-class _Multiple:
-    """A multiple of times, which can be pickled."""
-
-    factor: float
-
-    def __call__(self, times: Tensor) -> Tensor:
-        return self.factor * times
-
-
-def _check_channels(network: Any) -> None:
-    """Raise ValueError if a network takes more than noisy data."""
-    taken, made = (network.config.get(name) for name in ("in_channels", "out_channels"))
-    if taken is None or made is None or made in (taken, 2 * taken):
-        return
-    inpainting = ": it takes a mask and the masked image, too" if taken == 2 * made + 1 else ""
-    msg = (
-        f"source: {type(network).__name__} takes {taken} channels and predicts {made}{inpainting}. "
-        "A denoiser has noisy data only. Sample in the pipeline with PipelineScheduler, or wrap "
-        "network and other inputs in a PredictionDenoiser"
-    )
-    raise ValueError(msg)
-
-
-def _classes(network: Any) -> tuple[int | None, int | None]:
-    """Number of classes of a network, and the label that stands for none."""
-    classes = network.config.get("num_class_embeds")
-    if "DiTTransformer2DModel" in [kind.__name__ for kind in type(network).__mro__]:
-        # Other transformers have this number, too, and take no classes.
-        classes = network.config.num_embeds_ada_norm
-        return classes, classes
-    return classes, None
 
 
 def _class(config: Mapping[str, Any], kind: type, origin: object) -> Any:

@@ -70,7 +70,7 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
     for name in ("timesteps", "sigmas"):
         if name not in given:
             continue
-        values = torch.as_tensor(given[name], dtype=torch.float64).flatten()
+        values = torch.as_tensor(given[name], dtype=torch.float64, device="cpu").flatten()
         uneven = values.diff().diff().abs() > _UNEVEN * values.abs().max()
         if bool(uneven.any()):
             msg = (

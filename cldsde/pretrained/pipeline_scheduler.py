@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from cldsde.linear.random import Generators, standard_normal
+from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import Convention
 from cldsde.pretrained.descriptions import (
@@ -30,19 +29,16 @@ from cldsde.pretrained.pipeline_levels import (
     number_of_steps,
     window,
 )
-from cldsde.pretrained.stepping import PathSteps, check_steppable
+from cldsde.pretrained.pipeline_noise import GeneratorNoise, latent_streams
+from cldsde.pretrained.stepping import PathSteps, check_steppable, steps_of
 from cldsde.score.checks import one_of
-from cldsde.solvers import ExponentialEuler
-from cldsde.solvers.base import GridSolver, Solver
-from cldsde.solvers.noise import NoiseSource, SampleNoise
-from cldsde.solvers.sampling import RECOMMENDED
+from cldsde.solvers.base import Solver
+from cldsde.solvers.noise import NoiseSource
 
 __all__ = ["PipelineScheduler", "PipelineSchedulerOutput"]
 
 Grid = Literal["root_times", "scheduler"]
 
-# Key of the streams of latents, which keeps them apart from other streams of the same seeds.
-_KEY = 0x70697065
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid")
 
 
@@ -149,7 +145,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0)
+        self.timesteps = torch.empty(0, device="cpu")
         #: Standard deviation of a pipeline's first latents.
         self.init_noise_sigma = 1.0
         self._clear()
@@ -213,7 +209,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         pairs = zip(signal[:-1].tolist(), noise[:-1].tolist(), strict=True)
         self._estimates = [convention.estimate(*pair) for pair in pairs]
         if self.steps is None or not torch.equal(levels, self._levels):
-            self.steps = _steps(self.sde, self.solver, levels, signal, noise)
+            self.steps = steps_of(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
         self._clear()
@@ -272,8 +268,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert self.steps is not None
         data = self._data_prediction(i, model_output, sample)
         if generator is None and self._streams is None:
-            self._streams = SampleNoise([_seed_of(x) for x in sample], key=_KEY)
-        noise = self._streams if generator is None else _Drawn(generator)
+            self._streams = latent_streams(sample)
+        noise = self._streams if generator is None else GeneratorNoise(generator)
         assert noise is not None
         found = self.steps.step(i, sample, data, noise)
         self._step_index = i + 1
@@ -412,37 +408,3 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 # Pipelines store the module of a scheduler's class, and load the class from this module.
 PipelineScheduler.__module__ = "cldsde.pretrained"
-
-
-class _Drawn(NoiseSource):
-    """Normals from a pipeline's generators, each of which draws for its samples."""
-
-    def __init__(self, generator: Generators) -> None:
-        self._generator = generator
-
-    def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Draw ``(B, rows, *D)``."""
-        shape = (len(z), rows, *z.shape[2:])
-        return standard_normal(shape, generator=self._generator, dtype=z.dtype, device=z.device)
-
-
-def _steps(
-    sde: LinearSDE, solver: GridSolver | None, levels: Tensor, signal: Tensor, noise: Tensor
-) -> PathSteps:
-    """Steps with a solver, or with the first recommended one that applies to the process."""
-    if solver is None:
-        k, n = sde.components, len(levels) - 2
-        kept = [x for x in RECOMMENDED if k <= x.most_components and n <= x.most_steps]
-        for recipe in kept:
-            if recipe.solver.facts.score_at_start:
-                try:
-                    return PathSteps(sde, check_steppable(recipe.solver), levels, signal, noise)
-                except ValueError:  # try the next one, as `recommended_plan` does
-                    continue
-    return PathSteps(sde, solver or ExponentialEuler(), levels, signal, noise)
-
-
-def _seed_of(x: Tensor) -> int:
-    """Seed that depends on the values of a sample."""
-    values = x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(values).digest()[:4], "little")

@@ -20,11 +20,13 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
+from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
+from cldsde.solvers.sampling import RECOMMENDED
 
-__all__ = ["PathSteps", "check_steppable", "noisiest_log_snr"]
+__all__ = ["PathSteps", "check_steppable", "noisiest_log_snr", "steps_of"]
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
@@ -175,6 +177,22 @@ class PathSteps:
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._tables[origin] = self.solver.prepare(self._process, times)
         return self._tables.get(origin)
+
+
+def steps_of(
+    sde: LinearSDE, solver: GridSolver | None, levels: Tensor, signal: Tensor, noise: Tensor
+) -> PathSteps:
+    """Steps with a solver, or with the first recommended one that applies to the process."""
+    if solver is None:
+        k, n = sde.components, len(levels) - 2
+        kept = [x for x in RECOMMENDED if k <= x.most_components and n <= x.most_steps]
+        for recipe in kept:
+            if recipe.solver.facts.score_at_start:
+                try:
+                    return PathSteps(sde, check_steppable(recipe.solver), levels, signal, noise)
+                except ValueError:  # try the next one, as `recommended_plan` does
+                    continue
+    return PathSteps(sde, solver or ExponentialEuler(), levels, signal, noise)
 
 
 class _Blocks(NamedTuple):
