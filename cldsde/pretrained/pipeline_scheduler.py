@@ -68,10 +68,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         A solver that evaluates the score once per step, at its start. None: the recommended one for
         the process and the number of steps.
     start, end
-        Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −3.3
-        and κ = 3.3, or the ends of the network's noise levels if these are narrower. If the network
-        knows more noise than the start has, one deterministic step from its noisiest level leads
-        there, because pipelines start with the noise of that level.
+        Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
+        and κ = 3.3 (κ = ½ log SNR), or the ends of the network's noise levels if these are
+        narrower. If the network knows much more noise than the start has, as flow-matching networks
+        do, one deterministic step from its noisiest level leads there, because pipelines start with
+        the noise of that level.
     grid
         ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
         pipeline then give the number of steps only, and must be evenly spaced.
