@@ -98,6 +98,8 @@ class Facts:
     adaptive: bool = False
     #: Whether the solver also runs on increasing grids, from data to noise.
     encodes: bool = False
+    #: Whether each step evaluates the score once, at its start, on the state that it receives.
+    score_at_start: bool = False
 
 
 @dataclass(frozen=True, eq=False)

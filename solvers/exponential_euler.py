@@ -43,7 +43,9 @@ class ExponentialEuler(AffineSolver):
     @property
     def facts(self) -> Facts:
         """Every linear SDE, weak order 1."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
+        return Facts(
+            applies_to="every linear SDE", nfe_per_step=1, weak_order=1, score_at_start=True
+        )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""

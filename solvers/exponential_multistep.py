@@ -156,6 +156,7 @@ class ExponentialMultistep(GridSolver):
             ode_order=order if deterministic else None,
             state_on_grid=not self._corrects(1),
             encodes=deterministic,
+            score_at_start=True,
         )
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class ReverseDiffusion(AffineSolver):
             applies_to=DATA_DETERMINED,
             nfe_per_step=1,
             weak_order=1,
+            score_at_start=True,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
@@ -91,6 +92,7 @@ class Ancestral(AffineSolver):
             applies_to=DATA_DETERMINED,
             nfe_per_step=1,
             weak_order=1,
+            score_at_start=True,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:

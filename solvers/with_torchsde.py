@@ -93,6 +93,7 @@ class TorchSDE(GridSolver):
             nfe_per_step=len(method.stages),
             weak_order=method.weak_order,
             strong_order=method.strong_order,
+            score_at_start=method.stages == (0.0,),
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:

@@ -13,7 +13,7 @@ from cldsde.errors import SettingError
 from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
-    from cldsde.images.config import SamplingConfig
+    from cldsde.images.config import ProcessConfig, SamplingConfig
     from cldsde.images.model import ImageModel
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
@@ -38,20 +38,28 @@ RECIPE = (
 
 def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     """The model that the options name."""
-    from cldsde.images.config import ProcessConfig
     from cldsde.images.sample.source import of_diffusers, of_run
-    from cldsde.images.schema import from_dict, parse_overrides
+    from cldsde.images.schema import parse_overrides
 
     if (run is None) == (options.model is None):
         raise ValueError("a run or --model is needed, one of them")
     changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
     if changes and options.process is None and run is not None:
         raise SettingError("process_set", "needs --process")
-    values = {"name": options.process or "CLD", "options": changes}
-    process = from_dict(ProcessConfig, values, "process")
+    process = process_config(options)
     if run is None:
         return of_diffusers(options.model, process, device)
     return of_run(run, process if options.process else None, device, trust=options.trust)
+
+
+def process_config(options: Namespace) -> ProcessConfig:
+    """The process that the options name; CLD if they name none."""
+    from cldsde.images.config import ProcessConfig
+    from cldsde.images.schema import from_dict, parse_overrides
+
+    changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
+    values = {"name": options.process or "CLD", "options": changes}
+    return from_dict(ProcessConfig, values, "process")
 
 
 def recipes_of(

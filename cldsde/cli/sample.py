@@ -12,11 +12,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, recipes_of
+from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
 from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, option, resolve_device
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 from cldsde.messages import counted
+from cldsde.solvers.named import find_solver
 
 _OUT = "FILE.npz, a picture of a grid (FILE.png), or a folder for one picture per image"
 _CLASS = "class to sample, by name or number, or 'all' to cycle through the classes by seed"
@@ -45,7 +47,9 @@ OPTIONS = (
     flag("--overwrite", "replace an existing file"),
     option("--batch N", int, "images per batch; default: 256, for large images 64"),
     option("--class NAME", str, _CLASS, dest="label"),
-    option("--guidance W", float, "weight of the class", default=1.0),
+    option("--guidance W", float, "weight of the class or prompt"),
+    option("--prompt TEXT", str, "prompt, for a text-to-image folder of diffusers"),
+    option("--negative-prompt TEXT", str, "prompt to avoid, for a text-to-image folder"),
     option("--known IMAGE", Path, "picture that was observed"),
     flag("--colourise", "the same as --observe grey", **_GREY),
     option("--mask, --observe HOW", str, _OBSERVE, dest="observe"),
@@ -57,6 +61,11 @@ OPTIONS = (
     flag("--channels-last", "store features with channels last, may be faster on a GPU"),
     DEVICE,
 )
+# Options that a pipeline decides by itself.
+_NOT_FOR_PIPELINES = (
+    *("grid", "t_start", "t_end", "denoise", "set", "known", "observe"),
+    *("precision", "compile_mode", "channels_last"),
+)
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
@@ -64,13 +73,19 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from accelerate import PartialState
 
     from cldsde.images.sample import ImageSampler, ObservedImage, SampleRequest, speed_up
-    from cldsde.images.sample.outputs import alone, check_output, draw_to
+    from cldsde.images.sample.pipelines import is_pipeline
 
     if options.seeds is not None and options.seed is not None:
         raise SettingError("seed", "--seeds is an alternative; got both")
-    seeds, out = options.seeds or options.seed or range(64), options.out
+    seeds = options.seeds or options.seed or range(64)
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    if options.run is None and options.model is not None and is_pipeline(options.model):
+        place = state.device if device == "cuda" else device
+        return _work(options, _pipeline_request(options, seeds, place), state)
+    for name in ("prompt", "negative_prompt"):
+        given = getattr(options, name)
+        require(given is None, name, "needs --model and a text-to-image folder of diffusers")
     model = model_of(options, options.run, state.device if device == "cuda" else device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
     solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
@@ -81,9 +96,35 @@ def prepare(options: Namespace) -> Callable[[], None]:
         *(model, sampling),
         label=model.space.label(options.label),
         observed=ObservedImage.read(options.known, options.observe, channels, **how),
-        **{name: getattr(options, name) for name in ("batch", "guidance", "precision")},
+        guidance=1.0 if options.guidance is None else options.guidance,
+        **{name: getattr(options, name) for name in ("batch", "precision")},
     )
-    request = SampleRequest(model, sampler, seeds)
+    return _work(options, SampleRequest(model, sampler, seeds), state)
+
+
+def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
+    """Request for images of a pipeline; raise a SettingError for options that it does not take."""
+    from cldsde.images.sample.pipelines import PipelineRequest, PipelineSampler
+
+    for name in _NOT_FOR_PIPELINES:
+        given = getattr(options, name)
+        allowed = given in (None, False, [], {}) or (name, given) == ("precision", "fp32")
+        require(allowed, name, "must be left out for a pipeline of diffusers")
+    process = process_config(options)
+    names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
+    sampler = PipelineSampler.load(
+        *(options.model, process, device),
+        solver=None if options.solver is None else find_solver(options.solver),
+        **{name: getattr(options, name) for name in names},
+    )
+    return PipelineRequest(sampler, seeds, process)
+
+
+def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
+    """Check the output, and return the work."""
+    from cldsde.images.sample.outputs import alone, check_output, draw_to
+
+    seeds, out = request.seeds, options.out
     check_output(out, request, overwrite=options.overwrite)
     if state.is_main_process:
         with alone(out):

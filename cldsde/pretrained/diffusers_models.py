@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
@@ -12,17 +11,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.diffusers_networks import (
+    check_channels,
+    classes_of,
+    clock_of,
+    shared_conditions_of,
+)
 from cldsde.score import NoisePath, PredictionDenoiser
 from cldsde.score.conversion import Prediction
 from cldsde.score.denoisers import Clock
 
 __all__ = ["DiffusersDenoiser", "from_diffusers"]
 
-_PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "noise",
-    "sample": "data",
-    "v_prediction": "velocity",
-}
 # Parts of a pipeline that are networks of noisy data, in the order in which they are looked for.
 _NETWORKS = ("unet", "transformer")
 _SCHEDULER_FILE = "scheduler_config.json"
@@ -39,6 +40,10 @@ class DiffusersDenoiser(PredictionDenoiser):
         Channels, rows and columns of the data, if the network's configuration says them.
     classes
         Number of classes, if the network takes ``class_labels``.
+    null_class
+        Class label that stands for no class, for guidance, if the network has one.
+    shared_conditions
+        Names of conditions without a batch axis, such as the positions of Flux.
     """
 
     def __init__(
@@ -50,14 +55,23 @@ class DiffusersDenoiser(PredictionDenoiser):
         clock: Clock | Callable[[Tensor], Tensor],
         shape: tuple[int, ...] | None,
         classes: int | None,
+        null_class: int | None = None,
+        shared_conditions: tuple[str, ...] = (),
     ) -> None:
         super().__init__(network, path, predicts, clock=clock)
         self.shape = shape
         self.classes = classes
+        self.null_class = null_class
+        self.shared_conditions = shared_conditions
 
 
 def from_diffusers(
-    source: Any, scheduler: Any = None, *, nearest: bool = False, download: bool = False
+    source: Any,
+    scheduler: Any = None,
+    *,
+    clock: Clock | Callable[[Tensor], Tensor] | None = None,
+    nearest: bool = False,
+    download: bool = False,
 ) -> DiffusersDenoiser:
     """Denoiser of a model of diffusers: a DDPM or v-prediction network, or a flow-matching network.
 
@@ -71,6 +85,9 @@ def from_diffusers(
     scheduler
         The scheduler whose levels the model was trained with, its configuration, or a file or
         folder of it. None takes the pipeline's, or the one saved beside the model.
+    clock
+        Form in which the network receives the noise level, see `PredictionDenoiser`. None: known
+        for classes of diffusers, such as the index for a U-Net and σ for Flux.
     nearest
         Tell the network the nearest of its levels, as an integer, in place of a fraction between
         two levels.
@@ -92,8 +109,8 @@ def from_diffusers(
     TypeError
         If ``source`` or ``scheduler`` is something else.
     ValueError
-        If weights are not safetensors, there is no scheduler, or levels or prediction of the
-        scheduler are unknown.
+        If weights are not safetensors, there is no scheduler, levels or prediction of the scheduler
+        or the clock of the network are unknown, or the network takes more than noisy data.
 
     Notes
     -----
@@ -128,30 +145,44 @@ def from_diffusers(
         )
         raise ValueError(msg)
     made = _scheduler(scheduler)
-    path, predicts, clock = _convention(made)
+    convention = Convention.of(made)
+    plain = getattr(network, "_orig_mod", network)  # of a compiled network
+    check_channels(plain)
     if nearest:
-        if clock != "time":
+        if convention.table is None or convention.continuous:
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
             raise ValueError(msg)
+        if clock is not None:
+            msg = f"nearest must be False if clock is given; got clock={clock!r}"
+            raise ValueError(msg)
         clock = "index"
+    shared = shared_conditions_of(plain)
+    classes, null_class = classes_of(plain)
     return DiffusersDenoiser(
-        _Network(network),
-        path,
-        predicts,
-        clock=clock,
-        shape=_shape(network),
-        classes=network.config.get("num_class_embeds") or network.config.get("num_embeds_ada_norm"),
+        _Network(network, shared),
+        convention.path,
+        convention.predicts,
+        clock=clock_of(plain, convention, clock),
+        shape=_shape(plain),
+        classes=classes,
+        null_class=null_class,
+        shared_conditions=shared,
     )
 
 
 class _Network(nn.Module):
     """A model of diffusers as network(x, clock, **conditions), in the precision of its weights."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shared: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
+        self.shared = shared
 
     def forward(self, x: Tensor, clock: Tensor, **conditions: Any) -> Tensor:
+        for name in self.shared:
+            # A `ConditionalScore` gives each sample the same row.
+            if isinstance(value := conditions.get(name), Tensor):
+                conditions[name] = value.reshape(-1, *value.shape[-2:])[0]
         given = x.to(self.model.dtype)
         out: Tensor = self.model(given, timestep=clock, return_dict=False, **conditions)[0]
         if out.shape[1] == 2 * x.shape[1]:
@@ -163,16 +194,21 @@ def _parts(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 
-    if isinstance(source, diffusers.ModelMixin):
+    if isinstance(getattr(source, "_orig_mod", source), diffusers.ModelMixin):
         return source, None
     for name in _NETWORKS:
         network = getattr(source, name, None)
-        if isinstance(network, diffusers.ModelMixin):
-            return network, getattr(source, "scheduler", None)
+        if isinstance(getattr(network, "_orig_mod", network), diffusers.ModelMixin):
+            return network, _replaced(getattr(source, "scheduler", None))
     msg = (
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
     raise TypeError(msg)
+
+
+def _replaced(scheduler: Any) -> Any:
+    """The scheduler that a `PipelineScheduler` replaced; any other as it is."""
+    return getattr(scheduler, "replaced", scheduler)
 
 
 def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
@@ -239,6 +275,7 @@ def _scheduler(given: Any) -> Any:
     """A scheduler of diffusers from itself, its configuration, or a file of it."""
     import diffusers
 
+    given = _replaced(given)
     if isinstance(given, diffusers.SchedulerMixin):
         return given
     origin: object = "scheduler"
@@ -255,42 +292,16 @@ def _scheduler(given: Any) -> Any:
             f"{type(given).__name__}"
         )
         raise TypeError(msg)
+    if given.get("_class_name") == "PipelineScheduler":
+        from cldsde.pretrained.pipeline_scheduler import PipelineScheduler
+
+        return PipelineScheduler.from_config(given).replaced
     if "_class_name" not in given:
         # The configuration of a scheduler, unlike its file, does not say whose it is.
         likely = {"beta_schedule": "DDPMScheduler", "shift": "FlowMatchEulerDiscreteScheduler"}
         names = [name for key, name in likely.items() if key in given]
         given = {**given, "_class_name": names[0] if names else None}
     return _class(given, diffusers.SchedulerMixin, origin).from_config(dict(given))
-
-
-def _convention(scheduler: Any) -> tuple[NoisePath, Prediction, Clock | Callable[[Tensor], Tensor]]:
-    """Path, prediction and clock that a network of a scheduler was trained with."""
-    config, name = scheduler.config, type(scheduler).__name__
-    prediction = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        if config.get("invert_sigmas"):
-            msg = f"scheduler: {name} with invert_sigmas has noise at time 0, which is unknown here"
-            raise ValueError(msg)
-        steps = config.num_train_timesteps
-        low, high = 1 / steps, 1.0
-        if hasattr(scheduler, "sigma_min"):
-            low, high = float(scheduler.sigma_min), float(scheduler.sigma_max)
-        path = dataclasses.replace(NoisePath.linear(), interval=(low, high))
-        return path, "flow", lambda t: steps * t
-    table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None or prediction not in _PREDICTIONS:
-        msg = (
-            f"scheduler: levels and prediction of {name} (prediction_type={prediction!r}) are "
-            "unknown here; known are schedulers with alphas_cumprod that predict "
-            f"{', '.join(_PREDICTIONS)}, and flow-matching schedulers. Wrap the network as a "
-            "denoiser(u, sigma) instead"
-        )
-        raise ValueError(msg)
-    if float(table[-1]) >= float(table[-2]):  # stands for zero, after rescaling to zero signal
-        table = table[:-1]
-    continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-    clock: Clock = "log_sigma/4" if continuous else "time"
-    return NoisePath.from_alphas_cumprod(table), _PREDICTIONS[prediction], clock
 
 
 def _class(config: Mapping[str, Any], kind: type, origin: object) -> Any:

@@ -29,6 +29,11 @@ from cldsde.score.times import PlannedTime, coefficients_at, mapped
 __all__ = ["DenoiserScore"]
 
 
+# Noise level in place of infinity, for denoisers that know it: data of a standard deviation of 1
+# are invisible in single precision.
+_ALL_NOISE = 1e8
+
+
 class _Rows(NamedTuple):
     """Coefficients of a `DenoiserScore` at times ``*``."""
 
@@ -167,8 +172,12 @@ class DenoiserScore(Score):
 
     def _rows(self, t: Tensor) -> _Rows:
         whitened = whiten(self.sde, self.sde.marginal(t), t)
-        score, sigma = whitened.convert("data", "score"), whitened.information().rsqrt()
-        return _Rows(whitened.estimate(), self._checked(sigma, t), score.state, score.value)
+        score, information = whitened.convert("data", "score"), whitened.information()
+        level = self._checked(information.rsqrt(), t)
+        # At infinite noise the state of one component is its noise, and û = σ n for a large σ.
+        noise = level[..., None, None] * whitened.inverse[..., :1, :]
+        estimate = torch.where(information[..., None, None] == 0, noise, whitened.estimate())
+        return _Rows(estimate, level, score.state, score.value)
 
     def _sigma(self, t: Tensor) -> Tensor:
         """Noise levels of times; raise if one is outside of the denoiser's range."""
@@ -176,11 +185,14 @@ class DenoiserScore(Score):
 
     def _checked(self, sigma: Tensor, t: Tensor) -> Tensor:
         if not bool(sigma.isfinite().all()):
-            msg = (
-                f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "
-                "noise level is infinite there"
-            )
-            raise ValueError(msg)
+            known = self.noise_levels is not None and self.noise_levels[1] == torch.inf
+            if not (known and self.sde.components == 1):
+                msg = (
+                    f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "
+                    "noise level is infinite there"
+                )
+                raise ValueError(msg)
+            sigma = sigma.clamp(max=_ALL_NOISE)
         if self.noise_levels is None or not sigma.numel():
             return sigma
         low, high = self.noise_levels

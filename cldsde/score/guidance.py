@@ -31,8 +31,9 @@ class ConditionalScore(ScoreWrapper):
         callable.
     conditions
         Keyword arguments of every call; also dictionaries and lists of such. Tensors have one row
-        per sample, ``(B, …)``. A tensor without axes is repeated for each sample, ``(B,)``. The
-        score's ``.to(device)`` moves them.
+        per sample, ``(B, …)``. A tensor with one row or without axes is repeated for each sample.
+        Conditions that the score's denoiser names as ``shared_conditions``, such as the positions
+        of Flux, have no axis of samples. The score's ``.to(device)`` moves all of them.
 
     Raises
     ------
@@ -49,7 +50,11 @@ class ConditionalScore(ScoreWrapper):
 
     def __init__(self, score: ScoreFunction, **conditions: Any) -> None:
         super().__init__(score)
-        self.conditions = conditions
+        shared = getattr(getattr(score, "denoiser", None), "shared_conditions", ())
+        self.conditions = {
+            name: x.unsqueeze(0) if name in shared and isinstance(x, Tensor) else x
+            for name, x in conditions.items()
+        }
 
     def forward(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``; further conditions replace its own."""
@@ -279,13 +284,14 @@ def _leaves(tree: Any) -> dict[str, Any]:
 def _per_sample(name: str, condition: Any, batch: int) -> Any:
     if not isinstance(condition, Tensor):
         return condition
-    if condition.ndim == 0:
-        return condition.expand(batch)
+    if condition.ndim == 0 or len(condition) == 1:
+        return condition.expand(batch, *condition.shape[1:])
     if len(condition) != batch:
         msg = (
             f"condition {name} of the score must have one row per sample, {batch}; got "
-            f"{len(condition)}. Solvers with a step length per sample leave finished samples out: "
-            "give them a condition without axes, or solve one condition at a time"
+            f"{len(condition)}. One row is repeated for all samples. Solvers with a step length "
+            "per sample leave finished samples out: give them a condition without axes, or solve "
+            "one condition at a time"
         )
         raise ValueError(msg)
     return condition

@@ -6,8 +6,18 @@ import pickle
 import pytest
 import torch
 
-from cldsde import VPSDE, ReverseProcess, pretrained, solvers
-from cldsde.score import DenoiserScore
+from cldsde import (
+    CLD,
+    VPSDE,
+    GuidedScore,
+    LinearSDE,
+    RectifiedFlow,
+    ReverseProcess,
+    pretrained,
+    sample,
+    solvers,
+)
+from cldsde.score import ConditionalScore, DenoiserScore
 from probes import generator
 
 diffusers = pytest.importorskip("diffusers")
@@ -65,6 +75,9 @@ def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+FLOW_PATH = (lambda t: 1 - t), (lambda t: t)
+EPS = 1e-12  # a few operations in double precision
+COMPILED = 1e-6  # single precision
 TABLES = 1e-4  # the tables of the schedulers are in single precision
 
 
@@ -97,6 +110,19 @@ def test_images_are_those_of_euler_for_flows(folders):
     units = ((1 - sigmas[0]) ** 2 + sigmas[0] ** 2).sqrt()
     found = ours(folders["flow"], MULTISTEP(order=1), levels, x / units)
     assert relative(found, theirs(scheduler, x)) <= TABLES
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), LinearSDE.from_signal_noise(*FLOW_PATH)])
+def test_images_are_those_of_euler_for_flows_from_pure_noise(folders, process):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(12)
+    score = DenoiserScore(pretrained.from_diffusers(folders["flow"]).double(), process)
+    reverse = ReverseProcess(process, score)
+    times = scheduler.sigmas[:-1].double()
+    assert times[0] == 1
+    state = NOISE.unsqueeze(1)
+    found = solvers.solve(reverse, MULTISTEP(order=1), state, times, denoise=True).data
+    assert relative(found, theirs(scheduler, NOISE)) <= TABLES
 
 
 def test_a_pipeline_a_model_a_folder_and_a_pickle_are_one(folders):
@@ -155,6 +181,142 @@ def test_an_entry_without_signal_is_left_out(kind):
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     scheduler = getattr(diffusers, kind)(**options)
     assert pretrained.from_diffusers(unet(), scheduler).path.interval == (0.0, 998.0)
+
+
+def transformer(kind="FluxTransformer2DModel"):
+    """The smallest transformer of a family, of which only the configuration matters."""
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8}
+    own = {
+        "FluxTransformer2DModel": {
+            "axes_dims_rope": (2, 2, 4),
+            "num_single_layers": 0,
+            "in_channels": 4,
+            "joint_attention_dim": 8,
+            "pooled_projection_dim": 8,
+        },
+        "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 0},
+        "Lumina2Transformer2DModel": {"hidden_size": 16, "axes_dim_rope": (2, 2, 4)},
+    }
+    if kind in own:
+        shape |= own[kind]
+    if kind != "AuraFlowTransformer2DModel":
+        shape["num_layers"] = 1
+    if kind == "Lumina2Transformer2DModel":
+        del shape["attention_head_dim"]
+        shape |= {"num_refiner_layers": 1, "num_kv_heads": 1, "cap_feat_dim": 8}
+    return getattr(diffusers, kind)(**shape)
+
+
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "time"),
+    [
+        ("SD3Transformer2DModel", 700.0),
+        ("FluxTransformer2DModel", 0.7),
+        ("AuraFlowTransformer2DModel", 0.7),
+    ],
+)
+def test_the_clock_is_that_of_the_network(kind, time):
+    denoiser = pretrained.from_diffusers(transformer(kind), FLOW)
+    at = torch.tensor([0.7], dtype=torch.float64)
+    found = at if denoiser.clock == "time" else denoiser.clock(at)
+    assert float(found) == pytest.approx(time, rel=EPS, abs=0)
+
+
+def test_conditions_without_rows_and_with_one_row_are_those_of_each_sample():
+    """Positions of Flux have no axis of samples; one text stands for all."""
+    torch.manual_seed(0)
+    denoiser = pretrained.from_diffusers(transformer().eval(), FLOW).requires_grad_(False)
+    text, pooled = (torch.randn(1, *shape, generator=generator(2)) for shape in ((5, 8), (8,)))
+    ids = {"txt_ids": torch.zeros(5, 3), "img_ids": torch.arange(27.0).reshape(9, 3)}
+    sde = CLD()
+    one = DenoiserScore(denoiser, sde)
+
+    def guided(rows):
+        given = {"encoder_hidden_states": text.expand(rows, -1, -1), **ids}
+        given["pooled_projections"] = pooled.expand(rows, -1)
+        free = {**given, "encoder_hidden_states": 0 * given["encoder_hidden_states"]}
+        return GuidedScore(ConditionalScore(one, **given), ConditionalScore(one, **free), 3.0)
+
+    found = sample(sde, guided(1), (3, 9, 4), nfe=6, batch=2)
+    assert relative(found, sample(sde, guided(3), (3, 9, 4), nfe=6)) <= COMPILED
+
+
+class Unknown(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A network that diffusers does not have."""
+
+    config_name = "config.json"
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, in_channels=1):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, timestep, return_dict=True):
+        return (self.weight * x * timestep.reshape(-1, 1, 1, 1),)
+
+
+def test_an_unknown_network_needs_a_clock():
+    with pytest.raises(ValueError, match=r"clock must be given for Unknown, because the form"):
+        pretrained.from_diffusers(Unknown(), FLOW)
+    found = pretrained.from_diffusers(Unknown().double(), FLOW, clock=lambda t: 3 * t)
+    # x_0 = x − σ u with x = u/2 at σ/α = 1, and the network's u = 1.5 x.
+    assert torch.allclose(found(U, 1.0), U / 2 * 0.25, rtol=EPS, atol=0)
+    with pytest.raises(ValueError, match="nearest must be False if clock is given"):
+        pretrained.from_diffusers(unet(), DDPM(), clock="time", nearest=True)
+
+
+def test_a_network_of_the_negative_flow_is_rejected():
+    network = transformer("Lumina2Transformer2DModel")
+    with pytest.raises(ValueError, match="Lumina2Transformer2DModel predicts the negative flow"):
+        pretrained.from_diffusers(network, FLOW, clock="time")
+
+
+def test_flow_schedulers_without_ends_of_their_levels_are_read():
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    denoiser = pretrained.from_diffusers(unet(), diffusers.UniPCMultistepScheduler(**options))
+    assert denoiser.predicts == "flow"
+    assert denoiser.path.interval == pytest.approx((1e-3, 1.0), rel=EPS, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes"),
+    [("PixArtTransformer2DModel", (None, None)), ("DiTTransformer2DModel", (1000, 1000))],
+)
+def test_only_networks_of_classes_have_classes(kind, classes):
+    shape = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    shape |= {"norm_num_groups": 4, "sample_size": 8, "out_channels": 8}
+    if kind.startswith("PixArt"):
+        shape |= {"cross_attention_dim": 16, "use_additional_conditions": False}
+    denoiser = pretrained.from_diffusers(getattr(diffusers, kind)(**shape), DDPM())
+    assert (denoiser.classes, denoiser.null_class) == classes
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_one_of_the_pipeline(folders):
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folders["ddpm"])
+    expected = pretrained.from_diffusers(pipeline)(U.float(), 1.5)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    for source in ((pipeline,), (pipeline.unet, pipeline.scheduler)):
+        found = pretrained.from_diffusers(*source)
+        assert found.shape == SHAPE
+        assert relative(found(U.float(), 1.5), expected) <= COMPILED
+
+
+def test_an_inpainting_network_is_rejected():
+    with pytest.raises(ValueError, match="takes 9 channels and predicts 4: it takes a mask"):
+        pretrained.from_diffusers(unet(in_channels=9, out_channels=4), DDPM())
+
+
+def test_the_scheduler_of_a_pipeline_may_be_replaced(folders, tmp_path):
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folders["v"])
+    expected = pretrained.from_diffusers(pipeline)(U.float(), 1.5)
+    pipeline.scheduler = pretrained.PipelineScheduler(pipeline.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    for source in (pipeline, tmp_path):
+        assert torch.equal(pretrained.from_diffusers(source)(U.float(), 1.5), expected)
 
 
 INVERTED = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)

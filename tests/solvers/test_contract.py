@@ -127,6 +127,31 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
 
 
 @every_case
+def test_declared_evaluations_are_at_the_start_of_each_step(method, name):
+    """Callers that evaluate a network once per step rely on it."""
+    solver, driven = SOLVERS[method], len(PROCESSES[name].driven)
+    if not solver.facts.score_at_start:
+        return
+    process = process_of(name)
+    assert torch.equal(solver.evaluation_times(process, GRID), GRID[:-1])
+    tables, memory, z = solver.prepare(process, GRID), (), start(PROCESSES[name])
+    seen = []
+
+    def score(z, number):
+        seen.append((number, z.clone()))
+        return -z[:, :driven]
+
+    for i in range(len(GRID) - 1):
+        before, noise = z.clone(), solvers.FreshNoise(generator(i))
+        with torch.no_grad():
+            z, memory = solver.step(z, memory, tables, i, score, noise)
+        ((number, at),) = seen
+        seen.clear()
+        assert number == i
+        assert torch.equal(at, before)
+
+
+@every_case
 def test_arguments_and_seen_states_are_unchanged(method, name):
     one = run(method, name)
     assert torch.equal(one.state, one.before)

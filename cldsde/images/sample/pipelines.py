@@ -1,0 +1,192 @@
+"""Images of pipelines of diffusers with text or an autoencoder, sampled with a process."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cldsde.errors import SettingError, require, setting
+from cldsde.images.config import ProcessConfig
+from cldsde.images.model import ImageSpace
+from cldsde.images.sample.sampler import Samples
+from cldsde.images.schema import plain
+from cldsde.images.tensor_files import tensors_digest
+from cldsde.solvers.base import Solver
+
+__all__ = ["PipelineRequest", "PipelineSampler", "is_pipeline"]
+
+# Networks of a pipeline besides the one that `from_diffusers` reads.
+_MORE_PARTS = ("text_encoder", "vae", "vqvae")
+_STEPS, _BATCH = 20, 4
+
+
+def is_pipeline(source: Path) -> bool:
+    """Whether a folder, or a file in it, is a pipeline with text or an autoencoder."""
+    index = (source.parent if source.is_file() else source) / "model_index.json"
+    if not index.is_file():
+        return False
+    with setting("model"):
+        listed = json.loads(index.read_text(encoding="utf-8"))
+    return any(listed.get(part, [None])[0] is not None for part in _MORE_PARTS)
+
+
+class _Model(NamedTuple):
+    space: ImageSpace
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineSampler:
+    """Sampler of images with a pipeline, whose text encoder, guidance and decoder are its own.
+
+    Attributes
+    ----------
+    pipeline
+        The pipeline, with a `cldsde.pretrained.PipelineScheduler`.
+    arguments
+        Arguments of its calls for one image: ``prompt``, ``negative_prompt``, ``class_labels``.
+    guidance
+        Weight of text or class; None: the pipeline's own default.
+    nfe
+        Number of steps.
+    batch
+        Largest number of images in one call.
+    """
+
+    pipeline: Any
+    arguments: dict[str, Any]
+    guidance: float | None = None
+    nfe: int = _STEPS
+    batch: int = _BATCH
+
+    @classmethod
+    def load(
+        cls,
+        source: Path,
+        process: ProcessConfig,
+        device: torch.device | str,
+        *,
+        prompt: str | None,
+        negative_prompt: str | None,
+        label: str | None,
+        guidance: float | None,
+        solver: Solver | None,
+        nfe: int | None,
+        batch: int | None,
+    ) -> PipelineSampler:
+        """Load a pipeline of a folder, and check what it is asked for.
+
+        Raises
+        ------
+        SettingError
+            If the folder cannot be loaded, a text or class is missing or not taken, or the solver
+            does not fit.
+        """
+        from diffusers import DiffusionPipeline
+
+        from cldsde.pretrained import PipelineScheduler
+
+        folder = source.parent if source.is_file() else source
+        with setting("model"):
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            except (OSError, ImportError) as error:
+                raise SettingError("", f"{folder} cannot be loaded: {error}") from error
+        taken = inspect.signature(pipeline.__call__).parameters
+        name = type(pipeline).__name__
+        words = {"prompt": prompt, "negative_prompt": negative_prompt}
+        for key, value in words.items():
+            require(value is None or key in taken, key, f"must be left out for a {name}")
+        arguments: dict[str, Any] = {key: x for key, x in words.items() if x is not None}
+        require("prompt" not in taken or prompt is not None, "prompt", f"needed for a {name}")
+        require(label is None or "class_labels" in taken, "label", f"must be left out for a {name}")
+        if "class_labels" in taken:
+            require(str(label).isdecimal(), "label", f"must be a number for a {name}; got {label}")
+            arguments["class_labels"] = int(str(label))
+        others = [key for key, x in taken.items() if x.default is inspect.Parameter.empty]
+        lacking = [key for key in others if key not in (*arguments, "args", "kwargs")]
+        require(not lacking, "model", f"a {name} also needs {', '.join(lacking)}")
+        with setting("solver"):
+            pipeline.scheduler = PipelineScheduler(pipeline.scheduler, process.make(), solver)
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        require(nfe is None or nfe > 0, "nfe", f"must be at least 1; got {nfe}")
+        require(batch is None or batch > 0, "batch", f"must be at least 1; got {batch}")
+        return cls(pipeline, arguments, guidance, nfe or _STEPS, batch or _BATCH)
+
+    def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Seeds of batches; None stands for the label, which the arguments have."""
+        starts = range(0, len(seeds), self.batch)
+        return [(None, list(seeds[i : i + self.batch])) for i in starts]
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Nothing: a pipeline draws its own start."""
+
+    def draw(self, seeds: Sequence[int], label: int | None = None, start: None = None) -> Samples:
+        """One image for each seed."""
+        given = {name: [x] * len(seeds) for name, x in self.arguments.items()}
+        if self.guidance is not None:
+            given["guidance_scale"] = self.guidance  # type: ignore[assignment]
+        made = self.pipeline(
+            **given,
+            num_inference_steps=self.nfe,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+        ).images
+        images = torch.as_tensor(made, device="cpu").movedim(-1, 1)
+        evaluations = torch.full((len(seeds),), self.nfe, device="cpu")
+        return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+        parts = self.pipeline.components.items()
+        weights: dict[str, Tensor] = {
+            f"{name}.{key}": x.cpu()
+            for name, part in parts
+            if isinstance(part, nn.Module)
+            for key, x in part.state_dict().items()
+        }
+        return tensors_digest(weights)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineRequest:
+    """A request for images of a pipeline, as `SampleRequest` is one for a model."""
+
+    sampler: PipelineSampler
+    seeds: range
+    process: ProcessConfig
+
+    def __post_init__(self) -> None:
+        """Hash the weights once."""
+        model = _Model(ImageSpace((3, 1, 1)), self.sampler.digest())
+        object.__setattr__(self, "model", model)
+
+    def recipe(self) -> dict[str, object]:
+        """Everything that the images and their parts depend on, in JSON types."""
+        how = self.sampler
+        return {
+            "weights": self.model.digest,  # type: ignore[attr-defined]
+            "process": plain(self.process),
+            "solver": repr(how.pipeline.scheduler.solver),
+            "nfe": how.nfe,
+            "batch": how.batch,
+            "guidance": how.guidance,
+            **how.arguments,
+            "seeds": [self.seeds.start, self.seeds.stop],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe."""
+        return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
+
+    def notes(self) -> list[str]:
+        """Notes on settings; there are none."""
+        return []

@@ -1,0 +1,155 @@
+"""What the scheduler of diffusers says of a network: its noise levels, prediction and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cldsde.score import NoisePath
+from cldsde.score.conversion import Prediction
+
+__all__ = ["LEAST_LOG_SNR", "Convention"]
+
+_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "noise",
+    "sample": "data",
+    "v_prediction": "velocity",
+}
+# Schedulers put this value in place of ᾱ = 0.
+_NO_SIGNAL = 2.0**-24
+# A κ without signal in float32, for arithmetic that must not meet −∞.
+LEAST_LOG_SNR = -40.0
+
+
+@dataclass(frozen=True, eq=False)
+class Convention:
+    """Levels, prediction and time of a network on x = α x_0 + σ n.
+
+    Either α² + σ² = 1 with a table of levels, or α + σ = 1 (flow matching).
+    """
+
+    predicts: Prediction
+    steps: int  #: Time of the scheduler at σ = 1 of a flow, or number of levels of the table.
+    #: κ of the noisiest level that the network can denoise, which may be −∞, and of the last one.
+    ends: tuple[float, float]
+    table: Tensor | None = None  #: κ_i of the table, ``(N,)`` float64; −∞ only at its end.
+    continuous: bool = False  #: Whether the time is log(σ/α)/4 in place of an index.
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Convention:
+        """Read it from a scheduler.
+
+        Raises
+        ------
+        ValueError
+            If levels or prediction of the scheduler are unknown here.
+        """
+        config, name = scheduler.config, type(scheduler).__name__
+        prediction = config.get("prediction_type", "epsilon")
+        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            if config.get("invert_sigmas"):
+                msg = (
+                    f"scheduler: {name} with invert_sigmas has noise at time 0, which is unknown "
+                    "here"
+                )
+                raise ValueError(msg)
+            steps = config.num_train_timesteps
+            low, high = (vars(scheduler).get(end) for end in ("sigma_min", "sigma_max"))
+            low, high = float(low or 1 / steps), float(high or 1.0)
+            return cls("flow", steps, (_flow_log_snr(high), _flow_log_snr(low)))
+        found = getattr(scheduler, "alphas_cumprod", None)
+        if found is None or prediction not in _PREDICTIONS:
+            msg = (
+                f"scheduler: levels and prediction of {name} (prediction_type={prediction!r}) are "
+                "unknown here; known are schedulers with alphas_cumprod that predict "
+                f"{', '.join(_PREDICTIONS)}, and flow-matching schedulers. Wrap the network as a "
+                "denoiser(u, sigma) instead"
+            )
+            raise ValueError(msg)
+        alphas = found.detach().cpu().double()
+        if float(alphas[-1]) >= float(alphas[-2]) or float(alphas[-1]) <= _NO_SIGNAL:
+            alphas = torch.cat([alphas[:-1], alphas.new_zeros(1)])
+        predicts, table = _PREDICTIONS[prediction], 0.5 * alphas.logit()
+        # A network that predicts the noise says nothing of the data if there is no signal.
+        usable = table if predicts != "noise" else table[table > -math.inf]
+        ends = float(usable[-1]), float(usable[0])
+        continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
+        if continuous and config.get("sigma_min") and config.get("sigma_max"):
+            ends = -math.log(config.sigma_max), -math.log(config.sigma_min)
+        return cls(predicts, len(alphas), ends, table, continuous)
+
+    @property
+    def path(self) -> NoisePath:
+        """Path of the levels that have signal."""
+        if self.table is None:
+            noisiest, last = (
+                torch.tensor(self.ends, dtype=torch.float64, device="cpu").neg().sigmoid().tolist()
+            )
+            return dataclasses.replace(NoisePath.linear(), interval=(last, noisiest))
+        return NoisePath.from_alphas_cumprod(torch.sigmoid(2 * self.table))
+
+    @property
+    def finite_ends(self) -> tuple[float, float]:
+        """κ of the noisiest level with signal, and of the last one."""
+        if self.table is None or self.ends[0] > -math.inf:
+            return self.ends
+        return float(self.table[self.table > -math.inf][-1]), self.ends[1]
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ at values of κ, finite or not, in their type and on their device."""
+        power = 1 if self.table is None else 2
+        signal, noise = torch.sigmoid(power * log_snr), torch.sigmoid(-power * log_snr)
+        return (signal, noise) if power == 1 else (signal.sqrt(), noise.sqrt())
+
+    def times(self, log_snr: Tensor) -> Tensor:
+        """Times of the scheduler at values of κ, float64 ``(n,)``."""
+        if self.table is None:
+            return self.steps * torch.sigmoid(-log_snr)
+        if self.continuous:
+            return -log_snr / 4
+        index = (torch.searchsorted(-self.table, -log_snr) - 1).clamp(0, self.steps - 2)
+        low, high = self.table[index], self.table[index + 1]
+        return index + torch.where(log_snr <= high, 1.0, (low - log_snr) / (low - high))
+
+    def log_snr(self, times: Tensor) -> Tensor:
+        """κ at times of the scheduler ``(n,)``, on their device; −40 if there is no signal."""
+        times = times if times.is_floating_point() else times.float()
+        if self.table is None:
+            share = times / self.steps
+            return (torch.log1p(-share) - share.log()).clamp(min=LEAST_LOG_SNR)
+        if self.continuous:
+            return -4 * times
+        table = self.table.clamp(min=LEAST_LOG_SNR).to(times)
+        index = times.floor().clamp(0, self.steps - 2).long()
+        return table[index].lerp(table[index + 1], times - index)
+
+    def estimate(self, signal: float, noise: float) -> tuple[float, float]:
+        """Coefficients of x and of the network's output in its prediction of the data.
+
+        Raises
+        ------
+        ValueError
+            If the network predicts the noise and there is no signal.
+        """
+        if self.predicts == "data":
+            return 0.0, 1.0
+        if self.predicts == "flow":
+            return 1.0, -noise
+        if self.predicts == "velocity":
+            return signal, -noise
+        if signal == 0:
+            msg = (
+                "scheduler: a network that predicts the noise (prediction_type='epsilon') cannot "
+                "start at a level without signal (rescale_betas_zero_snr); use 'v_prediction'"
+            )
+            raise ValueError(msg)
+        return 1 / signal, -noise / signal
+
+
+def _flow_log_snr(noise: float) -> float:
+    return math.log1p(-noise) - math.log(noise) if noise < 1 else -math.inf

@@ -1,0 +1,168 @@
+"""Noise levels of a pipeline: those of a grid of the process, or of a scheduler of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.sde import LinearSDE
+from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
+from cldsde.pretrained.stepping import noisiest_log_snr
+from cldsde.solvers import root_times
+
+__all__ = ["levels_of_grid", "levels_of_scheduler", "number_of_steps", "window"]
+
+# Values of κ at which the process starts and ends. Noise hides the brightness of large images only
+# from κ = −5. From κ = −3.3 the brightness of 64 × 64 images shrinks by a fifth.
+_FIRST_LOG_SNR, _LAST_LOG_SNR = -5.0, 3.3
+# Noisier levels of a network within this distance in κ of the start are not worth an evaluation:
+# latents of both have the same distribution to 1 in 1,000.
+_NEAR = 0.1
+_ROUNDING = 1e-6
+# Deviation from an even spacing, relative to the largest value, that rounding may explain.
+_UNEVEN = 1e-3
+
+
+def window(
+    sde: LinearSDE, convention: Convention, start: float | None, end: float | None
+) -> tuple[float, float]:
+    """Times at which a process starts and ends, within the levels of a network.
+
+    Raises
+    ------
+    ValueError
+        If a given time lies outside, or the range is empty.
+    """
+    noisiest, last = convention.finite_ends
+    default = (
+        max(_FIRST_LOG_SNR, noisiest, noisiest_log_snr(sde)),
+        min(_LAST_LOG_SNR, last),
+    )
+    ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
+    *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
+    given = start, end
+    found = [x if y is None else float(y) for x, y in zip(times, given, strict=True)]
+    for name, t in zip(("start", "end"), found, strict=True):
+        kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
+        if not noisiest - _ROUNDING <= kappa <= last + _ROUNDING:
+            msg = (
+                f"{name} must be a time of {sde!r} at which the network knows the noise level, "
+                f"from {low:.4g} to {high:.4g}; got {t:g}"
+            )
+            raise ValueError(msg)
+    if not found[1] < found[0]:
+        msg = f"end must be below start, {found[0]:.4g}; got {found[1]:.4g}"
+        raise ValueError(msg)
+    return found[0], found[1]
+
+
+def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
+    """Number of steps, from itself or from the evenly spaced times that a pipeline passes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no positive integer, or times are not evenly spaced.
+    """
+    for name in ("timesteps", "sigmas"):
+        if name not in given:
+            continue
+        values = torch.as_tensor(given[name], dtype=torch.float64, device="cpu").flatten()
+        uneven = values.diff().diff().abs() > _UNEVEN * values.abs().max()
+        if bool(uneven.any()):
+            msg = (
+                f"{name} must be evenly spaced with grid='root_times', which takes their number "
+                f"only; got {values.tolist()}. Use grid='scheduler'"
+            )
+            raise ValueError(msg)
+        n = len(values)
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        msg = f"num_inference_steps must be an integer; got {n!r}"
+        raise TypeError(msg)
+    if n < 1:
+        msg = f"num_inference_steps must be at least 1; got {n}"
+        raise ValueError(msg)
+    return int(n)
+
+
+def levels_of_grid(
+    sde: LinearSDE, convention: Convention, ends: tuple[float, float], n: int
+) -> tuple[Tensor, Tensor]:
+    """κ of n evaluations on the process's root grid and of the data, and times of the scheduler.
+
+    If the network knows more noise than the start of the grid has, the first is its noisiest level.
+    """
+    start, end = ends
+    noisiest = convention.ends[0]
+    lead = [noisiest] if noisiest < float(sde.log_snr(start)) - _NEAR else []
+    points = n - len(lead)
+    if points > 1:
+        grid = root_times(start, end, points - 1)
+    else:
+        grid = torch.full((points,), start, dtype=torch.float64, device="cpu")
+    first, last = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (lead, [math.inf]))
+    levels = torch.cat([first, sde.log_snr(grid), last])
+    return levels, convention.times(levels[:-1]).float()
+
+
+def levels_of_scheduler(
+    scheduler: Any, convention: Convention, n: int | None, given: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """κ of the steps and of the end of a scheduler of diffusers, and its times.
+
+    Parameters
+    ----------
+    scheduler
+        Scheduler, whose ``set_timesteps`` is called.
+    convention
+        Its convention.
+    n, given
+        Arguments of ``set_timesteps``.
+
+    Raises
+    ------
+    ValueError
+        If the scheduler does not take an argument, or its noise does not decrease with each step.
+    """
+    name = type(scheduler).__name__
+    if scheduler.order != 1:
+        msg = (
+            f"grid must be 'root_times' for {name}, whose steps evaluate the network "
+            f"{scheduler.order} times; got 'scheduler'"
+        )
+        raise ValueError(msg)
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if unknown := [key for key in given if key not in accepted]:
+        msg = f"{unknown[0]} must be None for {name}, which does not take it; got {dict(given)}"
+        raise ValueError(msg)
+    count = {} if n is None else {"num_inference_steps": n}
+    scheduler.set_timesteps(device="cpu", **count, **given)
+    times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) == len(times) + 1:
+        noise = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+        levels = (torch.log1p(-noise) if convention.table is None else 0.0) - noise.log()
+    else:
+        found = convention.log_snr(times.double())
+        final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+        last = 0.5 * torch.tensor([final], dtype=torch.float64, device="cpu").logit()
+        # DDIM may end with a step of no length at index 0. It becomes the data prediction.
+        last = torch.where(last > found[-1], last, math.inf)
+        levels = torch.cat([found, last])
+        levels = torch.where(levels <= LEAST_LOG_SNR, -math.inf, levels)
+    # PNDM repeats a level.
+    new = torch.cat([torch.tensor([True], device="cpu"), levels[1:] != levels[:-1]])
+    levels, times = levels[new], times[new[: len(times)]]
+    if len(levels) != len(times) + 1 or not bool((levels.diff() > 0).all()):
+        msg = (
+            f"grid must be 'root_times' for {name} with these options, because its noise does not "
+            "decrease with each step; got 'scheduler'"
+        )
+        raise ValueError(msg)
+    return levels, times

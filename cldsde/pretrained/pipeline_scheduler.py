@@ -1,0 +1,411 @@
+"""Scheduler for pipelines of diffusers that samples with any linear SDE."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from cldsde.linear.random import Generators
+from cldsde.linear.sde import LinearSDE
+from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.descriptions import (
+    described_process,
+    described_solver,
+    process_of,
+    solver_of,
+)
+from cldsde.pretrained.pipeline_levels import (
+    levels_of_grid,
+    levels_of_scheduler,
+    number_of_steps,
+    window,
+)
+from cldsde.pretrained.pipeline_noise import GeneratorNoise, latent_streams
+from cldsde.pretrained.stepping import PathSteps, check_steppable, steps_of
+from cldsde.score.checks import one_of
+from cldsde.solvers.base import Solver
+from cldsde.solvers.noise import NoiseSource
+
+__all__ = ["PipelineScheduler", "PipelineSchedulerOutput"]
+
+Grid = Literal["root_times", "scheduler"]
+
+_OWN = ("scheduler", "process", "solver", "start", "end", "grid")
+
+
+@dataclass
+class PipelineSchedulerOutput(BaseOutput):  # type: ignore[misc]
+    """Result of `PipelineScheduler.step`."""
+
+    prev_sample: Tensor  #: Latents at the next noise level.
+    pred_original_sample: Tensor  #: Data prediction of this step.
+
+
+class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Scheduler of diffusers that samples with any linear SDE, such as critically damped Langevin.
+
+    Put it in place of a pipeline's scheduler. The pipeline keeps its guidance, masks, callbacks and
+    image-to-image modes. It sees x = α x_0 + σ n, as with `diffusers.DDIMScheduler`; velocities and
+    other components of the process stay inside (`PathSteps`). n steps evaluate the network n times:
+    the last step returns the data prediction.
+
+    Parameters
+    ----------
+    scheduler
+        The pipeline's own scheduler, which knows how its network was trained. It is copied.
+    process
+        The process: a `LinearSDE`, or the name of its class.
+    solver
+        A solver that evaluates the score once per step, at its start. None: the recommended one for
+        the process and the number of steps.
+    start, end
+        Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
+        and κ = 3.3 (κ = ½ log SNR), or the ends of the network's noise levels if these are
+        narrower. If the network knows much more noise than the start has, as flow-matching networks
+        do, one deterministic step from its noisiest level leads there, because pipelines start with
+        the noise of that level.
+    grid
+        ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
+        pipeline then give the number of steps only, and must be evenly spaced.
+        ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
+        and ``mu``, and the level at which it ends.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If levels or prediction of the scheduler are unknown, a name is unknown, the solver
+        evaluates the score elsewhere, or a time lies outside of the network's levels.
+
+    Notes
+    -----
+    - ``clip_sample`` and ``thresholding`` act on the data prediction if the replaced scheduler has
+      them. DDIM clips, but keeps the noise of the prediction before it was clipped.
+    - Noise comes from the generators that a pipeline passes to `step`. Other pipelines have random
+      streams that depend on each sample's first latents alone.
+    - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
+      of the state stays, so that the state keeps its distribution. Solvers that correct an
+      earlier step (``corrector=True``, ``order=3``) start again from the changed state.
+    - A pipeline with this scheduler is saved and loaded as usual. Import `cldsde` before you load
+      it. Processes and solvers are saved by name and options.
+
+    Examples
+    --------
+    >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks)
+    >>> pipe = DDPMPipeline(unet.eval(), DDPMScheduler())
+    >>> pipe.scheduler = PipelineScheduler(pipe.scheduler, "CLD")
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> pipe(num_inference_steps=5, output_type="np").images.shape
+    (1, 8, 8, 1)
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        scheduler: Any,
+        process: LinearSDE | str | Mapping[str, Any] = "CLD",
+        solver: Solver | str | Mapping[str, Any] | None = None,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        grid: Grid = "root_times",
+    ) -> None:
+        if isinstance(scheduler, PipelineScheduler):
+            scheduler = scheduler.replaced
+        if not isinstance(scheduler, SchedulerMixin):
+            msg = (
+                "scheduler must be the pipeline's scheduler, such as pipe.scheduler; got "
+                f"{type(scheduler).__name__}"
+            )
+            raise TypeError(msg)
+        one_of(grid, Grid, "grid")
+        #: Copy of the scheduler that this one replaces.
+        self.replaced: Any = copy.deepcopy(scheduler)
+        #: The process.
+        self.sde = process_of(process)
+        self.solver = None if solver is None else check_steppable(solver_of(solver))
+        self._convention = Convention.of(self.replaced)
+        given = {name: x for name, x in (("start", start), ("end", end)) if x is not None}
+        if given and grid == "scheduler":
+            msg = f"{next(iter(given))} must be None with grid='scheduler', which has its own ends"
+            raise ValueError(msg)
+        self._window = window(self.sde, self._convention, start, end)
+        #: Steps on the levels of `set_timesteps`.
+        self.steps: PathSteps | None = None
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, device="cpu")
+        #: Standard deviation of a pipeline's first latents.
+        self.init_noise_sigma = 1.0
+        self._clear()
+        kept = {name: x for name, x in self.replaced.config.items() if not name.startswith("_")}
+        own = (
+            type(self.replaced).__name__,
+            described_process(self.sde),
+            None if self.solver is None else described_solver(self.solver),
+            start,
+            end,
+            grid,
+        )
+        self.register_to_config(**kept, **dict(zip(_OWN, own, strict=True)))
+
+    def _clear(self) -> None:
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._streams: NoiseSource | None = None
+
+    def __len__(self) -> int:
+        """Number of levels of the network's training."""
+        return int(self.config.num_train_timesteps)
+
+    # Grid
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Set the noise levels before a run; pipelines call it.
+
+        Parameters
+        ----------
+        num_inference_steps
+            Number of steps.
+        device
+            Device of ``timesteps``.
+        timesteps, sigmas, mu
+            Arguments of the replaced scheduler, for ``grid="scheduler"``.
+
+        Raises
+        ------
+        ValueError
+            If an argument does not fit, or the solver does not apply to the process.
+        """
+        given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
+        given = {name: x for name, x in given.items() if x is not None}
+        convention = self._convention
+        if self.config.grid == "scheduler":
+            levels, times = levels_of_scheduler(
+                self.replaced, convention, num_inference_steps, given
+            )
+        else:
+            n = number_of_steps(num_inference_steps, given)
+            levels, times = levels_of_grid(self.sde, convention, self._window, n)
+        signal, noise = convention.scales(levels)
+        pairs = zip(signal[:-1].tolist(), noise[:-1].tolist(), strict=True)
+        self._estimates = [convention.estimate(*pair) for pair in pairs]
+        if self.steps is None or not torch.equal(levels, self._levels):
+            self.steps = steps_of(self.sde, self.solver, levels, signal, noise)
+        self.steps.reset()
+        self._levels: Tensor = levels
+        self._clear()
+        spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
+        if self.config.grid == "scheduler" and spread != 1:
+            # Euler's latents are x/α. Some of its grids leave the data's part out of the first.
+            self.init_noise_sigma = spread * float(signal[0])
+        self.num_inference_steps = len(times)
+        self._known = times.tolist()
+        self.timesteps = times.to(device)
+        sigma = noise if convention.table is None else noise / signal
+        self.sigmas = sigma.float().to(device)
+
+    # Steps
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the latents, which the network takes as they are."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+    ) -> PipelineSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step of the solver; pipelines call it.
+
+        Parameters
+        ----------
+        model_output
+            The network's prediction, after guidance, like ``sample``; twice its channels if the
+            network also predicts a variance.
+        timestep
+            The time that the network received. It finds the first step. The others follow in order.
+        sample
+            Latents ``(B, *D)`` that the network received.
+        generator
+            Source of the noise, or one source per sample. None: streams of the first latents.
+        return_dict
+            Whether to return an object in place of a tuple.
+
+        Returns
+        -------
+        PipelineSchedulerOutput or tuple
+            The latents at the next level and the data prediction.
+
+        Raises
+        ------
+        ValueError
+            If ``set_timesteps`` was not called, all steps are done, the first time is not one of
+            ``timesteps``, or a shape is wrong.
+        """
+        i = self._index(timestep)
+        assert self.steps is not None
+        data = self._data_prediction(i, model_output, sample)
+        if generator is None and self._streams is None:
+            self._streams = latent_streams(sample)
+        noise = self._streams if generator is None else GeneratorNoise(generator)
+        assert noise is not None
+        found = self.steps.step(i, sample, data, noise)
+        self._step_index = i + 1
+        if not return_dict:
+            return found, data.to(sample.dtype)
+        return PipelineSchedulerOutput(
+            prev_sample=found, pred_original_sample=data.to(sample.dtype)
+        )
+
+    def _data_prediction(self, i: int, output: Tensor, x: Tensor) -> Tensor:
+        """Data prediction at level i, clipped as the replaced scheduler clips it."""
+        theirs = self.replaced
+        learned = str(theirs.config.get("variance_type")).startswith("learned")
+        if learned and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]
+        if output.shape != x.shape:
+            msg = (
+                f"model_output must have the shape of sample, {tuple(x.shape)}; got "
+                f"{tuple(output.shape)}"
+            )
+            raise ValueError(msg)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        of_x, of_output = self._estimates[i]
+        data = of_output * output.to(exact)
+        if of_x:
+            data.add_(x.to(exact), alpha=of_x)
+        # A configuration may hold keys of other schedulers, which its class does not read.
+        options = inspect.signature(type(theirs).__init__).parameters
+        if "thresholding" in options and theirs.config.thresholding:
+            return theirs._threshold_sample(data)  # type: ignore[no-any-return]
+        if "clip_sample" in options and theirs.config.clip_sample:
+            return data.clamp(*(sign * theirs.config.clip_sample_range for sign in (-1, 1)))
+        return data
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents α x_0 + σ n at times of the scheduler, one or one per sample."""
+        exact = torch.promote_types(original_samples.dtype, torch.float32)
+        times = torch.as_tensor(timesteps, device=original_samples.device).flatten()
+        signal, spread = (
+            scale.to(exact).reshape(-1, *(1,) * (original_samples.ndim - 1))
+            for scale in self._convention.scales(self._convention.log_snr(times))
+        )
+        return (signal * original_samples + spread * noise).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`add_noise` with the arguments of flow-matching schedulers."""
+        if noise is None:
+            raise ValueError("noise must be given; got None")
+        return self.add_noise(sample, noise, timestep)
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, if a pipeline sets it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Set the index of the first step; pipelines call it."""
+        self._begin_index = begin_index
+
+    def _index(self, timestep: Tensor | float) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError("set_timesteps must be called before step")
+        i = self._begin_index if self._step_index is None else self._step_index
+        if i is None:
+            first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
+            if float(first) not in self._known:
+                msg = f"timestep must be one of timesteps, {self._known}; got {float(first):g}"
+                raise ValueError(msg)
+            i = self._known.index(float(first))
+        if not 0 <= i < self.num_inference_steps:
+            msg = (
+                f"step must be called at most {self.num_inference_steps} times; call set_timesteps "
+                "to start again"
+            )
+            raise ValueError(msg)
+        return i
+
+    # Configuration
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Scheduler from a configuration that this class saved, with changes by name.
+
+        Raises
+        ------
+        ValueError
+            If another scheduler made the configuration. It does not say by itself how the network
+            was trained: pass the scheduler to the constructor.
+        """
+        kind: Any = getattr(diffusers, str(config.get("scheduler")), None)
+        known = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
+        if not known:
+            msg = (
+                "config must come from a PipelineScheduler; got the configuration of "
+                f"{config.get('_class_name', 'another scheduler')}. Pass the scheduler itself: "
+                "PipelineScheduler(pipe.scheduler)"
+            )
+            raise ValueError(msg)
+        own = {name: config[name] for name in _OWN[1:] if name in config}
+        own |= {name: kwargs.pop(name) for name in _OWN[1:] if name in kwargs}
+        kept = {name: x for name, x in config.items() if name not in (*_OWN, "_class_name")}
+        found = cls(kind.from_config({**kept, **kwargs}), **own)
+        return (found, {}) if return_unused_kwargs else found
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration; `save_pretrained` calls it.
+
+        Raises
+        ------
+        ValueError
+            If names and options do not determine the process, the solver or the scheduler.
+        """
+        parts = {"process": self.sde, "solver": self.solver}
+        for name, part in parts.items():
+            if part is not None and self.config[name] is None:
+                msg = (
+                    f"{name} cannot be saved: {part!r} is not determined by the name of a class of "
+                    "cldsde and options of JSON"
+                )
+                raise ValueError(msg)
+        if getattr(diffusers, self.config.scheduler, None) is not type(self.replaced):
+            msg = f"scheduler cannot be saved: {self.config.scheduler} is no class of diffusers"
+            raise ValueError(msg)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+# Pipelines store the module of a scheduler's class, and load the class from this module.
+PipelineScheduler.__module__ = "cldsde.pretrained"

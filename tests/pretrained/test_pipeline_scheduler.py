@@ -1,0 +1,190 @@
+"""Pipelines of diffusers sample with any process, and change nothing else."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+from cldsde import CLD, DenoiserScore, PredictionDenoiser, ReverseProcess, pretrained, solvers
+from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.stepping import PathSteps
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import tiny_pipelines  # noqa: E402 -- needs both libraries
+from tiny_pipelines import CASES  # noqa: E402
+
+FIRST = solvers.ExponentialMultistep(order=1)
+# Networks, guidance and a few steps in float32, of numbers up to the largest latent.
+CLOSE = 1e-5
+NAMES = [name for name in CASES if name != "AuraFlow"]
+every_pipeline = pytest.mark.parametrize("name", NAMES)
+
+
+def Scheduler(*args, **options):  # noqa: N802 -- diffusers is imported when it is called
+    return pretrained.PipelineScheduler(*args, **options)
+
+
+@functools.cache
+def built(name):
+    return tiny_pipelines.make(name)
+
+
+def pipeline(name, *args, **options):
+    """A pipeline with the scheduler; its networks are shared by the tests."""
+    pipe = copy.copy(built(name))
+    pipe.scheduler = Scheduler(pipe.scheduler, *args, **options)
+    return pipe
+
+
+def far(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@functools.cache
+def latents(name):
+    return CASES[name].call(pipeline(name), [0, 1, 2])
+
+
+@every_pipeline
+def test_order_1_without_noise_gives_the_latents_of_the_replaced_scheduler(name):
+    pipe = pipeline(name, "VPSDE", FIRST, grid="scheduler")
+    assert far(CASES[name].call(pipe, [0]), CASES[name].call(built(name), [0])) <= CLOSE
+
+
+def denoiser_of(name, pipe, record):
+    """The guided denoiser of a call of a pipeline."""
+    if name == "SD-inpaint-9":  # mask and masked image follow the latents
+        rest = record.positional[0][:, 4:]
+        network = lambda x, t, **given: pipe.unet(torch.cat([x, rest], 1), t, **given).sample  # noqa: E731
+        path = pretrained.from_diffusers(built("SD")).path
+        denoiser = PredictionDenoiser(network, path)
+    else:
+        denoiser = pretrained.from_diffusers(pipe)
+    return CASES[name].guided(denoiser, record.conditions)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "SD-inpaint-4"])
+def test_latents_are_those_of_solve_on_the_guided_prediction(name, monkeypatch):
+    """From the state and with the normals of the scheduler, which are recorded."""
+    solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
+    states, draws = [], []
+    started, step = PathSteps._started, PathSteps.step
+
+    class Noted(solvers.NoiseSource):
+        def __init__(self, source):
+            self.source = source
+
+        def normal(self, z, rows):
+            draws.append(self.source.normal(z, rows))
+            return draws[-1]
+
+    def noting(self, j, x, noise):
+        states.append((j, started(self, j, x, noise)))
+        return states[-1][1].clone()
+
+    monkeypatch.setattr(PathSteps, "_started", noting)
+    monkeypatch.setattr(
+        PathSteps, "step", lambda self, i, x, data, noise: step(self, i, x, data, Noted(noise))
+    )
+    pipe = pipeline(name, "CLD", solver)
+    record = CASES[name].recorded(pipe, [0, 1])
+    ((first, state),) = states
+    steps = pipe.scheduler.steps
+    score = DenoiserScore(denoiser_of(name, pipe, record), steps.sde)
+    noise = solvers.RecordedNoise([draw[:2] for draw in draws[1:]])  # DiT has both halves
+    process = ReverseProcess(steps.sde, score)
+    times = steps.times[first:]
+    found = solvers.solve(process, solver, state[:2], times, noise=noise, denoise=True)
+    assert far(found.data, record.latents[-1][:2]) <= CLOSE
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "SD-inpaint-9"])
+@torch.no_grad()
+def test_from_diffusers_agrees_with_each_guided_call(name):
+    case, pipe = CASES[name], pipeline(name, "CLD")
+    record, convention = case.recorded(pipe, [0, 1]), Convention.of(built(name).scheduler)
+    denoiser = denoiser_of(name, pipe, record)
+    for x, output, t in zip(record.inputs, record.outputs, record.times, strict=True):
+        log_snr = convention.log_snr(t.double().reshape(1))
+        signal, noise = (float(scale) for scale in convention.scales(log_snr))
+        if signal < 1e-6:  # SD3 and its like start at infinite noise
+            continue
+        of_x, of_output = convention.estimate(signal, noise)
+        expected = (of_x * x + of_output * output)[:2]
+        found = denoiser(x[:2] / signal, torch.full((2,), noise / signal))
+        assert far(found, expected) <= CLOSE
+
+
+@every_pipeline
+def test_latents_are_finite_and_the_same_twice(name):
+    again = CASES[name].call(pipeline(name), [0, 1, 2])
+    assert bool(again.isfinite().all())
+    assert torch.equal(again, latents(name))
+
+
+@every_pipeline
+def test_a_sample_does_not_depend_on_its_batch(name):
+    case, together = CASES[name], latents(name)
+    if name == "DiT":  # one half with and one half without classes
+        together = together.chunk(2)[0]
+    for i in range(3):
+        alone = case.call(pipeline(name), [i])
+        assert far(alone[:1], together[i : i + 1]) <= CLOSE
+
+
+@every_pipeline
+def test_a_pipeline_is_saved_and_loaded_with_it(name, tmp_path):
+    pipe = pipeline(name, CLD(beta=3.0), solvers.ExponentialMultistep(order=2), end=0.05)
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    assert type(loaded.scheduler) is pretrained.PipelineScheduler
+    assert loaded.scheduler.sde.beta == 3.0
+    found, expected = (CASES[name].call(each, [0, 1, 2]) for each in (loaded, pipe))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("grid", ["root_times", "scheduler"])
+def test_two_pipelines_share_the_steps_of_one(grid):
+    """SDXL's base until half of the noise, and its refiner from there; from x alone."""
+    case = CASES["SDXL"]
+    base = pipeline("SDXL", "VPSDE", FIRST, grid=grid)
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**base.components)
+    refiner.set_progress_bar_config(disable=True)
+    expected = case.call(base, [0])
+    half = case.call(base, [0], denoising_end=0.5)
+    assert float((half - expected).abs().max()) > CLOSE
+    found = refiner(
+        prompt=tiny_pipelines.PROMPTS[:1],
+        negative_prompt=["a"],
+        image=half,
+        denoising_start=0.5,
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    assert far(found, expected) <= CLOSE
+
+
+def test_callbacks_change_latents():
+    case, seen = CASES["SD"], []
+
+    def copied(pipe, i, t, given):
+        seen.append(float(t))
+        return {"latents": given["latents"].clone()}
+
+    def changed(pipe, i, t, given):
+        return {"latents": given["latents"] * (1.5 if i == 2 else 1.0)}
+
+    plain = case.call(pipeline("SD"), [0])
+    same, other = (
+        case.call(pipeline("SD"), [0], callback_on_step_end=each) for each in (copied, changed)
+    )
+    assert torch.equal(same, plain)
+    assert bool(other.isfinite().all())
+    assert far(other, plain) > CLOSE
+    assert len(seen) == 6

@@ -1,0 +1,428 @@
+"""The scheduler for pipelines, called as pipelines call it, with a network that costs nothing."""
+
+import math
+
+import pytest
+import torch
+
+from cldsde import CLD, VPSDE, Schedule, pretrained, solvers
+from probes import generator
+from simulated_device import needs_simulation, simulated_device
+
+diffusers = pytest.importorskip("diffusers")
+
+MULTISTEP = solvers.ExponentialMultistep
+FIRST = MULTISTEP(order=1)
+SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
+SHAPE = (3, 2, 4, 4)
+# A few steps in single precision, with tables of schedulers in single precision.
+CLOSE = 1e-5
+# The process starts at κ = −5, and DDPM's table at −5.06, six indices before.
+NEAR = 0.01
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+V = {**TABLE, "prediction_type": "v_prediction"}
+DDIM, DDPM = diffusers.DDIMScheduler, diffusers.DDPMScheduler
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler
+PLAIN = DDIM(**TABLE, clip_sample=False)
+
+
+def made(scheduler=PLAIN, *args, **options):
+    return pretrained.PipelineScheduler(scheduler, *args, **options)
+
+
+def latents(seed=0):
+    return torch.randn(SHAPE, generator=generator(seed))
+
+
+def network(x, t):
+    """A smooth function of latents and time."""
+    return torch.tanh(x + x.flip(-1) / 3) * (0.5 + torch.as_tensor(t) / 2000)
+
+
+@torch.no_grad()
+def run(scheduler, n=8, change=None, seed=0, first=0, **options):
+    """Latents that a pipeline would make; ``options`` are those of ``step``."""
+    scheduler.set_timesteps(n)
+    x = latents(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for i, t in enumerate(scheduler.timesteps[first:]):
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(seen, t), t, x, **options).prev_sample
+        x = x if change is None else change(i, x)
+    return x
+
+
+def far(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def multistep(**options):
+    return diffusers.DPMSolverMultistepScheduler(**{"lower_order_final": False, **options})
+
+
+REPLACED = {
+    "DDIM, to one": (DDIM(**TABLE, clip_sample=False), FIRST),
+    "DDIM, to index 0": (
+        DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        FIRST,
+    ),
+    "DDIM, v": (DDIM(**V, clip_sample=False), FIRST),
+    "DDIM, no signal": (
+        DDIM(**V, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+        FIRST,
+    ),
+    "DDIM, data": (DDIM(**TABLE, clip_sample=False, prediction_type="sample"), FIRST),
+    "Euler": (diffusers.EulerDiscreteScheduler(**TABLE), FIRST),
+    "Euler, Karras": (diffusers.EulerDiscreteScheduler(**TABLE, use_karras_sigmas=True), FIRST),
+    "Euler, leading": (
+        diffusers.EulerDiscreteScheduler(**TABLE, timestep_spacing="leading", steps_offset=1),
+        FIRST,
+    ),
+    "DPM-Solver, order 1": (multistep(**TABLE, solver_order=1), FIRST),
+    "DPM-Solver++": (multistep(**TABLE), SECOND),
+    "DPM-Solver++, to its least level": (multistep(**TABLE, final_sigmas_type="sigma_min"), SECOND),
+    "flow": (FLOW(shift=3.0), FIRST),
+    "flow, DPM-Solver++": (
+        multistep(
+            use_flow_sigmas=True, flow_shift=2.0, prediction_type="flow_prediction", solver_order=1
+        ),
+        FIRST,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_on_its_levels_a_scheduler_of_the_same_method_gives_the_same_latents(name):
+    scheduler, solver = REPLACED[name]
+    assert far(run(made(scheduler, "VPSDE", solver, grid="scheduler")), run(scheduler)) <= CLOSE
+
+
+def test_repeated_levels_are_left_out():
+    found = made(diffusers.PNDMScheduler(**TABLE, skip_prk_steps=True), grid="scheduler")
+    found.set_timesteps(10)
+    assert len(found.timesteps) == 10
+    assert bool(run(found, 10).isfinite().all())
+
+
+@pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
+@pytest.mark.parametrize("scheduler", [PLAIN, DDIM(), FLOW()])
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, scheduler, n):
+    found = made(scheduler, process)
+    found.set_timesteps(n)
+    assert len(found.timesteps) == found.num_inference_steps == n
+    noisiest = 1000.0 if isinstance(scheduler, FLOW) else 999.0
+    assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=NEAR, abs=0)
+    assert bool((found.timesteps.diff() < 0).all())
+    assert bool(run(found, n).isfinite().all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheduler", [DDIM(clip_sample=False), FLOW()])
+@pytest.mark.parametrize("process", ["VPSDE", "CLD"])
+def test_the_brightness_of_large_images_is_kept(process, scheduler):
+    """Normal images of 64 × 64 with a brightness of standard deviation 0.5, exactly denoised."""
+    count, size, n = 200, 64, 30
+    found = made(scheduler, process)
+    found.set_timesteps(n)
+    signal, noise = found._convention.scales(found._levels)
+    x = torch.randn(count, 1, size, size, generator=generator(0))
+    pixel, whole = 0.25, 0.25 + size**2 * 0.25  # variances of a pixel, of the sum over its root
+    for i, t in enumerate(found.timesteps):
+        a, s = float(signal[i]), float(noise[i])
+        mean = x.mean((1, 2, 3), keepdim=True)
+        gains = (a * v / (a * a * v + s * s) for v in (pixel, whole))
+        data = next(gains) * (x - mean) + next(gains) * mean
+        kept = 1.0 if isinstance(scheduler, FLOW) else a  # the flow, or the noise
+        x = found.step((x - kept * data) / s, t, x).prev_sample
+    # Three standard errors of a standard deviation, and 3 %, the error of 30 steps.
+    assert abs(float(x.mean((1, 2, 3)).std()) / 0.5 - 1) <= 3 / math.sqrt(2 * count) + 0.03
+
+
+def test_the_last_step_returns_the_data_prediction():
+    found = made(PLAIN, "CLD")
+    found.set_timesteps(4)
+    x = latents()
+    for t in found.timesteps:
+        result = found.step(network(x, t), t, x)
+        x = result.prev_sample
+    assert torch.equal(result.prev_sample, result.pred_original_sample)
+
+
+CLIPPED = {
+    "DDPM": DDPM(clip_sample=True, clip_sample_range=0.5),
+    "DDIM": DDIM(thresholding=True, sample_max_value=1.5),
+    "DPM-Solver": multistep(thresholding=True, algorithm_type="dpmsolver++"),
+    # The configuration keeps DDIM's key, which the class does not know.
+    "not": diffusers.DPMSolverMultistepScheduler.from_config(DDIM(clip_sample=True).config),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_data_predictions_are_clipped_as_by_the_replaced_scheduler(name):
+    scheduler = CLIPPED[name]
+    found = made(scheduler, "CLD", grid="scheduler")
+    for each in (found, scheduler):
+        each.set_timesteps(5)
+    x, t = latents(), scheduler.timesteps[1]
+    data = found.step(network(x, t), t, x).pred_original_sample
+    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
+        scheduler.set_begin_index(1)
+        scheduler._step_index = 1
+        expected = scheduler.convert_model_output(network(x, t), sample=x)
+    else:
+        expected = scheduler.step(network(x, t), t, x).pred_original_sample
+    assert far(data, expected) <= CLOSE
+
+
+@pytest.mark.parametrize("given", [None, "one", "several"])
+def test_noise_comes_from_the_generators_or_from_the_latents(given):
+    def source(seed):
+        if given is None:
+            return {}
+        if given == "one":
+            return {"generator": generator(seed)}
+        return {"generator": [generator(seed + i) for i in range(3)]}
+
+    found = made(PLAIN, "CLD")
+    first = run(found, **source(5))
+    assert torch.equal(run(found, **source(5)), first)
+    if given is not None:
+        assert not torch.equal(run(found, **source(50)), first)
+    # Other latents have other noise: differences of the results are not those of the latents.
+    assert not torch.equal(run(found, seed=1, **source(5)), first)
+
+
+def test_streams_of_the_latents_belong_to_the_samples():
+    found = made(PLAIN, "CLD", MULTISTEP(stochasticity=1.0))
+    together, alone = run(found), []
+    for i in range(3):
+        found.set_timesteps(8)
+        x = latents()[i : i + 1]
+        for t in found.timesteps:
+            x = found.step(network(x, t), t, x).prev_sample
+        alone.append(x)
+    assert far(torch.cat(alone), together) <= CLOSE
+
+
+@pytest.mark.parametrize("solver", [None, FIRST, MULTISTEP(order=3), MULTISTEP(corrector=True)])
+@pytest.mark.parametrize("process", ["CLD", "VPSDE"])
+def test_latents_that_are_only_copied_change_nothing(process, solver):
+    plain = run(made(PLAIN, process, solver))
+    assert torch.equal(run(made(PLAIN, process, solver), change=lambda i, x: x.clone()), plain)
+
+
+def test_a_start_in_the_middle_follows_from_the_latents():
+    found = made(PLAIN, "CLD", MULTISTEP(order=2))
+    for use_index in (False, True):
+        found.set_timesteps(8)
+        if use_index:
+            found.set_begin_index(4)
+        x = latents()
+        for t in found.timesteps[4:]:
+            x = found.step(network(x, t), t, x).prev_sample
+        assert bool(x.isfinite().all())
+        assert found.step_index == 8
+
+
+@pytest.mark.parametrize("scheduler", [PLAIN, FLOW(shift=2.0)])
+@pytest.mark.parametrize("grid", ["root_times", "scheduler"])
+def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler, grid):
+    found, noise = made(scheduler, grid=grid), latents(1)
+    found.set_timesteps(5)
+    scheduler.set_timesteps(5)
+    times = scheduler.timesteps[[1, 2, 4]]
+    if isinstance(scheduler, FLOW):
+        expected = scheduler.scale_noise(latents(), times, noise)
+        assert far(found.scale_noise(latents(), times, noise), expected) <= CLOSE
+    else:
+        expected = scheduler.add_noise(latents(), noise, times)
+        assert far(found.add_noise(latents(), noise, times), expected) <= CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_keep_their_precision(dtype):
+    def made_in(dtype):
+        found, noise, x = made(PLAIN, "CLD"), generator(3), latents().to(torch.bfloat16).to(dtype)
+        found.set_timesteps(4)
+        for t in found.timesteps:
+            x = found.step(network(x, t).to(dtype), t, x, generator=noise).prev_sample
+            assert x.dtype == dtype
+        return x.float()
+
+    if dtype == torch.float64:  # normals of a generator depend on the precision
+        assert bool(made_in(dtype).isfinite().all())
+        return
+    # Each of four evaluations sees latents that are rounded, and is rounded; by half an eps each.
+    # Data predictions multiply the errors by up to σ/α = 15 at first, which later steps forget.
+    assert far(made_in(dtype), made_in(torch.float32)) <= 4 * torch.finfo(dtype).eps
+
+
+def test_a_learnt_variance_is_left_out():
+    scheduler = DDPM(variance_type="learned_range", clip_sample=False)
+    found, plain = made(scheduler), made(DDPM(clip_sample=False))
+    for each in (found, plain):
+        each.set_timesteps(3)
+    x, t = latents(), plain.timesteps[0]
+    both = torch.cat([network(x, t), latents(3)], dim=1)
+    expected = plain.step(network(x, t), t, x, return_dict=False)
+    assert all(map(torch.equal, found.step(both, t, x, return_dict=False), expected))
+
+
+# Saving
+
+
+def saved(scheduler, folder):
+    scheduler.save_pretrained(folder)
+    return pretrained.PipelineScheduler.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        made(FLOW(shift=3.0), "HOLD", MULTISTEP(order=2, stochasticity=0.5), start=0.7, end=0.05),
+        made(PLAIN, CLD(beta=(1.0, 8.0), position_noise=0.1), solvers.EulerMaruyama()),
+        made(multistep(**TABLE), "RectifiedFlow", grid="scheduler"),
+    ],
+)
+def test_a_scheduler_is_saved_and_loaded(scheduler, tmp_path):
+    loaded = saved(scheduler, tmp_path)
+    assert repr(loaded.sde) == repr(scheduler.sde)
+    assert loaded.solver == scheduler.solver
+    assert type(loaded.replaced) is type(scheduler.replaced)
+    own = {name: x for name, x in scheduler.config.items() if not name.startswith("_")}
+    assert {name: x for name, x in loaded.config.items() if not name.startswith("_")} == own
+    assert torch.equal(run(loaded), run(scheduler))
+
+
+def test_the_configuration_is_that_of_the_replaced_scheduler_and_more():
+    found = made(PLAIN)
+    kept = {name: x for name, x in PLAIN.config.items() if not name.startswith("_")}
+    assert kept.items() <= dict(found.config).items()
+    again = DDIM.from_config(found.config)
+    assert again.config.beta_end == PLAIN.config.beta_end
+    assert type(made(made(PLAIN, "HOLD")).replaced) is DDIM
+    other = pretrained.PipelineScheduler.from_config(found.config, process="HOLD")
+    assert type(other.sde).__name__ == "HOLD"
+
+
+class Other(DDIM):
+    """A scheduler that diffusers does not have."""
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (made(PLAIN, VPSDE(schedule=Schedule.cosine())), "process cannot be saved: VPSDE"),
+        (made(PLAIN, "CLD", MULTISTEP(stochasticity=torch.sqrt)), "solver cannot be saved: Exp"),
+        (made(Other(**TABLE)), "scheduler cannot be saved: Other is no class of diffusers"),
+    ],
+)
+def test_parts_without_a_name_cannot_be_saved(scheduler, message, tmp_path):
+    assert bool(run(scheduler).isfinite().all())
+    with pytest.raises(ValueError, match=message):
+        scheduler.save_pretrained(tmp_path)
+
+
+def test_a_bare_configuration_is_rejected():
+    with pytest.raises(ValueError, match=r"config must come from a PipelineScheduler; got the"):
+        pretrained.PipelineScheduler.from_config(PLAIN.config)
+
+
+# Errors
+
+
+NO_SIGNAL = DDIM(**TABLE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+BAD = [
+    ((3,), {}, TypeError, "scheduler must be the pipeline's scheduler, .*; got int"),
+    ((diffusers.EDMEulerScheduler(),), {}, ValueError, "levels and prediction of EDMEulerSchedu"),
+    ((PLAIN, "CDL"), {}, ValueError, "process must be one of CLD, CosineVP, .*; got 'CDL'"),
+    ((PLAIN, 3), {}, TypeError, "process must be a LinearSDE, the name .*; got 3"),
+    ((PLAIN, CLD), {}, TypeError, "process must be a LinearSDE, .*write it with parentheses"),
+    ((PLAIN, {"name": "CLD", "options": {"b": 1}}), {}, ValueError, "process: CLD does not take"),
+    ((PLAIN, "CLD", solvers.SSCS()), {}, ValueError, r"solver must evaluate .*; SSCS\(.* does not"),
+    ((PLAIN, "CLD", "sscs"), {}, ValueError, "solver must be one of Ancestral, .*; got 'sscs'"),
+    ((PLAIN, "CLD", solvers.StochasticHeun()), {}, ValueError, r"StochasticHeun\(\) does not"),
+    ((PLAIN, "CLD", solvers.ProbabilityFlow()), {}, ValueError, r"ProbabilityFlow\(.*does not"),
+    ((PLAIN,), {"grid": "uniform"}, ValueError, "grid must be one of 'root_times', 'scheduler'"),
+    ((PLAIN,), {"grid": "scheduler", "end": 0.1}, ValueError, "end must be None with grid='sche"),
+    ((PLAIN,), {"start": 1.5}, ValueError, r"start must be a time of CLD\(.*\) at which the .*1.5"),
+    ((PLAIN,), {"start": 0.9}, ValueError, r"start must be a time of CLD\(.*; got 0.9"),
+    ((PLAIN,), {"end": 1e-5}, ValueError, r"end must be a time of CLD\(.*; got 1e-05"),
+    ((PLAIN,), {"start": 0.1, "end": 0.2}, ValueError, "end must be below start, 0.1; got 0.2"),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD)
+def test_arguments_that_do_not_fit_are_rejected(args, options, error, message):
+    with pytest.raises(error, match=message):
+        pretrained.PipelineScheduler(*args, **options)
+
+
+KEPT = {"grid": "scheduler"}
+UNEVEN = {"timesteps": [999, 500, 10]}
+BAD_STEPS = [
+    (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
+    (PLAIN, {}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
+    (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
+    (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
+    (FLOW(), KEPT, {"sigmas": [0.5, 0.9]}, ValueError, "its noise does not decrease"),
+    (diffusers.HeunDiscreteScheduler(), KEPT, {"num_inference_steps": 4}, ValueError, "2 times"),
+    (NO_SIGNAL, KEPT, {"num_inference_steps": 4}, ValueError, "cannot start at a level without"),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "made_with", "given", "error", "message"), BAD_STEPS)
+def test_steps_that_do_not_fit_are_rejected(scheduler, made_with, given, error, message):
+    with pytest.raises(error, match=message):
+        made(scheduler, **made_with).set_timesteps(**given)
+
+
+def test_a_solver_that_does_not_apply_is_rejected_before_the_first_step():
+    underdamped = CLD(friction=0.05)
+    with pytest.raises(ValueError, match=r"does not determine x_0 at .* Underdamped processes"):
+        made(PLAIN, underdamped, MULTISTEP()).set_timesteps(40)
+    assert bool(run(made(PLAIN, underdamped), 40).isfinite().all())  # another one is chosen
+
+
+def test_calls_of_step_that_do_not_fit_are_rejected():
+    found, x = made(PLAIN), latents()
+    with pytest.raises(ValueError, match="set_timesteps must be called before step"):
+        found.step(x, 999, x)
+    found.set_timesteps(1)
+    with pytest.raises(ValueError, match=r"timestep must be one of timesteps, \[.*\]; got 500"):
+        found.step(x, 500, x)
+    with pytest.raises(ValueError, match="model_output must have the shape of sample"):
+        found.step(x[:1], found.timesteps[0], x)
+    found.step(x, found.timesteps[0], x)
+    with pytest.raises(ValueError, match="step must be called at most 1 times"):
+        found.step(x, found.timesteps[0], x)
+
+
+def test_given_times_of_pipelines_count_steps():
+    found = made(FLOW(), "CLD")
+    found.set_timesteps(sigmas=torch.linspace(1.0, 0.2, 5).tolist(), mu=0.7)
+    assert len(found.timesteps) == 5
+    kept = made(FLOW(use_dynamic_shifting=True), "CLD", grid="scheduler")
+    kept.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
+    theirs = FLOW(use_dynamic_shifting=True)
+    theirs.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
+    assert torch.equal(kept.timesteps, theirs.timesteps)
+    assert torch.equal(kept.sigmas, theirs.sigmas)
+
+
+# Speed and devices
+
+
+@needs_simulation
+@pytest.mark.parametrize("process", ["CLD", "VPSDE"])
+def test_nothing_is_read_back_after_the_first_step(process):
+    with simulated_device() as device, torch.no_grad():
+        found = made(PLAIN, process)
+        found.set_timesteps(12, device="sim")
+        x = latents().to("sim")
+        reads = []
+        for t in found.timesteps:
+            before, output = device.traffic(), x * 0.5
+            x = found.step(output, t, x).prev_sample
+            reads.append((device.traffic() - before).read_backs)
+        assert reads[1:] == [0] * 11

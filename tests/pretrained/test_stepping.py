@@ -1,0 +1,180 @@
+"""Steps from data predictions that a caller brings are those of `solve`."""
+
+import math
+
+import pytest
+import torch
+
+import probes
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, solvers
+from cldsde.pretrained.stepping import PathSteps
+from cldsde.solvers import RecordedNoise
+from probes import generator
+from tolerances import rounding
+
+MULTISTEP = solvers.ExponentialMultistep
+PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
+SOLVERS = {"noise": MULTISTEP(order=2, stochasticity=1.0), "order 3": MULTISTEP(order=3)}
+SOLVERS |= {"corrector": MULTISTEP(order=2, corrector=True), "euler": solvers.EulerMaruyama()}
+SOLVERS |= {"exponential": solvers.ExponentialEuler(), "ancestral": solvers.Ancestral()}
+N = 5
+SHAPE = (3, 2, 4)
+# Six steps of a smooth denoiser, each of which multiplies by numbers up to 1/ψ = 250 at the start.
+EXACT = rounding(2**14)
+
+
+def denoiser(u, sigma):
+    return torch.tanh(u / (1 + sigma.reshape(-1, 1, 1).square()))
+
+
+def made(sde, solver, times=None):
+    times = solvers.root_times(0.9, 1e-2, N) if times is None else times
+    levels = torch.cat([sde.log_snr(times), torch.tensor([math.inf])])
+    scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
+    return PathSteps(sde, solver, levels, *scales), scales, times
+
+
+def advanced(steps, scales, x, noise, indices, change=None):
+    """x after the steps with the given indices, with a change of it before each."""
+    for i in indices:
+        x = x if change is None else change(i, x)
+        signal, spread = (scale[i] for scale in scales)
+        data = denoiser(x / signal, (spread / signal).expand(len(x)))
+        x = steps.step(i, x, data, noise)
+    return x
+
+
+def draws():
+    return [torch.randn(3, 3, *SHAPE[1:], generator=generator(i)).double() for i in range(9)]
+
+
+class Cut(RecordedNoise):
+    """Recorded normals, of which a draw takes as many rows as it needs."""
+
+    def normal(self, z, rows):
+        return super().normal(z, rows)[:, :rows]
+
+
+def start():
+    return torch.randn(SHAPE, generator=generator(7)).double()
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("first", [0, 2])
+def test_steps_are_those_of_solve_from_any_level(name, method, first):
+    sde, solver = PROCESSES[name], SOLVERS[method]
+    steps, scales, times = made(sde, solver)
+    found = advanced(steps, scales, start(), Cut(draws()), range(first, N + 1))
+    again = Cut(draws())
+    state = steps._started(first, start().unsqueeze(1), again)
+    process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
+    expected = solvers.solve(process, solver, state, times[first:], noise=again, denoise=True)
+    size = max(1.0, float(expected.state.abs().max()))  # exponential Euler is unstable here
+    assert torch.allclose(found, expected.data, rtol=0, atol=EXACT * size)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_start_has_the_distribution_of_the_process(name):
+    """Covariance of the state given x_0 = 0: that of Σ."""
+    sde, count = PROCESSES[name], 200_000
+    steps, scales, times = made(sde, MULTISTEP())
+    x = scales[1][0] * torch.randn(count, 1, generator=generator(0)).double()
+    z = steps._started(0, x.unsqueeze(1), solvers.FreshNoise(generator(1)))[..., 0]
+    exact = sde.marginal(times[0]).covariance
+    spread = exact.diagonal().sqrt()
+    # Entries of a covariance of n normals have standard errors ≤ √(2/n) of the product of spreads.
+    error = (z.mT @ z / count - exact).abs() / torch.outer(spread, spread)
+    assert float(error.max()) <= 4.5 * math.sqrt(2 / count)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("method", SOLVERS)
+def test_a_changed_x_is_the_x_of_the_state(name, method):
+    """The state after a change shows the new x, and w is as before."""
+    steps, scales, _ = made(PROCESSES[name], SOLVERS[method])
+    x = advanced(steps, scales, start(), Cut(draws()), range(2))
+    before, shift = steps._state, torch.linspace(-1, 1, x.numel()).double().reshape(x.shape)
+    after = steps._changed(2, x + shift)
+    blocks = steps._blocks
+    seen = torch.tensor(blocks.seen[2], dtype=torch.float64)
+    assert torch.allclose(
+        (seen @ after.flatten(2))[:, 0], (x + shift).flatten(1), rtol=0, atol=EXACT
+    )
+    change = (after - before).flatten(2)
+    expected = torch.tensor(blocks.of_x[2], dtype=torch.float64) @ shift.flatten(1).unsqueeze(1)
+    assert torch.allclose(change, expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_solvers_that_correct_start_again_from_a_changed_state(in_place):
+    sde, solver = CLD(), MULTISTEP(order=3)
+    steps, scales, times = made(sde, solver)
+    states = []
+
+    def change(i, x):
+        if i != 2:
+            return x
+        states.append(steps._changed(2, x + 1))
+        return x.add_(1) if in_place else x + 1
+
+    found = advanced(steps, scales, start(), Cut(draws()), range(N + 1), change)
+    process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
+    expected = solvers.solve(process, solver, states[0], times[2:], denoise=True)
+    assert torch.allclose(found, expected.data, rtol=0, atol=EXACT)
+
+
+def test_marginals_stay_right_if_known_parts_are_replaced():
+    """Normal data of variance 1: every second entry of x is drawn anew from its marginal."""
+    sde, count = CLD(), 20_000
+    steps, scales, _ = made(
+        sde, MULTISTEP(order=2, stochasticity=1.0), solvers.root_times(1, 1e-2, 40)
+    )
+    noise = solvers.FreshNoise(generator(0))
+    x = torch.randn(count, 2, generator=generator(1)).double()
+    for i in range(41):
+        signal, x = scales[0][i], x.clone()
+        x[:, 0] = torch.randn(count, generator=generator(i + 2)).double()  # α² + σ² = 1
+        x = steps.step(i, x, signal * x, noise)  # E[x_0 | x] = α x
+    # The last step returns E[x_0 | x], whose variance is α² at the last level.
+    free = float(x[:, 1].var() / scales[0][40] ** 2)
+    # Four standard errors of a variance, and 1 % of bias of 40 steps.
+    assert abs(free - 1) <= 4 * math.sqrt(2 / count) + 0.01
+
+
+def test_noisier_levels_are_left_by_deterministic_steps():
+    """From infinite noise and a level beyond the process, to its first level."""
+    sde = CLD()
+    levels = torch.tensor([-math.inf, -7.0, -3.0, 0.0, math.inf], dtype=torch.float64)
+    scales = torch.sigmoid(levels), torch.sigmoid(-levels)
+    steps = PathSteps(sde, MULTISTEP(), levels, *scales)
+    assert steps.first == 2
+    x, data = start(), torch.full(SHAPE, 0.5, dtype=torch.float64)
+    found = steps.step(1, steps.step(0, x, data, Cut(draws())), data, Cut(draws()))
+    assert torch.allclose(found, scales[0][2] * data + scales[1][2] * x, rtol=0, atol=EXACT)
+
+
+def test_levels_below_all_of_the_process_are_rejected():
+    levels = torch.tensor([0.0, 6.0, math.inf], dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"noise levels down to σ = 0.002479; VESDE\(.*\) has none"
+    ):
+        PathSteps(VESDE(0.01, 50.0), MULTISTEP(), levels, levels, levels)
+
+
+def test_a_sample_of_another_shape_is_rejected():
+    steps, scales, _ = made(CLD(), MULTISTEP())
+    x = advanced(steps, scales, start(), Cut(draws()), range(1))
+    with pytest.raises(ValueError, match="sample must keep its shape"):
+        steps.step(1, x[:2], x[:2], Cut(draws()))
+
+
+@pytest.mark.parametrize("method", probes.named_solvers())
+def test_only_solvers_that_evaluate_at_the_start_are_accepted(method):
+    solver = probes.named_solvers()[method]
+    sde = VPSDE() if method.startswith("edm") else CLD()
+    if solver.facts.score_at_start:
+        assert made(sde, solver)[0].solver is solver
+    else:
+        with pytest.raises(ValueError, match=r"solver must evaluate the score only at the start"):
+            made(sde, solver)

@@ -1,0 +1,359 @@
+"""Pipelines of diffusers with random weights, a few thousand parameters each.
+
+    make("SD")             a pipeline
+    latents_of(pipe, …)    its latents for given first latents, with guidance
+
+Text encoders and tokenizers come from configurations, too: nothing is fetched.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, T5Config
+
+PROMPTS = ["red circle", "blue square", "a large circle"]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "large", "circle", "square"]
+WIDTH = 8  # of text embeddings
+SD_TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD_TABLE |= {"clip_sample": False, "steps_offset": 1}
+
+
+def _tokenizer(length=8):
+    found = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=found, model_max_length=length, **names
+    )
+
+
+def _clip(projection=False):
+    shape = {"hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 8, "vocab_size": len(WORDS)}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": WIDTH}
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return kind(CLIPTextConfig(**shape, **tokens)).eval()
+
+
+def _t5(kind="T5EncoderModel"):
+    shape = {"d_model": WIDTH, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**shape, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=2)
+    return getattr(transformers, kind)(config).eval()
+
+
+def _vae(channels=4, **options):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 4)}
+    shape = {"norm_num_groups": 2, "layers_per_block": 1, "sample_size": 16}
+    return diffusers.AutoencoderKL(**blocks, **shape, latent_channels=channels, **options).eval()
+
+
+def _unet(**options):
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    shape = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1}
+    shape |= {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": WIDTH}
+    shape |= {"in_channels": 4, "out_channels": 4}
+    return diffusers.UNet2DConditionModel(**{**blocks, **shape, **options}).eval()
+
+
+def _sd(kind="StableDiffusionPipeline", unet=None, **scheduler):
+    return getattr(diffusers, kind)(
+        vae=_vae(),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(),
+        unet=_unet(**(unet or {})),
+        scheduler=diffusers.DDIMScheduler(**SD_TABLE, **scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl():
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    added |= {"projection_class_embeddings_input_dim": WIDTH + 6 * 4}
+    options = {name: x for name, x in SD_TABLE.items() if name != "clip_sample"}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_clip(),
+        text_encoder_2=_clip(projection=True),
+        tokenizer=_tokenizer(),
+        tokenizer_2=_tokenizer(),
+        unet=_unet(cross_attention_dim=2 * WIDTH, **added),
+        scheduler=diffusers.EulerDiscreteScheduler(**options),
+    )
+
+
+def _sd3():
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    # T5's embeddings are as wide as both of CLIP's together.
+    shape = {"d_model": 2 * WIDTH, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**shape, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=2)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.0),
+        text_encoder=_clip(projection=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projection=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=transformers.T5EncoderModel(config).eval(),
+        tokenizer_3=_tokenizer(),
+    )
+
+
+def _flux():
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_vae(shift_factor=0.0),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_tokenizer(),
+        transformer=transformer.eval(),
+    )
+
+
+def _auraflow():
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=_t5("UMT5EncoderModel"),
+        vae=_vae(),
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def _pixart():
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=_t5(),
+        vae=_vae(),
+        transformer=transformer.eval(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+
+
+def _dit():
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        norm_num_groups=4,
+    )
+    return diffusers.DiTPipeline(
+        transformer=transformer.eval(),
+        vae=_vae(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+
+
+def _ddpm():
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks
+    )
+    return diffusers.DDPMPipeline(unet.eval(), diffusers.DDIMScheduler(clip_sample=False))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, the arguments of its calls for some prompts, and facts about its network."""
+
+    make: object
+    arguments: dict = field(default_factory=dict)  # of every call
+    per_sample: dict = field(default_factory=dict)  # functions of the numbers of the samples
+    guidance: float | None = None  # weight that the pipeline applies to network outputs
+    network: str = "unet"
+    conditional_first: bool = False
+
+    def call(self, pipe, samples, seed=0, **options):
+        """Last latents of the scheduler for samples with these numbers; each has its seeds."""
+        return self.recorded(pipe, samples, seed, **options).latents[-1]
+
+    def recorded(self, pipe, samples, seed=0, **options):
+        """Inputs and results of the scheduler's steps for samples with these numbers."""
+        given = {name: make(samples) for name, make in self.per_sample.items()}
+        given["generator"] = [torch.Generator().manual_seed(100 * seed + i) for i in samples]
+        record = Recorder(pipe.scheduler, getattr(pipe, self.network))
+        with record:
+            pipe(**self.arguments, **given, **options)
+        return record
+
+    def guided(self, denoiser, conditions):
+        """Guided denoiser for the conditions of a call of the pipeline's network."""
+        if self.guidance is None:
+            return functools.partial(denoiser, **conditions)
+
+        def found(u, sigma):
+            both = denoiser(torch.cat([u, u]), torch.cat([sigma, sigma]), **conditions)
+            free, given = reversed(both.chunk(2)) if self.conditional_first else both.chunk(2)
+            return free + self.guidance * (given - free)
+
+        return found
+
+
+class Recorder:
+    """Record a scheduler's steps, and conditions of the network, while the context is open."""
+
+    def __init__(self, scheduler, network):
+        self.scheduler, self.network, self.step = scheduler, network, scheduler.step
+        self.inputs, self.outputs, self.latents, self.times = [], [], [], []
+        self.conditions, self.positional = {}, ()
+
+    def __enter__(self):
+        @functools.wraps(self.step)
+        def step(model_output, timestep, sample, *args, **options):
+            found = self.step(model_output, timestep, sample, *args, **options)
+            self.inputs.append(sample.clone())
+            self.outputs.append(model_output.clone())
+            self.times.append(timestep)
+            latents = found[0] if isinstance(found, tuple) else found.prev_sample
+            self.latents.append(latents.clone())
+            return found
+
+        def note(module, args, kwargs):
+            own = ("hidden_states", "timestep", "return_dict")
+            self.conditions = {name: x for name, x in kwargs.items() if name not in own}
+            self.positional = args
+
+        self.scheduler.step = step
+        self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        del self.scheduler.step
+        self.hook.remove()
+
+
+def _images(samples):
+    """Images as tensors in [0, 1]."""
+    rows = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in samples]
+    return torch.stack(rows)
+
+
+def masks(samples):
+    """Masks of the left half: 1 is to be made anew."""
+    found = torch.zeros(len(samples), 1, 16, 16)
+    found[..., :8] = 1
+    return found
+
+
+def _prompts(samples):
+    return [PROMPTS[i] for i in samples]
+
+
+_TEXT = {"prompt": _prompts, "negative_prompt": lambda samples: ["a"] * len(samples)}
+_SIZE = {"height": 16, "width": 16}
+_LATENT = {"output_type": "latent", "guidance_scale": 3.0}
+_STEPS = {"num_inference_steps": 6}
+_EDIT = {**_TEXT, "image": _images}
+_INPAINT = {**_EDIT, "mask_image": masks}
+_CLEAN = {"clean_caption": False, "use_resolution_binning": False}
+_FLUX = {"output_type": "latent", "guidance_scale": 3.0, "max_sequence_length": 8, **_SIZE}
+
+CASES = {
+    "DDPM": Case(_ddpm, {**_STEPS, "output_type": "np"}, {"batch_size": len}),
+    "DiT": Case(
+        _dit,
+        {**_STEPS, "output_type": "np", "guidance_scale": 3.0},
+        {"class_labels": list},
+        3.0,
+        "transformer",
+        conditional_first=True,
+    ),
+    "SD": Case(_sd, {**_STEPS, **_LATENT}, _TEXT, 3.0),
+    "SD-v": Case(
+        functools.partial(_sd, prediction_type="v_prediction"), {**_STEPS, **_LATENT}, _TEXT, 3.0
+    ),
+    "SD-img2img": Case(
+        functools.partial(_sd, "StableDiffusionImg2ImgPipeline"),
+        {**_LATENT, "num_inference_steps": 10, "strength": 0.6},
+        _EDIT,
+        3.0,
+    ),
+    "SD-inpaint-4": Case(
+        functools.partial(_sd, "StableDiffusionInpaintPipeline"),
+        {**_STEPS, **_LATENT, **_SIZE},
+        _INPAINT,
+        3.0,
+    ),
+    "SD-inpaint-9": Case(
+        functools.partial(_sd, "StableDiffusionInpaintPipeline", {"in_channels": 9}),
+        {**_STEPS, **_LATENT, **_SIZE},
+        _INPAINT,
+        3.0,
+    ),
+    "SDXL": Case(_sdxl, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0),
+    "SD3": Case(_sd3, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0, "transformer"),
+    "Flux": Case(_flux, {**_STEPS, **_FLUX}, {"prompt": _prompts}, None, "transformer"),
+    "PixArt": Case(_pixart, {**_STEPS, **_LATENT, **_SIZE, **_CLEAN}, _TEXT, 3.0, "transformer"),
+    "AuraFlow": Case(_auraflow, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0, "transformer"),
+}
+
+
+def make(name):
+    """A pipeline with weights that do not depend on other calls."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = CASES[name].make()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
