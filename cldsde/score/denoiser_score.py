@@ -109,6 +109,7 @@ class DenoiserScore(Score):
             msg = f"noise_levels must be at least 0; got {self.noise_levels}"
             raise ValueError(msg)
         self.depends_on_place = self.denoiser.depends_on_place
+        self.shared_conditions = self.denoiser.shared_conditions
 
     def extra_repr(self) -> str:
         """Process and levels, for the representation."""

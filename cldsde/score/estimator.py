@@ -23,10 +23,13 @@ class Estimator(nn.Module):
         an error before they evaluate outside of them.
     depends_on_place
         Whether an estimate depends on the sample's place in the batch.
+    shared_conditions
+        Names of conditions that have no axis of samples, such as the positions of Flux.
     """
 
     noise_levels: tuple[float, float] | None = None
     depends_on_place: bool = False
+    shared_conditions: tuple[str, ...] = ()
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time, int64 of the shape of ``t``.

@@ -32,8 +32,8 @@ class ConditionalScore(ScoreWrapper):
     conditions
         Keyword arguments of every call; also dictionaries and lists of such. Tensors have one row
         per sample, ``(B, …)``. A tensor with one row or without axes is repeated for each sample.
-        Conditions that the score's denoiser names as ``shared_conditions``, such as the positions
-        of Flux, have no axis of samples. The score's ``.to(device)`` moves all of them.
+        The score's ``shared_conditions`` have no axis of samples. The score's ``.to(device)`` moves
+        all of them.
 
     Raises
     ------
@@ -50,9 +50,8 @@ class ConditionalScore(ScoreWrapper):
 
     def __init__(self, score: ScoreFunction, **conditions: Any) -> None:
         super().__init__(score)
-        shared = getattr(getattr(score, "denoiser", None), "shared_conditions", ())
         self.conditions = {
-            name: x.unsqueeze(0) if name in shared and isinstance(x, Tensor) else x
+            name: x.unsqueeze(0) if name in self.shared_conditions and isinstance(x, Tensor) else x
             for name, x in conditions.items()
         }
 
@@ -159,6 +158,7 @@ class GuidedScore(Score):
             self.noise_levels = max(low for low, _ in ranges), min(high for _, high in ranges)
         self.predicts_data = given.predicts_data and free.predicts_data
         self.depends_on_place = given.depends_on_place or free.depends_on_place
+        self.shared_conditions = (*given.shared_conditions, *free.shared_conditions)
         self.interval = None if interval is None else two_increasing(interval, "interval")
         self._times = self._ends()
 

@@ -41,7 +41,7 @@ class Score(Estimator):
         Whether `data_prediction` is more accurate than the data prediction that follows from the
         score. Solvers call it in place of the score if the score does not determine the data
         accurately (κ < −8), for example at t = 1 of `cldsde.RectifiedFlow`.
-    noise_levels, depends_on_place
+    noise_levels, depends_on_place, shared_conditions
         See `cldsde.score.estimator.Estimator`.
 
     Examples
@@ -129,6 +129,7 @@ class ScoreWrapper(Score):
         self.noise_levels = self.score.noise_levels
         self.predicts_data = self.score.predicts_data
         self.depends_on_place = self.score.depends_on_place
+        self.shared_conditions = self.score.shared_conditions
 
     def forward(self, z: Tensor, t: Any, **options: Any) -> Tensor:
         """Score of the driven components, ``(B, d, *D)``."""

@@ -100,6 +100,7 @@ class ScoreDenoiser(Denoiser):
         self._kept: tuple[object, Tensor] | None = None
         self.fills = fill and self.sde.components > 1
         self.depends_on_place = self.fills or self.score.depends_on_place
+        self.shared_conditions = self.score.shared_conditions
         ends = torch.tensor([start, self.sde.T], dtype=torch.float64, device="cpu")
         low, high = (-self.sde.log_snr(ends)).exp().tolist()
         self.noise_levels: tuple[float, float] = low, high
