@@ -1,11 +1,13 @@
 """Networks that other people trained, and the pipelines in which they sample.
 
-Networks of diffusers as denoisers, published ones as scores, and a scheduler for diffusers.
+Networks of diffusers as denoisers, published ones as scores, a scheduler for diffusers, and a
+sampler for k-diffusion and ComfyUI.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from cldsde.pretrained.diffusers_models import from_diffusers
+from cldsde.pretrained.k_diffusion import sample_k_diffusion
 from cldsde.pretrained.published import load_cld_sgm, load_score_sde
 from cldsde.pretrained.published_models import PublishedModel
 
@@ -18,6 +20,7 @@ __all__ = [
     "from_diffusers",
     "load_cld_sgm",
     "load_score_sde",
+    "sample_k_diffusion",
 ]
 
 

@@ -1,0 +1,291 @@
+"""Sampler for k-diffusion and ComfyUI that runs any linear SDE."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import check_callable
+from cldsde.linear.interpolants import RectifiedFlow, falling
+from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
+from cldsde.linear.sde import LinearSDE
+from cldsde.pretrained.defaults import recommended_steps, streams_of
+from cldsde.pretrained.descriptions import process_of, solver_of
+from cldsde.pretrained.stepping import check_steppable
+from cldsde.progress import progress_bar
+from cldsde.score import NoisePath
+from cldsde.solvers.base import Solver
+from cldsde.solvers.noise import CheckedNoise, FreshNoise, NoiseSource, SampleNoise
+
+__all__ = ["sample_k_diffusion"]
+
+# Levels are often rounded to float32.
+_ROUNDING = 1e-6
+
+
+@torch.no_grad()
+def sample_k_diffusion(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    *,
+    process: LinearSDE | str | None = None,
+    solver: Solver | str | None = None,
+    path: NoisePath | None = None,
+    noise: NoiseSource | torch.Generator | int | None = None,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
+
+    The model sees x = x_0 + σ n. Velocities and other components of the process stay inside
+    (`PathSteps`). Each level before the final 0 is one evaluation of the model; the last evaluation
+    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
+
+    Parameters
+    ----------
+    model
+        Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
+        estimate of x_0.
+    x
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
+    sigmas
+        Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
+        last level. With one level, x is returned.
+    extra_args
+        Keyword arguments of the model.
+    callback
+        Called after each evaluation with a dictionary of ``'x'``, ``'i'``, ``'sigma'``,
+        ``'sigma_hat'`` (equal to ``'sigma'``) and ``'denoised'``. It may change ``'x'`` and
+        ``'denoised'`` in place.
+    disable
+        Whether to hide the progress bar. None: show it if stderr is a terminal.
+    process
+        The process, or the name of its class. None: `cldsde.CLD`.
+    solver
+        A solver that evaluates the score once per step, at its start, or its name. None: the
+        recommended one for the process and the number of steps. Name one if you sample in parts,
+        because the parts have fewer steps.
+    path
+        Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
+        x = x_0 + σ n, or, if the model is one of ComfyUI's flow models (``CONST``),
+        ``NoisePath.linear()``.
+    noise
+        A noise source, a generator, or a seed, from which each sample has a random stream of its
+        own. None: random streams that depend on each sample's x alone.
+    noise_sampler
+        k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
+        processes of one component.
+
+    Returns
+    -------
+    Tensor
+        ``(B, *D)`` in the type of x: the data, or x of the last level.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the levels do not decrease, the process does not reach them, the solver does not apply,
+        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
+
+    Notes
+    -----
+    - k-diffusion's ``sample_euler`` is ``process="VESDE", solver=ExponentialMultistep(order=1)``.
+      ``sample_dpmpp_2m`` has order 2, ``variable="log_snr"`` and ``weights="published"``. Any
+      process of one component gives the same samples with them.
+    - Deterministic steps of order 1 lead from pure noise (t = 1 of the linear path) to the first
+      level that the process reaches. `cldsde.RectifiedFlow` reaches every level, and takes such
+      steps above σ = 148.
+    - Between two parts of ``sigmas``, only x is kept. The second part draws velocities again, with
+      the right distribution given x.
+
+    Examples
+    --------
+    Normal data of variance 4, on the levels of Karras et al. (2022):
+
+    >>> import torch
+    >>> from cldsde.pretrained import sample_k_diffusion
+    >>> def denoiser(x, sigma):
+    ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
+    >>> sigmas = torch.cat(
+    ...     [torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), 20) ** 7, torch.zeros(1)]
+    ... )
+    >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
+    True
+    """
+    check_callable(model, "model", "a denoiser model(x, sigma)")
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
+        kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        msg = f"x must be a floating-point tensor (B, *D); got {kind}"
+        raise TypeError(msg)
+    if callback is not None:
+        check_callable(callback, "callback", "a function of a dictionary")
+    arguments = {} if extra_args is None else dict(extra_args)
+    sde = CLD() if process is None else process_of(process)
+    grid_solver = None if solver is None else check_steppable(solver_of(solver))
+    path = _path_of(model) if path is None else path
+    levels = _checked_levels(sigmas)
+    source = _noise_source(noise, noise_sampler, x, sde)
+    if len(levels) < 2:
+        return x
+    scales = _scales(levels, path)
+    log_snr = scales[0].log() - scales[1].log()
+    _check_reached(sde, log_snr)
+    steps = recommended_steps(sde, grid_solver, log_snr, *scales)
+    given = torch.as_tensor(sigmas)
+    checked, shape = CheckedNoise(source), x.shape
+    shown = sys.stderr.isatty() if disable is None else not disable
+    for i in progress_bar(range(len(levels) - 1), shown=shown, desc="sampling"):
+        denoised = model(x, given[i] * x.new_ones(len(x)), **arguments)
+        if not isinstance(denoised, Tensor) or denoised.shape != shape:
+            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            msg = f"model must return a tensor like x, {tuple(shape)}; got {got}"
+            raise ValueError(msg)
+        if callback is not None:
+            callback(
+                {"x": x, "i": i, "sigma": given[i], "sigma_hat": given[i], "denoised": denoised}
+            )
+        if isinstance(source, _SamplerNoise):
+            source.levels = given[i], given[i + 1]
+        x = steps.step(i, x, denoised, checked)
+    return x
+
+
+class _SamplerNoise(NoiseSource):
+    """Normals of k-diffusion's noise_sampler(sigma, next_sigma)."""
+
+    def __init__(self, sampler: Callable[[Tensor, Tensor], Tensor], levels: Any = None) -> None:
+        self.sampler, self.levels = sampler, levels
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Return the sampler's normals of the present step, ``(B, 1, *D)``."""
+        drawn: Tensor = self.sampler(*self.levels)
+        return drawn.unsqueeze(1).to(z)
+
+
+def _noise_source(
+    noise: object, sampler: Callable[[Tensor, Tensor], Tensor] | None, x: Tensor, sde: LinearSDE
+) -> NoiseSource:
+    if sampler is not None:
+        check_callable(sampler, "noise_sampler", "a function noise_sampler(sigma, next_sigma)")
+        if noise is not None:
+            msg = "noise and noise_sampler are alternatives; got both"
+            raise ValueError(msg)
+        if sde.components > 1:
+            msg = (
+                f"noise_sampler must be None for {sde!r}: it gives one normal number per entry of "
+                f"x and step, and the process has {sde.components} components, which also need "
+                "noise at the start. Pass noise=, a seed, a generator or a NoiseSource"
+            )
+            raise ValueError(msg)
+        return _SamplerNoise(sampler)
+    if noise is None:
+        return streams_of(x)
+    if isinstance(noise, torch.Generator):
+        return FreshNoise(noise)
+    if isinstance(noise, Integral) and not isinstance(noise, bool):
+        if noise < 0:
+            msg = f"noise must be a seed ≥ 0, a generator or a NoiseSource; got {noise}"
+            raise ValueError(msg)
+        return SampleNoise(range(len(x)), key=int(noise))
+    if not isinstance(noise, NoiseSource):
+        msg = f"noise must be a NoiseSource, a generator or a seed; got {noise!r}"
+        raise TypeError(msg)
+    # A source with one stream per sample must fit the batch.
+    noise.check(x.unsqueeze(1).expand(-1, sde.components, *(-1,) * (x.ndim - 1)))
+    return noise
+
+
+def _checked_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """Levels in float64 on the CPU; raise unless they decrease to 0 or more."""
+    try:
+        levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"sigmas must be a tensor or a sequence of numbers; got {sigmas!r}"
+        raise TypeError(msg) from error
+    if levels.ndim != 1:
+        msg = f"sigmas must have one axis, (n + 1,); got the shape {tuple(levels.shape)}"
+        raise ValueError(msg)
+    if not bool((levels.isfinite() & (levels >= 0)).all()):
+        msg = f"sigmas must be finite and not negative; got {levels.tolist()}"
+        raise ValueError(msg)
+    wrong = (levels.diff() >= 0).nonzero().flatten().tolist()
+    if wrong:
+        i = wrong[0]
+        msg = (
+            "sigmas must decrease, from the noise to the data; got "
+            f"{float(levels[i]):.6g} and then {float(levels[i + 1]):.6g}"
+        )
+        raise ValueError(msg)
+    return levels
+
+
+def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
+    """α and σ of x = α x_0 + σ n at the levels."""
+    if path is None:
+        return torch.ones_like(levels), levels
+    if not isinstance(path, NoisePath):
+        msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
+        raise TypeError(msg)
+    start, end = path.interval
+    if float(levels[0]) > end * (1 + _ROUNDING) or 0 < float(levels[-1]) < start * (1 - _ROUNDING):
+        msg = (
+            f"sigmas must be times of the path, {start:g} to {end:g}; got {float(levels[0]):g} to "
+            f"{float(levels[-1]):g}"
+        )
+        raise ValueError(msg)
+    times = levels.clamp(start, end)
+    signal, noise = path.signal(times), path.noise(times)
+    if float(levels[-1]) == 0:  # the data, whether or not the path has such a time
+        signal, noise = signal.clone(), noise.clone()
+        signal[-1], noise[-1] = 1.0, 0.0
+    return signal, noise
+
+
+def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
+    """Raise ValueError if a process has less noise than the first level, unless it is all noise."""
+
+    def noisiest(process: LinearSDE) -> float:
+        return float(process.log_snr(process.T))
+
+    wanted, reach = float(log_snr[0]), noisiest(sde)
+    if wanted == -math.inf or wanted >= reach - _ROUNDING:
+        return
+    sigma = math.exp(-wanted)
+    known: list[LinearSDE] = [CLD(), PSLD(), HOLD(), VPSDE(), SubVPSDE(), VESDE(), RectifiedFlow()]
+    if sigma > 50:  # the largest level of VESDE()
+        known.append(VESDE(sigma_max=math.ceil(sigma)))
+    found = [repr(other) for other in known if noisiest(other) <= wanted]
+    msg = (
+        f"sigmas must start at σ = {math.exp(-reach):.4g} or less for {sde!r}; got {sigma:.4g}. "
+        f"These processes reach it: {', '.join(found)}"
+    )
+    raise ValueError(msg)
+
+
+def _path_of(model: Any) -> NoisePath | None:
+    """Linear path if a model of ComfyUI says that it is a flow model; otherwise None.
+
+    A sampler's model there wraps others as ``inner_model``. The last has ``model_sampling``, whose
+    class derives from ``CONST`` for x = (1 − t) x_0 + t s n with s = ``noise_scale``.
+    """
+    while (sampling := getattr(model, "model_sampling", None)) is None:
+        model = getattr(model, "inner_model", None)
+        if model is None:
+            return None
+    if all(kind.__name__ != "CONST" for kind in type(sampling).__mro__):
+        return None
+    scale = float(getattr(sampling, "noise_scale", 1.0))
+    return NoisePath.linear() if scale == 1 else NoisePath(falling, partial(torch.mul, scale))

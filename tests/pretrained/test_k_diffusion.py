@@ -1,0 +1,428 @@
+"""The sampler for k-diffusion and ComfyUI has their conventions, and samples the data."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, NoisePath, RectifiedFlow, solvers
+from cldsde.pretrained import sample_k_diffusion
+from cldsde.solvers import NoiseSource, SampleNoise
+from probes import generator
+from tolerances import rounding, standard_error, standard_error_of_variance
+
+MULTISTEP = solvers.ExponentialMultistep
+EULER = MULTISTEP(order=1)
+DPMPP_2M = MULTISTEP(order=2, variable="log_snr", weights="published")
+PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "flow": RectifiedFlow()}
+# Thirty steps, each a combination of x and a data prediction of size 1, from levels up to 5,000.
+EXACT = rounding(2**11)
+# Six steps, whose states have entries up to 4 times the level.
+EXACT32 = rounding(2**10, dtype=torch.float32)
+
+
+def karras(n, low=0.03, high=14.6):
+    """Levels of Karras et al. (2022, equation 5), and 0."""
+    ramp = torch.linspace(high ** (1 / 7), low ** (1 / 7), n, dtype=torch.float64) ** 7
+    return torch.cat([ramp, ramp.new_zeros(1)])
+
+
+def per_sample(sigma, x):
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def denoiser(x, sigma):
+    return torch.tanh(x / (1 + per_sample(sigma, x).square()))
+
+
+def start(level, shape=(3, 2, 4)):
+    return level * torch.randn(shape, generator=generator(3), dtype=torch.float64)
+
+
+class Published:
+    """The update formulas of Karras et al. (2022, algorithm 2) and of DPM-Solver++(2M), as oracles.
+
+    They are written from the papers. On these levels, the functions of k-diffusion 0.1.1 gave the
+    same numbers to 5e-16.
+    """
+
+    @staticmethod
+    def euler(model, x, sigmas):
+        for now, then in itertools.pairwise(sigmas):
+            x = x + (then - now) * (x - model(x, now.expand(len(x)))) / now
+        return x
+
+    @staticmethod
+    def dpmpp_2m(model, x, sigmas):
+        last = None
+        for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+            data = used = model(x, now.expand(len(x)))
+            if last is not None and then > 0:
+                share = (now / then).log() / (2 * (sigmas[i - 1] / now).log())
+                used = (1 + share) * data - share * last
+            x, last = (then / now) * x + (1 - then / now) * used, data
+        return x
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(
+    ("published", "solver"), [(Published.euler, EULER), (Published.dpmpp_2m, DPMPP_2M)]
+)
+def test_deterministic_samples_are_those_of_k_diffusion(process, published, solver):
+    sigmas = karras(30)
+    x = start(sigmas[0])
+    found = sample_k_diffusion(denoiser, x, sigmas, process=process, solver=solver)
+    torch.testing.assert_close(found, published(denoiser, x, sigmas), rtol=0, atol=EXACT)
+
+
+def test_flow_models_see_the_linear_path():
+    """Euler steps of the flow (1 − t) x_0 + t n, from pure noise, as ComfyUI takes them."""
+    times = torch.linspace(1, 0, 21, dtype=torch.float64)
+    x = expected = start(1.0)
+
+    def model(x, t):
+        return denoiser(x, 3 * t)
+
+    for now, then in itertools.pairwise(times):
+        expected = expected + (then - now) * (expected - model(expected, now.expand(3))) / now
+    for process in (RectifiedFlow(), VPSDE()):
+        found = sample_k_diffusion(
+            model, x, times, process=process, solver=EULER, path=NoisePath.linear()
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
+
+
+# Exact mixture
+
+DATA = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [0.05 * torch.eye(2)] * 2)
+MEAN = torch.tensor([0.3 * -1 + 0.7 * 0.8, 0.3 * 0.5 - 0.7 * 0.4])
+VARIANCE = 0.05 + 0.21 * torch.tensor([1.8, 0.9]).square()
+N = 4000
+
+
+def exact_denoiser(x, sigma):
+    """E[x_0 | x_0 + σ n = x] of the mixture, one level for the batch."""
+    weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.5], [0.8, -0.4]])
+    total = 0.05 + sigma[0].square()
+    distance = (x.unsqueeze(1) - means).square().sum(-1)
+    share = torch.softmax(weights.log() - 0.5 * distance / total, dim=1)
+    return (share.unsqueeze(-1) * (means + 0.05 / total * (x.unsqueeze(1) - means))).sum(1)
+
+
+def noise_of(level):
+    return level * torch.randn(N, 2, generator=generator(1))
+
+
+def assert_moments(x):
+    """Mean and variance within 3 standard errors; a mixture of two has less kurtosis."""
+    for i in range(2):
+        spread = math.sqrt(VARIANCE[i])
+        assert abs(float(x[:, i].mean() - MEAN[i])) < standard_error(spread, N, 3.0)
+        bound = standard_error_of_variance(float(VARIANCE[i]), N, 3.0)
+        assert abs(float(x[:, i].var() - VARIANCE[i])) < bound
+
+
+@pytest.mark.parametrize("process", ["CLD", "PSLD", "VPSDE"])
+def test_samples_of_a_mixture_have_its_moments(process):
+    sigmas = karras(30, high=80.0).float()
+    assert_moments(sample_k_diffusion(exact_denoiser, noise_of(80.0), sigmas, process=process))
+
+
+def test_flow_samples_of_a_mixture_have_its_moments():
+    t = torch.linspace(1, 0, 31)
+
+    def model(x, t):
+        return exact_denoiser(x / (1 - t.clamp(max=0.999))[:, None], t / (1 - t.clamp(max=0.999)))
+
+    x = torch.randn(N, 2, generator=generator(1))
+    assert_moments(sample_k_diffusion(model, x, t, path=NoisePath.linear()))
+
+
+def test_parts_with_velocities_have_the_moments_of_the_whole():
+    sigmas = karras(30, high=80.0).float()
+    x = noise_of(80.0)
+    solver = MULTISTEP(order=2, stochasticity=1.0)
+    for part in (sigmas[:12], sigmas[11:22], sigmas[21:]):
+        x = sample_k_diffusion(exact_denoiser, x, part, solver=solver)
+    assert_moments(x)
+
+
+def test_a_start_from_noisy_data_has_the_moments_of_the_data():
+    """Image-to-image: levels that begin below the largest one."""
+    data = torch.where(torch.rand(N, 1, generator=generator(5)) < 0.3, -1.0, 1.0)
+    data = torch.where(data < 0, torch.tensor([[-1.0, 0.5]]), torch.tensor([[0.8, -0.4]]))
+    data = data + 0.05**0.5 * torch.randn(N, 2, generator=generator(6))
+    sigmas = karras(30).float()[12:]
+    assert_moments(sample_k_diffusion(exact_denoiser, data + noise_of(sigmas[0]), sigmas))
+
+
+# Conventions
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_parts_of_a_deterministic_solver_are_the_whole(process):
+    sigmas = karras(12)
+    x = start(sigmas[0])
+    whole = sample_k_diffusion(denoiser, x, sigmas, process=process, solver=EULER)
+    for part in (sigmas[:5], sigmas[4:9], sigmas[8:], sigmas[-1:]):
+        x = sample_k_diffusion(denoiser, x, part, process=process, solver=EULER)
+    torch.testing.assert_close(x, whole, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("process", [CLD(), VPSDE(), HOLD()], ids=["CLD", "VP", "HOLD"])
+def test_model_and_callback_see_the_same(process):
+    sigmas, calls, seen = karras(6).float(), [], []
+    x = start(sigmas[0]).float()
+
+    def model(x, sigma, *, factor):
+        calls.append((x.clone(), sigma.clone()))
+        return factor * denoiser(x, sigma)
+
+    def callback(state):
+        seen.append({name: x.clone() if torch.is_tensor(x) else x for name, x in state.items()})
+
+    found = sample_k_diffusion(model, x, sigmas, {"factor": 0.9}, callback, True, process=process)
+    assert len(calls) == len(seen) == len(sigmas) - 1
+    assert torch.equal(calls[0][0], x)
+    for i, (state, (given, level)) in enumerate(zip(seen, calls, strict=True)):
+        assert set(state) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert state["i"] == i
+        assert state["sigma"] == state["sigma_hat"] == sigmas[i]
+        assert torch.equal(state["x"], given)
+        assert torch.equal(level, sigmas[i].expand(3))
+    assert torch.equal(found, seen[-1]["denoised"])
+
+
+def test_callbacks_may_change_data_prediction_and_state():
+    sigmas = karras(6)
+    x = start(sigmas[0])
+
+    def change(state):
+        state["denoised"].clamp_(-0.1, 0.1)
+        if state["i"] == 2:
+            state["x"].add_(1.0)
+
+    found = sample_k_diffusion(denoiser, x, sigmas, callback=change, process="VESDE", solver=EULER)
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        data = denoiser(x, now.expand(3)).clamp(-0.1, 0.1)
+        x = x + 1.0 if i == 2 else x
+        x = data + then / now * (x - data)
+    torch.testing.assert_close(found, x, rtol=0, atol=EXACT)
+
+
+class Masked:
+    """ComfyUI's wrapper for inpainting: it replaces the known part of x and of the prediction."""
+
+    def __init__(self, known, noise, mask):
+        self.known, self.noise, self.mask = known, noise, mask
+
+    def __call__(self, x, sigma):
+        x = x * self.mask + (self.known + per_sample(sigma, x) * self.noise) * (1 - self.mask)
+        return denoiser(x.roll(1, -1), sigma) * self.mask + self.known * (1 - self.mask)
+
+
+def test_masked_model_keeps_the_known_part():
+    sigmas = karras(10)
+    known, noise = start(1.0), torch.randn(3, 2, 4, generator=generator(9)).double()
+    mask = (torch.arange(4) < 2).double().expand(3, 2, 4)
+    model, x = Masked(known, noise, mask), known + sigmas[0] * noise
+    found = sample_k_diffusion(model, x, sigmas)
+    assert torch.equal(found[..., 2:], known[..., 2:])
+    assert not torch.equal(found[..., :2], known[..., :2])
+    same = sample_k_diffusion(model, x, sigmas, process="VESDE", solver=EULER)
+    torch.testing.assert_close(same, Published.euler(model, x, sigmas), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_samples_keep_the_type_of_x(dtype):
+    types = set()
+
+    def model(x, sigma):
+        types.update((x.dtype, sigma.dtype))
+        return denoiser(x, sigma)
+
+    found = sample_k_diffusion(model, start(14.6).to(dtype), karras(5).float())
+    assert types == {dtype}
+    assert found.dtype == dtype
+    assert bool(found.isfinite().all())
+
+
+# Noise
+
+
+def test_noise_depends_on_each_sample_alone():
+    sigmas, x = karras(6).float(), start(14.6).float()
+    together = sample_k_diffusion(denoiser, x, sigmas)
+    assert torch.equal(together, sample_k_diffusion(denoiser, x, sigmas))
+    alone = sample_k_diffusion(denoiser, x[1:2], sigmas)
+    torch.testing.assert_close(alone, together[1:2], rtol=0, atol=EXACT32)
+    same_x = sample_k_diffusion(denoiser, x[[0, 0, 1]], sigmas)
+    assert torch.equal(same_x[0], same_x[1])
+
+
+def test_noise_may_be_a_seed_a_generator_or_a_source():
+    sigmas, x = karras(6).float(), start(14.6).float()
+
+    def found(noise):
+        return sample_k_diffusion(denoiser, x, sigmas, noise=noise)
+
+    assert torch.equal(found(4), found(SampleNoise(range(3), key=4)))
+    assert torch.equal(found(generator(4)), found(generator(4)))
+    assert not torch.equal(found(4), found(5))
+
+
+def test_noise_sampler_draws_for_one_component():
+    sigmas, x, levels = karras(6).float(), start(14.6).float(), []
+    draws = [torch.randn(3, 2, 4, generator=generator(i)) for i in range(5)]
+
+    left = list(draws)
+
+    class Recorded(NoiseSource):
+        def normal(self, z, rows):
+            return left.pop(0).unsqueeze(1)
+
+    def sampler(sigma, following):
+        levels.append((float(sigma), float(following)))
+        return draws[len(levels) - 1]
+
+    options = {"process": "VPSDE", "solver": MULTISTEP(order=2, stochasticity=1.0)}
+    found = sample_k_diffusion(denoiser, x, sigmas, noise_sampler=sampler, **options)
+    assert torch.equal(found, sample_k_diffusion(denoiser, x, sigmas, noise=Recorded(), **options))
+    assert levels == list(zip(sigmas[:-2].tolist(), sigmas[1:-1].tolist(), strict=True))
+
+
+# ComfyUI
+
+
+class CONST:
+    """As the class of flow models in ComfyUI."""
+
+
+class EPS:
+    """As the class of models that predict the noise in ComfyUI."""
+
+
+def comfy(kind, model, scale=None):
+    """A model of ComfyUI's samplers: a wrapper with masks, a guider, and the model."""
+
+    class Object:
+        pass
+
+    sampling = type("ModelSampling", (kind,), {} if scale is None else {"noise_scale": scale})()
+    core, guider = Object(), Object()
+    core.model_sampling, guider.inner_model = sampling, core
+
+    class KSamplerX0Inpaint:
+        inner_model = guider
+
+        def __call__(self, x, sigma):
+            return model(x, sigma)
+
+    return KSamplerX0Inpaint()
+
+
+def test_path_is_that_of_comfyui_model():
+    times, x = torch.linspace(1, 0, 9, dtype=torch.float64), start(1.0)
+    linear = sample_k_diffusion(denoiser, x, times, noise=0, path=NoisePath.linear())
+    plain = sample_k_diffusion(denoiser, x, times, noise=0)
+    assert torch.equal(sample_k_diffusion(comfy(CONST, denoiser), x, times, noise=0), linear)
+    assert torch.equal(sample_k_diffusion(comfy(EPS, denoiser), x, times, noise=0), plain)
+    assert not torch.equal(linear, plain)
+
+
+def test_noise_scale_of_comfyui_model_scales_the_noise():
+    times, seen = torch.linspace(1, 0, 9, dtype=torch.float64), []
+    known = 0.5
+
+    def model(x, t):
+        seen.append((float(t[0]), float(x.std())))
+        return torch.full_like(x, known)
+
+    x = 2.0 * torch.randn(1, 4096, generator=generator(0)).double()
+    sample_k_diffusion(comfy(CONST, model, 2.0), x, times)
+    for t, spread in seen:
+        assert abs(spread - 2 * t) < standard_error(2 * t, 2 * 4096)
+
+
+# Errors
+
+
+def reject(error, text, *arguments, **options):
+    def model(x, sigma):
+        pytest.fail("the model must not be evaluated before an error")
+
+    given = [model, start(10.0).float(), karras(4).float()]
+    for i, value in enumerate(arguments):
+        given[i] = given[i] if value is ... else value
+    with pytest.raises(error, match=text):
+        sample_k_diffusion(*given, **options)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "error", "text"),
+    [
+        ([1.0, 2.0, 0.0], ValueError, "must decrease"),
+        ([2.0, 2.0, 0.0], ValueError, "must decrease"),
+        ([2.0, 1.0, -1.0], ValueError, "not negative"),
+        ([math.inf, 1.0, 0.0], ValueError, "finite"),
+        ([math.nan, 1.0, 0.0], ValueError, "finite"),
+        ([[2.0, 1.0]], ValueError, "one axis"),
+        ("levels", TypeError, "sequence of numbers"),
+        ([1000.0, 1.0, 0.0], ValueError, r"247.6 or less for CLD.*1000.*RectifiedFlow.*VESDE\("),
+    ],
+)
+def test_bad_levels_are_rejected(sigmas, error, text):
+    reject(error, text, ..., ..., sigmas)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"noise_sampler": lambda a, b: a}, ValueError, "2 components"),
+        ({"noise_sampler": lambda a, b: a, "noise": 1}, ValueError, "alternatives"),
+        ({"noise": -1}, ValueError, "seed ≥ 0"),
+        ({"noise": "seed"}, TypeError, "noise must be"),
+        ({"noise": SampleNoise([1, 2])}, ValueError, "one seed per sample"),
+        ({"solver": solvers.SSCS()}, ValueError, "only at the start of a step"),
+        ({"solver": "Unknown"}, ValueError, "solver must be one of"),
+        ({"process": "Unknown"}, ValueError, "process must be one of"),
+        ({"path": "linear"}, TypeError, "NoisePath"),
+        ({"path": NoisePath.linear()}, ValueError, "times of the path"),
+        ({"callback": 3}, TypeError, "callback"),
+        ({"process": VESDE(sigma_min=0.1)}, ValueError, "noise levels down to"),
+    ],
+)
+def test_bad_options_are_rejected(options, error, text):
+    reject(error, text, **options)
+
+
+def test_bad_models_and_states_are_rejected():
+    reject(TypeError, "model", 3)
+    reject(TypeError, "x must be", ..., torch.zeros(3))
+    reject(TypeError, "x must be", ..., torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="like x"):
+        sample_k_diffusion(lambda x, sigma: x[:1], start(10.0), karras(4))
+
+
+def test_processes_that_reach_a_level_are_named():
+    x = start(100.0)
+    with pytest.raises(ValueError, match=r"22.25 or less for HOLD.*reach it: .*CLD.*VPSDE"):
+        sample_k_diffusion(denoiser, x, karras(4, high=100.0), process="HOLD")
+    for process in (CLD(), VPSDE(), VESDE(sigma_max=100), RectifiedFlow()):
+        found = sample_k_diffusion(denoiser, x, karras(4, high=100.0), process=process)
+        assert bool(found.isfinite().all())
+
+
+def test_rectified_flow_reaches_every_level():
+    sigmas = karras(8, high=5000.0)
+    x = start(5000.0)
+    found = sample_k_diffusion(denoiser, x, sigmas, process="RectifiedFlow", solver=EULER)
+    torch.testing.assert_close(found, Published.euler(denoiser, x, sigmas), rtol=0, atol=EXACT)
+
+
+def test_progress_bar_is_switched_by_disable(capsys):
+    sample_k_diffusion(denoiser, start(10.0), karras(4), disable=True)
+    assert not capsys.readouterr().err
+    sample_k_diffusion(denoiser, start(10.0), karras(4), disable=False)
+    assert "4/4" in capsys.readouterr().err
