@@ -17,6 +17,9 @@ from cldsde.solvers.sampling import RECOMMENDED
 
 __all__ = ["recommended_steps", "streams_of"]
 
+# A sampling that starts at a larger κ = log(α/σ) is a part of one.
+_NOISE = -2.0
+
 
 def recommended_steps(
     sde: LinearSDE, solver: GridSolver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
@@ -24,7 +27,9 @@ def recommended_steps(
     """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
     if solver is not None:
         return PathSteps(sde, solver, log_snr, signal, noise)
-    n = len(log_snr) - 1 - int(log_snr[-1] == math.inf)  # steps before the data prediction
+    # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
+    whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
+    n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in RECOMMENDED:
         fits = sde.components <= recipe.most_components and n <= recipe.most_steps
         if fits and isinstance(recipe.solver, GridSolver) and recipe.solver.facts.score_at_start:

@@ -148,6 +148,18 @@ def test_parts_with_velocities_have_the_moments_of_the_whole():
     assert_moments(x)
 
 
+def test_parts_take_order_2():
+    """They have few steps, which may be long."""
+    sigmas, x = karras(12, high=80.0), start(80.0)
+    order_2 = MULTISTEP(order=2, stochasticity=1.0)
+    for part in (sigmas[:6], sigmas[5:]):
+        found = sample_k_diffusion(denoiser, x, part)
+        assert torch.equal(found, sample_k_diffusion(denoiser, x, part, solver=order_2))
+    whole = karras(6, high=80.0)
+    found = sample_k_diffusion(denoiser, x, whole)
+    assert not torch.equal(found, sample_k_diffusion(denoiser, x, whole, solver=order_2))
+
+
 def test_a_start_from_noisy_data_has_the_moments_of_the_data():
     """Image-to-image: levels that begin below the largest one."""
     data = torch.where(torch.rand(N, 1, generator=generator(5)) < 0.3, -1.0, 1.0)
