@@ -40,10 +40,7 @@ class EulerMaruyama(AffineSolver):
     50
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE, weak and strong order 1."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1)
+    facts = Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks I − hF, h GGᵀ and √h G of each step."""

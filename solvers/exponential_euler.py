@@ -43,10 +43,7 @@ class ExponentialEuler(AffineSolver):
     50
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE, weak order 1."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
+    facts = Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""

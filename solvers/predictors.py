@@ -40,14 +40,7 @@ class ReverseDiffusion(AffineSolver):
     50
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every process whose driven score determines the full score; weak order 1."""
-        return Facts(
-            applies_to=DATA_DETERMINED,
-            nfe_per_step=1,
-            weak_order=1,
-        )
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""
@@ -90,14 +83,7 @@ class Ancestral(AffineSolver):
     50
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every process whose driven score determines the data; weak order 1."""
-        return Facts(
-            applies_to=DATA_DETERMINED,
-            nfe_per_step=1,
-            weak_order=1,
-        )
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""
