@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import TimeLike, as_number, check_state
+from cldsde.linear.checks import TimeLike, check_positive, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot
@@ -168,10 +168,6 @@ class PosteriorScore(ScoreWrapper):
         ):
             msg = f"iterations must be an integer of at least 1 or None; got {iterations!r}"
             raise ValueError(msg)
-        variance = as_number(data_variance, "data_variance")
-        if not 0 < variance < math.inf:
-            msg = f"data_variance must be finite and positive; got {variance:g}"
-            raise ValueError(msg)
         if method == "dps" and observation.noise_std == 0:
             msg = (
                 "noise_std must be positive with method='dps', which divides by it; got 0. Use "
@@ -182,7 +178,7 @@ class PosteriorScore(ScoreWrapper):
         self.method = method
         self.iterations = iterations
         self.gradient = bool(gradient)
-        self.data_variance = variance
+        self.data_variance = check_positive(data_variance, "data_variance")
 
     def __repr__(self) -> str:
         """One line with score, observation and method."""
