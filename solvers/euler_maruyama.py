@@ -37,16 +37,13 @@ class EulerMaruyama(AffineSolver):
     torch.Size([8, 1])
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE, weak and strong order 1."""
-        return Facts(
-            applies_to="every linear SDE",
-            nfe_per_step=1,
-            weak_order=1,
-            strong_order=1,
-            score_at_start=True,
-        )
+    facts = Facts(
+        applies_to="every linear SDE",
+        nfe_per_step=1,
+        weak_order=1,
+        strong_order=1,
+        score_at_start=True,
+    )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks I − hF, h GGᵀ and √h G of each step."""

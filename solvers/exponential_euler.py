@@ -40,12 +40,7 @@ class ExponentialEuler(AffineSolver):
     torch.Size([8, 1])
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE, weak order 1."""
-        return Facts(
-            applies_to="every linear SDE", nfe_per_step=1, weak_order=1, score_at_start=True
-        )
+    facts = Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, score_at_start=True)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step, by a Gauss–Legendre rule of 16 nodes."""

@@ -213,15 +213,14 @@ class ExponentialMultistep(GridSolver):
             steps, inverse = _noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
-        position = self._position(sde)
         blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
         return _Tables(
             [None if own_prediction else block for block, own_prediction in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
-            self._weights(steps, position, times, offset=0),
-            self._weights(steps, position, times, offset=1) if self._corrects(1) else [],
+            self._weights(steps, sde, times, offset=0),
+            self._weights(steps, sde, times, offset=1) if self._corrects(1) else [],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -317,21 +316,13 @@ class ExponentialMultistep(GridSolver):
             raise ValueError(msg)
         return levels
 
-    def _position(self, sde: LinearSDE) -> Callable[[Tensor], Tensor]:
-        """The variable of the polynomials as a function of time."""
-        return sde.log_snr if self.variable == "log_snr" else lambda t: t
-
     def _weights(
-        self,
-        steps: _Steps,
-        position: Callable[[Tensor], Tensor],
-        times: Tensor,
-        *,
-        offset: int,
+        self, steps: _Steps, sde: LinearSDE, times: Tensor, *, offset: int
     ) -> list[list[Block]]:
         """Weights of the predictions at times i + offset, i + offset − 1, … for each step i."""
         n = len(times) - 1
-        x = position(times)
+        in_time = self.variable == "time"
+        x, nodes = (t if in_time else sde.log_snr(t) for t in (times, steps.nodes))
         blocks: list[list[Block]] = []
         # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
@@ -349,7 +340,7 @@ class ExponentialMultistep(GridSolver):
                 half = (H / (2 * spacing))[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
-                basis = _lagrange(points, position(steps.nodes[which]))  # (steps, q, count)
+                basis = _lagrange(points, nodes[which])  # (steps, q, count)
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
@@ -375,24 +366,16 @@ def _lagrange(points: Tensor, at: Tensor) -> Tensor:
     return torch.stack(values, -1)
 
 
-def _step_nodes(times: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss–Legendre nodes in log t and signed weights of each step, ``(n, q)``."""
-    x, w = gauss_legendre(_NODES)
+def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Start, nodes and end of each step, ``(n, q + 2)``, and nodes and signed weights ``(n, q)``.
+
+    The rule is Gauss–Legendre in log t; q is 0 unless ``along``.
+    """
+    x, w = gauss_legendre(_NODES) if along else torch.empty(2, 0, dtype=torch.float64, device="cpu")
     start, end = times[:-1].unsqueeze(1), times[1:].unsqueeze(1)
     length = torch.log1p((end - start) / start)
     nodes = start * torch.exp(length * x)
-    return nodes, length * w * nodes
-
-
-def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Start, nodes and end of each step, ``(n, q + 2)``, and nodes and weights ``(n, q)``.
-
-    q is 0 unless ``along``.
-    """
-    nodes, weights = _step_nodes(times)
-    if not along:
-        nodes, weights = nodes[:, :0], weights[:, :0]
-    return torch.cat([times[:-1, None], nodes, times[1:, None]], dim=1), nodes, weights
+    return torch.cat([start, nodes, end], dim=1), nodes, length * w * nodes
 
 
 def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:

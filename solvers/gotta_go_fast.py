@@ -105,12 +105,8 @@ class GottaGoFast(Solver):
         check_positive(self.first_step, "first_step")
         check_at_least(self.max_nfev, 2, "max_nfev")
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE; no order, because there is no grid."""
-        return Facts(
-            applies_to="every linear SDE", nfe_per_step=2, state_on_grid=False, adaptive=True
-        )
+    # No order, because there is no grid.
+    facts = Facts(applies_to="every linear SDE", nfe_per_step=2, state_on_grid=False, adaptive=True)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The tolerance of each component, ``(k,)``."""
@@ -144,9 +140,9 @@ class GottaGoFast(Solver):
             pull = (G @ G.mT)[..., list(sde.driven)]
             (at, length, weights, drift, gain, diffusion), states = samples.moved(
                 [times, h, path.weights(h), sde.drift(times), pull, G],
-                [z, low_before, *path.on_device],
+                [z, low_before, path.alive, path.pieces],
             )
-            z, low_before, *path.on_device = states
+            z, low_before, path.alive, path.pieces = states
             score = KnownScore(run.process, KnownTimes(times), z, at)
             step = _Step(drift, gain, diffusion, length, path.increment(weights), score)
             first = step.change(z, 0)
@@ -206,9 +202,9 @@ class _Path:
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:
         self._like, self._rows, self._noise = z, rows, noise
-        self._alive = torch.arange(len(z), device=z.device)
+        self.alive = torch.arange(len(z), device=z.device)
         self._begins = self._lengths = torch.zeros(len(z), 0, dtype=torch.float64, device="cpu")
-        self._pieces = z.new_zeros(len(z), 0, rows, *z.shape[2:])
+        self.pieces = z.new_zeros(len(z), 0, rows, *z.shape[2:])
 
     def weights(self, h: Tensor) -> Tensor:
         """Weights from which `increment` computes the increments over the next h, on the CPU."""
@@ -241,14 +237,14 @@ class _Path:
         # Draw twice per attempt for all samples, so that a sample's stream is independent of its
         # batch.
         fresh, bridge = self._draw(), self._draw()
-        old, slots = self._pieces, weights.shape[2]
+        old, slots = self.pieces, weights.shape[2]
         if old.shape[1] < slots:
             old = torch.cat([old, torch.zeros_like(fresh).unsqueeze(1)], dim=1)
         weights = weights.to(old.dtype).reshape(*weights.shape, *(1,) * (old.ndim - 2))
         share, spread, put, start, inside = weights
         new = (share * old).addcmul_(spread, bridge.unsqueeze(1))
         rest = (old - new).addcmul_(put, old, value=-1).sum(1, keepdim=True)
-        self._pieces = new.addcmul_(put, rest).addcmul_(start, fresh.unsqueeze(1))
+        self.pieces = new.addcmul_(put, rest).addcmul_(start, fresh.unsqueeze(1))
         increment: Tensor = (inside * new).sum(1)
         return increment
 
@@ -260,21 +256,12 @@ class _Path:
         self._lengths = self._lengths.masked_fill(gone, 0.0)
         slots = max((self._lengths > 0).any(0).nonzero().flatten().tolist(), default=-1) + 1
         self._begins, self._lengths = self._begins[:, :slots], self._lengths[:, :slots]
-        self._pieces = self._pieces[:, :slots]
+        self.pieces = self.pieces[:, :slots]
 
     def keep(self, kept: Tensor) -> None:
-        """Keep the samples of these indices on the CPU; see `on_device` for the device."""
+        """Keep the samples of these indices on the CPU; `alive` and `pieces` are on the device."""
         self._begins, self._lengths = self._begins[kept], self._lengths[kept]
-
-    @property
-    def on_device(self) -> list[Tensor]:
-        """Tensors of the path on the device, with one row per sample."""
-        return [self._alive, self._pieces]
-
-    @on_device.setter
-    def on_device(self, kept: list[Tensor]) -> None:
-        self._alive, self._pieces = kept
 
     def _draw(self) -> Tensor:
         drawn = self._noise.normal(self._like, self._rows)
-        return drawn if len(self._alive) == len(drawn) else drawn[self._alive]
+        return drawn if len(self.alive) == len(drawn) else drawn[self.alive]

@@ -37,15 +37,7 @@ class ReverseDiffusion(AffineSolver):
     torch.Size([8, 1])
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every process whose driven score determines the full score; weak order 1."""
-        return Facts(
-            applies_to=DATA_DETERMINED,
-            nfe_per_step=1,
-            weak_order=1,
-            score_at_start=True,
-        )
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""
@@ -85,15 +77,7 @@ class Ancestral(AffineSolver):
     torch.Size([8, 1])
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every process whose driven score determines the data; weak order 1."""
-        return Facts(
-            applies_to=DATA_DETERMINED,
-            nfe_per_step=1,
-            weak_order=1,
-            score_at_start=True,
-        )
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of each step."""

@@ -222,7 +222,9 @@ def recommended_plan(
             recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
     reasons = []
     for recipe in recipes:
-        grid = _grid(process, recipe.solver, nfe) if times is None else times
+        grid = times
+        if grid is None:
+            grid = fit_grid(process, recipe.solver, *window(process), nfe, denoise=True)
         if len(grid) - 1 > recipe.most_steps:
             continue
         try:
@@ -233,11 +235,6 @@ def recommended_plan(
             continue
         return recipe, made
     raise ValueError(reasons[0])
-
-
-def _grid(process: ReverseProcess, solver: Solver, nfe: int) -> Tensor:
-    start, end = window(process)
-    return fit_grid(process, solver, start, end, nfe, denoise=True)
 
 
 def fit_grid(

@@ -100,48 +100,35 @@ def finished(
     states: Tensor,
     requested: Tensor,
 ) -> Solution:
-    """Make a solution from an integration.
+    """Make a solution from an integration, and requested states ``(S, B, k, *D)`` with times.
 
-    Parameters
-    ----------
-    done
-        The integration.
-    final
-        Function of final states that returns denoised data; None for the data component.
-    evaluations
-        Score evaluations of ``final``.
-    states, requested
-        Requested states ``(S, B, k, *D)`` and their times ``(S,)``.
+    ``final`` computes denoised data from final states by some score evaluations; None takes the
+    data component.
     """
     nfev, z = done.nfev, done.state.contiguous()
+    arrived = bool(done.success.all())
     if final is None or not bool(done.success.any()):
         data = z[:, 0].clone()
     else:
         nfev = nfev + evaluations * done.success
-        if bool(done.success.all()):
-            data = final(z)
-        else:
-            rows = done.success.nonzero().flatten().to(z.device)
-            data = z[:, 0].index_copy(0, rows, final(z[rows]))
-    finite = finite_samples(z) if final is None else finite_samples(z) & finite_samples(data)
-    success = done.success & finite.cpu()
-    message = done.message
-    if bool(done.success.all()) and not bool(success.all()):
+        rows = done.success.nonzero().flatten().to(z.device)
+        data = final(z) if arrived else z[:, 0].index_copy(0, rows, final(z[rows]))
+    success = done.success & (finite_samples(z) & finite_samples(data)).cpu()
+    whole = bool(success.all())
+    message, log_probs = done.message, done.log_probs
+    if arrived and not whole:
         message = "the state is not finite: the score is not finite, or the steps are too long"
-    stats = {**done.stats, "nfev": nfev, "success": success}
-    log_probs = done.log_probs
-    if log_probs is not None and not bool(success.all()):
+    if log_probs is not None and not whole:
         log_probs = log_probs.masked_fill(~success.to(log_probs.device), torch.nan)
-    status = 2 if done.stopped else 0 if bool(success.all()) else 1
     return Solution(
         state=z,
         data=data,
         t=requested,
         y=states,
         nfev=int(nfev.max()) if len(nfev) else 0,
-        status=status,
+        status=2 if done.stopped else 0 if whole else 1,
         message=message,
-        stats=stats,
+        stats={**done.stats, "nfev": nfev, "success": success},
         log_probs=log_probs,
     )
 

@@ -38,10 +38,7 @@ class StochasticHeun(StagedSolver):
     torch.Size([8, 1])
     """
 
-    @property
-    def facts(self) -> Facts:
-        """Every linear SDE, weak order 2, two evaluations per step."""
-        return Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
+    facts = Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
         """Blocks of both stages of each step."""

@@ -13,6 +13,7 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver
@@ -34,7 +35,6 @@ _FIXED = {
     "heun3": (3, (0.0, 1 / 3, 2 / 3)),
     "rk4": (4, (0.0, 1 / 3, 2 / 3, 1.0)),
 }
-_METHODS = (*_ADAPTIVE, *_FIXED)
 
 
 class _EndError(Exception):
@@ -85,10 +85,7 @@ class TorchDiffEq(Solver):
     max_nfev: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            names = ", ".join(map(repr, _METHODS))
-            msg = f"method must be one of {names}; got {self.method!r}"
-            raise ValueError(msg)
+        one_of(self.method, (*_ADAPTIVE, *_FIXED), "method")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_at_least(self.max_nfev, 1, "max_nfev")
@@ -198,11 +195,10 @@ class _WatchedFlow:
     def __init__(self, run: Run, max_nfev: int, bar: Any) -> None:
         self._process, self._times, self._max_nfev = run.process, run.times, max_nfev
         self._callback, self._bar = run.callback, bar
-        z, times, stops = run.state, run.times, run.stops
-        self._stops: list[float] = stops.tolist()
-        self._last = float(times[0])
-        self.state, self.nfev, self.steps = z, 0, 0
-        self.states = [torch.full_like(z, torch.nan) for _ in self._stops]
+        self._stops: list[float] = run.stops.tolist()
+        self._last = float(run.times[0])
+        self.state, self.nfev, self.steps = run.state, 0, 0
+        self.states = [torch.full_like(run.state, torch.nan) for _ in self._stops]
         self.arrived = self.stopped = False
         self.raised: AssertionError | None = None  # by the score
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cldsde.score import ReverseProcess
+from cldsde.score.checks import one_of
 
 from .base import Facts, GridSolver, Memory, ScoreAt, check_regular
 from .combine import Block, as_blocks, combine
@@ -79,10 +80,7 @@ class TorchSDE(GridSolver):
     method: str = "euler"
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            names = ", ".join(map(repr, _METHODS))
-            msg = f"method must be one of {names}; got {self.method!r}"
-            raise ValueError(msg)
+        one_of(self.method, tuple(_METHODS), "method")
 
     @property
     def facts(self) -> Facts:

@@ -143,9 +143,7 @@ def flow_log_prob(
     check_positive(rtol, "rtol")
     check_positive(atol, "atol")
     check_at_least(max_nfev, 1, "max_nfev")
-    if method not in _ADAPTIVE:
-        msg = f"method must be one of {', '.join(map(repr, _ADAPTIVE))}; got {method!r}"
-        raise ValueError(msg)
+    one_of(method, _ADAPTIVE, "method")
     precision = torch.float32 if z.device.type == "mps" else torch.float64
     check_generator(generator)
     flow = _Flow(process, z, (t, T), divergence, max_nfev, generator)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_integer, as_number, check_callable
+from cldsde.linear.checks import as_integer, check_at_least, check_callable
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
@@ -83,10 +83,7 @@ class Observation:
             msg = "y must be finite; got NaN or infinity"
             raise ValueError(msg)
         object.__setattr__(self, "_y", Copies(self.y))
-        std = as_number(self.noise_std, "noise_std")
-        if not 0 <= std < math.inf:
-            msg = f"noise_std must be finite and at least 0; got {std:g}"
-            raise ValueError(msg)
+        std = check_at_least(self.noise_std, 0.0, "noise_std")
         object.__setattr__(self, "noise_std", std)
 
     def __repr__(self) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import TimeLike, as_integer, as_number, check_state
+from cldsde.linear.checks import TimeLike, as_integer, check_positive, check_state
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot
@@ -165,10 +165,6 @@ class PosteriorScore(ScoreWrapper):
         self.sde = check_process(process)
         if iterations is not None:
             as_integer(iterations, 1, "iterations")
-        variance = as_number(data_variance, "data_variance")
-        if not 0 < variance < math.inf:
-            msg = f"data_variance must be finite and positive; got {variance:g}"
-            raise ValueError(msg)
         if method == "dps" and observation.noise_std == 0:
             msg = (
                 "noise_std must be positive with method='dps', which divides by it; got 0. Use "
@@ -179,7 +175,7 @@ class PosteriorScore(ScoreWrapper):
         self.method = method
         self.iterations = iterations
         self.gradient = bool(gradient)
-        self.data_variance = variance
+        self.data_variance = check_positive(data_variance, "data_variance")
 
     def __repr__(self) -> str:
         """One line with score, observation and method."""

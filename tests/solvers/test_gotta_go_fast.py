@@ -42,11 +42,11 @@ def test_increments_are_independent_normals_whatever_is_rejected():
         at = torch.where(accept, at + h, at)
         path.settle(accept, keep_rejected=True)
         # Two pieces per attempt; a piece lasts as long as rejections in a row do.
-        assert path._pieces.shape[1] == path._lengths.shape[1] <= 40
+        assert path.pieces.shape[1] == path._lengths.shape[1] <= 40
         stays = at < 1
         alive, at = alive[stays], at[stays]
         path.keep(stays.nonzero().flatten())
-        path.on_device = [x[stays] for x in path.on_device]
+        path.alive, path.pieces = path.alive[stays], path.pieces[stays]
     increments, eye = 2 * cells.flatten(1), torch.eye(8, dtype=torch.float64)
     # The largest of some sixty.
     most, variance = standard_error(1.0, n, 4.5), standard_error_of_variance(1.0, n, 4.5)
