@@ -18,8 +18,8 @@ from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
 
 from .combine import Block
-from .noise import NoiseSource, PathNoise
-from .path_density import DrawnNoise, PathDensity
+from .noise import CheckedNoise, NoiseSource, PathNoise
+from .path_density import PathDensity
 
 __all__ = [
     "DATA_DETERMINED",
@@ -112,7 +112,7 @@ class Run:
     state: Tensor  #: States ``(B, k, *D)`` at ``times[0]``; must not be changed in place.
     times: Tensor  #: Float64 grid ``(n + 1,)`` on the CPU; it increases only if the solver encodes.
     stops: Tensor  #: Requested times after ``times[0]``, ``(S,)``; the last time is included.
-    noise: NoiseSource
+    noise: CheckedNoise
     callback: Callback | None  #: Called after each step or attempt; returns whether to stop.
     progress: bool  #: Whether to show a progress bar on stderr.
     density: PathDensity | None = None  #: Densities of the steps, if they are requested.
@@ -249,17 +249,16 @@ class GridSolver(Solver):
         memory: Memory = ()
         saved: list[Tensor] = []
         log_probs: list[Tensor] = []
-        drawn = None if run.density is None else DrawnNoise(run.noise)
-        noise, stopped = drawn or run.noise, False
+        stopped = False
         for i in progress_bar(range(len(times) - 1), shown=run.progress, desc=type(self).__name__):
             # Pass the only reference, so that `step` can free the state.
             only_reference = [z]
             del z
             z, memory = self._checked(
-                self.step(only_reference.pop(), memory, run.tables, i, score, noise), run.state
+                self.step(only_reference.pop(), memory, run.tables, i, score, run.noise), run.state
             )
-            if run.density is not None and drawn is not None:
-                log_probs.append(run.density.log_prob(i, z, drawn.last))
+            if run.density is not None:
+                log_probs.append(run.density.log_prob(i, z, run.noise.last))
                 # The density is a function of the parameters at a fixed path.
                 z = z.detach()
             if times[i + 1] in stops:

@@ -136,10 +136,15 @@ class FreshNoise(NoiseSource):
 
 
 class CheckedNoise(NoiseSource):
-    """Noise source that checks each draw, because a draw of a wrong shape might be broadcast."""
+    """Noise source that checks each draw, because a draw of a wrong shape might be broadcast.
 
-    def __init__(self, source: NoiseSource) -> None:
-        self._source = source
+    With ``keep`` it remembers the last draw, ``last``.
+    """
+
+    last: Tensor
+
+    def __init__(self, source: NoiseSource, *, keep: bool = False) -> None:
+        self._source, self._keep = source, keep
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the source's draw.
@@ -162,6 +167,8 @@ class CheckedNoise(NoiseSource):
                 f"got {tuple(drawn.shape)} on {drawn.device}"
             )
             raise ValueError(msg)
+        if self._keep:
+            self.last = drawn
         return drawn
 
 

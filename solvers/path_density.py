@@ -21,25 +21,10 @@ from torch import Tensor
 from cldsde.linear.covariance import joint_root, triangular_inverse
 
 from .combine import Block, combine
-from .noise import NoiseSource
 
-__all__ = ["DrawnNoise", "PathDensity"]
+__all__ = ["PathDensity"]
 
 _RANK = 1e-10  # singular values below this fraction of the largest one count as zero
-
-
-class DrawnNoise(NoiseSource):
-    """Noise source that remembers its last draw, ``last``."""
-
-    last: Tensor
-
-    def __init__(self, source: NoiseSource) -> None:
-        self._source = source
-
-    def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Return the source's draw."""
-        self.last = self._source.normal(z, rows)
-        return self.last
 
 
 class PathDensity:

@@ -112,7 +112,7 @@ class Plan:
             state,
             times,
             stops,
-            CheckedNoise(source),
+            CheckedNoise(source, keep=log_prob),
             callback,
             progress,
             density,

@@ -121,13 +121,11 @@ class SSCS(StagedSolver):
         )
         precision = torch.linalg.inv(sde.stationary_covariance)
         whole = sde.accumulated_noise(end, start)
-        if self.score_step == "midpoint":
-            first = sde.accumulated_noise(middle, start)
-            kicks = [_kick(sde, first, precision), _kick(sde, whole, precision)]
-        elif self.score_step == "gaussian":
+        # Euler steps of ż = N(s + Σ∞⁻¹z)
+        half = [sde.accumulated_noise(middle, start)] if self.score_step == "midpoint" else []
+        kicks = [(noise @ precision, noise[..., list(sde.driven)]) for noise in (*half, whole)]
+        if self.score_step == "gaussian":
             kicks = [self._gaussian_kick(sde, whole, middle, precision)]
-        else:
-            kicks = [_kick(sde, whole, precision)]
         opens = Stage(as_blocks(move.mean[opening]), noise=as_blocks(move.root[opening]))
         if self.merge:
             opens = opens._replace(state=[*opens.state, *[None] * (len(start) - 1)])
@@ -160,11 +158,6 @@ class SSCS(StagedSolver):
         if self.score_step == "midpoint":
             return torch.stack([times[:-1], middle], dim=1).flatten()
         return middle if self.score_step == "gaussian" else times[:-1]
-
-
-def _kick(sde: LinearSDE, noise: Tensor, precision: Tensor) -> _Kick:
-    """Blocks of the Euler step of ż = N(s + Σ∞⁻¹z)."""
-    return noise @ precision, noise[..., list(sde.driven)]
 
 
 def _stages(kicks: list[_Kick], move: Tensor, root: Tensor) -> list[Stage]:

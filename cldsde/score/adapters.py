@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.sde import LinearSDE
+from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess
 
 __all__ = ["as_torchdiffeq", "as_torchsde"]
@@ -83,9 +84,7 @@ class _TorchSDEForm(_ProcessModule):
         self, process: LinearSDE | ReverseProcess, shape: Sequence[int], calculus: str
     ) -> None:
         super().__init__(process)
-        if calculus not in ("ito", "stratonovich"):
-            msg = f"calculus must be 'ito' or 'stratonovich'; got {calculus!r}"
-            raise ValueError(msg)
+        one_of(calculus, ("ito", "stratonovich"), "calculus")
         self.sde_type, self._shape = calculus, tuple(shape)
         self._reverse = isinstance(process, ReverseProcess)
         self._sde = process.sde if isinstance(process, ReverseProcess) else process
@@ -147,10 +146,8 @@ def as_torchsde(
 
     Raises
     ------
-    TypeError
-        If ``process`` is neither.
-    ValueError
-        If the calculus is unknown.
+    TypeError, ValueError
+        If ``process`` is neither, or the calculus is unknown.
 
     Examples
     --------

@@ -254,13 +254,12 @@ def _joined(first: Score, second: Score, batch: int) -> tuple[Score, dict[str, A
     if first.score is not second.score or first.score.depends_on_place:
         return None
     ours, theirs = (_leaves(score.expanded(batch)) for score in (first, second))
-    if ours.keys() != theirs.keys():
+    kinds = [
+        {name: isinstance(x, Tensor) and (x.shape, x.dtype) for name, x in leaves.items()}
+        for leaves in (ours, theirs)
+    ]
+    if kinds[0] != kinds[1] or not all(kinds[0].values()):
         return None
-    for a, b in zip(ours.values(), theirs.values(), strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            return None
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return None
     join = lambda name, _: torch.cat([ours[name], theirs[name]])  # noqa: E731
     return first.score, _map(join, first.conditions)
 

@@ -27,7 +27,7 @@ SOLVERS = named_solvers(0.5)
 PATH_DRIVEN = ["stochastic-heun", "exponential-euler", "reverse-diffusion"]
 # torchsde and torchdiffeq read values back in each step and take times in float64.
 OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
-# Imputation copies the known data, which are on the CPU here, in each step.
+# Known data and mask are on the CPU.
 SOLVERS["imputation"] = solvers.Imputation(
     SOLVERS["sscs"], torch.tensor([0.5, 0.1]), torch.tensor([True, False])
 )
@@ -156,6 +156,13 @@ def test_noise_sources_give_the_bits_of_the_cpu(process, name, noise, device):
     on_cpu = expected(process, name, "function", noise)
     found = solved(reverse(process, "function"), SOLVERS[name], DEVICE, noise)
     check_same(found, on_cpu, device)
+
+
+def test_imputation_copies_known_data_once(device):
+    args = reverse("CLD", "function"), SOLVERS["imputation"]
+    spent(device, *args)
+    few, many = (spent(device, *args, steps=steps)[0].to_device for steps in (4, 9))
+    assert few == many
 
 
 @every_process
