@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SettingError", "require", "setting"]
-
 
 class SettingError(ValueError):
     """A setting that cannot be used: its key or the name of an argument, and the reason.

@@ -11,16 +11,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = [
-    "PARTIAL",
-    "check_target",
-    "check_writable",
-    "file_lock",
-    "new_folder",
-    "write_whole",
-    "writing",
-]
-
 PARTIAL = ".partial-"
 """Beginning of the names of files that are being written."""
 

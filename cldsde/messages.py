@@ -6,8 +6,6 @@ import importlib
 from operator import attrgetter
 from typing import Any
 
-__all__ = ["brief", "counted", "imported", "in_words", "one_line"]
-
 
 def one_line(error: object) -> str:
     """Message of an error without line breaks."""

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["progress_bar"]
-
 
 def progress_bar(items: Iterable[Any] | None, *, shown: bool, **options: Any) -> Any:
     """Progress bar over items; if stderr is not a terminal, it is updated every 10 seconds.

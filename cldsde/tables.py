@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Entry", "Table", "mean_and_spread"]
-
 
 class Entry(NamedTuple):
     """Entry of a table: its text, whether it is set in bold, and whether it is a number."""

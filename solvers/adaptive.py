@@ -14,8 +14,6 @@ from cldsde.score.times import on_device
 
 from .base import Integration, Run
 
-__all__ = ["LOOSE", "ActiveSamples"]
-
 LOOSE = 1e12
 """A tolerance so large that every step is accepted."""
 

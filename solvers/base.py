@@ -21,24 +21,6 @@ from .combine import Block
 from .noise import CheckedNoise, NoiseSource, PathNoise
 from .path_density import PathDensity
 
-__all__ = [
-    "DATA_DETERMINED",
-    "Callback",
-    "Facts",
-    "GridSolver",
-    "Integration",
-    "Memory",
-    "Run",
-    "ScoreAt",
-    "ShiftedScore",
-    "Solver",
-    "check_regular",
-    "check_same_kind",
-    "check_solver",
-    "check_state_on_grid",
-    "evaluations_per_step",
-]
-
 Memory = tuple[Tensor, ...]
 """Tensors ``(B, rows, *D)`` that a step passes to the next step.
 

@@ -22,8 +22,6 @@ from cldsde.linear.sde import LinearSDE, check_process
 from .combine import combine
 from .noise import NoiseSource, PathNoise
 
-__all__ = ["BrownianPath"]
-
 _HALVINGS = 20  # bisections of a cell between given times, before it is split at a time exactly
 
 

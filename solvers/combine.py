@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "add_to", "as_blocks", "combine"]
-
 Block = list[list[float]]
 """A k×m block as rows of Python floats."""
 

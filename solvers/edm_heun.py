@@ -17,8 +17,6 @@ from .base import Facts, check_regular
 from .combine import Block, as_blocks
 from .staged import Stage, StagedSolver, Stages
 
-__all__ = ["EDMHeun"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EDMHeun(StagedSolver):

@@ -14,8 +14,6 @@ from .combine import as_blocks
 from .noise import PathNoise
 from .staged import AffineSolver, Stage, Stages
 
-__all__ = ["EulerMaruyama"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EulerMaruyama(AffineSolver):

@@ -17,8 +17,6 @@ from .combine import as_blocks
 from .noise import PathNoise
 from .staged import AffineSolver, Stage, Stages
 
-__all__ = ["ExponentialEuler"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialEuler(AffineSolver):

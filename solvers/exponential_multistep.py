@@ -22,8 +22,6 @@ from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
-__all__ = ["ExponentialMultistep"]
-
 _NODES = 16
 _LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction
 

@@ -20,9 +20,6 @@ from .adaptive import ActiveSamples
 from .base import Facts, Integration, Run, Solver
 from .noise import NoiseSource
 
-__all__ = ["GottaGoFast"]
-
-
 OnReject = Literal["bridge", "fresh"]
 
 

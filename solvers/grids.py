@@ -15,16 +15,6 @@ from cldsde.linear.checks import check_positive
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 
-__all__ = [
-    "karras_times",
-    "log_snr_times",
-    "logistic_times",
-    "quadratic_times",
-    "root_times",
-    "uniform_times",
-]
-
-
 P = ParamSpec("P")
 
 

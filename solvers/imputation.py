@@ -37,8 +37,6 @@ from .base import (
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource
 
-__all__ = ["Imputation"]
-
 
 class _Tables(NamedTuple):
     inner: Any

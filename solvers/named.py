@@ -21,8 +21,6 @@ from .stochastic_heun import StochasticHeun
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
-__all__ = ["canonical_name", "find_solver", "named_solvers"]
-
 _SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 

@@ -17,17 +17,6 @@ from cldsde.linear.checks import described
 from cldsde.linear.random import keyed_normals, standard_normal
 from cldsde.linear.sde import LinearSDE
 
-__all__ = [
-    "CheckedNoise",
-    "FreshNoise",
-    "NoiseSource",
-    "PathNoise",
-    "RecordedNoise",
-    "SampleNoise",
-    "checked_seeds",
-    "start_root",
-]
-
 # Numbers that a sample's generator draws at once. The count is fixed, because a generator's numbers
 # depend on it.
 _BLOCK = 4096

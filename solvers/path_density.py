@@ -22,8 +22,6 @@ from cldsde.linear.covariance import joint_root, triangular_inverse
 
 from .combine import Block, combine
 
-__all__ = ["PathDensity"]
-
 _RANK = 1e-10  # singular values below this fraction of the largest one count as zero
 
 

@@ -23,9 +23,6 @@ from .noise import CheckedNoise, FreshNoise, NoiseSource
 from .path_density import PathDensity
 from .solution import Solution, finished, finite_samples, warn_of_failure
 
-__all__ = ["Plan", "plan", "solve"]
-
-
 Denoise = bool | Literal["step"]
 _Denoiser = Callable[[ReverseProcess, Tensor], Tensor]
 

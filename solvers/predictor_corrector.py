@@ -26,9 +26,6 @@ from .base import (
 from .noise import NoiseSource
 from .predictors import ReverseDiffusion
 
-__all__ = ["Langevin", "PredictorCorrector"]
-
-
 Norm = Literal["sample", "batch"]
 
 

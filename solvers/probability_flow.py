@@ -21,8 +21,6 @@ from .adaptive import LOOSE, ActiveSamples
 from .base import Facts, Integration, Run, Solver
 from .combine import as_blocks, combine
 
-__all__ = ["ProbabilityFlow"]
-
 Method = Literal["bosh3", "dopri5", "dopri8"]
 Pace = Literal["batch", "sample"]
 

@@ -27,8 +27,6 @@ from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
-__all__ = ["RECOMMENDED", "Recipe", "fit_grid", "recommended_plan", "sample", "window"]
-
 # Values of κ = ½ log SNR at which sampling starts and ends, for data with a standard deviation of
 # about 1. At the start the noise hides the data. At the end the data prediction removes the
 # remaining noise.

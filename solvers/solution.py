@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .base import Integration
 
-__all__ = ["Solution", "SolveWarning", "finished", "finite_samples", "warn_of_failure"]
-
 
 class SolveWarning(RuntimeWarning):
     """Warning that a solve failed: it did not reach its end with finite numbers."""

@@ -16,9 +16,6 @@ from .base import Facts
 from .combine import as_blocks
 from .staged import Stage, StagedSolver, Stages
 
-__all__ = ["Splitting"]
-
-
 ScoreTime = Literal["start", "end"]
 
 

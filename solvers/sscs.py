@@ -19,9 +19,6 @@ from .base import Facts
 from .combine import as_blocks
 from .staged import Stage, StagedSolver, Stages
 
-__all__ = ["SSCS"]
-
-
 ScoreStep = Literal["euler", "midpoint", "gaussian"]
 
 

@@ -14,8 +14,6 @@ from .base import GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, combine
 from .noise import NoiseSource
 
-__all__ = ["AffineSolver", "Stage", "StagedSolver", "Stages"]
-
 
 class Stage(NamedTuple):
     """One stage of each step: z ← state z + score s(z) + base z₀ + first s(z₀) + noise ξ.

@@ -15,8 +15,6 @@ from .combine import as_blocks
 from .noise import PathNoise
 from .staged import Stage, StagedSolver, Stages
 
-__all__ = ["StochasticHeun"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticHeun(StagedSolver):

@@ -38,8 +38,6 @@ from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
 from .planning import plan
 
-__all__ = ["PosteriorSamples", "sample_posterior"]
-
 _Generators = list[torch.Generator] | None
 
 _Twist = Literal["moments", "pigdm"]

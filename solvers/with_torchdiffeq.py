@@ -18,8 +18,6 @@ from cldsde.score.checks import one_of
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver
 
-__all__ = ["TorchDiffEq"]
-
 # Adaptive methods: order and evaluations per step. Methods with fixed steps: order and stage times.
 _ADAPTIVE = {
     "dopri8": (8, 13),

@@ -16,8 +16,6 @@ from .base import Facts, GridSolver, Memory, ScoreAt, check_regular
 from .combine import Block, as_blocks, combine
 from .noise import NoiseSource, PathNoise
 
-__all__ = ["TorchSDE"]
-
 
 class _Method(NamedTuple):
     calculus: str

@@ -13,8 +13,6 @@ from cldsde.score import ReverseProcess
 from .posterior_methods import PosteriorSampler, posterior_methods
 from .posterior_problems import PosteriorProblem
 
-__all__ = ["Calibration", "calibration_ranks"]
-
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

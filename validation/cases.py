@@ -16,8 +16,6 @@ from cldsde.solvers.authoring import PathNoise
 from .problems import Problem
 from .reference import GaussianReference
 
-__all__ = ["FlowCase", "PathCase"]
-
 _NODES = 6  # quadrature nodes per cell
 
 

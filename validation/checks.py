@@ -23,16 +23,6 @@ from .plain import plain
 from .problems import Problem
 from .reference import GaussianReference, reference_kernel
 
-__all__ = [
-    "NOT_APPLICABLE",
-    "Check",
-    "bias_check",
-    "count_check",
-    "facts_fault",
-    "kernel_check",
-    "stiff_check",
-]
-
 NOT_APPLICABLE = "not applicable"
 _KERNEL_TOLERANCE = 1e-10
 

@@ -16,8 +16,6 @@ from .problems import Problem
 from .suite import declares_order, rejection
 from .work_precision import WorkPrecision, work_precision
 
-__all__ = ["diagrams"]
-
 # Problems of the diagrams, with their metrics. On mixtures the modes' spread distinguishes solvers
 # long after distances between distributions have reached their floor.
 _DIAGRAMS: dict[str, dict[str, Any]] = {

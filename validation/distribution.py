@@ -18,8 +18,6 @@ from .checks import Check
 from .order_estimate import Verdict
 from .problems import Problem
 
-__all__ = ["DistributionCase", "distribution_check"]
-
 _BATCHES = 20  # batches of a solver's samples
 _EXACT = 20  # number of exact sample sets of the size of a solver's
 _ERRORS = 5  # allowed standard errors: with 1,000 statistics one run in 1,000 fails by chance

@@ -13,8 +13,6 @@ from cldsde.messages import in_words
 from .posterior_suite import PosteriorReport
 from .report import PAGE, Report
 
-__all__ = ["AnyReport", "ReportFiles"]
-
 AnyReport = Report | PosteriorReport
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from cldsde.score import GaussianMixture
 
-__all__ = ["bures_wasserstein", "mode_spread_error", "sliced_wasserstein"]
-
 
 def bures_wasserstein(
     mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor

@@ -18,8 +18,6 @@ from cldsde.score import ReverseProcess
 from cldsde.solvers import NoiseSource, plan
 from cldsde.solvers.authoring import Solver
 
-__all__ = ["propagate_moments"]
-
 
 class _CountingNoise(NoiseSource):
     """Noise source of zeros that records the number of rows of each draw."""

@@ -20,8 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 from .plain import plain
 from .regression import is_steady, local_orders, log_slope, student_quantile, turns
 
-__all__ = ["Level", "OrderEstimate", "Verdict", "estimate_order"]
-
 _NOT_FINITE = "not finite"
 _ROUNDING = "below rounding"
 _NOISE = "below 3 standard errors"

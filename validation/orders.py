@@ -24,8 +24,6 @@ from .order_estimate import OrderEstimate, Verdict, estimate_order
 from .problems import Problem, check_problem
 from .reference import GaussianReference
 
-__all__ = ["moment_error", "ode_order", "strong_order", "weak_order"]
-
 Grid = Callable[[float, float, int], Tensor]
 
 _ROUNDING = 1e-12  # error of moments of size 1, ten times the tolerance of their references

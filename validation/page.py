@@ -6,8 +6,6 @@ import base64
 import io
 from typing import Any
 
-__all__ = ["data_uri", "figure_uri", "render_page"]
-
 
 def render_page(title: str, body: str, **values: Any) -> str:
     """Render an HTML page.

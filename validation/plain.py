@@ -6,8 +6,6 @@ import enum
 import math
 from typing import Any
 
-__all__ = ["plain"]
-
 
 def plain(value: Any) -> Any:
     """Convert nested dicts and sequences: lists for tuples, None for NaN and infinity."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["canvas"]
-
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
     """Create a matplotlib figure and its axes, without a window.

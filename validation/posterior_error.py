@@ -19,8 +19,6 @@ from .plain import plain
 from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
 from .posterior_problems import PosteriorProblem
 
-__all__ = ["PosteriorError", "posterior_error"]
-
 # Exact samplers may be so far off, with two standard errors to spare. Particles are correlated: a
 # few thousand are worth a few hundred exact samples, whose errors are three times as large.
 _DISTANCE, _MODES, _MOMENT = 3.0, 0.1, 6.0

@@ -14,8 +14,6 @@ from cldsde.score.mixture import MixtureScore
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
 from cldsde.solvers import ExponentialMultistep, Imputation, sample_posterior, solve
 
-__all__ = ["PosteriorMethod", "PosteriorSampler", "posterior_methods"]
-
 PosteriorSampler = Callable[
     [ReverseProcess, Observation, Tensor, int, torch.Generator], Tensor | tuple[Tensor, Tensor]
 ]

@@ -15,8 +15,6 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score import GaussianMixture, Observation
 from cldsde.solvers.grids import root_times
 
-__all__ = ["PosteriorProblem", "posterior_problems"]
-
 _END_LEVEL = 0.1
 
 

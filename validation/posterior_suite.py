@@ -24,8 +24,6 @@ from .posterior_methods import PosteriorSampler, posterior_methods
 from .posterior_problems import posterior_problems
 from .problems import check_names
 
-__all__ = ["PosteriorReport", "planted_samplers", "posterior_reports", "posterior_runs"]
-
 # At smaller noise the error comes from the number of steps, about which samplers claim nothing.
 _JUDGED_NOISE = 0.1
 

@@ -14,8 +14,6 @@ from cldsde.errors import SettingError
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.score import GaussianMixture, ReverseProcess
 
-__all__ = ["Problem", "check_names", "check_problem", "forward_processes", "problems"]
-
 
 @dataclass(frozen=True, eq=False)
 class Problem:

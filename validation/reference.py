@@ -19,8 +19,6 @@ from cldsde.linear import LinearSDE
 
 from .problems import Problem
 
-__all__ = ["GaussianReference", "reference_kernel"]
-
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _TOLERANCE = 1e-13

@@ -7,8 +7,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["is_steady", "local_orders", "log_slope", "student_quantile", "turns"]
-
 
 def local_orders(
     x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]

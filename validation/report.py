@@ -27,8 +27,6 @@ from .suite import declares_order
 from .summary import declared_too_low, inconclusive, summarise
 from .work_precision import WorkPrecision
 
-__all__ = ["PAGE", "Report"]
-
 PAGE = "index.html"
 
 

@@ -18,8 +18,6 @@ from .report import Report
 from .suite import QUICK_PROBLEMS, checks, count
 from .work_precision import WorkPrecision
 
-__all__ = ["reports"]
-
 
 def reports(
     solvers: Sequence[str] = (),

@@ -30,15 +30,6 @@ from .orders import ode_order, strong_order, weak_order
 from .problems import Problem, forward_processes
 from .reference import GaussianReference
 
-__all__ = [
-    "QUICK_PROBLEMS",
-    "checks",
-    "count",
-    "declares_order",
-    "generator_of",
-    "rejection",
-]
-
 QUICK_PROBLEMS = (
     *(
         "VP",

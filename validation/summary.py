@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from .checks import NOT_APPLICABLE, Check
 from .order_estimate import Verdict
 
-__all__ = ["declared_too_low", "inconclusive", "summarise"]
-
 _ORDERS = ("weak order", "strong order", "ODE order")
 
 

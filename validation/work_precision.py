@@ -29,8 +29,6 @@ from .plots import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
 
-__all__ = ["WorkPrecision", "WorkPrecisionPoint", "work_precision"]
-
 Grid = Callable[[float, float, int], Tensor]
 
 # Labels of a diagram's axis. Data of the reference problems have no unit.

@@ -14,18 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "apply_blocks",
-    "block_exp",
-    "block_product",
-    "block_solve",
-    "flatten_data",
-    "lower_factor",
-    "per_sample",
-    "safe_sqrt",
-    "stack_first",
-]
-
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root of x ≥ 0 with the derivative 0 at x = 0 instead of infinity."""

@@ -10,27 +10,6 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-__all__ = [
-    "as_float64",
-    "as_grid_times",
-    "as_integer",
-    "as_levels",
-    "as_matrix",
-    "as_number",
-    "as_parameter",
-    "as_times",
-    "check_alphas_cumprod",
-    "check_at_least",
-    "check_between",
-    "check_callable",
-    "check_positive",
-    "check_state",
-    "described",
-    "parameter_at_least",
-    "parameter_value",
-    "positive_parameter",
-]
-
 TimeLike = float | Tensor
 Parameter = float | Tensor
 """A number, or a tensor with one element that may be a learnt parameter."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["Matrices", "collocate", "converged"]
-
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function of times ``(*, n, q)`` that returns drift ``(*, n, q, k, k)`` and diffusion
 ``(*, n, q, k, r)``."""

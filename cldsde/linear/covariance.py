@@ -8,8 +8,6 @@ from torch import Tensor
 from cldsde.linear.blocks import lower_factor, safe_sqrt
 from cldsde.linear.checks import MatrixLike, as_matrix
 
-__all__ = ["covariance_root", "joint_root", "triangular_inverse"]
-
 
 def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
     """Lower-triangular root of a positive semi-definite k×k matrix, exact for diagonal matrices.

@@ -22,15 +22,6 @@ from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
 
-__all__ = [
-    "Dynamics",
-    "TimeChangedDynamics",
-    "balancing_scale",
-    "driven_rows",
-    "eliminate",
-    "legendre_moments",
-]
-
 
 class Dynamics(ABC):
     """Drift F(t), diffusion G(t) and transitions of one k×k block, in float64 on the CPU."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["exponential_rest"]
-
 
 def exponential_rest(y: Tensor) -> Tensor:
     """Compute y + e^{−y} − 1 ≥ 0, by the series y²/2 − y³/6 + … for small y."""

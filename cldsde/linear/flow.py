@@ -23,8 +23,6 @@ from cldsde.linear.blocks import block_product
 from cldsde.linear.dynamics import Dynamics, balancing_scale
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["RootAt", "flow_rotations", "whitened_matrices"]
-
 RootAt = Callable[[Tensor], Tensor]
 """Function of times that returns the root L of the distribution given the start."""
 

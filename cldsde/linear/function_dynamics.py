@@ -16,8 +16,6 @@ from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_
 from cldsde.linear.reprs import shown
 from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, without_rounding
 
-__all__ = ["FunctionDynamics"]
-
 _AT_ONCE = 512  # largest number of pieces whose series are in memory
 # On a panel Legendre coefficients decrease by a factor of 8 each. The squares of those after the
 # 14th are below rounding.

@@ -14,8 +14,6 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["carried_increments", "increment_roots", "split_rotations"]
-
 _PANELS, _NODES = 4, 16  # smallest number of panels, nodes per panel
 
 

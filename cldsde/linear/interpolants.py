@@ -14,17 +14,6 @@ from cldsde.linear.checks import as_float64, check_alphas_cumprod
 from cldsde.linear.sde import LinearSDE
 from cldsde.linear.signal_noise import SignalNoiseDynamics
 
-__all__ = [
-    "AlphasCumprod",
-    "CosineVP",
-    "RectifiedFlow",
-    "alphas_cumprod_process",
-    "cosine",
-    "falling",
-    "rising",
-    "sine",
-]
-
 
 class RectifiedFlow(LinearSDE):
     r"""Rectified flow, the linear interpolant of flow matching: x_t = (1 − t) x_0 + t n.

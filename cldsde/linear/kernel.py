@@ -14,8 +14,6 @@ from cldsde.linear.checks import check_state
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.reprs import shown
 
-__all__ = ["Gaussian", "Kernel", "check_density", "check_kernel_shape", "log_density"]
-
 
 def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
     """Raise unless ``z`` is a state ``(B, k, *D)`` and the blocks are for one time or B times."""

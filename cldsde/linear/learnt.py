@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["frozen_parameters"]
-
 
 def frozen_parameters(compute: Callable[[], Iterable[Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Leaves of autograd's graph that ``compute`` does not read anew, and their values.

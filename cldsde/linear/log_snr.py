@@ -10,8 +10,6 @@ from torch import Tensor
 from cldsde.linear.checks import as_float64, as_number
 from cldsde.linear.sde import LinearSDE, check_process
 
-__all__ = ["times_of_log_snr"]
-
 
 def times_of_log_snr(
     sde: LinearSDE, log_snr: Tensor | float, T: float | None = None, eps: float = 1e-9

@@ -13,8 +13,6 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.posterior import bayes
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["by_steps", "carried_roots", "marginal_factors", "moves_to_end"]
-
 _STEPS = 25  # number of steps whose tables are computed at once
 
 

@@ -19,8 +19,6 @@ from cldsde.linear.taylor import (
     without_rounding,
 )
 
-__all__ = ["Function", "OverTimes", "at_nodes", "partition", "time_rounding"]
-
 _EPS = torch.finfo(torch.float64).eps
 _MAX_PANELS = 4096
 _SHORTEST = 2.0**-48

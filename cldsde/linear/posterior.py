@@ -31,8 +31,6 @@ from cldsde.linear.flow import RootAt, whitened_matrices
 from cldsde.linear.kernel import Kernel, check_kernel_shape, log_density
 from cldsde.linear.random import standard_normal
 
-__all__ = ["Posterior", "bayes", "reverse_family", "whitened_family"]
-
 
 @dataclass(frozen=True, eq=False)
 class Posterior:

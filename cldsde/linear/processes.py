@@ -29,8 +29,6 @@ from cldsde.linear.interpolants import alphas_cumprod_process
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
 
-__all__ = ["CLD", "HOLD", "PSLD", "VESDE", "VPSDE", "SubVPSDE"]
-
 # With this coupling and friction HOLD has the triple eigenvalue −√3.
 _CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)
 

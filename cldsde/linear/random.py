@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Generators", "check_generator", "keyed_normals", "standard_normal"]
-
 Generators = torch.Generator | Sequence[torch.Generator]
 """A generator for a batch, or several, each of which draws for an equal share of the batch."""
 

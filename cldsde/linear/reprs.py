@@ -7,8 +7,6 @@ from functools import partial
 
 from torch import Tensor
 
-__all__ = ["constructor_repr", "shown"]
-
 
 def constructor_repr(owner: object) -> str:
     """Format an object as ``Name(parameter=value, …)``.

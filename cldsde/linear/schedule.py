@@ -27,8 +27,6 @@ from cldsde.linear.checks import (
 )
 from cldsde.linear.reprs import shown
 
-__all__ = ["Schedule", "gauss_legendre"]
-
 _PANELS = 8
 _CHECK_POINTS = 1025
 

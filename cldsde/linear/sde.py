@@ -22,8 +22,6 @@ from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
 
-__all__ = ["LinearSDE", "check_process"]
-
 
 class LinearSDE:
     r"""Linear SDE with one k×k block for every data dimension: the forward process.

@@ -28,8 +28,6 @@ from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.reprs import shown
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["Gain", "OfTime", "SignalNoiseDynamics"]
-
 OfTime = Callable[[Tensor], Tensor]
 """Function of float64 times of any shape that returns values of that shape."""
 

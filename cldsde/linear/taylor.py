@@ -18,8 +18,6 @@ from torch import Tensor
 
 from cldsde.linear.schedule import gauss_legendre
 
-__all__ = ["NODES", "TERMS", "basis", "legendre", "taylor", "transition_series", "without_rounding"]
-
 NODES = 16
 TERMS = 36
 """Number of terms of a product."""

@@ -20,8 +20,6 @@ from torch import Tensor
 from cldsde.errors import SettingError
 from cldsde.pretrained.ncsnpp import NCSNpp
 
-__all__ = ["Checkpoint", "load_weights", "mismatch", "read_checkpoint"]
-
 _PREFIX = "module."
 """Both codes save the weights of a model that is wrapped for several GPUs."""
 _FOURIER = {"W": "frequencies"}

@@ -13,8 +13,6 @@ from torch import Tensor
 from cldsde.score import NoisePath
 from cldsde.score.conversion import Prediction
 
-__all__ = ["LEAST_LOG_SNR", "Convention"]
-
 _PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "noise",
     "sample": "data",

@@ -15,8 +15,6 @@ from cldsde.solvers.base import GridSolver
 from cldsde.solvers.noise import SampleNoise
 from cldsde.solvers.sampling import RECOMMENDED
 
-__all__ = ["recommended_steps", "streams_of"]
-
 # A sampling that starts at a larger κ = log(α/σ) is a part of one.
 _NOISE = -2.0
 

@@ -14,8 +14,6 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.reverse import same_dynamics
 from cldsde.solvers.base import Solver
 
-__all__ = ["described_process", "described_solver", "process_of", "solver_of"]
-
 
 def process_of(given: object, name: str = "process") -> LinearSDE:
     """Process from itself, its name such as ``"CLD"``, or its description.

@@ -22,8 +22,6 @@ from cldsde.score import NoisePath, PredictionDenoiser
 from cldsde.score.conversion import Prediction
 from cldsde.score.denoisers import Clock
 
-__all__ = ["DiffusersDenoiser", "from_diffusers"]
-
 # Parts of a pipeline that are networks of noisy data, in the order in which they are looked for.
 _NETWORKS = ("unet", "transformer")
 _SCHEDULER_FILE = "scheduler_config.json"

@@ -11,8 +11,6 @@ from torch import Tensor
 from cldsde.pretrained.conventions import Convention
 from cldsde.score.denoisers import Clock
 
-__all__ = ["check_channels", "classes_of", "clock_of", "shared_conditions_of"]
-
 _Function = Callable[[Tensor], Tensor]
 
 # Time that networks receive, relative to the scheduler's, which pipelines pass or divide by 1000.

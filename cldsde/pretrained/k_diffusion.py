@@ -24,8 +24,6 @@ from cldsde.score import NoisePath
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import CheckedNoise, FreshNoise, NoiseSource, SampleNoise
 
-__all__ = ["sample_k_diffusion"]
-
 # Levels are often rounded to float32.
 _ROUNDING = 1e-6
 

@@ -32,8 +32,6 @@ from torch.utils.checkpoint import checkpoint
 from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.pretrained.resampling import Double, FilteredConv, Halve
 
-__all__ = ["InputsEnter", "NCSNpp", "OutputsLeave", "check_dropout", "heights_of_levels"]
-
 InputsEnter = Literal["once", "skip", "residual"]
 """Levels that see the input of the network."""
 OutputsLeave = Literal["once", "skip"]

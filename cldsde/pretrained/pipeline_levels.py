@@ -17,8 +17,6 @@ from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
 from cldsde.pretrained.stepping import noisiest_log_snr
 from cldsde.solvers import root_times
 
-__all__ = ["levels_of_grid", "levels_of_scheduler", "number_of_steps", "window"]
-
 # Values of κ at which the process starts and ends. Noise hides the brightness of large images only
 # from κ = −5. From κ = −3.3 the brightness of 64 × 64 images shrinks by a fifth.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -5.0, 3.3

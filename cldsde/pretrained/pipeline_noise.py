@@ -10,8 +10,6 @@ from torch import Tensor
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.solvers.noise import NoiseSource, SampleNoise
 
-__all__ = ["GeneratorNoise", "latent_streams"]
-
 # Keeps the streams apart from others of the same seeds.
 _KEY = 0x70697065
 

@@ -35,8 +35,6 @@ from cldsde.score.checks import one_of
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
 
-__all__ = ["PipelineScheduler", "PipelineSchedulerOutput"]
-
 Grid = Literal["root_times", "scheduler"]
 
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid")

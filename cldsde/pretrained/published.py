@@ -13,8 +13,6 @@ from cldsde.pretrained.checkpoints import Checkpoint, load_weights, mismatch, re
 from cldsde.pretrained.published_models import PUBLISHED, Family, PublishedModel
 from cldsde.pretrained.published_score import PublishedScore
 
-__all__ = ["check_levels", "load_cld_sgm", "load_score_sde", "recognise"]
-
 
 def load_cld_sgm(path: Path | str, config: str | PublishedModel | None = None) -> PublishedScore:
     """Score of a checkpoint of CLD-SGM (Dockhorn et al. 2022), with averaged weights.

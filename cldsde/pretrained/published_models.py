@@ -17,8 +17,6 @@ from cldsde.linear import LinearSDE
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published_score import Parameterisation
 
-__all__ = ["PUBLISHED", "Family", "PublishedModel"]
-
 Family = Literal["cld-sgm", "score-sde"]
 """Code that wrote a checkpoint."""
 

@@ -39,8 +39,6 @@ from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
-__all__ = ["Code", "Parameterisation", "PublishedScore"]
-
 Code = Literal["cld-sgm", "score-sde-vp", "score-sde-ve"]
 """Code that trained a network, and for ``score_sde`` the kind of process."""
 

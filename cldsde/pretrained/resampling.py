@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Double", "FilteredConv", "Halve"]
-
 
 class _Filter(nn.Module):
     """The filter (1, 3, 3, 1) in both directions, of sum 1."""

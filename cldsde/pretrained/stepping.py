@@ -26,8 +26,6 @@ from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
 from cldsde.solvers.sampling import RECOMMENDED
 
-__all__ = ["PathSteps", "check_steppable", "noisiest_log_snr", "steps_of"]
-
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
 

@@ -13,8 +13,6 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess
 
-__all__ = ["as_torchdiffeq", "as_torchsde"]
-
 
 def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     """Adapt a process to the function (t, z) that ``torchdiffeq.odeint`` integrates.

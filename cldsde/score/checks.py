@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import get_args
 
-__all__ = ["one_of", "two_increasing"]
-
 
 def one_of(value: object, allowed: object, name: str) -> None:
     """Raise ValueError unless ``value`` is in a tuple of strings, or in a Literal type."""

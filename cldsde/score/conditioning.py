@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["condition_gaussians"]
-
 
 def condition_gaussians(
     means: Tensor, covariances: Tensor, A: Tensor, y: Tensor, noise_std: float

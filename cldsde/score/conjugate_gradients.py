@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
 
-__all__ = ["conjugate_gradients", "dot"]
-
 Operator = Callable[[Tensor], Tensor]
 """A linear map of a batch ``(B, *E)`` that acts on each sample separately."""
 

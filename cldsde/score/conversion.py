@@ -33,18 +33,6 @@ from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import one_of
 
-__all__ = [
-    "MEASURED",
-    "TRAINED",
-    "Conditioning",
-    "Conversion",
-    "Form",
-    "Prediction",
-    "WhitenedKernel",
-    "conditional_kernel",
-    "whiten",
-]
-
 Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 """``"score"``: of the driven components. ``"noise"``: n = −L_ddᵀ s_d. ``"data"``: E[x_0 | z_t].
 ``"full_score"``: of all components. For processes of one component, x_t = α x_0 + σ n, also

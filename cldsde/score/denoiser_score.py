@@ -26,9 +26,6 @@ from cldsde.score.denoisers import as_denoiser, outside_levels
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, mapped
 
-__all__ = ["DenoiserScore"]
-
-
 # Noise level in place of infinity, for denoisers that know it: data of a standard deviation of 1
 # are invisible in single precision.
 _ALL_NOISE = 1e8

@@ -16,16 +16,6 @@ from cldsde.score.estimator import Estimator
 from cldsde.score.paths import NoisePath
 from cldsde.score.times import PlannedTime, coefficients_at
 
-__all__ = [
-    "Clock",
-    "Denoiser",
-    "PredictionDenoiser",
-    "as_denoiser",
-    "checked_levels",
-    "input_dtype",
-    "outside_levels",
-]
-
 Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 """Form in which a network receives the noise level.
 

@@ -10,8 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Estimator"]
-
 
 class Estimator(nn.Module):
     """Base class of `Score` and `Denoiser`.

@@ -31,8 +31,6 @@ from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
 
-__all__ = ["Divergence", "FlowDensity", "UnsolvedFlowError", "flow_log_prob"]
-
 Divergence = Literal["exact", "hutchinson"]
 
 _BACKWARD_AT_ONCE = 64

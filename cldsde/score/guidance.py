@@ -18,8 +18,6 @@ from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper, as_score
 from cldsde.score.reverse import same_dynamics
 from cldsde.score.times import PlannedTime, score_times
 
-__all__ = ["ConditionalScore", "GuidedScore"]
-
 
 class ConditionalScore(ScoreWrapper):
     """Conditional score, such as the score of a class: calls ``score(z, t, **conditions)``.

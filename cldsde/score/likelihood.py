@@ -26,8 +26,6 @@ from cldsde.score.flow_density import Divergence, flow_log_prob
 from cldsde.score.quantisation import bits_per_dim
 from cldsde.score.reverse import ReverseProcess, check_reverse_process
 
-__all__ = ["Likelihood", "log_likelihood"]
-
 Start = Literal["perturb", "replace"]
 
 

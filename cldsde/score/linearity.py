@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cldsde.score.operators import Operator
 
-__all__ = ["check_linear", "operator_norm"]
-
 # Largest relative error of a linear function. GPUs convolve with 10-bit mantissas (TF32).
 _TOLERANCE = 3e-3
 

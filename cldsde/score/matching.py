@@ -37,13 +37,6 @@ from cldsde.score.conversion import (
 from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument, score_times
 
-__all__ = [
-    "PerturbedData",
-    "Weighting",
-    "optimal_loss",
-    "score_matching_loss",
-]
-
 Weighting = Literal["reweighted", "likelihood"] | Callable[[Tensor], Tensor]
 r"""Weighting of errors over time. ``"reweighted"``: the mean squared error of the noise, or of the
 velocity or flow if the loss measures it. ``"likelihood"``: ½‖Gᵀ(s − s*)‖² per data dimension, the

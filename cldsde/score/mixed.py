@@ -57,8 +57,6 @@ from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import LogSNRDensity
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
-__all__ = ["MixedScore"]
-
 _LEAST_CLOCK = -10.0
 
 

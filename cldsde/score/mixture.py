@@ -23,8 +23,6 @@ from cldsde.score.observation import Observation, check_observation
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
-__all__ = ["GaussianMixture", "MixtureScore", "Rows"]
-
 Rows = Literal["driven", "all", "auxiliary"]
 """Components whose score is computed."""
 

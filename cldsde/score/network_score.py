@@ -18,8 +18,6 @@ from cldsde.score.protocol import Score
 from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.times import PlannedTime
 
-__all__ = ["Inputs", "NetworkScore"]
-
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
 

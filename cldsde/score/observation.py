@@ -17,8 +17,6 @@ from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
 from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
 
-__all__ = ["Observation", "check_observation"]
-
 # Largest ratio of the state's noise at the end of sampling to the noise of the observation. At 0.3
 # the covariance of exact samples is 4–8 % too large, at 1 it is 36 % too large.
 _END_LEVEL = 0.3

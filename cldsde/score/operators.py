@@ -11,8 +11,6 @@ from torch.nn import functional
 
 from cldsde.linear.checks import described
 
-__all__ = ["Copies", "block_means", "correlation", "matrix_product", "selection"]
-
 Operator = Callable[[Tensor], Tensor]
 """Function of data ``(B, *D)`` that returns ``(B, *E)``."""
 

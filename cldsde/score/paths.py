@@ -16,8 +16,6 @@ from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.checks import two_increasing
 
-__all__ = ["NoisePath"]
-
 Function = Callable[[Tensor], Tensor]
 
 _POINTS = 257  # times at which a path is checked

@@ -31,8 +31,6 @@ from cldsde.score.protocol import ScoreFunction, ScoreWrapper
 from cldsde.score.reverse import checked_score
 from cldsde.score.times import PlannedTime, coefficients_at, score_argument, score_times
 
-__all__ = ["Guided", "PosteriorMethod", "PosteriorScore"]
-
 PosteriorMethod = Literal["moments", "pigdm", "dps"]
 """Approximations of p(y | z_t). ``"moments"``: R = A V Aᵀ + s²I, moment matching (MMPS).
 ``"pigdm"``: R = r²A Aᵀ + s²I (ΠGDM). ``"dps"``: R = s²I (DPS)."""

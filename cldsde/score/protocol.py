@@ -14,8 +14,6 @@ from cldsde.score.denoisers import Denoiser
 from cldsde.score.estimator import Estimator
 from cldsde.score.times import PlannedTime
 
-__all__ = ["Score", "ScoreFunction", "ScoreWrapper", "as_score"]
-
 ScoreFunction = Callable[..., Tensor]
 """A `Score`, or any function score(z, t) of states ``(B, k, *D)`` and times ``(B,)``.
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from cldsde.linear.checks import check_at_least, check_positive, described
 from cldsde.linear.random import check_generator
 
-__all__ = ["bits_per_dim", "dequantise"]
-
 
 def bits_per_dim(log_prob: Tensor, dimension: int, bin_width: float = 1.0) -> Tensor:
     """Negative log-likelihood in bits per dimension of dequantised discrete data.

@@ -13,14 +13,6 @@ from cldsde.score.conversion import Conversion, Prediction
 from cldsde.score.protocol import ScoreFunction, as_score
 from cldsde.score.times import KnownTimes, PlannedTime, score_argument, score_times
 
-__all__ = [
-    "KnownScore",
-    "ReverseProcess",
-    "check_reverse_process",
-    "checked_score",
-    "same_dynamics",
-]
-
 
 def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     """Whether two processes have the same drift, diffusion and initial covariance."""

@@ -26,8 +26,6 @@ from cldsde.score.denoisers import Denoiser, checked_levels
 from cldsde.score.protocol import as_score
 from cldsde.score.times import PlannedTime, coefficients_at, mapped
 
-__all__ = ["ScoreDenoiser"]
-
 
 class _Lift(NamedTuple):
     """Coefficients at noise levels ``*``."""

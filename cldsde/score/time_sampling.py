@@ -16,8 +16,6 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conditioning, WhitenedKernel, whiten
 from cldsde.score.matching import Weighting, likelihood_rows, optimal_loss
 
-__all__ = ["TimeSampler", "log_snr_density", "logit_normal_density", "mode_density"]
-
 _KNOTS = 2001
 
 

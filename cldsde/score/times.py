@@ -20,16 +20,6 @@ from torch import Tensor
 
 from cldsde.linear.checks import TimeLike, as_float64, as_times
 
-__all__ = [
-    "KnownTimes",
-    "PlannedTime",
-    "coefficients_at",
-    "mapped",
-    "on_device",
-    "score_argument",
-    "score_times",
-]
-
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
 """A NamedTuple of tensors whose first axes are the axes of the times."""
 

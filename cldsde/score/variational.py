@@ -49,8 +49,6 @@ from cldsde.score.matching import PerturbedData
 from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument
 
-__all__ = ["cross_entropy", "evidence_lower_bound"]
-
 CrossEntropyOf = Literal["state", "data"]
 
 

@@ -28,8 +28,6 @@ from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_poster
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import window
 
-__all__ = ["ObservedImage", "ObservedMethod", "grey_basis"]
-
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
 _OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")
 

@@ -21,8 +21,6 @@ from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.solvers.base import Solver
 
-__all__ = ["PipelineRequest", "PipelineSampler", "is_pipeline"]
-
 # Networks of a pipeline besides the one that `from_diffusers` reads.
 _MORE_PARTS = ("text_encoder", "vae", "vqvae")
 _STEPS, _BATCH = 20, 4
