@@ -9,11 +9,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 if find_spec("cldsde.solvers") is None:
-    msg = (
+    raise ImportError(
         f"cldsde is imported from {__path__[0]}, a part of its source: start Python in another "
         "folder, or install the source with pip install -e ."
     )
-    raise ImportError(msg)
 
 from cldsde import linear, pretrained, score, solvers, validation
 from cldsde.linear import (

@@ -49,8 +49,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL):
             pass
     except OSError as error:
-        msg = f"{folder} cannot be made or written ({error.strerror or error})"
-        raise OSError(msg) from error
+        raise OSError(f"{folder} cannot be made or written ({error.strerror or error})") from error
 
 
 def check_target(file: Path) -> None:

@@ -180,8 +180,7 @@ class Solver(ABC):
         ValueError
             If the solver is not adaptive.
         """
-        msg = f"solver must be adaptive to take steps of one length; got {self!r}"
-        raise ValueError(msg)
+        raise ValueError(f"solver must be adaptive to take steps of one length; got {self!r}")
 
 
 class GridSolver(Solver):
@@ -266,11 +265,10 @@ class GridSolver(Solver):
     def _checked(self, result: Any, like: Tensor) -> tuple[Tensor, Memory]:
         """Return the result of `step` after checking that it is a state and a memory."""
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)):
-            msg = (
+            raise TypeError(
                 f"{type(self).__name__}.step must return (state, memory) with memory a tuple of "
                 f"tensors, () if there is none; got {type(result).__name__}"
             )
-            raise TypeError(msg)
         z = result[0]
         check_same_kind(z, like, f"{type(self).__name__}.step")
         return z, result[1]
@@ -281,11 +279,10 @@ def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
     end, until = float(times.max()), sde.regular_until
     # Allow for times rounded to float32 or to the digits that an error message shows.
     if end - until > 1e-2 * (sde.T - until):
-        msg = (
+        raise ValueError(
             f"times must not reach t = {end:.15g} for {solver}, because drift and diffusion "
             f"diverge at t = {sde.T:g}; take t ≤ {until:.15g}, or ExponentialMultistep"
         )
-        raise ValueError(msg)
 
 
 def check_same_kind(z: object, like: Tensor, name: str) -> None:
@@ -294,30 +291,27 @@ def check_same_kind(z: object, like: Tensor, name: str) -> None:
     if isinstance(z, Tensor) and z.shape == like.shape and (z.dtype, z.device) == kind:
         return
     got = (tuple(z.shape), z.dtype, z.device) if isinstance(z, Tensor) else type(z).__name__
-    msg = (
+    raise ValueError(
         f"{name} must return a state of shape {tuple(like.shape)} and {like.dtype} on "
         f"{like.device}; got {got}"
     )
-    raise ValueError(msg)
 
 
 def check_solver(solver: object, name: str = "solver") -> Solver:
     """Return the argument if it is a `Solver`; otherwise raise TypeError."""
     if not isinstance(solver, Solver):
         hint = " (write it with parentheses)" if isinstance(solver, type) else ""
-        msg = f"{name} must be a solver, such as SSCS(); got {solver!r}{hint}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a solver, such as SSCS(); got {solver!r}{hint}")
     return solver
 
 
 def check_state_on_grid(solver: Solver, name: str, advice: str) -> None:
     """Raise ValueError unless each step ends at a grid time, so that its state can be changed."""
     if not (solver.facts.state_on_grid and hasattr(solver, "step")):
-        msg = (
+        raise ValueError(
             f"{name} must have a state at each grid time, which is changed before the next step; "
             f"{solver!r} does not. Use {advice}"
         )
-        raise ValueError(msg)
 
 
 def evaluations_per_step(
@@ -326,10 +320,9 @@ def evaluations_per_step(
     """Score evaluations of each step; raise ValueError if steps differ in their number."""
     evaluations, steps = len(solver.evaluation_times(process, times)), len(times) - 1
     if evaluations % steps:
-        msg = (
+        raise ValueError(
             f"{name} must evaluate the score equally often in each step; {solver!r} takes "
             f"{counted(evaluations, 'evaluation')} in {counted(steps, 'step')}. A grid that ends "
             "above t = 0 may help"
         )
-        raise ValueError(msg)
     return evaluations // steps

@@ -140,11 +140,9 @@ class BrownianPath(NoiseSource):
         if bool(given[0] > given[-1]):
             given = given.flip(0)
         if not bool((given.diff() > 0).all()):
-            msg = "times must increase or decrease"
-            raise ValueError(msg)
+            raise ValueError("times must increase or decrease")
         if not len(shape) or min(shape) < 0:
-            msg = f"shape must be (B, *D); got {tuple(shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"shape must be (B, *D); got {tuple(shape)}")
         self._sde, self._integrals = sde, integrals
         self._shape, self._dtype, self._device = tuple(shape), dtype, torch.device(device)
         self._columns = sde.diffusion(given[0]).shape[-1]
@@ -232,18 +230,16 @@ class BrownianPath(NoiseSource):
         """
         noise = functionals()
         if noise is None:
-            msg = (
+            raise ValueError(
                 "noise must not be a BrownianPath for this solver, which does not draw increments "
                 "or integrals of one; use EulerMaruyama, StochasticHeun, ExponentialEuler or "
                 "ReverseDiffusion, or define `path_noise` on your own solver"
             )
-            raise ValueError(msg)
         if noise.time_integral is not None:
-            msg = (
+            raise ValueError(
                 "noise must not be a BrownianPath for this solver, which needs ∫(τ − u) dw over a "
                 "step; use TorchSDE(method='heun') or StochasticHeun"
             )
-            raise ValueError(msg)
         if sde is not self._sde:
             msg = "noise is a BrownianPath of another process; construct it with process.sde"
             raise ValueError(msg)
@@ -267,10 +263,9 @@ class BrownianPath(NoiseSource):
         low, high = self._times[0], self._times[-1]
         for s, t in intervals:
             if not low <= s < t <= high:
-                msg = (
+                raise ValueError(
                     f"an interval of the path must have {low:g} ≤ s < t ≤ {high:g}; got [{s}, {t}]"
                 )
-                raise ValueError(msg)
         with self._lock:
             self._refine(sorted({at for interval in intervals for at in interval}))
         return [
@@ -437,11 +432,10 @@ class _StepNoise(NoiseSource):
         """Raise ValueError if the states do not have the path's batch and data shape."""
         shape = (len(z), *z.shape[2:])
         if shape != self._path._shape:
-            msg = (
+            raise ValueError(
                 f"noise must have shape {shape}, (B, *D) of the states; got a BrownianPath of "
                 f"shape {self._path._shape}"
             )
-            raise ValueError(msg)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Return the normals of the next step."""

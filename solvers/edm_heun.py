@@ -91,11 +91,10 @@ class EDMHeun(StagedSolver):
         """Blocks of all steps."""
         sde = process.sde
         if sde.components != 1:
-            msg = (
+            raise ValueError(
                 f"EDMHeun needs a process of one component; {type(sde).__name__} has "
                 f"{sde.components}. Use ExponentialMultistep, with stochasticity=1.0 for noise"
             )
-            raise ValueError(msg)
         check_regular(sde, times, "EDMHeun")
         raised = self._raised(sde, times)
         alpha, level = _levels(sde, times)

@@ -159,31 +159,27 @@ class ExponentialMultistep(GridSolver):
 
     def __post_init__(self) -> None:
         if type(self.order) is not int or self.order not in (1, 2, 3):
-            msg = f"order must be 1, 2 or 3; got {self.order!r}"
-            raise ValueError(msg)
+            raise ValueError(f"order must be 1, 2 or 3; got {self.order!r}")
         one_of(self.prediction, Prediction, "prediction")
         one_of(self.variable, Variable, "variable")
         one_of(self.weights, Weights, "weights")
         if not callable(self.stochasticity):
             check_at_least(self.stochasticity, 0.0, "stochasticity")
         if self.prediction == "noise" and self.stochasticity != 0:
-            msg = (
+            raise ValueError(
                 "stochasticity must be 0 with prediction='noise', which is deterministic; got "
                 f"{self.stochasticity!r}. Use prediction='data'"
             )
-            raise ValueError(msg)
         if self.prediction == "noise" and self.corrector:
-            msg = (
+            raise ValueError(
                 "corrector must be False with prediction='noise', because it is unstable with few "
                 "steps; use prediction='data'"
             )
-            raise ValueError(msg)
         if self.weights == "published" and (self.variable != "log_snr" or self.order > 2):
-            msg = (
+            raise ValueError(
                 "weights='published' needs variable='log_snr' and order 1 or 2; got "
                 f"variable={self.variable!r} and order={self.order}"
             )
-            raise ValueError(msg)
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
         """Blocks of all steps."""
@@ -193,11 +189,10 @@ class ExponentialMultistep(GridSolver):
             verb, advice = (
                 ("end", "finish with denoise=True") if ends else ("start", "draw states at a t > 0")
             )
-            msg = (
+            raise ValueError(
                 f"times must {verb} above 0 for ExponentialMultistep, because the distribution "
                 f"given the data has no density at 0; {advice} instead"
             )
-            raise ValueError(msg)
         undetermined = self._undetermined(process, times)
         # Undetermined steps do not use the conversion. The least noisy time always has one.
         known = torch.where(undetermined, times.min(), times[:-1])
@@ -275,31 +270,28 @@ class ExponentialMultistep(GridSolver):
         lost = log_snr == -torch.inf
         if bool(lost.any()) and (self.prediction == "noise" or self.variable == "log_snr"):
             reason = "prediction='noise'" if self.prediction == "noise" else "variable='log_snr'"
-            msg = (
+            raise ValueError(
                 f"times must not reach t = {float(times[lost].max()):g} with {reason}, because "
                 f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.15g}, "
                 "or prediction='data' with variable='time'"
             )
-            raise ValueError(msg)
         flat = log_snr.diff() == 0
         several = self.order > 1 or self._corrects(1)
         if self.variable == "log_snr" and several and bool(flat.any()):
             i = int(flat.nonzero()[0])
-            msg = (
+            raise ValueError(
                 "variable must be 'time' for this grid: the signal-to-noise ratio is the same at "
                 f"t = {float(times[i]):.15g} and {float(times[i + 1]):.15g}"
             )
-            raise ValueError(msg)
         if process.score.predicts_data and self.prediction == "data":
             return undetermined
         if bool(lost[:-1].any()):
-            msg = (
+            raise ValueError(
                 f"times must start before t = {float(times[lost].min()):g}, at which nothing of "
                 "the data is left, for a score without a data prediction of its own; got "
                 f"{process.score!r}. Start at LinearSDE.regular_until = "
                 f"{process.sde.regular_until:.6g}, or take a Score with predicts_data"
             )
-            raise ValueError(msg)
         return torch.zeros_like(undetermined)
 
     def _levels(self, times: Tensor) -> Tensor:
@@ -307,11 +299,10 @@ class ExponentialMultistep(GridSolver):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")
         if levels.shape != times.shape or not bool((levels.isfinite() & (levels >= 0)).all()):
-            msg = (
+            raise ValueError(
                 "stochasticity must return one finite number ≥ 0 per time, shape "
                 f"{tuple(times.shape)}; got {levels.tolist()}"
             )
-            raise ValueError(msg)
         return levels
 
     def _weights(

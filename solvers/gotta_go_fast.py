@@ -94,8 +94,7 @@ class GottaGoFast(Solver):
         elif isinstance(self.atol, Sequence) and not isinstance(self.atol, str):
             object.__setattr__(self, "atol", tuple(check_positive(x, "atol") for x in self.atol))
         else:
-            msg = f"atol must be a number or a sequence of numbers; got {self.atol!r}"
-            raise TypeError(msg)
+            raise TypeError(f"atol must be a number or a sequence of numbers; got {self.atol!r}")
         one_of(self.noise_on_reject, OnReject, "noise_on_reject")
         check_between(self.safety, 1e-3, 1.0, "safety")
         check_between(self.exponent, 1e-3, 1.0, "exponent")

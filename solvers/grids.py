@@ -219,36 +219,30 @@ def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
 def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     ends = _log_snr_ends(sde, T, eps)
     if not bool(ends.isfinite().all()):
-        msg = (
+        raise ValueError(
             f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "
             f"data is left: take T ≤ {sde.regular_until:.15g}, or logistic_times"
         )
-        raise ValueError(msg)
     return ends
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:
     if isinstance(n, bool) or not isinstance(n, Integral):
-        msg = f"n must be an integer number of steps; got {n!r}"
-        raise TypeError(msg)
+        raise TypeError(f"n must be an integer number of steps; got {n!r}")
     if n < 1:
-        msg = f"n must be at least 1 step; got {n}"
-        raise ValueError(msg)
+        raise ValueError(f"n must be at least 1 step; got {n}")
     if not (math.isfinite(T) and T > 0):
-        msg = f"T must be finite and positive; got {T:g}"
-        raise ValueError(msg)
+        raise ValueError(f"T must be finite and positive; got {T:g}")
     if not 0 <= eps < T:
-        msg = f"eps must lie in [0, T) with T = {T:g}; got {eps:g}"
-        raise ValueError(msg)
+        raise ValueError(f"eps must lie in [0, T) with T = {T:g}; got {eps:g}")
     return torch.arange(int(n) + 1, dtype=torch.float64, device="cpu") / int(n)
 
 
 def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:
     times[0], times[-1] = T, eps
     if not bool((times.diff() < 0).all()):
-        msg = (
+        raise ValueError(
             f"n must be smaller: {len(times) - 1} steps from {T:g} to {eps:g} are below the "
             "resolution of float64"
         )
-        raise ValueError(msg)
     return times

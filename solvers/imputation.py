@@ -235,11 +235,10 @@ class Imputation(GridSolver):
             shifted = ShiftedScore(score, tables.evaluations * steps_before)
             z, memory = self._stepper.step(z, memory, tables.inner, j, shifted, noise)
             if memory and self.resample > 1:
-                msg = (
+                raise ValueError(
                     "solver must be a one-step solver if resample is above 1; "
                     f"got {self.solver!r}. Use SSCS or EulerMaruyama"
                 )
-                raise ValueError(msg)
             z = self._replace(z, tables, j + 1, noise)
         return z, memory
 
@@ -285,11 +284,10 @@ class Imputation(GridSolver):
         shape = data.shape
         fits = self.known.shape in (shape, shape[1:])
         if not fits or (self.basis is not None and self.basis.shape[0] != shape[1]):
-            msg = (
+            raise ValueError(
                 f"{name} must hold data of the shape of known, {tuple(self.known.shape)}, with or "
                 f"without a batch axis; got {tuple(shape)}"
             )
-            raise ValueError(msg)
 
 
 def _on_channels(block: Block, x: Tensor) -> Tensor:
@@ -299,11 +297,9 @@ def _on_channels(block: Block, x: Tensor) -> Tensor:
 
 def _check_known(known: object, mask: object) -> None:
     if not isinstance(known, Tensor) or not known.is_floating_point():
-        msg = f"known must be a floating-point tensor; got {described(known)}"
-        raise TypeError(msg)
+        raise TypeError(f"known must be a floating-point tensor; got {described(known)}")
     if known.ndim < 1:
-        msg = "known must have shape (*D) or (B, *D); got a single number"
-        raise ValueError(msg)
+        raise ValueError("known must have shape (*D) or (B, *D); got a single number")
     if not bool(known.isfinite().all()):
         msg = "known must be finite, also outside of the mask; got NaN or infinity. Put 0 there"
         raise ValueError(msg)
@@ -318,14 +314,12 @@ def _check_known(known: object, mask: object) -> None:
 
 def _check_basis(basis: object, known: torch.Size) -> None:
     if not isinstance(basis, Tensor) or not basis.is_floating_point():
-        msg = f"basis must be a floating-point tensor or None; got {basis!r}"
-        raise TypeError(msg)
+        raise TypeError(f"basis must be a floating-point tensor or None; got {basis!r}")
     if basis.ndim != 2 or basis.shape[0] != basis.shape[1] or basis.shape[0] not in known[:2]:
-        msg = (
+        raise ValueError(
             f"basis must be (C, C) for the first data axis of known, {tuple(known)}, one vector "
             f"per row; got {tuple(basis.shape)}"
         )
-        raise ValueError(msg)
     rows = basis.detach().cpu().to(torch.float64)
     eye = torch.eye(len(rows), dtype=torch.float64, device="cpu")
     error = float((rows @ rows.mT - eye).abs().max())

@@ -148,14 +148,12 @@ class CheckedNoise(NoiseSource):
         drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
         if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
             got = described(drawn)
-            msg = f"noise {self._source!r} must return a tensor of {z.dtype}; got {got}"
-            raise TypeError(msg)
+            raise TypeError(f"noise {self._source!r} must return a tensor of {z.dtype}; got {got}")
         if drawn.shape != shape or drawn.device != z.device:
-            msg = (
+            raise ValueError(
                 f"noise {self._source!r} must return shape {shape} on {z.device}; "
                 f"got {tuple(drawn.shape)} on {drawn.device}"
             )
-            raise ValueError(msg)
         if self._keep:
             self.last = drawn
         return drawn
@@ -191,11 +189,10 @@ class RecordedNoise(NoiseSource):
         """
         if self._used == len(self._draws):
             shape = (len(z), rows, *z.shape[2:])
-            msg = (
+            raise ValueError(
                 f"noise must hold another draw of shape {shape}; got {self._used} recorded draws, "
                 "which are used up"
             )
-            raise ValueError(msg)
         self._used += 1
         return self._draws[self._used - 1].to(z)
 
@@ -336,8 +333,7 @@ def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
     """
     listed = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     if not isinstance(listed, Iterable):
-        msg = f"seeds must be a sequence of integers; got {listed!r}"
-        raise TypeError(msg)
+        raise TypeError(f"seeds must be a sequence of integers; got {listed!r}")
     found = tuple(listed)
     whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in found]
     bad = [s for s, is_whole in zip(found, whole, strict=True) if not is_whole]

@@ -49,11 +49,10 @@ class PathDensity:
             if not len(whitening):
                 end = float(times[i + 1])
                 advice = "end above t = 0" if end == 0 else "take a stochasticity above 0 there"
-                msg = (
+                raise ValueError(
                     f"log_prob must be False for these times: the step from t = "
                     f"{float(times[i]):g} to {end:g} adds no noise and has no density; {advice}"
                 )
-                raise ValueError(msg)
             constant = log_scale + 0.5 * len(whitening) * math.log(2 * math.pi)
             self._steps.append((whitening.tolist(), (whitening @ root).tolist(), constant))
 

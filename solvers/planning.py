@@ -81,14 +81,12 @@ class Plan:
         """Integrate from ``times[0]`` to ``times[-1]``; see `solve` for the arguments."""
         sde = self.process.sde
         if not bool(finite_samples(check_state(state, sde.components, "state")).all()):
-            msg = "state must be finite; it holds NaN or infinity"
-            raise ValueError(msg)
+            raise ValueError("state must be finite; it holds NaN or infinity")
         if state.requires_grad and torch.is_grad_enabled() and not differentiable:
-            msg = (
+            raise ValueError(
                 "state requires gradients, and differentiable is False; pass differentiable=True, "
                 "or state.detach()"
             )
-            raise ValueError(msg)
         requested = _checked_stops(t_eval, self.times, any_time=self.solver.facts.adaptive)
         if callback is not None:
             check_callable(callback, "callback", "callable")
@@ -176,12 +174,11 @@ class Plan:
         if roots is None:
             deterministic = self.solver.facts.ode_order is not None
             kind = "deterministic" if deterministic else "not Gaussian given the past"
-            msg = (
+            raise ValueError(
                 f"log_prob must be False for {self.solver!r}, whose steps are {kind}. "
                 "Use ExponentialMultistep with stochasticity > 0, order 1 or 2 and no corrector, "
                 "EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
             )
-            raise ValueError(msg)
         return PathDensity(roots, self.times)
 
     def _check_times(self) -> None:
@@ -193,13 +190,11 @@ class Plan:
         if denoise is False:
             return None
         if denoise is not True and not (isinstance(denoise, str) and denoise == "step"):
-            msg = f"denoise must be True, False or 'step'; got {denoise!r}"
-            raise ValueError(msg)
+            raise ValueError(f"denoise must be True, False or 'step'; got {denoise!r}")
         if self.times[0] < self.times[-1]:
-            msg = (
+            raise ValueError(
                 f"denoise must be False for an increasing grid, which encodes data; got {denoise!r}"
             )
-            raise ValueError(msg)
         self.process.score.check_times(self.times[-1:])
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
@@ -368,11 +363,10 @@ def solve(
 def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
     """Function that computes denoised data from states at the last time."""
     if float(t) == 0:
-        msg = (
+        raise ValueError(
             f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
             "density at t = 0; take t > 0"
         )
-        raise ValueError(msg)
     if denoise == "step":
         F, G = sde.drift(t), sde.diffusion(t)
         state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
@@ -404,8 +398,7 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
         hint = (
             "" if t_eval.dtype == torch.float64 else f"; its dtype is {t_eval.dtype}: use float64"
         )
-        msg = f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}"
-        raise ValueError(msg)
+        raise ValueError(f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}")
     return stops
 
 
@@ -413,12 +406,11 @@ def _check_encodes(solver: Solver) -> None:
     """Raise ValueError unless a solver runs on increasing grids."""
     if not solver.facts.encodes:
         kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
-        msg = (
+        raise ValueError(
             f"times must decrease for {solver!r}, which is {kind}; to encode data on an increasing "
             "grid take a deterministic solver: ExponentialMultistep(), ProbabilityFlow() or "
             "EDMHeun()"
         )
-        raise ValueError(msg)
 
 
 def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSource:
@@ -429,6 +421,5 @@ def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSour
         msg = f"noise must be a NoiseSource, such as FreshNoise(generator); got {noise!r}"
         raise TypeError(msg)
     if generator is not None:
-        msg = "generator and noise are alternatives; got both"
-        raise ValueError(msg)
+        raise ValueError("generator and noise are alternatives; got both")
     return noise

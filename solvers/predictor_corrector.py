@@ -77,8 +77,7 @@ class Langevin:
     def __post_init__(self) -> None:
         check_positive(self.snr, "snr")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            msg = f"steps must be a positive integer; got {self.steps!r}"
-            raise ValueError(msg)
+            raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
         one_of(self.norm, Norm, "norm")
 
     def correct(
@@ -138,8 +137,7 @@ class PredictorCorrector(GridSolver):
         advice = "ReverseDiffusion, Ancestral or EulerMaruyama"
         check_state_on_grid(self.predictor, "predictor", advice)
         if not isinstance(self.corrector, Langevin):
-            msg = f"corrector must be a Langevin(...); got {self.corrector!r}"
-            raise TypeError(msg)
+            raise TypeError(f"corrector must be a Langevin(...); got {self.corrector!r}")
 
     @property
     def facts(self) -> Facts:

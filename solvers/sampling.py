@@ -164,8 +164,7 @@ def sample(
     if batch is not None:
         batch = as_integer(batch, 1, "batch")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        msg = f"dtype must be a floating-point type of torch; got {dtype!r}"
-        raise TypeError(msg)
+        raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     if solver is not None:
         check_solver(solver)
     _warn_of_training(process.score)
@@ -214,8 +213,7 @@ def recommended_plan(
     if times is not None:
         grid = as_grid_times(times, "times", process.sde.T)
         if grid[0] < grid[-1]:
-            msg = "times must decrease, from the noise to the data"
-            raise ValueError(msg)
+            raise ValueError("times must decrease, from the noise to the data")
         if grid[-1] == 0:  # no noise is left at t = 0
             recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
     reasons = []
@@ -294,12 +292,11 @@ def fit_grid(
         n -= max(1, excess // (per_step * int(needed.max())) - 2)
     least = int(costs(grid(process.sde, start, end, 1)).sum()) + reserved
     given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
-    msg = (
+    raise ValueError(
         f"{given} too few for a step of {type(solver).__name__}"
         f"{' and the data prediction at its end' if denoise else ''}; increase nfe to at least "
         f"{least}"
     )
-    raise ValueError(msg)
 
 
 def window(
@@ -331,12 +328,11 @@ def window(
     first, last = times_of_log_snr(process.sde, ends, process.sde.regular_until).tolist()
     start, end = first if start is None else start, last if end is None else end
     if not end < start:
-        msg = (
+        raise ValueError(
             f"the range of times to sample {process.sde!r} in is empty: it starts at {start:.4g} "
             f"and ends at {end:.4g}. The score was trained on the noise levels {levels}; choose a "
             "process with these levels"
         )
-        raise ValueError(msg)
     return start, end
 
 

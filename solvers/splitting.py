@@ -73,8 +73,7 @@ class Splitting(StagedSolver):
 
     def __post_init__(self) -> None:
         if not isinstance(self.shared_score, bool):
-            msg = f"shared_score must be True or False; got {self.shared_score!r}"
-            raise TypeError(msg)
+            raise TypeError(f"shared_score must be True or False; got {self.shared_score!r}")
         if not isinstance(self.scheme, str) or set(self.scheme) != set("OAB"):
             msg = f"scheme must contain each of the letters O, A and B; got {self.scheme!r}"
             raise ValueError(msg)
@@ -152,20 +151,18 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
     covariance = sde.stationary_covariance
     if sde.components != 2 or sde.stationary_reversal is None or covariance is None:
         stationary = sde.stationary_reversal is not None
-        msg = (
+        raise ValueError(
             "Splitting needs a process of position and velocity with a stationary distribution; "
             f"{type(sde).__name__} has {sde.components} components"
             f"{'. Use SSCS' if stationary else ' and none. Use StochasticHeun'}"
         )
-        raise ValueError(msg)
     noise = sde.accumulated_noise(0.0, sde.T)
     scale = max(float(covariance.abs().max()), 1.0)
     if float(covariance[0, 1].abs()) > 1e-12 * scale or float(noise[0, 1]) != 0:
-        msg = (
+        raise ValueError(
             "Splitting needs independent noises and independent stationary components; "
             f"{type(sde).__name__} has correlated ones. Use SSCS"
         )
-        raise ValueError(msg)
     return covariance.diagonal()
 
 

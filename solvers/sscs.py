@@ -103,11 +103,10 @@ class SSCS(StagedSolver):
         sde = process.sde
         reversal = sde.stationary_reversal
         if reversal is None or sde.stationary_covariance is None:
-            msg = (
+            raise ValueError(
                 "SSCS needs a process with a stationary distribution, whose score it splits from "
                 f"the drift; {type(sde).__name__} has none. Use StochasticHeun"
             )
-            raise ValueError(msg)
         start, middle, end = times[:-1], (times[:-1] + times[1:]) / 2, times[1:]
         stops = torch.cat([times[:1], middle, times[-1:]])
         if not self.merge:

@@ -201,22 +201,19 @@ def sample_posterior(
     grid = as_grid_times(times, "times", sde.T)
     for name, count in (("particles", particles), ("chunk", 1 if chunk is None else chunk)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            msg = f"{name} must be an integer of at least 1; got {count!r}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
     check_between(threshold, 0.0, 1.0, "threshold")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        msg = f"dtype must be a floating-point type of torch; got {dtype!r}"
-        raise TypeError(msg)
+        raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     generators, runs = _generators(seeds, generator)
     data_shape = _data_shape(observation, shape)
     observation.check(data_shape, dtype=dtype, device=device)
     latest = observation.end_time(sde, data_shape)
     if float(grid[-1]) > latest * (1 + 1e-6):
-        msg = (
+        raise ValueError(
             f"times must end at {latest:.3g} or earlier for noise_std = {observation.noise_std:g}: "
             f"noise left at their end would blur the posterior; got {float(grid[-1]):.3g}"
         )
-        raise ValueError(msg)
     guided = PosteriorScore(
         process.score,
         observation,
@@ -313,11 +310,10 @@ class _Weights:
         dead = ~(self.log_weights > -math.inf).any(1)
         if bool(dead.any()):
             run = int(dead.nonzero()[0])
-            msg = (
+            raise FloatingPointError(
                 f"no particle of run {run} has a finite weight after {len(self.ess)} steps: the "
                 "score is not finite, or y is impossible under it"
             )
-            raise FloatingPointError(msg)
         self.ess.append(1 / self.log_weights.softmax(1).square().sum(1))
 
     def resampled(self, threshold: float, uniform: Tensor) -> Tensor | None:
@@ -349,8 +345,7 @@ def _generators(
     if seeds is None:
         return None if generator is None else [generator], 1
     if generator is not None:
-        msg = "generator and seeds are alternatives; got both"
-        raise ValueError(msg)
+        raise ValueError("generator and seeds are alternatives; got both")
     checked = checked_seeds(seeds)
     return [torch.Generator().manual_seed(seed) for seed in checked], len(checked)
 

@@ -89,11 +89,10 @@ class TorchDiffEq(Solver):
         check_at_least(self.max_nfev, 1, "max_nfev")
         own = {"step_t", "step_size", "grid_constructor", "dtype"} & set(self.options)
         if own:
-            msg = (
+            raise ValueError(
                 f"options must not set {', '.join(sorted(own))}, because times sets the grid; got "
                 f"{self.options!r}"
             )
-            raise ValueError(msg)
 
     @property
     def facts(self) -> Facts:
@@ -206,11 +205,10 @@ class _WatchedFlow:
             raise _EndError(msg)
         at = t.detach().to("cpu", torch.float64)
         if not bool(at.isfinite()):
-            msg = (
+            raise _EndError(
                 "the step length is not finite: the score is not finite, or rtol and atol cannot "
                 f"be met in {z.dtype}"
             )
-            raise _EndError(msg)
         # torchdiffeq rounds times to the state's precision, possibly past the ends.
         at = at.clamp(self._times[-1], self._times[0])
         self.nfev += int(self._process.score.evaluations(at))
@@ -237,5 +235,4 @@ class _WatchedFlow:
         stop = self._callback is not None and self._callback(self.steps, now, z.contiguous())
         if stop and now > self._stops[-1]:
             self.stopped = True
-            msg = "stopped by the callback"
-            raise _EndError(msg)
+            raise _EndError("stopped by the callback")

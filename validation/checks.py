@@ -150,11 +150,10 @@ def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
     start = problem.sample(2, g)
     found, again = (sampler.solve(start, generator=g.manual_seed(1), warn=False) for _ in range(2))
     if found.success and not torch.equal(found.state, again.state):
-        msg = (
+        raise ValueError(
             "the same state and noise gave two different results; does the solver draw noise "
             "outside `noise.normal`?"
         )
-        raise ValueError(msg)
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
     return Check(
         kind="NFE per step",

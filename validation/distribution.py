@@ -300,8 +300,7 @@ def _with_tolerance(solver: Solver, factor: float) -> Any:
         rtol, atol = solver.rtol, solver.atol  # type: ignore[attr-defined]
         return dataclasses.replace(solver, rtol=factor * rtol, atol=factor * atol)  # type: ignore[type-var]
     except (AttributeError, TypeError) as error:
-        msg = (
+        raise TypeError(
             "an adaptive solver must be a dataclass with fields rtol and atol; got "
             f"{type(solver).__name__}"
-        )
-        raise TypeError(msg) from error
+        ) from error

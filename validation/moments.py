@@ -42,11 +42,10 @@ class _BasisNoise(NoiseSource):
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         if next(self._rows, None) != rows:
-            msg = (
+            raise ValueError(
                 "solver must draw the same noise for every state; got another number of rows. "
                 "Sample its distribution instead"
             )
-            raise ValueError(msg)
         numbers = rows * z.shape[2]
         draw = z.new_zeros(len(z), numbers)
         draw[self._first : self._first + numbers].fill_diagonal_(1.0)
@@ -104,16 +103,14 @@ def propagate_moments(
     """
     sampler = plan(process, solver, times)
     if sampler.nfev is None:
-        msg = f"solver must work on a fixed grid; {type(solver).__name__} is adaptive"
-        raise TypeError(msg)
+        raise TypeError(f"solver must work on a fixed grid; {type(solver).__name__} is adaptive")
     k, dimension = mean.shape if mean.ndim == 2 else (0, 0)
     size = k * dimension
     if k != process.sde.components or covariance.shape != (size, size):
-        msg = (
+        raise ValueError(
             f"mean must be ({process.sde.components}, D) and covariance (kD, kD); "
             f"got {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
-        raise ValueError(msg)
 
     def end(start: Tensor, noise: NoiseSource) -> Tensor:
         # Do not warn: if a solve diverges, the moments are not finite.
@@ -124,11 +121,10 @@ def propagate_moments(
     origin, zeros = m.new_zeros(1, size), _CountingNoise()
     alone, again = end(origin, zeros), end(origin, _CountingNoise())
     if not torch.equal(alone, again) and bool(alone.isfinite().all()):
-        msg = (
+        raise ValueError(
             "the same state and noise gave two different results; does the solver draw noise "
             "outside `noise.normal`?"
         )
-        raise ValueError(msg)
     # Start from the origin, unit vectors, and twice their sum, which tests that the map is affine.
     states = torch.cat([origin, torch.eye(size, device="cpu").to(m), m.new_full((1, size), 2.0)])
     padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
@@ -143,16 +139,14 @@ def propagate_moments(
     batch_error = float((b - alone).abs().max())
     if noise_error > allowed or batch_error > allowed:
         error = max(noise_error, batch_error) / float(out.abs().max())
-        msg = (
+        raise ValueError(
             f"solver must have steps that are affine in their noise; got a relative error of "
             f"{error:.1g}. Sample its distribution instead"
         )
-        raise ValueError(msg)
     if state_error > allowed:
-        msg = (
+        raise ValueError(
             "process must have a score that is affine in the state; got a relative error of "
             f"{state_error / float(out.abs().max()):.1g}. Use Gaussian data"
         )
-        raise ValueError(msg)
     m, C = b + X @ m, X @ C @ X.T + N @ N.T
     return m.reshape(k, dimension), C

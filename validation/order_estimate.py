@@ -378,18 +378,15 @@ def _checked_levels(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     h = np.asarray(steps, dtype=np.float64)
     if h.ndim != 1 or not len(h):
-        msg = f"steps must be a sequence of step sizes; got an array of shape {h.shape}"
-        raise ValueError(msg)
+        raise ValueError(f"steps must be a sequence of step sizes; got an array of shape {h.shape}")
     if not (np.isfinite(h).all() and (h > 0).all() and (np.diff(np.log(h)) < 0).all()):
-        msg = f"steps must be finite, positive and decreasing; got {h.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"steps must be finite, positive and decreasing; got {h.tolist()}")
     e = np.asarray(errors, dtype=np.float64)
     if e.shape != h.shape:
         msg = f"errors must have one entry for each of {len(h)} steps; got shape {e.shape}"
         raise ValueError(msg)
     if (e < 0).any():
-        msg = f"errors must be magnitudes, 0 or above; got {e.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"errors must be magnitudes, 0 or above; got {e.tolist()}")
     s = _one_for_each(0.0 if standard_errors is None else standard_errors, "standard_errors", h)
     floor = _one_for_each(
         10 * np.finfo(float).eps / h if rounding is None else rounding, "rounding", h
@@ -398,8 +395,7 @@ def _checked_levels(
         msg = f"standard_errors must be 0 or above if the error is finite; got {s.tolist()}"
         raise ValueError(msg)
     if not (floor >= 0).all():
-        msg = f"rounding must be 0 or above; got {floor.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"rounding must be 0 or above; got {floor.tolist()}")
     return h, e, s, floor
 
 
@@ -415,14 +411,10 @@ def _check_options(
     expected: float | None, tolerance: float, confidence: float, spacing: float
 ) -> None:
     if expected is not None and not (math.isfinite(expected) and expected > 0):
-        msg = f"expected must be a finite, positive order or None; got {expected}"
-        raise ValueError(msg)
+        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
     if not (math.isfinite(tolerance) and tolerance > 0):
-        msg = f"tolerance must be finite and positive; got {tolerance}"
-        raise ValueError(msg)
+        raise ValueError(f"tolerance must be finite and positive; got {tolerance}")
     if not 0 < confidence < 1:
-        msg = f"confidence must lie strictly between 0 and 1; got {confidence}"
-        raise ValueError(msg)
+        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
     if not (math.isfinite(spacing) and spacing > 0):
-        msg = f"spacing must be finite and positive; got {spacing}"
-        raise ValueError(msg)
+        raise ValueError(f"spacing must be finite and positive; got {spacing}")

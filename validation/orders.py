@@ -160,11 +160,10 @@ def _sampled_weak_order(
     generator: torch.Generator | None,
 ) -> OrderEstimate:
     if solver.path_noise(problem.process, grids[0]) is None:
-        msg = (
+        raise TypeError(
             f"solver must have `path_noise` for a weak order on mixtures, which is measured along "
             f"shared Brownian paths; got {solver!r}. Use a problem with Gaussian data"
         )
-        raise TypeError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     strides = _strides([len(times) - 1 for times in grids], len(grids[-1]) - 1)
     batches = max(20, -(-samples // _BATCH))
@@ -347,8 +346,7 @@ def strong_order(
     check_problem(problem)
     _check_steps(steps)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
-        msg = f"solver must have `path_noise` for a strong order; {solver!r} has none"
-        raise TypeError(msg)
+        raise TypeError(f"solver must have `path_noise` for a strong order; {solver!r} has none")
     batches = 10
     _check_samples(samples if case is None else len(case.start), 2 * batches)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -385,16 +383,14 @@ def _check_steps(steps: Sequence[int]) -> None:
 
 def _check_samples(samples: int, least: int) -> None:
     if samples < least:
-        msg = f"samples must be at least {least}, for a standard error; got {samples}"
-        raise ValueError(msg)
+        raise ValueError(f"samples must be at least {least}, for a standard error; got {samples}")
 
 
 def _strides(steps: Sequence[int], cells: int) -> list[int]:
     """Number of cells of the finest grid per step, for each level."""
     uneven = [n for n in steps if n < 1 or cells % n]
     if uneven:
-        msg = f"steps must be divisors of the finest, {cells}; got {uneven[0]}"
-        raise ValueError(msg)
+        raise ValueError(f"steps must be divisors of the finest, {cells}; got {uneven[0]}")
     return [cells // n for n in steps]
 
 
@@ -409,5 +405,4 @@ def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Te
 
 def _check_solver(solver: object) -> None:
     if check_solver(solver).facts.adaptive:
-        msg = f"solver must work on a fixed grid; got {solver!r}"
-        raise TypeError(msg)
+        raise TypeError(f"solver must work on a fixed grid; got {solver!r}")

@@ -150,16 +150,14 @@ def posterior_error(
     """
     known = posterior_methods()
     if isinstance(method, str) and method not in known:
-        msg = f"method must be one of {', '.join(map(repr, known))}; got {method!r}"
-        raise ValueError(msg)
+        raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}")
     for count, least, what in (
         (samples, 100, "samples"),
         (steps, 2, "steps"),
         (repeats, 2, "repeats"),
     ):
         if count < least:
-            msg = f"{what} must be at least {least}; got {count}"
-            raise ValueError(msg)
+            raise ValueError(f"{what} must be at least {least}; got {count}")
     own = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
     label = str(own) if name is None else name
     chosen = known[method] if isinstance(method, str) else method
@@ -256,6 +254,5 @@ class _Measure:
 def _checked(x: object, n: int, dimension: int, name: str) -> Tensor:
     if not isinstance(x, Tensor) or x.shape != (n, dimension):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        msg = f"{name} must return samples of shape {(n, dimension)}; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must return samples of shape {(n, dimension)}; got {got}")
     return x.detach().to("cpu", torch.float64)

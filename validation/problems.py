@@ -209,5 +209,4 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
 def check_problem(problem: object) -> None:
     """Raise TypeError unless ``problem`` is a `Problem`."""
     if not isinstance(problem, Problem):
-        msg = f"problem must be a Problem, such as problems()['CLD']; got {problem!r}"
-        raise TypeError(msg)
+        raise TypeError(f"problem must be a Problem, such as problems()['CLD']; got {problem!r}")

@@ -148,8 +148,7 @@ class WorkPrecision:
             If matplotlib is not installed; it comes with the extra ``validation``.
         """
         if against not in ("nfe", "seconds"):
-            msg = f"against must be 'nfe' or 'seconds'; got {against!r}"
-            raise ValueError(msg)
+            raise ValueError(f"against must be 'nfe' or 'seconds'; got {against!r}")
         figure, axes = canvas(7, 4.5)
         for i, name in enumerate(dict.fromkeys(point.solver for point in self.points)):
             own = [p for p in self.points if p.solver == name and 0 < p.error < math.inf]
@@ -240,22 +239,19 @@ def work_precision(
     exact = problem.gaussian and problem.dimension == 1
     chosen = metric if metric is not None else "moments" if exact else "sliced"
     if chosen not in _METRICS:
-        msg = f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}"
-        raise ValueError(msg)
+        raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
     sampled = chosen in ("sliced", "spread")
     if not sampled and not exact:
-        msg = (
+        raise ValueError(
             f"metric must be 'sliced' or 'spread' unless the data are Gaussian of one dimension; "
             f"got {chosen!r}"
         )
-        raise ValueError(msg)
     own = [name for name, solver in solvers.items() if solver.facts.adaptive]
     if own and not sampled:
-        msg = (
+        raise ValueError(
             f"metric must be 'sliced' or 'spread' for adaptive solvers such as {own[0]!r}; got "
             f"{chosen!r}"
         )
-        raise ValueError(msg)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     ends = grid(problem.start, problem.end, 1)
     reference = None if sampled else GaussianReference(problem, ends)
@@ -268,11 +264,10 @@ def work_precision(
     evaluations = {name: _evaluations(solver, problem) for name, solver in solvers.items()}
     for name, solver, budget in cells:
         if budget < evaluations[name] and not solver.facts.adaptive:
-            msg = (
+            raise ValueError(
                 f"budgets must allow at least one step, which takes "
                 f"{counted(evaluations[name], 'evaluation')} for {name!r}; got {budget}"
             )
-            raise ValueError(msg)
     floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
         steps = max(budget // evaluations[name], 1)
@@ -300,18 +295,15 @@ def _check_arguments(
 ) -> None:
     check_problem(problem)
     if not isinstance(solvers, Mapping) or not all(isinstance(name, str) for name in solvers):
-        msg = f"solvers must be a mapping of names to solvers; got {solvers!r}"
-        raise TypeError(msg)
+        raise TypeError(f"solvers must be a mapping of names to solvers; got {solvers!r}")
     for name, solver in solvers.items():
         check_solver(solver, f"solvers[{name!r}]")
     valid = isinstance(budgets, Sequence) and len(budgets) > 0
     if not valid or not all(isinstance(n, Integral) and int(n) > 0 for n in budgets):  # type: ignore[attr-defined]
-        msg = f"budgets must be positive integers, at least one; got {budgets!r}"
-        raise ValueError(msg)
+        raise ValueError(f"budgets must be positive integers, at least one; got {budgets!r}")
     for name, value in (("samples", samples), ("repeats", repeats)):
         if not (isinstance(value, Integral) and int(value) > 0):
-            msg = f"{name} must be a positive integer; got {value!r}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 def _evaluations(solver: Solver, problem: Problem) -> int:

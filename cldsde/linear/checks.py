@@ -28,10 +28,9 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            msg = (
+            raise TypeError(
                 f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
             )
-            raise TypeError(msg)
         times = value.cpu().to(torch.float64)
     elif isinstance(value, Real) and not isinstance(value, bool):
         times = torch.tensor(float(value), device="cpu", dtype=torch.float64)
@@ -43,8 +42,7 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
         low, high = (float(x) for x in times.detach().aminmax())
         if not (low >= 0.0 and high <= end):
             got = "NaN" if math.isnan(low) else f"values from {low:.17g} to {high:.17g}"
-            msg = f"{name} must lie in [0, {end:g}]; got {got}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} must lie in [0, {end:g}]; got {got}")
     return times
 
 
@@ -92,8 +90,7 @@ def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
         raise TypeError(msg)
     levels = value.cpu().to(torch.float64)
     if not bool((levels.isfinite() & (levels >= 0)).all()):
-        msg = f"{name} must be finite and at least 0; got {levels.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite and at least 0; got {levels.tolist()}")
     try:
         return levels.expand(shape)
     except RuntimeError:
@@ -122,8 +119,7 @@ def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]
         # Copy the tensor, so that the process does not change with the caller's tensor.
         matrix = as_float64(value).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"{name} must be a matrix of real numbers; got {value!r}"
-        raise TypeError(msg) from error
+        raise TypeError(f"{name} must be a matrix of real numbers; got {value!r}") from error
     fits = matrix.ndim == 2 and all(
         want in (None, got) for got, want in zip(matrix.shape, shape, strict=True)
     )
@@ -132,27 +128,23 @@ def as_matrix(value: MatrixLike, name: str, shape: tuple[int | None, int | None]
         msg = f"{name} must be a matrix of shape {want}; got shape {tuple(matrix.shape)}"
         raise ValueError(msg)
     if not bool(matrix.detach().isfinite().all()):
-        msg = f"{name} must be finite; got {matrix.detach().tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite; got {matrix.detach().tolist()}")
     return matrix
 
 
 def as_number(value: object, name: str) -> float:
     """Convert a real number to a float; raise TypeError for a bool, a tensor or anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        msg = f"{name} must be a real number; got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a real number; got {value!r}")
     return float(value)
 
 
 def as_integer(value: object, least: int, name: str) -> int:
     """Convert an integer ≥ ``least`` to an int; raise TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        msg = f"{name} must be an integer; got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be an integer; got {value!r}")
     if value < least:
-        msg = f"{name} must be at least {least}; got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be at least {least}; got {value}")
     return int(value)
 
 
@@ -165,11 +157,10 @@ def as_parameter(value: object, name: str) -> Parameter:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return value.reshape(()).cpu().to(torch.float64)
     if isinstance(value, Tensor):
-        msg = (
+        raise TypeError(
             f"{name} must be a real number or a tensor with one element; "
             f"got {value.dtype} of shape {tuple(value.shape)}"
         )
-        raise TypeError(msg)
     return as_number(value, name)
 
 
@@ -201,8 +192,7 @@ def check_positive(value: float, name: str) -> float:
     """Return ``value`` as a float if it is finite and above zero; raise ValueError otherwise."""
     number = as_number(value, name)
     if not (math.isfinite(number) and number > 0):
-        msg = f"{name} must be finite and positive; got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite and positive; got {value}")
     return number
 
 
@@ -210,8 +200,7 @@ def check_at_least(value: float, bound: float, name: str) -> float:
     """Return ``value`` as a float if it is finite and ≥ ``bound``; raise ValueError otherwise."""
     number = as_number(value, name)
     if not (math.isfinite(number) and number >= bound):
-        msg = f"{name} must be finite and at least {bound:g}; got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite and at least {bound:g}; got {value}")
     return number
 
 
@@ -219,16 +208,14 @@ def check_between(value: float, low: float, high: float, name: str) -> float:
     """Return ``value`` as a float if it lies in [low, high]; raise ValueError otherwise."""
     number = as_number(value, name)
     if not low <= number <= high:
-        msg = f"{name} must lie in [{low:g}, {high:g}]; got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {value}")
     return number
 
 
 def check_callable(value: object, name: str, kind: str) -> None:
     """Raise TypeError unless a value is callable; ``kind`` says what it must be."""
     if not callable(value):
-        msg = f"{name} must be {kind}; got {reprlib.repr(value)}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be {kind}; got {reprlib.repr(value)}")
 
 
 def check_alphas_cumprod(table: Tensor) -> None:
@@ -237,11 +224,10 @@ def check_alphas_cumprod(table: Tensor) -> None:
     bad = ~((table < before) & (table >= 0))
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
-        msg = (
+        raise ValueError(
             "table must decrease from below 1 to at least 0; "
             f"got {float(table[i]):.6g} after {float(before[i]):.6g} at index {i}"
         )
-        raise ValueError(msg)
 
 
 def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:
@@ -251,9 +237,8 @@ def check_state(z: Tensor, components: int, name: str = "z") -> Tensor:
         msg += f"; got {described(z)}"
         raise TypeError(msg)
     if z.ndim < 2 or z.shape[1] != components:
-        msg = (
+        raise ValueError(
             f"{name} must have shape (B, {components}, *D), with the {components} component(s) of "
             f"the process on axis 1; got {tuple(z.shape)}"
         )
-        raise ValueError(msg)
     return z

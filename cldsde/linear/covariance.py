@@ -29,13 +29,11 @@ def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
     correlation = matrix / units / units.unsqueeze(1)
     plain = correlation.detach()
     if float((plain - plain.T).abs().max()) > 1e-12:
-        msg = f"{name} must be symmetric; got {matrix.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be symmetric; got {matrix.tolist()}")
     smallest = float(torch.linalg.eigvalsh(plain).min())
     null = diagonal.detach() <= 0
     if bool(plain[null].any()) or smallest < -1e-12 * k:
-        msg = f"{name} must be positive semi-definite; got {matrix.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be positive semi-definite; got {matrix.tolist()}")
     return _semidefinite_cholesky(correlation) * units.unsqueeze(1)
 
 

@@ -164,8 +164,7 @@ class TimeChangedDynamics(Dynamics):
         self.A = as_matrix(A, "A", (None, None))
         self.components = len(self.A)
         if self.A.shape[1] != self.components:
-            msg = f"A must be square; got shape {tuple(self.A.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"A must be square; got shape {tuple(self.A.shape)}")
         self.Q_root = as_matrix(Q_root, "Q_root", (self.components, None))
         self.driven = driven_rows(self.Q_root)
         if not self.driven:

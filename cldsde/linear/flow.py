@@ -121,11 +121,10 @@ def _resolved(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> tuple[Tenso
                 return edges, series
         middle = ((edges[1:] + edges[:-1]) / 2)[~resolved]
         edges = torch.cat([edges, middle]).sort(descending=True).values
-    msg = (
+    raise ValueError(
         f"drift is too fast between t = {low:g} and {high:g} to resolve the rotation of the "
         "probability flow; use a process with slower rates"
     )
-    raise ValueError(msg)
 
 
 def _first_edges(dynamics: Dynamics, low: float, high: float) -> Tensor:

@@ -69,22 +69,19 @@ class FunctionDynamics(Dynamics):
                 msg = f"{name} must be finite on [0, {end:g}]; got NaN or infinity at t = {bad:g}"
                 raise ValueError(msg)
         if F.shape[1] != F.shape[2]:
-            msg = f"drift must return square matrices; got shape {tuple(F.shape[1:])}"
-            raise ValueError(msg)
+            raise ValueError(f"drift must return square matrices; got shape {tuple(F.shape[1:])}")
         if G.shape[1] != F.shape[1]:
-            msg = (
+            raise ValueError(
                 f"diffusion must return matrices with as many rows as the drift, {F.shape[1]}; got "
                 f"shape {tuple(G.shape[1:])}"
             )
-            raise ValueError(msg)
         self.components = F.shape[1]
         self.driven = driven_rows(G)
         if not self.driven:
-            msg = (
+            raise ValueError(
                 "diffusion must have a nonzero entry at some time, because without noise there is "
                 "no score; got 0"
             )
-            raise ValueError(msg)
         self._edges = partition(self._drift, self._diffusion, grid)
         self._known_values = self._some_values()
 

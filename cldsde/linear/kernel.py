@@ -19,11 +19,10 @@ def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
     """Raise unless ``z`` is a state ``(B, k, *D)`` and the blocks are for one time or B times."""
     check_state(z, blocks.shape[-1], name)
     if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
-        msg = (
+        raise ValueError(
             f"{name} has {len(z)} samples, so the kernel must be for one time or for ({len(z)},) "
             f"times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
         )
-        raise ValueError(msg)
 
 
 def check_density(root: Tensor, times: Tensor, name: str) -> None:
@@ -40,23 +39,21 @@ def check_density(root: Tensor, times: Tensor, name: str) -> None:
     """
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
     if bool(flat.any()):
-        msg = (
+        raise ValueError(
             f"{name} must be above 0: the distribution given the start has no density at {name} = "
             f"{float(times.detach()[flat].min()):g}; take {name} > 0, and a process whose noise "
             "reaches every component"
         )
-        raise ValueError(msg)
 
 
 def log_density(residual: Tensor, root: Tensor) -> Tensor:
     """Log-density ``(B,)`` of N(0, L Lᵀ ⊗ I) at ``(B, k, *D)``, in single precision at least."""
     diagonal = root.diagonal(dim1=-2, dim2=-1)
     if bool((diagonal <= 0).any()):
-        msg = (
+        raise ValueError(
             "the distribution has no density, because its root has a zero on the diagonal; take "
             "times at which noise reaches every component"
         )
-        raise ValueError(msg)
     flat = flatten_data(residual)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     factor = root.to(flat)
@@ -197,8 +194,7 @@ class Gaussian:
             ``(B, k, *D)``.
         """
         if not isinstance(shape, Sequence) or len(shape) < 1:
-            msg = f"shape must be the shape (B, *D) of a batch of data; got {shape!r}"
-            raise ValueError(msg)
+            raise ValueError(f"shape must be the shape (B, *D) of a batch of data; got {shape!r}")
         full = (shape[0], len(self.root), *shape[1:])
         noise = standard_normal(full, generator=generator, dtype=dtype, device=device)
         return apply_blocks(self.root, noise)

@@ -57,8 +57,7 @@ def times_of_log_snr(
         msg = f"log_snr must be a number or a tensor of real numbers; got {log_snr!r}"
         raise TypeError(msg) from error
     if bool(log_snr.isnan().any()):
-        msg = f"log_snr must not be NaN; got {log_snr.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"log_snr must not be NaN; got {log_snr.tolist()}")
     if not 0 < eps <= T <= sde.T:
         msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)

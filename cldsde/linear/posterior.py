@@ -207,11 +207,10 @@ def whitened_family(
     panels, edges = _panels(fastest, flat_s, flat_t)
     factors = converged(lambda count: collocate(reverse, *edges(count)), panels)
     if factors is None:
-        msg = (
+        raise ValueError(
             "stochasticity is too large to resolve the reverse process between s and t; got up to "
             f"{float(level.detach().max()):g}. Take a smaller one or a shorter interval"
         )
-        raise ValueError(msg)
     move, noise = factors
     return stack_first(move, s.shape), stack_first(noise, s.shape)
 

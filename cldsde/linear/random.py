@@ -20,11 +20,10 @@ def check_generator(generator: object, *, several: bool = True) -> None:
     listed = several and isinstance(generator, Sequence) and not isinstance(generator, str)
     if listed and all(isinstance(g, torch.Generator) for g in generator):  # type: ignore[attr-defined]
         return
-    msg = (
+    raise TypeError(
         f"generator must be a torch.Generator{', a list of them' if several else ''} or None; got "
         f"{generator!r}. For a seed, pass torch.Generator().manual_seed(seed)"
     )
-    raise TypeError(msg)
 
 
 def standard_normal(
@@ -51,11 +50,10 @@ def standard_normal(
         drawn = torch.randn(shape, generator=generator, dtype=dtype, device=source)
         return drawn if source == device else drawn.to(device)
     if not generator or shape[0] % len(generator):
-        msg = (
+        raise ValueError(
             f"generator must be a list whose length divides the batch of {shape[0]}; got "
             f"{len(generator)} generators"
         )
-        raise ValueError(msg)
     share = (shape[0] // len(generator), *shape[1:])
     draws = [torch.randn(share, generator=g, dtype=dtype, device=g.device) for g in generator]
     return torch.cat(draws).to(device)

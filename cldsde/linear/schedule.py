@@ -83,22 +83,20 @@ class Schedule:
             msg = f"rate must accept a tensor of times, as torch's functions do; it raised: {error}"
             raise ValueError(msg) from error
         if values.shape != grid.shape:
-            msg = (
+            raise ValueError(
                 f"rate must return a tensor of the shape of its argument, {tuple(grid.shape)}; got "
                 f"{tuple(values.shape)}"
             )
-            raise ValueError(msg)
         if values.dtype != torch.float64:
             msg = f"rate must return float64, the dtype of its argument; got {values.dtype}"
             raise ValueError(msg)
         bad = ~(values.isfinite() & (values >= 0))
         if bool(bad.any()):
             where = int(bad.nonzero()[0])
-            msg = (
+            raise ValueError(
                 f"rate must be finite and not negative on [0, 1]; got {float(values[where]):g} at "
                 f"t = {float(grid[where]):g}"
             )
-            raise ValueError(msg)
         self._made_by = ""
         self._rate = rate
         self._integral = integral if integral is not None else self._quadrature
@@ -139,18 +137,16 @@ class Schedule:
         if given and resolved:
             stated = torch.as_tensor(self._integral(start, end), device="cpu").detach()
             if not bool((stated - halves).abs() <= 1e-8 * halves.abs()):
-                msg = (
+                raise ValueError(
                     f"integral must be the integral of rate over [0, 1], {float(halves):g}; got "
                     f"{float(stated):g}"
                 )
-                raise ValueError(msg)
         if not given and not resolved:
-            msg = (
+            raise ValueError(
                 "rate must be smooth enough for numerical integration; got the integrals "
                 f"{float(whole):.17g} and {float(halves):.17g} over [0, 1] by two quadratures. "
                 "Pass integral"
             )
-            raise ValueError(msg)
 
     @classmethod
     def of(cls, value: Schedule | Parameter | Sequence[Parameter]) -> Schedule:
@@ -167,11 +163,10 @@ class Schedule:
             return cls.constant(value)  # type: ignore[arg-type]
         if isinstance(value, Sequence | Tensor) and not isinstance(value, str) and len(value) == 2:
             return cls.linear(value[0], value[1])
-        msg = (
+        raise TypeError(
             f"schedule must be a number, a pair (β(0), β(1)) or a Schedule"
             f"{', as Schedule(rate) for a function' if callable(value) else ''}; got {value!r}"
         )
-        raise TypeError(msg)
 
     @classmethod
     def constant(cls, beta: Parameter) -> Schedule:

@@ -99,18 +99,16 @@ class LinearSDE:
         prior_covariance: MatrixLike | None = None,
     ) -> None:
         if not isinstance(dynamics, Dynamics):
-            msg = (
+            raise TypeError(
                 "dynamics must be a Dynamics, such as TimeChangedDynamics(A, Q_root, schedule); "
                 f"got {type(dynamics).__name__}"
             )
-            raise TypeError(msg)
         if self.T != 1.0:
-            msg = (
+            raise ValueError(
                 f"T must be 1, because every process runs on [0, 1]; {type(self).__name__} sets "
                 f"{self.T!r}. Rescale the schedule instead: the rate T β(T t) on [0, 1] is β(t) on "
                 "[0, T]"
             )
-            raise ValueError(msg)
         self._frozen: list[tuple[Tensor, Tensor]] = []
         self._dynamics = dynamics
         k = self.components
@@ -282,12 +280,11 @@ class LinearSDE:
         """Raise RuntimeError if a learnt parameter has changed that was read when made."""
         for leaf, value in self._frozen:
             if not torch.equal(leaf.detach(), value):
-                msg = (
+                raise RuntimeError(
                     f"{type(self).__name__} has the values that its learnt parameters had when it "
                     f"was made; one of them was {shown(value)} and is {shown(leaf)} now. Make the "
                     "process anew after each step of the optimiser"
                 )
-                raise RuntimeError(msg)
 
     @property
     def initial_covariance(self) -> Tensor:
@@ -589,11 +586,10 @@ class LinearSDE:
             raise ValueError(msg) from None
         late = start > end
         if bool(late.any()):
-            msg = (
+            raise ValueError(
                 f"s must not be later than t; got s = {float(start[late][0])!r}, "
                 f"t = {float(end[late][0])!r}. Pass the earlier time first"
             )
-            raise ValueError(msg)
         return start, end
 
     def _root_at_start(self, initial_covariance: MatrixLike | None) -> Tensor:
@@ -616,11 +612,10 @@ class LinearSDE:
 
     def _check_range(self, *parts: Tensor) -> None:
         if not all(bool(part.detach().isfinite().all()) for part in parts):
-            msg = (
+            raise OverflowError(
                 f"the transition kernel of {type(self).__name__} overflows float64; rescale the "
                 "process"
             )
-            raise OverflowError(msg)
 
     @property
     def prior(self) -> Gaussian:
@@ -710,8 +705,7 @@ class LinearSDE:
             return self.marginal(t).perturb(self.embed(x0), generator=generator)
         if conditioning == "all":
             return self.transition(0.0, t).perturb(self.augment(x0, generator), generator=generator)
-        msg = f"conditioning must be 'data' or 'all'; got {conditioning!r}"
-        raise ValueError(msg)
+        raise ValueError(f"conditioning must be 'data' or 'all'; got {conditioning!r}")
 
     def embed(self, x: Tensor) -> Tensor:
         """Mean of z_0: the state (x, 0, …), ``(B, k, *D)``, for data x ``(B, *D)``.
@@ -723,8 +717,7 @@ class LinearSDE:
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            msg = f"data must be a floating-point tensor of shape (B, *D); got {got}"
-            raise TypeError(msg)
+            raise TypeError(f"data must be a floating-point tensor of shape (B, *D); got {got}")
         state = x.new_zeros(len(x), self.components, *x.shape[1:])
         state[:, 0] = x
         return state
@@ -735,11 +728,10 @@ class LinearSDE:
         flow = F @ covariance.detach()
         residual = flow + flow.mT + G @ G.mT
         if float(residual.abs().max()) > 1e-10 * float(flow.abs().max()):
-            msg = (
+            raise ValueError(
                 "stationary_covariance must satisfy F Σ + Σ Fᵀ + GGᵀ = 0 at all times; "
                 f"the residual reaches {float(residual.abs().max()):g}"
             )
-            raise ValueError(msg)
         return covariance
 
 
@@ -748,12 +740,10 @@ def check_process(sde: object) -> LinearSDE:
     if not isinstance(sde, LinearSDE):
         hint = " (write it with parentheses)" if isinstance(sde, type) else ""
         got = sde.__name__ if isinstance(sde, type) else type(sde).__name__
-        msg = f"sde must be a LinearSDE; got {got}{hint}"
-        raise TypeError(msg)
+        raise TypeError(f"sde must be a LinearSDE; got {got}{hint}")
     if not hasattr(sde, "dynamics"):
-        msg = (
+        raise TypeError(
             f"sde must be initialised; {type(sde).__name__} does not call "
             "super().__init__ with its dynamics"
         )
-        raise TypeError(msg)
     return sde

@@ -230,10 +230,9 @@ class SignalNoiseDynamics(Dynamics):
 
     def _check(self, grid: Tensor, alpha: Tensor, sigma: Tensor) -> None:
         if abs(float(alpha[0]) - 1) > 8 * _EPS:
-            msg = (
+            raise ValueError(
                 f"signal must be 1 at t = 0, because the state is the data; got {float(alpha[0]):g}"
             )
-            raise ValueError(msg)
         for name, bad, wanted in (
             ("signal", alpha[:-1] <= 0, "positive before t = 1"),
             ("signal", alpha < 0, "not negative"),
@@ -250,11 +249,10 @@ class SignalNoiseDynamics(Dynamics):
         rising = direct < -4 * _EPS * (later + earlier)
         if bool(rising.any()) or not bool((direct > 0).any()):
             i = int(rising.nonzero()[0]) if bool(rising.any()) else 0
-            msg = (
+            raise ValueError(
                 "signal and noise must have a ratio α/σ that decreases with t; got an increase "
                 f"between t = {float(grid[i]):g} and {float(grid[i + 1]):g}"
             )
-            raise ValueError(msg)
         if self.gain is not None:
             return
         coarse = grid[:: (len(grid) - 1) // _CHECKED]
@@ -264,12 +262,11 @@ class SignalNoiseDynamics(Dynamics):
         off = (self._quadrature(s[close], t[close]).detach() - direct[close]).abs()
         if not bool((off <= 64 * _EPS * plus[close]).all()):
             i = int(off.div(plus[close]).nan_to_num(torch.inf).argmax())
-            msg = (
+            raise ValueError(
                 f"signal and noise must be smooth near t = {float(s[close][i]):g}, because kernels "
                 "over short steps need their derivatives; for functions that are not smooth pass "
                 "the exact gain to SignalNoiseDynamics"
             )
-            raise ValueError(msg)
 
     @torch.no_grad()
     def _latest_regular(self) -> float:
@@ -295,8 +292,7 @@ class SignalNoiseDynamics(Dynamics):
                 else f"take t ≤ {self.regular_until:.15g}, or ExponentialMultistep with "
                 "prediction='data', which does not evaluate it"
             )
-            msg = f"the {name} of this process diverges at t = {where:.15g}; {advice}"
-            raise ValueError(msg)
+            raise ValueError(f"the {name} of this process diverges at t = {where:.15g}; {advice}")
         return values
 
 
@@ -315,11 +311,10 @@ def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
         msg = f"{name} must accept a tensor of times, as torch's functions do; it raised: {error}"
         raise ValueError(msg) from error
     if values.shape != grid.shape or values.dtype != torch.float64:
-        msg = (
+        raise ValueError(
             f"{name} must return float64 of the shape of its argument, {tuple(grid.shape)}; got "
             f"{values.dtype} of shape {tuple(values.shape)}"
         )
-        raise ValueError(msg)
     bad = ~values.isfinite()
     if bool(bad.any()):
         where = float(grid[bad][0])
@@ -328,9 +323,8 @@ def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
     try:
         torch.func.jvp(function, (grid,), (torch.ones_like(grid),))
     except (NotImplementedError, RuntimeError) as error:
-        msg = (
+        raise ValueError(
             f"{name} must consist of torch's operations, because it is differentiated; it raised: "
             f"{error}"
-        )
-        raise ValueError(msg) from error
+        ) from error
     return values

@@ -31,8 +31,7 @@ def __getattr__(name: str) -> Any:
     class `SchedulerMixin` beside it.
     """
     if name not in ("PipelineScheduler", "SchedulerMixin"):
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from cldsde.pretrained import pipeline_scheduler
     except ModuleNotFoundError as error:

@@ -94,8 +94,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         msg = f"{path} is a folder; name the file in it that torch.save wrote, checkpoint_….pth"
         raise SettingError("path", msg)
     if not path.is_file():
-        msg = f"there is no file {path}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             # Memory-mapped, so that the state of the optimiser is never read.

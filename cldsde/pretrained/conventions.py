@@ -51,24 +51,22 @@ class Convention:
         prediction = config.get("prediction_type", "epsilon")
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
             if config.get("invert_sigmas"):
-                msg = (
+                raise ValueError(
                     f"scheduler: {name} with invert_sigmas has noise at time 0, which is unknown "
                     "here"
                 )
-                raise ValueError(msg)
             steps = config.num_train_timesteps
             low, high = (vars(scheduler).get(end) for end in ("sigma_min", "sigma_max"))
             low, high = float(low or 1 / steps), float(high or 1.0)
             return cls("flow", steps, (_flow_log_snr(high), _flow_log_snr(low)))
         found = getattr(scheduler, "alphas_cumprod", None)
         if found is None or prediction not in _PREDICTIONS:
-            msg = (
+            raise ValueError(
                 f"scheduler: levels and prediction of {name} (prediction_type={prediction!r}) are "
                 "unknown here; known are schedulers with alphas_cumprod that predict "
                 f"{', '.join(_PREDICTIONS)}, and flow-matching schedulers. Wrap the network as a "
                 "denoiser(u, sigma) instead"
             )
-            raise ValueError(msg)
         alphas = found.detach().cpu().double()
         if float(alphas[-1]) >= float(alphas[-2]) or float(alphas[-1]) <= _NO_SIGNAL:
             alphas = torch.cat([alphas[:-1], alphas.new_zeros(1)])
@@ -141,11 +139,10 @@ class Convention:
         if self.predicts == "velocity":
             return signal, -noise
         if signal == 0:
-            msg = (
+            raise ValueError(
                 "scheduler: a network that predicts the noise (prediction_type='epsilon') cannot "
                 "start at a level without signal (rescale_betas_zero_snr); use 'v_prediction'"
             )
-            raise ValueError(msg)
         return 1 / signal, -noise / signal
 
 

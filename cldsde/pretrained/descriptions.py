@@ -72,11 +72,10 @@ def _made(given: object, home: ModuleType, kind: type, name: str) -> Any:
         given = {"name": given, "options": {}}
     if not (isinstance(given, Mapping) and set(given) == {"name", "options"}):
         hint = " (write it with parentheses)" if isinstance(given, type) else ""
-        msg = (
+        raise TypeError(
             f"{name} must be a {kind.__name__}, the name of its class, or a mapping of 'name' and "
             f"'options'; got {given!r}{hint}"
         )
-        raise TypeError(msg)
     public = {word: getattr(home, word) for word in home.__all__}
     known = {
         word: x
@@ -87,8 +86,7 @@ def _made(given: object, home: ModuleType, kind: type, name: str) -> Any:
         and not inspect.isabstract(x)
     }
     if given["name"] not in known:
-        msg = f"{name} must be one of {', '.join(sorted(known))}; got {given['name']!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be one of {', '.join(sorted(known))}; got {given['name']!r}")
     options = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in given["options"].items()

@@ -137,11 +137,10 @@ def from_diffusers(
         network, found = _parts(source)
     scheduler = found if scheduler is None else scheduler
     if scheduler is None:
-        msg = (
+        raise ValueError(
             "scheduler must be given for a model without one: the scheduler that it was trained "
             "with, such as diffusers.DDPMScheduler(), or its configuration"
         )
-        raise ValueError(msg)
     made = _scheduler(scheduler)
     convention = Convention.of(made)
     plain = getattr(network, "_orig_mod", network)  # of a compiled network
@@ -151,8 +150,7 @@ def from_diffusers(
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
             raise ValueError(msg)
         if clock is not None:
-            msg = f"nearest must be False if clock is given; got clock={clock!r}"
-            raise ValueError(msg)
+            raise ValueError(f"nearest must be False if clock is given; got clock={clock!r}")
         clock = "index"
     shared = shared_conditions_of(plain)
     classes, null_class = classes_of(plain)
@@ -198,10 +196,9 @@ def _parts(source: Any) -> tuple[Any, Any]:
         network = getattr(source, name, None)
         if isinstance(getattr(network, "_orig_mod", network), diffusers.ModelMixin):
             return network, _replaced(getattr(source, "scheduler", None))
-    msg = (
+    raise TypeError(
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
-    raise TypeError(msg)
 
 
 def _replaced(scheduler: Any) -> Any:
@@ -214,11 +211,10 @@ def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
     folder = folder.parent if folder.is_file() else folder
     if not folder.is_dir():
         if not download:
-            msg = (
+            raise FileNotFoundError(
                 f"source: {name} is no folder; with download=True a model of this name is fetched "
                 "from the Hugging Face hub"
             )
-            raise FileNotFoundError(msg)
         from huggingface_hub import snapshot_download
 
         parts = [f"{part}/*.{end}" for part in _NETWORKS for end in ("json", "safetensors")]
@@ -233,8 +229,7 @@ def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
         if part in listed:
             file = folder / "scheduler" / _SCHEDULER_FILE
             return _load_network(folder / part), file if file.is_file() else None
-    msg = f"source: {index} lists none of {', '.join(_NETWORKS)}"
-    raise ValueError(msg)
+    raise ValueError(f"source: {index} lists none of {', '.join(_NETWORKS)}")
 
 
 def _load_network(folder: Path) -> Any:
@@ -252,11 +247,10 @@ def _load_network(folder: Path) -> Any:
     if not weights:
         pickles = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.ckpt")))
         held = f"it holds {pickles[0]}, and a pickle may run code" if pickles else "it holds none"
-        msg = (
+        raise ValueError(
             f"source: weights must be safetensors; {held} ({folder}). Save the model again with "
             "save_pretrained"
         )
-        raise ValueError(msg)
     # diffusion_pytorch_model.fp16.safetensors is the variant "fp16".
     middle = weights[0].split(".")[1]
     variant = None if "diffusion_pytorch_model.safetensors" in weights else middle
@@ -281,15 +275,13 @@ def _scheduler(given: Any) -> Any:
         origin = given = Path(given).expanduser()
         given = given / _SCHEDULER_FILE if given.is_dir() else given
         if not given.is_file():
-            msg = f"scheduler: there is no file {given}"
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"scheduler: there is no file {given}")
         given = _read_json(given)
     if not isinstance(given, Mapping):
-        msg = (
+        raise TypeError(
             "scheduler must be a scheduler of diffusers, its configuration, or a file of it; got "
             f"{type(given).__name__}"
         )
-        raise TypeError(msg)
     if given.get("_class_name") == "PipelineScheduler":
         from cldsde.pretrained.pipeline_scheduler import PipelineScheduler
 
@@ -318,8 +310,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        msg = f"{file} is no JSON file: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{file} is no JSON file: {error}") from error
     if not isinstance(found, dict):
         msg = f"{file} must hold a JSON object; got {type(found).__name__}"
         raise ValueError(msg)  # noqa: TRY004 -- the file is wrong, not an argument's type

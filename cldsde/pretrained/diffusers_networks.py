@@ -81,23 +81,21 @@ def clock_of(
     names = _names(network)
     reversed_names = [name for name in names if name in _REVERSED]
     if reversed_names:
-        msg = (
+        raise ValueError(
             f"source: {reversed_names[0]} predicts the negative flow, at a time that falls with "
             "the noise; wrap it in a PredictionDenoiser that negates its output"
         )
-        raise ValueError(msg)
     if given is not None:
         return given
     if convention.continuous:
         return "log_sigma/4"
     factors = [_TIMES[name] for name in names if name in _TIMES]
     if not factors:
-        msg = (
+        raise ValueError(
             f"clock must be given for {names[0]}, because the form in which it receives the noise "
             "level is unknown here: 'time' for the path's time (an index, or σ of a flow), or a "
             "function of it, such as lambda t: 1000 * t"
         )
-        raise ValueError(msg)
     factor = factors[0] * (1 if convention.table is not None else convention.steps)
     return "time" if factor == 1 else _Multiple(factor)
 
@@ -118,12 +116,11 @@ def check_channels(network: Any) -> None:
     if taken is None or made is None or made in (taken, 2 * taken):
         return
     inpainting = ": it takes a mask and the masked image, too" if taken == 2 * made + 1 else ""
-    msg = (
+    raise ValueError(
         f"source: {type(network).__name__} takes {taken} channels and predicts {made}{inpainting}. "
         "A denoiser has noisy data only. Sample in the pipeline with PipelineScheduler, or wrap "
         "network and other inputs in a PredictionDenoiser"
     )
-    raise ValueError(msg)
 
 
 def classes_of(network: Any) -> tuple[int | None, int | None]:

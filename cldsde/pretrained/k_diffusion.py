@@ -129,8 +129,7 @@ def sample_k_diffusion(
     check_callable(model, "model", "a denoiser model(x, sigma)")
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
         kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        msg = f"x must be a floating-point tensor (B, *D); got {kind}"
-        raise TypeError(msg)
+        raise TypeError(f"x must be a floating-point tensor (B, *D); got {kind}")
     if callback is not None:
         check_callable(callback, "callback", "a function of a dictionary")
     arguments = {} if extra_args is None else dict(extra_args)
@@ -152,8 +151,7 @@ def sample_k_diffusion(
         denoised = model(x, given[i] * x.new_ones(len(x)), **arguments)
         if not isinstance(denoised, Tensor) or denoised.shape != shape:
             got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
-            msg = f"model must return a tensor like x, {tuple(shape)}; got {got}"
-            raise ValueError(msg)
+            raise ValueError(f"model must return a tensor like x, {tuple(shape)}; got {got}")
         if callback is not None:
             callback(
                 {"x": x, "i": i, "sigma": given[i], "sigma_hat": given[i], "denoised": denoised}
@@ -182,15 +180,13 @@ def _noise_source(
     if sampler is not None:
         check_callable(sampler, "noise_sampler", "a function noise_sampler(sigma, next_sigma)")
         if noise is not None:
-            msg = "noise and noise_sampler are alternatives; got both"
-            raise ValueError(msg)
+            raise ValueError("noise and noise_sampler are alternatives; got both")
         if sde.components > 1:
-            msg = (
+            raise ValueError(
                 f"noise_sampler must be None for {sde!r}: it gives one normal number per entry of "
                 f"x and step, and the process has {sde.components} components, which also need "
                 "noise at the start. Pass noise=, a seed, a generator or a NoiseSource"
             )
-            raise ValueError(msg)
         return _SamplerNoise(sampler)
     if noise is None:
         return streams_of(x)
@@ -198,12 +194,10 @@ def _noise_source(
         return FreshNoise(noise)
     if isinstance(noise, Integral) and not isinstance(noise, bool):
         if noise < 0:
-            msg = f"noise must be a seed ≥ 0, a generator or a NoiseSource; got {noise}"
-            raise ValueError(msg)
+            raise ValueError(f"noise must be a seed ≥ 0, a generator or a NoiseSource; got {noise}")
         return SampleNoise(range(len(x)), key=int(noise))
     if not isinstance(noise, NoiseSource):
-        msg = f"noise must be a NoiseSource, a generator or a seed; got {noise!r}"
-        raise TypeError(msg)
+        raise TypeError(f"noise must be a NoiseSource, a generator or a seed; got {noise!r}")
     # A source with one stream per sample must fit the batch.
     noise.check(x.unsqueeze(1).expand(-1, sde.components, *(-1,) * (x.ndim - 1)))
     return noise
@@ -220,16 +214,14 @@ def _checked_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
         msg = f"sigmas must have one axis, (n + 1,); got the shape {tuple(levels.shape)}"
         raise ValueError(msg)
     if not bool((levels.isfinite() & (levels >= 0)).all()):
-        msg = f"sigmas must be finite and not negative; got {levels.tolist()}"
-        raise ValueError(msg)
+        raise ValueError(f"sigmas must be finite and not negative; got {levels.tolist()}")
     wrong = (levels.diff() >= 0).nonzero().flatten().tolist()
     if wrong:
         i = wrong[0]
-        msg = (
+        raise ValueError(
             "sigmas must decrease, from the noise to the data; got "
             f"{float(levels[i]):.6g} and then {float(levels[i + 1]):.6g}"
         )
-        raise ValueError(msg)
     return levels
 
 
@@ -238,15 +230,13 @@ def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
     if path is None:
         return torch.ones_like(levels), levels
     if not isinstance(path, NoisePath):
-        msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
-        raise TypeError(msg)
+        raise TypeError(f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}")
     start, end = path.interval
     if float(levels[0]) > end * (1 + _ROUNDING) or 0 < float(levels[-1]) < start * (1 - _ROUNDING):
-        msg = (
+        raise ValueError(
             f"sigmas must be times of the path, {start:g} to {end:g}; got {float(levels[0]):g} to "
             f"{float(levels[-1]):g}"
         )
-        raise ValueError(msg)
     times = levels.clamp(start, end)
     signal, noise = path.signal(times), path.noise(times)
     if float(levels[-1]) == 0:  # the data, whether or not the path has such a time
@@ -269,11 +259,10 @@ def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
     if sigma > 50:  # the largest level of VESDE()
         known.append(VESDE(sigma_max=math.ceil(sigma)))
     found = [repr(other) for other in known if noisiest(other) <= wanted]
-    msg = (
+    raise ValueError(
         f"sigmas must start at σ = {math.exp(-reach):.4g} or less for {sde!r}; got {sigma:.4g}. "
         f"These processes reach it: {', '.join(found)}"
     )
-    raise ValueError(msg)
 
 
 def _path_of(model: Any) -> NoisePath | None:

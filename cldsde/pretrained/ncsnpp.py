@@ -122,8 +122,7 @@ class NCSNpp(nn.Module):
         if fourier_scale is not None:
             check_positive(fourier_scale, "fourier_scale")
         if inputs_enter == "residual" and not fir:
-            msg = "fir must be True if inputs_enter is 'residual'"
-            raise ValueError(msg)
+            raise ValueError("fir must be True if inputs_enter is 'residual'")
         self.embedding = _Embedding(channels[0], fourier_scale)
         #: Added to the embedding of the clock: maps labels ``(B,)`` to ``(B, 4·channels[0])``.
         self.class_embedding: nn.Module | None = None
@@ -393,18 +392,16 @@ class _Up(_Row):
 def check_dropout(dropout: float) -> None:
     """Raise a ValueError unless a dropout probability lies in [0, 1)."""
     if not check_at_least(dropout, 0, "dropout") < 1:
-        msg = f"dropout must lie in [0, 1); got {dropout}"
-        raise ValueError(msg)
+        raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
 
 
 def _norm(width: int) -> nn.GroupNorm:
     groups = min(width // 4, 32)
     if width % groups:
-        msg = (
+        raise ValueError(
             "channels must make equal groups: a layer of more than 128 channels has 32 groups; got "
             f"a layer of {width}, the channels of two neighbouring blocks together"
         )
-        raise ValueError(msg)
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -429,8 +426,7 @@ def _heights(
         msg = f"channels {tuple(channels)} need rows and columns divisible by {factor}"
         raise ValueError(f"{msg}; got {height} × {width}")
     if any(of % 4 for of in channels):
-        msg = f"channels must be multiples of 4; got {list(channels)}"
-        raise ValueError(msg)
+        raise ValueError(f"channels must be multiples of 4; got {list(channels)}")
     return heights_of_levels(height, channels, attention)
 
 
@@ -439,6 +435,5 @@ def heights_of_levels(height: int, channels: Sequence[int], attention: Sequence[
     heights = [height >> level for level in range(len(channels))]
     missing = [h for h in attention if h not in heights]
     if missing:
-        msg = f"attention must be at heights of levels, {heights}; got {missing}"
-        raise ValueError(msg)
+        raise ValueError(f"attention must be at heights of levels, {heights}; got {missing}")
     return heights

@@ -50,14 +50,12 @@ def window(
     for name, t in zip(("start", "end"), found, strict=True):
         kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
         if not noisiest - _ROUNDING <= kappa <= last + _ROUNDING:
-            msg = (
+            raise ValueError(
                 f"{name} must be a time of {sde!r} at which the network knows the noise level, "
                 f"from {low:.4g} to {high:.4g}; got {t:g}"
             )
-            raise ValueError(msg)
     if not found[1] < found[0]:
-        msg = f"end must be below start, {found[0]:.4g}; got {found[1]:.4g}"
-        raise ValueError(msg)
+        raise ValueError(f"end must be below start, {found[0]:.4g}; got {found[1]:.4g}")
     return found[0], found[1]
 
 
@@ -75,18 +73,15 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
         values = torch.as_tensor(given[name], dtype=torch.float64, device="cpu").flatten()
         uneven = values.diff().diff().abs() > _UNEVEN * values.abs().max()
         if bool(uneven.any()):
-            msg = (
+            raise ValueError(
                 f"{name} must be evenly spaced with grid='root_times', which takes their number "
                 f"only; got {values.tolist()}. Use grid='scheduler'"
             )
-            raise ValueError(msg)
         n = len(values)
     if isinstance(n, bool) or not isinstance(n, Integral):
-        msg = f"num_inference_steps must be an integer; got {n!r}"
-        raise TypeError(msg)
+        raise TypeError(f"num_inference_steps must be an integer; got {n!r}")
     if n < 1:
-        msg = f"num_inference_steps must be at least 1; got {n}"
-        raise ValueError(msg)
+        raise ValueError(f"num_inference_steps must be at least 1; got {n}")
     return int(n)
 
 
@@ -131,11 +126,10 @@ def levels_of_scheduler(
     """
     name = type(scheduler).__name__
     if scheduler.order != 1:
-        msg = (
+        raise ValueError(
             f"grid must be 'root_times' for {name}, whose steps evaluate the network "
             f"{scheduler.order} times; got 'scheduler'"
         )
-        raise ValueError(msg)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if unknown := [key for key in given if key not in accepted]:
         msg = f"{unknown[0]} must be None for {name}, which does not take it; got {dict(given)}"
@@ -158,9 +152,8 @@ def levels_of_scheduler(
     new = torch.cat([torch.tensor([True], device="cpu"), levels[1:] != levels[:-1]])
     levels, times = levels[new], times[new[: len(times)]]
     if len(levels) != len(times) + 1 or not bool((levels.diff() > 0).all()):
-        msg = (
+        raise ValueError(
             f"grid must be 'root_times' for {name} with these options, because its noise does not "
             "decrease with each step; got 'scheduler'"
         )
-        raise ValueError(msg)
     return levels, times

@@ -124,11 +124,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if isinstance(scheduler, PipelineScheduler):
             scheduler = scheduler.replaced
         if not isinstance(scheduler, SchedulerMixin):
-            msg = (
+            raise TypeError(
                 "scheduler must be the pipeline's scheduler, such as pipe.scheduler; got "
                 f"{type(scheduler).__name__}"
             )
-            raise TypeError(msg)
         one_of(grid, Grid, "grid")
         #: Copy of the scheduler that this one replaces.
         self.replaced: Any = copy.deepcopy(scheduler)
@@ -285,11 +284,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if learned and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
             output = output[:, : x.shape[1]]
         if output.shape != x.shape:
-            msg = (
+            raise ValueError(
                 f"model_output must have the shape of sample, {tuple(x.shape)}; got "
                 f"{tuple(output.shape)}"
             )
-            raise ValueError(msg)
         exact = torch.promote_types(x.dtype, torch.float32)
         of_x, of_output = self._estimates[i]
         data = of_output * output.to(exact)
@@ -344,11 +342,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError(msg)
             i = self._known.index(float(first))
         if not 0 <= i < self.num_inference_steps:
-            msg = (
+            raise ValueError(
                 f"step must be called at most {self.num_inference_steps} times; call set_timesteps "
                 "to start again"
             )
-            raise ValueError(msg)
         return i
 
     # Configuration
@@ -371,12 +368,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         kind: Any = getattr(diffusers, str(config.get("scheduler")), None)
         known = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
         if not known:
-            msg = (
+            raise ValueError(
                 "config must come from a PipelineScheduler; got the configuration of "
                 f"{config.get('_class_name', 'another scheduler')}. Pass the scheduler itself: "
                 "PipelineScheduler(pipe.scheduler)"
             )
-            raise ValueError(msg)
         own = {name: config[name] for name in _OWN[1:] if name in config}
         own |= {name: kwargs.pop(name) for name in _OWN[1:] if name in kwargs}
         kept = {name: x for name, x in config.items() if name not in (*_OWN, "_class_name")}
@@ -394,11 +390,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         parts = {"process": self.sde, "solver": self.solver}
         for name, part in parts.items():
             if part is not None and self.config[name] is None:
-                msg = (
+                raise ValueError(
                     f"{name} cannot be saved: {part!r} is not determined by the name of a class of "
                     "cldsde and options of JSON"
                 )
-                raise ValueError(msg)
         if getattr(diffusers, self.config.scheduler, None) is not type(self.replaced):
             msg = f"scheduler cannot be saved: {self.config.scheduler} is no class of diffusers"
             raise ValueError(msg)

@@ -70,11 +70,10 @@ class PathSteps:
         self.times = times_of_log_snr(sde, levels.clamp(min=reach), sde.regular_until)
         below = sde.log_snr(self.times) < levels - _ROUNDING
         if bool(below.any()):
-            msg = (
+            raise ValueError(
                 f"process must have noise levels down to σ = {float((-levels[-1]).exp()):.4g}; "
                 f"{sde!r} has none below σ = {float((-sde.log_snr(self.times[-1])).exp()):.4g}"
             )
-            raise ValueError(msg)
         self._process = ReverseProcess(sde, _Announced())
         self._tables: dict[int, Any] = {}
         self._blocks = _Blocks.at(sde, self.times, noise[reached])
@@ -155,11 +154,10 @@ class PathSteps:
         if x is returned and self._version is not None and x._version == self._version:
             return z
         if x.shape != copy.shape:
-            msg = (
+            raise ValueError(
                 f"sample must keep its shape {tuple(copy.shape)} between steps; got "
                 f"{tuple(x.shape)}. Start again with set_timesteps"
             )
-            raise ValueError(msg)
         if not self.solver.facts.state_on_grid:
             if torch.equal(x, copy):
                 return z
@@ -260,10 +258,9 @@ def check_steppable(solver: object) -> GridSolver:
     """
     found = check_solver(solver)
     if not (isinstance(found, GridSolver) and found.facts.score_at_start):
-        msg = (
+        raise ValueError(
             "solver must evaluate the score only at the start of a step, because the pipeline "
             f"evaluates the network once per step; {found!r} does not. Use ExponentialMultistep, "
             "Ancestral, ExponentialEuler, EulerMaruyama or ReverseDiffusion"
         )
-        raise ValueError(msg)
     return found

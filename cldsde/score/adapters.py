@@ -96,8 +96,7 @@ class _TorchSDEForm(_ProcessModule):
         expected = (self._sde.components, *self._shape)
         if state.ndim < 2 or state.shape[1:] != expected:
             sizes = ", ".join(map(str, expected))
-            msg = f"state must have shape (B, {sizes}); got {tuple(state.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"state must have shape (B, {sizes}); got {tuple(state.shape)}")
         return _pack(state)
 
     def unpack(self, y: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ def one_of(value: object, allowed: object, name: str) -> None:
     """Raise ValueError unless ``value`` is in a tuple of strings, or in a Literal type."""
     options = allowed if isinstance(allowed, tuple) else get_args(allowed)
     if value not in options:
-        msg = f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
 
 
 def two_increasing(value: object, name: str) -> tuple[float, float]:
@@ -26,10 +25,8 @@ def two_increasing(value: object, name: str) -> tuple[float, float]:
     """
     pair = tuple(value) if isinstance(value, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(x, Real) for x in pair) or not pair[0] < pair[1]:
-        msg = f"{name} must be two increasing numbers; got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be two increasing numbers; got {value!r}")
     low, high = float(pair[0]), float(pair[1])
     if not math.isfinite(low):
-        msg = f"{name} must start with a finite number; got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must start with a finite number; got {value!r}")
     return low, high

@@ -43,11 +43,10 @@ def condition_gaussians(
     S = A @ cross + noise_std**2 * torch.eye(len(A), dtype=A.dtype, device="cpu")
     roots, faults = torch.linalg.cholesky_ex(S)
     if bool(faults.any()):
-        msg = (
+        raise ValueError(
             f"noise_std of the observation must be larger, because y has no density under the "
             f"mixture; got {noise_std:g}"
         )
-        raise ValueError(msg)
     residual = y - means @ A.mT
     whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
     volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)

@@ -156,11 +156,10 @@ class WhitenedKernel:
         if kind == "data":
             return Form(self._eye(1), nothing)
         if k != 1:
-            msg = (
+            raise ValueError(
                 f"a prediction of the {kind} needs a process of one component; this process has "
                 f"{k}. Use 'noise' or 'data'"
             )
-            raise ValueError(msg)
         parts = (-root, self.psi) if kind == "velocity" else self.rates()
         data, noise = (part.reshape(root.shape) for part in parts)
         return Form(data, noise)
@@ -209,33 +208,30 @@ class WhitenedKernel:
         power = self.information()
         if not bool((power > 0).all()):
             advice = f"take t ≤ {self.end:.15g}" if self.end < 1 else "end earlier or lower beta"
-            msg = (
+            raise ValueError(
                 "t must be earlier: nothing of x_0 is left in the state at "
                 f"t = {float(self.times.detach().max()):g}, so the score does not determine it; "
                 f"{advice}"
             )
-            raise ValueError(msg)
         found = part.square().sum((-2, -1))
         worst, where = self._largest((power / found).sqrt())
         if not worst <= _LARGEST_AMPLIFICATION:
-            msg = (
+            raise ValueError(
                 f"the score of the driven components {self.driven} does not determine x_0 "
                 f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
                 "processes have such times; use critical damping or more, or a solver that needs "
                 "no x_0, such as SSCS or StochasticHeun"
             )
-            raise ValueError(msg)
         return found[..., None, None]
 
     def _check_resolved(self) -> None:
         """Raise ValueError if rounding of x_0 leaves no digit of the full score."""
         loss, where = self._largest(torch.finfo(torch.float64).eps * self.information().sqrt())
         if loss > 1e-4:
-            msg = (
+            raise ValueError(
                 f"t must be later for the full score: at t = {where:g} the state determines x_0 so "
                 "exactly that float64 holds no digit of it"
             )
-            raise ValueError(msg)
 
     def _largest(self, values: Tensor) -> tuple[float, float]:
         """Largest of the values at the times, or 0 if there are none, and its time."""
@@ -409,11 +405,10 @@ class Conversion:
         axes = () if self.source == "data" else (self.value.shape[-1],)
         expected = (len(z), *axes, *z.shape[2:])
         if value.shape != expected:
-            msg = (
+            raise ValueError(
                 f"value must be a prediction of the {self.source} of shape {tuple(expected)} for "
                 f"these states; got {tuple(value.shape)}"
             )
-            raise ValueError(msg)
         rows = value.unsqueeze(1) if self.source == "data" else value
         out = apply_blocks(self.state, z) + apply_blocks(self.value, rows)
         return out[:, 0] if self.target == "data" else out

@@ -103,8 +103,7 @@ class DenoiserScore(Score):
         levels = self.denoiser.noise_levels if noise_levels is None else noise_levels
         self.noise_levels = None if levels is None else two_increasing(levels, "noise_levels")
         if self.noise_levels is not None and self.noise_levels[0] < 0:
-            msg = f"noise_levels must be at least 0; got {self.noise_levels}"
-            raise ValueError(msg)
+            raise ValueError(f"noise_levels must be at least 0; got {self.noise_levels}")
         self.depends_on_place = self.denoiser.depends_on_place
         self.shared_conditions = self.denoiser.shared_conditions
 
@@ -185,11 +184,10 @@ class DenoiserScore(Score):
         if not bool(sigma.isfinite().all()):
             known = self.noise_levels is not None and self.noise_levels[1] == torch.inf
             if not (known and self.sde.components == 1):
-                msg = (
+                raise ValueError(
                     f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "
                     "noise level is infinite there"
                 )
-                raise ValueError(msg)
             sigma = sigma.clamp(max=_ALL_NOISE)
         if self.noise_levels is None or not sigma.numel():
             return sigma

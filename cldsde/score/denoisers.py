@@ -131,17 +131,15 @@ class PredictionDenoiser(Denoiser):
         super().__init__()
         check_callable(network, "network", "a callable network(x, clock)")
         if not isinstance(path, NoisePath):
-            msg = f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}"
-            raise TypeError(msg)
+            raise TypeError(f"path must be a NoisePath, such as NoisePath.linear(); got {path!r}")
         one_of(predicts, TRAINED, "predicts")
         if not callable(clock):
             one_of(clock, Clock, "clock")
         if clock == "index" and path.interval[1] <= 1:
-            msg = (
+            raise ValueError(
                 "clock must not be 'index' for a path whose times are not indices; use 'time', or "
                 "NoisePath.from_alphas_cumprod"
             )
-            raise ValueError(msg)
         self.network = network
         self.path = path
         self.noise_levels: tuple[float, float] = path.noise_levels
@@ -243,9 +241,8 @@ def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
     """
     outside = outside_levels(levels, low, high)
     if bool(outside.any()):
-        msg = (
+        raise ValueError(
             f"sigma must lie in [{low:.6g}, {high:.6g}], the noise levels of the network's "
             f"training; got {float(levels[outside][0]):.6g}"
         )
-        raise ValueError(msg)
     return levels.clamp(low, high)

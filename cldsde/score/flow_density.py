@@ -133,8 +133,7 @@ def flow_log_prob(
     sde = process.sde
     check_state(z, sde.components)
     if not bool(z.isfinite().all()):
-        msg = "z must be finite; it holds NaN or infinity"
-        raise ValueError(msg)
+        raise ValueError("z must be finite; it holds NaN or infinity")
     T = _end(sde)
     check_between(t, 0.0, T * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
@@ -159,10 +158,9 @@ def flow_log_prob(
         if error is flow.raised:
             raise
         # torchdiffeq asserts that its step does not underflow and that numbers are finite.
-        msg = (
+        raise UnsolvedFlowError(
             f"rtol = {rtol:g} and atol = {atol:g} cannot be met ({str(error)[:60]}); increase them"
-        )
-        raise UnsolvedFlowError(msg) from error
+        ) from error
     latent, integral = states[-1], integrals[-1]
     # Before T the prior is the distribution of the noise at that time.
     prior = sde.prior if T == sde.T else Gaussian(sde.marginal(T).root)
@@ -218,18 +216,16 @@ class _Flow:
         low, high = self._interval
         t = time.cpu().to(torch.float64).clamp(low, high)
         if not bool(t.isfinite()):
-            msg = (
+            raise UnsolvedFlowError(
                 "rtol and atol cannot be met, because the first step length is not finite; check "
                 "the score"
             )
-            raise UnsolvedFlowError(msg)
         self.nfev += int(self._process.score.evaluations(t))
         if self.nfev > self._max_nfev:
-            msg = (
+            raise UnsolvedFlowError(
                 f"max_nfev = {counted(self._max_nfev, 'evaluation')} did not reach T; increase "
                 "max_nfev, or rtol and atol"
             )
-            raise UnsolvedFlowError(msg)
         F, G = sde.drift(t), sde.diffusion(t)
         pull = (G @ G.mT)[..., self._driven]
         with torch.enable_grad():
@@ -242,8 +238,7 @@ class _Flow:
             score = checked_score(score, leaf, len(self._driven))
             force = apply_blocks(pull[self._driven], score.to(z.dtype))
             if not bool(score.isfinite().all()):
-                msg = f"the score is not finite at t = {float(t):g}"
-                raise FloatingPointError(msg)
+                raise FloatingPointError(f"the score is not finite at t = {float(t):g}")
             trace = self._trace(force, leaf)
         velocity = apply_blocks(F, z) - 0.5 * apply_blocks(pull, score.detach().to(z.dtype))
         divergence = self._dimension * float(F.detach().trace()) - 0.5 * trace.to(z.dtype)
@@ -253,11 +248,10 @@ class _Flow:
         """Trace of ∂force/∂z over the driven components, ``(B,)``."""
         n = len(leaf)
         if not force.requires_grad:
-            msg = (
+            raise ValueError(
                 "process must have a score that is differentiable in the state; got a score "
                 "without a graph, as under torch.no_grad or after detach"
             )
-            raise ValueError(msg)
         if self._signs is not None:
             signs = self._signs.to(force)
             (slope,) = torch.autograd.grad(force, leaf, signs, materialize_grads=True)

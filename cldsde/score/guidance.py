@@ -142,14 +142,12 @@ class GuidedScore(Score):
         free = self.unconditional = as_score(unconditional, "unconditional")
         self.weight = as_number(weight, "weight")
         if not math.isfinite(self.weight):
-            msg = f"weight must be finite; got {weight}"
-            raise ValueError(msg)
+            raise ValueError(f"weight must be finite; got {weight}")
         if given.sde and free.sde and not same_dynamics(given.sde, free.sde):
-            msg = (
+            raise ValueError(
                 "conditional and unconditional must be scores of one process; got scores of "
                 f"{given.sde!r} and {free.sde!r}"
             )
-            raise ValueError(msg)
         self.sde = given.sde or free.sde
         ranges = [x.noise_levels for x in (given, free) if x.noise_levels is not None]
         if ranges:
@@ -196,14 +194,12 @@ class GuidedScore(Score):
         if self.interval is None:
             return None
         if self.interval[0] < 0:
-            msg = f"interval must hold noise levels ≥ 0; got {self.interval}"
-            raise ValueError(msg)
+            raise ValueError(f"interval must hold noise levels ≥ 0; got {self.interval}")
         if self.sde is None:
-            msg = (
+            raise ValueError(
                 "interval must be None for scores without an attribute sde, which noise levels "
                 f"need; got {self.interval}"
             )
-            raise ValueError(msg)
         levels = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
         low, high = times_of_log_snr(self.sde, -levels.clamp(1e-300, 1e300).log()).tolist()
         return low, high
@@ -284,11 +280,10 @@ def _per_sample(name: str, condition: Any, batch: int) -> Any:
     if condition.ndim == 0 or len(condition) == 1:
         return condition.expand(batch, *condition.shape[1:])
     if len(condition) != batch:
-        msg = (
+        raise ValueError(
             f"condition {name} of the score must have one row per sample, {batch}; got "
             f"{len(condition)}. One row is repeated for all samples. Solvers with a step length "
             "per sample leave finished samples out: give them a condition without axes, or solve "
             "one condition at a time"
         )
-        raise ValueError(msg)
     return condition

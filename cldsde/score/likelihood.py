@@ -150,11 +150,10 @@ def log_likelihood(
         msg = f"x0 must hold at least one number per data point; got shape {tuple(x0.shape)}"
         raise ValueError(msg)
     if importance_weighted and divergence != "exact":
-        msg = (
+        raise ValueError(
             "divergence must be 'exact' with importance_weighted=True, because the noise of a "
             f"Hutchinson estimate would bias the mean of the weights; got {divergence!r}"
         )
-        raise ValueError(msg)
     repeated = mean.repeat_interleave(samples, dim=0)
     draw = _perturbed if start == "perturb" else _replaced
     z, log_ratio = draw(process, repeated, t_min, generator)
@@ -217,11 +216,10 @@ def _replaced(
         return mean, mean.new_zeros(len(mean))
     root = joint_root(sde.initial_root[1:])
     if not bool((root.diagonal() > 0).all()):
-        msg = (
+        raise ValueError(
             "start='replace' needs auxiliary components with an initial density, e.g. "
             "velocity_scale > 0; use start='perturb'"
         )
-        raise ValueError(msg)
     rest = mean[:, 1:]
     noise = standard_normal(rest.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     auxiliary = apply_blocks(root, noise)

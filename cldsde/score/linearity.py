@@ -31,21 +31,19 @@ def check_linear(
         with torch.enable_grad():
             values = forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
         if not isinstance(values, Tensor) or not values.requires_grad:
-            msg = (
+            raise TypeError(
                 "forward must return a tensor that autograd can differentiate with respect to its "
                 f"argument; got {type(values).__name__}"
             )
-            raise TypeError(msg)
         values = values.detach()
         with torch.no_grad():
             alone = forward(a.detach())
     seen = values.shape[1:]
     if len(values) != 4 or y.shape[-len(seen) :] != seen or y.ndim > len(seen) + 1:
-        msg = (
+        raise ValueError(
             f"y must have shape {tuple(seen)}, which forward returns for data of shape "
             f"{tuple(shape)}; got {tuple(y.shape)}"
         )
-        raise ValueError(msg)
     size = float(values.abs().max()) + torch.finfo(dtype).tiny
     tolerance = max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
     # The comparisons are written so that NaN fails, too.
@@ -53,18 +51,16 @@ def check_linear(
         msg = "forward must act on each sample separately; got values that depend on the batch"
         raise ValueError(msg)
     if not float(values[3].abs().max()) <= tolerance * size:
-        msg = (
+        raise ValueError(
             "forward must be linear; got forward(0) ≠ 0. Subtract the constant from forward and "
             "from y"
         )
-        raise ValueError(msg)
     error = float((values[2] - (3 * values[0] - 2 * values[1])).abs().max())
     if not error <= tolerance * size:
-        msg = (
+        raise ValueError(
             f"forward must be linear; got a relative difference of {error / size:.2g} between "
             "forward(3a − 2b) and 3 forward(a) − 2 forward(b)"
         )
-        raise ValueError(msg)
 
 
 def operator_norm(

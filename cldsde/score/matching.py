@@ -191,25 +191,22 @@ class PerturbedData:
             measured = prediction if prediction in ("velocity", "flow") else "noise"
         one_of(measured, MEASURED, "measured")
         if not isinstance(output, Tensor):
-            msg = f"output must be a tensor; got {type(output).__name__}"
-            raise TypeError(msg)
+            raise TypeError(f"output must be a tensor; got {type(output).__name__}")
         expected = self.x0.shape if prediction == "data" else self.noise.shape
         if output.shape != expected:
-            msg = (
+            raise ValueError(
                 f"output must be a prediction of the {prediction} of shape {tuple(expected)}; "
                 f"got {tuple(output.shape)}"
             )
-            raise ValueError(msg)
         output = output.to(self.noise.dtype)
         if weighting == "likelihood":
             diverges = self.sde.regular_until < self.sde.T and bool((self.t == self.sde.T).any())
             if diverges and prediction != "data":
-                msg = (
+                raise ValueError(
                     f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
                     "diffusion of this process diverges there; draw earlier times or use "
                     "prediction='data'"
                 )
-                raise ValueError(msg)
             error = self._error(output, prediction, "noise")
             pulled = apply_blocks(likelihood_rows(self.sde, self.whitened), error)
             return 0.5 * pulled.square().flatten(1).sum(1) / math.prod(self.x0.shape[1:])
@@ -232,11 +229,10 @@ class PerturbedData:
 
     def _check_given_data(self, kind: Prediction) -> None:
         if self.conditioning != "data" and kind in ("velocity", "flow"):
-            msg = (
+            raise ValueError(
                 f"conditioning must be 'data' for a prediction of the {kind}; got "
                 f"{self.conditioning!r}"
             )
-            raise ValueError(msg)
 
 
 def score_matching_loss(
@@ -375,17 +371,15 @@ def _weights(weighting: Weighting, t: Tensor) -> Tensor:
     if weighting == "reweighted":
         return torch.ones_like(t)
     if not callable(weighting):
-        msg = (
+        raise TypeError(
             "weighting must be 'reweighted', 'likelihood' or a function of times; "
             f"got {weighting!r}"
         )
-        raise TypeError(msg)
     times = t.flatten()
     weights = torch.as_tensor(weighting(times), dtype=torch.float64, device="cpu")
     if weights.shape != times.shape:
-        msg = (
+        raise ValueError(
             f"weighting must return one number for each time, {tuple(times.shape)}; "
             f"got {tuple(weights.shape)}"
         )
-        raise ValueError(msg)
     return weights.reshape(t.shape)

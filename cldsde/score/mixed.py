@@ -152,34 +152,30 @@ class MixedScore(NetworkScore):
         try:
             shape = torch.broadcast_shapes(data_mean.shape, data_variance.shape)  # type: ignore[no-untyped-call]
         except RuntimeError:
-            msg = (
+            raise ValueError(
                 "data_mean and data_variance must broadcast to one shape; got "
                 f"{tuple(data_mean.shape)} and {tuple(data_variance.shape)}"
-            )
-            raise ValueError(msg) from None
+            ) from None
         # Loading a state dict writes into these tensors, so they are copies of the caller's.
         data_mean, data_variance = (x.expand(shape).clone() for x in (data_mean, data_variance))
         if not bool(data_mean.isfinite().all()):
-            msg = f"data_mean must be finite; got {data_mean.tolist()}"
-            raise ValueError(msg)
+            raise ValueError(f"data_mean must be finite; got {data_mean.tolist()}")
         single = data_variance.to(torch.float32)
         if not bool((single.isfinite() & (single > 0)).all()):
-            msg = (
+            raise ValueError(
                 "data_variance must be finite and positive in single precision; got "
                 f"{data_variance.tolist()}"
             )
-            raise ValueError(msg)
         if mixing_logits is not None and not (
             isinstance(mixing_logits, Tensor) and bool(mixing_logits.isfinite().all())
         ):
             msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
             raise ValueError(msg)
         if mixing_logits is not None and inputs != "state":
-            msg = (
+            raise ValueError(
                 "mixing_logits must be None unless inputs='state', because they weight noise; got "
                 f"inputs={inputs!r}"
             )
-            raise ValueError(msg)
         self.network = network
         self.sde = sde
         self.inputs = inputs
@@ -388,12 +384,11 @@ class MixedScore(NetworkScore):
         axes = z.ndim - 2
         check_state(z, self.sde.components)
         if axes < max(1, self.data_mean.ndim):
-            msg = (
+            raise ValueError(
                 f"z must have shape (B, {self.sde.components}, *D) with at least one data axis and "
                 f"the axes of data_mean and data_variance, {tuple(self.data_mean.shape)}; "
                 f"got {tuple(z.shape)}"
             )
-            raise ValueError(msg)
         psi = c.psi.unsqueeze(0) if c.log_snr.ndim == 0 else c.psi
         mean = self.data_mean.to(z)
         return z - psi.reshape(-1, z.shape[1], *(1,) * axes) * mean, mean

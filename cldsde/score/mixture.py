@@ -97,46 +97,39 @@ class GaussianMixture:
         self.covariances = _numbers(covariances, "covariances")
         axes = (self.weights.ndim, self.means.ndim, self.covariances.ndim)
         if axes != (1, 2, 3) or not self.means.numel():
-            msg = (
+            raise ValueError(
                 "weights, means and covariances must have shapes (n,), (n, D) and (n, D, D), n and "
                 f"D at least 1; got {tuple(self.weights.shape)}, {tuple(self.means.shape)}, "
                 f"{tuple(self.covariances.shape)}"
             )
-            raise ValueError(msg)
         n, dimension = self.means.shape
         if self.weights.shape != (n,) or self.covariances.shape != (n, dimension, dimension):
-            msg = (
+            raise ValueError(
                 f"means of shape {(n, dimension)} need weights of shape {(n,)} and covariances of "
                 f"shape {(n, dimension, dimension)}; got {tuple(self.weights.shape)} and "
                 f"{tuple(self.covariances.shape)}"
             )
-            raise ValueError(msg)
         if not bool((self.weights.isfinite() & (self.weights > 0)).all()):
-            msg = f"weights must be finite and positive; got {self.weights.tolist()}"
-            raise ValueError(msg)
+            raise ValueError(f"weights must be finite and positive; got {self.weights.tolist()}")
         if not bool(self.means.isfinite().all() and self.covariances.isfinite().all()):
-            msg = "means and covariances must be finite; got NaN or infinity"
-            raise ValueError(msg)
+            raise ValueError("means and covariances must be finite; got NaN or infinity")
         if self.covariances.requires_grad:
-            msg = (
+            raise ValueError(
                 "covariances must not require gradients, because derivatives do not exist if "
                 "eigenvalues coincide; pass covariances.detach()"
             )
-            raise ValueError(msg)
         scale = self.covariances.abs().amax((1, 2))
         skew = (self.covariances - self.covariances.mT).abs().amax((1, 2))
         if bool((skew > 1e-12 * scale).any()):
-            msg = f"covariances must be symmetric; got {self.covariances.tolist()}"
-            raise ValueError(msg)
+            raise ValueError(f"covariances must be symmetric; got {self.covariances.tolist()}")
         self.weights = self.weights / self.weights.sum()
         self._variances, self._axes = torch.linalg.eigh(self.covariances)
         self._moved: dict[tuple[torch.dtype, torch.device], Any] = {}
         if bool((self._variances.amin(1) < -1e-12 * scale).any()):
-            msg = (
+            raise ValueError(
                 "covariances must be positive semi-definite; got the eigenvalue "
                 f"{float(self._variances.min()):g}"
             )
-            raise ValueError(msg)
         self._variances = self._variances.clamp_min(0)
 
     def __repr__(self) -> str:
@@ -306,20 +299,18 @@ class GaussianMixture:
     def _conditioned(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
         shape = check_observation(observation).shape or (self.dimension,)
         if math.prod(shape) != self.dimension:
-            msg = (
+            raise ValueError(
                 f"observation must be of data of {self.dimension} numbers, the mixture's "
                 f"dimension; got data of shape {tuple(shape)}"
             )
-            raise ValueError(msg)
         observation.check(shape, dtype=torch.float64)
         A = observation.dense(shape)
         y = observation.y.to("cpu", torch.float64).flatten()
         if len(y) != len(A):
-            msg = (
+            raise ValueError(
                 f"observation must hold one y of {len(A)} numbers to condition on; "
                 f"got shape {tuple(observation.y.shape)}"
             )
-            raise ValueError(msg)
         means, covariances = self.means.detach().cpu(), self.covariances.cpu()
         return condition_gaussians(means, covariances, A, y, observation.noise_std)
 
@@ -327,11 +318,10 @@ class GaussianMixture:
         flat = flatten_data(check_state(z, sde.components))
         flat = flat.to(torch.promote_types(z.dtype, torch.float32))
         if flat.shape[-1] != self.dimension:
-            msg = (
+            raise ValueError(
                 f"z must hold {self.dimension} numbers per component, the mixture's dimension; "
                 f"got shape {tuple(z.shape)}"
             )
-            raise ValueError(msg)
         return flat
 
     def _marginal(self, sde: LinearSDE, t: Tensor) -> _Marginal:
@@ -411,11 +401,10 @@ def _rows(sde: LinearSDE, rows: Rows) -> list[int]:
     if rows == "driven":
         return list(sde.driven)
     if rows == "auxiliary" and sde.components == 1:
-        msg = (
+        raise ValueError(
             f"rows must be 'driven' or 'all', because {type(sde).__name__} has no auxiliary "
             "components; got 'auxiliary'"
         )
-        raise ValueError(msg)
     return list(range(1 if rows == "auxiliary" else 0, sde.components))
 
 
@@ -423,8 +412,7 @@ def _numbers(value: object, name: str) -> Tensor:
     try:
         return as_float64(value).clone()
     except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"{name} must be an array of real numbers; got {value!r}"
-        raise TypeError(msg) from error
+        raise TypeError(f"{name} must be an array of real numbers; got {value!r}") from error
 
 
 class MixtureScore(Score):

@@ -126,6 +126,5 @@ class NetworkScore(Score, ABC):
         learnt: Tensor = self.network(inputs.to(inside), clock.expand(batch), *given)
         expected = (batch, outputs, *inputs.shape[2:])
         if learnt.shape != expected:
-            msg = f"network must return shape {expected}; got {tuple(learnt.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"network must return shape {expected}; got {tuple(learnt.shape)}")
         return learnt.to(inputs.dtype)

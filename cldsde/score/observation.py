@@ -78,8 +78,7 @@ class Observation:
         # Copy the values, because the caller may change them.
         object.__setattr__(self, "y", _as_tensor(self.y, "y").clone())
         if not bool(self.y.isfinite().all()):
-            msg = "y must be finite; got NaN or infinity"
-            raise ValueError(msg)
+            raise ValueError("y must be finite; got NaN or infinity")
         object.__setattr__(self, "_y", Copies(self.y))
         std = check_at_least(self.noise_std, 0.0, "noise_std")
         object.__setattr__(self, "noise_std", std)
@@ -111,8 +110,7 @@ class Observation:
         forward = selection(mask)
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
         if values.ndim not in (mask.ndim, mask.ndim + 1) or values.shape[-mask.ndim :] != shape:
-            msg = f"y must have the mask's shape {shape}; got {tuple(values.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"y must have the mask's shape {shape}; got {tuple(values.shape)}")
         seen = forward(values if values.ndim > mask.ndim else values.unsqueeze(0))
         return cls(forward, seen if values.ndim > mask.ndim else seen[0], noise_std, shape)
 
@@ -159,10 +157,9 @@ class Observation:
         as_integer(factor, 2, "factor")
         low = _as_tensor(y, "y")
         if low.ndim < 2:
-            msg = (
+            raise ValueError(
                 f"y must have shape (C, *S) with at least one spatial axis; got {tuple(low.shape)}"
             )
-            raise ValueError(msg)
         shape = (low.shape[0], *(factor * n for n in low.shape[1:]))
         return cls(block_means(shape, factor), low, noise_std, shape)
 
@@ -187,8 +184,7 @@ class Observation:
         """
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
         if image.ndim != 3:
-            msg = f"y must be an image (C, H, W); got shape {tuple(image.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"y must be an image (C, H, W); got shape {tuple(image.shape)}")
         shape = tuple(image.shape)
         return cls(correlation(shape, weights), image, noise_std, shape)
 
@@ -204,11 +200,10 @@ class Observation:
         if self.y.shape == seen:
             return self
         if self.y.shape != (shape[0], *seen):
-            msg = (
+            raise ValueError(
                 f"y must hold one observation of shape {tuple(seen)}, or one for each of the "
                 f"{shape[0]} samples; got {tuple(self.y.shape)}"
             )
-            raise ValueError(msg)
         return self.with_y(self.y[samples])
 
     def with_y(self, y: Tensor) -> Observation:
@@ -266,11 +261,10 @@ class Observation:
             If ``noise_std`` is 0.
         """
         if self.noise_std == 0:
-            msg = (
+            raise ValueError(
                 "noise_std must be positive to sample a posterior, because samples end with some "
                 "noise of their own; got 0. Use a small positive number"
             )
-            raise ValueError(msg)
         norm = operator_norm(self.forward, self.adjoint, shape)
         level = math.log(norm / (_END_LEVEL * self.noise_std))
         return float(times_of_log_snr(sde, level))
@@ -305,8 +299,7 @@ class Observation:
 def check_observation(observation: object) -> Observation:
     """Return the argument if it is an `Observation`; otherwise raise TypeError."""
     if not isinstance(observation, Observation):
-        msg = f"observation must be an Observation; got {type(observation).__name__}"
-        raise TypeError(msg)
+        raise TypeError(f"observation must be an Observation; got {type(observation).__name__}")
     return observation
 
 
@@ -317,6 +310,5 @@ def _as_tensor(value: object, name: str) -> Tensor:
         msg = f"{name} must be an array of real numbers; got {type(value).__name__}"
         raise TypeError(msg) from error
     if found.is_complex():
-        msg = f"{name} must be real; got {found.dtype}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be real; got {found.dtype}")
     return found if found.is_floating_point() else found.to(torch.get_default_dtype())

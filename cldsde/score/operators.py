@@ -43,12 +43,10 @@ def selection(mask: Tensor) -> Operator:
         If the mask marks no entry.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        msg = f"mask must be a bool tensor; got {described(mask)}"
-        raise TypeError(msg)
+        raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
     where = Copies(mask.flatten().nonzero().flatten())
     if not bool(mask.any()):
-        msg = "mask must mark at least one entry as observed; got none"
-        raise ValueError(msg)
+        raise ValueError("mask must mark at least one entry as observed; got none")
 
     def forward(x: Tensor) -> Tensor:
         _check_size(x, mask.numel(), "mask")
@@ -66,8 +64,7 @@ def matrix_product(matrix: Tensor) -> Operator:
         If ``matrix`` is not a finite matrix.
     """
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
-        msg = f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}")
 
     copies = Copies(matrix)
 
@@ -101,8 +98,7 @@ def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
     """
     odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
     if not odd or not bool(kernel.isfinite().all()):
-        msg = f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}")
     padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
     copies = Copies(kernel)
 
@@ -116,14 +112,12 @@ def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
 
 def _check_size(x: Tensor, size: int, name: str) -> None:
     if math.prod(x.shape[1:]) != size:
-        msg = (
+        raise ValueError(
             f"{name} must fit the data: it is for {size} numbers; got data of shape "
             f"{tuple(x.shape[1:])}, {math.prod(x.shape[1:])} numbers"
         )
-        raise ValueError(msg)
 
 
 def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
-        msg = f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}"
-        raise ValueError(msg)
+        raise ValueError(f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}")

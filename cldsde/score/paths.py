@@ -82,20 +82,18 @@ class NoisePath:
         falls = ~(level.diff() > 0)
         if bool(falls.any()):
             where = times[:-1][falls][0]
-            msg = (
+            raise ValueError(
                 "signal and noise must have a ratio noise/signal that increases with t; got a "
                 f"decrease after t = {where:.6g}"
             )
-            raise ValueError(msg)
         if self.inverse is not None:
             inner = times[1:-1]
             off = (self.inverse(-level[1:-1].log()) - inner).abs()
             if not bool((off <= 1e-6 * (end - start)).all()):
-                msg = (
+                raise ValueError(
                     "inverse must map κ = log(signal/noise) to its time; got another time at the κ "
                     f"of t = {float(inner[off.nan_to_num(math.inf).argmax()]):.6g}"
                 )
-                raise ValueError(msg)
 
     def __repr__(self) -> str:
         """One line with functions and interval."""
@@ -131,8 +129,7 @@ class NoisePath:
         """
         if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
             got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-            msg = f"table must be a tensor (N,) with N ≥ 2; got {got}"
-            raise ValueError(msg)
+            raise ValueError(f"table must be a tensor (N,) with N ≥ 2; got {got}")
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
         last = float((values > 0).sum()) - 1
@@ -159,14 +156,12 @@ class NoisePath:
         """
         check_process(sde)
         if sde.components != 1:
-            msg = (
+            raise ValueError(
                 f"sde must have one component; got {sde!r} with {sde.components}. Use a "
                 "MixedScore, or a score(z, t), for a network that was trained with it"
             )
-            raise ValueError(msg)
         if not 0 < start < sde.T:
-            msg = f"start must lie between 0 and {sde.T:g}; got {start:g}"
-            raise ValueError(msg)
+            raise ValueError(f"start must lie between 0 and {sde.T:g}; got {start:g}")
         found = _OfProcess(sde, start)
         return cls(
             found.signal,
@@ -209,10 +204,9 @@ def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
         if values.requires_grad:
             return torch.autograd.grad(values, at)[0]
     if bool((function(t) != function(t + 1e-3 * (0.5 - t).sign())).any()):
-        msg = (
+        raise ValueError(
             f"{name} must consist of torch's operations to be differentiated; otherwise pass rates"
         )
-        raise ValueError(msg)
     return torch.zeros_like(t)
 
 
@@ -249,15 +243,13 @@ class _OfProcess:
 
 def _check_values(values: object, times: Tensor, name: str) -> None:
     if not isinstance(values, Tensor):
-        msg = f"{name} must return a tensor; got {type(values).__name__}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must return a tensor; got {type(values).__name__}")
     if values.shape != times.shape:
         msg = f"{name} must return one value per time, {tuple(times.shape)}; got {values.shape}"
         raise ValueError(msg)
     bad = ~(values.isfinite() & (values >= 0))
     if bool(bad.any()):
-        msg = (
+        raise ValueError(
             f"{name} must be finite and not negative; got {float(values[bad][0]):.6g} at "
             f"t = {float(times[bad][0]):.6g}"
         )
-        raise ValueError(msg)

@@ -158,17 +158,15 @@ class PosteriorScore(ScoreWrapper):
         one_of(method, PosteriorMethod, "method")
         process = self.score.sde if sde is None else sde
         if process is None:
-            msg = "sde must be given for a score that has no attribute sde; got None"
-            raise TypeError(msg)
+            raise TypeError("sde must be given for a score that has no attribute sde; got None")
         self.sde = check_process(process)
         if iterations is not None:
             as_integer(iterations, 1, "iterations")
         if method == "dps" and observation.noise_std == 0:
-            msg = (
+            raise ValueError(
                 "noise_std must be positive with method='dps', which divides by it; got 0. Use "
                 "'moments' or 'pigdm'"
             )
-            raise ValueError(msg)
         self.observation = observation
         self.method = method
         self.iterations = iterations
@@ -195,11 +193,10 @@ class PosteriorScore(ScoreWrapper):
         super().check_times(t)
         lost = self.sde.log_snr(t) == -math.inf
         if bool(lost.any()):
-            msg = (
+            raise ValueError(
                 f"t must be earlier than {float(t[lost].min()):g} for a PosteriorScore, because "
                 f"nothing of x_0 is left there; take t ≤ {self.sde.regular_until:.15g}"
             )
-            raise ValueError(msg)
 
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The score of some samples: one observation per sample keeps the rows of these."""
@@ -225,8 +222,7 @@ class PosteriorScore(ScoreWrapper):
             If the method is ``"dps"``, which has no likelihood.
         """
         if self.method == "dps":
-            msg = "method must be 'moments' or 'pigdm' to weigh particles; got 'dps'"
-            raise ValueError(msg)
+            raise ValueError("method must be 'moments' or 'pigdm' to weigh particles; got 'dps'")
         found = self._linearise(z, t, **options)
         residual = self.observation.residual(found.data)
         root, wide = self._dense_roots(found, residual)
@@ -315,11 +311,10 @@ class PosteriorScore(ScoreWrapper):
         """Score, data prediction and its Jacobian; with ``own_data`` the score's own prediction."""
         check_state(z, self.sde.components)
         if torch.is_grad_enabled() and z.requires_grad:
-            msg = (
+            raise ValueError(
                 "z must not require gradients, because a PosteriorScore cannot be differentiated; "
                 "pass z.detach()"
             )
-            raise ValueError(msg)
         dtype = torch.promote_types(z.dtype, torch.float32)
         self.observation.check(z.shape[2:], dtype=dtype, device=z.device)
         driven = len(self.sde.driven)
@@ -338,11 +333,10 @@ class PosteriorScore(ScoreWrapper):
                 mean = apply_blocks(at.state, state) + apply_blocks(at.score, score)
                 mean = mean[:, 0]
             if self.gradient and not value.requires_grad:
-                msg = (
+                raise ValueError(
                     "score must be differentiable with respect to its state; it returned a tensor "
                     "without gradients. Remove torch.no_grad from it, or take gradient=False"
                 )
-                raise ValueError(msg)
         variance = at.variance.flatten()
         isotropic = variance * self.data_variance / (variance + self.data_variance)
 

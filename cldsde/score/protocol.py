@@ -70,8 +70,7 @@ class Score(Estimator):
         ValueError
             If the score has no data prediction of its own.
         """
-        msg = f"score must have a data prediction of its own; got {self!r} without one"
-        raise ValueError(msg)
+        raise ValueError(f"score must have a data prediction of its own; got {self!r} without one")
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if the score cannot be evaluated at a time, ``(n,)`` float64.

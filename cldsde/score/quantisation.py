@@ -84,13 +84,11 @@ def dequantise(
     True
     """
     if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.is_complex():
-        msg = f"levels must be a tensor of integers; got {described(levels)}"
-        raise TypeError(msg)
+        raise TypeError(f"levels must be a tensor of integers; got {described(levels)}")
     check_generator(generator, several=False)
     check_at_least(count, 2, "count")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        msg = f"low must be below high, and both finite; got {low} and {high}"
-        raise ValueError(msg)
+        raise ValueError(f"low must be below high, and both finite; got {low} and {high}")
     if levels.numel() and not (int(levels.min()) >= 0 and int(levels.max()) < count):
         msg = f"levels must lie in 0 … {count - 1}; got {int(levels.min())} to {int(levels.max())}"
         raise ValueError(msg)

@@ -33,15 +33,13 @@ def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     """Return a score's result in the state's dtype; raise unless it is ``(B, driven, *D)``."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        msg = f"score must return a real floating-point tensor; got {described(value)}"
-        raise TypeError(msg)
+        raise TypeError(f"score must return a real floating-point tensor; got {described(value)}")
     batch, _, *data = z.shape
     if value.shape != (shape := (batch, driven, *data)):
-        msg = (
+        raise ValueError(
             f"score must return shape {shape}, one row per driven component; "
             f"got {tuple(value.shape)}"
         )
-        raise ValueError(msg)
     if value.device != z.device:
         msg = f"score must return a tensor on the state's device, {z.device}; got {value.device}"
         raise ValueError(msg)
@@ -91,12 +89,11 @@ class ReverseProcess:
         self.score = as_score(score)
         other = self.score.sde
         if other is not None and not same_dynamics(sde, other):
-            msg = (
+            raise ValueError(
                 f"score belongs to another process, {other!r}, than sde, {sde!r}: drift, diffusion "
                 "or initial covariance differ. Use the score of sde, or wrap the score's denoiser "
                 "in a DenoiserScore"
             )
-            raise ValueError(msg)
 
     def __repr__(self) -> str:
         """One line with process and score."""
@@ -203,5 +200,4 @@ class KnownScore:
 def check_reverse_process(process: object) -> None:
     """Raise TypeError unless ``process`` is a `ReverseProcess`."""
     if not isinstance(process, ReverseProcess):
-        msg = f"process must be a ReverseProcess; got {type(process).__name__}"
-        raise TypeError(msg)
+        raise TypeError(f"process must be a ReverseProcess; got {type(process).__name__}")

@@ -91,8 +91,7 @@ class ScoreDenoiser(Denoiser):
         own = self.score.sde if sde is None else sde
         self.sde = check_process(own)
         if not 0 < start < self.sde.T:
-            msg = f"start must lie between 0 and {self.sde.T:g}; got {start:g}"
-            raise ValueError(msg)
+            raise ValueError(f"start must lie between 0 and {self.sde.T:g}; got {start:g}")
         self.start = start
         self.seed = seed
         self._kept: tuple[object, Tensor] | None = None

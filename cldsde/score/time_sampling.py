@@ -63,11 +63,10 @@ class TimeSampler:
         fits = values.shape == self._knots.shape and bool((values.isfinite() & (values >= 0)).all())
         # The density may be zero at an end, as the best loss is if nothing of the data is left.
         if not fits or not bool((values[1:-1] > 0).all()):
-            msg = (
+            raise ValueError(
                 "density must return one finite, positive value per time, shape "
                 f"{tuple(self._knots.shape)}; got shape {tuple(values.shape)} and values {values}"
             )
-            raise ValueError(msg)
         widths = self._knots.diff()
         mass = 0.5 * (values[1:] + values[:-1]) * widths
         # A smaller mass would be lost in sums near 1, and a time without mass has no weight.
@@ -303,8 +302,7 @@ def _check_normal(mean: float, std: float) -> None:
     """Raise ValueError unless the numbers are the moments of a normal distribution."""
     check_positive(std, "std")
     if not math.isfinite(as_number(mean, "mean")):
-        msg = f"mean must be finite; got {mean!r}"
-        raise ValueError(msg)
+        raise ValueError(f"mean must be finite; got {mean!r}")
 
 
 def _normal(x: Tensor, mean: float, std: float) -> Tensor:

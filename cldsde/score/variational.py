@@ -208,14 +208,12 @@ def cross_entropy(
     """
     if not isinstance(pair, PerturbedData) or pair.conditioning != "data":
         got = f"conditioning={pair.conditioning!r}" if isinstance(pair, PerturbedData) else pair
-        msg = f"pair must be PerturbedData conditioned on the data; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"pair must be PerturbedData conditioned on the data; got {got}")
     one_of(of, CrossEntropyOf, "of")
     sde = pair.sde
     _check_times(pair, weight, t_min)
     if losses.shape != (len(pair.x0),):
-        msg = f"losses must have shape ({len(pair.x0)},); got {tuple(losses.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"losses must have shape ({len(pair.x0)},); got {tuple(losses.shape)}")
     if isinstance(weight, Tensor):
         weight = weight.to(losses)
     dimension = math.prod(pair.x0.shape[1:])
@@ -248,10 +246,9 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
         raise ValueError(msg)
     fitting = (torch.Size([]), torch.Size([len(pair.x0)]))
     if isinstance(weight, Tensor) and weight.shape not in fitting:
-        msg = (
+        raise ValueError(
             f"weight must be one number or have shape ({len(pair.x0)},); got {tuple(weight.shape)}"
         )
-        raise ValueError(msg)
 
 
 def _broadcast_mean(mean: Tensor | float, x0: Tensor) -> Tensor:

@@ -33,12 +33,11 @@ def fashion_folder() -> Path:
     for folder in folders:
         if folder.is_dir():
             return folder
-    msg = (
+    raise FileNotFoundError(
         f"Fashion-MNIST is in none of {listed(folders)}; get it with `apt install "
         "dataset-fashion-mnist` (Debian), or with torchvision: torchvision.datasets.FashionMNIST("
         "FOLDER, download=True), then path=FOLDER/FashionMNIST/raw"
     )
-    raise FileNotFoundError(msg)
 
 
 def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
